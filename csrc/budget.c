@@ -1,0 +1,113 @@
+/* The one-budget LP (paper, equation (6)), exactly.
+ *
+ * With one budget row and one simplex row, some optimum mixes at most two models, both vertices of the upper concave hull
+ * of the points (cost, v). Sorted by cost the hull takes one pass: O(M) per prompt for costs shared by all prompts.
+ * Ties are broken the same way everywhere: of equal costs the higher v, of equal (cost, v) the lower index.
+ */
+#include "p2l_native.h"
+
+#include <math.h>
+#include <stdlib.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+static void merge_sort_by_cost(int32_t *order, int32_t *scratch, const double *costs, int64_t count) {
+    /* Bottom-up and stable: equal costs stay in index order. */
+    for (int64_t width = 1; width < count; width *= 2) {
+        for (int64_t left = 0; left < count; left += 2 * width) {
+            const int64_t middle = left + width < count ? left + width : count;
+            const int64_t right = left + 2 * width < count ? left + 2 * width : count;
+            int64_t i = left, j = middle;
+            for (int64_t out = left; out < right; out++)
+                scratch[out] = (i < middle && (j >= right || costs[order[i]] <= costs[order[j]])) ? order[i++] : order[j++];
+        }
+        for (int64_t i = 0; i < count; i++) order[i] = scratch[i];
+    }
+}
+
+static void sort_models(int32_t *order, int32_t *scratch, const double *costs, int64_t n_models) {
+    for (int64_t m = 0; m < n_models; m++) order[m] = (int32_t)m;
+    merge_sort_by_cost(order, scratch, costs, n_models);
+}
+
+/* 1 when b lies on or below the chord from a to c: b is then no vertex of the upper hull. Costs rise from a to c. */
+static inline int below_chord(const double *costs, const double *v, int32_t a, int32_t b, int32_t c) {
+    return (v[b] - v[a]) * (costs[c] - costs[a]) <= (v[c] - v[a]) * (costs[b] - costs[a]);
+}
+
+/* The hull's vertices by rising cost and rising v, from the best of the cheapest models to the cheapest of the best ones.
+ * Returns their number. */
+static int64_t upper_hull(const double *costs, const double *v, const int32_t *order, int64_t n_models, int32_t *hull) {
+    int64_t size = 0;
+    for (int64_t i = 0; i < n_models; i++) {
+        const int32_t m = order[i];
+        if (size) {
+            const int32_t top = hull[size - 1];
+            if (v[m] <= v[top]) continue; /* dearer and no better */
+            if (costs[m] == costs[top]) size--;
+        }
+        while (size > 1 && below_chord(costs, v, hull[size - 2], hull[size - 1], m)) size--;
+        hull[size++] = m;
+    }
+    return size;
+}
+
+static int64_t solve_range(const double *v, const double *costs, int costs_per_prompt, const double *budget,
+                           int64_t first, int64_t last, int64_t n_models, int32_t *indices, double *probabilities,
+                           double *value, double *cost) {
+    int32_t *order = malloc(sizeof(int32_t) * 3 * n_models);
+    if (!order) return -1;
+    int32_t *hull = order + n_models, *scratch = order + 2 * n_models;
+    int64_t infeasible = 0;
+    for (int64_t n = first; n < last; n++) {
+        const double *c = costs + (costs_per_prompt ? n * n_models : 0), *w = v + n * n_models;
+        const double limit = budget[n];
+        if (n == first || costs_per_prompt) sort_models(order, scratch, c, n_models);
+        if (c[order[0]] > limit) {
+            infeasible++;
+            continue;
+        }
+        const int64_t size = upper_hull(c, w, order, n_models, hull);
+        int64_t dear = 0; /* the first vertex beyond the budget */
+        while (dear < size && c[hull[dear]] <= limit) dear++;
+        int32_t a = hull[dear - 1], b = a;
+        double share = 0;
+        if (dear < size) {
+            b = hull[dear];
+            share = (limit - c[a]) / (c[b] - c[a]);
+            if (share == 0) b = a;
+            if (share == 1) a = b, share = 0; /* the budget reaches b but for rounding */
+        }
+        indices[2 * n] = a;
+        indices[2 * n + 1] = b;
+        probabilities[2 * n] = 1 - share;
+        probabilities[2 * n + 1] = share;
+        value[n] = w[a] + share * (w[b] - w[a]);
+        cost[n] = share > 0 ? limit : c[a];
+    }
+    free(order);
+    return infeasible;
+}
+
+int64_t p2l_solve_budget(const double *v, const double *costs, int costs_per_prompt, const double *budget,
+                         int64_t n_prompts, int64_t n_models, int threads, int32_t *indices, double *probabilities,
+                         double *value, double *cost) {
+#ifdef _OPENMP
+    if (threads > 1) {
+        int64_t infeasible = 0;
+        int failed = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : infeasible, failed)
+        {
+            const int64_t t = omp_get_thread_num(), of = omp_get_num_threads();
+            const int64_t bad = solve_range(v, costs, costs_per_prompt, budget, n_prompts * t / of,
+                                            n_prompts * (t + 1) / of, n_models, indices, probabilities, value, cost);
+            failed += bad < 0;
+            infeasible += bad < 0 ? 0 : bad;
+        }
+        return failed ? -1 : infeasible;
+    }
+#endif
+    (void)threads;
+    return solve_range(v, costs, costs_per_prompt, budget, 0, n_prompts, n_models, indices, probabilities, value, cost);
+}

@@ -1,0 +1,35 @@
+"""cffi's description of the native core: compiled into ``p2l_engine._native`` when the package is built."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from cffi import FFI
+
+HERE = Path(__file__).resolve().parent
+SOURCES = ["win_rates.c", "budget.c", "bt_score.c", "machine.c"]
+
+
+def declarations() -> str:
+    """The prototypes of p2l_native.h, the only place that spells them."""
+    header = re.sub(r"/\*.*?\*/", "", (HERE / "p2l_native.h").read_text(), flags=re.S)
+    return "\n".join(re.findall(r"^(?:int|int64_t) p2l_\w+\([^;]*\);", header, flags=re.M))
+
+
+# macOS's clang has no OpenMP of its own: there the core runs on one thread.
+openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
+
+ffi = FFI()
+ffi.cdef(declarations())
+ffi.set_source(
+    "p2l_engine._native",
+    '#include "p2l_native.h"',
+    sources=[f"csrc/{name}" for name in SOURCES],
+    include_dirs=["csrc"],
+    depends=["csrc/p2l_native.h", "csrc/sigmoid_mixture.h"],
+    extra_compile_args=["-O3", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", *openmp],
+    extra_link_args=openmp,
+    libraries=[] if sys.platform == "win32" else ["m"],
+)

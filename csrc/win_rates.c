@@ -1,0 +1,91 @@
+/* v = W q (paper, equation (6)): each model's win rate against the opponents, per prompt. */
+#include "p2l_native.h"
+#include "sigmoid_mixture.h"
+
+#include <stdlib.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+/* One prompt whose coefficients span too much for shared exponentials: pair by pair. */
+static void win_rates_wide(const double *theta, const int64_t *support, const double *weights, int64_t k,
+                           int64_t n_models, double *v) {
+    for (int64_t b = 0; b < n_models; b++) {
+        double sum = 0;
+        for (int64_t s = 0; s < k; s++) sum += weights[s] * p2l_sigmoid(theta[b] - theta[support[s]]);
+        v[b] = sum;
+    }
+}
+
+/* y [M] exponentials of all models, e and w [k] those of the support with its weights. */
+P2L_CLONES static void win_rates_row(const double *theta, const int64_t *support, const double *w, int64_t k,
+                                     int64_t n_models, double shift, double *restrict y, double *restrict e,
+                                     double *restrict v) {
+#pragma omp simd
+    for (int64_t b = 0; b < n_models; b++) {
+        y[b] = p2l_exp(theta[b] - shift);
+        v[b] = 0;
+    }
+    for (int64_t s = 0; s < k; s++) e[s] = y[support[s]];
+    for (int64_t s = 0; s < k; s += P2L_GROUP) {
+        const double e0 = e[s], e1 = e[s + 1], e2 = e[s + 2], e3 = e[s + 3];
+        const double w0 = w[s], w1 = w[s + 1], w2 = w[s + 2], w3 = w[s + 3];
+#pragma omp simd
+        for (int64_t b = 0; b < n_models; b++) {
+            const double x = y[b], d0 = x + e0, d1 = x + e1, d2 = x + e2, d3 = x + e3;
+            const double d01 = d0 * d1, d23 = d2 * d3;
+            const double n01 = w0 * d1 + w1 * d0, n23 = w2 * d3 + w3 * d2;
+            v[b] += (n01 * d23 + n23 * d01) / (d01 * d23);
+        }
+    }
+#pragma omp simd
+    for (int64_t b = 0; b < n_models; b++) v[b] *= y[b];
+}
+
+static int win_rates_range(const double *theta, const double *q, int q_per_prompt, int64_t first, int64_t last,
+                           int64_t n_models, double *v) {
+    const int64_t room = n_models + P2L_GROUP;
+    double *scratch = malloc(sizeof(double) * 3 * room);
+    int64_t *support = malloc(sizeof(int64_t) * room);
+    if (!scratch || !support) {
+        free(scratch);
+        free(support);
+        return -1;
+    }
+    double *y = scratch, *e = scratch + room, *weights = scratch + 2 * room;
+    int64_t k = 0;
+    for (int64_t n = first; n < last; n++) {
+        if (n == first || q_per_prompt) k = p2l_pack_support(q + (q_per_prompt ? n * n_models : 0), n_models, support, weights);
+        const double *row = theta + n * n_models;
+        double low = row[0], high = row[0];
+        for (int64_t b = 1; b < n_models; b++) {
+            low = row[b] < low ? row[b] : low;
+            high = row[b] > high ? row[b] : high;
+        }
+        if (high - low < P2L_SPAN)
+            win_rates_row(row, support, weights, k, n_models, high, y, e, v + n * n_models);
+        else
+            win_rates_wide(row, support, weights, k, n_models, v + n * n_models);
+    }
+    free(scratch);
+    free(support);
+    return 0;
+}
+
+int p2l_win_rates(const double *theta, const double *q, int q_per_prompt, int64_t n_prompts, int64_t n_models,
+                  int threads, double *v) {
+    int failed = 0;
+#ifdef _OPENMP
+    if (threads > 1) {
+#pragma omp parallel num_threads(threads) reduction(+ : failed)
+        {
+            const int64_t t = omp_get_thread_num(), of = omp_get_num_threads();
+            failed += win_rates_range(theta, q, q_per_prompt, n_prompts * t / of, n_prompts * (t + 1) / of, n_models, v) != 0;
+        }
+        return failed ? -1 : 0;
+    }
+#endif
+    (void)threads;
+    failed = win_rates_range(theta, q, q_per_prompt, 0, n_prompts, n_models, v);
+    return failed;
+}

@@ -1,0 +1,165 @@
+"""The catalog: the chat models that may be chosen, what a request to each costs, and its provider settings."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import yaml
+
+from p2l_engine.errors import CatalogError
+
+PRICES = ("usd_per_m_in", "usd_per_m_out", "tokens_in", "tokens_out")
+# The settings of a model in the catalog of lmarena/p2l's router (route/datatypes.py).
+P2L_SETTINGS = (
+    "name", "type", "temp", "top_p", "top_k", "system_prompt", "api_key", "base_url", "max_tokens", "extra_fields",
+)  # fmt: skip
+DEFAULT_UNIT = "USD per request"
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogModel:
+    """One chat model: its name in the checkpoint, expected cost per request (>= 0), and settings for whoever calls it."""
+
+    name: str
+    cost: float
+    provider: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Catalog:
+    """The chat models that a router may choose from. ``unit`` is the unit of their costs, and so of budgets."""
+
+    models: tuple[CatalogModel, ...]
+    unit: str = DEFAULT_UNIT
+
+    def __post_init__(self) -> None:
+        if not self.models:
+            raise CatalogError("catalog: expected at least one model, got none")
+        names = [model.name for model in self.models]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise CatalogError(f"catalog: expected every model once, got {', '.join(twice)} more than once")
+        for model in self.models:
+            _amount(f"catalog: models.{model.name}.cost", model.cost)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Catalog:
+        """Reads a catalog. Raises CatalogError, which names the key, what was expected and what came.
+
+        Either ``models: {name: {cost, provider?}}``, where instead of ``cost`` (per request) there may be prices in dollars
+        per million tokens and the expected tokens of a request (usd_per_m_in, usd_per_m_out, tokens_in, tokens_out), and
+        ``unit`` names the unit of the costs; or the layout of lmarena/p2l's router, ``model_configs: {name: {cost, type,
+        temp, ...}}``, whose other settings become the provider's.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CatalogError(f"catalog {path}: cannot be read: {error}") from None
+        try:
+            values = yaml.load(text, _UniqueKeys)
+        except yaml.YAMLError as error:
+            raise CatalogError(f"catalog {path}: expected YAML: {error}") from None
+        return cls.from_mapping(values, f"catalog {path}")
+
+    @classmethod
+    def from_mapping(cls, values: object, where: str = "catalog") -> Catalog:
+        """The same from a mapping already read; ``where`` begins the errors."""
+        top = _mapping(where, values)
+        if "model_configs" in top:
+            _known(where, top, ("model_configs",))
+            entries = _mapping(f"{where}: model_configs", top["model_configs"])
+            return cls(tuple(_p2l_model(f"{where}: model_configs.{name}", name, entry) for name, entry in entries.items()))
+        _known(where, top, ("models", "unit"))
+        if "models" not in top:
+            raise CatalogError(f"{where}: expected the key 'models' (or lmarena/p2l's 'model_configs'), got {sorted(top)}")
+        unit = top.get("unit", DEFAULT_UNIT)
+        if not isinstance(unit, str):
+            raise CatalogError(f"{where}: unit: expected text, got {unit!r}")
+        entries = _mapping(f"{where}: models", top["models"])
+        return cls(tuple(_model(f"{where}: models.{name}", name, entry) for name, entry in entries.items()), unit)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The models' names, in the catalog's order."""
+        return tuple(model.name for model in self.models)
+
+    @property
+    def costs(self) -> npt.NDArray[np.float64]:
+        """Their costs, [K]."""
+        return np.array([model.cost for model in self.models])
+
+    def only(self, names: Iterable[str]) -> Catalog:
+        """The catalog without the models that are not named."""
+        wanted = set(names)
+        return Catalog(tuple(model for model in self.models if model.name in wanted), self.unit)
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML whose mappings name every key once; PyYAML itself keeps the last and says nothing."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call, unused-ignore]
+            if isinstance(key, str | int | float) and key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} occurs twice", key_node.start_mark)
+            seen.add(key if isinstance(key, str | int | float) else id(key))
+        return super().construct_mapping(node, deep)
+
+
+def _mapping(where: str, value: object) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise CatalogError(f"{where}: expected a mapping, got {type(value).__name__}")
+    for key in value:
+        if not isinstance(key, str):
+            raise CatalogError(f"{where}: expected keys of text, got {key!r}; quote it")
+    return dict(value)
+
+
+def _known(where: str, values: Mapping[str, Any], keys: tuple[str, ...]) -> None:
+    for key in values:
+        if key not in keys:
+            near = difflib.get_close_matches(key, keys, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise CatalogError(f"{where}: unknown key {key!r}, expected {', '.join(keys)}{hint}")
+
+
+def _amount(where: str, value: object) -> float:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value < 0:  # type: ignore[arg-type, operator]
+        raise CatalogError(f"{where}: expected a finite number >= 0, got {value!r}")
+    return float(value)  # type: ignore[arg-type]
+
+
+def _model(where: str, name: str, entry: object) -> CatalogModel:
+    values = _mapping(where, entry)
+    _known(where, values, ("cost", *PRICES, "provider"))
+    provider = _mapping(f"{where}.provider", values.get("provider", {}))
+    prices = [key for key in PRICES if key in values]
+    if "cost" in values:
+        if prices:
+            raise CatalogError(f"{where}: expected either cost or prices, got cost and {', '.join(prices)}")
+        return CatalogModel(name, _amount(f"{where}.cost", values["cost"]), provider)
+    if not prices:
+        raise CatalogError(f"{where}: expected 'cost', or {', '.join(PRICES)}; got {sorted(values) or 'nothing'}")
+    missing = [key for key in PRICES if key not in values]
+    if missing:
+        raise CatalogError(f"{where}: prices need {', '.join(PRICES)}; missing {', '.join(missing)}")
+    price_in, price_out, tokens_in, tokens_out = (_amount(f"{where}.{key}", values[key]) for key in PRICES)
+    return CatalogModel(name, (price_in * tokens_in + price_out * tokens_out) / 1e6, provider)
+
+
+def _p2l_model(where: str, name: str, entry: object) -> CatalogModel:
+    values = _mapping(where, entry)
+    _known(where, values, ("cost", *P2L_SETTINGS))
+    if "cost" not in values:
+        raise CatalogError(f"{where}: expected 'cost', got {sorted(values) or 'nothing'}")
+    cost = _amount(f"{where}.cost", values.pop("cost"))
+    return CatalogModel(name, cost, values)

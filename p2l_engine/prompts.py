@@ -1,0 +1,86 @@
+"""Prompts to token ids: the very text that published P2L models were trained on.
+
+A prompt is a string, a list of user turns, or a list of {"role", "content"} messages, of which the user turns are used.
+The text is the tokenizer's chat template over the user turns, without generation prompt, then the CLS token; a CLS token in
+the user's own text becomes "<cls>"; truncated from the left (lmarena/p2l).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from transformers import PreTrainedTokenizerBase
+
+from p2l_engine.errors import PromptError
+
+Prompt = str | Sequence[str] | Sequence[Mapping[str, Any]]
+
+MAX_TOKENS = 8192  # of which the last is the CLS token
+
+
+def user_turns(prompt: Prompt, index: int = 0) -> list[str]:
+    """The user's turns in order. Raises PromptError, naming ``index``, when there is none or a turn is no valid text."""
+    if isinstance(prompt, str):
+        turns = [prompt]
+    elif isinstance(prompt, Sequence) and not isinstance(prompt, bytes):
+        turns = [_turn(item, place, index) for place, item in enumerate(prompt) if not _is_other_role(item, place, index)]
+    else:
+        raise PromptError(index, f"expected a string, a list of user turns or a list of messages, got {type(prompt).__name__}")
+    if not turns:
+        raise PromptError(index, "expected at least one user turn, got none")
+    for turn in turns:
+        try:
+            turn.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise PromptError(
+                index,
+                f"invalid Unicode at character {error.start}: lone surrogate {turn[error.start]!r}; "
+                "decode the text with errors='replace'",
+            ) from None
+    return turns
+
+
+def _is_other_role(item: object, place: int, index: int) -> bool:
+    if not isinstance(item, Mapping):
+        return False
+    role = item.get("role")
+    if not isinstance(role, str):
+        raise PromptError(index, f"message {place}: expected a 'role' of type str, got {role!r}")
+    return role != "user"
+
+
+def _turn(item: object, place: int, index: int) -> str:
+    text = item.get("content") if isinstance(item, Mapping) else item
+    if not isinstance(text, str):
+        what = "a 'content' of type str" if isinstance(item, Mapping) else "a user turn of type str, or a message"
+        raise PromptError(index, f"message {place}: expected {what}, got {type(text).__name__}")
+    return text
+
+
+class PromptEncoder:
+    """Tokenises prompts for one checkpoint. Its tokenizer must have a chat template and a CLS token."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int = MAX_TOKENS) -> None:
+        if not tokenizer.cls_token:
+            raise ValueError("tokenizer: expected a CLS token, got none; a P2L checkpoint's tokenizer names one")
+        if not tokenizer.chat_template:
+            raise ValueError("tokenizer: expected a chat template, got none; a P2L checkpoint's tokenizer has one")
+        self.tokenizer, self.max_tokens = tokenizer, max_tokens
+        self.cls_token: str = tokenizer.cls_token
+
+    def text(self, turns: list[str]) -> str:
+        """The text that the P2L model sees for these user turns."""
+        messages = [{"role": "user", "content": turn} for turn in turns]
+        rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
+        return str(rendered).replace(self.cls_token, "<cls>") + self.cls_token
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[npt.NDArray[np.int32]]:
+        """Token ids of each prompt, the last of them the CLS token; at most ``max_tokens`` each."""
+        texts = [self.text(user_turns(prompt, i)) for i, prompt in enumerate(prompts)]
+        if not texts:
+            return []
+        encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, truncation=False, verbose=False)
+        return [np.asarray(ids[-self.max_tokens :], np.int32) for ids in encoded["input_ids"]]

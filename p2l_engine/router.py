@@ -1,0 +1,193 @@
+"""The router: prompts in, decisions out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from p2l_engine import routing
+from p2l_engine.catalog import Catalog
+from p2l_engine.engine import Coefficients, Engine
+from p2l_engine.errors import CatalogError
+from p2l_engine.prompts import Prompt, user_turns
+from p2l_engine.routing import Policies, arrays
+
+Opponents = Literal["uniform"] | Mapping[str, float] | Sequence[float] | npt.NDArray[np.floating[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What the router decided for one prompt.
+
+    model: the chosen one, drawn from policy {name: probability}. expected_cost (the catalog's unit), win_rate (against the
+    opponents, in [0, 1]) and score (Bradley-Terry coefficient on the leaderboard's scale) are the policy's, before the draw.
+    """
+
+    model: str
+    policy: dict[str, float]
+    expected_cost: float
+    win_rate: float
+    score: float
+    why: str
+
+
+class Router:
+    """Chooses, for each prompt, the policy of highest win rate within the budget (paper, Theorem 1).
+
+    opponents: what win rates are measured against, over all models of the checkpoint: "uniform", {name: weight} (the others
+    weigh nothing) or an array [M]; weights sum to 1. seed: of the draws from mixed policies; same seed and same prompt, same
+    draw, whatever the batch. unmatched: what to do with models of the catalog that the checkpoint does not know, and the
+    reverse: "error", or "leave_out" of the choice (models left out still count as opponents).
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        catalog: Catalog,
+        opponents: Opponents = "uniform",
+        seed: int = 0,
+        unmatched: Literal["error", "leave_out"] = "error",
+    ) -> None:
+        self.engine, self.seed = engine, seed
+        self.catalog = _matched(catalog, engine.models, unmatched)
+        self.q = _weights(opponents, engine.models)
+        self.names = self.catalog.names
+        self.costs = self.catalog.costs
+        self._columns = np.array([engine.models.index(name) for name in self.names])
+        self._salt = hashlib.blake2b(str(int(seed)).encode(), digest_size=16).digest()
+
+    def route(self, prompt: Prompt, budget: float | None = None) -> Decision:
+        """The decision for one prompt; budget None is no budget. Raises PromptError, InfeasibleBudget."""
+        return self.route_batch([prompt], budget)[0]
+
+    def route_batch(
+        self,
+        prompts: Sequence[Prompt],
+        budget: float | Sequence[float] | npt.NDArray[np.floating[Any]] | None = None,
+        budget_scope: Literal["prompt", "batch"] = "prompt",
+        max_share: Mapping[str, float] | None = None,
+        progress: Callable[[int], object] | None = None,
+    ) -> list[Decision]:
+        """The decisions for a batch, in order: those of ``route``, where the scope is "prompt".
+
+        budget: one number or, in scope "prompt", one per prompt; an upper bound on the expected cost of each prompt's policy
+        (scope "prompt") or on their mean (scope "batch"). max_share {name: share in [0, 1]} bounds a model's mean
+        probability over the batch, in scope "batch". Raises PromptError and InfeasibleBudget with the prompt's index.
+        """
+        coefficients = self.engine.coefficients(prompts, progress)
+        return self.decide(coefficients, prompts, budget, budget_scope, max_share)
+
+    def decide(
+        self,
+        coefficients: Coefficients,
+        prompts: Sequence[Prompt],
+        budget: float | Sequence[float] | npt.NDArray[np.floating[Any]] | None = None,
+        budget_scope: Literal["prompt", "batch"] = "prompt",
+        max_share: Mapping[str, float] | None = None,
+    ) -> list[Decision]:
+        """``route_batch`` for coefficients already at hand (of the same prompts, from this router's engine)."""
+        if coefficients.models != self.engine.models or len(coefficients) != len(prompts):
+            raise ValueError(
+                f"coefficients: expected those of {len(prompts)} prompts from this router's engine, got {len(coefficients)} "
+                f"rows over {len(coefficients.models)} models"
+            )
+        theta = coefficients.theta.astype(np.float64)
+        v = routing.win_rates(theta, self.q)[:, self._columns]
+        policies = self._policies(v, budget, budget_scope, max_share)
+        scores = routing.bt_score(theta, self.q, np.clip(policies.value, 0.0, 1.0))
+        chosen = _draw(policies, [self._uniform(user_turns(prompt, i)) for i, prompt in enumerate(prompts)])
+        bound = "no budget" if budget is None else f"budget per {budget_scope}"
+        return [
+            self._decision(*row, bound)
+            for row in zip(
+                policies.indices.tolist(), policies.probabilities.tolist(), chosen, policies.cost.tolist(),
+                policies.value.tolist(), scores.tolist(), strict=True,
+            )
+        ]  # fmt: skip
+
+    def _policies(self, v: Any, budget: Any, scope: str, max_share: Mapping[str, float] | None) -> Policies:
+        if scope == "prompt":
+            if max_share is not None:
+                raise ValueError("max_share: expected budget_scope='batch', since shares are over the batch; got 'prompt'")
+            return routing.solve_budget(v, self.costs, budget)
+        if scope == "batch":
+            if budget is not None and np.ndim(budget) != 0:
+                raise ValueError(f"budget: expected one number in scope 'batch', got shape {list(np.shape(budget))}")
+            shares = None if max_share is None else self._shares(max_share)
+            return routing.solve_batch_budget(v, self.costs, budget, shares)
+        raise ValueError(f"budget_scope: expected 'prompt' or 'batch', got {scope!r}")
+
+    def _shares(self, max_share: Mapping[str, float]) -> npt.NDArray[np.float64]:
+        unknown = sorted(set(max_share) - set(self.names))
+        if unknown:
+            raise ValueError(f"max_share: expected models of the catalog, got {', '.join(unknown)}")
+        return np.array([float(max_share.get(name, 1.0)) for name in self.names])
+
+    def _uniform(self, turns: list[str]) -> float:
+        """A number in [0, 1) that depends on the seed and the user's turns alone."""
+        digest = hashlib.blake2b(json.dumps(turns).encode(), digest_size=8, key=self._salt).digest()
+        return (int.from_bytes(digest, "little") >> 11) / 2.0**53
+
+    def _decision(
+        self,
+        indices: list[int],
+        probabilities: list[float],
+        chosen: int,
+        cost: float,
+        value: float,
+        score: float,
+        bound: str,
+    ) -> Decision:
+        policy = {self.names[i]: p for i, p in zip(indices, probabilities, strict=True) if p > 0}
+        name = self.names[chosen]
+        if len(policy) == 1:
+            why = f"highest win rate ({bound})"
+        else:
+            mix = ", ".join(f"{other} {p:.3f}" for other, p in policy.items())
+            why = f"highest win rate within the {bound}: a mix of {mix}; drawn by prompt and seed"
+        return Decision(name, policy, cost, value, score, why)
+
+
+def _draw(policies: Policies, uniforms: list[float]) -> list[int]:
+    """The model whose stretch of [0, 1), in the policy's order, holds the prompt's number."""
+    cumulated = np.cumsum(policies.probabilities, axis=1)
+    place = (np.asarray(uniforms)[:, None] >= cumulated).sum(1)
+    # Rounding may leave the last sum under 1: the last used place then takes what is beyond it.
+    last_used = policies.probabilities.shape[1] - 1 - np.argmax(policies.probabilities[:, ::-1] > 0, axis=1)
+    chosen: list[int] = policies.indices[np.arange(len(place)), np.minimum(place, last_used)].tolist()
+    return chosen
+
+
+def _matched(catalog: Catalog, models: tuple[str, ...], unmatched: str) -> Catalog:
+    if unmatched not in ("error", "leave_out"):
+        raise ValueError(f"unmatched: expected 'error' or 'leave_out', got {unmatched!r}")
+    unknown = [name for name in catalog.names if name not in models]
+    without = [name for name in models if name not in catalog.names]
+    if unmatched == "error" and (unknown or without):
+        problems = [f"the checkpoint does not know {', '.join(unknown)}"] if unknown else []
+        problems += [f"the catalog lacks {', '.join(without)}"] if without else []
+        raise CatalogError(f"catalog: {'; '.join(problems)}; mend the catalog, or leave them out with unmatched='leave_out'")
+    if len(unknown) == len(catalog.models):
+        raise CatalogError(
+            f"catalog: the checkpoint knows none of its models ({', '.join(unknown)}); it knows {', '.join(models)}"
+        )
+    return catalog.only(models)
+
+
+def _weights(opponents: Opponents, models: tuple[str, ...]) -> npt.NDArray[np.float64]:
+    if isinstance(opponents, str):
+        if opponents != "uniform":
+            raise ValueError(f"opponents: expected 'uniform', a mapping or weights, got {opponents!r}")
+        return np.full(len(models), 1.0 / len(models))
+    if isinstance(opponents, Mapping):
+        unknown = sorted(set(opponents) - set(models))
+        if unknown:
+            raise ValueError(f"opponents: the checkpoint does not know {', '.join(unknown)}; it knows {', '.join(models)}")
+        opponents = [float(opponents.get(name, 0.0)) for name in models]
+    return arrays.opponents(opponents, (1, len(models)), "opponents").reshape(len(models))

@@ -1,0 +1,66 @@
+"""The readable twins of the native core, in plain numpy. Tests hold the two together; nothing else uses them."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from p2l_engine.routing.arrays import Float64
+
+
+def sigmoid(x: Float64) -> Float64:
+    """1 / (1 + exp(-x)), without overflow."""
+    return np.exp(-np.logaddexp(0.0, -x))
+
+
+def win_rates(theta: Float64, q: Float64) -> Float64:
+    """v[n, b] = sum_a W[n, b, a] q[a] with W[n, b, a] = sigmoid(theta[n, b] - theta[n, a]) (paper, equation (6))."""
+    win = sigmoid(theta[:, :, None] - theta[:, None, :])
+    return np.einsum("nba,na->nb", win, np.broadcast_to(q, theta.shape))
+
+
+def upper_hull(costs: Float64, v: Float64) -> list[int]:
+    """Models on the upper concave hull of (cost, v): rising cost, rising v, falling slope."""
+    hull: list[int] = []
+    for m in sorted(range(len(costs)), key=lambda m: (costs[m], -v[m], m)):
+        if hull and v[m] <= v[hull[-1]]:
+            continue
+        while len(hull) > 1:
+            a, b = hull[-2], hull[-1]
+            if (v[b] - v[a]) * (costs[m] - costs[a]) > (v[m] - v[a]) * (costs[b] - costs[a]):
+                break
+            hull.pop()
+        hull.append(m)
+    return hull
+
+
+def solve_budget(v: Float64, costs: Float64, budget: Float64) -> tuple[npt.NDArray[np.int32], Float64, Float64, Float64]:
+    """The one-budget LP of each prompt by its upper hull; every budget must be feasible."""
+    n = len(v)
+    indices, probabilities = np.zeros((n, 2), np.int32), np.zeros((n, 2))
+    for i, (row, cost, limit) in enumerate(zip(v, np.broadcast_to(costs, v.shape), budget, strict=True)):
+        hull = upper_hull(cost, row)
+        within = [m for m in hull if cost[m] <= limit]
+        a = within[-1]
+        b = hull[len(within)] if len(within) < len(hull) else a
+        share = (limit - cost[a]) / (cost[b] - cost[a]) if b != a else 0.0
+        indices[i] = a, (b if share > 0 else a)
+        probabilities[i] = 1 - share, share
+    value = (probabilities * np.take_along_axis(v, indices, 1)).sum(1)
+    cost = (probabilities * np.take_along_axis(np.broadcast_to(costs, v.shape), indices, 1)).sum(1)
+    return indices, probabilities, value, cost
+
+
+def bt_score(theta: Float64, q: Float64, rate: Float64) -> Float64:
+    """The root of sum_a q_a sigmoid(x - theta_a) = rate (paper, equation (9)) by bisection to the last bit."""
+    q = np.broadcast_to(q, theta.shape)
+    with np.errstate(divide="ignore"):
+        logit = np.log(rate) - np.log1p(-rate)
+    low = np.where(q > 0, theta, np.inf).min(1) + logit
+    high = np.where(q > 0, theta, -np.inf).max(1) + logit
+    for _ in range(200):
+        middle = low + (high - low) / 2
+        with np.errstate(invalid="ignore"):
+            above = (q * sigmoid(middle[:, None] - theta)).sum(1) > rate
+        low, high = np.where(above, low, middle), np.where(above, middle, high)
+    return low

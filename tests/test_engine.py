@@ -1,0 +1,140 @@
+"""The engine against transformers' own forward, in any batch composition."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from transformers import GPT2Config, LlamaConfig
+
+from p2l_engine import Engine
+from p2l_engine.engine import _batches
+from tests import tiny
+
+PROMPTS = [
+    "a",
+    "hello",
+    "world",
+    "Schreibe ein Gedicht über den Mond.",
+    "x" * 700,
+    "def f(x):\n    return x + 1",
+    "b",
+    "",
+]
+
+DECODERS = {
+    "llama": tiny.config("llama"),
+    "llama mha": tiny.config("llama", num_key_value_heads=6),
+    "llama mqa": tiny.config("llama", num_key_value_heads=1),
+    "llama biases": tiny.config("llama", attention_bias=True, mlp_bias=True),
+    "llama wide heads": tiny.config("llama", head_dim=20),
+    "llama tied": tiny.config("llama", tie_word_embeddings=True),
+    "llama one layer": tiny.config("llama", num_hidden_layers=1),
+    "llama3 rope": tiny.config(
+        "llama",
+        rope_parameters={
+            "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+        },
+    ),
+    "qwen2": tiny.config("qwen2"),
+    "qwen2 tied mha": tiny.config("qwen2", tie_word_embeddings=True, num_key_value_heads=6),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_equals_transformers_in_float32(name, tmp_path):
+    folder = tiny.write(tmp_path, DECODERS[name])
+    engine = Engine.from_pretrained(folder, device="cpu", dtype=torch.float32)
+    assert engine.backbone.name.startswith("packed")
+    theta, eta = tiny.reference_theta(folder, PROMPTS)
+    c = engine.coefficients(PROMPTS)
+    assert c.theta.dtype == np.float32
+    np.testing.assert_allclose(c.theta, theta, atol=1e-4)
+    np.testing.assert_allclose(c.eta, eta, atol=1e-4)
+
+
+def test_equals_transformers_from_1_to_8192_tokens(tmp_path):
+    folder = tiny.write(tmp_path)
+    engine = Engine.from_pretrained(folder, device="cpu", dtype=torch.float32)
+    prompts = ["", "ab", "c" * 4000, "d" * 8170, "e" * 9000]
+    assert [len(ids) for ids in engine.encoder.encode(prompts)][-1] == 8192
+    theta, _ = tiny.reference_theta(folder, prompts)
+    np.testing.assert_allclose(engine.coefficients(prompts).theta, theta, atol=1e-4)
+    # The template alone is longer than one token: that case goes straight to the backbone.
+    with torch.inference_mode():
+        hidden = engine.backbone(torch.tensor([7, 7]), [1, 1])
+    np.testing.assert_allclose(hidden[0], hidden[1], atol=1e-6)
+
+
+def test_neighbours_do_not_matter(tmp_path):
+    engine = Engine.from_pretrained(tiny.write(tmp_path), device="cpu", dtype=torch.float32)
+    alone = np.concatenate([engine.coefficients([prompt]).theta for prompt in PROMPTS])
+    rng = np.random.default_rng()
+    for _ in range(5):
+        order = rng.permutation(len(PROMPTS) * 3) % len(PROMPTS)
+        together = engine.coefficients([PROMPTS[i] for i in order]).theta
+        np.testing.assert_allclose(together, alone[order], atol=1e-5)
+
+
+def test_other_architectures_go_through_transformers(tmp_path, caplog):
+    decoder = GPT2Config(n_embd=48, n_layer=2, n_head=4, vocab_size=300, n_positions=1024)
+    folder = tiny.write(tmp_path, decoder)
+    with caplog.at_level(logging.WARNING):
+        engine = Engine.from_pretrained(folder, device="cpu", dtype=torch.float32)
+    assert "through transformers" in caplog.text
+    theta, _ = tiny.reference_theta(folder, PROMPTS)
+    np.testing.assert_allclose(engine.coefficients(PROMPTS).theta, theta, atol=1e-4)
+
+
+def test_a_rope_that_changes_with_length_goes_through_transformers(tmp_path):
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    decoder = LlamaConfig(**{**tiny.SIZES, "max_position_embeddings": 1024}, rope_parameters=rope)
+    engine = Engine.from_pretrained(tiny.write(tmp_path, decoder), device="cpu", dtype=torch.float32)
+    assert engine.backbone.name == "transformers llama"
+
+
+def test_bfloat16_stays_near_float32(tmp_path):
+    folder = tiny.write(tmp_path)
+    exact = Engine.from_pretrained(folder, device="cpu", dtype=torch.float32).coefficients(PROMPTS).theta
+    rounded = Engine.from_pretrained(folder, device="cpu", dtype=torch.bfloat16).coefficients(PROMPTS).theta
+    # bfloat16 keeps 8 bits: 0.4% a rounding, over three layers of a 48-wide random network.
+    assert np.abs(rounded - exact).max() < 0.03 * np.abs(exact).max()
+
+
+def test_empty_batch_and_progress(tmp_path):
+    engine = Engine.from_pretrained(tiny.write(tmp_path), device="cpu")
+    empty = engine.coefficients([])
+    assert empty.theta.shape == (0, 5)
+    assert empty.eta.shape == (0,)
+    done = []
+    engine.coefficients(PROMPTS, progress=done.append)
+    assert sum(done) == len(PROMPTS)
+
+
+def test_heads_without_ties_give_no_eta(tmp_path):
+    engine = Engine.from_pretrained(tiny.write(tmp_path, loss_type="bt", head_type="bt"), device="cpu")
+    assert engine.coefficients(["hi"]).eta is None
+
+
+def test_coefficients_that_are_not_finite_name_the_prompt(tmp_path):
+    engine = Engine.from_pretrained(tiny.write(tmp_path), device="cpu", dtype=torch.float32)
+    engine.head.theta[0][1][2] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"prompts\[0\].*not finite \(2 such"):
+        engine.coefficients(["a", "b"])
+
+
+def test_a_single_string_is_no_batch(tmp_path):
+    engine = Engine.from_pretrained(tiny.write(tmp_path), device="cpu")
+    with pytest.raises(TypeError, match="wrap it in a list"):
+        engine.coefficients("hello")
+
+
+def test_batches_keep_every_prompt_within_the_budget():
+    rng = np.random.default_rng()
+    lengths = rng.integers(1, 300, size=200).tolist()
+    batches = _batches(lengths, 256)
+    assert sorted(i for batch in batches for i in batch) == list(range(200))
+    assert all(sum(lengths[i] for i in batch) <= 256 or len(batch) == 1 for batch in batches)

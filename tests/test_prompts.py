@@ -1,0 +1,98 @@
+"""Prompts to tokens: the published text, and every kind of bad prompt."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from p2l_engine.errors import PromptError
+from p2l_engine.prompts import PromptEncoder, user_turns
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return PromptEncoder(tiny.tokenizer())
+
+
+def test_text_is_the_template_and_the_cls_token(encoder):
+    assert encoder.text(["hi"]) == "<|im_start|>user\nhi<|im_end|>\n<|cls|>"
+    two = "<|im_start|>user\nfirst<|im_end|>\n<|im_start|>user\nsecond<|im_end|>\n<|cls|>"
+    assert encoder.text(["first", "second"]) == two
+
+
+def test_only_user_turns_are_used():
+    messages = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": None},
+        {"role": "user", "content": "two"},
+    ]
+    assert user_turns(messages) == ["one", "two"]
+    assert user_turns(["one", "two"]) == user_turns(messages)
+    assert user_turns("one") == ["one"]
+
+
+def test_the_users_own_cls_token_is_replaced(encoder):
+    ids = encoder.encode(["tell me about <|cls|> please <|cls|>"])[0]
+    cls = encoder.tokenizer.cls_token_id
+    assert (ids == cls).sum() == 1
+    assert ids[-1] == cls
+    assert "<cls> please <cls>" in encoder.tokenizer.decode(ids)
+
+
+def test_truncation_keeps_the_end():
+    encoder = PromptEncoder(tiny.tokenizer(), max_tokens=16)
+    ids = encoder.encode(["x" * 100 + "the end"])[0]
+    whole = PromptEncoder(tiny.tokenizer()).encode(["x" * 100 + "the end"])[0]
+    assert len(ids) == 16
+    assert (ids == whole[-16:]).all()
+
+
+def test_a_batch_is_tokenised_as_its_prompts_are(encoder):
+    prompts = ["a", "", "  ", "日本語", ["x", "y"]]
+    for together, prompt in zip(encoder.encode(prompts), prompts, strict=True):
+        assert (together == encoder.encode([prompt])[0]).all()
+    assert encoder.encode([]) == []
+
+
+def test_200_000_characters_and_every_special_token(encoder):
+    long, special = encoder.encode(["word " * 40_000, " ".join(encoder.tokenizer.all_special_tokens)])
+    assert len(long) == 8192
+    assert special[-1] == encoder.tokenizer.cls_token_id
+
+
+@given(st.text())
+@settings(max_examples=100, deadline=None)
+def test_any_text_is_tokens_or_a_named_error(text):
+    encoder = PromptEncoder(tiny.tokenizer())
+    try:
+        ids = encoder.encode(["ok", text])[1]
+    except PromptError as error:
+        assert error.index == 1
+        assert any(0xD800 <= ord(c) <= 0xDFFF for c in text)
+    else:
+        assert ids[-1] == encoder.tokenizer.cls_token_id
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([], "expected at least one user turn, got none"),
+        ([{"role": "system", "content": "x"}], "expected at least one user turn, got none"),
+        ([{"role": "user"}], "message 0: expected a 'content' of type str, got NoneType"),
+        ([{"content": "x"}], "message 0: expected a 'role' of type str, got None"),
+        (["a", 3], "message 1: expected a user turn of type str, or a message, got int"),
+        (7, "expected a string, a list of user turns or a list of messages, got int"),
+        (b"bytes", "got bytes"),
+        ("bad \ud800 text", "invalid Unicode at character 4"),
+        (["fine", "\udfff"], "invalid Unicode at character 0"),
+    ],
+)
+def test_a_bad_prompt_is_named_by_its_index(encoder, prompt, message):
+    with pytest.raises(PromptError) as caught:
+        encoder.encode(["good", "good", prompt])
+    assert caught.value.index == 2
+    assert str(caught.value).startswith("prompts[2]: ")
+    assert message in str(caught.value)

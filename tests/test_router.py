@@ -1,0 +1,158 @@
+"""The router: decisions against the LP's own answers, reproducible draws, matching catalogs, bad input."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from p2l_engine import Catalog, InfeasibleBudget, Router, routing
+from p2l_engine.catalog import CatalogModel
+from p2l_engine.errors import CatalogError, PromptError
+from tests.tiny import MODELS
+
+PROMPTS = [f"prompt number {i}" * (1 + i % 3) for i in range(40)]
+COSTS = [1.0, 2.0, 3.0, 4.0, 5.0]
+
+
+def catalog(names=MODELS, costs=COSTS):
+    return Catalog(tuple(CatalogModel(n, c) for n, c in zip(names, costs, strict=True)))
+
+
+@pytest.fixture(scope="module")
+def router(engine):
+    return Router(engine, catalog())
+
+
+@pytest.mark.parametrize("budget", [None, 1.0, 2.5])
+def test_decisions_are_the_optimum(router, budget):
+    decisions = router.route_batch(PROMPTS, budget)
+    theta = router.engine.coefficients(PROMPTS).theta
+    v = routing.win_rates(theta, np.full(5, 0.2))
+    best = routing.solve_budget(v, np.array(COSTS), budget, solver="highs")
+    scores = routing.bt_score(theta, np.full(5, 0.2), best.value)
+    for d, value, score in zip(decisions, best.value, scores, strict=True):
+        assert d.win_rate == pytest.approx(value, abs=1e-7)
+        assert d.score == pytest.approx(score, abs=1e-5)
+        assert sum(d.policy.values()) == pytest.approx(1)
+        assert d.model in d.policy
+        assert d.expected_cost == pytest.approx(sum(p * COSTS[MODELS.index(m)] for m, p in d.policy.items()))
+        assert budget is None or d.expected_cost <= budget
+        assert len(d.policy) <= 2
+        assert d.why.startswith("highest win rate")
+
+
+def same(one, other):
+    assert (one.model, set(one.policy)) == (other.model, set(other.policy))
+    for name in one.policy:
+        assert one.policy[name] == pytest.approx(other.policy[name], abs=1e-4)
+    for field in ("expected_cost", "win_rate", "score"):
+        assert getattr(one, field) == pytest.approx(getattr(other, field), abs=1e-4)
+
+
+def test_a_batch_is_routed_as_its_prompts_are_in_any_order(router):
+    together = router.route_batch(PROMPTS, 1.5)
+    assert any(len(d.policy) == 2 for d in together)
+    order = np.random.default_rng().permutation(len(PROMPTS))
+    shuffled = router.route_batch([PROMPTS[i] for i in order], 1.5)
+    for place, i in enumerate(order):
+        same(shuffled[place], together[i])
+        if i < 10:
+            same(router.route(PROMPTS[i], 1.5), together[i])
+
+
+def test_draws_follow_the_policy_and_the_seed(engine):
+    theta = np.tile(np.array([[0.0, 1.0, 0.0, 0.0, 0.0]], np.float32), (4000, 1))
+    prompts = [f"p{i}" for i in range(4000)]
+    coefficients = type(engine.coefficients([]))(theta, None, engine.models, engine.feedback)
+    draws = {}
+    for seed in (0, 1):
+        decisions = Router(engine, catalog(), seed=seed).decide(coefficients, prompts, 1.25)
+        assert decisions[0].policy == {"alpha": 0.75, "beta": 0.25}
+        draws[seed] = [d.model for d in decisions]
+        # 4 standard errors of a share of 0.25 over 4,000 draws
+        assert draws[seed].count("beta") / 4000 == pytest.approx(0.25, abs=0.028)
+    assert draws[0] != draws[1]
+
+
+def test_strings_turns_and_messages_draw_alike(router):
+    forms = ["hello", ["hello"], [{"role": "user", "content": "hello"}]]
+    first, *others = router.route_batch(forms, 2.5)
+    for other in others:
+        same(first, other)
+
+
+def test_opponents(engine):
+    theta = engine.coefficients(["x"]).theta.astype(float)
+    for opponents, q in (
+        ({"beta": 1.0}, [0, 1, 0, 0, 0]),
+        ([0.5, 0, 0, 0, 0.5], [0.5, 0, 0, 0, 0.5]),
+        ("uniform", [0.2] * 5),
+    ):
+        d = Router(engine, catalog(), opponents=opponents).route("x")
+        assert d.win_rate == pytest.approx(routing.win_rates(theta, np.array(q, float)).max(), abs=1e-6)
+    with pytest.raises(ValueError, match="opponents: the checkpoint does not know zeta"):
+        Router(engine, catalog(), opponents={"zeta": 1.0})
+    with pytest.raises(ValueError, match=r"opponents: expected weights that sum to 1, got a sum of 0.5"):
+        Router(engine, catalog(), opponents={"beta": 0.5})
+    with pytest.raises(ValueError, match="opponents: expected 'uniform'"):
+        Router(engine, catalog(), opponents="even")
+
+
+def test_models_that_only_one_side_knows(engine):
+    partly = catalog(["beta", "zeta", "alpha"], [1.0, 2.0, 3.0])
+    with pytest.raises(CatalogError, match="does not know zeta; the catalog lacks gamma, delta, epsilon") as caught:
+        Router(engine, partly)
+    assert "unmatched='leave_out'" in str(caught.value)
+    router = Router(engine, partly, unmatched="leave_out")
+    assert router.names == ("beta", "alpha")
+    assert router.route("hi", budget=1.0).model == "beta"
+    with pytest.raises(CatalogError, match="knows none of its models"):
+        Router(engine, catalog(["x"], [1.0]), unmatched="leave_out")
+
+
+def test_infeasible_budget(router):
+    with pytest.raises(InfeasibleBudget) as caught:
+        router.route("hi", budget=0.5)
+    assert caught.value.smallest == 1.0
+    assert router.route("hi", budget=caught.value.smallest).policy == {"alpha": 1.0}
+    with pytest.raises(InfeasibleBudget, match="for prompt 1"):
+        router.route_batch(["a", "b"], budget=[2.0, 0.25])
+
+
+def test_batch_scope_dominates_and_shares_hold(router):
+    each, mean = router.route_batch(PROMPTS, 2.5), router.route_batch(PROMPTS, 2.5, "batch")
+    assert np.mean([d.expected_cost for d in mean]) <= 2.5 + 1e-6
+    assert np.mean([d.win_rate for d in mean]) >= np.mean([d.win_rate for d in each]) - 1e-7
+    top = max(MODELS, key=lambda name: np.mean([d.policy.get(name, 0) for d in mean]))
+    capped = router.route_batch(PROMPTS, None, "batch", max_share={top: 0.1})
+    assert np.mean([d.policy.get(top, 0) for d in capped]) <= 0.1 + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"budget": float("nan")}, "budget: expected a number"),
+        ({"budget": [1.0, 2.0, 3.0]}, r"budget: expected a number or shape \[2\]"),
+        ({"budget_scope": "day"}, "budget_scope: expected 'prompt' or 'batch', got 'day'"),
+        ({"max_share": {"alpha": 0.5}}, "max_share: expected budget_scope='batch'"),
+        ({"budget_scope": "batch", "max_share": {"zeta": 0.5}}, "max_share: expected models of the catalog, got zeta"),
+        ({"budget_scope": "batch", "budget": [1.0, 2.0]}, "budget: expected one number in scope 'batch'"),
+    ],
+)
+def test_bad_arguments_are_named(router, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        router.route_batch(["a", "b"], **arguments)
+
+
+def test_prompts_at_the_edge(router):
+    assert router.route_batch([]) == []
+    assert router.route_batch([], 2.0, "batch") == []
+    for prompt in ("", "   \n", "x" * 200_000, " ".join(router.engine.encoder.tokenizer.all_special_tokens)):
+        assert router.route(prompt).model in MODELS
+    with pytest.raises(PromptError, match=r"prompts\[1\]"):
+        router.route_batch(["fine", "\ud83d", "fine"])
+
+
+def test_coefficients_of_another_engine_are_refused(router):
+    with pytest.raises(ValueError, match="coefficients: expected those of 2 prompts"):
+        router.decide(router.engine.coefficients(["a"]), ["a", "b"])

@@ -1,0 +1,84 @@
+"""The training config: the keys that published P2L configs use where they mean the same, and this project's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from p2l_engine.regression import feedback_model
+
+
+class Lora(BaseModel):
+    """A LoRA adapter on every linear layer of the decoder's blocks from ``first_layer`` up."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    r: Annotated[int, Field(gt=0)] = 16
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    first_layer: Annotated[int, Field(ge=0)] = 0
+
+
+class TrainConfig(BaseModel):
+    """One training run. ``load`` reads it from YAML; unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    # as in published configs
+    proj_name: str
+    pretrain_model_name: str
+    train_data_path: str
+    val_data_path: str | None = None
+    output_dir: str = "runs"
+    learning_rate: Annotated[float, Field(gt=0)]
+    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    batch_size: Annotated[int, Field(gt=0)] = 16  # prompts, each with all of its votes
+    gradient_accumulation_steps: Annotated[int, Field(gt=0)] = 1
+    num_train_epochs: Annotated[float, Field(gt=0)] = 1
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    max_length: Annotated[int, Field(gt=1)] = 8192  # tokens, truncated from the left
+    chat_template: str | None = None
+    cls_token_if_none: str = "<|cls|>"
+    pad_token_if_none: str = "<|pad|>"
+    head_type: Literal["bt", "rk"]
+    loss_type: Literal["bt", "bt-tie", "rk", "rk-reparam", "grk", "bag"]
+    linear_head_downsize_factor: Annotated[float, Field(gt=0)] | None = None
+    head_config: dict[str, Any] = {}
+    train_head_only: bool = False
+    # this project's own
+    lora: Lora | None = None
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of the prompts kept from training, when there is no val data
+    split_seed: int = 0
+    seed: int = 42
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainConfig:
+        if feedback_model(self.loss_type).has_eta != (self.head_type == "rk"):
+            raise ValueError(
+                f"head_type: expected {'bt' if self.head_type == 'rk' else 'rk'!r} for loss_type {self.loss_type!r}"
+            )
+        if set(self.head_config) - {"eta_downsize"}:
+            raise ValueError(f"head_config: expected only 'eta_downsize', got {sorted(self.head_config)}")
+        if self.val_data_path and self.held_out:
+            raise ValueError("held_out: expected 0 where val_data_path is given")
+        if self.lora and self.train_head_only:
+            raise ValueError("train_head_only: expected false where lora is given")
+        return self
+
+    @classmethod
+    def load(cls, path: str | Path) -> TrainConfig:
+        """Reads YAML. Raises ValueError with a line for every key that is unknown, missing or of a wrong value."""
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"{path}: expected a mapping of keys to values, got {type(values).__name__}")
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            lines = [f"{'.'.join(map(str, e['loc'])) or 'config'}: {e['msg']}, got {e['input']!r:.80}" for e in error.errors()]
+            raise ValueError(f"{path}: " + "; ".join(lines)) from None
