@@ -15,7 +15,7 @@ BLOCK_A = 32
 
 
 @triton.jit
-def _win_rates_kernel(
+def _win_rates_kernel(  # type: ignore[no-untyped-def]
     theta_ptr, theta_row_stride, q_ptr, q_row_stride, v_ptr, v_row_stride, n_models,
     BLOCK_B: tl.constexpr, BLOCK_A: tl.constexpr,
 ):  # fmt: skip

@@ -81,7 +81,7 @@ class PackedDecoder:
         self.heads, self.kv_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
         self.head_size = _head_size(config)
         self.activation = ACT2FN[config.hidden_act]
-        rope = LlamaRotaryEmbedding(config=config)
+        rope = LlamaRotaryEmbedding(config=config)  # type: ignore[arg-type]  # reads rope settings only, Qwen2's too
         self.inv_freq, self.rope_scale = rope.inv_freq.float().to(device), float(rope.attention_scaling)
         self.max_positions = 0
         self._grow_rope(512)
@@ -154,10 +154,8 @@ class PackedDecoder:
         """Causal attention within each prompt: one call for each run of prompts of one length."""
         done = []
         for start, count, length in runs:
-            sets = (
-                t[start : start + count * length].view(count, length, -1, self.head_size).transpose(1, 2) for t in (q, k, v)
-            )
-            a = F.scaled_dot_product_attention(*sets, is_causal=True, enable_gqa=self.heads != self.kv_heads)
+            qs, ks, vs = (self._prompts(t, start, count, length) for t in (q, k, v))
+            a = F.scaled_dot_product_attention(qs, ks, vs, is_causal=True, enable_gqa=self.heads != self.kv_heads)
             done.append(a.transpose(1, 2).reshape(count * length, -1))
         return torch.cat(done)
 
@@ -165,12 +163,17 @@ class PackedDecoder:
         """q [N, heads, head_size] of the last tokens over all keys of their own prompts: nothing to mask."""
         done, first = [], 0
         for start, count, length in runs:
-            kv = (t[start : start + count * length].view(count, length, -1, self.head_size).transpose(1, 2) for t in (k, v))
+            ks, vs = (self._prompts(t, start, count, length) for t in (k, v))
             one = q[first : first + count].unsqueeze(2)
-            a = F.scaled_dot_product_attention(one, *kv, enable_gqa=self.heads != self.kv_heads)
+            a = F.scaled_dot_product_attention(one, ks, vs, enable_gqa=self.heads != self.kv_heads)
             done.append(a.reshape(count, -1))
             first += count
         return torch.cat(done)
+
+    def _prompts(self, packed: Tensor, start: int, count: int, length: int) -> Tensor:
+        """[count, heads, length, head_size] of prompts of one length that stand together."""
+        part = packed[start : start + count * length]
+        return part.view(count, length, -1, self.head_size).transpose(1, 2)
 
     def _grow_rope(self, positions: int) -> None:
         if positions <= self.max_positions:
@@ -202,7 +205,8 @@ class TransformersDecoder:
         size = torch.tensor(lengths, device=self.device)
         mask = torch.arange(ids.shape[1], device=self.device) < size[:, None]
         hidden = self.model(input_ids=ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
-        return hidden[torch.arange(len(lengths), device=self.device), size - 1]
+        last: Tensor = hidden[torch.arange(len(lengths), device=self.device), size - 1]
+        return last
 
 
 def _head_size(config: PretrainedConfig) -> int:

@@ -21,7 +21,7 @@ Prompt = str | Sequence[str] | Sequence[Mapping[str, Any]]
 MAX_TOKENS = 8192  # of which the last is the CLS token
 
 
-def user_turns(prompt: Prompt, index: int = 0) -> list[str]:
+def user_turns(prompt: Prompt | object, index: int = 0) -> list[str]:
     """The user's turns in order. Raises PromptError, naming ``index``, when there is none or a turn is no valid text."""
     if isinstance(prompt, str):
         turns = [prompt]

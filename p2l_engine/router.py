@@ -103,13 +103,9 @@ class Router:
         scores = routing.bt_score(theta, self.q, np.clip(policies.value, 0.0, 1.0))
         chosen = _draw(policies, [self._uniform(user_turns(prompt, i)) for i, prompt in enumerate(prompts)])
         bound = "no budget" if budget is None else f"budget per {budget_scope}"
-        return [
-            self._decision(*row, bound)
-            for row in zip(
-                policies.indices.tolist(), policies.probabilities.tolist(), chosen, policies.cost.tolist(),
-                policies.value.tolist(), scores.tolist(), strict=True,
-            )
-        ]  # fmt: skip
+        columns = (policies.indices, policies.probabilities, policies.cost, policies.value, scores)
+        rows = zip(chosen, *(column.tolist() for column in columns), strict=True)
+        return [self._decision(bound, *row) for row in rows]
 
     def _policies(self, v: Any, budget: Any, scope: str, max_share: Mapping[str, float] | None) -> Policies:
         if scope == "prompt":
@@ -135,14 +131,7 @@ class Router:
         return (int.from_bytes(digest, "little") >> 11) / 2.0**53
 
     def _decision(
-        self,
-        indices: list[int],
-        probabilities: list[float],
-        chosen: int,
-        cost: float,
-        value: float,
-        score: float,
-        bound: str,
+        self, bound: str, chosen: int, indices: list[int], probabilities: list[float], cost: float, value: float, score: float
     ) -> Decision:
         policy = {self.names[i]: p for i, p in zip(indices, probabilities, strict=True) if p > 0}
         name = self.names[chosen]

@@ -125,7 +125,8 @@ def bt_score(theta: Array, q: Array, rate: Array) -> Any:
 
 def _expectations(w: Any, c: Any, indices: Any, probabilities: Any) -> tuple[Any, Any]:
     c = np.broadcast_to(c, w.shape)
-    return tuple((probabilities * np.take_along_axis(a, indices, 1)).sum(1) for a in (w, c))  # type: ignore[return-value]
+    value, cost = ((probabilities * np.take_along_axis(a, indices, 1)).sum(1) for a in (w, c))
+    return value, cost
 
 
 def _check_feasible(c: Any, limits: Any, n: int) -> None:

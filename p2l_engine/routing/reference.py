@@ -10,7 +10,8 @@ from p2l_engine.routing.arrays import Float64
 
 def sigmoid(x: Float64) -> Float64:
     """1 / (1 + exp(-x)), without overflow."""
-    return np.exp(-np.logaddexp(0.0, -x))
+    result: Float64 = np.exp(-np.logaddexp(0.0, -x))
+    return result
 
 
 def win_rates(theta: Float64, q: Float64) -> Float64:
@@ -63,4 +64,4 @@ def bt_score(theta: Float64, q: Float64, rate: Float64) -> Float64:
         with np.errstate(invalid="ignore"):
             above = (q * sigmoid(middle[:, None] - theta)).sum(1) > rate
         low, high = np.where(above, low, middle), np.where(above, middle, high)
-    return low
+    return np.asarray(low)

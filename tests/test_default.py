@@ -1,0 +1,74 @@
+"""The default checkpoint: its size, its card's figures on held-out prompts, and the same theta as transformers and peft."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from p2l_engine import Catalog, Engine, Router, checkpoint
+from p2l_engine.train.config import TrainConfig
+from p2l_engine.train.evaluate import evaluate
+from p2l_engine.train.model import build
+from tests.conftest import DATA
+
+CONFIG = Path(__file__).resolve().parent.parent / "train" / "configs" / "default.yaml"
+PROMPTS = ["What is the capital of France?", "Prove that there are infinitely many primes.", "Write a haiku.", ""]
+
+
+def test_it_ships_in_at_most_12_megabytes():
+    assert sum(file.stat().st_size for file in checkpoint.DEFAULT.iterdir()) <= 12_000_000
+
+
+def test_it_routes_over_its_own_catalog(default_engine):
+    catalog = Catalog.from_yaml(checkpoint.DEFAULT / "catalog.yaml")
+    router = Router(default_engine, catalog)
+    for budget in (None, 0.1, 0.3):
+        for decision in router.route_batch(PROMPTS, budget):
+            assert decision.model in catalog.names
+            assert budget is None or decision.expected_cost <= budget
+
+
+def test_theta_is_that_of_transformers_and_peft(default_engine):
+    """The adapter applied by peft to transformers' own decoder, in float32, against the merged packed engine."""
+    from safetensors.torch import load_file
+
+    config = TrainConfig.load(CONFIG)
+    model, tokenizer = build(config, len(default_engine.models))
+    saved = load_file(checkpoint.DEFAULT / "adapter_model.safetensors")
+    own = {name.replace(".weight", ".default.weight") if ".lora_" in name else name: w for name, w in saved.items()}
+    state = {
+        n.replace("base_model.model.model.", "model.base_model.model.").replace("base_model.model.head.", "head."): w
+        for n, w in own.items()
+    }
+    unexpected = model.load_state_dict(state, strict=False).unexpected_keys
+    assert not unexpected
+    model = model.float().eval()
+    exact = Engine.from_pretrained(device="cpu", dtype=torch.float32)
+    for prompt, theta in zip(PROMPTS, exact.coefficients(PROMPTS).theta, strict=True):
+        ids = torch.from_numpy(exact.encoder.encode([prompt])[0].astype(np.int64))[None]
+        with torch.no_grad():
+            expected = model(ids, torch.ones_like(ids))["theta"][0]
+        np.testing.assert_allclose(theta, expected, atol=1e-4)
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"real votes and scores are not at {DATA}")
+def test_its_card_states_what_held_out_prompts_give(default_engine, data):
+    stated = json.loads((checkpoint.DEFAULT / "evaluation.json").read_text())
+    config = TrainConfig.load(CONFIG).model_copy(update={"train_data_path": str(data / "routing_scores.parquet")})
+    measured = evaluate(None, config, with_probes=False)
+    for name in ("p2l", "marginal", "constant"):
+        for figure in ("log_loss", "accuracy"):
+            assert measured["votes"][name][figure] == pytest.approx(stated["votes"][name][figure], abs=0.005)
+    for name in ("best_single", "task_best", "oracle"):
+        assert measured["routing"][name]["mean_score"] == pytest.approx(stated["routing"][name]["mean_score"], abs=1e-9)
+    # In another dtype near-ties between models may fall the other way.
+    assert measured["routing"]["routed"]["mean_score"] == pytest.approx(stated["routing"]["routed"]["mean_score"], abs=0.01)
+    card = (checkpoint.DEFAULT / "README.md").read_text()
+    for name in ("p2l", "marginal", "constant"):
+        assert f"{stated['votes'][name]['log_loss']:.3f}" in card
+    for name in ("routed", "best_single", "task_best", "oracle", "ridge", "knn"):
+        assert f"{stated['routing'][name]['mean_score']:.4f}" in card
