@@ -23,6 +23,7 @@ train = [
     "pydantic>=2.11",
     "pyyaml>=6",
     "scikit-learn>=1.7",
+    "datasets>=4",
     "rich>=14",
 ]
 bench = ["cvxpy>=1.6", "scipy>=1.15", "rich>=14"]

@@ -16,7 +16,7 @@ from p2l_engine.catalog import Catalog
 from p2l_engine.engine import Coefficients, Engine
 from p2l_engine.errors import CatalogError
 from p2l_engine.prompts import Prompt, user_turns
-from p2l_engine.routing import Policies, arrays
+from p2l_engine.routing import Policies, arrays, native
 
 Opponents = Literal["uniform"] | Mapping[str, float] | Sequence[float] | npt.NDArray[np.floating[Any]]
 
@@ -97,14 +97,15 @@ class Router:
                 f"coefficients: expected those of {len(prompts)} prompts from this router's engine, got {len(coefficients)} "
                 f"rows over {len(coefficients.models)} models"
             )
-        theta = coefficients.theta.astype(np.float64)
-        v = routing.win_rates(theta, self.q)[:, self._columns]
+        # The router's own q was checked once; the native core takes it as it is.
+        theta = arrays.matrix("theta", coefficients.theta)
+        v = native.win_rates(theta, self.q)[:, self._columns]
         policies = self._policies(v, budget, budget_scope, max_share)
-        scores = routing.bt_score(theta, self.q, np.clip(policies.value, 0.0, 1.0))
-        chosen = _draw(policies, [self._uniform(user_turns(prompt, i)) for i, prompt in enumerate(prompts)])
+        scores = native.bt_score(theta, self.q, policies.value.clip(0.0, 1.0))
+        uniforms = [self._uniform(user_turns(prompt, i)) for i, prompt in enumerate(prompts)]
         bound = "no budget" if budget is None else f"budget per {budget_scope}"
         columns = (policies.indices, policies.probabilities, policies.cost, policies.value, scores)
-        rows = zip(chosen, *(column.tolist() for column in columns), strict=True)
+        rows = zip(uniforms, *(column.tolist() for column in columns), strict=True)
         return [self._decision(bound, *row) for row in rows]
 
     def _policies(self, v: Any, budget: Any, scope: str, max_share: Mapping[str, float] | None) -> Policies:
@@ -131,10 +132,17 @@ class Router:
         return (int.from_bytes(digest, "little") >> 11) / 2.0**53
 
     def _decision(
-        self, bound: str, chosen: int, indices: list[int], probabilities: list[float], cost: float, value: float, score: float
+        self,
+        bound: str,
+        uniform: float,
+        indices: list[int],
+        probabilities: list[float],
+        cost: float,
+        value: float,
+        score: float,
     ) -> Decision:
         policy = {self.names[i]: p for i, p in zip(indices, probabilities, strict=True) if p > 0}
-        name = self.names[chosen]
+        name = _draw(policy, uniform)
         if len(policy) == 1:
             why = f"highest win rate ({bound})"
         else:
@@ -143,14 +151,13 @@ class Router:
         return Decision(name, policy, cost, value, score, why)
 
 
-def _draw(policies: Policies, uniforms: list[float]) -> list[int]:
-    """The model whose stretch of [0, 1), in the policy's order, holds the prompt's number."""
-    cumulated = np.cumsum(policies.probabilities, axis=1)
-    place = (np.asarray(uniforms)[:, None] >= cumulated).sum(1)
-    # Rounding may leave the last sum under 1: the last used place then takes what is beyond it.
-    last_used = policies.probabilities.shape[1] - 1 - np.argmax(policies.probabilities[:, ::-1] > 0, axis=1)
-    chosen: list[int] = policies.indices[np.arange(len(place)), np.minimum(place, last_used)].tolist()
-    return chosen
+def _draw(policy: dict[str, float], uniform: float) -> str:
+    """The model whose stretch of [0, 1), in the policy's order, holds the number."""
+    for name, probability in policy.items():
+        if uniform < probability:
+            return name
+        uniform -= probability
+    return name  # rounding may leave the sum of the probabilities a little under 1
 
 
 def _matched(catalog: Catalog, models: tuple[str, ...], unmatched: str) -> Catalog:

@@ -37,7 +37,7 @@ def test_theta_is_that_of_transformers_and_peft(default_engine):
     from safetensors.torch import load_file
 
     config = TrainConfig.load(CONFIG)
-    model, tokenizer = build(config, len(default_engine.models))
+    model, _ = build(config, len(default_engine.models))
     saved = load_file(checkpoint.DEFAULT / "adapter_model.safetensors")
     own = {name.replace(".weight", ".default.weight") if ".lora_" in name else name: w for name, w in saved.items()}
     state = {

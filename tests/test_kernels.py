@@ -41,9 +41,10 @@ def test_win_rates_in_the_interpreter():
 @pytest.mark.parametrize("capability", [80, 90])
 def test_win_rates_compile_without_spills(capability):
     import triton
-    from p2l_engine.kernels.win_rates import BLOCK_A, BLOCK_B, _win_rates_kernel
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+
+    from p2l_engine.kernels.win_rates import BLOCK_A, BLOCK_B, _win_rates_kernel
 
     signature = {
         "theta_ptr": "*fp32", "theta_row_stride": "i32", "q_ptr": "*fp64", "q_row_stride": "i32", "v_ptr": "*fp32",

@@ -10,6 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+
+from p2l_engine import Engine
+from p2l_engine.regression import Outcome, feedback_model
 from p2l_engine.train import votes as vote_files
 from p2l_engine.train.__main__ import main
 from p2l_engine.train.config import TrainConfig
@@ -17,9 +20,6 @@ from p2l_engine.train.evaluate import evaluate, figures, marginal
 from p2l_engine.train.model import build
 from p2l_engine.train.run import Collator, PromptVotes, train
 from p2l_engine.train.votes import Votes
-
-from p2l_engine import Engine
-from p2l_engine.regression import Outcome, feedback_model
 from tests import tiny
 
 
@@ -40,11 +40,14 @@ ROWS = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "folder"])
 def test_votes_are_grouped_by_prompt(kind, tmp_path):
     path = tmp_path / f"votes.{kind}"
     if kind == "parquet":
         write_votes(path, ROWS)
+    elif kind == "folder":
+        path.mkdir()
+        write_votes(path / "train-00000.parquet", ROWS)
     else:
         path.write_text("".join(json.dumps(row) + "\n" for row in vote_table(ROWS).to_pylist()))
     votes = vote_files.read(str(path))
@@ -69,6 +72,14 @@ def test_votes_are_grouped_by_prompt(kind, tmp_path):
 def test_bad_votes_are_named_by_their_row(row, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         vote_files.read(write_votes(tmp_path / "v.parquet", [ROWS[0], row]))
+
+
+def test_files_that_are_not_there_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"votes.parquet: expected .*; found no such file"):
+        vote_files.read(str(tmp_path / "votes.parquet"))
+    (tmp_path / "votes.txt").write_text("x")
+    with pytest.raises(ValueError, match="found another kind of file"):
+        vote_files.read(str(tmp_path / "votes.txt"))
 
 
 def test_scores_become_every_pair():
@@ -99,7 +110,7 @@ def skill_votes(path, n=48):
 
 
 def settings(tmp_path, **changes):
-    tiny.write(tmp_path / "base", loss_type="grk")
+    tiny.write(tmp_path / "base", loss_type="grk", dtype=torch.bfloat16)
     values = {
         "proj_name": "trial",
         "pretrain_model_name": str(tmp_path / "base"),

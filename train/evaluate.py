@@ -19,10 +19,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 import torch
-from p2l_engine.train import votes as vote_files
-from p2l_engine.train.config import TrainConfig
-from p2l_engine.train.run import split
-from p2l_engine.train.votes import Votes
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -35,6 +31,10 @@ from p2l_engine import checkpoint
 from p2l_engine.engine import Engine
 from p2l_engine.head import Head
 from p2l_engine.regression import FeedbackModel, feedback_model
+from p2l_engine.train import votes as vote_files
+from p2l_engine.train.config import TrainConfig
+from p2l_engine.train.run import split
+from p2l_engine.train.votes import Votes
 
 Floats = npt.NDArray[np.float64]
 NEIGHBOURS = 80

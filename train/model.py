@@ -6,7 +6,6 @@ import re
 from typing import Any
 
 import torch
-from p2l_engine.train.config import TrainConfig
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedTokenizerBase
@@ -14,6 +13,7 @@ from transformers import AutoModel, PreTrainedTokenizerBase
 from p2l_engine import checkpoint
 from p2l_engine.prompts import PromptEncoder
 from p2l_engine.regression import feedback_model
+from p2l_engine.train.config import TrainConfig
 
 
 class CoefficientHead(nn.Module):

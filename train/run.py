@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from p2l_engine.train import votes as vote_files
-from p2l_engine.train.config import TrainConfig
-from p2l_engine.train.model import P2LModel, build, published_tensors
-from p2l_engine.train.votes import Votes
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from p2l_engine.prompts import PromptEncoder
+from p2l_engine.train import votes as vote_files
+from p2l_engine.train.config import TrainConfig
+from p2l_engine.train.model import P2LModel, build, published_tensors
+from p2l_engine.train.votes import Votes
 
 logger = logging.getLogger(__name__)
 

@@ -55,7 +55,7 @@ class Votes:
 
 
 def read(path: str, models: tuple[str, ...] | None = None) -> Votes:
-    """Votes from a parquet or jsonl file, or a Hugging Face dataset's name (its split ``train``).
+    """Votes from a parquet or jsonl file, a folder of them, or a Hugging Face dataset's name (its split ``train``).
 
     Columns: prompt, model_a, model_b and winner (model_a, model_b, tie, tie (bothbad)); or prompt, model and score, which
     ``from_scores`` turns into votes. A prompt is text, a list of user turns, a list of messages, or one of these lists as
@@ -132,14 +132,17 @@ def _table(path: str) -> pa.Table:
         return pa.parquet.read_table(file)
     if file.suffix == ".jsonl" and file.is_file():
         return pa.json.read_json(file)
-    if file.suffix or file.exists():
-        found = "another kind" if file.exists() else "no such file"
-        raise ValueError(f"{path}: expected a parquet or jsonl file, or a dataset's name; found {found}")
+    if file.is_file() or (file.suffix and not file.exists()):
+        found = "another kind of file" if file.exists() else "no such file"
+        raise ValueError(f"{path}: expected a parquet or jsonl file, a folder of such files or a dataset's name; found {found}")
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
+
     try:
-        from datasets import load_dataset
-    except ImportError:
-        raise ValueError(f"{path}: no such file; reading it as a Hugging Face dataset needs: pip install datasets") from None
-    return load_dataset(path, split="train").data.table
+        return load_dataset(path, split="train").data.table
+    except (DatasetNotFoundError, OSError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"{path}: no file or folder here, and no data set could be had from the hub: {first}") from error
 
 
 def turns(prompt: Any, path: str, row: int) -> tuple[str, ...]:
