@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from p2l_engine import Catalog, Engine, Leaderboard, Router
@@ -34,16 +35,16 @@ def main() -> None:
     router = Router(engine, catalog)
     free = router.route_batch(PROMPTS)
     bounded = router.route_batch(PROMPTS, budget=BUDGET)
-    table = Table(title="The best model for each prompt, and the best mix for a budget", title_justify="left", show_lines=True)
-    table.add_column("prompt", max_width=44)
-    table.add_column("no budget")
-    table.add_column("win rate", justify="right")
-    table.add_column(f"expected cost <= {BUDGET}")
+    table = Table(title=f"The best model for each prompt; below it the best mix at {BUDGET}", title_justify="left", box=None)
+    table.add_column("prompt", min_width=20)
+    table.add_column("choice", no_wrap=True)
     table.add_column("win rate", justify="right")
     for prompt, best, mixed in zip(PROMPTS, free, bounded, strict=True):
-        policy = "\n".join(f"{p:4.0%} {name}" for name, p in mixed.policy.items())
         text = prompt if isinstance(prompt, str) else " / ".join(prompt)
-        table.add_row(text.replace("[", "\\["), best.model, f"{best.win_rate:.1%}", policy, f"{mixed.win_rate:.1%}")
+        mix = "\n".join(f"{p:4.0%} {name}" for name, p in mixed.policy.items())
+        rates = f"{best.win_rate:.1%}\n{mixed.win_rate:.1%}"
+        table.add_row(escape(text), f"     {best.model}\n{mix}", rates)
+        table.add_row()
     console.print(table)
     for name, decisions in (("no budget", free), (f"budget {BUDGET}", bounded)):
         cost = sum(d.expected_cost for d in decisions) / len(decisions)
