@@ -17,6 +17,7 @@ lint: $(VENV)/lint.stamp  ## Check style and types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@# mypy reads the package as it installs: kernels/ and train/ inside p2l_engine/
+	rm -rf build/lint
 	$(BIN)/python setup.py -q build_py --build-lib build/lint
 	cp -r bench build/lint/
 	cd build/lint && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p p2l_engine -p bench

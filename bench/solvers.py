@@ -15,6 +15,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -101,7 +102,7 @@ def find_root(theta: Float64, q: Float64, rate: Float64) -> Float64:
 
     def excess(x: Float64, index: npt.NDArray[np.int64]) -> Float64:
         i = index.astype(int)
-        return expit(x[..., None] - theta[i]) @ q - rate[i]
+        return np.asarray(expit(x[..., None] - theta[i]) @ q - rate[i])
 
     bracket = (theta.min(1) + logit, theta.max(1) + logit)
     result = elementwise.find_root(excess, bracket, args=(np.arange(len(theta)),))
@@ -109,7 +110,7 @@ def find_root(theta: Float64, q: Float64, rate: Float64) -> Float64:
 
 
 def numpy_win_rates(theta: Float64, q: Float64) -> Float64:
-    return np.stack([expit(row[:, None] - row) @ q for row in theta])
+    return np.asarray(np.stack([expit(row[:, None] - row) @ q for row in theta]))
 
 
 def bench(m: int, n: int, n_slow: int) -> list[Row]:
@@ -135,7 +136,7 @@ def bench(m: int, n: int, n_slow: int) -> list[Row]:
         ("cvxpy, rebuilt per prompt", n_slow, lambda k: cvxpy_rebuilt(v[:k], costs, budget[:k])),
     ]
     for name, k, run in peers:
-        seconds, value = once(lambda run=run, k=k: run(k), k)
+        seconds, value = once(partial(run, k), k)
         add("budget LP", name, k, seconds, t_lp, float(np.abs(value - policies.value[:k]).max()))
 
     rate = policies.value
@@ -182,7 +183,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="threads of the native routines (peers run on one)")
     parser.add_argument("--csv", type=Path, help="also write the rows here, with machine and versions")
     arguments = parser.parse_args()
-    native.threads = lambda n_prompts: arguments.threads  # type: ignore[assignment]
+    native.threads = lambda n_prompts: arguments.threads
     console = Console()
     rows = [r for m in track(arguments.models, "measuring", console=console, transient=True)
             for r in bench(m, arguments.prompts, arguments.slow_prompts)]  # fmt: skip

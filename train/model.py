@@ -98,7 +98,7 @@ def build(config: TrainConfig, n_models: int) -> tuple[P2LModel, PreTrainedToken
         pattern = rf"layers\.({'|'.join(map(str, layers))})\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
         settings = LoraConfig(
             r=config.lora.r, lora_alpha=config.lora.alpha, lora_dropout=config.lora.dropout, target_modules=pattern
-        )  # type: ignore[call-arg, unused-ignore]
+        )
         decoder = get_peft_model(decoder, settings)
     elif config.train_head_only:
         decoder.requires_grad_(False)

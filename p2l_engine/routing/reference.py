@@ -10,14 +10,13 @@ from p2l_engine.routing.arrays import Float64
 
 def sigmoid(x: Float64) -> Float64:
     """1 / (1 + exp(-x)), without overflow."""
-    result: Float64 = np.exp(-np.logaddexp(0.0, -x))
-    return result
+    return np.asarray(np.exp(-np.logaddexp(0.0, -x)), np.float64)
 
 
 def win_rates(theta: Float64, q: Float64) -> Float64:
     """v[n, b] = sum_a W[n, b, a] q[a] with W[n, b, a] = sigmoid(theta[n, b] - theta[n, a]) (paper, equation (6))."""
     win = sigmoid(theta[:, :, None] - theta[:, None, :])
-    return np.einsum("nba,na->nb", win, np.broadcast_to(q, theta.shape))
+    return np.asarray(np.einsum("nba,na->nb", win, np.broadcast_to(q, theta.shape)))
 
 
 def upper_hull(costs: Float64, v: Float64) -> list[int]:
