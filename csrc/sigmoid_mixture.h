@@ -42,7 +42,7 @@ static inline double p2l_exp(double x) {
     p = p * r + 1.0;
     p = p * r + 1.0;
     union {
-        int64_t bits;
+        uint64_t bits;
         double value;
     } scale;
     /* Adding 1.5 * 2^52 leaves the integer n in the low bits: a conversion that every instruction set vectorises. */

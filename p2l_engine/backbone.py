@@ -83,8 +83,8 @@ class PackedDecoder:
         self.activation = ACT2FN[config.hidden_act]
         rope = LlamaRotaryEmbedding(config=config)  # type: ignore[arg-type]  # reads rope settings only, Qwen2's too
         self.inv_freq, self.rope_scale = rope.inv_freq.float().to(device), float(rope.attention_scaling)
-        self.max_positions = 0
-        self._grow_rope(512)
+        self._tables = (torch.empty(0), torch.empty(0))
+        self._rope(512)
 
         def put(weight: Tensor | None) -> Tensor | None:
             return None if weight is None else weight.to(device, dtype)
@@ -114,8 +114,7 @@ class PackedDecoder:
         sizes = torch.tensor(lengths)
         last = (sizes.cumsum(0) - 1).to(self.device)
         positions = torch.cat([torch.arange(length) for length in lengths]).to(self.device)
-        self._grow_rope(max(lengths))
-        cos, sin = self.cos[positions], self.sin[positions]
+        cos, sin = (table[positions] for table in self._rope(max(lengths)))
         runs = list(same_length_runs(lengths))
         x = F.embedding(tokens.to(self.device), self.embedding)
         for i in range(self.n_layers - 1):
@@ -175,13 +174,16 @@ class PackedDecoder:
         part = packed[start : start + count * length]
         return part.view(count, length, -1, self.head_size).transpose(1, 2)
 
-    def _grow_rope(self, positions: int) -> None:
-        if positions <= self.max_positions:
-            return
-        self.max_positions = max(positions, 2 * self.max_positions)
-        angles = torch.arange(self.max_positions, device=self.device).float()[:, None] * self.inv_freq
-        angles = torch.cat((angles, angles), dim=-1)
-        self.cos, self.sin = ((f(angles) * self.rope_scale).to(self.dtype) for f in (torch.cos, torch.sin))
+    def _rope(self, positions: int) -> tuple[Tensor, Tensor]:
+        """Tables of at least so many positions; both replaced in one step, since callers may be on several threads."""
+        if positions > len(self._tables[0]):
+            size = max(positions, 2 * len(self._tables[0]))
+            angles = torch.arange(size, device=self.device).float()[:, None] * self.inv_freq
+            angles = torch.cat((angles, angles), dim=-1)
+            cos, sin = ((f(angles) * self.rope_scale).to(self.dtype) for f in (torch.cos, torch.sin))
+            self._tables = (cos, sin)
+            return cos, sin
+        return self._tables
 
 
 class TransformersDecoder:

@@ -63,7 +63,7 @@ class Catalog:
         except (OSError, UnicodeDecodeError) as error:
             raise CatalogError(f"catalog {path}: cannot be read: {error}") from None
         try:
-            values = yaml.load(text, _UniqueKeys)
+            values = yaml.load(text, UniqueKeys)
         except yaml.YAMLError as error:
             raise CatalogError(f"catalog {path}: expected YAML: {error}") from None
         return cls.from_mapping(values, f"catalog {path}")
@@ -101,7 +101,7 @@ class Catalog:
         return Catalog(tuple(model for model in self.models if model.name in wanted), self.unit)
 
 
-class _UniqueKeys(yaml.SafeLoader):
+class UniqueKeys(yaml.SafeLoader):
     """YAML whose mappings name every key once; PyYAML itself keeps the last and says nothing."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

@@ -56,7 +56,7 @@ def load(path_or_repo: str | Path | None = None) -> Checkpoint:
     adapter = folder / "adapter_config.json"
     if adapter.is_file():
         lora = _json(adapter, dict)
-        base = find(str(lora.get("base_model_name_or_path") or ""))
+        base = find(str(_field(adapter, lora, "base_model_name_or_path", str)))
         weights = decoder_weights(base)
         update = {n.removeprefix(_PEFT_PREFIX): w for n, w in _read(folder / "adapter_model.safetensors").items()}
         weights = _merge(folder, weights, update, lora)
@@ -65,10 +65,15 @@ def load(path_or_repo: str | Path | None = None) -> Checkpoint:
         base = folder
         heads = _tensors(folder)
         weights = {n.removeprefix("model."): w for n, w in heads.items() if n.startswith("model.")}
-    config = AutoConfig.from_pretrained(base)
+    config = read_config(base)
     if not (folder / "tokenizer.json").is_file() and not adapter.is_file():
         raise CheckpointError(f"{folder}: expected the tokenizer's tokenizer.json, found none")
     tokenizer = read_tokenizer(folder if (folder / "tokenizer.json").is_file() else base, training)
+    if len(tokenizer) > int(config.vocab_size):
+        raise CheckpointError(
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, but the backbone's vocab_size is {config.vocab_size}: "
+            "expected an embedding for every token, the CLS token among them"
+        )
     head = Head.from_tensors(
         {n.removeprefix("head."): w for n, w in heads.items() if n.startswith("head.")},
         hidden=int(config.hidden_size), n_models=len(models), training=training, where=str(folder),
@@ -78,10 +83,10 @@ def load(path_or_repo: str | Path | None = None) -> Checkpoint:
 
 def find(path_or_repo: str | Path) -> Path:
     """The local folder of a path, of the built-in backbone's name, or of a hub repository (downloaded when need be)."""
-    path = Path(path_or_repo).expanduser()
-    if path.is_dir():
-        return path
     name = str(path_or_repo)
+    path = Path(path_or_repo).expanduser()
+    if name and path.is_dir():
+        return path
     if name == smollm2.NAME:
         return smollm2.folder()
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
@@ -113,6 +118,17 @@ def _json(path: Path, kind: type) -> Any:
     return value
 
 
+def read_config(folder: Path) -> PretrainedConfig:
+    """The decoder's config. Raises CheckpointError."""
+    _json(folder / "config.json", dict)
+    try:
+        # False, not unset: unset, transformers may ask on the terminal whether to run a checkpoint's own code.
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise CheckpointError(f"{folder / 'config.json'}: transformers cannot read it: {error}") from error
+    return config
+
+
 def _models(folder: Path) -> tuple[str, ...]:
     names = _json(folder / "model_list.json", list)
     if not names or not all(isinstance(name, str) for name in names):
@@ -141,7 +157,10 @@ def _feedback(folder: Path, training: dict[str, Any]) -> FeedbackModel:
 
 def read_tokenizer(folder: Path, training: dict[str, Any]) -> PreTrainedTokenizerBase:
     """The tokenizer, with the chat template and the CLS and padding tokens that training gave it where it has none."""
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        raise CheckpointError(f"{folder}: the tokenizer cannot be read (tokenizer.json): {error}") from error
     if training.get("chat_template"):
         tokenizer.chat_template = training["chat_template"]
     if not tokenizer.cls_token and training.get("cls_token_if_none"):
@@ -156,11 +175,15 @@ def read_tokenizer(folder: Path, training: dict[str, Any]) -> PreTrainedTokenize
 def _read(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent}: expected the file {path.name}, found none") from None
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: damaged, truncated or no safetensors file: {error}; fetch it again") from error
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{path}: {name}: expected floating point, found {tensor.dtype}")
+    return tensors
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
@@ -169,8 +192,8 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
         return _read(single)
     if index.is_file():
         places = _json(index, dict).get("weight_map")
-        if not isinstance(places, dict):
-            raise CheckpointError(f"{index}: expected a 'weight_map' from key to file, found {type(places).__name__}")
+        if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
+            raise CheckpointError(f"{index}: expected a 'weight_map' from key to file, found {places!r:.80}")
         tensors: dict[str, Tensor] = {}
         for shard in sorted(set(places.values())):
             tensors |= _read(folder / Path(shard).name)
@@ -193,7 +216,8 @@ def _merge(folder: Path, weights: dict[str, Tensor], update: dict[str, Tensor], 
     for key in ("rank_pattern", "alpha_pattern"):
         if lora.get(key):
             raise CheckpointError(f"{name}: {key}: expected none, found {lora[key]!r}: not supported")
-    scale = float(lora["lora_alpha"]) / float(lora["r"])
+    rank = int(_field(name, lora, "r", int))
+    scale = float(_field(name, lora, "lora_alpha", int | float)) / rank
     merged = dict(weights)
     for key, down in update.items():
         if key.startswith("head."):
@@ -206,13 +230,20 @@ def _merge(folder: Path, weights: dict[str, Tensor], update: dict[str, Tensor], 
         up = update.get(key.replace(".lora_A.", ".lora_B."))
         if target not in weights or up is None:
             raise CheckpointError(f"{folder}: adapter key {key}: found no {'lora_B' if up is None else target} for it")
-        if (up.shape[0], down.shape[1]) != tuple(weights[target].shape) or up.shape[1] != down.shape[0]:
+        if (up.shape[0], down.shape[1]) != tuple(weights[target].shape) or not up.shape[1] == down.shape[0] == rank:
             raise CheckpointError(
-                f"{folder}: adapter key {key}: expected factors of {list(weights[target].shape)}, "
+                f"{folder}: adapter key {key}: expected factors of {list(weights[target].shape)} of rank {rank}, "
                 f"found {list(up.shape)} x {list(down.shape)}"
             )
         merged[target] = weights[target].float() + scale * (up.float() @ down.float())
     return merged
+
+
+def _field(path: Path, values: dict[str, Any], key: str, kind: Any) -> Any:
+    value = values.get(key)
+    if not isinstance(value, kind) or isinstance(value, bool) or not value:
+        raise CheckpointError(f"{path}: {key}: expected a {getattr(kind, '__name__', 'number')}, found {value!r}")
+    return value
 
 
 def _some(names: list[str]) -> str:

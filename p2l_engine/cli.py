@@ -19,10 +19,12 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 import p2l_engine
 from p2l_engine.catalog import Catalog
 from p2l_engine.engine import Engine
+from p2l_engine.errors import PromptError
 from p2l_engine.leaderboard import Leaderboard
 from p2l_engine.prompts import Prompt, user_turns
 from p2l_engine.router import Decision, Router
@@ -93,7 +95,7 @@ def route(
         return
     out.print(_decisions_table(batch, decisions, router.catalog.unit))
     mean = float(np.mean([decision.expected_cost for decision in decisions]))
-    out.print(f"mean expected cost {mean:.4g} {router.catalog.unit}", style="dim")
+    out.print(f"mean expected cost {mean:.4g} {router.catalog.unit}", style="dim", markup=False)
 
 
 @app.command()
@@ -114,7 +116,7 @@ def leaderboard(
         from p2l_engine import plot as plots
 
         plots.leaderboard(board, _short(text, 110), plot)
-        err.print(f"wrote {plot}", highlight=False)
+        err.print(f"wrote {plot}", highlight=False, markup=False)
     if as_json:
         for place in board:
             print(
@@ -128,11 +130,11 @@ def leaderboard(
                 )
             )
         return
-    table = Table(title=_short(text, 90), title_justify="left")
+    table = Table(title=Text(_short(text, 90)), title_justify="left")
     for name, justify in (("rank", "right"), ("model", "left"), ("coefficient", "right"), ("win rate", "right")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     for place in board:
-        table.add_row(str(place.rank), place.model, f"{place.coefficient:.3f}", f"{place.win_rate:.1%}")
+        table.add_row(str(place.rank), Text(place.model), f"{place.coefficient:.3f}", f"{place.win_rate:.1%}")
     out.print(table)
 
 
@@ -155,7 +157,7 @@ def info(checkpoint: Checkpoint = None, device: Device = None, dtype: DtypeOptio
         f"{len(engine.models)} models": "\n".join(engine.models),
     }
     for name, value in rows.items():
-        table.add_row(name, value)
+        table.add_row(name, Text(value))
     out.print(table)
 
 
@@ -194,13 +196,14 @@ def _prompts(given: list[str] | None, file: Path | None) -> list[Prompt]:
     if given:
         return list(given)
     text = _read_text(file) if file else _stdin()
-    lines = [line for line in text.splitlines() if line.strip()]
+    # Only "\n" ends a line: str.splitlines also breaks at characters that JSON strings and prompts may hold.
+    lines = [(i, line.rstrip("\r")) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
     where = str(file or "standard input")
     if not lines:
         raise typer.BadParameter(f"{where} holds no prompt", param_hint="prompts")
-    return (
-        [_json_prompt(line, where, i) for i, line in enumerate(lines, 1)] if file and file.suffix == ".jsonl" else list(lines)
-    )
+    if file and file.suffix == ".jsonl":
+        return [_json_prompt(line, where, i) for i, line in lines]
+    return [line for _, line in lines]
 
 
 def _json_prompt(line: str, where: str, number: int) -> Prompt:
@@ -212,14 +215,17 @@ def _json_prompt(line: str, where: str, number: int) -> Prompt:
         if "prompt" not in value:
             raise ValueError(f"{where}: line {number}: expected the key 'prompt', got {sorted(value)}")
         value = value["prompt"]
-    user_turns(value, number - 1)
+    try:
+        user_turns(value)
+    except PromptError as error:
+        raise ValueError(f"{where}: line {number}: {error.problem}") from None
     prompt: Prompt = value
     return prompt
 
 
 def _read_text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: expected UTF-8 text: {error}") from None
 
@@ -228,7 +234,7 @@ def _stdin() -> str:
     if sys.stdin.isatty():
         raise typer.BadParameter("give a prompt, a file, or text on standard input", param_hint="prompts")
     try:
-        return sys.stdin.buffer.read().decode("utf-8")
+        return sys.stdin.buffer.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"standard input: expected UTF-8 text: {error}") from None
 
@@ -238,7 +244,7 @@ def _fields(decision: Decision) -> dict[str, Any]:
 
 
 def _decisions_table(batch: Sequence[Prompt], decisions: Sequence[Decision], unit: str) -> Table:
-    table = Table(caption=f"cost in {unit}", caption_justify="left")
+    table = Table(caption=Text(f"cost in {unit}"), caption_justify="left")
     for name, justify in (
         ("prompt", "left"), ("model", "left"), ("policy", "left"), ("cost", "right"), ("win rate", "right"), ("score", "right"),
     ):  # fmt: skip
@@ -246,14 +252,14 @@ def _decisions_table(batch: Sequence[Prompt], decisions: Sequence[Decision], uni
     for prompt, decision in zip(batch, decisions, strict=True):
         policy = ", ".join(f"{name} {p:.0%}" for name, p in decision.policy.items()) if len(decision.policy) > 1 else "certain"
         table.add_row(
-            _short(" / ".join(user_turns(prompt)), 44), decision.model, policy,
+            Text(_short(" / ".join(user_turns(prompt)), 44)), Text(decision.model), Text(policy),
             f"{decision.expected_cost:.4g}", f"{decision.win_rate:.1%}", f"{decision.score:.2f}",
         )  # fmt: skip
     return table
 
 
 def _short(text: str, width: int) -> str:
-    flat = " ".join(text.split()).replace("[", "\\[")
+    flat = " ".join(text.split())
     return flat if len(flat) <= width else flat[: width - 1] + "…"
 
 

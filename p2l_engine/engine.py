@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +36,10 @@ class Engine:
 
     def __init__(self, loaded: Checkpoint, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if self.device.type not in TOKENS_PER_BATCH:
+            raise ValueError(f"device: expected cpu or cuda, got {str(self.device)!r}")
+        if self.device.type == "cuda" and (self.device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(f"device: {str(self.device)!r} is not here: {torch.cuda.device_count()} CUDA devices are")
         self.dtype = dtype or _natural_dtype(self.device)
         self.models, self.feedback, self.folder = loaded.models, loaded.feedback, loaded.folder
         self.encoder = PromptEncoder(loaded.tokenizer)
@@ -63,8 +67,8 @@ class Engine:
         ``progress`` is called with the number of prompts that each forward pass has finished. Raises PromptError, which
         names the index of a prompt that cannot be read; TypeError when ``prompts`` is a single string.
         """
-        if isinstance(prompts, str):
-            raise TypeError("prompts: expected a list of prompts, got a single string; wrap it in a list")
+        if isinstance(prompts, str | Mapping):
+            raise TypeError(f"prompts: expected a list of prompts, got a single {type(prompts).__name__}; wrap it in a list")
         tokens = self.encoder.encode(prompts)
         n = len(tokens)
         theta = np.empty((n, len(self.models)), np.float32)

@@ -42,8 +42,12 @@ class Head:
         With linear_head_downsize_factor f the head is two layers over an inner width of int(M // f); with head_config's
         eta_downsize the tie parameter starts from the same inner layer.
         """
-        factor = training.get("linear_head_downsize_factor")
-        downsized_eta = bool((training.get("head_config") or {}).get("eta_downsize")) and bool(factor)
+        factor, config = training.get("linear_head_downsize_factor"), training.get("head_config") or {}
+        if factor is not None and (isinstance(factor, bool) or not isinstance(factor, int | float) or not factor > 0):
+            raise CheckpointError(f"{where}: linear_head_downsize_factor: expected a number > 0, found {factor!r}")
+        if not isinstance(config, dict):
+            raise CheckpointError(f"{where}: head_config: expected a mapping, found {config!r}")
+        downsized_eta = bool(config.get("eta_downsize")) and bool(factor)
         inner = int(n_models // factor) if factor else 0
         wide = [("0", (inner, hidden)), ("1", (n_models, inner))] if factor else [("", (n_models, hidden))]
         eta = [("0", (inner, hidden)), ("1", (1, inner))] if downsized_eta else [("", (1, hidden))]

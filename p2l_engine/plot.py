@@ -25,5 +25,5 @@ def leaderboard(board: Leaderboard, title: str, path: str | Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.axvline(0 if axes is left else 50, color="#888888", linewidth=0.8, zorder=0)
     left.invert_yaxis()
-    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left", parse_math=False)
     figure.savefig(path, dpi=150)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from p2l_engine.errors import PromptError
@@ -74,7 +75,10 @@ class PromptEncoder:
     def text(self, turns: list[str]) -> str:
         """The text that the P2L model sees for these user turns."""
         messages = [{"role": "user", "content": turn} for turn in turns]
-        rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
+        try:
+            rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
+        except TemplateError as error:
+            raise ValueError(f"the tokenizer's chat template cannot be rendered: {error}") from error
         return str(rendered).replace(self.cls_token, "<cls>") + self.cls_token
 
     def encode(self, prompts: Sequence[Prompt]) -> list[npt.NDArray[np.int32]]:

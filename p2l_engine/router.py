@@ -54,13 +54,15 @@ class Router:
         seed: int = 0,
         unmatched: Literal["error", "leave_out"] = "error",
     ) -> None:
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seed: expected an integer, got {seed!r}")
         self.engine, self.seed = engine, seed
         self.catalog = _matched(catalog, engine.models, unmatched)
         self.q = _weights(opponents, engine.models)
         self.names = self.catalog.names
         self.costs = self.catalog.costs
         self._columns = np.array([engine.models.index(name) for name in self.names])
-        self._salt = hashlib.blake2b(str(int(seed)).encode(), digest_size=16).digest()
+        self._salt = hashlib.blake2b(str(seed).encode(), digest_size=16).digest()
 
     def route(self, prompt: Prompt, budget: float | None = None) -> Decision:
         """The decision for one prompt; budget None is no budget. Raises PromptError, InfeasibleBudget."""

@@ -53,9 +53,20 @@ def test_route_reads_jsonl(checkpoint, tmp_path):
     assert len(out.splitlines()) == 4
 
 
+def test_markup_and_odd_line_ends_are_text(checkpoint, tmp_path):
+    status, out, err = run("route", r"\[/a] [/b]", checkpoint=checkpoint)
+    assert status == 0, err
+    assert r"\[/a] [/b]" in out
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('\ufeff"one\u2028line"\r\n\n["bad", 3]\n', encoding="utf-8")
+    status, _, err = run("route", "--file", str(file), checkpoint=checkpoint)
+    assert status == 2
+    assert "line 3: message 1" in " ".join(err.split())
+
+
 def test_leaderboard_and_its_plot(checkpoint, tmp_path):
     plot = tmp_path / "out.png"
-    status, out, err = run("leaderboard", "hello", "--plot", str(plot), checkpoint=checkpoint)
+    status, out, err = run("leaderboard", r"Simplify $\frac$ [/a]", "--plot", str(plot), checkpoint=checkpoint)
     assert status == 0, err
     assert all(name in out for name in tiny.MODELS)
     assert plot.read_bytes().startswith(b"\x89PNG")
@@ -89,6 +100,14 @@ def test_errors_are_said_without_a_stack_trace(arguments, text, message, checkpo
     status, _, err = run(*arguments, text=text, checkpoint=checkpoint)
     assert status == 2
     assert message in " ".join(err.split())
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("device", ["meta", "cuda:99"])
+def test_a_device_that_is_not_here_is_said(device, checkpoint):
+    status, _, err = run("info", "--checkpoint", str(checkpoint), "--device", device)
+    assert status == 2
+    assert "error: device: " in err
     assert "Traceback" not in err
 
 

@@ -146,14 +146,45 @@ def test_batch_budget_is_feasible_and_dominates():
     assert shares.max() <= 0.25 * 60 * (1 + 1e-6)
 
 
+@given(st.integers(0, 2**32 - 1), st.sampled_from([1.0, 1e4, 1e8, 1e12]), st.sampled_from([1e-9, 1.0, 1e6]))
+@settings(max_examples=60)
+def test_batch_budget_holds_however_far_costs_span(seed, span, unit):
+    rng = np.random.default_rng(seed)
+    v, costs = rng.uniform(size=(12, 4)), unit * span ** rng.uniform(size=4)
+    budget = float(np.sort(costs)[:2].mean())
+    p = routing.solve_batch_budget(v, costs, budget)
+    assert p.cost.mean() <= budget * (1 + 1e-6)
+    each = routing.solve_budget(v, costs, budget)
+    assert p.value.mean() >= each.value.mean() - 1e-6
+    one = routing.solve_budget(v, costs, budget, solver="highs")
+    assert (one.cost <= budget * (1 + 1e-6)).all()
+    np.testing.assert_allclose(one.value, each.value, atol=1e-6)
+
+
+def test_batch_budget_with_shares_in_small_units():
+    v, costs = np.array([[0.9, 0.1], [0.1, 0.9]]), np.array([[2.0, 1.0], [1.0, 2.0]]) * 1e-8
+    p = routing.solve_batch_budget(v, costs, 1.2e-8, np.array([0.6, 0.6]))
+    assert p.cost.mean() <= 1.2e-8 * (1 + 1e-6)
+
+
+def test_the_callers_budget_is_left_alone():
+    budget = np.array([1 - 1e-13, 2.0])
+    budget.flags.writeable = False
+    assert routing.solve_budget(np.ones((2, 2)), np.array([1.0, 2.0]), budget).cost.tolist() == [1.0, 1.0]
+
+
 @pytest.mark.parametrize("batch", [False, True])
 def test_infeasible_budget_names_the_smallest_feasible_one(batch):
     v, costs = np.full((3, 2), 0.5), np.array([[1.0, 2.0], [4.0, 3.0], [5.0, 6.0]])
     solve = routing.solve_batch_budget if batch else routing.solve_budget
     with pytest.raises(InfeasibleBudget) as caught:
         solve(v, costs, 0.5)
-    assert caught.value.smallest == (3.0 if batch else 5.0)
-    assert solve(v, costs, caught.value.smallest).cost.max() <= 5.0
+    assert caught.value.smallest == (3.0 if batch else 1.0)
+    if batch:
+        assert solve(v, costs, caught.value.smallest).cost.mean() == pytest.approx(3.0)
+    else:
+        assert caught.value.index == 0
+        assert "(and 2 more prompts)" in str(caught.value)
 
 
 def test_torch_tensors_come_back_as_tensors():
@@ -198,7 +229,7 @@ GOOD = {"theta": np.zeros((2, 3)), "q": np.full(3, 1 / 3), "costs": np.ones(3), 
         ("theta", [[0, 0, np.inf], [0, 0, 0]], r"theta\[0, 2\]"),
         ("theta", np.zeros(3), r"theta: expected shape \[N, M\]"),
         ("theta", np.zeros((2, 0)), r"theta: expected shape \[N, M\] with M >= 1"),
-        ("theta", [["a"]], "theta: expected an array of numbers"),
+        ("theta", [["a"]], "theta: expected an array of real numbers"),
         ("q", [0.5, 0.4, 0.3], "q: expected weights that sum to 1, got a sum of 1.2"),
         ("q", [1.5, -0.5, 0], r"q\[1\]: expected a weight >= 0"),
         ("q", [np.nan, 0.5, 0.5], r"q\[0\]"),
@@ -206,6 +237,10 @@ GOOD = {"theta": np.zeros((2, 3)), "q": np.full(3, 1 / 3), "costs": np.ones(3), 
         ("costs", [1, -1, 1], r"costs\[1\]: expected a cost >= 0"),
         ("costs", [1, np.inf, 1], r"costs\[1\]: expected a finite number"),
         ("costs", np.ones((3, 3)), "costs: expected shape"),
+        ("budget", "1.0", "budget: expected a number, got '1.0'"),
+        ("budget", True, "budget: expected a number, got True"),
+        ("costs", ["1", "2", "3"], "costs: expected an array of real numbers"),
+        ("theta", np.ones((2, 3)) * 1j, "theta: expected an array of real numbers"),
         ("budget", np.nan, "budget: expected a number, or None"),
         ("budget", -np.inf, "budget: expected a number, or None"),
         ("budget", [1.0, 2.0, 3.0], r"budget: expected a number or shape \[2\]"),

@@ -8,13 +8,14 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from p2l_engine.catalog import UniqueKeys
 from p2l_engine.regression import feedback_model
 
 
 class Lora(BaseModel):
     """A LoRA adapter on every linear layer of the decoder's blocks from ``first_layer`` up."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     r: Annotated[int, Field(gt=0)] = 16
     alpha: Annotated[int, Field(gt=0)] = 32
@@ -25,7 +26,7 @@ class Lora(BaseModel):
 class TrainConfig(BaseModel):
     """One training run. ``load`` reads it from YAML; unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     # as in published configs
     proj_name: str
@@ -74,7 +75,10 @@ class TrainConfig(BaseModel):
     @classmethod
     def load(cls, path: str | Path) -> TrainConfig:
         """Reads YAML. Raises ValueError with a line for every key that is unknown, missing or of a wrong value."""
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        try:
+            values = yaml.load(Path(path).read_text(encoding="utf-8"), UniqueKeys)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path}: expected YAML: {error}") from None
         if not isinstance(values, dict):
             raise ValueError(f"{path}: expected a mapping of keys to values, got {type(values).__name__}")
         try:

@@ -94,9 +94,7 @@ def probes(base: str, config: TrainConfig, training: Votes, held_out: Votes, sco
 
 def _frozen(folder: Path, config: TrainConfig, n_models: int) -> checkpoint.Checkpoint:
     """The bare backbone as a checkpoint whose "coefficients" are its hidden states."""
-    from transformers import AutoConfig
-
-    decoder = AutoConfig.from_pretrained(folder)
+    decoder = checkpoint.read_config(folder)
     size = int(decoder.hidden_size)
     return checkpoint.Checkpoint(
         folder, decoder, checkpoint.read_tokenizer(folder, config.model_dump()), tuple(f"h{i}" for i in range(size)),

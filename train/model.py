@@ -82,7 +82,7 @@ def build(config: TrainConfig, n_models: int) -> tuple[P2LModel, PreTrainedToken
     dtype = torch.bfloat16 if frozen else torch.float32
     # torch's fused attention is slow backwards on CPUs: there plain products are twice as fast.
     attention = "sdpa" if torch.cuda.is_available() else "eager"
-    decoder = AutoModel.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
+    decoder = AutoModel.from_pretrained(folder, dtype=dtype, attn_implementation=attention, trust_remote_code=False)
     if decoder.config.vocab_size < len(tokenizer):
         if frozen:
             raise ValueError(

@@ -84,10 +84,12 @@ def score_matrix(
     rows: dict[tuple[str, ...], dict[str, float]] = {}
     columns = [table.column(name).to_pylist() for name in ("prompt", "model", "score")]
     for i, (prompt, model, score) in enumerate(zip(*columns, strict=True)):
+        if not isinstance(model, str):
+            raise ValueError(f"{path}: row {i}: model: expected a name, got {model!r}")
         of_prompt = rows.setdefault(turns(prompt, path, i), {})
         if model in of_prompt:
             raise ValueError(f"{path}: row {i}: a second score of {model!r} on the same prompt")
-        if score is None or not np.isfinite(score):
+        if not isinstance(score, int | float) or not np.isfinite(score):
             raise ValueError(f"{path}: row {i}: score: expected a finite number, got {score!r}")
         of_prompt[model] = float(score)
     prompts, models = tuple(sorted(rows)), tuple(sorted({m for row in rows.values() for m in row}))
@@ -95,6 +97,8 @@ def score_matrix(
         if len(rows[prompt]) != len(models):
             lacking = sorted(set(models) - set(rows[prompt]))
             raise ValueError(f"{path}: the prompt {prompt[0][:60]!r} has no score of {', '.join(lacking)}")
+    if len(models) < 2:
+        raise ValueError(f"{path}: expected scores of at least two models, got {', '.join(models) or 'none'}")
     return prompts, models, np.array([[rows[p][m] for m in models] for p in prompts])
 
 
@@ -168,7 +172,7 @@ def _from_votes(table: pa.Table, path: str, models: tuple[str, ...] | None) -> V
     rows = []
     for i, (prompt, a, b, winner) in enumerate(zip(*columns, strict=True)):
         for key, value, known in (("model_a", a, column), ("model_b", b, column), ("winner", winner, WINNERS)):
-            if value not in known:
+            if not isinstance(value, str) or value not in known:
                 raise ValueError(f"{path}: row {i}: {key}: expected one of {', '.join(known)}, got {value!r}")
         if a == b:
             raise ValueError(f"{path}: row {i}: {a!r} against itself")

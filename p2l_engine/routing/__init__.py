@@ -19,6 +19,8 @@ from p2l_engine.routing.arrays import Array
 
 __all__ = ["InfeasibleBudget", "Policies", "bt_score", "solve_batch_budget", "solve_budget", "win_rates"]
 
+TINY = float(np.finfo(float).tiny)
+RATE_ROUNDING = 1e-12  # a sum of win rates may exceed 1 by its last bits
 INFEASIBLE_SLACK = 1e-12  # relative: a budget this close under the cheapest policy is a rounding of it
 
 
@@ -101,7 +103,8 @@ def solve_batch_budget(
     limit = float(arrays.budgets(budget, 1)[0])
     shares = None if max_share is None else _shares(max_share, w.shape[1])
     smallest = _cheapest_mean(c, w.shape, shares)
-    if smallest > limit * (1 + INFEASIBLE_SLACK):
+    # With shares the smallest mean cost may come from HiGHS, to its tolerance.
+    if smallest > limit * (1 + (INFEASIBLE_SLACK if shares is None else highs.TOLERANCE)):
         raise InfeasibleBudget(limit, smallest)
     indices, probabilities = highs.solve_batch_budget(w, c, max(limit, smallest), shares)
     value, cost = _expectations(w, c, indices, probabilities)
@@ -118,7 +121,7 @@ def bt_score(theta: Array, q: Array, rate: Array) -> Any:
     r = arrays.finite("rate", arrays.to_float64("rate", rate))
     if r.shape != t.shape[:1]:
         raise ValueError(f"rate: expected shape [{len(t)}], got {list(r.shape)}")
-    if r.size and (r.min() < 0 or r.max() > 1):
+    if r.size and (r.min() < 0 or r.max() > 1 + RATE_ROUNDING):
         raise ValueError(f"rate: expected win rates in [0, 1], got {r.min()} to {r.max()}")
     return arrays.like(native.bt_score(t, arrays.opponents(q, t.shape), r), theta)
 
@@ -138,7 +141,7 @@ def _check_feasible(c: Any, limits: Any, n: int) -> None:
     bad = limits < cheapest * (1 - INFEASIBLE_SLACK)
     if bad.any():
         i = int(np.argmax(bad))
-        raise InfeasibleBudget(float(limits[i]), float(np.broadcast_to(cheapest, n)[bad].max()), i, int(bad.sum()))
+        raise InfeasibleBudget(float(limits[i]), float(np.broadcast_to(cheapest, n)[i]), i, int(bad.sum()))
     np.maximum(limits, cheapest, out=limits)
 
 
@@ -160,7 +163,8 @@ def _cheapest_mean(c: Any, shape: tuple[int, int], shares: Any) -> float:
         for j in np.argsort(c):
             total += min(left, shares[j]) * c[j]
             left -= min(left, shares[j])
-        return total
+        return float(total)
     full = np.broadcast_to(c, shape)
-    indices, probabilities = highs.solve_batch_budget(-full, full, np.inf, shares)
+    # Scaled to the dearest model: HiGHS's tolerances are absolute.
+    indices, probabilities = highs.solve_batch_budget(-full / max(float(full.max()), TINY), full, np.inf, shares)
     return float(_expectations(full, full, indices, probabilities)[1].mean())

@@ -18,6 +18,8 @@ def to_float64(name: str, value: object) -> Float64:
     """A contiguous float64 copy or view of ``value``; TypeError when it is no array of numbers."""
     if isinstance(value, torch.Tensor):
         value = value.detach().to("cpu", torch.float64).numpy()
+    if np.asarray(value).dtype.kind not in "fiub":
+        raise TypeError(f"{name}: expected an array of real numbers, got {np.asarray(value).dtype} in {type(value).__name__}")
     try:
         return np.asarray(value, dtype=np.float64, order="C")
     except (TypeError, ValueError) as error:
@@ -79,9 +81,10 @@ def budgets(value: object, n_prompts: int) -> Float64:
     """One budget per prompt [N]; None, or +inf, stands for no budget."""
     if value is None:
         return np.full(n_prompts, np.inf)
+    if isinstance(value, bool | str):
+        raise TypeError(f"budget: expected a number, got {value!r}")
     array = to_float64("budget", value)
-    if array.ndim == 0:
-        array = np.full(n_prompts, float(array))
+    array = np.full(n_prompts, float(array)) if array.ndim == 0 else array.copy()
     if array.shape != (n_prompts,):
         raise ValueError(f"budget: expected a number or shape [{n_prompts}], got {list(array.shape)}")
     wrong = np.isnan(array) | (array == -np.inf)
