@@ -3,8 +3,8 @@
 Published layout (lmarena/p2l): config.json, model.safetensors or shards with their index, the tokenizer, model_list.json
 (the M names in column order) and training_config.json (model_type, head_type, loss_type, optionally
 linear_head_downsize_factor and head_config). Weights: ``model.*`` of transformers' bare decoder, ``head.head.*`` and, for rk
-heads, ``head.eta_head.*``. An adapter folder holds peft's adapter_config.json and adapter_model.safetensors (LoRA weights
-and the whole head) instead of model.safetensors; its adapter_config.json names the backbone. Weights are read with
+heads, ``head.eta_head.*``. An adapter folder holds, instead of model.safetensors, peft's adapter_config.json, which names the
+backbone, and adapter_model.safetensors: LoRA factors, the whole head, and embeddings of new tokens. Weights are read with
 safetensors only: nothing in a checkpoint is ever executed.
 """
 
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
@@ -25,6 +26,7 @@ from p2l_engine.head import Head
 from p2l_engine.regression import NAMES, FeedbackModel, feedback_model
 
 DEFAULT = Path(__file__).parent / "default"
+NEW_ROWS = "model.embed_tokens.new_rows"  # of an adapter: embeddings of tokens that its backbone does not know
 _PEFT_PREFIX = "base_model.model."
 
 
@@ -66,6 +68,8 @@ def load(path_or_repo: str | Path | None = None) -> Checkpoint:
         heads = _tensors(folder)
         weights = {n.removeprefix("model."): w for n, w in heads.items() if n.startswith("model.")}
     config = read_config(base)
+    if adapter.is_file() and NEW_ROWS in heads:
+        config.vocab_size = len(weights["embed_tokens.weight"])
     if not (folder / "tokenizer.json").is_file() and not adapter.is_file():
         raise CheckpointError(f"{folder}: expected the tokenizer's tokenizer.json, found none")
     tokenizer = read_tokenizer(folder if (folder / "tokenizer.json").is_file() else base, training)
@@ -221,6 +225,12 @@ def _merge(folder: Path, weights: dict[str, Tensor], update: dict[str, Tensor], 
     merged = dict(weights)
     for key, down in update.items():
         if key.startswith("head."):
+            continue
+        if key == NEW_ROWS:
+            table = weights["embed_tokens.weight"]
+            if down.ndim != 2 or down.shape[1] != table.shape[1]:
+                raise CheckpointError(f"{folder}: {key}: expected rows of {table.shape[1]}, found {list(down.shape)}")
+            merged["embed_tokens.weight"] = torch.cat([table, down.to(table.dtype)])
             continue
         if not key.endswith(".lora_A.weight"):
             if not key.endswith(".lora_B.weight"):

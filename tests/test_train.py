@@ -186,6 +186,19 @@ def test_trained_model_and_engine_agree(tmp_path):
     assert float(outputs["loss"]) == pytest.approx(-float(torch.stack(likelihood).mean()), abs=1e-4)
 
 
+def test_an_adapter_carries_the_embedding_of_a_new_cls_token(tmp_path):
+    config = settings(tmp_path, lora={"r": 4}, num_train_epochs=1)
+    # A backbone whose vocabulary is full and has no CLS token.
+    tiny.write(tmp_path / "base", tiny.config(vocab_size=259), dtype=torch.bfloat16)
+    tiny.tokenizer(cls_token=None).save_pretrained(tmp_path / "base")
+    folder = train(config, max_steps=2)
+    engine = Engine.from_pretrained(folder, device="cpu", dtype=torch.float32)
+    assert engine.encoder.tokenizer.cls_token_id == 259
+    eos = engine.encoder.tokenizer.eos_token_id
+    torch.testing.assert_close(engine.backbone.embedding[259], engine.backbone.embedding[eos])
+    assert np.isfinite(engine.coefficients(["hello"]).theta).all()
+
+
 def test_marginal_recovers_a_known_leaderboard():
     rng, model = np.random.default_rng(0), feedback_model("grk")
     theta, eta = torch.tensor([1.0, -0.5, 0.2, 2.0], dtype=torch.float64), torch.tensor([0.3], dtype=torch.float64)

@@ -23,7 +23,7 @@ SIZES = {
 }
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer(cls_token: str | None = "<|cls|>") -> PreTrainedTokenizerFast:
     """Bytes as tokens, and the special tokens of a chat model."""
     vocabulary = {token: i for i, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -34,7 +34,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
         bos_token="<|im_start|>",
         eos_token="<|im_end|>",
         pad_token="<|pad|>",
-        cls_token="<|cls|>",
+        cls_token=cls_token,
     )
     fast.chat_template = TEMPLATE
     return fast

@@ -47,11 +47,11 @@ class CoefficientHead(nn.Module):
 
 
 class P2LModel(nn.Module):
-    """``model`` (bare decoder) and ``head``, named as in published checkpoints."""
+    """``model`` (bare decoder) and ``head``, named as in published checkpoints; ``grown``: new rows of its embedding."""
 
-    def __init__(self, decoder: nn.Module, head: CoefficientHead, loss_type: str) -> None:
+    def __init__(self, decoder: nn.Module, head: CoefficientHead, loss_type: str, grown: int = 0) -> None:
         super().__init__()
-        self.model, self.head = decoder, head
+        self.model, self.head, self.grown = decoder, head, grown
         self.feedback = feedback_model(loss_type)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, votes: Tensor | None = None) -> dict[str, Tensor]:
@@ -83,13 +83,13 @@ def build(config: TrainConfig, n_models: int) -> tuple[P2LModel, PreTrainedToken
     # torch's fused attention is slow backwards on CPUs: there plain products are twice as fast.
     attention = "sdpa" if torch.cuda.is_available() else "eager"
     decoder = AutoModel.from_pretrained(folder, dtype=dtype, attn_implementation=attention, trust_remote_code=False)
-    if decoder.config.vocab_size < len(tokenizer):
-        if frozen:
-            raise ValueError(
-                f"cls_token_if_none: expected a token that the tokenizer knows, got {config.cls_token_if_none!r}: an adapter "
-                "does not carry a grown embedding; name an unused special token of the tokenizer"
-            )
-        decoder.resize_token_embeddings(len(tokenizer))
+    grown = len(tokenizer) - int(decoder.config.vocab_size)
+    if grown > 0:
+        # New tokens start as the end-of-sequence token, which the backbone has learned to read a whole turn into.
+        decoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        table = decoder.get_input_embeddings().weight
+        with torch.no_grad():
+            table[-grown:] = table[int(tokenizer.eos_token_id)]
     hidden = int(decoder.config.hidden_size)
     if config.lora is not None:
         layers = range(config.lora.first_layer, int(decoder.config.num_hidden_layers))
@@ -102,7 +102,7 @@ def build(config: TrainConfig, n_models: int) -> tuple[P2LModel, PreTrainedToken
         decoder = get_peft_model(decoder, settings)
     elif config.train_head_only:
         decoder.requires_grad_(False)
-    return P2LModel(decoder, CoefficientHead(hidden, n_models, config), config.loss_type), tokenizer
+    return P2LModel(decoder, CoefficientHead(hidden, n_models, config), config.loss_type, max(grown, 0)), tokenizer
 
 
 def published_tensors(model: P2LModel, config: TrainConfig) -> dict[str, Tensor]:
@@ -116,4 +116,7 @@ def published_tensors(model: P2LModel, config: TrainConfig) -> dict[str, Tensor]
         for name, weight in model.model.state_dict().items()
         if ".lora_" in name
     }
+    if model.grown:
+        embedding = model.model.get_submodule("base_model.model.embed_tokens").get_parameter("weight")
+        factors[f"{prefix}model.embed_tokens.new_rows"] = embedding[-model.grown :]
     return factors | head
