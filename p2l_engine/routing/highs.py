@@ -43,13 +43,13 @@ def _linear_program(
     rows: list[tuple[npt.NDArray[np.int32], Float64]],
     lower: Float64,
     upper: Float64,
-    allowed: npt.NDArray[np.bool_],
+    most: Float64,
 ) -> highspy.HighsLp:
-    """maximise objective.x over 0 <= x <= 1 (0 where not allowed) with lower <= rows.x <= upper."""
+    """maximise objective.y over 0 <= y <= most with lower <= rows.y <= upper."""
     lp = highspy.HighsLp()
     lp.num_col_, lp.num_row_ = len(objective), len(rows)
     lp.col_cost_, lp.sense_ = objective, highspy.ObjSense.kMaximize
-    lp.col_lower_, lp.col_upper_ = np.zeros(len(objective)), allowed.astype(np.float64)
+    lp.col_lower_, lp.col_upper_ = np.zeros(len(objective)), most
     lp.row_lower_, lp.row_upper_ = lower, upper
     lp.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
     lp.a_matrix_.start_ = np.cumsum([0, *(len(index) for index, _ in rows)], dtype=np.int32)
@@ -68,19 +68,22 @@ def solve_budget(v: Float64, costs: Float64, budget: Float64) -> tuple[npt.NDArr
     highs, every = _solver(), np.arange(m, dtype=np.int32)
     scale, allowed = _scale(np.broadcast_to(costs, v.shape), budget, 1)
     costs, budget = np.broadcast_to(costs / scale, v.shape), budget / scale
+    factor = np.maximum(1.0, costs)
+    weights, prices, most = 1 / factor, np.where(allowed, costs / factor, 0.0), allowed * factor
     for i in range(n):
         if i == 0:
-            rows = [(every, np.ones(m)), (every, np.where(allowed[0], costs[0], 0.0))]
             bounds = np.array([1.0, -np.inf]), np.array([1.0, budget[0]])
-            highs.passModel(_linear_program(v[0], rows, *bounds, allowed[0]))
+            rows = [(every, weights[0]), (every, prices[0])]
+            highs.passModel(_linear_program(v[0] * weights[0], rows, *bounds, most[0]))
         else:
-            highs.changeColsCost(m, every, v[i])
+            highs.changeColsCost(m, every, v[i] * weights[i])
             highs.changeRowBounds(1, -np.inf, budget[i])
             if costs.strides[0]:
                 for j in range(m):
-                    highs.changeCoeff(1, j, costs[i, j] if allowed[i, j] else 0.0)
-                    highs.changeColBounds(j, 0.0, float(allowed[i, j]))
-        x = _optimum(highs, f"prompt {i}")
+                    highs.changeCoeff(0, j, weights[i, j])
+                    highs.changeCoeff(1, j, prices[i, j])
+                    highs.changeColBounds(j, 0.0, most[i, j])
+        x = _optimum(highs, f"prompt {i}") * weights[i]
         top = np.argsort(-x, kind="stable")[:2]
         indices[i], probabilities[i] = (top, x[top]) if m > 1 else ((0, 0), (1.0, 0.0))
     return _tidy(indices, probabilities)
@@ -89,13 +92,14 @@ def solve_budget(v: Float64, costs: Float64, budget: Float64) -> tuple[npt.NDArr
 def _scale(costs: Float64, budget: Float64, n: int) -> tuple[float, npt.NDArray[np.bool_]]:
     """What to divide costs and budgets by, and which models to allow at all.
 
-    HiGHS's tolerances are absolute and it drops coefficients under 1e-9: the smallest budget becomes 1. A model of which n
-    prompts' largest budget buys less than a share of 1e-9 would let a bound's tolerance buy it instead: it is left out, at a
-    loss of win rate of at most 1e-9.
+    HiGHS's tolerances are absolute and it drops coefficients under 1e-9. So the smallest budget becomes 1, and a model whose
+    cost c is then above 1 enters as y = c x: no coefficient exceeds 1, and a bound's tolerance is worth no more than the budget
+    row's. A model of which n prompts' largest budget buys less than a share of 1e-9 is left out, at a loss of win rate of at
+    most 1e-9.
     """
     finite = budget[np.isfinite(budget)]
     if not finite.size:
-        return 1.0, np.ones(costs.shape, bool)
+        return max(float(costs.max()), float(np.finfo(float).tiny)), np.ones(costs.shape, bool)
     positive = finite[finite > 0]
     scale = float(positive.min()) if positive.size else 1.0
     most = np.inf if len(finite) < len(budget) else 1e9 * n * float(finite.max())
@@ -113,21 +117,24 @@ def solve_batch_budget(
     n, m = v.shape
     costs = np.broadcast_to(costs, v.shape)
     column = np.arange(n * m, dtype=np.int32).reshape(n, m)
-    rows = [(column[i], np.ones(m)) for i in range(n)]
-    lower, upper = [1.0] * n, [1.0] * n
     scale, allowed = _scale(costs, np.array([budget]), n)
+    factor = np.maximum(1.0, costs / scale)
+    rows = [(column[i], 1 / factor[i]) for i in range(n)]
+    lower, upper = [1.0] * n, [1.0] * n
     if np.isfinite(budget):
-        rows.append((column.ravel(), np.where(allowed, costs / scale, 0.0).ravel()))
+        rows.append((column.ravel(), np.where(allowed, costs / scale / factor, 0.0).ravel()))
         lower.append(-np.inf)
         upper.append(n * budget / scale)
     if max_share is not None:
         for j in np.flatnonzero(max_share < 1):
-            rows.append((column[:, j].copy(), np.full(n, 1.0 / n)))
+            rows.append((column[:, j].copy(), 1 / (n * factor[:, j])))
             lower.append(-np.inf)
             upper.append(float(max_share[j]))
     highs = _solver()
-    highs.passModel(_linear_program(v.ravel(), rows, np.array(lower), np.array(upper), allowed.ravel()))
-    x = _optimum(highs, "batch budget").reshape(n, m)
+    most = np.where(allowed, factor, 0.0).ravel()
+    program = _linear_program((v / factor).ravel(), rows, np.array(lower), np.array(upper), most)
+    highs.passModel(program)
+    x = _optimum(highs, "batch budget").reshape(n, m) / factor
     width = max(2, int((x > SMALLEST_SHARE).sum(1).max()))
     indices = np.argsort(-x, axis=1, kind="stable")[:, :width].astype(np.int32)
     if m == 1:
