@@ -6,8 +6,10 @@ Triton reads TRITON_INTERPRET when it is imported, so the interpreter runs in a 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,7 +41,7 @@ def test_win_rates_in_the_interpreter():
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-def test_win_rates_compile_without_spills(capability):
+def test_win_rates_compile_without_spills(capability, tmp_path):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -55,6 +57,15 @@ def test_win_rates_compile_without_spills(capability):
     assert "cubin" in compiled.asm
     local = [line for line in compiled.asm["ptx"].splitlines() if ".local" in line]
     assert not local, local
+    # PTX has registers without end: only the cubin tells what ptxas spilled (to the stack or to local memory).
+    (tmp_path / "kernel.cubin").write_bytes(compiled.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    command = [str(tool), "--dump-resource-usage", str(tmp_path / "kernel.cubin")]
+    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    print(usage)
+    used = {name: int(count) for name, count in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    assert used["REG"] > 0
+    assert used["STACK"] == used["LOCAL"] == 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
