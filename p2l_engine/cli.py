@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -240,7 +241,9 @@ def _stdin() -> str:
 
 
 def _fields(decision: Decision) -> dict[str, Any]:
-    return {name: getattr(decision, name) for name in Decision.__slots__}
+    fields = {name: getattr(decision, name) for name in Decision.__slots__}
+    # JSON has no infinity: a score beyond every coefficient (win rate 0 or 1) is null.
+    return fields | {"score": decision.score if math.isfinite(decision.score) else None}
 
 
 def _decisions_table(batch: Sequence[Prompt], decisions: Sequence[Decision], unit: str) -> Table:
