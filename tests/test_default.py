@@ -44,6 +44,9 @@ def test_theta_is_that_of_transformers_and_peft(default_engine):
         n.replace("base_model.model.model.", "model.base_model.model.").replace("base_model.model.head.", "head."): w
         for n, w in own.items()
     }
+    rows = state.pop(f"base_model.model.{checkpoint.NEW_ROWS}".replace("base_model.model.model.", "model.base_model.model."))
+    with torch.no_grad():
+        model.model.get_input_embeddings().weight[-len(rows) :] = rows
     unexpected = model.load_state_dict(state, strict=False).unexpected_keys
     assert not unexpected
     model = model.float().eval()

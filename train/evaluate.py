@@ -94,11 +94,17 @@ def probes(base: str, config: TrainConfig, training: Votes, held_out: Votes, sco
 
 def _frozen(folder: Path, config: TrainConfig, n_models: int) -> checkpoint.Checkpoint:
     """The bare backbone as a checkpoint whose "coefficients" are its hidden states."""
-    decoder = checkpoint.read_config(folder)
+    decoder, weights = checkpoint.read_config(folder), checkpoint.decoder_weights(folder)
+    tokenizer = checkpoint.read_tokenizer(folder, config.model_dump())
+    # New tokens start as the end-of-sequence token, as in training.
+    table = weights["embed_tokens.weight"]
+    grown = max(len(tokenizer) - len(table), 0)
+    weights["embed_tokens.weight"] = torch.cat([table, table[int(tokenizer.eos_token_id)].expand(grown, -1)])
+    decoder.vocab_size = len(table) + grown
     size = int(decoder.hidden_size)
     return checkpoint.Checkpoint(
-        folder, decoder, checkpoint.read_tokenizer(folder, config.model_dump()), tuple(f"h{i}" for i in range(size)),
-        feedback_model("bt"), checkpoint.decoder_weights(folder), Head(((torch.eye(size), torch.zeros(size)),), ()),
+        folder, decoder, tokenizer, tuple(f"h{i}" for i in range(size)), feedback_model("bt"), weights,
+        Head(((torch.eye(size), torch.zeros(size)),), ()),
     )  # fmt: skip
 
 

@@ -11,51 +11,17 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from p2l_engine.prompts import PromptEncoder
 from p2l_engine.train import votes as vote_files
+from p2l_engine.train.batches import Collator, LengthGroupedBatches, PromptVotes
 from p2l_engine.train.config import TrainConfig
 from p2l_engine.train.model import P2LModel, build, published_tensors
 from p2l_engine.train.votes import Votes
 
 logger = logging.getLogger(__name__)
-
-
-class PromptVotes(Dataset[dict[str, Any]]):
-    """One item a prompt: its token ids and all of its votes [V, 3] (model a, model b, outcome)."""
-
-    def __init__(self, votes: Votes, encoder: PromptEncoder) -> None:
-        self.ids = encoder.encode(votes.prompts)
-        bounds = np.searchsorted(votes.prompt, np.arange(1, len(votes.prompts)))
-        self.votes = np.split(np.stack([votes.a, votes.b, votes.outcome], 1), bounds)
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"input_ids": self.ids[index], "votes": self.votes[index]}
-
-
-class Collator:
-    """Prompts padded on the right; their votes in one list [V, 4], each with its row of the batch."""
-
-    def __init__(self, pad: int) -> None:
-        self.pad = pad
-
-    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        width = max(len(item["input_ids"]) for item in items)
-        ids = torch.full((len(items), width), self.pad)
-        mask = torch.zeros((len(items), width), dtype=torch.long)
-        votes = []
-        for row, item in enumerate(items):
-            length = len(item["input_ids"])
-            ids[row, :length] = torch.from_numpy(item["input_ids"].astype(np.int64))
-            mask[row, :length] = 1
-            votes.append(np.insert(item["votes"], 0, row, axis=1))
-        return {"input_ids": ids, "attention_mask": mask, "votes": torch.from_numpy(np.concatenate(votes))}
 
 
 def split(config: TrainConfig) -> tuple[Votes, Votes | None]:
@@ -97,7 +63,6 @@ def train(config: TrainConfig, max_steps: int = -1) -> Path:
         max_grad_norm=config.max_grad_norm,
         bf16=True,
         use_cpu=not on_gpu,
-        train_sampling_strategy="group_by_length",
         eval_strategy="epoch" if validation is not None else "no",
         prediction_loss_only=True,
         save_strategy="no",
@@ -108,7 +73,7 @@ def train(config: TrainConfig, max_steps: int = -1) -> Path:
         seed=config.seed,
         data_seed=config.seed,
     )
-    trainer = Trainer(
+    trainer = _Trainer(
         model=model,
         args=arguments,
         train_dataset=PromptVotes(training, encoder),
@@ -146,6 +111,13 @@ def write(
             "bias": "none",
         }
         _json(folder / "adapter_config.json", adapter)
+
+
+class _Trainer(Trainer):
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int]:
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGroupedBatches([len(ids) for ids in dataset.ids], size, self.args.seed)
 
 
 class _WriteEachEpoch(TrainerCallback):
