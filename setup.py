@@ -39,7 +39,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=["p2l_engine", "p2l_engine.routing", "p2l_engine.kernels", "p2l_engine.train"],
+    packages=["p2l_engine", "p2l_engine.cli", "p2l_engine.routing", "p2l_engine.kernels", "p2l_engine.train"],
     package_dir={"p2l_engine.kernels": "kernels", "p2l_engine.train": "train"},
     package_data={"p2l_engine": ["py.typed", "default/*"], "p2l_engine.train": ["configs/*.yaml"]},
     cffi_modules=["csrc/build.py:ffi"],

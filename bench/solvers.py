@@ -3,72 +3,43 @@
 For M models the same random problems go to every solver: theta ~ N(0, 1), q uniform, costs exponential, each prompt's budget
 uniform between the cheapest model's cost and the mean cost. The native routines take all N prompts in one call, on one thread
 (--threads N for more); peers whose time is plainly linear in N take the first few, and the table says how many. Every peer's
-result is compared with ours: the largest differences stand beside the times. Last, one prompt through Router.decide: all that
+result is compared with ours: the largest differences stand beside the times. Then one prompt through Router.decide: all that
 router.route does after the coefficients (median of 2,000 calls).
+
+Then batches (bench/batch_budgets.py): rows over the batch, and several rows for each prompt, beside HiGHS on the full LP; the
+stream; and with --millions a million prompts on all threads, each stage in a process of its own with the memory it took.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import platform
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import cast
 
 import cvxpy as cp
-import highspy
 import numpy as np
 import numpy.typing as npt
-import scipy
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from scipy.optimize import brentq, elementwise, linprog
 from scipy.special import expit
 
+from bench.batch_budgets import bench_batch, bench_millions
+from bench.measure import Row, machine, measure, once
 from p2l_engine import Catalog, Engine, Router, routing
 from p2l_engine.catalog import CatalogModel
 from p2l_engine.engine import Coefficients
 from p2l_engine.regression import feedback_model
 from p2l_engine.routing import highs, native
+from p2l_engine.routing.problem import Row as LpRow
 
 Float64 = npt.NDArray[np.float64]
-REPEATS = 5  # the median counts
-
-
-@dataclass(frozen=True)
-class Row:
-    """One measurement. seconds: per prompt; gap: largest difference of the result to ours (absolute)."""
-
-    models: int
-    stage: str
-    solver: str
-    prompts: int
-    seconds: float
-    times_slower: float
-    gap: float | None
-
-
-def measure(run: Callable[[], Any], prompts: int, repeats: int = REPEATS) -> tuple[float, Any]:
-    """Median seconds per prompt, and the result."""
-    run_times, result = [], run()
-    for _ in range(repeats):
-        start = time.perf_counter()
-        result = run()
-        run_times.append(time.perf_counter() - start)
-    return float(np.median(run_times)) / prompts, result
-
-
-def once(run: Callable[[], Any], prompts: int) -> tuple[float, Any]:
-    """The same for a slow peer: one run after a warm-up of the libraries by the caller."""
-    start = time.perf_counter()
-    result = run()
-    return (time.perf_counter() - start) / prompts, result
 
 
 def cvxpy_rebuilt(v: Float64, costs: Float64, budget: Float64) -> Float64:
@@ -131,7 +102,11 @@ def bench(m: int, n: int, n_slow: int) -> list[Row]:
     add("budget LP", "p2l_engine frontier", n, t_lp, t_lp, None)
     cvxpy_rebuilt(v[:1], costs, budget[:1])
     peers: list[tuple[str, int, Callable[[int], Float64]]] = [
-        ("highspy, warm-started", n, lambda k: expected(v[:k], highs.solve_budget(v[:k], costs, budget[:k]))),
+        (
+            "highspy, warm-started",
+            n,
+            lambda k: expected(v[:k], highs.solve_prompts(v[:k], [LpRow("budget", costs, budget[:k])], threads=1)),
+        ),
         ("scipy linprog", n_slow, lambda k: scipy_linprog(v[:k], costs, budget[:k])),
         ("cvxpy, rebuilt per prompt", n_slow, lambda k: cvxpy_rebuilt(v[:k], costs, budget[:k])),
     ]
@@ -165,43 +140,41 @@ def expected(v: Float64, solved: tuple[npt.NDArray[np.int32], Float64]) -> Float
     return np.asarray((probabilities * np.take_along_axis(v, indices, 1)).sum(1))
 
 
-def machine() -> str:
-    """CPU, instruction set of the native core, and versions."""
-    cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        "?",
-    )
-    versions = f"Python {platform.python_version()}, numpy {np.__version__}, scipy {scipy.__version__}, cvxpy {cp.__version__}"
-    return f"{cpu}, {native.isa()}; {versions}, highspy {highspy.Highs().version()}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.solvers", description=__doc__.splitlines()[0])
     parser.add_argument("--models", type=int, nargs="+", default=[9, 34, 130], help="numbers of models M")
     parser.add_argument("--prompts", type=int, default=10_000, help="prompts N for all but the slow peers")
     parser.add_argument("--slow-prompts", type=int, default=200, help="prompts for cvxpy and linprog")
+    parser.add_argument("--millions", type=float, default=0, help="also route so many million prompts, at the largest M")
     parser.add_argument("--threads", type=int, default=1, help="threads of the native routines (peers run on one)")
     parser.add_argument("--csv", type=Path, help="also write the rows here, with machine and versions")
     arguments = parser.parse_args()
     native.threads = lambda n_prompts: arguments.threads
     console = Console()
-    rows = [r for m in track(arguments.models, "measuring", console=console, transient=True)
-            for r in bench(m, arguments.prompts, arguments.slow_prompts)]  # fmt: skip
+    rows = []
+    for m in track(arguments.models, "measuring", console=console, transient=True):
+        rows += bench(m, arguments.prompts, arguments.slow_prompts)
+        rows += bench_batch(m)
+    if arguments.millions:
+        with console.status("a million prompts"):
+            rows += bench_millions(max(arguments.models), int(arguments.millions * 1e6))
     table = Table(title=f"Time per prompt. {machine()}", title_justify="left")
-    for name in ("M", "stage", "solver", "prompts", "us a prompt", "times ours", "largest difference"):
+    for name in ("M", "stage", "solver", "prompts", "us a prompt", "times ours", "largest difference", "GiB"):
         table.add_column(name, justify="left" if name in ("stage", "solver") else "right")
     for r in rows:
         table.add_row(
             str(r.models), r.stage, r.solver, f"{r.prompts:,}", f"{1e6 * r.seconds:,.2f}", f"{r.times_slower:,.1f}",
-            "" if r.gap is None else f"{r.gap:.1e}", end_section=r.stage == "one decision",
+            "" if r.gap is None else f"{r.gap:.1e}", "" if r.gib is None else f"{r.gib:.2f}", end_section=r.last,
         )  # fmt: skip
     console.print(table)
     if arguments.csv:
         with arguments.csv.open("w", newline="") as file:
             file.write(f"# {machine()}; {arguments.threads} thread(s)\n")
             writer = csv.writer(file)
-            writer.writerow(["models", "stage", "solver", "prompts", "seconds_per_prompt", "times_ours", "largest_difference"])
-            writer.writerows([r.models, r.stage, r.solver, r.prompts, r.seconds, r.times_slower, r.gap] for r in rows)
+            writer.writerow(
+                ["models", "stage", "solver", "prompts", "seconds_per_prompt", "times_ours", "largest_difference", "gib"]
+            )
+            writer.writerows([r.models, r.stage, r.solver, r.prompts, r.seconds, r.times_slower, r.gap, r.gib] for r in rows)
         console.print(f"wrote {arguments.csv}")
 
 

@@ -4,9 +4,9 @@
  * of the points (cost, v). Sorted by cost the hull takes one pass: O(M) per prompt for costs shared by all prompts.
  * Ties are broken the same way everywhere: of equal costs the higher v, of equal (cost, v) the lower index.
  */
+#include "hull.h"
 #include "p2l_native.h"
 
-#include <math.h>
 #include <stdlib.h>
 #ifdef _OPENMP
 #include <omp.h>
@@ -26,22 +26,22 @@ static void merge_sort_by_cost(int32_t *order, int32_t *scratch, const double *c
     }
 }
 
-static void sort_models(int32_t *order, int32_t *scratch, const double *costs, int64_t n_models) {
-    for (int64_t m = 0; m < n_models; m++) order[m] = (int32_t)m;
-    merge_sort_by_cost(order, scratch, costs, n_models);
-}
-
 /* 1 when b lies on or below the chord from a to c: b is then no vertex of the upper hull. Costs rise from a to c. */
 static inline int below_chord(const double *costs, const double *v, int32_t a, int32_t b, int32_t c) {
     return (v[b] - v[a]) * (costs[c] - costs[a]) <= (v[c] - v[a]) * (costs[b] - costs[a]);
 }
 
-/* The hull's vertices by rising cost and rising v, from the best of the cheapest models to the cheapest of the best ones.
- * Returns their number. */
-static int64_t upper_hull(const double *costs, const double *v, const int32_t *order, int64_t n_models, int32_t *hull) {
+void p2l_sort_models(int32_t *order, int32_t *scratch, const double *costs, int64_t n_models) {
+    for (int64_t m = 0; m < n_models; m++) order[m] = (int32_t)m;
+    merge_sort_by_cost(order, scratch, costs, n_models);
+}
+
+int64_t p2l_upper_hull(const double *costs, const double *v, const uint8_t *allowed, const int32_t *order, int64_t n_models,
+                       int32_t *hull) {
     int64_t size = 0;
     for (int64_t i = 0; i < n_models; i++) {
         const int32_t m = order[i];
+        if (allowed && !allowed[m]) continue;
         if (size) {
             const int32_t top = hull[size - 1];
             if (v[m] <= v[top]) continue; /* dearer and no better */
@@ -54,7 +54,7 @@ static int64_t upper_hull(const double *costs, const double *v, const int32_t *o
 }
 
 static int64_t solve_range(const double *v, const double *costs, int costs_per_prompt, const double *budget,
-                           int64_t first, int64_t last, int64_t n_models, int32_t *indices, double *probabilities,
+                           const uint8_t *allowed, int64_t first, int64_t last, int64_t n_models, int32_t *indices, double *probabilities,
                            double *value, double *cost) {
     int32_t *order = malloc(sizeof(int32_t) * 3 * n_models);
     if (!order) return -1;
@@ -63,12 +63,12 @@ static int64_t solve_range(const double *v, const double *costs, int costs_per_p
     for (int64_t n = first; n < last; n++) {
         const double *c = costs + (costs_per_prompt ? n * n_models : 0), *w = v + n * n_models;
         const double limit = budget[n];
-        if (n == first || costs_per_prompt) sort_models(order, scratch, c, n_models);
-        if (c[order[0]] > limit) {
+        if (n == first || costs_per_prompt) p2l_sort_models(order, scratch, c, n_models);
+        const int64_t size = p2l_upper_hull(c, w, allowed ? allowed + n * n_models : 0, order, n_models, hull);
+        if (!size || c[hull[0]] > limit) {
             infeasible++;
             continue;
         }
-        const int64_t size = upper_hull(c, w, order, n_models, hull);
         int64_t dear = 0; /* the first vertex beyond the budget */
         while (dear < size && c[hull[dear]] <= limit) dear++;
         int32_t a = hull[dear - 1], b = a;
@@ -91,7 +91,7 @@ static int64_t solve_range(const double *v, const double *costs, int costs_per_p
 }
 
 int64_t p2l_solve_budget(const double *v, const double *costs, int costs_per_prompt, const double *budget,
-                         int64_t n_prompts, int64_t n_models, int threads, int32_t *indices, double *probabilities,
+                         const uint8_t *allowed, int64_t n_prompts, int64_t n_models, int threads, int32_t *indices, double *probabilities,
                          double *value, double *cost) {
 #ifdef _OPENMP
     if (threads > 1) {
@@ -100,7 +100,7 @@ int64_t p2l_solve_budget(const double *v, const double *costs, int costs_per_pro
 #pragma omp parallel num_threads(threads) reduction(+ : infeasible, failed)
         {
             const int64_t t = omp_get_thread_num(), of = omp_get_num_threads();
-            const int64_t bad = solve_range(v, costs, costs_per_prompt, budget, n_prompts * t / of,
+            const int64_t bad = solve_range(v, costs, costs_per_prompt, budget, allowed, n_prompts * t / of,
                                             n_prompts * (t + 1) / of, n_models, indices, probabilities, value, cost);
             failed += bad < 0;
             infeasible += bad < 0 ? 0 : bad;
@@ -109,5 +109,5 @@ int64_t p2l_solve_budget(const double *v, const double *costs, int costs_per_pro
     }
 #endif
     (void)threads;
-    return solve_range(v, costs, costs_per_prompt, budget, 0, n_prompts, n_models, indices, probabilities, value, cost);
+    return solve_range(v, costs, costs_per_prompt, budget, allowed, 0, n_prompts, n_models, indices, probabilities, value, cost);
 }

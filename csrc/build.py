@@ -9,13 +9,13 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
-SOURCES = ["win_rates.c", "budget.c", "bt_score.c", "machine.c"]
+SOURCES = ["win_rates.c", "budget.c", "hulls.c", "pricing.c", "bt_score.c", "machine.c"]
 
 
 def declarations() -> str:
     """The prototypes of p2l_native.h, the only place that spells them."""
     header = re.sub(r"/\*.*?\*/", "", (HERE / "p2l_native.h").read_text(), flags=re.S)
-    return "\n".join(re.findall(r"^(?:int|int64_t) p2l_\w+\([^;]*\);", header, flags=re.M))
+    return "\n".join(re.findall(r"^(?:int|int64_t|void) p2l_\w+\([^;]*\);", header, flags=re.M))
 
 
 # macOS's clang has no OpenMP of its own: there the core runs on one thread.
@@ -28,7 +28,7 @@ ffi.set_source(
     '#include "p2l_native.h"',
     sources=[f"csrc/{name}" for name in SOURCES],
     include_dirs=["csrc"],
-    depends=["csrc/p2l_native.h", "csrc/sigmoid_mixture.h"],
+    depends=["csrc/p2l_native.h", "csrc/hull.h", "csrc/sigmoid_mixture.h"],
     extra_compile_args=["-O3", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", *openmp],
     extra_link_args=openmp,
     libraries=[] if sys.platform == "win32" else ["m"],

@@ -1,4 +1,4 @@
-/* The native core: win rates, the one-budget LP, and the router's Bradley-Terry score.
+/* The native core: win rates, the one-budget LP per prompt and per batch, and the router's Bradley-Terry score.
  *
  * All arrays are row-major, contiguous float64 unless a type says otherwise; N prompts, M models. Callers have checked
  * their arguments (finite values, q >= 0 with sum 1, costs >= 0): nothing here validates. Every routine is batched over
@@ -22,13 +22,42 @@
 int p2l_win_rates(const double *theta, const double *q, int q_per_prompt, int64_t n_prompts, int64_t n_models,
                   int threads, double *v);
 
+/* The same with ties as half a win: v[n, b] = sum_a q[a] (P(b beats a) + P(neither wins) / 2), for
+ * P(b beats a) = phi_b / (phi_b + lambda phi_a + g), phi = exp(theta), lambda = exp(log_lambda[n]) >= 1; g is 1 when grounded
+ * (rk-reparam, grk), else 0 (rk, with log_lambda its threshold). */
+int p2l_tie_win_rates(const double *theta, const double *log_lambda, int grounded, const double *q, int q_per_prompt,
+                      int64_t n_prompts, int64_t n_models, int threads, double *v);
+
 /* maximise p.v[n] subject to p.cost <= budget[n], p in the simplex: exact, by the upper concave hull of (cost, v).
- * costs is [M] or [N, M] (costs_per_prompt); budget [N], +inf for none. Fills indices [N, 2] (a model of probability zero
+ * costs is [M] or [N, M] (costs_per_prompt); budget [N], +inf for none; allowed [N, M] or NULL. Fills indices [N, 2] (a model of probability zero
  * repeats the first), probabilities [N, 2], value [N] and cost [N]. Returns the number of prompts whose budget lies below
- * their cheapest model (their rows are not written), or -1 when working memory could not be had. */
+ * their cheapest allowed model (their rows are not written), or -1 when working memory could not be had. */
 int64_t p2l_solve_budget(const double *v, const double *costs, int costs_per_prompt, const double *budget,
-                         int64_t n_prompts, int64_t n_models, int threads, int32_t *indices, double *probabilities,
+                         const uint8_t *allowed, int64_t n_prompts, int64_t n_models, int threads, int32_t *indices, double *probabilities,
                          double *value, double *cost);
+
+/* The upper hulls of N prompts, one behind the other: sizes [N], and for every vertex its model, cost and value (arrays with
+ * room for N x M). Returns the number of vertices, or -1 without working memory. */
+int64_t p2l_hulls(const double *v, const double *costs, int costs_per_prompt, const uint8_t *allowed, int64_t n_prompts,
+                  int64_t n_models, int threads, int32_t *sizes, int32_t *models, double *cost, double *value);
+
+/* Which steps along the hulls (offsets [N + 1], cost, value) a batch can pay for: steps go by falling slope, and `room` is
+ * what may be spent beyond every prompt's first vertex. Fills price, the slope at which the room ends (0 when it never
+ * does), and left, the room that steps of exactly this slope may share. Returns 0, or -1 without working memory. */
+int p2l_select_steps(const int64_t *offsets, const double *cost, const double *value, int64_t n_prompts, double room,
+                     int threads, double *price, double *left);
+
+/* The policies at that price: every step above it, and of those at it as many as `left` pays for, in prompt order; at most
+ * one prompt is left between two vertices. Fills indices [N, 2], probabilities [N, 2], policy_value and policy_cost [N]. */
+void p2l_take_steps(const int64_t *offsets, const int32_t *models, const double *cost, const double *value,
+                    int64_t n_prompts, double price, double left, int32_t *indices, double *probabilities,
+                    double *policy_value, double *policy_cost);
+
+/* Each prompt's best model by v[n, m] - penalty[m] among the allowed ones (allowed [N, M], NULL for all): its index (the
+ * lowest of equals), that reduced value, and how far the runner-up is behind (+inf when there is none).
+ * Returns 0, or -1 without working memory. */
+int p2l_best_models(const double *v, const double *penalty, const uint8_t *allowed, int64_t n_prompts, int64_t n_models,
+                    int threads, int32_t *best, double *reduced, double *lead);
 
 /* score[n] solves sum_a q[a] sigmoid(score - theta[n, a]) = rate[n]; -inf at rate <= 0, +inf at rate >= 1.
  * Returns the number of prompts whose root did not converge (their score is NaN), or -1 without working memory. */

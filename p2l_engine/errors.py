@@ -2,21 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 
-class InfeasibleBudget(ValueError):
-    """No policy costs as little as the budget asks.
 
-    Attributes: ``budget`` (what was asked), ``smallest`` (the smallest feasible budget, same unit), ``index`` (the first
-    prompt concerned, or None when the budget is over the whole batch).
+class Infeasible(ValueError):
+    """No policy satisfies all rows of a routing problem.
+
+    Attributes: ``rows`` (the rows that clash, as stated), ``row`` (the name of the one to move), ``bound`` (what was asked),
+    ``nearest`` (its nearest feasible bound, same unit, if that alone can mend it, else None), ``index`` (the first prompt
+    concerned, or None when the rows are over the whole batch).
     """
 
-    def __init__(self, budget: float, smallest: float, index: int | None = None, count: int = 1) -> None:
-        self.budget, self.smallest, self.index = budget, smallest, index
+    def __init__(
+        self, rows: Sequence[str], row: str, bound: float, nearest: float | None, index: int | None = None, count: int = 1
+    ) -> None:
+        self.rows, self.row, self.bound, self.nearest, self.index = tuple(rows), row, bound, nearest, index
         where = "over the batch" if index is None else f"for prompt {index}"
         more = f" (and {count - 1} more prompts)" if count > 1 else ""
-        super().__init__(
-            f"budget {budget:g} is infeasible {where}{more}: the cheapest policy costs {smallest!r}; "
-            f"raise the budget to at least {smallest!r}"
+        clash = f"{' and '.join(self.rows)} {'cannot hold together' if len(self.rows) > 1 else 'cannot hold'}"
+        remedy = (
+            "relax one of them"
+            if nearest is None
+            else f"with the others as they are, the nearest bound of {row!r} is {nearest!r}"
+        )
+        super().__init__(f"infeasible {where}{more}: {clash}; {remedy}")
+
+
+class InfeasibleBudget(Infeasible):
+    """No policy costs as little as the budget asks.
+
+    Attributes beside those of Infeasible: ``budget`` (what was asked), ``smallest`` (the smallest feasible budget, same unit).
+    """
+
+    def __init__(
+        self, budget: float, smallest: float, index: int | None = None, count: int = 1, rows: Sequence[str] = ()
+    ) -> None:
+        super().__init__(rows or [f"budget <= {budget:g}"], "budget", budget, smallest, index, count)
+        self.budget, self.smallest = budget, smallest
+        where = "over the batch" if index is None else f"for prompt {index}"
+        more = f" (and {count - 1} more prompts)" if count > 1 else ""
+        beside = f" beside {' and '.join(row for row in rows if not row.startswith('budget '))}" if len(rows) > 1 else ""
+        self.args = (
+            f"budget {budget:g} is infeasible {where}{more}{beside}: the cheapest policy costs {smallest!r}; "
+            f"raise the budget to at least {smallest!r}",
         )
 
 

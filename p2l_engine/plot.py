@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
+from p2l_engine import routing
 from p2l_engine.leaderboard import Leaderboard
+from p2l_engine.routing import Frontier
+from p2l_engine.routing.arrays import Float64
 
 
 def leaderboard(board: Leaderboard, title: str, path: str | Path) -> None:
@@ -25,5 +31,36 @@ def leaderboard(board: Leaderboard, title: str, path: str | Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.axvline(0 if axes is left else 50, color="#888888", linewidth=0.8, zorder=0)
     left.invert_yaxis()
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left", parse_math=False)
+    figure.savefig(path, dpi=150)
+
+
+def frontier(
+    curve: Frontier, v: Float64, costs: Float64, names: Sequence[str], unit: str, title: str, path: str | Path
+) -> None:
+    """Cost against win rate, as in the paper's Figure 4: the batch budget's curve, the per-prompt budget's below it, and the
+    single models as open circles. v [N, M] and costs [M] are those of the curve."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axes = figure.subplots()
+    thin = curve.thinned()
+    axes.plot(thin.cost, 100 * thin.value, color="#b8860b", linewidth=2, label="router, one budget over the batch")
+    least = float(np.broadcast_to(costs, v.shape).min(axis=1).max())
+    budgets = np.linspace(least, max(curve.cost[-1], least), 40)
+    each = [routing.solve_budget(v, costs, float(budget)) for budget in budgets]
+    axes.plot(
+        [p.cost.mean() for p in each], [100 * p.value.mean() for p in each],
+        color="#3b6ea5", linestyle="--", label="router, the same budget for each prompt",
+    )  # fmt: skip
+    axes.scatter(
+        curve.model_cost, 100 * curve.model_value, facecolors="none", edgecolors="black", label="one model for all", zorder=3
+    )
+    for name, x, y in zip(names, curve.model_cost, 100 * curve.model_value, strict=True):
+        axes.annotate(name, (x, y), xytext=(5, -3), textcoords="offset points", fontsize=7, parse_math=False)
+    axes.set_xlabel(f"mean cost ({unit})", parse_math=False)
+    axes.set_ylabel("mean win rate against the opponents, %")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="lower right", fontsize=8)
     figure.suptitle(title, fontsize=10, x=0.01, ha="left", parse_math=False)
     figure.savefig(path, dpi=150)

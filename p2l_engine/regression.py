@@ -35,13 +35,27 @@ class Outcome(IntEnum):
 class FeedbackModel:
     """One statistical model of votes.
 
-    ``outcomes``: the outcomes it tells apart, in order. ``has_eta``: whether it has a tie parameter per prompt.
+    ``outcomes``: the outcomes it tells apart, in order. ``has_eta``: whether it has a tie parameter per prompt. ``grounded``:
+    whether a fictitious bad model of coefficient 0 takes part in every vote.
     """
 
     name: str
     outcomes: tuple[Outcome, ...]
     has_eta: bool
     _log_probabilities: Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, ...]]
+    grounded: bool = False
+
+    def log_lambda(self, eta: Tensor) -> Tensor:
+        """log lambda, the handicap of the tie models: P(A) = phi_A / (phi_A + lambda phi_B + g), phi = exp(theta).
+
+        g is 1 for the grounded models (rk-reparam, grk), whose lambda is exp(eta) + 1 + 1e-6, and 0 for rk, whose log lambda is
+        clamp(softplus(eta - 22.5, beta = 0.1), min 0.02). Models without a tie parameter raise ValueError.
+        """
+        if not self.has_eta:
+            raise ValueError(f"eta: the feedback model {self.name!r} has no tie parameter")
+        if self.grounded:
+            return torch.logaddexp(eta, torch.full_like(eta, math.log1p(1e-6)))
+        return F.softplus(eta - 22.5, beta=0.1).clamp_min(0.02)
 
     def log_probabilities(self, theta_a: Tensor, theta_b: Tensor, eta: Tensor | None = None) -> Tensor:
         """log P of A, B, tie, both bad: [..., 4] float32 or wider; -inf for an outcome that this model does not know.
@@ -97,7 +111,7 @@ def _rk(a: Tensor, b: Tensor, eta: Tensor | None) -> tuple[Tensor, ...]:
     The rest is a tie: 1 - P(A) - P(B) = (exp(2t) - 1) P(A) P(B).
     """
     assert eta is not None
-    t = F.softplus(eta - 22.5, beta=0.1).clamp_min(0.02)
+    t = _models["rk"].log_lambda(eta)
     win, lose = F.logsigmoid(a - b - t), F.logsigmoid(b - a - t)
     return win, lose, 2 * t + torch.log(-torch.expm1(-2 * t)) + win + lose
 
@@ -105,7 +119,7 @@ def _rk(a: Tensor, b: Tensor, eta: Tensor | None) -> tuple[Tensor, ...]:
 def _grounded(a: Tensor, b: Tensor, eta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """a, b, log lambda and the logs of phi_A + lambda phi_B + 1 and phi_B + lambda phi_A + 1, all of one shape."""
     a, b, eta = torch.broadcast_tensors(a, b, eta)
-    log_lambda = torch.logaddexp(eta, torch.full_like(eta, math.log1p(1e-6)))
+    log_lambda = _models["grk"].log_lambda(eta)
     zero = torch.zeros_like(a)
     beats = torch.logsumexp(torch.stack([a, log_lambda + b, zero]), 0)
     loses = torch.logsumexp(torch.stack([b, log_lambda + a, zero]), 0)
@@ -150,8 +164,8 @@ _models = {
         FeedbackModel("bt", _two, False, _bt),
         FeedbackModel("bt-tie", _two, False, _bt),
         FeedbackModel("rk", _three, True, _rk),
-        FeedbackModel("rk-reparam", _three, True, _rk_reparam),
-        FeedbackModel("grk", (*_three, Outcome.BOTH_BAD), True, _grk),
+        FeedbackModel("rk-reparam", _three, True, _rk_reparam, grounded=True),
+        FeedbackModel("grk", (*_three, Outcome.BOTH_BAD), True, _grk, grounded=True),
     )
 }
 _models["bag"] = _models["grk"]  # its name in published training configs

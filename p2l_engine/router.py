@@ -16,8 +16,12 @@ from p2l_engine.catalog import Catalog
 from p2l_engine.engine import Coefficients, Engine
 from p2l_engine.errors import CatalogError
 from p2l_engine.prompts import Prompt, user_turns
-from p2l_engine.routing import Policies, arrays, native
+from p2l_engine.routing import BudgetPacer, Objective, Problem, Resource, Share, arrays, native
+from p2l_engine.routing.arrays import Float64
+from p2l_engine.routing.problem import Scope, expected
+from p2l_engine.routing.values import compute
 
+Shares = Mapping[str | tuple[str, ...], float]
 Opponents = Literal["uniform"] | Mapping[str, float] | Sequence[float] | npt.NDArray[np.floating[Any]]
 
 
@@ -43,7 +47,8 @@ class Router:
     opponents: what win rates are measured against, over all models of the checkpoint: "uniform", {name: weight} (the others
     weigh nothing) or an array [M]; weights sum to 1. seed: of the draws from mixed policies; same seed and same prompt, same
     draw, whatever the batch. unmatched: what to do with models of the catalog that the checkpoint does not know, and the
-    reverse: "error", or "leave_out" of the choice (models left out still count as opponents).
+    reverse: "error", or "leave_out" of the choice (models left out still count as opponents). objective: what is maximised,
+    as in ``routing.win_rates``; decisions' win rates are of that kind, their scores Bradley-Terry's always.
     """
 
     def __init__(
@@ -53,10 +58,15 @@ class Router:
         opponents: Opponents = "uniform",
         seed: int = 0,
         unmatched: Literal["error", "leave_out"] = "error",
+        objective: Objective = "bt",
     ) -> None:
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"seed: expected an integer, got {seed!r}")
-        self.engine, self.seed = engine, seed
+        if objective == "half-ties" and not engine.feedback.has_eta:
+            objective = "bt"  # the same where the coefficients know no ties
+        if objective not in ("bt", "half-ties", "not-bad"):
+            raise ValueError(f"objective: expected 'bt', 'half-ties' or 'not-bad', got {objective!r}")
+        self.engine, self.seed, self.objective = engine, seed, objective
         self.catalog = _matched(catalog, engine.models, unmatched)
         self.q = _weights(opponents, engine.models)
         self.names = self.catalog.names
@@ -64,34 +74,56 @@ class Router:
         self._columns = np.array([engine.models.index(name) for name in self.names])
         self._salt = hashlib.blake2b(str(seed).encode(), digest_size=16).digest()
 
-    def route(self, prompt: Prompt, budget: float | None = None) -> Decision:
-        """The decision for one prompt; budget None is no budget. Raises PromptError, InfeasibleBudget."""
-        return self.route_batch([prompt], budget)[0]
+    def route(self, prompt: Prompt, budget: float | None = None, pacer: BudgetPacer | None = None) -> Decision:
+        """The decision for one prompt; budget None is no budget. Raises PromptError, InfeasibleBudget.
+
+        With a pacer, whose mean budget then holds over the stream of prompts that it sees, instead of a budget of its own.
+        """
+        if pacer is None:
+            return self.route_batch([prompt], budget)[0]
+        if budget is not None:
+            raise ValueError(f"budget: expected None beside a pacer, which has its own, got {budget!r}")
+        coefficients = self.engine.coefficients([prompt])
+        theta = arrays.matrix("theta", coefficients.theta)
+        v = self._rates(theta, coefficients)
+        price = pacer.price
+        k = pacer.choose(v[0], self.costs)
+        why = f"highest win rate less cost at {price:.4g} per {self.catalog.unit}: a mean budget of {pacer.budget:g}"
+        name = self.names[k]
+        score = native.bt_score(theta, self.q, self._bt_value(theta, v, np.array([[k]]), np.ones((1, 1))))
+        return Decision(name, {name: 1.0}, float(self.costs[k]), float(v[0, k]), float(score[0]), why)
 
     def route_batch(
         self,
         prompts: Sequence[Prompt],
         budget: float | Sequence[float] | npt.NDArray[np.floating[Any]] | None = None,
-        budget_scope: Literal["prompt", "batch"] = "prompt",
-        max_share: Mapping[str, float] | None = None,
+        budget_scope: Scope = "prompt",
+        max_share: Shares | None = None,
+        min_share: Shares | None = None,
+        resources: Sequence[Resource] = (),
+        allowed: npt.NDArray[np.bool_] | None = None,
         progress: Callable[[int], object] | None = None,
     ) -> list[Decision]:
-        """The decisions for a batch, in order: those of ``route``, where the scope is "prompt".
+        """The decisions for a batch, in order: those of ``route``, where no row is over the batch.
 
         budget: one number or, in scope "prompt", one per prompt; an upper bound on the expected cost of each prompt's policy
-        (scope "prompt") or on their mean (scope "batch"). max_share {name: share in [0, 1]} bounds a model's mean
-        probability over the batch, in scope "batch". Raises PromptError and InfeasibleBudget with the prompt's index.
+        (scope "prompt") or on their mean (scope "batch"). max_share and min_share {name, or tuple of names: share in [0, 1]}
+        bound the mean probability of a model, or of a group, over the batch. resources: further bounds; allowed [N, K]: which
+        models each prompt may use; both over the K models of ``names``. Raises PromptError, InfeasibleBudget and Infeasible.
         """
         coefficients = self.engine.coefficients(prompts, progress)
-        return self.decide(coefficients, prompts, budget, budget_scope, max_share)
+        return self.decide(coefficients, prompts, budget, budget_scope, max_share, min_share, resources, allowed)
 
     def decide(
         self,
         coefficients: Coefficients,
         prompts: Sequence[Prompt],
         budget: float | Sequence[float] | npt.NDArray[np.floating[Any]] | None = None,
-        budget_scope: Literal["prompt", "batch"] = "prompt",
-        max_share: Mapping[str, float] | None = None,
+        budget_scope: Scope = "prompt",
+        max_share: Shares | None = None,
+        min_share: Shares | None = None,
+        resources: Sequence[Resource] = (),
+        allowed: npt.NDArray[np.bool_] | None = None,
     ) -> list[Decision]:
         """``route_batch`` for coefficients already at hand (of the same prompts, from this router's engine)."""
         if coefficients.models != self.engine.models or len(coefficients) != len(prompts):
@@ -99,34 +131,50 @@ class Router:
                 f"coefficients: expected those of {len(prompts)} prompts from this router's engine, got {len(coefficients)} "
                 f"rows over {len(coefficients.models)} models"
             )
-        # The router's own q was checked once; the native core takes it as it is.
         theta = arrays.matrix("theta", coefficients.theta)
-        v = native.win_rates(theta, self.q)[:, self._columns]
-        policies = self._policies(v, budget, budget_scope, max_share)
-        scores = native.bt_score(theta, self.q, policies.value.clip(0.0, 1.0))
+        v = self._rates(theta, coefficients)
+        limits = budget if budget is None or isinstance(budget, bool | str | int | float) else np.asarray(budget)
+        if budget_scope == "prompt" and not (max_share or min_share or resources or allowed is not None):
+            policies = routing.solve_budget(v, self.costs, limits)
+        else:
+            shares = self._shares(max_share, min_share)
+            policies = routing.solve(Problem(v, self.costs, limits, budget_scope, resources, shares, allowed))
+        value = self._bt_value(theta, v, policies.indices, policies.probabilities, policies.value)
+        scores = native.bt_score(theta, self.q, value)
         uniforms = [self._uniform(user_turns(prompt, i)) for i, prompt in enumerate(prompts)]
         bound = "no budget" if budget is None else f"budget per {budget_scope}"
         columns = (policies.indices, policies.probabilities, policies.cost, policies.value, scores)
         rows = zip(uniforms, *(column.tolist() for column in columns), strict=True)
         return [self._decision(bound, *row) for row in rows]
 
-    def _policies(self, v: Any, budget: Any, scope: str, max_share: Mapping[str, float] | None) -> Policies:
-        if scope == "prompt":
-            if max_share is not None:
-                raise ValueError("max_share: expected budget_scope='batch', since shares are over the batch; got 'prompt'")
-            return routing.solve_budget(v, self.costs, budget)
-        if scope == "batch":
-            if budget is not None and np.ndim(budget) != 0:
-                raise ValueError(f"budget: expected one number in scope 'batch', got shape {list(np.shape(budget))}")
-            shares = None if max_share is None else self._shares(max_share)
-            return routing.solve_batch_budget(v, self.costs, budget, shares)
-        raise ValueError(f"budget_scope: expected 'prompt' or 'batch', got {scope!r}")
+    def win_rates(self, coefficients: Coefficients) -> Float64:
+        """What is maximised, [N, K] over the K models of ``names``: their win rates against the opponents."""
+        return self._rates(arrays.matrix("theta", coefficients.theta), coefficients)
 
-    def _shares(self, max_share: Mapping[str, float]) -> npt.NDArray[np.float64]:
-        unknown = sorted(set(max_share) - set(self.names))
-        if unknown:
-            raise ValueError(f"max_share: expected models of the catalog, got {', '.join(unknown)}")
-        return np.array([float(max_share.get(name, 1.0)) for name in self.names])
+    def _rates(self, theta: Float64, coefficients: Coefficients) -> Float64:
+        # The router's own q was checked once; the native core takes it as it is.
+        eta = None if coefficients.eta is None else arrays.to_float64("eta", coefficients.eta)
+        return compute(theta, self.q, self.objective, eta, coefficients.feedback.name)[:, self._columns]
+
+    def _bt_value(
+        self, theta: Float64, v: Float64, indices: Any, probabilities: Float64, value: Float64 | None = None
+    ) -> Float64:
+        """The policies' Bradley-Terry win rates [N], which scores are made of."""
+        if self.objective != "bt" or value is None:
+            rates = v if self.objective == "bt" else native.win_rates(theta, self.q)[:, self._columns]
+            value = expected(rates, indices, probabilities)
+        return np.asarray(value.clip(0.0, 1.0))
+
+    def _shares(self, max_share: Shares | None, min_share: Shares | None) -> list[Share]:
+        bounds: dict[tuple[str, ...], dict[str, float]] = {}
+        for argument, key, given in (("max_share", "at_most", max_share), ("min_share", "at_least", min_share)):
+            for names, share in (given or {}).items():
+                group = (names,) if isinstance(names, str) else tuple(names)
+                unknown = sorted(set(group) - set(self.names))
+                if unknown:
+                    raise ValueError(f"{argument}: expected models of the catalog, got {', '.join(unknown)}")
+                bounds.setdefault(group, {})[key] = share
+        return [Share([self.names.index(n) for n in group], name=", ".join(group), **bound) for group, bound in bounds.items()]
 
     def _uniform(self, turns: list[str]) -> float:
         """A number in [0, 1) that depends on the seed and the user's turns alone."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -36,3 +37,8 @@ def data():
     if not DATA.is_dir():
         pytest.skip(f"real votes and scores are not at {DATA}")
     return DATA
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(20)

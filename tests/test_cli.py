@@ -130,3 +130,30 @@ def test_the_kernels_folder_is_hidden_from_transformers():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "None"
+
+
+def test_frontier_shows_the_curve_and_plots_it(checkpoint, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(f"prompt {i}" for i in range(12)))
+    status, out, err = run("frontier", str(file), "--plot", str(tmp_path / "curve.png"), checkpoint=checkpoint)
+    assert status == 0, err
+    assert "12 prompts" in out
+    assert all(name in out for name in tiny.MODELS)
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    status, out, err = run("frontier", str(file), "--json", "--budgets", "3", checkpoint=checkpoint)
+    assert status == 0, err
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert len(lines) == 3 + len(tiny.MODELS)
+    assert all(line["win_rate"] >= line["win_rate_per_prompt_budget"] - 1e-12 for line in lines[:3])
+
+
+def test_route_takes_shares(checkpoint):
+    prompts = [f"prompt {i}" for i in range(10)]
+    top = json.loads(run("route", "--json", prompts[0], checkpoint=checkpoint)[1])["model"]
+    shares = ["--max-share", f"{top}=0.2", "--budget-scope", "batch"]
+    status, out, err = run("route", "--json", *prompts, *shares, checkpoint=checkpoint)
+    assert status == 0, err
+    assert sum(json.loads(line)["policy"].get(top, 0.0) for line in out.splitlines()) <= 2 + 1e-9
+    status, _, err = run("route", "hello", "--max-share", "alpha", checkpoint=checkpoint)
+    assert status == 2
+    assert "expected NAME=SHARE" in err

@@ -134,7 +134,7 @@ def test_batch_scope_dominates_and_shares_hold(router):
         ({"budget": float("nan")}, "budget: expected a number"),
         ({"budget": [1.0, 2.0, 3.0]}, r"budget: expected a number or shape \[2\]"),
         ({"budget_scope": "day"}, "budget_scope: expected 'prompt' or 'batch', got 'day'"),
-        ({"max_share": {"alpha": 0.5}}, "max_share: expected budget_scope='batch'"),
+        ({"min_share": {"alpha": 1.5}}, "at_least: expected a share in .0, 1., got 1.5"),
         ({"budget_scope": "batch", "max_share": {"zeta": 0.5}}, "max_share: expected models of the catalog, got zeta"),
         ({"budget_scope": "batch", "budget": [1.0, 2.0]}, "budget: expected one number in scope 'batch'"),
     ],

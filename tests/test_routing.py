@@ -258,5 +258,5 @@ def test_bad_rates_and_solvers_are_named():
         routing.bt_score(GOOD["theta"], GOOD["q"], [0.5, 1.5])
     with pytest.raises(ValueError, match="solver: expected 'frontier' or 'highs', got 'simplex'"):
         routing.solve_budget(np.zeros((1, 2)), np.ones(2), 1.0, solver="simplex")
-    with pytest.raises(ValueError, match="max_share: the shares sum to 0.9"):
+    with pytest.raises(ValueError, match="max_share of model 0 = 0.3 and .* cannot hold together"):
         routing.solve_batch_budget(np.zeros((1, 3)), np.ones(3), None, max_share=np.full(3, 0.3))

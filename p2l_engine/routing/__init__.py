@@ -7,52 +7,70 @@ unless theta is on a GPU. N prompts, M models.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from p2l_engine.errors import InfeasibleBudget
-from p2l_engine.routing import arrays, highs, native
+from p2l_engine.errors import Infeasible, InfeasibleBudget
+from p2l_engine.routing import arrays, native
 from p2l_engine.routing.arrays import Array
+from p2l_engine.routing.frontier import Frontier, frontier
+from p2l_engine.routing.highs import SolverError
+from p2l_engine.routing.pacer import BudgetPacer
+from p2l_engine.routing.problem import Problem, Resource, Row, Share
+from p2l_engine.routing.solve import Policies, solve, solve_chunk
+from p2l_engine.routing.values import LazyWinRates, Objective, check_objective, compute, tie_parameters
 
-__all__ = ["InfeasibleBudget", "Policies", "bt_score", "solve_batch_budget", "solve_budget", "win_rates"]
+__all__ = [
+    "BudgetPacer",
+    "Frontier",
+    "Infeasible",
+    "InfeasibleBudget",
+    "LazyWinRates",
+    "Objective",
+    "Policies",
+    "Problem",
+    "Resource",
+    "Share",
+    "SolverError",
+    "bt_score",
+    "frontier",
+    "solve",
+    "solve_batch_budget",
+    "solve_budget",
+    "win_rates",
+]
 
-TINY = float(np.finfo(float).tiny)
 RATE_ROUNDING = 1e-12  # a sum of win rates may exceed 1 by its last bits
-INFEASIBLE_SLACK = 1e-12  # relative: a budget this close under the cheapest policy is a rounding of it
 
 
-@dataclass(frozen=True, slots=True)
-class Policies:
-    """The policies of N prompts.
+def win_rates(theta: Array, q: Array, objective: Objective = "bt", eta: Array | None = None, feedback: str = "bt") -> Any:
+    """What routing maximises: each model's win rate against the opponents, v = W q (paper, equation (6)).
 
-    indices [N, W] int32: the models each policy mixes, W >= 2; an unused place repeats the first model.
-    probabilities [N, W]: rows sum to 1, 0 where unused. value [N]: expected win rate. cost [N]: expected cost.
-    """
+    theta [N, M] coefficients; q [M] or [N, M], non-negative, rows summing to 1. Returns v [N, M] float64, by objective:
 
-    indices: Any
-    probabilities: Any
-    value: Any
-    cost: Any
+    - ``bt``: v[n, b] = sum_a q[a] sigmoid(theta[n, b] - theta[n, a]), the Bradley-Terry reading of the coefficients, whatever
+      model they were trained under: the one for which the best policy by win rate is the best by score (paper, Theorem 1);
+    - ``half-ties``: v[n, b] = sum_a q[a] (P(b wins) + P(neither wins) / 2), a tie, or "both bad", as half a win, under the
+      feedback model named (rk, rk-reparam, grk; paper, 2.2) with its tie parameters eta [N]; W + W' = 1 as for ``bt``, which it
+      equals for bt and bt-tie;
+    - ``not-bad``: v[n, b] = sigmoid(theta[n, b]), whatever q is: what published routers maximise for grk, where it is the
+      probability that b wins against the fictitious bad model of coefficient 0 that grounds the votes (paper, 2.2).
 
-
-def win_rates(theta: Array, q: Array) -> Any:
-    """Each model's win rate against the opponents, v = W q (paper, equation (6)).
-
-    theta [N, M] coefficients; q [M] or [N, M], non-negative, rows summing to 1. Returns v [N, M] float64 in [0, 1] with
-    v[n, b] = sum_a q[a] sigmoid(theta[n, b] - theta[n, a]): the Bradley-Terry reading of the coefficients, the one under
-    which the budget LP and the score agree (paper, Theorem 1). CUDA tensors stay on their device, where the sums are
-    float32. Raises ValueError for NaN, infinities and bad shapes.
+    CUDA tensors stay on their device for ``bt``, where the sums are float32. Raises ValueError for NaN, infinities, bad shapes,
+    unknown names and missing eta.
     """
     t = arrays.matrix("theta", theta)
     weights = arrays.opponents(q, t.shape)
-    if isinstance(theta, torch.Tensor) and theta.is_cuda:
+    ties = None if eta is None else tie_parameters(eta, len(t))
+    check_objective(objective, ties, feedback)
+    if objective == "bt" and isinstance(theta, torch.Tensor) and theta.is_cuda:
         from p2l_engine.kernels.win_rates import win_rates as on_gpu
 
         return on_gpu(theta.contiguous(), torch.from_numpy(weights).to(theta.device)).double()
-    return arrays.like(native.win_rates(t, weights), theta)
+    return arrays.like(compute(t, weights, objective, ties, feedback), theta)
 
 
 def solve_budget(
@@ -63,52 +81,40 @@ def solve_budget(
     v [N, M] win rates; costs [M] or [N, M], >= 0; budget a number, [N], or None for none. ``frontier`` walks the upper
     concave hull of (cost, v) and is exact; ``highs`` solves the same LP with HiGHS. At most two models per prompt. Ties: of
     equal win rates the cheaper model, of equal costs too the lower index. Raises InfeasibleBudget, with the smallest
-    feasible budget, where a prompt's cheapest model costs more than its budget.
+    feasible budget, where a prompt's cheapest model costs more than its budget. ``solve`` takes further rows and masks.
     """
-    w = arrays.matrix("v", v)
-    c = arrays.costs(costs, w.shape)
-    limits = arrays.budgets(budget, len(w))
-    _check_feasible(c, limits, len(w))
-    if solver == "frontier":
-        indices, probabilities, value, cost, infeasible = native.solve_budget(w, c, limits)
-        if infeasible:
-            raise AssertionError(f"{infeasible} prompts infeasible after the check: please report this")
-    elif solver == "highs":
-        indices, probabilities = highs.solve_budget(w, c, limits)
-        value, cost = _expectations(w, c, indices, probabilities)
-    else:
+    if solver not in ("frontier", "highs"):
         raise ValueError(f"solver: expected 'frontier' or 'highs', got {solver!r}")
-    return Policies(*(arrays.like(a, v) for a in (indices, probabilities, value, cost)))
+    if solver == "highs":
+        return _like(solve(Problem(v, costs, budget), solver), v)
+    # A service asks this for every prompt: straight to the hull.
+    w = arrays.matrix("v", v)
+    row = Row("budget", arrays.costs(costs, w.shape), arrays.budgets(budget, len(w)))
+    return _like(Policies(*solve_chunk(row, w, None, 0)), v)
 
 
 def solve_batch_budget(
-    v: Array,
+    v: Array | LazyWinRates,
     costs: Array,
     budget: float | None = None,
     max_share: Array | None = None,
-    solver: Literal["highs"] = "highs",
+    min_share: Array | None = None,
+    solver: Literal["dual", "highs"] = "dual",
 ) -> Policies:
     """The best policies whose *mean* expected cost over the batch stays within the budget.
 
-    v [N, M]; costs [M] or [N, M]; max_share [M] in [0, 1] bounds each model's mean probability over the batch. One LP of
-    N x M columns in HiGHS: exact, for batches of thousands. Raises InfeasibleBudget; ValueError where the shares cannot sum
-    to 1.
+    v [N, M] or LazyWinRates; costs [M] or [N, M]; max_share and min_share [M] in [0, 1] bound each model's mean probability
+    over the batch. ``dual``: exact with one row, one prompt mixed at most; with shares to a proven gap of 1e-9, at most as many
+    prompts mixed as rows bind; ``highs``: one LP of N x M columns, for batches of thousands. Raises InfeasibleBudget;
+    Infeasible, with the rows that clash, where shares cannot hold.
     """
-    w = arrays.matrix("v", v)
-    c = arrays.costs(costs, w.shape)
-    if solver != "highs":
-        raise ValueError(f"solver: expected 'highs', got {solver!r}")
-    if len(w) == 0:
-        return Policies(*(arrays.like(a, v) for a in (np.zeros((0, 2), np.int32), np.zeros((0, 2)), *np.zeros((2, 0)))))
-    limit = float(arrays.budgets(budget, 1)[0])
-    shares = None if max_share is None else _shares(max_share, w.shape[1])
-    smallest = _cheapest_mean(c, w.shape, shares)
-    # With shares the smallest mean cost may come from HiGHS, to its tolerance.
-    if smallest > limit * (1 + (INFEASIBLE_SLACK if shares is None else highs.TOLERANCE)):
-        raise InfeasibleBudget(limit, smallest)
-    indices, probabilities = highs.solve_batch_budget(w, c, max(limit, smallest), shares)
-    value, cost = _expectations(w, c, indices, probabilities)
-    return Policies(*(arrays.like(a, v) for a in (indices, probabilities, value, cost)))
+    if solver not in ("dual", "highs"):
+        raise ValueError(f"solver: expected 'dual' or 'highs', got {solver!r}")
+    m = v.shape[1]
+    lower, upper = _shares("min_share", min_share, m, 0.0), _shares("max_share", max_share, m, 1.0)
+    shares = [Share(j, float(upper[j]), float(lower[j])) for j in range(m) if upper[j] < 1 or lower[j] > 0]
+    problem = Problem(v, costs, budget, "batch", shares=shares)
+    return _like(solve(problem, "highs" if solver == "highs" else "auto"), v)
 
 
 def bt_score(theta: Array, q: Array, rate: Array) -> Any:
@@ -126,45 +132,18 @@ def bt_score(theta: Array, q: Array, rate: Array) -> Any:
     return arrays.like(native.bt_score(t, arrays.opponents(q, t.shape), r), theta)
 
 
-def _expectations(w: Any, c: Any, indices: Any, probabilities: Any) -> tuple[Any, Any]:
-    c = np.broadcast_to(c, w.shape)
-    value, cost = ((probabilities * np.take_along_axis(a, indices, 1)).sum(1) for a in (w, c))
-    return value, cost
+def _like(policies: Policies, given: Any) -> Policies:
+    """The policies as tensors on ``given``'s device, where it is a tensor."""
+    if not isinstance(given, torch.Tensor):
+        return policies
+    columns = {name: arrays.like(getattr(policies, name), given) for name in ("indices", "probabilities", "value", "cost")}
+    return replace(policies, **columns)
 
 
-def _check_feasible(c: Any, limits: Any, n: int) -> None:
-    """Raises InfeasibleBudget; lifts budgets that miss the cheapest model by rounding alone, in place."""
-    cheapest = c.min(axis=-1)
-    short = limits < cheapest
-    if not short.any():
-        return
-    bad = limits < cheapest * (1 - INFEASIBLE_SLACK)
-    if bad.any():
-        i = int(np.argmax(bad))
-        raise InfeasibleBudget(float(limits[i]), float(np.broadcast_to(cheapest, n)[i]), i, int(bad.sum()))
-    np.maximum(limits, cheapest, out=limits)
-
-
-def _shares(max_share: Array, m: int) -> Any:
-    shares = arrays.finite("max_share", arrays.to_float64("max_share", max_share))
+def _shares(name: str, share: Array | None, m: int, absent: float) -> Any:
+    if share is None:
+        return np.full(m, absent)
+    shares = arrays.finite(name, arrays.to_float64(name, share))
     if shares.shape != (m,) or shares.min() < 0 or shares.max() > 1:
-        raise ValueError(f"max_share: expected [{m}] shares in [0, 1], got shape {list(shares.shape)}: {shares}")
-    if shares.sum() < 1 - INFEASIBLE_SLACK:
-        raise ValueError(f"max_share: the shares sum to {shares.sum():g}; they must leave room for every prompt (>= 1)")
+        raise ValueError(f"{name}: expected [{m}] shares in [0, 1], got shape {list(shares.shape)}: {shares}")
     return shares
-
-
-def _cheapest_mean(c: Any, shape: tuple[int, int], shares: Any) -> float:
-    """The smallest mean cost over the batch that the shares allow."""
-    if shares is None:
-        return float(np.broadcast_to(c.min(axis=-1), shape[0]).mean())
-    if c.ndim == 1:  # fill the cheapest models first
-        left, total = 1.0, 0.0
-        for j in np.argsort(c):
-            total += min(left, shares[j]) * c[j]
-            left -= min(left, shares[j])
-        return float(total)
-    full = np.broadcast_to(c, shape)
-    # Scaled to the dearest model: HiGHS's tolerances are absolute.
-    indices, probabilities = highs.solve_batch_budget(-full / max(float(full.max()), TINY), full, np.inf, shares)
-    return float(_expectations(full, full, indices, probabilities)[1].mean())

@@ -31,11 +31,46 @@ def like(result: npt.NDArray[Any], given: object) -> Any:
     return torch.from_numpy(result).to(given.device) if isinstance(given, torch.Tensor) else result
 
 
-def finite(name: str, array: Float64) -> Float64:
-    """``array``, or a ValueError that names the first entry that is NaN or infinite."""
+def to_numpy(value: object) -> npt.NDArray[Any]:
+    """``value`` as it is, in numpy: memmaps stay on disk."""
+    return value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asanyarray(value)
+
+
+def finite(name: str, array: Float64, start: int = 0) -> Float64:
+    """``array``, or a ValueError that names the first entry that is NaN or infinite; its rows count from ``start``."""
     if not np.isfinite(array).all():
         place = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
-        raise ValueError(f"{name}{list(place)}: expected a finite number, got {array[place]}")
+        shown = [place[0] + start, *place[1:]]
+        raise ValueError(f"{name}{shown}: expected a finite number, got {array[place]}")
+    return array
+
+
+def check_matrix(name: str, array: npt.NDArray[Any]) -> None:
+    """Raises unless [N, M] numbers with M >= 1; reads no entry."""
+    if array.dtype.kind not in "fiub":
+        raise TypeError(f"{name}: expected an array of real numbers, got {array.dtype}")
+    if array.ndim != 2 or array.shape[1] == 0:
+        raise ValueError(f"{name}: expected shape [N, M] with M >= 1, got {list(array.shape)}")
+
+
+def amounts(name: str, value: object, shape: tuple[int | None, int]) -> npt.NDArray[Any]:
+    """What each model uses of something, [M] float64 or [N, M] as it came (memmaps stay on disk): finite and >= 0."""
+    array = to_numpy(value)
+    if array.ndim < 2:
+        array = to_float64(name, array)
+    elif array.dtype.kind not in "fiub":
+        raise TypeError(f"{name}: expected an array of real numbers, got {array.dtype}")
+    if array.shape != (shape[1],) and array.shape != shape:
+        either = "" if shape[0] is None else f" or {list(shape)}"
+        raise ValueError(f"{name}: expected shape [{shape[1]}]{either}, got {list(array.shape)}")
+    step = max(1, 2**22 // shape[1])
+    for start in range(0, len(array), step):
+        part = finite(name, array[start : start + step], start)
+        if part.min() < 0:
+            place = [int(i) for i in np.argwhere(part < 0)[0]]
+            raise ValueError(
+                f"{name}[{', '.join(map(str, (place[0] + start, *place[1:])))}]: expected an amount >= 0, got {part.min()}"
+            )
     return array
 
 
@@ -77,17 +112,17 @@ def costs(value: object, shape: tuple[int, int]) -> Float64:
     return array
 
 
-def budgets(value: object, n_prompts: int) -> Float64:
-    """One budget per prompt [N]; None, or +inf, stands for no budget."""
+def budgets(value: object, n_prompts: int, name: str = "budget") -> Float64:
+    """One bound per prompt [N]; None, or +inf, stands for no bound."""
     if value is None:
         return np.full(n_prompts, np.inf)
     if isinstance(value, bool | str):
-        raise TypeError(f"budget: expected a number, got {value!r}")
-    array = to_float64("budget", value)
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+    array = to_float64(name, value)
     array = np.full(n_prompts, float(array)) if array.ndim == 0 else array.copy()
     if array.shape != (n_prompts,):
-        raise ValueError(f"budget: expected a number or shape [{n_prompts}], got {list(array.shape)}")
+        raise ValueError(f"{name}: expected a number or shape [{n_prompts}], got {list(array.shape)}")
     wrong = np.isnan(array) | (array == -np.inf)
     if wrong.any():
-        raise ValueError(f"budget: expected a number, or None for no budget, got {array[wrong][0]}")
+        raise ValueError(f"{name}: expected a number, or None for none, got {array[wrong][0]}")
     return array

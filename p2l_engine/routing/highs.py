@@ -1,156 +1,298 @@
-"""Routing LPs by HiGHS: the oracle of the tests, and the solver wherever there are more rows than one budget."""
+"""Routing LPs by HiGHS, in bulk: the oracle of the tests, and the solver wherever one prompt has several rows.
+
+HiGHS's tolerances are absolute and it drops coefficients under 1e-9. So every row is divided by its bound, and a model that
+uses more of a row than the bound, a/b > 1, enters as y = (a/b) p: no coefficient exceeds 1. A model of which the bound buys
+less than a share of 1e-9 is left out, at a loss of value of at most 1e-9.
+"""
 
 from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
 
 import highspy
 import numpy as np
 import numpy.typing as npt
 
+from p2l_engine.routing import native
 from p2l_engine.routing.arrays import Float64
+from p2l_engine.routing.problem import Row
+
+Int32 = npt.NDArray[np.int32]
+Mask = npt.NDArray[np.bool_]
 
 SMALLEST_SHARE = 1e-12  # a probability below this is the solver's rounding, not a choice
-
-
-TOLERANCE = 1e-6  # relative: how far beyond a budget HiGHS's rounding may go before it is an error
+LEAST_BOUGHT = 1e-9  # a share below this is not worth a column
+TOLERANCE = 1e-9  # HiGHS's feasibility tolerances, on rows scaled to bounds of 1
 
 
 class SolverError(RuntimeError):
-    """HiGHS stopped without an optimum."""
+    """A solver stopped without an optimum. ``gap``: how far its best policy may be from it (absolute), or None."""
+
+    def __init__(self, message: str, gap: float | None = None) -> None:
+        self.gap = gap
+        super().__init__(message)
 
 
-def _solver() -> highspy.Highs:
+class Clash(Exception):
+    """The rows admit no policy. ``prompts``: a range that holds one whose own LP has none; None for rows over the batch."""
+
+    def __init__(self, prompts: range | None = None) -> None:
+        self.prompts = prompts
+        super().__init__(prompts)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Solved:
+    """x [n, M]: probabilities (times weights); prices [K]: multipliers of the batch rows; excess [K]: what elastic rows are
+    exceeded by, in sum."""
+
+    x: Float64
+    prices: Float64
+    excess: Float64
+
+
+def solver(time_limit: float | None = None) -> highspy.Highs:
+    """A silent HiGHS on one thread; ``time_limit`` in seconds."""
     highs = highspy.Highs()
     highs.setOptionValue("output_flag", False)
     highs.setOptionValue("threads", 1)
+    highs.setOptionValue("primal_feasibility_tolerance", TOLERANCE)
+    highs.setOptionValue("dual_feasibility_tolerance", TOLERANCE)
+    if time_limit is not None:
+        highs.setOptionValue("time_limit", max(time_limit, 0.0))
     return highs
 
 
-def _optimum(highs: highspy.Highs, what: str) -> Float64:
+def optimum(highs: highspy.Highs, what: str) -> Any:
+    """HiGHS's solution. Raises Clash where there is none, SolverError for every other status but optimal."""
+    statuses = highspy.HighsModelStatus
     highs.run()
     status = highs.getModelStatus()
-    if status != highspy.HighsModelStatus.kOptimal:
-        # A warm start can lead badly scaled problems astray: once more from nothing before it is an error.
+    if status not in (statuses.kOptimal, statuses.kTimeLimit, statuses.kIterationLimit):
+        # A warm start or presolve can lead badly scaled problems astray: once more from nothing before it is an error.
         highs.clearSolver()
+        highs.setOptionValue("presolve", "off")
         highs.run()
+        highs.setOptionValue("presolve", "choose")
         status = highs.getModelStatus()
-    if status != highspy.HighsModelStatus.kOptimal:
-        raise SolverError(f"{what}: HiGHS stopped with status {highs.modelStatusToString(status)!r}")
-    return np.asarray(highs.getSolution().col_value)
+    if status in (statuses.kInfeasible, statuses.kUnboundedOrInfeasible):
+        raise Clash
+    if status != statuses.kOptimal:
+        info = highs.getInfo()
+        gap = abs(float(info.primal_dual_objective_error)) if info.primal_solution_status == 2 else None  # type: ignore[attr-defined]
+        reached = "no feasible policy yet" if gap is None else f"relative primal-dual gap {gap:.3g}"
+        raise SolverError(f"{what}: HiGHS stopped with status {highs.modelStatusToString(status)!r}, {reached}", gap)
+    return highs.getSolution()
 
 
-def _linear_program(
-    objective: Float64,
-    rows: list[tuple[npt.NDArray[np.int32], Float64]],
-    lower: Float64,
-    upper: Float64,
-    most: Float64,
-) -> highspy.HighsLp:
+def solve_block(
+    v: Float64,
+    prompt_rows: Sequence[Row] = (),
+    batch_rows: Sequence[Row] = (),
+    allowed: Mask | None = None,
+    rooms: Float64 | None = None,
+    penalty: Float64 | None = None,
+    weights: Float64 | None = None,
+    time_limit: float | None = None,
+) -> Solved:
+    """One LP over all prompts of v [n, M] and their rows.
+
+    rooms [K]: what the prompts may use of the batch rows in sum (n times the bounds, when None). penalty [K]: makes the batch
+    rows elastic, at this loss of value per unit of sum. weights [n]: how many equal prompts each is; its x sums to that.
+    """
+    n, m = v.shape
+    usable = np.ones((n, m), bool) if allowed is None else allowed.copy()
+    rooms = np.array([n * float(row.bound) for row in batch_rows]) if rooms is None else rooms
+    factor = np.ones((n, m))
+    scaled: list[tuple[Float64, Any]] = []
+    for row in prompt_rows:
+        bound = np.broadcast_to(np.asarray(row.bound, float), (n,))
+        scaled.append((_scaled(row.amounts, bound[:, None], LEAST_BOUGHT, usable, factor), bound))
+    unit = []
+    for row in batch_rows:
+        # Relative to the mean bound: a batch's room may all go to one prompt.
+        mean = abs(float(row.bound)) if row.bound or np.all(row.amounts >= 0) else float(np.abs(row.amounts).max())
+        if row.negated:
+            scaled.append((np.broadcast_to(row.amounts, (n, m)), None))
+            mean = 1.0
+        else:
+            scaled.append((_scaled(row.amounts, np.full((n, 1), mean), LEAST_BOUGHT / max(n, 1), usable, factor), None))
+            mean = mean or 1.0
+        unit.append(mean)
+    units = np.array(unit)
+    who, which = np.nonzero(usable)
+    factors = factor[who, which]
+    simplex = _csr(who, np.arange(len(who)), 1 / factors, n)
+    ones = np.ones(n) if weights is None else weights
+    pieces, lower, upper = [simplex], [ones], [ones]
+    for amounts, bound in scaled[: len(prompt_rows)]:
+        values = amounts[who, which] / factors
+        finite = np.isfinite(bound)[who] & (values != 0)
+        pieces.append(_csr(who[finite], np.flatnonzero(finite), values[finite], n))
+        lower.append(np.full(n, -np.inf))
+        upper.append(np.where(np.isfinite(bound), np.where(bound > 0, 1.0, 0.0), np.inf))
+    slack = 0 if penalty is None else len(batch_rows)
+    for k, (amounts, _) in enumerate(scaled[len(prompt_rows) :]):
+        values = amounts[who, which] / factors
+        index = np.flatnonzero(values)
+        values = values[index]
+        if slack:
+            index, values = np.append(index, len(who) + k), np.append(values, -1.0)
+        pieces.append((index.astype(np.int32), values, np.array([len(index)])))
+        lower.append(np.array([-np.inf]))
+        upper.append(np.array([rooms[k] / units[k]]))
+    objective = v[who, which] / factors
+    most = factors * ones[who]
+    if slack:
+        assert penalty is not None
+        objective = np.append(objective, -penalty * units)
+        most = np.append(most, np.full(slack, np.inf))
+    highs = solver(time_limit)
+    highs.passModel(_program(objective, most, pieces, np.concatenate(lower), np.concatenate(upper)))
+    solution = optimum(highs, f"LP of {n} prompts")
+    y = np.asarray(solution.col_value)
+    x = np.zeros((n, m))
+    x[who, which] = y[: len(who)] / factors
+    k = len(batch_rows)
+    duals = np.abs(np.asarray(solution.row_dual)[len(solution.row_dual) - k :]) if k else np.zeros(0)
+    return Solved(x, duals / units, y[len(who) :] * units if slack else np.zeros(k))
+
+
+def _scaled(amounts: Any, bound: Any, least: float, usable: Mask, factor: Float64) -> Float64:
+    """amounts / bound [n, M]; marks what no bound can buy as not usable, raises ``factor`` to what exceeds the bound."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.where(amounts > 0, amounts / bound, 0.0)
+    usable &= ratio <= 1 / least
+    ratio = np.where(np.isfinite(ratio), ratio, 0.0)
+    np.maximum(factor, np.where(usable, ratio, 1.0), out=factor)
+    return ratio
+
+
+def _csr(rows: Any, columns: Any, values: Float64, n: int) -> tuple[Int32, Float64, Any]:
+    """Entries sorted by row as (column indices, values, entries per row)."""
+    return columns.astype(np.int32), values, np.bincount(rows, minlength=n)
+
+
+def _program(objective: Float64, most: Float64, pieces: Sequence[Any], lower: Float64, upper: Float64) -> highspy.HighsLp:
     """maximise objective.y over 0 <= y <= most with lower <= rows.y <= upper."""
     lp = highspy.HighsLp()
-    lp.num_col_, lp.num_row_ = len(objective), len(rows)
+    lp.num_col_, lp.num_row_ = len(objective), len(lower)
     lp.col_cost_, lp.sense_ = objective, highspy.ObjSense.kMaximize
     lp.col_lower_, lp.col_upper_ = np.zeros(len(objective)), most
     lp.row_lower_, lp.row_upper_ = lower, upper
     lp.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
-    lp.a_matrix_.start_ = np.cumsum([0, *(len(index) for index, _ in rows)], dtype=np.int32)
-    lp.a_matrix_.index_ = np.concatenate([index for index, _ in rows])
-    lp.a_matrix_.value_ = np.concatenate([value for _, value in rows])
+    lp.a_matrix_.start_ = np.concatenate([[0], np.cumsum(np.concatenate([piece[2] for piece in pieces]))]).astype(np.int32)
+    lp.a_matrix_.index_ = np.concatenate([piece[0] for piece in pieces])
+    lp.a_matrix_.value_ = np.concatenate([piece[1] for piece in pieces])
     return lp
 
 
-def solve_budget(v: Float64, costs: Float64, budget: Float64) -> tuple[npt.NDArray[np.int32], Float64]:
-    """One small LP per prompt (paper, equation (6)), each warm-started from the last: indices [N, 2], probabilities [N, 2].
+BLOCK = 64  # prompts per LP where every prompt has amounts of its own
 
-    Budgets must be feasible.
+
+def solve_prompts(
+    v: Float64, rows: Sequence[Row], allowed: Mask | None = None, threads: int | None = None, time_limit: float | None = None
+) -> tuple[Int32, Float64]:
+    """One small LP per prompt, R rows each: indices and probabilities [n, max(2, R + 1)].
+
+    Where all prompts share their amounts, a thread changes only the objective and the bounds of one HiGHS model, which starts
+    from its last basis; otherwise blocks of prompts make one LP. Threads share the prompts.
     """
-    n, m = v.shape
-    indices, probabilities = np.zeros((n, 2), np.int32), np.zeros((n, 2))
-    highs, every = _solver(), np.arange(m, dtype=np.int32)
-    scale, allowed = _scale(np.broadcast_to(costs, v.shape), budget, 1)
-    costs, budget = np.broadcast_to(costs / scale, v.shape), budget / scale
-    factor = np.maximum(1.0, costs)
-    weights, prices, most = 1 / factor, np.where(allowed, costs / factor, 0.0), allowed * factor
-    for i in range(n):
-        if i == 0:
-            bounds = np.array([1.0, -np.inf]), np.array([1.0, budget[0]])
-            rows = [(every, weights[0]), (every, prices[0])]
-            highs.passModel(_linear_program(v[0] * weights[0], rows, *bounds, most[0]))
-        else:
-            highs.changeColsCost(m, every, v[i] * weights[i])
-            highs.changeRowBounds(1, -np.inf, budget[i])
-            if costs.strides[0]:
-                for j in range(m):
-                    highs.changeCoeff(0, j, weights[i, j])
-                    highs.changeCoeff(1, j, prices[i, j])
-                    highs.changeColBounds(j, 0.0, most[i, j])
-        x = _optimum(highs, f"prompt {i}") * weights[i]
-        top = np.argsort(-x, kind="stable")[:2]
-        indices[i], probabilities[i] = (top, x[top]) if m > 1 else ((0, 0), (1.0, 0.0))
-    return _tidy(indices, probabilities)
+    n = len(v)
+    width = max(2, len(rows) + 1)
+    indices, probabilities = np.zeros((n, width), np.int32), np.zeros((n, width))
+    shared = all(row.shared for row in rows)
+    threads = native.threads(n) if threads is None else threads
+    deadline = None if time_limit is None else time.monotonic() + time_limit
 
+    def run(part: int) -> None:
+        first, last = n * part // threads, n * (part + 1) // threads
+        if shared:
+            _solve_warm(v, rows, allowed, range(first, last), indices, probabilities, deadline)
+            return
+        for start in range(first, last, BLOCK):
+            some = slice(start, min(start + BLOCK, last))
+            mask = None if allowed is None else allowed[some]
+            left = None if deadline is None else deadline - time.monotonic()
+            try:
+                x = solve_block(v[some], [row.of(some) for row in rows], (), mask, time_limit=left).x
+            except Clash:
+                raise Clash(range(some.start, some.stop)) from None
+            indices[some], probabilities[some] = _narrow(x, width)
 
-def _scale(costs: Float64, budget: Float64, n: int) -> tuple[float, npt.NDArray[np.bool_]]:
-    """What to divide costs and budgets by, and which models to allow at all.
-
-    HiGHS's tolerances are absolute and it drops coefficients under 1e-9. So the smallest budget becomes 1, and a model whose
-    cost c is then above 1 enters as y = c x: no coefficient exceeds 1, and a bound's tolerance is worth no more than the budget
-    row's. A model of which n prompts' largest budget buys less than a share of 1e-9 is left out, at a loss of win rate of at
-    most 1e-9.
-    """
-    finite = budget[np.isfinite(budget)]
-    if not finite.size:
-        return max(float(costs.max()), float(np.finfo(float).tiny)), np.ones(costs.shape, bool)
-    positive = finite[finite > 0]
-    scale = float(positive.min()) if positive.size else 1.0
-    most = np.inf if len(finite) < len(budget) else 1e9 * n * float(finite.max())
-    return scale, costs <= most
-
-
-def solve_batch_budget(
-    v: Float64, costs: Float64, budget: float, max_share: Float64 | None
-) -> tuple[npt.NDArray[np.int32], Float64]:
-    """One LP over the whole batch: mean cost within the budget, each model's mean share within ``max_share`` [M].
-
-    An optimal vertex mixes at most as many prompts as rows bind, so every policy is narrow: indices and probabilities are
-    [N, W] with W the widest policy, at least 2.
-    """
-    n, m = v.shape
-    costs = np.broadcast_to(costs, v.shape)
-    column = np.arange(n * m, dtype=np.int32).reshape(n, m)
-    scale, allowed = _scale(costs, np.array([budget]), n)
-    factor = np.maximum(1.0, costs / scale)
-    rows = [(column[i], 1 / factor[i]) for i in range(n)]
-    lower, upper = [1.0] * n, [1.0] * n
-    if np.isfinite(budget):
-        rows.append((column.ravel(), np.where(allowed, costs / scale / factor, 0.0).ravel()))
-        lower.append(-np.inf)
-        upper.append(n * budget / scale)
-    if max_share is not None:
-        for j in np.flatnonzero(max_share < 1):
-            rows.append((column[:, j].copy(), 1 / (n * factor[:, j])))
-            lower.append(-np.inf)
-            upper.append(float(max_share[j]))
-    highs = _solver()
-    most = np.where(allowed, factor, 0.0).ravel()
-    program = _linear_program((v / factor).ravel(), rows, np.array(lower), np.array(upper), most)
-    highs.passModel(program)
-    x = _optimum(highs, "batch budget").reshape(n, m) / factor
-    width = max(2, int((x > SMALLEST_SHARE).sum(1).max()))
-    indices = np.argsort(-x, axis=1, kind="stable")[:, :width].astype(np.int32)
-    if m == 1:
-        return np.zeros((n, 2), np.int32), np.tile([1.0, 0.0], (n, 1))
-    indices, probabilities = _tidy(indices, np.take_along_axis(x, indices, 1))
-    spent = float((probabilities * np.take_along_axis(costs, indices, 1)).sum(1).mean())
-    if spent > budget * (1 + TOLERANCE):
-        raise SolverError(
-            f"batch budget: HiGHS's policy costs {spent!r} for a budget of {budget!r}: the costs, {costs.min():g} to "
-            f"{costs.max():g}, span more than its tolerances can tell apart; leave out the dearest models"
-        )
+    if threads == 1:
+        run(0)
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(run, range(threads)))
     return indices, probabilities
 
 
-def _tidy(indices: npt.NDArray[np.int32], probabilities: Float64) -> tuple[npt.NDArray[np.int32], Float64]:
+def _solve_warm(
+    v: Float64,
+    rows: Sequence[Row],
+    allowed: Mask | None,
+    prompts: range,
+    indices: Int32,
+    probabilities: Float64,
+    deadline: float | None,
+) -> None:
+    m = v.shape[1]
+    every = np.arange(m, dtype=np.int32)
+    usable, factor, ratios, bounds = np.ones((1, m), bool), np.ones((1, m)), [], []
+    for row in rows:
+        bound = np.broadcast_to(np.asarray(row.bound, float), (len(v),))
+        finite = bound[np.isfinite(bound)]
+        scale = float(finite[finite > 0].min()) if (finite > 0).any() else 1.0
+        # Only what even the largest bound cannot buy is left out.
+        most = float(bound.max()) / scale
+        ratios.append(_scaled(row.amounts[None], np.array([[scale]]), LEAST_BOUGHT / max(most, 1.0), usable, factor)[0])
+        bounds.append(bound / scale)
+    highs = solver()
+    pieces = [(every, 1 / factor[0], np.array([m]))]
+    pieces += [(every, np.where(usable[0], ratio, 0.0) / factor[0], np.array([m])) for ratio in ratios]
+    upper = np.array([1.0, *(bound[prompts[0]] for bound in bounds)])
+    lower = np.array([1.0, *(-np.inf for _ in rows)])
+    most_y = np.where(usable[0], factor[0], 0.0)
+    highs.passModel(_program(v[prompts[0]] / factor[0], most_y, pieces, lower, upper))
+    for i in prompts:
+        highs.changeColsCost(m, every, v[i] / factor[0])
+        for k, bound in enumerate(bounds, 1):
+            highs.changeRowBounds(k, -np.inf, bound[i])
+        if allowed is not None:
+            highs.changeColsBounds(m, every, np.zeros(m), np.where(allowed[i], most_y, 0.0))
+        if deadline is not None:
+            highs.setOptionValue("time_limit", max(deadline - time.monotonic(), 0.0) + highs.getRunTime())
+        try:
+            solution = optimum(highs, f"prompt {i}")
+        except Clash:
+            raise Clash(range(i, i + 1)) from None
+        x = np.asarray(solution.col_value) / factor[0]
+        indices[i : i + 1], probabilities[i : i + 1] = _narrow(x[None], indices.shape[1])
+
+
+def _narrow(x: Float64, width: int) -> tuple[Int32, Float64]:
+    """x [n, M] as the ``width`` largest probabilities of each prompt and their models, rounding removed."""
+    m = x.shape[1]
+    top = np.argsort(-x, axis=1, kind="stable")[:, : min(width, m)]
+    top = np.pad(top, ((0, 0), (0, width - top.shape[1])), mode="edge")
+    probabilities = np.take_along_axis(x, top, 1)
+    probabilities[:, m:] = 0.0
+    return tidy(top.astype(np.int32), probabilities / np.maximum(x.sum(1, keepdims=True), SMALLEST_SHARE))
+
+
+def tidy(indices: Int32, probabilities: Float64) -> tuple[Int32, Float64]:
     """Rounding removed: tiny shares become 0 and repeat the first model, the rest sums to 1."""
     unused = probabilities <= SMALLEST_SHARE
     probabilities = np.where(unused, 0.0, probabilities)
     return np.where(unused, indices[:, :1], indices), probabilities / probabilities.sum(1, keepdims=True)
+
+
+def narrow(x: Float64) -> tuple[Int32, Float64]:
+    """x [n, M] as policies of the width that it needs, at least 2."""
+    share = x / np.maximum(x.sum(1, keepdims=True), SMALLEST_SHARE)
+    return _narrow(x, max(2, int((share > SMALLEST_SHARE).sum(1).max(initial=0))))

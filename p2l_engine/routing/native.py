@@ -8,6 +8,8 @@ import numpy.typing as npt
 from p2l_engine._native import ffi, lib
 from p2l_engine.routing.arrays import Float64
 
+Mask = npt.NDArray[np.bool_]
+
 PROMPTS_PER_THREAD = 16  # below this a thread costs more than it saves
 
 _isa = {4: "x86-64-v4 (AVX-512)", 3: "x86-64-v3 (AVX2)", 2: "x86-64-v2 (SSE4.2)", 0: "the compiler's baseline"}
@@ -33,6 +35,18 @@ def _out(array: npt.NDArray[np.float64]) -> object:
     return ffi.from_buffer("double[]", array, require_writable=True)
 
 
+def _out_int(array: npt.NDArray[np.int32]) -> object:
+    return ffi.from_buffer("int32_t[]", array, require_writable=True)
+
+
+def _mask(allowed: Mask | None) -> object:
+    return ffi.NULL if allowed is None else ffi.from_buffer("uint8_t[]", allowed)
+
+
+def _offsets(array: npt.NDArray[np.int64]) -> object:
+    return ffi.from_buffer("int64_t[]", array)
+
+
 def _check(status: int, what: str) -> int:
     if status < 0:
         raise MemoryError(f"{what}: no working memory could be had")
@@ -47,16 +61,73 @@ def win_rates(theta: Float64, q: Float64) -> Float64:
     return v
 
 
-def solve_budget(v: Float64, costs: Float64, budget: Float64) -> tuple[npt.NDArray[np.int32], Float64, Float64, Float64, int]:
+def tie_win_rates(theta: Float64, log_lambda: Float64, grounded: bool, q: Float64) -> Float64:
+    """Win rates with ties as half a win, [N, M]; log_lambda [N], q [M] or [N, M]."""
+    n, m = theta.shape
+    v = np.empty((n, m))
+    arguments = (_in(theta), _in(log_lambda), grounded, _in(q), q.ndim == 2, n, m, threads(n), _out(v))
+    _check(lib.p2l_tie_win_rates(*arguments), "win_rates")
+    return v
+
+
+def solve_budget(
+    v: Float64, costs: Float64, budget: Float64, allowed: Mask | None = None
+) -> tuple[npt.NDArray[np.int32], Float64, Float64, Float64, int]:
     """indices [N, 2], probabilities [N, 2], value [N], cost [N] and the number of infeasible prompts (rows of zeros)."""
     n, m = v.shape
     indices = np.zeros((n, 2), np.int32)
     probabilities, value, cost = np.zeros((n, 2)), np.zeros(n), np.zeros(n)
     infeasible = lib.p2l_solve_budget(
-        _in(v), _in(costs), costs.ndim == 2, _in(budget), n, m, threads(n),
-        ffi.from_buffer("int32_t[]", indices, require_writable=True), _out(probabilities), _out(value), _out(cost),
+        _in(v), _in(costs), costs.ndim == 2, _in(budget), _mask(allowed), n, m, threads(n),
+        _out_int(indices), _out(probabilities), _out(value), _out(cost),
     )  # fmt: skip
     return indices, probabilities, value, cost, _check(infeasible, "solve_budget")
+
+
+def hulls(
+    v: Float64, costs: Float64, allowed: Mask | None = None
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], Float64, Float64]:
+    """The prompts' upper hulls, one behind the other: sizes [N] and, per vertex, model, cost and value."""
+    n, m = v.shape
+    sizes, models = np.empty(n, np.int32), np.empty(n * m, np.int32)
+    cost, value = np.empty(n * m), np.empty(n * m)
+    total = lib.p2l_hulls(
+        _in(v), _in(costs), costs.ndim == 2, _mask(allowed), n, m, threads(n),
+        _out_int(sizes), _out_int(models), _out(cost), _out(value),
+    )  # fmt: skip
+    _check(total, "hulls")
+    return sizes, models[:total].copy(), cost[:total].copy(), value[:total].copy()
+
+
+def select_steps(offsets: npt.NDArray[np.int64], cost: Float64, value: Float64, room: float) -> tuple[float, float]:
+    """The slope at which the room beyond the hulls' first vertices ends (0: never), and what is left for steps of it."""
+    price, left = ffi.new("double *"), ffi.new("double *")
+    n = len(offsets) - 1
+    _check(lib.p2l_select_steps(_offsets(offsets), _in(cost), _in(value), n, room, threads(n), price, left), "select_steps")
+    return price[0], left[0]
+
+
+def take_steps(
+    offsets: npt.NDArray[np.int64], models: npt.NDArray[np.int32], cost: Float64, value: Float64, price: float, left: float
+) -> tuple[npt.NDArray[np.int32], Float64, Float64, Float64]:
+    """The policies at a price: indices [N, 2], probabilities [N, 2], value [N], cost [N]."""
+    n = len(offsets) - 1
+    indices, probabilities = np.empty((n, 2), np.int32), np.empty((n, 2))
+    policy_value, policy_cost = np.empty(n), np.empty(n)
+    lib.p2l_take_steps(
+        _offsets(offsets), ffi.from_buffer("int32_t[]", models), _in(cost), _in(value), n, price, left,
+        _out_int(indices), _out(probabilities), _out(policy_value), _out(policy_cost),
+    )  # fmt: skip
+    return indices, probabilities, policy_value, policy_cost
+
+
+def best_models(v: Float64, penalty: Float64, allowed: Mask | None = None) -> tuple[npt.NDArray[np.int32], Float64, Float64]:
+    """Each prompt's best model by v - penalty [M]: its index, that reduced value, and its lead over the runner-up."""
+    n, m = v.shape
+    best, reduced, lead = np.empty(n, np.int32), np.empty(n), np.empty(n)
+    arguments = (_in(v), _in(penalty), _mask(allowed), n, m, threads(n), _out_int(best), _out(reduced), _out(lead))
+    _check(lib.p2l_best_models(*arguments), "best_models")
+    return best, reduced, lead
 
 
 def bt_score(theta: Float64, q: Float64, rate: Float64) -> Float64:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import numpy.typing as npt
 
@@ -64,3 +66,43 @@ def bt_score(theta: Float64, q: Float64, rate: Float64) -> Float64:
             above = (q * sigmoid(middle[:, None] - theta)).sum(1) > rate
         low, high = np.where(above, low, middle), np.where(above, middle, high)
     return np.asarray(low)
+
+
+def solve_batch_budget(
+    v: Float64, costs: Float64, budget: float
+) -> tuple[npt.NDArray[np.int32], Float64, Float64, Float64, float]:
+    """One mean budget over the batch: every step along every prompt's hull, by falling slope, until the budget is spent.
+
+    Also returns the price, the slope of the step at which it ends (0 where it never does). The budget must be feasible.
+    """
+    n, costs = len(v), np.broadcast_to(costs, v.shape)
+    hulls = [upper_hull(cost, row) for cost, row in zip(costs, v, strict=True)]
+    at, share = [0] * n, np.zeros(n)
+    left = n * budget - sum(costs[i, hull[0]] for i, hull in enumerate(hulls))
+    slopes = [
+        (-(v[i, b] - v[i, a]) / (costs[i, b] - costs[i, a]), i, place)
+        for i, hull in enumerate(hulls)
+        for place, (a, b) in enumerate(pairwise(hull))
+    ]
+    price = 0.0
+    for slope, i, place in sorted(slopes):
+        a, b = hulls[i][place], hulls[i][place + 1]
+        extra = costs[i, b] - costs[i, a]
+        if extra > left:
+            share[i], price = left / extra, -slope
+            break
+        at[i], left = place + 1, left - extra
+    indices = np.array(
+        [(hull[k], hull[min(k + (share[i] > 0), len(hull) - 1)]) for i, (hull, k) in enumerate(zip(hulls, at, strict=True))]
+    )
+    probabilities = np.stack([1 - share, share], axis=1)
+    value = (probabilities * np.take_along_axis(v, indices, 1)).sum(1)
+    cost = (probabilities * np.take_along_axis(costs, indices, 1)).sum(1)
+    return indices.astype(np.int32), probabilities, value, cost, price
+
+
+def best_models(v: Float64, penalty: Float64, allowed: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.intp], Float64, Float64]:
+    """Each prompt's best allowed model by v - penalty, that value, and its lead over the runner-up (inf when alone)."""
+    reduced = np.where(allowed, v - penalty, -np.inf)
+    ranked = np.sort(np.concatenate([reduced, np.full((len(v), 1), -np.inf)], axis=1), axis=1)
+    return reduced.argmax(axis=1), ranked[:, -1], ranked[:, -1] - ranked[:, -2]

@@ -1,0 +1,180 @@
+"""Rows over a batch, several rows for each prompt, streams, and millions of prompts. Part of python -m bench.solvers.
+
+Problems: theta ~ N(0, 1) plus a strength that rises with the model's cost (so that budgets bind), q uniform, costs log-normal;
+the budget lies a fifth of the way from the cheapest policy to the best one. Share caps: the five models that win most prompts
+may each take half of what they would.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from bench.measure import Row, apart, measure, once
+from p2l_engine import routing
+from p2l_engine.routing import BudgetPacer, LazyWinRates, Problem, Resource, Share, highs, native
+from p2l_engine.routing.hulls import Hulls
+from p2l_engine.routing.values import CHUNK
+
+Float64 = npt.NDArray[np.float64]
+
+
+def coefficients(n: int, m: int, seed: int = 0) -> npt.NDArray[np.float32]:
+    """theta [n, m] float32."""
+    theta = np.empty((n, m), np.float32)
+    for start, chunk in zip(range(0, n, CHUNK), chunks(n, m, seed), strict=True):
+        theta[start : start + CHUNK] = chunk
+    return theta
+
+
+def chunks(n: int, m: int, seed: int = 0) -> Iterator[npt.NDArray[np.float32]]:
+    """The same, chunk by chunk, as an iterator that keeps none of them."""
+    strength = (0.4 * np.log(model_costs(m))).astype(np.float32)
+    rng = np.random.default_rng(seed)
+    for start in range(0, n, CHUNK):
+        yield rng.standard_normal((min(CHUNK, n - start), m), np.float32) + strength
+
+
+def model_costs(m: int) -> Float64:
+    return np.asarray(np.exp(np.random.default_rng(m).normal(size=m)))
+
+
+def rows_of(m: int) -> tuple[Float64, float, list[Share]]:
+    """q, the budget and the share caps."""
+    q, costs = np.full(m, 1.0 / m), model_costs(m)
+    v = routing.win_rates(coefficients(4000, m, 1), q)
+    best = np.bincount(v.argmax(1), minlength=m)
+    budget = costs.min() + 0.2 * (costs[v.argmax(1)].mean() - costs.min())
+    free = routing.solve_batch_budget(v, costs, budget)
+    won = np.bincount(free.indices[:, 0], minlength=m) / len(v)
+    top = np.argsort(-won, kind="stable")[: min(5, m - 2)]
+    assert best.sum() == len(v)
+    return q, float(budget), [Share(int(j), at_most=float(won[j]) / 2) for j in top]
+
+
+def bench_batch(m: int, n: int = 10_000, n_full: int = 2000) -> list[Row]:
+    """Against HiGHS: the full LP of 2,000 prompts, and the LPs of prompts with two rows each."""
+    q, budget, shares = rows_of(m)
+    costs, rows = model_costs(m), []
+    v = routing.win_rates(coefficients(n, m), q)
+
+    problems = {
+        "one batch budget": Problem(v[:n_full], costs, budget, "batch"),
+        "batch budget and share caps": Problem(v[:n_full], costs, budget, "batch", shares=shares),
+    }
+    for stage, problem in problems.items():
+        ours, solved = measure(partial(routing.solve, problem), n_full, 3)
+        rows.append(Row(m, stage, f"p2l_engine {solved.solver}", n_full, ours, 1.0, solved.gap))
+        seconds, full = once(partial(routing.solve, problem, "highs"), n_full)
+        gap = abs(float(full.value.mean() - solved.value.mean()))
+        rows.append(Row(m, stage, "HiGHS, the full LP", n_full, seconds, seconds / ours, gap))
+
+    seconds_of = np.random.default_rng(m).exponential(size=m)
+    two = Problem(v[:n_full], costs, budget, resources=[Resource("seconds", seconds_of, float(np.quantile(seconds_of, 0.3)))])
+    stage = "two rows for each prompt"
+    for threads in sorted({1, native.threads(n_full)}):
+        ours, (indices, p) = measure(partial(highs.solve_prompts, v[:n_full], two.prompt_rows, None, threads), n_full, 1)
+        if threads == 1:
+            base, value = ours, float((p * np.take_along_axis(v[:n_full], indices, 1)).sum() / n_full)
+        rows.append(Row(m, stage, f"HiGHS warm-started, {threads} thread(s)", n_full, ours, ours / base, None))
+    own = Problem(v[:n_full], np.tile(costs, (n_full, 1)), budget, resources=two.resources)
+    seconds, (indices, p) = once(lambda: highs.solve_prompts(v[:n_full], own.prompt_rows, None, 1), n_full)
+    gap = abs(float((p * np.take_along_axis(v[:n_full], indices, 1)).sum() / n_full) - value)
+    rows.append(Row(m, stage, f"HiGHS, blocks of {highs.BLOCK} prompts, 1 thread", n_full, seconds, seconds / base, gap))
+
+    pacer = BudgetPacer.learned(routing.win_rates(coefficients(4000, m, 1), q), costs, budget)
+    seconds, chosen = once(lambda: [pacer.choose(row, costs) for row in v], n)
+    lost = float(routing.solve_batch_budget(v, costs, budget).value.mean() - v[np.arange(n), chosen].mean())
+    rows.append(Row(m, "stream under a mean budget", "p2l_engine BudgetPacer", n, seconds, 1.0, lost))
+    seconds, _ = measure(lambda: routing.frontier(v, costs), n, 3)
+    rows.append(Row(m, "frontier, all budgets", "p2l_engine", n, seconds, 1.0, None, last=True))
+    return rows
+
+
+def bench_millions(m: int, n: int) -> list[Row]:
+    """n prompts from theta in memory (float32) to policies, on all threads, each stage in a process of its own."""
+    rows = []
+    for stage, run in (
+        ("win rates, LP per prompt, score", per_prompt),
+        ("one batch budget", batch_budget),
+        ("batch budget and share caps", share_caps),
+        ("one batch budget, theta from an iterator", streamed),
+    ):
+        figures = apart(run, n, m)
+        gib = figures.pop("gib")
+        total = figures.pop("end to end")
+        gap = figures.pop("gap", None)
+        rows.append(Row(m, stage, "end to end", n, total / n, 1.0, gap, gib))
+        rows += [Row(m, stage, f"of it: {part}", n, seconds / n, seconds / total, None) for part, seconds in figures.items()]
+        rows[-1] = replace(rows[-1], last=True)
+    return rows
+
+
+def per_prompt(n: int, m: int) -> dict[str, float]:
+    theta, costs, (q, budget, _) = coefficients(n, m), model_costs(m), rows_of(m)
+    clock = Clock()
+    for start in range(0, n, CHUNK):
+        t = theta[start : start + CHUNK]
+        v = clock.of("win rates", partial(routing.win_rates, t, q))
+        p = clock.of("budget LP", partial(routing.solve_budget, v, costs, budget))
+        clock.of("score", partial(routing.bt_score, t, q, p.value))
+    return clock.figures()
+
+
+def batch_budget(n: int, m: int) -> dict[str, float]:
+    theta, costs, (q, budget, _) = coefficients(n, m), model_costs(m), rows_of(m)
+    lazy, clock = Timed(theta, q), Clock()
+    hulls = clock.of("hulls", lambda: Hulls.of(lazy, costs))
+    clock.of("solving: select and take steps", lambda: hulls.within(budget))
+    return clock.figures({"win rates": lazy.seconds, "hulls": -lazy.seconds})
+
+
+def share_caps(n: int, m: int) -> dict[str, float]:
+    theta, costs, (q, budget, shares) = coefficients(n, m), model_costs(m), rows_of(m)
+    clock = Clock()
+    v = clock.of("win rates", lambda: routing.win_rates(theta, q))
+    solved = clock.of("solving", lambda: routing.solve(Problem(v, costs, budget, "batch", shares=shares)))
+    return clock.figures() | {"gap": solved.gap}
+
+
+def streamed(n: int, m: int) -> dict[str, float]:
+    costs, (q, budget, _) = model_costs(m), rows_of(m)
+    lazy, clock = Timed(chunks(n, m), q), Clock()
+    clock.of("generating theta, hulls, solving", lambda: routing.solve_batch_budget(lazy, costs, budget))
+    return clock.figures({"win rates": lazy.seconds, "generating theta, hulls, solving": -lazy.seconds})
+
+
+class Timed(LazyWinRates):
+    """Lazy win rates that know how long they took."""
+
+    seconds = 0.0
+
+    def _win_rates(self, *arguments: Any) -> Float64:
+        start = time.perf_counter()
+        v = super()._win_rates(*arguments)
+        self.seconds += time.perf_counter() - start
+        return v
+
+
+class Clock:
+    """Seconds by part."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, float] = {}
+
+    def of(self, part: str, run: Any) -> Any:
+        start = time.perf_counter()
+        result = run()
+        self.parts[part] = self.parts.get(part, 0.0) + time.perf_counter() - start
+        return result
+
+    def figures(self, moved: dict[str, float] | None = None) -> dict[str, float]:
+        """Their sum, ``end to end``, and the parts; ``moved``: seconds that one part holds of another."""
+        parts = {part: self.parts.get(part, 0.0) + (moved or {}).get(part, 0.0) for part in {**self.parts, **(moved or {})}}
+        return {"end to end": sum(self.parts.values()), **parts}

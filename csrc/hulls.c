@@ -1,0 +1,179 @@
+/* One budget over a whole batch, exactly.
+ *
+ * A mean budget over N prompts is the linear relaxation of a multiple-choice knapsack (Sinha and Zoltners, 1979): each
+ * prompt's upper hull is a list of steps (extra cost, extra value) of falling slope, and it is optimal to take the steps of
+ * all prompts by falling slope until the budget is spent. Nothing needs sorting: the slope at which the budget ends is
+ * found by a radix select over the bits of the slopes, in four passes.
+ */
+#include "hull.h"
+#include "p2l_native.h"
+
+#include <stdlib.h>
+#include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#define DIGIT_BITS 16
+#define DIGITS (1 << DIGIT_BITS)
+
+static int64_t hulls_range(const double *v, const double *costs, int costs_per_prompt, const uint8_t *allowed,
+                           int64_t first, int64_t last, int64_t n_models, int32_t *sizes, int32_t *models, double *cost,
+                           double *value) {
+    int32_t *order = malloc(sizeof(int32_t) * 2 * n_models);
+    if (!order) return -1;
+    int64_t filled = first * n_models;
+    for (int64_t n = first; n < last; n++) {
+        const double *c = costs + (costs_per_prompt ? n * n_models : 0), *w = v + n * n_models;
+        if (n == first || costs_per_prompt) p2l_sort_models(order, order + n_models, c, n_models);
+        int32_t *hull = models + filled;
+        sizes[n] = (int32_t)p2l_upper_hull(c, w, allowed ? allowed + n * n_models : 0, order, n_models, hull);
+        for (int32_t i = 0; i < sizes[n]; i++) {
+            cost[filled + i] = c[hull[i]];
+            value[filled + i] = w[hull[i]];
+        }
+        filled += sizes[n];
+    }
+    free(order);
+    return filled - first * n_models;
+}
+
+int64_t p2l_hulls(const double *v, const double *costs, int costs_per_prompt, const uint8_t *allowed, int64_t n_prompts,
+                  int64_t n_models, int threads, int32_t *sizes, int32_t *models, double *cost, double *value) {
+    if (threads < 1) threads = 1;
+    int64_t *counts = malloc(sizeof(int64_t) * threads), total = 0;
+    if (!counts) return -1;
+    int parts = 1;
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads)
+    {
+        const int64_t t = omp_get_thread_num(), of = omp_get_num_threads();
+        if (t == 0) parts = (int)of;
+        counts[t] = hulls_range(v, costs, costs_per_prompt, allowed, n_prompts * t / of, n_prompts * (t + 1) / of, n_models,
+                                sizes, models, cost, value);
+    }
+#else
+    counts[0] = hulls_range(v, costs, costs_per_prompt, allowed, 0, n_prompts, n_models, sizes, models, cost, value);
+#endif
+    /* Every thread wrote from where its first prompt would start if all hulls were full: close the gaps. */
+    for (int64_t t = 0; t < parts && total >= 0; t++) {
+        const int64_t from = n_prompts * t / parts * n_models, count = counts[t];
+        if (count < 0) {
+            total = -1;
+            break;
+        }
+        memmove(models + total, models + from, sizeof(int32_t) * count);
+        memmove(cost + total, cost + from, sizeof(double) * count);
+        memmove(value + total, value + from, sizeof(double) * count);
+        total += count;
+    }
+    free(counts);
+    return total;
+}
+
+/* The slope of the step to vertex i; rounding may not make it steeper than the one before. */
+static inline double slope_to(const double *cost, const double *value, int64_t i, double before) {
+    const double slope = (value[i] - value[i - 1]) / (cost[i] - cost[i - 1]);
+    return slope < before ? slope : before;
+}
+
+static inline uint64_t bits_of(double slope) {
+    uint64_t bits; /* of a positive double: they sort as it does */
+    memcpy(&bits, &slope, sizeof bits);
+    return bits;
+}
+
+/* spent [DIGITS]: what the steps cost whose leading bits equal prefix's, by their next 16 bits. */
+static void histogram(const int64_t *offsets, const double *cost, const double *value, int64_t first, int64_t last,
+                      uint64_t prefix, int shift, double *spent) {
+    const uint64_t mask = shift + DIGIT_BITS == 64 ? 0 : ~(uint64_t)0 << (shift + DIGIT_BITS);
+    for (int64_t n = first; n < last; n++) {
+        double slope = __builtin_inf();
+        for (int64_t i = offsets[n] + 1; i < offsets[n + 1]; i++) {
+            slope = slope_to(cost, value, i, slope);
+            const uint64_t bits = bits_of(slope);
+            if ((bits & mask) == prefix) spent[(bits >> shift) & (DIGITS - 1)] += cost[i] - cost[i - 1];
+        }
+    }
+}
+
+int p2l_select_steps(const int64_t *offsets, const double *cost, const double *value, int64_t n_prompts, double room,
+                     int threads, double *price, double *left) {
+    if (threads < 1) threads = 1;
+    double *spent = malloc(sizeof(double) * DIGITS * threads);
+    if (!spent) return -1;
+    uint64_t prefix = 0;
+    int found = 1;
+    for (int shift = 64 - DIGIT_BITS; shift >= 0 && found; shift -= DIGIT_BITS) {
+        int parts = 1;
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads)
+        {
+            const int64_t t = omp_get_thread_num(), of = omp_get_num_threads();
+            if (t == 0) parts = (int)of;
+            memset(spent + t * DIGITS, 0, sizeof(double) * DIGITS);
+            histogram(offsets, cost, value, n_prompts * t / of, n_prompts * (t + 1) / of, prefix, shift, spent + t * DIGITS);
+        }
+#else
+        memset(spent, 0, sizeof(double) * DIGITS);
+        histogram(offsets, cost, value, 0, n_prompts, prefix, shift, spent);
+#endif
+        found = 0;
+        int64_t last = -1; /* the smallest slope of this prefix that occurs, and what its steps cost */
+        double least = 0;
+        for (int64_t digit = DIGITS - 1; digit >= 0; digit--) {
+            double here = 0;
+            for (int t = 0; t < parts; t++) here += spent[(int64_t)t * DIGITS + digit];
+            if (here <= 0) continue;
+            last = digit;
+            least = here;
+            if (here > room) {
+                found = 1;
+                break;
+            }
+            room -= here;
+        }
+        /* Sums in another order may differ by rounding: what exceeded the room above may just fit now. */
+        if (!found && shift + DIGIT_BITS < 64 && last >= 0) {
+            found = 1;
+            room += least;
+        }
+        if (found) prefix |= (uint64_t)last << shift;
+    }
+    free(spent);
+    *left = room > 0 ? room : 0;
+    *price = 0;
+    if (found) memcpy(price, &prefix, sizeof prefix);
+    return 0;
+}
+
+void p2l_take_steps(const int64_t *offsets, const int32_t *models, const double *cost, const double *value,
+                    int64_t n_prompts, double price, double left, int32_t *indices, double *probabilities,
+                    double *policy_value, double *policy_cost) {
+    for (int64_t n = 0; n < n_prompts; n++) {
+        const int64_t end = offsets[n + 1];
+        int64_t i = offsets[n];
+        double slope = __builtin_inf(), share = 0;
+        for (; i + 1 < end; i++) {
+            slope = slope_to(cost, value, i + 1, slope);
+            if (slope > price) continue;
+            if (slope < price || left <= 0) break;
+            const double extra = cost[i + 1] - cost[i];
+            if (extra > left) {
+                share = left / extra;
+                left = 0;
+                if (share < 1) break;
+                share = 0; /* the room reaches the next vertex but for rounding */
+            } else {
+                left -= extra;
+            }
+        }
+        const int64_t j = share > 0 ? i + 1 : i;
+        indices[2 * n] = models[i];
+        indices[2 * n + 1] = models[j];
+        probabilities[2 * n] = 1 - share;
+        probabilities[2 * n + 1] = share;
+        policy_value[n] = value[i] + share * (value[j] - value[i]);
+        policy_cost[n] = cost[i] + share * (cost[j] - cost[i]);
+    }
+}

@@ -1,0 +1,80 @@
+"""p2l-engine frontier."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from p2l_engine import routing
+from p2l_engine.cli.inputs import (
+    CatalogOption,
+    Checkpoint,
+    Device,
+    DtypeOption,
+    LeaveOut,
+    err,
+    load_engine,
+    load_router,
+    out,
+    progress,
+    read_prompts,
+)
+
+
+def frontier(
+    file: Annotated[
+        Path, typer.Argument(help="Prompts: .jsonl (text, turns, messages, or an object with 'prompt'), else one a line.")
+    ],
+    plot: Annotated[Path | None, typer.Option(help="Also draw the curve to this file (.png, .svg, .pdf).")] = None,
+    budgets: Annotated[int, typer.Option(min=2, help="Budgets to show, evenly from the cheapest policy to the best one.")] = 9,
+    catalog: CatalogOption = None,
+    leave_out: LeaveOut = False,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON lines instead of a table.")] = False,
+    checkpoint: Checkpoint = None,
+    device: Device = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """Show what every mean budget over these prompts would buy, beside each single model."""
+    batch = read_prompts(None, file)
+    router = load_router(load_engine(checkpoint, device, dtype), catalog, leave_out)
+    with progress(len(batch)) as advance:
+        v = router.win_rates(router.engine.coefficients(batch, advance))
+    curve = routing.frontier(v, router.costs)
+    shown = np.linspace(curve.cost[0], curve.cost[-1], budgets if len(curve.cost) > 1 else 1)
+    each = [float(routing.solve_budget(v, router.costs, budget).value.mean()) for budget in shown]
+    rows = [("batch budget", cost, curve.at(cost), per_prompt) for cost, per_prompt in zip(shown.tolist(), each, strict=True)]
+    singles = sorted(
+        zip(router.names, curve.model_cost.tolist(), curve.model_value.tolist(), strict=True), key=lambda row: row[1]
+    )
+    unit = router.catalog.unit
+    if plot is not None:
+        from p2l_engine import plot as plots
+
+        plots.frontier(curve, v, router.costs, router.names, unit, f"{len(batch)} prompts of {file.name}", plot)
+        err.print(f"wrote {plot}", highlight=False, markup=False)
+    if as_json:
+        for _, cost, value, per_prompt in rows:
+            print(json.dumps({"budget": cost, "win_rate": value, "win_rate_per_prompt_budget": per_prompt}))
+        for name, cost, value in singles:
+            print(json.dumps({"model": name, "mean_cost": cost, "win_rate": value}))
+        return
+    table = Table(title=Text(f"{len(batch)} prompts; cost in {unit}"), title_justify="left")
+    for name, justify in (
+        ("mean cost", "right"),
+        ("budget over the batch", "right"),
+        ("the same for each prompt", "right"),
+        ("one model for all", "left"),
+    ):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for _, cost, value, per_prompt in rows:
+        table.add_row(f"{cost:.4g}", f"{value:.1%}", f"{per_prompt:.1%}", "")
+    table.add_section()
+    for name, cost, value in singles:
+        table.add_row(f"{cost:.4g}", "", f"{value:.1%}", Text(name))
+    out.print(table)

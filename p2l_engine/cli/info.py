@@ -1,0 +1,34 @@
+"""p2l-engine info."""
+
+from __future__ import annotations
+
+import torch
+import transformers
+from rich.table import Table
+from rich.text import Text
+
+import p2l_engine
+from p2l_engine.cli.inputs import Checkpoint, Device, DtypeOption, load_engine, out
+from p2l_engine.routing import native
+
+
+def info(checkpoint: Checkpoint = None, device: Device = None, dtype: DtypeOption = None) -> None:
+    """Show what the engine runs on, and the checkpoint."""
+    engine = load_engine(checkpoint, device, dtype)
+    table = Table(show_header=False)
+    rows = {
+        "p2l-engine": p2l_engine.__version__,
+        "torch, transformers": f"{torch.__version__}, {transformers.__version__}",
+        "device": torch.cuda.get_device_name(engine.device)
+        if engine.device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads",
+        "dtype": str(engine.dtype).removeprefix("torch."),
+        "native core": f"{native.isa()}, up to {native.threads(1 << 20)} threads",
+        "backbone": f"{engine.backbone.name}, {engine.n_parameters / 1e6:.0f} M parameters",
+        "checkpoint": str(engine.folder),
+        "feedback model": engine.feedback.name,
+        f"{len(engine.models)} models": "\n".join(engine.models),
+    }
+    for name, value in rows.items():
+        table.add_row(name, Text(value))
+    out.print(table)

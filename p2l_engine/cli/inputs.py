@@ -1,0 +1,131 @@
+"""What commands share: options, the engine, prompts from arguments, files and standard input, progress bars."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from p2l_engine.catalog import Catalog
+from p2l_engine.engine import Engine
+from p2l_engine.errors import PromptError
+from p2l_engine.prompts import Prompt, user_turns
+from p2l_engine.router import Router
+
+out, err = Console(), Console(stderr=True)
+
+
+class Scope(StrEnum):
+    """What a budget bounds."""
+
+    PROMPT = "prompt"
+    BATCH = "batch"
+
+
+class Dtype(StrEnum):
+    """What the backbone computes in."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+Checkpoint = Annotated[
+    str | None,
+    typer.Option(help="Checkpoint folder or hub name; the built-in default when not given.", show_default=False),
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; CUDA where there is one.", show_default=False)]
+DtypeOption = Annotated[
+    Dtype | None, typer.Option(help="bfloat16 where the hardware multiplies it, else float32.", show_default=False)
+]
+
+CatalogOption = Annotated[
+    Path | None,
+    typer.Option("--catalog", help="The models to choose from (YAML); the checkpoint's own catalog.yaml when not given."),
+]
+LeaveOut = Annotated[bool, typer.Option("--leave-out", help="Leave out models that only one side knows.")]
+
+
+def load_engine(checkpoint: str | None, device: str | None, dtype: Dtype | None) -> Engine:
+    with err.status("loading the checkpoint"):
+        return Engine.from_pretrained(checkpoint, device, getattr(torch, dtype.value) if dtype else None)
+
+
+def load_router(engine: Engine, catalog: Path | None, leave_out: bool, seed: int = 0) -> Router:
+    """A router over the catalog named, or the checkpoint's own."""
+    shown = catalog or engine.folder / "catalog.yaml"
+    if not shown.is_file():
+        raise typer.BadParameter(
+            f"the checkpoint has no catalog.yaml of its own: name one; not found: {shown}", param_hint="--catalog"
+        )
+    return Router(engine, Catalog.from_yaml(shown), seed=seed, unmatched="leave_out" if leave_out else "error")
+
+
+@contextmanager
+def progress(total: int) -> Iterator[Callable[[int], None]]:
+    columns = (TextColumn("prompts"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda done: bar.advance(task, done)
+
+
+def read_prompts(given: list[str] | None, file: Path | None) -> list[Prompt]:
+    if given and file:
+        raise typer.BadParameter("give prompts as arguments or a file, not both", param_hint="--file")
+    if given:
+        return list(given)
+    text = read_text(file) if file else read_stdin()
+    # Only "\n" ends a line: str.splitlines also breaks at characters that JSON strings and prompts may hold.
+    lines = [(i, line.rstrip("\r")) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+    where = str(file or "standard input")
+    if not lines:
+        raise typer.BadParameter(f"{where} holds no prompt", param_hint="prompts")
+    if file and file.suffix == ".jsonl":
+        return [_json_prompt(line, where, i) for i, line in lines]
+    return [line for _, line in lines]
+
+
+def _json_prompt(line: str, where: str, number: int) -> Prompt:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: line {number}: expected JSON: {error}") from None
+    if isinstance(value, dict):
+        if "prompt" not in value:
+            raise ValueError(f"{where}: line {number}: expected the key 'prompt', got {sorted(value)}")
+        value = value["prompt"]
+    try:
+        user_turns(value)
+    except PromptError as error:
+        raise ValueError(f"{where}: line {number}: {error.problem}") from None
+    prompt: Prompt = value
+    return prompt
+
+
+def read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: expected UTF-8 text: {error}") from None
+
+
+def read_stdin() -> str:
+    if sys.stdin.isatty():
+        raise typer.BadParameter("give a prompt, a file, or text on standard input", param_hint="prompts")
+    try:
+        return sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input: expected UTF-8 text: {error}") from None
+
+
+def short(text: str, width: int) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= width else flat[: width - 1] + "…"

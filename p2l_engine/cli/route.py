@@ -1,0 +1,94 @@
+"""p2l-engine route."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from p2l_engine.cli.inputs import (
+    CatalogOption,
+    Checkpoint,
+    Device,
+    DtypeOption,
+    LeaveOut,
+    Scope,
+    load_engine,
+    load_router,
+    out,
+    progress,
+    read_prompts,
+    short,
+)
+from p2l_engine.prompts import Prompt, user_turns
+from p2l_engine.router import Decision
+
+
+def route(
+    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; or use --file, or standard input.")] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(help="Prompts from a file: .jsonl (text, turns, messages, or an object with 'prompt'), else one a line."),
+    ] = None,
+    budget: Annotated[float | None, typer.Option(help="Upper bound on the expected cost, in the catalog's unit.")] = None,
+    budget_scope: Annotated[Scope, typer.Option(help="Bound each prompt's cost, or the batch's mean.")] = Scope.PROMPT,
+    max_share: Annotated[
+        list[str] | None, typer.Option(help="NAME=SHARE: at most this share of the prompts to a model; may be repeated.")
+    ] = None,
+    catalog: CatalogOption = None,
+    leave_out: LeaveOut = False,
+    seed: Annotated[int, typer.Option(help="Of the draws from mixed policies.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON lines instead of a table.")] = False,
+    checkpoint: Checkpoint = None,
+    device: Device = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """Choose the best model for each prompt, within a budget."""
+    batch = read_prompts(prompts, file)
+    shares: dict[str | tuple[str, ...], float] = dict(_share(given) for given in max_share or [])
+    router = load_router(load_engine(checkpoint, device, dtype), catalog, leave_out, seed)
+    with progress(len(batch)) as advance:
+        decisions = router.route_batch(batch, budget, budget_scope.value, shares, progress=advance)
+    if as_json:
+        for prompt, decision in zip(batch, decisions, strict=True):
+            print(json.dumps({"prompt": prompt, **_fields(decision)}))
+        return
+    out.print(_decisions_table(batch, decisions, router.catalog.unit))
+    mean = float(np.mean([decision.expected_cost for decision in decisions]))
+    out.print(f"mean expected cost {mean:.4g} {router.catalog.unit}", style="dim", markup=False)
+
+
+def _share(given: str) -> tuple[str, float]:
+    name, equals, share = given.rpartition("=")
+    try:
+        return (name if equals else given), float(share)
+    except ValueError:
+        raise typer.BadParameter(f"expected NAME=SHARE, such as o1=0.1, got {given!r}", param_hint="--max-share") from None
+
+
+def _fields(decision: Decision) -> dict[str, Any]:
+    fields = {name: getattr(decision, name) for name in Decision.__slots__}
+    # JSON has no infinity: a score beyond every coefficient (win rate 0 or 1) is null.
+    return fields | {"score": decision.score if math.isfinite(decision.score) else None}
+
+
+def _decisions_table(batch: Sequence[Prompt], decisions: Sequence[Decision], unit: str) -> Table:
+    table = Table(caption=Text(f"cost in {unit}"), caption_justify="left")
+    for name, justify in (
+        ("prompt", "left"), ("model", "left"), ("policy", "left"), ("cost", "right"), ("win rate", "right"), ("score", "right"),
+    ):  # fmt: skip
+        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for prompt, decision in zip(batch, decisions, strict=True):
+        policy = ", ".join(f"{name} {p:.0%}" for name, p in decision.policy.items()) if len(decision.policy) > 1 else "certain"
+        table.add_row(
+            Text(short(" / ".join(user_turns(prompt)), 44)), Text(decision.model), Text(policy),
+            f"{decision.expected_cost:.4g}", f"{decision.win_rate:.1%}", f"{decision.score:.2f}",
+        )  # fmt: skip
+    return table

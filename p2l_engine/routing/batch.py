@@ -1,0 +1,110 @@
+"""A batch under rows of its own, and the equal prompts in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from p2l_engine.routing.arrays import Float64
+from p2l_engine.routing.highs import tidy
+from p2l_engine.routing.problem import Row
+from p2l_engine.routing.values import ArrayValues, Values
+
+Mask = npt.NDArray[np.bool_]
+Indices = npt.NDArray[np.intp]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """Prompts under batch rows; weights [N]: how many equal prompts each stands for."""
+
+    values: Values
+    rows: tuple[Row, ...]
+    allowed: Mask | None
+    weights: Float64
+
+    @classmethod
+    def of_all(cls, values: Values, rows: Sequence[Row], allowed: Mask | None) -> Batch:
+        """Every prompt, once. The values are read several times, so those of an iterator are refused."""
+        if values.shape[0] is None:
+            values.take(slice(0))
+        return cls(values, tuple(rows), allowed, np.ones(values.shape[0] or 0))
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    def of(self, prompts: Indices, weights: Float64 | None = None) -> Batch:
+        """Some of the prompts, their values in memory."""
+        mask = None if self.allowed is None else np.ascontiguousarray(self.allowed[prompts])
+        rows = tuple(row.of(prompts) for row in self.rows)
+        return Batch(ArrayValues(self.values.take(prompts)), rows, mask, self.weights[prompts] if weights is None else weights)
+
+    def used(self, prompts: Indices, choice: npt.NDArray[np.int32]) -> Float64:
+        """What these prompts' chosen models use of each row, in sum [K]."""
+        weights = self.weights[prompts]
+        counts = np.bincount(choice, weights, minlength=self.values.shape[1])
+        sums = (counts @ row.amounts if row.shared else weights @ row.amounts[prompts, choice] for row in self.rows)
+        return np.array([float(total) for total in sums])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Groups:
+    """Equal prompts: the first of each group [G], the groups' sizes [G], and the group of every prompt [N]."""
+
+    first: Indices
+    sizes: Float64
+    group: Indices
+
+    def spread(self, indices: npt.NDArray[np.int32], probabilities: Float64) -> tuple[npt.NDArray[np.int32], Float64]:
+        """The groups' policies [G, W] to those of the prompts [N, W]: within a group, in the prompts' order, whole prompts as
+        far as possible; where a group mixes j models, at most j - 1 of its prompts do."""
+        order = np.argsort(self.group, kind="stable")
+        starts = np.concatenate([[0], np.cumsum(self.sizes)[:-1]])
+        place = np.empty(len(self.group))
+        place[order] = np.arange(len(order)) - starts[self.group[order]]
+        ends = np.cumsum(probabilities, axis=1) * self.sizes[:, None]
+        ends[:, -1] = self.sizes
+        ends, begins = ends[self.group], np.concatenate([np.zeros((len(ends), 1)), ends[:, :-1]], axis=1)[self.group]
+        shares = np.clip(np.minimum(ends, place[:, None] + 1) - np.maximum(begins, place[:, None]), 0.0, 1.0)
+        order_in = np.argsort(-shares, axis=1, kind="stable")
+        return tidy(np.take_along_axis(indices[self.group], order_in, 1), np.take_along_axis(shares, order_in, 1))
+
+
+def equal_prompts(batch: Batch) -> Groups | None:
+    """Prompts with equal values, amounts and allowed models, where they are so many that solving once for all pays.
+
+    Their best models change all at the same multipliers: left apart, nearly all would be open in the LP.
+    """
+    m = batch.values.shape[1]
+    rng = np.random.default_rng(m)
+    keys, start = [], 0
+    mixers = rng.normal(size=(2 + len(batch.rows), m))
+    for v in batch.values.chunks():
+        some = slice(start, start + len(v))
+        key = v @ mixers[0]
+        if batch.allowed is not None:
+            key = key + batch.allowed[some] @ mixers[1]
+        for mixer, row in zip(mixers[2:], batch.rows, strict=True):
+            if not row.shared:
+                key = key + row.of(some).amounts @ mixer
+        keys.append(key)
+        start += len(v)
+    _, first, group, sizes = np.unique(np.concatenate(keys), return_index=True, return_inverse=True, return_counts=True)
+    if len(first) > len(batch) / 2:
+        return None
+    # Keys may collide, though hardly ever: equal keys must mean equal prompts.
+    start = 0
+    for v in batch.values.chunks():
+        some = slice(start, start + len(v))
+        of = first[group[some]]
+        if not (v == batch.values.take(of)).all():
+            return None
+        if batch.allowed is not None and (batch.allowed[some] != batch.allowed[of]).any():
+            return None
+        if any((row.amounts[some] != row.amounts[of]).any() for row in batch.rows if not row.shared):
+            return None
+        start += len(v)
+    return Groups(first, sizes.astype(np.float64), group)

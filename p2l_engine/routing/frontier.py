@@ -1,0 +1,93 @@
+"""The whole curve of cost against win rate that one batch can have, all budgets at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from p2l_engine.routing import arrays
+from p2l_engine.routing.arrays import Array, Float64
+from p2l_engine.routing.hulls import Hulls
+from p2l_engine.routing.problem import Problem
+from p2l_engine.routing.values import Values
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Frontier:
+    """The best mean value for every mean cost: a concave polygon.
+
+    cost [S] and value [S], both rising: its vertices, from every prompt at its cheapest to every prompt at its best. price [S]:
+    what one more unit of cost is worth just below that vertex (inf at the first). model_cost and model_value [M]: what every
+    model alone would give, all below the curve; NaN for a model that some prompts may not use.
+    """
+
+    cost: Float64
+    value: Float64
+    price: Float64
+    model_cost: Float64
+    model_value: Float64
+
+    def at(self, budget: float | Array) -> Any:
+        """The best mean value within a mean budget, [...] as budget: NaN below the smallest feasible one."""
+        value = np.interp(np.asarray(budget, float), self.cost, self.value, left=np.nan)
+        return value if value.ndim else float(value)
+
+    def thinned(self, points: int = 1000) -> Frontier:
+        """At most so many vertices, spread evenly over the cost and the value: enough for a plot."""
+        if len(self.cost) <= points:
+            return self
+        reach = _share(self.cost) + _share(self.value)
+        keep = np.unique(np.searchsorted(reach, np.linspace(reach[0], reach[-1], points)).clip(0, len(reach) - 1))
+        return Frontier(self.cost[keep], self.value[keep], self.price[keep], self.model_cost, self.model_value)
+
+
+def frontier(v: Array | Values, costs: Array, allowed: Array | None = None) -> Frontier:
+    """The frontier of a batch: v [N, M] or LazyWinRates, costs [M] or [N, M], allowed [N, M]; N >= 1.
+
+    Every step of every prompt's hull by falling slope, summed up: O(N M) for the hulls and one sort of their steps. The same
+    optima as ``solve_batch_budget``'s (paper, (6) over a batch).
+    """
+    problem = Problem(v, costs, allowed=allowed)
+    sums = _ModelSums(problem)
+    hulls = Hulls.of(sums, problem.amounts, problem.mask)
+    if not len(hulls):
+        raise ValueError("v: expected at least one prompt, got none")
+    slope, extra_cost, extra_value = hulls.steps()
+    first = hulls.offsets[:-1]
+    # Equal slopes make one step.
+    ends = np.append(np.flatnonzero(np.diff(slope)), len(slope) - 1) if len(slope) else np.zeros(0, np.intp)
+    cost = np.concatenate([[hulls.cost[first].sum()], hulls.cost[first].sum() + np.cumsum(extra_cost)[ends]])
+    value = np.concatenate([[hulls.value[first].sum()], hulls.value[first].sum() + np.cumsum(extra_value)[ends]])
+    n = len(hulls)
+    return Frontier(cost / n, value / n, np.concatenate([[np.inf], slope[ends]]), sums.cost / n, sums.value / n)
+
+
+class _ModelSums(Values):
+    """A problem's values, which adds up each model's cost and value as they go by: one pass serves all."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem, self.shape = problem, problem.values.shape
+        self.cost, self.value = np.zeros(self.shape[1]), np.zeros(self.shape[1])
+
+    def chunks(self) -> Any:
+        start = 0
+        for v in self.problem.values.chunks():
+            some = slice(start, start + len(v))
+            costs = self.problem.amounts
+            self.value += v.sum(axis=0)
+            self.cost += arrays.to_float64("costs", costs[some]).sum(axis=0) if costs.ndim == 2 else len(v) * costs
+            if self.problem.mask is not None:
+                barred = ~self.problem.mask[some].all(axis=0)
+                self.value[barred], self.cost[barred] = np.nan, np.nan
+            start += len(v)
+            yield v
+
+    def take(self, prompts: Any) -> Float64:
+        return self.problem.values.take(prompts)
+
+
+def _share(rising: Float64) -> Float64:
+    """A rising curve from 0 to 1."""
+    return np.asarray((rising - rising[0]) / (rising[-1] - rising[0] or 1.0))

@@ -1,0 +1,68 @@
+"""The prompts' upper concave hulls, and what one row over the batch makes of them: exact, however many prompts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from p2l_engine.routing import native
+from p2l_engine.routing.arrays import Float64
+from p2l_engine.routing.values import Values
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Hulls:
+    """Hulls of N prompts in the plane of amounts and value, one behind the other.
+
+    Prompt n's vertices, by rising amount and value, are offsets[n] to offsets[n + 1] (int64 [N + 1]) of models (int32), cost
+    and value (float64): all that a batch budget needs to know of a prompt, some 20 bytes a vertex.
+    """
+
+    offsets: npt.NDArray[np.int64]
+    models: npt.NDArray[np.int32]
+    cost: Float64
+    value: Float64
+
+    @classmethod
+    def of(cls, values: Values, amounts: Any, allowed: npt.NDArray[np.bool_] | None = None) -> Hulls:
+        """One pass over the values, by chunks. amounts [M] or [N, M]; allowed [N, M]."""
+        parts, start = [], 0
+        for v in values.chunks():
+            some = slice(start, start + len(v))
+            per_model = amounts if amounts.ndim == 1 else np.ascontiguousarray(amounts[some], np.float64)
+            parts.append(native.hulls(v, per_model, None if allowed is None else allowed[some]))
+            start += len(v)
+        sizes, models, cost, value = (
+            (np.concatenate([part[k] for part in parts]) if parts else np.zeros(0, kind))
+            for k, kind in enumerate((np.int32, np.int32, np.float64, np.float64))
+        )
+        return cls(np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]), models, cost, value)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def smallest(self) -> float:
+        """The smallest feasible mean amount: every prompt at its first vertex."""
+        return float(self.cost[self.offsets[:-1]].mean()) if len(self) else 0.0
+
+    def within(self, bound: float) -> tuple[npt.NDArray[np.int32], Float64, Float64, Float64, float]:
+        """The best policies of a mean amount <= bound, at least ``smallest``; at most one prompt is mixed.
+
+        indices [N, 2], probabilities [N, 2], value [N], cost [N] and the price: what one more unit of the bound is worth.
+        """
+        room = np.inf if bound == np.inf else len(self) * (bound - self.smallest)
+        price, left = native.select_steps(self.offsets, self.cost, self.value, max(room, 0.0))
+        return (*native.take_steps(self.offsets, self.models, self.cost, self.value, price, left), price)
+
+    def steps(self) -> tuple[Float64, Float64, Float64]:
+        """Every step of every hull by falling slope: slope, extra amount, extra value."""
+        inner = np.ones(len(self.cost), bool)
+        inner[self.offsets[:-1]] = False
+        extra_cost, extra_value = np.diff(self.cost, prepend=0.0)[inner], np.diff(self.value, prepend=0.0)[inner]
+        slope = extra_value / extra_cost
+        order = np.argsort(-slope, kind="stable")
+        return slope[order], extra_cost[order], extra_value[order]

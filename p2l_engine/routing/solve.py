@@ -1,0 +1,214 @@
+"""One door for every routing problem: to the cheapest solver that is exact for its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from p2l_engine.routing import clash, dual, highs, native
+from p2l_engine.routing.arrays import Float64
+from p2l_engine.routing.highs import SolverError
+from p2l_engine.routing.hulls import Hulls
+from p2l_engine.routing.problem import Problem, Row, expected
+
+Solver = Literal["auto", "frontier", "dual", "highs"]
+
+SLACK = 1e-12  # relative: a bound this close under the smallest feasible one is a rounding of it
+HIGHS_SLACK = 1e-6  # the same where HiGHS found that smallest one
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Policies:
+    """The policies of N prompts.
+
+    indices [N, W] int32: the models each policy mixes, W >= 2; an unused place repeats the first model.
+    probabilities [N, W]: rows sum to 1, 0 where unused. value [N]: expected value. cost [N]: expected cost.
+    solver and why: which solver found them, and why that one. prices {row: multiplier}: what one more unit of a batch row's
+    bound adds to the mean value (one more dollar of mean cost, 1.0 more of share), >= 0; for min_share what one less is worth.
+    gap: a bound on the mean value lost to the optimum; 0 where the solver is exact.
+    """
+
+    indices: Any
+    probabilities: Any
+    value: Any
+    cost: Any
+    solver: str = "frontier"
+    why: str = "one row for each prompt: its upper hull is exact"
+    prices: Mapping[str, float] = field(default_factory=dict)
+    gap: float = 0.0
+
+
+def solve(problem: Problem, solver: Solver = "auto", time_limit: float | None = None) -> Policies:
+    """The optimal policies. At most R + 1 models for a prompt of R rows; at most K mixed prompts beyond that for K batch rows.
+
+    ``auto`` takes the cheapest exact solver and says which (``solver``, ``why``):
+
+    - ``frontier``: at most one row for each prompt: its upper concave hull, in C (paper, (6));
+    - ``dual``: rows over the batch alone. One: all prompts' hull steps by falling slope until it is used up, exact;
+      several: sifting on the multipliers, to a proven ``gap`` of 1e-9;
+    - ``highs``: several rows for each prompt, or rows of both scopes: HiGHS. Also takes all that the others do.
+
+    time_limit: seconds, for ``dual`` with several rows and ``highs``; SolverError beyond it, with the gap that was reached.
+    Raises Infeasible (InfeasibleBudget, where the budget is one of the clashing rows) with the rows that clash and the nearest
+    feasible bound; ValueError for a solver that cannot take the problem.
+    """
+    prompt, batch = problem.prompt_rows, problem.batch_rows
+    best, why = _choose(len(prompt), len(batch))
+    if solver not in ("auto", "frontier", "dual", "highs"):
+        raise ValueError(f"solver: expected 'auto', 'frontier', 'dual' or 'highs', got {solver!r}")
+    if solver == "auto":
+        solver = best
+    elif solver != "highs" and solver != best:
+        raise ValueError(f"solver: {solver!r} cannot take this problem ({why}); use 'auto', {best!r} or 'highs'")
+    elif solver == "highs" and best != "highs":
+        why = "asked for"
+    if problem.values.shape[0] == 0:
+        return _none(solver, why)
+    if solver == "frontier":
+        return _frontier(problem, why)
+    if solver == "dual" and len(batch) == 1:
+        return _hulls(problem, why)
+    if solver == "dual":
+        return _dual(problem, why, time_limit)
+    return _highs(problem, why, time_limit)
+
+
+def _choose(prompt: int, batch: int) -> tuple[Solver, str]:
+    if batch == 0:
+        if prompt <= 1:
+            return "frontier", "at most one row for each prompt: its upper hull is exact"
+        return "highs", f"{prompt} rows for each prompt: independent LPs"
+    if prompt:
+        return "highs", f"rows of both scopes ({prompt} for each prompt, {batch} over the batch): one LP"
+    if batch == 1:
+        return "dual", "one row over the batch: a knapsack of hull steps, exact in one pass"
+    return "dual", f"{batch} rows over the batch: sifting on their multipliers, to a proven gap"
+
+
+def _frontier(problem: Problem, why: str) -> Policies:
+    values, parts, start = problem.values, [], 0
+    row = problem.prompt_rows[0] if problem.prompt_rows else Row("budget", problem.amounts, np.inf)
+    for v in values.chunks():
+        some = slice(start, start + len(v))
+        mask = None if problem.mask is None else problem.mask[some]
+        indices, probabilities, value, cost = solve_chunk(row.of(some), v, mask, start)
+        if row.name != "budget":
+            costs = problem.amounts if problem.amounts.ndim == 1 else problem.amounts[some]
+            cost = expected(costs, indices, probabilities)
+        parts.append((indices, probabilities, value, cost))
+        start += len(v)
+    if not parts:
+        return _none("frontier", why)
+    indices, probabilities, value, cost = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return Policies(indices, probabilities, value, cost, "frontier", why)
+
+
+def _none(solver: str, why: str) -> Policies:
+    """The policies of no prompts."""
+    return Policies(np.zeros((0, 2), np.int32), np.zeros((0, 2)), np.zeros(0), np.zeros(0), solver, why)
+
+
+def solve_chunk(row: Row, v: Float64, mask: Any, start: int) -> tuple[npt.NDArray[np.int32], Float64, Float64, Float64]:
+    """One row for each prompt of v [n, M], the first being prompt ``start``: indices, probabilities, value, amounts used."""
+    limits = np.broadcast_to(np.asarray(row.bound, np.float64), (len(v),))
+    limits = _feasible_limits(row, limits, mask, start)
+    indices, probabilities, value, cost, _ = native.solve_budget(v, row.amounts, limits, mask)
+    return indices, probabilities, value, cost
+
+
+def _feasible_limits(row: Row, limits: Float64, mask: Any, start: int) -> Float64:
+    """The prompts' bounds, lifted where they miss the least amount by rounding alone; Infeasible where by more."""
+    amounts = row.amounts
+    least = amounts.min(axis=-1) if mask is None else np.where(mask, amounts, np.inf).min(axis=1)
+    if not (limits < least).any():
+        return np.ascontiguousarray(limits)
+    bad = limits < least * (1 - SLACK)
+    if bad.any():
+        i = int(np.argmax(bad))
+        nearest = float(np.broadcast_to(least, limits.shape)[i])
+        raise clash.infeasible([row], row, float(limits[i]), nearest, start + i, int(bad.sum()))
+    return np.asarray(np.maximum(limits, least), np.float64)
+
+
+def _hulls(problem: Problem, why: str) -> Policies:
+    row = problem.batch_rows[0]
+    hulls = Hulls.of(problem.values, row.amounts, problem.mask)
+    smallest = hulls.smallest
+    if smallest > row.bound + SLACK * abs(row.bound):
+        raise clash.infeasible([row], row, row.bound, smallest)
+    indices, probabilities, value, cost, price = hulls.within(max(row.bound, smallest))
+    if row.name != "budget":
+        cost = expected(problem.amounts, indices, probabilities)
+    return Policies(indices, probabilities, value, cost, "dual", why, {row.name: price})
+
+
+def _dual(problem: Problem, why: str, time_limit: float | None) -> Policies:
+    rows = problem.batch_rows
+    clash.check_shared(problem)
+    try:
+        found = dual.solve(problem.values, rows, problem.mask, time_limit)
+    except highs.Clash:
+        raise clash.over_batch(problem) from None
+    return _measured(problem, found.indices, found.probabilities, "dual", why, _prices(rows, found.prices), found.gap)
+
+
+def _highs(problem: Problem, why: str, time_limit: float | None) -> Policies:
+    prompt, batch = problem.prompt_rows, problem.batch_rows
+    v = problem.values.take(slice(None))
+    if len(prompt) == 1 and not batch:  # the common mistake has a precise answer
+        row = prompt[0].of(slice(None))
+        _feasible_limits(row, np.broadcast_to(np.asarray(row.bound, float), (len(v),)), problem.mask, 0)
+    try:
+        if batch:
+            solved = highs.solve_block(v, prompt, batch, problem.mask, time_limit=time_limit)
+            indices, probabilities = highs.narrow(solved.x)
+            prices = _prices(batch, solved.prices)
+        else:
+            indices, probabilities = highs.solve_prompts(v, prompt, problem.mask, time_limit=time_limit)
+            prices = {}
+    except highs.Clash as none:
+        found = None if none.prompts is None else clash.of_prompts(problem, none.prompts)
+        raise found or clash.over_batch(problem) from None
+    policies = _measured(problem, indices, probabilities, "highs", why, prices, 0.0)
+    _check_rows((prompt, batch), policies)
+    return policies
+
+
+def _measured(
+    problem: Problem,
+    indices: npt.NDArray[np.int32],
+    probabilities: Float64,
+    solver: str,
+    why: str,
+    prices: Mapping[str, float],
+    gap: float,
+) -> Policies:
+    value, start = np.empty(len(indices)), 0
+    for v in problem.values.chunks():
+        some = slice(start, start + len(v))
+        value[some] = expected(v, indices[some], probabilities[some])
+        start += len(v)
+    return Policies(indices, probabilities, value, expected(problem.amounts, indices, probabilities), solver, why, prices, gap)
+
+
+def _check_rows(rows: tuple[Sequence[Row], Sequence[Row]], policies: Policies) -> None:
+    """Raises SolverError where HiGHS's tolerances let a row be exceeded by more than rounding."""
+    for kind, some in zip(("prompt", "batch"), rows, strict=True):
+        for row in some:
+            use = expected(row.amounts, policies.indices, policies.probabilities)
+            excess = (use if kind == "prompt" else use.mean()) - row.bound
+            worst = float(np.max(excess / np.maximum(np.abs(row.bound), np.finfo(float).tiny)))
+            if worst > HIGHS_SLACK:
+                raise SolverError(
+                    f"{row.stated()}: HiGHS's policy exceeds it by a factor of {1 + worst!r}: its amounts, "
+                    f"{row.amounts.min():g} to {row.amounts.max():g}, span more than its tolerances can tell apart; leave out "
+                    "the dearest models"
+                )
+
+
+def _prices(rows: Sequence[Row], prices: Float64) -> dict[str, float]:
+    return {row.name: float(price) for row, price in zip(rows, prices, strict=True)}
