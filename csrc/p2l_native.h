@@ -53,11 +53,15 @@ void p2l_take_steps(const int64_t *offsets, const int32_t *models, const double 
                     int64_t n_prompts, double price, double left, int32_t *indices, double *probabilities,
                     double *policy_value, double *policy_cost);
 
-/* Each prompt's best model by v[n, m] - penalty[m] among the allowed ones (allowed [N, M], NULL for all): its index (the
- * lowest of equals), that reduced value, and how far the runner-up is behind (+inf when there is none).
- * Returns 0, or -1 without working memory. */
-int p2l_best_models(const double *v, const double *penalty, const uint8_t *allowed, int64_t n_prompts, int64_t n_models,
-                    int threads, int32_t *best, double *reduced, double *lead);
+/* Each prompt's best model by v[n, m] - penalty[m] + noise * p2l_noise[first_prompt + n, m] among the allowed ones (allowed
+ * [N, M], NULL for all): its index (the lowest of equals), how far the runner-up is behind (+inf when there is none), and
+ * without the noise: its own reduced value, and the most that any model has. Returns 0, or -1 without working memory. */
+int p2l_best_models(const double *v, const double *penalty, const uint8_t *allowed, int64_t first_prompt, double noise,
+                    int64_t n_prompts, int64_t n_models, int threads, int32_t *best, double *reduced, double *most,
+                    double *lead);
+
+/* The noise itself, in [-1, 0): fixed numbers, a hash of prompt (prompts [N]) and model: noise [N, M]. */
+void p2l_noise(const int64_t *prompts, int64_t n_prompts, int64_t n_models, double *noise);
 
 /* score[n] solves sum_a q[a] sigmoid(score - theta[n, a]) = rate[n]; -inf at rate <= 0, +inf at rate >= 1.
  * Returns the number of prompts whose root did not converge (their score is NaN), or -1 without working memory. */

@@ -1,4 +1,7 @@
-/* The pricing step of column generation: each prompt's best model once every model pays for the rows that it uses. */
+/* The pricing step of column generation: each prompt's best model once every model pays for the rows that it uses.
+ *
+ * Where many prompts are indifferent between models at the same prices, no prices would split them as the rows ask. So
+ * models may be told apart by a little noise, the same in every pass: a hash of prompt and model. */
 #include "p2l_native.h"
 
 #include <math.h>
@@ -6,6 +9,20 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+
+/* A number in [-1, 0) from a prompt and a model (splitmix64). */
+static inline double noise_of(int64_t prompt, int64_t n_models, int64_t model) {
+    uint64_t z = (uint64_t)(prompt * n_models + model + 1) * 0x9E3779B97F4A7C15u;
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+    z ^= z >> 31;
+    return (double)(int64_t)(z >> 11) * -0x1p-53;
+}
+
+P2L_CLONES static void add_noise(double *restrict row, int64_t prompt, int64_t n_models, double scale) {
+#pragma omp simd
+    for (int64_t m = 0; m < n_models; m++) row[m] += scale * noise_of(prompt, n_models, m);
+}
 
 /* reduced [M] = v - penalty, -inf where not allowed; returns its maximum. */
 P2L_CLONES static double reduce(const double *v, const double *penalty, const uint8_t *allowed, int64_t n_models,
@@ -35,36 +52,49 @@ P2L_CLONES static double maximum(const double *values, int64_t count) {
 }
 
 static int best_range(const double *v, const double *penalty, const uint8_t *allowed, int64_t first, int64_t last,
-                      int64_t n_models, int32_t *best, double *reduced, double *lead) {
+                      int64_t first_prompt, double noise, int64_t n_models, int32_t *best, double *reduced, double *most,
+                      double *lead) {
     double *row = malloc(sizeof(double) * n_models);
     if (!row) return -1;
     for (int64_t n = first; n < last; n++) {
-        const double top = reduce(v + n * n_models, penalty, allowed ? allowed + n * n_models : 0, n_models, row);
+        const double *w = v + n * n_models;
+        double top = reduce(w, penalty, allowed ? allowed + n * n_models : 0, n_models, row);
+        most[n] = top;
+        if (noise > 0) {
+            add_noise(row, first_prompt + n, n_models, noise);
+            top = maximum(row, n_models);
+        }
         int64_t m = 0;
         while (row[m] != top) m++;
         row[m] = -INFINITY;
         best[n] = (int32_t)m;
-        reduced[n] = top;
+        reduced[n] = w[m] - penalty[m];
         lead[n] = top - maximum(row, n_models);
     }
     free(row);
     return 0;
 }
 
-int p2l_best_models(const double *v, const double *penalty, const uint8_t *allowed, int64_t n_prompts, int64_t n_models,
-                    int threads, int32_t *best, double *reduced, double *lead) {
+int p2l_best_models(const double *v, const double *penalty, const uint8_t *allowed, int64_t first_prompt,
+                    double noise, int64_t n_prompts, int64_t n_models, int threads, int32_t *best, double *reduced,
+                    double *most, double *lead) {
     int failed = 0;
 #ifdef _OPENMP
     if (threads > 1) {
 #pragma omp parallel num_threads(threads) reduction(+ : failed)
         {
             const int64_t t = omp_get_thread_num(), of = omp_get_num_threads();
-            failed += best_range(v, penalty, allowed, n_prompts * t / of, n_prompts * (t + 1) / of, n_models, best, reduced,
-                                 lead) != 0;
+            failed += best_range(v, penalty, allowed, n_prompts * t / of, n_prompts * (t + 1) / of, first_prompt, noise, n_models,
+                                 best, reduced, most, lead) != 0;
         }
         return failed ? -1 : 0;
     }
 #endif
     (void)threads;
-    return best_range(v, penalty, allowed, 0, n_prompts, n_models, best, reduced, lead);
+    return best_range(v, penalty, allowed, 0, n_prompts, first_prompt, noise, n_models, best, reduced, most, lead);
+}
+
+void p2l_noise(const int64_t *prompts, int64_t n_prompts, int64_t n_models, double *noise) {
+    for (int64_t n = 0; n < n_prompts; n++)
+        for (int64_t m = 0; m < n_models; m++) noise[n * n_models + m] = noise_of(prompts[n], n_models, m);
 }

@@ -115,6 +115,30 @@ def test_two_thousand_prompts_equal_highs(seed):
     assert ours.value.mean() == pytest.approx(best.value.mean(), rel=1e-9)
 
 
+@pytest.mark.parametrize("seed", [4, 13, 31])
+def test_prompts_that_are_indifferent_at_the_same_prices_are_split(seed):
+    """Values of 0, 1/2 and 1 alone: nearly all prompts have several best models at any prices."""
+    problem = random_problem(seed, 4000, 12, batch_only=True)
+    assert len(np.unique(problem.values.take(slice(None)))) == 3
+    best, ours = solve(problem, "highs"), solve(problem)
+    check(problem, ours)
+    assert ours.solver == "dual"
+    assert ours.value.mean() == pytest.approx(best.value.mean(), rel=1e-9)
+
+
+def test_the_smallest_feasible_budget_is_feasible(rng):
+    n = 4000
+    v, costs, allowed = rng.random((n, 8)), rng.exponential(size=(n, 8)), rng.random((n, 8)) < 0.6
+    allowed[np.arange(n), rng.integers(0, 8, n)] = True
+    smallest = float(np.where(allowed, costs, np.inf).min(1).mean())
+    for shares in ([], [Share(1, at_most=0.9)]):
+        p = solve(Problem(v, costs, smallest, "batch", shares=shares, allowed=allowed))
+        assert p.cost.mean() == pytest.approx(smallest, rel=1e-9)
+        with pytest.raises(InfeasibleBudget) as e:
+            solve(Problem(v, costs, smallest * 0.999, "batch", shares=shares, allowed=allowed))
+        assert e.value.smallest == pytest.approx(smallest, rel=1e-8)
+
+
 @settings(deadline=None, max_examples=150)
 @given(st.integers(0, 10**9), st.integers(1, 30), st.integers(1, 9), st.floats(0, 1.2))
 def test_one_batch_budget_matches_its_twin(seed, n, m, tightness):
@@ -140,11 +164,16 @@ def test_best_models_match_their_twin(rng):
         allowed = rng.random((n, m)) < 0.5
         allowed[:, 0] = True
         for mask in (allowed, np.ones((n, m), bool)):
-            best, reduced, lead = native.best_models(v, penalty, None if mask.all() else mask)
-            twin = reference.best_models(v, penalty, mask)
-            np.testing.assert_array_equal(best, twin[0])
-            np.testing.assert_allclose(reduced, twin[1])
-            np.testing.assert_allclose(lead, twin[2])
+            for noise in (0.0, 0.3):
+                ours = native.best_models(v, penalty, None if mask.all() else mask, 7, noise)
+                numbers = native.noise_of(np.arange(7, 7 + n), m)
+                twin = reference.best_models(v, penalty, mask, noise * numbers)
+                np.testing.assert_array_equal(ours[0], twin[0])
+                for a, b in zip(ours[1:], twin[1:], strict=True):
+                    np.testing.assert_allclose(a, b)
+    assert -1 <= numbers.min() < -0.99
+    assert -0.01 < numbers.max() < 0
+    assert numbers.mean() == pytest.approx(-0.5, abs=0.01)
 
 
 def test_the_price_is_what_one_more_dollar_is_worth(rng):

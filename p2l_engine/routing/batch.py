@@ -42,9 +42,8 @@ class Batch:
         rows = tuple(row.of(prompts) for row in self.rows)
         return Batch(ArrayValues(self.values.take(prompts)), rows, mask, self.weights[prompts] if weights is None else weights)
 
-    def used(self, prompts: Indices, choice: npt.NDArray[np.int32]) -> Float64:
-        """What these prompts' chosen models use of each row, in sum [K]."""
-        weights = self.weights[prompts]
+    def used(self, prompts: Indices, choice: npt.NDArray[np.int32], weights: Float64) -> Float64:
+        """What these prompts' chosen models use of each row, in weighted sum [K]."""
         counts = np.bincount(choice, weights, minlength=self.values.shape[1])
         sums = (counts @ row.amounts if row.shared else weights @ row.amounts[prompts, choice] for row in self.rows)
         return np.array([float(total) for total in sums])

@@ -2,9 +2,17 @@
 
 Given multipliers of the K rows, every prompt's best model is one pass of C (the pricing step), and the sum of their reduced
 values bounds the optimum from above, whatever the multipliers are (weak duality). Nearly all prompts prefer one model clearly;
-only those whose best two are nearly level decide how the rows are met. So HiGHS solves the LP of these few prompts exactly,
-with the others held at their best model; its multipliers price the next pass. When the policies found are worth as much as the
-bound, they are optimal. The first multipliers come from the same method on a sample.
+only those whose best two are nearly level decide how the rows are met. So HiGHS solves LPs of these few, with the others held
+at their best model, and its multipliers price the next pass:
+
+1. The window of undecided prompts starts as the whole batch. An LP of a sample of it, weighted up to the whole window, moves
+   the multipliers; the window shrinks around them, round by round, and widens where it cannot meet the rows. Multipliers that
+   do not lower the bound are not taken.
+2. When the window is small enough, its LP is exact and gives policies. When they are worth as much as the bound, they are
+   optimal; else the window grows.
+
+Rows are elastic, at a penalty that rises while they are exceeded: every LP has a solution, and where the rows clash, the
+multipliers come to prove it.
 """
 
 from __future__ import annotations
@@ -28,12 +36,12 @@ Indices = npt.NDArray[np.intp]
 
 GAP = 1e-9  # the gap at which policies count as optimal, relative where the mean value exceeds 1
 ROUNDING = 1e-9  # relative: how far a row may be exceeded
-ROUNDS = 40
+ROUNDS = 60
 PENALTY = 10.0  # of exceeding a row by its bound, at first: values lie in [0, 1] as a rule
-SAMPLE = 16  # a sample holds one prompt of so many
-SMALL = 400  # a batch this small starts from multipliers of zero
-UNDECIDED = 1 / 32  # the share of the prompts that the first LP leaves open
-LEEWAY = 4.0  # open prompts keep the models within so many times the largest lead of an open prompt
+OPEN = 1500  # prompts of an LP: HiGHS takes tenths of a second for so many, and much more than in proportion for more
+SHRINK = 3  # the next window is so many times smaller
+NOISE = 1e-7  # of the values' range: tells models apart that many prompts value alike
+LEEWAY = 4.0  # open prompts keep the models within so many times the largest lead of the window
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,10 +56,12 @@ class Optimum:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Priced:
-    """Every prompt's best model at some multipliers: best [N], its reduced value [N] and its lead over the runner-up [N]."""
+    """Every prompt's best model at some multipliers and noise: best [N], its reduced value without the noise [N], the most that
+    any model's is [N], and its lead over the runner-up [N]."""
 
     best: npt.NDArray[np.int32]
     reduced: Float64
+    most: Float64
     lead: Float64
 
 
@@ -81,14 +91,14 @@ def solve(
     groups = equal_prompts(batch)
     if groups is not None:
         batch = batch.of(groups.first, groups.sizes)
-    found, prices, reached = _sift(batch, _first_prices(batch, deadline), deadline, gap)
+    found, prices, reached = _sift(batch, deadline, gap)
     indices, probabilities = _policies(found)
     if groups is not None:
         indices, probabilities = groups.spread(indices, probabilities)
     return Optimum(indices, probabilities, prices, reached)
 
 
-def price(batch: Batch, prices: Float64, weight: float = 1.0) -> Priced:
+def price(batch: Batch, prices: Float64, noise: float = 0.0, weight: float = 1.0) -> Priced:
     """The pricing pass over all prompts, by chunks: each one's best model by weight * v - sum_k prices[k] amounts_k."""
     priced = list(zip(prices, batch.rows, strict=True))
     shared = sum((p * row.amounts for p, row in priced if row.shared), np.zeros(batch.values.shape[1]))
@@ -100,96 +110,140 @@ def price(batch: Batch, prices: Float64, weight: float = 1.0) -> Priced:
         for p, row in priced:
             if p and not row.shared:
                 v = v - p * row.of(some).amounts
-        parts.append(native.best_models(v, shared, None if batch.allowed is None else batch.allowed[some]))
+        parts.append(native.best_models(v, shared, None if batch.allowed is None else batch.allowed[some], start, noise))
         start += len(v)
-    best, reduced, lead = zip(*parts, strict=True)
-    return Priced(np.concatenate(best), np.concatenate(reduced), np.concatenate(lead))
+    best, reduced, most, lead = zip(*parts, strict=True)
+    return Priced(np.concatenate(best), np.concatenate(reduced), np.concatenate(most), np.concatenate(lead))
 
 
-def _first_prices(batch: Batch, deadline: float) -> Float64:
-    """Multipliers from a sample of the prompts; zeros where there is none or it does not help."""
-    n = len(batch)
-    if n <= SMALL:
-        return np.zeros(len(batch.rows))
-    sample = batch.of(np.sort(np.random.default_rng(n).choice(n, max(n // SAMPLE, SMALL), replace=False)))
-    try:
-        return _sift(sample, _first_prices(sample, deadline), deadline, 1e-6)[1]
-    except Clash:
-        return np.zeros(len(batch.rows))  # the sample may be infeasible where the whole is not
-
-
-def _sift(batch: Batch, prices: Float64, deadline: float, gap: float) -> tuple[Found, Float64, float]:
+def _sift(batch: Batch, deadline: float, gap: float) -> tuple[Found, Float64, float]:
     n, total = len(batch), float(batch.weights.sum())
     bounds = np.array([float(row.bound) for row in batch.rows])
     units = np.array([unit(row) for row in batch.rows])
-    count, penalty, bound, reached = min(n, max(2 * SMALL, int(n * UNDECIDED))), PENALTY, np.inf, np.inf
+    rng = np.random.default_rng(n)
+    prices = best_prices = np.zeros(len(batch.rows))
+    noise = 0.0 if n <= OPEN else NOISE * (float(np.ptp(batch.values.take(slice(0, OPEN)))) or 1.0)
+    bound, reached, penalty, window, limit = np.inf, np.inf, PENALTY, SHRINK * n, OPEN
     found: Found | None = None
+    exceeded = False
     for _ in range(ROUNDS):
-        priced = price(batch, prices)
-        bound = min(bound, float(batch.weights @ priced.reduced) / total + float(prices @ bounds))
+        priced = price(batch, prices, noise)
+        value = float(batch.weights @ priced.most) / total + float(prices @ bounds)
+        better = value < bound
+        if better:
+            bound, best_prices, best = value, prices, priced
+            if exceeded and _impossible(batch, prices, bounds):
+                raise Clash
         if found is not None:
             reached = max(bound - found.value, 0.0)
             if reached <= gap * max(1.0, abs(found.value)):
-                if (found.excess <= total * units * ROUNDING).all():
-                    return found, prices, reached
-                # The best trade of value against excess at this penalty: nothing satisfies the rows, or they cost more.
-                if _impossible(batch, prices, bounds) or penalty > 1e9 * PENALTY:
+                if not exceeded:
+                    return found, best_prices, reached
+                # The best trade of value against excess at this penalty; the rows, if they can be met, cost more.
+                if penalty > 1e9 * PENALTY:
                     raise Clash
-                penalty, bound = 100 * penalty, np.inf
-            count = min(n, 2 * count)
+                penalty *= 100
+            window, limit, noise = min(n, 2 * window), 2 * limit, noise / 10
+        else:
+            # A window that cannot meet the rows is too small, or the penalty is; one that can has told what it knows.
+            if exceeded and window == n:
+                penalty = min(100 * penalty, 1e9 * PENALTY)
+            window = min(n, SHRINK * window) if exceeded else max(min(n, limit), window // SHRINK)
         left = deadline - time.monotonic()
         if left < 0:
             raise SolverError(f"batch rows: the time limit was reached at a gap of {reached:.3g}", reached)
-        chosen, columns = _candidates(batch, prices, priced, found, count)
-        found, prices = _improve(batch, prices, priced, chosen, columns, penalty / units, left)
+        near = np.argpartition(best.lead, window - 1)[:window] if window < n else np.arange(n)
+        sampled = window > limit
+        opened = _open(
+            batch, best_prices, best, near, found, rng.choice(near, limit, replace=False) if sampled else None, noise
+        )
+        improved, prices = _improve(batch, best_prices, best, opened, penalty / units, left)
+        exceeded = bool((improved.excess > total * units * ROUNDING).any())
+        found = None if sampled else improved
     raise SolverError(f"batch rows: {ROUNDS} rounds left a gap of {reached:.3g}", reached)
 
 
-def _candidates(batch: Batch, prices: Float64, priced: Priced, found: Found | None, count: int) -> tuple[Indices, Mask]:
-    """The ``count`` prompts whose best two models are nearest to level, those that changed their mind and the last round's
-    [n]; and which models of each come near its best [n, M]."""
-    n = len(batch)
-    near = np.argpartition(priced.lead, count - 1)[:count] if count < n else np.arange(n)
-    width = LEEWAY * float(priced.lead[near].max()) if count < n else np.inf
-    if found is not None:
-        moved = np.flatnonzero(priced.best != found.choice)
-        moved = moved[np.argsort(priced.lead[moved], kind="stable")[:count]]
-        near = np.union1d(np.union1d(near, moved), found.open)
-    prompts = np.sort(near)
-    reduced = batch.values.take(prompts).copy()
-    for p, row in zip(prices, batch.rows, strict=True):
-        reduced -= p * row.of(prompts).amounts
-    if batch.allowed is not None:
-        reduced[~batch.allowed[prompts]] = -np.inf
-    columns = (reduced >= reduced.max(axis=1, keepdims=True) - width) & (reduced > -np.inf)
-    if found is not None:
+@dataclass(frozen=True, slots=True, eq=False)
+class Open:
+    """The prompts that an LP decides: which [n], their weights [n]; their values, those with noise, and the columns that the LP
+    may use, all [n, M]."""
+
+    prompts: Indices
+    weights: Float64
+    v: Float64
+    told_apart: Float64
+    columns: Mask
+
+
+def _open(
+    batch: Batch, prices: Float64, priced: Priced, near: Indices, found: Found | None, sample: Indices | None, noise: float
+) -> Open:
+    """The window's prompts, or a sample that stands for them, each with the models that come near its best; with those of the
+    last exact LP and the prompts that have changed their mind since."""
+    width = LEEWAY * float(priced.lead[near].max()) if 2 * len(near) <= len(batch) else np.inf
+    if sample is not None:
+        prompts = np.sort(sample)
+        weights = batch.weights[prompts] * (batch.weights[near].sum() / batch.weights[prompts].sum())
+    else:
+        if found is not None:
+            moved = np.flatnonzero(priced.best != found.choice)
+            moved = moved[np.argsort(priced.lead[moved], kind="stable")[: len(near)]]
+            near = np.union1d(np.union1d(near, moved), found.open)
+        prompts = np.sort(near)
+        weights = batch.weights[prompts]
+    v = batch.values.take(prompts)
+    told_apart = v + noise * native.noise_of(prompts, v.shape[1]) if noise else v
+    rows = [row.of(prompts) for row in batch.rows]
+    usable = np.ones(v.shape, bool) if batch.allowed is None else batch.allowed[prompts]
+    if width == np.inf:
+        return Open(prompts, weights, v, told_apart, _undominated(told_apart, rows, usable))
+    reduced = np.where(usable, told_apart, -np.inf)
+    for p, row in zip(prices, rows, strict=True):
+        reduced -= p * row.amounts
+    columns = usable & (reduced >= reduced.max(axis=1, keepdims=True) - width)
+    if found is not None and sample is None:
         columns[np.searchsorted(prompts, found.open)] |= found.columns
         columns[np.arange(len(prompts)), found.choice[prompts]] = True
-    return prompts, columns
+    return Open(prompts, weights, v, told_apart, columns)
+
+
+def _undominated(v: Float64, rows: Sequence[Row], usable: Mask) -> Mask:
+    """The models of each prompt that no other one beats in value while using no more of any row: no optimum needs the rest."""
+    m = v.shape[1]
+    columns = usable.copy()
+    for j in range(m):
+        better = (v[:, [j]] > v) | ((v[:, [j]] == v) & (j < np.arange(m)))
+        for row in rows:
+            amounts = np.broadcast_to(row.amounts, v.shape)
+            better &= amounts[:, [j]] <= amounts
+        columns &= ~(better & usable[:, [j]])
+    return columns
 
 
 def _improve(
-    batch: Batch, prices: Float64, priced: Priced, prompts: Indices, columns: Mask, penalty: Float64, time_limit: float
+    batch: Batch, prices: Float64, priced: Priced, opened: Open, penalty: Float64, time_limit: float
 ) -> tuple[Found, Float64]:
-    """The LP of the open prompts, every other one at its best model: its policies, and its multipliers."""
-    total = float(batch.weights.sum())
-    decided = np.ones(len(batch), bool)
-    decided[prompts] = False
-    rest = np.flatnonzero(decided)
-    taken = batch.used(rest, priced.best[rest])
-    value = float(batch.weights[rest] @ priced.reduced[rest] + prices @ taken)
-    rooms = np.array([total * float(row.bound) for row in batch.rows]) - taken
-    rows, v = [row.of(prompts) for row in batch.rows], batch.values.take(prompts)
+    """The LP of the open prompts, every other one at its best model: its policies, and its multipliers.
+
+    What the others use is what all use less what the open ones do, as they are weighted: so a sample's LP meets the rows' true
+    misfit, and only how prompts respond to prices is an estimate.
+    """
+    every, total = np.arange(len(batch)), float(batch.weights.sum())
+    best = priced.best[opened.prompts]
+    rest = batch.used(every, priced.best, batch.weights) - batch.used(opened.prompts, best, opened.weights)
+    value = float(batch.weights @ priced.reduced - opened.weights @ priced.reduced[opened.prompts] + prices @ rest)
+    rooms = np.array([total * float(row.bound) for row in batch.rows]) - rest
+    rows = [row.of(opened.prompts) for row in batch.rows]
     limit = None if time_limit == np.inf else time_limit
-    solved = highs.solve_block(v, (), rows, columns, rooms, penalty, batch.weights[prompts], limit)
-    value += float((solved.x * v).sum() - penalty @ solved.excess)
-    return Found(priced.best, prompts, columns, solved.x, value / total, solved.excess), solved.prices
+    solved = highs.solve_block(opened.told_apart, (), rows, opened.columns, rooms, penalty, opened.weights, limit)
+    value += float((solved.x * opened.v).sum() - penalty @ solved.excess)
+    return Found(priced.best, opened.prompts, opened.columns, solved.x, value / total, solved.excess), solved.prices
 
 
 def _impossible(batch: Batch, prices: Float64, bounds: Float64) -> bool:
     """Whether these multipliers prove that no policy satisfies the rows: what any policy uses of their weighted sum, at the
     least, exceeds the weighted sum of the bounds (Farkas)."""
-    least = -float(batch.weights @ price(batch, prices, weight=0.0).reduced) / float(batch.weights.sum())
+    least = -float(batch.weights @ price(batch, prices, weight=0.0).most) / float(batch.weights.sum())
     return least - float(prices @ bounds) > ROUNDING * float(prices @ np.abs(bounds))
 
 

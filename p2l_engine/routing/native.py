@@ -121,13 +121,23 @@ def take_steps(
     return indices, probabilities, policy_value, policy_cost
 
 
-def best_models(v: Float64, penalty: Float64, allowed: Mask | None = None) -> tuple[npt.NDArray[np.int32], Float64, Float64]:
-    """Each prompt's best model by v - penalty [M]: its index, that reduced value, and its lead over the runner-up."""
+def best_models(
+    v: Float64, penalty: Float64, allowed: Mask | None = None, first_prompt: int = 0, noise: float = 0.0
+) -> tuple[npt.NDArray[np.int32], Float64, Float64, Float64]:
+    """Each prompt's best model by v - penalty [M] + noise * ``noise_of``: its index, its reduced value v - penalty, the most
+    that any model's is, and its lead over the runner-up with the noise."""
     n, m = v.shape
-    best, reduced, lead = np.empty(n, np.int32), np.empty(n), np.empty(n)
-    arguments = (_in(v), _in(penalty), _mask(allowed), n, m, threads(n), _out_int(best), _out(reduced), _out(lead))
-    _check(lib.p2l_best_models(*arguments), "best_models")
-    return best, reduced, lead
+    best, reduced, most, lead = np.empty(n, np.int32), np.empty(n), np.empty(n), np.empty(n)
+    given = (_in(v), _in(penalty), _mask(allowed), first_prompt, noise, n, m, threads(n))
+    _check(lib.p2l_best_models(*given, _out_int(best), _out(reduced), _out(most), _out(lead)), "best_models")
+    return best, reduced, most, lead
+
+
+def noise_of(prompts: npt.NDArray[np.intp], m: int) -> Float64:
+    """Fixed numbers in [-1, 0) for prompts and models, [n, M]."""
+    noise = np.empty((len(prompts), m))
+    lib.p2l_noise(_offsets(np.ascontiguousarray(prompts, np.int64)), len(prompts), m, _out(noise))
+    return noise
 
 
 def bt_score(theta: Float64, q: Float64, rate: Float64) -> Float64:

@@ -101,8 +101,13 @@ def solve_batch_budget(
     return indices.astype(np.int32), probabilities, value, cost, price
 
 
-def best_models(v: Float64, penalty: Float64, allowed: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.intp], Float64, Float64]:
-    """Each prompt's best allowed model by v - penalty, that value, and its lead over the runner-up (inf when alone)."""
-    reduced = np.where(allowed, v - penalty, -np.inf)
+def best_models(
+    v: Float64, penalty: Float64, allowed: npt.NDArray[np.bool_], noise: Float64
+) -> tuple[npt.NDArray[np.intp], Float64, Float64, Float64]:
+    """Each prompt's best allowed model by v - penalty + noise [N, M]; without the noise its value, and the most of any; its
+    lead over the runner-up with the noise (inf when alone)."""
+    plain = np.where(allowed, v - penalty, -np.inf)
+    reduced = plain + noise
     ranked = np.sort(np.concatenate([reduced, np.full((len(v), 1), -np.inf)], axis=1), axis=1)
-    return reduced.argmax(axis=1), ranked[:, -1], ranked[:, -1] - ranked[:, -2]
+    best = reduced.argmax(axis=1)
+    return best, plain[np.arange(len(v)), best], plain.max(axis=1), ranked[:, -1] - ranked[:, -2]
