@@ -30,14 +30,14 @@ from rich.table import Table
 from scipy.optimize import brentq, elementwise, linprog
 from scipy.special import expit
 
+from bench import warm_highs
 from bench.batch_budgets import bench_batch, bench_millions
 from bench.measure import Row, machine, measure, once
 from p2l_engine import Catalog, Engine, Router, routing
 from p2l_engine.catalog import CatalogModel
 from p2l_engine.engine import Coefficients
 from p2l_engine.regression import feedback_model
-from p2l_engine.routing import highs, native
-from p2l_engine.routing.problem import Row as LpRow
+from p2l_engine.routing import native
 
 Float64 = npt.NDArray[np.float64]
 
@@ -105,7 +105,7 @@ def bench(m: int, n: int, n_slow: int) -> list[Row]:
         (
             "highspy, warm-started",
             n,
-            lambda k: expected(v[:k], highs.solve_prompts(v[:k], [LpRow("budget", costs, budget[:k])], threads=1)),
+            lambda k: warm_highs.solve(v[:k], [costs], [budget[:k]]),
         ),
         ("scipy linprog", n_slow, lambda k: scipy_linprog(v[:k], costs, budget[:k])),
         ("cvxpy, rebuilt per prompt", n_slow, lambda k: cvxpy_rebuilt(v[:k], costs, budget[:k])),
@@ -133,11 +133,6 @@ def bench(m: int, n: int, n_slow: int) -> list[Row]:
         times.append(time.perf_counter() - start)
     add("one decision", "p2l_engine Router, all after theta", 1, float(np.median(times)), float(np.median(times)), None)
     return rows
-
-
-def expected(v: Float64, solved: tuple[npt.NDArray[np.int32], Float64]) -> Float64:
-    indices, probabilities = solved
-    return np.asarray((probabilities * np.take_along_axis(v, indices, 1)).sum(1))
 
 
 def main() -> None:

@@ -63,6 +63,11 @@ int p2l_best_models(const double *v, const double *penalty, const uint8_t *allow
 /* The noise itself, in [-1, 0): fixed numbers, a hash of prompt (prompts [N]) and model: noise [N, M]. */
 void p2l_noise(const int64_t *prompts, int64_t n_prompts, int64_t n_models, double *noise);
 
+/* Takes from usable [N, M] the models that another usable one beats: no less value, no more of any row's amounts [K, M], or
+ * [K, N, M]; of equals the first stays. No optimum needs them. Returns 0, or -1 without working memory. */
+int p2l_undominated(const double *v, const double *amounts, int amounts_per_prompt, int64_t n_rows, int64_t n_prompts,
+                    int64_t n_models, uint8_t *usable);
+
 /* score[n] solves sum_a q[a] sigmoid(score - theta[n, a]) = rate[n]; -inf at rate <= 0, +inf at rate >= 1.
  * Returns the number of prompts whose root did not converge (their score is NaN), or -1 without working memory. */
 int64_t p2l_bt_score(const double *theta, const double *q, int q_per_prompt, const double *rate, int64_t n_prompts,

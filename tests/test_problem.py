@@ -176,6 +176,15 @@ def test_best_models_match_their_twin(rng):
     assert numbers.mean() == pytest.approx(-0.5, abs=0.01)
 
 
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 10**9), st.integers(1, 20), st.integers(1, 12), st.integers(0, 3))
+def test_undominated_models_match_their_twin(seed, n, m, k):
+    rng = np.random.default_rng(seed)
+    v, usable = rng.integers(0, 4, (n, m)) / 4, rng.random((n, m)) < 0.8
+    amounts = [rng.integers(0, 3, (n, m) if rng.random() < 0.5 else m).astype(float) for _ in range(k)]
+    np.testing.assert_array_equal(native.undominated(v, amounts, usable), reference.undominated(v, amounts, usable))
+
+
 def test_the_price_is_what_one_more_dollar_is_worth(rng):
     v, costs = rng.random((4000, 9)), rng.exponential(size=9) + 0.1
     problem = lambda budget, share: Problem(v, costs, budget, "batch", shares=[Share([0, 3], at_most=share)])  # noqa: E731

@@ -196,7 +196,7 @@ def _open(
     rows = [row.of(prompts) for row in batch.rows]
     usable = np.ones(v.shape, bool) if batch.allowed is None else batch.allowed[prompts]
     if width == np.inf:
-        return Open(prompts, weights, v, told_apart, _undominated(told_apart, rows, usable))
+        return Open(prompts, weights, v, told_apart, native.undominated(told_apart, [row.amounts for row in rows], usable))
     reduced = np.where(usable, told_apart, -np.inf)
     for p, row in zip(prices, rows, strict=True):
         reduced -= p * row.amounts
@@ -205,19 +205,6 @@ def _open(
         columns[np.searchsorted(prompts, found.open)] |= found.columns
         columns[np.arange(len(prompts)), found.choice[prompts]] = True
     return Open(prompts, weights, v, told_apart, columns)
-
-
-def _undominated(v: Float64, rows: Sequence[Row], usable: Mask) -> Mask:
-    """The models of each prompt that no other one beats in value while using no more of any row: no optimum needs the rest."""
-    m = v.shape[1]
-    columns = usable.copy()
-    for j in range(m):
-        better = (v[:, [j]] > v) | ((v[:, [j]] == v) & (j < np.arange(m)))
-        for row in rows:
-            amounts = np.broadcast_to(row.amounts, v.shape)
-            better &= amounts[:, [j]] <= amounts
-        columns &= ~(better & usable[:, [j]])
-    return columns
 
 
 def _improve(

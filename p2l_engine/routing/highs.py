@@ -26,6 +26,7 @@ Mask = npt.NDArray[np.bool_]
 
 SMALLEST_SHARE = 1e-12  # a probability below this is the solver's rounding, not a choice
 LEAST_BOUGHT = 1e-9  # a share below this is not worth a column
+BLOCK = 64  # prompts per LP where they share no rows
 TOLERANCE = 1e-9  # HiGHS's feasibility tolerances, on rows scaled to bounds of 1
 
 
@@ -191,88 +192,34 @@ def _program(objective: Float64, most: Float64, pieces: Sequence[Any], lower: Fl
     return lp
 
 
-BLOCK = 64  # prompts per LP where every prompt has amounts of its own
-
-
 def solve_prompts(
     v: Float64, rows: Sequence[Row], allowed: Mask | None = None, threads: int | None = None, time_limit: float | None = None
 ) -> tuple[Int32, Float64]:
     """One small LP per prompt, R rows each: indices and probabilities [n, max(2, R + 1)].
 
-    Where all prompts share their amounts, a thread changes only the objective and the bounds of one HiGHS model, which starts
-    from its last basis; otherwise blocks of prompts make one LP. Threads share the prompts.
+    Models that another one beats in every respect are left out, and blocks of prompts make one LP; threads share the blocks.
+    That is faster than one LP per prompt from its neighbour's basis (python -m bench.solvers has both).
     """
     n = len(v)
     width = max(2, len(rows) + 1)
     indices, probabilities = np.zeros((n, width), np.int32), np.zeros((n, width))
-    shared = all(row.shared for row in rows)
-    threads = native.threads(n) if threads is None else threads
     deadline = None if time_limit is None else time.monotonic() + time_limit
 
-    def run(part: int) -> None:
-        first, last = n * part // threads, n * (part + 1) // threads
-        if shared:
-            _solve_warm(v, rows, allowed, range(first, last), indices, probabilities, deadline)
-            return
-        for start in range(first, last, BLOCK):
-            some = slice(start, min(start + BLOCK, last))
-            mask = None if allowed is None else allowed[some]
-            left = None if deadline is None else deadline - time.monotonic()
-            try:
-                x = solve_block(v[some], [row.of(some) for row in rows], (), mask, time_limit=left).x
-            except Clash:
-                raise Clash(range(some.start, some.stop)) from None
-            indices[some], probabilities[some] = _narrow(x, width)
-
-    if threads == 1:
-        run(0)
-    else:
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(run, range(threads)))
-    return indices, probabilities
-
-
-def _solve_warm(
-    v: Float64,
-    rows: Sequence[Row],
-    allowed: Mask | None,
-    prompts: range,
-    indices: Int32,
-    probabilities: Float64,
-    deadline: float | None,
-) -> None:
-    m = v.shape[1]
-    every = np.arange(m, dtype=np.int32)
-    usable, factor, ratios, bounds = np.ones((1, m), bool), np.ones((1, m)), [], []
-    for row in rows:
-        bound = np.broadcast_to(np.asarray(row.bound, float), (len(v),))
-        finite = bound[np.isfinite(bound)]
-        scale = float(finite[finite > 0].min()) if (finite > 0).any() else 1.0
-        # Only what even the largest bound cannot buy is left out.
-        most = float(bound.max()) / scale
-        ratios.append(_scaled(row.amounts[None], np.array([[scale]]), LEAST_BOUGHT / max(most, 1.0), usable, factor)[0])
-        bounds.append(bound / scale)
-    highs = solver()
-    pieces = [(every, 1 / factor[0], np.array([m]))]
-    pieces += [(every, np.where(usable[0], ratio, 0.0) / factor[0], np.array([m])) for ratio in ratios]
-    upper = np.array([1.0, *(bound[prompts[0]] for bound in bounds)])
-    lower = np.array([1.0, *(-np.inf for _ in rows)])
-    most_y = np.where(usable[0], factor[0], 0.0)
-    highs.passModel(_program(v[prompts[0]] / factor[0], most_y, pieces, lower, upper))
-    for i in prompts:
-        highs.changeColsCost(m, every, v[i] / factor[0])
-        for k, bound in enumerate(bounds, 1):
-            highs.changeRowBounds(k, -np.inf, bound[i])
-        if allowed is not None:
-            highs.changeColsBounds(m, every, np.zeros(m), np.where(allowed[i], most_y, 0.0))
-        if deadline is not None:
-            highs.setOptionValue("time_limit", max(deadline - time.monotonic(), 0.0) + highs.getRunTime())
+    def run(start: int) -> None:
+        some = slice(start, min(start + BLOCK, n))
+        own = [row.of(some) for row in rows]
+        usable = np.ones(v[some].shape, bool) if allowed is None else allowed[some]
+        mask = native.undominated(v[some], [row.amounts for row in own], usable)
+        left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
         try:
-            solution = optimum(highs, f"prompt {i}")
+            x = solve_block(v[some], own, (), mask, time_limit=left).x
         except Clash:
-            raise Clash(range(i, i + 1)) from None
-        x = np.asarray(solution.col_value) / factor[0]
-        indices[i : i + 1], probabilities[i : i + 1] = _narrow(x[None], indices.shape[1])
+            raise Clash(range(some.start, some.stop)) from None
+        indices[some], probabilities[some] = _narrow(x, width)
+
+    with ThreadPoolExecutor(threads or native.threads(n)) as pool:
+        list(pool.map(run, range(0, n, BLOCK)))
+    return indices, probabilities
 
 
 def _narrow(x: Float64, width: int) -> tuple[Int32, Float64]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -131,6 +133,17 @@ def best_models(
     given = (_in(v), _in(penalty), _mask(allowed), first_prompt, noise, n, m, threads(n))
     _check(lib.p2l_best_models(*given, _out_int(best), _out(reduced), _out(most), _out(lead)), "best_models")
     return best, reduced, most, lead
+
+
+def undominated(v: Float64, amounts: Sequence[Float64], usable: Mask) -> Mask:
+    """The usable models that no other one beats with no less value and no more of any row: amounts, each [M] or [n, M]."""
+    n, m = v.shape
+    shared = all(row.ndim == 1 for row in amounts)
+    rows = np.stack([row if shared else np.broadcast_to(row, (n, m)) for row in amounts]) if amounts else np.zeros((0, m))
+    kept = usable.copy()
+    out = ffi.from_buffer("uint8_t[]", kept, require_writable=True)
+    _check(lib.p2l_undominated(_in(v), _in(rows), not shared, len(amounts), n, m, out), "undominated")
+    return kept
 
 
 def noise_of(prompts: npt.NDArray[np.intp], m: int) -> Float64:

@@ -111,3 +111,18 @@ def best_models(
     ranked = np.sort(np.concatenate([reduced, np.full((len(v), 1), -np.inf)], axis=1), axis=1)
     best = reduced.argmax(axis=1)
     return best, plain[np.arange(len(v)), best], plain.max(axis=1), ranked[:, -1] - ranked[:, -2]
+
+
+def undominated(v: Float64, amounts: list[Float64], usable: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """The usable models that no other one beats with no less value and no more of any row; of equals the first stays."""
+    m = v.shape[1]
+    kept = usable.copy()
+    for j in range(m):
+        beaten = usable[:, [j]] & ((v[:, [j]] > v) | (v[:, [j]] == v))
+        strictly = v[:, [j]] > v
+        for row in amounts:
+            row = np.broadcast_to(row, v.shape)
+            beaten &= row[:, [j]] <= row
+            strictly |= row[:, [j]] < row
+        kept &= ~(beaten & (strictly | (j < np.arange(m))))
+    return kept
