@@ -3,7 +3,7 @@
 The default checkpoint routes the held-out prompts of routing_scores.parquet (never trained on, train/configs/default.yaml) at
 five mean budgets. True score: what the chosen models really scored, in expectation over mixed policies. "best single": the
 model with the best mean score on the training prompts among those within the budget. The pacer sees the prompts one by one,
-in the order of the file, and starts from the price that the training prompts had. The oracle knows every score: the batch
+in the order of the file, and starts from the price that the training prompts had (horizon 100). The oracle knows every score: the batch
 budget's optimum on them.
 """
 
@@ -67,7 +67,7 @@ def main() -> None:
         each, batch = routing.solve_budget(v, costs, budget), routing.solve_batch_budget(v, costs, budget)
         same_spend = routing.solve_batch_budget(v, costs, float(each.cost.mean()))
         assert same_spend.value.mean() >= each.value.mean() - 1e-12
-        pacer = BudgetPacer.learned(past, costs, budget)
+        pacer = BudgetPacer.learned(past, costs, budget, horizon=100)
         paced = np.array([pacer.choose(rates, costs) for rates in v])
         for name, policies in (
             ("best single model within the budget", certain(np.full(n, single), costs)),

@@ -8,6 +8,7 @@ import pytest
 from p2l_engine import Catalog, InfeasibleBudget, Router, routing
 from p2l_engine.catalog import CatalogModel
 from p2l_engine.errors import CatalogError, PromptError
+from p2l_engine.routing import BudgetPacer, Infeasible, Resource
 from tests.tiny import MODELS
 
 PROMPTS = [f"prompt number {i}" * (1 + i % 3) for i in range(40)]
@@ -126,6 +127,52 @@ def test_batch_scope_dominates_and_shares_hold(router):
     top = max(MODELS, key=lambda name: np.mean([d.policy.get(name, 0) for d in mean]))
     capped = router.route_batch(PROMPTS, None, "batch", max_share={top: 0.1})
     assert np.mean([d.policy.get(top, 0) for d in capped]) <= 0.1 + 1e-6
+
+
+def test_shares_of_groups_resources_and_masks_hold(router):
+    allowed = np.ones((len(PROMPTS), 5), bool)
+    allowed[::2, 4] = False
+    seconds = np.array([5.0, 1.0, 1.0, 2.0, 4.0])
+    decisions = router.route_batch(
+        PROMPTS,
+        3.0,
+        max_share={tuple(MODELS[3:]): 0.4},
+        min_share={MODELS[0]: 0.2},
+        resources=[Resource("seconds", seconds, 2.5, "batch")],
+        allowed=allowed,
+    )
+    p = np.array([[d.policy.get(name, 0.0) for name in MODELS] for d in decisions])
+    assert (p @ np.array(COSTS) <= 3.0 + 1e-8).all()
+    assert p[:, 3:].sum(1).mean() <= 0.4 + 1e-9
+    assert p[:, 0].mean() >= 0.2 - 1e-9
+    assert (p @ seconds).mean() <= 2.5 + 1e-8
+    assert (p[::2, 4] == 0).all()
+    with pytest.raises(Infeasible, match=f"min_share of {MODELS[4]} = 0.6") as caught:
+        router.route_batch(PROMPTS, min_share={MODELS[4]: 0.6}, allowed=allowed)
+    assert caught.value.nearest == pytest.approx(0.5)
+
+
+def test_a_pacer_holds_the_mean_over_a_stream(router):
+    pacer = BudgetPacer(2.0, horizon=20)
+    decisions = [router.route(prompt, pacer=pacer) for prompt in PROMPTS * 5]
+    assert all(d.policy == {d.model: 1.0} for d in decisions)
+    assert np.mean([d.expected_cost for d in decisions]) == pytest.approx(2.0, rel=0.1)
+    assert decisions[0].score == pytest.approx(
+        router.engine.coefficients(PROMPTS[:1]).theta[0, MODELS.index(decisions[0].model)], abs=1e-4
+    )
+    with pytest.raises(ValueError, match="budget: expected None beside a pacer"):
+        router.route("hi", budget=1.0, pacer=pacer)
+
+
+@pytest.mark.parametrize("objective", ["half-ties", "not-bad"])
+def test_other_objectives(engine, objective):
+    c = engine.coefficients(PROMPTS)
+    v = routing.win_rates(c.theta, np.full(5, 0.2), objective, c.eta, c.feedback.name)
+    decisions = Router(engine, catalog(), objective=objective).decide(c, PROMPTS, 2.5)
+    assert np.mean([d.win_rate for d in decisions]) == pytest.approx(routing.solve_budget(v, COSTS, 2.5).value.mean(), abs=1e-7)
+    assert all(np.isfinite(d.score) for d in decisions)
+    with pytest.raises(ValueError, match="objective: expected 'bt', 'half-ties' or 'not-bad', got 'elo'"):
+        Router(engine, catalog(), objective="elo")
 
 
 @pytest.mark.parametrize(
