@@ -3,8 +3,8 @@
 The default checkpoint routes the held-out prompts of routing_scores.parquet (never trained on, train/configs/default.yaml) at
 five mean budgets. True score: what the chosen models really scored, in expectation over mixed policies. "best single": the
 model with the best mean score on the training prompts among those within the budget. The pacer sees the prompts one by one,
-in the order of the file, and starts from the price that the training prompts had (horizon 100). The oracle knows every score: the batch
-budget's optimum on them.
+in the order of the file, and starts from the price that the training prompts had (horizon 100). The oracle knows every score:
+the batch budget's optimum on them.
 """
 
 from __future__ import annotations
