@@ -2,6 +2,7 @@
  *
  * Where many prompts are indifferent between models at the same prices, no prices would split them as the rows ask. So
  * models may be told apart by a little noise, the same in every pass: a hash of prompt and model. */
+#include "hull.h"
 #include "p2l_native.h"
 
 #include <math.h>
@@ -99,21 +100,6 @@ void p2l_noise(const int64_t *prompts, int64_t n_prompts, int64_t n_models, doub
         for (int64_t m = 0; m < n_models; m++) noise[n * n_models + m] = noise_of(prompts[n], n_models, m);
 }
 
-/* Bottom-up merge sort of models by falling value; equal values stay in index order. */
-static void sort_by_value(int32_t *order, int32_t *scratch, const double *v, int64_t count) {
-    for (int64_t m = 0; m < count; m++) order[m] = (int32_t)m;
-    for (int64_t width = 1; width < count; width *= 2) {
-        for (int64_t left = 0; left < count; left += 2 * width) {
-            const int64_t middle = left + width < count ? left + width : count;
-            const int64_t right = left + 2 * width < count ? left + 2 * width : count;
-            int64_t i = left, j = middle;
-            for (int64_t out = left; out < right; out++)
-                scratch[out] = (i < middle && (j >= right || v[order[i]] >= v[order[j]])) ? order[i++] : order[j++];
-        }
-        for (int64_t i = 0; i < count; i++) order[i] = scratch[i];
-    }
-}
-
 static inline int uses_no_more(const double *amounts, int64_t stride, int64_t n_rows, int32_t a, int32_t b) {
     for (int64_t k = 0; k < n_rows; k++)
         if (amounts[k * stride + a] > amounts[k * stride + b]) return 0;
@@ -123,7 +109,12 @@ static inline int uses_no_more(const double *amounts, int64_t stride, int64_t n_
 int p2l_undominated(const double *v, const double *amounts, int amounts_per_prompt, int64_t n_rows, int64_t n_prompts,
                     int64_t n_models, uint8_t *usable) {
     int32_t *order = malloc(sizeof(int32_t) * 3 * n_models);
-    if (!order) return -1;
+    double *fall = malloc(sizeof(double) * n_models);
+    if (!order || !fall) {
+        free(order);
+        free(fall);
+        return -1;
+    }
     int32_t *kept = order + n_models;
     /* Row k of prompt n: amounts [K, M], or [K, N, M]. */
     const int64_t stride = amounts_per_prompt ? n_prompts * n_models : n_models;
@@ -131,7 +122,8 @@ int p2l_undominated(const double *v, const double *amounts, int amounts_per_prom
         const double *a = amounts + (amounts_per_prompt ? n * n_models : 0);
         uint8_t *mask = usable + n * n_models;
         int64_t size = 0;
-        sort_by_value(order, order + 2 * n_models, v + n * n_models, n_models);
+        for (int64_t m = 0; m < n_models; m++) fall[m] = -v[n * n_models + m];
+        p2l_sort_models(order, order + 2 * n_models, fall, n_models);
         for (int64_t i = 0; i < n_models; i++) {
             const int32_t m = order[i];
             if (!mask[m]) continue;
@@ -152,5 +144,6 @@ int p2l_undominated(const double *v, const double *amounts, int amounts_per_prom
         }
     }
     free(order);
+    free(fall);
     return 0;
 }

@@ -47,7 +47,7 @@ def frontier(
     thin = curve.thinned()
     axes.plot(thin.cost, 100 * thin.value, color="#b8860b", linewidth=2, label="router, one budget over the batch")
     least = float(np.broadcast_to(costs, v.shape).min(axis=1).max())
-    budgets = np.linspace(least, max(curve.cost[-1], least), 40)
+    budgets = np.linspace(least, max(float(costs.max()), least), 60)
     each = [routing.solve_budget(v, costs, float(budget)) for budget in budgets]
     axes.plot(
         [p.cost.mean() for p in each], [100 * p.value.mean() for p in each],
@@ -61,6 +61,6 @@ def frontier(
     axes.set_xlabel(f"mean cost ({unit})", parse_math=False)
     axes.set_ylabel("mean win rate against the opponents, %")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower right", fontsize=8)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     figure.suptitle(title, fontsize=10, x=0.01, ha="left", parse_math=False)
     figure.savefig(path, dpi=150)
