@@ -368,6 +368,23 @@ def test_bad_input_is_named(change, message):
         solve(Problem(**(good | change)))
 
 
+def test_values_of_any_size_and_rows_that_leave_nothing(rng):
+    v, costs = rng.random((50, 4)), np.ones(4)
+    shares = [Share(0, 0.5), Share(1, 0.5)]
+    plain = solve(Problem(v, costs, 1.0, "batch", shares=shares))
+    for size in (1e-200, 1e200):
+        scaled = solve(Problem(v * size, costs, 1.0, "batch", shares=shares))
+        assert scaled.value.mean() == pytest.approx(plain.value.mean() * size, rel=1e-9)
+    with pytest.raises(Infeasible, match="max_share of model 0 = 0 and"):
+        solve(Problem(v, costs, shares=[Share(j, 0.0) for j in range(4)]))
+    with pytest.raises(Infeasible, match="s <= -1 cannot hold; .* is 1.0"):
+        solve(Problem(v, costs, resources=[Resource("s", costs, -1.0, "batch")]))
+    with pytest.raises(TypeError, match="problem: expected a Problem, got str"):
+        solve("x")
+    with pytest.raises(TypeError, match="theta: expected an array, a memmap or an iterator of chunks, got int"):
+        LazyWinRates(5, np.ones(1))
+
+
 def test_a_solver_must_fit_and_limits_raise(rng):
     v, costs = rng.random((3000, 30)), rng.exponential(size=30)
     several = Problem(v, costs, float(np.quantile(costs, 0.2)), "batch", shares=[Share(int(costs.argmin()), 0.2)])

@@ -20,7 +20,7 @@ def infeasible(
     rows: Sequence[Row], row: Row, bound: float, nearest: float | None, index: int | None = None, count: int = 1
 ) -> Infeasible:
     """The error for clashing rows: InfeasibleBudget where moving the budget mends it."""
-    stated = [Row(r.name, r.amounts, bound).stated() if r is row else r.stated() for r in rows]
+    stated = [Row(r.name, r.amounts, bound, r.negated).stated() if r is row else r.stated() for r in rows]
     if row.name == "budget" and nearest is not None:
         return InfeasibleBudget(bound, nearest, index, count, stated)
     sign = -1.0 if row.negated else 1.0

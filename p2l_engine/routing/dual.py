@@ -37,7 +37,7 @@ Indices = npt.NDArray[np.intp]
 GAP = 1e-9  # the gap at which policies count as optimal, relative where the mean value exceeds 1
 ROUNDING = 1e-9  # relative: how far a row may be exceeded
 ROUNDS = 60
-PENALTY = 10.0  # of exceeding a row by its bound, at first: values lie in [0, 1] as a rule
+PENALTY = 10.0  # of exceeding a row by its bound, at first, in terms of the values' range
 OPEN = 1500  # prompts of an LP: HiGHS takes tenths of a second for so many, and much more than in proportion for more
 SHRINK = 3  # the next window is so many times smaller
 NOISE = 1e-7  # of the values' range: tells models apart that many prompts value alike
@@ -122,8 +122,9 @@ def _sift(batch: Batch, deadline: float, gap: float) -> tuple[Found, Float64, fl
     units = np.array([unit(row) for row in batch.rows])
     rng = np.random.default_rng(n)
     prices = best_prices = np.zeros(len(batch.rows))
-    noise = 0.0 if n <= OPEN else NOISE * (float(np.ptp(batch.values.take(slice(0, OPEN)))) or 1.0)
-    bound, reached, penalty, window, limit = np.inf, np.inf, PENALTY, SHRINK * n, OPEN
+    span = float(np.ptp(batch.values.take(slice(0, OPEN)))) or 1.0
+    noise, largest = (0.0 if n <= OPEN else NOISE * span), 1e9 * PENALTY * span
+    bound, reached, penalty, window, limit = np.inf, np.inf, PENALTY * span, SHRINK * n, OPEN
     found: Found | None = None
     exceeded = False
     for _ in range(ROUNDS):
@@ -140,14 +141,14 @@ def _sift(batch: Batch, deadline: float, gap: float) -> tuple[Found, Float64, fl
                 if not exceeded:
                     return found, best_prices, reached
                 # The best trade of value against excess at this penalty; the rows, if they can be met, cost more.
-                if penalty > 1e9 * PENALTY:
+                if penalty > largest:
                     raise Clash
                 penalty *= 100
             window, limit, noise = min(n, 2 * window), 2 * limit, noise / 10
         else:
             # A window that cannot meet the rows is too small, or the penalty is; one that can has told what it knows.
             if exceeded and window == n:
-                penalty = min(100 * penalty, 1e9 * PENALTY)
+                penalty = min(100 * penalty, largest)
             window = min(n, SHRINK * window) if exceeded else max(min(n, limit), window // SHRINK)
         left = deadline - time.monotonic()
         if left < 0:

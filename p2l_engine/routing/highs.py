@@ -124,6 +124,8 @@ def solve_block(
             scaled.append((_scaled(row.amounts, np.full((n, 1), mean), LEAST_BOUGHT / max(n, 1), usable, factor), None))
             mean = mean or 1.0
         unit.append(mean)
+    if not usable.any(axis=1).all():
+        raise Clash
     units = np.array(unit)
     who, which = np.nonzero(usable)
     factors = factor[who, which]
@@ -146,11 +148,12 @@ def solve_block(
         pieces.append((index.astype(np.int32), values, np.array([len(index)])))
         lower.append(np.array([-np.inf]))
         upper.append(np.array([rooms[k] / units[k]]))
-    objective = v[who, which] / factors
+    size = float(np.abs(v[who, which]).max(initial=0.0)) or 1.0  # values become 1 at most, as tolerances want them
+    objective = v[who, which] / size / factors
     most = factors * ones[who]
     if slack:
         assert penalty is not None
-        objective = np.append(objective, -penalty * units)
+        objective = np.append(objective, -penalty / size * units)
         most = np.append(most, np.full(slack, np.inf))
     highs = solver(time_limit)
     highs.passModel(_program(objective, most, pieces, np.concatenate(lower), np.concatenate(upper)))
@@ -160,7 +163,7 @@ def solve_block(
     x[who, which] = y[: len(who)] / factors
     k = len(batch_rows)
     duals = np.abs(np.asarray(solution.row_dual)[len(solution.row_dual) - k :]) if k else np.zeros(0)
-    return Solved(x, duals / units, y[len(who) :] * units if slack else np.zeros(k))
+    return Solved(x, size * duals / units, y[len(who) :] * units if slack else np.zeros(k))
 
 
 def _scaled(amounts: Any, bound: Any, least: float, usable: Mask, factor: Float64) -> Float64:

@@ -64,7 +64,7 @@ class Row:
 
     def stated(self) -> str:
         """The row as its user stated it; the tightest bound where prompts have their own."""
-        bound = abs(float(np.min(self.bound)))
+        bound = float(np.min(self.bound)) * (-1.0 if self.negated else 1.0)
         return f"{self.name} {'= ' if 'share of ' in self.name else '<= '}{bound:g}"
 
 

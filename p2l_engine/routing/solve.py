@@ -56,6 +56,8 @@ def solve(problem: Problem, solver: Solver = "auto", time_limit: float | None = 
     Raises Infeasible (InfeasibleBudget, where the budget is one of the clashing rows) with the rows that clash and the nearest
     feasible bound; ValueError for a solver that cannot take the problem.
     """
+    if not isinstance(problem, Problem):
+        raise TypeError(f"problem: expected a Problem, got {type(problem).__name__}")
     prompt, batch = problem.prompt_rows, problem.batch_rows
     best, why = _choose(len(prompt), len(batch))
     if solver not in ("auto", "frontier", "dual", "highs"):

@@ -74,6 +74,8 @@ class LazyWinRates(Values):
             self.theta = arrays.to_numpy(theta)
             arrays.check_matrix("theta", self.theta)
             self.shape = (int(self.theta.shape[0]), int(self.theta.shape[1]))
+        elif not isinstance(theta, Iterable):
+            raise TypeError(f"theta: expected an array, a memmap or an iterator of chunks, got {type(theta).__name__}")
         else:
             self._iterator = iter(theta)
             if eta is not None:
