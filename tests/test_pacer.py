@@ -9,22 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from bench.streams import stream
 from p2l_engine import routing
 from p2l_engine.routing import BudgetPacer
-
-
-def stream(seed: int, n: int, shift: bool = True):
-    """Win rates of n prompts over models of costs that span two orders; halfway the dear models pull ahead or fall back."""
-    rng = np.random.default_rng(seed)
-    m = int(rng.integers(3, 30))
-    costs = np.exp(rng.normal(size=m))
-    strength = 0.4 * np.log(costs) + 0.3 * rng.normal(size=m)
-    theta = rng.normal(size=(n, m)) + strength
-    if shift:
-        theta[n // 2 :] += strength * rng.uniform(-0.7, 1)
-    past = rng.normal(size=(3000, m)) + strength
-    q = np.full(m, 1 / m)
-    return routing.win_rates(theta, q), routing.win_rates(past, q), costs
 
 
 @pytest.mark.parametrize("seed", range(10))

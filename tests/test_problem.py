@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from p2l_engine import routing
@@ -142,6 +142,7 @@ def test_the_smallest_feasible_budget_is_feasible(rng):
 
 @settings(deadline=None, max_examples=150)
 @given(st.integers(0, 10**9), st.integers(1, 30), st.integers(1, 9), st.floats(0, 1.2))
+@example(7, 7, 4, 1.0)
 def test_one_batch_budget_matches_its_twin(seed, n, m, tightness):
     rng = np.random.default_rng(seed)
     v = rng.random((n, m)) if seed % 3 else rng.integers(0, 4, (n, m)) / 3
@@ -150,13 +151,15 @@ def test_one_batch_budget_matches_its_twin(seed, n, m, tightness):
     low, high = full.min(1).mean(), full[np.arange(n), v.argmax(1)].mean()
     budget = low + tightness * max(high - low, 0.0)
     p = routing.solve_batch_budget(v, costs, budget)
-    _, _, value, cost, price = reference.solve_batch_budget(v, costs, budget)
+    _, _, value, cost, _ = reference.solve_batch_budget(v, costs, budget)
+    # Where the budget ends just between two steps, both slopes are prices, and rounding picks one.
+    more, less = (reference.solve_batch_budget(v, costs, budget * (1 + nudge))[-1] for nudge in (1e-9, -1e-9))
     assert p.solver == "dual"
     assert p.value.mean() == pytest.approx(value.mean(), rel=1e-12)
     assert p.cost.mean() <= budget * (1 + 1e-12)
     assert p.cost.mean() == pytest.approx(cost.mean(), rel=1e-9)
     assert ((p.probabilities > 0).sum(1) > 1).sum() <= 1
-    assert p.prices["budget"] == pytest.approx(price, rel=1e-9)
+    assert more * (1 - 1e-9) <= p.prices["budget"] <= less * (1 + 1e-9)
 
 
 def test_best_models_match_their_twin(rng):
