@@ -1,7 +1,4 @@
-"""The Triton kernels against their twins in float64, on odd shapes: in Triton's interpreter, compiled, and on a GPU.
-
-Triton reads TRITON_INTERPRET when it is imported, so the interpreter runs in a process of its own.
-"""
+"""The Triton kernels: in Triton's interpreter, compiled for two generations of GPU, and on a GPU where there is one."""
 
 from __future__ import annotations
 
@@ -14,47 +11,134 @@ from pathlib import Path
 import pytest
 import torch
 
-INTERPRETED = """
-import torch
-from p2l_engine.kernels.win_rates import win_rates, win_rates_reference
-for n, m in ((1, 1), (5, 3), (17, 34), (5, 130), (1, 257)):
-    for per_prompt in (False, True):
-        theta = torch.randn(n, m) * 5
-        q = torch.rand((n, m) if per_prompt else (m,))
-        q /= q.sum(-1, keepdim=True)
-        expected = win_rates_reference(theta.double(), q.double())
-        torch.testing.assert_close(win_rates(theta, q).double(), expected, atol=1e-6, rtol=1e-5)
-assert win_rates(torch.zeros(0, 4), torch.full((4,), 0.25)).shape == (0, 4)
-print("same")
-"""
+from p2l_engine.kernels import (
+    bt_score,
+    budget_lp,
+    outcomes,
+    pool_head,
+    pool_head_win_rates,
+    rms_norm,
+    rotary,
+    silu_mul,
+    win_rates,
+)
+from p2l_engine.regression import feedback_model
+from tests import kernel_cases
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_win_rates_in_the_interpreter():
+@pytest.fixture(scope="module")
+def interpreted():
+    """What tests/kernel_cases.py says of each kernel in Triton's interpreter, which needs a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-c", INTERPRETED],
+        [sys.executable, "-W", "ignore", "-m", "tests.kernel_cases"],
         env={**os.environ, "TRITON_INTERPRET": "1"},
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.stdout.strip() == "same", done.stderr
+    assert done.returncode == 0, done.stderr
+    return dict(line.split(": ", 1) for line in done.stdout.splitlines())
+
+
+@pytest.mark.parametrize("name", kernel_cases.CASES)
+def test_in_the_interpreter(name, interpreted):
+    assert interpreted[name] == "same", interpreted[name]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("name", kernel_cases.CASES)
+def test_on_the_gpu(name):
+    kernel_cases.CASES[name]("cuda")
+
+
+FP, BF = "*fp32", "*bf16"
+# kernel, types of its arguments in order (constants by value), warps. Sizes are those of the largest backbone: 7B.
+COMPILED = {
+    "rms_norm": (
+        rms_norm._rms_norm_kernel,
+        [BF, "i64", BF, "i64", BF, BF, "i64", "fp32"],
+        {"N_COLUMNS": 3584, "BLOCK": 4096, "HAS_DELTA": True},
+        8,
+    ),
+    "silu_mul": (silu_mul._silu_mul_kernel, [BF, "i64", BF, "i64"], {"N_COLUMNS": 18944, "BLOCK": silu_mul.BLOCK}, 4),
+    "rotary": (
+        rotary._rotary_kernel,
+        [BF, "i64", FP, FP, "*i32", "*i32", BF, BF],
+        {
+            "QUERIES": 28, "KEYS": 4, "HALF": 64, "BLOCK_HEADS": 32, "BLOCK_VALUES": 512, "BLOCK_HALF": 64,
+            "HAS_PREFIX": True,
+        },
+        4,
+    ),
+    "pool_head": (
+        pool_head._pool_head_kernel,
+        [BF, "i64", "*i32", BF, FP, FP, FP, "i32", "i32", "fp32"],
+        {
+            "N_COLUMNS": 3584, "HAS_ROWS": True, "HAS_NORM": True,
+            "BLOCK_N": pool_head.BLOCK_N, "BLOCK_K": pool_head.BLOCK_K, "BLOCK_D": pool_head.BLOCK_D,
+        },
+        4,
+    ),
+    "win_rates": (
+        win_rates._win_rates_kernel,
+        [FP, "i64", "*fp64", "i64", FP, "i64", "i32"],
+        {"BLOCK_B": win_rates.BLOCK_B, "BLOCK_A": win_rates.BLOCK_A},
+        4,
+    ),
+    "pool_head_win_rates": (
+        pool_head_win_rates._pool_head_win_rates_kernel,
+        [BF, "i64", "*i32", BF, FP, FP, FP, "i64", FP, FP, "i32", "i32", "fp32"],
+        {
+            "N_COLUMNS": 3584, "HAS_ROWS": True, "HAS_NORM": True, "BLOCK_K": pool_head_win_rates.BLOCK_K,
+            "BLOCK_D": pool_head_win_rates.BLOCK_D, "BLOCK_B": win_rates.BLOCK_B, "BLOCK_A": win_rates.BLOCK_A,
+        },
+        8,
+    ),
+    "outcomes": (
+        outcomes._outcomes_kernel,
+        [FP, "i64", FP, FP, "i32"],
+        {"RK": False, "GROUNDED": True, "N_OUTCOMES": 3, "BLOCK": outcomes.BLOCK},
+        4,
+    ),
+    "mean_outcomes": (
+        outcomes._mean_outcomes_kernel,
+        [FP, "i64", FP, FP, FP, "i32", "i32"],
+        {
+            "RK": False, "GROUNDED": True, "N_OUTCOMES": 3, "BLOCK": outcomes.BLOCK, "PROMPTS": outcomes.PROMPTS_PER_SUM,
+        },
+        4,
+    ),
+    "budget_lp": (
+        budget_lp._budget_lp_kernel,
+        [FP, "i64", "*fp64", "i64", "*fp64", "*i32", "*fp64", "*fp64", "*fp64", "i32"],
+        {"BLOCK": 512},
+        4,
+    ),
+    "bt_score": (
+        bt_score._bt_score_kernel,
+        [FP, "i64", "*fp64", "i64", "*fp64", "*fp64", "i32"],
+        {"BLOCK": 512, "MAX_STEPS": bt_score.MAX_STEPS, "TOLERANCE": bt_score.TOLERANCE},
+        4,
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-def test_win_rates_compile_without_spills(capability, tmp_path):
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiles_without_spills(name, capability, tmp_path):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from p2l_engine.kernels.win_rates import BLOCK_A, BLOCK_B, _win_rates_kernel
-
-    signature = {
-        "theta_ptr": "*fp32", "theta_row_stride": "i32", "q_ptr": "*fp64", "q_row_stride": "i32", "v_ptr": "*fp32",
-        "v_row_stride": "i32", "n_models": "i32", "BLOCK_B": "constexpr", "BLOCK_A": "constexpr",
-    }  # fmt: skip
-    source = ASTSource(_win_rates_kernel, signature, constexprs={"BLOCK_B": BLOCK_B, "BLOCK_A": BLOCK_A})
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
-    assert "cubin" in compiled.asm
+    kernel, types, constants, warps = COMPILED[name]
+    runtime = [argument for argument in kernel.arg_names if argument not in constants]
+    assert len(runtime) == len(types)
+    signature = dict(zip(runtime, types, strict=True)) | dict.fromkeys(constants, "constexpr")
+    source = ASTSource(kernel, {name: signature[name] for name in kernel.arg_names}, constexprs=constants)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
     local = [line for line in compiled.asm["ptx"].splitlines() if ".local" in line]
     assert not local, local
     # PTX has registers without end: only the cubin tells what ptxas spilled (to the stack or to local memory).
@@ -62,18 +146,19 @@ def test_win_rates_compile_without_spills(capability, tmp_path):
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     command = [str(tool), "--dump-resource-usage", str(tmp_path / "kernel.cubin")]
     usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    print(usage)
     used = {name: int(count) for name, count in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    print(f"{name} sm_{capability}: {used['REG']} registers, {used['STACK'] + used['LOCAL']} bytes spilled, "
+          f"{compiled.metadata.shared} bytes of shared memory")  # fmt: skip
     assert used["REG"] > 0
     assert used["STACK"] == used["LOCAL"] == 0
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-def test_win_rates_on_the_gpu():
-    from p2l_engine.kernels.win_rates import win_rates, win_rates_reference
-
-    for n, m in ((1, 1), (17, 34), (1000, 130)):
-        theta, q = torch.randn(n, m, device="cuda") * 5, torch.full((m,), 1 / m, device="cuda")
-        torch.testing.assert_close(
-            win_rates(theta, q).double(), win_rates_reference(theta.double(), q.double()), atol=1e-6, rtol=1e-5
-        )
+@pytest.mark.parametrize("name", outcomes.OUTCOMES)
+def test_outcomes_are_those_of_the_feedback_models(name):
+    model = feedback_model(name)
+    theta, eta = torch.randn(7, 5, dtype=torch.float64) * 3, torch.randn(7, dtype=torch.float64)
+    log_lambda = model.log_lambda(eta) if model.has_eta else None
+    p = model.probabilities(theta[:, :, None], theta[:, None, :], eta[:, None, None])
+    parts = {"bt": [0], "grk": [0, 2, 3]}.get(name, [0, 2])
+    expected = torch.stack([p[..., part] for part in parts], 1)
+    torch.testing.assert_close(outcomes.outcomes_reference(theta, log_lambda, name), expected, atol=1e-12, rtol=0)

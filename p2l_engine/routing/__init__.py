@@ -1,13 +1,14 @@
 """From coefficients to policies: win rates, budgets and the router's own score. Arrays in, arrays out.
 
 Every function takes numpy arrays, or torch tensors on any device, and returns the kind that it was given (tensors on the
-device of the first argument). Budgets and scores are computed in float64 on the CPU, in the native core; so are win rates,
-unless theta is on a GPU. N prompts, M models.
+device of the first argument). CUDA tensors stay on their device for the Bradley-Terry win rates, one budget per prompt and the
+score (``cuda``); everything else is computed in float64 on the CPU, in the native core. N prompts, M models.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from types import ModuleType
 from typing import Any, Literal
 
 import numpy as np
@@ -43,6 +44,7 @@ __all__ = [
     "win_rates",
 ]
 
+MAX_MODELS_ON_GPU = 4096  # a prompt's models stay in one program's registers
 RATE_ROUNDING = 1e-12  # a sum of win rates may exceed 1 by its last bits
 
 
@@ -62,14 +64,12 @@ def win_rates(theta: Array, q: Array, objective: Objective = "bt", eta: Array | 
     CUDA tensors stay on their device for ``bt``, where the sums are float32. Raises ValueError for NaN, infinities, bad shapes,
     unknown names and missing eta.
     """
+    if objective == "bt" and (cuda := _on_gpu(theta)):
+        return cuda.win_rates(theta, q)
     t = arrays.matrix("theta", theta)
     weights = arrays.opponents(q, t.shape)
     ties = None if eta is None else tie_parameters(eta, len(t))
     check_objective(objective, ties, feedback)
-    if objective == "bt" and isinstance(theta, torch.Tensor) and theta.is_cuda:
-        from p2l_engine.kernels.win_rates import win_rates as on_gpu
-
-        return on_gpu(theta.contiguous(), torch.from_numpy(weights).to(theta.device)).double()
     return arrays.like(compute(t, weights, objective, ties, feedback), theta)
 
 
@@ -87,6 +87,9 @@ def solve_budget(
         raise ValueError(f"solver: expected 'frontier' or 'highs', got {solver!r}")
     if solver == "highs":
         return _like(solve(Problem(v, costs, budget), solver), v)
+    if cuda := _on_gpu(v):
+        on_gpu: Policies = cuda.solve_budget(v, costs, budget)
+        return on_gpu
     # A service asks this for every prompt: straight to the hull.
     w = arrays.matrix("v", v)
     row = Row("budget", arrays.costs(costs, w.shape), arrays.budgets(budget, len(w)))
@@ -123,6 +126,8 @@ def bt_score(theta: Array, q: Array, rate: Array) -> Any:
     theta [N, M]; q [M] or [N, M]; rate [N] in [0, 1], the router's win rate against q. Returns the score [N] that solves
     sum_a q[a] sigmoid(score - theta[n, a]) = rate[n]; -inf at rate 0, +inf at rate 1.
     """
+    if isinstance(rate, torch.Tensor) and rate.is_cuda and (cuda := _on_gpu(theta)):
+        return cuda.bt_score(theta, q, rate)
     t = arrays.matrix("theta", theta)
     r = arrays.finite("rate", arrays.to_float64("rate", rate))
     if r.shape != t.shape[:1]:
@@ -130,6 +135,15 @@ def bt_score(theta: Array, q: Array, rate: Array) -> Any:
     if r.size and (r.min() < 0 or r.max() > 1 + RATE_ROUNDING):
         raise ValueError(f"rate: expected win rates in [0, 1], got {r.min()} to {r.max()}")
     return arrays.like(native.bt_score(t, arrays.opponents(q, t.shape), r), theta)
+
+
+def _on_gpu(value: object) -> ModuleType | None:
+    """The module whose kernels take ``value``: for a tensor [N, M] on a GPU; None for anything else."""
+    if not (isinstance(value, torch.Tensor) and value.is_cuda and value.ndim == 2 and 1 <= value.shape[1] <= MAX_MODELS_ON_GPU):
+        return None
+    from p2l_engine.routing import cuda  # here, since Triton is not everywhere and takes a second to import
+
+    return cuda
 
 
 def _like(policies: Policies, given: Any) -> Policies:

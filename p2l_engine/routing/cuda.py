@@ -1,0 +1,60 @@
+"""The stages that stay on the card where their arrays are there: win rates, one budget per prompt, the score.
+
+Kernels of ``p2l_engine.kernels``; the rest of routing goes through the CPU. Each function waits for the device once, to say
+what is wrong with its arguments.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from p2l_engine.errors import InfeasibleBudget
+from p2l_engine.kernels import bt_score as root
+from p2l_engine.kernels import budget_lp as lp
+from p2l_engine.kernels import win_rates as rates
+from p2l_engine.routing import arrays
+from p2l_engine.routing.solve import SLACK, Policies
+
+
+def win_rates(theta: Tensor, q: object) -> Tensor:
+    """``routing.win_rates`` for bt, summed in float32; returns float64."""
+    t = _finite("theta", theta)
+    weights = torch.from_numpy(arrays.opponents(q, _shape(t))).to(t.device)
+    return rates.win_rates(t, weights).double()
+
+
+def solve_budget(v: Tensor, costs: object, budget: object) -> Policies:
+    """``routing.solve_budget`` with the solver ``frontier``; the same optimum, of equal ones maybe another."""
+    w = _finite("v", v)
+    amounts = torch.from_numpy(arrays.costs(costs, _shape(w))).to(w.device)
+    limits = torch.from_numpy(arrays.budgets(budget, len(w))).to(w.device)
+    smallest = amounts.expand_as(w).amin(1)
+    limits = torch.where((limits < smallest) & (limits >= smallest * (1 - SLACK)), smallest, limits)
+    indices, probabilities, value, cost = lp.budget_lp(w, amounts, limits)
+    short = limits < smallest
+    if bool(short.any()):
+        first = int(short.int().argmax())
+        raise InfeasibleBudget(float(limits[first]), float(smallest[first]), first, int(short.sum()))
+    return Policies(indices, probabilities, value, cost, why="one row for each prompt, on the GPU: a line over two models")
+
+
+def bt_score(theta: Tensor, q: object, rate: Tensor) -> Tensor:
+    """``routing.bt_score``; rate [N] is on the device too, within [0, 1] but for rounding."""
+    t = _finite("theta", theta)
+    weights = torch.from_numpy(arrays.opponents(q, _shape(t))).to(t.device)
+    return root.bt_score(t, weights, rate.double().clamp(0.0, 1.0).contiguous())
+
+
+def _finite(name: str, given: Tensor) -> Tensor:
+    if not given.is_floating_point():
+        raise TypeError(f"{name}: expected floating point on the GPU, got {given.dtype}")
+    tensor = given.detach().contiguous()
+    if not bool(torch.isfinite(tensor).all()):
+        place = (~torch.isfinite(tensor)).nonzero()[0].tolist()
+        raise ValueError(f"{name}{place}: expected a finite number, got {float(tensor[tuple(place)])}")
+    return tensor
+
+
+def _shape(tensor: Tensor) -> tuple[int, int]:
+    return int(tensor.shape[0]), int(tensor.shape[1])

@@ -1,0 +1,256 @@
+"""Every Triton kernel against its twin in float64: odd shapes, poisoned outputs, new random inputs in every run.
+
+Triton reads TRITON_INTERPRET when it is imported, so the interpreter needs a process of its own, which this module is:
+``TRITON_INTERPRET=1 python -m tests.kernel_cases`` prints a line for each case. On a GPU the tests call the cases.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from p2l_engine import InfeasibleBudget, routing
+from p2l_engine.kernels import (
+    bt_score,
+    budget_lp,
+    outcomes,
+    pool_head,
+    pool_head_win_rates,
+    rms_norm,
+    rotary,
+    silu_mul,
+    win_rates,
+)
+from p2l_engine.routing import cuda
+
+PROMPTS, MODELS, HIDDEN = (1, 5, 17), (1, 3, 34, 130, 257), (576, 896, 123)
+SHAPES = [(PROMPTS[(i + i // 3) % 3], m, d) for i, (m, d) in enumerate(itertools.product(MODELS, HIDDEN))]
+FLOATS = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (2e-2, 1e-2)}  # absolute, relative
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """torch.empty gives NaN, or the least integer: what a kernel leaves out shows."""
+    plain, plain_like = torch.empty, torch.empty_like
+
+    def poison(tensor: Tensor) -> Tensor:
+        return tensor.fill_(torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).min)
+
+    with (
+        mock.patch.object(torch, "empty", lambda *a, **k: poison(plain(*a, **k))),
+        mock.patch.object(torch, "empty_like", lambda *a, **k: poison(plain_like(*a, **k))),
+    ):
+        yield
+
+
+def close(got: Tensor, expected: Tensor, absolute: float, relative: float) -> None:
+    torch.testing.assert_close(got.double(), expected.double(), atol=absolute, rtol=relative)
+
+
+def opponents(n: int, m: int, per_prompt: bool, device: str) -> Tensor:
+    q = torch.rand((n, m) if per_prompt else (m,), device=device, dtype=torch.float64)
+    return q / q.sum(-1, keepdim=True)
+
+
+def case_rms_norm(device: str) -> None:
+    for n, d, (dtype, near), added in itertools.product(PROMPTS, HIDDEN, FLOATS.items(), (False, True)):
+        x, delta = (torch.randn(n, d, device=device).to(dtype) for _ in range(2))
+        weight = (1 + 0.3 * torch.randn(d, device=device)).to(dtype)
+        exact = (x + delta if added else x.clone()).double()
+        expected = rms_norm.rms_norm_reference(exact, weight.double(), 1e-5)
+        with poisoned():
+            close(rms_norm.rms_norm(x, weight, 1e-5, delta if added else None), expected, *near)
+        close(x, exact, 1e-6, 2**-7)  # the sum, rounded once
+
+
+def case_silu_mul(device: str) -> None:
+    for n, inner, (dtype, near) in itertools.product(PROMPTS, (1, 123, 1536, 2049), FLOATS.items()):
+        x = (4 * torch.randn(n, 2 * inner + 3, device=device).to(dtype))[:, : 2 * inner]
+        with poisoned():
+            close(silu_mul.silu_mul(x), silu_mul.silu_mul_reference(x.double()), *near)
+
+
+def case_rotary(device: str) -> None:
+    shapes = ((9, 3, 64), (14, 2, 64), (28, 4, 128), (6, 6, 20), (5, 0, 8), (0, 2, 64))
+    for (queries, keys, size), n, (dtype, near) in itertools.product(shapes, PROMPTS, FLOATS.items()):
+        angles = torch.rand(40, size // 2, device=device) * 7
+        cos, sin = angles.cos(), angles.sin()
+        positions = torch.randint(0, 40, (n,), device=device, dtype=torch.int32)
+        x = torch.randn(n, (queries + 2 * keys) * size, device=device).to(dtype)
+        prefix = torch.randn(4, 2, keys, size, device=device).to(dtype)
+        own = torch.arange(n, dtype=torch.int32)
+        for shared in (False, True):
+            sources = torch.cat([own, torch.tensor([-4, -1, -3], dtype=torch.int32)]) if shared else own
+            sources = sources[torch.randperm(len(sources))].to(device)
+            exact = x.double()
+            given = prefix.double() if shared else None
+            expected = rotary.rotary_reference(exact, queries, keys, cos, sin, positions, sources, given)
+            got = x.clone()
+            with poisoned():
+                given = prefix if shared else None
+                close(rotary.rotary(got, queries, keys, cos, sin, positions, sources, given), expected, *near)
+            close(got, exact, *near)
+
+
+def head_inputs(n: int, k: int, d: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """hidden [2 n + 1, D], rows [N], weight [K, D], bias [K] and norm [D]."""
+    hidden = torch.randn(2 * n + 1, d, device=device).to(dtype)
+    rows = torch.randint(0, 2 * n + 1, (n,), device=device, dtype=torch.int32)
+    weight, bias = torch.randn(k, d, device=device) / d**0.5, torch.randn(k, device=device)
+    return hidden, rows, weight, bias, (1 + 0.3 * torch.randn(d, device=device)).to(dtype)
+
+
+def case_pool_head(device: str) -> None:
+    for (n, m, d), dtype in itertools.product(SHAPES, FLOATS):
+        hidden, rows, weight, bias, norm = head_inputs(n, m, d, dtype, device)
+        for given_norm, given_rows in ((norm, rows), (None, None)):
+            expected = pool_head.pool_head_reference(hidden, weight.double(), bias.double(), given_norm, 1e-5, given_rows)
+            with poisoned():
+                close(pool_head.pool_head(hidden, weight, bias, given_norm, 1e-5, given_rows), expected, 1e-5, 1e-5)
+
+
+def case_win_rates(device: str) -> None:
+    for n, m, per_prompt in itertools.product(PROMPTS, MODELS, (False, True)):
+        theta, q = torch.randn(n, m + 1, device=device)[:, :m] * 5, opponents(n, m, per_prompt, device)
+        with poisoned():
+            close(win_rates.win_rates(theta, q), win_rates.win_rates_reference(theta.double(), q), 1e-6, 1e-5)
+    assert win_rates.win_rates(torch.zeros(0, 4, device=device), torch.full((4,), 0.25, device=device)).shape == (0, 4)
+
+
+def case_pool_head_win_rates(device: str) -> None:
+    for (n, m, d), dtype in itertools.product([*SHAPES, (1, 512, 576), (1, 600, 123)], FLOATS):
+        hidden, rows, weight, bias, norm = head_inputs(n, m + 1, d, dtype, device)
+        q = opponents(n, m, n == 5, device).float()
+        doubles = (hidden, weight.double(), bias.double(), q.double(), norm, 1e-5, rows)
+        theta, v = pool_head_win_rates.pool_head_win_rates_reference(*doubles)
+        with poisoned():
+            got_theta, got_v = pool_head_win_rates.pool_head_win_rates(hidden, weight, bias, q, norm, 1e-5, rows)
+        close(got_theta, theta, 1e-5, 1e-5)
+        close(got_v, v, 1e-5, 1e-5)
+
+
+def case_outcomes(device: str) -> None:
+    for n, m, feedback in itertools.product((1, 5), (1, 3, 34, 65), outcomes.OUTCOMES):
+        theta = torch.randn(n, m, device=device) * 5
+        theta[0, 0] = 100.0
+        log_lambda = None if feedback == "bt" else torch.rand(n, device=device) * 3
+        doubled = None if log_lambda is None else log_lambda.double()
+        expected = outcomes.outcomes_reference(theta.double(), doubled, feedback)
+        with poisoned():
+            close(outcomes.outcomes(theta, log_lambda, feedback), expected, 1e-6, 0.0)
+    for n, feedback, weighted in itertools.product((1, 17, 600), outcomes.OUTCOMES, (False, True)):
+        theta = torch.randn(n, 3, device=device) * 5
+        log_lambda = None if feedback == "bt" else torch.rand(n, device=device) * 3
+        weights = torch.rand(n, device=device) if weighted else None
+        doubled = None if log_lambda is None else log_lambda.double()
+        expected = outcomes.mean_outcomes_reference(theta.double(), doubled, feedback, weights)
+        with poisoned():
+            close(outcomes.mean_outcomes(theta, log_lambda, feedback, weights), expected, 1e-6, 0.0)
+
+
+def case_budget_lp(device: str) -> None:
+    for n, m, coarse in itertools.product(PROMPTS, (1, 3, 34, 130), (False, True)):
+        v, costs = torch.rand(n, m, device=device), torch.rand(n, m, device=device, dtype=torch.float64).exp()
+        if coarse:  # equal values and equal costs abound
+            v, costs = (v * 4).round() / 4, (costs * 2).round()
+        shared = m % 2 == 1 and m > 1
+        if shared:
+            costs = costs[0].contiguous()
+        full = costs.expand(n, m)
+        share = torch.rand(n, device=device, dtype=torch.float64) * 1.3 - 0.1
+        share[0] = 0.0
+        low, high = full.amin(1), full.amax(1)
+        budget = torch.maximum(low + share * (high - low), low)
+        if n > 1:
+            budget[-1] = torch.inf
+        finite = budget.clamp_max(1e9)
+        indices, probabilities, best, _ = budget_lp.budget_lp_reference(*(t.cpu() for t in (v, costs, finite)))
+        assert bool((indices >= 0).all()) and bool((probabilities >= 0).all())
+        with poisoned():
+            got_indices, got, value, cost = (t.cpu() for t in budget_lp.budget_lp(v, costs, budget))
+        close(value, best, 1e-12, 1e-12)
+        close(got.sum(1), torch.ones(n), 1e-15, 0.0)
+        assert bool((got >= 0).all()) and bool((cost <= finite.cpu() * (1 + 1e-12)).all())
+        chosen = got_indices.long()
+        close((got * v.cpu().double().gather(1, chosen)).sum(1), value, 1e-12, 1e-12)
+        close((got * full.cpu().gather(1, chosen)).sum(1), cost, 1e-9, 1e-9)
+    # Out of reach: no probability, and the cost that would be needed.
+    with poisoned():
+        out = budget_lp.budget_lp(
+            torch.rand(1, 3, device=device), torch.tensor([2.0, 3, 4], dtype=torch.float64, device=device),
+            torch.tensor([1.5], dtype=torch.float64, device=device),
+        )  # fmt: skip
+    assert out[1].tolist() == [[0.0, 0.0]]
+    assert out[3].tolist() == [2.0]
+
+
+def case_bt_score(device: str) -> None:
+    for n, m, spread in itertools.product(PROMPTS, MODELS, (1.0, 10.0)):
+        theta, q = torch.randn(n, m, device=device) * spread, opponents(n, m, n == 5, device)
+        if m > 3:
+            q[..., : m // 2] = 0  # opponents without weight do not count, however strong
+            q /= q.sum(-1, keepdim=True)
+            theta[:, 0] = 80
+        rate = torch.rand(n, device=device, dtype=torch.float64)
+        if n == 17:
+            rate[:8] = torch.tensor([0.0, 1.0, 1e-12, 1 - 1e-12, 1e-300, 0.5, 1e-6, 1 - 1e-6], dtype=torch.float64)
+        with poisoned():
+            score = bt_score.bt_score(theta, q, rate)
+        # Where 1 - rate has few digits left, so has the score: there the win rate must do.
+        close(score, bt_score.bt_score_reference(theta, q, rate), 1e-3, 1e-9)
+        win = (q * torch.sigmoid(score[:, None] - theta.double())).sum(1)
+        close(win, rate, 1e-14, 1e-9)
+
+
+def case_routing(device: str) -> None:
+    """The stages that stay on the card, against the native core."""
+    theta, q = torch.randn(40, 34, device=device) * 2, opponents(40, 34, True, device).cpu().numpy()
+    costs, budget = np.random.default_rng().exponential(size=34), 0.4
+    with poisoned():
+        v = cuda.win_rates(theta, q)
+        policies = cuda.solve_budget(v, costs, budget)
+        score = cuda.bt_score(theta, q, policies.value)
+    exact = routing.win_rates(theta.cpu().double().numpy(), q)
+    expected = routing.solve_budget(exact, costs, budget)
+    for got, wanted in ((v, exact), (policies.value, expected.value), (policies.cost, expected.cost)):
+        np.testing.assert_allclose(got.cpu().numpy(), wanted, atol=1e-5)
+    np.testing.assert_allclose(score.cpu().numpy(), routing.bt_score(theta.cpu().numpy(), q, expected.value), atol=1e-4)
+    limits = np.full(40, budget)
+    limits[[7, 9]] = costs.min() / 2
+    with pytest.raises(InfeasibleBudget, match="prompt 7 .and 1 more") as error:
+        cuda.solve_budget(v, costs, limits)
+    assert error.value.smallest == costs.min()
+    limits[[7, 9]] = costs.min() * (1 - 1e-15)
+    assert float(cuda.solve_budget(v, costs, limits).cost[7]) == costs.min()
+    v[3, 5] = torch.nan
+    with pytest.raises(ValueError, match=r"v\[3, 5\]: expected a finite number"):
+        cuda.solve_budget(v, costs, budget)
+
+
+CASES: dict[str, Callable[[str], None]] = {
+    name.removeprefix("case_"): case for name, case in list(globals().items()) if name.startswith("case_")
+}
+
+
+def main() -> None:
+    seed = torch.seed()
+    for name, case in CASES.items():
+        try:
+            case("cpu")
+            print(f"{name}: same")
+        except Exception:
+            print(f"{name}: seed {seed}: {traceback.format_exc()!r}")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
