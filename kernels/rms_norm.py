@@ -34,7 +34,7 @@ def _rms_norm_kernel(  # type: ignore[no-untyped-def]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, delta: Tensor | None = None) -> Tensor:
-    """x [T, D] -> its norm [T, D], times weight [D]; with delta [T, D], x becomes x + delta first, in place. Rows contiguous."""
+    """x [T, D] -> its norm, times weight [D]; with delta [T, D], x becomes x + delta first, in place. Rows contiguous."""
     if x.ndim != 2 or x.stride(1) != 1 or not 1 <= x.shape[1] <= MAX_COLUMNS:
         raise ValueError(f"x: expected [T, D <= {MAX_COLUMNS}] with contiguous rows, got {list(x.shape)}, strides {x.stride()}")
     if weight.shape != x.shape[1:] or not weight.is_contiguous():

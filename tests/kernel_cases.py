@@ -174,12 +174,14 @@ def case_budget_lp(device: str) -> None:
             budget[-1] = torch.inf
         finite = budget.clamp_max(1e9)
         indices, probabilities, best, _ = budget_lp.budget_lp_reference(*(t.cpu() for t in (v, costs, finite)))
-        assert bool((indices >= 0).all()) and bool((probabilities >= 0).all())
+        assert bool((indices >= 0).all())
+        assert bool((probabilities >= 0).all())
         with poisoned():
             got_indices, got, value, cost = (t.cpu() for t in budget_lp.budget_lp(v, costs, budget))
         close(value, best, 1e-12, 1e-12)
         close(got.sum(1), torch.ones(n), 1e-15, 0.0)
-        assert bool((got >= 0).all()) and bool((cost <= finite.cpu() * (1 + 1e-12)).all())
+        assert bool((got >= 0).all())
+        assert bool((cost <= finite.cpu() * (1 + 1e-12)).all())
         chosen = got_indices.long()
         close((got * v.cpu().double().gather(1, chosen)).sum(1), value, 1e-12, 1e-12)
         close((got * full.cpu().gather(1, chosen)).sum(1), cost, 1e-9, 1e-9)
