@@ -1,4 +1,5 @@
-/* The native core: win rates, the one-budget LP per prompt and per batch, and the router's Bradley-Terry score.
+/* The native core: win rates, the one-budget LP per prompt and per batch, the router's Bradley-Terry score, and what the
+ * decoder does between its matrix products.
  *
  * All arrays are row-major, contiguous float64 unless a type says otherwise; N prompts, M models. Callers have checked
  * their arguments (finite values, q >= 0 with sum 1, costs >= 0): nothing here validates. Every routine is batched over
@@ -72,6 +73,22 @@ int p2l_undominated(const double *v, const double *amounts, int amounts_per_prom
  * Returns the number of prompts whose root did not converge (their score is NaN), or -1 without working memory. */
 int64_t p2l_bt_score(const double *theta, const double *q, int q_per_prompt, const double *rate, int64_t n_prompts,
                      int64_t n_models, int threads, double *score);
+
+/* What a decoder does between its matrix products. Rows are contiguous, float32 or, with bf16, bfloat16.
+ *
+ * x [rows, columns] += delta (or NULL), then out = x / sqrt(mean(x^2) + eps) * weight [columns]. */
+void p2l_rms_norm(void *x, const void *delta, const void *weight, void *out, int64_t rows, int64_t columns, double eps,
+                  int bf16, int threads);
+
+/* out [rows, inner] = silu(gate) * up, gate_up [rows, 2 inner] holding the gates before the ups. */
+void p2l_silu_mul(const void *gate_up, void *out, int64_t rows, int64_t inner, int bf16, int threads);
+
+/* Rotary embedding of x [T, row_stride], whose rows start with (queries + 2 keys) heads of 2 half columns: queries in place,
+ * keys and values into kv [rows, 2, keys, 2 half]. Row r is token sources[r], at positions[sources[r]] of the tables cosine
+ * and sine [positions, half], or row -1 - sources[r] of prefix [P, 2, keys, 2 half] where that is negative. */
+void p2l_rotary(void *x, int64_t row_stride, int64_t queries, int64_t keys, int64_t half, const float *cosine,
+                const float *sine, const int32_t *positions, const int32_t *sources, int64_t rows, const void *prefix,
+                void *kv, int bf16, int threads);
 
 /* The instruction set that the loader chose: 4, 3 or 2 for x86-64-v4 (AVX-512), v3 (AVX2), v2; 0 elsewhere. */
 int p2l_isa_level(void);

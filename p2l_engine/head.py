@@ -16,31 +16,39 @@ Layer = tuple[Tensor, Tensor]  # weight [out, in], bias [out]
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """Linear layers with nothing between them, in float32. ``eta`` is empty for heads without a tie parameter."""
+    """weight [K, D] and bias [K], float32: the first ``n_models`` outputs are theta; one more, where there is one, is eta."""
 
-    theta: tuple[Layer, ...]
-    eta: tuple[Layer, ...]
+    weight: Tensor
+    bias: Tensor
+    n_models: int
 
-    def __call__(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        """hidden [N, D] -> theta [N, M] and eta [N] or None, float32."""
+    @property
+    def has_eta(self) -> bool:
+        """Whether the last output is the tie parameter."""
+        return len(self.bias) > self.n_models
+
+    def __call__(self, hidden: Tensor, norm: Tensor | None, eps: float) -> Tensor:
+        """hidden [N, D], the final norm still to come where there is one (norm [D], eps) -> [N, K] float32."""
+        if hidden.is_cuda:
+            from p2l_engine.kernels.pool_head import pool_head  # needs Triton
+
+            return pool_head(hidden, self.weight, self.bias, norm, eps)
         hidden = hidden.float()
-        theta, eta = hidden, hidden
-        for weight, bias in self.theta:
-            theta = F.linear(theta, weight, bias)
-        for weight, bias in self.eta:
-            eta = F.linear(eta, weight, bias)
-        return theta, eta.squeeze(-1) if self.eta else None
+        if norm is not None:
+            hidden = F.rms_norm(hidden, norm.shape, norm.float(), eps)
+        return F.linear(hidden, self.weight, self.bias)
 
     def to(self, device: torch.device) -> Head:
         """The same head on another device."""
-        return Head(*(tuple((w.to(device), b.to(device)) for w, b in layers) for layers in (self.theta, self.eta)))
+        return Head(self.weight.to(device), self.bias.to(device), self.n_models)
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], hidden: int, n_models: int, training: dict[str, Any], where: str) -> Head:
         """A head from published weight names (without the prefix ``head.``), every shape checked.
 
         With linear_head_downsize_factor f the head is two layers over an inner width of int(M // f); with head_config's
-        eta_downsize the tie parameter starts from the same inner layer.
+        eta_downsize the tie parameter starts from the same inner layer. There is nothing between the two, so they are
+        multiplied out here.
         """
         factor, config = training.get("linear_head_downsize_factor"), training.get("head_config") or {}
         if factor is not None and (isinstance(factor, bool) or not isinstance(factor, int | float) or not factor > 0):
@@ -57,7 +65,17 @@ class Head:
         def layers(name: str, shapes: list[tuple[str, tuple[int, int]]]) -> tuple[Layer, ...]:
             return tuple(_layer(tensors, ".".join(filter(None, (name, part))), shape, where) for part, shape in shapes)
 
-        return cls(layers("head", wide), layers("eta_head", eta))
+        whole = [_product(layers(name, shapes)) for name, shapes in (("head", wide), ("eta_head", eta)) if shapes]
+        weight, bias = (torch.cat(parts).float() for parts in zip(*whole, strict=True))
+        return cls(weight, bias, n_models)
+
+
+def _product(layers: tuple[Layer, ...]) -> Layer:
+    """Linear layers in a row as one, float64."""
+    weight, bias = (part.double() for part in layers[0])
+    for outer, outer_bias in layers[1:]:
+        weight, bias = outer.double() @ weight, outer.double() @ bias + outer_bias.double()
+    return weight, bias
 
 
 def _layer(tensors: dict[str, Tensor], name: str, shape: tuple[int, int], where: str) -> Layer:

@@ -21,6 +21,8 @@ Prompt = str | Sequence[str] | Sequence[Mapping[str, Any]]
 
 MAX_TOKENS = 8192  # of which the last is the CLS token
 
+PROBES = ("a", "The", "7", " x", "(", "\u4e2d", "\n\n", "\tz", "<", "é")  # turns with nothing in common
+
 
 def user_turns(prompt: Prompt | object, index: int = 0) -> list[str]:
     """The user's turns in order. Raises PromptError, naming ``index``, when there is none or a turn is no valid text."""
@@ -71,6 +73,10 @@ class PromptEncoder:
             raise ValueError("tokenizer: expected a chat template, got none; a P2L checkpoint's tokenizer has one")
         self.tokenizer, self.max_tokens = tokenizer, max_tokens
         self.cls_token: str = tokenizer.cls_token
+        self._fast = getattr(tokenizer, "backend_tokenizer", None) if tokenizer.is_fast else None
+        if self._fast is not None:
+            self._fast.no_truncation()
+            self._fast.no_padding()
 
     def text(self, turns: list[str]) -> str:
         """The text that the P2L model sees for these user turns."""
@@ -83,8 +89,25 @@ class PromptEncoder:
 
     def encode(self, prompts: Sequence[Prompt]) -> list[npt.NDArray[np.int32]]:
         """Token ids of each prompt, the last of them the CLS token; at most ``max_tokens`` each."""
-        texts = [self.text(user_turns(prompt, i)) for i, prompt in enumerate(prompts)]
+        return self._tokens([self.text(user_turns(prompt, i)) for i, prompt in enumerate(prompts)])
+
+    def prefix(self) -> npt.NDArray[np.int32]:
+        """The tokens that every prompt starts with, whatever the user says: what the chat template puts in front.
+
+        Those that very different turns have in common; a prompt may still lack them, where it is truncated, or where its first
+        characters melt into the template's last token.
+        """
+        probes = self._tokens([self.text([turn]) for turn in PROBES])
+        shortest = min(map(len, probes))
+        same = np.logical_and.reduce([ids[:shortest] == probes[0][:shortest] for ids in probes])
+        return probes[0][: shortest if same.all() else int(same.argmin())]
+
+    def _tokens(self, texts: list[str]) -> list[npt.NDArray[np.int32]]:
         if not texts:
             return []
-        encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, truncation=False, verbose=False)
-        return [np.asarray(ids[-self.max_tokens :], np.int32) for ids in encoded["input_ids"]]
+        if self._fast is not None:
+            # Without the Python lists, masks and offsets that transformers makes of it: a third of the time.
+            encoded = [encoding.ids for encoding in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
+        else:
+            encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        return [np.asarray(ids[-self.max_tokens :], np.int32) for ids in encoded]

@@ -17,8 +17,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModel
 
 from p2l_engine import InfeasibleBudget, routing
+from p2l_engine.backbone import PackedDecoder
+from p2l_engine.backbone.on_gpu import GpuOperations
 from p2l_engine.kernels import (
     bt_score,
     budget_lp,
@@ -30,7 +33,9 @@ from p2l_engine.kernels import (
     silu_mul,
     win_rates,
 )
+from p2l_engine.packing import Packed
 from p2l_engine.routing import cuda
+from tests import tiny
 
 PROMPTS, MODELS, HIDDEN = (1, 5, 17), (1, 3, 34, 130, 257), (576, 896, 123)
 SHAPES = [(PROMPTS[(i + i // 3) % 3], m, d) for i, (m, d) in enumerate(itertools.product(MODELS, HIDDEN))]
@@ -211,6 +216,22 @@ def case_bt_score(device: str) -> None:
         close(score, bt_score.bt_score_reference(theta, q, rate), 1e-3, 1e-9)
         win = (q * torch.sigmoid(score[:, None] - theta.double())).sum(1)
         close(win, rate, 1e-14, 1e-9)
+
+
+def case_decoder(device: str) -> None:
+    """The decoder on Triton's kernels, with and without a shared prefix, against the CPU's own steps in float32."""
+    for config in (tiny.config("llama", num_hidden_layers=2), tiny.config("qwen2", num_hidden_layers=1)):
+        weights = {k: v + 0.05 * torch.randn_like(v) for k, v in AutoModel.from_config(config).state_dict().items()}
+        ours = PackedDecoder(config, weights, torch.device(device), torch.float32, GpuOperations)
+        theirs = PackedDecoder(config, weights, torch.device("cpu"), torch.float32)
+        prefix = np.arange(5, dtype=np.int32)
+        prompts = [np.concatenate([prefix, np.arange(n)]).astype(np.int32) for n in (1, 7, 7, 19)] + [prefix[1:]]
+        for shared in (None, prefix):
+            ours.share(shared)
+            theirs.share(shared)
+            with poisoned():
+                got = ours(Packed.of(prompts, shared).to(torch.device(device)))
+            close(got.cpu(), theirs(Packed.of(prompts, shared)), 1e-4, 1e-4)
 
 
 def case_routing(device: str) -> None:

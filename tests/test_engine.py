@@ -10,7 +10,7 @@ import torch
 from transformers import GPT2Config, LlamaConfig
 
 from p2l_engine import Engine
-from p2l_engine.engine import _batches
+from p2l_engine.packing import Packed, batches
 from tests import tiny
 
 PROMPTS = [
@@ -65,7 +65,7 @@ def test_equals_transformers_from_1_to_8192_tokens(tmp_path):
     np.testing.assert_allclose(engine.coefficients(prompts).theta, theta, atol=1e-4)
     # The template alone is longer than one token: that case goes straight to the backbone.
     with torch.inference_mode():
-        hidden = engine.backbone(torch.tensor([7, 7]), [1, 1])
+        hidden = engine.backbone(Packed.of([np.array([7], np.int32)] * 2))
     np.testing.assert_allclose(hidden[0], hidden[1], atol=1e-6)
 
 
@@ -121,7 +121,7 @@ def test_heads_without_ties_give_no_eta(tmp_path):
 
 def test_coefficients_that_are_not_finite_name_the_prompt(tmp_path):
     engine = Engine.from_pretrained(tiny.write(tmp_path), device="cpu", dtype=torch.float32)
-    engine.head.theta[0][1][2] = float("nan")
+    engine.head.bias[2] = float("nan")
     with pytest.raises(FloatingPointError, match=r"prompts\[0\].*not finite \(2 such"):
         engine.coefficients(["a", "b"])
 
@@ -135,6 +135,6 @@ def test_a_single_string_is_no_batch(tmp_path):
 def test_batches_keep_every_prompt_within_the_budget():
     rng = np.random.default_rng()
     lengths = rng.integers(1, 300, size=200).tolist()
-    batches = _batches(lengths, 256)
-    assert sorted(i for batch in batches for i in batch) == list(range(200))
-    assert all(sum(lengths[i] for i in batch) <= 256 or len(batch) == 1 for batch in batches)
+    found = batches(lengths, 256)
+    assert sorted(i for batch in found for i in batch) == list(range(200))
+    assert all(sum(lengths[i] for i in batch) <= 256 or len(batch) == 1 for batch in found)

@@ -23,7 +23,7 @@ SIZES = {
 }
 
 
-def tokenizer(cls_token: str | None = "<|cls|>") -> PreTrainedTokenizerFast:
+def tokenizer(cls_token: str | None = "<|cls|>", template: str = TEMPLATE) -> PreTrainedTokenizerFast:
     """Bytes as tokens, and the special tokens of a chat model."""
     vocabulary = {token: i for i, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -36,7 +36,7 @@ def tokenizer(cls_token: str | None = "<|cls|>") -> PreTrainedTokenizerFast:
         pad_token="<|pad|>",
         cls_token=cls_token,
     )
-    fast.chat_template = TEMPLATE
+    fast.chat_template = template
     return fast
 
 
@@ -56,6 +56,7 @@ def write(
     dtype: torch.dtype = torch.float32,
     shards: int = 1,
     seed: int = 0,
+    template: str = TEMPLATE,
 ) -> Path:
     """Writes a checkpoint and returns its folder."""
     torch.manual_seed(seed)
@@ -79,7 +80,7 @@ def write(
     tensors = {name: weight.to(dtype).contiguous() for name, weight in tensors.items()}
     folder.mkdir(parents=True, exist_ok=True)
     decoder.save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
+    tokenizer(template=template).save_pretrained(folder)
     (folder / "model_list.json").write_text(json.dumps(MODELS))
     training = {"model_type": decoder.model_type, "head_type": head_type, "loss_type": loss_type}
     if factor:

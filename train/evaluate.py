@@ -104,7 +104,7 @@ def _frozen(folder: Path, config: TrainConfig, n_models: int) -> checkpoint.Chec
     size = int(decoder.hidden_size)
     return checkpoint.Checkpoint(
         folder, decoder, tokenizer, tuple(f"h{i}" for i in range(size)), feedback_model("bt"), weights,
-        Head(((torch.eye(size), torch.zeros(size)),), ()),
+        Head(torch.eye(size), torch.zeros(size), size),
     )  # fmt: skip
 
 

@@ -1,0 +1,174 @@
+/* What a decoder does between its matrix products, in one pass each: torch takes up to six, and widens bfloat16 in memory.
+ *
+ * Rows are float32, or bfloat16 as its 16 bits; all arithmetic is float32, rounded once (to nearest, ties to even) on the
+ * way out. Twins: p2l_engine/kernels/{rms_norm,rotary,silu_mul}.py.
+ */
+#include "p2l_native.h"
+
+#include <math.h>
+#include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE float widened(uint16_t bits) {
+    const uint32_t wide = (uint32_t)bits << 16;
+    float x;
+    memcpy(&x, &wide, sizeof x);
+    return x;
+}
+
+INLINE uint16_t narrowed(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return (uint16_t)(x != x ? 0x7fc0 : rounded); /* rounding a NaN's bits could make it infinite */
+}
+
+INLINE float get(const void *x, int64_t i, int bf16) {
+    return bf16 ? widened(((const uint16_t *)x)[i]) : ((const float *)x)[i];
+}
+
+INLINE void put(void *x, int64_t i, float value, int bf16) {
+    if (bf16)
+        ((uint16_t *)x)[i] = narrowed(value);
+    else
+        ((float *)x)[i] = value;
+}
+
+INLINE void *at(void *x, int64_t i, int bf16) { return (char *)x + i * (bf16 ? 2 : 4); }
+INLINE const void *from(const void *x, int64_t i, int bf16) { return (const char *)x + i * (bf16 ? 2 : 4); }
+
+/* exp(x) to 2 ulp for x <= 0; 0 below -87. */
+INLINE float exp_below_zero(float x) {
+    const float clamped = x < -87.0f ? -87.0f : x;
+    const float k = nearbyintf(clamped * 1.44269504f);
+    const float r = (clamped - k * 0.693145752f) - k * 1.42860677e-6f; /* ln 2 in two parts */
+    const float p = 1 + r * (1 + r * (0.5f + r * (0.166666667f + r * (0.0416666667f + r * (8.33333333e-3f + r * 1.38888889e-3f)))));
+    const int32_t bits = ((int32_t)k + 127) << 23;
+    float scale;
+    memcpy(&scale, &bits, sizeof scale);
+    return x < -87.0f ? 0 : p * scale;
+}
+
+INLINE void rms_norm_row(void *restrict x, const void *restrict delta, const void *restrict weight, void *restrict out,
+                         int64_t columns, float eps, int bf16) {
+    float squares = 0;
+    if (delta) {
+#pragma omp simd
+        for (int64_t i = 0; i < columns; i++) put(x, i, get(x, i, bf16) + get(delta, i, bf16), bf16);
+    }
+#pragma omp simd reduction(+ : squares)
+    for (int64_t i = 0; i < columns; i++) squares += get(x, i, bf16) * get(x, i, bf16);
+    const float scale = 1 / sqrtf(squares / (float)columns + eps);
+#pragma omp simd
+    for (int64_t i = 0; i < columns; i++) put(out, i, get(x, i, bf16) * scale * get(weight, i, bf16), bf16);
+}
+
+INLINE void silu_mul_row(const void *restrict gate_up, void *restrict out, int64_t inner, int bf16) {
+    const void *up = from(gate_up, inner, bf16);
+#pragma omp simd
+    for (int64_t i = 0; i < inner; i++) {
+        const float gate = get(gate_up, i, bf16), small = exp_below_zero(-fabsf(gate));
+        /* sigmoid, without overflow: 1 / (1 + small), or small / (1 + small) */
+        put(out, i, gate * (gate >= 0 ? 1 : small) / (1 + small) * get(up, i, bf16), bf16);
+    }
+}
+
+INLINE void turn(const void *restrict x, void *restrict out, const float *restrict cosine, const float *restrict sine,
+                 int64_t half, int bf16) {
+#pragma omp simd
+    for (int64_t i = 0; i < half; i++) {
+        const float first = get(x, i, bf16), second = get(x, half + i, bf16);
+        put(out, i, first * cosine[i] - second * sine[i], bf16);
+        put(out, half + i, second * cosine[i] + first * sine[i], bf16);
+    }
+}
+
+INLINE void turn_in_place(void *x, const float *restrict cosine, const float *restrict sine, int64_t half, int bf16) {
+#pragma omp simd
+    for (int64_t i = 0; i < half; i++) {
+        const float first = get(x, i, bf16), second = get(x, half + i, bf16);
+        put(x, i, first * cosine[i] - second * sine[i], bf16);
+        put(x, half + i, second * cosine[i] + first * sine[i], bf16);
+    }
+}
+
+typedef struct {
+    void *x;
+    int64_t row_stride, queries, keys, half;
+    const float *cosine, *sine;
+    const int32_t *positions, *sources;
+    const void *prefix;
+    void *kv;
+} rotary;
+
+INLINE void rotary_row(const rotary *r, int64_t row, int bf16) {
+    const int64_t head = 2 * r->half, width = r->keys * head, source = r->sources[row], size = bf16 ? 2 : 4;
+    void *kv = at(r->kv, row * 2 * width, bf16);
+    if (source < 0) {
+        memcpy(kv, from(r->prefix, (-1 - source) * 2 * width, bf16), 2 * width * size);
+        return;
+    }
+    const float *cosine = r->cosine + r->positions[source] * r->half, *sine = r->sine + r->positions[source] * r->half;
+    void *x = at(r->x, source * r->row_stride, bf16);
+    for (int64_t h = 0; h < r->queries; h++) turn_in_place(at(x, h * head, bf16), cosine, sine, r->half, bf16);
+    for (int64_t h = 0; h < r->keys; h++)
+        turn(at(x, (r->queries + h) * head, bf16), at(kv, h * head, bf16), cosine, sine, r->half, bf16);
+    memcpy(at(kv, width, bf16), at(x, r->queries * head + width, bf16), width * size);
+}
+
+/* The rows of one thread, once for each type: `bf16` is a constant in each, and every copy is compiled for each CPU. */
+#define RANGES(NAME, BF16)                                                                                                    \
+    P2L_CLONES static void rms_norm_##NAME(void *x, const void *delta, const void *weight, void *out, int64_t first,          \
+                                           int64_t last, int64_t columns, float eps) {                                        \
+        for (int64_t n = first; n < last; n++)                                                                                \
+            rms_norm_row(at(x, n * columns, BF16), delta ? from(delta, n * columns, BF16) : 0, weight,                        \
+                         at(out, n * columns, BF16), columns, eps, BF16);                                                     \
+    }                                                                                                                         \
+    P2L_CLONES static void silu_mul_##NAME(const void *gate_up, void *out, int64_t first, int64_t last, int64_t inner) {      \
+        for (int64_t n = first; n < last; n++)                                                                                \
+            silu_mul_row(from(gate_up, 2 * n * inner, BF16), at(out, n * inner, BF16), inner, BF16);                          \
+    }                                                                                                                         \
+    P2L_CLONES static void rotary_##NAME(const rotary *r, int64_t first, int64_t last) {                                      \
+        for (int64_t n = first; n < last; n++) rotary_row(r, n, BF16);                                                        \
+    }
+
+RANGES(f32, 0)
+RANGES(bf16, 1)
+
+/* CALL on `threads` threads, each with its own first and last of the rows. */
+#ifdef _OPENMP
+#define FOR_EACH_THREAD(ROWS, CALL)                                                                                           \
+    _Pragma("omp parallel num_threads(threads) if (threads > 1)") {                                                           \
+        const int64_t t = omp_get_thread_num(), of = omp_get_num_threads();                                                   \
+        const int64_t first = (ROWS) * t / of, last = (ROWS) * (t + 1) / of;                                                  \
+        CALL;                                                                                                                 \
+    }
+#else
+#define FOR_EACH_THREAD(ROWS, CALL)                                                                                           \
+    {                                                                                                                         \
+        const int64_t first = 0, last = (ROWS);                                                                               \
+        (void)threads;                                                                                                        \
+        CALL;                                                                                                                 \
+    }
+#endif
+
+void p2l_rms_norm(void *x, const void *delta, const void *weight, void *out, int64_t rows, int64_t columns, double eps,
+                  int bf16, int threads) {
+    FOR_EACH_THREAD(rows,
+                    (bf16 ? rms_norm_bf16 : rms_norm_f32)(x, delta, weight, out, first, last, columns, (float)eps))
+}
+
+void p2l_silu_mul(const void *gate_up, void *out, int64_t rows, int64_t inner, int bf16, int threads) {
+    FOR_EACH_THREAD(rows, (bf16 ? silu_mul_bf16 : silu_mul_f32)(gate_up, out, first, last, inner))
+}
+
+void p2l_rotary(void *x, int64_t row_stride, int64_t queries, int64_t keys, int64_t half, const float *cosine,
+                const float *sine, const int32_t *positions, const int32_t *sources, int64_t rows, const void *prefix,
+                void *kv, int bf16, int threads) {
+    const rotary r = {x, row_stride, queries, keys, half, cosine, sine, positions, sources, prefix, kv};
+    FOR_EACH_THREAD(rows, (bf16 ? rotary_bf16 : rotary_f32)(&r, first, last))
+}

@@ -1,0 +1,48 @@
+"""Causal attention within each prompt of a packed batch; torch's own kernels do it.
+
+Queries q [T, heads, size], or [N, heads, size] of the last tokens alone; keys and values kv [R, 2, kv heads, size]. A query
+sees the keys up to its own: the keys of a prompt are as many as its queries, or more by the prefix in front of them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from p2l_engine.packing import Packed
+
+
+def over_runs(q: Tensor, kv: Tensor, packed: Packed, last: bool, out: Tensor) -> Tensor:
+    """One call for each run of prompts of one length; out [T or N, heads * size] is filled and returned."""
+    grouped = q.shape[1] != kv.shape[2]
+    row = key = 0
+    for _, count, length, shared in packed.runs():
+        queries, keys = (1 if last else length), length + shared
+        rows, size = count * queries, q.shape[2]
+        some = q[row : row + rows].view(count, queries, -1, size).transpose(1, 2)
+        k, v = kv[key : key + count * keys].view(count, keys, 2, -1, size).permute(2, 0, 3, 1, 4)
+        causal = not last and length > 1
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(shared) if causal and shared else None
+        a = F.scaled_dot_product_attention(some, k, v, mask, is_causal=causal and not shared, enable_gqa=grouped)
+        out[row : row + rows].view(count, queries, -1, size).copy_(a.transpose(1, 2))
+        row, key = row + rows, key + count * keys
+    return out
+
+
+def varlen(q: Tensor, kv: Tensor, packed: Packed, last: bool) -> Tensor:
+    """All prompts in one call (torch.nn.attention.varlen): CUDA, half precision. [T or N, heads * size]."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    # Grouped heads work without being named where the argument does not exist yet.
+    named = "enable_gqa" in inspect.signature(varlen_attn).parameters and q.shape[1] != kv.shape[2]
+    n = len(packed)
+    starts = torch.arange(n + 1, dtype=torch.int32, device=q.device) if last else packed.starts
+    longest = max(length + shared for length, shared in zip(packed.lengths, packed.shared, strict=True))
+    options: dict[str, Any] = {"window_size": (-1, -1) if last else (-1, 0)} | ({"enable_gqa": True} if named else {})
+    longest_q = 1 if last else max(packed.lengths)
+    a: Any = varlen_attn(q, kv[:, 0], kv[:, 1], starts, packed.key_starts, longest_q, longest, **options)
+    return cast(Tensor, a.flatten(1))

@@ -1,0 +1,31 @@
+"""What a packed decoder computes with on a GPU: Triton's kernels between the products, one attention call for the batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from p2l_engine.backbone import attention
+from p2l_engine.backbone.weights import Linear
+from p2l_engine.kernels.rms_norm import rms_norm
+from p2l_engine.kernels.rotary import rotary
+from p2l_engine.kernels.silu_mul import silu_mul
+from p2l_engine.packing import Packed
+
+
+class GpuOperations:
+    """See Operations; nothing here waits for the device."""
+
+    norm = staticmethod(rms_norm)
+    gate = staticmethod(silu_mul)
+    rotary = staticmethod(rotary)
+
+    def linear(self, x: Tensor, layer: Linear, name: str) -> Tensor:
+        """x [T, in] -> [T, out]."""
+        return x @ layer.weight if layer.bias is None else torch.addmm(layer.bias, x, layer.weight)
+
+    def attend(self, q: Tensor, kv: Tensor, packed: Packed, last: bool = False) -> Tensor:
+        """See ``attention``."""
+        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+            return attention.varlen(q, kv, packed, last)
+        return attention.over_runs(q, kv, packed, last, q.new_empty(len(q), q.shape[1] * q.shape[2]))

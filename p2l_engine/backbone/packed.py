@@ -1,0 +1,151 @@
+"""Llama and Qwen2 decoders over packed tokens.
+
+The last layer computes keys and values of all tokens, but queries, output projection and MLP of the CLS tokens only. The
+residual sum of each block is taken up by the norm that follows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PretrainedConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from p2l_engine.backbone.weights import Linear, check_weights, head_size, layers
+from p2l_engine.packing import Packed, Tokens
+
+
+class Operations(Protocol):
+    """What the decoder computes with on its device; a result may be overwritten by the next one of the same name."""
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float, delta: Tensor | None = None) -> Tensor:
+        """RMSNorm of x, to which delta is added first, in place."""
+
+    def gate(self, gate_up: Tensor) -> Tensor:
+        """silu(gate) * up."""
+
+    def rotary(
+        self,
+        x: Tensor,
+        queries: int,
+        keys: int,
+        cos: Tensor,
+        sin: Tensor,
+        positions: Tensor,
+        sources: Tensor,
+        prefix: Tensor | None = None,
+    ) -> Tensor:
+        """Queries turned in place; keys and values to where attention reads them."""
+
+    def linear(self, x: Tensor, layer: Linear, name: str) -> Tensor:
+        """x times the layer's weight, plus its bias."""
+
+    def attend(self, q: Tensor, kv: Tensor, packed: Packed, last: bool = False) -> Tensor:
+        """Causal attention within each prompt."""
+
+
+def operations_for(device: torch.device, dtype: torch.dtype) -> Callable[[], Operations]:
+    """Makes the operations of one forward pass at a time."""
+    if device.type == "cpu":
+        from p2l_engine.backbone.on_cpu import DTYPES, CpuOperations
+
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype: expected float32 or bfloat16 on a CPU, got {dtype}")
+        return lambda: CpuOperations(dtype)
+    from p2l_engine.backbone.on_gpu import GpuOperations  # needs Triton
+
+    return GpuOperations
+
+
+class PackedDecoder:
+    """See Backbone; weights are named as in transformers' bare model. Safe to call from several threads."""
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        weights: Mapping[str, Tensor],
+        device: torch.device,
+        dtype: torch.dtype,
+        operations: Callable[[], Operations] | None = None,
+    ) -> None:
+        check_weights(config, weights)
+        self.name = f"packed {config.model_type}"
+        self.device, self.dtype = device, dtype
+        self.eps = float(config.rms_norm_eps)
+        self.heads, self.kv_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
+        self.head_size = head_size(config)
+        rope = LlamaRotaryEmbedding(config=config)  # type: ignore[arg-type]  # reads rope settings only, Qwen2's too
+        self._inv_freq, self._rope_scale = rope.inv_freq.float().to(device), float(rope.attention_scaling)
+        self._tables = self._angles(512)
+        self.embedding = weights["embed_tokens.weight"].to(device, dtype)
+        self.norm: Tensor | None = weights["norm.weight"].to(device, dtype)
+        self.layers = layers(config, weights, device, dtype)
+        self.prefix: Tokens | None = None
+        self._prefix_kv: list[Tensor | None] = [None] * len(self.layers)
+        self._make = operations or operations_for(device, dtype)
+        self._idle: list[Operations] = []  # each thread takes one: their buffers are worth keeping
+
+    def share(self, prefix: Tokens | None) -> None:
+        """Computes the keys and values of a prefix; prompts must be packed with it from here on. Not while calls run."""
+        self.prefix, self._prefix_kv = None, [None] * len(self.layers)
+        if prefix is not None and len(prefix):
+            kv: list[Tensor] = []
+            self._forward(Packed.of([prefix]).to(self.device), kv)
+            self.prefix, self._prefix_kv = prefix, [*kv]
+
+    def __call__(self, packed: Packed) -> Tensor:
+        """See Backbone."""
+        return self._forward(packed, None)
+
+    @torch.inference_mode()
+    def _forward(self, packed: Packed, kept: list[Tensor] | None) -> Tensor:
+        """The last tokens' hidden states before the final norm; keys and values of every layer go to ``kept``."""
+        operations = self._idle.pop() if self._idle else self._make()
+        try:
+            return self._layers(operations, packed, kept)
+        finally:
+            self._idle.append(operations)
+
+    def _layers(self, do: Operations, packed: Packed, kept: list[Tensor] | None) -> Tensor:
+        longest = max(n + shared for n, shared in zip(packed.lengths, packed.shared, strict=True))
+        cos, sin = self._rope(longest)
+        queries, rows = self.heads * self.head_size, packed.last
+        x, delta = F.embedding(packed.tokens, self.embedding), None
+        for layer, prefix in zip(self.layers, self._prefix_kv, strict=True):
+            last = layer is self.layers[-1]
+            normed = do.norm(x, layer.attention_norm, self.eps, delta)
+            if last:
+                kv_layer = layer.qkv.columns(queries, layer.qkv.weight.shape[1])
+                projected = do.linear(normed, kv_layer, "qkv")
+                kv = do.rotary(projected, 0, self.kv_heads, cos, sin, packed.positions, packed.sources, prefix)
+                q = do.linear(normed.index_select(0, rows), layer.qkv.columns(0, queries), "q")
+                each = torch.arange(len(rows), dtype=torch.int32, device=self.device)
+                do.rotary(q, self.heads, 0, cos, sin, packed.positions.index_select(0, rows), each)
+                x = x.index_select(0, rows)
+            else:
+                projected = do.linear(normed, layer.qkv, "qkv")
+                kv = do.rotary(projected, self.heads, self.kv_heads, cos, sin, packed.positions, packed.sources, prefix)
+                q = projected[:, :queries]
+            if kept is not None:
+                kept.append(kv.clone())
+            attended = do.attend(q.view(len(q), self.heads, self.head_size), kv, packed, last)
+            normed = do.norm(x, layer.mlp_norm, self.eps, do.linear(attended, layer.out, "delta"))
+            delta = do.linear(do.gate(do.linear(normed, layer.gate_up, "gate_up")), layer.down, "delta")
+        return x if delta is None else x + delta
+
+    def _rope(self, positions: int) -> tuple[Tensor, Tensor]:
+        """Tables of at least so many positions; both replaced in one step, since callers may be on several threads."""
+        tables = self._tables
+        if positions > len(tables[0]):
+            tables = self._tables = self._angles(max(positions, 2 * len(tables[0])))
+        return tables
+
+    def _angles(self, positions: int) -> tuple[Tensor, Tensor]:
+        """cos and sin [positions, size / 2], float32."""
+        angles = torch.arange(positions, device=self.device).float()[:, None] * self._inv_freq
+        cos, sin = ((f(angles) * self._rope_scale).contiguous() for f in (torch.cos, torch.sin))
+        return cos, sin

@@ -1,0 +1,131 @@
+"""Prompts as one run of tokens, with the offsets of the prompts: nothing is padded.
+
+Prompts that start with a shared prefix (the constant text of a chat template) are packed without it: their tokens take the
+positions after it, and attention finds the prefix's keys and values, computed once, in front of each prompt's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Tokens = npt.NDArray[np.int32]
+
+_Sizes = tuple[int, int, int, int, int, int]
+
+
+class Run(NamedTuple):
+    """Neighbours of one shape: the first one's place, how many prompts, the tokens of each and of the prefix before it."""
+
+    first: int
+    prompts: int
+    length: int
+    shared: int
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """N prompts of T tokens together, and of R keys together: T, and the prefix's for each prompt that shares it.
+
+    All int32, on one device. tokens and positions [T]; sources [R]: the token of each key, or -1 - its place in the prefix;
+    last [N]: where each prompt's last (CLS) token stands; starts and key_starts [N + 1]: where each prompt begins. lengths [N]
+    and shared [N]: tokens of each prompt and of the prefix before it, on the host.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    sources: Tensor
+    last: Tensor
+    starts: Tensor
+    key_starts: Tensor
+    lengths: tuple[int, ...]
+    shared: tuple[int, ...]
+
+    @classmethod
+    def of(cls, prompts: Sequence[Tokens], prefix: Tokens | None = None, fill: int = 0, pin: bool = False) -> Packed:
+        """Prompts of one token at least. A prompt is packed without the prefix where it starts with it and goes on.
+
+        fill: up to so many tokens, a filler is added as one more prompt, so that the sizes are those of every other such
+        batch. pin: in page-locked memory, from which ``to`` copies without waiting.
+        """
+        p = 0 if prefix is None else len(prefix)
+        shares = [p if prefix is not None and len(ids) > p and np.array_equal(ids[:p], prefix) else 0 for ids in prompts]
+        own = [ids[s:] for ids, s in zip(prompts, shares, strict=True)]
+        if fill:
+            own.append(np.zeros(fill - sum(map(len, own)), np.int32))
+            shares.append(0)
+        lengths, shared = np.array([len(ids) for ids in own]), np.array(shares)
+        starts, before = np.concatenate([[0], lengths.cumsum()]), np.concatenate([[0], shared.cumsum()])
+        total, keys = int(starts[-1]), int(starts[-1] + before[-1])
+        sizes = (total, total, keys, len(own), len(own) + 1, len(own) + 1)
+        parts = _split(torch.zeros(sum(map(_aligned, sizes)), dtype=torch.int32, pin_memory=pin), sizes)
+        tokens, positions, sources, last, all_starts, key_starts = (part.numpy() for part in parts)
+        place = np.arange(total)
+        np.concatenate(own, out=tokens)
+        positions[:] = place - np.repeat(starts[:-1] - shared, lengths)
+        sources[place + np.repeat(before[1:], lengths)] = place
+        sharing = np.flatnonzero(shared)
+        sources[((starts + before)[sharing][:, None] + np.arange(p)).ravel()] = np.tile(-1 - np.arange(p), len(sharing))
+        last[:] = np.maximum(starts[1:] - 1, 0)
+        all_starts[:], key_starts[:] = starts, starts + before
+        return cls(*parts, tuple(lengths.tolist()), tuple(shares))
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def buffer(self) -> Tensor:
+        """The one array that all of them are parts of."""
+        return self.tokens.as_strided((sum(_aligned(size) for size in self._sizes()),), (1,))
+
+    def to(self, device: torch.device) -> Packed:
+        """On another device, in one copy that nothing waits for where the memory is pinned."""
+        if device == self.tokens.device:
+            return self
+        return self.within(self.buffer.to(device, non_blocking=True))
+
+    def within(self, buffer: Tensor) -> Packed:
+        """The same sizes over another buffer of ``buffer``'s contents."""
+        return Packed(*_split(buffer, self._sizes()), self.lengths, self.shared)
+
+    def runs(self) -> list[Run]:
+        """Runs of neighbours of one length and one prefix."""
+        runs, first = [], 0
+        for (length, shared), group in groupby(zip(self.lengths, self.shared, strict=True)):
+            runs.append(Run(first, sum(1 for _ in group), length, shared))
+            first += runs[-1].prompts
+        return runs
+
+    def _sizes(self) -> _Sizes:
+        total, n = len(self.tokens), len(self.last)
+        return total, total, len(self.sources), n, n + 1, n + 1
+
+
+def _aligned(size: int) -> int:
+    """Up to 16 bytes: Triton compiles a kernel anew for a pointer that is not."""
+    return (size + 3) // 4 * 4
+
+
+def _split(buffer: Tensor, sizes: _Sizes) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    a, b, c, d, e, f = (part[:size] for part, size in zip(buffer.split([_aligned(size) for size in sizes]), sizes, strict=True))
+    return a, b, c, d, e, f
+
+
+def batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
+    """Prompts in order of length, cut into batches of at most ``token_budget`` tokens (one prompt at least)."""
+    found: list[list[int]] = []
+    room = 0
+    for i in np.argsort(lengths, kind="stable").tolist():
+        if not found or lengths[i] > room:
+            found.append([])
+            room = token_budget
+        found[-1].append(i)
+        room -= lengths[i]
+    return found

@@ -1,0 +1,124 @@
+"""Packing, the CPU's steps against the kernels' twins in float64, and the shared prefix."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from p2l_engine import Engine
+from p2l_engine.backbone.on_cpu import CpuOperations
+from p2l_engine.kernels import rms_norm, rotary, silu_mul
+from p2l_engine.packing import Packed
+from tests import tiny
+from tests.kernel_cases import FLOATS, close
+
+PREFIXED = "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}" + tiny.TEMPLATE
+PROMPTS = ["a", "hello", "\n\nwhite space first", "x" * 300, "", "Schreibe ein Gedicht.", "y" * 9000, "hello"]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("rows", [1, 5, 700])
+@pytest.mark.parametrize("columns", [576, 123, 1])
+def test_the_steps_match_the_twins(dtype, rows, columns):
+    do, near = CpuOperations(dtype), FLOATS[dtype]
+    for _ in range(2):  # the second time in buffers that were used
+        x, delta = (torch.randn(rows, columns).to(dtype) for _ in range(2))
+        weight, summed = torch.randn(columns).to(dtype), (x + delta).double()
+        expected = rms_norm.rms_norm_reference(summed.clone(), weight.double(), 1e-5)
+        close(do.norm(x, weight, 1e-5, delta), expected, *near)
+        assert torch.equal(x.double(), summed)
+        gate_up = (torch.randn(rows, 2 * columns) * 30).to(dtype)
+        close(do.gate(gate_up), silu_mul.silu_mul_reference(gate_up.double()), *near)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("queries", "keys", "size"), [(9, 3, 64), (6, 6, 20), (5, 0, 8), (0, 2, 64)])
+def test_the_rotary_step_matches_its_twin(dtype, queries, keys, size):
+    angles = torch.rand(40, size // 2) * 7
+    positions = torch.randint(0, 40, (17,), dtype=torch.int32)
+    sources = torch.cat([torch.arange(17), torch.tensor([-4, -1])])[torch.randperm(19)].int()
+    x, prefix = torch.randn(17, (queries + 2 * keys) * size).to(dtype), torch.randn(4, 2, keys, size).to(dtype)
+    exact = x.double()
+    shape = (queries, keys, angles.cos(), angles.sin(), positions, sources)
+    expected = rotary.rotary_reference(exact, *shape, prefix.double())
+    close(CpuOperations(dtype).rotary(x, *shape, prefix), expected, *FLOATS[dtype])
+    close(x, exact, *FLOATS[dtype])
+
+
+def test_the_steps_carry_nan_and_infinity():
+    for dtype in FLOATS:
+        x = torch.tensor([[1.0, torch.nan, torch.inf, -torch.inf, 3e38, -3e38]]).to(dtype)
+        gate_up = torch.cat([x, torch.ones_like(x)], 1)
+        torch.testing.assert_close(CpuOperations(dtype).gate(gate_up), silu_mul.silu_mul_reference(gate_up), equal_nan=True)
+        assert CpuOperations(dtype).norm(x, torch.ones(6, dtype=dtype), 1e-5).isnan().any()
+
+
+def test_what_does_not_fit_is_refused():
+    do = CpuOperations(torch.float32)
+    with pytest.raises(ValueError, match="weight: expected contiguous float32 or bfloat16"):
+        do.norm(torch.zeros(2, 4), torch.zeros(4, dtype=torch.float64), 1e-5)
+    with pytest.raises(ValueError, match="x: expected"):
+        do.norm(torch.zeros(2, 4)[:, ::2], torch.zeros(2), 1e-5)
+    with pytest.raises(ValueError, match="delta"):
+        do.norm(torch.zeros(2, 4), torch.zeros(4), 1e-5, torch.zeros(3, 4))
+    with pytest.raises(ValueError, match="dtype: expected float32 or bfloat16 on a CPU"):
+        Engine.from_pretrained(None, device="cpu", dtype=torch.float16)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(st.integers(1, 9), st.booleans()), min_size=1, max_size=8), st.integers(0, 4), st.integers(0, 6))
+def test_packing_puts_every_token_and_key_in_its_place(shapes, p, extra):
+    prefix = np.arange(100, 100 + p, dtype=np.int32) if p else None
+    prompts = [
+        np.concatenate([prefix if prefix is not None and begins else [], np.arange(n) + 1000 * i]).astype(np.int32)
+        for i, (n, begins) in enumerate(shapes, 1)
+    ]
+    shared = [p if begins else 0 for _, begins in shapes]
+    fill = sum(map(len, prompts)) - sum(shared) + extra if extra else 0
+    packed = Packed.of(prompts, prefix, fill)
+    assert packed.shared[: len(prompts)] == tuple(shared)
+    assert len(packed) == len(prompts) + bool(fill)
+    assert len(packed.tokens) == (fill or sum(map(len, prompts)) - sum(shared))
+    keys = np.concatenate([packed.tokens.numpy(), prefix if prefix is not None else []])[packed.sources.numpy()]
+    if prefix is not None:  # row -1 - s of the prefix
+        negative = packed.sources.numpy() < 0
+        keys[negative] = prefix[-1 - packed.sources.numpy()[negative]]
+    for i, ids in enumerate(prompts):
+        first, last = packed.starts[i], packed.starts[i + 1]
+        assert packed.tokens[first:last].tolist() == ids[shared[i] :].tolist()
+        assert packed.positions[first:last].tolist() == list(range(shared[i], len(ids)))
+        assert packed.last[i] == last - 1
+        assert keys[packed.key_starts[i] : packed.key_starts[i + 1]].tolist() == ids.tolist()
+    assert sum(run.prompts for run in packed.runs()) == len(packed)
+    copy = packed.within(packed.buffer.clone())
+    assert all(torch.equal(getattr(copy, n), getattr(packed, n)) for n in ("tokens", "sources", "last", "key_starts"))
+    assert all(getattr(packed, n).data_ptr() % 16 == packed.tokens.data_ptr() % 16 for n in ("sources", "last", "starts"))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_shared_prefix_changes_nothing(dtype, tmp_path):
+    folder = tiny.write(tmp_path, template=PREFIXED)
+    engine = Engine.from_pretrained(folder, device="cpu", dtype=dtype)
+    prefix = engine.backbone.prefix
+    assert len(prefix) == 44  # to the end of "<|im_start|>user\n"
+    shared = engine.coefficients(PROMPTS)
+    # The prompt of 9,000 tokens has lost its beginning, and shares nothing.
+    assert Packed.of(engine.encoder.encode(PROMPTS), prefix).shared == (44,) * 6 + (0, 44)
+    engine.backbone.share(None)
+    alone = engine.coefficients(PROMPTS)
+    scale = np.abs(alone.theta).max()
+    np.testing.assert_allclose(shared.theta, alone.theta, atol=scale * (1e-5 if dtype == torch.float32 else 0.03))
+    np.testing.assert_allclose(shared.eta, alone.eta, atol=scale * (1e-5 if dtype == torch.float32 else 0.03))
+
+
+def test_a_prompt_that_melts_into_the_prefix_shares_nothing(tmp_path, caplog):
+    engine = Engine.from_pretrained(tiny.write(tmp_path, template=PREFIXED), device="cpu", dtype=torch.float32)
+    ids = engine.encoder.encode(["hello"])[0].copy()
+    ids[40] += 1
+    with caplog.at_level(logging.WARNING):
+        assert Packed.of([ids, engine.backbone.prefix], engine.backbone.prefix).shared == (0, 0)
