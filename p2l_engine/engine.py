@@ -41,6 +41,11 @@ class Coefficients:
     def __len__(self) -> int:
         return len(self.theta)
 
+    def row(self, i: int) -> Coefficients:
+        """Those of one prompt."""
+        eta = None if self.eta is None else self.eta[i : i + 1]
+        return Coefficients(self.theta[i : i + 1], eta, self.models, self.feedback)
+
 
 class Engine:
     """Computes the coefficients of prompts with one P2L checkpoint on one device. Safe to call from several threads."""

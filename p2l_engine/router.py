@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from p2l_engine import routing
+from p2l_engine.batcher import WAIT, Batcher
 from p2l_engine.catalog import Catalog
 from p2l_engine.engine import Coefficients, Engine
 from p2l_engine.errors import CatalogError
@@ -49,6 +52,9 @@ class Router:
     draw, whatever the batch. unmatched: what to do with models of the catalog that the checkpoint does not know, and the
     reverse: "error", or "leave_out" of the choice (models left out still count as opponents). objective: what is maximised,
     as in ``routing.win_rates``; decisions' win rates are of that kind, their scores Bradley-Terry's always.
+
+    Safe to call from many threads, and from asyncio by ``aroute``: calls that arrive together become one batch. wait: seconds
+    that a call may wait for others while several keep coming; a call that finds the engine idle never waits.
     """
 
     def __init__(
@@ -59,6 +65,7 @@ class Router:
         seed: int = 0,
         unmatched: Literal["error", "leave_out"] = "error",
         objective: Objective = "bt",
+        wait: float = WAIT,
     ) -> None:
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"seed: expected an integer, got {seed!r}")
@@ -72,6 +79,8 @@ class Router:
         self.names = self.catalog.names
         self.costs = self.catalog.costs
         self._columns = np.array([engine.models.index(name) for name in self.names])
+        self._batcher = Batcher(engine, wait)
+        weakref.finalize(self, self._batcher.close)
         self._salt = hashlib.blake2b(str(seed).encode(), digest_size=16).digest()
 
     def route(self, prompt: Prompt, budget: float | None = None, pacer: BudgetPacer | None = None) -> Decision:
@@ -79,11 +88,31 @@ class Router:
 
         With a pacer, whose mean budget then holds over the stream of prompts that it sees, instead of a budget of its own.
         """
+        return self._batcher.run(prompt, self._finish(prompt, budget, pacer))
+
+    async def aroute(self, prompt: Prompt, budget: float | None = None, pacer: BudgetPacer | None = None) -> Decision:
+        """``route`` for asyncio: the event loop goes on meanwhile. A task that is cancelled takes nothing from the others."""
+        return await asyncio.wrap_future(self._batcher.submit(prompt, self._finish(prompt, budget, pacer)))
+
+    def close(self) -> None:
+        """Finishes the calls under way and takes no more; batches may still be routed."""
+        self._batcher.close()
+
+    def __enter__(self) -> Router:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _finish(self, prompt: Prompt, budget: float | None, pacer: BudgetPacer | None) -> Callable[[Coefficients], Decision]:
+        """What is left to do for one prompt once its coefficients are there."""
         if pacer is None:
-            return self.route_batch([prompt], budget)[0]
+            return lambda coefficients: self.decide(coefficients, [prompt], budget)[0]
         if budget is not None:
             raise ValueError(f"budget: expected None beside a pacer, which has its own, got {budget!r}")
-        coefficients = self.engine.coefficients([prompt])
+        return lambda coefficients: self._paced(coefficients, pacer)
+
+    def _paced(self, coefficients: Coefficients, pacer: BudgetPacer) -> Decision:
         theta = arrays.matrix("theta", coefficients.theta)
         v = self._rates(theta, coefficients)
         price = pacer.price

@@ -1,0 +1,125 @@
+"""Many callers, one engine: calls that arrive together are gathered into one packed batch.
+
+A call that finds the engine idle runs at once, in its own thread. Calls that arrive while it is busy wait for it and then go
+together; while several callers keep coming, a batch also waits a moment for the next of them, at most ``wait`` seconds after its
+first arrived.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Generic, TypeVar
+
+from p2l_engine.engine import Coefficients, Engine
+from p2l_engine.prompts import Prompt, user_turns
+
+R = TypeVar("R")
+
+WAIT = 0.0005  # seconds
+CALLS_PER_BATCH = 512
+
+
+@dataclass(frozen=True, slots=True)
+class _Call(Generic[R]):
+    prompt: Prompt
+    finish: Callable[[Coefficients], R]  # what the caller wants of its coefficients
+    future: Future[R] = field(default_factory=Future)
+    arrived: float = field(default_factory=monotonic)
+
+
+class Batcher:
+    """Runs the prompts of concurrent callers through one engine.
+
+    wait: seconds, >= 0: how long a gathered call may wait for others. Each caller gets its own result or its own error.
+    """
+
+    def __init__(self, engine: Engine, wait: float = WAIT) -> None:
+        if isinstance(wait, bool) or not isinstance(wait, int | float) or not 0 <= wait < float("inf"):
+            raise ValueError(f"wait: expected seconds >= 0, got {wait!r}")
+        self.engine, self.wait = engine, float(wait)
+        self._waiting: deque[_Call[object]] = deque()
+        self._changed = threading.Condition()
+        self._engine_free = threading.Lock()
+        self._worker: threading.Thread | None = None
+        self._closed = False
+        self._several, self._finished = False, 0.0  # whether the last batch had several callers, and when it ended
+
+    def run(self, prompt: Prompt, finish: Callable[[Coefficients], R]) -> R:
+        """``finish`` of the prompt's coefficients; raises what either of them raises."""
+        if not self._waiting and not self._closed and self._engine_free.acquire(blocking=False):
+            try:
+                coefficients = self.engine.coefficients([prompt])
+            finally:
+                self._engine_free.release()
+            return finish(coefficients)
+        return self.submit(prompt, finish).result()
+
+    def submit(self, prompt: Prompt, finish: Callable[[Coefficients], R]) -> Future[R]:
+        """The same, to be waited for elsewhere; ``finish`` runs in the batcher's thread. RuntimeError once closed."""
+        call = _Call(prompt, finish)
+        with self._changed:
+            if self._closed:
+                raise RuntimeError("the router is closed: make a new one")
+            self._waiting.append(call)  # type: ignore[arg-type]
+            if self._worker is None:
+                self._worker = threading.Thread(target=self._serve, name="p2l-batcher", daemon=True)
+                self._worker.start()
+            self._changed.notify()
+        return call.future
+
+    def close(self) -> None:
+        """Takes no more calls, finishes those that wait, and returns when they are done."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        if self._worker is not None and self._worker is not threading.current_thread():
+            self._worker.join()
+
+    def _serve(self) -> None:
+        while True:
+            with self._changed:
+                while not self._waiting and not self._closed:
+                    self._changed.wait()
+                if not self._waiting:
+                    return
+            with self._engine_free:
+                self._run(self._gathered())
+            self._finished = monotonic()
+
+    def _gathered(self) -> list[_Call[object]]:
+        with self._changed:
+            first = self._waiting[0].arrived
+            until = first + self.wait if self._several and first < self._finished + self.wait else 0.0
+            while len(self._waiting) < CALLS_PER_BATCH and not self._closed and (left := until - monotonic()) > 0:
+                self._changed.wait(left)
+            calls = [self._waiting.popleft() for _ in range(min(len(self._waiting), CALLS_PER_BATCH))]
+        self._several = len(calls) > 1
+        return [call for call in calls if call.future.set_running_or_notify_cancel()]
+
+    def _run(self, calls: list[_Call[object]]) -> None:
+        readable = []
+        for call in calls:
+            try:
+                user_turns(call.prompt)
+                readable.append(call)
+            except Exception as error:
+                call.future.set_exception(error)
+        try:
+            together = self.engine.coefficients([call.prompt for call in readable])
+        except Exception as error:
+            if len(readable) == 1:
+                readable[0].future.set_exception(error)
+                return
+            for call in readable:  # one at a time, so that the fault stays with its owner
+                self._run([call])
+            return
+        for i, call in enumerate(readable):
+            try:
+                call.future.set_result(call.finish(together.row(i)))
+            except Exception as error:
+                call.future.set_exception(error)

@@ -1,0 +1,221 @@
+"""Many callers: each gets its own result or its own error, and nobody waits for nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+import time
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from p2l_engine import InfeasibleBudget, Router
+from p2l_engine.batcher import Batcher
+from p2l_engine.engine import Coefficients
+from p2l_engine.errors import PromptError
+from p2l_engine.regression import feedback_model
+from p2l_engine.routing import BudgetPacer
+from tests.test_router import catalog, same
+
+PROMPTS = [f"prompt {i} " * (1 + i % 5) for i in range(60)]
+
+
+class Slow:
+    """An engine whose one coefficient is the prompt's length; it takes its time, or fails for some prompts."""
+
+    def __init__(self, seconds=0.0, gate=None):
+        self.seconds, self.gate, self.batches = seconds, gate, []
+        self.entered = threading.Event()
+
+    def coefficients(self, prompts):
+        self.batches.append(list(prompts))
+        self.entered.set()
+        if self.gate is not None:
+            assert self.gate.wait(10)
+        time.sleep(self.seconds)
+        if "broken" in prompts:
+            raise FloatingPointError(f"{len(prompts)} prompts")
+        theta = np.array([[len(p)] for p in prompts], np.float32)
+        return Coefficients(theta, None, ("m",), feedback_model("bt"))
+
+
+def length(coefficients):
+    assert len(coefficients) == 1
+    return int(coefficients.theta[0, 0])
+
+
+@pytest.fixture
+def router(engine):
+    with Router(engine, catalog()) as router:
+        yield router
+
+
+def test_threads_get_what_they_would_get_alone(router):
+    alone = [router.route(prompt, 2.5) for prompt in PROMPTS]
+    with ThreadPoolExecutor(16) as pool:
+        together = list(pool.map(lambda prompt: router.route(prompt, 2.5), PROMPTS))
+    for one, other in zip(alone, together, strict=True):
+        same(one, other)
+
+
+def test_asyncio_gets_each_its_own_result_or_error(router):
+    bad = [[], 7, "lone \ud800", [{"role": "assistant", "content": "no user"}]]
+
+    async def everything():
+        calls = [router.aroute(prompt, 2.5) for prompt in PROMPTS]
+        calls += [router.aroute(prompt) for prompt in bad]
+        calls += [router.aroute("too dear", 0.5), router.aroute("paced", pacer=BudgetPacer(2.0))]
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    got = asyncio.run(everything())
+    for prompt, decision in zip(PROMPTS[:20], got, strict=False):
+        same(decision, router.route(prompt, 2.5))
+    assert all(isinstance(error, PromptError) and error.index == 0 for error in got[len(PROMPTS) : -2])
+    assert isinstance(got[-2], InfeasibleBudget)
+    assert got[-1].why.startswith("highest win rate less cost")
+    with pytest.raises(ValueError, match="budget: expected None beside a pacer"):
+        asyncio.run(router.aroute("x", 1.0, BudgetPacer(2.0)))
+
+
+def test_calls_that_arrive_while_the_engine_is_busy_go_together():
+    engine = Slow(gate=threading.Event())
+    batcher = Batcher(engine)
+    first = batcher.submit("a", length)
+    assert engine.entered.wait(5)
+    rest = [batcher.submit("b" * n, length) for n in range(2, 40)]
+    engine.gate.set()
+    assert first.result(5) == 1
+    assert [f.result(5) for f in rest] == list(range(2, 40))
+    assert [len(b) for b in engine.batches] == [1, 38]
+    batcher.close()
+
+
+def test_a_lone_call_never_waits_for_others():
+    batcher = Batcher(Slow(), wait=20.0)
+    start = time.monotonic()
+    for _ in range(3):
+        assert batcher.submit("abc", length).result(5) == 3
+        assert batcher.run("ab", length) == 2
+    assert time.monotonic() - start < 5
+    batcher.close()
+
+
+def test_under_load_a_call_waits_for_others_but_not_for_long():
+    engine = Slow(gate=threading.Event())
+    batcher = Batcher(engine, wait=0.3)
+    futures = [batcher.submit("a", length)]
+    assert engine.entered.wait(5)
+    futures += [batcher.submit("bb", length) for _ in range(3)]
+    engine.gate.set()
+    [f.result(5) for f in futures]
+    start = time.monotonic()  # the last batch had three callers, just now
+    one = batcher.submit("c", length)
+    time.sleep(0.05)
+    two = batcher.submit("d", length)
+    assert one.result(5) + two.result(5) == 2
+    assert 0.2 < time.monotonic() - start < 2
+    assert [len(b) for b in engine.batches] == [1, 3, 2]
+    time.sleep(0.4)  # idle again
+    start = time.monotonic()
+    batcher.submit("e", length).result(5)
+    assert time.monotonic() - start < 0.25
+    batcher.close()
+
+
+def test_a_cancelled_call_takes_nothing_from_the_others():
+    engine = Slow(gate=threading.Event())
+    batcher = Batcher(engine)
+    first = batcher.submit("a", length)
+    assert engine.entered.wait(5)
+    dropped, kept = batcher.submit("bb", length), batcher.submit("ccc", length)
+    assert dropped.cancel()
+    assert not first.cancel()  # under way
+    engine.gate.set()
+    assert (first.result(5), kept.result(5)) == (1, 3)
+    with pytest.raises(CancelledError):
+        dropped.result(0)
+    assert engine.batches == [["a"], ["ccc"]]
+    batcher.close()
+
+
+def test_a_cancelled_task_leaves_the_router_sound(router):
+    async def scenario():
+        tasks = [asyncio.create_task(router.aroute(prompt)) for prompt in PROMPTS]
+        await asyncio.sleep(0)
+        for task in tasks[::2]:
+            task.cancel()
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    got = asyncio.run(scenario())
+    assert all(isinstance(got[i], asyncio.CancelledError) for i in range(0, 60, 2))
+    for i in range(1, 60, 20):
+        same(got[i], router.route(PROMPTS[i]))
+
+
+def test_the_event_loop_goes_on(engine):
+    router = Router(engine, catalog())
+    router._batcher.engine = Slow(0.5)
+    ticks = 0
+
+    async def scenario():
+        nonlocal ticks
+        call = asyncio.create_task(router.aroute("x"))
+        while not call.done():
+            ticks += 1
+            await asyncio.sleep(0.01)
+        with pytest.raises(ValueError, match="coefficients"):  # the stand-in knows one model only
+            await call
+
+    asyncio.run(scenario())
+    assert ticks > 20
+    router.close()
+
+
+def test_a_fault_stays_with_its_owner():
+    engine = Slow(gate=threading.Event())
+    batcher = Batcher(engine)
+    futures = [batcher.submit(p, length) for p in ("a", "bb", "broken", "dddd")]
+    engine.gate.set()
+    assert [futures[i].result(5) for i in (0, 1, 3)] == [1, 2, 4]
+    with pytest.raises(FloatingPointError, match="1 prompts"):
+        futures[2].result(5)
+
+    def refuse(coefficients):
+        raise LookupError("mine alone")
+
+    with pytest.raises(LookupError, match="mine alone"):
+        batcher.submit("x", refuse).result(5)
+    assert batcher.submit("ab", length).result(5) == 2
+    batcher.close()
+
+
+def test_closing_finishes_what_waits_and_takes_no_more():
+    engine = Slow(0.05)
+    batcher = Batcher(engine)
+    futures = [batcher.submit("a" * n, length) for n in range(1, 30)]
+    batcher.close()
+    assert [f.result(0) for f in futures] == list(range(1, 30))
+    with pytest.raises(RuntimeError, match="closed"):
+        batcher.submit("a", length)
+    with pytest.raises(RuntimeError, match="closed"):
+        batcher.run("a", length)
+    batcher.close()
+
+
+def test_a_router_that_is_let_go_ends_its_thread(engine):
+    router = Router(engine, catalog())
+    asyncio.run(router.aroute("hello"))
+    worker = router._batcher._worker
+    assert worker.is_alive()
+    del router
+    gc.collect()
+    worker.join(5)
+    assert not worker.is_alive()
+
+
+@pytest.mark.parametrize("wait", [-1, float("nan"), float("inf"), "1", True, None])
+def test_a_wait_must_be_seconds(wait, engine):
+    with pytest.raises(ValueError, match="wait: expected seconds >= 0"):
+        Router(engine, catalog(), wait=wait)
