@@ -62,7 +62,7 @@ def _outcomes_kernel(  # type: ignore[no-untyped-def]
         tl.store(at + 2 * n_models * n_models, bad, mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_prompts"])
 def _mean_outcomes_kernel(  # type: ignore[no-untyped-def]
     theta_ptr, theta_row_stride, log_lambda_ptr, weights_ptr, sums_ptr, n_prompts, n_models,
     RK: tl.constexpr, GROUNDED: tl.constexpr, N_OUTCOMES: tl.constexpr, BLOCK: tl.constexpr, PROMPTS: tl.constexpr,

@@ -15,7 +15,7 @@ from torch import Tensor
 BLOCK_N, BLOCK_K, BLOCK_D = 16, 64, 32
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_prompts"])
 def _pool_head_kernel(  # type: ignore[no-untyped-def]
     hidden_ptr, hidden_row_stride, rows_ptr, norm_ptr, weight_ptr, bias_ptr, out_ptr, n_prompts, n_outputs, eps,
     N_COLUMNS: tl.constexpr, HAS_ROWS: tl.constexpr, HAS_NORM: tl.constexpr,

@@ -1,8 +1,8 @@
 """Many callers, one engine: calls that arrive together are gathered into one packed batch.
 
 A call that finds the engine idle runs at once, in its own thread. Calls that arrive while it is busy wait for it and then go
-together; while several callers keep coming, a batch also waits a moment for the next of them, at most ``wait`` seconds after its
-first arrived.
+together; while several callers keep coming, a batch also waits a moment for the next of them, at most ``wait`` seconds after
+its first arrived.
 """
 
 from __future__ import annotations

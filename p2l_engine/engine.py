@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +19,7 @@ from torch import Tensor
 from p2l_engine import backbone, checkpoint
 from p2l_engine.backbone import PackedDecoder
 from p2l_engine.checkpoint import Checkpoint
+from p2l_engine.graphs import CompileWatch, Graphs
 from p2l_engine.packing import Packed, Tokens, batches
 from p2l_engine.prompts import Prompt, PromptEncoder, user_turns
 from p2l_engine.regression import FeedbackModel
@@ -26,7 +29,9 @@ PROMPTS_PER_CHUNK = 4096  # tokenised together, one chunk ahead of the forward p
 BATCHES_IN_FLIGHT = 3  # on a GPU: enough that it never waits for the host
 LEAST_PREFIX = 8  # tokens: below this, sharing saves less than it costs
 
-Stage = Callable[[Tensor], tuple[Tensor, ...]]
+Stage = Callable[[Tensor, npt.NDArray[np.intp]], tuple[Tensor, ...]]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +61,14 @@ class Engine:
             raise ValueError(f"device: expected cpu or cuda, got {str(self.device)!r}")
         if self.device.type == "cuda" and (self.device.index or 0) >= torch.cuda.device_count():
             raise ValueError(f"device: {str(self.device)!r} is not here: {torch.cuda.device_count()} CUDA devices are")
-        self.dtype = dtype or _natural_dtype(self.device)
+        self.dtype = dtype or natural_dtype(self.device)
         self.models, self.feedback, self.folder = loaded.models, loaded.feedback, loaded.folder
         self.encoder = PromptEncoder(loaded.tokenizer)
         self.backbone = backbone.build(loaded.config, loaded.weights, self.device, self.dtype)
         self.head = loaded.head.to(self.device)
         self.n_parameters = sum(weight.numel() for weight in loaded.weights.values())
+        self._graphs: Graphs | None = None
+        self._fused_up_to = 0  # prompts: what the warm-up finds
         if isinstance(self.backbone, PackedDecoder):
             prefix = self.encoder.prefix()
             self.backbone.share(prefix if len(prefix) >= LEAST_PREFIX else None)
@@ -86,30 +93,99 @@ class Engine:
         ``progress`` is called with the number of prompts that each forward pass has finished. Raises PromptError, which
         names the index of a prompt that cannot be read; TypeError when ``prompts`` is a single string.
         """
+        if isinstance(prompts, str | Mapping):
+            raise TypeError(f"prompts: expected a list of prompts, got a single {type(prompts).__name__}; wrap it in a list")
+        if len(prompts) == 1:
+            out = self.forward(self.encoder.encode(prompts))
+            if progress is not None:
+                progress(1)
+            return self._coefficients(out)
         out = np.empty((len(prompts), len(self.head.bias)), np.float32)
-        for rows, (part,) in self.stream(prompts, lambda hidden: (self.outputs(hidden),)):
+        for rows, (part,) in self.stream(prompts, lambda hidden, _: (self.outputs(hidden),)):
             out[rows] = part
             if progress is not None:
                 progress(len(rows))
-        self._check(out)
-        theta = np.ascontiguousarray(out[:, : len(self.models)])
-        return Coefficients(theta, out[:, -1].copy() if self.head.has_eta else None, self.models, self.feedback)
+        return self._coefficients(out)
+
+    def forward(self, tokens: Sequence[Tokens]) -> npt.NDArray[np.float32]:
+        """The outputs [n, K] of prompts already tokenised, in one batch: a single one through its CUDA graph, where it has one.
+
+        tokens: as ``encoder.encode`` gives them.
+        """
+        if self._graphs is not None and len(tokens) == 1:
+            out = self._graphs.run(tokens[0])
+            if out is not None:
+                return out[None]
+        every = np.arange(len(tokens))
+        (landed,) = self._launch(every, list(tokens), lambda hidden, _: (self.outputs(hidden),)).landed()[1]
+        return np.asarray(landed)
 
     def outputs(self, hidden: Tensor) -> Tensor:
         """The head over hidden states [n, D] of this engine's backbone: theta and, in a last column, eta; [n, K] float32."""
         return self.head(hidden, self.backbone.norm, self.backbone.eps)
+
+    def outputs_and_win_rates(self, hidden: Tensor, q: Tensor, fused: bool | None = None) -> tuple[Tensor, Tensor]:
+        """``outputs`` and, in Triton's kernels, the win rates v [n, M] float32 against q [M] float32, on the device.
+
+        fused: in one launch, or in two; None: in one up to as many prompts as the warm-up found it faster for.
+        """
+        from p2l_engine.kernels.pool_head import pool_head
+        from p2l_engine.kernels.pool_head_win_rates import pool_head_win_rates
+        from p2l_engine.kernels.win_rates import win_rates
+
+        head, norm, eps = self.head, self.backbone.norm, self.backbone.eps
+        if fused or (fused is None and len(hidden) <= self._fused_up_to):
+            return pool_head_win_rates(hidden, head.weight, head.bias, q, norm, eps)
+        out = pool_head(hidden, head.weight, head.bias, norm, eps)
+        return out, win_rates(out[:, : head.n_models], q)
+
+    def warmup(self) -> float:
+        """Meets now whatever serving would meet first: compilation, CUDA graphs, buffers. Returns the seconds it took.
+
+        From here on, on a GPU, a compilation by Triton is logged as a warning. Nothing else may use the engine meanwhile.
+        """
+        start = time.perf_counter()
+        self.coefficients(["a" * n for n in (1, 3, 40, 700)])
+        self.coefficients(["a"] * 33)
+        if self.device.type == "cuda" and isinstance(self.backbone, PackedDecoder):
+            self._fused_up_to = self._fusing_pays()
+            self._graphs = Graphs(lambda packed: self.outputs(self.backbone(packed)), self.backbone.prefix, self.device)
+            self.coefficients(["a"])
+            CompileWatch.start()
+        seconds = time.perf_counter() - start
+        logger.info("warm-up: %.1f s; head and win rates in one launch up to %d prompts", seconds, self._fused_up_to)
+        return seconds
+
+    def _fusing_pays(self) -> int:
+        """Up to how many prompts one launch for head and win rates beats two, by timing both on this card."""
+        q = torch.full((self.head.n_models,), 1 / self.head.n_models, device=self.device)
+        best = 0
+        for n in (1, 16, 64, 256, 1024, 4096):
+            hidden = torch.randn(n, self.head.weight.shape[1], device=self.device).to(self.dtype)
+            if self._seconds(hidden, q, fused=True) > self._seconds(hidden, q, fused=False):
+                break
+            best = n
+        return best
+
+    def _seconds(self, hidden: Tensor, q: Tensor, fused: bool) -> float:
+        for repeat in range(23):
+            if repeat == 3:  # compiled, and the clocks are up
+                torch.cuda.synchronize(self.device)
+                start = time.perf_counter()
+            self.outputs_and_win_rates(hidden, q, fused)
+        torch.cuda.synchronize(self.device)
+        return time.perf_counter() - start
 
     def stream(
         self, prompts: Sequence[Prompt], stage: Stage
     ) -> Iterator[tuple[npt.NDArray[np.intp], tuple[npt.NDArray[Any], ...]]]:
         """What ``stage`` makes of the prompts' hidden states, batch by batch, as it is finished.
 
-        stage: hidden [n, D] -> tensors [n, ...], on the engine's device; it must not wait for the device. Yields the places of
-        the n prompts and the tensors as arrays. Every prompt comes once; batches hold prompts of like length. Tokenisation runs
-        ahead in a thread of its own, and on a GPU several batches are under way before the first is waited for.
+        stage: hidden [n, D] and the places of the n prompts -> tensors [n, ...], on the engine's device; it must not wait for
+        the device. Yields the places and the tensors as arrays. Every prompt comes once; batches hold prompts of like length.
+        Tokenisation runs ahead in a thread of its own, and on a GPU several batches are under way before the first is waited
+        for.
         """
-        if isinstance(prompts, str | Mapping):
-            raise TypeError(f"prompts: expected a list of prompts, got a single {type(prompts).__name__}; wrap it in a list")
         turns = [user_turns(prompt, i) for i, prompt in enumerate(prompts)]
         flying: deque[_Flight] = deque()
         for start, tokens in self._encoded(turns):
@@ -144,7 +220,7 @@ class Engine:
         on_gpu = self.device.type == "cuda"
         packed = Packed.of(tokens, self.backbone.prefix, pin=on_gpu)
         with torch.inference_mode():
-            results = stage(self.backbone(packed.to(self.device)))
+            results = stage(self.backbone(packed.to(self.device)), rows)
             if not on_gpu:
                 return _Flight(rows, packed, results, None)
             landing = tuple(torch.empty(r.shape, dtype=r.dtype, pin_memory=True).copy_(r, non_blocking=True) for r in results)
@@ -152,13 +228,15 @@ class Engine:
         event.record(torch.cuda.current_stream(self.device))
         return _Flight(rows, packed, landing, event)
 
-    def _check(self, out: npt.NDArray[np.float32]) -> None:
+    def _coefficients(self, out: npt.NDArray[np.float32]) -> Coefficients:
         bad = ~np.isfinite(out).all(axis=1)
         if bad.any():
             raise FloatingPointError(
                 f"prompts[{int(np.argmax(bad))}]: the backbone gave coefficients that are not finite ({int(bad.sum())} such "
                 f"prompts) in {self.dtype}; are the checkpoint's weights sound?"
             )
+        theta = np.ascontiguousarray(out[:, : len(self.models)])
+        return Coefficients(theta, out[:, -1].copy() if self.head.has_eta else None, self.models, self.feedback)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +254,8 @@ class _Flight:
         return self.rows, tuple(result.numpy() for result in self.results)
 
 
-def _natural_dtype(device: torch.device) -> torch.dtype:
+def natural_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 on CUDA and on CPUs that multiply it in hardware, else float32."""
     if device.type != "cpu":
         return torch.bfloat16
     return torch.bfloat16 if cpu_multiplies_bf16() else torch.float32

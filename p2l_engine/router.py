@@ -12,12 +12,13 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from p2l_engine import routing
 from p2l_engine.batcher import WAIT, Batcher
 from p2l_engine.catalog import Catalog
 from p2l_engine.engine import Coefficients, Engine
-from p2l_engine.errors import CatalogError
+from p2l_engine.errors import CatalogError, InfeasibleBudget
 from p2l_engine.prompts import Prompt, user_turns
 from p2l_engine.routing import BudgetPacer, Objective, Problem, Resource, Share, arrays, native
 from p2l_engine.routing.arrays import Float64
@@ -140,8 +141,50 @@ class Router:
         bound the mean probability of a model, or of a group, over the batch. resources: further bounds; allowed [N, K]: which
         models each prompt may use; both over the K models of ``names``. Raises PromptError, InfeasibleBudget and Infeasible.
         """
+        plain = budget_scope == "prompt" and not (max_share or min_share or resources or allowed is not None)
+        if plain and self.objective == "bt" and self.engine.device.type == "cuda":
+            return self._route_on_gpu(prompts, budget, progress)
         coefficients = self.engine.coefficients(prompts, progress)
         return self.decide(coefficients, prompts, budget, budget_scope, max_share, min_share, resources, allowed)
+
+    def _route_on_gpu(
+        self,
+        prompts: Sequence[Prompt],
+        budget: float | Sequence[float] | npt.NDArray[np.floating[Any]] | None,
+        progress: Callable[[int], object] | None,
+    ) -> list[Decision]:
+        """``route_batch`` under a budget for each prompt, where only decisions leave the card."""
+        from p2l_engine.routing import cuda  # needs Triton
+
+        n, device, m = len(prompts), self.engine.device, len(self.engine.models)
+        limits = arrays.budgets(None if budget is None else np.asarray(budget), n)
+        q, columns = torch.from_numpy(self.q).to(device), torch.from_numpy(self._columns).to(device)
+        costs, on_device, weights = torch.from_numpy(self.costs).to(device), torch.from_numpy(limits).to(device), q.float()
+
+        def stage(hidden: torch.Tensor, rows: npt.NDArray[np.intp]) -> tuple[torch.Tensor, ...]:
+            places = torch.from_numpy(rows)
+            if device.type == "cuda":
+                places = places.pin_memory().to(device, non_blocking=True)
+            out, v = self.engine.outputs_and_win_rates(hidden, weights)
+            return cuda.policies(out[:, :m], v, columns, costs, on_device.index_select(0, places), q)
+
+        found: list[tuple[Any, ...]] = [()] * n
+        for rows, results in self.engine.stream(prompts, stage):
+            for row, *policy in zip(rows.tolist(), *(result.tolist() for result in results), strict=True):
+                found[row] = tuple(policy)
+            if progress is not None:
+                progress(len(rows))
+        bound = "no budget" if budget is None else "budget per prompt"
+        decisions = []
+        for i, (indices, probabilities, value, cost, score, finite) in enumerate(found):
+            if not finite:
+                raise FloatingPointError(f"prompts[{i}]: the backbone gave coefficients that are not finite")
+            if not sum(probabilities):
+                short = sum(not sum(other[1]) for other in found)
+                raise InfeasibleBudget(float(limits[i]), cost, i, short)
+            uniform = self._uniform(user_turns(prompts[i], i))
+            decisions.append(self._decision(bound, uniform, indices, probabilities, cost, value, score))
+        return decisions
 
     def decide(
         self,

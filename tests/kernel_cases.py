@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import itertools
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -19,9 +21,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModel
 
-from p2l_engine import InfeasibleBudget, routing
+from p2l_engine import Catalog, Engine, InfeasibleBudget, Router, routing
 from p2l_engine.backbone import PackedDecoder
 from p2l_engine.backbone.on_gpu import GpuOperations
+from p2l_engine.catalog import CatalogModel
 from p2l_engine.kernels import (
     bt_score,
     budget_lp,
@@ -257,6 +260,35 @@ def case_routing(device: str) -> None:
     v[3, 5] = torch.nan
     with pytest.raises(ValueError, match=r"v\[3, 5\]: expected a finite number"):
         cuda.solve_budget(v, costs, budget)
+
+
+def case_router(device: str) -> None:
+    """A batch routed on the card, against the same batch through the CPU."""
+    with tempfile.TemporaryDirectory() as folder:
+        engine = Engine.from_pretrained(tiny.write(Path(folder)), device=device, dtype=torch.float32)
+    costs = [1.0, 2.0, 3.0, 4.0]
+    names = ["delta", "alpha", "epsilon", "beta"]  # not in the checkpoint's order, and one model is left out
+    catalog = Catalog(tuple(CatalogModel(n, c) for n, c in zip(names, costs, strict=True)))
+    router = Router(engine, catalog, {"alpha": 0.5, "gamma": 0.25, "beta": 0.25}, unmatched="leave_out")
+    prompts = [f"prompt {i} " * (1 + i % 4) for i in range(12)]
+    limits = np.linspace(1.0, 4.0, 12)
+    for budget in (None, 2.5, limits):
+        for fused in (0, 100):
+            engine._fused_up_to = fused
+            with poisoned():
+                got = router._route_on_gpu(prompts, budget, None)
+            for one, other in zip(got, router.decide(engine.coefficients(prompts), prompts, budget), strict=True):
+                assert one.policy == pytest.approx(other.policy, abs=1e-3)
+                for field in ("expected_cost", "win_rate", "score"):
+                    assert getattr(one, field) == pytest.approx(getattr(other, field), abs=1e-4)
+                assert one.why.split(":")[0] == other.why.split(":")[0]
+    limits[5] = 0.5
+    with pytest.raises(InfeasibleBudget, match="prompt 5: the cheapest policy costs 1.0"):
+        router._route_on_gpu(prompts, limits, None)
+    engine.head.bias[2] = torch.nan
+    with pytest.raises(FloatingPointError, match="not finite"):
+        router._route_on_gpu(prompts, None, None)
+    assert router._route_on_gpu([], None, None) == []
 
 
 CASES: dict[str, Callable[[str], None]] = {

@@ -17,6 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from p2l_engine.backbone.weights import Linear, check_weights, head_size, layers
 from p2l_engine.packing import Packed, Tokens
+from p2l_engine.prompts import MAX_TOKENS
 
 
 class Operations(Protocol):
@@ -55,7 +56,8 @@ def operations_for(device: torch.device, dtype: torch.dtype) -> Callable[[], Ope
 
         if dtype not in DTYPES:
             raise ValueError(f"dtype: expected float32 or bfloat16 on a CPU, got {dtype}")
-        return lambda: CpuOperations(dtype)
+        weights: dict[Linear, Tensor] = {}
+        return lambda: CpuOperations(dtype, weights)
     from p2l_engine.backbone.on_gpu import GpuOperations  # needs Triton
 
     return GpuOperations
@@ -80,10 +82,13 @@ class PackedDecoder:
         self.head_size = head_size(config)
         rope = LlamaRotaryEmbedding(config=config)  # type: ignore[arg-type]  # reads rope settings only, Qwen2's too
         self._inv_freq, self._rope_scale = rope.inv_freq.float().to(device), float(rope.attention_scaling)
-        self._tables = self._angles(512)
+        # On a GPU all at once: captured graphs keep the addresses of these tables.
+        self._tables = self._angles(MAX_TOKENS if device.type == "cuda" else 512)
         self.embedding = weights["embed_tokens.weight"].to(device, dtype)
         self.norm: Tensor | None = weights["norm.weight"].to(device, dtype)
         self.layers = layers(config, weights, device, dtype)
+        queries, whole = self.heads * self.head_size, self.layers[-1].qkv
+        self._last_q, self._last_kv = whole.columns(0, queries), whole.columns(queries, whole.weight.shape[1])
         self.prefix: Tokens | None = None
         self._prefix_kv: list[Tensor | None] = [None] * len(self.layers)
         self._make = operations or operations_for(device, dtype)
@@ -119,10 +124,9 @@ class PackedDecoder:
             last = layer is self.layers[-1]
             normed = do.norm(x, layer.attention_norm, self.eps, delta)
             if last:
-                kv_layer = layer.qkv.columns(queries, layer.qkv.weight.shape[1])
-                projected = do.linear(normed, kv_layer, "qkv")
+                projected = do.linear(normed, self._last_kv, "qkv")
                 kv = do.rotary(projected, 0, self.kv_heads, cos, sin, packed.positions, packed.sources, prefix)
-                q = do.linear(normed.index_select(0, rows), layer.qkv.columns(0, queries), "q")
+                q = do.linear(normed.index_select(0, rows), self._last_q, "q")
                 each = torch.arange(len(rows), dtype=torch.int32, device=self.device)
                 do.rotary(q, self.heads, 0, cos, sin, packed.positions.index_select(0, rows), each)
                 x = x.index_select(0, rows)

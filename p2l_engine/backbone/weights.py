@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 from p2l_engine.errors import CheckpointError
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Linear:
     """weight [in, out], a view of the stored [out, in]; bias [out] or None."""
 

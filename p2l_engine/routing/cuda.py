@@ -46,6 +46,22 @@ def bt_score(theta: Tensor, q: object, rate: Tensor) -> Tensor:
     return root.bt_score(t, weights, rate.double().clamp(0.0, 1.0).contiguous())
 
 
+def policies(
+    theta: Tensor, v: Tensor, columns: Tensor, costs: Tensor, limits: Tensor, q: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """From win rates to scores without waiting for the device: what a router does with a batch that is on the card.
+
+    theta and v [N, M] float32; columns [K]: those that may be chosen; costs [K], limits [N] and q [M] float64. Returns indices
+    [N, 2], probabilities [N, 2], value, cost and score [N], and whether all of theta [N] is finite; where cost > limits, the
+    budget was infeasible.
+    """
+    smallest = costs.min()
+    limits = torch.where((limits < smallest) & (limits >= smallest * (1 - SLACK)), smallest, limits)
+    indices, probabilities, value, cost = lp.budget_lp(v.index_select(1, columns), costs, limits)
+    score = root.bt_score(theta, q, value.clamp(0.0, 1.0))
+    return indices, probabilities, value, cost, score, torch.isfinite(theta).all(1)
+
+
 def _finite(name: str, given: Tensor) -> Tensor:
     if not given.is_floating_point():
         raise TypeError(f"{name}: expected floating point on the GPU, got {given.dtype}")

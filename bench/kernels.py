@@ -1,0 +1,136 @@
+"""Each Triton kernel beside its plain-torch twin on a GPU, with the bandwidth it reaches: python -m bench.kernels.
+
+Shapes are those of a batch of 32,768 tokens and 330 prompts at the smallest backbone (135M) and the largest (7B), 130 models.
+Bytes: what has to be read and written once. Medians of Triton's own do_bench, which empties the L2 cache between runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from bench.setting import setting
+from p2l_engine.kernels import (
+    bt_score,
+    budget_lp,
+    outcomes,
+    pool_head,
+    pool_head_win_rates,
+    rms_norm,
+    rotary,
+    silu_mul,
+    win_rates,
+)
+
+TOKENS, PROMPTS, MODELS = 32768, 330, 130
+
+
+@dataclass(frozen=True)
+class Row:
+    """Microseconds of the kernel and of its twin; gb_s: the kernel's bytes over its time."""
+
+    kernel: str
+    shape: str
+    microseconds: float
+    twin: float | None
+    gb_s: float
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--csv", type=Path, help="also write the rows here")
+    arguments = parser.parse_args()
+    console = Console()
+    if not torch.cuda.is_available():
+        console.print("no GPU here: nothing to measure")
+        return
+    rows = [*decoder(576, 1536, 9, 3, 64), *decoder(3584, 18944, 28, 4, 128), *after(576), *after(3584)]
+    shown = Table(title=torch.cuda.get_device_name(), title_justify="left")
+    for column in ("kernel", "shape", "us", "twin us", "GB/s"):
+        shown.add_column(column, justify="left" if column in ("kernel", "shape") else "right")
+    for row in rows:
+        twin = "" if row.twin is None else f"{row.twin:.1f}"
+        shown.add_row(row.kernel, row.shape, f"{row.microseconds:.1f}", twin, f"{row.gb_s:.0f}")
+    console.print(shown)
+    if arguments.csv:
+        arguments.csv.parent.mkdir(parents=True, exist_ok=True)
+        with arguments.csv.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, [*asdict(rows[0]), "setting"])
+            writer.writeheader()
+            writer.writerows(asdict(row) | {"setting": setting(torch.device("cuda"))} for row in rows)
+
+
+def decoder(d: int, inner: int, heads: int, kv_heads: int, size: int) -> list[Row]:
+    """What stands between the products of one layer."""
+    x, delta, weight = _half(TOKENS, d), _half(TOKENS, d) * 1e-3, _half(d)
+    gate_up, qkv = _half(TOKENS, 2 * inner), _half(TOKENS, (heads + 2 * kv_heads) * size)
+    angles = torch.rand(8192, size // 2, device="cuda")
+    cos, sin = angles.cos(), angles.sin()
+    own = torch.arange(TOKENS, dtype=torch.int32, device="cuda")
+    positions = own % 100
+    return [
+        _row("rms_norm", f"{TOKENS} x {d}", 4 * _bytes(x),
+             lambda: rms_norm.rms_norm(x, weight, 1e-5, delta), lambda: rms_norm.rms_norm_reference(x, weight, 1e-5, delta)),
+        _row("silu_mul", f"{TOKENS} x {inner}", _bytes(gate_up) * 3 // 2,
+             lambda: silu_mul.silu_mul(gate_up), lambda: silu_mul.silu_mul_reference(gate_up)),
+        _row("rotary", f"{TOKENS} x ({heads} + 2 x {kv_heads}) x {size}", 2 * _bytes(qkv),
+             lambda: rotary.rotary(qkv, heads, kv_heads, cos, sin, positions, own),
+             lambda: rotary.rotary_reference(qkv, heads, kv_heads, cos, sin, positions, own)),
+    ]  # fmt: skip
+
+
+def after(d: int) -> list[Row]:
+    """What comes after the decoder, for a batch and for one prompt."""
+    rows = []
+    weight, bias = torch.randn(MODELS, d, device="cuda"), torch.randn(MODELS, device="cuda")
+    norm, q = _half(d), torch.full((MODELS,), 1 / MODELS, device="cuda")
+    costs = torch.rand(MODELS, device="cuda", dtype=torch.float64)
+    for n in (1, PROMPTS, 16 * PROMPTS):
+        hidden, theta = _half(n, d), torch.randn(n, MODELS, device="cuda")
+        v = win_rates.win_rates(theta, q)
+        limits = torch.full((n,), 0.3, device="cuda", dtype=torch.float64)
+        rate = torch.rand(n, device="cuda", dtype=torch.float64)
+        head, out = _bytes(hidden) + _bytes(weight) + _bytes(theta), f"{n} x {d} -> {MODELS}"
+        square = f"{n} x {MODELS}"
+        rows += [
+            _row("pool_head", out, head, lambda h=hidden: pool_head.pool_head(h, weight, bias, norm, 1e-5),
+                 lambda h=hidden: pool_head.pool_head_reference(h, weight, bias, norm, 1e-5)),
+            _row("pool_head_win_rates", out, head + _bytes(v),
+                 lambda h=hidden: pool_head_win_rates.pool_head_win_rates(h, weight, bias, q, norm, 1e-5),
+                 lambda h=hidden: pool_head_win_rates.pool_head_win_rates_reference(h, weight, bias, q, norm, 1e-5)),
+            _row("win_rates", square, 2 * _bytes(theta), lambda t=theta: win_rates.win_rates(t, q),
+                 lambda t=theta: win_rates.win_rates_reference(t, q)),
+            _row("budget_lp", square, _bytes(v), lambda w=v, b=limits: budget_lp.budget_lp(w, costs, b), None),
+            _row("bt_score", square, _bytes(theta), lambda t=theta, r=rate: bt_score.bt_score(t, q, r), None),
+            _row("mean_outcomes", square, _bytes(theta), lambda t=theta: outcomes.mean_outcomes(t),
+                 lambda t=theta: outcomes.mean_outcomes_reference(t)),
+        ]  # fmt: skip
+    return rows
+
+
+def _half(*shape: int) -> Tensor:
+    return torch.randn(*shape, device="cuda").bfloat16()
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _row(kernel: str, shape: str, moved: int, ours: Callable[[], object], twin: Callable[[], object] | None) -> Row:
+    from triton.testing import do_bench
+
+    milliseconds = float(do_bench(ours, return_mode="median"))
+    theirs = None if twin is None else 1e3 * float(do_bench(twin, return_mode="median"))
+    return Row(kernel, shape, 1e3 * milliseconds, theirs, moved / milliseconds / 1e6)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""One prompt, text to decision: p50, p95 and p99, split by stage, and under concurrent callers: python -m bench.latency.
+
+Every path routes prompts of --tokens tokens (64) under a budget. Stages, timed apart: ``tokenise``; ``forward``, tokens to
+coefficients; ``decide``, coefficients to decision; ``whole`` is Router.route. ``reference`` is transformers, one prompt at a
+time, to coefficients alone. ``N callers``: as many threads, each sending its next prompt when it has its decision; calls per
+second and each call's latency. ``weights``: the time to read the network's weights once at the rate of a large copy, the least
+that a forward pass can take.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from bench import subjects
+from bench.peers import Transformers
+from bench.setting import setting
+from bench.throughput import subject
+from p2l_engine import Catalog, Engine, Router
+from p2l_engine.catalog import CatalogModel
+
+
+@dataclass(frozen=True)
+class Row:
+    """Milliseconds at three percentiles."""
+
+    model: str
+    what: str
+    calls: int
+    p50: float
+    p95: float
+    p99: float
+    calls_per_s: float | None = None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="+", choices=subjects.ARCHITECTURES, help="architectures with random weights")
+    parser.add_argument("--checkpoint", help="a checkpoint instead: folder, hub name, or 'default'")
+    parser.add_argument("--device", help="cpu or cuda; CUDA where there is one")
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--calls", type=int, help="of each kind (100 on a CPU, 500 on a GPU)")
+    parser.add_argument("--callers", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32, 64])
+    parser.add_argument("--models", type=int, default=130, help="models that random heads rank")
+    parser.add_argument("--csv", type=Path, help="also write the rows here")
+    arguments = parser.parse_args()
+    console = Console()
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cpu" and not torch.cuda.is_available():
+        console.print("no GPU here: the rows of the CPU alone")
+    calls = arguments.calls or (500 if device.type == "cuda" else 100)
+    names = arguments.model or ([] if arguments.checkpoint else ["smollm2-135m"])
+    rows: list[Row] = []
+    for name in [*names, *([arguments.checkpoint] if arguments.checkpoint else [])]:
+        loaded, engine = subject(name, device, arguments.models)
+        console.print(f"{name}: warm-up {engine.warmup():.1f} s")
+        texts = prompts_of(engine, arguments.tokens, calls)
+        found = stages(name, engine, texts, Transformers(loaded, device, engine.dtype))
+        found += [under_load(name, engine, texts, callers) for callers in arguments.callers]
+        console.print(table(f"{name}, {arguments.tokens} tokens, milliseconds", found))
+        rows += found
+        if arguments.csv:
+            write(arguments.csv, rows, device)
+
+
+def prompts_of(engine: Engine, tokens: int, count: int) -> list[str]:
+    """Different prompts of exactly ``tokens`` tokens, those of the chat template among them."""
+    words, rng = subjects.words(), np.random.default_rng(0)
+    found: list[str] = []
+    while len(found) < count:
+        text = str(rng.choice(words))
+        while len(engine.encoder.encode([text])[0]) < tokens:
+            text += " " + str(rng.choice(words))
+        while len(engine.encoder.encode([text])[0]) > tokens:
+            text = text[:-1]
+        if len(engine.encoder.encode([text])[0]) == tokens:
+            found.append(text)
+    return found
+
+
+def catalog_of(engine: Engine) -> Catalog:
+    """Exponential costs for every model of the checkpoint."""
+    costs = np.random.default_rng(0).exponential(size=len(engine.models))
+    return Catalog(tuple(CatalogModel(name, float(cost)) for name, cost in zip(engine.models, costs, strict=True)))
+
+
+def stages(name: str, engine: Engine, texts: list[str], peer: Transformers) -> list[Row]:
+    with Router(engine, catalog_of(engine)) as router:
+        budget = float(np.mean(router.costs))
+        coefficients = [engine.coefficients([text]) for text in texts]
+        tokens = [engine.encoder.encode([text])[0] for text in texts]
+        runs: dict[str, Callable[[int], object]] = {
+            "whole": lambda i: router.route(texts[i], budget),
+            "tokenise": lambda i: engine.encoder.encode([texts[i]]),
+            "forward": lambda i: engine.forward([tokens[i]]),
+            "decide": lambda i: router.decide(coefficients[i], [texts[i]], budget),
+            "reference": lambda i: peer.one_by_one([texts[i]]),
+        }
+        taken: dict[str, list[float]] = {what: [] for what in runs}
+        for i in range(len(texts)):  # in turns, so that a busy neighbour slows all of them
+            for what, run in runs.items():
+                start = time.perf_counter()
+                run(i)
+                taken[what].append(time.perf_counter() - start)
+    rows = [row(name, what, seconds) for what, seconds in taken.items()]
+    least = 1e3 * _seconds_to_read(engine)
+    return [*rows, Row(name, "weights", 1, least, least, least)]
+
+
+def under_load(name: str, engine: Engine, texts: list[str], callers: int) -> Row:
+    taken: list[list[float]] = [[] for _ in range(callers)]
+    with Router(engine, catalog_of(engine)) as router:
+        budget = float(np.mean(router.costs))
+
+        def call(who: int) -> None:
+            for text in texts[who::callers] or texts[:1]:
+                start = time.perf_counter()
+                router.route(text, budget)
+                taken[who].append(time.perf_counter() - start)
+
+        threads = [threading.Thread(target=call, args=(who,)) for who in range(callers)]
+        start = time.perf_counter()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        whole = time.perf_counter() - start
+    seconds = [each for some in taken for each in some]
+    return row(name, f"{callers} callers", seconds, len(seconds) / whole)
+
+
+def _seconds_to_read(engine: Engine) -> float:
+    """The network's bytes over the rate of a large copy, which reads and writes: 1 GiB on a GPU, 256 MiB on a CPU."""
+    on_gpu = engine.device.type == "cuda"
+    a = torch.ones(2**30 if on_gpu else 2**28, dtype=torch.uint8, device=engine.device)
+    b, best = torch.empty_like(a), np.inf
+    for _ in range(8):
+        start = time.perf_counter()
+        b.copy_(a)
+        if on_gpu:
+            torch.cuda.synchronize(engine.device)
+        best = min(best, time.perf_counter() - start)
+    read = engine.n_parameters * torch.finfo(engine.dtype).bits / 8
+    return float(read / (2 * len(a) / best))
+
+
+def row(name: str, what: str, seconds: list[float], calls_per_s: float | None = None) -> Row:
+    p50, p95, p99 = (float(1e3 * x) for x in np.percentile(seconds, [50, 95, 99]))
+    return Row(name, what, len(seconds), p50, p95, p99, calls_per_s)
+
+
+def table(title: str, rows: list[Row]) -> Table:
+    shown = Table(title=title, title_justify="left")
+    for column in ("", "calls", "p50", "p95", "p99", "calls/s"):
+        shown.add_column(column, justify="left" if not column else "right")
+    for r in rows:
+        rate = "" if r.calls_per_s is None else f"{r.calls_per_s:,.1f}"
+        shown.add_row(r.what, str(r.calls), f"{r.p50:.3f}", f"{r.p95:.3f}", f"{r.p99:.3f}", rate)
+    return shown
+
+
+def write(path: Path, rows: list[Row], device: torch.device) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, [*asdict(rows[0]), "setting"])
+        writer.writeheader()
+        for r in rows:
+            values = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in asdict(r).items()}
+            writer.writerow(values | {"setting": setting(device)})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+"""Prompts and tokens per second, text to coefficients, beside transformers in the same run: python -m bench.throughput.
+
+``engine``: Engine.coefficients on all prompts. ``reference``: transformers, one prompt at a time, as P2L is served today.
+``hf-batched``: transformers as fast as it goes: sorted by length, padded batches of the size that was fastest here, SDPA, and
+compiled too with --compile. All three tokenise; they run in turns, and medians count. Tokens are those that were computed:
+those of a shared prefix are not counted for the engine, nor padding for the others. Utilisation: the FLOPs that the model
+needs for these tokens, over the rate of a large matrix product in the same type, measured in the same run. ``after theta``:
+win rates, one budget per prompt and score for all prompts, as a share of the engine's time. ``elsewhere``: its time outside
+matrix products and attention. Lengths: bench/subjects.py, or --prompts FILE.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from bench import subjects
+from bench.peers import Transformers
+from bench.setting import matrix_rate, setting
+from p2l_engine import Engine, checkpoint, routing
+from p2l_engine.checkpoint import Checkpoint
+from p2l_engine.engine import natural_dtype
+from p2l_engine.packing import Packed
+
+BUDGETS = {"cpu": (512, 1024, 2048, 4096), "cuda": (8192, 16384, 32768, 65536)}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. after_theta: seconds of routing as a share of the engine's; gib: peak of the device's memory."""
+
+    model: str
+    path: str
+    prompts: int
+    tokens: int
+    seconds: float
+    prompts_per_s: float
+    tokens_per_s: float
+    times_reference: float | None
+    utilisation: float | None
+    after_theta: float | None = None
+    elsewhere: float | None = None
+    gib: float | None = None
+    largest_difference: float | None = None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="+", choices=subjects.ARCHITECTURES, help="architectures with random weights")
+    parser.add_argument("--checkpoint", help="a checkpoint instead: folder, hub name, or 'default'")
+    parser.add_argument("--prompts", type=Path, help="parquet or jsonl with a column 'prompt', instead of random ones")
+    parser.add_argument("--device", help="cpu or cuda; CUDA where there is one")
+    parser.add_argument("--count", type=int, help="prompts for the engine (300 on a CPU, 20,000 on a GPU)")
+    parser.add_argument("--peer-count", type=int, help="of these, prompts for hf-batched (all; 4,000)")
+    parser.add_argument("--reference-count", type=int, help="of these, prompts for the reference (100; 300)")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--models", type=int, default=130, help="models that random heads rank")
+    parser.add_argument("--compile", action="store_true", help="hf-batched also through torch.compile")
+    parser.add_argument("--csv", type=Path, help="also write the rows here")
+    arguments = parser.parse_args()
+    console = Console()
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cpu" and not torch.cuda.is_available():
+        console.print("no GPU here: the rows of the CPU alone")
+    names = arguments.model or ([] if arguments.checkpoint else ["smollm2-135m"])
+    rows: list[Row] = []
+    for name in [*names, *([arguments.checkpoint] if arguments.checkpoint else [])]:
+        found = bench(name, device, arguments, console)
+        rows += found
+        console.print(table(name, found))
+        if arguments.csv:
+            write(arguments.csv, rows, device)
+
+
+def bench(name: str, device: torch.device, arguments: argparse.Namespace, console: Console) -> list[Row]:
+    on_gpu = device.type == "cuda"
+    count = arguments.count or (20_000 if on_gpu else 300)
+    loaded, engine = subject(name, device, arguments.models)
+    texts = subjects.read_prompts(arguments.prompts, count) if arguments.prompts else subjects.prompts(count)
+    counts = {
+        "engine": len(texts),
+        "hf-batched": min(len(texts), arguments.peer_count or (4000 if on_gpu else count)),
+        "reference": min(len(texts), arguments.reference_count or (300 if on_gpu else 100)),
+    }
+    console.print(f"{name}: warm-up {engine.warmup():.1f} s")
+    rate = matrix_rate(device, engine.dtype)
+    peer = Transformers(loaded, device, engine.dtype)
+    budget = _fastest_budget(peer, texts[: counts["hf-batched"] // 4 or 1], device, console)
+    runs: dict[str, Callable[[list[str]], object]] = {
+        "engine": lambda some: engine.coefficients(some).theta,
+        "hf-batched": lambda some: peer.batched(some, budget),
+        "reference": peer.one_by_one,
+    }
+    seconds: dict[str, list[float]] = {path: [] for path in runs}
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    peak = None
+    for _ in range(arguments.rounds):
+        for path, run in runs.items():
+            start = time.perf_counter()
+            run(texts[: counts[path]])
+            seconds[path].append(time.perf_counter() - start)
+            if path == "engine" and on_gpu and peak is None:
+                held = sum(p.numel() * p.element_size() for p in peer.model.parameters())
+                peak = (torch.cuda.max_memory_allocated(device) - held) / 2**30
+    if arguments.compile:
+        peer.model = torch.compile(peer.model, dynamic=True)
+        counts["hf-batched compiled"] = counts["hf-batched"]
+        some = texts[: counts["hf-batched"]]
+        peer.batched(some, budget)
+        start = time.perf_counter()
+        peer.batched(some, budget)
+        seconds["hf-batched compiled"] = [time.perf_counter() - start]
+    tokens = engine.encoder.encode(texts)
+    packed = Packed.of(tokens, engine.backbone.prefix)
+    checked = texts[: counts["reference"]]
+    theirs = peer.one_by_one(checked)[:, : len(engine.models)]
+    difference = float(np.abs(engine.coefficients(checked).theta - theirs).max())
+    per_prompt = {path: float(np.median(runs)) / counts[path] for path, runs in seconds.items()}
+    rows = []
+    for path, each in per_prompt.items():
+        n = counts[path]
+        lengths = packed.lengths[:n] if path == "engine" else tuple(len(ids) for ids in tokens[:n])
+        shared = packed.shared[:n] if path == "engine" else (0,) * n
+        ours = path == "engine"
+        rows.append(
+            Row(
+                name, path, n, sum(lengths), each * n, 1 / each, sum(lengths) / (each * n),
+                per_prompt["reference"] / each, subjects.flops(loaded.config, lengths, shared) / (each * n) / rate,
+                _after_theta(engine, texts) / (each * n) if ours else None,
+                _elsewhere(engine, texts[:200]) if ours and not on_gpu else None,
+                peak if ours else None, difference if ours else None,
+            )
+        )  # fmt: skip
+    return rows
+
+
+def subject(name: str, device: torch.device, n_models: int) -> tuple[Checkpoint, Engine]:
+    """An architecture with random weights, or a checkpoint, and the engine over it."""
+    if name in subjects.ARCHITECTURES:
+        loaded = subjects.checkpoint(name, n_models, device, natural_dtype(device))
+    else:
+        loaded = checkpoint.load(None if name == "default" else name)
+    return loaded, Engine(loaded, device)
+
+
+def _fastest_budget(peer: Transformers, texts: list[str], device: torch.device, console: Console) -> int:
+    """The tokens of a padded batch at which hf-batched is fastest on some of the prompts."""
+    seconds = {}
+    for budget in BUDGETS[device.type]:
+        peer.batched(texts[:8], budget)
+        start = time.perf_counter()
+        peer.batched(texts, budget)
+        seconds[budget] = time.perf_counter() - start
+    best = min(seconds, key=lambda budget: seconds[budget])
+    console.print(f"hf-batched: {best} tokens to a batch, the fastest of {', '.join(map(str, seconds))}")
+    return best
+
+
+def _after_theta(engine: Engine, texts: list[str]) -> float:
+    """Seconds of win rates, one budget per prompt and the score for all prompts, where the engine keeps its arrays."""
+    m = len(engine.models)
+    theta = torch.randn(len(texts), m, device=engine.device)
+    given = theta if engine.device.type == "cuda" else theta.numpy()
+    q, costs = np.full(m, 1 / m), np.random.default_rng(0).exponential(size=m)
+    for timed in (False, True):
+        start = time.perf_counter()
+        v = routing.win_rates(given, q)
+        policies = routing.solve_budget(v, costs, float(costs.mean()))
+        score = routing.bt_score(given, q, policies.value)
+        _ = score.cpu() if isinstance(score, torch.Tensor) else score
+        if timed:
+            return time.perf_counter() - start
+    raise AssertionError
+
+
+def _elsewhere(engine: Engine, texts: list[str]) -> float:
+    """The share of the engine's time that is not in matrix products and attention (torch's profiler, one round)."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
+        start = time.perf_counter()
+        engine.coefficients(texts)
+        seconds = time.perf_counter() - start
+    inside = ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise", "aten::_scaled_dot_product_flash_attention_for_cpu")
+    microseconds = sum(float(e.self_cpu_time_total) for e in profiled.key_averages() if e.key in inside)
+    return 1 - microseconds / 1e6 / seconds
+
+
+def table(name: str, rows: list[Row]) -> Table:
+    shown = Table(title=name, title_justify="left")
+    for column in ("", "prompts", "prompts/s", "tokens/s", "x ref.", "utilised", "after theta", "elsewhere", "GiB"):
+        shown.add_column(column, justify="left" if not column else "right")
+    for r in rows:
+        percent = [None if x is None else f"{100 * x:.1f}%" for x in (r.utilisation, r.after_theta, r.elsewhere)]
+        shown.add_row(
+            r.path, f"{r.prompts:,}", f"{r.prompts_per_s:,.1f}", f"{r.tokens_per_s:,.0f}",
+            f"{r.times_reference:.2f}", *percent, None if r.gib is None else f"{r.gib:.1f}",
+        )  # fmt: skip
+    return shown
+
+
+def write(path: Path, rows: list[Row], device: torch.device) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, [*asdict(rows[0]), "setting"])
+        writer.writeheader()
+        for row in rows:
+            values = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in asdict(row).items()}
+            writer.writerow(values | {"setting": setting(device)})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""CUDA graphs for single prompts: the whole forward pass as one launch.
+
+A single prompt keeps a GPU busy for so short a time that launching its kernels one by one takes longer than they do. One graph
+is captured for each bucket of tokens; a prompt runs in the smallest that holds it, with a filler prompt in what is left over.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from p2l_engine.packing import Packed, Tokens
+
+BUCKETS = (16, 32, 64, 128, 256, 512)  # own tokens: those behind a shared prefix
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    inputs: Packed  # on the device, read by the graph
+    host_inputs: Tensor
+    out: Tensor  # [2, K]: the prompt's, then the filler's
+    host_out: Tensor
+
+
+class Graphs:
+    """Captured forward passes of ``forward``: packed tokens on the device -> outputs [n, K]. Safe from several threads."""
+
+    def __init__(self, forward: Callable[[Packed], Tensor], prefix: Tokens | None, device: torch.device) -> None:
+        self.prefix, self.device = prefix, device
+        self._lock = threading.Lock()
+        pool: Any = None
+        self._captured: dict[int, _Captured] = {}
+        for bucket in sorted(BUCKETS, reverse=True):  # the largest first: the others find their memory in its pool
+            captured = self._capture(forward, bucket, pool)
+            pool = pool or captured.graph.pool()
+            self._captured[bucket] = captured
+
+    def run(self, ids: Tokens) -> npt.NDArray[np.float32] | None:
+        """The outputs [K] of one prompt; None where no graph takes it: too long, or without the shared prefix."""
+        own = len(ids) - (0 if self.prefix is None else len(self.prefix))
+        bucket = next((b for b in BUCKETS if b >= own), None)
+        if bucket is None:
+            return None
+        packed = Packed.of([ids], self.prefix, fill=bucket)
+        if self.prefix is not None and not packed.shared[0]:
+            return None
+        captured = self._captured[bucket]
+        with self._lock, torch.inference_mode():
+            captured.host_inputs.copy_(packed.buffer)
+            captured.inputs.buffer.copy_(captured.host_inputs, non_blocking=True)
+            captured.graph.replay()
+            captured.host_out.copy_(captured.out, non_blocking=True)
+            torch.cuda.current_stream(self.device).synchronize()
+            return np.array(captured.host_out[0].numpy())
+
+    def _capture(self, forward: Callable[[Packed], Tensor], bucket: int, pool: Any) -> _Captured:
+        prefix = np.zeros(0, np.int32) if self.prefix is None else self.prefix
+        # As long as they get: the sizes that attention is launched with are those of this prompt.
+        longest = np.concatenate([prefix, np.zeros(bucket, np.int32)]).astype(np.int32)
+        packed = Packed.of([longest], self.prefix, fill=bucket)
+        inputs = packed.to(self.device)
+        with torch.inference_mode():
+            side = torch.cuda.Stream(self.device)
+            side.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(side):
+                for _ in range(2):
+                    forward(inputs)
+            torch.cuda.current_stream(self.device).wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                out = forward(inputs)
+            host_inputs = torch.empty(packed.buffer.shape, dtype=torch.int32, pin_memory=True)
+            host_out = torch.empty(out.shape, dtype=out.dtype, pin_memory=True)
+        return _Captured(graph, inputs, host_inputs, out, host_out)
+
+
+class CompileWatch:
+    """Logs a warning for every kernel that Triton compiles from here on: after a warm-up there should be none."""
+
+    _watching = False
+
+    @classmethod
+    def start(cls) -> None:
+        """Once for the process, however often it is called; a hook that is there already is called too."""
+        if cls._watching:
+            return
+        cls._watching = True
+        from triton import knobs
+
+        before = knobs.runtime.jit_post_compile_hook
+
+        def compiled(**details: Any) -> bool | None:
+            name = getattr(details.get("fn"), "name", "a kernel")
+            logger.warning("Triton compiled %s after the warm-up: this call had to wait for it", name)
+            return before(**details) if before is not None else None
+
+        knobs.runtime.jit_post_compile_hook = compiled

@@ -1,0 +1,94 @@
+"""The engine on a GPU: against transformers, captured graphs against eager passes, and no compilation after the warm-up."""
+
+from __future__ import annotations
+
+import logging
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+from bench import subjects
+from bench.peers import Transformers
+from p2l_engine import Engine
+from p2l_engine.graphs import BUCKETS
+from p2l_engine.packing import Packed
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture(scope="module", params=["smollm2-135m", "qwen2.5-0.5b"])
+def pair(request):
+    """An engine in bfloat16, warmed up, and transformers with the same weights."""
+    loaded = subjects.checkpoint(request.param, 130, CUDA, torch.bfloat16)
+    engine = Engine(loaded, "cuda")
+    engine.warmup()
+    return engine, Transformers(loaded, CUDA, torch.float32)
+
+
+def test_theta_is_that_of_transformers(pair):
+    engine, peer = pair
+    texts = subjects.prompts(400, seed=1)
+    theirs = peer.batched(texts, 8192)[:, :130]
+    ours = engine.coefficients(texts).theta
+    scale = theirs.std()
+    assert np.abs(ours - theirs).mean() < 2e-2 * scale
+    # Rounding may exchange two models that are all but equal; what counts is how good the chosen one is.
+    chosen = theirs[np.arange(400), ours.argmax(1)]
+    assert (theirs.max(1) - chosen < 2e-2 * scale).mean() >= 0.99
+
+
+def test_a_graph_gives_what_an_eager_pass_gives(pair):
+    engine, _ = pair
+    prefix = engine.backbone.prefix
+    for own in sorted({1, 2, 3, *BUCKETS, *(b + 1 for b in BUCKETS), *(b - 1 for b in BUCKETS)}):
+        ids = np.concatenate([prefix, np.random.default_rng().integers(0, 8000, own)]).astype(np.int32)
+        graphed = engine._graphs.run(ids)
+        assert (graphed is None) == (own > BUCKETS[-1])
+        if graphed is not None:
+            with torch.inference_mode():
+                eager = engine.outputs(engine.backbone(Packed.of([ids], prefix).to(CUDA))).cpu().numpy()[0]
+            np.testing.assert_allclose(graphed, eager, atol=2e-2 * eager.std())
+    assert engine._graphs.run(ids[1:]) is None  # not behind the prefix
+
+
+def test_nothing_compiles_after_the_warm_up(pair, caplog):
+    engine, _ = pair
+    with caplog.at_level(logging.WARNING):
+        for count in (1, 2, 3, 15, 16, 17, 32, 100, 1000):
+            engine.coefficients(subjects.prompts(count, seed=count))
+    assert "Triton compiled" not in caplog.text
+
+
+def test_a_shared_prefix_changes_nothing(pair):
+    engine, _ = pair
+    texts = subjects.prompts(100, seed=2)
+    prefix, shared = engine.backbone.prefix, engine.coefficients(texts).theta
+    assert len(prefix) >= 16
+    engine.backbone.share(None)
+    try:
+        alone = engine.coefficients(texts).theta
+    finally:
+        engine.backbone.share(prefix)
+    assert np.abs(shared - alone).mean() < 2e-2 * alone.std()
+
+
+def test_many_threads_share_a_card(pair):
+    engine, _ = pair
+    texts = subjects.prompts(64, seed=3)
+    alone = np.concatenate([engine.coefficients([text]).theta for text in texts])
+    with ThreadPoolExecutor(16) as pool:
+        together = np.concatenate([c.theta for c in pool.map(lambda text: engine.coefficients([text]), texts)])
+    np.testing.assert_allclose(together, alone, atol=2e-2 * alone.std())
+
+
+def test_the_largest_batches_fit_on_a_small_card():
+    """7B in bfloat16, batches of 32,768 tokens: at most 24 GiB."""
+    engine = Engine(subjects.checkpoint("qwen2.5-7b", 130, CUDA, torch.bfloat16), "cuda")
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    engine.coefficients(["word " * 300] * 120)
+    assert torch.cuda.max_memory_allocated() < 24 * 2**30
