@@ -10,6 +10,7 @@ import argparse
 import csv
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -100,19 +101,34 @@ def after(d: int) -> list[Row]:
         rate = torch.rand(n, device="cuda", dtype=torch.float64)
         head, out = _bytes(hidden) + _bytes(weight) + _bytes(theta), f"{n} x {d} -> {MODELS}"
         square = f"{n} x {MODELS}"
+        given = (hidden, weight, bias, norm, 1e-5)
+        fused = (hidden, weight, bias, q, norm, 1e-5)
         rows += [
-            _row("pool_head", out, head, lambda h=hidden: pool_head.pool_head(h, weight, bias, norm, 1e-5),
-                 lambda h=hidden: pool_head.pool_head_reference(h, weight, bias, norm, 1e-5)),
-            _row("pool_head_win_rates", out, head + _bytes(v),
-                 lambda h=hidden: pool_head_win_rates.pool_head_win_rates(h, weight, bias, q, norm, 1e-5),
-                 lambda h=hidden: pool_head_win_rates.pool_head_win_rates_reference(h, weight, bias, q, norm, 1e-5)),
-            _row("win_rates", square, 2 * _bytes(theta), lambda t=theta: win_rates.win_rates(t, q),
-                 lambda t=theta: win_rates.win_rates_reference(t, q)),
-            _row("budget_lp", square, _bytes(v), lambda w=v, b=limits: budget_lp.budget_lp(w, costs, b), None),
-            _row("bt_score", square, _bytes(theta), lambda t=theta, r=rate: bt_score.bt_score(t, q, r), None),
-            _row("mean_outcomes", square, _bytes(theta), lambda t=theta: outcomes.mean_outcomes(t),
-                 lambda t=theta: outcomes.mean_outcomes_reference(t)),
-        ]  # fmt: skip
+            _row("pool_head", out, head, partial(pool_head.pool_head, *given), partial(pool_head.pool_head_reference, *given)),
+            _row(
+                "pool_head_win_rates",
+                out,
+                head + _bytes(v),
+                partial(pool_head_win_rates.pool_head_win_rates, *fused),
+                partial(pool_head_win_rates.pool_head_win_rates_reference, *fused),
+            ),
+            _row(
+                "win_rates",
+                square,
+                2 * _bytes(theta),
+                partial(win_rates.win_rates, theta, q),
+                partial(win_rates.win_rates_reference, theta, q),
+            ),
+            _row("budget_lp", square, _bytes(v), partial(budget_lp.budget_lp, v, costs, limits), None),
+            _row("bt_score", square, _bytes(theta), partial(bt_score.bt_score, theta, q, rate), None),
+            _row(
+                "mean_outcomes",
+                square,
+                _bytes(theta),
+                partial(outcomes.mean_outcomes, theta),
+                partial(outcomes.mean_outcomes_reference, theta) if n <= PROMPTS else None,
+            ),
+        ]
     return rows
 
 
