@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from p2l_engine import backbone, checkpoint
+from p2l_engine import backbone, checkpoint, cpu
 from p2l_engine.backbone import PackedDecoder
 from p2l_engine.checkpoint import Checkpoint
 from p2l_engine.graphs import CompileWatch, Graphs
@@ -61,6 +61,8 @@ class Engine:
             raise ValueError(f"device: expected cpu or cuda, got {str(self.device)!r}")
         if self.device.type == "cuda" and (self.device.index or 0) >= torch.cuda.device_count():
             raise ValueError(f"device: {str(self.device)!r} is not here: {torch.cuda.device_count()} CUDA devices are")
+        if self.device.type == "cpu":
+            cpu.limit_threads()
         self.dtype = dtype or natural_dtype(self.device)
         self.models, self.feedback, self.folder = loaded.models, loaded.feedback, loaded.folder
         self.encoder = PromptEncoder(loaded.tokenizer)
@@ -258,11 +260,4 @@ def natural_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 on CUDA and on CPUs that multiply it in hardware, else float32."""
     if device.type != "cpu":
         return torch.bfloat16
-    return torch.bfloat16 if cpu_multiplies_bf16() else torch.float32
-
-
-def cpu_multiplies_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices in hardware: AMX or AVX512-BF16."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and any(
-        probe() for probe in (torch.cpu._is_amx_tile_supported, torch.cpu._is_avx512_bf16_supported)
-    )
+    return torch.bfloat16 if cpu.multiplies_bf16() else torch.float32

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from transformers import GPT2Config, LlamaConfig
 
-from p2l_engine import Engine
+from p2l_engine import Engine, cpu
+from p2l_engine.engine import TOKENS_PER_BATCH
+from p2l_engine.errors import PromptError
+from p2l_engine.graphs import CompileWatch
 from p2l_engine.packing import Packed, batches
 from tests import tiny
 
@@ -138,3 +142,67 @@ def test_batches_keep_every_prompt_within_the_budget():
     found = batches(lengths, 256)
     assert sorted(i for batch in found for i in batch) == list(range(200))
     assert all(sum(lengths[i] for i in batch) <= 256 or len(batch) == 1 for batch in found)
+
+
+def test_chunks_are_tokenised_ahead_and_every_prompt_comes_once(tmp_path, monkeypatch):
+    engine = Engine.from_pretrained(tiny.write(tmp_path), device="cpu", dtype=torch.float32)
+    prompts = [f"{i} " * (1 + i % 7) for i in range(50)]
+    whole = engine.coefficients(prompts).theta
+    monkeypatch.setattr("p2l_engine.engine.PROMPTS_PER_CHUNK", 8)
+    monkeypatch.setitem(TOKENS_PER_BATCH, "cpu", 64)
+    np.testing.assert_allclose(engine.coefficients(prompts).theta, whole, atol=1e-5)
+    batches_seen = list(engine.stream(prompts, lambda hidden, rows: (torch.from_numpy(rows),)))
+    assert sorted(i for rows, _ in batches_seen for i in rows) == list(range(50))
+    assert all((rows == given).all() for rows, (given,) in batches_seen)
+    with pytest.raises(PromptError, match=r"prompts\[41\]"):
+        engine.coefficients([*prompts[:41], []])
+    monkeypatch.setattr(engine.encoder, "_tokens", lambda texts: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        engine.coefficients(prompts)
+
+
+def test_a_warm_up_changes_nothing(tmp_path):
+    engine = Engine.from_pretrained(tiny.write(tmp_path), device="cpu", dtype=torch.float32)
+    before = engine.coefficients(PROMPTS).theta
+    assert engine.warmup() > 0
+    np.testing.assert_array_equal(engine.coefficients(PROMPTS).theta, before)
+    assert engine.forward(engine.encoder.encode(PROMPTS[:3])).shape == (3, 6)
+
+
+def test_late_compilation_is_logged(caplog, monkeypatch):
+    from triton import knobs
+
+    calls = []
+    monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", lambda **details: calls.append(details))
+    monkeypatch.setattr(CompileWatch, "_watching", False)
+    CompileWatch.start()
+    CompileWatch.start()
+    with caplog.at_level(logging.WARNING):
+        knobs.runtime.jit_post_compile_hook(fn=SimpleNamespace(name="kernel_x"), key="k")
+    assert caplog.text.count("Triton compiled kernel_x after the warm-up") == 1
+    assert calls == [{"fn": SimpleNamespace(name="kernel_x"), "key": "k"}]
+
+
+def test_threads_are_those_of_the_container(tmp_path, monkeypatch):
+    everything = cpu.available(tmp_path)  # no cgroup files: the affinity
+    assert everything >= 1
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert cpu.available(tmp_path) == everything
+    (tmp_path / "cpu.max").write_text("50000 100000\n")
+    assert cpu.available(tmp_path) == 1
+    (tmp_path / "cpu.max").unlink()
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("-1\n")
+    (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
+    assert cpu.available(tmp_path) == everything
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(cpu, "available", lambda: 1)
+    try:
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")
+        cpu.limit_threads()
+        assert torch.get_num_threads() == threads
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        cpu.limit_threads()
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(threads)
