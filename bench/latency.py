@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -54,7 +55,7 @@ def main() -> None:
     parser.add_argument("--models", type=int, default=130, help="models that random heads rank")
     parser.add_argument("--csv", type=Path, help="also write the rows here")
     arguments = parser.parse_args()
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cpu" and not torch.cuda.is_available():
         console.print("no GPU here: the rows of the CPU alone")

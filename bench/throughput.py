@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -36,13 +37,21 @@ BUDGETS = {"cpu": (512, 1024, 2048, 4096), "cuda": (8192, 16384, 32768, 65536)}
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. after_theta: seconds of routing as a share of the engine's; gib: peak of the device's memory."""
+    """One line of the table.
+
+    lengths: 5%, 25%, 50%, 75%, 95% and mean of the prompts' tokens, the template's among them; seconds: median of the rounds,
+    and the fastest and slowest; after_theta: seconds of routing as a share of the engine's; gib: peak of the device's memory;
+    largest_difference: of theta to the reference's, beside theta's standard deviation.
+    """
 
     model: str
     path: str
     prompts: int
     tokens: int
+    lengths: str
     seconds: float
+    fastest: float
+    slowest: float
     prompts_per_s: float
     tokens_per_s: float
     times_reference: float | None
@@ -51,6 +60,7 @@ class Row:
     elsewhere: float | None = None
     gib: float | None = None
     largest_difference: float | None = None
+    deviation: float | None = None
 
 
 def main() -> None:
@@ -67,7 +77,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="hf-batched also through torch.compile")
     parser.add_argument("--csv", type=Path, help="also write the rows here")
     arguments = parser.parse_args()
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cpu" and not torch.cuda.is_available():
         console.print("no GPU here: the rows of the CPU alone")
@@ -125,6 +135,8 @@ def bench(name: str, device: torch.device, arguments: argparse.Namespace, consol
     checked = texts[: counts["reference"]]
     theirs = peer.one_by_one(checked)[:, : len(engine.models)]
     difference = float(np.abs(engine.coefficients(checked).theta - theirs).max())
+    whole = [len(ids) for ids in tokens]
+    percentiles = " ".join(f"{x:.0f}" for x in (*np.percentile(whole, [5, 25, 50, 75, 95]), np.mean(whole)))
     per_prompt = {path: float(np.median(runs)) / counts[path] for path, runs in seconds.items()}
     rows = []
     for path, each in per_prompt.items():
@@ -134,11 +146,12 @@ def bench(name: str, device: torch.device, arguments: argparse.Namespace, consol
         ours = path == "engine"
         rows.append(
             Row(
-                name, path, n, sum(lengths), each * n, 1 / each, sum(lengths) / (each * n),
+                name, path, n, sum(lengths), percentiles, each * n, min(seconds[path]), max(seconds[path]), 1 / each,
+                sum(lengths) / (each * n),
                 per_prompt["reference"] / each, subjects.flops(loaded.config, lengths, shared) / (each * n) / rate,
                 _after_theta(engine, texts) / (each * n) if ours else None,
                 _elsewhere(engine, texts[:200]) if ours and not on_gpu else None,
-                peak if ours else None, difference if ours else None,
+                peak if ours else None, difference if ours else None, float(theirs.std()) if ours else None,
             )
         )  # fmt: skip
     return rows

@@ -24,7 +24,8 @@ from p2l_engine.packing import Packed, Tokens, batches
 from p2l_engine.prompts import Prompt, PromptEncoder, user_turns
 from p2l_engine.regression import FeedbackModel
 
-TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 32768}
+# On a CPU each batch reads all weights anew: at 512 tokens that takes as long again as the products.
+TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 32768}
 PROMPTS_PER_CHUNK = 4096  # tokenised together, one chunk ahead of the forward pass
 BATCHES_IN_FLIGHT = 3  # on a GPU: enough that it never waits for the host
 LEAST_PREFIX = 8  # tokens: below this, sharing saves less than it costs
