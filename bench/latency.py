@@ -66,7 +66,9 @@ def main() -> None:
         loaded, engine = subject(name, device, arguments.models)
         console.print(f"{name}: warm-up {engine.warmup():.1f} s")
         texts = prompts_of(engine, arguments.tokens, calls)
-        found = stages(name, engine, texts, Transformers(loaded, device, engine.dtype))
+        peer = Transformers(loaded, device, engine.dtype)
+        loaded.weights.clear()  # both have them now
+        found = stages(name, engine, texts, peer)
         found += [under_load(name, engine, texts, callers) for callers in arguments.callers]
         console.print(table(f"{name}, {arguments.tokens} tokens, milliseconds", found))
         rows += found

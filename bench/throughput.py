@@ -104,6 +104,7 @@ def bench(name: str, device: torch.device, arguments: argparse.Namespace, consol
     console.print(f"{name}: warm-up {engine.warmup():.1f} s")
     rate = matrix_rate(device, engine.dtype)
     peer = Transformers(loaded, device, engine.dtype)
+    loaded.weights.clear()  # both have them now: a third copy would only take memory
     budget = _fastest_budget(peer, texts[: counts["hf-batched"] // 4 or 1], device, console)
     runs: dict[str, Callable[[list[str]], object]] = {
         "engine": lambda some: engine.coefficients(some).theta,

@@ -1,8 +1,8 @@
 """Many callers, one engine: calls that arrive together are gathered into one packed batch.
 
 A call that finds the engine idle runs at once, in its own thread. Calls that arrive while it is busy wait for it and then go
-together; while several callers keep coming, a batch also waits a moment for the next of them, at most ``wait`` seconds after
-its first arrived.
+together. Callers who have just been served often come back at once: when calls are waiting as a batch ends, the next one
+lingers until as many are there as there were, at most ``wait`` seconds.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from p2l_engine.prompts import Prompt, user_turns
 
 R = TypeVar("R")
 
-WAIT = 0.0005  # seconds
+WAIT = 0.0008  # seconds
 CALLS_PER_BATCH = 512
 
 
@@ -29,13 +29,13 @@ class _Call(Generic[R]):
     prompt: Prompt
     finish: Callable[[Coefficients], R]  # what the caller wants of its coefficients
     future: Future[R] = field(default_factory=Future)
-    arrived: float = field(default_factory=monotonic)
 
 
 class Batcher:
     """Runs the prompts of concurrent callers through one engine.
 
-    wait: seconds, >= 0: how long a gathered call may wait for others. Each caller gets its own result or its own error.
+    wait: seconds, >= 0: how long a call may wait for others while the engine is free. Each caller gets its own result or its
+    own error.
     """
 
     def __init__(self, engine: Engine, wait: float = WAIT) -> None:
@@ -47,7 +47,7 @@ class Batcher:
         self._engine_free = threading.Lock()
         self._worker: threading.Thread | None = None
         self._closed = False
-        self._several, self._finished = False, 0.0  # whether the last batch had several callers, and when it ended
+        self._callers, self._ended = 0, 0.0  # when the last batch ended, and how many it served or kept waiting
 
     def run(self, prompt: Prompt, finish: Callable[[Coefficients], R]) -> R:
         """``finish`` of the prompt's coefficients; raises what either of them raises."""
@@ -55,6 +55,7 @@ class Batcher:
             try:
                 coefficients = self.engine.coefficients([prompt])
             finally:
+                self._end(1)
                 self._engine_free.release()
             return finish(coefficients)
         return self.submit(prompt, finish).result()
@@ -88,38 +89,40 @@ class Batcher:
                 if not self._waiting:
                     return
             with self._engine_free:
-                self._run(self._gathered())
-            self._finished = monotonic()
+                self._end(self._run(self._gathered()))
 
     def _gathered(self) -> list[_Call[object]]:
         with self._changed:
-            first = self._waiting[0].arrived
-            until = first + self.wait if self._several and first < self._finished + self.wait else 0.0
-            while len(self._waiting) < CALLS_PER_BATCH and not self._closed and (left := until - monotonic()) > 0:
+            enough, until = min(self._callers, CALLS_PER_BATCH), self._ended + self.wait
+            while len(self._waiting) < enough and not self._closed and (left := until - monotonic()) > 0:
                 self._changed.wait(left)
             calls = [self._waiting.popleft() for _ in range(min(len(self._waiting), CALLS_PER_BATCH))]
-        self._several = len(calls) > 1
         return [call for call in calls if call.future.set_running_or_notify_cancel()]
 
-    def _run(self, calls: list[_Call[object]]) -> None:
+    def _end(self, served: int) -> None:
+        self._callers, self._ended = served + len(self._waiting), monotonic()
+
+    def _run(self, calls: list[_Call[object]]) -> int:
+        """Settles every call; returns how many there were. Nothing here may outlive it: a call holds on to its router."""
         readable = []
         for call in calls:
             try:
                 user_turns(call.prompt)
                 readable.append(call)
-            except Exception as error:
+            except BaseException as error:
                 call.future.set_exception(error)
         try:
             together = self.engine.coefficients([call.prompt for call in readable])
-        except Exception as error:
+        except BaseException as error:
             if len(readable) == 1:
                 readable[0].future.set_exception(error)
-                return
+                return len(calls)
             for call in readable:  # one at a time, so that the fault stays with its owner
                 self._run([call])
-            return
+            return len(calls)
         for i, call in enumerate(readable):
             try:
                 call.future.set_result(call.finish(together.row(i)))
-            except Exception as error:
+            except BaseException as error:
                 call.future.set_exception(error)
+        return len(calls)
