@@ -7,9 +7,8 @@ Bytes: what has to be read and written once. Medians of Triton's own do_bench, w
 from __future__ import annotations
 
 import argparse
-import csv
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from bench.setting import setting
+from bench.setting import write_rows
 from p2l_engine.kernels import (
     bt_score,
     budget_lp,
@@ -62,11 +61,7 @@ def main() -> None:
         shown.add_row(row.kernel, row.shape, f"{row.microseconds:.1f}", twin, f"{row.gb_s:.0f}")
     console.print(shown)
     if arguments.csv:
-        arguments.csv.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.csv.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, [*asdict(rows[0]), "setting"])
-            writer.writeheader()
-            writer.writerows(asdict(row) | {"setting": setting(torch.device("cuda"))} for row in rows)
+        write_rows(arguments.csv, rows, torch.device("cuda"))
 
 
 def decoder(d: int, inner: int, heads: int, kv_heads: int, size: int) -> list[Row]:

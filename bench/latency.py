@@ -10,13 +10,11 @@ that a forward pass can take.
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -25,7 +23,7 @@ from rich.table import Table
 
 from bench import subjects
 from bench.peers import Transformers
-from bench.setting import setting
+from bench.setting import add_subjects, write_rows
 from bench.throughput import subject
 from p2l_engine import Catalog, Engine, Router
 from p2l_engine.catalog import CatalogModel
@@ -46,14 +44,10 @@ class Row:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="+", choices=subjects.ARCHITECTURES, help="architectures with random weights")
-    parser.add_argument("--checkpoint", help="a checkpoint instead: folder, hub name, or 'default'")
-    parser.add_argument("--device", help="cpu or cuda; CUDA where there is one")
+    add_subjects(parser)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--calls", type=int, help="of each kind (100 on a CPU, 500 on a GPU)")
     parser.add_argument("--callers", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32, 64])
-    parser.add_argument("--models", type=int, default=130, help="models that random heads rank")
-    parser.add_argument("--csv", type=Path, help="also write the rows here")
     arguments = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 120)
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -73,7 +67,7 @@ def main() -> None:
         console.print(table(f"{name}, {arguments.tokens} tokens, milliseconds", found))
         rows += found
         if arguments.csv:
-            write(arguments.csv, rows, device)
+            write_rows(arguments.csv, rows, device)
 
 
 def prompts_of(engine: Engine, tokens: int, count: int) -> list[str]:
@@ -170,16 +164,6 @@ def table(title: str, rows: list[Row]) -> Table:
         rate = "" if r.calls_per_s is None else f"{r.calls_per_s:,.1f}"
         shown.add_row(r.what, str(r.calls), f"{r.p50:.3f}", f"{r.p95:.3f}", f"{r.p99:.3f}", rate)
     return shown
-
-
-def write(path: Path, rows: list[Row], device: torch.device) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, [*asdict(rows[0]), "setting"])
-        writer.writeheader()
-        for r in rows:
-            values = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in asdict(r).items()}
-            writer.writerow(values | {"setting": setting(device)})
 
 
 if __name__ == "__main__":

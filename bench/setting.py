@@ -1,14 +1,41 @@
-"""The machine that a speed was measured on, and how fast it multiplies matrices."""
+"""What the speed benchmarks have in common: arguments, the machine, its rate of matrix products, and rows as CSV."""
 
 from __future__ import annotations
 
+import argparse
+import csv
 import platform
 import time
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
+
+from bench.subjects import ARCHITECTURES
+
+
+def add_subjects(parser: argparse.ArgumentParser) -> None:
+    """The arguments for what is measured, where, and where the rows go."""
+    parser.add_argument("--model", nargs="+", choices=ARCHITECTURES, help="architectures with random weights")
+    parser.add_argument("--checkpoint", help="a checkpoint instead: folder, hub name, or 'default'")
+    parser.add_argument("--models", type=int, default=130, help="models that random heads rank")
+    parser.add_argument("--device", help="cpu or cuda; CUDA where there is one")
+    parser.add_argument("--csv", type=Path, help="also write the rows here")
+
+
+def write_rows(path: Path, rows: Sequence[Any], device: torch.device) -> None:
+    """Dataclass instances of one kind as CSV, with the setting in a last column."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, [*asdict(rows[0]), "setting"])
+        writer.writeheader()
+        for row in rows:
+            values = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in asdict(row).items()}
+            writer.writerow(values | {"setting": setting(device)})
 
 
 def setting(device: torch.device) -> str:

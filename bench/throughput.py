@@ -12,11 +12,10 @@ matrix products and attention. Lengths: bench/subjects.py, or --prompts FILE.
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,7 @@ from rich.table import Table
 
 from bench import subjects
 from bench.peers import Transformers
-from bench.setting import matrix_rate, setting
+from bench.setting import add_subjects, matrix_rate, write_rows
 from p2l_engine import Engine, checkpoint, routing
 from p2l_engine.checkpoint import Checkpoint
 from p2l_engine.engine import natural_dtype
@@ -65,17 +64,13 @@ class Row:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="+", choices=subjects.ARCHITECTURES, help="architectures with random weights")
-    parser.add_argument("--checkpoint", help="a checkpoint instead: folder, hub name, or 'default'")
+    add_subjects(parser)
     parser.add_argument("--prompts", type=Path, help="parquet or jsonl with a column 'prompt', instead of random ones")
-    parser.add_argument("--device", help="cpu or cuda; CUDA where there is one")
     parser.add_argument("--count", type=int, help="prompts for the engine (300 on a CPU, 20,000 on a GPU)")
     parser.add_argument("--peer-count", type=int, help="of these, prompts for hf-batched (all; 4,000)")
     parser.add_argument("--reference-count", type=int, help="of these, prompts for the reference (100; 300)")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--models", type=int, default=130, help="models that random heads rank")
     parser.add_argument("--compile", action="store_true", help="hf-batched also through torch.compile")
-    parser.add_argument("--csv", type=Path, help="also write the rows here")
     arguments = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 120)
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -88,7 +83,7 @@ def main() -> None:
         rows += found
         console.print(table(name, found))
         if arguments.csv:
-            write(arguments.csv, rows, device)
+            write_rows(arguments.csv, rows, device)
 
 
 def bench(name: str, device: torch.device, arguments: argparse.Namespace, console: Console) -> list[Row]:
@@ -219,16 +214,6 @@ def table(name: str, rows: list[Row]) -> Table:
             f"{r.times_reference:.2f}", *percent, None if r.gib is None else f"{r.gib:.1f}",
         )  # fmt: skip
     return shown
-
-
-def write(path: Path, rows: list[Row], device: torch.device) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, [*asdict(rows[0]), "setting"])
-        writer.writeheader()
-        for row in rows:
-            values = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in asdict(row).items()}
-            writer.writerow(values | {"setting": setting(device)})
 
 
 if __name__ == "__main__":

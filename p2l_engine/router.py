@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -17,6 +14,7 @@ import torch
 from p2l_engine import routing
 from p2l_engine.batcher import WAIT, Batcher
 from p2l_engine.catalog import Catalog
+from p2l_engine.decision import Decision, Draws
 from p2l_engine.engine import Coefficients, Engine
 from p2l_engine.errors import CatalogError, InfeasibleBudget
 from p2l_engine.prompts import Prompt, user_turns
@@ -27,22 +25,6 @@ from p2l_engine.routing.values import compute
 
 Shares = Mapping[str | tuple[str, ...], float]
 Opponents = Literal["uniform"] | Mapping[str, float] | Sequence[float] | npt.NDArray[np.floating[Any]]
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """What the router decided for one prompt.
-
-    model: the chosen one, drawn from policy {name: probability}. expected_cost (the catalog's unit), win_rate (against the
-    opponents, in [0, 1]) and score (Bradley-Terry coefficient on the leaderboard's scale) are the policy's, before the draw.
-    """
-
-    model: str
-    policy: dict[str, float]
-    expected_cost: float
-    win_rate: float
-    score: float
-    why: str
 
 
 class Router:
@@ -82,7 +64,7 @@ class Router:
         self._columns = np.array([engine.models.index(name) for name in self.names])
         self._batcher = Batcher(engine, wait)
         weakref.finalize(self, self._batcher.close)
-        self._salt = hashlib.blake2b(str(seed).encode(), digest_size=16).digest()
+        self._draws = Draws(seed, self.names)
 
     def route(self, prompt: Prompt, budget: float | None = None, pacer: BudgetPacer | None = None) -> Decision:
         """The decision for one prompt; budget None is no budget. Raises PromptError, InfeasibleBudget.
@@ -182,8 +164,7 @@ class Router:
             if not sum(probabilities):
                 short = sum(not sum(other[1]) for other in found)
                 raise InfeasibleBudget(float(limits[i]), cost, i, short)
-            uniform = self._uniform(user_turns(prompts[i], i))
-            decisions.append(self._decision(bound, uniform, indices, probabilities, cost, value, score))
+            decisions.append(self._draws.decide(user_turns(prompts[i], i), bound, indices, probabilities, cost, value, score))
         return decisions
 
     def decide(
@@ -213,11 +194,11 @@ class Router:
             policies = routing.solve(Problem(v, self.costs, limits, budget_scope, resources, shares, allowed))
         value = self._bt_value(theta, v, policies.indices, policies.probabilities, policies.value)
         scores = native.bt_score(theta, self.q, value)
-        uniforms = [self._uniform(user_turns(prompt, i)) for i, prompt in enumerate(prompts)]
+        turns = [user_turns(prompt, i) for i, prompt in enumerate(prompts)]
         bound = "no budget" if budget is None else f"budget per {budget_scope}"
         columns = (policies.indices, policies.probabilities, policies.cost, policies.value, scores)
-        rows = zip(uniforms, *(column.tolist() for column in columns), strict=True)
-        return [self._decision(bound, *row) for row in rows]
+        rows = zip(turns, *(column.tolist() for column in columns), strict=True)
+        return [self._draws.decide(user, bound, *row) for user, *row in rows]
 
     def win_rates(self, coefficients: Coefficients) -> Float64:
         """What is maximised, [N, K] over the K models of ``names``: their win rates against the opponents."""
@@ -247,39 +228,6 @@ class Router:
                     raise ValueError(f"{argument}: expected models of the catalog, got {', '.join(unknown)}")
                 bounds.setdefault(group, {})[key] = share
         return [Share([self.names.index(n) for n in group], name=", ".join(group), **bound) for group, bound in bounds.items()]
-
-    def _uniform(self, turns: list[str]) -> float:
-        """A number in [0, 1) that depends on the seed and the user's turns alone."""
-        digest = hashlib.blake2b(json.dumps(turns).encode(), digest_size=8, key=self._salt).digest()
-        return (int.from_bytes(digest, "little") >> 11) / 2.0**53
-
-    def _decision(
-        self,
-        bound: str,
-        uniform: float,
-        indices: list[int],
-        probabilities: list[float],
-        cost: float,
-        value: float,
-        score: float,
-    ) -> Decision:
-        policy = {self.names[i]: p for i, p in zip(indices, probabilities, strict=True) if p > 0}
-        name = _draw(policy, uniform)
-        if len(policy) == 1:
-            why = f"highest win rate ({bound})"
-        else:
-            mix = ", ".join(f"{other} {p:.3f}" for other, p in policy.items())
-            why = f"highest win rate within the {bound}: a mix of {mix}; drawn by prompt and seed"
-        return Decision(name, policy, cost, value, score, why)
-
-
-def _draw(policy: dict[str, float], uniform: float) -> str:
-    """The model whose stretch of [0, 1), in the policy's order, holds the number."""
-    for name, probability in policy.items():
-        if uniform < probability:
-            return name
-        uniform -= probability
-    return name  # rounding may leave the sum of the probabilities a little under 1
 
 
 def _matched(catalog: Catalog, models: tuple[str, ...], unmatched: str) -> Catalog:

@@ -27,8 +27,8 @@ from p2l_engine.cli.inputs import (
     read_prompts,
     short,
 )
+from p2l_engine.decision import Decision
 from p2l_engine.prompts import Prompt, user_turns
-from p2l_engine.router import Decision
 
 
 def route(

@@ -1,0 +1,65 @@
+"""What the router decides for one prompt, and the draw from its policy."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What the router decided for one prompt.
+
+    model: the chosen one, drawn from policy {name: probability}. expected_cost (the catalog's unit), win_rate (against the
+    opponents, in [0, 1]) and score (Bradley-Terry coefficient on the leaderboard's scale) are the policy's, before the draw.
+    """
+
+    model: str
+    policy: dict[str, float]
+    expected_cost: float
+    win_rate: float
+    score: float
+    why: str
+
+
+class Draws:
+    """Draws from mixed policies over ``names``: the same seed and the same user's turns, the same draw, whatever the batch."""
+
+    def __init__(self, seed: int, names: Sequence[str]) -> None:
+        self.names = names
+        self._salt = hashlib.blake2b(str(seed).encode(), digest_size=16).digest()
+
+    def decide(
+        self,
+        turns: list[str],
+        bound: str,
+        indices: Sequence[int],
+        probabilities: Sequence[float],
+        cost: float,
+        value: float,
+        score: float,
+    ) -> Decision:
+        """The decision of a prompt whose policy mixes names[indices] under ``bound``, which its ``why`` names."""
+        policy = {self.names[i]: p for i, p in zip(indices, probabilities, strict=True) if p > 0}
+        if len(policy) == 1:
+            why = f"highest win rate ({bound})"
+        else:
+            mix = ", ".join(f"{name} {p:.3f}" for name, p in policy.items())
+            why = f"highest win rate within the {bound}: a mix of {mix}; drawn by prompt and seed"
+        return Decision(_draw(policy, self._uniform(turns)), policy, cost, value, score, why)
+
+    def _uniform(self, turns: list[str]) -> float:
+        """A number in [0, 1) that depends on the seed and the user's turns alone."""
+        digest = hashlib.blake2b(json.dumps(turns).encode(), digest_size=8, key=self._salt).digest()
+        return (int.from_bytes(digest, "little") >> 11) / 2.0**53
+
+
+def _draw(policy: dict[str, float], uniform: float) -> str:
+    """The model whose stretch of [0, 1), in the policy's order, holds the number."""
+    for name, probability in policy.items():
+        if uniform < probability:
+            return name
+        uniform -= probability
+    return name  # rounding may leave the sum of the probabilities a little under 1
