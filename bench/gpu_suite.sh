@@ -4,13 +4,14 @@
 #
 #   bench/gpu_suite.sh [FOLDER_OF_WHEELS] [FOLDER_OF_RESULTS]        (defaults: .whl, bench/results/gpu)
 #
-# Needs python3 with torch, triton, transformers, setuptools and pytest, a C compiler, and wheels of cffi, pycparser and highspy;
-# installs these wheels and this checkout (editable) into that python3.
+# Needs python3 with torch, triton, transformers, setuptools, wheel and pytest, a C compiler, and wheels of cffi, pycparser and
+# highspy. Installs into a folder of its own, not into that python3. Seven files of results at most.
 set -u -o pipefail
 cd "$(dirname "$0")/.."
 wheels=${1:-.whl}
 results=${2:-bench/results/gpu}
 mkdir -p "$results"
+site=$(mktemp -d)
 exec > >(tee "$results/suite.log") 2>&1
 started=$SECONDS
 failed=0
@@ -32,15 +33,22 @@ step() { # name, seconds it may take, command
     ((status == 0)) || failed=1
 }
 
-export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=true
+# The installed package must win over the folder of the same name here, which lacks kernels/ and the native core.
+export PYTHONUNBUFFERED=1 PYTHONSAFEPATH=1 PYTHONPATH="$site:$PWD" TOKENIZERS_PARALLELISM=true
 nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
-step wheels 60 python3 -m pip install -q --no-index --no-deps --no-compile "$wheels"/*.whl
-step install 90 python3 -m pip install -q --no-index --no-deps --no-build-isolation -e .
-step tests 150 python3 -m pytest -q --no-header -p no:cacheprovider tests/test_kernels.py tests/test_gpu.py -k gpu
-step kernels 60 python3 -m bench.kernels --csv "$results/kernels.csv"
-for model in smollm2-135m qwen2.5-0.5b qwen2.5-1.5b qwen2.5-7b; do
-    step "latency $model" 40 python3 -m bench.latency --model $model --csv "$results/latency-$model.csv"
-    step "throughput $model" 75 python3 -m bench.throughput --model $model --csv "$results/throughput-$model.csv"
-done
-echo "== all: $((SECONDS - started)) s"
+step wheels 40 python3 -m pip install -q --no-index --no-deps --no-compile --target "$site" "$wheels"/*.whl
+step install 60 python3 -m pip install -q --no-index --no-deps --no-build-isolation --no-compile --target "$site" .
+rm -rf build
+python3 -c "import p2l_engine.kernels, p2l_engine._native; print(p2l_engine.__file__)" || { echo "== no package to test"; exit 1; }
+pytest=(python3 -m pytest -q -rf --tb=short --no-header -p no:cacheprovider --import-mode=importlib)
+step "tests of the kernels" 90 "${pytest[@]}" tests/test_kernels.py -k gpu
+step throughput 200 python3 -m bench.throughput --model smollm2-135m qwen2.5-0.5b qwen2.5-1.5b qwen2.5-7b --csv "$results/throughput.csv"
+step latency 120 python3 -m bench.latency --model smollm2-135m qwen2.5-0.5b qwen2.5-1.5b qwen2.5-7b \
+    --calls 100 --callers 1 8 64 --csv "$results/latency.csv"
+step "tests of the engine" 100 "${pytest[@]}" tests/test_gpu.py
+step kernels 40 python3 -m bench.kernels --csv "$results/kernels.csv"
+rm -rf "$site"
+echo "== all: $((SECONDS - started)) s, exit $failed"
+exec >&- 2>&-
+wait
 exit $failed

@@ -74,8 +74,9 @@ def prompts_of(engine: Engine, tokens: int, count: int) -> list[str]:
     """Different prompts of exactly ``tokens`` tokens, those of the chat template among them."""
     words, rng = subjects.words(), np.random.default_rng(0)
     found: list[str] = []
+    around = len(engine.encoder.encode(["a"])[0]) + 2
     while len(found) < count:
-        text = str(rng.choice(words))
+        text = " ".join(rng.choice(words, max(1, tokens - around)))
         while len(engine.encoder.encode([text])[0]) < tokens:
             text += " " + str(rng.choice(words))
         while len(engine.encoder.encode([text])[0]) > tokens:

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from transformers import PretrainedConfig
 
 from bench import subjects
 from bench.peers import Transformers
@@ -66,9 +67,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_subjects(parser)
     parser.add_argument("--prompts", type=Path, help="parquet or jsonl with a column 'prompt', instead of random ones")
-    parser.add_argument("--count", type=int, help="prompts for the engine (300 on a CPU, 20,000 on a GPU)")
-    parser.add_argument("--peer-count", type=int, help="of these, prompts for hf-batched (all; 4,000)")
-    parser.add_argument("--reference-count", type=int, help="of these, prompts for the reference (100; 300)")
+    parser.add_argument("--count", type=int, help="prompts for the engine (300 on a CPU, seconds' worth on a GPU)")
+    parser.add_argument("--peer-count", type=int, help="of these, prompts for hf-batched (all on a CPU, half)")
+    parser.add_argument("--reference-count", type=int, help="of these, prompts for the reference (100)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--compile", action="store_true", help="hf-batched also through torch.compile")
     arguments = parser.parse_args()
@@ -88,13 +89,13 @@ def main() -> None:
 
 def bench(name: str, device: torch.device, arguments: argparse.Namespace, console: Console) -> list[Row]:
     on_gpu = device.type == "cuda"
-    count = arguments.count or (20_000 if on_gpu else 300)
     loaded, engine = subject(name, device, arguments.models)
+    count = arguments.count or (_worth_seconds(loaded.config) if on_gpu else 300)
     texts = subjects.read_prompts(arguments.prompts, count) if arguments.prompts else subjects.prompts(count)
     counts = {
         "engine": len(texts),
-        "hf-batched": min(len(texts), arguments.peer_count or (4000 if on_gpu else count)),
-        "reference": min(len(texts), arguments.reference_count or (300 if on_gpu else 100)),
+        "hf-batched": min(len(texts), arguments.peer_count or (count // 2 if on_gpu else count)),
+        "reference": min(len(texts), arguments.reference_count or 100),
     }
     console.print(f"{name}: warm-up {engine.warmup():.1f} s")
     rate = matrix_rate(device, engine.dtype)
@@ -151,6 +152,12 @@ def bench(name: str, device: torch.device, arguments: argparse.Namespace, consol
             )
         )  # fmt: skip
     return rows
+
+
+def _worth_seconds(config: PretrainedConfig) -> int:
+    """Random prompts that take a GPU a few seconds: 1e15 operations, at most 20,000 prompts."""
+    sample = [len(text.split()) for text in subjects.prompts(1000)]
+    return min(20_000, int(1e15 / subjects.flops(config, sample, [0] * len(sample)) * len(sample)))
 
 
 def subject(name: str, device: torch.device, n_models: int) -> tuple[Checkpoint, Engine]:

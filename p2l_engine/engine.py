@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,8 @@ class Engine:
         self._fused_up_to = 0  # prompts: what the warm-up finds
         if isinstance(self.backbone, PackedDecoder):
             prefix = self.encoder.prefix()
-            self.backbone.share(prefix if len(prefix) >= LEAST_PREFIX else None)
+            with self._on_device():
+                self.backbone.share(prefix if len(prefix) >= LEAST_PREFIX else None)
 
     @classmethod
     def from_pretrained(
@@ -148,13 +150,19 @@ class Engine:
         From here on, on a GPU, a compilation by Triton is logged as a warning. Nothing else may use the engine meanwhile.
         """
         start = time.perf_counter()
-        self.coefficients(["a" * n for n in (1, 3, 40, 700)])
-        self.coefficients(["a"] * 33)
-        if self.device.type == "cuda" and isinstance(self.backbone, PackedDecoder):
-            self._fused_up_to = self._fusing_pays()
-            self._graphs = Graphs(lambda packed: self.outputs(self.backbone(packed)), self.backbone.prefix, self.device)
-            self.coefficients(["a"])
-            CompileWatch.start()
+        with CompileWatch.paused(), self._on_device():
+            self.coefficients(["a" * n for n in (1, 3, 40, 700)])
+            self.coefficients(["a"] * 33)
+            if self.device.type == "cuda":
+                self._fused_up_to = self._fusing_pays()
+                halves = self.dtype in (torch.bfloat16, torch.float16)  # else attention is a call for each length: no one graph
+                if isinstance(self.backbone, PackedDecoder) and halves:
+                    keep, prefix = self.backbone.prefix_kv, self.backbone.prefix
+                    self._graphs = Graphs(lambda packed: self.outputs(self.backbone(packed)), prefix, self.device, keep)
+                    self.coefficients(["a"])
+                whole = np.zeros(256, np.int32)  # a full batch, so that its memory is there
+                self.forward([whole] * (TOKENS_PER_BATCH["cuda"] // len(whole)))
+                CompileWatch.start()
         seconds = time.perf_counter() - start
         logger.info("warm-up: %.1f s; head and win rates in one launch up to %d prompts", seconds, self._fused_up_to)
         return seconds
@@ -222,14 +230,18 @@ class Engine:
     def _launch(self, rows: npt.NDArray[np.intp], tokens: list[Tokens], stage: Stage) -> _Flight:
         on_gpu = self.device.type == "cuda"
         packed = Packed.of(tokens, self.backbone.prefix, pin=on_gpu)
-        with torch.inference_mode():
+        with torch.inference_mode(), self._on_device():
             results = stage(self.backbone(packed.to(self.device)), rows)
             if not on_gpu:
                 return _Flight(rows, packed, results, None)
             landing = tuple(torch.empty(r.shape, dtype=r.dtype, pin_memory=True).copy_(r, non_blocking=True) for r in results)
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self.device))
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(self.device))
         return _Flight(rows, packed, landing, event)
+
+    def _on_device(self) -> AbstractContextManager[object]:
+        """Triton and new streams go to the current device, which is a thread's own affair."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def _coefficients(self, out: npt.NDArray[np.float32]) -> Coefficients:
         bad = ~np.isfinite(out).all(axis=1)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from p2l_engine.packing import Packed, Tokens
+from p2l_engine.packing import Packed, Tokens, shared_with
 
 BUCKETS = (16, 32, 64, 128, 256, 512)  # own tokens: those behind a shared prefix
 
@@ -34,10 +35,13 @@ class _Captured:
 
 
 class Graphs:
-    """Captured forward passes of ``forward``: packed tokens on the device -> outputs [n, K]. Safe from several threads."""
+    """Captured forward passes of ``forward``: packed tokens on the device -> outputs [n, K]. Safe from several threads.
 
-    def __init__(self, forward: Callable[[Packed], Tensor], prefix: Tokens | None, device: torch.device) -> None:
-        self.prefix, self.device = prefix, device
+    keep: what the passes read beside their input; the graphs know it by address alone, so it must live as long as they do.
+    """
+
+    def __init__(self, forward: Callable[[Packed], Tensor], prefix: Tokens | None, device: torch.device, keep: object) -> None:
+        self.prefix, self.device, self._keep = prefix, device, keep
         self._lock = threading.Lock()
         pool: Any = None
         self._captured: dict[int, _Captured] = {}
@@ -48,15 +52,13 @@ class Graphs:
 
     def run(self, ids: Tokens) -> npt.NDArray[np.float32] | None:
         """The outputs [K] of one prompt; None where no graph takes it: too long, or without the shared prefix."""
-        own = len(ids) - (0 if self.prefix is None else len(self.prefix))
-        bucket = next((b for b in BUCKETS if b >= own), None)
-        if bucket is None:
+        shared = shared_with(ids, self.prefix)
+        bucket = next((b for b in BUCKETS if b >= len(ids) - shared), None)
+        if bucket is None or (self.prefix is not None and not shared):
             return None
         packed = Packed.of([ids], self.prefix, fill=bucket)
-        if self.prefix is not None and not packed.shared[0]:
-            return None
         captured = self._captured[bucket]
-        with self._lock, torch.inference_mode():
+        with self._lock, torch.inference_mode(), torch.cuda.device(self.device):
             captured.host_inputs.copy_(packed.buffer)
             captured.inputs.buffer.copy_(captured.host_inputs, non_blocking=True)
             captured.graph.replay()
@@ -70,7 +72,7 @@ class Graphs:
         longest = np.concatenate([prefix, np.zeros(bucket, np.int32)]).astype(np.int32)
         packed = Packed.of([longest], self.prefix, fill=bucket)
         inputs = packed.to(self.device)
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.cuda.device(self.device):
             side = torch.cuda.Stream(self.device)
             side.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(side):
@@ -86,9 +88,20 @@ class Graphs:
 
 
 class CompileWatch:
-    """Logs a warning for every kernel that Triton compiles from here on: after a warm-up there should be none."""
+    """Logs a warning for every kernel that Triton compiles outside of a warm-up: there should be none."""
 
     _watching = False
+    _warming = 0  # warm-ups under way
+
+    @classmethod
+    @contextmanager
+    def paused(cls) -> Iterator[None]:
+        """For a warm-up, whose compilations are meant."""
+        cls._warming += 1
+        try:
+            yield
+        finally:
+            cls._warming -= 1
 
     @classmethod
     def start(cls) -> None:
@@ -101,8 +114,9 @@ class CompileWatch:
         before = knobs.runtime.jit_post_compile_hook
 
         def compiled(**details: Any) -> bool | None:
-            name = getattr(details.get("fn"), "name", "a kernel")
-            logger.warning("Triton compiled %s after the warm-up: this call had to wait for it", name)
+            if not cls._warming:
+                name = getattr(details.get("fn"), "name", "a kernel")
+                logger.warning("Triton compiled %s after the warm-up: this call had to wait for it", name)
             return before(**details) if before is not None else None
 
         knobs.runtime.jit_post_compile_hook = compiled

@@ -56,7 +56,7 @@ class Packed:
         batch. pin: in page-locked memory, from which ``to`` copies without waiting.
         """
         p = 0 if prefix is None else len(prefix)
-        shares = [p if prefix is not None and len(ids) > p and np.array_equal(ids[:p], prefix) else 0 for ids in prompts]
+        shares = [shared_with(ids, prefix) for ids in prompts]
         own = [ids[s:] for ids, s in zip(prompts, shares, strict=True)]
         if fill:
             own.append(np.zeros(fill - sum(map(len, own)), np.int32))
@@ -116,6 +116,13 @@ def _aligned(size: int) -> int:
 def _split(buffer: Tensor, sizes: _Sizes) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     a, b, c, d, e, f = (part[:size] for part, size in zip(buffer.split([_aligned(size) for size in sizes]), sizes, strict=True))
     return a, b, c, d, e, f
+
+
+def shared_with(ids: Tokens, prefix: Tokens | None) -> int:
+    """How many of a prompt's tokens are the shared prefix: all of it where the prompt starts with it and goes on, else none."""
+    if prefix is None or len(ids) <= len(prefix) or not np.array_equal(ids[: len(prefix)], prefix):
+        return 0
+    return len(prefix)
 
 
 def batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:

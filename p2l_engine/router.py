@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from p2l_engine.catalog import Catalog
 from p2l_engine.decision import Decision, Draws
 from p2l_engine.engine import Coefficients, Engine
 from p2l_engine.errors import CatalogError, InfeasibleBudget
+from p2l_engine.graphs import CompileWatch
 from p2l_engine.prompts import Prompt, user_turns
 from p2l_engine.routing import BudgetPacer, Objective, Problem, Resource, Share, arrays, native
 from p2l_engine.routing.arrays import Float64
@@ -77,6 +79,15 @@ class Router:
         """``route`` for asyncio: the event loop goes on meanwhile. A task that is cancelled takes nothing from the others."""
         return await asyncio.wrap_future(self._batcher.submit(prompt, self._finish(prompt, budget, pacer)))
 
+    def warmup(self) -> float:
+        """``Engine.warmup``, and the same for what the router does after it. Returns the seconds it took."""
+        start = time.perf_counter()
+        with CompileWatch.paused():
+            self.engine.warmup()
+            self.route_batch(["a", "b"])
+            self.route("a")
+        return time.perf_counter() - start
+
     def close(self) -> None:
         """Finishes the calls under way and takes no more; batches may still be routed."""
         self._batcher.close()
@@ -124,7 +135,8 @@ class Router:
         models each prompt may use; both over the K models of ``names``. Raises PromptError, InfeasibleBudget and Infeasible.
         """
         plain = budget_scope == "prompt" and not (max_share or min_share or resources or allowed is not None)
-        if plain and self.objective == "bt" and self.engine.device.type == "cuda":
+        fits = self.objective == "bt" and len(self.engine.models) <= routing.MAX_MODELS_ON_GPU
+        if plain and fits and self.engine.device.type == "cuda":
             return self._route_on_gpu(prompts, budget, progress)
         coefficients = self.engine.coefficients(prompts, progress)
         return self.decide(coefficients, prompts, budget, budget_scope, max_share, min_share, resources, allowed)

@@ -51,6 +51,8 @@ def poisoned() -> Iterator[None]:
     plain, plain_like = torch.empty, torch.empty_like
 
     def poison(tensor: Tensor) -> Tensor:
+        if tensor.dtype == torch.bool:
+            return tensor.fill_(False)
         return tensor.fill_(torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).min)
 
     with (

@@ -7,6 +7,7 @@ sees the keys up to its own: the keys of a prompt are as many as its queries, or
 from __future__ import annotations
 
 import inspect
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -33,12 +34,19 @@ def over_runs(q: Tensor, kv: Tensor, packed: Packed, last: bool, out: Tensor) ->
     return out
 
 
+@cache
+def _names_grouped_heads() -> bool:
+    """Whether this torch wants grouped heads announced; where the argument does not exist yet they simply work."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
 def varlen(q: Tensor, kv: Tensor, packed: Packed, last: bool) -> Tensor:
     """All prompts in one call (torch.nn.attention.varlen): CUDA, half precision. [T or N, heads * size]."""
     from torch.nn.attention.varlen import varlen_attn
 
-    # Grouped heads work without being named where the argument does not exist yet.
-    named = "enable_gqa" in inspect.signature(varlen_attn).parameters and q.shape[1] != kv.shape[2]
+    named = _names_grouped_heads() and q.shape[1] != kv.shape[2]
     n = len(packed)
     starts = torch.arange(n + 1, dtype=torch.int32, device=q.device) if last else packed.starts
     longest = max(length + shared for length, shared in zip(packed.lengths, packed.shared, strict=True))

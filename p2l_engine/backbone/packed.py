@@ -90,17 +90,20 @@ class PackedDecoder:
         queries, whole = self.heads * self.head_size, self.layers[-1].qkv
         self._last_q, self._last_kv = whole.columns(0, queries), whole.columns(queries, whole.weight.shape[1])
         self.prefix: Tokens | None = None
-        self._prefix_kv: list[Tensor | None] = [None] * len(self.layers)
+        self.prefix_kv: list[Tensor | None] = [None] * len(self.layers)
         self._make = operations or operations_for(device, dtype)
         self._idle: list[Operations] = []  # each thread takes one: their buffers are worth keeping
 
     def share(self, prefix: Tokens | None) -> None:
-        """Computes the keys and values of a prefix; prompts must be packed with it from here on. Not while calls run."""
-        self.prefix, self._prefix_kv = None, [None] * len(self.layers)
+        """Computes the keys and values of a prefix; prompts must be packed with it from here on.
+
+        Not while calls run; graphs captured before it still read the old ones.
+        """
+        self.prefix, self.prefix_kv = None, [None] * len(self.layers)
         if prefix is not None and len(prefix):
             kv: list[Tensor] = []
             self._forward(Packed.of([prefix]).to(self.device), kv)
-            self.prefix, self._prefix_kv = prefix, [*kv]
+            self.prefix, self.prefix_kv = prefix, [*kv]
 
     def __call__(self, packed: Packed) -> Tensor:
         """See Backbone."""
@@ -120,7 +123,7 @@ class PackedDecoder:
         cos, sin = self._rope(longest)
         queries, rows = self.heads * self.head_size, packed.last
         x, delta = F.embedding(packed.tokens, self.embedding), None
-        for layer, prefix in zip(self.layers, self._prefix_kv, strict=True):
+        for layer, prefix in zip(self.layers, self.prefix_kv, strict=True):
             last = layer is self.layers[-1]
             normed = do.norm(x, layer.attention_norm, self.eps, delta)
             if last:

@@ -33,8 +33,8 @@ class PaddedDecoder:
     def __call__(self, packed: Packed) -> Tensor:
         """See Backbone."""
         ids = torch.nn.utils.rnn.pad_sequence(list(packed.tokens.long().split(packed.lengths)), batch_first=True)
-        size = torch.tensor(packed.lengths, device=self.device)
+        size = packed.starts.diff()
         mask = torch.arange(ids.shape[1], device=self.device) < size[:, None]
         hidden = self.model(input_ids=ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
-        last: Tensor = hidden[torch.arange(len(packed), device=self.device), size - 1]
+        last: Tensor = hidden[torch.arange(len(packed), device=self.device), size.long() - 1]
         return last

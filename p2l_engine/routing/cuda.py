@@ -21,7 +21,8 @@ def win_rates(theta: Tensor, q: object) -> Tensor:
     """``routing.win_rates`` for bt, summed in float32; returns float64."""
     t = _finite("theta", theta)
     weights = torch.from_numpy(arrays.opponents(q, _shape(t))).to(t.device)
-    return rates.win_rates(t, weights).double()
+    with torch.cuda.device_of(t):
+        return rates.win_rates(t, weights).double()
 
 
 def solve_budget(v: Tensor, costs: object, budget: object) -> Policies:
@@ -31,7 +32,8 @@ def solve_budget(v: Tensor, costs: object, budget: object) -> Policies:
     limits = torch.from_numpy(arrays.budgets(budget, len(w))).to(w.device)
     smallest = amounts.expand_as(w).amin(1)
     limits = torch.where((limits < smallest) & (limits >= smallest * (1 - SLACK)), smallest, limits)
-    indices, probabilities, value, cost = lp.budget_lp(w, amounts, limits)
+    with torch.cuda.device_of(w):
+        indices, probabilities, value, cost = lp.budget_lp(w, amounts, limits)
     short = limits < smallest
     if bool(short.any()):
         first = int(short.int().argmax())
@@ -43,7 +45,8 @@ def bt_score(theta: Tensor, q: object, rate: Tensor) -> Tensor:
     """``routing.bt_score``; rate [N] is on the device too, within [0, 1] but for rounding."""
     t = _finite("theta", theta)
     weights = torch.from_numpy(arrays.opponents(q, _shape(t))).to(t.device)
-    return root.bt_score(t, weights, rate.double().clamp(0.0, 1.0).contiguous())
+    with torch.cuda.device_of(t):
+        return root.bt_score(t, weights, rate.double().clamp(0.0, 1.0).contiguous())
 
 
 def policies(
