@@ -23,7 +23,7 @@ from rich.table import Table
 
 from bench import subjects
 from bench.peers import Transformers
-from bench.setting import add_subjects, write_rows
+from bench.setting import add_subjects, positive, run, write_rows
 from bench.throughput import subject
 from p2l_engine import Catalog, Engine, Router
 from p2l_engine.catalog import CatalogModel
@@ -45,9 +45,9 @@ class Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_subjects(parser)
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--calls", type=int, help="of each kind (100 on a CPU, 500 on a GPU)")
-    parser.add_argument("--callers", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32, 64])
+    parser.add_argument("--tokens", type=positive, default=64)
+    parser.add_argument("--calls", type=positive, help="of each kind (100 on a CPU, 500 on a GPU)")
+    parser.add_argument("--callers", type=positive, nargs="*", default=[1, 2, 4, 8, 16, 32, 64])
     arguments = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 120)
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -75,6 +75,8 @@ def prompts_of(engine: Engine, tokens: int, count: int) -> list[str]:
     words, rng = subjects.words(), np.random.default_rng(0)
     found: list[str] = []
     around = len(engine.encoder.encode(["a"])[0]) + 2
+    if tokens < around:
+        raise ValueError(f"--tokens: expected {around} at least, the chat template's and some text, got {tokens}")
     while len(found) < count:
         text = " ".join(rng.choice(words, max(1, tokens - around)))
         while len(engine.encoder.encode([text])[0]) < tokens:
@@ -106,9 +108,9 @@ def stages(name: str, engine: Engine, texts: list[str], peer: Transformers) -> l
         }
         taken: dict[str, list[float]] = {what: [] for what in runs}
         for i in range(len(texts)):  # in turns, so that a busy neighbour slows all of them
-            for what, run in runs.items():
+            for what, call in runs.items():
                 start = time.perf_counter()
-                run(i)
+                call(i)
                 taken[what].append(time.perf_counter() - start)
     rows = [row(name, what, seconds) for what, seconds in taken.items()]
     least = 1e3 * _seconds_to_read(engine)
@@ -168,4 +170,4 @@ def table(title: str, rows: list[Row]) -> Table:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import csv
 import platform
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,26 @@ def add_subjects(parser: argparse.ArgumentParser) -> None:
     """The arguments for what is measured, where, and where the rows go."""
     parser.add_argument("--model", nargs="+", choices=ARCHITECTURES, help="architectures with random weights")
     parser.add_argument("--checkpoint", help="a checkpoint instead: folder, hub name, or 'default'")
-    parser.add_argument("--models", type=int, default=130, help="models that random heads rank")
+    parser.add_argument("--models", type=positive, default=130, help="models that random heads rank")
     parser.add_argument("--device", help="cpu or cuda; CUDA where there is one")
     parser.add_argument("--csv", type=Path, help="also write the rows here")
+
+
+def positive(text: str) -> int:
+    """A whole number of one at least, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected one at least, got {number}")
+    return number
+
+
+def run(main: Callable[[], None]) -> None:
+    """``main``, its user's mistakes told in a line."""
+    try:
+        main()
+    except (OSError, ValueError, KeyError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def write_rows(path: Path, rows: Sequence[Any], device: torch.device) -> None:

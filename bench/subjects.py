@@ -100,7 +100,10 @@ def read_prompts(path: Path, count: int, seed: int = 0) -> list[str]:
 
         found = pq.read_table(path, columns=["prompt"]).column("prompt").to_pylist()
     else:
-        found = [json.loads(line)["prompt"] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        found = [json.loads(line).get("prompt") for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    wrong = next((i for i, text in enumerate(found) if not isinstance(text, str)), None)
+    if wrong is not None or not found:
+        raise ValueError(f"{path}: expected texts in a column 'prompt', found {'none' if wrong is None else found[wrong]!r}")
     order = np.random.default_rng(seed).permutation(len(found))[:count]
     return [found[i] for i in order]
 

@@ -26,7 +26,7 @@ from transformers import PretrainedConfig
 
 from bench import subjects
 from bench.peers import Transformers
-from bench.setting import add_subjects, matrix_rate, write_rows
+from bench.setting import add_subjects, matrix_rate, positive, run, write_rows
 from p2l_engine import Engine, checkpoint, routing
 from p2l_engine.checkpoint import Checkpoint
 from p2l_engine.engine import natural_dtype
@@ -67,10 +67,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_subjects(parser)
     parser.add_argument("--prompts", type=Path, help="parquet or jsonl with a column 'prompt', instead of random ones")
-    parser.add_argument("--count", type=int, help="prompts for the engine (300 on a CPU, seconds' worth on a GPU)")
-    parser.add_argument("--peer-count", type=int, help="of these, prompts for hf-batched (all on a CPU, half)")
-    parser.add_argument("--reference-count", type=int, help="of these, prompts for the reference (100)")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--count", type=positive, help="prompts for the engine (300 on a CPU, seconds' worth on a GPU)")
+    parser.add_argument("--peer-count", type=positive, help="of these, prompts for hf-batched (all on a CPU, half)")
+    parser.add_argument("--reference-count", type=positive, help="of these, prompts for the reference (100)")
+    parser.add_argument("--rounds", type=positive, default=3)
     parser.add_argument("--compile", action="store_true", help="hf-batched also through torch.compile")
     arguments = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 120)
@@ -102,19 +102,19 @@ def bench(name: str, device: torch.device, arguments: argparse.Namespace, consol
     peer = Transformers(loaded, device, engine.dtype)
     loaded.weights.clear()  # both have them now: a third copy would only take memory
     budget = _fastest_budget(peer, texts[: counts["hf-batched"] // 4 or 1], device, console)
-    runs: dict[str, Callable[[list[str]], object]] = {
+    paths: dict[str, Callable[[list[str]], object]] = {
         "engine": lambda some: engine.coefficients(some).theta,
         "hf-batched": lambda some: peer.batched(some, budget),
         "reference": peer.one_by_one,
     }
-    seconds: dict[str, list[float]] = {path: [] for path in runs}
+    seconds: dict[str, list[float]] = {path: [] for path in paths}
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     peak = None
     for _ in range(arguments.rounds):
-        for path, run in runs.items():
+        for path, compute in paths.items():
             start = time.perf_counter()
-            run(texts[: counts[path]])
+            compute(texts[: counts[path]])
             seconds[path].append(time.perf_counter() - start)
             if path == "engine" and on_gpu and peak is None:
                 held = sum(p.numel() * p.element_size() for p in peer.model.parameters())
@@ -224,4 +224,4 @@ def table(name: str, rows: list[Row]) -> Table:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -98,26 +98,32 @@ INLINE void turn_in_place(void *x, const float *restrict cosine, const float *re
 
 typedef struct {
     void *x;
-    int64_t row_stride, queries, keys, half;
+    int64_t tokens, queries, keys, half;
     const float *cosine, *sine;
+    int64_t n_positions;
     const int32_t *positions, *sources;
     const void *prefix;
+    int64_t n_prefix;
     void *kv;
 } rotary;
 
-INLINE void rotary_row(const rotary *r, int64_t row, int bf16) {
+/* 1 when the row's source or position is outside, else 0. */
+INLINE int rotary_row(const rotary *r, int64_t row, int bf16) {
     const int64_t head = 2 * r->half, width = r->keys * head, source = r->sources[row], size = bf16 ? 2 : 4;
     void *kv = at(r->kv, row * 2 * width, bf16);
     if (source < 0) {
+        if (-1 - source >= r->n_prefix) return 1;
         memcpy(kv, from(r->prefix, (-1 - source) * 2 * width, bf16), 2 * width * size);
-        return;
+        return 0;
     }
+    if (source >= r->tokens || r->positions[source] < 0 || r->positions[source] >= r->n_positions) return 1;
     const float *cosine = r->cosine + r->positions[source] * r->half, *sine = r->sine + r->positions[source] * r->half;
-    void *x = at(r->x, source * r->row_stride, bf16);
+    void *x = at(r->x, source * (r->queries + 2 * r->keys) * head, bf16);
     for (int64_t h = 0; h < r->queries; h++) turn_in_place(at(x, h * head, bf16), cosine, sine, r->half, bf16);
     for (int64_t h = 0; h < r->keys; h++)
         turn(at(x, (r->queries + h) * head, bf16), at(kv, h * head, bf16), cosine, sine, r->half, bf16);
     memcpy(at(kv, width, bf16), at(x, r->queries * head + width, bf16), width * size);
+    return 0;
 }
 
 /* The rows of one thread, once for each type: `bf16` is a constant in each, and every copy is compiled for each CPU. */
@@ -132,8 +138,10 @@ INLINE void rotary_row(const rotary *r, int64_t row, int bf16) {
         for (int64_t n = first; n < last; n++)                                                                                \
             silu_mul_row(from(gate_up, 2 * n * inner, BF16), at(out, n * inner, BF16), inner, BF16);                          \
     }                                                                                                                         \
-    P2L_CLONES static void rotary_##NAME(const rotary *r, int64_t first, int64_t last) {                                      \
-        for (int64_t n = first; n < last; n++) rotary_row(r, n, BF16);                                                        \
+    P2L_CLONES static int rotary_##NAME(const rotary *r, int64_t first, int64_t last) {                                       \
+        int outside = 0;                                                                                                      \
+        for (int64_t n = first; n < last; n++) outside |= rotary_row(r, n, BF16);                                             \
+        return outside;                                                                                                       \
     }
 
 RANGES(f32, 0)
@@ -166,9 +174,11 @@ void p2l_silu_mul(const void *gate_up, void *out, int64_t rows, int64_t inner, i
     FOR_EACH_THREAD(rows, (bf16 ? silu_mul_bf16 : silu_mul_f32)(gate_up, out, first, last, inner))
 }
 
-void p2l_rotary(void *x, int64_t row_stride, int64_t queries, int64_t keys, int64_t half, const float *cosine,
-                const float *sine, const int32_t *positions, const int32_t *sources, int64_t rows, const void *prefix,
-                void *kv, int bf16, int threads) {
-    const rotary r = {x, row_stride, queries, keys, half, cosine, sine, positions, sources, prefix, kv};
-    FOR_EACH_THREAD(rows, (bf16 ? rotary_bf16 : rotary_f32)(&r, first, last))
+int p2l_rotary(void *x, int64_t tokens, int64_t queries, int64_t keys, int64_t half, const float *cosine, const float *sine,
+               int64_t n_positions, const int32_t *positions, const int32_t *sources, int64_t rows, const void *prefix,
+               int64_t n_prefix, void *kv, int bf16, int threads) {
+    const rotary r = {x, tokens, queries, keys, half, cosine, sine, n_positions, positions, sources, prefix, n_prefix, kv};
+    int outside = 0;
+    FOR_EACH_THREAD(rows, if ((bf16 ? rotary_bf16 : rotary_f32)(&r, first, last)) __atomic_store_n(&outside, 1, __ATOMIC_RELAXED))
+    return outside;
 }

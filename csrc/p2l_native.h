@@ -83,12 +83,13 @@ void p2l_rms_norm(void *x, const void *delta, const void *weight, void *out, int
 /* out [rows, inner] = silu(gate) * up, gate_up [rows, 2 inner] holding the gates before the ups. */
 void p2l_silu_mul(const void *gate_up, void *out, int64_t rows, int64_t inner, int bf16, int threads);
 
-/* Rotary embedding of x [T, row_stride], whose rows start with (queries + 2 keys) heads of 2 half columns: queries in place,
- * keys and values into kv [rows, 2, keys, 2 half]. Row r is token sources[r], at positions[sources[r]] of the tables cosine
- * and sine [positions, half], or row -1 - sources[r] of prefix [P, 2, keys, 2 half] where that is negative. */
-void p2l_rotary(void *x, int64_t row_stride, int64_t queries, int64_t keys, int64_t half, const float *cosine,
-                const float *sine, const int32_t *positions, const int32_t *sources, int64_t rows, const void *prefix,
-                void *kv, int bf16, int threads);
+/* Rotary embedding of x [tokens, queries + 2 keys heads of 2 half columns]: queries in place, keys and values into
+ * kv [rows, 2, keys, 2 half]. Row r is token sources[r], at positions[sources[r]] of the tables cosine and sine
+ * [n_positions, half], or row -1 - sources[r] of prefix [n_prefix, 2, keys, 2 half] where that is negative. Returns 0, or 1 when
+ * a source or a position is outside: its row is then left as it was. */
+int p2l_rotary(void *x, int64_t tokens, int64_t queries, int64_t keys, int64_t half, const float *cosine, const float *sine,
+               int64_t n_positions, const int32_t *positions, const int32_t *sources, int64_t rows, const void *prefix,
+               int64_t n_prefix, void *kv, int bf16, int threads);
 
 /* The instruction set that the loader chose: 4, 3 or 2 for x86-64-v4 (AVX-512), v3 (AVX2), v2; 0 elsewhere. */
 int p2l_isa_level(void);

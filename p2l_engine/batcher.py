@@ -7,7 +7,9 @@ lingers until as many are there as there were, at most ``wait`` seconds.
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -19,6 +21,8 @@ from p2l_engine.engine import Coefficients, Engine
 from p2l_engine.prompts import Prompt, user_turns
 
 R = TypeVar("R")
+
+_all: weakref.WeakSet[Batcher] = weakref.WeakSet()
 
 WAIT = 0.0008  # seconds
 CALLS_PER_BATCH = 512
@@ -42,23 +46,39 @@ class Batcher:
         if isinstance(wait, bool) or not isinstance(wait, int | float) or not 0 <= wait < float("inf"):
             raise ValueError(f"wait: expected seconds >= 0, got {wait!r}")
         self.engine, self.wait = engine, float(wait)
+        self._closed = False
+        self._start()
+        _all.add(self)
+
+    def _start(self) -> None:
+        """As new: also in a child process, which inherits the calls and locks of threads that it does not have."""
         self._waiting: deque[_Call[object]] = deque()
         self._changed = threading.Condition()
         self._engine_free = threading.Lock()
         self._worker: threading.Thread | None = None
-        self._closed = False
+        self._direct = 0  # calls that run in their own threads
         self._callers, self._ended = 0, 0.0  # when the last batch ended, and how many it served or kept waiting
 
     def run(self, prompt: Prompt, finish: Callable[[Coefficients], R]) -> R:
         """``finish`` of the prompt's coefficients; raises what either of them raises."""
-        if not self._waiting and not self._closed and self._engine_free.acquire(blocking=False):
+        if threading.current_thread() is self._worker:  # a call from within a call: the engine is this thread's
+            return finish(self.engine.coefficients([prompt]))
+        with self._changed:
+            direct = not self._waiting and not self._closed and self._engine_free.acquire(blocking=False)
+            self._direct += direct
+        if not direct:
+            return self.submit(prompt, finish).result()
+        try:
             try:
                 coefficients = self.engine.coefficients([prompt])
             finally:
                 self._end(1)
                 self._engine_free.release()
             return finish(coefficients)
-        return self.submit(prompt, finish).result()
+        finally:
+            with self._changed:
+                self._direct -= 1
+                self._changed.notify_all()
 
     def submit(self, prompt: Prompt, finish: Callable[[Coefficients], R]) -> Future[R]:
         """The same, to be waited for elsewhere; ``finish`` runs in the batcher's thread. RuntimeError once closed."""
@@ -70,14 +90,16 @@ class Batcher:
             if self._worker is None:
                 self._worker = threading.Thread(target=self._serve, name="p2l-batcher", daemon=True)
                 self._worker.start()
-            self._changed.notify()
+            self._changed.notify_all()
         return call.future
 
     def close(self) -> None:
         """Takes no more calls, finishes those that wait, and returns when they are done."""
         with self._changed:
             self._closed = True
-            self._changed.notify()
+            self._changed.notify_all()
+            while self._direct:
+                self._changed.wait()
         if self._worker is not None and self._worker is not threading.current_thread():
             self._worker.join()
 
@@ -126,3 +148,12 @@ class Batcher:
             except BaseException as error:
                 call.future.set_exception(error)
         return len(calls)
+
+
+def _start_anew() -> None:
+    for batcher in list(_all):
+        batcher._start()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_anew)

@@ -100,6 +100,8 @@ class Engine:
         """
         if isinstance(prompts, str | Mapping):
             raise TypeError(f"prompts: expected a list of prompts, got a single {type(prompts).__name__}; wrap it in a list")
+        if not isinstance(prompts, Sequence):
+            raise TypeError(f"prompts: expected a list of prompts, got {type(prompts).__name__}; list(...) makes one of it")
         if len(prompts) == 1:
             out = self.forward(self.encoder.encode(prompts))
             if progress is not None:
@@ -117,6 +119,11 @@ class Engine:
 
         tokens: as ``encoder.encode`` gives them.
         """
+        if not len(tokens):
+            return np.empty((0, len(self.head.bias)), np.float32)
+        for i, ids in enumerate(tokens):
+            if not len(ids):
+                raise ValueError(f"tokens[{i}]: expected one token at least, got none")
         if self._graphs is not None and len(tokens) == 1:
             out = self._graphs.run(tokens[0])
             if out is not None:

@@ -73,17 +73,14 @@ class PromptEncoder:
             raise ValueError("tokenizer: expected a chat template, got none; a P2L checkpoint's tokenizer has one")
         self.tokenizer, self.max_tokens = tokenizer, max_tokens
         self.cls_token: str = tokenizer.cls_token
-        self._fast = getattr(tokenizer, "backend_tokenizer", None) if tokenizer.is_fast else None
-        if self._fast is not None:
-            self._fast.no_truncation()
-            self._fast.no_padding()
+        self._fast = _own_backend(tokenizer)
 
     def text(self, turns: list[str]) -> str:
         """The text that the P2L model sees for these user turns."""
         messages = [{"role": "user", "content": turn} for turn in turns]
         try:
             rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
-        except TemplateError as error:
+        except (TemplateError, TypeError) as error:
             raise ValueError(f"the tokenizer's chat template cannot be rendered: {error}") from error
         return str(rendered).replace(self.cls_token, "<cls>") + self.cls_token
 
@@ -97,12 +94,17 @@ class PromptEncoder:
         Those that very different turns have in common; a prompt may still lack them, where it is truncated, or where its first
         characters melt into the template's last token.
         """
-        probes = self._tokens([self.text([turn]) for turn in PROBES])
+        try:
+            probes = self._tokens([self.text([turn]) for turn in PROBES])
+        except ValueError:  # a template that refuses some turns: nothing is known to be constant
+            return np.zeros(0, np.int32)
         shortest = min(map(len, probes))
         same = np.logical_and.reduce([ids[:shortest] == probes[0][:shortest] for ids in probes])
         return probes[0][: shortest if same.all() else int(same.argmin())]
 
     def _tokens(self, texts: list[str]) -> list[npt.NDArray[np.int32]]:
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens: expected one at least, got {self.max_tokens}")
         if not texts:
             return []
         if self._fast is not None:
@@ -111,3 +113,15 @@ class PromptEncoder:
         else:
             encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
         return [np.asarray(ids[-self.max_tokens :], np.int32) for ids in encoded]
+
+
+def _own_backend(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """A fast tokenizer's backend, copied: truncation, padding and the like are its state, which every other user changes."""
+    if not tokenizer.is_fast:
+        return None
+    backend: Any = tokenizer.backend_tokenizer
+    own = type(backend).from_str(backend.to_str())
+    own.no_truncation()
+    own.no_padding()
+    own.encode_special_tokens = bool(getattr(tokenizer, "split_special_tokens", False))
+    return own

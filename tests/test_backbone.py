@@ -66,6 +66,18 @@ def test_what_does_not_fit_is_refused():
         do.norm(torch.zeros(2, 4)[:, ::2], torch.zeros(2), 1e-5)
     with pytest.raises(ValueError, match="delta"):
         do.norm(torch.zeros(2, 4), torch.zeros(4), 1e-5, torch.zeros(3, 4))
+    with pytest.raises(ValueError, match="gate_up: expected"):
+        do.gate(torch.zeros(2, 5))
+    table = torch.zeros(4, 2)
+    for sources, positions, prefix in (([2], [0, 0], None), ([-1], [0, 0], None), ([-3], [0, 0], 2), ([1], [0, 4], None)):
+        given = None if prefix is None else torch.zeros(prefix, 2, 1, 4)
+        with pytest.raises(ValueError, match="sources, positions: expected"):
+            do.rotary(
+                torch.zeros(2, 12), 1, 1, table, table, torch.tensor(positions, dtype=torch.int32),
+                torch.tensor(sources, dtype=torch.int32), given,
+            )  # fmt: skip
+    with pytest.raises(ValueError, match="cos, sin, prefix"):
+        do.rotary(torch.zeros(2, 12), 1, 1, table, table[:2], torch.zeros(2).int(), torch.zeros(2).int())
     with pytest.raises(ValueError, match="dtype: expected float32 or bfloat16 on a CPU"):
         Engine.from_pretrained(None, device="cpu", dtype=torch.float16)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import threading
 import time
 from concurrent.futures import CancelledError, ThreadPoolExecutor
@@ -219,3 +220,37 @@ def test_a_router_that_is_let_go_ends_its_thread(engine):
 def test_a_wait_must_be_seconds(wait, engine):
     with pytest.raises(ValueError, match="wait: expected seconds >= 0"):
         Router(engine, catalog(), wait=wait)
+
+
+def test_a_call_from_within_a_call_does_not_wait_for_itself():
+    batcher = Batcher(Slow())
+    outer = batcher.submit("abc", lambda c: length(c) + batcher.run("de", length))
+    assert outer.result(5) == 5
+    batcher.close()
+
+
+def test_closing_waits_for_calls_in_their_own_threads():
+    engine = Slow(gate=threading.Event())
+    batcher, done = Batcher(engine), []
+    caller = threading.Thread(target=lambda: done.append(batcher.run("abc", lambda c: time.sleep(0.2) or length(c))))
+    caller.start()
+    assert engine.entered.wait(5)
+    threading.Timer(0.1, engine.gate.set).start()
+    batcher.close()
+    caller.join(5)
+    assert done == [3]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_forked_child_starts_anew():
+    batcher = Batcher(Slow())
+    assert batcher.submit("abc", length).result(5) == 3
+    child = os.fork()
+    if child == 0:
+        try:
+            os._exit(batcher.submit("abcd", length).result(5))
+        finally:
+            os._exit(99)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 4
+    batcher.close()

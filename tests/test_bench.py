@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import kernels, latency, subjects, throughput
+from bench import kernels, latency, setting, subjects, throughput
 from p2l_engine.backbone.weights import expected_shapes
 from p2l_engine.prompts import PromptEncoder
 from tests import tiny
@@ -87,3 +87,26 @@ def test_latency_runs_to_the_end(tmp_path, monkeypatch):
 def test_kernels_say_that_there_is_no_gpu(monkeypatch, capsys):
     run(monkeypatch, kernels)
     assert "no GPU here" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "content", ["", '{"text": "x"}\n', "no json\n", '{"prompt": ["a", "b"]}\n'], ids=["empty", "column", "json", "turns"]
+)
+def test_prompts_that_cannot_be_read(content, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(content)
+    with pytest.raises(ValueError, match="expected|Expecting"):
+        subjects.read_prompts(file, 3)
+
+
+def test_mistakes_are_told_in_a_line(monkeypatch, capsys, tmp_path):
+    for module, wrong in ((throughput, ("--count", "0")), (latency, ("--calls", "-1")), (latency, ("--callers", "0"))):
+        with pytest.raises(SystemExit):
+            run(monkeypatch, module, *wrong)
+        assert "expected one at least" in capsys.readouterr().err
+    folder = tiny.write(tmp_path / "checkpoint")
+    few = ("--checkpoint", folder, "--device", "cpu")
+    for module, wrong in ((latency, ("--tokens", 3)), (throughput, ("--prompts", tmp_path / "missing.jsonl"))):
+        with pytest.raises(SystemExit, match="2"):
+            setting.run(lambda module=module, wrong=wrong: run(monkeypatch, module, *few, *wrong))
+        assert capsys.readouterr().err.startswith("error: ")

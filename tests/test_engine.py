@@ -206,3 +206,24 @@ def test_threads_are_those_of_the_container(tmp_path, monkeypatch):
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(threads)
+
+
+def test_what_is_no_list_of_tokens_or_prompts(tmp_path):
+    engine = Engine.from_pretrained(tiny.write(tmp_path), device="cpu", dtype=torch.float32)
+    assert engine.forward([]).shape == (0, 6)
+    with pytest.raises(ValueError, match=r"tokens\[1\]: expected one token at least"):
+        engine.forward([np.array([1], np.int32), np.zeros(0, np.int32)])
+    with pytest.raises(TypeError, match="expected a list of prompts, got generator"):
+        engine.coefficients(p for p in PROMPTS)
+    engine.encoder.max_tokens = 0
+    with pytest.raises(ValueError, match="max_tokens: expected one at least, got 0"):
+        engine.coefficients(["a"])
+
+
+def test_a_cpu_without_bfloat16_products_takes_plain_weights(tmp_path, monkeypatch):
+    folder = tiny.write(tmp_path)
+    with_packed = Engine.from_pretrained(folder, device="cpu", dtype=torch.bfloat16).coefficients(["hello"]).theta
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", lambda *_: pytest.fail("not to be had"))
+    plain = Engine.from_pretrained(folder, device="cpu", dtype=torch.bfloat16).coefficients(["hello"]).theta
+    np.testing.assert_allclose(plain, with_packed, atol=0.03 * np.abs(plain).max())

@@ -96,3 +96,24 @@ def test_a_bad_prompt_is_named_by_its_index(encoder, prompt, message):
     assert caught.value.index == 2
     assert str(caught.value).startswith("prompts[2]: ")
     assert message in str(caught.value)
+
+
+def test_other_users_of_the_tokenizer_change_nothing():
+    tokenizer = tiny.tokenizer()
+    encoder = PromptEncoder(tokenizer)
+    texts = ["hello", "hello there <|im_start|>"]
+    before = [ids.tolist() for ids in encoder.encode(texts)]
+    tokenizer(["a", "bb"], padding=True, truncation=True, max_length=6)
+    tokenizer(["a"], split_special_tokens=True)
+    assert [ids.tolist() for ids in encoder.encode(texts)] == before
+
+
+def test_the_prefix_is_what_all_prompts_start_with():
+    assert PromptEncoder(tiny.tokenizer()).prefix().tolist() == tiny.tokenizer()("<|im_start|>user\n").input_ids
+    refusing = tiny.tokenizer(template="{{ raise_exception('no') if '<' in messages[0]['content'] }}" + tiny.TEMPLATE)
+    assert len(PromptEncoder(refusing).prefix()) == 0
+    content_first = tiny.tokenizer(template="{{ messages[0]['content'] }}<|im_end|>")
+    assert len(PromptEncoder(content_first).prefix()) == 0
+    broken = PromptEncoder(tiny.tokenizer(template="{{ 1 + 'x' }}"))
+    with pytest.raises(ValueError, match="chat template cannot be rendered"):
+        broken.encode(["a"])

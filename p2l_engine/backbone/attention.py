@@ -16,6 +16,8 @@ from torch import Tensor
 
 from p2l_engine.packing import Packed
 
+LONGEST_MASKED = 128  # own tokens behind a shared prefix
+
 
 def over_runs(q: Tensor, kv: Tensor, packed: Packed, last: bool, out: Tensor) -> Tensor:
     """One call for each run of prompts of one length; out [T or N, heads * size] is filled and returned."""
@@ -26,10 +28,15 @@ def over_runs(q: Tensor, kv: Tensor, packed: Packed, last: bool, out: Tensor) ->
         rows, size = count * queries, q.shape[2]
         some = q[row : row + rows].view(count, queries, -1, size).transpose(1, 2)
         k, v = kv[key : key + count * keys].view(count, keys, 2, -1, size).permute(2, 0, 3, 1, 4)
-        causal = not last and length > 1
-        mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(shared) if causal and shared else None
-        a = F.scaled_dot_product_attention(some, k, v, mask, is_causal=causal and not shared, enable_gqa=grouped)
-        out[row : row + rows].view(count, queries, -1, size).copy_(a.transpose(1, 2))
+        causal, mask, ahead = not last and length > 1, None, 0
+        if causal and shared and length > LONGEST_MASKED:
+            # A mask makes torch compute every key for every query. Queries that nobody wants, in front, make it the plain
+            # triangle, of which it computes the lower half.
+            some, ahead = F.pad(some, (0, 0, shared, 0)), shared
+        elif causal and shared:
+            mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(shared)
+        a = F.scaled_dot_product_attention(some, k, v, mask, is_causal=causal and mask is None, enable_gqa=grouped)
+        out[row : row + rows].view(count, queries, -1, size).copy_(a[:, :, ahead:].transpose(1, 2))
         row, key = row + rows, key + count * keys
     return out
 

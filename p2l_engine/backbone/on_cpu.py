@@ -31,6 +31,7 @@ class CpuOperations:
     def __init__(self, dtype: torch.dtype, packed: dict[Linear, Tensor] | None = None) -> None:
         self.dtype = dtype
         self._packed = {} if packed is None else packed
+        self._packs = dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
         self._buffers: dict[str, Tensor] = {}
 
     def norm(self, x: Tensor, weight: Tensor, eps: float, delta: Tensor | None = None) -> Tensor:
@@ -46,6 +47,8 @@ class CpuOperations:
     def gate(self, gate_up: Tensor) -> Tensor:
         """gate_up [T, 2 I], the gates before the ups -> silu(gate) * up [T, I]."""
         _check(gate_up, gate_up=gate_up)
+        if gate_up.ndim != 2 or gate_up.shape[1] % 2:
+            raise ValueError(f"gate_up: expected [T, 2 I], got {list(gate_up.shape)}")
         rows, inner = len(gate_up), gate_up.shape[1] // 2
         out = self._buffer("gate", rows, inner)
         lib.p2l_silu_mul(_at(gate_up), _at(out), rows, inner, _bf16(gate_up), _threads(gate_up))
@@ -71,17 +74,21 @@ class CpuOperations:
         _check(x, x=x, prefix=prefix)
         if x.shape[1] != (queries + 2 * keys) * 2 * half or len(positions) != len(x):
             raise ValueError(f"x: expected [{len(positions)}, {(queries + 2 * keys) * 2 * half}], got {list(x.shape)}")
+        if cos.shape != sin.shape or (prefix is not None and prefix.shape[1:] != (2, keys, 2 * half)):
+            raise ValueError(f"cos, sin, prefix: expected equal tables and a prefix [P, 2, {keys}, {2 * half}]")
         floats, integers = (_as("float", cos), _as("float", sin)), (_as("int32_t", positions), _as("int32_t", sources))
         kv = self._buffer("kv", len(sources), 4 * half * keys).view(len(sources), 2, keys, 2 * half)
-        lib.p2l_rotary(
-            _at(x), x.stride(0), queries, keys, half, *floats, *integers, len(sources), _at(prefix), _at(kv),
-            _bf16(x), _threads(x),
+        outside = lib.p2l_rotary(
+            _at(x), len(x), queries, keys, half, *floats, len(cos), *integers, len(sources), _at(prefix),
+            0 if prefix is None else len(prefix), _at(kv), _bf16(x), _threads(x),
         )  # fmt: skip
+        if outside:
+            raise ValueError("sources, positions: expected tokens of x, rows of the prefix and positions of the tables")
         return kv
 
     def linear(self, x: Tensor, layer: Linear, name: str) -> Tensor:
         """x [T, in] -> [T, out]; few rows go through weights packed for them, which are kept beside the plain ones."""
-        if len(x) <= PACKED_ROWS and self.dtype == torch.bfloat16:
+        if self._packs and len(x) <= PACKED_ROWS:
             weight = self._packed.get(layer)
             if weight is None:
                 weight = self._packed[layer] = torch.ops.mkldnn._reorder_linear_weight(

@@ -7,6 +7,7 @@ residual sum of each block is taken up by the norm that follows it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -57,7 +58,7 @@ def operations_for(device: torch.device, dtype: torch.dtype) -> Callable[[], Ope
         if dtype not in DTYPES:
             raise ValueError(f"dtype: expected float32 or bfloat16 on a CPU, got {dtype}")
         weights: dict[Linear, Tensor] = {}
-        return lambda: CpuOperations(dtype, weights)
+        return partial(CpuOperations, dtype, weights)
     from p2l_engine.backbone.on_gpu import GpuOperations  # needs Triton
 
     return GpuOperations
