@@ -22,9 +22,9 @@ from p2l_engine import Catalog, Engine, Router, routing
 from p2l_engine.routing import BudgetPacer, Policies
 from p2l_engine.routing.arrays import Float64
 from p2l_engine.routing.problem import expected
-from p2l_engine.train import votes as vote_files
+from p2l_engine.train import data
 from p2l_engine.train.config import TrainConfig
-from p2l_engine.train.run import split
+from p2l_engine.votes import score_matrix
 
 BUDGETS = (0.15, 0.2, 0.3, 0.5, 0.7)
 
@@ -47,11 +47,11 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, help="also write the rows here")
     arguments = parser.parse_args()
     config, console = TrainConfig.load(arguments.config), Console()
-    training, held_out = split(config)
+    training, _, held_out = data.load(config)
     assert held_out is not None
     engine = Engine.from_pretrained()
     router = Router(engine, Catalog.from_yaml(engine.folder / "catalog.yaml"))
-    prompts, models, matrix = vote_files.score_matrix(config.train_data_path)
+    prompts, models, matrix = score_matrix(config.train_data_path)
     row, columns = {prompt: i for i, prompt in enumerate(prompts)}, [models.index(name) for name in router.names]
     known, scores = (matrix[[row[p] for p in part.prompts]][:, columns] for part in (training, held_out))
     with Progress(console=console, transient=True) as bar:

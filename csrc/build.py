@@ -9,7 +9,7 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
-SOURCES = ["win_rates.c", "budget.c", "hulls.c", "pricing.c", "bt_score.c", "decoder.c", "machine.c"]
+SOURCES = ["win_rates.c", "budget.c", "hulls.c", "pricing.c", "bt_score.c", "outcomes.c", "decoder.c", "machine.c"]
 
 
 def declarations() -> str:

@@ -67,6 +67,27 @@ INLINE void rms_norm_row(void *restrict x, const void *restrict delta, const voi
     for (int64_t i = 0; i < columns; i++) put(out, i, get(x, i, bf16) * scale * get(weight, i, bf16), bf16);
 }
 
+/* d_x += the gradient; d_weight += this row's share. */
+INLINE void rms_norm_backward_row(const void *restrict x, const void *restrict weight, const void *restrict d_out,
+                                  void *restrict d_x, float *restrict d_weight, int64_t columns, float eps, int bf16) {
+    float squares = 0, along = 0;
+#pragma omp simd reduction(+ : squares, along)
+    for (int64_t i = 0; i < columns; i++) {
+        squares += get(x, i, bf16) * get(x, i, bf16);
+        along += get(x, i, bf16) * get(d_out, i, bf16) * get(weight, i, bf16);
+    }
+    const float scale = 1 / sqrtf(squares / (float)columns + eps), share = along * scale * scale * scale / (float)columns;
+#pragma omp simd
+    for (int64_t i = 0; i < columns; i++) {
+        const float direct = get(d_out, i, bf16) * get(weight, i, bf16) * scale;
+        put(d_x, i, get(d_x, i, bf16) + direct - get(x, i, bf16) * share, bf16);
+    }
+    if (d_weight) {
+#pragma omp simd
+        for (int64_t i = 0; i < columns; i++) d_weight[i] += get(d_out, i, bf16) * get(x, i, bf16) * scale;
+    }
+}
+
 INLINE void silu_mul_row(const void *restrict gate_up, void *restrict out, int64_t inner, int bf16) {
     const void *up = from(gate_up, inner, bf16);
 #pragma omp simd
@@ -74,6 +95,22 @@ INLINE void silu_mul_row(const void *restrict gate_up, void *restrict out, int64
         const float gate = get(gate_up, i, bf16), small = exp_below_zero(-fabsf(gate));
         /* sigmoid, without overflow: 1 / (1 + small), or small / (1 + small) */
         put(out, i, gate * (gate >= 0 ? 1 : small) / (1 + small) * get(up, i, bf16), bf16);
+    }
+}
+
+/* d_gate_up and, again, the output itself, which the next product's gradient needs. */
+INLINE void silu_mul_backward_row(const void *restrict gate_up, const void *restrict d_out, void *restrict d_gate_up,
+                                  void *restrict out, int64_t inner, int bf16) {
+    const void *up = from(gate_up, inner, bf16);
+    void *d_up = at(d_gate_up, inner, bf16);
+#pragma omp simd
+    for (int64_t i = 0; i < inner; i++) {
+        const float gate = get(gate_up, i, bf16), small = exp_below_zero(-fabsf(gate)), d = get(d_out, i, bf16);
+        const float sigmoid = (gate >= 0 ? 1 : small) / (1 + small), other = (gate >= 0 ? small : 1) / (1 + small);
+        const float silu = gate * sigmoid, raised = get(up, i, bf16);
+        put(out, i, silu * raised, bf16);
+        put(d_up, i, d * silu, bf16);
+        put(d_gate_up, i, d * raised * (sigmoid + silu * other), bf16);
     }
 }
 
@@ -126,6 +163,19 @@ INLINE int rotary_row(const rotary *r, int64_t row, int bf16) {
     return 0;
 }
 
+/* The first `turned` heads of a row, by its position's angle or, backwards, against it. */
+INLINE void turn_row(void *x, const float *cosine, const float *sine, int64_t turned, int64_t half, int backwards, int bf16) {
+    for (int64_t h = 0; h < turned; h++) {
+        void *head = at(x, 2 * h * half, bf16);
+#pragma omp simd
+        for (int64_t i = 0; i < half; i++) {
+            const float first = get(head, i, bf16), second = get(head, half + i, bf16), s = backwards ? -sine[i] : sine[i];
+            put(head, i, first * cosine[i] - second * s, bf16);
+            put(head, half + i, second * cosine[i] + first * s, bf16);
+        }
+    }
+}
+
 /* The rows of one thread, once for each type: `bf16` is a constant in each, and every copy is compiled for each CPU. */
 #define RANGES(NAME, BF16)                                                                                                    \
     P2L_CLONES static void rms_norm_##NAME(void *x, const void *delta, const void *weight, void *out, int64_t first,          \
@@ -137,6 +187,24 @@ INLINE int rotary_row(const rotary *r, int64_t row, int bf16) {
     P2L_CLONES static void silu_mul_##NAME(const void *gate_up, void *out, int64_t first, int64_t last, int64_t inner) {      \
         for (int64_t n = first; n < last; n++)                                                                                \
             silu_mul_row(from(gate_up, 2 * n * inner, BF16), at(out, n * inner, BF16), inner, BF16);                          \
+    }                                                                                                                         \
+    P2L_CLONES static void rms_norm_backward_##NAME(const void *x, const void *weight, const void *d_out, void *d_x,          \
+                                                    float *d_weight, int64_t first, int64_t last, int64_t columns,           \
+                                                    float eps) {                                                              \
+        for (int64_t n = first; n < last; n++)                                                                                \
+            rms_norm_backward_row(from(x, n * columns, BF16), weight, from(d_out, n * columns, BF16),                         \
+                                  at(d_x, n * columns, BF16), d_weight, columns, eps, BF16);                                  \
+    }                                                                                                                         \
+    P2L_CLONES static void silu_mul_backward_##NAME(const void *gate_up, const void *d_out, void *d_gate_up, void *out,       \
+                                                    int64_t first, int64_t last, int64_t inner) {                             \
+        for (int64_t n = first; n < last; n++)                                                                                \
+            silu_mul_backward_row(from(gate_up, 2 * n * inner, BF16), from(d_out, n * inner, BF16),                           \
+                                  at(d_gate_up, 2 * n * inner, BF16), at(out, n * inner, BF16), inner, BF16);                 \
+    }                                                                                                                         \
+    P2L_CLONES static void turn_##NAME(void *x, const float *cosine, const float *sine, int64_t first, int64_t last,          \
+                                       int64_t heads, int64_t turned, int64_t half, int backwards) {                          \
+        for (int64_t n = first; n < last; n++)                                                                                \
+            turn_row(at(x, n * heads * 2 * half, BF16), cosine + n * half, sine + n * half, turned, half, backwards, BF16);   \
     }                                                                                                                         \
     P2L_CLONES static int rotary_##NAME(const rotary *r, int64_t first, int64_t last) {                                       \
         int outside = 0;                                                                                                      \
@@ -158,8 +226,8 @@ RANGES(bf16, 1)
 #else
 #define FOR_EACH_THREAD(ROWS, CALL)                                                                                           \
     {                                                                                                                         \
-        const int64_t first = 0, last = (ROWS);                                                                               \
-        (void)threads;                                                                                                        \
+        const int64_t t = 0, first = 0, last = (ROWS);                                                                        \
+        (void)threads, (void)t;                                                                                                        \
         CALL;                                                                                                                 \
     }
 #endif
@@ -181,4 +249,20 @@ int p2l_rotary(void *x, int64_t tokens, int64_t queries, int64_t keys, int64_t h
     int outside = 0;
     FOR_EACH_THREAD(rows, if ((bf16 ? rotary_bf16 : rotary_f32)(&r, first, last)) __atomic_store_n(&outside, 1, __ATOMIC_RELAXED))
     return outside;
+}
+
+void p2l_rms_norm_backward(const void *x, const void *weight, const void *d_out, void *d_x, float *d_weight, int64_t rows,
+                           int64_t columns, double eps, int bf16, int threads) {
+    FOR_EACH_THREAD(rows, (bf16 ? rms_norm_backward_bf16 : rms_norm_backward_f32)(
+                              x, weight, d_out, d_x, d_weight ? d_weight + t * columns : 0, first, last, columns, (float)eps))
+}
+
+void p2l_silu_mul_backward(const void *gate_up, const void *d_out, void *d_gate_up, void *out, int64_t rows, int64_t inner,
+                           int bf16, int threads) {
+    FOR_EACH_THREAD(rows, (bf16 ? silu_mul_backward_bf16 : silu_mul_backward_f32)(gate_up, d_out, d_gate_up, out, first, last, inner))
+}
+
+void p2l_turn(void *x, const float *cosine, const float *sine, int64_t rows, int64_t heads, int64_t turned, int64_t half,
+              int backwards, int bf16, int threads) {
+    FOR_EACH_THREAD(rows, (bf16 ? turn_bf16 : turn_f32)(x, cosine, sine, first, last, heads, turned, half, backwards))
 }

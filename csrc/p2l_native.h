@@ -74,6 +74,11 @@ int p2l_undominated(const double *v, const double *amounts, int amounts_per_prom
 int64_t p2l_bt_score(const double *theta, const double *q, int q_per_prompt, const double *rate, int64_t n_prompts,
                      int64_t n_models, int threads, double *score);
 
+/* The probabilities of each pair's outcomes (outcomes: 2 for bt, 3 for rk models, 4 for grk: A, B, tie, both bad) from
+ * e = exp(theta) [N, M], lambda [N] (NULL: 1) and ground (0, or 1 for grounded models), into out [N, outcomes, M (M - 1) / 2]. */
+void p2l_outcomes(const double *e, const double *lambda, double ground, int64_t outcomes, int64_t n_prompts, int64_t n_models,
+                  int threads, double *out);
+
 /* What a decoder does between its matrix products. Rows are contiguous, float32 or, with bf16, bfloat16.
  *
  * x [rows, columns] += delta (or NULL), then out = x / sqrt(mean(x^2) + eps) * weight [columns]. */
@@ -90,6 +95,22 @@ void p2l_silu_mul(const void *gate_up, void *out, int64_t rows, int64_t inner, i
 int p2l_rotary(void *x, int64_t tokens, int64_t queries, int64_t keys, int64_t half, const float *cosine, const float *sine,
                int64_t n_positions, const int32_t *positions, const int32_t *sources, int64_t rows, const void *prefix,
                int64_t n_prefix, void *kv, int bf16, int threads);
+
+/* The same steps backwards, for training.
+ *
+ * d_x [rows, columns] += the gradient of RMSNorm's input; d_weight [threads, columns] (or NULL), zeros at first, gets each
+ * thread's share of the weight's gradient. */
+void p2l_rms_norm_backward(const void *x, const void *weight, const void *d_out, void *d_x, float *d_weight, int64_t rows,
+                           int64_t columns, double eps, int bf16, int threads);
+
+/* d_gate_up [rows, 2 inner] from d_out [rows, inner]; out [rows, inner] is computed once more. */
+void p2l_silu_mul_backward(const void *gate_up, const void *d_out, void *d_gate_up, void *out, int64_t rows, int64_t inner,
+                           int bf16, int threads);
+
+/* Rotary embedding, in place, of the first `turned` of each row's heads of 2 half columns; cosine and sine [rows, half];
+ * backwards: its inverse, which is also its gradient. */
+void p2l_turn(void *x, const float *cosine, const float *sine, int64_t rows, int64_t heads, int64_t turned, int64_t half,
+              int backwards, int bf16, int threads);
 
 /* The instruction set that the loader chose: 4, 3 or 2 for x86-64-v4 (AVX-512), v3 (AVX2), v2; 0 elsewhere. */
 int p2l_isa_level(void);

@@ -27,7 +27,7 @@ from p2l_engine.regression import NAMES, FeedbackModel, feedback_model
 
 DEFAULT = Path(__file__).parent / "default"
 NEW_ROWS = "model.embed_tokens.new_rows"  # of an adapter: embeddings of tokens that its backbone does not know
-_PEFT_PREFIX = "base_model.model."
+PEFT_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ def load(path_or_repo: str | Path | None = None) -> Checkpoint:
         lora = _json(adapter, dict)
         base = find(str(_field(adapter, lora, "base_model_name_or_path", str)))
         weights = decoder_weights(base)
-        update = {n.removeprefix(_PEFT_PREFIX): w for n, w in _read(folder / "adapter_model.safetensors").items()}
+        update = {n.removeprefix(PEFT_PREFIX): w for n, w in _read(folder / "adapter_model.safetensors").items()}
         weights = _merge(folder, weights, update, lora)
         heads = update
     else:
@@ -108,6 +108,13 @@ def find(path_or_repo: str | Path) -> Path:
 def decoder_weights(folder: Path) -> dict[str, Tensor]:
     """The bare decoder's weights of a folder that holds a decoder, a language model or a P2L checkpoint."""
     return {n.removeprefix("model."): w for n, w in _tensors(folder).items() if not n.startswith(("lm_head.", "head."))}
+
+
+def head_weights(folder: Path) -> dict[str, Tensor]:
+    """The head's weights under their published names, layer by layer, of a checkpoint or an adapter."""
+    adapter = folder / "adapter_model.safetensors"
+    tensors = _read(adapter) if adapter.is_file() else _tensors(folder)
+    return {n: w for name, w in tensors.items() if (n := name.removeprefix(PEFT_PREFIX)).startswith("head.")}
 
 
 def _json(path: Path, kind: type) -> Any:

@@ -50,8 +50,11 @@ class Coefficients:
 
     def row(self, i: int) -> Coefficients:
         """Those of one prompt."""
-        eta = None if self.eta is None else self.eta[i : i + 1]
-        return Coefficients(self.theta[i : i + 1], eta, self.models, self.feedback)
+        return self.rows(slice(i, i + 1))
+
+    def rows(self, some: slice | npt.NDArray[np.integer[Any]]) -> Coefficients:
+        """Those of some prompts."""
+        return Coefficients(self.theta[some], None if self.eta is None else self.eta[some], self.models, self.feedback)
 
 
 class Engine:

@@ -19,12 +19,19 @@ def leaderboard(board: Leaderboard, title: str, path: str | Path) -> None:
 
     names = [place.model for place in board]
     figure = Figure(figsize=(11, 1.2 + 0.32 * len(names)), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    for axes, values, label in (
-        (left, [place.coefficient for place in board], "coefficient"),
-        (right, [100 * place.win_rate for place in board], "win rate against the opponents, %"),
-    ):
-        bars = axes.barh(names, values, color="#3b6ea5" if axes is left else "#5a9a68")
+    rates = [100 * place.win_rate for place in board if place.win_rate is not None]
+    panels = [([place.coefficient for place in board], "coefficient")]
+    panels += [(rates, "win rate against the opponents, %")] if rates else []
+    left, *rest = np.atleast_1d(figure.subplots(1, len(panels), sharey=True)).tolist()
+    ends = [
+        (place.coefficient - place.low, place.high - place.coefficient)
+        for place in board
+        if place.low is not None and place.high is not None
+    ]
+    spread = np.clip(np.array(ends), 0, None).T if len(ends) == len(names) else None
+    for axes, (values, label) in zip((left, *rest), panels, strict=True):
+        more = {"xerr": spread, "ecolor": "#888888"} if axes is left else {}
+        bars = axes.barh(names, values, color="#3b6ea5" if axes is left else "#5a9a68", **more)
         axes.bar_label(bars, fmt="%.2f" if axes is left else "%.1f", padding=3, fontsize=8)
         axes.set_xlabel(label)
         axes.margins(x=0.12)

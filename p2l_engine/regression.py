@@ -37,6 +37,9 @@ class FeedbackModel:
 
     ``outcomes``: the outcomes it tells apart, in order. ``has_eta``: whether it has a tie parameter per prompt. ``grounded``:
     whether a fictitious bad model of coefficient 0 takes part in every vote.
+
+    Models without outcomes (ols, poisson) observe values instead: of one model, whose linear predictor is theta_a, or of a
+    pair, where it is theta_a - theta_b (paper, 2.2: prompt-to-regression).
     """
 
     name: str
@@ -44,6 +47,11 @@ class FeedbackModel:
     has_eta: bool
     _log_probabilities: Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, ...]]
     grounded: bool = False
+
+    @property
+    def of_values(self) -> bool:
+        """Whether it observes values, not votes."""
+        return not self.outcomes
 
     def log_lambda(self, eta: Tensor) -> Tensor:
         """log lambda, the handicap of the tie models: P(A) = phi_A / (phi_A + lambda phi_B + g), phi = exp(theta).
@@ -62,6 +70,8 @@ class FeedbackModel:
 
         A model without "both bad" counts it as a tie, so its TIE is either tie.
         """
+        if self.of_values:
+            raise ValueError(f"feedback model: {self.name!r} observes values and gives no probabilities of votes")
         if self.has_eta and eta is None:
             raise ValueError(f"eta: the feedback model {self.name!r} needs its tie parameter, got None")
         wide = torch.promote_types(theta_a.dtype, torch.float32)
@@ -79,8 +89,10 @@ class FeedbackModel:
         """log-likelihood of each vote; ``outcome`` holds Outcome values, broadcast against the coefficients.
 
         bt-tie counts either tie as half a win and half a loss; rk and rk-reparam count BOTH_BAD as TIE; bt has no ties:
-        a tie is a ValueError there.
+        a tie is a ValueError there. For ols and poisson ``outcome`` holds the values (poisson: counts).
         """
+        if self.name in _densities:
+            return _densities[self.name](theta_a - theta_b, outcome)
         log_p = self.log_probabilities(theta_a, theta_b, eta)
         outcome = outcome.long()
         if self.name == "bt" and bool((outcome >= Outcome.TIE).any()):
@@ -155,6 +167,23 @@ def _grk(a: Tensor, b: Tensor, eta: Tensor | None) -> tuple[Tensor, ...]:
     return a - beats, b - loses, a + b + log_excess + log_bracket - beats - loses + bad, bad
 
 
+def _ols(mean: Tensor, value: Tensor) -> Tensor:
+    """log N(value; mean, 1): least squares (paper, 2.2)."""
+    return -0.5 * (value.to(mean.dtype) - mean).square() - 0.5 * math.log(2 * math.pi)
+
+
+def _poisson(log_rate: Tensor, value: Tensor) -> Tensor:
+    """log of the Poisson probability of a count, at the rate exp(log_rate) (paper, 2.2)."""
+    value = value.to(log_rate.dtype)
+    return value * log_rate - log_rate.exp() - torch.lgamma(value + 1)
+
+
+def _no_votes(a: Tensor, b: Tensor, eta: Tensor | None) -> tuple[Tensor, ...]:
+    raise AssertionError("models of values have no outcomes")
+
+
+_densities = {"ols": _ols, "poisson": _poisson}
+
 _two = (Outcome.A, Outcome.B)
 _three = (*_two, Outcome.TIE)
 
@@ -166,6 +195,8 @@ _models = {
         FeedbackModel("rk", _three, True, _rk),
         FeedbackModel("rk-reparam", _three, True, _rk_reparam, grounded=True),
         FeedbackModel("grk", (*_three, Outcome.BOTH_BAD), True, _grk, grounded=True),
+        FeedbackModel("ols", (), False, _no_votes),
+        FeedbackModel("poisson", (), False, _no_votes),
     )
 }
 _models["bag"] = _models["grk"]  # its name in published training configs
@@ -174,7 +205,7 @@ NAMES = tuple(_models)
 
 
 def feedback_model(name: str) -> FeedbackModel:
-    """The feedback model called bt, bt-tie, rk, rk-reparam, grk or bag (= grk)."""
+    """The feedback model called bt, bt-tie, rk, rk-reparam, grk, bag (= grk), ols or poisson."""
     try:
         return _models[name]
     except KeyError:

@@ -54,6 +54,11 @@ class Router:
     ) -> None:
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"seed: expected an integer, got {seed!r}")
+        if engine.feedback.of_values:
+            raise ValueError(
+                f"engine: expected a checkpoint of votes, got the feedback model {engine.feedback.name!r}, whose coefficients "
+                "give no win rates; routing.solve_budget(theta, costs, budget) maximises its expected values"
+            )
         if objective == "half-ties" and not engine.feedback.has_eta:
             objective = "bt"  # the same where the coefficients know no ties
         if objective not in ("bt", "half-ties", "not-bad"):

@@ -157,3 +157,41 @@ def test_route_takes_shares(checkpoint):
     status, _, err = run("route", "hello", "--max-share", "alpha", checkpoint=checkpoint)
     assert status == 2
     assert "expected NAME=SHARE" in err
+
+
+def test_a_leaderboard_over_a_file_of_prompts(checkpoint, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("one\ntwo\nthree\n")
+    status, out, err = run(
+        "leaderboard", "--prompts", str(file), "--bootstrap", "20", "--plot", str(tmp_path / "b.png"), checkpoint=checkpoint
+    )
+    assert status == 0, err
+    assert "3 prompts of prompts.txt" in out
+    assert "95% interval" in out
+    assert (tmp_path / "b.png").stat().st_size > 1000
+    status, out, err = run("leaderboard", "--prompts", str(file), "--json", "--bootstrap", "0", checkpoint=checkpoint)
+    assert status == 0, err
+    assert set(json.loads(out.splitlines()[0])) == {"rank", "model", "coefficient", "win_rate"}
+    status, _, err = run("leaderboard", "hello", "--prompts", str(file), checkpoint=checkpoint)
+    assert status == 2
+    assert "not both" in err
+
+
+def test_export_writes_a_folder_that_routes(checkpoint, tmp_path):
+    status, _, err = run("export", str(tmp_path / "out"), "--checkpoint", str(checkpoint))
+    assert status == 0, err
+    status, _, err = run("route", "hello", "--json", checkpoint=tmp_path / "out")
+    assert status == 0, err
+    status, _, err = run("export", str(tmp_path / "out"), "--checkpoint", str(checkpoint))
+    assert status == 2
+    assert "expected a folder that does not exist yet" in " ".join(err.split())
+
+
+def test_a_checkpoint_of_values_does_not_route(tmp_path):
+    folder = tiny.write(tmp_path / "values", loss_type="ols", head_type="bt")
+    (folder / "catalog.yaml").write_text(CATALOG)
+    status, _, err = run("leaderboard", "hello", checkpoint=folder)
+    assert status == 0, err
+    status, _, err = run("route", "hello", checkpoint=folder)
+    assert status == 2
+    assert "whose coefficients give no win rates" in " ".join(err.split())

@@ -10,8 +10,11 @@ import pytest
 import torch
 
 from p2l_engine import Catalog, Engine, Router, checkpoint
+from p2l_engine.evaluation.report import Asked, evaluate
+from p2l_engine.evaluation.sources import scores_of
+from p2l_engine.packing import Packed
 from p2l_engine.train.config import TrainConfig
-from p2l_engine.train.evaluate import evaluate
+from p2l_engine.train.data import load
 from p2l_engine.train.model import build
 from tests.conftest import DATA
 
@@ -36,7 +39,7 @@ def test_theta_is_that_of_transformers_and_peft(default_engine):
     """The adapter applied by peft to transformers' own decoder, in float32, against the merged packed engine."""
     from safetensors.torch import load_file
 
-    config = TrainConfig.load(CONFIG)
+    config = TrainConfig.load(CONFIG).model_copy(update={"dtype": "float32"})
     model, _ = build(config, len(default_engine.models))
     saved = load_file(checkpoint.DEFAULT / "adapter_model.safetensors")
     own = {name.replace(".weight", ".default.weight") if ".lora_" in name else name: w for name, w in saved.items()}
@@ -49,12 +52,11 @@ def test_theta_is_that_of_transformers_and_peft(default_engine):
         model.model.get_input_embeddings().weight[-len(rows) :] = rows
     unexpected = model.load_state_dict(state, strict=False).unexpected_keys
     assert not unexpected
-    model = model.float().eval()
+    model = model.eval()
     exact = Engine.from_pretrained(device="cpu", dtype=torch.float32)
     for prompt, theta in zip(PROMPTS, exact.coefficients(PROMPTS).theta, strict=True):
-        ids = torch.from_numpy(exact.encoder.encode([prompt])[0].astype(np.int64))[None]
         with torch.no_grad():
-            expected = model(ids, torch.ones_like(ids))["theta"][0]
+            expected = model(Packed.of(exact.encoder.encode([prompt])))["theta"][0]
         np.testing.assert_allclose(theta, expected, atol=1e-4)
 
 
@@ -62,16 +64,20 @@ def test_theta_is_that_of_transformers_and_peft(default_engine):
 def test_its_card_states_what_held_out_prompts_give(default_engine, data):
     stated = json.loads((checkpoint.DEFAULT / "evaluation.json").read_text())
     config = TrainConfig.load(CONFIG).model_copy(update={"train_data_path": str(data / "routing_scores.parquet")})
-    measured = evaluate(None, config, with_probes=False)
+    training, _, held_out = load(config)
+    scores = scores_of(config.train_data_path, default_engine, held_out, training, None)
+    measured = evaluate(default_engine, held_out, training, scores, Asked(bootstrap=2))
     for name in ("p2l", "marginal", "constant"):
-        for figure in ("log_loss", "accuracy"):
-            assert measured["votes"][name][figure] == pytest.approx(stated["votes"][name][figure], abs=0.005)
+        for figure in ("log_loss", "accuracy_4", "ece"):
+            now, then = (of["votes"]["overall"][name][figure]["value"] for of in (measured, stated))
+            assert now == pytest.approx(then, abs=0.005 if figure != "ece" else 0.01)
+    now, then = (of["routing"]["choices"] for of in (measured, stated))
     for name in ("best_single", "task_best", "oracle"):
-        assert measured["routing"][name]["mean_score"] == pytest.approx(stated["routing"][name]["mean_score"], abs=1e-9)
+        assert now[name]["mean_score"] == pytest.approx(then[name]["mean_score"], abs=1e-9)
     # In another dtype near-ties between models may fall the other way.
-    assert measured["routing"]["routed"]["mean_score"] == pytest.approx(stated["routing"]["routed"]["mean_score"], abs=0.01)
+    assert now["routed"]["mean_score"] == pytest.approx(then["routed"]["mean_score"], abs=0.01)
     card = (checkpoint.DEFAULT / "README.md").read_text()
     for name in ("p2l", "marginal", "constant"):
-        assert f"{stated['votes'][name]['log_loss']:.3f}" in card
-    for name in ("routed", "best_single", "task_best", "oracle", "ridge", "knn"):
-        assert f"{stated['routing'][name]['mean_score']:.4f}" in card
+        assert f"{stated['votes']['overall'][name]['log_loss']['value']:.3f}" in card
+    for name in ("routed", "best_single", "task_best", "oracle", "ridge", "knn", "mlp"):
+        assert f"{then[name]['mean_score']:.4f}" in card

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from p2l_engine.regression import NAMES, Outcome, feedback_model
 
+VOTE_MODELS = [name for name in NAMES if not feedback_model(name).of_values]
 coefficients = st.floats(-4, 4)
 etas = st.floats(-3, 3)
 
@@ -33,7 +34,7 @@ def formula(name: str, a: float, b: float, eta: float) -> list[float]:
     return [win, lose, 1 - win - lose - bad, bad]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", VOTE_MODELS)
 @given(a=coefficients, b=coefficients, eta=etas)
 def test_probabilities_are_the_published_formulas(name, a, b, eta):
     tensors = [torch.tensor(x, dtype=torch.float64) for x in (a, b, eta)]
@@ -41,7 +42,7 @@ def test_probabilities_are_the_published_formulas(name, a, b, eta):
     np.testing.assert_allclose(p, formula(name, a, b, eta), atol=1e-12)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", VOTE_MODELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_safe_and_differentiable_at_plus_minus_50(name, dtype):
     model = feedback_model(name)
@@ -57,7 +58,7 @@ def test_safe_and_differentiable_at_plus_minus_50(name, dtype):
     torch.testing.assert_close(total, torch.ones_like(total), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", VOTE_MODELS)
 def test_swapping_the_models_swaps_the_outcomes(name):
     model = feedback_model(name)
     a, b, eta = torch.randn(3, 20, dtype=torch.float64)
@@ -65,7 +66,7 @@ def test_swapping_the_models_swaps_the_outcomes(name):
 
 
 def test_gradients_match_differences():
-    for name in NAMES:
+    for name in VOTE_MODELS:
         model = feedback_model(name)
         a, b, eta = (t.clone().requires_grad_() for t in torch.randn(3, 4, dtype=torch.float64))
         for outcome in model.outcomes:
@@ -95,5 +96,19 @@ def test_the_tie_parameter_is_asked_for():
 
 def test_win_rate_is_the_bradley_terry_reading():
     b, a = torch.tensor([1.0, -2.0]), torch.tensor([0.0, 3.0])
-    for name in NAMES:
+    for name in VOTE_MODELS:
         torch.testing.assert_close(feedback_model(name).win_rate(b, a), torch.sigmoid(b - a))
+
+
+@pytest.mark.parametrize("name", ["ols", "poisson"])
+def test_values_have_the_density_of_scipy(name):
+    from scipy.stats import norm, poisson
+
+    rng, model = np.random.default_rng(0), feedback_model(name)
+    a, b = rng.normal(size=(2, 50))
+    value = rng.normal(size=50) if name == "ols" else rng.poisson(3, 50).astype(float)
+    expected = norm.logpdf(value, a - b) if name == "ols" else poisson.logpmf(value, np.exp(a - b))
+    found = model.log_likelihood(*(torch.from_numpy(x) for x in (a, b)), None, torch.from_numpy(value))
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+    with pytest.raises(ValueError, match="observes values and gives no probabilities of votes"):
+        model.probabilities(torch.zeros(2), torch.zeros(2))

@@ -36,7 +36,7 @@ class TrainConfig(BaseModel):
     output_dir: str = "runs"
     learning_rate: Annotated[float, Field(gt=0)]
     adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
-    batch_size: Annotated[int, Field(gt=0)] = 16  # prompts, each with all of its votes
+    batch_size: Annotated[int, Field(gt=0)] = 16  # prompts for each process and pass, each with all of its votes
     gradient_accumulation_steps: Annotated[int, Field(gt=0)] = 1
     num_train_epochs: Annotated[float, Field(gt=0)] = 1
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -45,18 +45,37 @@ class TrainConfig(BaseModel):
     cls_token_if_none: str = "<|cls|>"
     pad_token_if_none: str = "<|pad|>"
     head_type: Literal["bt", "rk"]
-    loss_type: Literal["bt", "bt-tie", "rk", "rk-reparam", "grk", "bag"]
+    loss_type: Literal["bt", "bt-tie", "rk", "rk-reparam", "grk", "bag", "ols", "poisson"]
     linear_head_downsize_factor: Annotated[float, Field(gt=0)] | None = None
     head_config: dict[str, Any] = {}
     train_head_only: bool = False
     # this project's own
+    license: str | None = None  # of the weights, and what readers of the model card should know
+    description: str | None = None
     lora: Lora | None = None
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of the prompts kept from training, when there is no val data
-    split_seed: int = 0
+    token_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of the prompts' tokens, against learning few prompts by heart
+    head_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of the hidden state that the head reads
+    shuffle: bool = True  # false: prompts in the order of the data, as the paper trained
+    dtype: Literal["bfloat16", "float32"] | None = None  # of the products; what is trained stays float32
+    gradient_checkpointing: bool = False
     seed: int = 42
+    # data
+    columns: dict[str, str] = {}  # the data's own names for prompt, model_a, winner ...
+    max_dropped: Annotated[float, Field(ge=0, le=1)] = 0.01  # share of the rows that may be unusable
+    allow_islands: bool = False  # train although some models are tied to the others by no chain of votes
+    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of the prompts kept from training, when there is no val data
+    validation: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of the others that choices are made on, not trained on either
+    split_by: Literal["prompt", "time"] = "prompt"  # time: the prompts whose first votes came last are held out
+    split_seed: int = 0
+    # the run
+    save_steps: Annotated[int, Field(gt=0)] | None = None  # optimiser steps between states to resume from; None: each epoch
+    report_to: list[Literal["tensorboard", "wandb"]] = []
+    deepspeed: str | dict[str, Any] | None = None  # as transformers' TrainingArguments
+    fsdp: bool = False
+    fsdp_config: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
@@ -66,8 +85,10 @@ class TrainConfig(BaseModel):
             )
         if set(self.head_config) - {"eta_downsize"}:
             raise ValueError(f"head_config: expected only 'eta_downsize', got {sorted(self.head_config)}")
-        if self.val_data_path and self.held_out:
-            raise ValueError("held_out: expected 0 where val_data_path is given")
+        if self.val_data_path and (self.held_out or self.validation):
+            raise ValueError("held_out, validation: expected 0 where val_data_path is given")
+        if self.deepspeed and self.fsdp:
+            raise ValueError("deepspeed, fsdp: expected at most one of them")
         if self.lora and self.train_head_only:
             raise ValueError("train_head_only: expected false where lora is given")
         return self

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,10 +12,15 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedTokenizerBase
 
-from p2l_engine import checkpoint
+from p2l_engine import checkpoint, cpu
+from p2l_engine.checkpoint import NEW_ROWS, PEFT_PREFIX
+from p2l_engine.packing import Packed
 from p2l_engine.prompts import PromptEncoder
 from p2l_engine.regression import feedback_model
+from p2l_engine.train import attention, fused
 from p2l_engine.train.config import TrainConfig
+
+logger = logging.getLogger(__name__)
 
 
 class CoefficientHead(nn.Module):
@@ -49,26 +56,48 @@ class CoefficientHead(nn.Module):
 class P2LModel(nn.Module):
     """``model`` (bare decoder) and ``head``, named as in published checkpoints; ``grown``: new rows of its embedding."""
 
-    def __init__(self, decoder: nn.Module, head: CoefficientHead, loss_type: str, grown: int = 0) -> None:
+    def __init__(
+        self,
+        decoder: nn.Module,
+        head: CoefficientHead,
+        loss_type: str,
+        grown: int = 0,
+        fuse: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
-        self.model, self.head, self.grown = decoder, head, grown
+        self.model, self.head, self.grown, self.fused = decoder, head, grown, fuse
         self.feedback = feedback_model(loss_type)
+        self.dropout = nn.Dropout(dropout)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, votes: Tensor | None = None) -> dict[str, Tensor]:
-        """Right-padded prompts [N, T]; votes [V, 4]: row of the batch, model a, model b, outcome.
-
-        One forward serves all votes of a prompt. Returns theta, eta and, with votes, the mean negative log-likelihood.
-        """
-        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-        last = hidden[torch.arange(len(hidden), device=hidden.device), attention_mask.sum(1) - 1]
+    def forward(
+        self,
+        packed: Packed,
+        pairs: Tensor | None = None,
+        outcome: Tensor | None = None,
+        weight: Tensor | None = None,
+        prompts: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """theta [N, M] and eta [N] of packed prompts; with votes (see ``batches.Collator``) also ``loss``, the weighted sum of
+        their negative log-likelihoods. One forward serves all votes of a prompt."""
+        positions = packed.positions.long()
+        kept = {"layout": fused.layout_of(bare(self.model), positions, packed.runs())} if self.fused else {"packed": packed}
+        ids = packed.tokens.long()[None]
+        hidden = self.model(input_ids=ids, position_ids=positions[None], use_cache=False, **kept).last_hidden_state
         with torch.autocast(hidden.device.type, enabled=False):
-            theta, eta = self.head(last.float())
+            theta, eta = self.head(self.dropout(hidden[0].index_select(0, packed.last.long()).float()))
             outputs = {"theta": theta} | ({} if eta is None else {"eta": eta})
-            if votes is None:
+            if pairs is None or outcome is None or weight is None:
                 return outputs
-            row, a, b, outcome = votes.unbind(1)
-            likelihood = self.feedback.log_likelihood(theta[row, a], theta[row, b], None if eta is None else eta[row], outcome)
-            return {"loss": -likelihood.mean(), **outputs}
+            row, a, b = pairs.unbind(1)
+            theta_b = torch.where(b < 0, 0.0, theta[row, b.clamp_min(0)])
+            likelihood = self.feedback.log_likelihood(theta[row, a], theta_b, None if eta is None else eta[row], outcome)
+            return {"loss": -(weight.to(likelihood.dtype) * likelihood).sum(), **outputs}
+
+
+def bare(decoder: Any) -> Any:
+    """The transformers decoder, also within peft's wrapping."""
+    return decoder.base_model.model if hasattr(decoder, "peft_config") else decoder
 
 
 def build(config: TrainConfig, n_models: int) -> tuple[P2LModel, PreTrainedTokenizerBase]:
@@ -79,10 +108,10 @@ def build(config: TrainConfig, n_models: int) -> tuple[P2LModel, PreTrainedToken
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": config.pad_token_if_none})
     frozen = config.lora is not None or config.train_head_only
-    dtype = torch.bfloat16 if frozen else torch.float32
-    # torch's fused attention is slow backwards on CPUs: there plain products are twice as fast.
-    attention = "sdpa" if torch.cuda.is_available() else "eager"
-    decoder = AutoModel.from_pretrained(folder, dtype=dtype, attn_implementation=attention, trust_remote_code=False)
+    computed = dtype_of(config)
+    # What is trained is kept in float32, whatever the products run in.
+    dtype = computed if frozen else torch.float32
+    decoder = AutoModel.from_pretrained(folder, dtype=dtype, attn_implementation=attention.NAME, trust_remote_code=False)
     grown = len(tokenizer) - int(decoder.config.vocab_size)
     if grown > 0:
         # New tokens start as the end-of-sequence token, which the backbone has learned to read a whole turn into.
@@ -102,21 +131,37 @@ def build(config: TrainConfig, n_models: int) -> tuple[P2LModel, PreTrainedToken
         decoder = get_peft_model(decoder, settings)
     elif config.train_head_only:
         decoder.requires_grad_(False)
-    return P2LModel(decoder, CoefficientHead(hidden, n_models, config), config.loss_type, max(grown, 0)), tokenizer
+    plain = bare(decoder)
+    # Dropout inside LoRA is peft's: the fused layers have none.
+    fuse = not torch.cuda.is_available() and fused.fusible(plain.config) and not (config.lora and config.lora.dropout)
+    if fuse:
+        fused.fuse(plain, computed)
+    logger.info(
+        "backbone: %s, %s, %s layers", plain.config.model_type, str(computed).removeprefix("torch."),
+        "fused" if fuse else "transformers'",
+    )  # fmt: skip
+    if config.gradient_checkpointing:
+        # Its name from transformers 5.20 on; before that, the other.
+        enable = getattr(plain, "activation_checkpointing_enable", None) or plain.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    head = CoefficientHead(hidden, n_models, config)
+    return P2LModel(decoder, head, config.loss_type, max(grown, 0), fuse, config.head_dropout), tokenizer
 
 
-def published_tensors(model: P2LModel, config: TrainConfig) -> dict[str, Tensor]:
-    """The weights to save under their published names; for LoRA only the factors (peft's names) and the head."""
-    prefix = "base_model.model." if config.lora else ""
-    head = {f"{prefix}head.{name}": weight for name, weight in model.head.state_dict().items()}
-    if config.lora is None:
-        return {f"model.{name}": weight for name, weight in model.model.state_dict().items()} | head
-    factors: dict[str, Any] = {
-        f"{prefix}model.{re.sub(r'^base_model[.]model[.]', '', name).replace('.default.', '.')}": weight
-        for name, weight in model.model.state_dict().items()
-        if ".lora_" in name
-    }
-    if model.grown:
-        embedding = model.model.get_submodule("base_model.model.embed_tokens").get_parameter("weight")
-        factors[f"{prefix}model.embed_tokens.new_rows"] = embedding[-model.grown :]
-    return factors | head
+def dtype_of(config: TrainConfig) -> torch.dtype:
+    """What the products run in: as the config says, else bfloat16 where the hardware multiplies it."""
+    if config.dtype is not None:
+        return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+    return torch.bfloat16 if torch.cuda.is_available() or cpu.multiplies_bf16() else torch.float32
+
+
+def published_tensors(state: Mapping[str, Tensor], grown: int, adapter: bool) -> dict[str, Tensor]:
+    """The weights to save, under their published names, of a P2LModel's state dict; of an adapter only the factors (peft's
+    names), the head and the ``grown`` new rows of the embedding."""
+    if not adapter:
+        return dict(state)
+    kept = {name: weight for name, weight in state.items() if ".lora_" in name or name.startswith("head.")}
+    if grown:
+        kept[NEW_ROWS] = state["model.base_model.model.embed_tokens.weight"][-grown:]
+    plain = {re.sub(r"^model[.]base_model[.]model[.]", "model.", name).replace(".default.", "."): w for name, w in kept.items()}
+    return {f"{PEFT_PREFIX}{name}": weight for name, weight in plain.items()}

@@ -1,55 +1,95 @@
-"""One training run: config in, checkpoint folder out."""
+"""One training run: config in, checkpoint folder out; killed, it goes on where it was."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
-from collections.abc import Sequence
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
-from torch.utils.data import Dataset, Sampler
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments, set_seed
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError, safe_open
+from transformers import PrinterCallback, TrainingArguments, set_seed
 
 from p2l_engine.prompts import PromptEncoder
-from p2l_engine.train import votes as vote_files
-from p2l_engine.train.batches import Collator, LengthGroupedBatches, PromptVotes
+from p2l_engine.saving import write_json
+from p2l_engine.train import data
+from p2l_engine.train.batches import PromptVotes, collate
 from p2l_engine.train.config import TrainConfig
-from p2l_engine.train.model import P2LModel, build, published_tensors
-from p2l_engine.train.votes import Votes
+from p2l_engine.train.model import build, dtype_of
+from p2l_engine.train.progress import Seen, Show
+from p2l_engine.train.saving import write
+from p2l_engine.train.trainer import VoteTrainer
+from p2l_engine.votes import Votes
 
 logger = logging.getLogger(__name__)
 
-
-def split(config: TrainConfig) -> tuple[Votes, Votes | None]:
-    """Training votes and, from val_data_path or the held-out prompts, validation votes."""
-    votes = vote_files.read(config.train_data_path)
-    if config.val_data_path:
-        return votes, vote_files.read(config.val_data_path, votes.models)
-    if not config.held_out:
-        return votes, None
-    kept, held_out = vote_files.split_by_prompt(len(votes.prompts), config.held_out, config.split_seed)
-    return votes.of(kept), votes.of(held_out)
+ASKED = "asked.json"
+IfPresent = Literal["refuse", "resume", "restart"]
 
 
-def train(config: TrainConfig, max_steps: int = -1) -> Path:
-    """Trains and writes the checkpoint to ``output_dir/proj_name``, anew after every epoch; returns that folder.
+def train(config: TrainConfig, max_steps: int = -1, if_present: IfPresent = "refuse") -> Path:
+    """Trains, and writes the checkpoint to ``output_dir/proj_name``; returns that folder.
 
-    ``max_steps`` > 0 ends early (trials).
+    States to go on from are kept in ``output_dir/proj_name.run`` until then. if_present: what to do where that folder is there
+    already: refuse; resume from its last whole state, which gives what an uninterrupted run gives, and is refused where config
+    or data changed; or restart. ``max_steps`` > 0 ends early (trials). Raises ValueError, and FloatingPointError where the loss
+    is not finite.
     """
     folder = Path(config.output_dir) / config.proj_name
+    state = folder.with_name(f"{folder.name}.run")
     set_seed(config.seed)
-    training, validation = split(config)
-    logger.info("%d votes on %d prompts, %d models", len(training), len(training.prompts), len(training.models))
+    training, validation, _ = data.load(config)
+    arguments = _arguments(config, state, max_steps, len(training.prompts), validation is not None)
+    process = PartialState()
+    asked_first = [_prepare(state, config, training, max_steps, if_present) if process.is_main_process else None]
+    last = broadcast_object_list(asked_first)[0]
     model, tokenizer = build(config, len(training.models))
     encoder = PromptEncoder(tokenizer, config.max_length)
-    on_gpu = torch.cuda.is_available()
-    steps = int(np.ceil(len(training.prompts) / config.batch_size / config.gradient_accumulation_steps))
-    arguments = TrainingArguments(
-        output_dir=str(folder / "trainer"),
+    seen = Seen()
+    dataset = PromptVotes(training, encoder, config.token_dropout, config.seed)
+    cut = sum(len(ids) == config.max_length for ids in dataset.ids)
+    if cut:
+        logger.warning("%s prompts reach max_length = %d tokens: cut from the left", f"{cut:,}", config.max_length)
+    validating = None if validation is None else PromptVotes(validation, encoder)
+    trainer = VoteTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=dataset,
+        eval_dataset=validating,
+        data_collator=collate,
+        callbacks=[Show(seen)],
+        shuffle=config.shuffle,
+        seen=seen,
+    )
+    trainer.remove_callback(PrinterCallback)
+    spread = trainer.accelerator.distributed_type.value
+    wanted = "FSDP" if config.fsdp else "DEEPSPEED" if config.deepspeed else spread
+    if spread != wanted:
+        raise ValueError(f"{wanted.lower()}: expected several processes on GPUs (torchrun), got {spread} on {arguments.device}")
+    logger.info("device: %s, processes: %d (%s)", arguments.device, arguments.world_size, spread)
+    trainer.train(resume_from_checkpoint=last)
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if trainer.is_world_process_zero():
+        write(folder, model, weights, tokenizer, training.models, config)
+        shutil.rmtree(state)
+    trainer.accelerator.wait_for_everyone()
+    return folder
+
+
+def _arguments(config: TrainConfig, state: Path, max_steps: int, prompts: int, validates: bool) -> TrainingArguments:
+    per_step = config.batch_size * config.gradient_accumulation_steps
+    steps = int(np.ceil(prompts / per_step) * config.num_train_epochs) if max_steps < 0 else max_steps
+    more: dict[str, Any] = {"save_strategy": "epoch"}
+    if config.save_steps is not None:
+        more = {"save_strategy": "steps", "save_steps": config.save_steps}
+    return TrainingArguments(
+        output_dir=str(state),
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.batch_size,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
@@ -57,80 +97,83 @@ def train(config: TrainConfig, max_steps: int = -1) -> Path:
         max_steps=max_steps,
         learning_rate=config.learning_rate,
         lr_scheduler_type=config.lr_schedule,
-        warmup_steps=int(config.warmup_ratio * steps * config.num_train_epochs),
+        warmup_steps=int(config.warmup_ratio * steps),
         weight_decay=config.weight_decay,
         adam_epsilon=config.adam_epsilon,
         max_grad_norm=config.max_grad_norm,
-        bf16=True,
-        use_cpu=not on_gpu,
-        eval_strategy="epoch" if validation is not None else "no",
-        prediction_loss_only=True,
-        save_strategy="no",
-        logging_steps=25,
-        report_to="none",
+        bf16=dtype_of(config) == torch.bfloat16,
+        use_cpu=not torch.cuda.is_available(),
+        eval_strategy="epoch" if validates else "no",
+        save_total_limit=2,
+        logging_steps=10,
+        disable_tqdm=True,
+        report_to=list(config.report_to) or "none",
+        run_name=config.proj_name,
         remove_unused_columns=False,
-        label_names=["votes"],
+        label_names=["pairs"],
+        deepspeed=config.deepspeed,
+        fsdp="full_shard" if config.fsdp else None,
+        fsdp_config=config.fsdp_config,
+        ddp_find_unused_parameters=False,
         seed=config.seed,
         data_seed=config.seed,
+        **more,
     )
-    trainer = _Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=PromptVotes(training, encoder),
-        eval_dataset=PromptVotes(validation, encoder) if validation is not None else None,
-        data_collator=Collator(int(tokenizer.pad_token_id)),
-        callbacks=[_WriteEachEpoch(folder, model, tokenizer, training.models, config)],
-    )
-    trainer.train()
-    write(folder, model, tokenizer, training.models, config)
-    return folder
 
 
-def write(
-    folder: Path, model: P2LModel, tokenizer: PreTrainedTokenizerBase, models: Sequence[str], config: TrainConfig
-) -> None:
-    """The checkpoint in the published layout; for LoRA an adapter folder, which names its backbone."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: w.detach().to("cpu", torch.bfloat16).contiguous() for name, w in published_tensors(model, config).items()}
-    _json(folder / "model_list.json", list(models))
-    _json(folder / "training_config.json", {"model_type": _decoder(model).config.model_type} | config.model_dump())
-    if config.lora is None:
-        # A layer that theta and eta share is stored under both of its names.
-        save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / "model.safetensors")
-        _decoder(model).config.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    else:
-        save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")
-        adapter = {
-            "peft_type": "LORA",
-            "base_model_name_or_path": config.pretrain_model_name,
-            "r": config.lora.r,
-            "lora_alpha": config.lora.alpha,
-            "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-            "layers_to_transform": list(range(config.lora.first_layer, int(_decoder(model).config.num_hidden_layers))),
-            "bias": "none",
-        }
-        _json(folder / "adapter_config.json", adapter)
+def _prepare(state: Path, config: TrainConfig, votes: Votes, max_steps: int, if_present: IfPresent) -> str | None:
+    """Makes the run's folder; the state to resume from, where there is one and that is asked for."""
+    # Written down as JSON has it, so that what is read again compares equal.
+    asked = json.loads(json.dumps({"config": config.model_dump(), "max_steps": max_steps, "votes": _fingerprint(votes)}))
+    if state.exists():
+        if if_present == "refuse":
+            raise ValueError(
+                f"{state}: a run of this name is there already; --resume goes on with it, --restart throws it away"
+            )
+        if if_present == "resume":
+            return _resume(state, asked)
+        shutil.rmtree(state)
+    elif if_present == "resume":
+        logger.info("%s: no state to resume from: starting", state)
+    state.mkdir(parents=True, exist_ok=True)
+    write_json(state / ASKED, asked)
+    return None
 
 
-class _Trainer(Trainer):
-    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int]:
-        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroupedBatches([len(ids) for ids in dataset.ids], size, self.args.seed)
+def _resume(state: Path, asked: dict[str, Any]) -> str | None:
+    try:
+        before = json.loads((state / ASKED).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{state}: expected {ASKED}, which says what the run was asked for: {error}; --restart") from None
+    flat, now = ({**x["config"], "max_steps": x["max_steps"], "votes": x["votes"]} for x in (before, asked))
+    changed = [f"{key}: was {flat.get(key)!r:.60}, is {now.get(key)!r:.60}" for key in now if flat.get(key) != now[key]]
+    if changed:
+        raise ValueError(f"{state}: cannot be resumed, since this changed: {'; '.join(changed)}. Undo it, or --restart")
+    folders = sorted(state.glob("checkpoint-*"), key=lambda folder: int(folder.name.rsplit("-", 1)[1]), reverse=True)
+    whole = next((folder for folder in folders if _is_whole(folder)), None)
+    for folder in folders[: folders.index(whole) if whole else None]:
+        logger.warning("%s was cut short while it was written: removed", folder)
+        shutil.rmtree(folder)
+    logger.info("resuming from %s" if whole else "no whole state yet: starting again in %s", whole or state)
+    return None if whole is None else str(whole)
 
 
-class _WriteEachEpoch(TrainerCallback):
-    def __init__(self, folder: Path, *parts: Any) -> None:
-        self.folder, self.parts = folder, parts
+def _is_whole(folder: Path) -> bool:
+    """The Trainer writes trainer_state.json last."""
+    try:
+        json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        weights = folder / "model.safetensors"
+        if weights.exists():
+            with safe_open(weights, "pt"):
+                pass
+    except (OSError, json.JSONDecodeError, SafetensorError):
+        return False
+    return True
 
-    def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
-        write(self.folder, *self.parts)
 
-
-def _decoder(model: P2LModel) -> Any:
-    return model.model
-
-
-def _json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+def _fingerprint(votes: Votes) -> str:
+    """A hash of everything that is trained on."""
+    digest = hashlib.sha256(json.dumps([votes.prompts, votes.models]).encode())
+    for column in (votes.prompt, votes.a, votes.b, votes.outcome, votes.weight):
+        digest.update(np.ascontiguousarray(column).tobytes())
+    return digest.hexdigest()

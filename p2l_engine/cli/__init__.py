@@ -1,4 +1,5 @@
-"""The command line: p2l-engine route, leaderboard, frontier, info. Needs the extra ``cli`` (typer, rich, matplotlib)."""
+"""The command line: p2l-engine route, leaderboard, frontier, eval, export, info. Needs the extra ``cli`` (typer, rich,
+matplotlib)."""
 
 from __future__ import annotations
 
@@ -9,6 +10,8 @@ import transformers
 import typer
 from rich.logging import RichHandler
 
+from p2l_engine.cli.evaluate import evaluate
+from p2l_engine.cli.export import export
 from p2l_engine.cli.frontier import frontier
 from p2l_engine.cli.info import info
 from p2l_engine.cli.inputs import err
@@ -16,8 +19,9 @@ from p2l_engine.cli.leaderboard import leaderboard
 from p2l_engine.cli.route import route
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Prompt-to-Leaderboard: route prompts to chat models.")
-for command in (route, leaderboard, frontier, info):
+for command in (route, leaderboard, frontier, export, info):
     app.command()(command)
+app.command("eval")(evaluate)
 
 
 def main() -> None:

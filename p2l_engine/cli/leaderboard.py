@@ -10,7 +10,19 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from p2l_engine.cli.inputs import Checkpoint, Device, DtypeOption, err, load_engine, out, read_stdin, read_text, short
+from p2l_engine.cli.inputs import (
+    Checkpoint,
+    Device,
+    DtypeOption,
+    err,
+    load_engine,
+    out,
+    progress,
+    read_prompts,
+    read_stdin,
+    read_text,
+    short,
+)
 from p2l_engine.leaderboard import Leaderboard
 from p2l_engine.prompts import user_turns
 
@@ -18,37 +30,50 @@ from p2l_engine.prompts import user_turns
 def leaderboard(
     prompt: Annotated[str | None, typer.Argument(help="One prompt; or use --file, or standard input as one text.")] = None,
     file: Annotated[Path | None, typer.Option(help="The prompt from a file, whole.")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="One leaderboard over all prompts of this file: .jsonl (text, turns, messages), else one a line."),
+    ] = None,
+    bootstrap: Annotated[int, typer.Option(min=0, help="With --prompts: bootstrap samples behind the intervals.")] = 200,
     plot: Annotated[Path | None, typer.Option(help="Also write a bar chart to this file (.png, .svg, .pdf).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON lines instead of a table.")] = False,
     checkpoint: Checkpoint = None,
     device: Device = None,
     dtype: DtypeOption = None,
 ) -> None:
-    """Show the leaderboard of one prompt."""
-    text = prompt if prompt is not None else read_text(file) if file else read_stdin()
-    user_turns(text)
-    board = Leaderboard.of(load_engine(checkpoint, device, dtype).coefficients([text]))
+    """Show the leaderboard of one prompt, or of a set of prompts."""
+    if prompts is not None:
+        if prompt is not None or file is not None:
+            raise typer.BadParameter("give one prompt or a file of prompts, not both", param_hint="--prompts")
+        batch = read_prompts(None, prompts)
+        engine = load_engine(checkpoint, device, dtype)
+        with progress(len(batch)) as advance:
+            board = Leaderboard.over(engine.coefficients(batch, advance), bootstrap=bootstrap)
+        title = f"{len(batch):,} prompts of {prompts.name}"
+    else:
+        text = prompt if prompt is not None else read_text(file) if file else read_stdin()
+        user_turns(text)
+        board = Leaderboard.of(load_engine(checkpoint, device, dtype).coefficients([text]))
+        title = text
     if plot is not None:
         from p2l_engine import plot as plots
 
-        plots.leaderboard(board, short(text, 110), plot)
+        plots.leaderboard(board, short(title, 110), plot)
         err.print(f"wrote {plot}", highlight=False, markup=False)
     if as_json:
         for place in board:
-            print(
-                json.dumps(
-                    {
-                        "rank": place.rank,
-                        "model": place.model,
-                        "coefficient": place.coefficient,
-                        "win_rate": place.win_rate,
-                    }
-                )
-            )
+            fields = {"rank": place.rank, "model": place.model, "coefficient": place.coefficient, "win_rate": place.win_rate}
+            if place.low is not None:
+                fields |= {"low": place.low, "high": place.high}
+            print(json.dumps(fields))
         return
-    table = Table(title=Text(short(text, 90)), title_justify="left")
+    table = Table(title=Text(short(title, 90)), title_justify="left")
     for name, justify in (("rank", "right"), ("model", "left"), ("coefficient", "right"), ("win rate", "right")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    if any(place.low is not None for place in board):
+        table.add_column("95% interval", justify="right")
     for place in board:
-        table.add_row(str(place.rank), Text(place.model), f"{place.coefficient:.3f}", f"{place.win_rate:.1%}")
+        rate = "" if place.win_rate is None else f"{place.win_rate:.1%}"
+        spread = [] if place.low is None else [f"{place.low:.3f} to {place.high:.3f}"]
+        table.add_row(str(place.rank), Text(place.model), f"{place.coefficient:.3f}", rate, *spread)
     out.print(table)

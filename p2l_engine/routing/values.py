@@ -140,5 +140,7 @@ def check_objective(objective: str, eta: Float64 | None, feedback: str) -> None:
     """Raises ValueError where the objective is unknown or lacks its tie parameter."""
     if objective not in ("bt", "half-ties", "not-bad"):
         raise ValueError(f"objective: expected 'bt', 'half-ties' or 'not-bad', got {objective!r}")
+    if feedback_model(feedback).of_values:
+        raise ValueError(f"feedback: expected a model of votes, got {feedback!r}, whose coefficients give no win rates")
     if objective == "half-ties" and feedback_model(feedback).has_eta and eta is None:
         raise ValueError(f"eta: the objective 'half-ties' of the feedback model {feedback!r} needs it, got None")

@@ -1,0 +1,149 @@
+"""p2l-engine eval."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.table import Table
+
+from p2l_engine.catalog import Catalog
+from p2l_engine.cli.inputs import CatalogOption, Checkpoint, Device, DtypeOption, err, load_engine, out, progress
+
+
+def evaluate(
+    votes: Annotated[
+        Path | None,
+        typer.Option(help="Votes to evaluate on; without it those that the checkpoint's training config held out."),
+    ] = None,
+    training: Annotated[Path | None, typer.Option(help="With --votes: the training votes, for the baselines.")] = None,
+    part: Annotated[str, typer.Option(help="Without --votes: held-out, or validation.")] = "held-out",
+    html: Annotated[Path | None, typer.Option(help="Write the report here: one page with plots.")] = None,
+    as_json: Annotated[Path | None, typer.Option("--json", help="Write every figure here.")] = None,
+    card: Annotated[
+        bool, typer.Option("--card", help="Write README.md, the model card, and evaluation.json into the checkpoint's folder.")
+    ] = False,
+    bootstrap: Annotated[int, typer.Option(min=2, help="Bootstrap samples behind the intervals.")] = 200,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap and of prompts drawn at random.")] = 0,
+    reference: Annotated[str | None, typer.Option(help="The model that strengths are measured against.")] = None,
+    replace: Annotated[
+        list[str] | None, typer.Option(help="OLD:NEW: what gets better and what worse by category; may be repeated.")
+    ] = None,
+    budget: Annotated[list[float] | None, typer.Option(help="A mean cost for the routing table; may be repeated.")] = None,
+    probes: Annotated[
+        bool, typer.Option("--probes", help="Also ridge, kNN and a perceptron on the untrained backbone.")
+    ] = False,
+    cluster: Annotated[
+        bool, typer.Option("--cluster", help="Find categories by clustering, for prompts that have none.")
+    ] = False,
+    catalog: CatalogOption = None,
+    checkpoint: Checkpoint = None,
+    device: Device = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """Evaluate a checkpoint on votes: accuracy, calibration, leaderboards, routing, strengths and weaknesses."""
+    from p2l_engine.card import write as write_card
+    from p2l_engine.evaluation import html as pages
+    from p2l_engine.evaluation import report as reports
+    from p2l_engine.evaluation import sources
+
+    if part not in ("held-out", "validation"):
+        raise typer.BadParameter(f"expected held-out or validation, got {part!r}", param_hint="--part")
+    swaps = [_swap(given) for given in replace or []]
+    engine = load_engine(checkpoint, device, dtype)
+    own = engine.folder / "catalog.yaml"
+    prices = Catalog.from_yaml(catalog or own) if catalog or own.is_file() else None
+    chosen: Literal["held-out", "validation"] = "validation" if part == "validation" else "held-out"
+    found = sources.of_config(engine, chosen, prices) if votes is None else sources.of_files(engine, votes, training, prices)
+    for line in found.dropped.lines():
+        err.print(f"dropped {line}", style="yellow", markup=False, highlight=False)
+    held_out = found.held_out
+    if cluster:
+        if held_out.category is not None:
+            raise typer.BadParameter("these votes have categories already", param_hint="--cluster")
+        held_out = _clustered(engine, held_out)
+    predicted = None
+    if probes:
+        if found.scores is None or found.training is None or "pretrain_model_name" not in found.config:
+            raise typer.BadParameter("needs scores and the checkpoint's own training config", param_hint="--probes")
+        with progress(len(held_out.prompts) + len(found.training.prompts)) as advance:
+            base = str(found.config["pretrain_model_name"])
+            predicted = reports.probes(base, found.config, found.training, held_out, found.scores, advance)
+    asked = reports.Asked(bootstrap, seed, budget, reference, swaps, predicted)
+    with progress(len(held_out.prompts)) as advance:
+        report = reports.evaluate(engine, held_out, found.training, found.scores, asked, advance)
+    _show(report)
+    if as_json:
+        as_json.write_text(json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        err.print(f"wrote {as_json}", highlight=False, markup=False)
+    if card:
+        write_card(engine.folder, report)
+        err.print(f"wrote {engine.folder / 'README.md'}", highlight=False, markup=False)
+    if html:
+        pages.write(report, html)
+        err.print(f"wrote {html}", highlight=False, markup=False)
+
+
+def _swap(given: str) -> tuple[str, str]:
+    old, colon, new = given.partition(":")
+    if not (old and colon and new):
+        raise typer.BadParameter(f"expected OLD:NEW, got {given!r}", param_hint="--replace")
+    return old, new
+
+
+def _clustered(engine: Any, votes: Any) -> Any:
+    from dataclasses import replace
+
+    from p2l_engine import checkpoint
+    from p2l_engine.evaluation import clusters, features
+
+    with progress(len(votes.prompts)) as advance:
+        hidden = features.hidden_states(checkpoint.load(engine.folder), votes.prompts, None, advance)
+    texts = [" ".join(turns) for turns in votes.prompts]
+    return replace(votes, category=tuple(clusters.cluster(hidden, texts)))
+
+
+def _show(report: dict[str, Any]) -> None:
+    sizes = report["held_out"]
+    title = f"{sizes['votes']:,} votes on {sizes['prompts']:,} prompts ({report['checkpoint']['dtype']})"
+    if "value_figures" in report:
+        table = Table(title=title, title_justify="left")
+        table.add_column("figure")
+        table.add_column("value", justify="right")
+        for name, value in report["value_figures"].items():
+            table.add_row(name.replace("_", " "), f"{value:.4f}")
+        out.print(table)
+        return
+    overall = report["votes"]["overall"]
+    table = Table(title=f"{title}; 95% intervals over prompts", title_justify="left")
+    table.add_column("figure")
+    for name in overall:
+        table.add_column(name, justify="right")
+    for figure in overall["p2l"]:
+        cells = (of.get(figure) for of in overall.values())
+        table.add_row(
+            figure.replace("_", " "),
+            *("" if cell is None else f"{cell['value']:.4f} ({cell['low']:.3f} to {cell['high']:.3f})" for cell in cells),
+        )
+    out.print(table)
+    if "routing" in report:
+        table = Table(title="mean true score of the chosen model", title_justify="left")
+        for name in ("choice", "mean score", "points over the best single model", "s.e."):
+            table.add_column(name, justify="left" if name == "choice" else "right")
+        ordered = sorted(report["routing"]["choices"].items(), key=lambda item: item[1]["mean_score"])
+        for name, entry in ordered:
+            table.add_row(
+                name.replace("_", " "), f"{entry['mean_score']:.4f}", f"{entry['points_over_best_single']:+.2f}",
+                f"{entry['standard_error_points']:.2f}",
+            )  # fmt: skip
+        out.print(table)
+    for swap in report.get("replacements", []):
+        table = Table(title=f"{swap['new']} in place of {swap['old']}", title_justify="left")
+        for name in ("category", "prompts", "preferred to the old one", "verdict"):
+            table.add_column(name, justify="left" if name in ("category", "verdict") else "right")
+        for entry in (swap["overall"], *swap["categories"]):
+            rate = f"{entry['win_rate']:.1%} ({entry['low']:.1%} to {entry['high']:.1%})"
+            table.add_row(entry["category"], str(entry["prompts"]), rate, entry["verdict"])
+        out.print(table)

@@ -1,0 +1,2 @@
+"""How good a P2L model is, on votes and on scores: figures with intervals, beside their baselines. Needs the extra
+``train``."""

@@ -1,0 +1,77 @@
+"""Hidden states of prompts, and the routers that others build on them: ridge regression, nearest neighbours, a perceptron."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from sklearn.linear_model import RidgeCV
+from sklearn.neighbors import NearestNeighbors
+from sklearn.neural_network import MLPRegressor
+from sklearn.preprocessing import StandardScaler
+
+from p2l_engine import checkpoint
+from p2l_engine.checkpoint import Checkpoint
+from p2l_engine.engine import Engine
+from p2l_engine.head import Head
+from p2l_engine.prompts import Prompt
+from p2l_engine.regression import feedback_model
+
+Float64 = npt.NDArray[np.float64]
+
+NEIGHBOURS = 80
+Advance = Callable[[int], object]
+
+
+def hidden_states(
+    loaded: Checkpoint, prompts: Sequence[Prompt], max_tokens: int | None = None, advance: Advance | None = None
+) -> Float64:
+    """[N, D]: the hidden states that the checkpoint's head reads."""
+    size = int(loaded.config.hidden_size)
+    bare = replace(
+        loaded,
+        models=tuple(f"h{i}" for i in range(size)),
+        feedback=feedback_model("bt"),
+        head=Head(torch.eye(size), torch.zeros(size), size),
+    )
+    engine = Engine(bare)
+    if max_tokens is not None:
+        engine.encoder.max_tokens = max_tokens
+    return engine.coefficients(prompts, advance).theta.astype(np.float64)
+
+
+def frozen(base: str, training: dict[str, Any]) -> Checkpoint:
+    """The backbone as it was before training, as a checkpoint; its head is of no use. training: a training config's keys."""
+    folder = checkpoint.find(base)
+    decoder, weights = checkpoint.read_config(folder), checkpoint.decoder_weights(folder)
+    tokenizer = checkpoint.read_tokenizer(folder, training)
+    # New tokens start as the end-of-sequence token, as in training.
+    table = weights["embed_tokens.weight"]
+    grown = max(len(tokenizer) - len(table), 0)
+    weights["embed_tokens.weight"] = torch.cat([table, table[int(tokenizer.eos_token_id)].expand(grown, -1)])
+    decoder.vocab_size = len(table) + grown
+    size = int(decoder.hidden_size)
+    head = Head(torch.eye(size), torch.zeros(size), size)
+    return Checkpoint(folder, decoder, tokenizer, tuple(f"h{i}" for i in range(size)), feedback_model("bt"), weights, head)
+
+
+def probes(training: Float64, scores: Float64, test: Float64, seed: int = 0) -> dict[str, Float64]:
+    """The scores [N, M] that ridge regression, k nearest neighbours (cosine) and a multilayer perceptron predict for ``test``
+    [N, D] from the ``training`` prompts' features [T, D] and scores [T, M]."""
+    scaler = StandardScaler().fit(training)
+    known, asked = scaler.transform(training), scaler.transform(test)
+    ridge = RidgeCV(np.logspace(1, 5, 9)).fit(known, scores)
+    # Each stops, and the best decay is chosen, by a tenth of the training prompts that it is not fitted to.
+    perceptrons = [
+        MLPRegressor(hidden_layer_sizes=(128,), alpha=decay, early_stopping=True, max_iter=300, random_state=seed)
+        for decay in (1.0, 10.0, 30.0, 100.0, 300.0)
+    ]
+    perceptron = max((each.fit(known, scores) for each in perceptrons), key=lambda each: float(each.best_validation_score_))
+    unit, asked_unit = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (known, asked))
+    count = min(NEIGHBOURS, len(unit))
+    near = NearestNeighbors(n_neighbors=count).fit(unit).kneighbors(asked_unit, return_distance=False)
+    return {"ridge": ridge.predict(asked), "knn": scores[near].mean(1), "mlp": perceptron.predict(asked)}

@@ -1,0 +1,57 @@
+"""How fast the aggregated leaderboard of a few prompts comes near that of their category (the paper's 3.5, Figure 6)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from p2l_engine.engine import Coefficients
+from p2l_engine.leaderboard import Fit, OutcomeSums, fit
+from p2l_engine.leaderboard.outcomes import probabilities
+from p2l_engine.regression import FeedbackModel
+from p2l_engine.votes import Votes
+from p2l_engine.votes.marginal import marginal_fit
+
+SIZES = (1, 2, 5, 10, 25, 50, 100, 250, 500, 1000, 2500)
+
+
+def distance(feedback: FeedbackModel, one: Fit, other: Fit) -> float:
+    """The mean absolute difference of how often two leaderboards let each model win, over all ordered pairs."""
+    wins = [
+        probabilities(
+            feedback, torch.from_numpy(fit.theta)[None], None if fit.eta is None else torch.tensor([fit.eta]).double()
+        )
+        for fit in (one, other)
+    ]
+    return float((wins[0] - wins[1])[0, :2].abs().mean())
+
+
+def growth(
+    coefficients: Coefficients,
+    votes: Votes,
+    training: Votes | None,
+    sizes: Sequence[int] = SIZES,
+    repeats: int = 10,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """The L1 distance between the marginal leaderboard of these votes and the aggregated one of n of their prompts, drawn anew
+    ``repeats`` times: mean, lowest and highest for each n; and, where there are training votes, between the two marginal ones,
+    which is as near as data of that size comes. All are fitted under the coefficients' own feedback model."""
+    feedback, rng, m = coefficients.feedback, np.random.default_rng(seed), len(coefficients.models)
+    truth = marginal_fit(feedback, votes)
+    rows: list[dict[str, float]] = []
+    for n in sorted({min(size, len(coefficients)) for size in sizes}):
+        found = []
+        for _ in range(1 if n == len(coefficients) else repeats):
+            chosen = np.sort(rng.choice(len(coefficients), n, replace=False))
+            sums = OutcomeSums(feedback, coefficients.models)
+            sums.add(coefficients.rows(chosen))
+            found.append(distance(feedback, fit(feedback, sums.means[0], m), truth))
+        rows.append({"prompts": n, "mean": float(np.mean(found)), "low": float(min(found)), "high": float(max(found))})
+    report: dict[str, Any] = {"distances": rows}
+    if training is not None and len(training):
+        report["marginal_of_training"] = distance(feedback, marginal_fit(feedback, training), truth)
+    return report

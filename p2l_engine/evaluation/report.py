@@ -1,0 +1,155 @@
+"""Everything that can be said of a checkpoint on held-out votes, as one nested mapping."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.stats import kendalltau, spearmanr
+
+from p2l_engine.engine import Coefficients, Engine
+from p2l_engine.evaluation import features, predictors, routed, strengths
+from p2l_engine.evaluation.growth import growth
+from p2l_engine.leaderboard import Leaderboard
+from p2l_engine.votes import Votes
+from p2l_engine.votes.marginal import marginal_fit, marginal_leaderboard
+
+Float64 = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """True scores of every model on the held-out prompts [N, M] and on the training prompts [T, M], in the checkpoint's order
+    of models; costs [M] and their unit, or None."""
+
+    held_out: Float64
+    training: Float64
+    costs: Float64 | None = None
+    unit: str = ""
+
+    def budgets(self, count: int = 8) -> list[float]:
+        """Mean costs worth asking for: between the cheapest and the dearest model's, evenly in the ranks of costs."""
+        if self.costs is None:
+            return []
+        low, high = np.log(max(self.costs.min(), 1e-12) * 1.1), np.log(max(self.costs.max(), 1e-12))
+        return [float(f"{budget:.3g}") for budget in np.exp(np.linspace(low, high, count))]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What to compute beside the figures on votes. budgets: mean costs (None: some are chosen); reference: the model of the
+    strengths table (None: the marginal leaderboard's middle one); replacements: (old, new) pairs."""
+
+    bootstrap: int = 200
+    seed: int = 0
+    budgets: Sequence[float] | None = None
+    reference: str | None = None
+    replacements: Sequence[tuple[str, str]] = ()
+    probes: dict[str, Float64] | None = None
+
+
+def evaluate(
+    engine: Engine,
+    held_out: Votes,
+    training: Votes | None = None,
+    scores: Scores | None = None,
+    asked: Asked | None = None,
+    advance: Callable[[int], object] | None = None,
+) -> dict[str, Any]:
+    """Every figure that the data allow. Raises ValueError where the checkpoint's models are not those of the votes."""
+    asked = asked or Asked()
+    for name, votes in (("held-out", held_out), ("training", training)):
+        if votes is not None and votes.models != engine.models:
+            raise ValueError(f"{name} votes: expected the checkpoint's models {list(engine.models)}, got {list(votes.models)}")
+    c = engine.coefficients(held_out.prompts, advance)
+    report: dict[str, Any] = {
+        "checkpoint": {"models": list(engine.models), "feedback": engine.feedback.name, "dtype": _plain(engine.dtype)},
+        "held_out": {"prompts": len(held_out.prompts), "votes": len(held_out)},
+        "bootstrap": asked.bootstrap,
+    }
+    if training is not None:
+        report["training"] = {"prompts": len(training.prompts), "votes": len(training)}
+    if engine.feedback.of_values:
+        return report | {"value_figures": predictors.value_figures(c, held_out)}
+    marginal = None if training is None else marginal_fit(engine.feedback, training)
+    report["votes"] = predictors.compare(predictors.predictions(c, marginal, held_out), held_out, asked.bootstrap, asked.seed)
+    report["leaderboards"] = leaderboards(c, held_out, asked)
+    report["growth"] = growth(c, held_out, training, seed=asked.seed)
+    if held_out.category is not None:
+        report["choices"] = routed.distribution(c.theta.argmax(1), len(c.models), held_out.category)
+        reference = asked.reference or _middle(report["leaderboards"]["aggregated"])
+        report["strengths"] = strengths.by_category(c, held_out.category, reference, asked.bootstrap, asked.seed)
+        report["replacements"] = [
+            strengths.replacement(c, held_out.category, old, new, asked.bootstrap, asked.seed)
+            for old, new in asked.replacements
+        ]
+    if scores is not None:
+        report["routing"] = routing(c, held_out, training, scores, asked)
+    return report
+
+
+def leaderboards(c: Coefficients, votes: Votes, asked: Asked) -> dict[str, Any]:
+    """The aggregated leaderboard of the prompts beside the marginal one of their votes, both with intervals, and how well the
+    two orders agree (Spearman's and Kendall's rank correlations)."""
+    aggregated = Leaderboard.over(c, bootstrap=asked.bootstrap, seed=asked.seed)
+    counted = marginal_leaderboard(c.feedback, votes, asked.bootstrap, asked.seed)
+    x, y = (board.coefficients(c.models) for board in (aggregated, counted))
+    return {
+        "aggregated": _places(aggregated),
+        "marginal": _places(counted),
+        "spearman": float(spearmanr(x, y).statistic) if len(x) > 2 else None,
+        "kendall": float(kendalltau(x, y).statistic),
+    }
+
+
+def routing(c: Coefficients, held_out: Votes, training: Votes | None, scores: Scores, asked: Asked) -> dict[str, Any]:
+    """Table 1 and Figure 11."""
+    from p2l_engine import routing as stages
+
+    theta = c.theta.astype(np.float64)
+    known_tasks = None if training is None else training.category
+    chosen = routed.choices(theta, scores.training, known_tasks, held_out.category)
+    for name, predicted in (asked.probes or {}).items():
+        chosen[name] = predicted.argmax(1)
+    report: dict[str, Any] = routed.table(chosen, scores.held_out, c.models, held_out.category)
+    if scores.costs is None:
+        return report
+    v = stages.win_rates(theta, np.full(len(c.models), 1 / len(c.models)))
+    budgets = scores.budgets() if asked.budgets is None else asked.budgets
+    report["budgets"] = {
+        "unit": scores.unit,
+        "rows": routed.under_budgets(v, scores.held_out, scores.training, scores.costs, budgets, c.models),
+    }
+    for name, predicted in (asked.probes or {}).items():
+        rows = routed.under_budgets(predicted, scores.held_out, scores.training, scores.costs, budgets, c.models)
+        for row, of_probe in zip(report["budgets"]["rows"], rows, strict=True):
+            row[name] = of_probe["batch"]
+    return report
+
+
+def probes(
+    base: str, config: dict[str, Any], training: Votes, held_out: Votes, scores: Scores, advance: Callable[[int], object] | None
+) -> dict[str, Float64]:
+    """What ridge regression, neighbours and a perceptron on the untrained backbone's features predict; see ``features``."""
+    loaded = features.frozen(base, config)
+    longest = config.get("max_length")
+    known, asked = (features.hidden_states(loaded, votes.prompts, longest, advance) for votes in (training, held_out))
+    return features.probes(known, scores.training, asked)
+
+
+def _places(board: Leaderboard) -> list[dict[str, Any]]:
+    return [
+        {"rank": p.rank, "model": p.model, "coefficient": p.coefficient, "win_rate": p.win_rate, "low": p.low, "high": p.high}
+        for p in board
+    ]
+
+
+def _middle(places: list[dict[str, Any]]) -> str:
+    return str(places[len(places) // 2]["model"])
+
+
+def _plain(dtype: object) -> str:
+    return str(dtype).removeprefix("torch.")

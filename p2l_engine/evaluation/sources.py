@@ -1,0 +1,88 @@
+"""Where the votes of an evaluation come from: the checkpoint's own training config, or files that are named."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from p2l_engine.catalog import Catalog
+from p2l_engine.engine import Engine
+from p2l_engine.evaluation.report import Scores
+from p2l_engine.votes import Dropped, Votes, read, score_matrix, split
+from p2l_engine.votes.files import read_table
+
+Part = Literal["held-out", "validation"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """What to evaluate on (held_out), what the checkpoint was trained on, true scores, and the training config."""
+
+    held_out: Votes
+    training: Votes | None
+    scores: Scores | None
+    config: dict[str, Any]
+    dropped: Dropped
+
+
+def of_config(engine: Engine, part: Part, costs: Catalog | None) -> Sources:
+    """The votes that ``training_config.json`` names, split as in training. Raises ValueError where nothing was held out."""
+    config = json.loads((engine.folder / "training_config.json").read_text(encoding="utf-8"))
+    path = config.get("train_data_path")
+    if not path:
+        raise ValueError(f"{engine.folder}: its training config names no train_data_path; name votes to evaluate on")
+    options = {
+        "values": engine.feedback.of_values,
+        "columns": config.get("columns"),
+        "max_dropped": config.get("max_dropped", 0.01),
+    }
+    votes, dropped = read(path, **options)
+    if config.get("val_data_path"):
+        held_out, dropped = read(config["val_data_path"], votes.models, **options)
+        return Sources(held_out, votes, None, config, dropped)
+    parts = split(
+        votes, config.get("held_out", 0.0), config.get("validation", 0.0), config.get("split_by", "prompt"),
+        config.get("split_seed", 0),
+    )  # fmt: skip
+    chosen = parts.held_out if part == "held-out" else parts.validation
+    if chosen is None:
+        raise ValueError(f"{engine.folder}: its training config holds no {part} prompts back; name votes to evaluate on")
+    return Sources(chosen, parts.training, scores_of(path, engine, chosen, parts.training, costs), config, dropped)
+
+
+def of_files(engine: Engine, held_out: Path, training: Path | None, costs: Catalog | None) -> Sources:
+    """The votes of these files, as they are."""
+    values = engine.feedback.of_values
+    votes, dropped = read(str(held_out), engine.models, values)
+    known = None if training is None else read(str(training), engine.models, values)[0]
+    scores = None if known is None else scores_of(str(held_out), engine, votes, known, costs, str(training))
+    return Sources(votes, known, scores, {}, dropped)
+
+
+def scores_of(
+    path: str, engine: Engine, held_out: Votes, training: Votes, costs: Catalog | None, training_path: str | None = None
+) -> Scores | None:
+    """The scores that the votes were made of, where they were made of scores; costs are the catalog's."""
+    table = read_table(path)
+    if engine.feedback.of_values or not {"prompt", "model", "score"} <= set(table.column_names):
+        return None
+    matrices = []
+    for file, votes in ((path, held_out), (training_path or path, training)):
+        prompts, models, matrix = score_matrix(file, table if file == path else None)
+        row = {prompt: i for i, prompt in enumerate(prompts)}
+        columns = [models.index(model) for model in engine.models]
+        matrices.append(matrix[[row[prompt] for prompt in votes.prompts]][:, columns])
+    prices = None
+    if costs is not None:
+        price = {model.name: model.cost for model in costs.models}
+        missing = sorted(set(engine.models) - set(price))
+        if missing:
+            raise ValueError(
+                f"catalog: expected a cost for each of the checkpoint's models, found none for {', '.join(missing)}"
+            )
+        prices = np.array([price[model] for model in engine.models])
+    return Scores(matrices[0], matrices[1], prices, costs.unit if costs else "")

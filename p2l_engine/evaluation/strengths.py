@@ -1,0 +1,88 @@
+"""Strengths and weaknesses by category, and what changes when one model takes another's place (the paper's 3.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.special import expit
+
+from p2l_engine.engine import Coefficients
+
+Float64 = npt.NDArray[np.float64]
+
+LEVEL = 0.95
+
+
+def by_category(
+    coefficients: Coefficients, categories: Sequence[str], reference: str, bootstrap: int = 200, seed: int = 0
+) -> dict[str, Any]:
+    """Each model's win rate against ``reference`` in each category, with bootstrap intervals over prompts; for grounded models
+    also its reliability, the mean of sigmoid(theta): how surely its answers are not bad (Figure 10)."""
+    theta, place = coefficients.theta.astype(np.float64), _column(coefficients, reference)
+    report: dict[str, Any] = {"reference": reference, "categories": {}}
+    for name, rows in _rows(categories, len(coefficients)).items():
+        samples = _samples(len(rows), bootstrap, seed)
+        wins = _means(expit(theta[rows] - theta[rows, place][:, None]), samples)
+        entry: dict[str, Any] = {"prompts": len(rows), "win_rate": _by_model(coefficients.models, wins)}
+        if coefficients.feedback.grounded:
+            entry["reliability"] = _by_model(coefficients.models, _means(expit(theta[rows]), samples))
+        report["categories"][name] = entry
+    return report
+
+
+def replacement(
+    coefficients: Coefficients, categories: Sequence[str], old: str, new: str, bootstrap: int = 200, seed: int = 0
+) -> dict[str, Any]:
+    """The regression test: how often the new model's answer is preferred to the old one's, by category, from the worst on.
+
+    verdict: "better" or "worse" where the interval is above or below one half, else "unclear".
+    """
+    theta = coefficients.theta.astype(np.float64)
+    gain = expit(theta[:, _column(coefficients, new)] - theta[:, _column(coefficients, old)])
+    entries = []
+    for name, rows in {"all": np.arange(len(gain)), **_rows(categories, len(gain))}.items():
+        (value, low, high), *_ = _means(gain[rows][:, None], _samples(len(rows), bootstrap, seed))
+        verdict = "better" if low > 0.5 else "worse" if high < 0.5 else "unclear"
+        entries.append(
+            {"category": name, "prompts": len(rows), "win_rate": value, "low": low, "high": high, "verdict": verdict}
+        )
+    first, *rest = entries
+    return {
+        "old": old,
+        "new": new,
+        "overall": first,
+        "categories": sorted(rest, key=lambda entry: float(str(entry["win_rate"]))),
+    }
+
+
+def _column(coefficients: Coefficients, model: str) -> int:
+    if model not in coefficients.models:
+        raise ValueError(f"model: expected one of {', '.join(coefficients.models)}, got {model!r}")
+    return coefficients.models.index(model)
+
+
+def _rows(categories: Sequence[str], n: int) -> dict[str, npt.NDArray[np.int64]]:
+    if len(categories) != n:
+        raise ValueError(f"categories: expected one for each of the {n} prompts, got {len(categories)}")
+    of = np.array(categories)
+    return {name: np.flatnonzero(of == name) for name in sorted(set(categories))}
+
+
+def _samples(n: int, bootstrap: int, seed: int) -> Float64:
+    """[1 + B, N]: each prompt's share of the whole, and of each bootstrap sample."""
+    times = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), bootstrap)
+    return np.concatenate([np.ones((1, n)), times]) / n
+
+
+def _means(values: Float64, samples: Float64) -> list[tuple[float, float, float]]:
+    """values [N, K] -> the mean of each column, and the ends of its interval."""
+    means = samples @ values
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+    return [(float(m), float(a), float(b)) for m, a, b in zip(means[0], low, high, strict=True)]
+
+
+def _by_model(models: Sequence[str], figures: list[tuple[float, float, float]]) -> dict[str, dict[str, float]]:
+    return {m: {"value": v, "low": a, "high": b} for m, (v, a, b) in zip(models, figures, strict=True)}

@@ -1,0 +1,57 @@
+"""A checkpoint as one folder in the published layout, adapters merged, with a model card."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from p2l_engine import card, checkpoint
+from p2l_engine.errors import CheckpointError
+from p2l_engine.saving import write_json, write_tensors, write_whole
+
+
+def export(source: str | Path | None, target: Path, evaluation: Path | None = None) -> None:
+    """Writes ``source`` (a folder, a hub name, None for the default) to the folder ``target``: config, bfloat16 safetensors,
+    tokenizer, model_list.json and training_config.json as lmarena/p2l's code reads them, and README.md.
+
+    The same source gives the same bytes. evaluation: figures of ``p2l-engine eval --json`` for the card; None takes the
+    source's
+    own evaluation.json where it has one. Raises CheckpointError for a source that cannot be read, ValueError where ``target``
+    holds something already, OSError where it cannot be written; it is there whole or not at all.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target}: expected a folder that does not exist yet, or an empty one")
+    loaded = checkpoint.load(source)
+    training = json.loads((loaded.folder / "training_config.json").read_text(encoding="utf-8"))
+    figures = _figures(evaluation or loaded.folder / "evaluation.json", must_exist=evaluation is not None)
+
+    def fill(work: Path) -> None:
+        body = {f"model.{name}": weight for name, weight in loaded.weights.items()}
+        write_tensors(work / "model.safetensors", body | checkpoint.head_weights(loaded.folder))
+        loaded.config.save_pretrained(work)
+        config = json.loads((work / "config.json").read_text(encoding="utf-8"))
+        write_json(work / "config.json", dict(sorted((config | {"dtype": "bfloat16"}).items())))
+        loaded.tokenizer.save_pretrained(work)
+        write_json(work / "model_list.json", list(loaded.models))
+        write_json(work / "training_config.json", {"model_type": loaded.config.model_type} | training)
+        (work / "README.md").write_text(card.text(list(loaded.models), training, figures), encoding="utf-8")
+        if figures is not None:
+            write_json(work / "evaluation.json", figures)
+        catalog = loaded.folder / "catalog.yaml"
+        if catalog.is_file():
+            (work / "catalog.yaml").write_bytes(catalog.read_bytes())
+
+    write_whole(target, fill)
+
+
+def _figures(path: Path, must_exist: bool) -> dict[str, Any] | None:
+    if not must_exist and not path.is_file():
+        return None
+    try:
+        figures = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path}: expected the JSON that 'p2l-engine eval --json' writes: {error}") from None
+    if not isinstance(figures, dict) or "held_out" not in figures:
+        raise CheckpointError(f"{path}: expected the JSON that 'p2l-engine eval --json' writes, found something else")
+    return figures

@@ -1,0 +1,235 @@
+"""The leaderboard that explains expected (or counted) outcomes best: maximum likelihood by Newton's method, float64."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.func import hessian, jacrev, vmap
+
+from p2l_engine.leaderboard.outcomes import pair_count, pairs
+from p2l_engine.regression import FeedbackModel
+
+Float64 = npt.NDArray[np.float64]
+
+TOLERANCE = 1e-10  # of the gradient, for a mean weight of 1 a pair
+ITERATIONS = 200
+SMALL_STEP = 0.1
+
+
+class Fit(NamedTuple):
+    """theta [M], of mean 0 where only differences count; eta, or None; loss: the mean negative log-likelihood; iterations."""
+
+    theta: Float64
+    eta: float | None
+    loss: float
+    iterations: int
+
+
+def fit(
+    feedback: FeedbackModel,
+    outcomes: npt.ArrayLike,
+    n_models: int,
+    start: Fit | None = None,
+    ridge: float = 0.0,
+) -> Fit:
+    """The coefficients under which ``outcomes`` are likeliest: the paper's (3), for any feedback model of votes.
+
+    outcomes [K, M (M - 1) / 2]: how often (or with what weight) each outcome came for each pair, in the order of
+    ``leaderboard.pairs``; a weight of a pair is a factor of its column. start: a fit to begin from. ridge: times the mean
+    weight of a pair, a penalty on theta^2 and eta^2, which bounds models that always win. Raises ValueError for outcomes that
+    are negative, not finite or all 0, and, without a ridge, where they leave models unconnected or unbounded; ArithmeticError
+    where Newton's method does not settle.
+    """
+    counts = np.asarray(outcomes, np.float64)
+    if counts.shape != (len(feedback.outcomes), pair_count(n_models)):
+        raise ValueError(
+            f"outcomes: expected [{len(feedback.outcomes)}, {pair_count(n_models)}] for {feedback.name} and {n_models} models, "
+            f"got {list(counts.shape)}"
+        )
+    if not (np.isfinite(counts).all() and (counts >= 0).all() and counts.sum() > 0):
+        raise ValueError("outcomes: expected finite numbers >= 0, not all of them 0")
+    if not ridge and not feedback.grounded:
+        _check_bounded(counts, n_models)
+    problem = _problem(feedback, counts, n_models)
+    total = counts.sum()
+    mean = total / pair_count(n_models)
+    x = np.zeros(problem.size)
+    if start is not None:
+        x[:n_models] = start.theta
+        if start.eta is not None:
+            x[n_models:] = start.eta
+    free = not feedback.grounded  # then theta is known up to a shift
+    penalty = ridge * mean
+    value, gradient, curvature = problem(x, penalty)
+    for iteration in range(ITERATIONS):
+        if np.abs(gradient).max() <= TOLERANCE * mean:
+            theta = x[:n_models] - (x[:n_models].mean() if free else 0.0)
+            return Fit(theta, float(x[n_models]) if problem.size > n_models else None, float(value / total), iteration)
+        step = _step(curvature, gradient, n_models if free and not penalty else 0)
+        x, value, gradient, curvature = _along(problem, x, step, value, gradient, penalty, curvature)
+    raise ArithmeticError(
+        f"fit: no optimum after {ITERATIONS} iterations (gradient {np.abs(gradient).max():.1e}): as where nothing ties, "
+        "or nothing is bad; give a ridge, such as 1e-6"
+    )
+
+
+def _check_bounded(counts: Float64, n_models: int) -> None:
+    """A finite optimum needs a chain of wins or ties from every model to every other (Ford, 1957)."""
+    a, b = pairs(n_models)
+    beats = np.eye(n_models, dtype=bool)
+    tied = counts[2:].sum(0) > 0
+    beats[a, b], beats[b, a] = (counts[0] > 0) | tied, (counts[1] > 0) | tied
+    if not _closure(beats | beats.T).all():
+        raise ValueError("outcomes: expected weights that connect all models; some have no chain of pairs to the others")
+    if not _closure(beats).all():
+        raise ValueError("outcomes: some models win or lose always against others, so that their coefficients have no bound; "
+                         "give a ridge, such as 1e-6")  # fmt: skip
+
+
+def _closure(reaches: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    while True:
+        further = reaches.astype(np.float32) @ reaches.astype(np.float32) > 0
+        if (further == reaches).all():
+            return reaches
+        reaches = further
+
+
+def refit(feedback: FeedbackModel, samples: npt.ArrayLike, n_models: int, whole: Fit, ridge: float = 0.0) -> list[Fit]:
+    """The fits of many samples [B, K, M (M - 1) / 2] of what ``whole`` was fitted to, such as bootstrap samples.
+
+    Each starts at the whole's optimum. Its first Newton step leaves an error of the square of the step; where that step is
+    above SMALL_STEP it goes on to its own optimum.
+    """
+    found: list[Fit] = []
+    start = np.append(whole.theta, [] if whole.eta is None else [whole.eta])
+    parts = None
+    for counts in np.asarray(samples, np.float64):
+        problem = _problem(feedback, counts, n_models)
+        if isinstance(problem, _Ties):  # what depends on the point alone is the same for all samples
+            parts = problem.parts(start) if parts is None else parts
+            value, gradient, curvature = problem.summed(problem.counts, *parts)
+        else:
+            value, gradient, curvature = problem.at(start)
+        penalty = ridge * counts.sum() / pair_count(n_models)
+        gradient, curvature = gradient + penalty * start, curvature + penalty * np.eye(problem.size)
+        step = _step(curvature, gradient, 0 if feedback.grounded or penalty else n_models)
+        if np.abs(step).max() > SMALL_STEP:
+            found.append(fit(feedback, counts, n_models, whole, ridge))
+            continue
+        x = start + step
+        theta = x[:n_models] - (0.0 if feedback.grounded else x[:n_models].mean())
+        found.append(Fit(theta, None if whole.eta is None else float(x[n_models]), value / counts.sum(), 1))
+    return found
+
+
+def _problem(feedback: FeedbackModel, counts: Float64, n_models: int) -> _Problem:
+    return _Ties(feedback, counts, n_models) if feedback.has_eta else _Logistic(counts, n_models)
+
+
+def _step(curvature: Float64, gradient: Float64, shift: int) -> Float64:
+    """Newton's step; ``shift`` > 0 pins the mean of so many first entries. Where the loss bends down, damped until it does
+    not."""
+    scale = float(np.abs(np.diag(curvature)).max()) or 1.0
+    if shift:
+        curvature = curvature.copy()
+        curvature[:shift, :shift] += scale / shift
+    damping = 0.0
+    while True:
+        try:
+            factor = np.linalg.cholesky(curvature + damping * np.eye(len(curvature)))
+        except np.linalg.LinAlgError:
+            damping = max(4 * damping, 1e-10 * scale)
+            if damping > 1e6 * scale:
+                raise ArithmeticError("fit: the Hessian is singular at every damping; give a ridge, such as 1e-6") from None
+            continue
+        return -np.linalg.solve(factor.T, np.linalg.solve(factor, gradient))
+
+
+def _along(
+    problem: _Problem, x: Float64, step: Float64, value: float, gradient: Float64, penalty: float, curvature: Float64
+) -> tuple[Float64, float, Float64, Float64]:
+    """The first of ever shorter steps that lowers the loss enough (Armijo)."""
+    longest = np.abs(step).max()
+    length = min(1.0, 10.0 / longest) if longest > 0 else 1.0  # far from the optimum the quadratic means little
+    slope = float(gradient @ step)
+    for _ in range(60):
+        there = problem(x + length * step, penalty)
+        # At the optimum the loss is flat to rounding: there a smaller gradient is progress too.
+        flat = abs(there[0] - value) <= 1e-12 * abs(value) and np.abs(there[1]).max() < np.abs(gradient).max()
+        if there[0] <= value + 1e-4 * length * slope or flat:
+            return x + length * step, *there
+        length /= 2
+    return x, value, gradient, curvature
+
+
+class _Problem:
+    """Loss, gradient and Hessian at x [size]: theta, and eta where there is one."""
+
+    size: int
+
+    def __call__(self, x: Float64, penalty: float) -> tuple[float, Float64, Float64]:
+        value, gradient, curvature = self.at(x)
+        return value + penalty / 2 * float(x @ x), gradient + penalty * x, curvature + penalty * np.eye(self.size)
+
+    def at(self, x: Float64) -> tuple[float, Float64, Float64]:
+        raise NotImplementedError
+
+
+class _Logistic(_Problem):
+    """bt and bt-tie: -sum of A log s(d) + B log s(-d), d = theta_a - theta_b; the Hessian is a graph's Laplacian."""
+
+    def __init__(self, counts: Float64, n_models: int) -> None:
+        self.size = n_models
+        self.a, self.b = pairs(n_models)
+        self.first, self.second = counts[0], counts[1]
+
+    def at(self, x: Float64) -> tuple[float, Float64, Float64]:
+        d = x[self.a] - x[self.b]
+        both = self.first + self.second
+        value = float((self.first * np.logaddexp(0, -d) + self.second * np.logaddexp(0, d)).sum())
+        p = np.exp(-np.logaddexp(0, -d))
+        slope, bend = both * p - self.first, both * p * (1 - p)
+        gradient: Any = np.bincount(self.a, slope, self.size) - np.bincount(self.b, slope, self.size)
+        curvature = np.zeros((self.size, self.size))
+        curvature[self.a, self.b] = curvature[self.b, self.a] = -bend
+        np.fill_diagonal(curvature, -curvature.sum(1))
+        return value, gradient, curvature
+
+
+class _Ties(_Problem):
+    """rk, rk-reparam and grk: each pair's loss depends on three numbers; torch differentiates it."""
+
+    def __init__(self, feedback: FeedbackModel, counts: Float64, n_models: int) -> None:
+        self.size = n_models + 1
+        self.places = np.stack([*pairs(n_models), np.full(pair_count(n_models), n_models)], 1)
+        self.counts = counts.T
+        known = len(feedback.outcomes)
+
+        def losses(local: Tensor) -> Tensor:
+            return -feedback.log_probabilities(local[0], local[1], local[2])[:known]
+
+        self._parts = vmap(lambda local: (losses(local), jacrev(losses)(local), hessian(losses)(local)))
+
+    def at(self, x: Float64) -> tuple[float, Float64, Float64]:
+        value, slope, bend = self.parts(x)
+        return self.summed(self.counts, value, slope, bend)
+
+    def parts(self, x: Float64) -> tuple[Float64, Float64, Float64]:
+        """For each pair and outcome: -log P [.., K], its gradient [.., K, 3] and its Hessian [.., K, 3, 3]."""
+        with warnings.catch_warnings():  # torch's own, of softplus under vmap
+            warnings.filterwarnings("ignore", message="An output with one or more elements was resized")
+            parts = self._parts(torch.from_numpy(x[self.places]))
+        return parts[0].numpy(), parts[1].numpy(), parts[2].numpy()
+
+    def summed(self, counts: Float64, value: Float64, slope: Float64, bend: Float64) -> tuple[float, Float64, Float64]:
+        """The whole's loss, gradient and Hessian, under other counts [M (M - 1) / 2, K] too."""
+        size, places = self.size, self.places
+        rows = (places[:, :, None] * size + places[:, None, :]).ravel()
+        gradient: Any = np.bincount(places.ravel(), np.einsum("pk,pki->pi", counts, slope).ravel(), size)
+        curvature: Any = np.bincount(rows, np.einsum("pk,pkij->pij", counts, bend).ravel(), size * size).reshape(size, size)
+        return float((counts * value).sum()), gradient, curvature

@@ -1,0 +1,140 @@
+"""How often each outcome is to be expected between any two models, over a set of prompts: sums that can be added.
+
+The right-hand side of the paper's (3): the binary cross-entropy is linear in the outcome, so that the mean over prompts of
+the outcome probabilities is all that a leaderboard over the prompts needs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from p2l_engine._native import ffi, lib
+from p2l_engine.engine import Coefficients
+from p2l_engine.regression import FeedbackModel
+
+Float64 = npt.NDArray[np.float64]
+
+CHUNK = 1 << 19  # pairs of a prompt that are worked on at once: they stay in the cache
+WIDEST = 300.0  # beyond it exp(theta) could overflow: then everything is computed from logarithms
+
+
+def pair_count(n_models: int) -> int:
+    """M (M - 1) / 2."""
+    return n_models * (n_models - 1) // 2
+
+
+def pairs(n_models: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """a and b [M (M - 1) / 2] of every pair a < b, in the order of all arrays here."""
+    a, b = np.triu_indices(n_models, 1)
+    return a.astype(np.int64), b.astype(np.int64)
+
+
+@dataclass(slots=True)
+class OutcomeSums:
+    """Sums over prompts of the probabilities of each outcome, for every pair of models.
+
+    sums [1 + B, K, M (M - 1) / 2] float64: for the prompts as they are, then for B bootstrap samples of them; K outcomes in the
+    feedback model's order (A, B, tie, both bad; A is the first model of the pair). weight [1 + B]: the prompts' weights added
+    up. Adding two gives what one would have given that had seen all prompts (the bootstrap samples are then those of either:
+    ``stream`` must differ).
+    """
+
+    feedback: FeedbackModel
+    models: tuple[str, ...]
+    bootstrap: int = 0
+    seed: int = 0
+    stream: int = 0
+    sums: Float64 = field(init=False)
+    weight: Float64 = field(init=False)
+    prompts: int = field(init=False, default=0)
+    _streams: frozenset[int] = field(init=False)
+    _rng: np.random.Generator = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.feedback.of_values:
+            raise ValueError(f"feedback: expected a model of votes, got {self.feedback.name!r}")
+        self.sums = np.zeros((1 + self.bootstrap, len(self.feedback.outcomes), pair_count(len(self.models))))
+        self.weight = np.zeros(1 + self.bootstrap)
+        self._streams = frozenset([self.stream])
+        self._rng = np.random.default_rng([self.seed, self.stream])
+
+    def add(self, coefficients: Coefficients, weights: npt.ArrayLike | None = None) -> None:
+        """The prompts of these coefficients, each with a weight >= 0 (None: 1). Raises ValueError for other models' names, or
+        for weights or coefficients that are not finite."""
+        if coefficients.models != self.models or coefficients.feedback.name != self.feedback.name:
+            raise ValueError(
+                f"coefficients: expected {self.feedback.name} over {list(self.models)}, got {coefficients.feedback.name} over "
+                f"{list(coefficients.models)}"
+            )
+        n, m = coefficients.theta.shape
+        each = np.ones(n) if weights is None else np.asarray(weights, np.float64)
+        if each.shape != (n,) or not (np.isfinite(each).all() and (each >= 0).all()):
+            raise ValueError(f"weights: expected {n} finite numbers >= 0, got shape {list(each.shape)}")
+        if not np.isfinite(coefficients.theta).all():
+            raise ValueError("coefficients: expected finite theta")
+        step = max(1, CHUNK // max(1, pair_count(m)))
+        for start in range(0, n, step):
+            some = slice(start, start + step)
+            theta = torch.from_numpy(coefficients.theta[some]).double()
+            eta = None if coefficients.eta is None else torch.from_numpy(coefficients.eta[some]).double()
+            # The Poisson bootstrap: in a sample of many prompts each occurs Poisson(1) times, whatever the others do.
+            times = self._rng.poisson(1.0, (self.bootstrap, len(theta)))
+            share = torch.from_numpy(np.concatenate([np.ones((1, len(theta))), times]) * each[some])
+            of_pairs = probabilities(self.feedback, theta, eta)
+            self.sums += (share @ of_pairs.flatten(1)).view(self.sums.shape).numpy()
+            self.weight += share.sum(1).numpy()
+        self.prompts += n
+
+    def __add__(self, other: OutcomeSums) -> OutcomeSums:
+        same = (self.models, self.feedback.name, self.bootstrap) == (other.models, other.feedback.name, other.bootstrap)
+        if not same:
+            raise ValueError("other: expected sums of the same models, feedback model and number of bootstrap samples")
+        if self.bootstrap and self._streams & other._streams:
+            raise ValueError(
+                f"stream: expected another than {sorted(self._streams)}, so that bootstrap samples are independent"
+            )
+        both = OutcomeSums(self.feedback, self.models, self.bootstrap, self.seed, self.stream)
+        both.sums, both.weight = self.sums + other.sums, self.weight + other.weight
+        both.prompts, both._streams = self.prompts + other.prompts, self._streams | other._streams
+        return both
+
+    @property
+    def means(self) -> Float64:
+        """[1 + B, K, M (M - 1) / 2]: the mean probabilities. Raises ValueError where no prompt has a weight."""
+        if not (self.weight > 0).all():
+            raise ValueError("weights: expected some prompts of a weight above 0 (in each bootstrap sample: take more prompts)")
+        return self.sums / self.weight[:, None, None]
+
+    @property
+    def win_matrix(self) -> Float64:
+        """[M, M]: how often the row's model is preferred to the column's, over the prompts; 1/2 on the diagonal of bt models,
+        where ties do not count 0."""
+        m = len(self.models)
+        a, b = pairs(m)
+        first, second = self.means[0, 0], self.means[0, 1]
+        whole = np.zeros((m, m))
+        whole[a, b], whole[b, a] = first, second
+        np.fill_diagonal(whole, 0.5 if len(self.feedback.outcomes) == 2 else 0.0)
+        return whole
+
+
+def probabilities(feedback: FeedbackModel, theta: Tensor, eta: Tensor | None) -> Tensor:
+    """theta [N, M], eta [N] float64 -> [N, K, M (M - 1) / 2]: ``FeedbackModel.probabilities`` of every pair, with M
+    exponentials a prompt instead of some for each pair. A tie of less than 1e-16 is 0."""
+    a, b = (torch.from_numpy(index) for index in pairs(theta.shape[1]))
+    known = len(feedback.outcomes)
+    if float(theta.abs().max()) > WIDEST or (eta is not None and float(eta.abs().max()) > WIDEST):
+        wide = None if eta is None else eta[:, None]
+        return feedback.probabilities(theta[:, a], theta[:, b], wide)[..., :known].movedim(-1, 1)
+    e = theta.exp().contiguous()
+    handicap = None if eta is None else feedback.log_lambda(eta).exp().contiguous()
+    out = torch.empty(len(theta), known, len(a), dtype=torch.float64)
+    at = [ffi.NULL if x is None else ffi.cast("double *", x.data_ptr()) for x in (e, handicap, out)]
+    ground = 1.0 if feedback.grounded else 0.0
+    lib.p2l_outcomes(*at[:2], ground, known, *theta.shape, torch.get_num_threads(), at[2])
+    return out

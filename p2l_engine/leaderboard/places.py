@@ -1,0 +1,154 @@
+"""Leaderboards: models from best to worst, by their coefficients, with win rates and, over sets, intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from p2l_engine import routing
+from p2l_engine.engine import Coefficients
+from p2l_engine.leaderboard.fit import Fit, fit, refit
+from p2l_engine.leaderboard.outcomes import OutcomeSums, pair_count, pairs
+
+Float64 = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One line of a leaderboard: rank from 1, the model, its coefficient, its win rate against the opponents (None for models
+    of values, ols and poisson), and, where they were computed, the ends of the coefficient's bootstrap interval."""
+
+    rank: int
+    model: str
+    coefficient: float
+    win_rate: float | None
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Leaderboard:
+    """Models from best to worst. eta: the tie parameter of the whole, for fitted leaderboards of tie models."""
+
+    places: tuple[Place, ...]
+    eta: float | None = None
+
+    @classmethod
+    def of(cls, coefficients: Coefficients, index: int = 0, opponents: npt.NDArray[Any] | None = None) -> Leaderboard:
+        """The leaderboard of prompt ``index``. opponents [M] sums to 1; None is uniform over the models."""
+        if not -len(coefficients) <= index < len(coefficients):
+            raise IndexError(f"index: expected a prompt of {len(coefficients)}, got {index}")
+        theta = coefficients.theta[index].astype(np.float64)
+        return cls.ranked(coefficients.models, theta, opponents, wins=not coefficients.feedback.of_values)
+
+    @classmethod
+    def over(
+        cls,
+        coefficients: Coefficients,
+        weights: npt.ArrayLike | None = None,
+        pair_weights: npt.ArrayLike | None = None,
+        bootstrap: int = 0,
+        seed: int = 0,
+        level: float = 0.95,
+    ) -> Leaderboard:
+        """The leaderboard over a set of prompts (paper, 2.1.1, (3)): the one that votes on these prompts would give, were there
+        endlessly many. For ols the mean of theta, for poisson the log of the mean rate. weights [N]: of the prompts; others as
+        in ``fitted``."""
+        if coefficients.feedback.of_values:
+            if pair_weights is not None:
+                raise ValueError(f"pair_weights: {coefficients.feedback.name} compares no pairs")
+            return cls._of_values(coefficients, weights, bootstrap, seed, level)
+        sums = OutcomeSums(coefficients.feedback, coefficients.models, bootstrap, seed)
+        sums.add(coefficients, weights)
+        return cls.fitted(sums, pair_weights, level)
+
+    @classmethod
+    def fitted(cls, sums: OutcomeSums, pair_weights: npt.ArrayLike | None = None, level: float = 0.95) -> Leaderboard:
+        """The leaderboard of outcome probabilities that were summed over prompts, perhaps in parts.
+
+        pair_weights [M, M], symmetric, >= 0: how often each pair meets (the paper's P_X); None: all alike. Where the sums hold
+        bootstrap samples, places have intervals at ``level``.
+        """
+        means = sums.means
+        if pair_weights is not None:
+            means = means * _pair_weights(pair_weights, len(sums.models))
+        whole = fit(sums.feedback, means[0], len(sums.models))
+        samples = refit(sums.feedback, means[1:], len(sums.models), whole)
+        return cls.ranked(sums.models, whole.theta, samples=[sample.theta for sample in samples], level=level, eta=whole.eta)
+
+    @classmethod
+    def averaged(cls, coefficients: Coefficients, weights: npt.ArrayLike | None = None) -> Leaderboard:
+        """The weighted mean of the coefficients (paper, B.1): a predictor of the expected log-odds, not of win rates, in which
+        a higher place need not mean more wins; ``over`` is the leaderboard to use. For ols models the two are the same."""
+        theta = coefficients.theta.astype(np.float64)
+        mean = np.average(theta, axis=0, weights=None if weights is None else np.asarray(weights))
+        return cls.ranked(coefficients.models, mean, wins=not coefficients.feedback.of_values)
+
+    @classmethod
+    def ranked(
+        cls,
+        models: Sequence[str],
+        theta: Float64,
+        opponents: npt.NDArray[Any] | None = None,
+        samples: Sequence[Float64] = (),
+        level: float = 0.95,
+        eta: float | None = None,
+        wins: bool = True,
+    ) -> Leaderboard:
+        """Of coefficients theta [M]; opponents [M] as in ``of``; samples: bootstrap coefficients [M], from which intervals."""
+        if not 0 < level < 1:
+            raise ValueError(f"level: expected a probability between 0 and 1, got {level!r}")
+        q = np.full(len(theta), 1.0 / len(theta)) if opponents is None else opponents
+        v = routing.win_rates(theta[None], q)[0].tolist() if wins else [None] * len(theta)
+        low = high = [None] * len(theta)
+        if len(samples):
+            low, high = np.quantile(np.stack(samples), [(1 - level) / 2, (1 + level) / 2], axis=0).tolist()
+        order = np.argsort(-theta, kind="stable")
+        places = (Place(r + 1, models[m], float(theta[m]), v[m], low[m], high[m]) for r, m in enumerate(order))
+        return cls(tuple(places), eta)
+
+    @classmethod
+    def _of_values(cls, c: Coefficients, weights: npt.ArrayLike | None, bootstrap: int, seed: int, level: float) -> Leaderboard:
+        theta, rng = c.theta.astype(np.float64), np.random.default_rng(seed)
+        each = np.ones(len(theta)) if weights is None else np.asarray(weights, np.float64)
+        times = np.concatenate([np.ones((1, len(theta))), rng.poisson(1.0, (bootstrap, len(theta)))])
+        share = times * each
+        if not (share.sum(1) > 0).all():
+            raise ValueError("weights: expected some prompts of a weight above 0 (in each bootstrap sample: take more prompts)")
+        share /= share.sum(1, keepdims=True)
+        means = np.log(share @ np.exp(theta)) if c.feedback.name == "poisson" else share @ theta
+        return cls.ranked(c.models, means[0], samples=list(means[1:]), level=level, wins=False)
+
+    @property
+    def best(self) -> str:
+        """The first model's name."""
+        return self.places[0].model
+
+    def coefficients(self, models: Sequence[str]) -> Float64:
+        """[M] in the order of these names."""
+        of = {place.model: place.coefficient for place in self.places}
+        return np.array([of[model] for model in models])
+
+    def __iter__(self) -> Iterator[Place]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+def _pair_weights(weights: npt.ArrayLike, m: int) -> Float64:
+    whole = np.asarray(weights, np.float64)
+    if whole.shape != (m, m) or not (np.isfinite(whole).all() and (whole >= 0).all() and np.array_equal(whole, whole.T)):
+        raise ValueError(f"pair_weights: expected [{m}, {m}] finite numbers >= 0, symmetric, got shape {list(whole.shape)}")
+    of_pairs: Float64 = whole[pairs(m)]
+    if not of_pairs.sum() > 0:
+        raise ValueError("pair_weights: expected some pair of a weight above 0")
+    scaled: Float64 = of_pairs * pair_count(m) / of_pairs.sum()
+    return scaled
+
+
+__all__ = ["Fit", "Leaderboard", "Place"]

@@ -1,0 +1,51 @@
+"""Checkpoint folders written whole or not at all, and the same bytes for the same weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+def write_whole(folder: Path, fill: Callable[[Path], None]) -> None:
+    """``fill`` writes into a folder beside ``folder``, which then takes its place; where it fails nothing has changed."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        work.chmod(0o755)
+        fill(work)
+        if folder.exists():
+            aside = folder.parent / f"{work.name}-old"
+            folder.rename(aside)
+            work.rename(folder)
+            shutil.rmtree(aside)
+        else:
+            work.rename(folder)
+    except OSError as error:
+        raise OSError(f"{folder}: could not be written, and nothing of it was kept: {error}") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """bfloat16, in the order of their names: the same weights make the same bytes."""
+    narrow = {name: tensors[name].detach().to("cpu", torch.bfloat16).contiguous() for name in sorted(tensors)}
+    # A layer that theta and eta share is stored under both of its names.
+    try:
+        save_file({name: tensor.clone() for name, tensor in narrow.items()}, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk, among others
+        raise OSError(f"{path.name}: {error}") from error
+    path.chmod(0o644)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Indented JSON with a newline at its end."""
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

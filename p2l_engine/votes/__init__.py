@@ -1,0 +1,11 @@
+"""Votes: what people or judges said of two models' answers to a prompt, or values that they gave to one.
+
+Needs the extra ``train`` (pyarrow; datasets for hub names).
+"""
+
+from p2l_engine.votes.read import Dropped, read
+from p2l_engine.votes.scores import from_scores, score_matrix
+from p2l_engine.votes.summary import Summary
+from p2l_engine.votes.votes import Splits, Votes, split
+
+__all__ = ["Dropped", "Splits", "Summary", "Votes", "from_scores", "read", "score_matrix", "split"]

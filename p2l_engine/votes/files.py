@@ -1,0 +1,75 @@
+"""Tables from files, folders and hub data sets, and the prompts in them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.json
+import pyarrow.parquet
+
+from p2l_engine.errors import PromptError
+from p2l_engine.prompts import user_turns
+
+READERS: dict[str, Callable[[Path], pa.Table]] = {
+    ".parquet": pa.parquet.read_table,
+    ".jsonl": pa.json.read_json,
+    ".csv": pa.csv.read_csv,
+}
+
+
+def read_table(path: str) -> pa.Table:
+    """The rows of a parquet, jsonl or csv file, of a folder of files of one of these kinds (in order of their names), or of the
+    split ``train`` of a hub data set. Raises ValueError with the file that cannot be read."""
+    place = Path(path).expanduser()
+    if place.suffix in READERS and place.is_file():
+        return _read(place)
+    if place.is_dir():
+        files = sorted(file for file in place.rglob("*") if file.suffix in READERS)
+        if not files:
+            raise ValueError(f"{path}: expected {_kinds()} files in this folder, found none")
+        return pa.concat_tables([_read(file) for file in files], promote_options="default")
+    if place.is_file() or (place.suffix and not place.exists()):
+        found = "another kind of file" if place.exists() else "no such file"
+        raise ValueError(f"{path}: expected a {_kinds()} file, a folder of such files or a data set's name; found {found}")
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
+
+    try:
+        return load_dataset(path, split="train").data.table
+    except (DatasetNotFoundError, OSError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"{path}: no file or folder here, and no data set could be had from the hub: {first}") from error
+
+
+def turns(prompt: Any) -> tuple[str, ...]:
+    """The user's turns of a table's prompt: text, a list of turns, a list of messages, or such a list as JSON.
+
+    Raises ValueError, without a place: the caller knows the row.
+    """
+    if isinstance(prompt, str) and prompt.startswith("["):
+        try:
+            parsed = json.loads(prompt)
+        except json.JSONDecodeError:
+            parsed = None
+        if isinstance(parsed, list) and all(isinstance(turn, str | dict) for turn in parsed):
+            prompt = parsed
+    try:
+        return tuple(user_turns(prompt))
+    except PromptError as error:
+        raise ValueError(f"prompt: {error.problem}") from None
+
+
+def _read(file: Path) -> pa.Table:
+    try:
+        return READERS[file.suffix](file)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{file}: expected a readable {file.suffix} file: {error}") from error
+
+
+def _kinds() -> str:
+    return ", ".join(kind.removeprefix(".") for kind in READERS)

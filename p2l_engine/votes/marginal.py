@@ -1,0 +1,60 @@
+"""Marginal leaderboards: one for all prompts, from votes. The baseline of every P2L model."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from p2l_engine.leaderboard.fit import Fit, fit, refit
+from p2l_engine.leaderboard.outcomes import pair_count
+from p2l_engine.leaderboard.places import Leaderboard
+from p2l_engine.regression import FeedbackModel, Outcome
+from p2l_engine.votes.votes import Votes
+
+RIDGE = 1e-6  # bounds models that always win
+
+
+def outcome_counts(
+    feedback: FeedbackModel, votes: Votes, prompt_weights: npt.ArrayLike | None = None
+) -> npt.NDArray[np.float64]:
+    """[K, M (M - 1) / 2]: the weight of the votes with each outcome, for each pair, in the order of ``leaderboard.pairs``.
+
+    prompt_weights [P]: times the weights of their votes. Outcomes that the feedback model does not tell apart are counted as it
+    counts them (see ``FeedbackModel.log_likelihood``); models without ties leave ties out, bt-tie halves them.
+    """
+    if votes.are_values or feedback.of_values:
+        raise ValueError(f"votes: expected votes and a feedback model of votes, got values or {feedback.name!r}")
+    m, known = len(votes.models), len(feedback.outcomes)
+    weight = votes.weight if prompt_weights is None else votes.weight * np.asarray(prompt_weights, np.float64)[votes.prompt]
+    a, b, outcome = np.minimum(votes.a, votes.b), np.maximum(votes.a, votes.b), votes.outcome.astype(np.int64)
+    turned = votes.a > votes.b
+    outcome = np.where(
+        turned & (outcome == Outcome.A), Outcome.B, np.where(turned & (outcome == Outcome.B), Outcome.A, outcome)
+    )
+    place = a * (2 * m - a - 1) // 2 + b - a - 1
+    counts = np.zeros((known, pair_count(m)))
+    tied = outcome >= Outcome.TIE
+    if known == 2:
+        for k in (0, 1):
+            counts[k] += np.bincount(place, np.where(outcome == k, weight, 0.0), counts.shape[1])
+            if feedback.name == "bt-tie":
+                counts[k] += np.bincount(place, np.where(tied, weight / 2, 0.0), counts.shape[1])
+        return counts
+    for k in range(known):
+        counts[k] = np.bincount(place, np.where(np.minimum(outcome, known - 1) == k, weight, 0.0), counts.shape[1])
+    return counts
+
+
+def marginal_fit(feedback: FeedbackModel, votes: Votes) -> Fit:
+    """The one leaderboard under which the votes are likeliest."""
+    return fit(feedback, outcome_counts(feedback, votes), len(votes.models), ridge=RIDGE)
+
+
+def marginal_leaderboard(
+    feedback: FeedbackModel, votes: Votes, bootstrap: int = 0, seed: int = 0, level: float = 0.95
+) -> Leaderboard:
+    """The same as a Leaderboard, with bootstrap intervals over prompts where ``bootstrap`` samples are asked for."""
+    whole, rng = marginal_fit(feedback, votes), np.random.default_rng(seed)
+    times = rng.poisson(1.0, (bootstrap, len(votes.prompts)))
+    samples = refit(feedback, [outcome_counts(feedback, votes, each) for each in times], len(votes.models), whole, RIDGE)
+    return Leaderboard.ranked(votes.models, whole.theta, samples=[s.theta for s in samples], level=level, eta=whole.eta)

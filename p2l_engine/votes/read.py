@@ -1,0 +1,250 @@
+"""Rows of a table, each checked, to votes; what cannot be used is counted by its reason."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from p2l_engine.regression import Outcome
+from p2l_engine.votes.files import read_table, turns
+from p2l_engine.votes.scores import from_scores, score_matrix
+from p2l_engine.votes.votes import Votes
+
+WINNERS = {
+    "model_a": Outcome.A,
+    "model_b": Outcome.B,
+    "tie": Outcome.TIE,
+    "tie (bothbad)": Outcome.BOTH_BAD,
+    "both_bad": Outcome.BOTH_BAD,
+    "bothbad": Outcome.BOTH_BAD,
+}
+PROMPTS = ("prompt", "conversation", "conversation_a")
+PREFERENCES = ("preference_a", "preference_b")
+MAX_DROPPED = 0.01
+
+
+@dataclass(slots=True)
+class Dropped:
+    """Rows that could not be used: how many for each reason, and the first of each (from 0)."""
+
+    rows: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
+    first: dict[str, int] = field(default_factory=dict)
+
+    def add(self, reason: str, row: int) -> None:
+        self.counts[reason] = self.counts.get(reason, 0) + 1
+        self.first.setdefault(reason, row)
+
+    def __len__(self) -> int:
+        return sum(self.counts.values())
+
+    def lines(self) -> list[str]:
+        """One line a reason, the commonest first."""
+        ordered = sorted(self.counts.items(), key=lambda item: -item[1])
+        return [f"{count:,} x {reason} (the first is row {self.first[reason]})" for reason, count in ordered]
+
+
+class _Unusable(ValueError):
+    """Why one row cannot be used; ``reason`` without the value, so that rows can be counted."""
+
+    def __init__(self, reason: str, value: object = None) -> None:
+        self.reason = reason if value is None else f"{reason}, got {value!r:.60}"
+        super().__init__(self.reason)
+
+
+def read(
+    path: str,
+    models: tuple[str, ...] | None = None,
+    values: bool = False,
+    columns: Mapping[str, str] | None = None,
+    max_dropped: float = MAX_DROPPED,
+) -> tuple[Votes, Dropped]:
+    """Votes of a parquet, jsonl or csv file, a folder of them, or a hub data set's name (its split ``train``), and what of it
+    could not be used.
+
+    A row has a prompt (the column prompt, conversation or conversation_a: text, a list of user turns, a list of messages, or
+    such a list as JSON), model_a, model_b, and winner (model_a, model_b, tie, tie (bothbad), both_bad), or preference_a or
+    preference_b, the probability in [0, 1] that a or b is the better one, which becomes two votes of that weight; and, where
+    they exist, weight (>= 0), timestamp (seconds since 1970, or ISO 8601) and category. Or it has prompt, model and score: all
+    scores together become votes, see ``from_scores``, and a column task is a category too. With ``values`` (for ols and
+    poisson models): prompt, value (or score), and either model or model_a and model_b.
+
+    models fixes the columns (for validation data); else they are the sorted names found. columns: the file's own name for some
+    of the names above. Raises ValueError where columns are missing, where no row can be used, or where more than the share
+    ``max_dropped`` of the rows cannot.
+    """
+    table = read_table(path)
+    for ours, theirs in (columns or {}).items():
+        if theirs not in table.column_names:
+            raise ValueError(f"{path}: columns: expected one of {table.column_names} for {ours!r}, got {theirs!r}")
+        table = table.drop_columns([ours] if ours in table.column_names and ours != theirs else []).rename_columns(
+            [ours if name == theirs else name for name in table.column_names if name != ours or ours == theirs]
+        )
+    found = set(table.column_names)
+    if not values and {"prompt", "model", "score"} <= found and not found & {"winner", *PREFERENCES}:
+        votes = from_scores(*score_matrix(path, table), wanted=models)
+        category = next((name for name in ("category", "task") if name in found), None)
+        if category is not None:
+            of = dict(zip(map(turns, table.column("prompt").to_pylist()), table.column(category).to_pylist(), strict=True))
+            votes = replace(votes, category=tuple(str(of[prompt]) for prompt in votes.prompts))
+        return votes, Dropped(table.num_rows)
+    prompt = next((name for name in PROMPTS if name in found), None)
+    missing = [] if prompt else ["prompt"]
+    if values:
+        pair = {"model_a", "model_b"} <= found
+        missing += [] if pair or "model" in found else ["model, or model_a and model_b"]
+        missing += [] if found & {"value", "score"} else ["value"]
+    else:
+        pair = True
+        missing += [name for name in ("model_a", "model_b") if name not in found]
+        missing += [] if found & {"winner", *PREFERENCES} else ["winner, preference_a or preference_b (or model and score)"]
+    if missing or prompt is None:
+        raise ValueError(f"{path}: expected the columns {', '.join(missing)}; got {sorted(found)}")
+    rows = _Rows(table, prompt, pair, _feedback(found, values), models)
+    dropped = rows.read()
+    if not rows.votes:
+        reasons = "; ".join(dropped.lines()) or "the table is empty"
+        raise ValueError(f"{path}: expected at least one vote that can be used, got none: {reasons}")
+    if len(dropped) > max_dropped * dropped.rows:
+        raise ValueError(
+            f"{path}: {len(dropped):,} of {dropped.rows:,} rows cannot be used, more than the share max_dropped = "
+            f"{max_dropped:g}: {'; '.join(dropped.lines())}"
+        )
+    return rows.make(values), dropped
+
+
+class _Rows:
+    """The rows of one table, read one by one."""
+
+    def __init__(
+        self,
+        table: pa.Table,
+        prompt: str,
+        pair: bool,
+        feedback: tuple[str, Callable[[Any], list[tuple[float, float]]]],
+        models: tuple[str, ...] | None,
+    ) -> None:
+        names = {"prompt": prompt, "a": "model_a" if pair else "model", "feedback": feedback[0]}
+        names |= {"b": "model_b"} if pair else {}
+        names |= {name: name for name in ("weight", "timestamp", "category") if name in table.column_names}
+        self.columns = {ours: table.column(theirs).to_pylist() for ours, theirs in names.items()}
+        self.parse, self.pair, self.models = feedback[1], pair, models
+        self.n_rows = table.num_rows
+        self.prompts: dict[tuple[str, ...], int] = {}
+        self.category: list[str] = []
+        self.votes: list[tuple[int, str, str, float, float, float]] = []
+        self._known = None if models is None else set(models)
+        self._parsed: dict[Any, tuple[str, ...]] = {}
+
+    def read(self) -> Dropped:
+        """Fills prompts, categories and votes."""
+        dropped = Dropped(self.n_rows)
+        for i in range(self.n_rows):
+            try:
+                self._row(i)
+            except _Unusable as problem:
+                dropped.add(problem.reason, i)
+        return dropped
+
+    def _row(self, i: int) -> None:
+        column = self.columns
+        a = self._model(column["a"][i], "model_a" if self.pair else "model")
+        b = self._model(column["b"][i], "model_b") if self.pair else ""
+        if a == b:
+            raise _Unusable("a model against itself")
+        parsed = self.parse(column["feedback"][i])
+        weight = _weight(column["weight"][i]) if "weight" in column else 1.0
+        time = _seconds(column["timestamp"][i]) if "timestamp" in column else 0.0
+        prompt = self._prompt(column["prompt"][i])
+        place = self.prompts.setdefault(prompt, len(self.prompts))
+        if place == len(self.category):
+            category = column["category"][i] if "category" in column else None
+            self.category.append("none" if category is None else str(category))
+        self.votes += [(place, a, b, outcome, weight * share, time) for outcome, share in parsed if share > 0]
+
+    def _model(self, name: Any, column: str) -> str:
+        if not isinstance(name, str) or not name.strip():
+            raise _Unusable(f"{column}: expected a name", name)
+        if self._known is not None and name not in self._known:
+            raise _Unusable(f"{column}: not a model of the training votes", name)
+        return name
+
+    def _prompt(self, value: Any) -> tuple[str, ...]:
+        key = value if isinstance(value, str) else None
+        if key is not None and key in self._parsed:
+            return self._parsed[key]
+        try:
+            prompt = turns(value)
+        except ValueError as error:
+            raise _Unusable(str(error)) from None
+        if not any(turn.strip() for turn in prompt):
+            raise _Unusable("prompt: empty")
+        if key is not None:
+            self._parsed[key] = prompt
+        return prompt
+
+    def make(self, values: bool) -> Votes:
+        place, a, b, outcome, weight, time = zip(*self.votes, strict=True)
+        models = self.models or tuple(sorted({*a, *b} - {""}))
+        given: Any = np.array(outcome, np.float64 if values else np.int64)
+        column = {name: i for i, name in enumerate(models)} | {"": -1}
+        return Votes.make(
+            self.prompts, models, np.array(place, np.int64), np.array([column[name] for name in a], np.int64),
+            np.array([column[name] for name in b], np.int64), given,
+            np.array(weight), self.category if "category" in self.columns else None,
+            np.array(time) if "timestamp" in self.columns else None,
+        )  # fmt: skip
+
+
+def _feedback(found: set[str], values: bool) -> tuple[str, Callable[[Any], list[tuple[float, float]]]]:
+    """The column that says what was thought, and how a cell of it becomes outcomes and their shares."""
+    if values:
+        return ("value" if "value" in found else "score"), _value
+    if "winner" in found:
+        return "winner", _winner
+    if "preference_a" in found:
+        return "preference_a", lambda p: _preference(p, Outcome.A, Outcome.B)
+    return "preference_b", lambda p: _preference(p, Outcome.B, Outcome.A)
+
+
+def _winner(value: Any) -> list[tuple[float, float]]:
+    if not isinstance(value, str) or value not in WINNERS:
+        raise _Unusable(f"winner: expected one of {', '.join(WINNERS)}", value)
+    return [(WINNERS[value], 1.0)]
+
+
+def _preference(value: Any, better: Outcome, other: Outcome) -> list[tuple[float, float]]:
+    if not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise _Unusable("preference: expected a probability in [0, 1]", value)
+    return [(better, float(value)), (other, 1.0 - value)]
+
+
+def _value(value: Any) -> list[tuple[float, float]]:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise _Unusable("value: expected a finite number", value)
+    return [(float(value), 1.0)]
+
+
+def _weight(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value >= 0):
+        raise _Unusable("weight: expected a finite number >= 0", value)
+    return float(value)
+
+
+def _seconds(value: Any) -> float:
+    if isinstance(value, str):
+        try:
+            value = datetime.fromisoformat(value)
+        except ValueError:
+            raise _Unusable("timestamp: expected seconds since 1970 or ISO 8601", value) from None
+    if isinstance(value, datetime):
+        return value.timestamp()
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise _Unusable("timestamp: expected seconds since 1970 or ISO 8601", value)
+    return float(value)

@@ -1,0 +1,62 @@
+"""Scores of every model on every prompt, and the votes that they stand for."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from p2l_engine.regression import Outcome
+from p2l_engine.votes.files import read_table, turns
+from p2l_engine.votes.votes import Votes
+
+
+def score_matrix(
+    path: str, table: pa.Table | None = None
+) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...], npt.NDArray[np.float64]]:
+    """Prompts (sorted), models (sorted) and scores [P, M] of a table with the columns prompt, model, score.
+
+    Raises ValueError where a model has no score, or two, on a prompt.
+    """
+    table = read_table(path) if table is None else table
+    rows: dict[tuple[str, ...], dict[str, float]] = {}
+    columns = [table.column(name).to_pylist() for name in ("prompt", "model", "score")]
+    for i, (prompt, model, score) in enumerate(zip(*columns, strict=True)):
+        if not isinstance(model, str):
+            raise ValueError(f"{path}: row {i}: model: expected a name, got {model!r}")
+        try:
+            of_prompt = rows.setdefault(turns(prompt), {})
+        except ValueError as error:
+            raise ValueError(f"{path}: row {i}: {error}") from None
+        if model in of_prompt:
+            raise ValueError(f"{path}: row {i}: a second score of {model!r} on the same prompt")
+        if not isinstance(score, int | float) or not np.isfinite(score):
+            raise ValueError(f"{path}: row {i}: score: expected a finite number, got {score!r}")
+        of_prompt[model] = float(score)
+    prompts, models = tuple(sorted(rows)), tuple(sorted({m for row in rows.values() for m in row}))
+    for prompt in prompts:
+        if len(rows[prompt]) != len(models):
+            lacking = sorted(set(models) - set(rows[prompt]))
+            raise ValueError(f"{path}: the prompt {prompt[0][:60]!r} has no score of {', '.join(lacking)}")
+    if len(models) < 2:
+        raise ValueError(f"{path}: expected scores of at least two models, got {', '.join(models) or 'none'}")
+    return prompts, models, np.array([[rows[p][m] for m in models] for p in prompts])
+
+
+def from_scores(
+    prompts: tuple[tuple[str, ...], ...],
+    models: tuple[str, ...],
+    scores: npt.NDArray[np.float64],
+    wanted: tuple[str, ...] | None = None,
+) -> Votes:
+    """Every pair of models on every prompt as one vote: the higher score wins; equal scores are a tie from 0.5 up, both bad
+    below it. scores [P, M]."""
+    if wanted is not None and tuple(wanted) != tuple(models):
+        raise ValueError(f"models: expected {list(wanted)}, got {list(models)}")
+    i, j = np.triu_indices(len(models), 1)
+    a, b = scores[:, i], scores[:, j]
+    equal = np.where(a >= 0.5, Outcome.TIE, Outcome.BOTH_BAD)
+    outcome = np.where(a > b, Outcome.A, np.where(a < b, Outcome.B, equal)).astype(np.int64)
+    n = len(prompts)
+    pairs = (np.tile(i, n).astype(np.int64), np.tile(j, n).astype(np.int64))
+    return Votes.make(prompts, models, np.repeat(np.arange(n), len(i)), *pairs, outcome.ravel())

@@ -1,0 +1,129 @@
+"""Votes in memory, grouped by prompt, and their splits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Integers = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Votes:
+    """V votes on P prompts and M models, sorted by prompt.
+
+    prompts: the P different prompts as tuples of user turns. models: the M names. prompt, a, b [V]: the prompt of each vote and
+    the two models' columns; b is -1 where the feedback is on one model alone. outcome [V]: an Outcome (int64), or the value
+    that
+    ols and poisson models observe (float64). weight [V] >= 0. category [P]: the prompts' categories, or None. timestamp [V]:
+    seconds since 1970, or None.
+    """
+
+    prompts: tuple[tuple[str, ...], ...]
+    models: tuple[str, ...]
+    prompt: Integers
+    a: Integers
+    b: Integers
+    outcome: Integers | Floats
+    weight: Floats
+    category: tuple[str, ...] | None = None
+    timestamp: Floats | None = None
+
+    @classmethod
+    def make(
+        cls,
+        prompts: Iterable[tuple[str, ...]],
+        models: Iterable[str],
+        prompt: Integers,
+        a: Integers,
+        b: Integers,
+        outcome: Integers | Floats,
+        weight: Floats | None = None,
+        category: Iterable[str] | None = None,
+        timestamp: Floats | None = None,
+    ) -> Votes:
+        """Sorted by prompt; weight None is 1 for each vote."""
+        order = np.argsort(prompt, kind="stable")
+        each = np.ones(len(prompt)) if weight is None else np.asarray(weight, np.float64)
+        return cls(
+            tuple(prompts), tuple(models), prompt[order], a[order], b[order], outcome[order], each[order],
+            None if category is None else tuple(category), None if timestamp is None else timestamp[order],
+        )  # fmt: skip
+
+    def __len__(self) -> int:
+        return len(self.prompt)
+
+    @property
+    def are_values(self) -> bool:
+        """Whether these are values (for ols and poisson), not votes."""
+        return self.outcome.dtype.kind == "f"
+
+    @property
+    def bounds(self) -> Integers:
+        """[P + 1]: where each prompt's votes begin and end."""
+        return np.searchsorted(self.prompt, np.arange(len(self.prompts) + 1)).astype(np.int64)
+
+    def of(self, prompts: Iterable[int]) -> Votes:
+        """Only these prompts, in this order; the models stay all."""
+        chosen, bounds = list(prompts), self.bounds
+        rows = [np.arange(bounds[p], bounds[p + 1]) for p in chosen]
+        index = np.concatenate(rows) if rows else np.zeros(0, np.int64)
+        renumbered = np.repeat(np.arange(len(chosen)), [len(r) for r in rows]).astype(np.int64)
+        return replace(
+            self._rows(index),
+            prompts=tuple(self.prompts[p] for p in chosen),
+            prompt=renumbered,
+            category=None if self.category is None else tuple(self.category[p] for p in chosen),
+        )
+
+    def where(self, kept: npt.NDArray[np.bool_]) -> Votes:
+        """Only these votes [V]; prompts that lose all of theirs go too."""
+        some = self._rows(np.flatnonzero(kept))
+        return some.of(np.unique(some.prompt).tolist())
+
+    def _rows(self, index: Integers) -> Votes:
+        return replace(
+            self,
+            prompt=self.prompt[index],
+            a=self.a[index],
+            b=self.b[index],
+            outcome=self.outcome[index],
+            weight=self.weight[index],
+            timestamp=None if self.timestamp is None else self.timestamp[index],
+        )
+
+
+class Splits(NamedTuple):
+    """Votes to train on; to make choices on (or None); held out until the end (or None). No prompt is in two of them."""
+
+    training: Votes
+    validation: Votes | None
+    held_out: Votes | None
+
+
+def split(
+    votes: Votes, held_out: float, validation: float = 0.0, by: Literal["prompt", "time"] = "prompt", seed: int = 0
+) -> Splits:
+    """held_out: a share of the prompts; validation: a share of the others. by prompt: at random, the same for the same seed; by
+    time: the prompts whose first votes came last. Raises ValueError for a split by time of votes without timestamps."""
+    kept, last = _cut(votes, held_out, by, seed)
+    rest = votes.of(kept)
+    training, chosen_on = _cut(rest, validation, by, seed)
+    return Splits(rest.of(training), rest.of(chosen_on) if chosen_on else None, votes.of(last) if last else None)
+
+
+def _cut(votes: Votes, share: float, by: str, seed: int) -> tuple[list[int], list[int]]:
+    n = len(votes.prompts)
+    count = int(n * share)
+    if by == "prompt" or not count:
+        order = np.random.default_rng(seed).permutation(n)
+        return sorted(order[count:].tolist()), sorted(order[:count].tolist())
+    if votes.timestamp is None:
+        raise ValueError("timestamp: a split by time needs this column, and the votes have none; split by prompt instead")
+    order = np.argsort(np.minimum.reduceat(votes.timestamp, votes.bounds[:-1]), kind="stable")
+    return sorted(order[: n - count].tolist()), sorted(order[n - count :].tolist())

@@ -1,0 +1,280 @@
+"""Figures against brute force, baselines that they must know, and a report that holds together."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from p2l_engine import Engine
+from p2l_engine.engine import Coefficients
+from p2l_engine.evaluation import clusters, features, html, routed, strengths
+from p2l_engine.evaluation.growth import growth
+from p2l_engine.evaluation.metrics import Prediction, calibration, difference, figures
+from p2l_engine.evaluation.predictors import compare, predictions, value_figures
+from p2l_engine.evaluation.report import Asked, Scores, evaluate
+from p2l_engine.regression import Outcome, feedback_model
+from p2l_engine.train.simulate import Simulator
+from p2l_engine.votes import Votes
+from p2l_engine.votes.marginal import marginal_fit
+from tests import tiny
+
+
+def simulated(name="grk", m=5, n=120, each=10):
+    simulator = Simulator.of(name, m)
+    prompts = simulator.prompts(n)
+    return simulator.truth(prompts), simulator.votes(prompts, each)
+
+
+def test_figures_are_what_a_loop_gives():
+    c, votes = simulated()
+    votes = Votes.make(
+        votes.prompts, votes.models, votes.prompt, votes.a, votes.b, votes.outcome, np.random.default_rng(0).random(len(votes))
+    )
+    prediction = Prediction.of(c.feedback, c.theta, c.eta, votes)
+    found = figures(prediction, votes, bootstrap=20)
+    total = dict.fromkeys(("log_loss", "accuracy_4", "accuracy_3", "brier"), 0.0)
+    decided = {"cross_entropy": 0.0, "squared_error": 0.0, "accuracy_2": 0.0}
+    weight_of_decided = 0.0
+    for i in range(len(votes)):
+        p = c.feedback.probabilities(
+            torch.tensor(float(c.theta[votes.prompt[i], votes.a[i]])),
+            torch.tensor(float(c.theta[votes.prompt[i], votes.b[i]])), torch.tensor(float(c.eta[votes.prompt[i]])),
+        ).double().numpy()  # fmt: skip
+        y, w = int(votes.outcome[i]), votes.weight[i]
+        total["log_loss"] -= w * np.log(p[y])
+        total["accuracy_4"] += w * (p.argmax() == y)
+        total["accuracy_3"] += w * (np.array([p[0], p[1], p[2] + p[3]]).argmax() == min(y, 2))
+        total["brier"] += w * ((p - np.eye(4)[y]) ** 2).sum()
+        if y < Outcome.TIE:
+            of_a = p[0] / (p[0] + p[1])
+            weight_of_decided += w
+            decided["cross_entropy"] -= w * np.log(of_a if y == 0 else 1 - of_a)
+            decided["squared_error"] += w * (of_a - (y == 0)) ** 2
+            decided["accuracy_2"] += w * ((of_a > 0.5) == (y == 0))
+    for name, value in total.items():
+        assert found[name].value == pytest.approx(value / votes.weight.sum(), abs=1e-5), name
+    for name, value in decided.items():
+        assert found[name].value == pytest.approx(value / weight_of_decided, abs=1e-5), name
+    assert all(figure.low <= figure.value <= figure.high or figure.low == figure.high for figure in found.values())
+
+
+def test_the_constant_is_right_by_chance():
+    _, votes = simulated()
+    found = figures(Prediction.constant(4, len(votes)), votes, bootstrap=5)
+    assert found["accuracy_4"].value == pytest.approx(0.25)
+    assert found["accuracy_2"].value == pytest.approx(0.5)
+    assert found["log_loss"].value == pytest.approx(np.log(4))
+    assert found["tie_auc"].value == pytest.approx(0.5)
+
+
+def test_the_truth_is_calibrated_and_beats_the_marginal():
+    c, votes = simulated(n=600, each=20)
+    prediction = Prediction.of(c.feedback, c.theta, c.eta, votes)
+    found = figures(prediction, votes, bootstrap=50)
+    assert found["ece"].value < 0.02
+    assert abs(found["tie_bias"].value) < 0.02
+    marginal = predictions(c, marginal_fit(c.feedback, votes), votes)["marginal"]
+    assert difference(prediction, marginal, votes).low > 0
+    curve = calibration(prediction, votes)
+    assert sum(curve["weight"]) == pytest.approx(len(votes))
+    np.testing.assert_allclose(curve["predicted"], curve["came"], atol=0.12)
+    # An overconfident copy is not.
+    sharp = Coefficients(3 * c.theta, c.eta, c.models, c.feedback)
+    assert figures(Prediction.of(c.feedback, sharp.theta, sharp.eta, votes), votes, bootstrap=5)["ece"].value > 0.05
+
+
+def test_intervals_are_over_prompts():
+    """Votes that say the same ten times over make no interval narrower."""
+    c, votes = simulated(each=1)
+    often = Votes.make(
+        votes.prompts, votes.models, *(np.repeat(x, 10) for x in (votes.prompt, votes.a, votes.b, votes.outcome))
+    )
+    one, ten = (figures(Prediction.of(c.feedback, c.theta, c.eta, v), v, bootstrap=300)["log_loss"] for v in (votes, often))
+    assert one.value == pytest.approx(ten.value)
+    assert one.high - one.low == pytest.approx(ten.high - ten.low, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["bt", "bt-tie", "rk", "rk-reparam", "grk"])
+def test_every_feedback_model_has_its_figures(name):
+    c, votes = simulated(name)
+    of = predictions(c, marginal_fit(c.feedback, votes), votes)
+    report = compare(of, votes, bootstrap=5)
+    known = len(c.feedback.outcomes)
+    assert ("accuracy_4" in report["overall"]["p2l"]) == (known == 4)
+    assert ("accuracy_3" in report["overall"]["p2l"]) == (known > 2)
+    losses = {predictor: report["overall"][predictor]["log_loss"]["value"] for predictor in of}
+    assert losses["p2l"] < losses["marginal"] < losses["constant"]
+
+
+def test_values_have_figures_of_their_own():
+    c, votes = simulated("ols")
+    found = value_figures(c, votes)
+    assert found["squared_error"] == pytest.approx(1.0, abs=0.15)
+    assert found["squared_error"] < found["squared_error_of_the_mean"]
+
+
+def test_the_leaderboard_comes_near_with_more_prompts():
+    c, votes = simulated(n=400, each=40)
+    report = growth(c, votes, votes, sizes=(1, 10, 400), repeats=5)
+    means = [row["mean"] for row in report["distances"]]
+    assert means[0] > means[1] > means[2]
+    assert means[2] < 0.01
+    assert report["marginal_of_training"] == 0
+
+
+def test_routing_tables_are_sums_of_true_scores():
+    rng = np.random.default_rng(0)
+    scores, known = rng.random((30, 3)), rng.random((40, 3))
+    known[:, 1] += 0.2
+    tasks, known_tasks = ["a", "b"] * 15, ["a", "b"] * 20
+    theta = scores + 0.1 * rng.normal(size=scores.shape)
+    chosen = routed.choices(theta, known, known_tasks, tasks)
+    report = routed.table(chosen, scores, ("x", "y", "z"), tasks)
+    assert report["best_single_model"] == "y"
+    assert report["choices"]["oracle"]["mean_score"] == pytest.approx(scores.max(1).mean())
+    assert report["choices"]["routed"]["mean_score"] == pytest.approx(np.mean([s[t.argmax()] for s, t in zip(scores, theta)]))  # noqa: B905
+    assert report["tasks"]["a"]["oracle"] == pytest.approx(scores[::2].max(1).mean())
+    costs = np.array([1.0, 2.0, 3.0])
+    rows = routed.under_budgets(theta, scores, known, costs, (0.5, 1.5, 3.0), ("x", "y", "z"))
+    assert [row["budget"] for row in rows] == [1.5, 3.0]  # nothing costs 0.5
+    assert rows[0]["batch"]["mean_cost"] <= 1.5 + 1e-9
+    assert rows[1]["oracle"]["mean_score"] == pytest.approx(scores.max(1).mean())
+    share = routed.distribution(theta.argmax(1), 3, tasks)
+    assert all(sum(of) == pytest.approx(1) for of in share.values())
+
+
+def test_a_replacement_names_what_gets_worse():
+    feedback = feedback_model("grk")
+    theta = np.zeros((60, 2), np.float32)
+    theta[:30, 1], theta[30:, 1] = 2.0, -2.0
+    theta += 0.1 * np.random.default_rng(0).normal(size=theta.shape).astype(np.float32)
+    c = Coefficients(theta, np.zeros(60, np.float32), ("old", "new"), feedback)
+    categories = ["sums"] * 30 + ["poems"] * 30
+    swap = strengths.replacement(c, categories, "old", "new")
+    assert [(entry["category"], entry["verdict"]) for entry in swap["categories"]] == [("poems", "worse"), ("sums", "better")]
+    assert swap["overall"]["verdict"] == "unclear"
+    of = strengths.by_category(c, categories, "old")["categories"]
+    assert of["sums"]["win_rate"]["old"] == pytest.approx({"value": 0.5, "low": 0.5, "high": 0.5})
+    assert of["sums"]["reliability"]["new"]["value"] == pytest.approx(0.88, abs=0.02)
+    with pytest.raises(ValueError, match="model: expected one of old, new, got 'newer'"):
+        strengths.replacement(c, categories, "old", "newer")
+    with pytest.raises(ValueError, match="categories: expected one for each of the 60 prompts"):
+        strengths.by_category(c, categories[1:], "old")
+
+
+def test_clusters_are_found_and_named():
+    rng = np.random.default_rng(0)
+    centres = 6 * rng.normal(size=(3, 40))
+    hidden = np.concatenate([centre + rng.normal(size=(25, 40)) for centre in centres])
+    words = ("river poem verse", "integral algebra proof", "tax salary invoice")
+    texts = [f"please write {words[i // 25]} {i}" for i in range(75)]
+    names = clusters.cluster(hidden, texts)
+    assert len(set(names) - {clusters.OTHER}) == 3
+    assert sum(name == clusters.OTHER for name in names) < 10
+    of = {name for name in names[:25] if name != clusters.OTHER}
+    assert len(of) == 1
+    assert set(of.pop().split(", ")) & set(words[0].split())
+    assert names == clusters.cluster(hidden, texts)
+    assert set(clusters.cluster(hidden, ["123"] * 75)) - {clusters.OTHER}  # no words: clusters by number
+    with pytest.raises(ValueError, match="at least 16"):
+        clusters.cluster(hidden[:10], texts[:10])
+
+
+def test_probes_predict_scores_from_features():
+    rng = np.random.default_rng(0)
+    features_of = rng.normal(size=(400, 12))
+    scores = 1 / (1 + np.exp(-features_of[:, :3]))
+    predicted = features.probes(features_of[:300], scores[:300], features_of[300:])
+    for name in ("ridge", "mlp"):
+        assert np.corrcoef(predicted[name][:, 0], scores[300:, 0])[0, 1] > 0.9
+    assert predicted["knn"].shape == (100, 3)
+
+
+class Page(HTMLParser):
+    """Opens and closes what it should, and asks nothing of the network."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.asked = [], []
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in ("meta", "link", "br", "img"):
+            self.open.append(tag)
+        self.asked += [value.partition(",")[0] for name, value in attributes if name in ("src", "href", "xlink:href")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+@pytest.mark.parametrize("name", ["grk", "bt", "ols"])
+def test_a_report_holds_together(name, tmp_path):
+    head = "rk" if name == "grk" else "bt"
+    engine = Engine.from_pretrained(
+        tiny.write(tmp_path / "c", loss_type=name, head_type=head), device="cpu", dtype=torch.float32
+    )
+    simulator = Simulator.of(name, 5)
+    prompts = simulator.prompts(40)
+    raw = simulator.votes(prompts, 6)
+    named = Votes.make(
+        raw.prompts, engine.models, raw.prompt, raw.a, raw.b, raw.outcome, category=[p.split()[0] for p in prompts]
+    )
+    rng = np.random.default_rng(0)
+    scores = Scores(rng.random((40, 5)), rng.random((40, 5)), np.arange(1.0, 6.0), "USD <per> request")
+    asked = Asked(bootstrap=10, replacements=[("alpha", "beta")] if name != "ols" else [])
+    report = evaluate(engine, named, named, scores if name != "ols" else None, asked)
+    json.dumps(report, allow_nan=False)
+    html.write(report, tmp_path / "report.html")
+    first = (tmp_path / "report.html").read_bytes()
+    html.write(report, tmp_path / "report.html")
+    assert first == (tmp_path / "report.html").read_bytes()
+    page = Page()
+    page.feed(first.decode())
+    assert page.open == []
+    assert all(place.startswith(("#", "data:")) for place in page.asked)
+    other = Votes.make(raw.prompts, raw.models, raw.prompt, raw.a, raw.b, raw.outcome)
+    with pytest.raises(ValueError, match="expected the checkpoint's models"):
+        evaluate(engine, other)
+
+
+def test_the_command_evaluates_files(tmp_path):
+    folder = tiny.write(tmp_path / "c")
+    simulator = Simulator.of("grk", 5)
+    votes = simulator.votes(simulator.prompts(40), 5)
+    winners, names = ("model_a", "model_b", "tie", "tie (bothbad)"), np.array(tiny.MODELS)
+    table = pa.table(
+        {
+            "prompt": [votes.prompts[p][0] for p in votes.prompt], "model_a": names[votes.a], "model_b": names[votes.b],
+            "winner": [winners[y] for y in votes.outcome],
+        }
+    )  # fmt: skip
+    pq.write_table(table, tmp_path / "v.parquet")
+    command = [sys.executable, "-m", "p2l_engine", "eval", "--checkpoint", str(folder), "--votes", str(tmp_path / "v.parquet")]
+
+    def called(*more):
+        return subprocess.run([*command, "--bootstrap", "5", *more], capture_output=True, text=True, check=False)
+
+    good = called(
+        "--training", str(tmp_path / "v.parquet"), "--html", str(tmp_path / "r.html"), "--json", str(tmp_path / "r.json"),
+        "--cluster", "--replace", "alpha:beta",
+    )  # fmt: skip
+    assert good.returncode == 0, good.stderr
+    assert "log loss" in good.stdout
+    assert json.loads((tmp_path / "r.json").read_text())["replacements"][0]["new"] == "beta"
+    for wrong, message in (
+        (("--replace", "alpha"), "expected OLD:NEW"),
+        (("--replace", "alpha:omega", "--cluster"), "expected one of alpha"),
+        (("--part", "all"), "expected held-out or validation"),
+        (("--probes",), "needs scores"),
+    ):
+        bad = called(*wrong)
+        assert bad.returncode == 2, wrong
+        assert message in " ".join(bad.stderr.replace("│", " ").split()), bad.stderr
+        assert "Traceback" not in bad.stderr

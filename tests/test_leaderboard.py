@@ -1,0 +1,200 @@
+"""Leaderboards over prompts: exact, mergeable, weighted, with intervals."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import minimize
+from scipy.special import expit
+
+from p2l_engine import Leaderboard
+from p2l_engine.engine import Coefficients
+from p2l_engine.leaderboard import OutcomeSums, fit, pair_count, pairs
+from p2l_engine.leaderboard.fit import refit
+from p2l_engine.leaderboard.outcomes import probabilities
+from p2l_engine.regression import feedback_model
+
+NAMES = ("bt", "bt-tie", "rk", "rk-reparam", "grk")
+
+
+def coefficients(name, n, m, seed=0, spread=1.0):
+    rng, feedback = np.random.default_rng(seed), feedback_model(name)
+    theta = (spread * (rng.normal(size=m) + rng.normal(size=(n, m)))).astype(np.float32)
+    eta = (rng.normal(size=n) + (22 if name == "rk" else 0)).astype(np.float32) if feedback.has_eta else None
+    return Coefficients(theta, eta, tuple(f"m{i}" for i in range(m)), feedback)
+
+
+def sums_of(c, **options):
+    sums = OutcomeSums(c.feedback, c.models, **options)
+    sums.add(c)
+    return sums
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6), m=st.integers(2, 9), spread=st.sampled_from([0.1, 1.0, 10.0, 50.0, 200.0, 400.0]))
+def test_probabilities_are_the_feedback_models(name, seed, m, spread):
+    c = coefficients(name, 3, m, seed, spread)
+    a, b = pairs(m)
+    theta = torch.from_numpy(c.theta).double()
+    eta = None if c.eta is None else torch.from_numpy(c.eta).double()
+    expected = c.feedback.probabilities(theta[:, a], theta[:, b], None if eta is None else eta[:, None])
+    found = probabilities(c.feedback, theta, eta)
+    torch.testing.assert_close(found, expected[..., : found.shape[1]].movedim(-1, 1), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_fit_is_the_optimum(name):
+    c = coefficients(name, 40, 6)
+    means = sums_of(c).means[0]
+    found = fit(c.feedback, means, 6)
+    a, b = pairs(6)
+    known = len(c.feedback.outcomes)
+
+    def loss(x):
+        theta, eta = torch.from_numpy(x[:6]), torch.tensor(x[6]) if c.feedback.has_eta else None
+        log_p = c.feedback.log_probabilities(theta[a], theta[b], eta)[:, :known].T
+        return -float((torch.from_numpy(means) * log_p).sum() / means.sum())
+
+    start = np.zeros(6 + c.feedback.has_eta)
+    other = minimize(loss, start, method="BFGS", options={"gtol": 1e-9})
+    assert found.loss == pytest.approx(loss(np.append(found.theta, [] if found.eta is None else [found.eta])), abs=1e-12)
+    assert found.loss <= other.fun + 1e-10
+    if not c.feedback.grounded:
+        assert found.theta.mean() == pytest.approx(0, abs=1e-12)
+
+
+def test_a_single_prompts_coefficients_come_back():
+    for name in NAMES:
+        c = coefficients(name, 1, 7, seed=3)
+        found = fit(c.feedback, sums_of(c).means[0], 7)
+        expected = c.theta[0].astype(np.float64)
+        np.testing.assert_allclose(found.theta, expected - (0 if c.feedback.grounded else expected.mean()), atol=2e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_halves_are_the_whole(name):
+    c = coefficients(name, 31, 5)
+    halves = OutcomeSums(c.feedback, c.models), OutcomeSums(c.feedback, c.models)
+    halves[0].add(c.rows(slice(0, 13)))
+    halves[1].add(c.rows(slice(13, 31)))
+    both, whole = halves[0] + halves[1], sums_of(c)
+    np.testing.assert_allclose(both.sums, whole.sums, rtol=1e-13)
+    assert both.prompts == whole.prompts == 31
+    np.testing.assert_allclose(
+        Leaderboard.fitted(both).coefficients(c.models), Leaderboard.over(c).coefficients(c.models), atol=1e-9
+    )
+
+
+def test_weights_of_prompts_and_pairs():
+    c = coefficients("grk", 6, 4)
+    doubled = c.rows(np.array([0, 1, 2, 3, 4, 5, 2, 2]))
+    weighted = Leaderboard.over(c, weights=[1, 1, 3, 1, 1, 1])
+    np.testing.assert_allclose(weighted.coefficients(c.models), Leaderboard.over(doubled).coefficients(c.models), atol=1e-9)
+    # Pairs that never meet: the fit is that of the others alone.
+    meet = np.ones((4, 4))
+    meet[3, :] = meet[:, 3] = 0
+    meet[3, 0] = meet[0, 3] = 1
+    bt = coefficients("bt", 6, 4)
+    board = Leaderboard.over(bt, pair_weights=meet)
+    of_03 = expit(bt.theta[:, 3].astype(float) - bt.theta[:, 0]).mean()
+    x = board.coefficients(bt.models)
+    assert expit(x[3] - x[0]) == pytest.approx(of_03, abs=1e-9)  # its only pair is met exactly
+    with pytest.raises(ValueError, match="connect all models"):
+        Leaderboard.over(bt, pair_weights=np.kron(np.eye(2), np.ones((2, 2))))
+    with pytest.raises(ValueError, match="pair_weights: expected .4, 4."):
+        Leaderboard.over(bt, pair_weights=np.ones((3, 3)))
+    with pytest.raises(ValueError, match="weights: expected 6 finite numbers"):
+        Leaderboard.over(bt, weights=[1, 1, -1, 1, 1, 1])
+    with pytest.raises(ValueError, match="some prompts of a weight above 0"):
+        Leaderboard.over(bt, weights=np.zeros(6))
+
+
+def test_the_average_is_the_mean_of_coefficients():
+    c = coefficients("grk", 9, 4)
+    np.testing.assert_allclose(Leaderboard.averaged(c).coefficients(c.models), c.theta.astype(float).mean(0))
+    board = Leaderboard.averaged(c, weights=np.eye(9)[4])
+    np.testing.assert_allclose(board.coefficients(c.models), c.theta[4].astype(float))
+
+
+def test_intervals_cover_as_often_as_they_say():
+    """The coefficient of a large population lies in 90% of the 80% to 97% of samples' intervals."""
+    population = coefficients("bt", 20_000, 4, seed=1)
+    truth = Leaderboard.over(population).coefficients(population.models)
+    rng, covered = np.random.default_rng(0), []
+    for seed in range(40):
+        sample = population.rows(rng.choice(20_000, 150))
+        board = Leaderboard.over(sample, bootstrap=200, seed=seed, level=0.9)
+        of = {place.model: place for place in board}
+        covered += [of[model].low <= x <= of[model].high for model, x in zip(population.models, truth, strict=True)]
+    assert 0.8 < np.mean(covered) < 0.97
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_newton_step_is_near_the_samples_own_optimum(name):
+    c = coefficients(name, 400, 6, seed=2)
+    means = sums_of(c, bootstrap=20).means
+    whole = fit(c.feedback, means[0], 6)
+    quick = refit(c.feedback, means[1:], 6, whole)
+    exact = [fit(c.feedback, sample, 6) for sample in means[1:]]
+    spread = np.std([sample.theta for sample in exact], axis=0).mean()
+    assert max(np.abs(a.theta - b.theta).max() for a, b in zip(quick, exact, strict=True)) < 0.3 * spread
+
+
+def test_streams_keep_bootstrap_samples_apart():
+    c = coefficients("bt", 10, 3)
+    one, same, other = (sums_of(c, bootstrap=5, stream=stream) for stream in (0, 0, 1))
+    with pytest.raises(ValueError, match="stream: expected another"):
+        one + same
+    assert (one + other).weight[0] == 20
+    with pytest.raises(ValueError, match="other: expected sums of the same models"):
+        one + sums_of(c, bootstrap=4)
+
+
+def test_the_win_matrix_is_the_mean_over_prompts():
+    c = coefficients("bt", 50, 5)
+    theta = c.theta.astype(np.float64)
+    expected = expit(theta[:, :, None] - theta[:, None, :]).mean(0)
+    np.testing.assert_allclose(sums_of(c).win_matrix, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["ols", "poisson"])
+def test_leaderboards_of_values(name):
+    c = coefficients(name, 50, 4)
+    theta = c.theta.astype(np.float64)
+    board = Leaderboard.over(c, bootstrap=50)
+    expected = theta.mean(0) if name == "ols" else np.log(np.exp(theta).mean(0))
+    np.testing.assert_allclose(board.coefficients(c.models), expected)
+    assert all(place.win_rate is None and place.low < place.coefficient < place.high for place in board)
+    assert Leaderboard.of(c).places[0].win_rate is None
+    with pytest.raises(ValueError, match="compares no pairs"):
+        Leaderboard.over(c, pair_weights=np.ones((4, 4)))
+
+
+def test_what_cannot_be_fitted_is_said():
+    bt = feedback_model("bt")
+    with pytest.raises(ValueError, match="outcomes: expected .2, 3."):
+        fit(bt, np.ones((2, 4)), 3)
+    with pytest.raises(ValueError, match="not all of them 0"):
+        fit(bt, np.zeros((2, 3)), 3)
+    always = np.array([[1.0, 1.0, 1.0], [0.0, 0.0, 0.0]])
+    bounded = fit(bt, always, 3, ridge=1e-3)
+    assert np.isfinite(bounded.theta).all()
+    assert bounded.theta[0] > bounded.theta[1] > bounded.theta[2]
+    with pytest.raises(ValueError, match="win or lose always.*give a ridge"):
+        fit(bt, always, 3)
+    with pytest.raises(ValueError, match="expected a model of votes, got 'ols'"):
+        OutcomeSums(feedback_model("ols"), ("x", "y"))
+    nan = coefficients("bt", 2, 3)
+    nan.theta[0, 0] = np.nan
+    with pytest.raises(ValueError, match="finite theta"):
+        Leaderboard.over(nan)
+
+
+def test_pairs_are_in_order():
+    a, b = pairs(4)
+    assert list(zip(a.tolist(), b.tolist(), strict=True)) == [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
+    assert pair_count(4) == 6

@@ -1,0 +1,226 @@
+"""Votes: every form that they come in, what is dropped and why, splits, and what a summary says."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+
+from p2l_engine.regression import Outcome, feedback_model
+from p2l_engine.votes import Summary, Votes, from_scores, read, split
+from p2l_engine.votes.marginal import marginal_fit, outcome_counts
+
+ROWS = [
+    ("p1", "x", "y", "model_a"),
+    ('["p2", "and more"]', "y", "z", "tie"),
+    ("p1", "z", "x", "tie (bothbad)"),
+    ('["p1"]', "y", "z", "model_b"),
+]
+NAMES = ("prompt", "model_a", "model_b", "winner")
+
+
+def table(rows, names=NAMES, **more):
+    return pa.table({key: [row[i] for row in rows] for i, key in enumerate(names)} | more)
+
+
+def parquet(path, rows, names=NAMES, **more):
+    pq.write_table(table(rows, names, **more), path)
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "csv", "folder"])
+def test_votes_are_grouped_by_prompt(kind, tmp_path):
+    path = tmp_path / f"votes.{kind}"
+    if kind == "parquet":
+        parquet(path, ROWS)
+    elif kind == "folder":
+        path.mkdir()
+        parquet(path / "0.parquet", ROWS[:2])
+        parquet(path / "1.parquet", ROWS[2:])
+    elif kind == "csv":
+        pa.csv.write_csv(table(ROWS), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in table(ROWS).to_pylist()))
+    votes, dropped = read(str(path))
+    assert votes.prompts == (("p1",), ("p2", "and more"))
+    assert votes.models == ("x", "y", "z")
+    assert votes.prompt.tolist() == [0, 0, 0, 1]
+    assert votes.outcome.tolist() == [Outcome.A, Outcome.BOTH_BAD, Outcome.B, Outcome.TIE]
+    assert votes.weight.tolist() == [1] * 4
+    assert len(dropped) == 0
+    only = votes.of([1])
+    assert only.prompts == (("p2", "and more"),)
+    assert only.prompt.tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (("p", "x", "y", "left"), "winner: expected one of model_a, .*got 'left'"),
+        (("p", "x", None, "tie"), "model_b: expected a name"),
+        (("p", "x", "x", "tie"), "a model against itself"),
+        (("[]", "x", "y", "tie"), "prompt: expected at least one user turn"),
+        (("  \n", "x", "y", "tie"), "prompt: empty"),
+        ((None, "x", "y", "tie"), "prompt: expected a string"),
+    ],
+)
+def test_rows_that_cannot_be_used_are_counted_by_reason(row, reason, tmp_path):
+    path = parquet(tmp_path / "v.parquet", [ROWS[0], row, row])
+    with pytest.raises(ValueError, match=rf"2 of 3 rows cannot be used.*max_dropped.*2 x {reason}.*row 1"):
+        read(path)
+    votes, dropped = read(path, max_dropped=0.7)
+    assert len(votes) == 1
+    assert len(dropped) == 2
+    with pytest.raises(ValueError, match="at least one vote that can be used"):
+        read(parquet(tmp_path / "w.parquet", [row]), max_dropped=1)
+
+
+@pytest.mark.parametrize("weight", [float("nan"), -1.0, float("inf"), None])
+def test_weights_that_are_no_weights_are_dropped(weight, tmp_path):
+    path = parquet(tmp_path / "v.parquet", ROWS[:2], weight=[2.0, weight])
+    votes, dropped = read(path, max_dropped=0.5)
+    assert votes.weight.tolist() == [2.0]
+    assert "weight: expected a finite number >= 0" in dropped.lines()[0]
+
+
+def test_conversations_timestamps_and_categories(tmp_path):
+    talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes?"}, {"role": "user", "content": "bye"}]
+    rows = [(talk, "x", "y", "model_a"), (talk[:2], "y", "x", "both_bad")]
+    path = parquet(
+        tmp_path / "v.parquet", rows, ("conversation_a", *NAMES[1:]), timestamp=["2024-01-02", "2024-01-01T12:00:00+00:00"],
+        category=["farewell", None],
+    )  # fmt: skip
+    votes, _ = read(path)
+    assert votes.prompts == (("hi", "bye"), ("hi",))
+    assert votes.category == ("farewell", "none")
+    assert votes.timestamp[0] > votes.timestamp[1]
+
+
+def test_columns_may_have_names_of_their_own(tmp_path):
+    path = parquet(tmp_path / "v.parquet", ROWS, ("question", "left", "right", "verdict"))
+    with pytest.raises(ValueError, match="expected the columns prompt, model_a, model_b, winner"):
+        read(path)
+    own = {"prompt": "question", "model_a": "left", "model_b": "right", "winner": "verdict"}
+    assert len(read(path, columns=own)[0]) == 4
+    with pytest.raises(ValueError, match="columns: expected one of .* for 'winner', got 'result'"):
+        read(path, columns=own | {"winner": "result"})
+
+
+@pytest.mark.parametrize(("column", "first"), [("preference_a", Outcome.A), ("preference_b", Outcome.B)])
+def test_soft_preferences_become_weighted_votes(column, first, tmp_path):
+    rows = [("p", "x", "y", 0.75), ("q", "y", "z", 1.0)]
+    votes, _ = read(parquet(tmp_path / "v.parquet", rows, (*NAMES[:3], column)))
+    assert votes.outcome.tolist() == [first, 1 - first, first]
+    assert votes.weight.tolist() == [0.75, 0.25, 1.0]
+    with pytest.raises(ValueError, match=r"preference: expected a probability in \[0, 1\], got 1.5"):
+        read(parquet(tmp_path / "w.parquet", [("p", "x", "y", 1.5)], (*NAMES[:3], column)))
+
+
+def test_values_of_one_model_and_of_pairs(tmp_path):
+    votes, _ = read(
+        parquet(tmp_path / "v.parquet", [("p", "x", 2.5), ("p", "y", -1.0)], ("prompt", "model", "value")), values=True
+    )
+    assert votes.are_values
+    assert votes.b.tolist() == [-1, -1]
+    assert votes.outcome.tolist() == [2.5, -1.0]
+    votes, _ = read(parquet(tmp_path / "w.parquet", [("p", "x", "y", 2.5)], (*NAMES[:3], "value")), values=True)
+    assert votes.b.tolist() == [1]
+
+
+def test_files_that_are_not_there_or_broken_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"votes.parquet: expected .*; found no such file"):
+        read(str(tmp_path / "votes.parquet"))
+    (tmp_path / "votes.txt").write_text("x")
+    with pytest.raises(ValueError, match="found another kind of file"):
+        read(str(tmp_path / "votes.txt"))
+    (tmp_path / "votes.parquet").write_text("no parquet")
+    with pytest.raises(ValueError, match=r"votes.parquet: expected a readable .parquet file"):
+        read(str(tmp_path / "votes.parquet"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="in this folder, found none"):
+        read(str(tmp_path / "empty"))
+
+
+def test_scores_become_every_pair(tmp_path):
+    scores = np.array([[1.0, 0.0, 1.0], [0.2, 0.2, 0.6]])
+    votes = from_scores((("a",), ("b",)), ("x", "y", "z"), scores)
+    assert list(zip(votes.a, votes.b, strict=True)) == [(0, 1), (0, 2), (1, 2)] * 2
+    assert votes.outcome.tolist() == [
+        Outcome.A, Outcome.TIE, Outcome.B, Outcome.BOTH_BAD, Outcome.B, Outcome.B,
+    ]  # fmt: skip
+    rows = [(p, m, float(scores[i, j]), f"task {p}") for i, p in enumerate("ab") for j, m in enumerate("xyz")]
+    again, _ = read(parquet(tmp_path / "s.parquet", rows, ("prompt", "model", "score", "task")))
+    assert again.outcome.tolist() == votes.outcome.tolist()
+    assert again.category == ("task a", "task b")
+
+
+def many(n=101, seed=0, timestamp=True):
+    rng = np.random.default_rng(seed)
+    prompt = np.repeat(np.arange(n), 2)
+    a = rng.integers(0, 4, 2 * n)
+    b = (a + rng.integers(1, 4, 2 * n)) % 4
+    times = rng.permutation(2 * n).astype(float) if timestamp else None
+    return Votes.make([(f"p{i}",) for i in range(n)], "wxyz", prompt, a, b, rng.integers(0, 4, 2 * n), timestamp=times)
+
+
+def test_splits_share_no_prompt_and_are_repeatable():
+    votes = many()
+    parts = split(votes, 0.1, 0.2, seed=3)
+    assert [len(part.prompts) for part in parts] == [73, 18, 10]
+    assert len({prompt for part in parts for prompt in part.prompts}) == 101
+    assert parts.held_out.prompts == split(votes, 0.1, 0.2, seed=3).held_out.prompts
+    assert parts.held_out.prompts != split(votes, 0.1, seed=4).held_out.prompts
+    assert split(votes, 0.0).held_out is None
+
+
+def test_a_split_by_time_holds_out_the_last_prompts():
+    votes = many()
+    training, _, held_out = split(votes, 0.2, by="time")
+    first_of = {prompt: votes.timestamp[votes.prompt == i].min() for i, prompt in enumerate(votes.prompts)}
+    assert max(first_of[p] for p in training.prompts) < min(first_of[p] for p in held_out.prompts)
+    with pytest.raises(ValueError, match="timestamp: a split by time needs this column"):
+        split(many(timestamp=False), 0.2, by="time")
+
+
+def pairs_of(*wins):
+    models = sorted({model for pair in wins for model in pair})
+    a, b = (np.array([models.index(pair[k]) for pair in wins]) for k in (0, 1))
+    return Votes.make([("p",)], models, np.zeros(len(wins), int), a, b, np.zeros(len(wins), int))
+
+
+def test_a_summary_names_islands_duplicates_and_the_undecided():
+    summary = Summary.of(pairs_of("xy", "yx", "xy", "vw", "wv", "zx"))
+    assert summary.islands == (("v", "w"),)
+    assert summary.duplicates == 1
+    assert summary.undecided == ("z",)
+    text = " ".join(summary.lines())
+    assert "no chain of votes ties v, w" in text
+    assert "a 100%" in text
+    assert Summary.of(pairs_of("xy", "yz", "zx")).islands == ()
+
+
+@pytest.mark.parametrize("name", ["bt", "bt-tie", "rk", "rk-reparam", "grk"])
+def test_counts_are_the_likelihood(name):
+    """The loss of a fit to counted outcomes is the mean loss of the votes themselves."""
+    import torch
+
+    votes, feedback = many(300, seed=5), feedback_model(name)
+    if name == "bt":
+        votes = votes.where(votes.outcome < 2)
+    found = marginal_fit(feedback, votes)
+    theta = torch.from_numpy(found.theta)
+    eta = None if found.eta is None else torch.tensor(found.eta)
+    each = feedback.log_likelihood(theta[votes.a], theta[votes.b], eta, torch.from_numpy(votes.outcome))
+    assert found.loss == pytest.approx(-float(each.mean()), rel=1e-5)  # but for the ridge
+    assert outcome_counts(feedback, votes).sum() == pytest.approx(len(votes))
+
+
+def test_real_votes_are_read(data):
+    assert len(read(str(data / "votes_llm_judge.parquet"))[0]) == 55_183
+    human, dropped = read(str(data / "votes_human.parquet"))
+    assert len(human) + len(dropped) == 13_365
+    assert human.category is not None

@@ -1,0 +1,58 @@
+"""The votes of a training config: read, reported on, split."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+
+from p2l_engine.regression import Outcome, feedback_model
+from p2l_engine.train.config import TrainConfig
+from p2l_engine.votes import Splits, Summary, Votes, read, split
+
+logger = logging.getLogger(__name__)
+
+
+def load(config: TrainConfig) -> Splits:
+    """Reads and splits; logs what was dropped and what is there. Raises ValueError for votes that nothing can be learnt
+    from."""
+    votes = _read(config, config.train_data_path)
+    summary = Summary.of(votes)
+    for line in summary.lines():
+        logger.info("%s", line)
+    _check(config, votes, summary)
+    if config.val_data_path:
+        return Splits(votes, None, _read(config, config.val_data_path, votes.models))
+    return split(votes, config.held_out, config.validation, config.split_by, config.split_seed)
+
+
+def _read(config: TrainConfig, path: str, models: tuple[str, ...] | None = None) -> Votes:
+    feedback = feedback_model(config.loss_type)
+    votes, dropped = read(path, models, feedback.of_values, config.columns, config.max_dropped)
+    for line in dropped.lines():
+        logger.warning("%s: dropped %s", path, line)
+    if feedback.name == "bt":
+        ties = votes.outcome >= Outcome.TIE
+        if ties.any():
+            logger.warning("%s: left out %s ties: the feedback model 'bt' knows none ('bt-tie' does)", path, f"{ties.sum():,}")
+            votes = votes.where(~ties)
+    if feedback.name == "poisson" and bool((votes.outcome < 0).any() or (votes.outcome % 1 != 0).any()):
+        raise ValueError(f"{path}: value: expected counts (0, 1, 2 ...) for the feedback model 'poisson'")
+    return votes
+
+
+def _check(config: TrainConfig, votes: Votes, summary: Summary) -> None:
+    path, feedback = config.train_data_path, feedback_model(config.loss_type)
+    if not len(votes) or not votes.weight.sum() > 0:
+        raise ValueError(f"{path}: expected at least one vote of a weight above 0 that this feedback model can use, got none")
+    if len(votes.models) < 2:
+        raise ValueError(f"{path}: expected votes on at least two models, got one: {votes.models[0]!r}")
+    if not votes.are_values and not np.isin(votes.outcome, (Outcome.A, Outcome.B)).any():
+        raise ValueError(f"{path}: expected some votes that prefer a model; all {len(votes):,} are ties")
+    if summary.islands and not config.allow_islands:
+        names = "; ".join(", ".join(island) for island in summary.islands)
+        raise ValueError(
+            f"{path}: no chain of votes ties these models to the others, so that their coefficients would mean nothing beside "
+            f"theirs: {names}. Leave their votes out, add votes, or set allow_islands: true"
+            + (f" (for {feedback.name} their absolute level is still anchored by 'both bad')" if feedback.grounded else "")
+        )

@@ -1,0 +1,282 @@
+"""Decoder layers for training on a CPU: packed prompts, and one pass for each step between the matrix products.
+
+transformers' layers, with or without peft's LoRA, spend two thirds of a CPU's training time on element-wise passes over
+memory (casts, norms, gates, scaled sums, slices). Here each half of a layer is one autograd function: its products run in
+bfloat16 (or float32), what lies between is the native core's, and little is kept for the way back. The parameters stay those
+of the transformers and peft modules, so that optimisers and files know nothing of it.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from p2l_engine._native import ffi, lib
+from p2l_engine.packing import Run
+
+FAMILIES = ("llama", "qwen2")
+ELEMENTS_PER_THREAD = 4096  # below this a thread costs more than it saves
+PROBABILITIES = 1 << 24  # of attention that are computed at once
+
+
+class Product(NamedTuple):
+    """y = x W' + b + (x A') B': weight [out, in], bias [out], and LoRA's factors [r, in] and, scaled, [out, r]."""
+
+    weight: Tensor
+    bias: Tensor | None
+    a: Tensor | None
+    b: Tensor | None
+
+    @classmethod
+    def of(cls, modules: Sequence[nn.Module], dtype: torch.dtype) -> Product:
+        """Linear layers of one input, one below the other; gradients find their way back to each."""
+        bases: Any = [getattr(module, "base_layer", module) for module in modules]
+        weight = torch.cat([base.weight.to(dtype) for base in bases])
+        bias = None if bases[0].bias is None else torch.cat([base.bias.to(dtype) for base in bases])
+        adapted: Any = [module for module in modules if hasattr(module, "lora_A")]
+        if not adapted:
+            return cls(weight, bias, None, None)
+        if len(adapted) != len(modules):
+            raise ValueError("lora: expected an adapter on every linear layer of a block or on none")
+        a = torch.cat([module.lora_A["default"].weight for module in adapted]).to(dtype)
+        b = torch.block_diag(*(module.lora_B["default"].weight * module.scaling["default"] for module in adapted)).to(dtype)
+        return cls(weight, bias, a, b)
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x [T, in] -> [T, out], plus the residual [T, out] where there is one."""
+        if residual is not None:
+            y = torch.addmm(residual, x, self.weight.t())
+            if self.bias is not None:
+                y += self.bias
+        elif self.bias is not None:
+            y = torch.addmm(self.bias, x, self.weight.t())
+        else:
+            y = x @ self.weight.t()
+        if self.a is not None and self.b is not None:
+            y.addmm_(x @ self.a.t(), self.b.t())
+        return y
+
+    def backward(self, x: Tensor, dy: Tensor, needed: Sequence[bool], dx_needed: bool = True) -> tuple[Tensor | None, ...]:
+        """The gradients of x (None where nobody needs it), weight, bias, a and b (those needed)."""
+        dx = dy @ self.weight if dx_needed else None
+        d_weight = dy.t() @ x if needed[0] else None
+        d_bias = dy.sum(0) if needed[1] else None
+        if self.a is None or self.b is None:
+            return dx, d_weight, d_bias, None, None
+        inner = dy @ self.b
+        if dx is not None:
+            dx.addmm_(inner, self.a)
+        return dx, d_weight, d_bias, inner.t() @ x, dy.t() @ (x @ self.a.t())
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What all layers of a forward pass share: runs of prompts of one length, cos and sin [T, size / 2] float32, heads."""
+
+    runs: tuple[Run, ...]
+    cos: Tensor
+    sin: Tensor
+    heads: int
+    kv_heads: int
+    scale: float
+
+
+class Attention(torch.autograd.Function):
+    """x + out(attention(rotary(qkv(norm(x))))) for x [T, D]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, norm: Tensor, eps: float, layout: Layout, *weights: Tensor | None) -> Tensor:
+        qkv_product, out_product = _products(weights)
+        qkv = qkv_product(_norm(x, norm, eps))
+        _turn(qkv, layout, backwards=False)
+        attended = torch.empty(len(x), layout.heads * 2 * layout.cos.shape[1], dtype=x.dtype)
+        for part in _parts(layout):
+            q, k, v, out = part.of(qkv, attended)
+            out.copy_((_probabilities(q.flatten(2, 3), k, part, layout) @ v).view_as(out))
+        ctx.save_for_backward(x, norm, qkv, attended, *weights)
+        ctx.eps, ctx.layout = eps, layout
+        return out_product(attended, x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, norm, qkv, attended, *weights = ctx.saved_tensors
+        layout, needs = ctx.layout, ctx.needs_input_grad
+        dy = dy.contiguous()
+        qkv_product, out_product = _products(weights)
+        d_attended, *d_out = out_product.backward(attended, dy, needs[8:])
+        assert d_attended is not None
+        d_qkv = torch.empty_like(qkv)
+        for part in _parts(layout):
+            q, k, v, d = part.of(qkv, d_attended)
+            dq, dk, dv, _ = part.of(d_qkv, d_attended)
+            # The queries of a group share their keys: as rows of one matrix, the products sum over them.
+            q, d = q.flatten(2, 3), d.flatten(2, 3)
+            p = _probabilities(q, k, part, layout)
+            dv.copy_(p.transpose(-1, -2) @ d)
+            d_scores = torch._softmax_backward_data(d @ v.transpose(-1, -2), p, -1, p.dtype)
+            d_scores *= layout.scale
+            dq.copy_((d_scores @ k).view_as(dq))
+            dk.copy_(d_scores.transpose(-1, -2) @ q)
+        _turn(d_qkv, layout, backwards=True)
+        d_normed, *d_in = qkv_product.backward(_norm(x, norm, ctx.eps), d_qkv, needs[4:8])
+        dx, d_norm = _norm_backward(x, norm, d_normed, dy, ctx.eps, needs[1])
+        return dx, d_norm, None, None, *d_in, *d_out
+
+
+class Mlp(torch.autograd.Function):
+    """x + down(silu(gate(norm(x))) * up(norm(x))) for x [T, D]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, norm: Tensor, eps: float, *weights: Tensor | None) -> Tensor:
+        gate_up_product, down_product = _products(weights)
+        gate_up = gate_up_product(_norm(x, norm, eps))
+        inner = gate_up.shape[1] // 2
+        gated = gate_up.new_empty(len(x), inner)
+        lib.p2l_silu_mul(_at(gate_up), _at(gated), len(x), inner, *_how(gated))
+        ctx.save_for_backward(x, norm, gate_up, *weights)
+        ctx.eps = eps
+        return down_product(gated, x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, norm, gate_up, *weights = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        dy = dy.contiguous()
+        gate_up_product, down_product = _products(weights)
+        inner = gate_up.shape[1] // 2
+        # The gradient of the product's input comes first: the input itself is made beside what needs that gradient.
+        d_gated = _input_gradient(down_product, dy)
+        d_gate_up, gated = torch.empty_like(gate_up), torch.empty_like(d_gated)
+        lib.p2l_silu_mul_backward(_at(gate_up), _at(d_gated), _at(d_gate_up), _at(gated), len(x), inner, *_how(gated))
+        _, *d_down = down_product.backward(gated, dy, needs[7:], dx_needed=False)
+        d_normed, *d_in = gate_up_product.backward(_norm(x, norm, ctx.eps), d_gate_up, needs[3:7])
+        dx, d_norm = _norm_backward(x, norm, d_normed, dy, ctx.eps, needs[1])
+        return dx, d_norm, None, *d_in, *d_down
+
+
+def fuse(decoder: Any, dtype: torch.dtype) -> None:
+    """Makes the layers of a transformers Llama or Qwen2 decoder compute so, in ``dtype`` (bfloat16 or float32).
+
+    They then take the keyword ``layout``, and hidden states [1, T, D].
+    """
+    for layer in decoder.layers:
+        layer.forward = types.MethodType(_layer, layer)
+        layer.fused_dtype = dtype
+
+
+def fusible(config: Any) -> bool:
+    """Whether ``fuse`` knows this architecture."""
+    return config.model_type in FAMILIES and config.hidden_act == "silu" and not getattr(config, "mlp_bias", False)
+
+
+def layout_of(decoder: Any, positions: Tensor, runs: Sequence[Run]) -> Layout:
+    """For packed prompts at ``positions`` [T]."""
+    config, first = decoder.config, decoder.layers[0].self_attn
+    cos, sin = decoder.rotary_emb(torch.zeros(1, dtype=torch.float32), positions[None])
+    half = cos.shape[-1] // 2
+    cos, sin = (table[0, :, :half].float().contiguous() for table in (cos, sin))
+    return Layout(tuple(runs), cos, sin, config.num_attention_heads, config.num_key_value_heads, first.scaling)
+
+
+def _layer(self: Any, hidden_states: Tensor, layout: Layout, **_: Any) -> Tensor:
+    dtype, attention, mlp = self.fused_dtype, self.self_attn, self.mlp
+    x: Tensor = hidden_states[0].to(dtype)
+    before, after = self.input_layernorm, self.post_attention_layernorm
+    qkv = Product.of((attention.q_proj, attention.k_proj, attention.v_proj), dtype)
+    out, down = Product.of((attention.o_proj,), dtype), Product.of((mlp.down_proj,), dtype)
+    gate_up = Product.of((mlp.gate_proj, mlp.up_proj), dtype)
+    attend: Any = Attention.apply
+    feed: Any = Mlp.apply
+    with torch.autocast("cpu", enabled=False):
+        x = attend(x, before.weight.to(dtype), before.variance_epsilon, layout, *qkv, *out)
+        x = feed(x, after.weight.to(dtype), after.variance_epsilon, *gate_up, *down)
+    return x[None]
+
+
+class _Part(NamedTuple):
+    """Prompts of one length, from token ``start`` on: ``prompts`` of ``length`` tokens; few enough for one go."""
+
+    start: int
+    prompts: int
+    length: int
+    layout: Layout
+
+    def of(self, qkv: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Views: q and out [count, kv heads, group, length, size], k and v [count, kv heads, length, size]."""
+        heads, kv_heads = self.layout.heads, self.layout.kv_heads
+        rows = slice(self.start, self.start + self.prompts * self.length)
+        every = qkv[rows].view(self.prompts, self.length, heads + 2 * kv_heads, -1)
+        q, k, v = every.split([heads, kv_heads, kv_heads], 2)
+        q, o = (x.unflatten(2, (kv_heads, -1)) for x in (q, out[rows].view(self.prompts, self.length, heads, -1)))
+        return q.permute(0, 2, 3, 1, 4), k.transpose(1, 2), v.transpose(1, 2), o.permute(0, 2, 3, 1, 4)
+
+
+def _parts(layout: Layout) -> list[_Part]:
+    parts, start = [], 0
+    for run in layout.runs:
+        most = max(1, PROBABILITIES // (run.length**2 * layout.heads))
+        for first in range(0, run.prompts, most):
+            count = min(most, run.prompts - first)
+            parts.append(_Part(start, count, run.length, layout))
+            start += count * run.length
+    return parts
+
+
+def _probabilities(q: Tensor, k: Tensor, part: _Part, layout: Layout) -> Tensor:
+    """q [count, kv heads, group * length, size] -> [count, kv heads, group * length, length]."""
+    scores = (q * layout.scale) @ k.transpose(-1, -2)
+    by_head = scores.unflatten(2, (-1, part.length))
+    by_head += torch.full((part.length, part.length), -torch.inf, dtype=q.dtype).triu(1)
+    return scores.softmax(-1)
+
+
+def _products(weights: Sequence[Tensor | None]) -> tuple[Product, Product]:
+    return Product(*weights[:4]), Product(*weights[4:])  # type: ignore[arg-type]
+
+
+def _input_gradient(product: Product, dy: Tensor) -> Tensor:
+    dx = dy @ product.weight
+    if product.a is not None and product.b is not None:
+        dx.addmm_(dy @ product.b, product.a)
+    return dx
+
+
+def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    out = torch.empty_like(x)
+    lib.p2l_rms_norm(_at(x), ffi.NULL, _at(weight), _at(out), *x.shape, eps, *_how(x))
+    return out
+
+
+def _norm_backward(
+    x: Tensor, weight: Tensor, d_out: Tensor | None, dy: Tensor, eps: float, weight_needed: bool
+) -> tuple[Tensor, Tensor | None]:
+    assert d_out is not None
+    dx = dy.clone()
+    bf16, threads = _how(x)
+    shares = torch.zeros(threads, x.shape[1]) if weight_needed else None
+    target = ffi.NULL if shares is None else ffi.cast("float *", shares.data_ptr())
+    lib.p2l_rms_norm_backward(_at(x), _at(weight), _at(d_out), _at(dx), target, *x.shape, eps, bf16, threads)
+    return dx, None if shares is None else shares.sum(0).to(weight.dtype)
+
+
+def _turn(qkv: Tensor, layout: Layout, backwards: bool) -> None:
+    heads, turned = layout.heads + 2 * layout.kv_heads, layout.heads + layout.kv_heads
+    tables = (ffi.cast("float *", table.data_ptr()) for table in (layout.cos, layout.sin))
+    lib.p2l_turn(_at(qkv), *tables, len(qkv), heads, turned, layout.cos.shape[1], backwards, *_how(qkv))
+
+
+def _at(tensor: Tensor) -> object:
+    return ffi.cast("void *", tensor.data_ptr())
+
+
+def _how(tensor: Tensor) -> tuple[bool, int]:
+    """Whether it is bfloat16, and how many threads it is worth."""
+    return tensor.dtype == torch.bfloat16, max(1, min(torch.get_num_threads(), tensor.numel() // ELEMENTS_PER_THREAD))

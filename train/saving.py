@@ -1,0 +1,53 @@
+"""A trained model's checkpoint folder, in the published layout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from p2l_engine.saving import write_json, write_tensors, write_whole
+from p2l_engine.train.config import TrainConfig
+from p2l_engine.train.model import P2LModel, bare, published_tensors
+
+
+def write(
+    folder: Path,
+    model: P2LModel,
+    state: Mapping[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    models: Sequence[str],
+    config: TrainConfig,
+) -> None:
+    """The checkpoint in bfloat16, as published; for LoRA an adapter folder, which names its backbone.
+
+    ``state`` is the whole model's state dict (gathered from all processes, where there are several). The folder is written
+    beside its place and renamed when it is complete. Raises OSError where it cannot be; nothing is left then.
+    """
+
+    def fill(work: Path) -> None:
+        tensors = published_tensors(state, model.grown, config.lora is not None)
+        write_json(work / "model_list.json", list(models))
+        decoder = bare(model.model)
+        kept = config.model_dump(mode="json")
+        write_json(work / "training_config.json", {"model_type": decoder.config.model_type} | kept)
+        if config.lora is None:
+            write_tensors(work / "model.safetensors", tensors)
+            decoder.config.save_pretrained(work)
+            tokenizer.save_pretrained(work)
+            return
+        write_tensors(work / "adapter_model.safetensors", tensors)
+        adapter = {
+            "peft_type": "LORA",
+            "base_model_name_or_path": config.pretrain_model_name,
+            "r": config.lora.r,
+            "lora_alpha": config.lora.alpha,
+            "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+            "layers_to_transform": list(range(config.lora.first_layer, int(decoder.config.num_hidden_layers))),
+            "bias": "none",
+        }
+        write_json(work / "adapter_config.json", adapter)
+
+    write_whole(folder, fill)

@@ -1,0 +1,87 @@
+"""transformers' Trainer, with the loss of this project: the weighted mean over all votes of an optimiser step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler, SequentialSampler
+from transformers import Trainer
+
+from p2l_engine.train.progress import Seen
+
+
+class VoteTrainer(Trainer):
+    """Trains a P2LModel on the batches of a Collator.
+
+    The gradient of a step is that of the mean over all its votes, wherever they were computed: over accumulated passes and over
+    processes alike. A loss that is not finite stops the run.
+    """
+
+    def __init__(self, *args: Any, shuffle: bool, seen: Seen, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.shuffle, self.seen = shuffle, seen
+        self.model_accepts_loss_kwargs = True  # the loss is the whole step's already: nothing divides it again
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """The batches of one step and the weight of all their votes, on all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        weight = torch.tensor(sum(float(batch["weight"].sum()) for batch in batches), device=device)
+        for batch in batches:
+            self.seen.prompts += len(batch["packed"])
+            self.seen.votes += len(batch["weight"])
+            self.seen.tokens += len(batch["packed"].tokens)
+        if self.args.world_size > 1:
+            weight = self.accelerator.reduce(weight, "sum")
+        return batches, weight
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The share of these votes in the step's mean, times the processes, whose gradients are averaged."""
+        outputs = model(**inputs)
+        total = inputs["weight"].sum() if num_items_in_batch is None else num_items_in_batch
+        loss = outputs["loss"] / torch.as_tensor(total).clamp_min(torch.finfo(torch.float32).tiny)
+        if model.training:
+            loss = loss * self.args.world_size
+            if not torch.isfinite(loss):
+                votes = self.train_dataset.votes  # type: ignore[union-attr]
+                prompts = [votes.prompts[i][0][:60] for i in inputs["prompts"].tolist()]
+                raise FloatingPointError(
+                    f"the loss is {loss.item()} at step {self.state.global_step + 1}; its batch has the prompts {prompts}: "
+                    "lower learning_rate, or look at these votes' weights and values"
+                )
+        return (loss, outputs) if return_outputs else loss
+
+    @torch.no_grad()
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """The mean loss a vote on the validation data."""
+        model, sums = self.model_wrapped, torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        model.eval()
+        for batch in self.get_eval_dataloader():
+            with self.compute_loss_context_manager():
+                loss = model(**self._prepare_inputs(batch))["loss"]
+            sums += torch.stack([loss.double(), batch["weight"].sum().double().to(sums.device)])
+        total, weight = self.accelerator.reduce(sums, "sum").tolist()
+        metrics = {"eval_loss": total / weight}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        return super()._get_train_sampler(dataset) if self.shuffle else SequentialSampler(dataset)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        # A layer that theta and eta share has two names; safetensors takes no tensor twice.
+        model: Any = self.model
+        state = model.state_dict() if state_dict is None else state_dict
+        super()._save(output_dir, {name: tensor.clone() for name, tensor in state.items()})
