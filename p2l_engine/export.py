@@ -52,6 +52,6 @@ def _figures(path: Path, must_exist: bool) -> dict[str, Any] | None:
         figures = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path}: expected the JSON that 'p2l-engine eval --json' writes: {error}") from None
-    if not isinstance(figures, dict) or "held_out" not in figures:
+    if not isinstance(figures, dict) or not {"held_out", "checkpoint", "bootstrap"} <= set(figures):
         raise CheckpointError(f"{path}: expected the JSON that 'p2l-engine eval --json' writes, found something else")
     return figures

@@ -16,7 +16,13 @@ from torch import Tensor
 
 
 def write_whole(folder: Path, fill: Callable[[Path], None]) -> None:
-    """``fill`` writes into a folder beside ``folder``, which then takes its place; where it fails nothing has changed."""
+    """``fill`` writes into a folder beside ``folder``, which then takes its place; where it fails nothing has changed.
+
+    Only a checkpoint, or an empty folder, is ever replaced: anything else is a ValueError.
+    """
+    folder = folder.resolve()
+    if folder.exists() and not replaceable(folder):
+        raise ValueError(f"{folder}: expected no folder, an empty one or a checkpoint; what is there is left alone")
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -25,18 +31,34 @@ def write_whole(folder: Path, fill: Callable[[Path], None]) -> None:
         if folder.exists():
             aside = folder.parent / f"{work.name}-old"
             folder.rename(aside)
-            work.rename(folder)
-            shutil.rmtree(aside)
+            try:
+                work.rename(folder)
+            except OSError:
+                aside.rename(folder)
+                raise
+            shutil.rmtree(aside, ignore_errors=True)
         else:
             work.rename(folder)
     except OSError as error:
         raise OSError(f"{folder}: could not be written, and nothing of it was kept: {error}") from error
+    except Exception as error:
+        if type(error) is Exception:  # the tokenizers library knows no other, for a full disk too
+            raise OSError(f"{folder}: could not be written, and nothing of it was kept: {error}") from error
+        raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
+def replaceable(folder: Path) -> bool:
+    """Whether a folder is empty or a checkpoint."""
+    return folder.is_dir() and (not any(folder.iterdir()) or (folder / "training_config.json").is_file())
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """bfloat16, in the order of their names: the same weights make the same bytes."""
+    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise FloatingPointError(f"{len(broken)} of {len(tensors)} weights are not finite, {broken[0]} first: not written")
     narrow = {name: tensors[name].detach().to("cpu", torch.bfloat16).contiguous() for name in sorted(tensors)}
     # A layer that theta and eta share is stored under both of its names.
     try:

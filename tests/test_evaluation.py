@@ -270,8 +270,11 @@ def test_the_command_evaluates_files(tmp_path):
     assert json.loads((tmp_path / "r.json").read_text())["replacements"][0]["new"] == "beta"
     for wrong, message in (
         (("--replace", "alpha"), "expected OLD:NEW"),
-        (("--replace", "alpha:omega", "--cluster"), "expected one of alpha"),
+        (("--replace", "alpha:omega", "--cluster"), "two of alpha, beta"),
         (("--part", "all"), "expected held-out or validation"),
+        (("--reference", "omega"), "expected one of alpha"),
+        (("--reference", "beta"), "needs categories"),
+        (("--budget", "1"), "needs scores"),
         (("--probes",), "needs scores"),
     ):
         bad = called(*wrong)

@@ -112,6 +112,60 @@ def test_sharding_that_cannot_be_had_is_refused(config, tmp_path):
         run(tmp_path, config.model_copy(update=sharded), "sharded", processes=2)
 
 
+def test_prompts_that_do_not_divide_are_counted_once(config, tmp_path):
+    """36 prompts in batches of 16, two processes of 8: the last batch is filled up with nothing."""
+    whole = config.model_copy(update={"batch_size": 16, "num_train_epochs": 2})
+    one = run(tmp_path, whole, "one", steps=6)
+    half = whole.model_copy(update={"batch_size": 8})
+    assert largest_difference(one, run(tmp_path, half, "two", steps=6, processes=2)) < 1e-5
+
+
+def test_killed_after_its_last_step_it_is_trained_no_further(config, tmp_path, monkeypatch):
+    from p2l_engine.train import run as runs
+
+    whole = train(config.model_copy(update={"output_dir": str(tmp_path / "whole")}), 20)
+
+    def full(*_):
+        raise OSError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "write", full)
+        with pytest.raises(OSError, match="no room"):
+            train(config, 20)
+    resumed = train(config, 20, "resume")
+    assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert train(config, 20, "resume") == resumed  # it is there, whole
+    with pytest.raises(ValueError, match="expected no such folder yet; --restart"):
+        train(config, 20)
+
+
+def test_nothing_but_a_checkpoint_is_ever_replaced(config, tmp_path):
+    (tmp_path / "out" / "trial").mkdir(parents=True)
+    (tmp_path / "out" / "trial" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="anything else is left alone"):
+        train(config, 2, "restart")
+    assert (tmp_path / "out" / "trial" / "notes.txt").read_text() == "mine"
+    for name in ("", "a/b", ".hidden"):
+        with pytest.raises(ValueError, match="proj_name"):
+            TrainConfig.model_validate(config.model_dump() | {"proj_name": name})
+
+
+def test_an_evaluation_notices_that_the_data_changed(config, tmp_path):
+    from p2l_engine.evaluation.sources import of_config
+
+    engine = Engine.from_pretrained(train(config, 2), device="cpu")
+    assert len(of_config(engine, "held-out", None).held_out.prompts) == 12
+    skill_votes(tmp_path / "votes.parquet", n=60)
+    with pytest.raises(ValueError, match="changed since .* was trained"):
+        of_config(engine, "held-out", None)
+
+
+def test_validation_prompts_must_not_be_training_prompts(config, tmp_path):
+    same = config.model_copy(update={"held_out": 0.0, "val_data_path": config.train_data_path})
+    with pytest.raises(ValueError, match="48 of its prompts are training prompts too"):
+        train(same, 2)
+
+
 def test_accumulated_passes_give_the_weights_of_one(config, tmp_path):
     one = run(tmp_path, config, "one")
     half = config.model_copy(update={"batch_size": 2, "gradient_accumulation_steps": 2})

@@ -72,7 +72,7 @@ def test_training_reaches_the_bayes_loss(name, m, tmp_path):
 @pytest.mark.parametrize("name", ["ols", "poisson"])
 def test_values_and_counts_are_learnt(name, tmp_path):
     simulator = Simulator(feedback_model(name), 4, spread=0.4)
-    votes = simulator.votes(simulator.prompts(3000), 8)
+    votes = simulator.votes(simulator.prompts(4000), 16)
     engine = trained(tmp_path, simulator, votes)
     fresh = simulator.votes(simulator.prompts(500, seed=7), 8, seed=8)
     known = simulator.truth([prompt[0] for prompt in fresh.prompts])

@@ -129,7 +129,7 @@ def test_dropout_is_for_training_alone_and_repeatable(tmp_path):
     first = [some[i]["ids"] for i in range(10)]
     assert all(len(a) <= len(whole[i]["ids"]) and a[-1] == whole[i]["ids"][-1] for i, a in enumerate(first))
     assert [len(some[i]["ids"]) for i in range(10)] == [len(a) for a in first]
-    some.set_epoch(1)
+    some.epoch = 1
     assert any(not np.array_equal(some[i]["ids"], a) for i, a in enumerate(first))
     config = settings(tmp_path, token_dropout=0.2, head_dropout=0.2, num_train_epochs=1)
     assert train(config, max_steps=2).is_dir()

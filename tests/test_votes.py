@@ -60,7 +60,7 @@ def test_votes_are_grouped_by_prompt(kind, tmp_path):
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        (("p", "x", "y", "left"), "winner: expected one of model_a, .*got 'left'"),
+        (("p", "x", "y", "left"), "winner: expected one of model_a, .*"),
         (("p", "x", None, "tie"), "model_b: expected a name"),
         (("p", "x", "x", "tie"), "a model against itself"),
         (("[]", "x", "y", "tie"), "prompt: expected at least one user turn"),
@@ -70,7 +70,7 @@ def test_votes_are_grouped_by_prompt(kind, tmp_path):
 )
 def test_rows_that_cannot_be_used_are_counted_by_reason(row, reason, tmp_path):
     path = parquet(tmp_path / "v.parquet", [ROWS[0], row, row])
-    with pytest.raises(ValueError, match=rf"2 of 3 rows cannot be used.*max_dropped.*2 x {reason}.*row 1"):
+    with pytest.raises(ValueError, match=rf"2 of 3 rows cannot be used.*max_dropped.*2 x {reason}.*the first is row 1"):
         read(path)
     votes, dropped = read(path, max_dropped=0.7)
     assert len(votes) == 1
@@ -116,18 +116,21 @@ def test_soft_preferences_become_weighted_votes(column, first, tmp_path):
     votes, _ = read(parquet(tmp_path / "v.parquet", rows, (*NAMES[:3], column)))
     assert votes.outcome.tolist() == [first, 1 - first, first]
     assert votes.weight.tolist() == [0.75, 0.25, 1.0]
-    with pytest.raises(ValueError, match=r"preference: expected a probability in \[0, 1\], got 1.5"):
+    with pytest.raises(ValueError, match=r"preference: expected a probability in \[0, 1\] .the first is row 0: got 1.5"):
         read(parquet(tmp_path / "w.parquet", [("p", "x", "y", 1.5)], (*NAMES[:3], column)))
 
 
 def test_values_of_one_model_and_of_pairs(tmp_path):
     votes, _ = read(
-        parquet(tmp_path / "v.parquet", [("p", "x", 2.5), ("p", "y", -1.0)], ("prompt", "model", "value")), values=True
+        parquet(tmp_path / "v.parquet", [("p", "x", 2.5), ("p", "y", -1.0)], ("prompt", "model", "value")),
+        feedback=feedback_model("ols"),
     )
     assert votes.are_values
     assert votes.b.tolist() == [-1, -1]
     assert votes.outcome.tolist() == [2.5, -1.0]
-    votes, _ = read(parquet(tmp_path / "w.parquet", [("p", "x", "y", 2.5)], (*NAMES[:3], "value")), values=True)
+    votes, _ = read(
+        parquet(tmp_path / "w.parquet", [("p", "x", "y", 2.5)], (*NAMES[:3], "value")), feedback=feedback_model("ols")
+    )
     assert votes.b.tolist() == [1]
 
 
@@ -224,3 +227,22 @@ def test_real_votes_are_read(data):
     human, dropped = read(str(data / "votes_human.parquet"))
     assert len(human) + len(dropped) == 13_365
     assert human.category is not None
+
+
+def test_prompts_of_several_lines_in_csv(tmp_path):
+    rows = [(f"first line {i}\nsecond, line\n" + "x" * 400, "x", "y", "model_a") for i in range(4000)]
+    pa.csv.write_csv(table(rows), tmp_path / "v.csv")
+    assert len(read(str(tmp_path / "v.csv"))[0]) == 4000
+
+
+def test_columns_that_nothing_reads_are_refused(tmp_path):
+    path = parquet(tmp_path / "v.parquet", ROWS, weight=[1.0] * 4)
+    with pytest.raises(ValueError, match="columns: expected some of .*, got weigth"):
+        read(path, columns={"weigth": "weight"})
+
+
+def test_votes_of_no_weight_tie_nothing_together():
+    votes = pairs_of("xy", "yx", "yz")
+    weight = np.array([1.0, 1.0, 0.0])
+    without = Votes.make(votes.prompts, votes.models, votes.prompt, votes.a, votes.b, votes.outcome, weight)
+    assert Summary.of(without).islands == (("z",),)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 
 from p2l_engine.packing import Packed
 from p2l_engine.prompts import PromptEncoder
 from p2l_engine.votes import Votes
 
 ALWAYS_KEPT = 3  # tokens at the end: what closes the turn, and CLS
+
+NOTHING = -1  # the index of an item without votes
 
 
 class PromptVotes(Dataset[dict[str, Any]]):
@@ -27,14 +29,13 @@ class PromptVotes(Dataset[dict[str, Any]]):
         self.ids = encoder.encode(votes.prompts)
         self.token_dropout, self.seed, self.epoch = token_dropout, seed, 0
 
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the data loader."""
-        self.epoch = epoch
-
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        if index == NOTHING:
+            none = tuple(column[:0] for column in (self.votes.a, self.votes.b, self.votes.outcome, self.votes.weight))
+            return {"index": 0, "ids": self.ids[0][-1:], "votes": none}
         rows, votes, ids = slice(self.bounds[index], self.bounds[index + 1]), self.votes, self.ids[index]
         columns = (votes.a[rows], votes.b[rows], votes.outcome[rows], votes.weight[rows])
         if self.token_dropout:
@@ -42,6 +43,23 @@ class PromptVotes(Dataset[dict[str, Any]]):
             kept[-ALWAYS_KEPT:] = True
             ids = ids[kept]
         return {"index": index, "ids": ids, "votes": columns}
+
+
+class Order(Sampler[int]):
+    """Indices of an epoch: as they are, or shuffled by seed and epoch alone; filled up with NOTHING to whole batches of all
+    processes, since these would otherwise begin again with the first prompts and count them twice."""
+
+    def __init__(self, dataset: PromptVotes, multiple: int, shuffle: bool, seed: int) -> None:
+        self.dataset, self.multiple, self.shuffle, self.seed = dataset, multiple, shuffle, seed
+
+    def __len__(self) -> int:
+        return -(-len(self.dataset) // self.multiple) * self.multiple
+
+    def __iter__(self) -> Iterator[int]:
+        n = len(self.dataset)
+        order = np.random.default_rng([self.seed, self.dataset.epoch]).permutation(n) if self.shuffle else np.arange(n)
+        yield from order.tolist()
+        yield from [NOTHING] * (len(self) - n)
 
 
 def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:

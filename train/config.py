@@ -29,7 +29,7 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     # as in published configs
-    proj_name: str
+    proj_name: Annotated[str, Field(pattern=r"^[^/\\.][^/\\]*$")]  # the name of the checkpoint's folder
     pretrain_model_name: str
     train_data_path: str
     val_data_path: str | None = None

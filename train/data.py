@@ -22,22 +22,25 @@ def load(config: TrainConfig) -> Splits:
         logger.info("%s", line)
     _check(config, votes, summary)
     if config.val_data_path:
-        return Splits(votes, None, _read(config, config.val_data_path, votes.models))
-    return split(votes, config.held_out, config.validation, config.split_by, config.split_seed)
+        validation = _read(config, config.val_data_path, votes.models)
+        shared = set(validation.prompts) & set(votes.prompts)
+        if shared:
+            raise ValueError(
+                f"{config.val_data_path}: {len(shared):,} of its prompts are training prompts too, such as "
+                f"{next(iter(shared))[0][:60]!r}: expected none; leave them out of one of the two"
+            )
+        return Splits(votes, validation, None)
+    parts = split(votes, config.held_out, config.validation, config.split_by, config.split_seed)
+    if parts.training is not votes:
+        _check(config, parts.training, Summary.of(parts.training))
+    return parts
 
 
 def _read(config: TrainConfig, path: str, models: tuple[str, ...] | None = None) -> Votes:
     feedback = feedback_model(config.loss_type)
-    votes, dropped = read(path, models, feedback.of_values, config.columns, config.max_dropped)
+    votes, dropped = read(path, models, feedback, config.columns, config.max_dropped)
     for line in dropped.lines():
-        logger.warning("%s: dropped %s", path, line)
-    if feedback.name == "bt":
-        ties = votes.outcome >= Outcome.TIE
-        if ties.any():
-            logger.warning("%s: left out %s ties: the feedback model 'bt' knows none ('bt-tie' does)", path, f"{ties.sum():,}")
-            votes = votes.where(~ties)
-    if feedback.name == "poisson" and bool((votes.outcome < 0).any() or (votes.outcome % 1 != 0).any()):
-        raise ValueError(f"{path}: value: expected counts (0, 1, 2 ...) for the feedback model 'poisson'")
+        logger.warning("%s: left out %s", path, line)
     return votes
 
 

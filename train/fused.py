@@ -174,7 +174,11 @@ def fuse(decoder: Any, dtype: torch.dtype) -> None:
 
 def fusible(config: Any) -> bool:
     """Whether ``fuse`` knows this architecture."""
-    return config.model_type in FAMILIES and config.hidden_act == "silu" and not getattr(config, "mlp_bias", False)
+    return (
+        config.model_type in FAMILIES
+        and config.hidden_act == "silu"
+        and not (getattr(config, "mlp_bias", False) or getattr(config, "use_sliding_window", False))
+    )
 
 
 def layout_of(decoder: Any, positions: Tensor, runs: Sequence[Run]) -> Layout:

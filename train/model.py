@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedTokenizerBase
@@ -50,7 +51,14 @@ class CoefficientHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """hidden [N, D] -> theta [N, M], eta [N] or None."""
-        return self.head(hidden), None if self.eta_head is None else self.eta_head(hidden).squeeze(-1)
+        return _wide(self.head, hidden), None if self.eta_head is None else _wide(self.eta_head, hidden).squeeze(-1)
+
+
+def _wide(head: nn.Module, hidden: Tensor) -> Tensor:
+    """The head in float32, also where sharding keeps its weights narrower."""
+    for layer in head if isinstance(head, nn.Sequential) else [head]:
+        hidden = F.linear(hidden, layer.weight.float(), layer.bias.float())  # type: ignore[arg-type]
+    return hidden
 
 
 class P2LModel(nn.Module):

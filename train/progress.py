@@ -25,6 +25,16 @@ class Seen:
     tokens: int = 0
 
 
+class Epochs(TrainerCallback):
+    """Tells the training data which epoch it is: their order and what is dropped depend on it."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.dataset.epoch = int(state.epoch + 1e-9)
+
+
 class Show(TrainerCallback):
     """The bar, on standard error."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
 from typing import Any, Literal
@@ -14,18 +15,19 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
 from p2l_engine.prompts import PromptEncoder
-from p2l_engine.saving import write_json
+from p2l_engine.saving import replaceable, write_json
 from p2l_engine.train import data
 from p2l_engine.train.batches import PromptVotes, collate
 from p2l_engine.train.config import TrainConfig
 from p2l_engine.train.model import build, dtype_of
-from p2l_engine.train.progress import Seen, Show
+from p2l_engine.train.progress import Epochs, Seen, Show
 from p2l_engine.train.saving import write
 from p2l_engine.train.trainer import VoteTrainer
-from p2l_engine.votes import Votes
+from p2l_engine.votes import Votes, prompts_hash
 
 logger = logging.getLogger(__name__)
 
@@ -44,9 +46,16 @@ def train(config: TrainConfig, max_steps: int = -1, if_present: IfPresent = "ref
     folder = Path(config.output_dir) / config.proj_name
     state = folder.with_name(f"{folder.name}.run")
     set_seed(config.seed)
-    training, validation, _ = data.load(config)
+    training, validation, held_out = data.load(config)
     arguments = _arguments(config, state, max_steps, len(training.prompts), validation is not None)
     process = PartialState()
+    if folder.exists() and not state.exists() and if_present == "resume":
+        logger.info("%s is there already, whole", folder)
+        return folder
+    if folder.exists() and (if_present == "refuse" or not replaceable(folder)):
+        raise ValueError(f"{folder}: expected no such folder yet; --restart replaces a checkpoint, anything else is left alone")
+    if arguments.n_gpu > 1:
+        raise ValueError(f"{arguments.n_gpu} GPUs are here: start one process for each (torchrun), or set CUDA_VISIBLE_DEVICES")
     asked_first = [_prepare(state, config, training, max_steps, if_present) if process.is_main_process else None]
     last = broadcast_object_list(asked_first)[0]
     model, tokenizer = build(config, len(training.models))
@@ -63,7 +72,7 @@ def train(config: TrainConfig, max_steps: int = -1, if_present: IfPresent = "ref
         train_dataset=dataset,
         eval_dataset=validating,
         data_collator=collate,
-        callbacks=[Show(seen)],
+        callbacks=[Epochs(dataset), Show(seen)],
         shuffle=config.shuffle,
         seen=seen,
     )
@@ -73,17 +82,22 @@ def train(config: TrainConfig, max_steps: int = -1, if_present: IfPresent = "ref
     if spread != wanted:
         raise ValueError(f"{wanted.lower()}: expected several processes on GPUs (torchrun), got {spread} on {arguments.device}")
     logger.info("device: %s, processes: %d (%s)", arguments.device, arguments.world_size, spread)
-    trainer.train(resume_from_checkpoint=last)
+    if last is not None and _is_last(Path(last)):
+        model.load_state_dict(load_file(Path(last) / "model.safetensors"))  # killed after its last step
+    else:
+        trainer.train(resume_from_checkpoint=last)
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.is_world_process_zero():
-        write(folder, model, weights, tokenizer, training.models, config)
+        parts = {"held-out": held_out, "validation": validation}
+        hashes = {name: prompts_hash(votes) for name, votes in parts.items() if votes is not None}
+        write(folder, model, weights, tokenizer, training.models, config, hashes)
         shutil.rmtree(state)
     trainer.accelerator.wait_for_everyone()
     return folder
 
 
 def _arguments(config: TrainConfig, state: Path, max_steps: int, prompts: int, validates: bool) -> TrainingArguments:
-    per_step = config.batch_size * config.gradient_accumulation_steps
+    per_step = config.batch_size * config.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", "1"))
     steps = int(np.ceil(prompts / per_step) * config.num_train_epochs) if max_steps < 0 else max_steps
     more: dict[str, Any] = {"save_strategy": "epoch"}
     if config.save_steps is not None:
@@ -96,7 +110,7 @@ def _arguments(config: TrainConfig, state: Path, max_steps: int, prompts: int, v
         num_train_epochs=config.num_train_epochs,
         max_steps=max_steps,
         learning_rate=config.learning_rate,
-        lr_scheduler_type=config.lr_schedule,
+        lr_scheduler_type="constant_with_warmup" if config.lr_schedule == "constant" else config.lr_schedule,
         warmup_steps=int(config.warmup_ratio * steps),
         weight_decay=config.weight_decay,
         adam_epsilon=config.adam_epsilon,
@@ -124,7 +138,16 @@ def _arguments(config: TrainConfig, state: Path, max_steps: int, prompts: int, v
 def _prepare(state: Path, config: TrainConfig, votes: Votes, max_steps: int, if_present: IfPresent) -> str | None:
     """Makes the run's folder; the state to resume from, where there is one and that is asked for."""
     # Written down as JSON has it, so that what is read again compares equal.
-    asked = json.loads(json.dumps({"config": config.model_dump(), "max_steps": max_steps, "votes": _fingerprint(votes)}))
+    asked = json.loads(
+        json.dumps(
+            {
+                "config": config.model_dump(),
+                "max_steps": max_steps,
+                "votes": _fingerprint(votes),
+                "processes": os.environ.get("WORLD_SIZE", "1"),
+            }
+        )
+    )
     if state.exists():
         if if_present == "refuse":
             raise ValueError(
@@ -145,7 +168,7 @@ def _resume(state: Path, asked: dict[str, Any]) -> str | None:
         before = json.loads((state / ASKED).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"{state}: expected {ASKED}, which says what the run was asked for: {error}; --restart") from None
-    flat, now = ({**x["config"], "max_steps": x["max_steps"], "votes": x["votes"]} for x in (before, asked))
+    flat, now = ({**x["config"], **{key: x[key] for key in x if key != "config"}} for x in (before, asked))
     changed = [f"{key}: was {flat.get(key)!r:.60}, is {now.get(key)!r:.60}" for key in now if flat.get(key) != now[key]]
     if changed:
         raise ValueError(f"{state}: cannot be resumed, since this changed: {'; '.join(changed)}. Undo it, or --restart")
@@ -156,6 +179,11 @@ def _resume(state: Path, asked: dict[str, Any]) -> str | None:
         shutil.rmtree(folder)
     logger.info("resuming from %s" if whole else "no whole state yet: starting again in %s", whole or state)
     return None if whole is None else str(whole)
+
+
+def _is_last(folder: Path) -> bool:
+    state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    return int(state["global_step"]) >= int(state["max_steps"]) and (folder / "model.safetensors").is_file()
 
 
 def _is_whole(folder: Path) -> bool:

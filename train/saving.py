@@ -20,6 +20,7 @@ def write(
     tokenizer: PreTrainedTokenizerBase,
     models: Sequence[str],
     config: TrainConfig,
+    held_out_hashes: Mapping[str, str] | None = None,
 ) -> None:
     """The checkpoint in bfloat16, as published; for LoRA an adapter folder, which names its backbone.
 
@@ -31,8 +32,9 @@ def write(
         tensors = published_tensors(state, model.grown, config.lora is not None)
         write_json(work / "model_list.json", list(models))
         decoder = bare(model.model)
+        hashes = {"held_out_hashes": dict(held_out_hashes)} if held_out_hashes else {}
         kept = config.model_dump(mode="json")
-        write_json(work / "training_config.json", {"model_type": decoder.config.model_type} | kept)
+        write_json(work / "training_config.json", {"model_type": decoder.config.model_type} | kept | hashes)
         if config.lora is None:
             write_tensors(work / "model.safetensors", tensors)
             decoder.config.save_pretrained(work)

@@ -21,7 +21,7 @@ from p2l_engine.votes import Votes
 Float64 = npt.NDArray[np.float64]
 
 WORDS = ["sum", "poem", "code", "proof", "city", "joke", "river", "taxes", "chess", "salad", "orbit", "violin"]
-ETA_LEVEL = {"rk": 22.5}  # rk's tie parameter is softplus(eta - 22.5): the others' starts at 0
+ETA_LEVEL = {"rk": 5.0}  # its softplus(eta - 22.5, 0.1) is then about 1.6; the others' tie parameters start at 0
 
 
 @dataclass(slots=True)

@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler, SequentialSampler
+from torch.utils.data import Dataset, Sampler
 from transformers import Trainer
 
+from p2l_engine.train.batches import Order
 from p2l_engine.train.progress import Seen
 
 
@@ -78,10 +80,22 @@ class VoteTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        return super()._get_train_sampler(dataset) if self.shuffle else SequentialSampler(dataset)
+        return self._order(dataset, self.shuffle, self.args.train_batch_size)
+
+    def _get_eval_sampler(self, eval_dataset: Dataset[Any]) -> Sampler[int] | None:
+        return self._order(eval_dataset, False, self.args.eval_batch_size)
+
+    def _order(self, dataset: Any, shuffle: bool, batch_size: int) -> Order:
+        several = self.args.world_size > 1
+        return Order(dataset, batch_size * self.args.world_size if several else 1, shuffle, self.args.seed)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         # A layer that theta and eta share has two names; safetensors takes no tensor twice.
         model: Any = self.model
         state = model.state_dict() if state_dict is None else state_dict
-        super()._save(output_dir, {name: tensor.clone() for name, tensor in state.items()})
+        if not all(torch.isfinite(tensor).all() for tensor in state.values()):
+            raise FloatingPointError(f"the weights are not finite after step {self.state.global_step}: not saved")
+        try:
+            super()._save(output_dir, {name: tensor.clone() for name, tensor in state.items()})
+        except SafetensorError as error:  # a full disk, among others
+            raise OSError(f"{output_dir}: {error}") from error

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from p2l_engine.catalog import Catalog
 from p2l_engine.cli.inputs import CatalogOption, Checkpoint, Device, DtypeOption, err, load_engine, out, progress
@@ -51,8 +53,16 @@ def evaluate(
 
     if part not in ("held-out", "validation"):
         raise typer.BadParameter(f"expected held-out or validation, got {part!r}", param_hint="--part")
-    swaps = [_swap(given) for given in replace or []]
     engine = load_engine(checkpoint, device, dtype)
+    swaps = [_swap(given, engine.models) for given in replace or []]
+    if reference is not None and reference not in engine.models:
+        raise typer.BadParameter(f"expected one of {', '.join(engine.models)}, got {reference!r}", param_hint="--reference")
+    if votes is None and training is not None:
+        raise typer.BadParameter("goes with --votes", param_hint="--training")
+    if votes is not None and part != "held-out":
+        raise typer.BadParameter("is of the checkpoint's own data: leave it out with --votes", param_hint="--part")
+    if engine.feedback.of_values and (swaps or reference or cluster):
+        raise typer.BadParameter(f"{engine.feedback.name} compares no models", param_hint="--replace, --reference, --cluster")
     own = engine.folder / "catalog.yaml"
     prices = Catalog.from_yaml(catalog or own) if catalog or own.is_file() else None
     chosen: Literal["held-out", "validation"] = "validation" if part == "validation" else "held-out"
@@ -60,6 +70,10 @@ def evaluate(
     for line in found.dropped.lines():
         err.print(f"dropped {line}", style="yellow", markup=False, highlight=False)
     held_out = found.held_out
+    if budget and found.scores is None:
+        raise typer.BadParameter("needs scores of every model, and --training scores with --votes", param_hint="--budget")
+    if reference and held_out.category is None and not cluster:
+        raise typer.BadParameter("needs categories: a column of that name, or --cluster", param_hint="--reference")
     if cluster:
         if held_out.category is not None:
             raise typer.BadParameter("these votes have categories already", param_hint="--cluster")
@@ -86,11 +100,12 @@ def evaluate(
         err.print(f"wrote {html}", highlight=False, markup=False)
 
 
-def _swap(given: str) -> tuple[str, str]:
-    old, colon, new = given.partition(":")
-    if not (old and colon and new):
-        raise typer.BadParameter(f"expected OLD:NEW, got {given!r}", param_hint="--replace")
-    return old, new
+def _swap(given: str, models: Sequence[str]) -> tuple[str, str]:
+    # Names may hold colons themselves.
+    for old in models:
+        if given.startswith(f"{old}:") and given.removeprefix(f"{old}:") in models:
+            return old, given.removeprefix(f"{old}:")
+    raise typer.BadParameter(f"expected OLD:NEW, two of {', '.join(models)}, got {given!r}", param_hint="--replace")
 
 
 def _clustered(engine: Any, votes: Any) -> Any:
@@ -140,10 +155,10 @@ def _show(report: dict[str, Any]) -> None:
             )  # fmt: skip
         out.print(table)
     for swap in report.get("replacements", []):
-        table = Table(title=f"{swap['new']} in place of {swap['old']}", title_justify="left")
+        table = Table(title=Text(f"{swap['new']} in place of {swap['old']}"), title_justify="left")
         for name in ("category", "prompts", "preferred to the old one", "verdict"):
             table.add_column(name, justify="left" if name in ("category", "verdict") else "right")
         for entry in (swap["overall"], *swap["categories"]):
             rate = f"{entry['win_rate']:.1%} ({entry['low']:.1%} to {entry['high']:.1%})"
-            table.add_row(entry["category"], str(entry["prompts"]), rate, entry["verdict"])
+            table.add_row(Text(entry["category"]), str(entry["prompts"]), rate, entry["verdict"])
         out.print(table)

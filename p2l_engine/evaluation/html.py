@@ -37,7 +37,7 @@ def _has(report: dict[str, Any], name: str) -> bool:
     if name == "reliability":
         return any("reliability" in entry for entry in report.get("strengths", {}).get("categories", {}).values())
     if name in ("calibration", "categories"):
-        return name in report.get("votes", {})
+        return bool(report.get("votes", {}).get(name))
     return bool(report.get(name))
 
 

@@ -117,10 +117,13 @@ def figures(prediction: Prediction, votes: Votes, bootstrap: int = 200, seed: in
 def calibration(prediction: Prediction, votes: Votes, bins: int = BINS) -> dict[str, list[float]]:
     """The curve of the likeliest outcome's probability: for each bin that is not empty its mean predicted probability, the
     share that came, and the weight of its votes."""
-    p, came = prediction.probabilities, np.minimum(votes.outcome.astype(np.int64), prediction.known - 1)
+    p, came, of_votes = prediction.probabilities, votes.outcome.astype(np.int64), votes.weight
+    if prediction.known == 2:  # a model without ties says nothing of them
+        of_votes = np.where(came <= Outcome.B, of_votes, 0.0)
+    came = np.minimum(came, prediction.known - 1)
     top, hit = p.max(1), _hits(p, came)
     place = _bin(top, bins)
-    weight, confidence, hits = (np.bincount(place, x, bins) for x in (votes.weight, votes.weight * top, votes.weight * hit))
+    weight, confidence, hits = (np.bincount(place, x, bins) for x in (of_votes, of_votes * top, of_votes * hit))
     some = weight > 0
     return {
         "predicted": (confidence[some] / weight[some]).tolist(),

@@ -53,7 +53,7 @@ def compare(of: dict[str, Prediction], votes: Votes, bootstrap: int, seed: int =
 
 
 def value_figures(coefficients: Coefficients, votes: Votes) -> dict[str, float]:
-    """For ols and poisson: the mean squared error of the predicted values beside that of each model's mean, and the rank
+    """For ols and poisson: the mean squared error of the predicted values beside that of the mean of all, and the rank
     correlation of the two."""
     from scipy.stats import spearmanr
 

@@ -31,7 +31,7 @@ class Scores:
     unit: str = ""
 
     def budgets(self, count: int = 8) -> list[float]:
-        """Mean costs worth asking for: between the cheapest and the dearest model's, evenly in the ranks of costs."""
+        """Mean costs worth asking for: between the cheapest and the dearest model's, evenly in their logarithms."""
         if self.costs is None:
             return []
         low, high = np.log(max(self.costs.min(), 1e-12) * 1.1), np.log(max(self.costs.max(), 1e-12))
@@ -82,10 +82,9 @@ def evaluate(
         report["choices"] = routed.distribution(c.theta.argmax(1), len(c.models), held_out.category)
         reference = asked.reference or _middle(report["leaderboards"]["aggregated"])
         report["strengths"] = strengths.by_category(c, held_out.category, reference, asked.bootstrap, asked.seed)
-        report["replacements"] = [
-            strengths.replacement(c, held_out.category, old, new, asked.bootstrap, asked.seed)
-            for old, new in asked.replacements
-        ]
+    report["replacements"] = [
+        strengths.replacement(c, held_out.category, old, new, asked.bootstrap, asked.seed) for old, new in asked.replacements
+    ]
     if scores is not None:
         report["routing"] = routing(c, held_out, training, scores, asked)
     return report
@@ -100,8 +99,8 @@ def leaderboards(c: Coefficients, votes: Votes, asked: Asked) -> dict[str, Any]:
     return {
         "aggregated": _places(aggregated),
         "marginal": _places(counted),
-        "spearman": float(spearmanr(x, y).statistic) if len(x) > 2 else None,
-        "kendall": float(kendalltau(x, y).statistic),
+        "spearman": _number(spearmanr(x, y).statistic) if len(x) > 2 else None,
+        "kendall": _number(kendalltau(x, y).statistic),
     }
 
 
@@ -145,6 +144,11 @@ def _places(board: Leaderboard) -> list[dict[str, Any]]:
         {"rank": p.rank, "model": p.model, "coefficient": p.coefficient, "win_rate": p.win_rate, "low": p.low, "high": p.high}
         for p in board
     ]
+
+
+def _number(value: float) -> float | None:
+    """None where there is none, as for the rank correlation of equal coefficients."""
+    return float(value) if np.isfinite(value) else None
 
 
 def _middle(places: list[dict[str, Any]]) -> str:

@@ -73,7 +73,7 @@ def under_budgets(
                 "mean_score": float(score.mean()),
                 "mean_cost": float(p.cost.mean()),
                 "points_over_best_single": float(100 * gain.mean()),
-                "standard_error_points": float(100 * gain.std(ddof=1) / np.sqrt(len(gain))),
+                "standard_error_points": float(100 * gain.std(ddof=1) / np.sqrt(len(gain))) if len(gain) > 1 else 0.0,
             }
         row["best_single"] = {
             "model": models[single],

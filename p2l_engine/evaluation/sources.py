@@ -12,7 +12,7 @@ import numpy as np
 from p2l_engine.catalog import Catalog
 from p2l_engine.engine import Engine
 from p2l_engine.evaluation.report import Scores
-from p2l_engine.votes import Dropped, Votes, read, score_matrix, split
+from p2l_engine.votes import Dropped, Votes, prompts_hash, read, score_matrix, split
 from p2l_engine.votes.files import read_table
 
 Part = Literal["held-out", "validation"]
@@ -36,12 +36,14 @@ def of_config(engine: Engine, part: Part, costs: Catalog | None) -> Sources:
     if not path:
         raise ValueError(f"{engine.folder}: its training config names no train_data_path; name votes to evaluate on")
     options = {
-        "values": engine.feedback.of_values,
+        "feedback": engine.feedback,
         "columns": config.get("columns"),
         "max_dropped": config.get("max_dropped", 0.01),
     }
     votes, dropped = read(path, **options)
     if config.get("val_data_path"):
+        if part != "validation":
+            raise ValueError(f"{engine.folder}: trained with val_data_path and nothing held out: ask for the part 'validation'")
         held_out, dropped = read(config["val_data_path"], votes.models, **options)
         return Sources(held_out, votes, None, config, dropped)
     parts = split(
@@ -51,14 +53,19 @@ def of_config(engine: Engine, part: Part, costs: Catalog | None) -> Sources:
     chosen = parts.held_out if part == "held-out" else parts.validation
     if chosen is None:
         raise ValueError(f"{engine.folder}: its training config holds no {part} prompts back; name votes to evaluate on")
+    kept = (config.get("held_out_hashes") or {}).get(part)
+    if kept is not None and kept != prompts_hash(chosen):
+        raise ValueError(
+            f"{path}: changed since {engine.folder} was trained: the {part} prompts are not those that it never saw; "
+            "name votes to evaluate on"
+        )
     return Sources(chosen, parts.training, scores_of(path, engine, chosen, parts.training, costs), config, dropped)
 
 
 def of_files(engine: Engine, held_out: Path, training: Path | None, costs: Catalog | None) -> Sources:
     """The votes of these files, as they are."""
-    values = engine.feedback.of_values
-    votes, dropped = read(str(held_out), engine.models, values)
-    known = None if training is None else read(str(training), engine.models, values)[0]
+    votes, dropped = read(str(held_out), engine.models, engine.feedback)
+    known = None if training is None else read(str(training), engine.models, engine.feedback)[0]
     scores = None if known is None else scores_of(str(held_out), engine, votes, known, costs, str(training))
     return Sources(votes, known, scores, {}, dropped)
 
@@ -67,12 +74,12 @@ def scores_of(
     path: str, engine: Engine, held_out: Votes, training: Votes, costs: Catalog | None, training_path: str | None = None
 ) -> Scores | None:
     """The scores that the votes were made of, where they were made of scores; costs are the catalog's."""
-    table = read_table(path)
-    if engine.feedback.of_values or not {"prompt", "model", "score"} <= set(table.column_names):
+    files = {file: read_table(file) for file in {path, training_path or path}}
+    if engine.feedback.of_values or not all({"prompt", "model", "score"} <= set(t.column_names) for t in files.values()):
         return None
     matrices = []
     for file, votes in ((path, held_out), (training_path or path, training)):
-        prompts, models, matrix = score_matrix(file, table if file == path else None)
+        prompts, models, matrix = score_matrix(file, files[file])
         row = {prompt: i for i, prompt in enumerate(prompts)}
         columns = [models.index(model) for model in engine.models]
         matrices.append(matrix[[row[prompt] for prompt in votes.prompts]][:, columns])

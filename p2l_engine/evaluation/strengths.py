@@ -14,6 +14,7 @@ from p2l_engine.engine import Coefficients
 Float64 = npt.NDArray[np.float64]
 
 LEVEL = 0.95
+ENOUGH = 5  # prompts, for a verdict
 
 
 def by_category(
@@ -34,18 +35,22 @@ def by_category(
 
 
 def replacement(
-    coefficients: Coefficients, categories: Sequence[str], old: str, new: str, bootstrap: int = 200, seed: int = 0
+    coefficients: Coefficients, categories: Sequence[str] | None, old: str, new: str, bootstrap: int = 200, seed: int = 0
 ) -> dict[str, Any]:
-    """The regression test: how often the new model's answer is preferred to the old one's, by category, from the worst on.
+    """The regression test: how often the new model's answer is preferred to the old one's, by category (where there are any),
+    from the worst on.
 
-    verdict: "better" or "worse" where the interval is above or below one half, else "unclear".
+    verdict: "better" or "worse" where the interval is above or below one half, else, and for fewer than five prompts,
+    "unclear".
     """
     theta = coefficients.theta.astype(np.float64)
     gain = expit(theta[:, _column(coefficients, new)] - theta[:, _column(coefficients, old)])
     entries = []
-    for name, rows in {"all": np.arange(len(gain)), **_rows(categories, len(gain))}.items():
+    for name, rows in {"all": np.arange(len(gain)), **(_rows(categories, len(gain)) if categories else {})}.items():
         (value, low, high), *_ = _means(gain[rows][:, None], _samples(len(rows), bootstrap, seed))
         verdict = "better" if low > 0.5 else "worse" if high < 0.5 else "unclear"
+        if len(rows) < ENOUGH:
+            verdict = "unclear"
         entries.append(
             {"category": name, "prompts": len(rows), "win_rate": value, "low": low, "high": high, "verdict": verdict}
         )

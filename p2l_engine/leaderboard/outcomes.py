@@ -100,15 +100,19 @@ class OutcomeSums:
             )
         both = OutcomeSums(self.feedback, self.models, self.bootstrap, self.seed, self.stream)
         both.sums, both.weight = self.sums + other.sums, self.weight + other.weight
+        # What is added later must not draw again what either has drawn.
+        both._rng = np.random.default_rng([self.seed, self.stream, other.stream, self.prompts + other.prompts])
         both.prompts, both._streams = self.prompts + other.prompts, self._streams | other._streams
         return both
 
     @property
     def means(self) -> Float64:
-        """[1 + B, K, M (M - 1) / 2]: the mean probabilities. Raises ValueError where no prompt has a weight."""
-        if not (self.weight > 0).all():
-            raise ValueError("weights: expected some prompts of a weight above 0 (in each bootstrap sample: take more prompts)")
-        return self.sums / self.weight[:, None, None]
+        """[1 + B, K, M (M - 1) / 2]: the mean probabilities; bootstrap samples that hold no prompt, as those of few prompts
+        may, are left out. Raises ValueError where no prompt has a weight."""
+        if not self.weight[0] > 0:
+            raise ValueError("weights: expected some prompts of a weight above 0")
+        some = self.weight > 0
+        return self.sums[some] / self.weight[some, None, None]
 
     @property
     def win_matrix(self) -> Float64:

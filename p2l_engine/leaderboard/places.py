@@ -117,7 +117,8 @@ class Leaderboard:
         each = np.ones(len(theta)) if weights is None else np.asarray(weights, np.float64)
         times = np.concatenate([np.ones((1, len(theta))), rng.poisson(1.0, (bootstrap, len(theta)))])
         share = times * each
-        if not (share.sum(1) > 0).all():
+        share = share[(share.sum(1) > 0) | (np.arange(len(share)) == 0)]
+        if not share[0].sum() > 0:
             raise ValueError("weights: expected some prompts of a weight above 0 (in each bootstrap sample: take more prompts)")
         share /= share.sum(1, keepdims=True)
         means = np.log(share @ np.exp(theta)) if c.feedback.name == "poisson" else share @ theta

@@ -18,7 +18,7 @@ from p2l_engine.prompts import user_turns
 READERS: dict[str, Callable[[Path], pa.Table]] = {
     ".parquet": pa.parquet.read_table,
     ".jsonl": pa.json.read_json,
-    ".csv": pa.csv.read_csv,
+    ".csv": lambda file: pa.csv.read_csv(file, parse_options=pa.csv.ParseOptions(newlines_in_values=True)),
 }
 
 
@@ -32,7 +32,10 @@ def read_table(path: str) -> pa.Table:
         files = sorted(file for file in place.rglob("*") if file.suffix in READERS)
         if not files:
             raise ValueError(f"{path}: expected {_kinds()} files in this folder, found none")
-        return pa.concat_tables([_read(file) for file in files], promote_options="default")
+        try:
+            return pa.concat_tables([_read(file) for file in files], promote_options="permissive")
+        except pa.ArrowException as error:
+            raise ValueError(f"{path}: the files' columns are not of the same types: {error}") from error
     if place.is_file() or (place.suffix and not place.exists()):
         found = "another kind of file" if place.exists() else "no such file"
         raise ValueError(f"{path}: expected a {_kinds()} file, a folder of such files or a data set's name; found {found}")
@@ -66,9 +69,12 @@ def turns(prompt: Any) -> tuple[str, ...]:
 
 def _read(file: Path) -> pa.Table:
     try:
-        return READERS[file.suffix](file)
+        table = READERS[file.suffix](file)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{file}: expected a readable {file.suffix} file: {error}") from error
+    if len(set(table.column_names)) < len(table.column_names):
+        raise ValueError(f"{file}: expected columns of different names, got {table.column_names}")
+    return table
 
 
 def _kinds() -> str:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from datetime import datetime
+from datetime import UTC, date, datetime
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from p2l_engine.regression import Outcome
+from p2l_engine.regression import FeedbackModel, Outcome
 from p2l_engine.votes.files import read_table, turns
 from p2l_engine.votes.scores import from_scores, score_matrix
 from p2l_engine.votes.votes import Votes
@@ -26,20 +26,24 @@ WINNERS = {
 }
 PROMPTS = ("prompt", "conversation", "conversation_a")
 PREFERENCES = ("preference_a", "preference_b")
+COLUMNS = {"model_a", "model_b", "model", "winner", "value", "score", "weight", "timestamp", "category", "task"}
+COLUMNS |= {*PROMPTS, *PREFERENCES}
 MAX_DROPPED = 0.01
 
 
 @dataclass(slots=True)
 class Dropped:
-    """Rows that could not be used: how many for each reason, and the first of each (from 0)."""
+    """Rows that could not be used: how many for each reason, and the first of each (from 0) with its value; and the ties that
+    bt models, which know none, leave out."""
 
     rows: int = 0
     counts: dict[str, int] = field(default_factory=dict)
-    first: dict[str, int] = field(default_factory=dict)
+    first: dict[str, str] = field(default_factory=dict)
+    ties: int = 0
 
-    def add(self, reason: str, row: int) -> None:
-        self.counts[reason] = self.counts.get(reason, 0) + 1
-        self.first.setdefault(reason, row)
+    def add(self, problem: _Unusable, row: int) -> None:
+        self.counts[problem.reason] = self.counts.get(problem.reason, 0) + 1
+        self.first.setdefault(problem.reason, f"row {row}{problem.value}")
 
     def __len__(self) -> int:
         return sum(self.counts.values())
@@ -47,21 +51,22 @@ class Dropped:
     def lines(self) -> list[str]:
         """One line a reason, the commonest first."""
         ordered = sorted(self.counts.items(), key=lambda item: -item[1])
-        return [f"{count:,} x {reason} (the first is row {self.first[reason]})" for reason, count in ordered]
+        found = [f"{count:,} x {reason} (the first is {self.first[reason]})" for reason, count in ordered]
+        return found + ([f"{self.ties:,} ties: the feedback model 'bt' knows none ('bt-tie' does)"] if self.ties else [])
 
 
 class _Unusable(ValueError):
     """Why one row cannot be used; ``reason`` without the value, so that rows can be counted."""
 
     def __init__(self, reason: str, value: object = None) -> None:
-        self.reason = reason if value is None else f"{reason}, got {value!r:.60}"
-        super().__init__(self.reason)
+        self.reason, self.value = reason, "" if value is None else f": got {value!r:.60}"
+        super().__init__(reason)
 
 
 def read(
     path: str,
     models: tuple[str, ...] | None = None,
-    values: bool = False,
+    feedback: FeedbackModel | None = None,
     columns: Mapping[str, str] | None = None,
     max_dropped: float = MAX_DROPPED,
 ) -> tuple[Votes, Dropped]:
@@ -72,14 +77,19 @@ def read(
     such a list as JSON), model_a, model_b, and winner (model_a, model_b, tie, tie (bothbad), both_bad), or preference_a or
     preference_b, the probability in [0, 1] that a or b is the better one, which becomes two votes of that weight; and, where
     they exist, weight (>= 0), timestamp (seconds since 1970, or ISO 8601) and category. Or it has prompt, model and score: all
-    scores together become votes, see ``from_scores``, and a column task is a category too. With ``values`` (for ols and
-    poisson models): prompt, value (or score), and either model or model_a and model_b.
+    scores together become votes, see ``from_scores``, and a column task is a category too. For a feedback model of values (ols,
+    poisson): prompt, value (or score), and either model or model_a and model_b.
 
-    models fixes the columns (for validation data); else they are the sorted names found. columns: the file's own name for some
+    feedback: what the votes are for: models of values read those; bt leaves out ties. models fixes the columns (for validation
+    data); else they are the sorted names found. columns: the file's own name for some
     of the names above. Raises ValueError where columns are missing, where no row can be used, or where more than the share
     ``max_dropped`` of the rows cannot.
     """
+    values = feedback is not None and feedback.of_values
     table = read_table(path)
+    unknown = sorted(set(columns or {}) - COLUMNS)
+    if unknown:
+        raise ValueError(f"columns: expected some of {', '.join(sorted(COLUMNS))}, got {', '.join(unknown)}")
     for ours, theirs in (columns or {}).items():
         if theirs not in table.column_names:
             raise ValueError(f"{path}: columns: expected one of {table.column_names} for {ours!r}, got {theirs!r}")
@@ -93,7 +103,8 @@ def read(
         if category is not None:
             of = dict(zip(map(turns, table.column("prompt").to_pylist()), table.column(category).to_pylist(), strict=True))
             votes = replace(votes, category=tuple(str(of[prompt]) for prompt in votes.prompts))
-        return votes, Dropped(table.num_rows)
+        dropped = Dropped(table.num_rows)
+        return _of_model(votes, feedback, path, dropped), dropped
     prompt = next((name for name in PROMPTS if name in found), None)
     missing = [] if prompt else ["prompt"]
     if values:
@@ -116,7 +127,18 @@ def read(
             f"{path}: {len(dropped):,} of {dropped.rows:,} rows cannot be used, more than the share max_dropped = "
             f"{max_dropped:g}: {'; '.join(dropped.lines())}"
         )
-    return rows.make(values), dropped
+    return _of_model(rows.make(values), feedback, path, dropped), dropped
+
+
+def _of_model(votes: Votes, feedback: FeedbackModel | None, path: str, dropped: Dropped) -> Votes:
+    """What this feedback model can use of them."""
+    if feedback is not None and feedback.name == "bt":
+        ties = votes.outcome >= Outcome.TIE
+        dropped.ties = int(ties.sum())
+        return votes.where(~ties) if dropped.ties else votes
+    if feedback is not None and feedback.name == "poisson" and bool((votes.outcome < 0).any() or (votes.outcome % 1).any()):
+        raise ValueError(f"{path}: value: expected counts (0, 1, 2 ...) for the feedback model 'poisson'")
+    return votes
 
 
 class _Rows:
@@ -149,7 +171,7 @@ class _Rows:
             try:
                 self._row(i)
             except _Unusable as problem:
-                dropped.add(problem.reason, i)
+                dropped.add(problem, i)
         return dropped
 
     def _row(self, i: int) -> None:
@@ -183,6 +205,8 @@ class _Rows:
             prompt = turns(value)
         except ValueError as error:
             raise _Unusable(str(error)) from None
+        except RecursionError:
+            raise _Unusable("prompt: nested too deeply") from None
         if not any(turn.strip() for turn in prompt):
             raise _Unusable("prompt: empty")
         if key is not None:
@@ -238,13 +262,16 @@ def _weight(value: Any) -> float:
 
 
 def _seconds(value: Any) -> float:
-    if isinstance(value, str):
-        try:
+    try:
+        if isinstance(value, str):
             value = datetime.fromisoformat(value)
-        except ValueError:
-            raise _Unusable("timestamp: expected seconds since 1970 or ISO 8601", value) from None
-    if isinstance(value, datetime):
-        return value.timestamp()
+        elif isinstance(value, date) and not isinstance(value, datetime):
+            value = datetime(value.year, value.month, value.day, tzinfo=UTC)
+        if isinstance(value, datetime):
+            # Without a zone: UTC, so that a split by time is the same on every machine.
+            return (value if value.tzinfo else value.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, OverflowError):
+        raise _Unusable("timestamp: expected seconds since 1970 or ISO 8601", value) from None
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise _Unusable("timestamp: expected seconds since 1970 or ISO 8601", value)
     return float(value)

@@ -51,8 +51,10 @@ def from_scores(
 ) -> Votes:
     """Every pair of models on every prompt as one vote: the higher score wins; equal scores are a tie from 0.5 up, both bad
     below it. scores [P, M]."""
-    if wanted is not None and tuple(wanted) != tuple(models):
-        raise ValueError(f"models: expected {list(wanted)}, got {list(models)}")
+    if wanted is not None:
+        if set(wanted) != set(models):
+            raise ValueError(f"models: expected {sorted(wanted)}, got {sorted(models)}")
+        scores, models = scores[:, [models.index(model) for model in wanted]], tuple(wanted)
     i, j = np.triu_indices(len(models), 1)
     a, b = scores[:, i], scores[:, j]
     equal = np.where(a >= 0.5, Outcome.TIE, Outcome.BOTH_BAD)

@@ -35,6 +35,7 @@ class Summary:
         kinds = Counter() if votes.are_values else Counter(votes.outcome.tolist())
         outcomes = {outcome.name.lower().replace("_", " "): kinds[outcome] for outcome in Outcome if kinds[outcome]}
         columns = [votes.prompt, votes.a, votes.b, votes.outcome]
+        columns += [votes.weight]
         columns += [] if votes.timestamp is None else [votes.timestamp]
         different = len(np.unique(np.stack([column.astype(np.float64) for column in columns], 1), axis=0))
         return cls(
@@ -64,7 +65,7 @@ class Summary:
 
 def islands(votes: Votes) -> tuple[tuple[str, ...], ...]:
     """Connected groups of models in the graph of votes, all but the largest; feedback on one model alone needs no chain."""
-    pairs = votes.b >= 0
+    pairs = (votes.b >= 0) & (votes.weight > 0)
     if not pairs.any():
         return ()
     m = len(votes.models)
@@ -80,6 +81,7 @@ def undecided(votes: Votes) -> tuple[str, ...]:
     """Models outside the largest group of their island in which everyone has beaten everyone, by some chain (Ford, 1957)."""
     if votes.are_values:
         return ()
+    votes = votes.where(votes.weight > 0)
     m, tie = len(votes.models), votes.outcome >= Outcome.TIE
     won, lost = (votes.outcome == Outcome.A) | tie, (votes.outcome == Outcome.B) | tie
     graph = coo_array(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
@@ -96,6 +98,11 @@ class Votes:
             weight=self.weight[index],
             timestamp=None if self.timestamp is None else self.timestamp[index],
         )
+
+
+def prompts_hash(votes: Votes) -> str:
+    """SHA-256 of the set of prompts: what a checkpoint remembers of those that were held out."""
+    return hashlib.sha256(json.dumps(sorted(votes.prompts)).encode()).hexdigest()
 
 
 class Splits(NamedTuple):
