@@ -34,6 +34,11 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     try:
         app()
+    except ModuleNotFoundError as error:
+        err.print(
+            f"error: {error}: this command needs the extra 'train': pip install 'p2l-engine[train]'", style="red", markup=False
+        )
+        sys.exit(2)
     except (ValueError, TypeError, OSError, ArithmeticError, RuntimeError) as error:
         message = f"error: {error}".encode(errors="backslashreplace").decode()
         err.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
