@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -167,7 +168,7 @@ def _along(
     return x, value, gradient, curvature
 
 
-class _Problem:
+class _Problem(ABC):
     """Loss, gradient and Hessian at x [size]: theta, and eta where there is one."""
 
     size: int
@@ -176,8 +177,9 @@ class _Problem:
         value, gradient, curvature = self.at(x)
         return value + penalty / 2 * float(x @ x), gradient + penalty * x, curvature + penalty * np.eye(self.size)
 
+    @abstractmethod
     def at(self, x: Float64) -> tuple[float, Float64, Float64]:
-        raise NotImplementedError
+        """The same without the penalty."""
 
 
 class _Logistic(_Problem):
