@@ -86,7 +86,7 @@ class P2LModel(nn.Module):
         weight: Tensor | None = None,
         prompts: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """theta [N, M] and eta [N] of packed prompts; with votes (see ``batches.Collator``) also ``loss``, the weighted sum of
+        """theta [N, M] and eta [N] of packed prompts; with votes (see ``batches.collate``) also ``loss``, the weighted sum of
         their negative log-likelihoods. One forward serves all votes of a prompt."""
         positions = packed.positions.long()
         kept = {"layout": fused.layout_of(bare(self.model), positions, packed.runs())} if self.fused else {"packed": packed}
@@ -149,7 +149,7 @@ def build(config: TrainConfig, n_models: int) -> tuple[P2LModel, PreTrainedToken
         "fused" if fuse else "transformers'",
     )  # fmt: skip
     if config.gradient_checkpointing:
-        # Its name from transformers 5.20 on; before that, the other.
+        # Newer transformers call it the first, older ones the second.
         enable = getattr(plain, "activation_checkpointing_enable", None) or plain.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     head = CoefficientHead(hidden, n_models, config)

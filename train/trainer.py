@@ -16,7 +16,7 @@ from p2l_engine.train.progress import Seen
 
 
 class VoteTrainer(Trainer):
-    """Trains a P2LModel on the batches of a Collator.
+    """Trains a P2LModel on the batches that ``collate`` makes.
 
     The gradient of a step is that of the mean over all its votes, wherever they were computed: over accumulated passes and over
     processes alike. A loss that is not finite stops the run.
