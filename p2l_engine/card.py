@@ -70,7 +70,7 @@ def _training_lines(training: dict[str, Any]) -> list[str]:
         "train_data_path": "votes", "num_train_epochs": "epochs", "batch_size": "prompts a batch",
         "learning_rate": "learning rate", "max_length": "tokens at most",
     }  # fmt: skip
-    given = [f"{name} {training[key]}" for key, name in named.items() if training.get(key) is not None]
+    given = [f"{name} {_plain(training[key])}" for key, name in named.items() if training.get(key) is not None]
     return [f"- **Training**: {how}; {', '.join(given)}"]
 
 
@@ -104,6 +104,10 @@ def _evaluation_lines(report: dict[str, Any]) -> list[str]:
         lines += ["| figure | value |", "|---|---|"]
         lines += [f"| {name.replace('_', ' ')} | {value:.4f} |" for name, value in report["value_figures"].items()] + [""]
     return lines[:-1]
+
+
+def _plain(value: Any) -> str:
+    return " and ".join(value) if isinstance(value, list) else str(value)
 
 
 def _cell(figure: dict[str, float] | None) -> str:

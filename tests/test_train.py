@@ -13,6 +13,7 @@ import yaml
 
 from p2l_engine import Engine
 from p2l_engine.evaluation.report import Asked, evaluate
+from p2l_engine.evaluation.sources import of_config
 from p2l_engine.regression import feedback_model
 from p2l_engine.train import data
 from p2l_engine.train.__main__ import main
@@ -21,7 +22,7 @@ from p2l_engine.train.config import TrainConfig
 from p2l_engine.train.model import build
 from p2l_engine.train.run import train
 from p2l_engine.train.saving import write
-from p2l_engine.votes import read
+from p2l_engine.votes import read, split
 from tests import tiny
 
 
@@ -107,11 +108,28 @@ def test_one_model_alone_is_refused(tmp_path):
 
 
 def test_islands_train_where_that_is_asked_for(tmp_path, caplog):
-    config = settings(tmp_path, allow_islands=True, held_out=0)
+    config = settings(tmp_path, islands="train", held_out=0)
     write_votes(tmp_path / "votes.parquet", [("p", "x", "y", "model_a"), ("q", "v", "w", "model_b")])
     with caplog.at_level("INFO"):
         assert train(config, max_steps=1).is_dir()
     assert "no chain of votes ties" in caplog.text
+
+
+def test_islands_are_left_out_where_that_is_asked_for(tmp_path, caplog):
+    rows = [(f"{i} of {i % 7}", *pair, "model_a") for i in range(40) for pair in (("x", "y"), ("y", "z"), ("v", "w"))]
+    config = settings(tmp_path, islands="leave_out")
+    write_votes(tmp_path / "votes.parquet", rows)
+    engine = Engine.from_pretrained(train(config, max_steps=1), device="cpu")
+    assert engine.models == ("x", "y", "z")
+    assert "islands: left out 2 models and their 30 training votes" in caplog.text
+    found = of_config(engine, "held-out", None)  # the same votes, found again from the config
+    assert (found.held_out.models, len(found.held_out)) == (engine.models, 20)
+    one = [("p", "x", "y", "model_a")] * 3 + [(f"{i}", "v", "w", "model_b") for i in range(9)] + [("0", "w", "u", "tie")]
+    write_votes(tmp_path / "votes.parquet", one)
+    votes, _ = read(config.train_data_path)
+    seed = next(seed for seed in range(1000) if split(votes, 0.1, seed=seed).held_out.prompts == (("p",),))
+    with pytest.raises(ValueError, match="leaves no votes in the held-out part"):
+        data.load(config.model_copy(update={"held_out": 0.1, "split_seed": seed}))
 
 
 def test_ties_are_left_out_for_bt_and_prompts_beyond_the_limit_are_counted(tmp_path, caplog):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -187,6 +188,41 @@ def test_a_split_by_time_holds_out_the_last_prompts():
     assert max(first_of[p] for p in training.prompts) < min(first_of[p] for p in held_out.prompts)
     with pytest.raises(ValueError, match="timestamp: a split by time needs this column"):
         split(many(timestamp=False), 0.2, by="time")
+
+
+def test_a_smaller_share_of_the_training_prompts_is_part_of_a_larger_one():
+    votes = many(200)
+    whole, half, tenth = (split(votes, 0.1, 0.1, seed=3, train_share=share) for share in (1.0, 0.5, 0.1))
+    assert set(tenth.training.prompts) < set(half.training.prompts) < set(whole.training.prompts)
+    assert len(half.training.prompts) == round(len(whole.training.prompts) / 2)
+    assert tenth.held_out.prompts == half.held_out.prompts == whole.held_out.prompts
+    assert tenth.validation.prompts == whole.validation.prompts
+    assert len(split(votes, 0.1, train_share=1e-9).training.prompts) == 1
+
+
+def test_votes_among_some_models():
+    votes = pairs_of("xy", "yz", "zx", "vw")
+    some = votes.among(["z", "x"])
+    assert some.models == ("z", "x")
+    assert len(some) == len(some.prompts) == 1
+    assert (some.a.tolist(), some.b.tolist()) == ([0], [1])
+    with pytest.raises(ValueError, match="models: expected some of those that the votes are on, got nobody"):
+        votes.among(["x", "nobody"])
+    one = replace(votes, b=np.full(len(votes), -1))  # feedback on one model alone
+    assert len(one.among(["x"])) == 1
+
+
+def test_several_files_are_read_as_one(tmp_path):
+    first, second = (str(tmp_path / name) for name in ("a.parquet", "b.csv"))
+    parquet(first, [("p", "x", "y", "model_a")])
+    pyarrow.csv.write_csv(table([("p", "y", "z", "tie"), ("q", "x", "z", "model_b")]), second)
+    votes, dropped = read([first, second])
+    assert (len(votes), dropped.rows, votes.models) == (3, 3, ("x", "y", "z"))
+    assert votes.prompts == (("p",), ("q",))
+    with pytest.raises(ValueError, match="at least one file"):
+        read([])
+    with pytest.raises(ValueError, match=r"missing.csv"):
+        read([first, str(tmp_path / "missing.csv")])
 
 
 def pairs_of(*wins):

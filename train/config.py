@@ -31,7 +31,7 @@ class TrainConfig(BaseModel):
     # as in published configs
     proj_name: Annotated[str, Field(pattern=r"^[^/\\.][^/\\]*$")]  # the name of the checkpoint's folder
     pretrain_model_name: str
-    train_data_path: str
+    train_data_path: str | list[str]  # a file, folder or hub data set; or several, read as one
     val_data_path: str | None = None
     output_dir: str = "runs"
     learning_rate: Annotated[float, Field(gt=0)]
@@ -65,11 +65,12 @@ class TrainConfig(BaseModel):
     # data
     columns: dict[str, str] = {}  # the data's own names for prompt, model_a, winner ...
     max_dropped: Annotated[float, Field(ge=0, le=1)] = 0.01  # share of the rows that may be unusable
-    allow_islands: bool = False  # train although some models are tied to the others by no chain of votes
+    islands: Literal["refuse", "leave_out", "train"] = "refuse"  # models that no chain of votes ties to the largest group
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of the prompts kept from training, when there is no val data
     validation: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of the others that choices are made on, not trained on either
     split_by: Literal["prompt", "time"] = "prompt"  # time: the prompts whose first votes came last are held out
     split_seed: int = 0
+    train_share: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the prompts that are left to train on, for learning curves
     # the run
     save_steps: Annotated[int, Field(gt=0)] | None = None  # optimiser steps between states to resume from; None: each epoch
     report_to: list[Literal["tensorboard", "wandb"]] = []
@@ -87,6 +88,8 @@ class TrainConfig(BaseModel):
             raise ValueError(f"head_config: expected only 'eta_downsize', got {sorted(self.head_config)}")
         if self.val_data_path and (self.held_out or self.validation):
             raise ValueError("held_out, validation: expected 0 where val_data_path is given")
+        if self.val_data_path and self.train_share < 1:
+            raise ValueError("train_share: expected 1 where val_data_path is given; cut the training file instead")
         if self.deepspeed and self.fsdp:
             raise ValueError("deepspeed, fsdp: expected at most one of them")
         if self.lora and self.train_head_only:

@@ -20,7 +20,6 @@ def load(config: TrainConfig) -> Splits:
     summary = Summary.of(votes)
     for line in summary.lines():
         logger.info("%s", line)
-    _check(config, votes, summary)
     if config.val_data_path:
         validation = _read(config, config.val_data_path, votes.models)
         shared = set(validation.prompts) & set(votes.prompts)
@@ -29,14 +28,32 @@ def load(config: TrainConfig) -> Splits:
                 f"{config.val_data_path}: {len(shared):,} of its prompts are training prompts too, such as "
                 f"{next(iter(shared))[0][:60]!r}: expected none; leave them out of one of the two"
             )
-        return Splits(votes, validation, None)
-    parts = split(votes, config.held_out, config.validation, config.split_by, config.split_seed)
+        parts = Splits(votes, validation, None)
+    else:
+        parts = split(votes, config.held_out, config.validation, config.split_by, config.split_seed, config.train_share)
     if parts.training is not votes:
-        _check(config, parts.training, Summary.of(parts.training))
+        summary = Summary.of(parts.training)
+    if config.islands == "leave_out" and summary.islands:
+        parts = _on_mainland(parts, summary.islands)
+        summary = Summary.of(parts.training)
+    _check(config, parts.training, summary)
     return parts
 
 
-def _read(config: TrainConfig, path: str, models: tuple[str, ...] | None = None) -> Votes:
+def _on_mainland(parts: Splits, islands: tuple[tuple[str, ...], ...]) -> Splits:
+    """Only the votes on models that a chain of training votes ties to the largest group."""
+    gone = {name for island in islands for name in island}
+    kept = [name for name in parts.training.models if name not in gone]
+    among = parts.among(kept)
+    for name, part in among._asdict().items():
+        if part is not None and not len(part):
+            raise ValueError(f"islands: leave_out leaves no votes in the {name.replace('_', '-')} part: give it more prompts")
+    votes = len(parts.training) - len(among.training)
+    logger.warning("islands: left out %d models and their %s training votes", len(gone), f"{votes:,}")
+    return among
+
+
+def _read(config: TrainConfig, path: str | list[str], models: tuple[str, ...] | None = None) -> Votes:
     feedback = feedback_model(config.loss_type)
     votes, dropped = read(path, models, feedback, config.columns, config.max_dropped)
     for line in dropped.lines():
@@ -52,10 +69,10 @@ def _check(config: TrainConfig, votes: Votes, summary: Summary) -> None:
         raise ValueError(f"{path}: expected votes on at least two models, got one: {votes.models[0]!r}")
     if not votes.are_values and not np.isin(votes.outcome, (Outcome.A, Outcome.B)).any():
         raise ValueError(f"{path}: expected some votes that prefer a model; all {len(votes):,} are ties")
-    if summary.islands and not config.allow_islands:
+    if summary.islands and config.islands == "refuse":
         names = "; ".join(", ".join(island) for island in summary.islands)
         raise ValueError(
             f"{path}: no chain of votes ties these models to the others, so that their coefficients would mean nothing beside "
-            f"theirs: {names}. Leave their votes out, add votes, or set allow_islands: true"
+            f"theirs: {names}. Add votes, or set islands: leave_out (these models go), or islands: train"
             + (f" (for {feedback.name} their absolute level is still anchored by 'both bad')" if feedback.grounded else "")
         )

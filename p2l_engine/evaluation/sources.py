@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -45,11 +46,13 @@ def of_config(engine: Engine, part: Part, costs: Catalog | None) -> Sources:
         if part != "validation":
             raise ValueError(f"{engine.folder}: trained with val_data_path and nothing held out: ask for the part 'validation'")
         held_out, dropped = read(config["val_data_path"], votes.models, **options)
-        return Sources(held_out, votes, None, config, dropped)
+        return Sources(held_out.among(engine.models), votes.among(engine.models), None, config, dropped)
     parts = split(
         votes, config.get("held_out", 0.0), config.get("validation", 0.0), config.get("split_by", "prompt"),
-        config.get("split_seed", 0),
+        config.get("split_seed", 0), config.get("train_share", 1.0),
     )  # fmt: skip
+    if set(votes.models) != set(engine.models):  # islands were left out
+        parts = parts.among(engine.models)
     chosen = parts.held_out if part == "held-out" else parts.validation
     if chosen is None:
         raise ValueError(f"{engine.folder}: its training config holds no {part} prompts back; name votes to evaluate on")
@@ -71,15 +74,21 @@ def of_files(engine: Engine, held_out: Path, training: Path | None, costs: Catal
 
 
 def scores_of(
-    path: str, engine: Engine, held_out: Votes, training: Votes, costs: Catalog | None, training_path: str | None = None
+    path: str | Sequence[str],
+    engine: Engine,
+    held_out: Votes,
+    training: Votes,
+    costs: Catalog | None,
+    training_path: str | None = None,
 ) -> Scores | None:
     """The scores that the votes were made of, where they were made of scores; costs are the catalog's."""
-    files = {file: read_table(file) for file in {path, training_path or path}}
-    if engine.feedback.of_values or not all({"prompt", "model", "score"} <= set(t.column_names) for t in files.values()):
+    table = read_table(path)
+    known = table if training_path is None else read_table(training_path)
+    if engine.feedback.of_values or not all({"prompt", "model", "score"} <= set(t.column_names) for t in (table, known)):
         return None
     matrices = []
-    for file, votes in ((path, held_out), (training_path or path, training)):
-        prompts, models, matrix = score_matrix(file, files[file])
+    for file, rows, votes in ((path, table, held_out), (training_path or path, known, training)):
+        prompts, models, matrix = score_matrix(file, rows)
         row = {prompt: i for i, prompt in enumerate(prompts)}
         columns = [models.index(model) for model in engine.models]
         matrices.append(matrix[[row[prompt] for prompt in votes.prompts]][:, columns])

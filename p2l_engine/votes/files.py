@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,14 @@ READERS: dict[str, Callable[[Path], pa.Table]] = {
 }
 
 
-def read_table(path: str) -> pa.Table:
+def read_table(path: str | Sequence[str]) -> pa.Table:
     """The rows of a parquet, jsonl or csv file, of a folder of files of one of these kinds (in order of their names), or of the
-    split ``train`` of a hub data set. Raises ValueError with the file that cannot be read."""
+    split ``train`` of a hub data set; or of several such, one after the other. Raises ValueError with the file that cannot be
+    read, and where the columns of several are not of the same types."""
+    if not isinstance(path, str):
+        if not path:
+            raise ValueError("path: expected at least one file, folder or data set, got none")
+        return _joined(", ".join(path), [read_table(each) for each in path])
     place = Path(path).expanduser()
     if place.suffix in READERS and place.is_file():
         return _read(place)
@@ -32,10 +37,7 @@ def read_table(path: str) -> pa.Table:
         files = sorted(file for file in place.rglob("*") if file.suffix in READERS)
         if not files:
             raise ValueError(f"{path}: expected {_kinds()} files in this folder, found none")
-        try:
-            return pa.concat_tables([_read(file) for file in files], promote_options="permissive")
-        except pa.ArrowException as error:
-            raise ValueError(f"{path}: the files' columns are not of the same types: {error}") from error
+        return _joined(path, [_read(file) for file in files])
     if place.is_file() or (place.suffix and not place.exists()):
         found = "another kind of file" if place.exists() else "no such file"
         raise ValueError(f"{path}: expected a {_kinds()} file, a folder of such files or a data set's name; found {found}")
@@ -65,6 +67,13 @@ def turns(prompt: Any) -> tuple[str, ...]:
         return tuple(user_turns(prompt))
     except PromptError as error:
         raise ValueError(f"prompt: {error.problem}") from None
+
+
+def _joined(path: str, tables: Sequence[pa.Table]) -> pa.Table:
+    try:
+        return pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException as error:
+        raise ValueError(f"{path}: the files' columns are not of the same types: {error}") from error
 
 
 def _read(file: Path) -> pa.Table:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime
 from typing import Any
@@ -64,14 +64,14 @@ class _Unusable(ValueError):
 
 
 def read(
-    path: str,
+    path: str | Sequence[str],
     models: tuple[str, ...] | None = None,
     feedback: FeedbackModel | None = None,
     columns: Mapping[str, str] | None = None,
     max_dropped: float = MAX_DROPPED,
 ) -> tuple[Votes, Dropped]:
-    """Votes of a parquet, jsonl or csv file, a folder of them, or a hub data set's name (its split ``train``), and what of it
-    could not be used.
+    """Votes of a parquet, jsonl or csv file, a folder of them, a hub data set's name (its split ``train``), or several such
+    read as one; and what of it could not be used.
 
     A row has a prompt (the column prompt, conversation or conversation_a: text, a list of user turns, a list of messages, or
     such a list as JSON), model_a, model_b, and winner (model_a, model_b, tie, tie (bothbad), both_bad), or preference_a or
@@ -81,12 +81,12 @@ def read(
     poisson): prompt, value (or score), and either model or model_a and model_b.
 
     feedback: what the votes are for: models of values read those; bt leaves out ties. models fixes the columns (for validation
-    data); else they are the sorted names found. columns: the file's own name for some
-    of the names above. Raises ValueError where columns are missing, where no row can be used, or where more than the share
-    ``max_dropped`` of the rows cannot.
+    data); else they are the sorted names found. columns: the file's own name for some of the names above. Raises ValueError
+    where columns are missing, where no row can be used, or where more than the share ``max_dropped`` of the rows cannot.
     """
     values = feedback is not None and feedback.of_values
     table = read_table(path)
+    path = path if isinstance(path, str) else ", ".join(path)
     unknown = sorted(set(columns or {}) - COLUMNS)
     if unknown:
         raise ValueError(f"columns: expected some of {', '.join(sorted(COLUMNS))}, got {', '.join(unknown)}")

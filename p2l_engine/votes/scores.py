@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -12,13 +14,14 @@ from p2l_engine.votes.votes import Votes
 
 
 def score_matrix(
-    path: str, table: pa.Table | None = None
+    path: str | Sequence[str], table: pa.Table | None = None
 ) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...], npt.NDArray[np.float64]]:
     """Prompts (sorted), models (sorted) and scores [P, M] of a table with the columns prompt, model, score.
 
     Raises ValueError where a model has no score, or two, on a prompt.
     """
     table = read_table(path) if table is None else table
+    path = path if isinstance(path, str) else ", ".join(path)
     rows: dict[tuple[str, ...], dict[str, float]] = {}
     columns = [table.column(name).to_pylist() for name in ("prompt", "model", "score")]
     for i, (prompt, model, score) in enumerate(zip(*columns, strict=True)):

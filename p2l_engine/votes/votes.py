@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -20,10 +20,9 @@ class Votes:
     """V votes on P prompts and M models, sorted by prompt.
 
     prompts: the P different prompts as tuples of user turns. models: the M names. prompt, a, b [V]: the prompt of each vote and
-    the two models' columns; b is -1 where the feedback is on one model alone. outcome [V]: an Outcome (int64), or the value
-    that
-    ols and poisson models observe (float64). weight [V] >= 0. category [P]: the prompts' categories, or None. timestamp [V]:
-    seconds since 1970, or None.
+    the two models' columns; b is -1 where the feedback is on one model alone. outcome [V]: an Outcome (int64), or the
+    value that ols and poisson models observe (float64). weight [V] >= 0. category [P]: the prompts' categories, or None.
+    timestamp [V]: seconds since 1970, or None.
     """
 
     prompts: tuple[tuple[str, ...], ...]
@@ -83,6 +82,17 @@ class Votes:
             category=None if self.category is None else tuple(self.category[p] for p in chosen),
         )
 
+    def among(self, models: Sequence[str]) -> Votes:
+        """Only the votes on these models, which become the columns, in this order; prompts that lose all of theirs go too.
+        Raises ValueError for models that are not here."""
+        missing = sorted(set(models) - set(self.models))
+        if missing:
+            raise ValueError(f"models: expected some of those that the votes are on, got {', '.join(missing)}")
+        column = np.full(len(self.models) + 1, -1)  # the last is for b = -1
+        column[[self.models.index(name) for name in models]] = np.arange(len(models))
+        some = self.where((column[self.a] >= 0) & ((self.b < 0) | (column[self.b] >= 0)))
+        return replace(some, models=tuple(models), a=column[some.a], b=column[some.b])
+
     def where(self, kept: npt.NDArray[np.bool_]) -> Votes:
         """Only these votes [V]; prompts that lose all of theirs go too."""
         some = self._rows(np.flatnonzero(kept))
@@ -112,15 +122,29 @@ class Splits(NamedTuple):
     validation: Votes | None
     held_out: Votes | None
 
+    def among(self, models: Sequence[str]) -> Splits:
+        """Each part among these models, see ``Votes.among``."""
+        validation, held_out = (None if part is None else part.among(models) for part in (self.validation, self.held_out))
+        return Splits(self.training.among(models), validation, held_out)
+
 
 def split(
-    votes: Votes, held_out: float, validation: float = 0.0, by: Literal["prompt", "time"] = "prompt", seed: int = 0
+    votes: Votes,
+    held_out: float,
+    validation: float = 0.0,
+    by: Literal["prompt", "time"] = "prompt",
+    seed: int = 0,
+    train_share: float = 1.0,
 ) -> Splits:
     """held_out: a share of the prompts; validation: a share of the others. by prompt: at random, the same for the same seed; by
-    time: the prompts whose first votes came last. Raises ValueError for a split by time of votes without timestamps."""
+    time: the prompts whose first votes came last. train_share: how much of what is left to train on (at random; a smaller share
+    is part of a larger one). Raises ValueError for a split by time of votes without timestamps."""
     kept, last = _cut(votes, held_out, by, seed)
     rest = votes.of(kept)
     training, chosen_on = _cut(rest, validation, by, seed)
+    if train_share < 1:
+        order = np.random.default_rng([seed, 1]).permutation(len(training))
+        training = sorted(training[i] for i in order[: max(1, round(train_share * len(training)))])
     return Splits(rest.of(training), rest.of(chosen_on) if chosen_on else None, votes.of(last) if last else None)
 
 
