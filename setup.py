@@ -27,6 +27,7 @@ train = [
     "datasets>=4",
     "rich>=14",
 ]
+batch = ["pyarrow>=20", "fsspec>=2025.3"]
 bench = ["cvxpy>=1.6", "scipy>=1.15", "rich>=14"]
 test = ["pytest>=8.4", "hypothesis>=6.130", "scipy>=1.15"]
 lint = ["ruff>=0.12", "mypy>=1.17", "types-cffi", "types-PyYAML"]
@@ -43,6 +44,7 @@ setup(
     packages=[
         "p2l_engine",
         "p2l_engine.backbone",
+        "p2l_engine.batch",
         "p2l_engine.cli",
         "p2l_engine.evaluation",
         "p2l_engine.routing",
@@ -63,8 +65,9 @@ setup(
         "default": default,
         "cli": cli,
         "train": train,
+        "batch": batch,
         "bench": bench,
-        "test": [*default, *cli, *train, *bench, *test],
+        "test": [*default, *cli, *train, *batch, *bench, *test],
         "lint": lint,
     },
     entry_points={"console_scripts": ["p2l-engine=p2l_engine.cli:main"]},

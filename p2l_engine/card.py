@@ -19,6 +19,7 @@ FIGURES = {
 PREDICTORS = {
     "constant": "constant (every outcome equally likely)",
     "marginal": "marginal (one leaderboard for all prompts)",
+    "category": "one leaderboard for each category (category known)",
     "p2l": "**this checkpoint**",
 }
 CHOICES = {

@@ -33,7 +33,7 @@ class Draws:
 
     def decide(
         self,
-        turns: list[str],
+        turns: Sequence[str],
         bound: str,
         indices: Sequence[int],
         probabilities: Sequence[float],
@@ -42,24 +42,27 @@ class Draws:
         score: float,
     ) -> Decision:
         """The decision of a prompt whose policy mixes names[indices] under ``bound``, which its ``why`` names."""
+        chosen = self.names[self.draw(turns, indices, probabilities)]
         policy = {self.names[i]: p for i, p in zip(indices, probabilities, strict=True) if p > 0}
         if len(policy) == 1:
             why = f"highest win rate ({bound})"
         else:
             mix = ", ".join(f"{name} {p:.3f}" for name, p in policy.items())
             why = f"highest win rate within the {bound}: a mix of {mix}; drawn by prompt and seed"
-        return Decision(_draw(policy, self._uniform(turns)), policy, cost, value, score, why)
+        return Decision(chosen, policy, cost, value, score, why)
 
-    def _uniform(self, turns: list[str]) -> float:
+    def draw(self, turns: Sequence[str], indices: Sequence[int], probabilities: Sequence[float]) -> int:
+        """The index whose stretch of [0, 1), in the policy's order, holds this prompt's number."""
+        policy = [(i, p) for i, p in zip(indices, probabilities, strict=True) if p > 0]
+        if len(policy) > 1:
+            uniform = self._uniform(turns)
+            for i, probability in policy:
+                if uniform < probability:
+                    return i
+                uniform -= probability
+        return policy[-1][0]  # certain; or rounding leaves the sum of the probabilities a little under 1
+
+    def _uniform(self, turns: Sequence[str]) -> float:
         """A number in [0, 1) that depends on the seed and the user's turns alone."""
         digest = hashlib.blake2b(json.dumps(turns).encode(), digest_size=8, key=self._salt).digest()
         return (int.from_bytes(digest, "little") >> 11) / 2.0**53
-
-
-def _draw(policy: dict[str, float], uniform: float) -> str:
-    """The model whose stretch of [0, 1), in the policy's order, holds the number."""
-    for name, probability in policy.items():
-        if uniform < probability:
-            return name
-        uniform -= probability
-    return name  # rounding may leave the sum of the probabilities a little under 1

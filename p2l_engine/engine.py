@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -55,6 +55,13 @@ class Coefficients:
     def rows(self, some: slice | npt.NDArray[np.integer[Any]]) -> Coefficients:
         """Those of some prompts."""
         return Coefficients(self.theta[some], None if self.eta is None else self.eta[some], self.models, self.feedback)
+
+
+class Outputs(NamedTuple):
+    """What the head gives for n prompts: outputs [n, K] float32 (theta and, with ties, eta in a last column); their tokens."""
+
+    outputs: npt.NDArray[np.float32]
+    tokens: int
 
 
 class Engine:
@@ -208,34 +215,75 @@ class Engine:
         for.
         """
         turns = [user_turns(prompt, i) for i, prompt in enumerate(prompts)]
-        flying: deque[_Flight] = deque()
-        for start, tokens in self._encoded(turns):
-            for batch in batches([len(ids) for ids in tokens], TOKENS_PER_BATCH[self.device.type]):
-                flight = self._launch(np.array(batch) + start, [tokens[i] for i in batch], stage)
-                if self.device.type == "cpu":
-                    yield flight.landed()
-                    continue
-                flying.append(flight)
-                if len(flying) > BATCHES_IN_FLIGHT:
-                    yield flying.popleft().landed()
-        while flying:
-            yield flying.popleft().landed()
+        chunks = (turns[start : start + PROMPTS_PER_CHUNK] for start in range(0, len(turns), PROMPTS_PER_CHUNK))
+        tokens = self._encoded(chunks) if len(turns) > PROMPTS_PER_CHUNK else map(self.encoder.encode, chunks)
+        for flight in self._flights(tokens, stage):
+            yield flight.landed()
 
-    def _encoded(self, turns: Sequence[list[str]]) -> Iterator[tuple[int, list[Tokens]]]:
-        """Token ids, chunk by chunk, with each chunk's first place."""
-        starts = range(0, len(turns), PROMPTS_PER_CHUNK)
-        if len(starts) == 1:
-            yield 0, self.encoder.encode(turns)
-            return
+    def outputs_of(self, chunks: Iterable[Sequence[Prompt]]) -> Iterator[Outputs]:
+        """The outputs of each chunk of prompts, in order, one prompt at least in each.
+
+        For streams of prompts without an end: chunks are drawn and tokenised in a thread of its own, at most two ahead of the
+        forward pass. A prompt's batch is of its own chunk, so that equal chunks have equal outputs, to the last bit (on one
+        machine, with as many threads). Outputs that are not finite are left to the caller. Raises PromptError with the prompt's
+        index within its chunk.
+        """
+        sizes: deque[tuple[int, int]] = deque()
+
+        def counted() -> Iterator[list[Tokens] | None]:
+            for tokens in self._encoded(chunks):
+                if tokens is not None:
+                    sizes.append((len(tokens), sum(map(len, tokens))))
+                yield tokens
+
+        found = before = 0
+        for flight in self._flights(counted(), lambda hidden, _: (self.outputs(hidden),)):
+            rows, (part,) = flight.landed()
+            size, tokens = sizes[0]
+            if not found:
+                out = np.empty((size, part.shape[1]), np.float32)
+            out[rows - before] = part
+            found += len(rows)
+            if found == size:
+                sizes.popleft()
+                before, found = before + size, 0
+                yield Outputs(out, tokens)
+
+    def _flights(self, chunks: Iterable[list[Tokens] | None], stage: Stage) -> Iterator[_Flight]:
+        """Batches of each chunk's prompts, by like length; on a GPU several are under way before the first is handed out, as
+        long as there are chunks: None says that the next one will take its time."""
+        flying: deque[_Flight] = deque()
+        start = 0
+        for tokens in chunks:
+            if tokens is None:
+                yield from flying
+                flying.clear()
+                continue
+            for batch in batches([len(ids) for ids in tokens], TOKENS_PER_BATCH[self.device.type]):
+                flying.append(self._launch(np.array(batch) + start, [tokens[i] for i in batch], stage))
+                if self.device.type == "cpu" or len(flying) > BATCHES_IN_FLIGHT:
+                    yield flying.popleft()
+            start += len(tokens)
+        yield from flying
+
+    def _encoded(self, chunks: Iterable[Sequence[Prompt]]) -> Iterator[list[Tokens] | None]:
+        """Token ids, chunk by chunk, two chunks ahead; None before a chunk that is not there yet."""
+        source = iter(chunks)
+
+        def following() -> list[Tokens] | None:
+            chunk = next(source, None)
+            return None if chunk is None else self.encoder.encode(chunk)
+
         with ThreadPoolExecutor(1, thread_name_prefix="p2l-tokenizer") as pool:
-            ahead: deque[Any] = deque()
-            for start in starts:
-                ahead.append((start, pool.submit(self.encoder.encode, turns[start : start + PROMPTS_PER_CHUNK])))
-                if len(ahead) > 1:
-                    first, tokens = ahead.popleft()
-                    yield first, tokens.result()
-            for first, tokens in ahead:
-                yield first, tokens.result()
+            ahead = deque(pool.submit(following) for _ in range(2))
+            while True:
+                if not ahead[0].done():
+                    yield None
+                tokens = ahead.popleft().result()
+                if tokens is None:
+                    return
+                ahead.append(pool.submit(following))
+                yield tokens
 
     def _launch(self, rows: npt.NDArray[np.intp], tokens: list[Tokens], stage: Stage) -> _Flight:
         on_gpu = self.device.type == "cuda"

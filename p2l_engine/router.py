@@ -20,10 +20,10 @@ from p2l_engine.engine import Coefficients, Engine
 from p2l_engine.errors import CatalogError, InfeasibleBudget
 from p2l_engine.graphs import CompileWatch
 from p2l_engine.prompts import Prompt, user_turns
-from p2l_engine.routing import BudgetPacer, Objective, Problem, Resource, Share, arrays, native
+from p2l_engine.routing import BudgetPacer, Objective, Policies, Problem, Resource, Share, arrays, native
 from p2l_engine.routing.arrays import Float64
 from p2l_engine.routing.problem import Scope, expected
-from p2l_engine.routing.values import compute
+from p2l_engine.routing.values import Values, compute
 
 Shares = Mapping[str | tuple[str, ...], float]
 Opponents = Literal["uniform"] | Mapping[str, float] | Sequence[float] | npt.NDArray[np.floating[Any]]
@@ -201,21 +201,43 @@ class Router:
                 f"coefficients: expected those of {len(prompts)} prompts from this router's engine, got {len(coefficients)} "
                 f"rows over {len(coefficients.models)} models"
             )
-        theta = arrays.matrix("theta", coefficients.theta)
-        v = self._rates(theta, coefficients)
-        limits = budget if budget is None or isinstance(budget, bool | str | int | float) else np.asarray(budget)
-        if budget_scope == "prompt" and not (max_share or min_share or resources or allowed is not None):
-            policies = routing.solve_budget(v, self.costs, limits)
-        else:
-            shares = self._shares(max_share, min_share)
-            policies = routing.solve(Problem(v, self.costs, limits, budget_scope, resources, shares, allowed))
-        value = self._bt_value(theta, v, policies.indices, policies.probabilities, policies.value)
-        scores = native.bt_score(theta, self.q, value)
+        v = self.win_rates(coefficients)
+        policies = self.solve(v, budget, budget_scope, max_share, min_share, resources, allowed)
+        scores = self.scores(coefficients, policies, v)
         turns = [user_turns(prompt, i) for i, prompt in enumerate(prompts)]
         bound = "no budget" if budget is None else f"budget per {budget_scope}"
         columns = (policies.indices, policies.probabilities, policies.cost, policies.value, scores)
         rows = zip(turns, *(column.tolist() for column in columns), strict=True)
         return [self._draws.decide(user, bound, *row) for user, *row in rows]
+
+    def solve(
+        self,
+        v: Float64 | Values,
+        budget: float | Sequence[float] | npt.NDArray[np.floating[Any]] | None = None,
+        budget_scope: Scope = "prompt",
+        max_share: Shares | None = None,
+        min_share: Shares | None = None,
+        resources: Sequence[Resource] = (),
+        allowed: npt.NDArray[np.bool_] | None = None,
+    ) -> Policies:
+        """The policies of ``route_batch`` over the K models of ``names``, from ``win_rates`` v [N, K]."""
+        limits = budget if budget is None or isinstance(budget, bool | str | int | float) else np.asarray(budget)
+        if budget_scope == "prompt" and not (
+            max_share or min_share or resources or allowed is not None or isinstance(v, Values)
+        ):
+            return routing.solve_budget(v, self.costs, limits)
+        shares = self._shares(max_share, min_share)
+        return routing.solve(Problem(v, self.costs, limits, budget_scope, resources, shares, allowed))
+
+    def scores(self, coefficients: Coefficients, policies: Policies, v: Float64) -> Float64:
+        """The Bradley-Terry score [N] of each prompt's policy; v [N, K] are the same coefficients' ``win_rates``."""
+        theta = arrays.matrix("theta", coefficients.theta)
+        value = self._bt_value(theta, v, policies.indices, policies.probabilities, policies.value)
+        return native.bt_score(theta, self.q, value)
+
+    def draw(self, turns: Sequence[str], indices: Sequence[int], probabilities: Sequence[float]) -> int:
+        """The model, by its place in ``names``, that a prompt of these user turns gets under a mixed policy."""
+        return self._draws.draw(turns, indices, probabilities)
 
     def win_rates(self, coefficients: Coefficients) -> Float64:
         """What is maximised, [N, K] over the K models of ``names``: their win rates against the opponents."""

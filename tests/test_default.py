@@ -67,7 +67,7 @@ def test_its_card_states_what_held_out_prompts_give(default_engine, data):
     training, _, held_out = load(config)
     scores = scores_of(config.train_data_path, default_engine, held_out, training, None)
     measured = evaluate(default_engine, held_out, training, scores, Asked(bootstrap=2))
-    for name in ("p2l", "marginal", "constant"):
+    for name in ("p2l", "category", "marginal", "constant"):
         for figure in ("log_loss", "accuracy_4", "ece"):
             now, then = (of["votes"]["overall"][name][figure]["value"] for of in (measured, stated))
             assert now == pytest.approx(then, abs=0.005 if figure != "ece" else 0.01)
@@ -77,7 +77,7 @@ def test_its_card_states_what_held_out_prompts_give(default_engine, data):
     # In another dtype near-ties between models may fall the other way.
     assert now["routed"]["mean_score"] == pytest.approx(then["routed"]["mean_score"], abs=0.01)
     card = (checkpoint.DEFAULT / "README.md").read_text()
-    for name in ("p2l", "marginal", "constant"):
+    for name in ("p2l", "category", "marginal", "constant"):
         assert f"{stated['votes']['overall'][name]['log_loss']['value']:.3f}" in card
     for name in ("routed", "best_single", "task_best", "oracle", "ridge", "knn", "mlp"):
         assert f"{then[name]['mean_score']:.4f}" in card

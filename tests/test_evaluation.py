@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -23,7 +24,7 @@ from p2l_engine.evaluation.report import Asked, Scores, evaluate
 from p2l_engine.regression import Outcome, feedback_model
 from p2l_engine.train.simulate import Simulator
 from p2l_engine.votes import Votes
-from p2l_engine.votes.marginal import marginal_fit
+from p2l_engine.votes.marginal import category_fits, marginal_fit
 from tests import tiny
 
 
@@ -112,6 +113,26 @@ def test_every_feedback_model_has_its_figures(name):
     assert ("accuracy_3" in report["overall"]["p2l"]) == (known > 2)
     losses = {predictor: report["overall"][predictor]["log_loss"]["value"] for predictor in of}
     assert losses["p2l"] < losses["marginal"] < losses["constant"]
+
+
+@pytest.mark.parametrize("name", ["bt", "bt-tie", "rk", "rk-reparam", "grk"])
+def test_a_leaderboard_for_each_category_is_the_one_of_its_votes(name):
+    c, votes = simulated(name, n=400, each=20)
+    votes = replace(votes, category=tuple("even" if i % 2 == 0 else "odd" for i in range(len(votes.prompts))))
+    marginal = marginal_fit(c.feedback, votes)
+    fits = category_fits(c.feedback, votes, marginal)
+    alone = marginal_fit(c.feedback, votes.of(range(0, 400, 2)))
+    np.testing.assert_allclose(fits["even"].theta - fits["even"].theta[0], alone.theta - alone.theta[0], atol=0.02)
+    of = predictions(c, marginal, votes, fits)
+    assert of["category"].loss.mean() < of["marginal"].loss.mean()  # each fits its own training votes better
+    # A category that training never saw, and one with a single vote, stay with the marginal leaderboard.
+    unseen = predictions(c, marginal, replace(votes, category=("new",) * 400), fits)
+    np.testing.assert_allclose(unseen["category"].loss, of["marginal"].loss)
+    single = replace(votes.where(np.arange(len(votes)) == 0), category=("lonely",))
+    near = category_fits(c.feedback, single, marginal)["lonely"]
+    assert np.abs((near.theta - near.theta.mean()) - (marginal.theta - marginal.theta.mean())).max() < 0.5
+    with pytest.raises(ValueError, match="with categories"):
+        category_fits(c.feedback, replace(votes, category=None), marginal)
 
 
 def test_values_have_figures_of_their_own():

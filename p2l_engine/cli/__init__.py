@@ -1,5 +1,5 @@
-"""The command line: p2l-engine route, leaderboard, frontier, eval, export, info. Needs the extra ``cli`` (typer, rich,
-matplotlib)."""
+"""The command line: p2l-engine route, batch, leaderboard, frontier, eval, export, info. Needs the extra ``cli`` (typer,
+rich, matplotlib)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import transformers
 import typer
 from rich.logging import RichHandler
 
+from p2l_engine.cli.batch import batch
 from p2l_engine.cli.evaluate import evaluate
 from p2l_engine.cli.export import export
 from p2l_engine.cli.frontier import frontier
@@ -19,7 +20,7 @@ from p2l_engine.cli.leaderboard import leaderboard
 from p2l_engine.cli.route import route
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Prompt-to-Leaderboard: route prompts to chat models.")
-for command in (route, leaderboard, frontier, export, info):
+for command in (route, batch, leaderboard, frontier, export, info):
     app.command()(command)
 app.command("eval")(evaluate)
 
@@ -35,9 +36,9 @@ def main() -> None:
     try:
         app()
     except ModuleNotFoundError as error:
-        err.print(
-            f"error: {error}: this command needs the extra 'train': pip install 'p2l-engine[train]'", style="red", markup=False
-        )
+        extra = "batch" if "batch" in sys.argv[1:2] else "train"
+        message = f"error: {error}: this command needs the extra {extra!r}: pip install 'p2l-engine[{extra}]'"
+        err.print(message, style="red", markup=False)
         sys.exit(2)
     except (ValueError, TypeError, OSError, ArithmeticError, RuntimeError) as error:
         message = f"error: {error}".encode(errors="backslashreplace").decode()

@@ -126,6 +126,15 @@ def read_stdin() -> str:
         raise ValueError(f"standard input: expected UTF-8 text: {error}") from None
 
 
+def share_of(given: str, option: str = "--max-share") -> tuple[str, float]:
+    """NAME=SHARE; names may hold equals signs themselves."""
+    name, equals, share = given.rpartition("=")
+    try:
+        return (name if equals else given), float(share)
+    except ValueError:
+        raise typer.BadParameter(f"expected NAME=SHARE, such as o1=0.1, got {given!r}", param_hint=option) from None
+
+
 def short(text: str, width: int) -> str:
     flat = " ".join(text.split())
     return flat if len(flat) <= width else flat[: width - 1] + "…"

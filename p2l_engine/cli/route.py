@@ -25,6 +25,7 @@ from p2l_engine.cli.inputs import (
     out,
     progress,
     read_prompts,
+    share_of,
     short,
 )
 from p2l_engine.decision import Decision
@@ -52,7 +53,7 @@ def route(
 ) -> None:
     """Choose the best model for each prompt, within a budget."""
     batch = read_prompts(prompts, file)
-    shares: dict[str | tuple[str, ...], float] = dict(_share(given) for given in max_share or [])
+    shares: dict[str | tuple[str, ...], float] = dict(share_of(given) for given in max_share or [])
     router = load_router(load_engine(checkpoint, device, dtype), catalog, leave_out, seed)
     with progress(len(batch)) as advance:
         decisions = router.route_batch(batch, budget, budget_scope.value, shares, progress=advance)
@@ -63,14 +64,6 @@ def route(
     out.print(_decisions_table(batch, decisions, router.catalog.unit))
     mean = float(np.mean([decision.expected_cost for decision in decisions]))
     out.print(f"mean expected cost {mean:.4g} {router.catalog.unit}", style="dim", markup=False)
-
-
-def _share(given: str) -> tuple[str, float]:
-    name, equals, share = given.rpartition("=")
-    try:
-        return (name if equals else given), float(share)
-    except ValueError:
-        raise typer.BadParameter(f"expected NAME=SHARE, such as o1=0.1, got {given!r}", param_hint="--max-share") from None
 
 
 def _fields(decision: Decision) -> dict[str, Any]:

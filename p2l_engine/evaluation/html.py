@@ -15,7 +15,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 BLUE, GREEN, GOLD, GREY = "#3b6ea5", "#5a9a68", "#b8860b", "#888888"
-PREDICTORS = {"p2l": BLUE, "marginal": GOLD, "constant": GREY}
+PREDICTORS = {"p2l": BLUE, "category": GREEN, "marginal": GOLD, "constant": GREY}
 ROUTERS = {"batch": (BLUE, "router, one budget over the batch"), "prompt": (GREEN, "router, the budget for each prompt")}
 PROBES = {"ridge": ":", "knn": "--", "mlp": "-."}
 
@@ -79,7 +79,9 @@ def _categories(figure: Figure, report: dict[str, Any]) -> None:
             continue
         values = np.array([[cell["value"], cell["low"], cell["high"]] for cell in cells])
         spread = np.maximum(np.abs(values[:, 1:] - values[:, :1]).T, 0)
-        axes.errorbar(values[:, 0], np.arange(len(names)) + 0.16 * (i - 1), xerr=spread, fmt="o", color=colour, label=predictor)
+        axes.errorbar(
+            values[:, 0], np.arange(len(names)) + 0.16 * (i - 1.5), xerr=spread, fmt="o", color=colour, label=predictor
+        )
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_xlabel("log-loss of a vote, with 95% intervals over prompts")

@@ -16,13 +16,20 @@ from p2l_engine.votes import Votes
 CATEGORY_AT_LEAST = 5  # prompts, for figures of its own
 
 
-def predictions(coefficients: Coefficients, marginal: Fit | None, votes: Votes) -> dict[str, Prediction]:
-    """Of each predictor, on votes of the coefficients' prompts and models."""
+def predictions(
+    coefficients: Coefficients, marginal: Fit | None, votes: Votes, by_category: Mapping[str, Fit] | None = None
+) -> dict[str, Prediction]:
+    """Of each predictor, on votes of the coefficients' prompts and models. ``category`` is told each prompt's category, and
+    takes the marginal leaderboard where that category has none of its own."""
     feedback = coefficients.feedback
     found = {"p2l": Prediction.of(feedback, coefficients.theta, coefficients.eta, votes)}
     if marginal is not None:
         eta = None if marginal.eta is None else np.array([marginal.eta])
         found["marginal"] = Prediction.of(feedback, marginal.theta[None], eta, votes)
+    if marginal is not None and by_category is not None and votes.category is not None:
+        fits = [by_category.get(name, marginal) for name in votes.category]
+        eta = None if marginal.eta is None else np.array([of.eta for of in fits])
+        found["category"] = Prediction.of(feedback, np.stack([of.theta for of in fits]), eta, votes)
     return found | {"constant": Prediction.constant(len(feedback.outcomes), len(votes))}
 
 

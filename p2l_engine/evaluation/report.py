@@ -15,7 +15,7 @@ from p2l_engine.evaluation import features, predictors, routed, strengths
 from p2l_engine.evaluation.growth import growth
 from p2l_engine.leaderboard import Leaderboard
 from p2l_engine.votes import Votes
-from p2l_engine.votes.marginal import marginal_fit, marginal_leaderboard
+from p2l_engine.votes.marginal import category_fits, marginal_fit, marginal_leaderboard
 
 Float64 = npt.NDArray[np.float64]
 
@@ -75,7 +75,11 @@ def evaluate(
     if engine.feedback.of_values:
         return report | {"value_figures": predictors.value_figures(c, held_out)}
     marginal = None if training is None else marginal_fit(engine.feedback, training)
-    report["votes"] = predictors.compare(predictors.predictions(c, marginal, held_out), held_out, asked.bootstrap, asked.seed)
+    fits = None
+    if marginal is not None and training is not None and training.category is not None and held_out.category is not None:
+        fits = category_fits(engine.feedback, training, marginal)
+    of = predictors.predictions(c, marginal, held_out, fits)
+    report["votes"] = predictors.compare(of, held_out, asked.bootstrap, asked.seed)
     report["leaderboards"] = leaderboards(c, held_out, asked)
     report["growth"] = growth(c, held_out, training, seed=asked.seed)
     if held_out.category is not None:

@@ -1,12 +1,13 @@
-"""Marginal leaderboards: one for all prompts, from votes. The baseline of every P2L model."""
+"""Marginal leaderboards: one for all prompts, or for a category of them, from votes. The baselines of every P2L model."""
 
 from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from p2l_engine.leaderboard.fit import Fit, fit, refit
-from p2l_engine.leaderboard.outcomes import pair_count
+from p2l_engine.leaderboard.outcomes import pair_count, pairs
 from p2l_engine.leaderboard.places import Leaderboard
 from p2l_engine.regression import FeedbackModel, Outcome
 from p2l_engine.votes.votes import Votes
@@ -48,6 +49,22 @@ def outcome_counts(
 def marginal_fit(feedback: FeedbackModel, votes: Votes) -> Fit:
     """The one leaderboard under which the votes are likeliest."""
     return fit(feedback, outcome_counts(feedback, votes), len(votes.models), ridge=RIDGE)
+
+
+def category_fits(feedback: FeedbackModel, votes: Votes, marginal: Fit) -> dict[str, Fit]:
+    """The same for each category of prompts. Each pair gets one vote more in each category, divided as the marginal leaderboard
+    expects: so few votes, or models that always win, stay near it. Raises ValueError for votes without categories."""
+    if votes.category is None:
+        raise ValueError("votes: expected prompts with categories, got none")
+    m, known = len(votes.models), len(feedback.outcomes)
+    a, b = (torch.from_numpy(marginal.theta[of]) for of in pairs(m))
+    eta = None if marginal.eta is None else torch.full((len(a),), float(marginal.eta), dtype=torch.float64)
+    expected = feedback.probabilities(a, b, eta)[:, :known].T.numpy()
+    category = np.array(votes.category)
+    return {
+        name: fit(feedback, expected + outcome_counts(feedback, votes, category == name), m)
+        for name in sorted(set(votes.category))
+    }
 
 
 def marginal_leaderboard(

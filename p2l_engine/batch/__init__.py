@@ -1,0 +1,6 @@
+"""Files of prompts to files of decisions: millions of rows, in bounded memory, that survive being killed."""
+
+from p2l_engine.batch.asked import Asked
+from p2l_engine.batch.run import Report, run
+
+__all__ = ["Asked", "Report", "run"]

@@ -1,0 +1,164 @@
+"""Places of files: local paths and URIs (s3://, gs://, file:// ...), found by folder and glob, written whole or not at all."""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import os
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import fs
+
+ENDINGS = (".parquet", ".csv", ".jsonl", ".jsonl.gz", ".jsonl.zst")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A path on a file system, and the way the user wrote it."""
+
+    system: Any
+    path: str
+    shown: str
+
+    @classmethod
+    def of(cls, uri: str) -> Place:
+        """A local path, or a URI: what pyarrow knows (file, s3, gs ...), anything else through fsspec. Raises ValueError."""
+        if "://" not in uri:
+            return cls(fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri)), uri)
+        try:
+            system, path = fs.FileSystem.from_uri(uri)
+        except pa.ArrowInvalid as error:
+            if "Unrecognized filesystem" not in str(error):
+                raise ValueError(f"{uri}: {error}") from None
+            system, path = _through_fsspec(uri)
+        return cls(system, path, uri)
+
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self.system, fs.LocalFileSystem)
+
+    def __truediv__(self, name: str) -> Place:
+        return Place(self.system, f"{self.path.rstrip('/')}/{name}", f"{self.shown.rstrip('/')}/{name}")
+
+    def exists(self) -> bool:
+        return bool(self.system.get_file_info(self.path).type != fs.FileType.NotFound)
+
+    def names(self) -> list[str]:
+        """What a folder holds, sorted; nothing where there is no such folder."""
+        chosen = fs.FileSelector(self.path, allow_not_found=True)
+        return sorted(info.base_name for info in self.system.get_file_info(chosen))
+
+    def read(self) -> bytes:
+        with self.system.open_input_stream(self.path, compression=None) as stream:
+            return bytes(stream.read())
+
+    def write(self, data: bytes | memoryview) -> None:
+        """The whole file or nothing: a local file is renamed into place once it is on the disk, an object is put at once."""
+        if not self.is_local:
+            with self.system.open_output_stream(self.path) as stream:
+                stream.write(data)
+            return
+        write_local(Path(self.path), data)
+
+    def make_folder(self) -> None:
+        self.system.create_dir(self.path, recursive=True)
+
+    def remove(self) -> None:
+        self.system.delete_file(self.path)
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """An input file as it was found: size in bytes, modified in nanoseconds since 1970 (None where the store does not say)."""
+
+    place: Place
+    size: int
+    modified: int | None
+
+    @property
+    def ending(self) -> str:
+        return next(ending for ending in sorted(ENDINGS, key=len, reverse=True) if self.place.path.endswith(ending))
+
+
+def write_local(path: Path, data: bytes | memoryview) -> None:
+    """Renamed into place once all of it is on the disk."""
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with beside.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def find(inputs: Iterable[str]) -> list[File]:
+    """The files that these paths, URIs, folders and globs name: in the given order, each folder's and glob's by name, each file
+    once. Raises ValueError where one names nothing, or a file of another kind."""
+    found: dict[str, File] = {}
+    for given in inputs:
+        for file in _find(given):
+            found.setdefault(file.place.path, file)
+    return list(found.values())
+
+
+def _find(given: str) -> list[File]:
+    place = Place.of(given)
+    info = place.system.get_file_info(place.path)
+    if info.type == fs.FileType.File:
+        if not place.path.endswith(ENDINGS):
+            raise ValueError(f"{given}: expected a file that ends in {', '.join(ENDINGS)}")
+        return [_file(place.system, info)]
+    if info.type == fs.FileType.Directory:
+        infos = place.system.get_file_info(fs.FileSelector(place.path, recursive=True))
+        what = "in this folder"
+    elif any(sign in given for sign in "*?["):
+        infos, what = _matching(place), "that match"
+    else:
+        raise ValueError(f"{given}: no such file or folder")
+    chosen = [info for info in infos if info.type == fs.FileType.File and _is_data(info, place)]
+    if not chosen:
+        raise ValueError(f"{given}: expected files {what} that end in {', '.join(ENDINGS)}, found none")
+    return [_file(place.system, info) for info in sorted(chosen, key=lambda info: info.path)]
+
+
+def _is_data(info: Any, place: Place) -> bool:
+    # As everywhere in the field: what starts with a dot or an underscore is somebody's bookkeeping.
+    inner = info.path.removeprefix(place.path).split("/")
+    return bool(info.path.endswith(ENDINGS)) and not any(part.startswith((".", "_")) for part in inner)
+
+
+def _matching(place: Place) -> list[Any]:
+    if place.is_local:
+        paths = sorted(glob.glob(place.path, recursive=True))
+        return list(place.system.get_file_info(paths)) if paths else []
+    fixed = place.path[: next(i for i, letter in enumerate(place.path) if letter in "*?[")].rpartition("/")[0]
+    infos = place.system.get_file_info(fs.FileSelector(fixed, recursive=True, allow_not_found=True))
+    return [info for info in infos if fnmatch.fnmatchcase(info.path, place.path)]
+
+
+def _file(system: Any, info: Any) -> File:
+    scheme = "" if isinstance(system, fs.LocalFileSystem) else f"{system.type_name}://"
+    return File(Place(system, info.path, scheme + info.path), int(info.size or 0), info.mtime_ns)
+
+
+def _through_fsspec(uri: str) -> tuple[Any, str]:
+    import fsspec
+
+    try:
+        system, path = fsspec.core.url_to_fs(uri)
+    except (ValueError, ImportError) as error:
+        raise ValueError(f"{uri}: {error}") from None
+    return fs.PyFileSystem(fs.FSSpecHandler(system)), path

@@ -1,0 +1,288 @@
+"""One batch run: read, compute each prompt once, decide, write; killed, it goes on where it was.
+
+Rows go in blocks. A block's new prompts are computed together and spilled whole; its output is one parquet part, written whole.
+What a block's bytes are depends on the input and on what was asked for alone, so that a run that was killed ends with the very
+bytes of one that was not. A budget over the batch takes two passes: coefficients first, then, from what was spilled, decisions.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import shutil
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq
+
+from p2l_engine.batch.asked import STATE, Asked, changes, identity, read_manifest, write_manifest
+from p2l_engine.batch.decide import OURS, Decided, Decider, SpilledRates
+from p2l_engine.batch.distinct import Distinct, Unit
+from p2l_engine.batch.places import File, Place, find
+from p2l_engine.batch.rows import Block, Unroutable, blocks
+from p2l_engine.batch.spill import Spill
+from p2l_engine.router import Router
+from p2l_engine.routing import Policies
+
+logger = logging.getLogger(__name__)
+
+UNDER_WAY = 8  # blocks in memory
+
+
+@dataclass(slots=True)
+class Report:
+    """What a run has done so far. rows read and written; routed: those without an error; computed and resumed: prompts whose
+    coefficients this run computed, or found there; repeated: rows whose prompt came before; tokens computed; spend: the sum of
+    expected costs of what was written; price: what one more unit of the mean cost would have been worth (a budget over the
+    batch); seconds by stage (stages overlap)."""
+
+    rows: int = 0
+    routed: int = 0
+    computed: int = 0
+    resumed: int = 0
+    repeated: int = 0
+    tokens: int = 0
+    parts: int = 0
+    spend: float = 0.0
+    prices: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def took(self, stage: str, since: float) -> None:
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - since
+
+
+class _Waiting(NamedTuple):
+    """A unit in the order of the input, and whether its own coefficients are there."""
+
+    unit: Unit
+    ready: threading.Event
+
+
+def run(router: Router, asked: Asked, restart: bool = False, progress: Callable[[Report], object] | None = None) -> Report:
+    """Routes all rows of the inputs into the output folder: parts in the order of the rows, and a manifest.
+
+    An unfinished run of the same inputs, checkpoint, catalog and options goes on; a finished one is left as it is. progress is
+    called whenever a block is done, from any thread. Raises ValueError where the folder holds something else or a run of
+    something else (``restart`` throws that run away), or where inputs cannot be read; InfeasibleBudget and Infeasible; OSError
+    where there is no room or no permission. Whatever is raised, what was written stays whole, and the next run goes on.
+    """
+    files = find(asked.inputs)
+    output = Place.of(asked.output)
+    state = _state(asked, output)
+    manifest = _prepare(router, asked, files, output, state, restart)
+    if manifest["complete"]:
+        logger.info("%s is finished already", output.shown)
+        shutil.rmtree(state, ignore_errors=True)
+        return Report(**manifest["report"])
+    spill = Spill(state, len(router.engine.head.bias))
+    work = _Run(router, asked, files, output, Decider(router, asked, spill), progress or (lambda _: None))
+    start = time.perf_counter()
+    work.compute()
+    if asked.over_batch:
+        work.decide_over_batch()
+    report = work.report
+    report.seconds["all"] = time.perf_counter() - start
+    kept = {name: getattr(report, name) for name in ("rows", "routed", "repeated", "parts", "spend", "prices")}
+    write_manifest(output, {"asked": manifest["asked"], "complete": True, "report": kept})
+    shutil.rmtree(state)
+    return report
+
+
+def _state(asked: Asked, output: Place) -> Path:
+    if asked.state is not None:
+        return Path(asked.state).expanduser()
+    if not output.is_local:
+        raise ValueError(f"state: expected a local folder where the output is not local ({output.shown}), got None")
+    return Path(output.path) / STATE
+
+
+def _prepare(router: Router, asked: Asked, files: Sequence[File], output: Place, state: Path, restart: bool) -> dict[str, Any]:
+    """The manifest of the run that is there and goes on, or of a new one."""
+    now = identity(asked, router, files)
+    before = read_manifest(output)
+    if before is not None and before["asked"] != now and not restart:
+        said = "; ".join(changes(before["asked"], now)) if before["asked"] else "its clearing was cut short"
+        raise ValueError(
+            f"{output.shown}: holds a run that was asked for something else: {said}; undo that, name another folder, or "
+            "--restart"
+        )
+    if output.is_local:
+        for stray in Path(output.path).glob(".*.tmp"):
+            stray.unlink()
+    if before is not None and not restart:
+        lacking = before["report"]["parts"] - len(_parts(output)) if before["complete"] else 0
+        if lacking:
+            logger.warning("%s: %d parts of the finished run are gone: they are made again", output.shown, lacking)
+            before["complete"] = False
+        state.mkdir(parents=True, exist_ok=True)
+        return before
+    output.make_folder()
+    if before is not None:
+        # Cut short from here on, it is nobody's run: what is left of the old one must not pass for parts of the new one.
+        write_manifest(output, {"asked": {}, "complete": False})
+        for name in _parts(output):
+            (output / name).remove()
+    for file in state.glob("coefficients-*.npy"):
+        file.unlink()
+    manifest = {"asked": now, "complete": False}
+    write_manifest(output, manifest)
+    state.mkdir(parents=True, exist_ok=True)
+    return manifest
+
+
+def _parts(output: Place) -> list[str]:
+    return [name for name in output.names() if name.startswith("part-") and name.endswith(".parquet")]
+
+
+class _Run:
+    """The stages of one run: the reader's thread (which also tokenises), the engine in the caller's, the writer's."""
+
+    def __init__(
+        self,
+        router: Router,
+        asked: Asked,
+        files: Sequence[File],
+        output: Place,
+        decider: Decider,
+        progress: Callable[[Report], object],
+    ) -> None:
+        self.router, self.asked, self.files, self.output, self.decider = router, asked, files, output, decider
+        self.spill, self.progress, self.report = decider.spill, progress, Report()
+        self.written = set(_parts(output))
+        self._room = threading.Semaphore(UNDER_WAY)
+        self._lock = threading.Lock()
+        self._waiting: deque[_Waiting] = deque()
+        self._failed: list[BaseException] = []
+        self._references: list[npt.NDArray[np.int64]] = []
+
+    def compute(self) -> None:
+        """Coefficients of all prompts; and, where rows do not depend on each other, decisions and output."""
+        computing: deque[_Waiting] = deque()
+        with ThreadPoolExecutor(1, thread_name_prefix="p2l-writer") as writer:
+            try:
+                for chunk in self.router.engine.outputs_of(self._new_prompts(computing, writer)):
+                    waiting, start = computing.popleft(), time.perf_counter()
+                    self.spill.write(waiting.unit.block.number, chunk.outputs)
+                    self.report.computed += len(chunk.outputs)
+                    self.report.tokens += chunk.tokens
+                    waiting.ready.set()
+                    self.report.took("spilling", start)
+                    self._hand_over(writer)
+            except BaseException as error:
+                self._fail(error)
+                raise
+        if self._failed:
+            raise self._failed[0]
+
+    def _fail(self, error: BaseException) -> None:
+        """Nothing new is begun; the reader, which may be waiting for room, comes to its end."""
+        self._failed.append(error)
+        self._room.release()
+
+    def _new_prompts(self, computing: deque[_Waiting], writer: ThreadPoolExecutor) -> Iterator[list[list[str]]]:
+        """What the engine has to compute, block by block."""
+        for unit in self._units():
+            self._room.acquire()
+            if self._failed:
+                return
+            waiting = _Waiting(unit, threading.Event())
+            self._waiting.append(waiting)
+            if unit.new and not self.spill.has(unit.block.number):
+                computing.append(waiting)
+                yield unit.new
+            else:
+                self.report.resumed += len(unit.new)
+                waiting.ready.set()
+                self._hand_over(writer)
+
+    def _units(self) -> Iterator[Unit]:
+        distinct, source = Distinct(), blocks(self.files, self.asked.column, self.asked.keep, self.asked.rows_per_part)
+        while True:
+            start = time.perf_counter()
+            block = next(source, None)
+            self.report.took("reading", start)
+            if block is None:
+                return
+            self._check(block)
+            start = time.perf_counter()
+            unit = distinct.unit(block)
+            self.report.took("comparing", start)
+            yield unit
+
+    def _check(self, block: Block) -> None:
+        taken = [name for name in block.kept.column_names if name in OURS]
+        if taken:
+            raise ValueError(
+                f"keep: the output has columns of its own named {', '.join(taken)}: name the ones to keep, or none"
+            )
+        if self.asked.strict:
+            for i, prompt in enumerate(block.prompts):
+                if isinstance(prompt, Unroutable):
+                    raise ValueError(f"row {block.first + i} (from 0, over all inputs): {prompt.why}")
+
+    def _hand_over(self, writer: ThreadPoolExecutor) -> None:
+        """Units whose coefficients are all there, in order: a prompt that came before stands in a block before."""
+        with self._lock:
+            while self._waiting and self._waiting[0].ready.is_set():
+                writer.submit(self._finish, self._waiting.popleft().unit).add_done_callback(self._finished)
+
+    def _finished(self, future: Future[None]) -> None:
+        error = future.exception()
+        if error is not None:
+            self._fail(error)
+        self._room.release()
+
+    def _finish(self, unit: Unit) -> None:
+        if self._failed:
+            return
+        self.report.rows += len(unit.block.prompts)
+        self.report.repeated += int((unit.references >= 0).sum()) - len(unit.new)
+        if self.asked.over_batch:
+            can, _ = self.decider.routable(unit)
+            self._references.append(unit.references[can])
+        else:
+            self._write(unit)
+        self.progress(self.report)
+
+    def decide_over_batch(self) -> None:
+        """One problem over all rows that can be routed; then the output, block by block."""
+        start = time.perf_counter()
+        rates = SpilledRates(self.decider, self._references)
+        asked = self.asked
+        found = self.router.solve(rates, asked.budget, asked.budget_scope, asked.max_share, asked.min_share)
+        self.report.prices = dict(found.prices)
+        self.report.took("solving", start)
+        row = 0
+        for unit, references in zip(self._units(), self._references, strict=True):
+            some = slice(row, row + len(references))
+            row += len(references)
+            every = (found.indices, found.probabilities, found.value, found.cost)
+            indices, probabilities, value, cost = (column[some] for column in every)
+            self._write(unit, Policies(indices, probabilities, value, cost, prices=found.prices))
+            self.progress(self.report)
+
+    def _write(self, unit: Unit, policies: Policies | None = None) -> None:
+        start = time.perf_counter()
+        name = f"part-{unit.block.number:06d}.parquet"
+        decided: Decided = self.decider.decide(unit, policies)
+        self.report.took("deciding", start)
+        self.report.routed += decided.routed
+        self.report.spend += decided.spend
+        self.report.parts += 1
+        if name in self.written:
+            return
+        start = time.perf_counter()
+        about = {"p2l.unit": self.router.catalog.unit, "p2l.models": "\n".join(self.router.engine.models)}
+        about |= {} if policies is None else {f"p2l.price.{row}": repr(price) for row, price in policies.prices.items()}
+        buffer = io.BytesIO()
+        pq.write_table(decided.table.replace_schema_metadata(about), buffer, compression="zstd")
+        (self.output / name).write(buffer.getbuffer())
+        self.report.took("writing", start)

@@ -1,0 +1,130 @@
+"""p2l-engine batch."""
+
+from __future__ import annotations
+
+import threading
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from p2l_engine.cli.inputs import (
+    CatalogOption,
+    Checkpoint,
+    Device,
+    DtypeOption,
+    LeaveOut,
+    Scope,
+    err,
+    load_engine,
+    load_router,
+    out,
+    share_of,
+)
+from p2l_engine.router import Shares
+
+ROWS_PER_PART = 8192  # as in ``batch.Asked``, without importing pyarrow for every other command
+
+
+class Floats(StrEnum):
+    """What written coefficients are stored as."""
+
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
+
+
+def batch(
+    inputs: Annotated[
+        list[str],
+        typer.Argument(help="Files (parquet, csv, jsonl, jsonl.gz, jsonl.zst), folders, globs; local, or URIs such as s3://."),
+    ],
+    output: Annotated[str, typer.Option("--output", "-o", help="A folder, or its URI: parquet parts in the rows' order.")],
+    column: Annotated[str, typer.Option(help="The prompts: text, a list of user turns, or of messages.")] = "prompt",
+    keep: Annotated[
+        list[str] | None, typer.Option(help="A column that the output repeats; may be repeated. Without it, all others.")
+    ] = None,
+    budget: Annotated[float | None, typer.Option(help="Upper bound on the expected cost, in the catalog's unit.")] = None,
+    budget_scope: Annotated[Scope, typer.Option(help="Bound each prompt's cost, or the mean over all rows.")] = Scope.PROMPT,
+    max_share: Annotated[
+        list[str] | None, typer.Option(help="NAME=SHARE: at most this share of the rows; may be repeated.")
+    ] = None,
+    min_share: Annotated[
+        list[str] | None, typer.Option(help="NAME=SHARE: at least this share of the rows; may be repeated.")
+    ] = None,
+    coefficients: Annotated[
+        Floats | None, typer.Option(help="Also write theta and eta, so stored.", show_default=False)
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first row that cannot be routed.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Throw away what an earlier run left in the output folder.")
+    ] = False,
+    rows_per_part: Annotated[
+        int, typer.Option(min=1, help="Of a part of the output, which is computed and resumed together.")
+    ] = ROWS_PER_PART,
+    state: Annotated[
+        str | None,
+        typer.Option(help="Local folder of a run's state until it ends; by default within the output.", show_default=False),
+    ] = None,
+    catalog: CatalogOption = None,
+    leave_out: LeaveOut = False,
+    seed: Annotated[int, typer.Option(help="Of the draws from mixed policies.")] = 0,
+    checkpoint: Checkpoint = None,
+    device: Device = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """Route files of prompts, of any length. Killed, the same command goes on where it was."""
+    from p2l_engine.batch import Asked, Report, run
+
+    most: Shares = dict(share_of(given) for given in max_share or [])
+    least: Shares = dict(share_of(given, "--min-share") for given in min_share or [])
+    asked = Asked(
+        inputs=inputs,
+        output=output,
+        column=column,
+        keep=keep,
+        budget=budget,
+        budget_scope=budget_scope.value,
+        max_share=most,
+        min_share=least,
+        coefficients=coefficients.value if coefficients else None,
+        strict=strict,
+        state=state,
+        rows_per_part=rows_per_part,
+    )
+    router = load_router(load_engine(checkpoint, device, dtype), catalog, leave_out, seed)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=err, transient=True) as bar:
+        task, lock = bar.add_task("reading"), threading.Lock()
+
+        def show(report: Report) -> None:
+            with lock:
+                seconds = max(bar.tasks[0].elapsed or 0.0, 1e-9)
+                speed = f"{report.rows / seconds:,.0f} rows/s, {report.tokens / seconds:,.0f} tokens/s"
+                done = f"{report.rows:,} rows, {report.parts:,} parts, spend {report.spend:,.4g}"
+                bar.update(task, description=f"{done}; {speed}")
+
+        report = run(router, asked, restart, show)
+    _show(report, router.catalog.unit, output)
+
+
+def _show(report: object, unit: str, output: str) -> None:
+    from p2l_engine.batch import Report
+
+    assert isinstance(report, Report)
+    table = Table(title=output, title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_row("rows", f"{report.rows:,}")
+    table.add_row("routed", f"{report.routed:,}")
+    table.add_row("with an error", f"{report.rows - report.routed:,}")
+    table.add_row("same prompt as an earlier row", f"{report.repeated:,}")
+    if report.resumed:
+        table.add_row("prompts computed before", f"{report.resumed:,}")
+    table.add_row(f"sum of expected costs ({unit})", f"{report.spend:,.6g}")
+    for row, price in report.prices.items():
+        table.add_row(f"price of {row}: win rate for one unit more", f"{price:.4g}")
+    if report.seconds:
+        table.add_row("seconds", f"{report.seconds['all']:,.1f}")
+    out.print(table)
