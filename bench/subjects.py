@@ -37,12 +37,16 @@ def _qwen(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, tied:
     )  # fmt: skip
 
 
-# As in the config.json of SmolLM2-135M-Instruct and of Qwen2.5-Instruct.
+# As in the config.json of SmolLM2-135M-Instruct and of Qwen2.5-Instruct; and one so small that all else shows.
 ARCHITECTURES: dict[str, Callable[[], PretrainedConfig]] = {
     "smollm2-135m": lambda: LlamaConfig(
         hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
         vocab_size=49152, max_position_embeddings=8192, tie_word_embeddings=True, rms_norm_eps=1e-5,
         rope_parameters={"rope_type": "default", "rope_theta": 1e5},
+    ),
+    "tiny": lambda: LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=8448, max_position_embeddings=8192,
     ),
     "qwen2.5-0.5b": lambda: _qwen(896, 4864, 24, 14, 2, True),
     "qwen2.5-1.5b": lambda: _qwen(1536, 8960, 28, 12, 2, True),

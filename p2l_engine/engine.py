@@ -58,7 +58,8 @@ class Coefficients:
 
 
 class Outputs(NamedTuple):
-    """What the head gives for n prompts: outputs [n, K] float32 (theta and, with ties, eta in a last column); their tokens."""
+    """What the head gives for n prompts: outputs [n, K] float32 (theta and, with ties, eta in a last column); and how many tokens
+    were computed for it, those of a shared prefix not among them."""
 
     outputs: npt.NDArray[np.float32]
     tokens: int
@@ -228,26 +229,24 @@ class Engine:
         machine, with as many threads). Outputs that are not finite are left to the caller. Raises PromptError with the prompt's
         index within its chunk.
         """
-        sizes: deque[tuple[int, int]] = deque()
+        sizes: deque[int] = deque()
 
         def counted() -> Iterator[list[Tokens] | None]:
             for tokens in self._encoded(chunks):
                 if tokens is not None:
-                    sizes.append((len(tokens), sum(map(len, tokens))))
+                    sizes.append(len(tokens))
                 yield tokens
 
-        found = before = 0
+        found = before = computed = 0
         for flight in self._flights(counted(), lambda hidden, _: (self.outputs(hidden),)):
             rows, (part,) = flight.landed()
-            size, tokens = sizes[0]
             if not found:
-                out = np.empty((size, part.shape[1]), np.float32)
+                out = np.empty((sizes[0], part.shape[1]), np.float32)
             out[rows - before] = part
-            found += len(rows)
-            if found == size:
-                sizes.popleft()
-                before, found = before + size, 0
-                yield Outputs(out, tokens)
+            found, computed = found + len(rows), computed + sum(flight.packed.lengths)
+            if found == sizes[0]:
+                yield Outputs(out, computed)
+                before, found, computed = before + sizes.popleft(), 0, 0
 
     def _flights(self, chunks: Iterable[list[Tokens] | None], stage: Stage) -> Iterator[_Flight]:
         """Batches of each chunk's prompts, by like length; on a GPU several are under way before the first is handed out, as

@@ -7,7 +7,9 @@ the user's own text becomes "<cls>"; truncated from the left (lmarena/p2l).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,10 @@ from p2l_engine.errors import PromptError
 Prompt = str | Sequence[str] | Sequence[Mapping[str, Any]]
 
 MAX_TOKENS = 8192  # of which the last is the CLS token
+
+BOUNDARY_WITHIN = 1 << 16  # characters in which a word of a text that is cut is looked for
+
+BETWEEN_LETTERS = re.compile(r"[^\W\d_] [^\W\d_]")
 
 PROBES = ("a", "The", "7", " x", "(", "\u4e2d", "\n\n", "\tz", "<", "é")  # turns with nothing in common
 
@@ -107,12 +113,38 @@ class PromptEncoder:
             raise ValueError(f"max_tokens: expected one at least, got {self.max_tokens}")
         if not texts:
             return []
-        if self._fast is not None:
-            # Without the Python lists, masks and offsets that transformers makes of it: a third of the time.
-            encoded = [encoding.ids for encoding in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
-        else:
-            encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        return [np.asarray(ids[-self.max_tokens :], np.int32) for ids in encoded]
+        ends = [self._end(text) for text in texts]
+        every = [np.asarray(ids[-self.max_tokens :], np.int32) for ids in self._ids(ends)]
+        for i, (text, end) in enumerate(zip(texts, ends, strict=True)):
+            if len(end) < len(text) and len(every[i]) < self.max_tokens:  # the tokenizer leaves characters out
+                every[i] = np.asarray(self._ids([text])[0][-self.max_tokens :], np.int32)
+        return every
+
+    def _ids(self, texts: list[str]) -> Any:
+        if self._fast is None:
+            return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        # Without the Python lists, masks and offsets that transformers makes of it: a third of the time.
+        return [encoding.ids for encoding in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _end(self, text: str) -> str:
+        """So much of a text's end that truncation leaves nothing else of it: tokenising takes a hundred bytes a character.
+
+        It begins with a word (a space between letters), which is where tokenizers of this kind split whatever came before; a
+        text without any in reach is cut as it comes.
+        """
+        if len(text) <= self.max_tokens:  # a token is a character at least
+            return text
+        most = self.max_tokens * self._longest_token
+        if len(text) <= most + BOUNDARY_WITHIN:
+            return text
+        start = len(text) - most
+        word = next(BETWEEN_LETTERS.finditer(text, start - BOUNDARY_WITHIN, start), None)
+        return text[word.start() + 1 :] if word else text[start:]
+
+    @cached_property
+    def _longest_token(self) -> int:
+        """Characters."""
+        return max(map(len, self.tokenizer.get_vocab()))
 
 
 def _own_backend(tokenizer: PreTrainedTokenizerBase) -> Any:

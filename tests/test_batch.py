@@ -101,6 +101,22 @@ def test_a_budget_over_the_batch_is_the_routers_own(more, router, tmp_path):
     assert read_manifest(Place.of(str(tmp_path / "out")))["report"]["prices"] == report.prices
 
 
+def test_an_earlier_price_spends_what_its_budget_did(router, tmp_path):
+    given = write(tmp_path / "in.parquet")
+    before = run(router, Asked([given], str(tmp_path / "out"), budget=1.5, budget_scope="batch", rows_per_part=32))
+    price = before.prices["budget"]
+    after = run(router, Asked([given], str(tmp_path / "again"), price=price, rows_per_part=32))
+    assert price > 0
+    assert after.spend / 150 == pytest.approx(1.5, abs=5 / 150 * 4)  # the prompts whose step has the price itself
+    v = router.win_rates(router.engine.coefficients(PROMPTS))
+    best = (v - price * router.costs).max(1)
+    rows = output(tmp_path / "again").to_pylist()
+    worth = [row["win_rate"] - price * row["expected_cost"] for row in rows]
+    np.testing.assert_allclose(worth, best, atol=1e-5)
+    with pytest.raises(ValueError, match="price: expected no budget"):
+        Asked([given], "x", price=1.0, budget=1.0)
+
+
 def test_coefficients_and_kept_columns_are_written_where_asked_for(router, tmp_path):
     given = write(tmp_path / "in.parquet", note=list(range(150)), other=["x"] * 150)
     run(router, Asked([given], str(tmp_path / "out"), keep=["note"], coefficients="float32"))
@@ -128,7 +144,7 @@ def test_rows_that_cannot_be_routed_are_named_in_their_place(router, tmp_path):
     assert rows[1]["model"] is rows[1]["policy"] is rows[1]["score"] is None
     agrees([rows[2]], [router.route(["two", "turns"])])
     assert report.rows - report.routed == sum(row["error"] is not None for row in rows)
-    with pytest.raises(ValueError, match=r"row 1 \(from 0, over all inputs\): prompt: expected a prompt, got nothing"):
+    with pytest.raises(ValueError, match=r"in.parquet: row 1: prompt: expected a prompt, got nothing"):
         run(router, Asked([given], str(tmp_path / "strict"), strict=True))
     assert run(router, Asked([given], str(tmp_path / "strict"))).rows == 6  # what was begun goes on
 
@@ -175,8 +191,16 @@ def test_what_stands_in_the_way_is_named(router, tmp_path):
     (tmp_path / "b.csv").write_text("other,prompt\nx,y\n")
     with pytest.raises(ValueError, match=r"b.csv: column id is missing, was string; other is string"):
         run(router, Asked([given, str(tmp_path / "b.csv")], str(tmp_path / "two")))
-    with pytest.raises(ValueError, match="budget 0.5 is infeasible"):
-        run(router, Asked([given], str(tmp_path / "cheap"), budget=0.5))
+    # What cannot be is refused before anything is written.
+    for more, message in (
+        ({"budget": 0.5}, "budget 0.5 is infeasible"),
+        ({"budget": 0.5, "budget_scope": "batch"}, "budget 0.5 is infeasible"),
+        ({"max_share": {"nobody": 0.5}}, "max_share: expected models of the catalog, got nobody"),
+        ({"max_share": {name: 0.1 for name in MODELS}}, "cannot hold"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(router, Asked([given], str(tmp_path / "never"), **more))
+    assert not (tmp_path / "never").exists()
 
 
 @pytest.mark.parametrize("kind", [".parquet", ".jsonl.gz", ".jsonl.zst", ".csv"])
@@ -188,7 +212,7 @@ def test_files_that_are_cut_short_or_mixed_are_named(kind, router, tmp_path):
         given.write_bytes(given.read_bytes() + b'"row","\xff\xfe"\n')
     else:
         given.write_bytes(given.read_bytes()[:-4000])
-    with pytest.raises(ValueError, match=rf"in{kind}: cannot be read after row"):
+    with pytest.raises(ValueError, match=rf"in{kind}: cannot be read( after row \d+)?: "):
         run(router, Asked([str(given)], str(tmp_path / "out"), rows_per_part=500))
     assert not read_manifest(Place.of(str(tmp_path / "out")))["complete"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -159,6 +160,38 @@ def test_chunks_are_tokenised_ahead_and_every_prompt_comes_once(tmp_path, monkey
     monkeypatch.setattr(engine.encoder, "_tokens", lambda texts: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         engine.coefficients(prompts)
+
+
+def test_a_stream_of_chunks_is_computed_chunk_by_chunk(tmp_path, monkeypatch):
+    engine = Engine.from_pretrained(tiny.write(tmp_path), device="cpu", dtype=torch.float32)
+    monkeypatch.setitem(TOKENS_PER_BATCH, "cpu", 64)
+    prompts = [f"{i} " * (1 + i % 7) for i in range(50)]
+    cuts = [0, 1, 20, 23, 50]
+    drawn = []
+
+    def chunks():
+        for number, (start, end) in enumerate(pairwise(cuts)):
+            drawn.append(number)
+            yield prompts[start:end]
+
+    found = []
+    for outputs in engine.outputs_of(chunks()):
+        assert len(drawn) <= len(found) + 4  # never far ahead of the one who takes them
+        found.append(outputs)
+    assert [len(part.outputs) for part in found] == np.diff(cuts).tolist()
+    whole = engine.coefficients(prompts)
+    together = np.concatenate([part.outputs for part in found])
+    np.testing.assert_allclose(together[:, :-1], whole.theta, atol=1e-5)
+    np.testing.assert_allclose(together[:, -1], whole.eta, atol=1e-5)
+    shared = len(engine.encoder.prefix()) if engine.backbone.prefix is not None else 0
+    assert sum(part.tokens for part in found) == sum(len(ids) - shared for ids in engine.encoder.encode(prompts))
+    # A chunk's bits are its own affair.
+    (alone,) = engine.outputs_of([prompts[20:23]])
+    np.testing.assert_array_equal(alone.outputs, found[2].outputs)
+    with pytest.raises(PromptError, match=r"prompts\[1\]"):
+        list(engine.outputs_of([["fine"], ["fine", []]]))
+    with pytest.raises(ZeroDivisionError):
+        list(engine.outputs_of(1 / 0 if i else ["fine"] for i in range(2)))
 
 
 def test_a_warm_up_changes_nothing(tmp_path):

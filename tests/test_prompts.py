@@ -63,6 +63,25 @@ def test_200_000_characters_and_every_special_token(encoder):
     assert special[-1] == encoder.tokenizer.cls_token_id
 
 
+@pytest.mark.parametrize("template", [tiny.TEMPLATE, "{{ messages[0]['content'] }}"])
+def test_a_giant_prompt_is_cut_before_it_is_tokenised(template, monkeypatch):
+    """What is left of it is what truncation leaves of the whole; memory follows the limit, not the prompt."""
+    monkeypatch.setattr("p2l_engine.prompts.BOUNDARY_WITHIN", 50)
+    short = PromptEncoder(tiny.tokenizer(template=template), max_tokens=40)
+    seen = []
+    real = short._ids
+    monkeypatch.setattr(short, "_ids", lambda texts: seen.extend(map(len, texts)) or real(texts))
+    for text in ("so many words " * 1000, "12345" * 3000, "é " * 5000, "\n\n" * 4000):
+        whole = real([short.text([text])])[0][-40:]
+        assert short.encode([text])[0].tolist() == whole
+    assert max(seen) <= 40 * short._longest_token + 50
+    # A tokenizer that leaves characters out gets the whole text.
+    lossy = PromptEncoder(tiny.tokenizer(template=template), max_tokens=40)
+    monkeypatch.setattr(lossy, "_ids", lambda texts: real([text.replace(" ", "") for text in texts]))
+    text = "ab" * 100 + " " * 5000
+    assert lossy.encode([text])[0].tolist() == real([lossy.text([text]).replace(" ", "")])[0][-40:]
+
+
 @given(st.text())
 @settings(max_examples=100, deadline=None)
 def test_any_text_is_tokens_or_a_named_error(text):

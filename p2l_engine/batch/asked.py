@@ -26,7 +26,8 @@ class Asked:
 
     inputs: paths, URIs, folders and globs of parquet, csv and jsonl (.gz, .zst) files. output: a folder or its URI. column: the
     prompts'; keep: the columns that the output repeats (None: all others). budget, budget_scope, max_share and min_share: as in
-    ``Router.route_batch``; the batch is all rows that can be routed. coefficients: write theta (and eta) too, in this type.
+    ``Router.route_batch``; the batch is all rows that can be routed. price: instead of a budget, what one unit of cost must bring in
+    win rate: that of an earlier run's budget over its batch (in its manifest and its parts' metadata). coefficients: write theta (and eta) too, in this type.
     strict: stop at the first row that cannot be routed. rows_per_part: of a part of the output, which is computed and resumed
     together; long prompts make smaller ones. state: where coefficients are kept until the end (a local folder; None:
     within the output, which must then be local).
@@ -38,6 +39,7 @@ class Asked:
     keep: Sequence[str] | None = None
     budget: float | None = None
     budget_scope: Scope = "prompt"
+    price: float | None = None
     max_share: Shares = field(default_factory=dict)
     min_share: Shares = field(default_factory=dict)
     coefficients: Literal["float16", "float32"] | None = None
@@ -50,6 +52,10 @@ class Asked:
             raise ValueError(f"inputs: expected a list of at least one path, got {self.inputs!r}")
         if self.budget is not None and not (math.isfinite(self.budget) and self.budget >= 0):
             raise ValueError(f"budget: expected a finite number >= 0, got {self.budget!r}")
+        if self.price is not None and not (math.isfinite(self.price) and self.price >= 0):
+            raise ValueError(f"price: expected a finite number >= 0, got {self.price!r}")
+        if self.price is not None and (self.budget is not None or self.max_share or self.min_share):
+            raise ValueError("price: expected no budget and no shares beside it")
         if self.budget_scope not in ("prompt", "batch"):
             raise ValueError(f"budget_scope: expected 'prompt' or 'batch', got {self.budget_scope!r}")
         if not 1 <= self.rows_per_part < 1 << 20:

@@ -61,7 +61,8 @@ class Decider:
         coefficients = once.rows(back)
         if policies is None:
             v = self.router.win_rates(once)
-            each = self.router.solve(v, self.asked.budget)
+            price = self.asked.price
+            each = self.router.solve(v, self.asked.budget) if price is None else at_price(v, self.router.costs, price)
             scores = self.router.scores(once, each, v)[back]
             policies = Policies(each.indices[back], each.probabilities[back], each.value[back], each.cost[back])
         else:
@@ -105,6 +106,16 @@ class Decider:
             if coefficients.eta is not None:
                 found["eta"] = pa.array(coefficients.eta.astype(kind))
         return found
+
+
+def at_price(v: Float64, costs: Float64, price: float) -> Policies:
+    """For each prompt the model of the highest win rate less price times cost; of equal ones the cheapest."""
+    order = np.argsort(costs, kind="stable")
+    best = order[(v - price * costs)[:, order].argmax(1)]
+    rows = np.arange(len(v))
+    indices = np.stack([best, best], axis=1).astype(np.int32)
+    probabilities = np.tile([1.0, 0.0], (len(v), 1))
+    return Policies(indices, probabilities, v[rows, best], costs[best], "price", "win rate less cost at a price that was given")
 
 
 class SpilledRates(Values):

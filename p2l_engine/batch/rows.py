@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
@@ -20,9 +21,10 @@ AT_ONCE = 512  # rows that are read together
 
 
 class Unroutable(NamedTuple):
-    """Why a row cannot be routed."""
+    """Why a row cannot be routed, and the file and row (from 0) that it is."""
 
     why: str
+    where: str = ""
 
 
 Turns = tuple[str, ...] | Unroutable
@@ -30,21 +32,25 @@ Turns = tuple[str, ...] | Unroutable
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Consecutive rows: the block's number, its first row's (from 0, over all files), each row's user turns, kept columns."""
+    """Consecutive rows: the block's number, its first row's (from 0, over all files), each row's user turns, kept columns; and how
+    much of all input bytes was read by then, 0 to 1."""
 
     number: int
     first: int
     prompts: list[Turns]
     kept: pa.Table
+    read: float = 1.0
 
 
 class _Some(NamedTuple):
-    """A few rows of one file: the number of the first (from 0), prompts as they were found, kept columns."""
+    """A few rows of one file: the number of the first (from 0), prompts as they were found, kept columns, and how much of the
+    file was read by then."""
 
     file: File
     first: int
     prompts: list[Any]
     kept: pa.Table
+    read: float
 
 
 def blocks(files: Sequence[File], column: str, keep: Sequence[str] | None = None, rows: int = ROWS) -> Iterator[Block]:
@@ -58,7 +64,11 @@ def blocks(files: Sequence[File], column: str, keep: Sequence[str] | None = None
     prompts: list[Turns] = []
     kept: list[pa.Table] = []
     schema: pa.Schema | None = None
+    sizes = np.array([file.size for file in files], float)
+    before = dict(zip((file.place.shown for file in files), sizes.cumsum() - sizes, strict=True))
+    read = 0.0
     for some in _every(files, column, keep):
+        read = float((before[some.file.place.shown] + some.read * some.file.size) / max(sizes.sum(), 1.0))
         if schema is None:
             schema = some.kept.schema
         elif not some.kept.schema.equals(schema):
@@ -67,11 +77,14 @@ def blocks(files: Sequence[File], column: str, keep: Sequence[str] | None = None
             )
         start = 0
         for i, prompt in enumerate(some.prompts):
-            prompts.append(_turns(prompt))
-            size += sum(map(len, prompts[-1]))
+            found = _turns(prompt)
+            if isinstance(found, Unroutable):
+                found = found._replace(where=f"{some.file.place.shown}: row {some.first + i}")
+            prompts.append(found)
+            size += sum(map(len, found))
             if len(prompts) == rows or size >= BYTES:
                 kept.append(some.kept[start : i + 1])
-                yield Block(number, first, prompts, pa.concat_tables(kept))
+                yield Block(number, first, prompts, pa.concat_tables(kept), read)
                 number, first, start, size = number + 1, first + len(prompts), i + 1, 0
                 prompts, kept = [], []
         kept.append(some.kept[start:])
@@ -101,7 +114,8 @@ def _every(files: Sequence[File], column: str, keep: Sequence[str] | None) -> It
                 row = some.first + len(some.prompts)
                 yield some
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file.place.shown}: cannot be read after row {row - 1}: {error}") from error
+            after = f" after row {row - 1}" if row else ""
+            raise ValueError(f"{file.place.shown}: cannot be read{after}: {error}") from error
 
 
 def _parquet(file: File, column: str, keep: Sequence[str] | None, _: pa.Schema | None) -> Iterator[_Some]:
@@ -112,12 +126,13 @@ def _parquet(file: File, column: str, keep: Sequence[str] | None, _: pa.Schema |
         first = 0
         for batch in parquet.iter_batches(AT_ONCE, columns=[column, *(name for name in wanted if name != column)]):
             table = pa.Table.from_batches([batch])
-            yield _Some(file, first, _values(table.column(column)), table.select(wanted))
+            read = (first + len(batch)) / parquet.metadata.num_rows
+            yield _Some(file, first, _values(table.column(column)), table.select(wanted), read)
             first += len(batch)
 
 
 def _csv(file: File, column: str, keep: Sequence[str] | None, schema: pa.Schema | None) -> Iterator[_Some]:
-    with file.place.system.open_input_stream(file.place.path) as opened:
+    with file.place.system.open_input_file(file.place.path) as opened:
         known = {} if schema is None else {field.name: field.type for field in schema}
         # A prompt is text even where all of a file's look like numbers.
         convert = pa.csv.ConvertOptions(column_types=known | {column: pa.string()}, strings_can_be_null=True)
@@ -129,14 +144,14 @@ def _csv(file: File, column: str, keep: Sequence[str] | None, schema: pa.Schema 
             table = pa.Table.from_batches([batch])
             for start in range(0, len(table), AT_ONCE):
                 part = table[start : start + AT_ONCE]
-                yield _Some(file, first + start, _values(part.column(column)), part.select(wanted))
+                yield _Some(file, first + start, _values(part.column(column)), part.select(wanted), opened.tell() / file.size)
             first += len(table)
 
 
 def _jsonl(file: File, column: str, keep: Sequence[str] | None, schema: pa.Schema | None) -> Iterator[_Some]:
     """The kept columns' types are those of the first rows; a line that is no JSON object is a row that cannot be routed."""
     first = 0
-    for lines in _lines(file):
+    for lines, read in _lines(file):
         rows = [_object(line) for line in lines]
         if schema is None:
             # Columns that come later than the first few rows are none.
@@ -146,7 +161,7 @@ def _jsonl(file: File, column: str, keep: Sequence[str] | None, schema: pa.Schem
         columns = [_column(file, first, field, [_of(row, field.name) for row in rows]) for field in schema]
         table = pa.table(columns, schema=schema)
         prompts = [row if isinstance(row, Unroutable) else row.get(column) for row in rows]
-        yield _Some(file, first, prompts, table)
+        yield _Some(file, first, prompts, table, read)
         first += len(rows)
 
 
@@ -157,19 +172,21 @@ READERS: dict[str, Callable[[File, str, Sequence[str] | None, pa.Schema | None],
 }
 
 
-def _lines(file: File) -> Iterator[list[bytes]]:
-    """Lines that hold something, a few at a time."""
-    with file.place.system.open_input_stream(file.place.path) as opened:  # decompressed by its name
+def _lines(file: File) -> Iterator[tuple[list[bytes], float]]:
+    """Lines that hold something, a few at a time, and how much of the file was read by then."""
+    squeezed = {"gz": "gzip", "zst": "zstd"}.get(file.ending.rsplit(".", 1)[1])
+    with file.place.system.open_input_file(file.place.path) as raw:
+        opened = pa.CompressedInputStream(raw, squeezed) if squeezed else raw
         rest, lines = b"", []
         while chunk := opened.read(1 << 20):
             *whole, rest = (rest + chunk).split(b"\n") if b"\n" in chunk else (rest + chunk,)
             lines += [line for line in whole if line.strip()]
             while len(lines) >= AT_ONCE:
-                yield lines[:AT_ONCE]
+                yield lines[:AT_ONCE], raw.tell() / file.size
                 lines = lines[AT_ONCE:]
         lines += [rest] if rest.strip() else []
         if lines:
-            yield lines
+            yield lines, 1.0
 
 
 def _object(line: bytes) -> dict[str, Any] | Unroutable:

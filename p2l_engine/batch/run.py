@@ -40,8 +40,8 @@ UNDER_WAY = 8  # blocks in memory
 @dataclass(slots=True)
 class Report:
     """What a run has done so far. rows read and written; routed: those without an error; computed and resumed: prompts whose
-    coefficients this run computed, or found there; repeated: rows whose prompt came before; tokens computed; spend: the sum of
-    expected costs of what was written; price: what one more unit of the mean cost would have been worth (a budget over the
+    coefficients this run computed, or found there; repeated: rows whose prompt came before; tokens computed; read: the share of
+    the input's bytes, 0 to 1; spend: the sum of expected costs of what was written; price: what one more unit of the mean cost would have been worth (a budget over the
     batch); seconds by stage (stages overlap)."""
 
     rows: int = 0
@@ -51,6 +51,7 @@ class Report:
     repeated: int = 0
     tokens: int = 0
     parts: int = 0
+    read: float = 0.0
     spend: float = 0.0
     prices: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -106,6 +107,8 @@ def _state(asked: Asked, output: Place) -> Path:
 
 def _prepare(router: Router, asked: Asked, files: Sequence[File], output: Place, state: Path, restart: bool) -> dict[str, Any]:
     """The manifest of the run that is there and goes on, or of a new one."""
+    # What no prompt can have is refused before any is read.
+    router.solve(np.zeros((1, len(router.names))), asked.budget, asked.budget_scope, asked.max_share, asked.min_share)
     now = identity(asked, router, files)
     before = read_manifest(output)
     if before is not None and before["asked"] != now and not restart:
@@ -224,9 +227,9 @@ class _Run:
                 f"keep: the output has columns of its own named {', '.join(taken)}: name the ones to keep, or none"
             )
         if self.asked.strict:
-            for i, prompt in enumerate(block.prompts):
+            for prompt in block.prompts:
                 if isinstance(prompt, Unroutable):
-                    raise ValueError(f"row {block.first + i} (from 0, over all inputs): {prompt.why}")
+                    raise ValueError(f"{prompt.where}: {prompt.why}")
 
     def _hand_over(self, writer: ThreadPoolExecutor) -> None:
         """Units whose coefficients are all there, in order: a prompt that came before stands in a block before."""
@@ -244,6 +247,7 @@ class _Run:
         if self._failed:
             return
         self.report.rows += len(unit.block.prompts)
+        self.report.read = unit.block.read
         self.report.repeated += int((unit.references >= 0).sum()) - len(unit.new)
         if self.asked.over_batch:
             can, _ = self.decider.routable(unit)

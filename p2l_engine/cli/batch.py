@@ -7,7 +7,7 @@ from enum import StrEnum
 from typing import Annotated
 
 import typer
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from p2l_engine.cli.inputs import (
@@ -47,6 +47,10 @@ def batch(
     ] = None,
     budget: Annotated[float | None, typer.Option(help="Upper bound on the expected cost, in the catalog's unit.")] = None,
     budget_scope: Annotated[Scope, typer.Option(help="Bound each prompt's cost, or the mean over all rows.")] = Scope.PROMPT,
+    price: Annotated[
+        float | None,
+        typer.Option(help="Instead of a budget: the price that an earlier run's budget over its rows had.", show_default=False),
+    ] = None,
     max_share: Annotated[
         list[str] | None, typer.Option(help="NAME=SHARE: at most this share of the rows; may be repeated.")
     ] = None,
@@ -86,6 +90,7 @@ def batch(
         keep=keep,
         budget=budget,
         budget_scope=budget_scope.value,
+        price=price,
         max_share=most,
         min_share=least,
         coefficients=coefficients.value if coefficients else None,
@@ -94,16 +99,16 @@ def batch(
         rows_per_part=rows_per_part,
     )
     router = load_router(load_engine(checkpoint, device, dtype), catalog, leave_out, seed)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err, transient=True) as bar:
-        task, lock = bar.add_task("reading"), threading.Lock()
+        task, lock = bar.add_task("reading", total=1.0), threading.Lock()
 
         def show(report: Report) -> None:
             with lock:
                 seconds = max(bar.tasks[0].elapsed or 0.0, 1e-9)
                 speed = f"{report.rows / seconds:,.0f} rows/s, {report.tokens / seconds:,.0f} tokens/s"
                 done = f"{report.rows:,} rows, {report.parts:,} parts, spend {report.spend:,.4g}"
-                bar.update(task, description=f"{done}; {speed}")
+                bar.update(task, completed=report.read, description=f"{done}; {speed}")
 
         report = run(router, asked, restart, show)
     _show(report, router.catalog.unit, output)

@@ -1,0 +1,151 @@
+"""Files to files: what a batch run costs beside its backbone, stage by stage.
+
+    python -m bench.batch --prompts ../shared/data/routing_scores_two_models.parquet --csv bench/results/batch_cpu.csv
+    python -m bench.batch --short 1000000
+
+The first takes the default checkpoint. The second makes up so many prompts of a few tokens, nearly all different, and routes them
+with a backbone so small that all else shows. Memory is the most that the process held beyond what it held with the model loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import resource
+import shutil
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from rich.console import Console
+from rich.progress import Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from bench import setting, subjects
+from p2l_engine import Catalog, Engine, Router
+from p2l_engine.batch import Asked, Report, run
+from p2l_engine.catalog import CatalogModel
+
+BUDGET = 0.3
+
+
+class TimedBackbone:
+    """A backbone that counts the seconds spent in it."""
+
+    def __init__(self, backbone: Any) -> None:
+        self._backbone, self.seconds = backbone, 0.0
+
+    def __call__(self, *arguments: Any) -> Any:
+        start = time.perf_counter()
+        out = self._backbone(*arguments)
+        self.seconds += time.perf_counter() - start
+        return out
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backbone, name)
+
+
+class Memory(threading.Thread):
+    """The most resident memory, in GiB, from ``start`` on; looked at every 20 ms."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.done, self.most, self.before = threading.Event(), 0.0, resident()
+
+    def run(self) -> None:
+        while not self.done.wait(0.02):
+            self.most = max(self.most, resident())
+
+
+def resident() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**30
+
+
+def short_prompts(count: int, path: Path) -> None:
+    """Prompts of one to five words, a hundredth of them said before."""
+    rng, words = np.random.default_rng(0), np.array(subjects.words())
+    lengths = rng.integers(1, 6, count)
+    picked = words[rng.integers(0, len(words), lengths.sum())]
+    texts = [" ".join(part) for part in np.split(picked, lengths.cumsum()[:-1])]
+    numbered = [f"{text} {i}" if rng.random() > 0.01 else texts[0] for i, text in enumerate(texts)]
+    pq.write_table(pa.table({"id": np.arange(count), "prompt": numbered}), path)
+
+
+def bench(router: Router, prompts: str, console: Console) -> tuple[Report, float, float]:
+    """The report; seconds in the backbone; GiB beyond the model."""
+    backbone: Any = TimedBackbone(router.engine.backbone)
+    router.engine.backbone = backbone
+    router.engine.coefficients(["warm", "up " * 100, "and again"])
+    backbone.seconds = 0.0
+    folder = Path(tempfile.mkdtemp())
+    memory = Memory()
+    memory.start()
+    try:
+        columns = (TextColumn("{task.description}"), TimeElapsedColumn())
+        with Progress(*columns, console=console, transient=True) as bar:
+            task = bar.add_task("rows")
+            asked = Asked([prompts], str(folder / "out"), keep=[], budget=BUDGET, budget_scope="batch")
+            report = run(router, asked, progress=lambda r: bar.update(task, description=f"{r.rows:,} rows, {r.parts} parts"))
+    finally:
+        memory.done.set()
+        memory.join()
+        shutil.rmtree(folder)
+    return report, backbone.seconds, memory.most - memory.before
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.batch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    subject = parser.add_mutually_exclusive_group(required=True)
+    subject.add_argument("--prompts", help="a file with a column prompt: route it with the default checkpoint")
+    subject.add_argument("--short", type=setting.positive, metavar="N", help="route N short prompts with a tiny backbone")
+    parser.add_argument("--csv", type=Path, help="also write the rows here")
+    arguments = parser.parse_args()
+    console = Console(stderr=True)
+    with tempfile.TemporaryDirectory() as work:
+        if arguments.prompts:
+            engine, prompts = Engine.from_pretrained(), arguments.prompts
+            catalog = Catalog.from_yaml(engine.folder / "catalog.yaml")
+        else:
+            device = torch.device("cpu")
+            engine = Engine(subjects.checkpoint("tiny", 9, device, torch.float32), device)
+            engine.folder, prompts = Path(work), str(Path(work) / "prompts.parquet")
+            catalog = Catalog(tuple(CatalogModel(name, 0.1 * (i + 1)) for i, name in enumerate(engine.models)))
+            short_prompts(arguments.short, Path(prompts))
+        report, backbone, gib = bench(Router(engine, catalog), prompts, console)
+    whole = report.seconds["all"]
+    rows = [
+        ("rows", f"{report.rows:,}"),
+        ("prompts computed", f"{report.computed:,}"),
+        ("tokens computed", f"{report.tokens:,}"),
+        ("seconds", f"{whole:.1f}"),
+        ("prompts/s", f"{report.rows / whole:,.1f}"),
+        ("tokens/s", f"{report.tokens / whole:,.0f}"),
+        ("share of the time in the backbone, %", f"{100 * backbone / whole:.1f}"),
+        ("share of the time not in the backbone, %", f"{100 * (1 - backbone / whole):.1f}"),
+        ("GiB beyond the model", f"{gib:.2f}"),
+        *((f"seconds {stage} (stages overlap)", f"{took:.1f}") for stage, took in report.seconds.items() if stage != "all"),
+    ]
+    table = Table(title=setting.setting(engine.device), title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+    if arguments.csv:
+        with arguments.csv.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(("figure", "value"))
+            writer.writerows((*rows, ("machine", setting.setting(engine.device))))
+
+
+if __name__ == "__main__":
+    setting.run(main)
