@@ -3,8 +3,9 @@
     python -m bench.batch --prompts ../shared/data/routing_scores_two_models.parquet --csv bench/results/batch_cpu.csv
     python -m bench.batch --short 1000000
 
-The first takes the default checkpoint. The second makes up so many prompts of a few tokens, nearly all different, and routes them
-with a backbone so small that all else shows. Memory is the most that the process held beyond what it held with the model loaded.
+The first takes the default checkpoint. The second makes up so many prompts of a few tokens, nearly all different, and routes
+them with a backbone so small that all else shows. Memory is the most that the process held beyond what it held with the model
+loaded.
 """
 
 from __future__ import annotations

@@ -58,8 +58,8 @@ class Coefficients:
 
 
 class Outputs(NamedTuple):
-    """What the head gives for n prompts: outputs [n, K] float32 (theta and, with ties, eta in a last column); and how many tokens
-    were computed for it, those of a shared prefix not among them."""
+    """What the head gives for n prompts: outputs [n, K] float32 (theta and, with ties, eta in a last column); and how many
+    tokens were computed for it, those of a shared prefix not among them."""
 
     outputs: npt.NDArray[np.float32]
     tokens: int

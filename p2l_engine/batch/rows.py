@@ -32,8 +32,8 @@ Turns = tuple[str, ...] | Unroutable
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Consecutive rows: the block's number, its first row's (from 0, over all files), each row's user turns, kept columns; and how
-    much of all input bytes was read by then, 0 to 1."""
+    """Consecutive rows: the block's number, its first row's (from 0, over all files), each row's user turns, kept columns; and
+    how much of all input bytes was read by then, 0 to 1."""
 
     number: int
     first: int

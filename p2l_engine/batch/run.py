@@ -41,8 +41,8 @@ UNDER_WAY = 8  # blocks in memory
 class Report:
     """What a run has done so far. rows read and written; routed: those without an error; computed and resumed: prompts whose
     coefficients this run computed, or found there; repeated: rows whose prompt came before; tokens computed; read: the share of
-    the input's bytes, 0 to 1; spend: the sum of expected costs of what was written; price: what one more unit of the mean cost would have been worth (a budget over the
-    batch); seconds by stage (stages overlap)."""
+    the input's bytes, 0 to 1; spend: the sum of expected costs of what was written; price: what one more unit of the mean cost
+    would have been worth (a budget over the batch); seconds by stage (stages overlap)."""
 
     rows: int = 0
     routed: int = 0
