@@ -6,7 +6,6 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,9 @@ from torch import Tensor
 from p2l_engine import backbone, checkpoint, cpu
 from p2l_engine.backbone import PackedDecoder
 from p2l_engine.checkpoint import Checkpoint
+from p2l_engine.flights import Flight, ahead, flights
 from p2l_engine.graphs import CompileWatch, Graphs
-from p2l_engine.packing import Packed, Tokens, batches
+from p2l_engine.packing import Packed, Tokens
 from p2l_engine.prompts import Prompt, PromptEncoder, user_turns
 from p2l_engine.regression import FeedbackModel
 
@@ -217,7 +217,7 @@ class Engine:
         """
         turns = [user_turns(prompt, i) for i, prompt in enumerate(prompts)]
         chunks = (turns[start : start + PROMPTS_PER_CHUNK] for start in range(0, len(turns), PROMPTS_PER_CHUNK))
-        tokens = self._encoded(chunks) if len(turns) > PROMPTS_PER_CHUNK else map(self.encoder.encode, chunks)
+        tokens = ahead(self.encoder.encode, chunks) if len(turns) > PROMPTS_PER_CHUNK else map(self.encoder.encode, chunks)
         for flight in self._flights(tokens, stage):
             yield flight.landed()
 
@@ -232,7 +232,7 @@ class Engine:
         sizes: deque[int] = deque()
 
         def counted() -> Iterator[list[Tokens] | None]:
-            for tokens in self._encoded(chunks):
+            for tokens in ahead(self.encoder.encode, chunks):
                 if tokens is not None:
                     sizes.append(len(tokens))
                 yield tokens
@@ -248,53 +248,25 @@ class Engine:
                 yield Outputs(out, computed)
                 before, found, computed = before + sizes.popleft(), 0, 0
 
-    def _flights(self, chunks: Iterable[list[Tokens] | None], stage: Stage) -> Iterator[_Flight]:
-        """Batches of each chunk's prompts, by like length; on a GPU several are under way before the first is handed out, as
-        long as there are chunks: None says that the next one will take its time."""
-        flying: deque[_Flight] = deque()
-        start = 0
-        for tokens in chunks:
-            if tokens is None:
-                yield from flying
-                flying.clear()
-                continue
-            for batch in batches([len(ids) for ids in tokens], TOKENS_PER_BATCH[self.device.type]):
-                flying.append(self._launch(np.array(batch) + start, [tokens[i] for i in batch], stage))
-                if self.device.type == "cpu" or len(flying) > BATCHES_IN_FLIGHT:
-                    yield flying.popleft()
-            start += len(tokens)
-        yield from flying
+    def _flights(self, chunks: Iterable[list[Tokens] | None], stage: Stage) -> Iterator[Flight]:
+        return flights(
+            chunks,
+            lambda rows, tokens: self._launch(rows, tokens, stage),
+            TOKENS_PER_BATCH[self.device.type],
+            BATCHES_IN_FLIGHT if self.device.type == "cuda" else 0,
+        )
 
-    def _encoded(self, chunks: Iterable[Sequence[Prompt]]) -> Iterator[list[Tokens] | None]:
-        """Token ids, chunk by chunk, two chunks ahead; None before a chunk that is not there yet."""
-        source = iter(chunks)
-
-        def following() -> list[Tokens] | None:
-            chunk = next(source, None)
-            return None if chunk is None else self.encoder.encode(chunk)
-
-        with ThreadPoolExecutor(1, thread_name_prefix="p2l-tokenizer") as pool:
-            ahead = deque(pool.submit(following) for _ in range(2))
-            while True:
-                if not ahead[0].done():
-                    yield None
-                tokens = ahead.popleft().result()
-                if tokens is None:
-                    return
-                ahead.append(pool.submit(following))
-                yield tokens
-
-    def _launch(self, rows: npt.NDArray[np.intp], tokens: list[Tokens], stage: Stage) -> _Flight:
+    def _launch(self, rows: npt.NDArray[np.intp], tokens: list[Tokens], stage: Stage) -> Flight:
         on_gpu = self.device.type == "cuda"
         packed = Packed.of(tokens, self.backbone.prefix, pin=on_gpu)
         with torch.inference_mode(), self._on_device():
             results = stage(self.backbone(packed.to(self.device)), rows)
             if not on_gpu:
-                return _Flight(rows, packed, results, None)
+                return Flight(rows, packed, results, None)
             landing = tuple(torch.empty(r.shape, dtype=r.dtype, pin_memory=True).copy_(r, non_blocking=True) for r in results)
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(self.device))
-        return _Flight(rows, packed, landing, event)
+        return Flight(rows, packed, landing, event)
 
     def _on_device(self) -> AbstractContextManager[object]:
         """Triton and new streams go to the current device, which is a thread's own affair."""
@@ -309,21 +281,6 @@ class Engine:
             )
         theta = np.ascontiguousarray(out[:, : len(self.models)])
         return Coefficients(theta, out[:, -1].copy() if self.head.has_eta else None, self.models, self.feedback)
-
-
-@dataclass(frozen=True, slots=True)
-class _Flight:
-    """A batch under way: its tokens' page-locked memory must outlive the copy to the device."""
-
-    rows: npt.NDArray[np.intp]
-    packed: Packed
-    results: tuple[Tensor, ...]
-    event: torch.cuda.Event | None
-
-    def landed(self) -> tuple[npt.NDArray[np.intp], tuple[npt.NDArray[Any], ...]]:
-        if self.event is not None:
-            self.event.synchronize()
-        return self.rows, tuple(result.numpy() for result in self.results)
 
 
 def natural_dtype(device: torch.device) -> torch.dtype:
