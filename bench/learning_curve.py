@@ -1,6 +1,6 @@
 """Learning curve: what a checkpoint makes of held-out votes, by how many votes it was trained on (the paper's Figure 2).
 
-    python -m bench.learning_curve --csv bench/results/learning_curve.csv --plot bench/results/learning_curve.png
+    python -m bench.learning_curve --csv bench/results/learning_curve.csv --plot docs/learning_curve.svg
 
 Every point is a training run of its own on a share of the training prompts, with the config's epochs and learning rate; a
 smaller share is part of a larger one, the held-out prompts are the same. Beside it, from the same training votes: one
@@ -25,6 +25,7 @@ from p2l_engine.train.config import TrainConfig
 from p2l_engine.train.run import train
 from p2l_engine.votes.marginal import category_fits, marginal_fit
 
+NAMES = ("proj_name", "output_dir", "license", "description")  # of a config: they change no weight
 SHARES = (0.0625, 0.125, 0.25, 0.5, 1.0)
 NAMED = {"p2l": ("#3b6ea5", "P2L"), "category": ("#5a9a68", "category known"), "marginal": ("#b8860b", "marginal")}
 
@@ -35,7 +36,8 @@ def trained(config: TrainConfig, share: float) -> Path:
     folder = train(config, if_present="resume")
     stored = json.loads((folder / "training_config.json").read_text(encoding="utf-8"))
     asked = json.loads(config.model_dump_json())
-    changed = sorted(key for key in asked if stored.get(key) != asked[key] and key not in ("output_dir", "description"))
+    unsaid = {key: field.default for key, field in TrainConfig.model_fields.items()}  # keys that came after that run
+    changed = sorted(key for key in asked if stored.get(key, unsaid[key]) != asked[key] and key not in NAMES)
     if changed:
         raise ValueError(f"{folder}: trained with other values of {', '.join(changed)}: remove it, or name another --output")
     return folder
@@ -45,7 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.learning_curve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", default="train/configs/default.yaml")
+    parser.add_argument("--config", default="train/configs/two-epochs.yaml")
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES, metavar="SHARE")
     parser.add_argument("--output", help="folder of the runs (default: the config's output_dir)")
     parser.add_argument("--csv", type=Path, help="also write the rows here")

@@ -225,6 +225,19 @@ def test_several_files_are_read_as_one(tmp_path):
         read([first, str(tmp_path / "missing.csv")])
 
 
+def test_rows_may_be_left_out_by_a_columns_values(tmp_path):
+    given = parquet(tmp_path / "a.parquet", ROWS, source=["good", "bad", "good", "worse"])
+    votes, dropped = read(given, leave_out={"source": ["bad", "worse"]})
+    assert (len(votes), dropped.rows) == (2, 2)
+    for leave_out, message in (
+        ({"sauce": ["bad"]}, "leave_out: expected one of .* got 'sauce'"),
+        ({"source": ["bda"]}, "leave_out: no row's source is bda"),
+        ({"source": [[1]]}, "leave_out: source: expected values of the type string"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read(given, leave_out=leave_out)
+
+
 def pairs_of(*wins):
     models = sorted({model for pair in wins for model in pair})
     a, b = (np.array([models.index(pair[k]) for pair in wins]) for k in (0, 1))

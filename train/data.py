@@ -41,7 +41,7 @@ def load(config: TrainConfig) -> Splits:
 
 
 def _on_mainland(parts: Splits, islands: tuple[tuple[str, ...], ...]) -> Splits:
-    """Only the votes on models that a chain of training votes ties to the largest group."""
+    """Only the votes on models that a chain of training votes ties to the group with the most votes."""
     gone = {name for island in islands for name in island}
     kept = [name for name in parts.training.models if name not in gone]
     among = parts.among(kept)
@@ -55,7 +55,8 @@ def _on_mainland(parts: Splits, islands: tuple[tuple[str, ...], ...]) -> Splits:
 
 def _read(config: TrainConfig, path: str | list[str], models: tuple[str, ...] | None = None) -> Votes:
     feedback = feedback_model(config.loss_type)
-    votes, dropped = read(path, models, feedback, config.columns, config.max_dropped)
+    leave_out = config.leave_out if path == config.train_data_path else None  # validation data are as they were made
+    votes, dropped = read(path, models, feedback, config.columns, config.max_dropped, leave_out)
     for line in dropped.lines():
         logger.warning("%s: left out %s", path, line)
     return votes

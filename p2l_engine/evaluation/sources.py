@@ -41,7 +41,7 @@ def of_config(engine: Engine, part: Part, costs: Catalog | None) -> Sources:
         "columns": config.get("columns"),
         "max_dropped": config.get("max_dropped", 0.01),
     }
-    votes, dropped = read(path, **options)
+    votes, dropped = read(path, **options, leave_out=config.get("leave_out"))
     if config.get("val_data_path"):
         if part != "validation":
             raise ValueError(f"{engine.folder}: trained with val_data_path and nothing held out: ask for the part 'validation'")

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from p2l_engine.regression import FeedbackModel, Outcome
 from p2l_engine.votes.files import read_table, turns
@@ -69,6 +70,7 @@ def read(
     feedback: FeedbackModel | None = None,
     columns: Mapping[str, str] | None = None,
     max_dropped: float = MAX_DROPPED,
+    leave_out: Mapping[str, Sequence[Any]] | None = None,
 ) -> tuple[Votes, Dropped]:
     """Votes of a parquet, jsonl or csv file, a folder of them, a hub data set's name (its split ``train``), or several such
     read as one; and what of it could not be used.
@@ -81,12 +83,15 @@ def read(
     poisson): prompt, value (or score), and either model or model_a and model_b.
 
     feedback: what the votes are for: models of values read those; bt leaves out ties. models fixes the columns (for validation
-    data); else they are the sorted names found. columns: the file's own name for some of the names above. Raises ValueError
-    where columns are missing, where no row can be used, or where more than the share ``max_dropped`` of the rows cannot.
+    data); else they are the sorted names found. columns: the file's own name for some of the names above. leave_out: values
+    of the file's columns; the rows that have them are not read. Raises ValueError where columns are missing, where no row can be
+    used, or where more than the share ``max_dropped`` of the rows cannot.
     """
     values = feedback is not None and feedback.of_values
     table = read_table(path)
     path = path if isinstance(path, str) else ", ".join(path)
+    for name, values_out in (leave_out or {}).items():
+        table = _without(table, name, values_out, path)
     unknown = sorted(set(columns or {}) - COLUMNS)
     if unknown:
         raise ValueError(f"columns: expected some of {', '.join(sorted(COLUMNS))}, got {', '.join(unknown)}")
@@ -128,6 +133,22 @@ def read(
             f"{max_dropped:g}: {'; '.join(dropped.lines())}"
         )
     return _of_model(rows.make(values), feedback, path, dropped), dropped
+
+
+def _without(table: pa.Table, name: str, values: Sequence[Any], path: str) -> pa.Table:
+    """Only the rows whose column has none of these values. Raises ValueError where that column, or one of them, is not there:
+    what was misspelt would be trained on."""
+    if name not in table.column_names:
+        raise ValueError(f"{path}: leave_out: expected one of {table.column_names}, got {name!r}")
+    column = table.column(name).combine_chunks()
+    try:
+        wanted = pa.array(values, column.type)
+    except (pa.ArrowException, TypeError) as error:
+        raise ValueError(f"{path}: leave_out: {name}: expected values of the type {column.type}: {error}") from None
+    missing = sorted(str(value) for value in wanted.filter(pc.invert(pc.is_in(wanted, column.unique()))).to_pylist())
+    if missing:
+        raise ValueError(f"{path}: leave_out: no row's {name} is {', '.join(missing)}")
+    return table.filter(pc.invert(pc.is_in(column, wanted)))
 
 
 def _of_model(votes: Votes, feedback: FeedbackModel | None, path: str, dropped: Dropped) -> Votes:

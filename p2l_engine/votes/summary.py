@@ -64,17 +64,16 @@ class Summary:
 
 
 def islands(votes: Votes) -> tuple[tuple[str, ...], ...]:
-    """Connected groups of models in the graph of votes, all but the largest; feedback on one model alone needs no chain."""
+    """Connected groups of models in the graph of votes, all but the one with the most votes; feedback on one model alone needs
+    no chain."""
     pairs = (votes.b >= 0) & (votes.weight > 0)
     if not pairs.any():
         return ()
     m = len(votes.models)
     graph = coo_array((np.ones(int(pairs.sum())), (votes.a[pairs], votes.b[pairs])), (m, m))
     count, label = connected_components(graph, directed=False)
-    sizes = np.bincount(label, minlength=count)
-    return tuple(
-        tuple(votes.models[i] for i in np.flatnonzero(label == group)) for group in range(count) if group != sizes.argmax()
-    )
+    most = np.bincount(label[votes.a[pairs]], votes.weight[pairs], count).argmax()
+    return tuple(tuple(votes.models[i] for i in np.flatnonzero(label == group)) for group in range(count) if group != most)
 
 
 def undecided(votes: Votes) -> tuple[str, ...]:
