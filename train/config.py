@@ -66,9 +66,7 @@ class TrainConfig(BaseModel):
     columns: dict[str, str] = {}  # the data's own names for prompt, model_a, winner ...
     leave_out: dict[str, list[str | int]] = {}  # values of the data's columns: rows that have them are not read
     max_dropped: Annotated[float, Field(ge=0, le=1)] = 0.01  # share of the rows that may be unusable
-    islands: Literal["refuse", "leave_out", "train"] = (
-        "refuse"  # models that no chain of votes ties to the group with the most votes
-    )
+    islands: Literal["refuse", "leave_out", "train"] = "refuse"  # models that no chain of votes ties to most others
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of the prompts kept from training, when there is no val data
     validation: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of the others that choices are made on, not trained on either
     split_by: Literal["prompt", "time"] = "prompt"  # time: the prompts whose first votes came last are held out

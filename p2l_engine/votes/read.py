@@ -84,8 +84,8 @@ def read(
 
     feedback: what the votes are for: models of values read those; bt leaves out ties. models fixes the columns (for validation
     data); else they are the sorted names found. columns: the file's own name for some of the names above. leave_out: values
-    of the file's columns; the rows that have them are not read. Raises ValueError where columns are missing, where no row can be
-    used, or where more than the share ``max_dropped`` of the rows cannot.
+    of the file's columns; the rows that have them are not read. Raises ValueError where columns are missing, where no row can
+    be used, or where more than the share ``max_dropped`` of the rows cannot.
     """
     values = feedback is not None and feedback.of_values
     table = read_table(path)
