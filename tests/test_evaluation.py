@@ -13,12 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 
 from p2l_engine import Engine
 from p2l_engine.engine import Coefficients
 from p2l_engine.evaluation import clusters, features, html, routed, strengths
 from p2l_engine.evaluation.growth import growth
-from p2l_engine.evaluation.metrics import Prediction, calibration, difference, figures
+from p2l_engine.evaluation.metrics import Prediction, _BySample, calibration, difference, figures
 from p2l_engine.evaluation.predictors import compare, predictions, value_figures
 from p2l_engine.evaluation.report import Asked, Scores, evaluate
 from p2l_engine.regression import Outcome, feedback_model
@@ -74,6 +75,22 @@ def test_the_constant_is_right_by_chance():
     assert found["accuracy_2"].value == pytest.approx(0.5)
     assert found["log_loss"].value == pytest.approx(np.log(4))
     assert found["tie_auc"].value == pytest.approx(0.5)
+
+
+def test_the_area_under_the_curve_is_sklearns_with_weights_and_equal_scores():
+    rng = np.random.default_rng()
+    n = 300
+    weight, score, is_so = rng.random(n) * (rng.random(n) > 0.1), rng.integers(9, size=n) / 9, rng.random(n) < 0.3
+    votes = Votes.make(
+        [(str(i),) for i in range(n)], ["x", "y"], np.arange(n), np.zeros(n, int), np.ones(n, int), np.zeros(n, int), weight
+    )
+    samples = np.concatenate([np.ones((1, n)), rng.integers(3, size=(20, n))])
+    found = _BySample(votes, samples)
+    expected = [roc_auc_score(is_so, score, sample_weight=weight * sample) for sample in samples]
+    figure = found.auc(score, is_so)
+    assert figure.value == pytest.approx(expected[0], abs=1e-12)
+    assert figure.low == pytest.approx(np.quantile(expected[1:], 0.025), abs=1e-12)
+    assert found.auc(score, np.zeros(n, bool)) is None
 
 
 def test_the_truth_is_calibrated_and_beats_the_marginal():
