@@ -170,7 +170,7 @@ class _BySample:
         return Figure(float(values[0]), float(low), float(high))
 
     def auc(self, score: Float64, is_so: npt.NDArray[np.bool_]) -> Figure | None:
-        """The area under the ROC curve: sorted once for all samples, a hundred times faster than sklearn's on each."""
+        """The area under the ROC curve: sorted once for all samples, some twenty times faster than sklearn on each."""
         _, place = np.unique(score, return_inverse=True)
         values = np.full(len(self.samples), np.nan)
         for i, sample in enumerate(self.samples):
