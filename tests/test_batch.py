@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import islice
 
 import numpy as np
 import pyarrow as pa
@@ -294,6 +295,36 @@ def test_a_full_disk_loses_nothing(scope, router, tmp_path, monkeypatch):
             failures += 1
     assert failures > 3
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_state_folder_keeps_what_is_not_the_runs(router, tmp_path, monkeypatch):
+    given, kept = write(tmp_path / "in.parquet"), tmp_path / "kept"
+    kept.mkdir()
+    (kept / "thesis.txt").write_text("precious")
+    (kept / "coefficients-000000.npy").write_text("another's")
+    asked = {"budget": 1.5, "rows_per_part": 32}
+    run(router, Asked([given], str(tmp_path / "whole"), **asked))
+    # Two runs that are cut short share the folder, and nothing in it.
+    real = router.engine.outputs_of
+
+    def cut_short(chunks):
+        yield from islice(real(chunks), 2)
+        raise InterruptedError
+
+    monkeypatch.setattr(router.engine, "outputs_of", cut_short)
+    for more in ({}, {"column": "id"}):
+        with pytest.raises(InterruptedError):
+            run(router, Asked([given], str(tmp_path / f"out{len(more)}"), state=str(kept), **asked, **more))
+    assert len(list(kept.glob("run-*"))) == 2
+    monkeypatch.undo()
+    run(router, Asked([given], str(tmp_path / "out"), state=str(kept), **asked))
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert len(list(kept.glob("run-*"))) == 2
+    run(router, Asked([given], str(tmp_path / "out0"), state=str(kept), **asked), restart=True)
+    assert contents(tmp_path / "out0") == contents(tmp_path / "whole")
+    assert len(list(kept.glob("run-*"))) == 1
+    assert (kept / "thesis.txt").read_text() == "precious"
+    assert (kept / "coefficients-000000.npy").read_text() == "another's"
 
 
 def test_prompts_beyond_what_is_remembered_are_computed_again():

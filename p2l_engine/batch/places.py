@@ -94,9 +94,8 @@ def write_local(path: Path, data: bytes | memoryview) -> None:
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
+    finally:
+        beside.unlink(missing_ok=True)  # still there only where something failed
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

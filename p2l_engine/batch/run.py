@@ -7,7 +7,9 @@ bytes of one that was not. A budget over the batch takes two passes: coefficient
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import logging
 import shutil
 import threading
@@ -77,11 +79,12 @@ def run(router: Router, asked: Asked, restart: bool = False, progress: Callable[
     """
     files = find(asked.inputs)
     output = Place.of(asked.output)
-    state = _state(asked, output)
-    manifest = _prepare(router, asked, files, output, state, restart)
+    now = identity(asked, router, files)
+    state = _state(asked, output, now)
+    manifest = _prepare(router, asked, now, output, state, restart)
     if manifest["complete"]:
         logger.info("%s is finished already", output.shown)
-        shutil.rmtree(state, ignore_errors=True)
+        _remove(state)
         return Report(**manifest["report"])
     spill = Spill(state, len(router.engine.head.bias))
     work = _Run(router, asked, files, output, Decider(router, asked, spill), progress or (lambda _: None))
@@ -93,23 +96,31 @@ def run(router: Router, asked: Asked, restart: bool = False, progress: Callable[
     report.seconds["all"] = time.perf_counter() - start
     kept = {name: getattr(report, name) for name in ("rows", "routed", "repeated", "parts", "spend", "prices")}
     write_manifest(output, {"asked": manifest["asked"], "complete": True, "report": kept})
-    shutil.rmtree(state)
+    _remove(state)
     return report
 
 
-def _state(asked: Asked, output: Place) -> Path:
-    if asked.state is not None:
-        return Path(asked.state).expanduser()
-    if not output.is_local:
+def _state(asked: Asked, output: Place, now: dict[str, Any]) -> Path:
+    """A folder of this run's own: whatever else is kept beside it is never read, and never removed."""
+    if asked.state is None and not output.is_local:
         raise ValueError(f"state: expected a local folder where the output is not local ({output.shown}), got None")
-    return Path(output.path) / STATE
+    within = Path(output.path) / STATE if asked.state is None else Path(asked.state).expanduser()
+    key = hashlib.sha256(json.dumps([output.path, now]).encode()).hexdigest()[:16]
+    return within / f"run-{key}"
 
 
-def _prepare(router: Router, asked: Asked, files: Sequence[File], output: Place, state: Path, restart: bool) -> dict[str, Any]:
+def _remove(state: Path) -> None:
+    """Its run's folder, and the one for states where that is in the output and nothing else is in it."""
+    if state.is_dir():
+        shutil.rmtree(state)
+    if state.parent.name == STATE and state.parent.is_dir() and not any(state.parent.iterdir()):
+        state.parent.rmdir()
+
+
+def _prepare(router: Router, asked: Asked, now: dict[str, Any], output: Place, state: Path, restart: bool) -> dict[str, Any]:
     """The manifest of the run that is there and goes on, or of a new one."""
     # What no prompt can have is refused before any is read.
     router.solve(np.zeros((1, len(router.names))), asked.budget, asked.budget_scope, asked.max_share, asked.min_share)
-    now = identity(asked, router, files)
     before = read_manifest(output)
     if before is not None and before["asked"] != now and not restart:
         said = "; ".join(changes(before["asked"], now)) if before["asked"] else "its clearing was cut short"
@@ -133,8 +144,8 @@ def _prepare(router: Router, asked: Asked, files: Sequence[File], output: Place,
         write_manifest(output, {"asked": {}, "complete": False})
         for name in _parts(output):
             (output / name).remove()
-    for file in state.glob("coefficients-*.npy"):
-        file.unlink()
+        _remove(_state(asked, output, before["asked"]))
+    _remove(state)
     manifest = {"asked": now, "complete": False}
     write_manifest(output, manifest)
     state.mkdir(parents=True, exist_ok=True)
