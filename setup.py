@@ -28,8 +28,9 @@ train = [
     "rich>=14",
 ]
 batch = ["pyarrow>=20", "fsspec>=2025.3"]
+ray = [*batch, "ray[data]>=2.55,<2.64"]
 bench = ["cvxpy>=1.6", "scipy>=1.15", "rich>=14"]
-test = ["pytest>=8.4", "hypothesis>=6.130", "scipy>=1.15"]
+test = ["pytest>=8.4", "hypothesis>=6.130", "scipy>=1.15", "moto[s3]>=5.1", "flask>=3", "flask-cors>=5", "pyspark>=4"]
 lint = ["ruff>=0.12", "mypy>=1.17", "types-cffi", "types-PyYAML"]
 
 setup(
@@ -66,8 +67,9 @@ setup(
         "cli": cli,
         "train": train,
         "batch": batch,
+        "ray": ray,
         "bench": bench,
-        "test": [*default, *cli, *train, *batch, *bench, *test],
+        "test": [*default, *cli, *train, *ray, *bench, *test],
         "lint": lint,
     },
     entry_points={"console_scripts": ["p2l-engine=p2l_engine.cli:main"]},

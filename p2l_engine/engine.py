@@ -68,12 +68,21 @@ class Outputs(NamedTuple):
 class Engine:
     """Computes the coefficients of prompts with one P2L checkpoint on one device. Safe to call from several threads."""
 
-    def __init__(self, loaded: Checkpoint, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        loaded: Checkpoint,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        tokens_per_batch: int | None = None,
+    ) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if self.device.type not in TOKENS_PER_BATCH:
             raise ValueError(f"device: expected cpu or cuda, got {str(self.device)!r}")
         if self.device.type == "cuda" and (self.device.index or 0) >= torch.cuda.device_count():
             raise ValueError(f"device: {str(self.device)!r} is not here: {torch.cuda.device_count()} CUDA devices are")
+        self.tokens_per_batch = TOKENS_PER_BATCH[self.device.type] if tokens_per_batch is None else tokens_per_batch
+        if self.tokens_per_batch < 1:
+            raise ValueError(f"tokens_per_batch: expected at least 1, got {tokens_per_batch!r}")
         if self.device.type == "cpu":
             cpu.limit_threads()
         self.dtype = dtype or natural_dtype(self.device)
@@ -95,13 +104,15 @@ class Engine:
         path_or_repo: str | Path | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
+        tokens_per_batch: int | None = None,
     ) -> Engine:
         """Reads a checkpoint: a folder, a hub name, or None for the built-in default.
 
         device None: CUDA where there is one, else the CPU. dtype None: bfloat16 on CUDA and on CPUs that multiply it in
-        hardware (AMX, AVX512-BF16), else float32. Raises CheckpointError.
+        hardware (AMX, AVX512-BF16), else float32. tokens_per_batch: of a forward pass (a longer prompt has one of its own);
+        None: 4,096 on a CPU, 32,768 on CUDA. Raises CheckpointError.
         """
-        return cls(checkpoint.load(path_or_repo), device, dtype)
+        return cls(checkpoint.load(path_or_repo), device, dtype, tokens_per_batch)
 
     def coefficients(self, prompts: Sequence[Prompt], progress: Callable[[int], object] | None = None) -> Coefficients:
         """The coefficients of each prompt, in order. An empty batch gives empty arrays.
@@ -179,7 +190,7 @@ class Engine:
                     self._graphs = Graphs(lambda packed: self.outputs(self.backbone(packed)), prefix, self.device, keep)
                     self.coefficients(["a"])
                 whole = np.zeros(256, np.int32)  # a full batch, so that its memory is there
-                self.forward([whole] * (TOKENS_PER_BATCH["cuda"] // len(whole)))
+                self.forward([whole] * (self.tokens_per_batch // len(whole)))
                 CompileWatch.start()
         seconds = time.perf_counter() - start
         logger.info("warm-up: %.1f s; head and win rates in one launch up to %d prompts", seconds, self._fused_up_to)
@@ -252,7 +263,7 @@ class Engine:
         return flights(
             chunks,
             lambda rows, tokens: self._launch(rows, tokens, stage),
-            TOKENS_PER_BATCH[self.device.type],
+            self.tokens_per_batch,
             BATCHES_IN_FLIGHT if self.device.type == "cuda" else 0,
         )
 

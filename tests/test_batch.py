@@ -17,8 +17,8 @@ import pytest
 
 from p2l_engine import Router
 from p2l_engine.batch import Asked, run
-from p2l_engine.batch.asked import read_manifest
 from p2l_engine.batch.distinct import Distinct
+from p2l_engine.batch.manifest import read_manifest
 from p2l_engine.batch.places import Place, find
 from p2l_engine.batch.rows import Unroutable, blocks
 from tests.test_router import COSTS, catalog

@@ -156,7 +156,7 @@ def test_route_takes_shares(checkpoint):
     assert sum(json.loads(line)["policy"].get(top, 0.0) for line in out.splitlines()) <= 2 + 1e-9
     status, _, err = run("route", "hello", "--max-share", "alpha", checkpoint=checkpoint)
     assert status == 2
-    assert "expected NAME=SHARE" in err
+    assert "expected NAME=NUMBER" in err
 
 
 def test_a_leaderboard_over_a_file_of_prompts(checkpoint, tmp_path):

@@ -12,7 +12,6 @@ import torch
 from transformers import GPT2Config, LlamaConfig
 
 from p2l_engine import Engine, cpu
-from p2l_engine.engine import TOKENS_PER_BATCH
 from p2l_engine.errors import PromptError
 from p2l_engine.graphs import CompileWatch
 from p2l_engine.packing import Packed, batches
@@ -150,7 +149,7 @@ def test_chunks_are_tokenised_ahead_and_every_prompt_comes_once(tmp_path, monkey
     prompts = [f"{i} " * (1 + i % 7) for i in range(50)]
     whole = engine.coefficients(prompts).theta
     monkeypatch.setattr("p2l_engine.engine.PROMPTS_PER_CHUNK", 8)
-    monkeypatch.setitem(TOKENS_PER_BATCH, "cpu", 64)
+    monkeypatch.setattr(engine, "tokens_per_batch", 64)
     np.testing.assert_allclose(engine.coefficients(prompts).theta, whole, atol=1e-5)
     batches_seen = list(engine.stream(prompts, lambda hidden, rows: (torch.from_numpy(rows),)))
     assert sorted(i for rows, _ in batches_seen for i in rows) == list(range(50))
@@ -164,7 +163,7 @@ def test_chunks_are_tokenised_ahead_and_every_prompt_comes_once(tmp_path, monkey
 
 def test_a_stream_of_chunks_is_computed_chunk_by_chunk(tmp_path, monkeypatch):
     engine = Engine.from_pretrained(tiny.write(tmp_path), device="cpu", dtype=torch.float32)
-    monkeypatch.setitem(TOKENS_PER_BATCH, "cpu", 64)
+    monkeypatch.setattr(engine, "tokens_per_batch", 64)
     prompts = [f"{i} " * (1 + i % 7) for i in range(50)]
     cuts = [0, 1, 20, 23, 50]
     drawn = []

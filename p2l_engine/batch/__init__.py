@@ -2,5 +2,6 @@
 
 from p2l_engine.batch.asked import Asked
 from p2l_engine.batch.run import Report, run
+from p2l_engine.batch.worker import Route
 
-__all__ = ["Asked", "Report", "run"]
+__all__ = ["Asked", "Report", "Route", "run"]

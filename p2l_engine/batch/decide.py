@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from p2l_engine.batch.asked import Asked
 from p2l_engine.batch.distinct import NOWHERE, Unit
 from p2l_engine.batch.rows import Unroutable
-from p2l_engine.batch.spill import Spill
 from p2l_engine.engine import Coefficients
 from p2l_engine.router import Router
 from p2l_engine.routing import Policies
@@ -32,14 +30,26 @@ class Decided(NamedTuple):
 
 
 class Decider:
-    """Decisions for blocks whose coefficients are spilled."""
+    """Decisions for blocks whose coefficients are there.
 
-    def __init__(self, router: Router, asked: Asked, spill: Spill) -> None:
-        self.router, self.asked, self.spill = router, asked, spill
+    take: the engine's outputs [n, K] that references [n] point to. budget, price, stored (None: not at all): as in ``Asked``,
+    of which stored is the type of written coefficients.
+    """
+
+    def __init__(
+        self,
+        router: Router,
+        take: Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float32]],
+        budget: float | None = None,
+        price: float | None = None,
+        stored: Literal["float16", "float32"] | None = None,
+    ) -> None:
+        self.router, self.take = router, take
+        self.budget, self.price, self.stored = budget, price, stored
         self.names = pa.array(router.names)
 
     def coefficients(self, references: npt.NDArray[np.int64]) -> Coefficients:
-        engine, outputs = self.router.engine, self.spill.take(references)
+        engine, outputs = self.router.engine, self.take(references)
         theta = np.ascontiguousarray(outputs[:, : len(engine.models)])
         eta = outputs[:, -1].copy() if engine.head.has_eta else None
         return Coefficients(theta, eta, engine.models, engine.feedback)
@@ -48,7 +58,7 @@ class Decider:
         """[rows] which rows can be routed, and why the others cannot."""
         why = [prompt.why if isinstance(prompt, Unroutable) else None for prompt in unit.block.prompts]
         can = unit.references != NOWHERE
-        bad = np.flatnonzero(can)[~np.isfinite(self.spill.take(unit.references[can])).all(axis=1)]
+        bad = np.flatnonzero(can)[~np.isfinite(self.take(unit.references[can])).all(axis=1)]
         for row in bad.tolist():
             can[row], why[row] = False, "the backbone gave coefficients that are not finite"
         return can, why
@@ -61,8 +71,8 @@ class Decider:
         coefficients = once.rows(back)
         if policies is None:
             v = self.router.win_rates(once)
-            price = self.asked.price
-            each = self.router.solve(v, self.asked.budget) if price is None else at_price(v, self.router.costs, price)
+            price = self.price
+            each = self.router.solve(v, self.budget) if price is None else at_price(v, self.router.costs, price)
             scores = self.router.scores(once, each, v)[back]
             policies = Policies(each.indices[back], each.probabilities[back], each.value[back], each.cost[back])
         else:
@@ -99,8 +109,8 @@ class Decider:
             "win_rate": pa.array(policies.value),
             "score": pa.array(scores),
         }
-        if self.asked.coefficients:
-            kind = np.dtype(self.asked.coefficients)
+        if self.stored:
+            kind = np.dtype(self.stored)
             flat = pa.array(coefficients.theta.astype(kind).ravel())
             found["theta"] = pa.FixedSizeListArray.from_arrays(flat, coefficients.theta.shape[1])
             if coefficients.eta is not None:

@@ -77,7 +77,7 @@ def blocks(files: Sequence[File], column: str, keep: Sequence[str] | None = None
             )
         start = 0
         for i, prompt in enumerate(some.prompts):
-            found = _turns(prompt)
+            found = turns_of(prompt)
             if isinstance(found, Unroutable):
                 found = found._replace(where=f"{some.file.place.shown}: row {some.first + i}")
             prompts.append(found)
@@ -92,7 +92,8 @@ def blocks(files: Sequence[File], column: str, keep: Sequence[str] | None = None
         yield Block(number, first, prompts, pa.concat_tables(kept))
 
 
-def _turns(prompt: Any) -> Turns:
+def turns_of(prompt: Any) -> Turns:
+    """The user turns of a prompt as it was found in a file, or why there are none."""
     if isinstance(prompt, Unroutable):
         return prompt
     if prompt is None:

@@ -7,36 +7,43 @@ bytes of one that was not. A budget over the batch takes two passes: coefficient
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
 import logging
-import shutil
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 
-from p2l_engine.batch.asked import STATE, Asked, changes, identity, read_manifest, write_manifest
+from p2l_engine.batch.asked import Asked
 from p2l_engine.batch.decide import OURS, Decided, Decider, SpilledRates
 from p2l_engine.batch.distinct import Distinct, Unit
+from p2l_engine.batch.manifest import begin, how, identity, parts, remove_state, state_folder, write_manifest
 from p2l_engine.batch.places import File, Place, find
 from p2l_engine.batch.rows import Block, Unroutable, blocks
 from p2l_engine.batch.spill import Spill
+from p2l_engine.engine import Outputs
 from p2l_engine.router import Router
 from p2l_engine.routing import Policies
 
 logger = logging.getLogger(__name__)
 
 UNDER_WAY = 8  # blocks in memory
+
+
+class Workers(Protocol):
+    """Who computes coefficients, if not the router's engine: in what (``manifest.how``), and the number and outputs of each
+    block whose coefficients are not there (done), in order."""
+
+    how: str
+
+    def outputs(self, files: Sequence[File], asked: Asked, done: set[int]) -> Iterator[tuple[int, Outputs]]: ...
 
 
 @dataclass(slots=True)
@@ -69,25 +76,37 @@ class _Waiting(NamedTuple):
     ready: threading.Event
 
 
-def run(router: Router, asked: Asked, restart: bool = False, progress: Callable[[Report], object] | None = None) -> Report:
+def run(
+    router: Router,
+    asked: Asked,
+    restart: bool = False,
+    progress: Callable[[Report], object] | None = None,
+    workers: Workers | None = None,
+) -> Report:
     """Routes all rows of the inputs into the output folder: parts in the order of the rows, and a manifest.
 
     An unfinished run of the same inputs, checkpoint, catalog and options goes on; a finished one is left as it is. progress is
-    called whenever a block is done, from any thread. Raises ValueError where the folder holds something else or a run of
+    called whenever a block is done, from any thread. workers: who computes the coefficients instead of the router's
+    engine (``ray.Cluster``). Raises ValueError where the folder holds something else or a run of
     something else (``restart`` throws that run away), or where inputs cannot be read; InfeasibleBudget and Infeasible; OSError
     where there is no room or no permission. Whatever is raised, what was written stays whole, and the next run goes on.
     """
     files = find(asked.inputs)
     output = Place.of(asked.output)
-    now = identity(asked, router, files)
-    state = _state(asked, output, now)
-    manifest = _prepare(router, asked, now, output, state, restart)
+    engine = router.engine
+    computed = how(engine.device.type, engine.dtype, engine.tokens_per_batch) if workers is None else workers.how
+    now = identity(asked, router, files, computed)
+    state = state_folder(asked, output, now)
+    # What no prompt can have is refused before any is read.
+    router.solve(np.zeros((1, len(router.names))), asked.budget, asked.budget_scope, asked.max_share, asked.min_share)
+    manifest = begin(asked, now, output, state, restart)
     if manifest["complete"]:
         logger.info("%s is finished already", output.shown)
-        _remove(state)
+        remove_state(state)
         return Report(**manifest["report"])
     spill = Spill(state, len(router.engine.head.bias))
-    work = _Run(router, asked, files, output, Decider(router, asked, spill), progress or (lambda _: None))
+    decider = Decider(router, spill.take, asked.budget, asked.price, asked.coefficients)
+    work = _Run(router, asked, files, output, spill, decider, progress or (lambda _: None), workers)
     start = time.perf_counter()
     work.compute()
     if asked.over_batch:
@@ -96,64 +115,8 @@ def run(router: Router, asked: Asked, restart: bool = False, progress: Callable[
     report.seconds["all"] = time.perf_counter() - start
     kept = {name: getattr(report, name) for name in ("rows", "routed", "repeated", "parts", "spend", "prices")}
     write_manifest(output, {"asked": manifest["asked"], "complete": True, "report": kept})
-    _remove(state)
+    remove_state(state)
     return report
-
-
-def _state(asked: Asked, output: Place, now: dict[str, Any]) -> Path:
-    """A folder of this run's own: whatever else is kept beside it is never read, and never removed."""
-    if asked.state is None and not output.is_local:
-        raise ValueError(f"state: expected a local folder where the output is not local ({output.shown}), got None")
-    within = Path(output.path) / STATE if asked.state is None else Path(asked.state).expanduser()
-    key = hashlib.sha256(json.dumps([output.path, now]).encode()).hexdigest()[:16]
-    return within / f"run-{key}"
-
-
-def _remove(state: Path) -> None:
-    """Its run's folder, and the one for states where that is in the output and nothing else is in it."""
-    if state.is_dir():
-        shutil.rmtree(state)
-    if state.parent.name == STATE and state.parent.is_dir() and not any(state.parent.iterdir()):
-        state.parent.rmdir()
-
-
-def _prepare(router: Router, asked: Asked, now: dict[str, Any], output: Place, state: Path, restart: bool) -> dict[str, Any]:
-    """The manifest of the run that is there and goes on, or of a new one."""
-    # What no prompt can have is refused before any is read.
-    router.solve(np.zeros((1, len(router.names))), asked.budget, asked.budget_scope, asked.max_share, asked.min_share)
-    before = read_manifest(output)
-    if before is not None and before["asked"] != now and not restart:
-        said = "; ".join(changes(before["asked"], now)) if before["asked"] else "its clearing was cut short"
-        raise ValueError(
-            f"{output.shown}: holds a run that was asked for something else: {said}; undo that, name another folder, or "
-            "--restart"
-        )
-    if output.is_local:
-        for stray in Path(output.path).glob(".*.tmp"):
-            stray.unlink()
-    if before is not None and not restart:
-        lacking = before["report"]["parts"] - len(_parts(output)) if before["complete"] else 0
-        if lacking:
-            logger.warning("%s: %d parts of the finished run are gone: they are made again", output.shown, lacking)
-            before["complete"] = False
-        state.mkdir(parents=True, exist_ok=True)
-        return before
-    output.make_folder()
-    if before is not None:
-        # Cut short from here on, it is nobody's run: what is left of the old one must not pass for parts of the new one.
-        write_manifest(output, {"asked": {}, "complete": False})
-        for name in _parts(output):
-            (output / name).remove()
-        _remove(_state(asked, output, before["asked"]))
-    _remove(state)
-    manifest = {"asked": now, "complete": False}
-    write_manifest(output, manifest)
-    state.mkdir(parents=True, exist_ok=True)
-    return manifest
-
-
-def _parts(output: Place) -> list[str]:
-    return [name for name in output.names() if name.startswith("part-") and name.endswith(".parquet")]
 
 
 class _Run:
@@ -165,12 +128,14 @@ class _Run:
         asked: Asked,
         files: Sequence[File],
         output: Place,
+        spill: Spill,
         decider: Decider,
         progress: Callable[[Report], object],
+        workers: Workers | None,
     ) -> None:
         self.router, self.asked, self.files, self.output, self.decider = router, asked, files, output, decider
-        self.spill, self.progress, self.report = decider.spill, progress, Report()
-        self.written = set(_parts(output))
+        self.spill, self.progress, self.workers, self.report = spill, progress, workers, Report()
+        self.written = set(parts(output))
         self._room = threading.Semaphore(UNDER_WAY)
         self._lock = threading.Lock()
         self._waiting: deque[_Waiting] = deque()
@@ -182,7 +147,7 @@ class _Run:
         computing: deque[_Waiting] = deque()
         with ThreadPoolExecutor(1, thread_name_prefix="p2l-writer") as writer:
             try:
-                for chunk in self.router.engine.outputs_of(self._new_prompts(computing, writer)):
+                for chunk in self._outputs(self._new_prompts(computing, writer)):
                     waiting, start = computing.popleft(), time.perf_counter()
                     self.spill.write(waiting.unit.block.number, chunk.outputs)
                     self.report.computed += len(chunk.outputs)
@@ -195,6 +160,18 @@ class _Run:
                 raise
         if self._failed:
             raise self._failed[0]
+
+    def _outputs(self, new: Iterator[list[list[str]]]) -> Iterator[Outputs]:
+        """The new prompts' outputs, block by block: the router's engine's, or who else computes them."""
+        if self.workers is None:
+            yield from self.router.engine.outputs_of(new)
+            return
+        found = self.workers.outputs(self.files, self.asked, self.spill.present())
+        for prompts, (number, outputs) in zip(new, found, strict=True):
+            shape, expected = outputs.outputs.shape, (len(prompts), self.spill.width)
+            if shape != expected:
+                raise RuntimeError(f"block {number}: expected outputs {expected}, got {shape}: did the inputs change?")
+            yield outputs
 
     def _fail(self, error: BaseException) -> None:
         """Nothing new is begun; the reader, which may be waiting for room, comes to its end."""

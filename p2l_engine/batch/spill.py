@@ -28,6 +28,10 @@ class Spill:
     def has(self, block: int) -> bool:
         return self.path(block).is_file()
 
+    def present(self) -> set[int]:
+        """The blocks whose outputs are there."""
+        return {int(path.stem.rpartition("-")[2]) for path in self.folder.glob("coefficients-*.npy")}
+
     def write(self, block: int, outputs: npt.NDArray[np.float32]) -> None:
         buffer = io.BytesIO()
         np.save(buffer, np.ascontiguousarray(outputs, np.float32), allow_pickle=False)

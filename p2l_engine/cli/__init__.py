@@ -36,7 +36,7 @@ def main() -> None:
     try:
         app()
     except ModuleNotFoundError as error:
-        extra = "batch" if "batch" in sys.argv[1:2] else "train"
+        extra = "ray" if error.name == "ray" else "batch" if "batch" in sys.argv[1:2] else "train"
         message = f"error: {error}: this command needs the extra {extra!r}: pip install 'p2l-engine[{extra}]'"
         err.print(message, style="red", markup=False)
         sys.exit(2)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
+from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
+import torch
 import typer
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -14,16 +16,22 @@ from p2l_engine.cli.inputs import (
     CatalogOption,
     Checkpoint,
     Device,
+    Dtype,
     DtypeOption,
     LeaveOut,
     Scope,
     err,
     load_engine,
     load_router,
+    numbers_of,
     out,
-    share_of,
+    shares_of,
 )
-from p2l_engine.router import Shares
+from p2l_engine.engine import Engine
+from p2l_engine.router import Opponents
+
+if TYPE_CHECKING:
+    from p2l_engine.batch.ray import Cluster
 
 ROWS_PER_PART = 8192  # as in ``batch.Asked``, without importing pyarrow for every other command
 
@@ -73,16 +81,40 @@ def batch(
     ] = None,
     catalog: CatalogOption = None,
     leave_out: LeaveOut = False,
+    opponent: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=WEIGHT: what win rates are measured against; may be repeated; the weights sum to 1. Without it, "
+            "all models of the checkpoint alike."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the draws from mixed policies.")] = 0,
     checkpoint: Checkpoint = None,
     device: Device = None,
     dtype: DtypeOption = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            help="Compute coefficients on this Ray cluster: auto, HOST:PORT, or local for one on this machine.",
+            show_default=False,
+        ),
+    ] = None,
+    ray_workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="With --ray; one for each GPU, or for each node where there is none, when not given.",
+            show_default=False,
+        ),
+    ] = None,
+    tokens_per_batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of a forward pass; 4,096 on a CPU, 32,768 on a GPU when not given.", show_default=False),
+    ] = None,
 ) -> None:
     """Route files of prompts, of any length. Killed, the same command goes on where it was."""
     from p2l_engine.batch import Asked, Report, run
 
-    most: Shares = dict(share_of(given) for given in max_share or [])
-    least: Shares = dict(share_of(given, "--min-share") for given in min_share or [])
     asked = Asked(
         inputs=inputs,
         output=output,
@@ -91,16 +123,21 @@ def batch(
         budget=budget,
         budget_scope=budget_scope.value,
         price=price,
-        max_share=most,
-        min_share=least,
+        max_share=shares_of(max_share, "--max-share"),
+        min_share=shares_of(min_share, "--min-share"),
         coefficients=coefficients.value if coefficients else None,
         strict=strict,
         state=state,
         rows_per_part=rows_per_part,
     )
-    router = load_router(load_engine(checkpoint, device, dtype), catalog, leave_out, seed)
+    opponents: Opponents = numbers_of(opponent, "--opponent") if opponent else "uniform"
+    engine = load_engine(checkpoint, device if ray is None else "cpu", dtype, tokens_per_batch)
+    router = load_router(engine, catalog, leave_out, seed, opponents)
     columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True) as bar:
+    with (
+        _cluster(engine, checkpoint, ray, ray_workers, device, dtype, tokens_per_batch) as cluster,
+        Progress(*columns, console=err, transient=True) as bar,
+    ):
         task, lock = bar.add_task("reading", total=1.0), threading.Lock()
 
         def show(report: Report) -> None:
@@ -110,8 +147,28 @@ def batch(
                 done = f"{report.rows:,} rows, {report.parts:,} parts, spend {report.spend:,.4g}"
                 bar.update(task, completed=report.read, description=f"{done}; {speed}")
 
-        report = run(router, asked, restart, show)
+        report = run(router, asked, restart, show, cluster)
     _show(report, router.catalog.unit, output)
+
+
+def _cluster(
+    engine: Engine,
+    checkpoint: str | None,
+    address: str | None,
+    workers: int | None,
+    device: str | None,
+    dtype: Dtype | None,
+    tokens_per_batch: int | None,
+) -> AbstractContextManager[Cluster | None]:
+    if address is None:
+        if workers is not None:
+            raise typer.BadParameter("expected --ray beside it", param_hint="--ray-workers")
+        return nullcontext()
+    from p2l_engine.batch.ray import Cluster
+
+    kind = getattr(torch, dtype.value) if dtype else None
+    with err.status("connecting to Ray"):
+        return Cluster(engine, checkpoint, address, workers, device, kind, tokens_per_batch)
 
 
 def _show(report: object, unit: str, output: str) -> None:

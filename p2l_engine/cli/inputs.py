@@ -19,7 +19,7 @@ from p2l_engine.catalog import Catalog
 from p2l_engine.engine import Engine
 from p2l_engine.errors import PromptError
 from p2l_engine.prompts import Prompt, user_turns
-from p2l_engine.router import Router
+from p2l_engine.router import Opponents, Router, Shares
 
 out, err = Console(), Console(stderr=True)
 
@@ -54,19 +54,21 @@ CatalogOption = Annotated[
 LeaveOut = Annotated[bool, typer.Option("--leave-out", help="Leave out models that only one side knows.")]
 
 
-def load_engine(checkpoint: str | None, device: str | None, dtype: Dtype | None) -> Engine:
+def load_engine(checkpoint: str | None, device: str | None, dtype: Dtype | None, tokens_per_batch: int | None = None) -> Engine:
     with err.status("loading the checkpoint"):
-        return Engine.from_pretrained(checkpoint, device, getattr(torch, dtype.value) if dtype else None)
+        return Engine.from_pretrained(checkpoint, device, getattr(torch, dtype.value) if dtype else None, tokens_per_batch)
 
 
-def load_router(engine: Engine, catalog: Path | None, leave_out: bool, seed: int = 0) -> Router:
+def load_router(
+    engine: Engine, catalog: Path | None, leave_out: bool, seed: int = 0, opponents: Opponents = "uniform"
+) -> Router:
     """A router over the catalog named, or the checkpoint's own."""
     shown = catalog or engine.folder / "catalog.yaml"
     if not shown.is_file():
         raise typer.BadParameter(
             f"the checkpoint has no catalog.yaml of its own: name one; not found: {shown}", param_hint="--catalog"
         )
-    return Router(engine, Catalog.from_yaml(shown), seed=seed, unmatched="leave_out" if leave_out else "error")
+    return Router(engine, Catalog.from_yaml(shown), opponents, seed, "leave_out" if leave_out else "error")
 
 
 @contextmanager
@@ -126,13 +128,26 @@ def read_stdin() -> str:
         raise ValueError(f"standard input: expected UTF-8 text: {error}") from None
 
 
-def share_of(given: str, option: str = "--max-share") -> tuple[str, float]:
-    """NAME=SHARE; names may hold equals signs themselves."""
-    name, equals, share = given.rpartition("=")
-    try:
-        return (name if equals else given), float(share)
-    except ValueError:
-        raise typer.BadParameter(f"expected NAME=SHARE, such as o1=0.1, got {given!r}", param_hint=option) from None
+def numbers_of(given: list[str] | None, option: str) -> dict[str, float]:
+    """NAME=NUMBER each, every name once; names may hold equals signs themselves."""
+    found: dict[str, float] = {}
+    for text in given or []:
+        name, _, number = text.rpartition("=")
+        try:
+            value = float(number)
+        except ValueError:
+            name = ""
+        if not name:
+            raise typer.BadParameter(f"expected NAME=NUMBER, such as o1=0.1, got {text!r}", param_hint=option)
+        if name in found:
+            raise typer.BadParameter(f"expected every name once, got {name} twice", param_hint=option)
+        found[name] = value
+    return found
+
+
+def shares_of(given: list[str] | None, option: str) -> Shares:
+    """``numbers_of`` for shares of models."""
+    return {name: share for name, share in numbers_of(given, option).items()}
 
 
 def short(text: str, width: int) -> str:

@@ -25,7 +25,7 @@ from p2l_engine.cli.inputs import (
     out,
     progress,
     read_prompts,
-    share_of,
+    shares_of,
     short,
 )
 from p2l_engine.decision import Decision
@@ -53,7 +53,7 @@ def route(
 ) -> None:
     """Choose the best model for each prompt, within a budget."""
     batch = read_prompts(prompts, file)
-    shares: dict[str | tuple[str, ...], float] = dict(share_of(given) for given in max_share or [])
+    shares = shares_of(max_share, "--max-share")
     router = load_router(load_engine(checkpoint, device, dtype), catalog, leave_out, seed)
     with progress(len(batch)) as advance:
         decisions = router.route_batch(batch, budget, budget_scope.value, shares, progress=advance)

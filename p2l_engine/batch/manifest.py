@@ -1,0 +1,174 @@
+"""The output folder's manifest, which remembers what its run was asked for: a run goes on only where all of it is the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from p2l_engine.batch.asked import Asked
+from p2l_engine.batch.places import File, Place
+from p2l_engine.batch.rows import BYTES
+from p2l_engine.engine import Engine
+from p2l_engine.router import Router
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "_manifest.json"
+STATE = "_state"
+SAMPLES, SAMPLE = 64, 1 << 16  # of a large file: so many pieces of so many bytes, evenly spread
+
+
+def identity(asked: Asked, router: Router, files: Sequence[File], computed: str) -> dict[str, Any]:
+    """Everything that the output depends on, as JSON has it. computed: ``how``."""
+    elsewhere = ("inputs", "output", "state", "strict", "max_share", "min_share")
+    options = {name: value for name, value in asdict(asked).items() if name not in elsewhere}
+    shares = {"max_share": asked.max_share, "min_share": asked.min_share}
+    engine = router.engine
+    found = {
+        "version": version("p2l-engine"),
+        "inputs": [[file.place.shown, file.size, file.modified] for file in files],
+        **options,
+        **{name: {str(models): share for models, share in given.items()} for name, given in shares.items()},
+        "bytes_per_part": BYTES,
+        "checkpoint": _checkpoint(engine),
+        "computed": computed,
+        "catalog": {model.name: model.cost for model in router.catalog.models},
+        "unit": router.catalog.unit,
+        "opponents": router.q.tolist(),
+        "objective": router.objective,
+        "seed": router.seed,
+    }
+    parsed: dict[str, Any] = json.loads(json.dumps(found))
+    return parsed
+
+
+def how(device: str, dtype: torch.dtype, tokens_per_batch: int) -> str:
+    """In what coefficients are computed; device: cpu, cuda."""
+    return f"{device} {dtype}, {tokens_per_batch} tokens a batch".replace("torch.", "")
+
+
+def contents(engine: Engine) -> dict[str, str]:
+    """A digest of each of the checkpoint's files: of small ones whole, of weights their size and a sample, since hashing
+    gigabytes would take as long as a small batch."""
+    files = [file for file in sorted(engine.folder.iterdir()) if file.is_file()]
+    return {file.name: _digest(file) for file in files if file.name not in ("README.md", "evaluation.json")}
+
+
+def _digest(file: Path) -> str:
+    size = file.stat().st_size
+    found = hashlib.sha256(str(size).encode())
+    with file.open("rb") as opened:
+        for piece in range(SAMPLES):
+            opened.seek(max(0, size - SAMPLE) * piece // (SAMPLES - 1))
+            found.update(opened.read(SAMPLE))
+    return found.hexdigest()
+
+
+def _checkpoint(engine: Engine) -> dict[str, list[str | int]]:
+    """Weights by their time too: on one machine it says that they were written again."""
+    found = contents(engine)
+    weights = {name: (engine.folder / name).stat().st_mtime_ns for name in found if name.endswith(".safetensors")}
+    return {name: [digest, weights.get(name, 0)] for name, digest in found.items()}
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """A line for each thing that is not what it was."""
+    lines = []
+    for name in {**before, **now}:
+        was, is_now = before.get(name), now.get(name)
+        if was == is_now:
+            continue
+        if name == "inputs":  # [path, size, time] each
+            was, is_now = ({file[0]: file[1:] for file in files or ()} for files in (was, is_now))
+        if isinstance(was, dict) and isinstance(is_now, dict):
+            names = [key for key in {**was, **is_now} if was.get(key) != is_now.get(key)]
+            lines.append(f"{name}: {', '.join(names) or 'their order'}")
+        else:
+            lines.append(f"{name}: was {was!r:.60}, is {is_now!r:.60}")
+    return lines
+
+
+def read_manifest(output: Place) -> dict[str, Any] | None:
+    """What an earlier run left in the output folder. Raises ValueError where the folder holds something else."""
+    names = [name for name in output.names() if not (name.startswith(".") and name.endswith(".tmp"))]
+    if MANIFEST in names:
+        try:
+            manifest: dict[str, Any] = json.loads((output / MANIFEST).read())
+            return manifest
+        except ValueError as error:
+            raise ValueError(f"{(output / MANIFEST).shown}: expected the manifest of a batch run: {error}") from None
+    if names:
+        raise ValueError(
+            f"{output.shown}: expected an empty folder or the output of an earlier batch run, found {', '.join(names[:3])}; "
+            "name another folder"
+        )
+    return None
+
+
+def write_manifest(output: Place, manifest: Mapping[str, Any]) -> None:
+    (output / MANIFEST).write((json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def state_folder(asked: Asked, output: Place, now: dict[str, Any]) -> Path:
+    """A folder of this run's own: whatever else is kept beside it is never read, and never removed."""
+    if asked.state is None and not output.is_local:
+        raise ValueError(f"state: expected a local folder where the output is not local ({output.shown}), got None")
+    within = Path(output.path) / STATE if asked.state is None else Path(asked.state).expanduser()
+    key = hashlib.sha256(json.dumps([output.path, now]).encode()).hexdigest()[:16]
+    return within / f"run-{key}"
+
+
+def remove_state(state: Path) -> None:
+    """Its run's folder, and the one for states where that is in the output and nothing else is in it."""
+    if state.is_dir():
+        shutil.rmtree(state)
+    if state.parent.name == STATE and state.parent.is_dir() and not any(state.parent.iterdir()):
+        state.parent.rmdir()
+
+
+def begin(asked: Asked, now: dict[str, Any], output: Place, state: Path, restart: bool) -> dict[str, Any]:
+    """The manifest of the run that is there and goes on, or of a new one; and its state's folder. Raises ValueError where the
+    folder holds something else, or a run of something else that is not to be thrown away (restart)."""
+    before = read_manifest(output)
+    if before is not None and before["asked"] != now and not restart:
+        said = "; ".join(changes(before["asked"], now)) if before["asked"] else "its clearing was cut short"
+        raise ValueError(
+            f"{output.shown}: holds a run that was asked for something else: {said}; undo that, name another folder, or "
+            "--restart"
+        )
+    if output.is_local:
+        for stray in Path(output.path).glob(".*.tmp"):
+            stray.unlink()
+    if before is not None and not restart:
+        lacking = before["report"]["parts"] - len(parts(output)) if before["complete"] else 0
+        if lacking:
+            logger.warning("%s: %d parts of the finished run are gone: they are made again", output.shown, lacking)
+            before["complete"] = False
+        state.mkdir(parents=True, exist_ok=True)
+        return before
+    output.make_folder()
+    if before is not None:
+        # Cut short from here on, it is nobody's run: what is left of the old one must not pass for parts of the new one.
+        write_manifest(output, {"asked": {}, "complete": False})
+        for name in parts(output):
+            (output / name).remove()
+        remove_state(state_folder(asked, output, before["asked"]))
+    remove_state(state)
+    manifest = {"asked": now, "complete": False}
+    write_manifest(output, manifest)
+    state.mkdir(parents=True, exist_ok=True)
+    return manifest
+
+
+def parts(output: Place) -> list[str]:
+    """Names of the parts that are written."""
+    return [name for name in output.names() if name.startswith("part-") and name.endswith(".parquet")]
