@@ -7,8 +7,9 @@ that a run goes on after a kill, here or without Ray. For pipelines of one's own
 from __future__ import annotations
 
 import logging
+import socket
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -64,6 +65,7 @@ class Cluster:
     ) -> None:
         self._ours = not ray.is_initialized()  # who began it ends it
         if self._ours:
+            _check(address)
             ray.init(address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         logging.getLogger("ray.data").setLevel(
             logging.CRITICAL
@@ -101,7 +103,7 @@ class Cluster:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def outputs(self, files: Sequence[File], asked: Asked, done: set[int]) -> Iterator[tuple[int, Outputs]]:
+    def outputs(self, files: Sequence[File], asked: Asked, done: set[int]) -> Generator[tuple[int, Outputs], None, None]:
         """Number and outputs of each block that is not done and has prompts of its own, in order. Raises what a worker raised;
         RuntimeError where workers die again and again."""
         dataset = self._dataset(files, asked, done)
@@ -133,6 +135,21 @@ class Cluster:
                 **self._needs,
             )
         return dataset
+
+
+def _check(address: str) -> None:
+    """Ray itself goes on trying for minutes."""
+    if address in ("local", "auto"):
+        return
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdecimal():
+        raise ValueError(f"address: expected local, auto or HOST:PORT, got {address!r}")
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise ConnectionError(
+            f"address: expected a Ray cluster's head at {address}, found nothing that answers: {error}"
+        ) from None
 
 
 class _Blocks(Datasource):

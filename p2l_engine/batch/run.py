@@ -12,9 +12,9 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import closing
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -26,6 +26,7 @@ from p2l_engine.batch.decide import OURS, Decided, Decider, SpilledRates
 from p2l_engine.batch.distinct import Distinct, Unit
 from p2l_engine.batch.manifest import begin, how, identity, parts, remove_state, state_folder, write_manifest
 from p2l_engine.batch.places import File, Place, find
+from p2l_engine.batch.report import Report
 from p2l_engine.batch.rows import Block, Unroutable, blocks
 from p2l_engine.batch.spill import Spill
 from p2l_engine.engine import Outputs
@@ -43,30 +44,7 @@ class Workers(Protocol):
 
     how: str
 
-    def outputs(self, files: Sequence[File], asked: Asked, done: set[int]) -> Iterator[tuple[int, Outputs]]: ...
-
-
-@dataclass(slots=True)
-class Report:
-    """What a run has done so far. rows read and written; routed: those without an error; computed and resumed: prompts whose
-    coefficients this run computed, or found there; repeated: rows whose prompt came before; tokens computed; read: the share of
-    the input's bytes, 0 to 1; spend: the sum of expected costs of what was written; price: what one more unit of the mean cost
-    would have been worth (a budget over the batch); seconds by stage (stages overlap)."""
-
-    rows: int = 0
-    routed: int = 0
-    computed: int = 0
-    resumed: int = 0
-    repeated: int = 0
-    tokens: int = 0
-    parts: int = 0
-    read: float = 0.0
-    spend: float = 0.0
-    prices: dict[str, float] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def took(self, stage: str, since: float) -> None:
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - since
+    def outputs(self, files: Sequence[File], asked: Asked, done: set[int]) -> Generator[tuple[int, Outputs], None, None]: ...
 
 
 class _Waiting(NamedTuple):
@@ -146,8 +124,9 @@ class _Run:
         """Coefficients of all prompts; and, where rows do not depend on each other, decisions and output."""
         computing: deque[_Waiting] = deque()
         with ThreadPoolExecutor(1, thread_name_prefix="p2l-writer") as writer:
+            outputs = self._outputs(self._new_prompts(computing, writer))
             try:
-                for chunk in self._outputs(self._new_prompts(computing, writer)):
+                for chunk in outputs:
                     waiting, start = computing.popleft(), time.perf_counter()
                     self.spill.write(waiting.unit.block.number, chunk.outputs)
                     self.report.computed += len(chunk.outputs)
@@ -158,20 +137,22 @@ class _Run:
             except BaseException as error:
                 self._fail(error)
                 raise
+            finally:
+                outputs.close()  # left to the garbage collector, workers may outlive their cluster
         if self._failed:
             raise self._failed[0]
 
-    def _outputs(self, new: Iterator[list[list[str]]]) -> Iterator[Outputs]:
-        """The new prompts' outputs, block by block: the router's engine's, or who else computes them."""
+    def _outputs(self, new: Iterator[list[list[str]]]) -> Generator[Outputs, None, None]:
+        """The new prompts' outputs, block by block: the router's engine's, or those of the workers."""
         if self.workers is None:
             yield from self.router.engine.outputs_of(new)
             return
-        found = self.workers.outputs(self.files, self.asked, self.spill.present())
-        for prompts, (number, outputs) in zip(new, found, strict=True):
-            shape, expected = outputs.outputs.shape, (len(prompts), self.spill.width)
-            if shape != expected:
-                raise RuntimeError(f"block {number}: expected outputs {expected}, got {shape}: did the inputs change?")
-            yield outputs
+        with closing(self.workers.outputs(self.files, self.asked, self.spill.present())) as found:
+            for prompts in new:
+                number, outputs = next(found, (None, None))
+                if outputs is None or outputs.outputs.shape != (len(prompts), self.spill.width):
+                    raise RuntimeError(f"block {number}: the workers read other prompts than this machine: did inputs change?")
+                yield outputs
 
     def _fail(self, error: BaseException) -> None:
         """Nothing new is begun; the reader, which may be waiting for room, comes to its end."""
