@@ -349,6 +349,81 @@ def test_blocks_are_bounded_by_rows_and_bytes(tmp_path, monkeypatch):
     assert [turns[0] for block in found for turns in block.prompts] == prompts
 
 
+ALONE = {"capture_output": True, "text": True, "timeout": 600, "env": os.environ | {"PYTHONPATH": os.getcwd()}}
+
+
+def command(engine, folder, given, scope):
+    """Arguments of the command line, but for the output, and the catalog that they name."""
+    costs = "".join(f"  {name}: {{cost: {cost}}}\n" for name, cost in zip(MODELS, COSTS, strict=True))
+    (folder / "catalog.yaml").write_text(f"models:\n{costs}")
+    return [
+        given, "--checkpoint", str(engine.folder), "--device", "cpu", "--dtype", "float32", "--catalog", "catalog.yaml",
+        "--budget", "1.5", "--budget-scope", scope, "--rows-per-part", "64",
+    ]  # fmt: skip
+
+
+FULL = """
+import os, subprocess, sys
+from pathlib import Path
+import p2l_engine.batch, p2l_engine.cli, p2l_engine.cli.batch
+import torch
+torch.set_num_threads(1)  # threads do not outlive a fork
+
+def ended(output):
+    pid = os.fork()
+    if not pid:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(os.open("log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+        sys.argv = ["p2l-engine", "batch", *sys.argv[1:], "-o", output]
+        try:
+            p2l_engine.cli.main()
+        except SystemExit as error:
+            os._exit(error.code or 0)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+def contents(folder):
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(Path(folder).rglob("*")) if file.is_file()}
+
+assert ended("whole") == 0, Path("log").read_text()
+whole, failures, size = contents("whole"), 0, 16
+os.mkdir("disk")
+subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}k", "none", "disk"], check=True)
+while (code := ended("disk/out")) != 0:
+    assert code == 2 and "No space left on device" in Path("log").read_text(), (code, Path("log").read_text())
+    assert "Traceback" not in Path("log").read_text()
+    found = contents("disk/out") if os.path.isdir("disk/out") else {}
+    for name in found:
+        if name.startswith("part-"):
+            assert found[name] == whole[name], f"{name} is not whole"
+        assert name.startswith(("part-", "_manifest.json", "_state/")), name
+    failures, size = failures + 1, size + 24
+    subprocess.run(["mount", "-o", f"remount,size={size}k", "disk"], check=True)
+assert contents("disk/out") == whole, "other bytes"
+print(f"{failures} times full, at last {size} KiB")
+assert failures >= 3
+"""
+
+MOUNTS = ["unshare", "--user", "--map-root-user", "--mount"]
+
+
+def may_mount():
+    try:
+        return subprocess.run([*MOUNTS, "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True).returncode == 0
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not may_mount(), reason="needs a file system of its own: unshare --user --mount is not permitted here")
+@pytest.mark.parametrize("scope", ["prompt", "batch"])
+def test_a_disk_that_really_fills_up_loses_nothing(scope, engine, tmp_path):
+    write(tmp_path / "in.jsonl.gz", [f"question {i}" for i in range(1500)])
+    arguments = command(engine, tmp_path, "in.jsonl.gz", scope)
+    done = subprocess.run([*MOUNTS, sys.executable, "-c", FULL, *arguments], cwd=tmp_path, **ALONE)
+    assert done.returncode == 0, done.stdout + done.stderr
+    print(done.stdout)
+
+
 KILLED = """
 import os, random, shutil, signal, sys, time
 from pathlib import Path
@@ -402,15 +477,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(scope, engine, tmp_pat
     rng = np.random.default_rng()
     prompts = [f"question {rng.integers(1500)} " + "so " * int(rng.integers(11)) for _ in range(2000)]
     write(tmp_path / "in.jsonl.gz", prompts)
-    costs = "".join(f"  {name}: {{cost: {cost}}}\n" for name, cost in zip(MODELS, COSTS, strict=True))
-    (tmp_path / "catalog.yaml").write_text(f"models:\n{costs}")
-    done = subprocess.run(
-        [
-            sys.executable, "-c", KILLED, str(rng.integers(1 << 30)), "in.jsonl.gz", "--checkpoint", str(engine.folder),
-            "--device", "cpu", "--dtype", "float32", "--catalog", "catalog.yaml", "--budget", "1.5", "--budget-scope", scope,
-            "--rows-per-part", "64",
-        ],
-        cwd=tmp_path, capture_output=True, text=True, timeout=600, env=os.environ | {"PYTHONPATH": os.getcwd()},
-    )  # fmt: skip
+    arguments = command(engine, tmp_path, "in.jsonl.gz", scope)
+    done = subprocess.run([sys.executable, "-c", KILLED, str(rng.integers(1 << 30)), *arguments], cwd=tmp_path, **ALONE)
     assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "out.log").read_text()
     print(done.stdout)

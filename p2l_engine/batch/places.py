@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import fnmatch
 import glob
 import os
+import re
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+from fsspec.utils import glob_translate
 from pyarrow import fs
 
 ENDINGS = (".parquet", ".csv", ".jsonl", ".jsonl.gz", ".jsonl.zst")
@@ -36,7 +37,7 @@ class Place:
             if "Unrecognized filesystem" not in str(error):
                 raise ValueError(f"{uri}: {error}") from None
             system, path = _through_fsspec(uri)
-        return cls(system, path, uri)
+        return cls(system, path, uri.partition("?")[0])  # without the options of its store
 
     @property
     def is_local(self) -> bool:
@@ -145,7 +146,8 @@ def _matching(place: Place) -> list[Any]:
         return list(place.system.get_file_info(paths)) if paths else []
     fixed = place.path[: next(i for i, letter in enumerate(place.path) if letter in "*?[")].rpartition("/")[0]
     infos = place.system.get_file_info(fs.FileSelector(fixed, recursive=True, allow_not_found=True))
-    return [info for info in infos if fnmatch.fnmatchcase(info.path, place.path)]
+    matches = re.compile(glob_translate(place.path)).fullmatch  # as local globs: * stays within a folder, ** does not
+    return [info for info in infos if matches(info.path)]
 
 
 def _file(system: Any, info: Any) -> File:

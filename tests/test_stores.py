@@ -1,0 +1,142 @@
+"""Batch runs from and to stores: an S3-compatible server that the tests start, file:// URIs, and what fsspec knows."""
+
+from __future__ import annotations
+
+import logging
+import re
+
+import pytest
+
+from p2l_engine import Router
+from p2l_engine.batch import Asked, run
+from p2l_engine.batch.places import Place, find
+from tests.test_batch import contents, write
+from tests.test_router import catalog
+
+moto = pytest.importorskip("moto.server", reason="moto is not installed")
+
+
+@pytest.fixture(scope="module")
+def router(engine):
+    return Router(engine, catalog(), seed=3)
+
+
+@pytest.fixture(scope="module")
+def store():
+    """A bucket of its own server, as the environment names it."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "of the tests")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        import boto3
+
+        client = boto3.client("s3")
+        client.create_bucket(Bucket="bucket")
+        yield client
+    server.stop()
+
+
+def uploaded(store, key, path):
+    store.upload_file(str(path), "bucket", key)
+    return f"s3://bucket/{key}"
+
+
+def parts(place):
+    return {name: (place / name).read() for name in place.names() if name.startswith("part-")}
+
+
+@pytest.mark.parametrize("kind", [".parquet", ".csv", ".jsonl.gz", ".jsonl.zst"])
+def test_from_s3_to_s3_as_from_disk_to_disk(kind, router, store, tmp_path):
+    path = tmp_path / f"in{kind}"
+    write(path)
+    asked = {"budget": 1.5, "budget_scope": "batch", "rows_per_part": 32}
+    run(router, Asked([str(path)], str(tmp_path / "out"), **asked))
+    uri, output, state = uploaded(store, f"one{kind}/in{kind}", path), f"s3://bucket/out{kind}", str(tmp_path / "state")
+    with pytest.raises(ValueError, match=r"state: expected a local folder where the output is not local \(s3://bucket/out"):
+        run(router, Asked([uri], output, **asked))
+    run(router, Asked([uri], output, state=state, **asked))
+    assert parts(Place.of(output)) == parts(Place.of(str(tmp_path / "out")))
+    assert len(parts(Place.of(output))) == 5
+    assert not any((tmp_path / "state").iterdir())
+    assert run(router, Asked([uri], output, state=state, **asked)).rows == 150  # finished: nothing to do
+
+
+def test_a_run_to_s3_that_is_cut_short_goes_on(router, store, tmp_path):
+    uri = uploaded(store, "cut/in.jsonl", write(tmp_path / "in.jsonl"))
+    asked = {"budget": 1.5, "rows_per_part": 16, "state": str(tmp_path / "state")}
+    run(router, Asked([uri], "s3://bucket/whole", **asked))
+
+    def stop(report):
+        if report.rows >= 48:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        run(router, Asked([uri], "s3://bucket/cut-out", **asked), progress=stop)
+    cut = Place.of("s3://bucket/cut-out")
+    assert 0 < len(parts(cut)) < 10
+    with pytest.raises(ValueError, match=r"s3://bucket/cut-out: holds a run .*: budget: was 1.5, is 2.0"):
+        run(router, Asked([uri], "s3://bucket/cut-out", **asked | {"budget": 2.0}))
+    run(router, Asked([uri], "s3://bucket/cut-out", **asked))
+    assert parts(cut) == parts(Place.of("s3://bucket/whole"))
+    store.put_object(Bucket="bucket", Key="cut/in.jsonl", Body=b'{"prompt": "another"}')
+    with pytest.raises(ValueError, match="inputs: s3://bucket/cut/in.jsonl"):
+        run(router, Asked([uri], "s3://bucket/cut-out", **asked))
+    run(router, Asked([uri], "s3://bucket/cut-out", **asked), restart=True)
+    assert len(parts(cut)) == 1
+
+
+def test_folders_and_globs_of_a_store_are_those_of_a_disk(store, tmp_path):
+    names = ["a.csv", "b.csv", "deep/c.csv", "deep/er/d.csv", "_hidden/e.csv", "readme.txt"]
+    (tmp_path / "x").mkdir()
+    for name in names:
+        path = tmp_path / "x" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("prompt\nhello\n")
+        uploaded(store, f"x/{name}", path)
+    for given in ("x", "x/*.csv", "x/**/*.csv", "x/*/c.csv", "x/a.csv"):
+        local = [file.place.path.removeprefix(str(tmp_path)) for file in find([str(tmp_path / given)])]
+        stored = [file.place.path.removeprefix("bucket") for file in find([f"s3://bucket/{given}"])]
+        assert stored == local != [], given
+    for given in (
+        "s3://bucket/none",
+        "s3://nobody/x",
+        "s3://bucket/y/*.csv",
+        "s3://bucket/x/readme.txt",
+        "s3://bucket/x/[ab].csv",
+    ):
+        with pytest.raises(ValueError, match=re.escape(given)):
+            find([given])
+
+
+def test_what_a_store_refuses_is_named(router, store, tmp_path):
+    uri = uploaded(store, "refused/in.parquet", write(tmp_path / "in.parquet"))
+    with pytest.raises(OSError, match="nobody"):
+        run(router, Asked([uri], "s3://nobody/out", state=str(tmp_path / "state")))
+    store.put_object(Bucket="bucket", Key="mine/thesis.txt", Body=b"precious")
+    with pytest.raises(ValueError, match=r"s3://bucket/mine: expected an empty folder .*, found thesis.txt"):
+        run(router, Asked([uri], "s3://bucket/mine", state=str(tmp_path / "state")), restart=True)
+    with pytest.raises(ValueError, match="nowhere://bucket/in.csv: "):
+        find(["nowhere://bucket/in.csv"])
+    (tmp_path / "short.parquet").write_bytes((tmp_path / "in.parquet").read_bytes()[:-50])
+    uri = uploaded(store, "refused/short.parquet", tmp_path / "short.parquet")
+    with pytest.raises(ValueError, match="s3://bucket/refused/short.parquet: cannot be read"):
+        run(router, Asked([uri], "s3://bucket/short", state=str(tmp_path / "state")))
+
+
+def test_file_uris_and_fsspecs_are_stores_too(router, tmp_path):
+    given = write(tmp_path / "in.parquet")
+    asked = {"budget": 1.5, "rows_per_part": 32}
+    run(router, Asked([given], str(tmp_path / "out"), **asked))
+    run(router, Asked([f"file://{given}"], f"file://{tmp_path}/again", **asked))
+    assert contents(tmp_path / "again") == contents(tmp_path / "out")
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/in/in.parquet", (tmp_path / "in.parquet").read_bytes())
+    run(router, Asked(["memory://in/*.parquet"], "memory://out", state=str(tmp_path / "state"), **asked))
+    assert parts(Place.of("memory://out")) == parts(Place.of(str(tmp_path / "out")))
