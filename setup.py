@@ -30,7 +30,8 @@ train = [
 batch = ["pyarrow>=20", "fsspec>=2025.3"]
 ray = [*batch, "ray[data]>=2.55,<2.64"]
 bench = ["cvxpy>=1.6", "scipy>=1.15", "rich>=14"]
-test = ["pytest>=8.4", "hypothesis>=6.130", "scipy>=1.15", "moto[s3]>=5.1", "flask>=3", "flask-cors>=5", "pyspark>=4"]
+stores = ["moto[s3]>=5.1", "flask>=3", "flask-cors>=5"]  # an S3-compatible server for the tests; moto[server] pulls much more
+test = ["pytest>=8.4", "hypothesis>=6.130", "scipy>=1.15", "psutil>=6", "pyspark[sql]>=4", *stores]
 lint = ["ruff>=0.12", "mypy>=1.17", "types-cffi", "types-PyYAML"]
 
 setup(

@@ -20,7 +20,8 @@ from p2l_engine.batch import Asked, run
 from p2l_engine.batch.distinct import Distinct
 from p2l_engine.batch.manifest import read_manifest
 from p2l_engine.batch.places import Place, find
-from p2l_engine.batch.rows import Unroutable, blocks
+from p2l_engine.batch.readers import Unroutable
+from p2l_engine.batch.rows import blocks
 from tests.test_router import COSTS, catalog
 from tests.tiny import MODELS
 
@@ -150,14 +151,45 @@ def test_rows_that_cannot_be_routed_are_named_in_their_place(router, tmp_path):
     assert run(router, Asked([given], str(tmp_path / "strict"))).rows == 6  # what was begun goes on
 
 
+def test_text_that_looks_like_json_is_text_where_asked_for(router, tmp_path):
+    prompts = ['["two", "turns"]', "[" * 100_000, f"[{'9' * 5000}]"]
+    given = write(tmp_path / "in.jsonl", prompts)
+    for plain, first in ((False, ["two", "turns"]), (True, ['["two", "turns"]'])):
+        run(router, Asked([given], str(tmp_path / f"out{plain}"), plain_text=plain))
+        rows = output(tmp_path / f"out{plain}").to_pylist()
+        agrees(rows, router.route_batch([first, *([text] for text in prompts[1:])]))
+
+
+@pytest.mark.parametrize("kind", [".parquet", ".csv", ".jsonl"])
+def test_a_giant_among_short_prompts(kind, router, tmp_path):
+    prompts = ["word " * 2_400_000 if i == 700 else f"question {i}" for i in range(1500)]
+    given = write(tmp_path / f"in{kind}", prompts, note=[i / 2 for i in range(1500)])
+    run(router, Asked([given], str(tmp_path / "out"), rows_per_part=512))
+    found = output(tmp_path / "out")
+    assert found["id"].to_pylist() == [f"row {i}" for i in range(1500)]
+    assert found["note"].to_pylist() == [i / 2 for i in range(1500)]
+    some = [0, 699, 700, 701, 1499]
+    agrees(found.take(some).to_pylist(), router.route_batch([prompts[i] for i in some]))
+
+
 def test_bad_lines_and_bytes_are_errors_of_their_rows(router, tmp_path):
-    lines = [b'{"prompt": "a", "k": 1}', b"not json", b'{"prompt": "\xff"}', b"[1]", b'{"k": 2}', b'{"prompt": 7, "k": 3}']
+    lines = [
+        b'{"prompt": "a", "k": 1}',
+        b"not json",
+        b'{"prompt": "\xff"}',
+        b"[1]",
+        b'{"k": 2}',
+        b'{"prompt": 7, "k": 3}',
+        b'{"k": ' + b"9" * 5000 + b"}",
+    ]
     (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines) + b"\n\n")
     run(router, Asked([str(tmp_path / "in.jsonl")], str(tmp_path / "out")))
     rows = output(tmp_path / "out").to_pylist()
-    assert [row["k"] for row in rows] == [1, None, None, None, 2, 3]
+    assert [row["k"] for row in rows] == [1, None, None, None, 2, 3, None]
     assert rows[0]["error"] is None
-    for row, message in zip(rows[1:], ("a line of JSON", "UTF-8", "a JSON object", "got nothing", "got int"), strict=True):
+    for row, message in zip(
+        rows[1:], ("a line of JSON", "UTF-8", "a JSON object", "got nothing", "got int", "a line of JSON"), strict=True
+    ):
         assert message in row["error"]
     binary = pa.array([b"fine", b"\xff\xfe"], pa.binary()).view(pa.string()) if hasattr(pa.Array, "view") else None
     pq.write_table(pa.table({"prompt": binary}), tmp_path / "bytes.parquet")

@@ -17,17 +17,19 @@ class Asked:
     """One batch run.
 
     inputs: paths, URIs, folders and globs of parquet, csv and jsonl (.gz, .zst) files. output: a folder or its URI. column: the
-    prompts'; keep: the columns that the output repeats (None: all others). budget, budget_scope, max_share and min_share: as in
-    ``Router.route_batch``; the batch is all rows that can be routed. price: instead of a budget, what one unit of cost must
-    bring in win rate: that of an earlier run's budget over its batch (in its manifest and its parts' metadata). coefficients:
-    write theta (and eta) too, in this type. strict: stop at the first row that cannot be routed. rows_per_part: of a part of
-    the output, which is computed and resumed together; long prompts make smaller ones. state: where coefficients are kept until
-    the end (a local folder; None: within the output, which must then be local).
+    prompts'; plain_text: text is text, even where it is a list as JSON. keep: the columns that the output repeats (None: all
+    others). budget, budget_scope, max_share and min_share: as in ``Router.route_batch``; the batch is all rows that can be
+    routed. price: instead of a budget, what one unit of cost must bring in win rate: that of an earlier run's budget over its
+    batch (in its manifest and its parts' metadata). coefficients: write theta (and eta) too, in this type. strict: stop at the
+    first row that cannot be routed. rows_per_part: of a part of the output, which is computed and resumed together; long
+    prompts make smaller ones. state: where coefficients are kept until the end (a local folder; None: within the output, which
+    must then be local).
     """
 
     inputs: Sequence[str]
     output: str
     column: str = "prompt"
+    plain_text: bool = False
     keep: Sequence[str] | None = None
     budget: float | None = None
     budget_scope: Scope = "prompt"

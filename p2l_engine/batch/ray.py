@@ -120,7 +120,7 @@ class Cluster:
         context.enable_progress_bars = False
         context.target_max_block_size = 1  # byte: a block of Ray's is one row, a block of ours
         context.raise_original_map_exception = True
-        source = _Blocks(files, asked.column, asked.rows_per_part, done)
+        source = _Blocks(files, asked, done)
         with DataContext.current(context), warnings.catch_warnings():
             # Ray has no other argument for restarts yet, whose number it does not limit by itself.
             warnings.simplefilter("ignore", RayDeprecationWarning)
@@ -155,9 +155,9 @@ def _check(address: str) -> None:
 class _Blocks(Datasource):
     """The new prompts of each block that is not done: a row each, read one after the other."""
 
-    def __init__(self, files: Sequence[File], column: str, rows: int, done: set[int]) -> None:
+    def __init__(self, files: Sequence[File], asked: Asked, done: set[int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.files, self.column, self.rows, self.done = files, column, rows, done
+        self.files, self.asked, self.done = files, asked, done
 
     def get_name(self) -> str:
         return "Blocks"
@@ -177,7 +177,7 @@ class _Blocks(Datasource):
 
     def _read(self) -> Iterator[pa.Table]:
         distinct = Distinct()
-        for block in blocks(self.files, self.column, (), self.rows):
+        for block in blocks(self.files, self.asked.column, (), self.asked.rows_per_part, self.asked.plain_text):
             new = distinct.unit(block).new
             if new and block.number not in self.done:
                 yield pa.table([[block.number], [new]], PROMPTS)

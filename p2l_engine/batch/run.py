@@ -26,8 +26,9 @@ from p2l_engine.batch.decide import OURS, Decided, Decider, SpilledRates
 from p2l_engine.batch.distinct import Distinct, Unit
 from p2l_engine.batch.manifest import begin, how, identity, parts, remove_state, state_folder, write_manifest
 from p2l_engine.batch.places import File, Place, find
+from p2l_engine.batch.readers import Unroutable
 from p2l_engine.batch.report import Report
-from p2l_engine.batch.rows import Block, Unroutable, blocks
+from p2l_engine.batch.rows import Block, blocks
 from p2l_engine.batch.spill import Spill
 from p2l_engine.engine import Outputs
 from p2l_engine.router import Router
@@ -176,7 +177,10 @@ class _Run:
                 self._hand_over(writer)
 
     def _units(self) -> Iterator[Unit]:
-        distinct, source = Distinct(), blocks(self.files, self.asked.column, self.asked.keep, self.asked.rows_per_part)
+        distinct, source = (
+            Distinct(),
+            blocks(self.files, self.asked.column, self.asked.keep, self.asked.rows_per_part, self.asked.plain_text),
+        )
         while True:
             start = time.perf_counter()
             block = next(source, None)

@@ -26,8 +26,8 @@ class Route:
     """Routes batches of rows: for Ray Data's ``map_batches``, Spark's ``predict_batch_udf`` (docs/clusters.md), or alone.
 
     All arguments can be pickled; the checkpoint is loaded when a worker makes its own object. checkpoint: a folder, a hub name,
-    or None for the built-in default. catalog: one, its file, or None for the checkpoint's own. column: the prompts', as
-    ``p2l-engine batch`` takes them. budget: for each prompt; or price: of an earlier run's budget (see ``Asked``).
+    or None for the built-in default. catalog: one, its file, or None for the checkpoint's own. column and
+    plain_text: as in ``Asked``. budget: for each prompt; or price: of an earlier run's budget (see ``Asked``).
     coefficients: give theta and eta too, in this type. device, dtype ("float32", "bfloat16"): as in ``Engine``; the rest as in
     ``Router``. Raises what those raise.
     """
@@ -38,6 +38,7 @@ class Route:
         catalog: Catalog | str | None = None,
         *,
         column: str = "prompt",
+        plain_text: bool = False,
         budget: float | None = None,
         price: float | None = None,
         coefficients: Literal["float16", "float32"] | None = None,
@@ -56,7 +57,8 @@ class Route:
         if not isinstance(catalog, Catalog):
             catalog = Catalog.from_yaml(catalog or engine.folder / "catalog.yaml")
         self.router = Router(engine, catalog, opponents, seed, unmatched, objective)
-        self.column, self.budget, self.price, self.coefficients = column, budget, price, coefficients
+        self.column, self.plain_text = column, plain_text
+        self.budget, self.price, self.coefficients = budget, price, coefficients
         self.router.solve(np.zeros((1, len(self.router.names))), budget)  # what no prompt can have is refused now
 
     def __call__(self, batch: Columns) -> dict[str, npt.NDArray[Any]]:
@@ -70,7 +72,7 @@ class Route:
         taken = [name for name in batch if name in OURS]
         if taken:
             raise ValueError(f"batch: the result has columns of its own named {', '.join(taken)}: rename or drop those")
-        prompts = [turns_of(_plain(prompt)) for prompt in batch[self.column]]
+        prompts = [turns_of(_plain(prompt), self.plain_text) for prompt in batch[self.column]]
         unit = Distinct().unit(Block(0, 0, prompts, pa.table({})))
         engine = self.router.engine
         found = next(engine.outputs_of([unit.new])).outputs if unit.new else np.empty((0, len(engine.head.bias)), np.float32)

@@ -50,6 +50,9 @@ def batch(
     ],
     output: Annotated[str, typer.Option("--output", "-o", help="A folder, or its URI: parquet parts in the rows' order.")],
     column: Annotated[str, typer.Option(help="The prompts: text, a list of user turns, or of messages.")] = "prompt",
+    plain_text: Annotated[
+        bool, typer.Option("--plain-text", help="Text is text, even where it is a list of turns as JSON.")
+    ] = False,
     keep: Annotated[
         list[str] | None, typer.Option(help="A column that the output repeats; may be repeated. Without it, all others.")
     ] = None,
@@ -119,6 +122,7 @@ def batch(
         inputs=inputs,
         output=output,
         column=column,
+        plain_text=plain_text,
         keep=keep,
         budget=budget,
         budget_scope=budget_scope.value,

@@ -59,7 +59,7 @@ def turns(prompt: Any) -> tuple[str, ...]:
     if isinstance(prompt, str) and prompt.startswith("["):
         try:
             parsed = json.loads(prompt)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # no JSON, a number of thousands of digits, or lists within lists without end
             parsed = None
         if isinstance(parsed, list) and all(isinstance(turn, str | dict) for turn in parsed):
             prompt = parsed

@@ -1,0 +1,192 @@
+"""Readers of parquet, csv and jsonl files: a few rows at a time, in bounded memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from p2l_engine.batch.places import File
+
+AT_ONCE = 512  # rows that are read together
+LONGEST = 1 << 30  # bytes of a csv file's row
+
+
+class Unroutable(NamedTuple):
+    """Why a row cannot be routed, and the file and row (from 0) that it is."""
+
+    why: str
+    where: str = ""
+
+
+class Some(NamedTuple):
+    """A few rows of one file: the number of the first (from 0), prompts as they were found, kept columns, and how much of the
+    file was read by then."""
+
+    file: File
+    first: int
+    prompts: list[Any]
+    kept: pa.Table
+    read: float
+
+    def since(self, row: int) -> Some:
+        """Without the rows before this one."""
+        skip = max(0, row - self.first)
+        return Some(self.file, self.first + skip, self.prompts[skip:], self.kept[skip:], self.read)
+
+
+def _parquet(file: File, column: str, keep: Sequence[str] | None, _: pa.Schema | None) -> Iterator[Some]:
+    with file.place.system.open_input_file(file.place.path) as opened:
+        parquet = pq.ParquetFile(opened)
+        names = parquet.schema_arrow.names
+        wanted = _wanted(file, names, column, keep)
+        first = 0
+        for batch in parquet.iter_batches(AT_ONCE, columns=[column, *(name for name in wanted if name != column)]):
+            table = pa.Table.from_batches([batch])
+            read = (first + len(batch)) / parquet.metadata.num_rows
+            yield Some(file, first, _values(table.column(column)), table.select(wanted), read)
+            first += len(batch)
+
+
+def _csv(file: File, column: str, keep: Sequence[str] | None, schema: pa.Schema | None) -> Iterator[Some]:
+    """In pieces of a megabyte, as long as no row is longer: then the file is begun again in larger ones, from the row after
+    those that were read."""
+    piece, done = 1 << 20, 0
+    while True:
+        try:
+            for some in _csv_pieces(file, column, keep, schema, piece):
+                schema, end = some.kept.schema, some.first + len(some.prompts)
+                if end > done:
+                    yield some.since(done)
+                    done = end
+            return
+        except pa.ArrowInvalid as error:
+            if "straddling" not in str(error) or piece >= LONGEST:
+                raise
+            piece *= 8
+
+
+def _csv_pieces(file: File, column: str, keep: Sequence[str] | None, schema: pa.Schema | None, piece: int) -> Iterator[Some]:
+    with file.place.system.open_input_file(file.place.path) as opened:
+        known = {} if schema is None else {field.name: field.type for field in schema}
+        # A prompt is text even where all of a file's look like numbers.
+        convert = pa.csv.ConvertOptions(column_types=known | {column: pa.string()}, strings_can_be_null=True)
+        parse, pieces = pa.csv.ParseOptions(newlines_in_values=True), pa.csv.ReadOptions(block_size=piece)
+        reader = pa.csv.open_csv(opened, read_options=pieces, parse_options=parse, convert_options=convert)
+        wanted = _wanted(file, reader.schema.names, column, keep)
+        first = 0
+        for batch in reader:
+            table = pa.Table.from_batches([batch])
+            for start in range(0, len(table), AT_ONCE):
+                part = table[start : start + AT_ONCE]
+                yield Some(file, first + start, _values(part.column(column)), part.select(wanted), opened.tell() / file.size)
+            first += len(table)
+
+
+def _jsonl(file: File, column: str, keep: Sequence[str] | None, schema: pa.Schema | None) -> Iterator[Some]:
+    """The kept columns' types are those of the first rows; a line that is no JSON object is a row that cannot be routed."""
+    first = 0
+    for lines, read in _lines(file):
+        rows = [_object(line) for line in lines]
+        if schema is None:
+            # Columns that come later than the first few rows are none.
+            names = list(dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row))
+            wanted = _wanted(file, names, column, keep)
+            schema = _typed({name: [_of(row, name) for row in rows] for name in wanted}, file)
+        columns = [_column(file, first, field, [_of(row, field.name) for row in rows]) for field in schema]
+        table = pa.table(columns, schema=schema)
+        prompts = [row if isinstance(row, Unroutable) else row.get(column) for row in rows]
+        yield Some(file, first, prompts, table, read)
+        first += len(rows)
+
+
+READERS: dict[str, Callable[[File, str, Sequence[str] | None, pa.Schema | None], Iterator[Some]]] = {
+    "parquet": _parquet,
+    "csv": _csv,
+    "jsonl": _jsonl,
+}
+
+
+def _lines(file: File) -> Iterator[tuple[list[bytes], float]]:
+    """Lines that hold something, a few at a time, and how much of the file was read by then."""
+    squeezed = {"gz": "gzip", "zst": "zstd"}.get(file.ending.rsplit(".", 1)[1])
+    with file.place.system.open_input_file(file.place.path) as raw:
+        opened = pa.CompressedInputStream(raw, squeezed) if squeezed else raw
+        rest, lines = b"", []
+        while chunk := opened.read(1 << 20):
+            *whole, rest = (rest + chunk).split(b"\n") if b"\n" in chunk else (rest + chunk,)
+            lines += [line for line in whole if line.strip()]
+            while len(lines) >= AT_ONCE:
+                yield lines[:AT_ONCE], raw.tell() / file.size
+                lines = lines[AT_ONCE:]
+        lines += [rest] if rest.strip() else []
+        if lines:
+            yield lines, 1.0
+
+
+def _object(line: bytes) -> dict[str, Any] | Unroutable:
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        return Unroutable(f"expected UTF-8 text: {error}")
+    except (ValueError, RecursionError) as error:
+        return Unroutable(f"expected a line of JSON: {error}")
+    return row if isinstance(row, dict) else Unroutable(f"expected a JSON object, got {type(row).__name__}")
+
+
+def _of(row: dict[str, Any] | Unroutable, name: str) -> Any:
+    return row.get(name) if isinstance(row, dict) else None
+
+
+def _typed(columns: dict[str, list[Any]], file: File) -> pa.Schema:
+    fields = []
+    for name, values in columns.items():
+        try:
+            kind = pa.infer_type(values)
+        except pa.ArrowException as error:
+            raise ValueError(f"{file.place.shown}: column {name!r}: values of different types: {error}") from None
+        fields.append(pa.field(name, pa.string() if pa.types.is_null(kind) else kind))
+    return pa.schema(fields)
+
+
+def _column(file: File, first: int, field: pa.Field, values: list[Any]) -> pa.Array:
+    try:
+        return pa.array(values, field.type)
+    except (pa.ArrowException, OverflowError):
+        for i, value in enumerate(values):
+            try:
+                pa.array([value], field.type)
+            except (pa.ArrowException, OverflowError):
+                raise ValueError(
+                    f"{file.place.shown}: row {first + i}: column {field.name!r}: expected {field.type} as in the first rows, "
+                    f"got {value!r:.60}"
+                ) from None
+        raise
+
+
+def _values(column: pa.ChunkedArray) -> list[Any]:
+    try:
+        return list(column.to_pylist())
+    except UnicodeDecodeError:
+        return [_value(scalar) for scalar in column]
+
+
+def _value(scalar: pa.Scalar) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError as error:
+        return Unroutable(f"expected UTF-8 text: {error}")
+
+
+def _wanted(file: File, names: Sequence[str], column: str, keep: Sequence[str] | None) -> list[str]:
+    twice = sorted({name for name in names if list(names).count(name) > 1})
+    if twice:
+        raise ValueError(f"{file.place.shown}: expected columns of different names, got {', '.join(twice)} twice")
+    missing = [name for name in (column, *(keep or ())) if name not in names]
+    if missing:
+        raise ValueError(f"{file.place.shown}: expected the columns {', '.join(missing)}; it has {', '.join(names) or 'none'}")
+    return [name for name in names if name != column] if keep is None else list(keep)
