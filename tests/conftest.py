@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import p2l_engine  # noqa: F401 (before transformers: it hides this folder's kernels/ from it)
-from p2l_engine import Engine
+from p2l_engine import Engine, Router
 from tests import tiny
 
 DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
@@ -21,6 +21,14 @@ def engine(tmp_path_factory):
     """A tiny Llama checkpoint with a grk head over five models."""
     folder = tiny.write(tmp_path_factory.mktemp("tiny") / "checkpoint")
     return Engine.from_pretrained(folder, device="cpu", dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def router(engine):
+    """Over the tiny checkpoint and a catalog of its models."""
+    from tests.test_router import catalog  # late: pytest rewrites the asserts of test modules that it imports itself
+
+    return Router(engine, catalog(), seed=3)
 
 
 @pytest.fixture(scope="session")

@@ -29,11 +29,6 @@ PROMPTS = [f"question {i % 60} " + "so " * (i % 11) for i in range(150)]  # some
 KINDS = [".parquet", ".csv", ".jsonl", ".jsonl.gz", ".jsonl.zst"]
 
 
-@pytest.fixture(scope="module")
-def router(engine):
-    return Router(engine, catalog(), seed=3)
-
-
 def write(path, prompts=PROMPTS, **more):
     """A file of the kind that its name says, with a column id."""
     columns = {"id": [f"row {i}" for i in range(len(prompts))], "prompt": prompts} | more
@@ -224,6 +219,14 @@ def test_what_stands_in_the_way_is_named(router, tmp_path):
     (tmp_path / "b.csv").write_text("other,prompt\nx,y\n")
     with pytest.raises(ValueError, match=r"b.csv: column id is missing, was string; other is string"):
         run(router, Asked([given, str(tmp_path / "b.csv")], str(tmp_path / "two")))
+    for inputs, where in (
+        (str(tmp_path), "out"),
+        (f"{tmp_path}/**/*.parquet", "."),
+        (given, "in.parquet"),
+        (str(tmp_path), "."),
+    ):
+        with pytest.raises(ValueError, match="lie in one another"):
+            run(router, Asked([inputs], str(tmp_path / where)))
     # What cannot be is refused before anything is written.
     for more, message in (
         ({"budget": 0.5}, "budget 0.5 is infeasible"),
@@ -250,11 +253,19 @@ def test_files_that_are_cut_short_or_mixed_are_named(kind, router, tmp_path):
     assert not read_manifest(Place.of(str(tmp_path / "out")))["complete"]
 
 
-def test_types_that_change_within_a_file_are_named(router, tmp_path):
+def test_types_that_change_within_a_file_are_named(router, tmp_path, caplog):
     lines = [json.dumps({"prompt": "p", "id": i}) for i in range(900)] + [json.dumps({"prompt": "p", "id": "later text"})]
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
     with pytest.raises(ValueError, match=r"in.jsonl: row 900: column 'id': expected int64 .*, got 'later text'"):
         run(router, Asked([str(tmp_path / "in.jsonl")], str(tmp_path / "out")))
+    (tmp_path / "odd.jsonl").write_text('{"prompt": "p", "id": "a"}\n' * 600 + '{"prompt": "p", "id": "\\ud800"}')
+    with pytest.raises(ValueError, match=r"odd.jsonl: row 600: column 'id': expected string .*, got '.ud800'"):
+        run(router, Asked([str(tmp_path / "odd.jsonl")], str(tmp_path / "odd")))
+    (tmp_path / "late.jsonl").write_text('{"prompt": "p"}\n' * 600 + '{"prompt": "p", "id": 1}\n' * 600)
+    assert run(router, Asked([str(tmp_path / "late.jsonl")], str(tmp_path / "late"))).routed == 1200
+    assert [record.message.partition(": ")[2] for record in caplog.records] == [
+        "'id': not in the first rows, and so not in the output"
+    ]
     (tmp_path / "mixed.jsonl").write_text('{"prompt": "p", "id": 1}\n{"prompt": "p", "id": [1]}')
     with pytest.raises(ValueError, match=r"mixed.jsonl: column 'id': values of different types"):
         run(router, Asked([str(tmp_path / "mixed.jsonl")], str(tmp_path / "mixed")))

@@ -13,17 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from p2l_engine import Router, cli
+from p2l_engine import cli
 from p2l_engine.batch import Asked, Route, run
 from tests.test_batch import contents
 from tests.test_router import catalog
 
 ray = pytest.importorskip("ray", reason="Ray is not installed")
-
-
-@pytest.fixture(scope="module")
-def router(engine):
-    return Router(engine, catalog(), seed=3)
 
 
 @pytest.fixture(scope="module")

@@ -7,18 +7,11 @@ import re
 
 import pytest
 
-from p2l_engine import Router
 from p2l_engine.batch import Asked, run
 from p2l_engine.batch.places import Place, find
 from tests.test_batch import contents, write
-from tests.test_router import catalog
 
 moto = pytest.importorskip("moto.server", reason="moto is not installed")
-
-
-@pytest.fixture(scope="module")
-def router(engine):
-    return Router(engine, catalog(), seed=3)
 
 
 @pytest.fixture(scope="module")

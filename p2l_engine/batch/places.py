@@ -43,6 +43,10 @@ class Place:
     def is_local(self) -> bool:
         return isinstance(self.system, fs.LocalFileSystem)
 
+    def holds(self, other: Place) -> bool:
+        """Whether the other is this place, or within it."""
+        return self.system.equals(other.system) and f"{other.path}/".startswith(f"{self.path.rstrip('/')}/")
+
     def __truediv__(self, name: str) -> Place:
         return Place(self.system, f"{self.path.rstrip('/')}/{name}", f"{self.shown.rstrip('/')}/{name}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,8 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from p2l_engine.batch.places import File
+
+logger = logging.getLogger(__name__)
 
 AT_ONCE = 512  # rows that are read together
 LONGEST = 1 << 30  # bytes of a csv file's row
@@ -89,14 +92,19 @@ def _csv_pieces(file: File, column: str, keep: Sequence[str] | None, schema: pa.
 
 def _jsonl(file: File, column: str, keep: Sequence[str] | None, schema: pa.Schema | None) -> Iterator[Some]:
     """The kept columns' types are those of the first rows; a line that is no JSON object is a row that cannot be routed."""
-    first = 0
+    first, known = 0, set[str]()
     for lines, read in _lines(file):
         rows = [_object(line) for line in lines]
+        names = list(dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row))
         if schema is None:
-            # Columns that come later than the first few rows are none.
-            names = list(dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row))
             wanted = _wanted(file, names, column, keep)
             schema = _typed({name: [_of(row, name) for row in rows] for name in wanted}, file)
+        late = [name for name in names if name not in known | {column, *schema.names}] if keep is None else []
+        if late:
+            logger.warning(
+                "%s: %s: not in the first rows, and so not in the output", file.place.shown, ", ".join(map(repr, late))
+            )
+        known.update(names)
         columns = [_column(file, first, field, [_of(row, field.name) for row in rows]) for field in schema]
         table = pa.table(columns, schema=schema)
         prompts = [row if isinstance(row, Unroutable) else row.get(column) for row in rows]
@@ -147,7 +155,7 @@ def _typed(columns: dict[str, list[Any]], file: File) -> pa.Schema:
     for name, values in columns.items():
         try:
             kind = pa.infer_type(values)
-        except pa.ArrowException as error:
+        except (pa.ArrowException, UnicodeEncodeError) as error:
             raise ValueError(f"{file.place.shown}: column {name!r}: values of different types: {error}") from None
         fields.append(pa.field(name, pa.string() if pa.types.is_null(kind) else kind))
     return pa.schema(fields)
@@ -156,11 +164,11 @@ def _typed(columns: dict[str, list[Any]], file: File) -> pa.Schema:
 def _column(file: File, first: int, field: pa.Field, values: list[Any]) -> pa.Array:
     try:
         return pa.array(values, field.type)
-    except (pa.ArrowException, OverflowError):
+    except (pa.ArrowException, OverflowError, UnicodeEncodeError):
         for i, value in enumerate(values):
             try:
                 pa.array([value], field.type)
-            except (pa.ArrowException, OverflowError):
+            except (pa.ArrowException, OverflowError, UnicodeEncodeError):
                 raise ValueError(
                     f"{file.place.shown}: row {first + i}: column {field.name!r}: expected {field.type} as in the first rows, "
                     f"got {value!r:.60}"

@@ -70,8 +70,13 @@ def run(
     something else (``restart`` throws that run away), or where inputs cannot be read; InfeasibleBudget and Infeasible; OSError
     where there is no room or no permission. Whatever is raised, what was written stays whole, and the next run goes on.
     """
-    files = find(asked.inputs)
-    output = Place.of(asked.output)
+    files, output = find(asked.inputs), Place.of(asked.output)
+    for place in (*map(Place.of, asked.inputs), *(file.place for file in files)):
+        if place.holds(output) or output.holds(place):
+            raise ValueError(
+                f"output: {output.shown} and the input {place.shown} lie in one another: parts would be read as prompts; name "
+                "another folder"
+            )
     engine = router.engine
     computed = how(engine.device.type, engine.dtype, engine.tokens_per_batch) if workers is None else workers.how
     now = identity(asked, router, files, computed)
