@@ -309,6 +309,56 @@ def test_a_run_of_something_else_is_refused_with_what_changed(router, tmp_path):
     assert len(list((tmp_path / "out").glob("part-*"))) == 3
 
 
+def test_what_was_spoiled_meanwhile_is_named(router, tmp_path, monkeypatch):
+    given, asked = write(tmp_path / "in.parquet"), {"budget": 1.5, "rows_per_part": 32}
+    run(router, Asked([given], str(tmp_path / "whole"), **asked))
+
+    def stop(report):
+        if report.rows >= 64:
+            raise InterruptedError
+
+    def cut(name):
+        with pytest.raises(InterruptedError):
+            run(router, Asked([given], str(tmp_path / name), **asked), progress=stop)
+        return tmp_path / name
+
+    spilled = next((cut("spill") / "_state").glob("run-*/*"))
+    data = spilled.read_bytes()
+    np.save(spilled, np.load(spilled)[:3])
+    for message in (
+        f"{spilled.name}: expected more than .* rows, got 3; remove it",
+        f"{spilled.name}: cannot be read.*; remove it",
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(router, Asked([given], str(tmp_path / "spill"), **asked))
+        spilled.write_bytes(data[:100])
+    spilled.unlink()
+    run(router, Asked([given], str(tmp_path / "spill"), **asked))
+    assert contents(tmp_path / "spill") == contents(tmp_path / "whole")
+    manifest = cut("manifest") / "_manifest.json"
+    for text in (
+        manifest.read_text()[:50],
+        "[]",
+        "{}",
+        "null",
+        '{"asked": 5, "complete": true}',
+        '{"asked": {}, "complete": true}',
+    ):
+        manifest.write_text(text)
+        for restart in (False, True):
+            with pytest.raises(ValueError, match="_manifest.json: expected the manifest of a batch run; remove it"):
+                run(router, Asked([given], str(manifest.parent), **asked), restart=restart)
+    # What an input was when the run began is not what it is at its end.
+    changing = write(tmp_path / "changing.parquet")
+    with pytest.raises(ValueError, match=r"inputs: .*changing.parquet: changed while it was read; run again with --restart"):
+        run(router, Asked([changing], str(tmp_path / "changing"), **asked), progress=lambda _: os.utime(changing, ns=(0, 0)))
+    # A run that came to nothing stands in no other's way.
+    with pytest.raises(ValueError, match="expected the columns nonsense"):
+        run(router, Asked([given], str(tmp_path / "again"), column="nonsense", **asked))
+    run(router, Asked([given], str(tmp_path / "again"), **asked))
+    assert contents(tmp_path / "again") == contents(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("scope", ["prompt", "batch"])
 def test_a_full_disk_loses_nothing(scope, router, tmp_path, monkeypatch):
     """Writing fails at every place in turn; what goes on from there ends with the same bytes."""

@@ -35,7 +35,7 @@ def identity(asked: Asked, router: Router, files: Sequence[File], computed: str)
     engine = router.engine
     found = {
         "version": version("p2l-engine"),
-        "inputs": [[file.place.shown, file.size, file.modified] for file in files],
+        "inputs": seen(files),
         **options,
         **{name: {str(models): share for models, share in given.items()} for name, given in shares.items()},
         "bytes_per_part": BYTES,
@@ -49,6 +49,11 @@ def identity(asked: Asked, router: Router, files: Sequence[File], computed: str)
     }
     parsed: dict[str, Any] = json.loads(json.dumps(found))
     return parsed
+
+
+def seen(files: Sequence[File]) -> list[list[Any]]:
+    """Path, size and time of each input file."""
+    return [[file.place.shown, file.size, file.modified] for file in files]
 
 
 def how(device: str, dtype: torch.dtype, tokens_per_batch: int) -> str:
@@ -101,17 +106,29 @@ def read_manifest(output: Place) -> dict[str, Any] | None:
     """What an earlier run left in the output folder. Raises ValueError where the folder holds something else."""
     names = [name for name in output.names() if not (name.startswith(".") and name.endswith(".tmp"))]
     if MANIFEST in names:
-        try:
-            manifest: dict[str, Any] = json.loads((output / MANIFEST).read())
-            return manifest
-        except ValueError as error:
-            raise ValueError(f"{(output / MANIFEST).shown}: expected the manifest of a batch run: {error}") from None
+        manifest = _parsed((output / MANIFEST).read())
+        if manifest is None:
+            raise ValueError(
+                f"{(output / MANIFEST).shown}: expected the manifest of a batch run; remove it, or name another folder"
+            )
+        return manifest
     if names:
         raise ValueError(
             f"{output.shown}: expected an empty folder or the output of an earlier batch run, found {', '.join(names[:3])}; "
             "name another folder"
         )
     return None
+
+
+def _parsed(text: bytes) -> dict[str, Any] | None:
+    try:
+        manifest = json.loads(text)
+    except ValueError:
+        return None
+    sound = (
+        isinstance(manifest, dict) and isinstance(manifest.get("asked"), dict) and isinstance(manifest.get("complete"), bool)
+    )
+    return manifest if sound and (not manifest["complete"] or isinstance(manifest.get("report"), dict)) else None
 
 
 def write_manifest(output: Place, manifest: Mapping[str, Any]) -> None:
@@ -139,6 +156,8 @@ def begin(asked: Asked, now: dict[str, Any], output: Place, state: Path, restart
     """The manifest of the run that is there and goes on, or of a new one; and its state's folder. Raises ValueError where the
     folder holds something else, or a run of something else that is not to be thrown away (restart)."""
     before = read_manifest(output)
+    if before is not None and before["asked"] != now and not (before["complete"] or _left(asked, output, before["asked"])):
+        restart = True  # it came to nothing, such as one with a wrong name of a column: nothing is lost
     if before is not None and before["asked"] != now and not restart:
         said = "; ".join(changes(before["asked"], now)) if before["asked"] else "its clearing was cut short"
         raise ValueError(
@@ -167,6 +186,12 @@ def begin(asked: Asked, now: dict[str, Any], output: Place, state: Path, restart
     write_manifest(output, manifest)
     state.mkdir(parents=True, exist_ok=True)
     return manifest
+
+
+def _left(asked: Asked, output: Place, before: dict[str, Any]) -> bool:
+    """Whether an earlier run left parts, or coefficients."""
+    state = state_folder(asked, output, before)
+    return bool(parts(output)) or (state.is_dir() and any(state.iterdir()))
 
 
 def parts(output: Place) -> list[str]:

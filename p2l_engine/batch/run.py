@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from p2l_engine.batch.asked import Asked
 from p2l_engine.batch.decide import OURS, Decided, Decider, SpilledRates
 from p2l_engine.batch.distinct import Distinct, Unit
-from p2l_engine.batch.manifest import begin, how, identity, parts, remove_state, state_folder, write_manifest
+from p2l_engine.batch.manifest import begin, changes, how, identity, parts, remove_state, seen, state_folder, write_manifest
 from p2l_engine.batch.places import File, Place, find
 from p2l_engine.batch.readers import Unroutable
 from p2l_engine.batch.report import Report
@@ -95,6 +95,9 @@ def run(
     work.compute()
     if asked.over_batch:
         work.decide_over_batch()
+    changed = changes({"inputs": now["inputs"]}, {"inputs": seen(find(asked.inputs))})
+    if changed:
+        raise ValueError(f"{'; '.join(changed)}: changed while it was read; run again with --restart")
     report = work.report
     report.seconds["all"] = time.perf_counter() - start
     kept = {name: getattr(report, name) for name in ("rows", "routed", "repeated", "parts", "spend", "prices")}

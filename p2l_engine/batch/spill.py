@@ -42,8 +42,12 @@ class Spill:
         out = np.empty((len(references), self.width), np.float32)
         blocks, places = split(references)
         for block in np.unique(blocks).tolist():
-            rows = np.flatnonzero(blocks == block)
-            out[rows] = self._mapped(block)[places[rows]]
+            rows, found = np.flatnonzero(blocks == block), self._mapped(block)
+            if len(found) <= places[rows].max():
+                raise ValueError(
+                    f"{self.path(block)}: expected more than {places[rows].max()} rows, got {len(found)}; remove it"
+                )
+            out[rows] = found[places[rows]]
         return out
 
     def _mapped(self, block: int) -> npt.NDArray[np.float32]:
