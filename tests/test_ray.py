@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+from contextlib import suppress
 
 import numpy as np
 import psutil
@@ -44,7 +45,12 @@ def cluster(engine, checkpoint=None, **more):
 
 
 def workers():
-    return [process for process in psutil.process_iter(["cmdline"]) if "MapWorker" in " ".join(process.info["cmdline"] or [])]
+    """Of this process's own cluster; some may be gone by now."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            found += [process] if "MapWorker" in "".join(process.cmdline()) else []
+    return found
 
 
 @pytest.mark.parametrize("scope", ["prompt", "batch"])
@@ -86,7 +92,8 @@ def test_workers_that_die_each_time_end_the_run(router, given, connected, tmp_pa
     def kill():
         while not stop.wait(0.02):
             for process in workers():
-                process.kill()
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
 
     thread = threading.Thread(target=kill)
     thread.start()
@@ -116,6 +123,14 @@ def test_workers_with_another_checkpoint_are_refused(router, given, connected, t
     for more, message in (({"workers": 0}, "workers: expected 1 to 2"), ({"workers": 3}, "workers: expected 1 to 2")):
         with pytest.raises(ValueError, match=message):
             cluster(router.engine, **more)
+
+
+def test_workers_share_the_cpus_of_nodes_that_differ():
+    from p2l_engine.batch.ray import share
+
+    assert [share([8], n) for n in (1, 2, 3, 8)] == [8, 4, 2, 1]
+    assert [share([2, 8], n) for n in (1, 2, 3, 4, 10)] == [8, 4, 2, 2, 1]
+    assert share([0, 4, 4], 2) == 4
 
 
 def test_route_maps_the_batches_of_a_dataset(router, given, connected):

@@ -43,14 +43,14 @@ PROMPTS = pa.schema([("block", pa.int64()), ("prompts", pa.list_(pa.list_(pa.str
 
 
 class Cluster:
-    """Workers on a Ray cluster, for ``run(..., cluster=cluster)``; a context manager.
+    """Workers on a Ray cluster, for ``run(..., workers=cluster)``; a context manager.
 
     engine: of the run's router; it computes nothing here, and workers whose checkpoint is another stop the run. checkpoint: its
     folder or hub name as every node finds it, or None for the built-in default. address: "local" for a cluster on this machine,
     made for the run; else as ``ray.init`` takes it ("auto", HOST:PORT; this machine must be a node, and reads the input). Where
-    Ray is connected already, its cluster is used.
-    workers: None: one for each GPU or, where there is none, for each node; they share all GPUs, or all CPUs. device, dtype and
-    tokens_per_batch: the workers' engines'. Raises ValueError, ConnectionError.
+    Ray is connected already, its cluster is used. workers: None: one for each GPU or, where there is none, for each node. Each
+    has a GPU, or as many CPUs as so many workers can have alike. device, dtype and tokens_per_batch: of the workers' engines.
+    Raises ValueError, ConnectionError.
     """
 
     def __init__(
@@ -67,16 +67,16 @@ class Cluster:
         if self._ours:
             _check(address)
             ray.init(address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-        logging.getLogger("ray.data").setLevel(
-            logging.CRITICAL
-        )  # what it logs as an error it raises too; all is in Ray's own logs
+        # What it logs as an error it raises too; everything is in Ray's own log files.
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
         try:
-            found = ray.cluster_resources()
-            gpus, cpus = int(found.get("GPU", 0)), int(found.get("CPU", 0))
-            kind = torch.device(device or ("cuda" if gpus else "cpu")).type
-            nodes = sum(node["Alive"] for node in ray.nodes())
-            there = gpus if kind == "cuda" else cpus
-            self.workers = (gpus if kind == "cuda" else nodes) if workers is None else workers
+            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            gpus, cpus = ([int(node.get(what, 0)) for node in nodes] for what in ("GPU", "CPU"))
+            kind = torch.device(device or ("cuda" if sum(gpus) else "cpu")).type
+            if kind not in TOKENS_PER_BATCH:
+                raise ValueError(f"device: expected cpu or cuda, got {device!r}")
+            there = sum(gpus if kind == "cuda" else cpus)
+            self.workers = (sum(gpus) if kind == "cuda" else sum(n > 0 for n in cpus)) if workers is None else workers
             if not there:
                 raise ValueError(f"device: the cluster at {address} has no {kind} device")
             if not 1 <= self.workers <= there:
@@ -84,7 +84,7 @@ class Cluster:
         except BaseException:
             self.close()
             raise
-        self._needs = {"num_gpus": 1, "num_cpus": 1} if kind == "cuda" else {"num_cpus": cpus // self.workers}
+        self._needs = {"num_gpus": 1, "num_cpus": 1} if kind == "cuda" else {"num_cpus": share(cpus, self.workers)}
         dtype = dtype or natural_dtype(torch.device(kind))
         tokens = tokens_per_batch or TOKENS_PER_BATCH[kind]
         self.how = how(kind, dtype, tokens)
@@ -135,6 +135,11 @@ class Cluster:
                 **self._needs,
             )
         return dataset
+
+
+def share(cpus: Sequence[int], workers: int) -> int:
+    """The most CPUs that each of so many workers can have on nodes of so many CPUs."""
+    return max(n for n in range(1, max(cpus) + 1) if sum(there // n for there in cpus) >= workers)
 
 
 def _check(address: str) -> None:
