@@ -162,7 +162,7 @@ def test_a_giant_among_short_prompts(kind, router, tmp_path):
     run(router, Asked([given], str(tmp_path / "out"), rows_per_part=512))
     found = output(tmp_path / "out")
     assert found["id"].to_pylist() == [f"row {i}" for i in range(1500)]
-    assert found["note"].to_pylist() == [i / 2 for i in range(1500)]
+    assert [float(note) for note in found["note"].to_pylist()] == [i / 2 for i in range(1500)]  # in csv all is text
     some = [0, 699, 700, 701, 1499]
     agrees(found.take(some).to_pylist(), router.route_batch([prompts[i] for i in some]))
 
@@ -192,6 +192,87 @@ def test_bad_lines_and_bytes_are_errors_of_their_rows(router, tmp_path):
     rows = output(tmp_path / "bytes").to_pylist()
     assert rows[0]["error"] is None
     assert "UTF-8" in rows[1]["error"]
+
+
+def test_what_stands_in_a_csv_file_is_what_comes_out(router, tmp_path):
+    lines = [b"id,name,prompt", b"007,NA,NULL", b'1.10,"",nan', b"12345678901234567891,,", b'x,null,""', b'y,true,"\xff"']
+    (tmp_path / "in.csv").write_bytes(b"\n".join(lines))
+    run(router, Asked([str(tmp_path / "in.csv")], str(tmp_path / "out")))
+    rows = output(tmp_path / "out").to_pylist()
+    assert [row["id"] for row in rows] == ["007", "1.10", "12345678901234567891", "x", "y"]
+    assert [row["name"] for row in rows] == ["NA", "", None, "null", "true"]
+    agrees([rows[0], rows[1], rows[3]], router.route_batch(["NULL", "nan", ""]))
+    assert "got nothing" in rows[2]["error"]
+    assert "UTF-8" in rows[4]["error"]
+
+
+def test_what_a_type_would_lose_is_refused(router, tmp_path):
+    for name, first, last in (
+        ("number", {"m": 1}, {"m": 2.5}), ("list", {"m": [1]}, {"m": [2, 3.7]}), ("key", {"m": {"a": 1}}, {"m": {"a": 1, "b": 7}}),
+    ):  # fmt: skip
+        lines = [json.dumps({"prompt": "p"} | values) for values in (*[first] * 600, last)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+        with pytest.raises(
+            ValueError, match=rf"{name}.jsonl: row 600: column 'm': expected .* as in the first rows, got .*--keep"
+        ):
+            run(router, Asked([str(tmp_path / f"{name}.jsonl")], str(tmp_path / f"{name}-out")))
+        run(router, Asked([str(tmp_path / f"{name}.jsonl")], str(tmp_path / f"{name}-out"), keep=[]))
+    (tmp_path / "empty.jsonl").write_text('{"prompt": "p", "m": {}}')
+    with pytest.raises(
+        ValueError, match="empty.jsonl: a column cannot be written to parquet: .*'m'.*; leave it out with --keep"
+    ):
+        run(router, Asked([str(tmp_path / "empty.jsonl")], str(tmp_path / "empty-out")))
+
+
+def test_one_run_at_a_time(router, tmp_path):
+    asked = Asked([write(tmp_path / "in.parquet")], str(tmp_path / "out"), rows_per_part=32)
+    said = []
+
+    def again(report):
+        for restart in (False, True):
+            with pytest.raises(RuntimeError, match="out: another run is writing here") as refused:
+                run(router, asked, restart)
+            said.append(refused)
+
+    run(router, asked, progress=again)
+    assert len(said) >= 2
+    assert run(router, asked).rows == 150
+
+
+def test_finished_runs_are_what_they_were(router, tmp_path, caplog):
+    given, out = write(tmp_path / "in.parquet", ["a", None, "b"]), tmp_path / "out"
+    asked = Asked([given], str(out), rows_per_part=1)
+    run(router, asked)
+    before = contents(out)
+    with pytest.raises(ValueError, match="1 of its 3 rows have an error"):
+        run(router, Asked([given], str(out), rows_per_part=1, strict=True))
+    (out / "part-000001.parquet").unlink()
+    assert run(router, asked).rows == 3
+    assert "1 parts of the finished run are gone" in caplog.text
+    assert contents(out) == before
+    (out / "part-000007.parquet").write_bytes(b"another's")
+    with pytest.raises(ValueError, match="part-000007.parquet: expected parts of this run alone"):
+        run(router, asked)
+
+
+def test_a_state_is_found_wherever_it_was(router, tmp_path):
+    given, asked = write(tmp_path / "in.parquet"), {"budget": 1.5, "budget_scope": "batch", "rows_per_part": 32}
+
+    def stop(report):
+        if report.rows >= 64:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        run(router, Asked([given], str(tmp_path / "out"), state=str(tmp_path / "a"), **asked), progress=stop)
+    with pytest.raises(ValueError, match="budget: was 1.5, is 2.0"):
+        run(router, Asked([given], str(tmp_path / "out"), state=str(tmp_path / "b"), **asked | {"budget": 2.0}))
+    run(router, Asked([given], str(tmp_path / "out"), state=str(tmp_path / "b"), **asked | {"budget": 2.0}), restart=True)
+    assert not any((tmp_path / "a").iterdir())
+    with pytest.raises(InterruptedError):
+        run(router, Asked([given], str(tmp_path / "here"), **asked), progress=stop)
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert run(router, Asked([given], str(tmp_path / "there"), **asked)).resumed >= 30
+    assert not (tmp_path / "there" / "_state").exists()
 
 
 def test_what_stands_in_the_way_is_named(router, tmp_path):
@@ -245,7 +326,7 @@ def test_files_that_are_cut_short_or_mixed_are_named(kind, router, tmp_path):
     given = tmp_path / f"in{kind}"
     write(given, [" ".join(map(str, rng.integers(1e9, size=9))) for _ in range(3000)])
     if kind == ".csv":
-        given.write_bytes(given.read_bytes() + b'"row","\xff\xfe"\n')
+        given.write_bytes(given.read_bytes() + b'"\xff\xfe","prompt"\n')
     else:
         given.write_bytes(given.read_bytes()[:-4000])
     with pytest.raises(ValueError, match=rf"in{kind}: cannot be read( after row \d+)?: "):

@@ -44,20 +44,27 @@ class Asked:
     def __post_init__(self) -> None:
         if not self.inputs or isinstance(self.inputs, str):
             raise ValueError(f"inputs: expected a list of at least one path, got {self.inputs!r}")
-        if self.budget is not None and not (math.isfinite(self.budget) and self.budget >= 0):
-            raise ValueError(f"budget: expected a finite number >= 0, got {self.budget!r}")
-        if self.price is not None and not (math.isfinite(self.price) and self.price >= 0):
-            raise ValueError(f"price: expected a finite number >= 0, got {self.price!r}")
-        if self.price is not None and (self.budget is not None or self.max_share or self.min_share):
-            raise ValueError("price: expected no budget and no shares beside it")
+        check(self.budget, self.price, self.coefficients)
+        if self.price is not None and (self.max_share or self.min_share):
+            raise ValueError("price: expected no shares beside it")
         if self.budget_scope not in ("prompt", "batch"):
             raise ValueError(f"budget_scope: expected 'prompt' or 'batch', got {self.budget_scope!r}")
         if not 1 <= self.rows_per_part < 1 << 20:
             raise ValueError(f"rows_per_part: expected 1 to {(1 << 20) - 1:,}, got {self.rows_per_part!r}")
-        if self.coefficients not in (None, "float16", "float32"):
-            raise ValueError(f"coefficients: expected float16 or float32, got {self.coefficients!r}")
 
     @property
     def over_batch(self) -> bool:
         """Whether a decision depends on the other rows."""
         return bool((self.budget is not None and self.budget_scope == "batch") or self.max_share or self.min_share)
+
+
+def check(budget: float | None, price: float | None, coefficients: str | None) -> None:
+    """Raises ValueError."""
+    if budget is not None and not (math.isfinite(budget) and budget >= 0):
+        raise ValueError(f"budget: expected a finite number >= 0, got {budget!r}")
+    if price is not None and not (math.isfinite(price) and price >= 0):
+        raise ValueError(f"price: expected a finite number >= 0, got {price!r}")
+    if price is not None and budget is not None:
+        raise ValueError(f"price: expected no budget beside it, got {budget!r}")
+    if coefficients not in (None, "float16", "float32"):
+        raise ValueError(f"coefficients: expected float16 or float32, got {coefficients!r}")

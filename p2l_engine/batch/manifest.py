@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from p2l_engine.batch.asked import Asked
-from p2l_engine.batch.places import File, Place
+from p2l_engine.batch.places import File, Place, find
+from p2l_engine.batch.report import Report
 from p2l_engine.batch.rows import BYTES
 from p2l_engine.engine import Engine
 from p2l_engine.router import Router
@@ -104,7 +105,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def read_manifest(output: Place) -> dict[str, Any] | None:
     """What an earlier run left in the output folder. Raises ValueError where the folder holds something else."""
-    names = [name for name in output.names() if not (name.startswith(".") and name.endswith(".tmp"))]
+    names = [name for name in output.names() if not _is_stray(name)]
     if MANIFEST in names:
         manifest = _parsed((output / MANIFEST).read())
         if manifest is None:
@@ -128,20 +129,26 @@ def _parsed(text: bytes) -> dict[str, Any] | None:
     sound = (
         isinstance(manifest, dict) and isinstance(manifest.get("asked"), dict) and isinstance(manifest.get("complete"), bool)
     )
-    return manifest if sound and (not manifest["complete"] or isinstance(manifest.get("report"), dict)) else None
+    if sound and manifest["complete"]:
+        try:
+            sound = isinstance(Report(**manifest["report"]).parts, int)
+        except (KeyError, TypeError):
+            return None
+    return manifest if sound else None
 
 
 def write_manifest(output: Place, manifest: Mapping[str, Any]) -> None:
     (output / MANIFEST).write((json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
 
 
-def state_folder(asked: Asked, output: Place, now: dict[str, Any]) -> Path:
-    """A folder of this run's own: whatever else is kept beside it is never read, and never removed."""
-    if asked.state is None and not output.is_local:
-        raise ValueError(f"state: expected a local folder where the output is not local ({output.shown}), got None")
-    within = Path(output.path) / STATE if asked.state is None else Path(asked.state).expanduser()
-    key = hashlib.sha256(json.dumps([output.path, now]).encode()).hexdigest()[:16]
-    return within / f"run-{key}"
+def state_folder(given: str | None, output: Place, now: dict[str, Any], known: str | None = None) -> Path:
+    """A folder of a run's own: whatever else is kept beside it is never read, and never removed. given: what it is to lie in
+    (None: the output); known: where an unfinished run's manifest says that it is."""
+    if known is not None:
+        return Path(known)
+    # A folder that is moved takes its own state along; elsewhere, two outputs' states are two.
+    key = hashlib.sha256(json.dumps([given and output.path, now]).encode()).hexdigest()[:16]
+    return (Path(output.path) / STATE if given is None else Path(given).expanduser().absolute()) / f"run-{key}"
 
 
 def remove_state(state: Path) -> None:
@@ -152,11 +159,13 @@ def remove_state(state: Path) -> None:
         state.parent.rmdir()
 
 
-def begin(asked: Asked, now: dict[str, Any], output: Place, state: Path, restart: bool) -> dict[str, Any]:
+def begin(asked: Asked, now: dict[str, Any], output: Place, restart: bool) -> tuple[dict[str, Any], Path]:
     """The manifest of the run that is there and goes on, or of a new one; and its state's folder. Raises ValueError where the
     folder holds something else, or a run of something else that is not to be thrown away (restart)."""
+    state = state_folder(asked.state, output, now)
     before = read_manifest(output)
-    if before is not None and before["asked"] != now and not (before["complete"] or _left(asked, output, before["asked"])):
+    left = None if before is None else state_folder(None, output, before["asked"], before.get("state"))
+    if before is not None and before["asked"] != now and not (before["complete"] or parts(output) or _any_in(left)):
         restart = True  # it came to nothing, such as one with a wrong name of a column: nothing is lost
     if before is not None and before["asked"] != now and not restart:
         said = "; ".join(changes(before["asked"], now)) if before["asked"] else "its clearing was cut short"
@@ -166,32 +175,60 @@ def begin(asked: Asked, now: dict[str, Any], output: Place, state: Path, restart
         )
     if output.is_local:
         for stray in Path(output.path).glob(".*.tmp"):
-            stray.unlink()
+            if _is_stray(stray.name):
+                stray.unlink()
     if before is not None and not restart:
-        lacking = before["report"]["parts"] - len(parts(output)) if before["complete"] else 0
-        if lacking:
-            logger.warning("%s: %d parts of the finished run are gone: they are made again", output.shown, lacking)
-            before["complete"] = False
+        if before["complete"]:
+            _check_parts(before, output)
+        if left is not None and left != state and _any_in(left):
+            logger.warning("%s goes on with its state in %s", output.shown, left)
+            state = left
         state.mkdir(parents=True, exist_ok=True)
-        return before
-    output.make_folder()
+        return before, state
     if before is not None:
         # Cut short from here on, it is nobody's run: what is left of the old one must not pass for parts of the new one.
         write_manifest(output, {"asked": {}, "complete": False})
         for name in parts(output):
             (output / name).remove()
-        remove_state(state_folder(asked, output, before["asked"]))
-    remove_state(state)
-    manifest = {"asked": now, "complete": False}
+    for folder in (left, state):
+        if folder is not None:
+            remove_state(folder)
+    manifest = {"asked": now, "complete": False, "state": asked.state and str(state)}
     write_manifest(output, manifest)
     state.mkdir(parents=True, exist_ok=True)
-    return manifest
+    return manifest, state
 
 
-def _left(asked: Asked, output: Place, before: dict[str, Any]) -> bool:
-    """Whether an earlier run left parts, or coefficients."""
-    state = state_folder(asked, output, before)
-    return bool(parts(output)) or (state.is_dir() and any(state.iterdir()))
+def _any_in(folder: Path | None) -> bool:
+    return folder is not None and folder.is_dir() and any(folder.iterdir())
+
+
+def _is_stray(name: str) -> bool:
+    """Whether it is what a write that was killed leaves."""
+    return name.startswith((".part-", f".{MANIFEST}.")) and name.endswith(".tmp")
+
+
+def _check_parts(finished: dict[str, Any], output: Place) -> None:
+    """Parts that are gone make a finished run an unfinished one."""
+    expected, found = {part_name(number) for number in range(finished["report"]["parts"])}, set(parts(output))
+    if found - expected:
+        raise ValueError(
+            f"{output.shown}: {', '.join(sorted(found - expected)[:3])}: expected parts of this run alone; remove them"
+        )
+    if expected - found:
+        logger.warning("%s: %d parts of the finished run are gone: they are made again", output.shown, len(expected - found))
+        finished["complete"] = False
+
+
+def part_name(number: int) -> str:
+    return f"part-{number:06d}.parquet"
+
+
+def check_unchanged(asked: Asked, now: dict[str, Any]) -> None:
+    """Raises ValueError where an input is not what it was when the run began."""
+    changed = changes({"inputs": now["inputs"]}, {"inputs": seen(find(asked.inputs))})
+    if changed:
+        raise ValueError(f"{'; '.join(changed)}: changed while it was read; run again with --restart")
 
 
 def parts(output: Place) -> list[str]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import glob
 import os
 import re
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +47,8 @@ class Place:
 
     def holds(self, other: Place) -> bool:
         """Whether the other is this place, or within it."""
-        return self.system.equals(other.system) and f"{other.path}/".startswith(f"{self.path.rstrip('/')}/")
+        mine, its = (os.path.realpath(place.path) if place.is_local else place.path for place in (self, other))
+        return self.system.equals(other.system) and f"{its}/".startswith(f"{mine.rstrip('/')}/")
 
     def __truediv__(self, name: str) -> Place:
         return Place(self.system, f"{self.path.rstrip('/')}/{name}", f"{self.shown.rstrip('/')}/{name}")
@@ -69,6 +72,21 @@ class Place:
                 stream.write(data)
             return
         write_local(Path(self.path), data)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """While this local folder is nobody else's; a store has no such locks. Raises RuntimeError."""
+        if not self.is_local:
+            yield
+            return
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+        except BlockingIOError:
+            raise RuntimeError(f"{self.shown}: another run is writing here; wait for its end, or name another folder") from None
+        finally:
+            os.close(folder)
 
     def make_folder(self) -> None:
         self.system.create_dir(self.path, recursive=True)
@@ -114,7 +132,7 @@ def find(inputs: Iterable[str]) -> list[File]:
     found: dict[str, File] = {}
     for given in inputs:
         for file in _find(given):
-            found.setdefault(file.place.path, file)
+            found.setdefault(os.path.realpath(file.place.path) if file.place.is_local else file.place.shown, file)
     return list(found.values())
 
 
@@ -140,16 +158,21 @@ def _find(given: str) -> list[File]:
 
 def _is_data(info: Any, place: Place) -> bool:
     # As everywhere in the field: what starts with a dot or an underscore is somebody's bookkeeping.
-    inner = info.path.removeprefix(place.path).split("/")
+    inner = info.path.removeprefix(_fixed(place.path)).split("/")
     return bool(info.path.endswith(ENDINGS)) and not any(part.startswith((".", "_")) for part in inner)
+
+
+def _fixed(path: str) -> str:
+    """The path, or of a glob the folder below which it chooses."""
+    sign = next((i for i, letter in enumerate(path) if letter in "*?["), None)
+    return path if sign is None else path[:sign].rpartition("/")[0]
 
 
 def _matching(place: Place) -> list[Any]:
     if place.is_local:
         paths = sorted(glob.glob(place.path, recursive=True))
         return list(place.system.get_file_info(paths)) if paths else []
-    fixed = place.path[: next(i for i, letter in enumerate(place.path) if letter in "*?[")].rpartition("/")[0]
-    infos = place.system.get_file_info(fs.FileSelector(fixed, recursive=True, allow_not_found=True))
+    infos = place.system.get_file_info(fs.FileSelector(_fixed(place.path), recursive=True, allow_not_found=True))
     matches = re.compile(glob_translate(place.path)).fullmatch  # as local globs: * stays within a folder, ** does not
     return [info for info in infos if matches(info.path)]
 

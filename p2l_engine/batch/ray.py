@@ -182,7 +182,7 @@ class _Blocks(Datasource):
 
     def _read(self) -> Iterator[pa.Table]:
         distinct = Distinct()
-        for block in blocks(self.files, self.asked.column, (), self.asked.rows_per_part, self.asked.plain_text):
+        for block in blocks(self.files, self.asked.column, self.asked.keep, self.asked.rows_per_part, self.asked.plain_text):
             new = distinct.unit(block).new
             if new and block.number not in self.done:
                 yield pa.table([[block.number], [new]], PROMPTS)

@@ -15,7 +15,7 @@ from p2l_engine.batch.places import File
 
 logger = logging.getLogger(__name__)
 
-AT_ONCE = 512  # rows that are read together
+AT_ONCE, AT_ONCE_BYTES = 512, 8 << 20  # rows that are read together, fewer where they are longer
 LONGEST = 1 << 30  # bytes of a csv file's row
 
 
@@ -44,15 +44,18 @@ class Some(NamedTuple):
 
 def _parquet(file: File, column: str, keep: Sequence[str] | None, _: pa.Schema | None) -> Iterator[Some]:
     with file.place.system.open_input_file(file.place.path) as opened:
-        parquet = pq.ParquetFile(opened)
+        parquet = pq.ParquetFile(opened, pre_buffer=False, buffer_size=1 << 20)  # row groups may be large
         names = parquet.schema_arrow.names
         wanted = _wanted(file, names, column, keep)
-        first = 0
-        for batch in parquet.iter_batches(AT_ONCE, columns=[column, *(name for name in wanted if name != column)]):
-            table = pa.Table.from_batches([batch])
-            read = (first + len(batch)) / parquet.metadata.num_rows
-            yield Some(file, first, _values(table.column(column)), table.select(wanted), read)
-            first += len(batch)
+        columns, first = [column, *(name for name in wanted if name != column)], 0
+        for group in range(parquet.num_row_groups):
+            about = parquet.metadata.row_group(group)
+            at_once = max(1, min(AT_ONCE, AT_ONCE_BYTES * about.num_rows // max(about.total_byte_size, 1)))
+            for batch in parquet.iter_batches(at_once, row_groups=[group], columns=columns):
+                table = pa.Table.from_batches([batch])
+                read = (first + len(batch)) / parquet.metadata.num_rows
+                yield Some(file, first, _values(table.column(column)), table.select(wanted), read)
+                first += len(batch)
 
 
 def _csv(file: File, column: str, keep: Sequence[str] | None, schema: pa.Schema | None) -> Iterator[Some]:
@@ -68,22 +71,31 @@ def _csv(file: File, column: str, keep: Sequence[str] | None, schema: pa.Schema 
                     done = end
             return
         except pa.ArrowInvalid as error:
-            if "straddling" not in str(error) or piece >= LONGEST:
+            if "straddling" not in str(error):
                 raise
-            piece *= 8
+            if piece >= LONGEST:
+                raise ValueError(
+                    f"{file.place.shown}: a row after row {done - 1} is longer than 1 GiB: is a quote not closed?"
+                ) from None
+            piece = min(8 * piece, LONGEST)
 
 
 def _csv_pieces(file: File, column: str, keep: Sequence[str] | None, schema: pa.Schema | None, piece: int) -> Iterator[Some]:
     with file.place.system.open_input_file(file.place.path) as opened:
-        known = {} if schema is None else {field.name: field.type for field in schema}
-        # A prompt is text even where all of a file's look like numbers.
-        convert = pa.csv.ConvertOptions(column_types=known | {column: pa.string()}, strings_can_be_null=True)
         parse, pieces = pa.csv.ParseOptions(newlines_in_values=True), pa.csv.ReadOptions(block_size=piece)
-        reader = pa.csv.open_csv(opened, read_options=pieces, parse_options=parse, convert_options=convert)
-        wanted = _wanted(file, reader.schema.names, column, keep)
+        names = pa.csv.open_csv(opened, read_options=pieces, parse_options=parse).schema.names
+        wanted = _wanted(file, names, column, keep)
+        # All is the text that stands there: 007 stays 007, NA is a word, and nothing is what is not even quoted.
+        known = dict.fromkeys(names, pa.string()) | ({} if schema is None else {field.name: field.type for field in schema})
+        convert = pa.csv.ConvertOptions(
+            column_types=known | {column: pa.string()}, include_columns=list(dict.fromkeys([column, *wanted])),
+            null_values=[""], strings_can_be_null=True, quoted_strings_can_be_null=False, check_utf8=False,
+        )  # fmt: skip
+        opened.seek(0)
         first = 0
-        for batch in reader:
+        for batch in pa.csv.open_csv(opened, read_options=pieces, parse_options=parse, convert_options=convert):
             table = pa.Table.from_batches([batch])
+            table.select(wanted).validate(full=True)  # of UTF-8; a prompt that is not has an error of its own
             for start in range(0, len(table), AT_ONCE):
                 part = table[start : start + AT_ONCE]
                 yield Some(file, first + start, _values(part.column(column)), part.select(wanted), opened.tell() / file.size)
@@ -124,13 +136,16 @@ def _lines(file: File) -> Iterator[tuple[list[bytes], float]]:
     squeezed = {"gz": "gzip", "zst": "zstd"}.get(file.ending.rsplit(".", 1)[1])
     with file.place.system.open_input_file(file.place.path) as raw:
         opened = pa.CompressedInputStream(raw, squeezed) if squeezed else raw
-        rest, lines = b"", []
+        rest, lines, size = b"", list[bytes](), 0
         while chunk := opened.read(1 << 20):
             *whole, rest = (rest + chunk).split(b"\n") if b"\n" in chunk else (rest + chunk,)
-            lines += [line for line in whole if line.strip()]
-            while len(lines) >= AT_ONCE:
-                yield lines[:AT_ONCE], raw.tell() / file.size
-                lines = lines[AT_ONCE:]
+            for line in whole:
+                if line.strip():
+                    lines.append(line)
+                    size += len(line)
+                if len(lines) == AT_ONCE or size >= AT_ONCE_BYTES:
+                    yield lines, raw.tell() / file.size
+                    lines, size = [], 0
         lines += [rest] if rest.strip() else []
         if lines:
             yield lines, 1.0
@@ -154,6 +169,7 @@ def _typed(columns: dict[str, list[Any]], file: File) -> pa.Schema:
     fields = []
     for name, values in columns.items():
         try:
+            name.encode()
             kind = pa.infer_type(values)
         except (pa.ArrowException, UnicodeEncodeError) as error:
             raise ValueError(f"{file.place.shown}: column {name!r}: values of different types: {error}") from None
@@ -163,17 +179,31 @@ def _typed(columns: dict[str, list[Any]], file: File) -> pa.Schema:
 
 def _column(file: File, first: int, field: pa.Field, values: list[Any]) -> pa.Array:
     try:
-        return pa.array(values, field.type)
+        found = pa.array(values, field.type)
+        if pa.infer_type(values) in (field.type, pa.null()) or all(map(_same, values, found.to_pylist())):
+            return found
+        raise pa.ArrowInvalid("a value would not be what it was")
     except (pa.ArrowException, OverflowError, UnicodeEncodeError):
         for i, value in enumerate(values):
             try:
-                pa.array([value], field.type)
+                if not _same(value, pa.array([value], field.type)[0].as_py()):
+                    raise pa.ArrowInvalid("a value would not be what it was")
             except (pa.ArrowException, OverflowError, UnicodeEncodeError):
                 raise ValueError(
                     f"{file.place.shown}: row {first + i}: column {field.name!r}: expected {field.type} as in the first rows, "
-                    f"got {value!r:.60}"
+                    f"got {value!r:.60}; "
+                    "leave the column out with --keep"
                 ) from None
         raise
+
+
+def _same(value: Any, stored: Any) -> bool:
+    """Whether nothing is lost: Arrow makes 2 of 2.5 among integers, and leaves out keys that it does not know."""
+    if isinstance(value, dict) and isinstance(stored, dict):
+        return all(item is None or (key in stored and _same(item, stored[key])) for key, item in value.items())
+    if isinstance(value, list) and isinstance(stored, list):
+        return len(value) == len(stored) and all(map(_same, value, stored))
+    return bool(value == stored) or (value != value and stored != stored)
 
 
 def _values(column: pa.ChunkedArray) -> list[Any]:

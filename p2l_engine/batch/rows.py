@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from p2l_engine.batch.places import File
 from p2l_engine.batch.readers import READERS, Some, Unroutable
 from p2l_engine.votes.files import turns
 
 ROWS = 8192  # of a block: what is computed, written and resumed together
-BYTES = 32 << 20  # of a block's prompts, beyond which it ends early
+BYTES = 32 << 20  # of a block's prompts and kept columns, beyond which it ends early
 
 Turns = tuple[str, ...] | Unroutable
 
@@ -51,17 +53,18 @@ def blocks(
         read = float((before[some.file.place.shown] + some.read * some.file.size) / max(sizes.sum(), 1.0))
         if schema is None:
             schema = some.kept.schema
+            _check_writable(some.file, schema)
         elif not some.kept.schema.equals(schema):
             raise ValueError(
                 f"{some.file.place.shown}: {_difference(schema, some.kept.schema)}: expected those of the first file"
             )
-        start = 0
+        start, kept_each = 0, some.kept.nbytes // max(len(some.prompts), 1)
         for i, prompt in enumerate(some.prompts):
             found = turns_of(prompt, plain_text)
             if isinstance(found, Unroutable):
                 found = found._replace(where=f"{some.file.place.shown}: row {some.first + i}")
             prompts.append(found)
-            size += sum(map(len, found))
+            size += sum(map(len, found)) + kept_each
             if len(prompts) == rows or size >= BYTES:
                 kept.append(some.kept[start : i + 1])
                 yield Block(number, first, prompts, pa.concat_tables(kept), read)
@@ -97,6 +100,18 @@ def _every(files: Sequence[File], column: str, keep: Sequence[str] | None) -> It
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             after = f" after row {row - 1}" if row else ""
             raise ValueError(f"{file.place.shown}: cannot be read{after}: {error}") from error
+
+
+def _check_writable(file: File, schema: pa.Schema) -> None:
+    """Before anything is computed: parquet has no empty objects, and no lists within lists without end."""
+    written = io.BytesIO()
+    try:
+        pq.write_table(schema.empty_table(), written)
+        pq.read_table(written)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(
+            f"{file.place.shown}: a column cannot be written to parquet: {error}; leave it out with --keep"
+        ) from None
 
 
 def _difference(first: pa.Schema, other: pa.Schema) -> str:

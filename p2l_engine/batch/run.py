@@ -24,7 +24,16 @@ import pyarrow.parquet as pq
 from p2l_engine.batch.asked import Asked
 from p2l_engine.batch.decide import OURS, Decided, Decider, SpilledRates
 from p2l_engine.batch.distinct import Distinct, Unit
-from p2l_engine.batch.manifest import begin, changes, how, identity, parts, remove_state, seen, state_folder, write_manifest
+from p2l_engine.batch.manifest import (
+    begin,
+    check_unchanged,
+    how,
+    identity,
+    part_name,
+    parts,
+    remove_state,
+    write_manifest,
+)
 from p2l_engine.batch.places import File, Place, find
 from p2l_engine.batch.readers import Unroutable
 from p2l_engine.batch.report import Report
@@ -80,24 +89,42 @@ def run(
     engine = router.engine
     computed = how(engine.device.type, engine.dtype, engine.tokens_per_batch) if workers is None else workers.how
     now = identity(asked, router, files, computed)
-    state = state_folder(asked, output, now)
+    if asked.state is None and not output.is_local:
+        raise ValueError(f"state: expected a local folder where the output is not local ({output.shown}), got None")
     # What no prompt can have is refused before any is read.
     router.solve(np.zeros((1, len(router.names))), asked.budget, asked.budget_scope, asked.max_share, asked.min_share)
-    manifest = begin(asked, now, output, state, restart)
+    output.make_folder()
+    with output.alone():
+        return _run(router, asked, files, output, now, restart, progress or (lambda _: None), workers)
+
+
+def _run(
+    router: Router,
+    asked: Asked,
+    files: Sequence[File],
+    output: Place,
+    now: dict[str, Any],
+    restart: bool,
+    progress: Callable[[Report], object],
+    workers: Workers | None,
+) -> Report:
+    manifest, state = begin(asked, now, output, restart)
     if manifest["complete"]:
         logger.info("%s is finished already", output.shown)
         remove_state(state)
-        return Report(**manifest["report"])
+        report = Report(**manifest["report"])
+        if asked.strict and report.routed < report.rows:
+            raise ValueError(f"{output.shown}: {report.rows - report.routed:,} of its {report.rows:,} rows have an error")
+        return report
     spill = Spill(state, len(router.engine.head.bias))
     decider = Decider(router, spill.take, asked.budget, asked.price, asked.coefficients)
-    work = _Run(router, asked, files, output, spill, decider, progress or (lambda _: None), workers)
+    work = _Run(router, asked, files, output, spill, decider, progress, workers)
     start = time.perf_counter()
     work.compute()
     if asked.over_batch:
+        check_unchanged(asked, now)
         work.decide_over_batch()
-    changed = changes({"inputs": now["inputs"]}, {"inputs": seen(find(asked.inputs))})
-    if changed:
-        raise ValueError(f"{'; '.join(changed)}: changed while it was read; run again with --restart")
+    check_unchanged(asked, now)
     report = work.report
     report.seconds["all"] = time.perf_counter() - start
     kept = {name: getattr(report, name) for name in ("rows", "routed", "repeated", "parts", "spend", "prices")}
@@ -256,7 +283,7 @@ class _Run:
 
     def _write(self, unit: Unit, policies: Policies | None = None) -> None:
         start = time.perf_counter()
-        name = f"part-{unit.block.number:06d}.parquet"
+        name = part_name(unit.block.number)
         decided: Decided = self.decider.decide(unit, policies)
         self.report.took("deciding", start)
         self.report.routed += decided.routed

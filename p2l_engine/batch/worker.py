@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
+from p2l_engine.batch.asked import check
 from p2l_engine.batch.decide import OURS, Decider
 from p2l_engine.batch.distinct import Distinct, split
 from p2l_engine.batch.rows import Block, turns_of
@@ -49,8 +50,7 @@ class Route:
         device: str | None = None,
         dtype: str | None = None,
     ) -> None:
-        if price is not None and budget is not None:
-            raise ValueError(f"price: expected no budget beside it, got {budget!r}")
+        check(budget, price, coefficients)
         if dtype not in (None, "float32", "bfloat16"):
             raise ValueError(f"dtype: expected 'float32' or 'bfloat16', got {dtype!r}")
         engine = Engine.from_pretrained(checkpoint, device, getattr(torch, dtype) if dtype else None)

@@ -11,6 +11,7 @@ import torch
 import typer
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from p2l_engine.cli.inputs import (
     CatalogOption,
@@ -179,7 +180,7 @@ def _show(report: object, unit: str, output: str) -> None:
     from p2l_engine.batch import Report
 
     assert isinstance(report, Report)
-    table = Table(title=output, title_justify="left", show_header=False)
+    table = Table(title=Text(output), title_justify="left", show_header=False)
     table.add_column()
     table.add_column(justify="right")
     table.add_row("rows", f"{report.rows:,}")
@@ -190,7 +191,7 @@ def _show(report: object, unit: str, output: str) -> None:
         table.add_row("prompts computed before", f"{report.resumed:,}")
     table.add_row(f"sum of expected costs ({unit})", f"{report.spend:,.6g}")
     for row, price in report.prices.items():
-        table.add_row(f"price of {row}: win rate for one unit more", f"{price:.4g}")
+        table.add_row(Text(f"price of {row}: win rate for one unit more"), f"{price:.4g}")
     if report.seconds:
         table.add_row("seconds", f"{report.seconds['all']:,.1f}")
     out.print(table)
