@@ -208,8 +208,10 @@ def test_what_stands_in_a_csv_file_is_what_comes_out(router, tmp_path):
 
 def test_what_a_type_would_lose_is_refused(router, tmp_path):
     for name, first, last in (
-        ("number", {"m": 1}, {"m": 2.5}), ("list", {"m": [1]}, {"m": [2, 3.7]}), ("key", {"m": {"a": 1}}, {"m": {"a": 1, "b": 7}}),
-    ):  # fmt: skip
+        ("number", {"m": 1}, {"m": 2.5}),
+        ("list", {"m": [1]}, {"m": [2, 3.7]}),
+        ("key", {"m": {"a": 1}}, {"m": {"a": 1, "b": 7}}),
+    ):
         lines = [json.dumps({"prompt": "p"} | values) for values in (*[first] * 600, last)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
         with pytest.raises(
