@@ -10,6 +10,7 @@ import logging
 import socket
 import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -69,7 +70,8 @@ class Cluster:
             ray.init(address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         # What it logs as an error it raises too; everything is in Ray's own log files.
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-        try:
+        with ExitStack() as undo:
+            undo.callback(self.close)
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
             gpus, cpus = ([int(node.get(what, 0)) for node in nodes] for what in ("GPU", "CPU"))
             kind = torch.device(device or ("cuda" if sum(gpus) else "cpu")).type
@@ -81,9 +83,7 @@ class Cluster:
                 raise ValueError(f"device: the cluster at {address} has no {kind} device")
             if not 1 <= self.workers <= there:
                 raise ValueError(f"workers: expected 1 to {there}, the cluster's {kind} devices, got {self.workers}")
-        except BaseException:
-            self.close()
-            raise
+            undo.pop_all()
         self._needs = {"num_gpus": 1, "num_cpus": 1} if kind == "cuda" else {"num_cpus": share(cpus, self.workers)}
         dtype = dtype or natural_dtype(torch.device(kind))
         tokens = tokens_per_batch or TOKENS_PER_BATCH[kind]
