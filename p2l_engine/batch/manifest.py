@@ -144,11 +144,12 @@ def write_manifest(output: Place, manifest: Mapping[str, Any]) -> None:
 def state_folder(given: str | None, output: Place, now: dict[str, Any], known: str | None = None) -> Path:
     """A folder of a run's own: whatever else is kept beside it is never read, and never removed. given: what it is to lie in
     (None: the output); known: where an unfinished run's manifest says that it is."""
-    if known is not None:
-        return Path(known)
     # A folder that is moved takes its own state along; elsewhere, two outputs' states are two.
-    key = hashlib.sha256(json.dumps([given and output.path, now]).encode()).hexdigest()[:16]
-    return (Path(output.path) / STATE if given is None else Path(given).expanduser().absolute()) / f"run-{key}"
+    elsewhere = output.path if given or known else None
+    name = f"run-{hashlib.sha256(json.dumps([elsewhere, now]).encode()).hexdigest()[:16]}"
+    if known is not None and Path(known).name == name:  # else it is a copy's, and not this output's to remove
+        return Path(known)
+    return (Path(output.path) / STATE if given is None else Path(given).expanduser().absolute()) / name
 
 
 def remove_state(state: Path) -> None:
