@@ -13,6 +13,8 @@ import p2l_engine  # noqa: F401 (before transformers: it hides this folder's ker
 from p2l_engine import Engine, Router
 from tests import tiny
 
+pytest.register_assert_rewrite("tests.batch_files")
+
 DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 
 

@@ -16,7 +16,7 @@ import torch
 
 from p2l_engine import cli
 from p2l_engine.batch import Asked, Route, run
-from tests.test_batch import contents
+from tests.batch_files import contents
 from tests.test_router import catalog
 
 ray = pytest.importorskip("ray", reason="Ray is not installed")

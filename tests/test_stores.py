@@ -1,15 +1,21 @@
-"""Batch runs from and to stores: an S3-compatible server that the tests start, file:// URIs, and what fsspec knows."""
+"""Batch runs from and to stores: servers of S3's and Google's kind, which the tests start, file:// URIs, and fsspec's."""
 
 from __future__ import annotations
 
 import logging
 import re
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
 
 import pytest
+from pyarrow.fs import GcsFileSystem
 
 from p2l_engine.batch import Asked, run
 from p2l_engine.batch.places import Place, find
-from tests.test_batch import contents, write
+from tests.batch_files import contents, write
 
 moto = pytest.importorskip("moto.server", reason="moto is not installed")
 
@@ -119,6 +125,63 @@ def test_what_a_store_refuses_is_named(router, store, tmp_path):
     uri = uploaded(store, "refused/short.parquet", tmp_path / "short.parquet")
     with pytest.raises(ValueError, match="s3://bucket/refused/short.parquet: cannot be read"):
         run(router, Asked([uri], "s3://bucket/short", state=str(tmp_path / "state")))
+
+
+@contextmanager
+def google():
+    """The port of a store with a bucket, in a process of its own: Arrow holds the interpreter's lock while it opens files."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    arguments = ["start", "--in-memory", "--host", "127.0.0.1", "--port", str(port), "--default-bucket", "bucket", "--quiet"]
+    with subprocess.Popen([sys.executable, "-m", "gcp_storage_emulator", *arguments]) as server:
+        try:
+            for _ in range(200):
+                try:
+                    socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                    break
+                except OSError:
+                    assert server.poll() is None
+                    time.sleep(0.1)
+            yield port
+        finally:
+            server.terminate()
+
+
+def test_a_google_store_is_one_too(router, tmp_path):
+    pytest.importorskip("gcp_storage_emulator", reason="gcp-storage-emulator is not installed")
+    path = tmp_path / "in.jsonl.gz"
+    write(path)
+    asked = {"budget": 1.5, "budget_scope": "batch", "rows_per_part": 32}
+    run(router, Asked([str(path)], str(tmp_path / "out"), **asked))
+    state = str(tmp_path / "state")
+
+    def stop(report):
+        if report.rows >= 64:
+            raise InterruptedError
+
+    with google() as port:
+        options = f"?scheme=http&endpoint_override=127.0.0.1:{port}&retry_limit_seconds=10"
+        Place.of(f"gs://anonymous@bucket/x/in.jsonl.gz{options}").write(path.read_bytes())
+        inputs, output = [f"gs://anonymous@bucket/x/*.gz{options}"], f"gs://anonymous@bucket/out{options}"
+        assert isinstance(Place.of(output).system, GcsFileSystem)
+        with pytest.raises(InterruptedError):
+            run(router, Asked(inputs, output, state=state, **asked), progress=stop)
+        with pytest.raises(ValueError, match="^gs://bucket/out: holds a run .*: budget: was 1.5, is 2.0"):
+            run(router, Asked(inputs, output, state=state, **asked | {"budget": 2.0}))
+        assert run(router, Asked(inputs, output, state=state, **asked)).resumed >= 30
+        assert parts(Place.of(output)) == parts(Place.of(str(tmp_path / "out")))
+        assert len(parts(Place.of(output))) == 5
+        with pytest.raises(ValueError, match="^gs://bucket/none: no such file or folder"):
+            find([f"gs://anonymous@bucket/none{options}"])
+
+
+def test_what_is_shown_of_a_place_is_no_secret(caplog):
+    place = Place.of("s3://KEY:SECRET@bucket/out?region=us-east-1&endpoint_override=localhost:1")
+    assert (place.shown, (place / "part").shown, place.path) == ("s3://bucket/out", "s3://bucket/out/part", "bucket/out")
+    for uri in ("s3://KEY:SECRET@bucket/in.csv?nonsense=1", "nowhere://KEY:SECRET@bucket/in.csv"):
+        with pytest.raises(ValueError, match="bucket/in.csv: ") as refused:
+            find([uri])
+        assert "SECRET" not in str(refused.value)
 
 
 def test_file_uris_and_fsspecs_are_stores_too(router, tmp_path):

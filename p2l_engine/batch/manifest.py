@@ -131,8 +131,8 @@ def _parsed(text: bytes) -> dict[str, Any] | None:
     )
     if sound and manifest["complete"]:
         try:
-            sound = isinstance(Report(**manifest["report"]).parts, int)
-        except (KeyError, TypeError):
+            sound = Report(**manifest["report"]).parts == len(dict(manifest["bytes"]))
+        except (KeyError, TypeError, ValueError):
             return None
     return manifest if sound else None
 
@@ -210,14 +210,17 @@ def _is_stray(name: str) -> bool:
 
 
 def _check_parts(finished: dict[str, Any], output: Place) -> None:
-    """Parts that are gone make a finished run an unfinished one."""
-    expected, found = {part_name(number) for number in range(finished["report"]["parts"])}, set(parts(output))
-    if found - expected:
-        raise ValueError(
-            f"{output.shown}: {', '.join(sorted(found - expected)[:3])}: expected parts of this run alone; remove them"
-        )
-    if expected - found:
-        logger.warning("%s: %d parts of the finished run are gone: they are made again", output.shown, len(expected - found))
+    """Parts that are gone, or are longer or shorter than they were, make a finished run an unfinished one."""
+    expected, found = finished["bytes"], parts(output)
+    others = [name for name in found if name not in expected]
+    if others:
+        raise ValueError(f"{output.shown}: {', '.join(others[:3])}: expected parts of this run alone; remove them")
+    changed = [name for name, size in expected.items() if found.get(name) != size]
+    if changed:
+        logger.warning(
+            "%s: %d parts of the finished run are gone or changed, and made again: %s", output.shown, len(changed),
+            ", ".join(changed[:3]),
+        )  # fmt: skip
         finished["complete"] = False
 
 
@@ -232,6 +235,6 @@ def check_unchanged(asked: Asked, now: dict[str, Any]) -> None:
         raise ValueError(f"{'; '.join(changed)}: changed while it was read; run again with --restart")
 
 
-def parts(output: Place) -> list[str]:
-    """Names of the parts that are written."""
-    return [name for name in output.names() if name.startswith("part-") and name.endswith(".parquet")]
+def parts(output: Place) -> dict[str, int]:
+    """Names of the parts that are written, and their bytes."""
+    return {name: size for name, size in output.sizes().items() if name.startswith("part-") and name.endswith(".parquet")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import glob
+import logging
 import os
 import re
 import uuid
@@ -17,7 +18,9 @@ import pyarrow as pa
 from fsspec.utils import glob_translate
 from pyarrow import fs
 
-ENDINGS = (".parquet", ".csv", ".jsonl", ".jsonl.gz", ".jsonl.zst")
+logger = logging.getLogger(__name__)
+
+ENDINGS = (".parquet", ".csv", ".csv.gz", ".csv.zst", ".jsonl", ".jsonl.gz", ".jsonl.zst")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,15 +34,18 @@ class Place:
     @classmethod
     def of(cls, uri: str) -> Place:
         """A local path, or a URI: what pyarrow knows (file, s3, gs ...), anything else through fsspec. Raises ValueError."""
+        if not uri:
+            raise ValueError("expected a path or a URI, got ''")
         if "://" not in uri:
             return cls(fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri)), uri)
+        shown = re.sub("//[^/]*@", "//", uri.partition("?")[0])  # without a store's options, keys and secrets
         try:
             system, path = fs.FileSystem.from_uri(uri)
         except pa.ArrowInvalid as error:
             if "Unrecognized filesystem" not in str(error):
-                raise ValueError(f"{uri}: {error}") from None
-            system, path = _through_fsspec(uri)
-        return cls(system, path, uri.partition("?")[0])  # without the options of its store
+                raise ValueError(f"{shown}: {str(error).replace(uri, shown)}") from None
+            system, path = _through_fsspec(uri, shown)
+        return cls(system, path, shown)
 
     @property
     def is_local(self) -> bool:
@@ -58,8 +64,12 @@ class Place:
 
     def names(self) -> list[str]:
         """What a folder holds, sorted; nothing where there is no such folder."""
-        chosen = fs.FileSelector(self.path, allow_not_found=True)
-        return sorted(info.base_name for info in self.system.get_file_info(chosen))
+        return list(self.sizes())
+
+    def sizes(self) -> dict[str, int]:
+        """Of what a folder holds, in bytes, by name, sorted; a folder's is 0."""
+        infos = self.system.get_file_info(fs.FileSelector(self.path, allow_not_found=True))
+        return {info.base_name: int(info.size or 0) for info in sorted(infos, key=lambda info: info.base_name)}
 
     def read(self) -> bytes:
         with self.system.open_input_stream(self.path, compression=None) as stream:
@@ -68,7 +78,7 @@ class Place:
     def write(self, data: bytes | memoryview) -> None:
         """The whole file or nothing: a local file is renamed into place once it is on the disk, an object is put at once."""
         if not self.is_local:
-            with self.system.open_output_stream(self.path) as stream:
+            with self.system.open_output_stream(self.path, compression=None) as stream:
                 stream.write(data)
             return
         write_local(Path(self.path), data)
@@ -127,8 +137,8 @@ def write_local(path: Path, data: bytes | memoryview) -> None:
 
 
 def find(inputs: Iterable[str]) -> list[File]:
-    """The files that these paths, URIs, folders and globs name: in the given order, each folder's and glob's by name, each file
-    once. Raises ValueError where one names nothing, or a file of another kind."""
+    """The files that these paths, URIs, folders and globs (of files and folders) name: in the given order, each folder's and
+    glob's by name, each file once. Raises ValueError where one names nothing, or a file of another kind."""
     found: dict[str, File] = {}
     for given in inputs:
         for file in _find(given):
@@ -141,25 +151,42 @@ def _find(given: str) -> list[File]:
     info = place.system.get_file_info(place.path)
     if info.type == fs.FileType.File:
         if not place.path.endswith(ENDINGS):
-            raise ValueError(f"{given}: expected a file that ends in {', '.join(ENDINGS)}")
-        return [_file(place.system, info)]
+            raise ValueError(f"{place.shown}: expected a file that ends in {', '.join(ENDINGS)}")
+        return [_file(place, info)]
     if info.type == fs.FileType.Directory:
-        infos = place.system.get_file_info(fs.FileSelector(place.path, recursive=True))
-        what = "in this folder"
-    elif any(sign in given for sign in "*?["):
+        infos, what = _within(place.system, place.path), "in this folder"
+    elif any(sign in place.path for sign in "*?["):
         infos, what = _matching(place), "that match"
+        infos += [inner for info in infos if info.type == fs.FileType.Directory for inner in _within(place.system, info.path)]
     else:
-        raise ValueError(f"{given}: no such file or folder")
-    chosen = [info for info in infos if info.type == fs.FileType.File and _is_data(info, place)]
+        raise ValueError(f"{place.shown}: no such file or folder")
+    seen = {info.path: info for info in infos if info.type != fs.FileType.Directory and not _is_bookkeeping(info, place)}
+    chosen = [seen[path] for path in sorted(seen) if path.endswith(ENDINGS) and seen[path].type == fs.FileType.File]
+    others = sorted(seen.keys() - {info.path for info in chosen})
+    if others:
+        logger.warning(
+            "%s: left out, since no files that end in %s: %s",
+            place.shown,
+            ", ".join(ENDINGS),
+            _some(map(os.path.basename, others)),
+        )
     if not chosen:
-        raise ValueError(f"{given}: expected files {what} that end in {', '.join(ENDINGS)}, found none")
-    return [_file(place.system, info) for info in sorted(chosen, key=lambda info: info.path)]
+        raise ValueError(f"{place.shown}: expected files {what} that end in {', '.join(ENDINGS)}, found none")
+    return [_file(place, info) for info in chosen]
 
 
-def _is_data(info: Any, place: Place) -> bool:
-    # As everywhere in the field: what starts with a dot or an underscore is somebody's bookkeeping.
-    inner = info.path.removeprefix(_fixed(place.path)).split("/")
-    return bool(info.path.endswith(ENDINGS)) and not any(part.startswith((".", "_")) for part in inner)
+def _within(system: Any, folder: str) -> list[Any]:
+    return list(system.get_file_info(fs.FileSelector(folder, recursive=True)))
+
+
+def _is_bookkeeping(info: Any, place: Place) -> bool:
+    # As everywhere in the field: what starts with a dot or an underscore is somebody's.
+    return any(part.startswith((".", "_")) for part in info.path.removeprefix(_fixed(place.path)).split("/"))
+
+
+def _some(names: Iterable[str]) -> str:
+    first, *others = names
+    return f"{first} and {len(others):,} more" if others else first
 
 
 def _fixed(path: str) -> str:
@@ -177,16 +204,16 @@ def _matching(place: Place) -> list[Any]:
     return [info for info in infos if matches(info.path)]
 
 
-def _file(system: Any, info: Any) -> File:
-    scheme = "" if isinstance(system, fs.LocalFileSystem) else f"{system.type_name}://"
-    return File(Place(system, info.path, scheme + info.path), int(info.size or 0), info.mtime_ns)
+def _file(given: Place, info: Any) -> File:
+    scheme = "" if given.is_local else given.shown[: given.shown.index("://") + 3]
+    return File(Place(given.system, info.path, scheme + info.path), int(info.size or 0), info.mtime_ns)
 
 
-def _through_fsspec(uri: str) -> tuple[Any, str]:
+def _through_fsspec(uri: str, shown: str) -> tuple[Any, str]:
     import fsspec
 
     try:
         system, path = fsspec.core.url_to_fs(uri)
     except (ValueError, ImportError) as error:
-        raise ValueError(f"{uri}: {error}") from None
+        raise ValueError(f"{shown}: {error}") from None
     return fs.PyFileSystem(fs.FSSpecHandler(system)), path

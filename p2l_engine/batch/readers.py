@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -71,6 +75,8 @@ def _csv(file: File, column: str, keep: Sequence[str] | None, schema: pa.Schema 
                     done = end
             return
         except pa.ArrowInvalid as error:
+            if "CSV parse error: Expected" in str(error):
+                raise ValueError(f"{file.place.shown}: {_ragged(file) or error}") from None
             if "straddling" not in str(error):
                 raise
             if piece >= LONGEST:
@@ -81,25 +87,40 @@ def _csv(file: File, column: str, keep: Sequence[str] | None, schema: pa.Schema 
 
 
 def _csv_pieces(file: File, column: str, keep: Sequence[str] | None, schema: pa.Schema | None, piece: int) -> Iterator[Some]:
-    with file.place.system.open_input_file(file.place.path) as opened:
-        parse, pieces = pa.csv.ParseOptions(newlines_in_values=True), pa.csv.ReadOptions(block_size=piece)
-        names = pa.csv.open_csv(opened, read_options=pieces, parse_options=parse).schema.names
-        wanted = _wanted(file, names, column, keep)
-        # All is the text that stands there: 007 stays 007, NA is a word, and nothing is what is not even quoted.
-        known = dict.fromkeys(names, pa.string()) | ({} if schema is None else {field.name: field.type for field in schema})
-        convert = pa.csv.ConvertOptions(
-            column_types=known | {column: pa.string()}, include_columns=list(dict.fromkeys([column, *wanted])),
-            null_values=[""], strings_can_be_null=True, quoted_strings_can_be_null=False, check_utf8=False,
-        )  # fmt: skip
-        opened.seek(0)
-        first = 0
+    parse, pieces = pa.csv.ParseOptions(newlines_in_values=True), pa.csv.ReadOptions(block_size=piece)
+    with _opened(file) as (opened, _), pa.csv.open_csv(opened, read_options=pieces, parse_options=parse) as header:
+        names = header.schema.names
+    wanted = _wanted(file, names, column, keep)
+    # All is the text that stands there: 007 stays 007, NA is a word, and nothing is what is not even quoted.
+    known = dict.fromkeys(names, pa.string()) | ({} if schema is None else {field.name: field.type for field in schema})
+    convert = pa.csv.ConvertOptions(
+        column_types=known | {column: pa.string()}, include_columns=list(dict.fromkeys([column, *wanted])),
+        null_values=[""], strings_can_be_null=True, quoted_strings_can_be_null=False, check_utf8=False,
+    )  # fmt: skip
+    first = 0
+    with _opened(file) as (opened, raw):
         for batch in pa.csv.open_csv(opened, read_options=pieces, parse_options=parse, convert_options=convert):
             table = pa.Table.from_batches([batch])
             table.select(wanted).validate(full=True)  # of UTF-8; a prompt that is not has an error of its own
             for start in range(0, len(table), AT_ONCE):
                 part = table[start : start + AT_ONCE]
-                yield Some(file, first + start, _values(part.column(column)), part.select(wanted), opened.tell() / file.size)
+                yield Some(file, first + start, _values(part.column(column)), part.select(wanted), raw.tell() / file.size)
             first += len(table)
+
+
+def _ragged(file: File) -> str | None:
+    """The first row of a csv file that has not as many values as there are columns; Arrow does not say where it stands."""
+    limit = csv.field_size_limit(sys.maxsize)
+    try:
+        with _opened(file) as (opened, _), io.TextIOWrapper(opened, "latin-1", newline="") as text:
+            rows = (row for row in csv.reader(text) if row)
+            columns = len(next(rows))
+            for number, row in enumerate(rows):
+                if len(row) != columns:
+                    return f"row {number}: expected {columns} values, one for each column, got {len(row)}: {','.join(row):.60}"
+    finally:
+        csv.field_size_limit(limit)
+    return None
 
 
 def _jsonl(file: File, column: str, keep: Sequence[str] | None, schema: pa.Schema | None) -> Iterator[Some]:
@@ -108,6 +129,10 @@ def _jsonl(file: File, column: str, keep: Sequence[str] | None, schema: pa.Schem
     for lines, read in _lines(file):
         rows = [_object(line) for line in lines]
         names = list(dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row))
+        if not first:
+            if isinstance(rows[0], Unroutable) and not names:
+                raise ValueError(f"{file.place.shown}: no line of its first {len(rows)} is a JSON object: row 0: {rows[0].why}")
+            _wanted(file, names, column, None)
         if schema is None:
             wanted = _wanted(file, names, column, keep)
             schema = _typed({name: [_of(row, name) for row in rows] for name in wanted}, file)
@@ -131,11 +156,17 @@ READERS: dict[str, Callable[[File, str, Sequence[str] | None, pa.Schema | None],
 }
 
 
-def _lines(file: File) -> Iterator[tuple[list[bytes], float]]:
-    """Lines that hold something, a few at a time, and how much of the file was read by then."""
+@contextmanager
+def _opened(file: File) -> Iterator[tuple[pa.NativeFile, pa.NativeFile]]:
+    """A file's text, and the file as it stands there, which says how much of it was read."""
     squeezed = {"gz": "gzip", "zst": "zstd"}.get(file.ending.rsplit(".", 1)[1])
     with file.place.system.open_input_file(file.place.path) as raw:
-        opened = pa.CompressedInputStream(raw, squeezed) if squeezed else raw
+        yield (pa.CompressedInputStream(raw, squeezed) if squeezed else raw), raw
+
+
+def _lines(file: File) -> Iterator[tuple[list[bytes], float]]:
+    """Lines that hold something, a few at a time, and how much of the file was read by then."""
+    with _opened(file) as (opened, raw):
         rest, lines, size = b"", list[bytes](), 0
         while chunk := opened.read(1 << 20):
             *whole, rest = (rest + chunk).split(b"\n") if b"\n" in chunk else (rest + chunk,)

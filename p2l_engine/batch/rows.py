@@ -97,7 +97,7 @@ def _every(files: Sequence[File], column: str, keep: Sequence[str] | None) -> It
                 schema = some.kept.schema if schema is None else schema
                 row = some.first + len(some.prompts)
                 yield some
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        except (pa.ArrowException, OSError, OverflowError, UnicodeDecodeError) as error:
             after = f" after row {row - 1}" if row else ""
             raise ValueError(f"{file.place.shown}: cannot be read{after}: {error}") from error
 

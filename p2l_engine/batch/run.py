@@ -128,7 +128,7 @@ def _run(
     report = work.report
     report.seconds["all"] = time.perf_counter() - start
     kept = {name: getattr(report, name) for name in ("rows", "routed", "repeated", "parts", "spend", "prices")}
-    write_manifest(output, {"asked": manifest["asked"], "complete": True, "report": kept})
+    write_manifest(output, {"asked": manifest["asked"], "complete": True, "report": kept, "bytes": work.bytes})
     remove_state(state)
     return report
 
@@ -149,7 +149,7 @@ class _Run:
     ) -> None:
         self.router, self.asked, self.files, self.output, self.decider = router, asked, files, output, decider
         self.spill, self.progress, self.workers, self.report = spill, progress, workers, Report()
-        self.written = set(parts(output))
+        self.written, self.bytes = parts(output), dict[str, int]()
         self._room = threading.Semaphore(UNDER_WAY)
         self._lock = threading.Lock()
         self._waiting: deque[_Waiting] = deque()
@@ -289,12 +289,14 @@ class _Run:
         self.report.routed += decided.routed
         self.report.spend += decided.spend
         self.report.parts += 1
-        if name in self.written:
-            return
         start = time.perf_counter()
         about = {"p2l.unit": self.router.catalog.unit, "p2l.models": "\n".join(self.router.engine.models)}
         about |= {} if policies is None else {f"p2l.price.{row}": repr(price) for row, price in policies.prices.items()}
         buffer = io.BytesIO()
         pq.write_table(decided.table.replace_schema_metadata(about), buffer, compression="zstd")
-        (self.output / name).write(buffer.getbuffer())
+        self.bytes[name] = len(buffer.getbuffer())
+        if self.written.get(name) != self.bytes[name]:
+            if name in self.written:
+                logger.warning("%s is not what it was, and is written again", (self.output / name).shown)
+            (self.output / name).write(buffer.getbuffer())
         self.report.took("writing", start)

@@ -29,8 +29,8 @@ class Route:
     All arguments can be pickled; the checkpoint is loaded when a worker makes its own object. checkpoint: a folder, a hub name,
     or None for the built-in default. catalog: one, its file, or None for the checkpoint's own. column and
     plain_text: as in ``Asked``. budget: for each prompt; or price: of an earlier run's budget (see ``Asked``).
-    coefficients: give theta and eta too, in this type. device, dtype ("float32", "bfloat16"): as in ``Engine``; the rest as in
-    ``Router``. Raises what those raise.
+    coefficients: give theta and eta too, in this type. device, dtype ("float32", "bfloat16"), tokens_per_batch: as in
+    ``Engine``; the rest as in ``Router``. Raises what those raise.
     """
 
     def __init__(
@@ -49,11 +49,12 @@ class Route:
         unmatched: Literal["error", "leave_out"] = "error",
         device: str | None = None,
         dtype: str | None = None,
+        tokens_per_batch: int | None = None,
     ) -> None:
         check(budget, price, coefficients)
         if dtype not in (None, "float32", "bfloat16"):
             raise ValueError(f"dtype: expected 'float32' or 'bfloat16', got {dtype!r}")
-        engine = Engine.from_pretrained(checkpoint, device, getattr(torch, dtype) if dtype else None)
+        engine = Engine.from_pretrained(checkpoint, device, getattr(torch, dtype) if dtype else None, tokens_per_batch)
         if not isinstance(catalog, Catalog):
             catalog = Catalog.from_yaml(catalog or engine.folder / "catalog.yaml")
         self.router = Router(engine, catalog, opponents, seed, unmatched, objective)

@@ -47,7 +47,7 @@ class Floats(StrEnum):
 def batch(
     inputs: Annotated[
         list[str],
-        typer.Argument(help="Files (parquet, csv, jsonl, jsonl.gz, jsonl.zst), folders, globs; local, or URIs such as s3://."),
+        typer.Argument(help="Files (parquet, csv, jsonl, these two also .gz or .zst), folders, globs; or URIs such as s3://."),
     ],
     output: Annotated[str, typer.Option("--output", "-o", help="A folder, or its URI: parquet parts in the rows' order.")],
     column: Annotated[str, typer.Option(help="The prompts: text, a list of user turns, or of messages.")] = "prompt",
@@ -118,6 +118,7 @@ def batch(
 ) -> None:
     """Route files of prompts, of any length. Killed, the same command goes on where it was."""
     from p2l_engine.batch import Asked, Report, run
+    from p2l_engine.batch.places import Place
 
     asked = Asked(
         inputs=inputs,
@@ -153,7 +154,7 @@ def batch(
                 bar.update(task, completed=report.read, description=f"{done}; {speed}")
 
         report = run(router, asked, restart, show, cluster)
-    _show(report, router.catalog.unit, output)
+    _show(report, router.catalog.unit, Place.of(output).shown)
 
 
 def _cluster(

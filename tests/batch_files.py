@@ -1,0 +1,50 @@
+"""Files of prompts for batch runs, and what the runs make of them."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+
+PROMPTS = [f"question {i % 60} " + "so " * (i % 11) for i in range(150)]  # some come again
+
+
+def write(path, prompts=PROMPTS, **more):
+    """A file of the kind that its name says, with a column id."""
+    columns = {"id": [f"row {i}" for i in range(len(prompts))], "prompt": prompts} | more
+    table, name = pa.table(columns), str(path)
+    if name.endswith(".parquet"):
+        pq.write_table(table, path, row_group_size=40)
+        return name
+    text = io.BytesIO()
+    if ".csv" in name:
+        pa.csv.write_csv(table, text)
+    else:
+        text.write("".join(json.dumps(row) + "\n" for row in table.to_pylist()).encode())
+    squeeze = {"gz": gzip.compress, "zst": lambda data: pa.compress(data, "zstd", asbytes=True)}
+    path.write_bytes(squeeze.get(name.rsplit(".", 1)[1], bytes)(text.getvalue()))
+    return name
+
+
+def output(folder):
+    parts = sorted(folder.glob("part-*.parquet"))
+    return pa.concat_tables([pq.read_table(part) for part in parts]) if parts else None
+
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+def agrees(rows, decisions):
+    assert len(rows) == len(decisions)
+    for row, d in zip(rows, decisions, strict=True):
+        assert row["model"] == d.model
+        assert {part["model"]: part["probability"] for part in row["policy"]} == pytest.approx(d.policy, abs=1e-4)
+        for name in ("expected_cost", "win_rate", "score"):
+            assert row[name] == pytest.approx(getattr(d, name), abs=1e-4)
+        assert row["error"] is None

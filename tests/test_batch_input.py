@@ -1,0 +1,149 @@
+"""Inputs and options that a batch run refuses: each is named, with file and row."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+from p2l_engine.batch import Asked, run
+from p2l_engine.batch.manifest import read_manifest
+from p2l_engine.batch.places import Place, find
+from tests.batch_files import write
+from tests.tiny import MODELS
+
+
+def test_what_stands_in_the_way_is_named(router, tmp_path):
+    given = write(tmp_path / "in.parquet")
+    out = str(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"in.parquet: expected the columns question; it has id, prompt"):
+        run(router, Asked([given], out, column="question"))
+    for name in ("in.txt", "none.parquet"):
+        (tmp_path / "in.txt").touch()
+        with pytest.raises(ValueError, match=f"{name}: "):
+            run(router, Asked([str(tmp_path / name)], out))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty: expected files in this folder"):
+        run(router, Asked([str(tmp_path / "empty")], out))
+    with pytest.raises(ValueError, match="that match"):
+        run(router, Asked([str(tmp_path / "*.csv")], out))
+    with pytest.raises(ValueError, match="expected a path or a URI, got ''"):
+        run(router, Asked([""], out))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    for restart in (False, True):
+        with pytest.raises(ValueError, match=r"mine: expected an empty folder or the output .*, found thesis.txt"):
+            run(router, Asked([given], str(tmp_path / "mine")), restart=restart)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+    with pytest.raises(ValueError, match="columns of its own named model, score"):
+        run(router, Asked([write(tmp_path / "clash.csv", model=["m"] * 150, score=[1] * 150)], str(tmp_path / "clash")))
+    for text, message in (
+        ('[\n{"prompt": "a"}', None),
+        ("[\n1\n]", "no line of its first 3 is a JSON object: row 0: expected a line of JSON"),
+        ('{"text": "a"}', "expected the columns prompt; it has text"),
+    ):
+        (tmp_path / "odd.jsonl").write_text(text)
+        for name, inputs in (("alone", []), ("second", [write(tmp_path / "good.jsonl")])):
+            asked = Asked([*inputs, str(tmp_path / "odd.jsonl")], str(tmp_path / name))
+            if message is None:
+                assert run(router, asked, restart=True).routed % 150 == 1
+                continue
+            with pytest.raises(ValueError, match=f"odd.jsonl: {message}"):
+                run(router, asked, restart=True)
+    ragged = ["id,prompt", *(f'{i},"a\nb"' for i in range(40_000)), '7,"a\nb",c']
+    (tmp_path / "ragged.csv").write_text("\n".join(ragged))
+    with pytest.raises(ValueError, match=r"ragged.csv: row 40000: expected 2 values, one for each column, got 3: 7,a"):
+        run(router, Asked([str(tmp_path / "ragged.csv")], str(tmp_path / "ragged")))
+    (tmp_path / "b.csv").write_text("other,prompt\nx,y\n")
+    with pytest.raises(ValueError, match=r"b.csv: column id is missing, was string; other is string"):
+        run(router, Asked([given, str(tmp_path / "b.csv")], str(tmp_path / "two")))
+    for inputs, where in (
+        (str(tmp_path), "out"),
+        (f"{tmp_path}/**/*.parquet", "."),
+        (given, "in.parquet"),
+        (str(tmp_path), "."),
+    ):
+        with pytest.raises(ValueError, match="lie in one another"):
+            run(router, Asked([inputs], str(tmp_path / where)))
+    # What cannot be is refused before anything is written.
+    for more, message in (
+        ({"budget": 0.5}, "budget 0.5 is infeasible"),
+        ({"budget": 0.5, "budget_scope": "batch"}, "budget 0.5 is infeasible"),
+        ({"max_share": {"nobody": 0.5}}, "max_share: expected models of the catalog, got nobody"),
+        ({"max_share": {name: 0.1 for name in MODELS}}, "cannot hold"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(router, Asked([given], str(tmp_path / "never"), **more))
+    assert not (tmp_path / "never").exists()
+
+
+def test_folders_are_read_whole_and_what_is_left_out_is_named(tmp_path, caplog):
+    for name in ("a.csv", "inner/b.parquet", "inner.parquet/c.parquet", "inner/_SUCCESS", ".hidden/d.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+
+    def found(*inputs):
+        return [os.path.relpath(file.place.path, tmp_path) for file in find([str(tmp_path / given) for given in inputs])]
+
+    assert found(".") == found("**") == ["a.csv", "inner.parquet/c.parquet", "inner/b.parquet"]
+    assert found("inn*") == found("*.parquet", "inner") == ["inner.parquet/c.parquet", "inner/b.parquet"]
+    assert not caplog.records
+    (tmp_path / "A.CSV").touch()
+    (tmp_path / "notes.md").touch()
+    assert found(".") == ["a.csv", "inner.parquet/c.parquet", "inner/b.parquet"]
+    assert "left out, since no files that end in .parquet, .csv" in caplog.text
+    assert caplog.text.strip().endswith(": A.CSV and 1 more")
+
+
+@pytest.mark.parametrize("kind", [".parquet", ".jsonl.gz", ".jsonl.zst", ".csv", ".csv.gz", ".csv.zst"])
+def test_files_that_are_cut_short_or_mixed_are_named(kind, router, tmp_path):
+    rng = np.random.default_rng(0)
+    given = tmp_path / f"in{kind}"
+    write(given, [" ".join(map(str, rng.integers(1e9, size=9))) for _ in range(3000)])
+    if kind == ".csv":
+        given.write_bytes(given.read_bytes() + b'"\xff\xfe","prompt"\n')
+    else:
+        given.write_bytes(given.read_bytes()[:-4000])
+    with pytest.raises(ValueError, match=rf"in{kind}: cannot be read( after row \d+)?: "):
+        run(router, Asked([str(given)], str(tmp_path / "out"), rows_per_part=500))
+    assert not read_manifest(Place.of(str(tmp_path / "out")))["complete"]
+
+
+def test_types_that_change_within_a_file_are_named(router, tmp_path, caplog):
+    lines = [json.dumps({"prompt": "p", "id": i}) for i in range(900)] + [json.dumps({"prompt": "p", "id": "later text"})]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=r"in.jsonl: row 900: column 'id': expected int64 .*, got 'later text'"):
+        run(router, Asked([str(tmp_path / "in.jsonl")], str(tmp_path / "out")))
+    (tmp_path / "odd.jsonl").write_text('{"prompt": "p", "id": "a"}\n' * 600 + '{"prompt": "p", "id": "\\ud800"}')
+    with pytest.raises(ValueError, match=r"odd.jsonl: row 600: column 'id': expected string .*, got '.ud800'"):
+        run(router, Asked([str(tmp_path / "odd.jsonl")], str(tmp_path / "odd")))
+    (tmp_path / "late.jsonl").write_text('{"prompt": "p"}\n' * 600 + '{"prompt": "p", "id": 1}\n' * 600)
+    assert run(router, Asked([str(tmp_path / "late.jsonl")], str(tmp_path / "late"))).routed == 1200
+    assert [record.message.partition(": ")[2] for record in caplog.records] == [
+        "'id': not in the first rows, and so not in the output"
+    ]
+    (tmp_path / "mixed.jsonl").write_text('{"prompt": "p", "id": 1}\n{"prompt": "p", "id": [1]}')
+    with pytest.raises(ValueError, match=r"mixed.jsonl: column 'id': values of different types"):
+        run(router, Asked([str(tmp_path / "mixed.jsonl")], str(tmp_path / "mixed")))
+
+
+def test_what_a_type_would_lose_is_refused(router, tmp_path):
+    for name, first, last in (
+        ("number", {"m": 1}, {"m": 2.5}),
+        ("list", {"m": [1]}, {"m": [2, 3.7]}),
+        ("key", {"m": {"a": 1}}, {"m": {"a": 1, "b": 7}}),
+    ):
+        lines = [json.dumps({"prompt": "p"} | values) for values in (*[first] * 600, last)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+        with pytest.raises(
+            ValueError, match=rf"{name}.jsonl: row 600: column 'm': expected .* as in the first rows, got .*--keep"
+        ):
+            run(router, Asked([str(tmp_path / f"{name}.jsonl")], str(tmp_path / f"{name}-out")))
+        run(router, Asked([str(tmp_path / f"{name}.jsonl")], str(tmp_path / f"{name}-out"), keep=[]))
+    (tmp_path / "empty.jsonl").write_text('{"prompt": "p", "m": {}}')
+    with pytest.raises(
+        ValueError, match="empty.jsonl: a column cannot be written to parquet: .*'m'.*; leave it out with --keep"
+    ):
+        run(router, Asked([str(tmp_path / "empty.jsonl")], str(tmp_path / "empty-out")))
