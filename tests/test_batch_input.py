@@ -106,6 +106,9 @@ def test_files_that_are_cut_short_or_mixed_are_named(kind, router, tmp_path):
         given.write_bytes(given.read_bytes() + b'"\xff\xfe","prompt"\n')
     else:
         given.write_bytes(given.read_bytes()[:-4000])
+    (tmp_path / f"nothing{kind}").touch()
+    with pytest.raises(ValueError, match=rf"nothing{kind}: cannot be read: "):
+        run(router, Asked([str(tmp_path / f"nothing{kind}")], str(tmp_path / "nothing")))
     with pytest.raises(ValueError, match=rf"in{kind}: cannot be read( after row \d+)?: "):
         run(router, Asked([str(given)], str(tmp_path / "out"), rows_per_part=500))
     assert not read_manifest(Place.of(str(tmp_path / "out")))["complete"]

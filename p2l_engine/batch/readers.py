@@ -160,6 +160,8 @@ READERS: dict[str, Callable[[File, str, Sequence[str] | None, pa.Schema | None],
 def _opened(file: File) -> Iterator[tuple[pa.NativeFile, pa.NativeFile]]:
     """A file's text, and the file as it stands there, which says how much of it was read."""
     squeezed = {"gz": "gzip", "zst": "zstd"}.get(file.ending.rsplit(".", 1)[1])
+    if squeezed and not file.size:
+        raise pa.ArrowInvalid(f"expected a {squeezed} stream, got nothing")  # even one of no text has a header
     with file.place.system.open_input_file(file.place.path) as raw:
         yield (pa.CompressedInputStream(raw, squeezed) if squeezed else raw), raw
 
