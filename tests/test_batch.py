@@ -10,9 +10,9 @@ import pytest
 
 from p2l_engine.batch import Asked, run
 from p2l_engine.batch.distinct import Distinct
+from p2l_engine.batch.lots import Unroutable
 from p2l_engine.batch.manifest import read_manifest
 from p2l_engine.batch.places import Place, find
-from p2l_engine.batch.readers import Unroutable
 from p2l_engine.batch.rows import blocks
 from tests.batch_files import PROMPTS, agrees, contents, output, write
 

@@ -11,7 +11,7 @@ import pytest
 from p2l_engine.batch import Asked, run
 from p2l_engine.batch.manifest import read_manifest
 from p2l_engine.batch.places import Place, find
-from tests.batch_files import write
+from tests.batch_files import output, write
 from tests.tiny import MODELS
 
 
@@ -76,6 +76,15 @@ def test_what_stands_in_the_way_is_named(router, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             run(router, Asked([given], str(tmp_path / "never"), **more))
+    for name, text in (
+        ("last.csv", b"text\nx\n"),
+        ("last.csv.gz", b"\x1f\x8b"),
+        ("last.parquet", b"PAR1"),
+        ("last.jsonl", b"{}"),
+    ):
+        (tmp_path / name).write_bytes(text)
+        with pytest.raises(ValueError, match=f"{name}: "):
+            run(router, Asked([given, str(tmp_path / name)], str(tmp_path / "never")))
     assert not (tmp_path / "never").exists()
 
 
@@ -111,7 +120,8 @@ def test_files_that_are_cut_short_or_mixed_are_named(kind, router, tmp_path):
         run(router, Asked([str(tmp_path / f"nothing{kind}")], str(tmp_path / "nothing")))
     with pytest.raises(ValueError, match=rf"in{kind}: cannot be read( after row \d+)?: "):
         run(router, Asked([str(given)], str(tmp_path / "out"), rows_per_part=500))
-    assert not read_manifest(Place.of(str(tmp_path / "out")))["complete"]
+    begun = read_manifest(Place.of(str(tmp_path / "out")))
+    assert begun is None or not begun["complete"]
 
 
 def test_types_that_change_within_a_file_are_named(router, tmp_path, caplog):
@@ -127,6 +137,13 @@ def test_types_that_change_within_a_file_are_named(router, tmp_path, caplog):
     assert [record.message.partition(": ")[2] for record in caplog.records] == [
         "'id': not in the first rows, and so not in the output"
     ]
+    lines = [json.dumps({"prompt": "p", "id": None if i < 600 else i, "note": None}) for i in range(1200)]
+    (tmp_path / "null.jsonl").write_text("\n".join(lines))
+    run(router, Asked([str(tmp_path / "null.jsonl")], str(tmp_path / "null")))
+    found = output(tmp_path / "null")
+    assert found.schema.field("id").type == "int64"
+    assert found.schema.field("note").type == "string"
+    assert found["id"].to_pylist() == [None] * 600 + list(range(600, 1200))
     (tmp_path / "mixed.jsonl").write_text('{"prompt": "p", "id": 1}\n{"prompt": "p", "id": [1]}')
     with pytest.raises(ValueError, match=r"mixed.jsonl: column 'id': values of different types"):
         run(router, Asked([str(tmp_path / "mixed.jsonl")], str(tmp_path / "mixed")))

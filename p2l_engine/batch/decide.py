@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from p2l_engine.batch.distinct import NOWHERE, Unit
-from p2l_engine.batch.readers import Unroutable
+from p2l_engine.batch.lots import Unroutable
 from p2l_engine.engine import Coefficients
 from p2l_engine.router import Router
 from p2l_engine.routing import Policies

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from p2l_engine.batch.readers import Unroutable
+from p2l_engine.batch.lots import Unroutable
 from p2l_engine.batch.rows import Block
 
 REMEMBERED = 1 << 22  # prompts that later rows are compared with, some 170 bytes each; those after them are computed again

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +12,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from p2l_engine.batch.lots import UNREADABLE, Some, Unroutable
 from p2l_engine.batch.places import File
-from p2l_engine.batch.readers import READERS, Some, Unroutable
+from p2l_engine.batch.readers import READERS, check_columns, kind_of
 from p2l_engine.votes.files import turns
 
 ROWS = 8192  # of a block: what is computed, written and resumed together
+HEADS = 8  # of files that are read at the same time
 BYTES = 32 << 20  # of a block's prompts and kept columns, beyond which it ends early
 
 Turns = tuple[str, ...] | Unroutable
@@ -75,6 +78,21 @@ def blocks(
         yield Block(number, first, prompts, pa.concat_tables(kept))
 
 
+def check_files(files: Sequence[File], column: str, keep: Sequence[str] | None = None) -> None:
+    """Reads the head of every file, before hours are spent on those before it. Raises ValueError where one cannot be read, or
+    lacks a column."""
+
+    def check(file: File) -> None:
+        try:
+            check_columns(file, column, keep)
+        except UNREADABLE as error:
+            raise ValueError(f"{file.place.shown}: cannot be read: {error}") from error
+
+    with ThreadPoolExecutor(HEADS) as pool:  # for stores, which answer slowly
+        for _ in pool.map(check, files):
+            pass
+
+
 def turns_of(prompt: Any, plain_text: bool = False) -> Turns:
     """The user turns of a prompt as it was found in a file, or why there are none."""
     if isinstance(prompt, Unroutable):
@@ -90,14 +108,14 @@ def turns_of(prompt: Any, plain_text: bool = False) -> Turns:
 def _every(files: Sequence[File], column: str, keep: Sequence[str] | None) -> Iterator[Some]:
     schema: pa.Schema | None = None
     for file in files:
-        read = READERS[file.ending.split(".")[1]]
+        read = READERS[kind_of(file)]
         row = 0
         try:
             for some in read(file, column, keep, schema):
                 schema = some.kept.schema if schema is None else schema
                 row = some.first + len(some.prompts)
                 yield some
-        except (pa.ArrowException, OSError, OverflowError, UnicodeDecodeError) as error:
+        except UNREADABLE as error:
             after = f" after row {row - 1}" if row else ""
             raise ValueError(f"{file.place.shown}: cannot be read{after}: {error}") from error
 

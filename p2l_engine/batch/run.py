@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from p2l_engine.batch.asked import Asked
 from p2l_engine.batch.decide import OURS, Decided, Decider, SpilledRates
 from p2l_engine.batch.distinct import Distinct, Unit
+from p2l_engine.batch.lots import Unroutable
 from p2l_engine.batch.manifest import (
     begin,
     check_unchanged,
@@ -35,9 +36,8 @@ from p2l_engine.batch.manifest import (
     write_manifest,
 )
 from p2l_engine.batch.places import File, Place, find
-from p2l_engine.batch.readers import Unroutable
 from p2l_engine.batch.report import Report
-from p2l_engine.batch.rows import Block, blocks
+from p2l_engine.batch.rows import Block, blocks, check_files
 from p2l_engine.batch.spill import Spill
 from p2l_engine.engine import Outputs
 from p2l_engine.router import Router
@@ -93,6 +93,7 @@ def run(
         raise ValueError(f"state: expected a local folder where the output is not local ({output.shown}), got None")
     # What no prompt can have is refused before any is read.
     router.solve(np.zeros((1, len(router.names))), asked.budget, asked.budget_scope, asked.max_share, asked.min_share)
+    check_files(files, asked.column, asked.keep)
     output.make_folder()
     with output.alone():
         return _run(router, asked, files, output, now, restart, progress or (lambda _: None), workers)
