@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from tests import tiny
@@ -157,6 +158,23 @@ def test_route_takes_shares(checkpoint):
     status, _, err = run("route", "hello", "--max-share", "alpha", checkpoint=checkpoint)
     assert status == 2
     assert "expected NAME=NUMBER" in err
+
+
+def test_batch_routes_a_file_and_says_what_it_did(checkpoint, tmp_path):
+    prompts, output = tmp_path / "prompts.csv", tmp_path / "out"
+    prompts.write_text("prompt,model,id\nHello,somebody,1\n,somebody,2\n")
+    arguments = ["batch", str(prompts), "--output", str(output)]
+    code, _, stderr = run(*arguments, checkpoint=checkpoint)
+    assert code == 2
+    assert "has columns of its own named model" in stderr
+    for keep, kept in ((["--keep", "id"], ["id"]), (["--keep", "", "--restart"], [])):
+        code, stdout, stderr = run(*arguments, *keep, checkpoint=checkpoint)
+        assert code == 0, stderr
+        said = {line.split("│")[1].strip(): line.split("│")[2].strip() for line in stdout.splitlines() if "│" in line}
+        assert (said["rows"], said["routed"], said["with an error"]) == ("2", "1", "1")
+        found = pq.read_table(output / "part-000000.parquet")
+        assert found.column_names == [*kept, "model", "policy", "expected_cost", "win_rate", "score", "error"]
+        assert [error is None for error in found["error"].to_pylist()] == [True, False]
 
 
 def test_a_leaderboard_over_a_file_of_prompts(checkpoint, tmp_path):

@@ -233,7 +233,7 @@ class _Run:
         taken = [name for name in block.kept.column_names if name in OURS]
         if taken:
             raise ValueError(
-                f"keep: the output has columns of its own named {', '.join(taken)}: name the ones to keep, or none"
+                f"keep: the output has columns of its own named {', '.join(taken)}: name the ones to keep, or none (--keep '')"
             )
         if self.asked.strict:
             for prompt in block.prompts:

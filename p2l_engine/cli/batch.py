@@ -55,7 +55,8 @@ def batch(
         bool, typer.Option("--plain-text", help="Text is text, even where it is a list of turns as JSON.")
     ] = False,
     keep: Annotated[
-        list[str] | None, typer.Option(help="A column that the output repeats; may be repeated. Without it, all others.")
+        list[str] | None,
+        typer.Option(help="A column that the output repeats; may be repeated; '' for none. Without it, all."),
     ] = None,
     budget: Annotated[float | None, typer.Option(help="Upper bound on the expected cost, in the catalog's unit.")] = None,
     budget_scope: Annotated[Scope, typer.Option(help="Bound each prompt's cost, or the mean over all rows.")] = Scope.PROMPT,
@@ -125,7 +126,7 @@ def batch(
         output=output,
         column=column,
         plain_text=plain_text,
-        keep=keep,
+        keep=[] if keep == [""] else keep,
         budget=budget,
         budget_scope=budget_scope.value,
         price=price,
