@@ -29,8 +29,14 @@ def test_what_stands_in_the_way_is_named(router, tmp_path):
         run(router, Asked([str(tmp_path / "empty")], out))
     with pytest.raises(ValueError, match="that match"):
         run(router, Asked([str(tmp_path / "*.csv")], out))
-    with pytest.raises(ValueError, match="expected a path or a URI, got ''"):
-        run(router, Asked([""], out))
+    for inputs, more, message in (
+        ("", {}, "expected a path or a URI, got ''"),
+        (f"file://{tmp_path}/?.csv", {}, "expected %3F for a question mark"),
+        (given, {"keep": ["id", "id"]}, "keep: expected names of columns, each once"),
+        (given, {"keep": ["", "id"]}, "keep: expected names of columns, each once"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(router, Asked([inputs], out, **more))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     for restart in (False, True):
@@ -88,7 +94,7 @@ def test_what_stands_in_the_way_is_named(router, tmp_path):
     assert not (tmp_path / "never").exists()
 
 
-def test_folders_are_read_whole_and_what_is_left_out_is_named(tmp_path, caplog):
+def test_folders_are_read_whole_and_what_is_left_out_is_named(tmp_path, caplog, monkeypatch):
     for name in ("a.csv", "inner/b.parquet", "inner.parquet/c.parquet", "inner/_SUCCESS", ".hidden/d.csv"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
@@ -102,19 +108,47 @@ def test_folders_are_read_whole_and_what_is_left_out_is_named(tmp_path, caplog):
     (tmp_path / "A.CSV").touch()
     (tmp_path / "notes.md").touch()
     assert found(".") == ["a.csv", "inner.parquet/c.parquet", "inner/b.parquet"]
-    assert "left out, since no files that end in .parquet, .csv" in caplog.text
+    (tmp_path / "_b[1]").mkdir()
+    (tmp_path / "_b[1]" / "e.csv").touch()
+    assert found("_b[1]") == ["_b[1]/e.csv"]
+    monkeypatch.chdir(tmp_path / "_b[1]")
+    assert [file.place.path for file in find(["*.csv"])] == [str(tmp_path / "_b[1]" / "e.csv")]
+    assert "left out, for want of a file that ends in .parquet, .csv" in caplog.text
     assert caplog.text.strip().endswith(": A.CSV and 1 more")
+    (tmp_path / "inner" / os.fsdecode(b"z\xff.csv")).touch()
+    with pytest.raises(ValueError, match="inner': expected names of files in UTF-8: .*; rename those"):
+        find([str(tmp_path / "inner")])
 
 
-@pytest.mark.parametrize("kind", [".parquet", ".jsonl.gz", ".jsonl.zst", ".csv", ".csv.gz", ".csv.zst"])
+def test_csv_files_that_are_not_what_they_seem_are_named(router, tmp_path):
+    for text, message in (
+        (b'id,prompt\n1,a\n2,"b\n3,c\n4,d\n', "row 1: a quote is not closed by the end of the file: 2,b"),
+        (b'id,prompt\n1,a\n2,"b\nhalf of th', "row 1: a quote is not closed"),
+        (b'"id,prompt\n' + b"1,a\n" * 100_000, "expected column names within 131,072 bytes: is a quote not closed"),
+        (b'"id,prompt\n' + b"1,a\n" * 1000, r"expected the columns prompt; it has id,prompt\n1,a[^\0]{,1000} \.\.\.$"),
+        (b"n\xe9,prompt\n1,a", "expected column names in UTF-8"),
+        (b"id,prompt\n" + b"1,a\n" * 600 + b"\xe9,c\n", "row 600: column 'id': expected UTF-8 text: .*; leave the column out"),
+    ):
+        (tmp_path / "odd.csv").write_bytes(text)
+        with pytest.raises(ValueError, match=rf"odd.csv: (cannot be read: )?{message}") as refused:
+            run(router, Asked([str(tmp_path / "odd.csv")], str(tmp_path / "out"), rows_per_part=32))
+        assert len(str(refused.value)) < 2000
+    for text, count in ((b'id,prompt\n1,5" pipe\n2,"a ""b"""\n', 2), (b"id,prompt", 0), (b"\n\nid,prompt\r\n", 0)):
+        (tmp_path / "fine.csv").write_bytes(text)
+        assert run(router, Asked([str(tmp_path / "fine.csv")], str(tmp_path / "fine")), restart=True).rows == count
+    write(tmp_path / "typed.parquet", id=list(range(150)))
+    (tmp_path / "text.csv").write_text("id,prompt\n007,a\n")
+    with pytest.raises(ValueError, match="text.csv: column id is string, was int64: expected those of the first file"):
+        run(router, Asked([str(tmp_path / "typed.parquet"), str(tmp_path / "text.csv")], str(tmp_path / "never")))
+    assert not (tmp_path / "never").exists()
+
+
+@pytest.mark.parametrize("kind", [".parquet", ".jsonl.gz", ".jsonl.zst", ".csv.gz", ".csv.zst"])
 def test_files_that_are_cut_short_or_mixed_are_named(kind, router, tmp_path):
     rng = np.random.default_rng(0)
     given = tmp_path / f"in{kind}"
     write(given, [" ".join(map(str, rng.integers(1e9, size=9))) for _ in range(3000)])
-    if kind == ".csv":
-        given.write_bytes(given.read_bytes() + b'"\xff\xfe","prompt"\n')
-    else:
-        given.write_bytes(given.read_bytes()[:-4000])
+    given.write_bytes(given.read_bytes()[:-4000])
     (tmp_path / f"nothing{kind}").touch()
     with pytest.raises(ValueError, match=rf"nothing{kind}: cannot be read: "):
         run(router, Asked([str(tmp_path / f"nothing{kind}")], str(tmp_path / "nothing")))

@@ -137,6 +137,13 @@ def test_what_was_spoiled_meanwhile_is_named(router, tmp_path, caplog):
     changing = write(tmp_path / "changing.parquet")
     with pytest.raises(ValueError, match=r"inputs: .*changing.parquet: changed while it was read; run again with --restart"):
         run(router, Asked([changing], str(tmp_path / "changing"), **asked), progress=lambda _: os.utime(changing, ns=(0, 0)))
+    foreign = cut("foreign") / "part-000777.parquet"
+    foreign.write_bytes(b"another's")
+    with pytest.raises(ValueError, match="part-000777.parquet: expected parts of this run alone; remove them"):
+        run(router, Asked([given], str(foreign.parent), **asked))
+    foreign.unlink()
+    run(router, Asked([given], str(foreign.parent), **asked))
+    assert contents(foreign.parent) == contents(tmp_path / "whole")
     part = cut("part") / "part-000000.parquet"
     part.write_bytes(part.read_bytes()[:-1])
     run(router, Asked([given], str(part.parent), **asked))

@@ -101,6 +101,8 @@ def test_folders_and_globs_of_a_store_are_those_of_a_disk(store, tmp_path):
         local = [file.place.path.removeprefix(str(tmp_path)) for file in find([str(tmp_path / given)])]
         stored = [file.place.path.removeprefix("bucket") for file in find([f"s3://bucket/{given}"])]
         assert stored == local != [], given
+    twice = find(["s3://bucket/x/a.csv", "s3://bucket/x/*.csv", "s3://bucket/x/a.csv?region=eu-west-1"])
+    assert [file.place.path for file in twice] == [f"bucket/x/{name}.csv" for name in ("a", "b", "a")]  # of another store
     for given in (
         "s3://bucket/none",
         "s3://nobody/x",
@@ -178,7 +180,11 @@ def test_a_google_store_is_one_too(router, tmp_path):
 def test_what_is_shown_of_a_place_is_no_secret(caplog):
     place = Place.of("s3://KEY:SECRET@bucket/out?region=us-east-1&endpoint_override=localhost:1")
     assert (place.shown, (place / "part").shown, place.path) == ("s3://bucket/out", "s3://bucket/out/part", "bucket/out")
-    for uri in ("s3://KEY:SECRET@bucket/in.csv?nonsense=1", "nowhere://KEY:SECRET@bucket/in.csv"):
+    for uri in (
+        "s3://KEY:SECRET@bucket/in.csv?nonsense=1",
+        "s3://KEY:SEC/RET:SECRET@bucket/in.csv",
+        "nowhere://KEY:SECRET@bucket/in.csv",
+    ):
         with pytest.raises(ValueError, match="bucket/in.csv: ") as refused:
             find([uri])
         assert "SECRET" not in str(refused.value)

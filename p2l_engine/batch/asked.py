@@ -44,6 +44,9 @@ class Asked:
     def __post_init__(self) -> None:
         if not self.inputs or isinstance(self.inputs, str):
             raise ValueError(f"inputs: expected a list of at least one path, got {self.inputs!r}")
+        keep = list(self.keep or ())
+        if not all(keep) or len(set(keep)) < len(keep):
+            raise ValueError(f"keep: expected names of columns, each once, got {keep!r}")
         check(self.budget, self.price, self.coefficients)
         if self.price is not None and (self.max_share or self.min_share):
             raise ValueError("price: expected no shares beside it")

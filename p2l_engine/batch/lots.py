@@ -52,8 +52,13 @@ def text_of(file: File) -> Iterator[tuple[pa.NativeFile, pa.NativeFile]]:
 def wanted_columns(file: File, names: Sequence[str], column: str, keep: Sequence[str] | None) -> list[str]:
     twice = sorted({name for name in names if list(names).count(name) > 1})
     if twice:
-        raise ValueError(f"{file.place.shown}: expected columns of different names, got {', '.join(twice)} twice")
+        raise ValueError(f"{file.place.shown}: expected columns of different names, got {_listed(twice)} twice")
     missing = [name for name in (column, *(keep or ())) if name not in names]
     if missing:
-        raise ValueError(f"{file.place.shown}: expected the columns {', '.join(missing)}; it has {', '.join(names) or 'none'}")
+        raise ValueError(f"{file.place.shown}: expected the columns {', '.join(missing)}; it has {_listed(names)}")
     return [name for name in names if name != column] if keep is None else list(keep)
+
+
+def _listed(names: Sequence[str]) -> str:
+    text = ", ".join(name or "''" for name in names) or "none"
+    return text if len(text) < 1000 else f"{text[:1000]} ..."

@@ -212,9 +212,7 @@ def _is_stray(name: str) -> bool:
 def _check_parts(finished: dict[str, Any], output: Place) -> None:
     """Parts that are gone, or are longer or shorter than they were, make a finished run an unfinished one."""
     expected, found = finished["bytes"], parts(output)
-    others = [name for name in found if name not in expected]
-    if others:
-        raise ValueError(f"{output.shown}: {', '.join(others[:3])}: expected parts of this run alone; remove them")
+    check_alone(output, expected)
     changed = [name for name, size in expected.items() if found.get(name) != size]
     if changed:
         logger.warning(
@@ -224,13 +222,20 @@ def _check_parts(finished: dict[str, Any], output: Place) -> None:
         finished["complete"] = False
 
 
+def check_alone(output: Place, expected: Mapping[str, int]) -> None:
+    """Raises ValueError where there are parts of no run of ours, which readers of the folder would read too."""
+    others = [name for name in parts(output) if name not in expected]
+    if others:
+        raise ValueError(f"{output.shown}: {', '.join(others[:3])}: expected parts of this run alone; remove them")
+
+
 def part_name(number: int) -> str:
     return f"part-{number:06d}.parquet"
 
 
 def check_unchanged(asked: Asked, now: dict[str, Any]) -> None:
     """Raises ValueError where an input is not what it was when the run began."""
-    changed = changes({"inputs": now["inputs"]}, {"inputs": seen(find(asked.inputs))})
+    changed = changes({"inputs": now["inputs"]}, {"inputs": seen(find(asked.inputs, logger.debug))})
     if changed:
         raise ValueError(f"{'; '.join(changed)}: changed while it was read; run again with --restart")
 

@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +38,9 @@ class Place:
             raise ValueError("expected a path or a URI, got ''")
         if "://" not in uri:
             return cls(fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri)), uri)
-        shown = re.sub("//[^/]*@", "//", uri.partition("?")[0])  # without a store's options, keys and secrets
+        shown = re.sub("//([^/@]*|[^@]*:[^@]*)@", "//", uri.partition("?")[0])  # without a store's options, keys and secrets
+        if uri.startswith("file:") and any(sign in uri for sign in "?#"):
+            raise ValueError(f"{uri}: expected %3F for a question mark, and %23 for #, in a URI")
         try:
             system, path = fs.FileSystem.from_uri(uri)
         except pa.ArrowInvalid as error:
@@ -136,18 +138,28 @@ def write_local(path: Path, data: bytes | memoryview) -> None:
         os.close(folder)
 
 
-def find(inputs: Iterable[str]) -> list[File]:
+def find(inputs: Iterable[str], said: Callable[..., object] = logger.warning) -> list[File]:
     """The files that these paths, URIs, folders and globs (of files and folders) name: in the given order, each folder's and
-    glob's by name, each file once. Raises ValueError where one names nothing, or a file of another kind."""
-    found: dict[str, File] = {}
+    glob's by name, each file once. said is told of what folders and globs hold besides. Raises ValueError where one names
+    nothing, or a file of another kind."""
+    found: dict[str, list[File]] = {}
+    files = []
     for given in inputs:
-        for file in _find(given):
-            found.setdefault(os.path.realpath(file.place.path) if file.place.is_local else file.place.shown, file)
-    return list(found.values())
+        place = Place.of(given)
+        try:
+            here = _find(place, said)
+        except UnicodeError as error:
+            raise ValueError(f"{place.shown!r}: expected names of files in UTF-8: {error}; rename those") from None
+        for file in here:
+            same = found.setdefault(os.path.realpath(file.place.path) if file.place.is_local else file.place.path, [])
+            if not any(file.place.system.equals(other.place.system) for other in same):
+                same.append(file)
+                files.append(file)
+    return files
 
 
-def _find(given: str) -> list[File]:
-    place = Place.of(given)
+def _find(place: Place, said: Callable[..., object]) -> list[File]:
+    base = place.path
     info = place.system.get_file_info(place.path)
     if info.type == fs.FileType.File:
         if not place.path.endswith(ENDINGS):
@@ -156,16 +168,16 @@ def _find(given: str) -> list[File]:
     if info.type == fs.FileType.Directory:
         infos, what = _within(place.system, place.path), "in this folder"
     elif any(sign in place.path for sign in "*?["):
-        infos, what = _matching(place), "that match"
+        (infos, base), what = _matching(place), "that match"
         infos += [inner for info in infos if info.type == fs.FileType.Directory for inner in _within(place.system, info.path)]
     else:
         raise ValueError(f"{place.shown}: no such file or folder")
-    seen = {info.path: info for info in infos if info.type != fs.FileType.Directory and not _is_bookkeeping(info, place)}
+    seen = {info.path: info for info in infos if info.type != fs.FileType.Directory and not _is_bookkeeping(info, base)}
     chosen = [seen[path] for path in sorted(seen) if path.endswith(ENDINGS) and seen[path].type == fs.FileType.File]
     others = sorted(seen.keys() - {info.path for info in chosen})
     if others:
-        logger.warning(
-            "%s: left out, since no files that end in %s: %s",
+        said(
+            "%s: left out, for want of a file that ends in %s: %s",
             place.shown,
             ", ".join(ENDINGS),
             _some(map(os.path.basename, others)),
@@ -179,9 +191,9 @@ def _within(system: Any, folder: str) -> list[Any]:
     return list(system.get_file_info(fs.FileSelector(folder, recursive=True)))
 
 
-def _is_bookkeeping(info: Any, place: Place) -> bool:
+def _is_bookkeeping(info: Any, base: str) -> bool:
     # As everywhere in the field: what starts with a dot or an underscore is somebody's.
-    return any(part.startswith((".", "_")) for part in info.path.removeprefix(_fixed(place.path)).split("/"))
+    return any(part.startswith((".", "_")) for part in info.path.removeprefix(base).split("/"))
 
 
 def _some(names: Iterable[str]) -> str:
@@ -190,18 +202,19 @@ def _some(names: Iterable[str]) -> str:
 
 
 def _fixed(path: str) -> str:
-    """The path, or of a glob the folder below which it chooses."""
-    sign = next((i for i, letter in enumerate(path) if letter in "*?["), None)
-    return path if sign is None else path[:sign].rpartition("/")[0]
+    """Of a glob, the folder below which it chooses."""
+    return re.split("[*?[]", path, maxsplit=1)[0].rpartition("/")[0]
 
 
-def _matching(place: Place) -> list[Any]:
-    if place.is_local:
-        paths = sorted(glob.glob(place.path, recursive=True))
-        return list(place.system.get_file_info(paths)) if paths else []
+def _matching(place: Place) -> tuple[list[Any], str]:
+    """What matches a glob, and the folder below which it does."""
+    if place.is_local:  # as it was written: the working folder is no pattern
+        pattern = place.path if "://" in place.shown else os.path.expanduser(place.shown)
+        paths = sorted(map(os.path.abspath, glob.glob(pattern, recursive=True)))
+        return list(place.system.get_file_info(paths)) if paths else [], os.path.abspath(_fixed(pattern))
     infos = place.system.get_file_info(fs.FileSelector(_fixed(place.path), recursive=True, allow_not_found=True))
     matches = re.compile(glob_translate(place.path)).fullmatch  # as local globs: * stays within a folder, ** does not
-    return [info for info in infos if matches(info.path)]
+    return [info for info in infos if matches(info.path)], _fixed(place.path)
 
 
 def _file(given: Place, info: Any) -> File:

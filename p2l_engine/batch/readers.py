@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import sys
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
+from itertools import chain
 from typing import Any
 
 import pyarrow as pa
@@ -18,6 +20,8 @@ from p2l_engine.batch.lots import AT_ONCE, AT_ONCE_BYTES, Some, Unroutable, text
 from p2l_engine.batch.places import File
 
 LONGEST = 1 << 30  # bytes of a csv file's row
+HEADER = 1 << 17  # of its column names
+END = "\x1c the end of the file \x1c"  # a line that no file has
 
 
 def _parquet(file: File, column: str, keep: Sequence[str] | None, _: pa.Schema | None) -> Iterator[Some]:
@@ -62,31 +66,74 @@ def _csv(file: File, column: str, keep: Sequence[str] | None, schema: pa.Schema 
 
 def _csv_pieces(file: File, column: str, keep: Sequence[str] | None, schema: pa.Schema | None, piece: int) -> Iterator[Some]:
     parse, pieces = pa.csv.ParseOptions(newlines_in_values=True), pa.csv.ReadOptions(block_size=piece)
-    names = _header(file)
+    names, rows_follow = _header(file)
     wanted = wanted_columns(file, names, column, keep)
+    if not rows_follow:  # which Arrow refuses where no line end follows either
+        return
     # All is the text that stands there: 007 stays 007, NA is a word, and nothing is what is not even quoted.
-    known = dict.fromkeys(names, pa.string()) | ({} if schema is None else {field.name: field.type for field in schema})
+    large = [] if schema is None else [field for field in schema if pa.types.is_large_string(field.type)]
     convert = pa.csv.ConvertOptions(
-        column_types=known | {column: pa.string()}, include_columns=list(dict.fromkeys([column, *wanted])),
+        column_types=dict.fromkeys(names, pa.string()) | {field.name: field.type for field in large},
+        include_columns=list(dict.fromkeys([column, *wanted])),
         null_values=[""], strings_can_be_null=True, quoted_strings_can_be_null=False, check_utf8=False,
     )  # fmt: skip
     first = 0
     with text_of(file) as (opened, raw):
-        for batch in pa.csv.open_csv(opened, read_options=pieces, parse_options=parse, convert_options=convert):
+        quotes = _Quotes(opened)
+        for batch in pa.csv.open_csv(
+            pa.PythonFile(quotes, "r"), read_options=pieces, parse_options=parse, convert_options=convert
+        ):
             table = pa.Table.from_batches([batch])
-            table.select(wanted).validate(full=True)  # of UTF-8; a prompt that is not has an error of its own
+            _check_text(file, first, table.select(wanted))  # a prompt that is none has an error of its own
             for start in range(0, len(table), AT_ONCE):
                 part = table[start : start + AT_ONCE]
                 yield Some(file, first + start, _values(part.column(column)), part.select(wanted), raw.tell() / file.size)
             first += len(table)
+    if quotes.odd and (unclosed := _unclosed(file)):
+        raise ValueError(f"{file.place.shown}: {unclosed}")
 
 
-def _header(file: File) -> list[str]:
-    with closing(_values_of_rows(file)) as rows:
-        header = next(rows, None)
+class _Quotes(io.RawIOBase):
+    """A stream, and whether an odd number of quotes was read of it: Arrow takes the end of a file for a quote's."""
+
+    def __init__(self, stream: pa.NativeFile) -> None:
+        self.stream, self.odd = stream, False
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        data: bytes = self.stream.read(size)
+        self.odd ^= bool(data.count(b'"') % 2)
+        return data
+
+
+def _check_text(file: File, first: int, kept: pa.Table) -> None:
+    try:
+        kept.validate(full=True)
+    except pa.ArrowInvalid:
+        for name in kept.column_names:
+            for i, value in enumerate(_values(kept.column(name))):
+                if isinstance(value, Unroutable):
+                    raise ValueError(
+                        f"{file.place.shown}: row {first + i}: column {name!r}: {value.why}; leave the column out with --keep"
+                    ) from None
+        raise
+
+
+def _header(file: File) -> tuple[list[str], bool]:
+    """Names of columns, and whether anything follows them."""
+    with text_of(file) as (opened, _):
+        head = opened.read(HEADER)
+    rows = filter(None, csv.reader(io.StringIO(head.decode("utf-8-sig", "replace"), newline="")))
+    header, following = next(rows, None), next(rows, None)
     if header is None:
         raise pa.ArrowInvalid("expected a line of column names, got nothing")
-    return header
+    if following is None and len(head) == HEADER:
+        raise pa.ArrowInvalid(f"expected column names within {HEADER:,} bytes: is a quote not closed?")
+    if "\ufffd" in "".join(header):
+        raise pa.ArrowInvalid(f"expected column names in UTF-8, got {','.join(header):.300}")
+    return header, following is not None
 
 
 def _ragged(file: File) -> str | None:
@@ -99,12 +146,19 @@ def _ragged(file: File) -> str | None:
     return None
 
 
-def _values_of_rows(file: File) -> Generator[list[str], None, None]:
-    """Of a csv file's header and rows, one by one: slower than Arrow, and of any length."""
+def _unclosed(file: File) -> str | None:
+    """The last row of a csv file, where its end is within quotes."""
+    with closing(_values_of_rows(file, END)) as rows:
+        number, last = deque(enumerate(rows, -1), maxlen=1)[0]  # the header's is -1
+    return None if last == [END] else f"row {number}: a quote is not closed by the end of the file: {','.join(last):.60}"
+
+
+def _values_of_rows(file: File, *more: str) -> Generator[list[str], None, None]:
+    """Of a csv file's header and rows, and of more lines after them, one by one: slower than Arrow, and of any length."""
     limit = csv.field_size_limit(sys.maxsize)
     try:
         with text_of(file) as (opened, _), io.TextIOWrapper(opened, "utf-8-sig", errors="replace", newline="") as text:
-            yield from filter(None, csv.reader(text))
+            yield from filter(None, csv.reader(chain(text, more)))
     finally:
         csv.field_size_limit(limit)
 
@@ -116,16 +170,18 @@ READERS: dict[str, Callable[[File, str, Sequence[str] | None, pa.Schema | None],
 }
 
 
-def check_columns(file: File, column: str, keep: Sequence[str] | None) -> None:
-    """Reads the head of a file alone. Raises ValueError where it lacks a column, and what its reader raises."""
+def check_columns(file: File, column: str, keep: Sequence[str] | None) -> pa.Schema | None:
+    """Reads the head of a file alone: the kept columns' types, where the head tells. Raises ValueError where it lacks a column,
+    and what its reader raises."""
     kind = kind_of(file)
-    if kind == "parquet":
-        with file.place.system.open_input_file(file.place.path) as opened:
-            wanted_columns(file, pq.ParquetFile(opened, pre_buffer=False).schema_arrow.names, column, keep)
-    elif kind == "csv":
-        wanted_columns(file, _header(file), column, keep)
-    else:
+    if kind == "jsonl":
         check_jsonl(file, column)
+        return None
+    if kind == "csv":
+        return pa.schema([(name, pa.string()) for name in wanted_columns(file, _header(file)[0], column, keep)])
+    with file.place.system.open_input_file(file.place.path) as opened:
+        schema = pq.ParquetFile(opened, pre_buffer=False).schema_arrow
+    return pa.schema([schema.field(name) for name in wanted_columns(file, schema.names, column, keep)])
 
 
 def kind_of(file: File) -> str:

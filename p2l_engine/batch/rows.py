@@ -50,17 +50,14 @@ def blocks(
     kept: list[pa.Table] = []
     schema: pa.Schema | None = None
     sizes = np.array([file.size for file in files], float)
-    before = dict(zip((file.place.shown for file in files), sizes.cumsum() - sizes, strict=True))
+    before = dict(zip(map(id, files), sizes.cumsum() - sizes, strict=True))
     read = 0.0
     for some in _every(files, column, keep):
-        read = float((before[some.file.place.shown] + some.read * some.file.size) / max(sizes.sum(), 1.0))
+        read = float((before[id(some.file)] + some.read * some.file.size) / max(sizes.sum(), 1.0))
         if schema is None:
             schema = some.kept.schema
             _check_writable(some.file, schema)
-        elif not some.kept.schema.equals(schema):
-            raise ValueError(
-                f"{some.file.place.shown}: {_difference(schema, some.kept.schema)}: expected those of the first file"
-            )
+        _check_same(some.file, schema, some.kept.schema)
         start, kept_each = 0, some.kept.nbytes // max(len(some.prompts), 1)
         for i, prompt in enumerate(some.prompts):
             found = turns_of(prompt, plain_text)
@@ -79,18 +76,20 @@ def blocks(
 
 
 def check_files(files: Sequence[File], column: str, keep: Sequence[str] | None = None) -> None:
-    """Reads the head of every file, before hours are spent on those before it. Raises ValueError where one cannot be read, or
-    lacks a column."""
+    """Reads the head of every file, before hours are spent on those before it. Raises ValueError where one cannot be read,
+    lacks a column, or has other columns than the first."""
 
-    def check(file: File) -> None:
+    def check(file: File) -> pa.Schema | None:
         try:
-            check_columns(file, column, keep)
+            return check_columns(file, column, keep)
         except UNREADABLE as error:
             raise ValueError(f"{file.place.shown}: cannot be read: {error}") from error
 
+    first: pa.Schema | None = None
     with ThreadPoolExecutor(HEADS) as pool:  # for stores, which answer slowly
-        for _ in pool.map(check, files):
-            pass
+        for file, schema in zip(files, pool.map(check, files), strict=True):
+            first = schema if first is None else first
+            _check_same(file, first, schema)
 
 
 def turns_of(prompt: Any, plain_text: bool = False) -> Turns:
@@ -130,6 +129,11 @@ def _check_writable(file: File, schema: pa.Schema) -> None:
         raise ValueError(
             f"{file.place.shown}: a column cannot be written to parquet: {error}; leave it out with --keep"
         ) from None
+
+
+def _check_same(file: File, first: pa.Schema | None, schema: pa.Schema | None) -> None:
+    if first is not None and schema is not None and not schema.equals(first):
+        raise ValueError(f"{file.place.shown}: {_difference(first, schema)}: expected those of the first file")
 
 
 def _difference(first: pa.Schema, other: pa.Schema) -> str:

@@ -27,6 +27,7 @@ from p2l_engine.batch.distinct import Distinct, Unit
 from p2l_engine.batch.lots import Unroutable
 from p2l_engine.batch.manifest import (
     begin,
+    check_alone,
     check_unchanged,
     how,
     identity,
@@ -126,6 +127,7 @@ def _run(
         check_unchanged(asked, now)
         work.decide_over_batch()
     check_unchanged(asked, now)
+    check_alone(output, work.bytes)
     report = work.report
     report.seconds["all"] = time.perf_counter() - start
     kept = {name: getattr(report, name) for name in ("rows", "routed", "repeated", "parts", "spend", "prices")}
