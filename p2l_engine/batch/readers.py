@@ -40,14 +40,14 @@ def _parquet(file: File, column: str, keep: Sequence[str] | None, _: pa.Schema |
                 first += len(batch)
 
 
-def _csv(file: File, column: str, keep: Sequence[str] | None, schema: pa.Schema | None) -> Iterator[Some]:
+def _csv(file: File, column: str, keep: Sequence[str] | None, _: pa.Schema | None) -> Iterator[Some]:
     """In pieces of a megabyte, as long as no row is longer: then the file is begun again in larger ones, from the row after
     those that were read."""
     piece, done = 1 << 20, 0
     while True:
         try:
-            for some in _csv_pieces(file, column, keep, schema, piece):
-                schema, end = some.kept.schema, some.first + len(some.prompts)
+            for some in _csv_pieces(file, column, keep, piece):
+                end = some.first + len(some.prompts)
                 if end > done:
                     yield some.since(done)
                     done = end
@@ -64,16 +64,15 @@ def _csv(file: File, column: str, keep: Sequence[str] | None, schema: pa.Schema 
             piece = min(8 * piece, LONGEST)
 
 
-def _csv_pieces(file: File, column: str, keep: Sequence[str] | None, schema: pa.Schema | None, piece: int) -> Iterator[Some]:
+def _csv_pieces(file: File, column: str, keep: Sequence[str] | None, piece: int) -> Iterator[Some]:
     parse, pieces = pa.csv.ParseOptions(newlines_in_values=True), pa.csv.ReadOptions(block_size=piece)
     names, rows_follow = _header(file)
     wanted = wanted_columns(file, names, column, keep)
     if not rows_follow:  # which Arrow refuses where no line end follows either
         return
     # All is the text that stands there: 007 stays 007, NA is a word, and nothing is what is not even quoted.
-    large = [] if schema is None else [field for field in schema if pa.types.is_large_string(field.type)]
     convert = pa.csv.ConvertOptions(
-        column_types=dict.fromkeys(names, pa.string()) | {field.name: field.type for field in large},
+        column_types=dict.fromkeys(names, pa.string()),
         include_columns=list(dict.fromkeys([column, *wanted])),
         null_values=[""], strings_can_be_null=True, quoted_strings_can_be_null=False, check_utf8=False,
     )  # fmt: skip
