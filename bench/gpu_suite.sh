@@ -27,7 +27,7 @@ step() { # name, seconds it may take, command
     ((limit > left)) && limit=$left
     local from=$SECONDS
     echo "== $name (at $((SECONDS - started)) s, up to $limit s)"
-    timeout "$limit" "$@"
+    timeout -s INT -k 10 "$limit" "$@" # interrupted, pytest still prints what failed so far
     local status=$?
     echo "== $name: exit $status after $((SECONDS - from)) s"
     ((status == 0)) || failed=1
@@ -40,7 +40,7 @@ step wheels 40 python3 -m pip install -q --no-index --no-deps --no-compile --tar
 step install 60 python3 -m pip install -q --no-index --no-deps --no-build-isolation --no-compile --target "$site" .
 rm -rf build
 python3 -c "import p2l_engine.kernels, p2l_engine._native; print(p2l_engine.__file__)" || { echo "== no package to test"; exit 1; }
-pytest=(python3 -m pytest -q -rf --tb=short --no-header -p no:cacheprovider --import-mode=importlib)
+pytest=(python3 -m pytest -rfE --tb=short --no-header -p no:cacheprovider --import-mode=importlib)
 step "tests of the kernels" 90 "${pytest[@]}" tests/test_kernels.py -k gpu
 step throughput 200 python3 -m bench.throughput --model smollm2-135m qwen2.5-0.5b qwen2.5-1.5b qwen2.5-7b --csv "$results/throughput.csv"
 step latency 120 python3 -m bench.latency --model smollm2-135m qwen2.5-0.5b qwen2.5-1.5b qwen2.5-7b \

@@ -52,16 +52,24 @@ def main() -> None:
     if not torch.cuda.is_available():
         console.print("no GPU here: nothing to measure")
         return
-    rows = [*decoder(576, 1536, 9, 3, 64), *decoder(3584, 18944, 28, 4, 128), *after(576), *after(3584)]
-    shown = Table(title=torch.cuda.get_device_name(), title_justify="left")
+    console.print(torch.cuda.get_device_name())
+    rows: list[Row] = []
+    for name, measure in GROUPS.items():
+        found = measure()
+        rows += found
+        console.print(table(name, found))
+        if arguments.csv:
+            write_rows(arguments.csv, rows, torch.device("cuda"))
+
+
+def table(title: str, rows: list[Row]) -> Table:
+    shown = Table(title=title, title_justify="left")
     for column in ("kernel", "shape", "us", "twin us", "GB/s"):
         shown.add_column(column, justify="left" if column in ("kernel", "shape") else "right")
     for row in rows:
         twin = "" if row.twin is None else f"{row.twin:.1f}"
         shown.add_row(row.kernel, row.shape, f"{row.microseconds:.1f}", twin, f"{row.gb_s:.0f}")
-    console.print(shown)
-    if arguments.csv:
-        write_rows(arguments.csv, rows, torch.device("cuda"))
+    return shown
 
 
 def decoder(d: int, inner: int, heads: int, kv_heads: int, size: int) -> list[Row]:
@@ -141,6 +149,14 @@ def _row(kernel: str, shape: str, moved: int, ours: Callable[[], object], twin: 
     milliseconds = float(do_bench(ours, return_mode="median"))
     theirs = None if twin is None else 1e3 * float(do_bench(twin, return_mode="median"))
     return Row(kernel, shape, 1e3 * milliseconds, theirs, moved / milliseconds / 1e6)
+
+
+GROUPS: dict[str, Callable[[], list[Row]]] = {
+    "decoder, 135M": partial(decoder, 576, 1536, 9, 3, 64),
+    "decoder, 7B": partial(decoder, 3584, 18944, 28, 4, 128),
+    "after it, 135M": partial(after, 576),
+    "after it, 7B": partial(after, 3584),
+}
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 Every path routes prompts of --tokens tokens (64) under a budget. Stages, timed apart: ``tokenise``; ``forward``, tokens to
 coefficients; ``decide``, coefficients to decision; ``whole`` is Router.route. ``reference`` is transformers, one prompt at a
 time, to coefficients alone. ``N callers``: as many threads, each sending its next prompt when it has its decision; calls per
-second and each call's latency. ``weights``: the time to read the network's weights once at the rate of a large copy, the least
-that a forward pass can take.
+second and each call's latency. ``weights``: the time to read once the weights that a forward pass reads, all but the embedding table's,
+at the rate of a large copy: the least that it can take.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from bench.peers import Transformers
 from bench.setting import add_subjects, positive, run, write_rows
 from bench.throughput import subject
 from p2l_engine import Catalog, Engine, Router
+from p2l_engine.backbone import PackedDecoder
 from p2l_engine.catalog import CatalogModel
 
 
@@ -106,6 +107,9 @@ def stages(name: str, engine: Engine, texts: list[str], peer: Transformers) -> l
             "decide": lambda i: router.decide(coefficients[i], [texts[i]], budget),
             "reference": lambda i: peer.one_by_one([texts[i]]),
         }
+        for _ in range(2):  # first uses, which none of them should be charged with
+            for call in runs.values():
+                call(0)
         taken: dict[str, list[float]] = {what: [] for what in runs}
         for i in range(len(texts)):  # in turns, so that a busy neighbour slows all of them
             for what, call in runs.items():
@@ -140,7 +144,7 @@ def under_load(name: str, engine: Engine, texts: list[str], callers: int) -> Row
 
 
 def _seconds_to_read(engine: Engine) -> float:
-    """The network's bytes over the rate of a large copy, which reads and writes: 1 GiB on a GPU, 256 MiB on a CPU."""
+    """The bytes of all weights but the embedding over the rate of a large copy, which reads and writes: 1 GiB on a GPU, 256 MiB on a CPU."""
     on_gpu = engine.device.type == "cuda"
     a = torch.ones(2**30 if on_gpu else 2**28, dtype=torch.uint8, device=engine.device)
     b, best = torch.empty_like(a), np.inf
@@ -150,7 +154,8 @@ def _seconds_to_read(engine: Engine) -> float:
         if on_gpu:
             torch.cuda.synchronize(engine.device)
         best = min(best, time.perf_counter() - start)
-    read = engine.n_parameters * torch.finfo(engine.dtype).bits / 8
+    embedding = engine.backbone.embedding.numel() if isinstance(engine.backbone, PackedDecoder) else 0
+    read = (engine.n_parameters - embedding) * torch.finfo(engine.dtype).bits / 8
     return float(read / (2 * len(a) / best))
 
 

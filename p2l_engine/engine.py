@@ -95,7 +95,7 @@ class Engine:
         self._fused_up_to = 0  # prompts: what the warm-up finds
         if isinstance(self.backbone, PackedDecoder):
             prefix = self.encoder.prefix()
-            with self._on_device():
+            with CompileWatch.paused(), self._on_device():
                 self.backbone.share(prefix if len(prefix) >= LEAST_PREFIX else None)
 
     @classmethod
@@ -109,8 +109,8 @@ class Engine:
         """Reads a checkpoint: a folder, a hub name, or None for the built-in default.
 
         device None: CUDA where there is one, else the CPU. dtype None: bfloat16 on CUDA and on CPUs that multiply it in
-        hardware (AMX, AVX512-BF16), else float32. tokens_per_batch: of a forward pass (a longer prompt has one of its own);
-        None: 4,096 on a CPU, 32,768 on CUDA. Raises CheckpointError.
+        hardware (AMX, AVX512-BF16), else float32. tokens_per_batch: of a forward pass, a shared prefix counted as an
+        eighth (a longer prompt has one of its own); None: 4,096 on a CPU, 32,768 on CUDA. Raises CheckpointError.
         """
         return cls(checkpoint.load(path_or_repo), device, dtype, tokens_per_batch)
 
@@ -186,7 +186,8 @@ class Engine:
                 self._fused_up_to = self._fusing_pays()
                 halves = self.dtype in (torch.bfloat16, torch.float16)  # else attention is a call for each length: no one graph
                 if isinstance(self.backbone, PackedDecoder) and halves:
-                    keep, prefix = self.backbone.prefix_kv, self.backbone.prefix
+                    prefix = self.backbone.prefix
+                    keep = (self.backbone.prefix_kv, self.backbone.rope(0))
                     self._graphs = Graphs(lambda packed: self.outputs(self.backbone(packed)), prefix, self.device, keep)
                     self.coefficients(["a"])
                 whole = np.zeros(256, np.int32)  # a full batch, so that its memory is there
@@ -263,6 +264,7 @@ class Engine:
         return flights(
             chunks,
             lambda rows, tokens: self._launch(rows, tokens, stage),
+            self.backbone.prefix,
             self.tokens_per_batch,
             BATCHES_IN_FLIGHT if self.device.type == "cuda" else 0,
         )

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from p2l_engine.packing import Packed, Tokens, batches
+from p2l_engine.packing import Packed, Tokens, batches, weight_of
 from p2l_engine.prompts import Prompt
 
 Places = npt.NDArray[np.intp]
@@ -63,11 +63,12 @@ def ahead(
 def flights(
     chunks: Iterable[list[Tokens] | None],
     launch: Callable[[Places, list[Tokens]], Flight],
+    prefix: Tokens | None,
     token_budget: int,
     under_way: int,
 ) -> Iterator[Flight]:
-    """Batches of each chunk's prompts, by like length. So many stay under way before the first is handed out, as long as there
-    are chunks: None says that the next one will take its time."""
+    """Batches of each chunk's prompts, by like length behind the shared prefix. So many stay under way before the first is handed
+    out, as long as there are chunks: None says that the next one will take its time."""
     flying: deque[Flight] = deque()
     start = 0
     for tokens in chunks:
@@ -75,7 +76,7 @@ def flights(
             yield from flying
             flying.clear()
             continue
-        for batch in batches([len(ids) for ids in tokens], token_budget):
+        for batch in batches([weight_of(ids, prefix) for ids in tokens], token_budget):
             flying.append(launch(np.array(batch) + start, [tokens[i] for i in batch]))
             if len(flying) > under_way:
                 yield flying.popleft()

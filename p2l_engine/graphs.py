@@ -43,6 +43,8 @@ class Graphs:
     def __init__(self, forward: Callable[[Packed], Tensor], prefix: Tokens | None, device: torch.device, keep: object) -> None:
         self.prefix, self.device, self._keep = prefix, device, keep
         self._lock = threading.Lock()
+        # One for all, and not torch's own default: that belongs to the first device that ever captured.
+        self._stream = torch.cuda.Stream(device)
         pool: Any = None
         self._captured: dict[int, _Captured] = {}
         for bucket in sorted(BUCKETS, reverse=True):  # the largest first: the others find their memory in its pool
@@ -73,14 +75,13 @@ class Graphs:
         packed = Packed.of([longest], self.prefix, fill=bucket)
         inputs = packed.to(self.device)
         with torch.inference_mode(), torch.cuda.device(self.device):
-            side = torch.cuda.Stream(self.device)
-            side.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(side):
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(self._stream):
                 for _ in range(2):
                     forward(inputs)
-            torch.cuda.current_stream(self.device).wait_stream(side)
+            torch.cuda.current_stream(self.device).wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            with torch.cuda.graph(graph, pool=pool, stream=self._stream):
                 out = forward(inputs)
             host_inputs = torch.empty(packed.buffer.shape, dtype=torch.int32, pin_memory=True)
             host_out = torch.empty(out.shape, dtype=out.dtype, pin_memory=True)

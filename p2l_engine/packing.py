@@ -36,7 +36,8 @@ class Packed:
 
     All int32, on one device. tokens and positions [T]; sources [R]: the token of each key, or -1 - its place in the prefix;
     last [N]: where each prompt's last (CLS) token stands; starts and key_starts [N + 1]: where each prompt begins. lengths [N]
-    and shared [N]: tokens of each prompt and of the prefix before it, on the host.
+    and shared [N]: tokens of each prompt and of the prefix before it, on the host; longest_own: the most of lengths;
+    longest: the most of both together.
     """
 
     tokens: Tensor
@@ -47,6 +48,8 @@ class Packed:
     key_starts: Tensor
     lengths: tuple[int, ...]
     shared: tuple[int, ...]
+    longest_own: int
+    longest: int
 
     @classmethod
     def of(cls, prompts: Sequence[Tokens], prefix: Tokens | None = None, fill: int = 0, pin: bool = False) -> Packed:
@@ -75,7 +78,8 @@ class Packed:
         sources[((starts + before)[sharing][:, None] + np.arange(p)).ravel()] = np.tile(-1 - np.arange(p), len(sharing))
         last[:] = np.maximum(starts[1:] - 1, 0)
         all_starts[:], key_starts[:] = starts, starts + before
-        return cls(*parts, tuple(lengths.tolist()), tuple(shares))
+        longest_own, longest = (int(sizes.max(initial=0)) for sizes in (lengths, lengths + shared))
+        return cls(*parts, tuple(lengths.tolist()), tuple(shares), longest_own, longest)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -93,7 +97,7 @@ class Packed:
 
     def within(self, buffer: Tensor) -> Packed:
         """The same sizes over another buffer of ``buffer``'s contents."""
-        return Packed(*_split(buffer, self._sizes()), self.lengths, self.shared)
+        return Packed(*_split(buffer, self._sizes()), self.lengths, self.shared, self.longest_own, self.longest)
 
     def runs(self) -> list[Run]:
         """Runs of neighbours of one length and one prefix."""
@@ -123,6 +127,12 @@ def shared_with(ids: Tokens, prefix: Tokens | None) -> int:
     if prefix is None or len(ids) <= len(prefix) or not np.array_equal(ids[: len(prefix)], prefix):
         return 0
     return len(prefix)
+
+
+def weight_of(ids: Tokens, prefix: Tokens | None) -> int:
+    """What a prompt takes of a batch's token budget: its own tokens, and an eighth of the shared prefix, whose keys are copied."""
+    shared = shared_with(ids, prefix)
+    return len(ids) - shared + shared // 8
 
 
 def batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:

@@ -107,7 +107,9 @@ def test_packing_puts_every_token_and_key_in_its_place(shapes, p, extra):
         assert packed.last[i] == last - 1
         assert keys[packed.key_starts[i] : packed.key_starts[i + 1]].tolist() == ids.tolist()
     assert sum(run.prompts for run in packed.runs()) == len(packed)
+    assert (packed.longest_own, packed.longest) == (max(packed.lengths), max(map(sum, zip(packed.lengths, packed.shared))))
     copy = packed.within(packed.buffer.clone())
+    assert (copy.longest_own, copy.longest) == (packed.longest_own, packed.longest)
     assert all(torch.equal(getattr(copy, n), getattr(packed, n)) for n in ("tokens", "sources", "last", "key_starts"))
     assert all(getattr(packed, n).data_ptr() % 16 == packed.tokens.data_ptr() % 16 for n in ("sources", "last", "starts"))
 
@@ -121,6 +123,11 @@ def test_a_shared_prefix_changes_nothing(dtype, tmp_path):
     shared = engine.coefficients(PROMPTS)
     # The prompt of 9,000 tokens has lost its beginning, and shares nothing.
     assert Packed.of(engine.encoder.encode(PROMPTS), prefix).shared == (44,) * 6 + (0, 44)
+    # A batch is full when its own tokens are as many as it may have: those of the prefix are not computed.
+    engine.tokens_per_batch = 200
+    sizes = [len(rows) for rows, _ in engine.stream(["word"] * 30, lambda hidden, rows: (hidden.float(),))]
+    own = len(engine.encoder.encode(["word"])[0]) - 44
+    assert sizes[0] == 200 // (own + 44 // 8)
     engine.backbone.share(None)
     alone = engine.coefficients(PROMPTS)
     scale = np.abs(alone.theta).max()

@@ -56,8 +56,9 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, packed: Packed, scaling: 
 
     repeats = query.shape[1] // key.shape[1]
     q, k, v = (x[0].transpose(0, 1) for x in (query, *(y.repeat_interleave(repeats, 1) for y in (key, value))))
-    longest = max(packed.lengths)
-    out: Any = varlen_attn(q, k, v, packed.starts, packed.starts, longest, longest, scale=scaling, window_size=(-1, 0))
+    out: Any = varlen_attn(
+        q, k, v, packed.starts, packed.starts, packed.longest_own, packed.longest_own, scale=scaling, window_size=(-1, 0)
+    )
     return out[None]  # type: ignore[no-any-return]
 
 

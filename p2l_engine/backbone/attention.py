@@ -56,8 +56,7 @@ def varlen(q: Tensor, kv: Tensor, packed: Packed, last: bool) -> Tensor:
     named = _names_grouped_heads() and q.shape[1] != kv.shape[2]
     n = len(packed)
     starts = torch.arange(n + 1, dtype=torch.int32, device=q.device) if last else packed.starts
-    longest = max(length + shared for length, shared in zip(packed.lengths, packed.shared, strict=True))
     options: dict[str, Any] = {"window_size": (-1, -1) if last else (-1, 0)} | ({"enable_gqa": True} if named else {})
-    longest_q = 1 if last else max(packed.lengths)
-    a: Any = varlen_attn(q, kv[:, 0], kv[:, 1], starts, packed.key_starts, longest_q, longest, **options)
+    longest_q = 1 if last else packed.longest_own
+    a: Any = varlen_attn(q, kv[:, 0], kv[:, 1], starts, packed.key_starts, longest_q, packed.longest, **options)
     return cast(Tensor, a.flatten(1))

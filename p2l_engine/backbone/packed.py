@@ -120,8 +120,7 @@ class PackedDecoder:
             self._idle.append(operations)
 
     def _layers(self, do: Operations, packed: Packed, kept: list[Tensor] | None) -> Tensor:
-        longest = max(n + shared for n, shared in zip(packed.lengths, packed.shared, strict=True))
-        cos, sin = self._rope(longest)
+        cos, sin = self.rope(packed.longest)
         queries, rows = self.heads * self.head_size, packed.last
         x, delta = F.embedding(packed.tokens, self.embedding), None
         for layer, prefix in zip(self.layers, self.prefix_kv, strict=True):
@@ -145,8 +144,8 @@ class PackedDecoder:
             delta = do.linear(do.gate(do.linear(normed, layer.gate_up, "gate_up")), layer.down, "delta")
         return x if delta is None else x + delta
 
-    def _rope(self, positions: int) -> tuple[Tensor, Tensor]:
-        """Tables of at least so many positions; both replaced in one step, since callers may be on several threads."""
+    def rope(self, positions: int) -> tuple[Tensor, Tensor]:
+        """cos and sin of at least so many positions, [positions, size / 2] float32; both replaced in one step, since callers may be on several threads."""
         tables = self._tables
         if positions > len(tables[0]):
             tables = self._tables = self._angles(max(positions, 2 * len(tables[0])))
