@@ -3,8 +3,8 @@
 Every path routes prompts of --tokens tokens (64) under a budget. Stages, timed apart: ``tokenise``; ``forward``, tokens to
 coefficients; ``decide``, coefficients to decision; ``whole`` is Router.route. ``reference`` is transformers, one prompt at a
 time, to coefficients alone. ``N callers``: as many threads, each sending its next prompt when it has its decision; calls per
-second and each call's latency. ``weights``: the time to read once the weights that a forward pass reads, all but the embedding table's,
-at the rate of a large copy: the least that it can take.
+second and each call's latency. ``weights``: the time to read once the weights that a forward pass reads, all but the embedding
+table's, at the rate of a large copy: the least that it can take.
 """
 
 from __future__ import annotations
@@ -144,7 +144,8 @@ def under_load(name: str, engine: Engine, texts: list[str], callers: int) -> Row
 
 
 def _seconds_to_read(engine: Engine) -> float:
-    """The bytes of all weights but the embedding over the rate of a large copy, which reads and writes: 1 GiB on a GPU, 256 MiB on a CPU."""
+    """The bytes of all weights but the embedding over the rate of a large copy, which reads and writes: of 1 GiB on a GPU, of
+    256 MiB on a CPU."""
     on_gpu = engine.device.type == "cuda"
     a = torch.ones(2**30 if on_gpu else 2**28, dtype=torch.uint8, device=engine.device)
     b, best = torch.empty_like(a), np.inf

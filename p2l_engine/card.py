@@ -64,7 +64,8 @@ def write(folder: Path, evaluation: dict[str, Any]) -> None:
 
 
 def _training_lines(training: dict[str, Any]) -> list[str]:
-    how = "LoRA of rank {r}, from layer {first_layer} up".format(**training["lora"]) if training.get("lora") else "full"
+    lora = training.get("lora")
+    how = f"LoRA of rank {lora['r']}, from layer {lora['first_layer']} up" if lora else "full"
     if training.get("train_head_only"):
         how = "the head alone"
     named = {

@@ -16,15 +16,25 @@ def export(source: str | Path | None, target: Path, evaluation: Path | None = No
     tokenizer, model_list.json and training_config.json as lmarena/p2l's code reads them, and README.md.
 
     The same source gives the same bytes. evaluation: figures of ``p2l-engine eval --json`` for the card; None takes the
-    source's
-    own evaluation.json where it has one. Raises CheckpointError for a source that cannot be read, ValueError where ``target``
-    holds something already, OSError where it cannot be written; it is there whole or not at all.
+    source's own evaluation.json where it has one. Raises CheckpointError for a source that cannot be read and for figures of another
+    checkpoint, ValueError where ``target`` holds something already, OSError where it cannot be written; it is there whole or
+    not at all.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target}: expected a folder that does not exist yet, or an empty one")
     loaded = checkpoint.load(source)
     training = json.loads((loaded.folder / "training_config.json").read_text(encoding="utf-8"))
-    figures = _figures(evaluation or loaded.folder / "evaluation.json", must_exist=evaluation is not None)
+    path = evaluation or loaded.folder / "evaluation.json"
+    figures = _figures(path, must_exist=evaluation is not None)
+    if figures is not None:
+        _check_own(path, figures, loaded)
+    try:
+        readme = card.text(list(loaded.models), training, figures)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise CheckpointError(
+            f"no card can be made of {loaded.folder / 'training_config.json'}{'' if figures is None else f' and {path}'}: "
+            f"something is missing in them or of another type: {type(error).__name__}: {error}"
+        ) from None
 
     def fill(work: Path) -> None:
         body = {f"model.{name}": weight for name, weight in loaded.weights.items()}
@@ -35,7 +45,7 @@ def export(source: str | Path | None, target: Path, evaluation: Path | None = No
         loaded.tokenizer.save_pretrained(work)
         write_json(work / "model_list.json", list(loaded.models))
         write_json(work / "training_config.json", {"model_type": loaded.config.model_type} | training)
-        (work / "README.md").write_text(card.text(list(loaded.models), training, figures), encoding="utf-8")
+        (work / "README.md").write_text(readme, encoding="utf-8")
         if figures is not None:
             write_json(work / "evaluation.json", figures)
         catalog = loaded.folder / "catalog.yaml"
@@ -55,3 +65,15 @@ def _figures(path: Path, must_exist: bool) -> dict[str, Any] | None:
     if not isinstance(figures, dict) or not {"held_out", "checkpoint", "bootstrap"} <= set(figures):
         raise CheckpointError(f"{path}: expected the JSON that 'p2l-engine eval --json' writes, found something else")
     return figures
+
+
+def _check_own(path: Path, figures: dict[str, Any], loaded: checkpoint.Checkpoint) -> None:
+    of = figures["checkpoint"] if isinstance(figures["checkpoint"], dict) else {}
+    own = {"models": list(loaded.models), "feedback": loaded.feedback.name, "head": loaded.head.digest()}
+    # Figures of earlier versions do not say which head they are of.
+    other = [key for key in own if of.get(key) != own[key] and (key in of or key != "head")]
+    if other:
+        raise CheckpointError(
+            f"{path}: expected figures of {loaded.folder}, found another checkpoint's, whose {' and '.join(other)} differ: "
+            "evaluate this one (p2l-engine eval --json)"
+        )

@@ -67,8 +67,8 @@ def flights(
     token_budget: int,
     under_way: int,
 ) -> Iterator[Flight]:
-    """Batches of each chunk's prompts, by like length behind the shared prefix. So many stay under way before the first is handed
-    out, as long as there are chunks: None says that the next one will take its time."""
+    """Batches of each chunk's prompts, by like length behind the shared prefix. So many stay under way before the first is
+    handed out, as long as there are chunks: None says that the next one will take its time."""
     flying: deque[Flight] = deque()
     start = 0
     for tokens in chunks:

@@ -130,7 +130,7 @@ def shared_with(ids: Tokens, prefix: Tokens | None) -> int:
 
 
 def weight_of(ids: Tokens, prefix: Tokens | None) -> int:
-    """What a prompt takes of a batch's token budget: its own tokens, and an eighth of the shared prefix, whose keys are copied."""
+    """What a prompt takes of a batch's tokens: its own, and an eighth of the shared prefix's, whose keys are only copied."""
     shared = shared_with(ids, prefix)
     return len(ids) - shared + shared // 8
 

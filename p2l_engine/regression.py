@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+LEAST_LOG_LAMBDA = 0.02  # of rk
+
 LOG_EPSILON = math.log(1e-6)
 
 
@@ -53,6 +55,11 @@ class FeedbackModel:
         """Whether it observes values, not votes."""
         return not self.outcomes
 
+    @property
+    def least_eta(self) -> float:
+        """The tie parameter below which nothing changes any more: for rk where its clamp begins, else -inf."""
+        return 22.5 + 10 * math.log(math.expm1(0.1 * LEAST_LOG_LAMBDA)) + 1e-9 if self.name == "rk" else -math.inf
+
     def log_lambda(self, eta: Tensor) -> Tensor:
         """log lambda, the handicap of the tie models: P(A) = phi_A / (phi_A + lambda phi_B + g), phi = exp(theta).
 
@@ -63,7 +70,7 @@ class FeedbackModel:
             raise ValueError(f"eta: the feedback model {self.name!r} has no tie parameter")
         if self.grounded:
             return torch.logaddexp(eta, torch.full_like(eta, math.log1p(1e-6)))
-        return F.softplus(eta - 22.5, beta=0.1).clamp_min(0.02)
+        return F.softplus(eta - 22.5, beta=0.1).clamp_min(LEAST_LOG_LAMBDA)
 
     def log_probabilities(self, theta_a: Tensor, theta_b: Tensor, eta: Tensor | None = None) -> Tensor:
         """log P of A, B, tie, both bad: [..., 4] float32 or wider; -inf for an outcome that this model does not know.

@@ -107,7 +107,10 @@ def test_packing_puts_every_token_and_key_in_its_place(shapes, p, extra):
         assert packed.last[i] == last - 1
         assert keys[packed.key_starts[i] : packed.key_starts[i + 1]].tolist() == ids.tolist()
     assert sum(run.prompts for run in packed.runs()) == len(packed)
-    assert (packed.longest_own, packed.longest) == (max(packed.lengths), max(map(sum, zip(packed.lengths, packed.shared))))
+    assert (packed.longest_own, packed.longest) == (
+        max(packed.lengths),
+        max(map(sum, zip(packed.lengths, packed.shared, strict=True))),
+    )
     copy = packed.within(packed.buffer.clone())
     assert (copy.longest_own, copy.longest) == (packed.longest_own, packed.longest)
     assert all(torch.equal(getattr(copy, n), getattr(packed, n)) for n in ("tokens", "sources", "last", "key_starts"))

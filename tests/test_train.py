@@ -32,10 +32,10 @@ def write_votes(path, rows):
     return str(path)
 
 
-def skill_votes(path, n=48):
+def skill_votes(path, n=48, start=0):
     """Prompts that start with "sum" are x's, the others y's; both always right on their own, z never."""
     rows = []
-    for i in range(n):
+    for i in range(start, start + n):
         prompt = f"{'sum' if i % 2 else 'poem'} {i}"
         good, bad = ("x", "y") if i % 2 else ("y", "x")
         rows += [(prompt, good, bad, "model_a"), (prompt, bad, "z", "tie (bothbad)"), (prompt, "z", good, "model_b")]

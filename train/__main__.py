@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from p2l_engine.train.config import TrainConfig
-from p2l_engine.train.run import IfPresent, train
+from p2l_engine.train.resumption import IfPresent
+from p2l_engine.train.run import train
 
 
 def main() -> int:
@@ -32,6 +33,9 @@ def main() -> int:
     if_present: IfPresent = "resume" if arguments.resume else "restart" if arguments.restart else "refuse"
     try:
         folder = train(TrainConfig.load(arguments.config), arguments.max_steps, if_present)
+    except KeyboardInterrupt:
+        print("interrupted; --resume goes on from the last state that was saved", file=sys.stderr)
+        return 130
     except (ValueError, OSError, FloatingPointError, ImportError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -74,7 +74,7 @@ class TrainConfig(BaseModel):
     train_share: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the prompts that are left to train on, for learning curves
     # the run
     save_steps: Annotated[int, Field(gt=0)] | None = None  # optimiser steps between states to resume from; None: each epoch
-    report_to: list[Literal["tensorboard", "wandb"]] = []
+    report_to: list[Literal["tensorboard", "wandb"]] = []  # tensorboard: in output_dir/proj_name.logs
     deepspeed: str | dict[str, Any] | None = None  # as transformers' TrainingArguments
     fsdp: bool = False
     fsdp_config: dict[str, Any] | None = None

@@ -8,7 +8,7 @@ import numpy as np
 
 from p2l_engine.regression import Outcome, feedback_model
 from p2l_engine.train.config import TrainConfig
-from p2l_engine.votes import Splits, Summary, Votes, read, split
+from p2l_engine.votes import Splits, Summary, Votes, check_apart, read, split
 
 logger = logging.getLogger(__name__)
 
@@ -22,12 +22,7 @@ def load(config: TrainConfig) -> Splits:
         logger.info("%s", line)
     if config.val_data_path:
         validation = _read(config, config.val_data_path, votes.models)
-        shared = set(validation.prompts) & set(votes.prompts)
-        if shared:
-            raise ValueError(
-                f"{config.val_data_path}: {len(shared):,} of its prompts are training prompts too, such as "
-                f"{next(iter(shared))[0][:60]!r}: expected none; leave them out of one of the two"
-            )
+        check_apart(config.val_data_path, validation, votes)
         parts = Splits(votes, validation, None)
     else:
         parts = split(votes, config.held_out, config.validation, config.split_by, config.split_seed, config.train_share)

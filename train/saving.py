@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -21,10 +22,12 @@ def write(
     models: Sequence[str],
     config: TrainConfig,
     held_out_hashes: Mapping[str, str] | None = None,
+    inputs: Mapping[str, Any] | None = None,
 ) -> None:
     """The checkpoint in bfloat16, as published; for LoRA an adapter folder, which names its backbone.
 
-    ``state`` is the whole model's state dict (gathered from all processes, where there are several). The folder is written
+    ``state`` is the whole model's state dict (gathered from all processes, where there are several); inputs: what the run was
+    made of, as ``resumption.inputs_of`` has it, which is kept in training_config.json. The folder is written
     beside its place and renamed when it is complete. Raises OSError where it cannot be; nothing is left then.
     """
 
@@ -34,7 +37,8 @@ def write(
         decoder = bare(model.model)
         hashes = {"held_out_hashes": dict(held_out_hashes)} if held_out_hashes else {}
         kept = config.model_dump(mode="json")
-        write_json(work / "training_config.json", {"model_type": decoder.config.model_type} | kept | hashes)
+        made_of = {"inputs": dict(inputs)} if inputs else {}
+        write_json(work / "training_config.json", {"model_type": decoder.config.model_type} | kept | hashes | made_of)
         if config.lora is None:
             write_tensors(work / "model.safetensors", tensors)
             decoder.config.save_pretrained(work)

@@ -99,3 +99,13 @@ class VoteTrainer(Trainer):
             super()._save(output_dir, {name: tensor.clone() for name, tensor in state.items()})
         except SafetensorError as error:  # a full disk, among others
             raise OSError(f"{output_dir}: {error}") from error
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        try:
+            super()._save_checkpoint(model, trial)
+        except RuntimeError as error:  # torch's own writer, of the optimiser's state, says of a full disk only this
+            if "inline_container" not in str(error):
+                raise
+            raise OSError(
+                f"{self.args.output_dir}: the optimiser's state could not be written; is the disk full? ({error})"
+            ) from error

@@ -145,7 +145,8 @@ class PackedDecoder:
         return x if delta is None else x + delta
 
     def rope(self, positions: int) -> tuple[Tensor, Tensor]:
-        """cos and sin of at least so many positions, [positions, size / 2] float32; both replaced in one step, since callers may be on several threads."""
+        """cos and sin of at least so many positions, [positions, size / 2] float32; both replaced in one step, since
+        callers may be on several threads."""
         tables = self._tables
         if positions > len(tables[0]):
             tables = self._tables = self._angles(max(positions, 2 * len(tables[0])))

@@ -66,7 +66,12 @@ def evaluate(
             raise ValueError(f"{name} votes: expected the checkpoint's models {list(engine.models)}, got {list(votes.models)}")
     c = engine.coefficients(held_out.prompts, advance)
     report: dict[str, Any] = {
-        "checkpoint": {"models": list(engine.models), "feedback": engine.feedback.name, "dtype": _plain(engine.dtype)},
+        "checkpoint": {
+            "models": list(engine.models),
+            "feedback": engine.feedback.name,
+            "dtype": _plain(engine.dtype),
+            "head": engine.head.digest(),
+        },
         "held_out": {"prompts": len(held_out.prompts), "votes": len(held_out)},
         "bootstrap": asked.bootstrap,
     }

@@ -13,7 +13,7 @@ import numpy as np
 from p2l_engine.catalog import Catalog
 from p2l_engine.engine import Engine
 from p2l_engine.evaluation.report import Scores
-from p2l_engine.votes import Dropped, Votes, prompts_hash, read, score_matrix, split
+from p2l_engine.votes import Dropped, Votes, check_apart, prompts_hash, read, score_matrix, split
 from p2l_engine.votes.files import read_table
 
 Part = Literal["held-out", "validation"]
@@ -46,6 +46,7 @@ def of_config(engine: Engine, part: Part, costs: Catalog | None) -> Sources:
         if part != "validation":
             raise ValueError(f"{engine.folder}: trained with val_data_path and nothing held out: ask for the part 'validation'")
         held_out, dropped = read(config["val_data_path"], votes.models, **options)
+        _check_unseen(config, part, held_out, config["val_data_path"], engine.folder)
         return Sources(held_out.among(engine.models), votes.among(engine.models), None, config, dropped)
     parts = split(
         votes, config.get("held_out", 0.0), config.get("validation", 0.0), config.get("split_by", "prompt"),
@@ -56,19 +57,25 @@ def of_config(engine: Engine, part: Part, costs: Catalog | None) -> Sources:
     chosen = parts.held_out if part == "held-out" else parts.validation
     if chosen is None:
         raise ValueError(f"{engine.folder}: its training config holds no {part} prompts back; name votes to evaluate on")
+    _check_unseen(config, part, chosen, path, engine.folder)
+    return Sources(chosen, parts.training, scores_of(path, engine, chosen, parts.training, costs), config, dropped)
+
+
+def _check_unseen(config: dict[str, Any], part: Part, votes: Votes, path: str | Sequence[str], folder: Path) -> None:
     kept = (config.get("held_out_hashes") or {}).get(part)
-    if kept is not None and kept != prompts_hash(chosen):
+    if kept is not None and kept != prompts_hash(votes):
         raise ValueError(
-            f"{path}: changed since {engine.folder} was trained: the {part} prompts are not those that it never saw; "
+            f"{path}: changed since {folder} was trained: the {part} prompts are not those that it never saw; "
             "name votes to evaluate on"
         )
-    return Sources(chosen, parts.training, scores_of(path, engine, chosen, parts.training, costs), config, dropped)
 
 
 def of_files(engine: Engine, held_out: Path, training: Path | None, costs: Catalog | None) -> Sources:
     """The votes of these files, as they are."""
     votes, dropped = read(str(held_out), engine.models, engine.feedback)
     known = None if training is None else read(str(training), engine.models, engine.feedback)[0]
+    if known is not None:
+        check_apart(str(held_out), votes, known)
     scores = None if known is None else scores_of(str(held_out), engine, votes, known, costs, str(training))
     return Sources(votes, known, scores, {}, dropped)
 

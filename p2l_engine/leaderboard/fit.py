@@ -63,16 +63,17 @@ def fit(
     if start is not None:
         x[:n_models] = start.theta
         if start.eta is not None:
-            x[n_models:] = start.eta
+            x[n_models:] = max(start.eta, feedback.least_eta)
     free = not feedback.grounded  # then theta is known up to a shift
     penalty = ridge * mean
     value, gradient, curvature = problem(x, penalty)
     for iteration in range(ITERATIONS):
+        gradient, curvature = _free(feedback, x, gradient, curvature)
         if np.abs(gradient).max() <= TOLERANCE * mean:
             theta = x[:n_models] - (x[:n_models].mean() if free else 0.0)
             return Fit(theta, float(x[n_models]) if problem.size > n_models else None, float(value / total), iteration)
         step = _step(curvature, gradient, n_models if free and not penalty else 0)
-        x, value, gradient, curvature = _along(problem, x, step, value, gradient, penalty, curvature)
+        x, value, gradient, curvature = _along(problem, x, step, value, gradient, penalty, curvature, feedback.least_eta)
     raise ArithmeticError(
         f"fit: no optimum after {ITERATIONS} iterations (gradient {np.abs(gradient).max():.1e}): as where nothing ties, "
         "or nothing is bad; give a ridge, such as 1e-6"
@@ -118,11 +119,12 @@ def refit(feedback: FeedbackModel, samples: npt.ArrayLike, n_models: int, whole:
             value, gradient, curvature = problem.at(start)
         penalty = ridge * counts.sum() / pair_count(n_models)
         gradient, curvature = gradient + penalty * start, curvature + penalty * np.eye(problem.size)
+        gradient, curvature = _free(feedback, start, gradient, curvature)
         step = _step(curvature, gradient, 0 if feedback.grounded or penalty else n_models)
         if np.abs(step).max() > SMALL_STEP:
             found.append(fit(feedback, counts, n_models, whole, ridge))
             continue
-        x = start + step
+        x = _onto(start + step, n_models, feedback.least_eta)
         theta = x[:n_models] - (0.0 if feedback.grounded else x[:n_models].mean())
         found.append(Fit(theta, None if whole.eta is None else float(x[n_models]), value / counts.sum(), 1))
     return found
@@ -152,26 +154,49 @@ def _step(curvature: Float64, gradient: Float64, shift: int) -> Float64:
 
 
 def _along(
-    problem: _Problem, x: Float64, step: Float64, value: float, gradient: Float64, penalty: float, curvature: Float64
+    problem: _Problem,
+    x: Float64,
+    step: Float64,
+    value: float,
+    gradient: Float64,
+    penalty: float,
+    curvature: Float64,
+    least_eta: float,
 ) -> tuple[Float64, float, Float64, Float64]:
     """The first of ever shorter steps that lowers the loss enough (Armijo)."""
     longest = np.abs(step).max()
     length = min(1.0, 10.0 / longest) if longest > 0 else 1.0  # far from the optimum the quadratic means little
-    slope = float(gradient @ step)
     for _ in range(60):
-        there = problem(x + length * step, penalty)
+        to = _onto(x + length * step, problem.n_models, least_eta)
+        there = problem(to, penalty)
         # At the optimum the loss is flat to rounding: there a smaller gradient is progress too.
         flat = abs(there[0] - value) <= 1e-12 * abs(value) and np.abs(there[1]).max() < np.abs(gradient).max()
-        if there[0] <= value + 1e-4 * length * slope or flat:
-            return x + length * step, *there
+        if there[0] <= value + 1e-4 * float(gradient @ (to - x)) or flat:
+            return to, *there
         length /= 2
     return x, value, gradient, curvature
+
+
+def _free(feedback: FeedbackModel, x: Float64, gradient: Float64, curvature: Float64) -> tuple[Float64, Float64]:
+    """Without eta, where it stands at its least and the loss would have it go on: rk's loss has a kink there."""
+    if not feedback.has_eta or x[-1] > feedback.least_eta or gradient[-1] < 0:
+        return gradient, curvature
+    gradient, curvature = gradient.copy(), curvature.copy()
+    gradient[-1] = curvature[-1] = curvature[:, -1] = 0.0
+    curvature[-1, -1] = float(np.abs(np.diag(curvature)).max()) or 1.0
+    return gradient, curvature
+
+
+def _onto(x: Float64, n_models: int, least_eta: float) -> Float64:
+    x[n_models:] = np.maximum(x[n_models:], least_eta)
+    return x
 
 
 class _Problem(ABC):
     """Loss, gradient and Hessian at x [size]: theta, and eta where there is one."""
 
     size: int
+    n_models: int
 
     def __call__(self, x: Float64, penalty: float) -> tuple[float, Float64, Float64]:
         value, gradient, curvature = self.at(x)
@@ -186,7 +211,7 @@ class _Logistic(_Problem):
     """bt and bt-tie: -sum of A log s(d) + B log s(-d), d = theta_a - theta_b; the Hessian is a graph's Laplacian."""
 
     def __init__(self, counts: Float64, n_models: int) -> None:
-        self.size = n_models
+        self.size = self.n_models = n_models
         self.a, self.b = pairs(n_models)
         self.first, self.second = counts[0], counts[1]
 
@@ -207,7 +232,7 @@ class _Ties(_Problem):
     """rk, rk-reparam and grk: each pair's loss depends on three numbers; torch differentiates it."""
 
     def __init__(self, feedback: FeedbackModel, counts: Float64, n_models: int) -> None:
-        self.size = n_models + 1
+        self.size, self.n_models = n_models + 1, n_models
         self.places = np.stack([*pairs(n_models), np.full(pair_count(n_models), n_models)], 1)
         self.counts = counts.T
         known = len(feedback.outcomes)

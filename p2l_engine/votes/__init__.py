@@ -6,6 +6,17 @@ Needs the extra ``train`` (pyarrow; datasets for hub names).
 from p2l_engine.votes.read import Dropped, read
 from p2l_engine.votes.scores import from_scores, score_matrix
 from p2l_engine.votes.summary import Summary
-from p2l_engine.votes.votes import Splits, Votes, prompts_hash, split
+from p2l_engine.votes.votes import Splits, Votes, check_apart, prompts_hash, split
 
-__all__ = ["Dropped", "Splits", "Summary", "Votes", "from_scores", "prompts_hash", "read", "score_matrix", "split"]
+__all__ = [
+    "Dropped",
+    "Splits",
+    "Summary",
+    "Votes",
+    "check_apart",
+    "from_scores",
+    "prompts_hash",
+    "read",
+    "score_matrix",
+    "split",
+]

@@ -115,6 +115,16 @@ def prompts_hash(votes: Votes) -> str:
     return hashlib.sha256(json.dumps(sorted(votes.prompts)).encode()).hexdigest()
 
 
+def check_apart(path: str, votes: Votes, training: Votes) -> None:
+    """Raises ValueError where a prompt of ``votes``, read from ``path``, is a training prompt too."""
+    shared = set(votes.prompts) & set(training.prompts)
+    if shared:
+        raise ValueError(
+            f"{path}: {len(shared):,} of its prompts are training prompts too, such as {min(shared)[0][:60]!r}: expected none; "
+            "leave them out of one of the two"
+        )
+
+
 class Splits(NamedTuple):
     """Votes to train on; to make choices on (or None); held out until the end (or None). No prompt is in two of them."""
 

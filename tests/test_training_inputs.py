@@ -1,0 +1,161 @@
+"""What a training run notices: inputs that changed, prompts beyond the backbone's context; and what outlives it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+from safetensors.torch import load_file, save_file
+
+from p2l_engine import Engine
+from p2l_engine.errors import CheckpointError
+from p2l_engine.evaluation import sources
+from p2l_engine.evaluation.report import evaluate
+from p2l_engine.export import export
+from p2l_engine.train.run import train
+from tests import tiny
+from tests.test_runs import ROOT, run
+from tests.test_train import settings, skill_votes
+
+
+@pytest.fixture
+def config(tmp_path):
+    return settings(tmp_path, dtype="float32", batch_size=4, save_steps=5, learning_rate=1e-3)
+
+
+def other_weights(folder):
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: weight + 1e-3 for name, weight in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_a_finished_run_is_resumed_only_as_what_it_was(config, tmp_path):
+    folder = train(config, 2)
+    assert train(config, 2, "resume") == folder
+    for change, named in (({"learning_rate": 0.5}, "learning_rate: was 0.001, is 0.5"), ({"seed": 1}, "seed")):
+        with pytest.raises(ValueError, match=f"is another run's, since this differs: {named}.*--restart"):
+            train(config.model_copy(update=change), 2, "resume")
+    with pytest.raises(ValueError, match="max_steps: was 2, is 3"):
+        train(config, 3, "resume")
+    skill_votes(tmp_path / "votes.parquet", n=50)
+    with pytest.raises(ValueError, match="this differs: votes: "):
+        train(config, 2, "resume")
+    (tmp_path / "out" / "notes").mkdir()
+    (tmp_path / "out" / "notes" / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="expected no folder yet, or this run's checkpoint"):
+        train(config.model_copy(update={"proj_name": "notes"}), 2, "resume")
+
+
+@pytest.mark.parametrize("what", ["backbone", "validation"])
+def test_a_killed_run_is_not_resumed_on_another(what, config, tmp_path):
+    skill_votes(tmp_path / "val.parquet", n=20, start=1000)
+    config = config.model_copy(update={"held_out": 0.0, "val_data_path": str(tmp_path / "val.parquet")})
+    run(tmp_path, config, "cut", kill_at=7, output="out")
+    same = config.model_copy(update={"output_dir": str(tmp_path / "out")})
+    if what == "backbone":
+        other_weights(tmp_path / "base")
+    else:
+        skill_votes(tmp_path / "val.parquet", n=10, start=1000)
+    with pytest.raises(ValueError, match=f"cannot be resumed, since this changed: {what}: "):
+        train(same, 20, "resume")
+
+
+def test_validation_prompts_that_changed_are_not_evaluated_as_such(config, tmp_path):
+    skill_votes(tmp_path / "val.parquet", n=20, start=1000)
+    config = config.model_copy(update={"held_out": 0.0, "val_data_path": str(tmp_path / "val.parquet")})
+    engine = Engine.from_pretrained(train(config, 2), device="cpu")
+    assert len(sources.of_config(engine, "validation", None).held_out.prompts) == 20
+    skill_votes(tmp_path / "val.parquet", n=30, start=1000)
+    with pytest.raises(ValueError, match="the validation prompts are not those that it never saw"):
+        sources.of_config(engine, "validation", None)
+
+
+def test_votes_to_evaluate_on_must_not_be_training_votes(config, tmp_path):
+    engine = Engine.from_pretrained(train(config, 2), device="cpu")
+    votes = tmp_path / "votes.parquet"
+    with pytest.raises(ValueError, match="48 of its prompts are training prompts too"):
+        sources.of_files(engine, votes, votes, None)
+
+
+def test_prompts_beyond_the_context_are_refused(tmp_path):
+    config = settings(tmp_path, max_length=8192)
+    file = tmp_path / "base" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"max_position_embeddings": 6}))
+    with pytest.raises(ValueError, match=r"max_length: \d+ prompts have more tokens than the 6 .*: set max_length: 6"):
+        train(config, 2)
+    assert train(config.model_copy(update={"max_length": 6}), 2, "restart").is_dir()
+
+
+@pytest.mark.parametrize("steps", [0, -2])
+def test_no_steps_are_no_training(steps, tmp_path):
+    with pytest.raises(ValueError, match="max_steps: expected 1 at least, or -1"):
+        train(settings(tmp_path), steps)
+
+
+def test_tensorboards_files_outlive_the_run(config, tmp_path):
+    pytest.importorskip("tensorboard", reason="TensorBoard is not installed")
+    train(config.model_copy(update={"report_to": ["tensorboard"]}), 12)
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.is_dir()].count("trial.logs") == 1
+    (events,) = (tmp_path / "out" / "trial.logs").glob("events.out.tfevents.*")
+    assert b"train/loss" in events.read_bytes()
+
+
+def test_an_interrupted_run_says_how_it_goes_on(config, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(config.model_dump(exclude_none=True)))
+    script = (
+        "import os, signal, sys\n"
+        "from p2l_engine.train.__main__ import main\n"
+        "from p2l_engine.train.progress import Show\n"
+        "Show.on_step_end = lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.exit(main())\n"
+    )
+    command = [sys.executable, "-c", script, "--config", str(file)]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False)
+    assert done.returncode == 130
+    assert "interrupted; --resume goes on" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_full_disk_during_a_state_is_named(config, tmp_path):
+    # Files beyond 20 kB cannot be written from here on.
+    file = tmp_path / "full.yaml"
+    file.write_text(yaml.safe_dump(config.model_dump(exclude_none=True)))
+    script = (
+        "import resource, signal, sys\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "from p2l_engine.train.__main__ import main\n"
+        "from p2l_engine.train.trainer import VoteTrainer\n"
+        "saved = VoteTrainer._save_optimizer_and_scheduler\n"
+        "def full(self, *arguments):\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+        "    return saved(self, *arguments)\n"
+        "VoteTrainer._save_optimizer_and_scheduler = full\n"
+        "sys.exit(main())\n"
+    )
+    command = [sys.executable, "-c", script, "--config", str(file)]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "the optimiser's state could not be written; is the disk full?" in done.stderr
+    assert not (tmp_path / "out" / "trial").exists()
+
+
+def test_a_card_has_no_other_checkpoints_figures(config, tmp_path):
+    one, other = (train(config.model_copy(update={"proj_name": name, "seed": i}), 2) for i, name in enumerate("ab"))
+    engine = Engine.from_pretrained(one, device="cpu")
+    found = sources.of_config(engine, "held-out", None)
+    report = evaluate(engine, found.held_out, found.training)
+    (tmp_path / "a.json").write_text(json.dumps(report))
+    export(one, tmp_path / "whole", tmp_path / "a.json")
+    assert "Held-out figures" in (tmp_path / "whole" / "README.md").read_text()
+    for source in (other, tiny.write(tmp_path / "tiny")):
+        with pytest.raises(CheckpointError, match="found another checkpoint's, whose .*head differ"):
+            export(source, tmp_path / "wrong", tmp_path / "a.json")
+    del report["held_out"]["votes"]
+    (tmp_path / "broken.json").write_text(json.dumps(report))
+    with pytest.raises(CheckpointError, match="no card can be made of .*KeyError: 'votes'"):
+        export(one, tmp_path / "wrong", tmp_path / "broken.json")
+    assert not (tmp_path / "wrong").exists()

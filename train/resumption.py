@@ -1,0 +1,132 @@
+"""What a run was asked for, written beside its states and into its checkpoint; and whether, and from where, it may go on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from p2l_engine import checkpoint
+from p2l_engine.saving import write_json
+from p2l_engine.train.config import TrainConfig
+from p2l_engine.votes import Splits, Votes
+
+logger = logging.getLogger(__name__)
+
+ASKED = "asked.json"
+IfPresent = Literal["refuse", "resume", "restart"]
+
+
+def inputs_of(config: TrainConfig, parts: Splits, max_steps: int) -> dict[str, Any]:
+    """What a run's result depends on beside its config: hashes of the votes, the validation votes and the backbone."""
+    return {
+        "max_steps": max_steps,
+        "votes": _fingerprint(parts.training),
+        "validation": None if parts.validation is None else _fingerprint(parts.validation),
+        "backbone": _backbone(checkpoint.find(config.pretrain_model_name)),
+    }
+
+
+def prepare(state: Path, config: TrainConfig, inputs: dict[str, Any], if_present: IfPresent) -> str | None:
+    """Makes the run's folder; the state to resume from, where there is one and that is asked for."""
+    # Written down as JSON has it, so that what is read again compares equal.
+    asked = json.loads(json.dumps({"config": config.model_dump(), **inputs, "processes": os.environ.get("WORLD_SIZE", "1")}))
+    if state.exists():
+        if if_present == "refuse":
+            raise ValueError(
+                f"{state}: a run of this name is there already; --resume goes on with it, --restart throws it away"
+            )
+        if if_present == "resume":
+            return _resume(state, asked)
+        shutil.rmtree(state)
+    elif if_present == "resume":
+        logger.info("%s: no state to resume from: starting", state)
+    state.mkdir(parents=True, exist_ok=True)
+    write_json(state / ASKED, asked)
+    return None
+
+
+def check_finished(folder: Path, config: TrainConfig, inputs: dict[str, Any]) -> None:
+    """Raises ValueError unless the checkpoint in ``folder`` is what this run would write."""
+    try:
+        before = json.loads((folder / "training_config.json").read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{folder}: expected no folder yet, or this run's checkpoint: {error}") from None
+    now = json.loads(json.dumps(config.model_dump())) | inputs
+    # Checkpoints of earlier versions do not say what else they were made of.
+    known = before | (before.get("inputs") or {key: inputs[key] for key in inputs})
+    changed = _changed(known, now)
+    if changed:
+        raise ValueError(
+            f"{folder}: is there already, and is another run's, since this differs: {changed}. --restart replaces it"
+        )
+
+
+def is_last(folder: Path) -> bool:
+    """Whether a state is that after the run's last step."""
+    state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    return int(state["global_step"]) >= int(state["max_steps"]) and (folder / "model.safetensors").is_file()
+
+
+def _resume(state: Path, asked: dict[str, Any]) -> str | None:
+    try:
+        before = json.loads((state / ASKED).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{state}: expected {ASKED}, which says what the run was asked for: {error}; --restart") from None
+    changed = _changed(*({**x["config"], **{key: x[key] for key in x if key != "config"}} for x in (before, asked)))
+    if changed:
+        raise ValueError(f"{state}: cannot be resumed, since this changed: {changed}. Undo it, or --restart")
+    folders = sorted(state.glob("checkpoint-*"), key=lambda folder: int(folder.name.rsplit("-", 1)[1]), reverse=True)
+    whole = next((folder for folder in folders if _is_whole(folder)), None)
+    for folder in folders[: folders.index(whole) if whole else None]:
+        logger.warning("%s was cut short while it was written: removed", folder)
+        shutil.rmtree(folder)
+    logger.info("resuming from %s" if whole else "no whole state yet: starting again in %s", whole or state)
+    return None if whole is None else str(whole)
+
+
+def _changed(before: dict[str, Any], now: dict[str, Any]) -> str:
+    return "; ".join(f"{key}: was {before.get(key)!r:.60}, is {now[key]!r:.60}" for key in now if before.get(key) != now[key])
+
+
+def _is_whole(folder: Path) -> bool:
+    """The Trainer writes trainer_state.json last."""
+    try:
+        json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        weights = folder / "model.safetensors"
+        if weights.exists():
+            with safe_open(weights, "pt"):
+                pass
+    except (OSError, json.JSONDecodeError, SafetensorError):
+        return False
+    return True
+
+
+def _fingerprint(votes: Votes) -> str:
+    """A hash of everything that is learnt from."""
+    digest = hashlib.sha256(json.dumps([votes.prompts, votes.models]).encode())
+    for column in (votes.prompt, votes.a, votes.b, votes.outcome, votes.weight):
+        digest.update(np.ascontiguousarray(column).tobytes())
+    return digest.hexdigest()
+
+
+def _backbone(folder: Path) -> str:
+    """A hash of the config, and of each file of weights its size and its first and last MiB: gigabytes are not read twice."""
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.safetensors"), folder / "config.json"]):
+        if not path.is_file():
+            continue
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(2**20))
+            file.seek(max(0, size - 2**20))
+            digest.update(file.read())
+    return digest.hexdigest()
