@@ -16,9 +16,9 @@ def export(source: str | Path | None, target: Path, evaluation: Path | None = No
     tokenizer, model_list.json and training_config.json as lmarena/p2l's code reads them, and README.md.
 
     The same source gives the same bytes. evaluation: figures of ``p2l-engine eval --json`` for the card; None takes the
-    source's own evaluation.json where it has one. Raises CheckpointError for a source that cannot be read and for figures of another
-    checkpoint, ValueError where ``target`` holds something already, OSError where it cannot be written; it is there whole or
-    not at all.
+    source's own evaluation.json where it has one. Raises CheckpointError for a source that cannot be read and for figures of
+    another checkpoint, ValueError where ``target`` holds something already, OSError where it cannot be written; it is there
+    whole or not at all.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target}: expected a folder that does not exist yet, or an empty one")

@@ -1,6 +1,7 @@
 """Prompts to token ids: the very text that published P2L models were trained on.
 
-A prompt is a string, a list of user turns, or a list of {"role", "content"} messages, of which the user turns are used.
+A prompt is a string, a list of user turns, or a list of {"role", "content"} messages, of which the user turns are used; a
+content is text, or a list of {"type": "text", "text"} parts, which become lines.
 The text is the tokenizer's chat template over the user turns, without generation prompt, then the CLS token; a CLS token in
 the user's own text becomes "<cls>"; truncated from the left (lmarena/p2l).
 """
@@ -63,9 +64,20 @@ def _is_other_role(item: object, place: int, index: int) -> bool:
 
 def _turn(item: object, place: int, index: int) -> str:
     text = item.get("content") if isinstance(item, Mapping) else item
+    if isinstance(item, Mapping) and isinstance(text, Sequence) and not isinstance(text, str | bytes):
+        return "\n".join(_text_of(part, place, i, index) for i, part in enumerate(text))
     if not isinstance(text, str):
-        what = "a 'content' of type str" if isinstance(item, Mapping) else "a user turn of type str, or a message"
+        content = "a 'content' of type str or a list of text parts"
+        what = content if isinstance(item, Mapping) else "a user turn of type str, or a message"
         raise PromptError(index, f"message {place}: expected {what}, got {type(text).__name__}")
+    return text
+
+
+def _text_of(part: object, place: int, i: int, index: int) -> str:
+    text = part.get("text") if isinstance(part, Mapping) and part.get("type", "text") == "text" else None
+    if not isinstance(text, str):
+        got = f"the type {part.get('type')!r}" if isinstance(part, Mapping) else type(part).__name__
+        raise PromptError(index, f"message {place}: part {i}: expected a 'text' part (images are not read), got {got}")
     return text
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -213,3 +214,30 @@ def test_a_checkpoint_of_values_does_not_route(tmp_path):
     status, _, err = run("route", "hello", checkpoint=folder)
     assert status == 2
     assert "whose coefficients give no win rates" in " ".join(err.split())
+
+
+def test_prompts_and_weights_of_tables(checkpoint, tmp_path):
+    pq.write_table(pa.table({"prompt": ["sum", '["two", "turns"]'], "weight": [3.0, 0.0]}), tmp_path / "p.parquet")
+    (tmp_path / "p.csv").write_text('prompt,weight\nsum,3\n"[""two"", ""turns""]",0\n')
+    (tmp_path / "p.jsonl").write_text('{"prompt": "sum", "weight": 3}\n{"prompt": ["two", "turns"], "weight": 0}\n')
+    (tmp_path / "one.jsonl").write_text('"sum"\n')
+    boards = []
+    for name in ("p.parquet", "p.csv", "p.jsonl", "one.jsonl"):
+        file = ["leaderboard", "--prompts", str(tmp_path / name), "--json", "--bootstrap", "0"]
+        status, out, err = run(*file, checkpoint=checkpoint)
+        assert status == 0, err
+        boards.append([json.loads(line)["coefficient"] for line in out.splitlines()])
+    for board in boards[:3]:  # the second prompt weighs nothing
+        assert board == pytest.approx(boards[3], abs=1e-3)
+    (tmp_path / "p.jsonl").write_text('{"prompt": "sum", "weight": 3}\n{"prompt": "b"}\n')
+    status, _, err = run("leaderboard", "--prompts", str(tmp_path / "p.jsonl"), checkpoint=checkpoint)
+    assert status == 2
+    assert "row 1: weight: expected a finite number >= 0 for every prompt, or for none" in " ".join(err.split())
+    pq.write_table(pa.table({"text": ["sum"]}), tmp_path / "p.parquet")
+    status, _, err = run("leaderboard", "--prompts", str(tmp_path / "p.parquet"), checkpoint=checkpoint)
+    assert status == 2
+    assert "expected a column 'prompt', got ['text']" in " ".join(err.split())
+    for plot, message in (("a.xyz", "ends in .png, .svg, .pdf"), ("nowhere/a.png", "cannot be written")):
+        status, _, err = run("leaderboard", "hi", "--plot", str(tmp_path / plot), checkpoint=checkpoint)
+        assert status == 2
+        assert message in " ".join(err.replace("│", " ").split())

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
@@ -280,42 +276,3 @@ def test_a_report_holds_together(name, tmp_path):
     other = Votes.make(raw.prompts, raw.models, raw.prompt, raw.a, raw.b, raw.outcome)
     with pytest.raises(ValueError, match="expected the checkpoint's models"):
         evaluate(engine, other)
-
-
-def test_the_command_evaluates_files(tmp_path):
-    folder = tiny.write(tmp_path / "c")
-    simulator = Simulator.of("grk", 5)
-    votes = simulator.votes(simulator.prompts(40), 5)
-    winners, names = ("model_a", "model_b", "tie", "tie (bothbad)"), np.array(tiny.MODELS)
-    table = pa.table(
-        {
-            "prompt": [votes.prompts[p][0] for p in votes.prompt], "model_a": names[votes.a], "model_b": names[votes.b],
-            "winner": [winners[y] for y in votes.outcome],
-        }
-    )  # fmt: skip
-    pq.write_table(table, tmp_path / "v.parquet")
-    command = [sys.executable, "-m", "p2l_engine", "eval", "--checkpoint", str(folder), "--votes", str(tmp_path / "v.parquet")]
-
-    def called(*more):
-        return subprocess.run([*command, "--bootstrap", "5", *more], capture_output=True, text=True, check=False)
-
-    good = called(
-        "--training", str(tmp_path / "v.parquet"), "--html", str(tmp_path / "r.html"), "--json", str(tmp_path / "r.json"),
-        "--cluster", "--replace", "alpha:beta",
-    )  # fmt: skip
-    assert good.returncode == 0, good.stderr
-    assert "log loss" in good.stdout
-    assert json.loads((tmp_path / "r.json").read_text())["replacements"][0]["new"] == "beta"
-    for wrong, message in (
-        (("--replace", "alpha"), "expected OLD:NEW"),
-        (("--replace", "alpha:omega", "--cluster"), "two of alpha, beta"),
-        (("--part", "all"), "expected held-out or validation"),
-        (("--reference", "omega"), "expected one of alpha"),
-        (("--reference", "beta"), "needs categories"),
-        (("--budget", "1"), "needs scores"),
-        (("--probes",), "needs scores"),
-    ):
-        bad = called(*wrong)
-        assert bad.returncode == 2, wrong
-        assert message in " ".join(bad.stderr.replace("│", " ").split()), bad.stderr
-        assert "Traceback" not in bad.stderr

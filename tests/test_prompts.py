@@ -100,7 +100,7 @@ def test_any_text_is_tokens_or_a_named_error(text):
     [
         ([], "expected at least one user turn, got none"),
         ([{"role": "system", "content": "x"}], "expected at least one user turn, got none"),
-        ([{"role": "user"}], "message 0: expected a 'content' of type str, got NoneType"),
+        ([{"role": "user"}], "message 0: expected a 'content' of type str or a list of text parts, got NoneType"),
         ([{"content": "x"}], "message 0: expected a 'role' of type str, got None"),
         (["a", 3], "message 1: expected a user turn of type str, or a message, got int"),
         (7, "expected a string, a list of user turns or a list of messages, got int"),

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from p2l_engine.regression import Outcome, feedback_model
 from p2l_engine.votes import Summary, Votes, from_scores, read, split
@@ -295,3 +296,103 @@ def test_votes_of_no_weight_tie_nothing_together():
     weight = np.array([1.0, 1.0, 0.0])
     without = Votes.make(votes.prompts, votes.models, votes.prompt, votes.a, votes.b, votes.outcome, weight)
     assert Summary.of(without).islands == (("z",),)
+
+
+GOOD = '{"prompt": "p", "model_a": "x", "model_b": "y", "winner": "tie", "weight": 2}'
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"prompt": "p", "model_a"', "line: expected a JSON object"),
+        ("[1, 2]", "line: expected a JSON object"),
+        ('{"prompt": "\\ud800", "model_a": "x"}', "line: expected a JSON object, of valid text"),
+        (GOOD.replace("2}", '"heavy"}'), "weight: expected a finite number >= 0.*'heavy'"),
+        (GOOD.replace('"tie"', "5"), "winner: expected one of .*'5'"),
+        (GOOD.replace('"x"', "null"), "model_a: expected a name"),
+    ],
+)
+def test_one_bad_line_of_jsonl_costs_itself_alone(line, reason, tmp_path):
+    (tmp_path / "v.jsonl").write_text("\n".join([GOOD, line, GOOD]))
+    with pytest.raises(ValueError, match=f"1 of 3 rows cannot be used.*{reason}"):
+        read(str(tmp_path / "v.jsonl"))
+    votes, dropped = read(str(tmp_path / "v.jsonl"), max_dropped=0.5)
+    assert votes.weight.tolist() == [2, 2]
+    assert "the first is row 1" in dropped.lines()[0]
+    (tmp_path / "w.jsonl").write_text(f"{line[:10]}\n")
+    with pytest.raises(ValueError, match="expected a JSON object"):
+        read(str(tmp_path / "w.jsonl"), max_dropped=1)
+
+
+def test_prompts_of_several_kinds_in_one_jsonl_file(tmp_path):
+    parts = [{"type": "text", "text": "look"}, {"type": "text", "text": "here"}]
+    kinds = [
+        "hi",
+        ["hi", "you"],
+        [{"role": "user", "content": "hi"}],
+        [{"role": "user", "content": parts}],
+        "[1] is a citation",
+    ]
+    lines = [json.dumps({"prompt": kind, "model_a": "x", "model_b": "y", "winner": "tie", "weight": "0.5"}) for kind in kinds]
+    (tmp_path / "v.jsonl").write_text("\n".join(lines))
+    votes, dropped = read(str(tmp_path / "v.jsonl"))
+    assert set(votes.prompts) == {("hi",), ("hi", "you"), ("look\nhere",), ("[1] is a citation",)}
+    assert votes.weight.tolist() == [0.5] * 5
+    assert not len(dropped)
+    image = [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]
+    with pytest.raises(ValueError, match=r"part 0: expected a 'text' part \(images are not read\), got the type 'image_url'"):
+        read(parquet(tmp_path / "i.parquet", [(json.dumps(image), "x", "y", "tie")]))
+
+
+def test_one_bad_cell_of_csv_costs_its_row_alone(tmp_path):
+    rows = [f"{i},7,8,model_a,{'abc' if i == 3 else 1.5},2024-01-0{1 + i}" for i in range(5)]
+    (tmp_path / "v.csv").write_text("\n".join(["prompt,model_a,model_b,winner,weight,timestamp", *rows]))
+    votes, dropped = read(str(tmp_path / "v.csv"), max_dropped=0.2)
+    assert votes.models == ("7", "8")
+    assert votes.prompts == (("0",), ("1",), ("2",), ("4",))
+    assert votes.weight.tolist() == [1.5] * 4
+    assert dropped.lines() == ["1 x weight: expected a finite number >= 0 (the first is row 3: got 'abc')"]
+    # Beside a file whose numbers are numbers; and rows left out by a number.
+    parquet(tmp_path / "w.parquet", [("w", "7", "8", "tie")], weight=[0.25], timestamp=[1e9])
+    both, _ = read([str(tmp_path / "v.csv"), str(tmp_path / "w.parquet")], max_dropped=0.2)
+    assert both.weight.tolist() == [1.5] * 4 + [0.25]
+    assert both.timestamp[-1] == 1e9
+    assert len(read(str(tmp_path / "v.csv"), leave_out={"prompt": [3]})[0]) == 4
+
+
+def test_decimals_are_numbers(tmp_path):
+    from decimal import Decimal
+
+    votes, _ = read(parquet(tmp_path / "v.parquet", ROWS[:1], weight=[Decimal("1.5")]))
+    assert votes.weight.tolist() == [1.5]
+
+
+def test_empty_prompts_have_no_scores(tmp_path):
+    rows = [(p, m, 1.0) for p in ("a", " ") for m in "xy"]
+    with pytest.raises(ValueError, match="row 2: prompt: empty"):
+        read(parquet(tmp_path / "s.parquet", rows, ("prompt", "model", "score")))
+
+
+@pytest.mark.parametrize("outcomes", [(0, 1), (0, 0), (0, 1, 1, 0, 2), (2, 2), (3, 3), (0, 3)])
+@pytest.mark.parametrize("name", ["rk", "rk-reparam", "grk"])
+def test_marginal_leaderboards_of_outcomes_that_never_come(name, outcomes):
+    """Without ties, rk's optimum is where its clamp begins: the loss has a kink there."""
+    rng = np.random.default_rng()
+    a = rng.integers(0, 4, 200)
+    b = (a + rng.integers(1, 4, 200)) % 4
+    outcome = np.resize(outcomes, 200)
+    votes = Votes.make([("p",)], list("wxyz"), np.zeros(200, np.int64), a, b, outcome)
+    feedback = feedback_model(name)
+    found = marginal_fit(feedback, votes)
+    counts = outcome_counts(feedback, votes)
+    i, j = np.triu_indices(4, 1)
+
+    def loss(theta, eta):
+        at = [torch.from_numpy(np.asarray(x)) for x in (theta[i], theta[j], np.full(6, eta))]
+        ridge = 1e-6 * counts.sum() / 6 / 2 * ((theta**2).sum() + eta**2)
+        return -(counts * feedback.log_probabilities(*at).numpy().T[: len(counts)]).sum() + ridge
+
+    best = loss(found.theta, found.eta)
+    for _ in range(30):
+        size = 10.0 ** rng.uniform(-4, 0)
+        assert loss(found.theta + size * rng.normal(size=4), found.eta + size * rng.normal()) >= best - 1e-9 * abs(best)

@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import typer
-from rich.table import Table
-from rich.text import Text
 
 from p2l_engine.catalog import Catalog
-from p2l_engine.cli.inputs import CatalogOption, Checkpoint, Device, DtypeOption, err, load_engine, out, progress
+from p2l_engine.cli.figures import show
+from p2l_engine.cli.inputs import (
+    CatalogOption,
+    Checkpoint,
+    Device,
+    DtypeOption,
+    check_writable,
+    err,
+    load_engine,
+    out,
+    progress,
+)
+
+MAX_DROPPED = 0.01
 
 
 def evaluate(
@@ -21,6 +35,9 @@ def evaluate(
         typer.Option(help="Votes to evaluate on; without it those that the checkpoint's training config held out."),
     ] = None,
     training: Annotated[Path | None, typer.Option(help="With --votes: the training votes, for the baselines.")] = None,
+    max_dropped: Annotated[
+        float, typer.Option(min=0, max=1, help="With --votes: the share of the rows that may be unusable.")
+    ] = MAX_DROPPED,
     part: Annotated[str, typer.Option(help="Without --votes: held-out, or validation.")] = "held-out",
     html: Annotated[Path | None, typer.Option(help="Write the report here: one page with plots.")] = None,
     as_json: Annotated[Path | None, typer.Option("--json", help="Write every figure here.")] = None,
@@ -29,7 +46,9 @@ def evaluate(
     ] = False,
     bootstrap: Annotated[int, typer.Option(min=2, help="Bootstrap samples behind the intervals.")] = 200,
     seed: Annotated[int, typer.Option(help="Of the bootstrap and of prompts drawn at random.")] = 0,
-    reference: Annotated[str | None, typer.Option(help="The model that strengths are measured against.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="The model that strengths are measured against; they are printed too then.")
+    ] = None,
     replace: Annotated[
         list[str] | None, typer.Option(help="OLD:NEW: what gets better and what worse by category; may be repeated.")
     ] = None,
@@ -53,6 +72,8 @@ def evaluate(
 
     if part not in ("held-out", "validation"):
         raise typer.BadParameter(f"expected held-out or validation, got {part!r}", param_hint="--part")
+    check_writable(html, "--html")
+    check_writable(as_json, "--json")
     engine = load_engine(checkpoint, device, dtype)
     swaps = [_swap(given, engine.models) for given in replace or []]
     if reference is not None and reference not in engine.models:
@@ -66,12 +87,18 @@ def evaluate(
     own = engine.folder / "catalog.yaml"
     prices = Catalog.from_yaml(catalog or own) if catalog or own.is_file() else None
     chosen: Literal["held-out", "validation"] = "validation" if part == "validation" else "held-out"
-    found = sources.of_config(engine, chosen, prices) if votes is None else sources.of_files(engine, votes, training, prices)
+    found = (
+        sources.of_config(engine, chosen, prices)
+        if votes is None
+        else sources.of_files(engine, votes, training, prices, max_dropped)
+    )
     for line in found.dropped.lines():
         err.print(f"dropped {line}", style="yellow", markup=False, highlight=False)
     held_out = found.held_out
     if budget and found.scores is None:
         raise typer.BadParameter("needs scores of every model, and --training scores with --votes", param_hint="--budget")
+    if budget:
+        _check_budgets(budget, found.scores.costs if found.scores is not None else None)
     if reference and held_out.category is None and not cluster:
         raise typer.BadParameter("needs categories: a column of that name, or --cluster", param_hint="--reference")
     if cluster:
@@ -88,7 +115,7 @@ def evaluate(
     asked = reports.Asked(bootstrap, seed, budget, reference, swaps, predicted)
     with progress(len(held_out.prompts)) as advance:
         report = reports.evaluate(engine, held_out, found.training, found.scores, asked, advance)
-    _show(report)
+    show(report, out, strengths=reference is not None)
     if as_json:
         as_json.write_text(json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
         err.print(f"wrote {as_json}", highlight=False, markup=False)
@@ -98,6 +125,15 @@ def evaluate(
     if html:
         pages.write(report, html)
         err.print(f"wrote {html}", highlight=False, markup=False)
+
+
+def _check_budgets(budgets: Sequence[float], costs: npt.NDArray[np.float64] | None) -> None:
+    if costs is None:
+        raise typer.BadParameter("needs costs: a catalog", param_hint="--budget")
+    for budget in budgets:
+        if not costs.min() <= budget < math.inf:
+            problem = f"expected a mean cost of at least the cheapest model's {costs.min():g}, got {budget:g}"
+            raise typer.BadParameter(problem, param_hint="--budget")
 
 
 def _swap(given: str, models: Sequence[str]) -> tuple[str, str]:
@@ -118,47 +154,3 @@ def _clustered(engine: Any, votes: Any) -> Any:
         hidden = features.hidden_states(checkpoint.load(engine.folder), votes.prompts, None, advance)
     texts = [" ".join(turns) for turns in votes.prompts]
     return replace(votes, category=tuple(clusters.cluster(hidden, texts)))
-
-
-def _show(report: dict[str, Any]) -> None:
-    sizes = report["held_out"]
-    title = f"{sizes['votes']:,} votes on {sizes['prompts']:,} prompts ({report['checkpoint']['dtype']})"
-    if "value_figures" in report:
-        table = Table(title=title, title_justify="left")
-        table.add_column("figure")
-        table.add_column("value", justify="right")
-        for name, value in report["value_figures"].items():
-            table.add_row(name.replace("_", " "), f"{value:.4f}")
-        out.print(table)
-        return
-    overall = report["votes"]["overall"]
-    table = Table(title=f"{title}; 95% intervals over prompts", title_justify="left")
-    table.add_column("figure")
-    for name in overall:
-        table.add_column(name, justify="right")
-    for figure in overall["p2l"]:
-        cells = (of.get(figure) for of in overall.values())
-        table.add_row(
-            figure.replace("_", " "),
-            *("" if cell is None else f"{cell['value']:.4f} ({cell['low']:.3f} to {cell['high']:.3f})" for cell in cells),
-        )
-    out.print(table)
-    if "routing" in report:
-        table = Table(title="mean true score of the chosen model", title_justify="left")
-        for name in ("choice", "mean score", "points over the best single model", "s.e."):
-            table.add_column(name, justify="left" if name == "choice" else "right")
-        ordered = sorted(report["routing"]["choices"].items(), key=lambda item: item[1]["mean_score"])
-        for name, entry in ordered:
-            table.add_row(
-                name.replace("_", " "), f"{entry['mean_score']:.4f}", f"{entry['points_over_best_single']:+.2f}",
-                f"{entry['standard_error_points']:.2f}",
-            )  # fmt: skip
-        out.print(table)
-    for swap in report.get("replacements", []):
-        table = Table(title=Text(f"{swap['new']} in place of {swap['old']}"), title_justify="left")
-        for name in ("category", "prompts", "preferred to the old one", "verdict"):
-            table.add_column(name, justify="left" if name in ("category", "verdict") else "right")
-        for entry in (swap["overall"], *swap["categories"]):
-            rate = f"{entry['win_rate']:.1%} ({entry['low']:.1%} to {entry['high']:.1%})"
-            table.add_row(Text(entry["category"]), str(entry["prompts"]), rate, entry["verdict"])
-        out.print(table)

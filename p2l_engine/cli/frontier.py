@@ -13,11 +13,13 @@ from rich.text import Text
 
 from p2l_engine import routing
 from p2l_engine.cli.inputs import (
+    PLOTS,
     CatalogOption,
     Checkpoint,
     Device,
     DtypeOption,
     LeaveOut,
+    check_writable,
     err,
     load_engine,
     load_router,
@@ -29,7 +31,11 @@ from p2l_engine.cli.inputs import (
 
 def frontier(
     file: Annotated[
-        Path, typer.Argument(help="Prompts: .jsonl (text, turns, messages, or an object with 'prompt'), else one a line.")
+        Path,
+        typer.Argument(
+            help="Prompts: .jsonl (text, turns, messages, or an object with 'prompt'), .csv or .parquet (a column prompt), "
+            "else one a line."
+        ),
     ],
     plot: Annotated[Path | None, typer.Option(help="Also draw the curve to this file (.png, .svg, .pdf).")] = None,
     budgets: Annotated[int, typer.Option(min=2, help="Budgets to show, evenly from the cheapest policy to the best one.")] = 9,
@@ -41,6 +47,7 @@ def frontier(
     dtype: DtypeOption = None,
 ) -> None:
     """Show what every mean budget over these prompts would buy, beside each single model."""
+    check_writable(plot, "--plot", PLOTS)
     batch = read_prompts(None, file)
     router = load_router(load_engine(checkpoint, device, dtype), catalog, leave_out)
     with progress(len(batch)) as advance:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -22,6 +23,8 @@ from p2l_engine.prompts import Prompt, user_turns
 from p2l_engine.router import Opponents, Router, Shares
 
 out, err = Console(), Console(stderr=True)
+
+PLOTS = (".png", ".svg", ".pdf")
 
 
 class Scope(StrEnum):
@@ -84,6 +87,8 @@ def read_prompts(given: list[str] | None, file: Path | None) -> list[Prompt]:
         raise typer.BadParameter("give prompts as arguments or a file, not both", param_hint="--file")
     if given:
         return list(given)
+    if file and file.suffix in (".parquet", ".csv"):
+        return _column_of(file)
     text = read_text(file) if file else read_stdin()
     # Only "\n" ends a line: str.splitlines also breaks at characters that JSON strings and prompts may hold.
     lines = [(i, line.rstrip("\r")) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
@@ -93,6 +98,57 @@ def read_prompts(given: list[str] | None, file: Path | None) -> list[Prompt]:
     if file and file.suffix == ".jsonl":
         return [_json_prompt(line, where, i) for i, line in lines]
     return [line for _, line in lines]
+
+
+def _column_of(file: Path) -> list[Prompt]:
+    from p2l_engine.votes.files import read_table, turns
+
+    table = read_table(str(file))
+    if "prompt" not in table.column_names:
+        raise ValueError(f"{file}: expected a column 'prompt', got {table.column_names}")
+    if not table.num_rows:
+        raise typer.BadParameter(f"{file} holds no prompt", param_hint="prompts")
+    found: list[Prompt] = []
+    for i, value in enumerate(table.column("prompt").to_pylist()):
+        try:
+            found.append(turns(value))
+        except ValueError as error:
+            raise ValueError(f"{file}: row {i}: {error}") from None
+    return found
+
+
+def read_weights(file: Path) -> list[float] | None:
+    """The prompts' weights, where the file has any."""
+    from p2l_engine.votes.cells import Unusable, weight_of
+    from p2l_engine.votes.files import read_table
+
+    if file.suffix == ".jsonl":
+        rows = [json.loads(line) for line in read_text(file).split("\n") if line.strip()]
+        given = [row.get("weight") if isinstance(row, dict) else None for row in rows]
+    elif file.suffix in (".parquet", ".csv"):
+        table = read_table(str(file))
+        given = table.column("weight").to_pylist() if "weight" in table.column_names else []
+    else:
+        return None
+    if all(value is None for value in given):
+        return None
+    found = []
+    for i, value in enumerate(given):
+        try:
+            found.append(weight_of(value))
+        except Unusable as error:
+            raise ValueError(f"{file}: row {i}: {error.reason} for every prompt, or for none{error.value}") from None
+    return found
+
+
+def check_writable(file: Path | None, option: str, kinds: Sequence[str] = ()) -> None:
+    """Before the work, not after it: whether a file can be written there, of one of these kinds (suffixes)."""
+    if file is None:
+        return
+    if kinds and file.suffix.lower() not in kinds:
+        raise typer.BadParameter(f"expected a name that ends in {', '.join(kinds)}, got {file.name!r}", param_hint=option)
+    if file.is_dir() or not os.access(file if file.exists() else file.absolute().parent, os.W_OK):
+        raise typer.BadParameter(f"{file} cannot be written: is its folder there?", param_hint=option)
 
 
 def _json_prompt(line: str, where: str, number: int) -> Prompt:

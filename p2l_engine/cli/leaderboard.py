@@ -11,9 +11,11 @@ from rich.table import Table
 from rich.text import Text
 
 from p2l_engine.cli.inputs import (
+    PLOTS,
     Checkpoint,
     Device,
     DtypeOption,
+    check_writable,
     err,
     load_engine,
     out,
@@ -21,6 +23,7 @@ from p2l_engine.cli.inputs import (
     read_prompts,
     read_stdin,
     read_text,
+    read_weights,
     short,
 )
 from p2l_engine.leaderboard import Leaderboard
@@ -32,7 +35,10 @@ def leaderboard(
     file: Annotated[Path | None, typer.Option(help="The prompt from a file, whole.")] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(help="One leaderboard over all prompts of this file: .jsonl (text, turns, messages), else one a line."),
+        typer.Option(
+            help="One leaderboard over all prompts of this file: .jsonl (text, turns, messages, or an object with 'prompt' and "
+            "perhaps 'weight'), .csv or .parquet (such columns), else one a line."
+        ),
     ] = None,
     bootstrap: Annotated[int, typer.Option(min=0, help="With --prompts: bootstrap samples behind the intervals.")] = 200,
     plot: Annotated[Path | None, typer.Option(help="Also write a bar chart to this file (.png, .svg, .pdf).")] = None,
@@ -42,14 +48,15 @@ def leaderboard(
     dtype: DtypeOption = None,
 ) -> None:
     """Show the leaderboard of one prompt, or of a set of prompts."""
+    check_writable(plot, "--plot", PLOTS)
     if prompts is not None:
         if prompt is not None or file is not None:
             raise typer.BadParameter("give one prompt or a file of prompts, not both", param_hint="--prompts")
-        batch = read_prompts(None, prompts)
+        batch, weights = read_prompts(None, prompts), read_weights(prompts)
         engine = load_engine(checkpoint, device, dtype)
         with progress(len(batch)) as advance:
-            board = Leaderboard.over(engine.coefficients(batch, advance), bootstrap=bootstrap)
-        title = f"{len(batch):,} prompts of {prompts.name}"
+            board = Leaderboard.over(engine.coefficients(batch, advance), weights, bootstrap=bootstrap)
+        title = f"{len(batch):,} prompts of {prompts.name}{'' if weights is None else ', weighted'}"
     else:
         text = prompt if prompt is not None else read_text(file) if file else read_stdin()
         user_turns(text)

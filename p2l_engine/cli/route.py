@@ -36,7 +36,10 @@ def route(
     prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; or use --file, or standard input.")] = None,
     file: Annotated[
         Path | None,
-        typer.Option(help="Prompts from a file: .jsonl (text, turns, messages, or an object with 'prompt'), else one a line."),
+        typer.Option(
+            help="Prompts from a file: .jsonl (text, turns, messages, or an object with 'prompt'), .csv or .parquet (a column "
+            "prompt), else one a line."
+        ),
     ] = None,
     budget: Annotated[float | None, typer.Option(help="Upper bound on the expected cost, in the catalog's unit.")] = None,
     budget_scope: Annotated[Scope, typer.Option(help="Bound each prompt's cost, or the batch's mean.")] = Scope.PROMPT,

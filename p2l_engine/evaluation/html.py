@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-BLUE, GREEN, GOLD, GREY = "#3b6ea5", "#5a9a68", "#b8860b", "#888888"
+BLUE, GREEN, GOLD, GREY, RED = "#3b6ea5", "#5a9a68", "#b8860b", "#888888", "#b0413e"
 PREDICTORS = {"p2l": BLUE, "category": GREEN, "marginal": GOLD, "constant": GREY}
 ROUTERS = {"batch": (BLUE, "router, one budget over the batch"), "prompt": (GREEN, "router, the budget for each prompt")}
 PROBES = {"ridge": ":", "knn": "--", "mlp": "-."}
@@ -27,7 +27,10 @@ def write(report: dict[str, Any], path: Path) -> None:
     )
     environment.filters |= {"interval": _interval, "words": lambda name: name.replace("_", " ")}
     plots = {name: _svg(draw, report, name) for name, draw in PLOTS.items() if _has(report, name)}
-    page = environment.get_template("report.html.j2").render(r=report, plots=plots, raw=json.dumps(report, ensure_ascii=False))
+    swaps = [_svg(_replacement, swap, f"replacement-{i}") for i, swap in enumerate(report.get("replacements", []))]
+    page = environment.get_template("report.html.j2").render(
+        r=report, plots=plots, swaps=swaps, raw=json.dumps(report, ensure_ascii=False)
+    )
     path.write_text(page, encoding="utf-8")
 
 
@@ -155,6 +158,19 @@ def _strengths(figure: Figure, report: dict[str, Any]) -> None:
 
 def _reliability(figure: Figure, report: dict[str, Any]) -> None:
     _heat(figure, *_by_model(report["strengths"], "reliability"), "sigmoid of the coefficient, %", 100, "RdYlGn", 0, 1)
+
+
+def _replacement(figure: Figure, swap: dict[str, Any]) -> None:
+    axes, entries = figure.subplots(), [swap["overall"], *swap["categories"]]
+    figure.set_size_inches(8, 1.2 + 0.3 * len(entries))
+    colours = {"better": GREEN, "worse": RED, "unclear": GREY}
+    for i, entry in enumerate(entries):
+        spread = [[max(entry["win_rate"] - entry["low"], 0)], [max(entry["high"] - entry["win_rate"], 0)]]
+        axes.errorbar(entry["win_rate"], i, xerr=spread, fmt="o", color=colours[entry["verdict"]])
+    axes.axvline(0.5, color=GREY, linewidth=0.8)
+    axes.set_yticks(range(len(entries)), [entry["category"] for entry in entries])
+    axes.invert_yaxis()
+    axes.set_xlabel(f"how often {swap['new']} is preferred to {swap['old']}, with 95% intervals over prompts")
 
 
 def _by_model(of: dict[str, Any], figure: str) -> tuple[Any, list[str], list[str]]:

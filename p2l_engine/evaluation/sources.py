@@ -15,6 +15,7 @@ from p2l_engine.engine import Engine
 from p2l_engine.evaluation.report import Scores
 from p2l_engine.votes import Dropped, Votes, check_apart, prompts_hash, read, score_matrix, split
 from p2l_engine.votes.files import read_table
+from p2l_engine.votes.read import MAX_DROPPED
 
 Part = Literal["held-out", "validation"]
 
@@ -39,7 +40,7 @@ def of_config(engine: Engine, part: Part, costs: Catalog | None) -> Sources:
     options = {
         "feedback": engine.feedback,
         "columns": config.get("columns"),
-        "max_dropped": config.get("max_dropped", 0.01),
+        "max_dropped": config.get("max_dropped", MAX_DROPPED),
     }
     votes, dropped = read(path, **options, leave_out=config.get("leave_out"))
     if config.get("val_data_path"):
@@ -70,10 +71,13 @@ def _check_unseen(config: dict[str, Any], part: Part, votes: Votes, path: str | 
         )
 
 
-def of_files(engine: Engine, held_out: Path, training: Path | None, costs: Catalog | None) -> Sources:
-    """The votes of these files, as they are."""
-    votes, dropped = read(str(held_out), engine.models, engine.feedback)
-    known = None if training is None else read(str(training), engine.models, engine.feedback)[0]
+def of_files(
+    engine: Engine, held_out: Path, training: Path | None, costs: Catalog | None, max_dropped: float = MAX_DROPPED
+) -> Sources:
+    """The votes of these files, as they are; max_dropped: the share of their rows that may be unusable."""
+    options: dict[str, Any] = {"models": engine.models, "feedback": engine.feedback, "max_dropped": max_dropped}
+    votes, dropped = read(str(held_out), **options)
+    known = None if training is None else read(str(training), **options)[0]
     if known is not None:
         check_apart(str(held_out), votes, known)
     scores = None if known is None else scores_of(str(held_out), engine, votes, known, costs, str(training))

@@ -15,10 +15,54 @@ import pyarrow.parquet
 from p2l_engine.errors import PromptError
 from p2l_engine.prompts import user_turns
 
+BROKEN = "line: expected a JSON object, of valid text"  # a column of jsonl tables: the lines that are none
+
+
+def _read_csv(file: Path) -> pa.Table:
+    """All columns as text: a type that is guessed from most rows would make the file unreadable for the sake of one cell."""
+    parse = pa.csv.ParseOptions(newlines_in_values=True)
+    with pa.csv.open_csv(file, parse_options=parse) as reader:
+        names = reader.schema.names
+    return pa.csv.read_csv(
+        file, parse_options=parse, convert_options=pa.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()))
+    )
+
+
+def _read_jsonl(file: Path) -> pa.Table:
+    """By Arrow; where a line is no JSON object, or a column's values are of several types, line by line."""
+    try:
+        return pa.json.read_json(file)
+    except pa.ArrowInvalid:
+        return _line_by_line(file)
+
+
+def _line_by_line(file: Path) -> pa.Table:
+    """Columns of several types become text: what is none, as JSON. Lines that are no JSON object stand in the column BROKEN."""
+    rows: list[dict[str, Any]] = []
+    for line in file.read_bytes().split(b"\n"):
+        if line.strip():
+            try:
+                row = json.loads(line)
+                json.dumps(row, ensure_ascii=False).encode()  # lone surrogates are no text
+            except (ValueError, RecursionError):
+                row = None
+            rows.append(row if isinstance(row, dict) else {BROKEN: line[:60].decode(errors="replace")})
+    if all(BROKEN in row for row in rows):
+        raise ValueError(f"{file}: expected a JSON object on each line, found none")
+    return pa.table({name: _column([row.get(name) for row in rows]) for name in {key: None for row in rows for key in row}})
+
+
+def _column(values: list[Any]) -> pa.Array:
+    try:
+        return pa.array(values)
+    except (pa.ArrowException, OverflowError):
+        return pa.array([v if v is None or isinstance(v, str) else json.dumps(v) for v in values], pa.string())
+
+
 READERS: dict[str, Callable[[Path], pa.Table]] = {
     ".parquet": pa.parquet.read_table,
-    ".jsonl": pa.json.read_json,
-    ".csv": lambda file: pa.csv.read_csv(file, parse_options=pa.csv.ParseOptions(newlines_in_values=True)),
+    ".jsonl": _read_jsonl,
+    ".csv": _read_csv,
 }
 
 
@@ -70,10 +114,19 @@ def turns(prompt: Any) -> tuple[str, ...]:
 
 
 def _joined(path: str, tables: Sequence[pa.Table]) -> pa.Table:
+    texts = {field.name for table in tables for field in table.schema if pa.types.is_string(field.type)}
     try:
-        return pa.concat_tables(tables, promote_options="permissive")
+        return pa.concat_tables([_as_text(table, texts) for table in tables], promote_options="permissive")
     except pa.ArrowException as error:
         raise ValueError(f"{path}: the files' columns are not of the same types: {error}") from error
+
+
+def _as_text(table: pa.Table, names: set[str]) -> pa.Table:
+    """Numbers in columns that are text in another file: csv files know nothing else."""
+    for i, field in enumerate(table.schema):
+        if field.name in names and (pa.types.is_floating(field.type) or pa.types.is_integer(field.type)):
+            table = table.set_column(i, field.name, table.column(i).cast(pa.string()))
+    return table
 
 
 def _read(file: Path) -> pa.Table:

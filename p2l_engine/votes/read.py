@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, date, datetime
 from typing import Any
 
 import numpy as np
@@ -13,20 +11,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from p2l_engine.regression import FeedbackModel, Outcome
-from p2l_engine.votes.files import read_table, turns
+from p2l_engine.votes.cells import PREFERENCES, Unusable, feedback_of, seconds_of, weight_of
+from p2l_engine.votes.files import BROKEN, read_table, turns
 from p2l_engine.votes.scores import from_scores, score_matrix
 from p2l_engine.votes.votes import Votes
 
-WINNERS = {
-    "model_a": Outcome.A,
-    "model_b": Outcome.B,
-    "tie": Outcome.TIE,
-    "tie (bothbad)": Outcome.BOTH_BAD,
-    "both_bad": Outcome.BOTH_BAD,
-    "bothbad": Outcome.BOTH_BAD,
-}
 PROMPTS = ("prompt", "conversation", "conversation_a")
-PREFERENCES = ("preference_a", "preference_b")
 COLUMNS = {"model_a", "model_b", "model", "winner", "value", "score", "weight", "timestamp", "category", "task"}
 COLUMNS |= {*PROMPTS, *PREFERENCES}
 MAX_DROPPED = 0.01
@@ -42,7 +32,7 @@ class Dropped:
     first: dict[str, str] = field(default_factory=dict)
     ties: int = 0
 
-    def add(self, problem: _Unusable, row: int) -> None:
+    def add(self, problem: Unusable, row: int) -> None:
         self.counts[problem.reason] = self.counts.get(problem.reason, 0) + 1
         self.first.setdefault(problem.reason, f"row {row}{problem.value}")
 
@@ -54,14 +44,6 @@ class Dropped:
         ordered = sorted(self.counts.items(), key=lambda item: -item[1])
         found = [f"{count:,} x {reason} (the first is {self.first[reason]})" for reason, count in ordered]
         return found + ([f"{self.ties:,} ties: the feedback model 'bt' knows none ('bt-tie' does)"] if self.ties else [])
-
-
-class _Unusable(ValueError):
-    """Why one row cannot be used; ``reason`` without the value, so that rows can be counted."""
-
-    def __init__(self, reason: str, value: object = None) -> None:
-        self.reason, self.value = reason, "" if value is None else f": got {value!r:.60}"
-        super().__init__(reason)
 
 
 def read(
@@ -80,7 +62,7 @@ def read(
     preference_b, the probability in [0, 1] that a or b is the better one, which becomes two votes of that weight; and, where
     they exist, weight (>= 0), timestamp (seconds since 1970, or ISO 8601) and category. Or it has prompt, model and score: all
     scores together become votes, see ``from_scores``, and a column task is a category too. For a feedback model of values (ols,
-    poisson): prompt, value (or score), and either model or model_a and model_b.
+    poisson): prompt, value (or score), and either model or model_a and model_b. Numbers may be written as text.
 
     feedback: what the votes are for: models of values read those; bt leaves out ties. models fixes the columns (for validation
     data); else they are the sorted names found. columns: the file's own name for some of the names above. leave_out: values
@@ -101,7 +83,7 @@ def read(
         table = table.drop_columns([ours] if ours in table.column_names and ours != theirs else []).rename_columns(
             [ours if name == theirs else name for name in table.column_names if name != ours or ours == theirs]
         )
-    found = set(table.column_names)
+    found = set(table.column_names) - {BROKEN}
     if not values and {"prompt", "model", "score"} <= found and not found & {"winner", *PREFERENCES}:
         votes = from_scores(*score_matrix(path, table), wanted=models)
         category = next((name for name in ("category", "task") if name in found), None)
@@ -122,7 +104,7 @@ def read(
         missing += [] if found & {"winner", *PREFERENCES} else ["winner, preference_a or preference_b (or model and score)"]
     if missing or prompt is None:
         raise ValueError(f"{path}: expected the columns {', '.join(missing)}; got {sorted(found)}")
-    rows = _Rows(table, prompt, pair, _feedback(found, values), models)
+    rows = _Rows(table, prompt, pair, feedback_of(found, values), models)
     dropped = rows.read()
     if not rows.votes:
         reasons = "; ".join(dropped.lines()) or "the table is empty"
@@ -142,7 +124,8 @@ def _without(table: pa.Table, name: str, values: Sequence[Any], path: str) -> pa
         raise ValueError(f"{path}: leave_out: expected one of {table.column_names}, got {name!r}")
     column = table.column(name).combine_chunks()
     try:
-        wanted = pa.array(values, column.type)
+        texts = pa.types.is_string(column.type)  # as all columns of csv files are
+        wanted = pa.array([str(v) if texts and isinstance(v, int | float) else v for v in values], column.type)
     except (pa.ArrowException, TypeError) as error:
         raise ValueError(f"{path}: leave_out: {name}: expected values of the type {column.type}: {error}") from None
     missing = sorted(str(value) for value in wanted.filter(pc.invert(pc.is_in(wanted, column.unique()))).to_pylist())
@@ -176,6 +159,7 @@ class _Rows:
         names = {"prompt": prompt, "a": "model_a" if pair else "model", "feedback": feedback[0]}
         names |= {"b": "model_b"} if pair else {}
         names |= {name: name for name in ("weight", "timestamp", "category") if name in table.column_names}
+        names |= {BROKEN: BROKEN} if BROKEN in table.column_names else {}
         self.columns = {ours: table.column(theirs).to_pylist() for ours, theirs in names.items()}
         self.parse, self.pair, self.models = feedback[1], pair, models
         self.n_rows = table.num_rows
@@ -191,19 +175,21 @@ class _Rows:
         for i in range(self.n_rows):
             try:
                 self._row(i)
-            except _Unusable as problem:
+            except Unusable as problem:
                 dropped.add(problem, i)
         return dropped
 
     def _row(self, i: int) -> None:
         column = self.columns
+        if BROKEN in column and column[BROKEN][i] is not None:
+            raise Unusable(BROKEN, column[BROKEN][i])
         a = self._model(column["a"][i], "model_a" if self.pair else "model")
         b = self._model(column["b"][i], "model_b") if self.pair else ""
         if a == b:
-            raise _Unusable("a model against itself")
+            raise Unusable("a model against itself")
         parsed = self.parse(column["feedback"][i])
-        weight = _weight(column["weight"][i]) if "weight" in column else 1.0
-        time = _seconds(column["timestamp"][i]) if "timestamp" in column else 0.0
+        weight = weight_of(column["weight"][i]) if "weight" in column else 1.0
+        time = seconds_of(column["timestamp"][i]) if "timestamp" in column else 0.0
         prompt = self._prompt(column["prompt"][i])
         place = self.prompts.setdefault(prompt, len(self.prompts))
         if place == len(self.category):
@@ -213,9 +199,9 @@ class _Rows:
 
     def _model(self, name: Any, column: str) -> str:
         if not isinstance(name, str) or not name.strip():
-            raise _Unusable(f"{column}: expected a name", name)
+            raise Unusable(f"{column}: expected a name", name)
         if self._known is not None and name not in self._known:
-            raise _Unusable(f"{column}: not a model of the training votes", name)
+            raise Unusable(f"{column}: not one of the models that are known (the training votes', or the checkpoint's)", name)
         return name
 
     def _prompt(self, value: Any) -> tuple[str, ...]:
@@ -225,11 +211,11 @@ class _Rows:
         try:
             prompt = turns(value)
         except ValueError as error:
-            raise _Unusable(str(error)) from None
+            raise Unusable(str(error)) from None
         except RecursionError:
-            raise _Unusable("prompt: nested too deeply") from None
+            raise Unusable("prompt: nested too deeply") from None
         if not any(turn.strip() for turn in prompt):
-            raise _Unusable("prompt: empty")
+            raise Unusable("prompt: empty")
         if key is not None:
             self._parsed[key] = prompt
         return prompt
@@ -245,54 +231,3 @@ class _Rows:
             np.array(weight), self.category if "category" in self.columns else None,
             np.array(time) if "timestamp" in self.columns else None,
         )  # fmt: skip
-
-
-def _feedback(found: set[str], values: bool) -> tuple[str, Callable[[Any], list[tuple[float, float]]]]:
-    """The column that says what was thought, and how a cell of it becomes outcomes and their shares."""
-    if values:
-        return ("value" if "value" in found else "score"), _value
-    if "winner" in found:
-        return "winner", _winner
-    if "preference_a" in found:
-        return "preference_a", lambda p: _preference(p, Outcome.A, Outcome.B)
-    return "preference_b", lambda p: _preference(p, Outcome.B, Outcome.A)
-
-
-def _winner(value: Any) -> list[tuple[float, float]]:
-    if not isinstance(value, str) or value not in WINNERS:
-        raise _Unusable(f"winner: expected one of {', '.join(WINNERS)}", value)
-    return [(WINNERS[value], 1.0)]
-
-
-def _preference(value: Any, better: Outcome, other: Outcome) -> list[tuple[float, float]]:
-    if not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise _Unusable("preference: expected a probability in [0, 1]", value)
-    return [(better, float(value)), (other, 1.0 - value)]
-
-
-def _value(value: Any) -> list[tuple[float, float]]:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise _Unusable("value: expected a finite number", value)
-    return [(float(value), 1.0)]
-
-
-def _weight(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value >= 0):
-        raise _Unusable("weight: expected a finite number >= 0", value)
-    return float(value)
-
-
-def _seconds(value: Any) -> float:
-    try:
-        if isinstance(value, str):
-            value = datetime.fromisoformat(value)
-        elif isinstance(value, date) and not isinstance(value, datetime):
-            value = datetime(value.year, value.month, value.day, tzinfo=UTC)
-        if isinstance(value, datetime):
-            # Without a zone: UTC, so that a split by time is the same on every machine.
-            return (value if value.tzinfo else value.replace(tzinfo=UTC)).timestamp()
-    except (ValueError, OverflowError):
-        raise _Unusable("timestamp: expected seconds since 1970 or ISO 8601", value) from None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise _Unusable("timestamp: expected seconds since 1970 or ISO 8601", value)
-    return float(value)

@@ -9,7 +9,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from p2l_engine.regression import Outcome
-from p2l_engine.votes.files import read_table, turns
+from p2l_engine.votes.cells import number
+from p2l_engine.votes.files import BROKEN, read_table, turns
 from p2l_engine.votes.votes import Votes
 
 
@@ -18,24 +19,30 @@ def score_matrix(
 ) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...], npt.NDArray[np.float64]]:
     """Prompts (sorted), models (sorted) and scores [P, M] of a table with the columns prompt, model, score.
 
-    Raises ValueError where a model has no score, or two, on a prompt.
+    Raises ValueError where a model has no score, or two, on a prompt, and where a prompt is empty.
     """
     table = read_table(path) if table is None else table
     path = path if isinstance(path, str) else ", ".join(path)
     rows: dict[tuple[str, ...], dict[str, float]] = {}
+    if BROKEN in table.column_names:
+        raise ValueError(f"{path}: {BROKEN}, got {table.column(BROKEN).drop_null()[0].as_py()!r}")
     columns = [table.column(name).to_pylist() for name in ("prompt", "model", "score")]
     for i, (prompt, model, score) in enumerate(zip(*columns, strict=True)):
         if not isinstance(model, str):
             raise ValueError(f"{path}: row {i}: model: expected a name, got {model!r}")
         try:
-            of_prompt = rows.setdefault(turns(prompt), {})
+            parsed = turns(prompt)
         except ValueError as error:
             raise ValueError(f"{path}: row {i}: {error}") from None
+        if not any(turn.strip() for turn in parsed):
+            raise ValueError(f"{path}: row {i}: prompt: empty")
+        of_prompt = rows.setdefault(parsed, {})
         if model in of_prompt:
             raise ValueError(f"{path}: row {i}: a second score of {model!r} on the same prompt")
-        if not isinstance(score, int | float) or not np.isfinite(score):
+        value = number(score)
+        if value is None:
             raise ValueError(f"{path}: row {i}: score: expected a finite number, got {score!r}")
-        of_prompt[model] = float(score)
+        of_prompt[model] = value
     prompts, models = tuple(sorted(rows)), tuple(sorted({m for row in rows.values() for m in row}))
     for prompt in prompts:
         if len(rows[prompt]) != len(models):

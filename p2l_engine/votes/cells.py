@@ -1,0 +1,97 @@
+"""The cells of a table of votes: what they say, or why they cannot be used. Numbers may be written as text, as in csv files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from datetime import UTC, date, datetime
+from decimal import Decimal
+from typing import Any
+
+from p2l_engine.regression import Outcome
+
+WINNERS = {
+    "model_a": Outcome.A,
+    "model_b": Outcome.B,
+    "tie": Outcome.TIE,
+    "tie (bothbad)": Outcome.BOTH_BAD,
+    "both_bad": Outcome.BOTH_BAD,
+    "bothbad": Outcome.BOTH_BAD,
+}
+PREFERENCES = ("preference_a", "preference_b")
+
+
+class Unusable(ValueError):
+    """Why one row cannot be used; ``reason`` without the value, so that rows can be counted."""
+
+    def __init__(self, reason: str, value: object = None) -> None:
+        self.reason, self.value = reason, "" if value is None else f": got {value!r:.60}"
+        super().__init__(reason)
+
+
+def number(value: Any) -> float | None:
+    """A finite number, or None."""
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal | str):
+        return None
+    try:
+        found = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return found if math.isfinite(found) else None
+
+
+def feedback_of(found: set[str], values: bool) -> tuple[str, Callable[[Any], list[tuple[float, float]]]]:
+    """The column that says what was thought, and how a cell of it becomes outcomes and their shares."""
+    if values:
+        return ("value" if "value" in found else "score"), _value
+    if "winner" in found:
+        return "winner", _winner
+    if "preference_a" in found:
+        return "preference_a", lambda p: _preference(p, Outcome.A, Outcome.B)
+    return "preference_b", lambda p: _preference(p, Outcome.B, Outcome.A)
+
+
+def _winner(value: Any) -> list[tuple[float, float]]:
+    if not isinstance(value, str) or value not in WINNERS:
+        raise Unusable(f"winner: expected one of {', '.join(WINNERS)}", value)
+    return [(WINNERS[value], 1.0)]
+
+
+def _preference(value: Any, better: Outcome, other: Outcome) -> list[tuple[float, float]]:
+    p = number(value)
+    if p is None or not 0 <= p <= 1:
+        raise Unusable("preference: expected a probability in [0, 1]", value)
+    return [(better, p), (other, 1.0 - p)]
+
+
+def _value(value: Any) -> list[tuple[float, float]]:
+    found = number(value)
+    if found is None:
+        raise Unusable("value: expected a finite number", value)
+    return [(found, 1.0)]
+
+
+def weight_of(value: Any) -> float:
+    """At least 0."""
+    found = number(value)
+    if found is None or found < 0:
+        raise Unusable("weight: expected a finite number >= 0", value)
+    return found
+
+
+def seconds_of(value: Any) -> float:
+    """Since 1970; dates and times without a zone are in UTC."""
+    try:
+        if isinstance(value, str) and number(value) is None:
+            value = datetime.fromisoformat(value)
+        elif isinstance(value, date) and not isinstance(value, datetime):
+            value = datetime(value.year, value.month, value.day, tzinfo=UTC)
+        if isinstance(value, datetime):
+            # Without a zone: UTC, so that a split by time is the same on every machine.
+            return (value if value.tzinfo else value.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, OverflowError):
+        raise Unusable("timestamp: expected seconds since 1970 or ISO 8601", value) from None
+    found = number(value)
+    if found is None:
+        raise Unusable("timestamp: expected seconds since 1970 or ISO 8601", value)
+    return found
