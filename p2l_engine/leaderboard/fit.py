@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
@@ -10,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.func import hessian, jacrev, vmap
 
 from p2l_engine.leaderboard.outcomes import pair_count, pairs
 from p2l_engine.regression import FeedbackModel
@@ -235,12 +233,7 @@ class _Ties(_Problem):
         self.size, self.n_models = n_models + 1, n_models
         self.places = np.stack([*pairs(n_models), np.full(pair_count(n_models), n_models)], 1)
         self.counts = counts.T
-        known = len(feedback.outcomes)
-
-        def losses(local: Tensor) -> Tensor:
-            return -feedback.log_probabilities(local[0], local[1], local[2])[:known]
-
-        self._parts = vmap(lambda local: (losses(local), jacrev(losses)(local), hessian(losses)(local)))
+        self.feedback = feedback
 
     def at(self, x: Float64) -> tuple[float, Float64, Float64]:
         value, slope, bend = self.parts(x)
@@ -248,10 +241,15 @@ class _Ties(_Problem):
 
     def parts(self, x: Float64) -> tuple[Float64, Float64, Float64]:
         """For each pair and outcome: -log P [.., K], its gradient [.., K, 3] and its Hessian [.., K, 3, 3]."""
-        with warnings.catch_warnings():  # torch's own, of softplus under vmap
-            warnings.filterwarnings("ignore", message="An output with one or more elements was resized")
-            parts = self._parts(torch.from_numpy(x[self.places]))
-        return parts[0].numpy(), parts[1].numpy(), parts[2].numpy()
+        # Each pair's loss depends on its own row alone, so that the gradient of a sum over pairs holds the gradients of all.
+        with torch.inference_mode(False), torch.enable_grad():
+            local = torch.from_numpy(x[self.places]).requires_grad_()
+            losses = -self.feedback.log_probabilities(*local.unbind(1))[:, : len(self.feedback.outcomes)]
+            slopes = [_gradient(of, local, create_graph=True) for of in losses.unbind(1)]
+            bends = [torch.stack([_gradient(of, local) for of in slope.unbind(1)], 1) for slope in slopes]
+            found = losses, torch.stack(slopes, 1), torch.stack(bends, 1)
+        value, slope, bend = (part.detach().numpy() for part in found)
+        return value, slope, bend
 
     def summed(self, counts: Float64, value: Float64, slope: Float64, bend: Float64) -> tuple[float, Float64, Float64]:
         """The whole's loss, gradient and Hessian, under other counts [M (M - 1) / 2, K] too."""
@@ -260,3 +258,11 @@ class _Ties(_Problem):
         gradient: Any = np.bincount(places.ravel(), np.einsum("pk,pki->pi", counts, slope).ravel(), size)
         curvature: Any = np.bincount(rows, np.einsum("pk,pkij->pij", counts, bend).ravel(), size * size).reshape(size, size)
         return float((counts * value).sum()), gradient, curvature
+
+
+def _gradient(each: Tensor, local: Tensor, create_graph: bool = False) -> Tensor:
+    """Of each entry in its own row of ``local``; zero where it does not depend on it."""
+    if not each.requires_grad:
+        return torch.zeros_like(local)
+    (found,) = torch.autograd.grad(each.sum(), local, retain_graph=True, create_graph=create_graph, materialize_grads=True)
+    return found
