@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from p2l_engine.cli import main
 from p2l_engine.train.simulate import Simulator
 from tests import tiny
 
@@ -38,39 +37,40 @@ def folder(tmp_path_factory):
     return folder
 
 
-def called(folder, *more, votes="asked.parquet"):
-    command = ["eval", "--checkpoint", "c", "--votes", votes, "--bootstrap", "5", *more]
-    return subprocess.run(
-        [sys.executable, "-m", "p2l_engine", *command], cwd=folder, capture_output=True, text=True, check=False
-    )
+@pytest.fixture
+def called(folder, monkeypatch, capsys):
+    """The command in this process (a new one takes ten seconds to begin): exit status, standard output and error."""
+
+    def call(*more, votes="asked.parquet"):
+        monkeypatch.chdir(folder)
+        command = ["eval", "--checkpoint", "c", "--votes", votes, "--bootstrap", "5", *more]
+        monkeypatch.setattr("sys.argv", ["p2l-engine", *command])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        printed = capsys.readouterr()
+        return ended.value.code, *(" ".join(text.replace("│", " ").split()) for text in (printed.out, printed.err))
+
+    return call
 
 
-def refused(folder, *more, **options):
-    bad = called(folder, *more, **options)
-    assert bad.returncode == 2, more
-    assert "Traceback" not in bad.stderr
-    return " ".join(bad.stderr.replace("│", " ").split())
-
-
-def test_votes_are_evaluated(folder):
-    good = called(
-        folder, "--training", "known.parquet", "--html", "r.html", "--json", "r.json", "--cluster", "--replace", "alpha:beta",
+def test_votes_are_evaluated(called, folder):
+    status, out, err = called(
+        "--training", "known.parquet", "--html", "r.html", "--json", "r.json", "--cluster", "--replace", "alpha:beta",
     )  # fmt: skip
-    assert good.returncode == 0, good.stderr
-    assert "log loss" in good.stdout
+    assert status == 0, err
+    assert "log loss" in out
     assert json.loads((folder / "r.json").read_text())["replacements"][0]["new"] == "beta"
     assert "how often beta is preferred to alpha" in (folder / "r.html").read_text()
 
 
-def test_scores_are_evaluated_under_budgets_and_by_category(folder):
-    good = called(
-        folder, "--training", "known-scores.parquet", "--catalog", "catalog.yaml", "--budget", "1.5", "--budget", "3",
+def test_scores_are_evaluated_under_budgets_and_by_category(called, folder):
+    status, out, err = called(
+        "--training", "known-scores.parquet", "--catalog", "catalog.yaml", "--budget", "1.5", "--budget", "3",
         "--reference", "beta", "--html", "s.html", votes="asked-scores.parquet",
     )  # fmt: skip
-    assert good.returncode == 0, good.stderr
-    printed = " ".join(good.stdout.split())
-    assert "under a budget, in USD per request" in printed
-    assert "win rate against beta" in printed
+    assert status == 0, err
+    assert "under a budget, in USD per request" in out
+    assert "win rate against beta" in out
     page = (folder / "s.html").read_text()
     assert "<td>1.5 USD per request</td>" in page
     assert "<td>task 1</td><td>10</td>" in page
@@ -91,22 +91,27 @@ def test_scores_are_evaluated_under_budgets_and_by_category(folder):
         (("--training", "asked.parquet"), "40 of its prompts are training prompts too"),
     ],
 )
-def test_what_cannot_be_done_is_refused(wrong, message, folder):
-    assert message in refused(folder, *wrong)
+def test_what_cannot_be_done_is_refused(wrong, message, called):
+    status, _, err = called(*wrong)
+    assert status == 2
+    assert message in err
 
 
 @pytest.mark.parametrize("budget", ["0.5", "nan", "-1", "inf"])
-def test_budgets_that_no_model_meets_are_refused(budget, folder):
+def test_budgets_that_no_model_meets_are_refused(budget, called):
     scores = ("--training", "known-scores.parquet", "--catalog", "catalog.yaml", "--budget", budget)
-    message = "expected a mean cost of at least the cheapest model's 1, got"
-    assert message in refused(folder, *scores, votes="asked-scores.parquet")
+    status, _, err = called(*scores, votes="asked-scores.parquet")
+    assert status == 2
+    assert "expected a mean cost of at least the cheapest model's 1, got" in err
 
 
-def test_votes_on_other_models_are_dropped_where_that_is_allowed(folder):
+def test_votes_on_other_models_are_dropped_where_that_is_allowed(called, folder):
     table = pq.read_table(folder / "asked.parquet").to_pylist()
     table[0]["model_a"] = "omega"
     pq.write_table(pa.Table.from_pylist(table[:50]), folder / "omega.parquet")
-    assert "not one of the models that are known" in refused(folder, votes="omega.parquet")
-    good = called(folder, "--max-dropped", "0.1", votes="omega.parquet")
-    assert good.returncode == 0, good.stderr
-    assert "dropped 1 x model_a" in good.stderr
+    status, _, err = called(votes="omega.parquet")
+    assert status == 2
+    assert "not one of the models that are known" in err
+    status, _, err = called("--max-dropped", "0.1", votes="omega.parquet")
+    assert status == 0, err
+    assert "dropped 1 x model_a" in err
