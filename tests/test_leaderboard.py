@@ -113,6 +113,16 @@ def test_weights_of_prompts_and_pairs():
         Leaderboard.over(bt, weights=np.zeros(6))
 
 
+def test_intervals_do_not_depend_on_the_weights_unit():
+    c = coefficients("grk", 30, 4)
+    boards = [Leaderboard.over(c, weights=np.full(30, weight), bootstrap=20) for weight in (1.0, 1e100)]
+    for one, other in zip(*boards, strict=True):
+        assert (one.low, one.high) == pytest.approx((other.low, other.high), rel=1e-6)
+    samples = OutcomeSums(c.feedback, c.models, 20)
+    samples.add(c)
+    np.testing.assert_allclose(samples.sums.sum(1), np.broadcast_to(samples.weight[:, None], (21, 6)), rtol=1e-5)
+
+
 def test_the_average_is_the_mean_of_coefficients():
     c = coefficients("grk", 9, 4)
     np.testing.assert_allclose(Leaderboard.averaged(c).coefficients(c.models), c.theta.astype(float).mean(0))

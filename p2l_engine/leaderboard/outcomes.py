@@ -20,6 +20,7 @@ from p2l_engine.regression import FeedbackModel
 Float64 = npt.NDArray[np.float64]
 
 CHUNK = 1 << 19  # pairs of a prompt that are worked on at once: they stay in the cache
+CHUNKS = 8  # of them for each product with the bootstrap samples' shares: their sums are many, and no cache holds them
 WIDEST = 300.0  # beyond it exp(theta) could overflow: then everything is computed from logarithms
 
 
@@ -78,17 +79,28 @@ class OutcomeSums:
         if not np.isfinite(coefficients.theta).all():
             raise ValueError("coefficients: expected finite theta")
         step = max(1, CHUNK // max(1, pair_count(m)))
-        for start in range(0, n, step):
-            some = slice(start, start + step)
-            theta = torch.from_numpy(coefficients.theta[some]).double()
-            eta = None if coefficients.eta is None else torch.from_numpy(coefficients.eta[some]).double()
-            # The Poisson bootstrap: in a sample of many prompts each occurs Poisson(1) times, whatever the others do.
-            times = self._rng.poisson(1.0, (self.bootstrap, len(theta)))
-            share = torch.from_numpy(np.concatenate([np.ones((1, len(theta))), times]) * each[some])
-            of_pairs = probabilities(self.feedback, theta, eta)
-            self.sums += (share @ of_pairs.flatten(1)).view(self.sums.shape).numpy()
-            self.weight += share.sum(1).numpy()
+        self.weight[0] += each.sum()
+        for first in range(0, n, CHUNKS * step):
+            parts = []
+            for start in range(first, min(n, first + CHUNKS * step), step):
+                some = slice(start, min(start + step, first + CHUNKS * step))
+                theta = torch.from_numpy(coefficients.theta[some]).double()
+                eta = None if coefficients.eta is None else torch.from_numpy(coefficients.eta[some]).double()
+                of_pairs = probabilities(self.feedback, theta, eta).flatten(1)
+                self.sums[0] += (torch.from_numpy(each[some]) @ of_pairs).view(self.sums.shape[1:]).numpy()
+                if self.bootstrap:  # float32 rounds far below what the samples differ by
+                    parts.append(of_pairs.float())
+            if parts:
+                self._resample(torch.cat(parts), each[first : first + CHUNKS * step])
         self.prompts += n
+
+    def _resample(self, of_pairs: Tensor, weights: Float64) -> None:
+        """The Poisson bootstrap: in a sample of many prompts each occurs Poisson(1) times, whatever the others do."""
+        share = self._rng.poisson(1.0, (self.bootstrap, len(weights))) * weights
+        self.weight[1:] += share.sum(1)
+        scale = float(weights.max()) or 1.0  # weights may be beyond float32
+        found = (torch.from_numpy(share / scale).float() @ of_pairs).double() * scale
+        self.sums[1:] += found.view(self.bootstrap, *self.sums.shape[1:]).numpy()
 
     def __add__(self, other: OutcomeSums) -> OutcomeSums:
         same = (self.models, self.feedback.name, self.bootstrap) == (other.models, other.feedback.name, other.bootstrap)
