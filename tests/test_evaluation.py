@@ -100,6 +100,10 @@ def test_the_truth_is_calibrated_and_beats_the_marginal():
     curve = calibration(prediction, votes)
     assert sum(curve["weight"]) == pytest.approx(len(votes))
     np.testing.assert_allclose(curve["predicted"], curve["came"], atol=0.12)
+    ends = np.array([curve[name] for name in ("low", "came", "high")])
+    assert (np.diff(ends, axis=0) >= -1e-12).all()
+    inside = (ends[0] <= curve["predicted"]) & (curve["predicted"] <= ends[2])
+    assert inside[np.array(curve["weight"]) > 200].mean() > 0.6
     # An overconfident copy is not.
     sharp = Coefficients(3 * c.theta, c.eta, c.models, c.feedback)
     assert figures(Prediction.of(c.feedback, sharp.theta, sharp.eta, votes), votes, bootstrap=5)["ece"].value > 0.05

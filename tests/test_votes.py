@@ -122,6 +122,12 @@ def test_soft_preferences_become_weighted_votes(column, first, tmp_path):
         read(parquet(tmp_path / "w.parquet", [("p", "x", "y", 1.5)], (*NAMES[:3], column)))
 
 
+def test_of_two_columns_that_say_who_won_one_is_read_and_the_other_named(tmp_path, caplog):
+    path = parquet(tmp_path / "v.parquet", ROWS, preference_a=[0.5] * 4)
+    assert len(read(path)[0]) == 4
+    assert "votes are read from the column winner, and not from preference_a" in caplog.text
+
+
 def test_values_of_one_model_and_of_pairs(tmp_path):
     votes, _ = read(
         parquet(tmp_path / "v.parquet", [("p", "x", 2.5), ("p", "y", -1.0)], ("prompt", "model", "value")),

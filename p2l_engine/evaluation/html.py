@@ -67,7 +67,9 @@ def _calibration(figure: Figure, report: dict[str, Any]) -> None:
     axes.plot([0, 1], [0, 1], color=GREY, linewidth=0.8)
     share = np.array(curve["weight"]) / sum(curve["weight"])
     axes.scatter(curve["predicted"], curve["came"], s=20 + 1500 * share, color=BLUE, alpha=0.6)
-    axes.plot(curve["predicted"], curve["came"], color=BLUE, linewidth=1)
+    came = np.array(curve["came"])
+    spread = np.maximum([came - curve["low"], curve["high"] - came], 0)
+    axes.errorbar(curve["predicted"], came, yerr=spread, color=BLUE, linewidth=1)
     axes.set_xlabel("probability of the likeliest outcome")
     axes.set_ylabel("how often it came")
 

@@ -113,9 +113,11 @@ def figures(prediction: Prediction, votes: Votes, bootstrap: int = 200, seed: in
     return {name: figure for name, figure in found.items() if figure is not None}
 
 
-def calibration(prediction: Prediction, votes: Votes, bins: int = BINS) -> dict[str, list[float]]:
+def calibration(
+    prediction: Prediction, votes: Votes, bins: int = BINS, bootstrap: int = 200, seed: int = 0
+) -> dict[str, list[float]]:
     """The curve of the likeliest outcome's probability: for each bin that is not empty its mean predicted probability, the
-    share that came, and the weight of its votes."""
+    share that came (low and high: its interval over prompts), and the weight of its votes."""
     p, came, of_votes = prediction.probabilities, votes.outcome.astype(np.int64), votes.weight
     if prediction.known == 2:  # a model without ties says nothing of them
         of_votes = np.where(came <= Outcome.B, of_votes, 0.0)
@@ -124,10 +126,15 @@ def calibration(prediction: Prediction, votes: Votes, bins: int = BINS) -> dict[
     place = _bin(top, bins)
     weight, confidence, hits = (np.bincount(place, x, bins) for x in (of_votes, of_votes * top, of_votes * hit))
     some = weight > 0
+    by_prompt = _BySample(votes, _samples(len(votes.prompts), bootstrap, seed))
+    in_bin = [of_votes * (place == k) for k in np.flatnonzero(some)]
+    ends = [by_prompt.ratio(hit * of_bin, of_bin) for of_bin in in_bin]
     return {
         "predicted": (confidence[some] / weight[some]).tolist(),
         "came": (hits[some] / weight[some]).tolist(),
         "weight": weight[some].tolist(),
+        "low": [of_bin.low for of_bin in ends if of_bin is not None],
+        "high": [of_bin.high for of_bin in ends if of_bin is not None],
     }
 
 

@@ -40,7 +40,7 @@ def compare(of: dict[str, Prediction], votes: Votes, bootstrap: int, seed: int =
     report: dict[str, Any] = {
         "overall": {name: _plain(figures(prediction, votes, bootstrap, seed)) for name, prediction in of.items()},
         "log_loss_below": _plain(gains),
-        "calibration": calibration(of["p2l"], votes),
+        "calibration": calibration(of["p2l"], votes, bootstrap=bootstrap, seed=seed),
     }
     if votes.category is None:
         return report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,6 +21,8 @@ PROMPTS = ("prompt", "conversation", "conversation_a")
 COLUMNS = {"model_a", "model_b", "model", "winner", "value", "score", "weight", "timestamp", "category", "task"}
 COLUMNS |= {*PROMPTS, *PREFERENCES}
 MAX_DROPPED = 0.01
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -104,7 +107,11 @@ def read(
         missing += [] if found & {"winner", *PREFERENCES} else ["winner, preference_a or preference_b (or model and score)"]
     if missing or prompt is None:
         raise ValueError(f"{path}: expected the columns {', '.join(missing)}; got {sorted(found)}")
-    rows = _Rows(table, prompt, pair, feedback_of(found, values), models)
+    said = feedback_of(found, values)
+    ignored = sorted(({"winner", *PREFERENCES} & found) - {said[0]})
+    if ignored and not values:
+        logger.warning("%s: votes are read from the column %s, and not from %s", path, said[0], " and ".join(ignored))
+    rows = _Rows(table, prompt, pair, said, models)
     dropped = rows.read()
     if not rows.votes:
         reasons = "; ".join(dropped.lines()) or "the table is empty"
