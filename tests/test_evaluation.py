@@ -109,6 +109,15 @@ def test_the_truth_is_calibrated_and_beats_the_marginal():
     assert figures(Prediction.of(c.feedback, sharp.theta, sharp.eta, votes), votes, bootstrap=5)["ece"].value > 0.05
 
 
+def test_a_bin_that_no_sample_holds_has_the_widest_interval():
+    c, votes = simulated(n=12, each=2)
+    prediction = Prediction.of(c.feedback, c.theta, c.eta, votes)
+    curves = [calibration(prediction, votes, bootstrap=1, seed=seed) for seed in range(10)]
+    ends = np.array([(low, high) for curve in curves for low, high in zip(curve["low"], curve["high"], strict=True)])
+    assert np.isfinite(ends).all()
+    assert (ends == (0, 1)).all(1).any()
+
+
 def test_intervals_are_over_prompts():
     """Votes that say the same ten times over make no interval narrower."""
     c, votes = simulated(each=1)

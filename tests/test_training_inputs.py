@@ -27,6 +27,14 @@ def config(tmp_path):
     return settings(tmp_path, dtype="float32", batch_size=4, save_steps=5, learning_rate=1e-3)
 
 
+def trained(config, tmp_path, script):
+    """The training command in a process of its own, which begins with ``script``."""
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config.model_dump(exclude_none=True)))
+    script = f"{script}from p2l_engine.train.__main__ import main\nsys.exit(main())\n"
+    command = [sys.executable, "-c", script, "--config", str(tmp_path / "run.yaml")]
+    return subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False)
+
+
 def other_weights(folder):
     weights = load_file(folder / "model.safetensors")
     save_file({name: weight + 1e-3 for name, weight in weights.items()}, folder / "model.safetensors", {"format": "pt"})
@@ -104,17 +112,12 @@ def test_tensorboards_files_outlive_the_run(config, tmp_path):
 
 
 def test_an_interrupted_run_says_how_it_goes_on(config, tmp_path):
-    file = tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump(config.model_dump(exclude_none=True)))
     script = (
         "import os, signal, sys\n"
-        "from p2l_engine.train.__main__ import main\n"
         "from p2l_engine.train.progress import Show\n"
         "Show.on_step_end = lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)\n"
-        "sys.exit(main())\n"
     )
-    command = [sys.executable, "-c", script, "--config", str(file)]
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False)
+    done = trained(config, tmp_path, script)
     assert done.returncode == 130
     assert "interrupted; --resume goes on" in done.stderr
     assert "Traceback" not in done.stderr
@@ -122,22 +125,17 @@ def test_an_interrupted_run_says_how_it_goes_on(config, tmp_path):
 
 def test_a_full_disk_during_a_state_is_named(config, tmp_path):
     # Files beyond 20 kB cannot be written from here on.
-    file = tmp_path / "full.yaml"
-    file.write_text(yaml.safe_dump(config.model_dump(exclude_none=True)))
     script = (
         "import resource, signal, sys\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "from p2l_engine.train.__main__ import main\n"
         "from p2l_engine.train.trainer import VoteTrainer\n"
         "saved = VoteTrainer._save_optimizer_and_scheduler\n"
         "def full(self, *arguments):\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
         "    return saved(self, *arguments)\n"
         "VoteTrainer._save_optimizer_and_scheduler = full\n"
-        "sys.exit(main())\n"
     )
-    command = [sys.executable, "-c", script, "--config", str(file)]
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False)
+    done = trained(config, tmp_path, script)
     assert done.returncode == 2, done.stderr
     assert "the optimiser's state could not be written; is the disk full?" in done.stderr
     assert not (tmp_path / "out" / "trial").exists()

@@ -133,8 +133,9 @@ def calibration(
         "predicted": (confidence[some] / weight[some]).tolist(),
         "came": (hits[some] / weight[some]).tolist(),
         "weight": weight[some].tolist(),
-        "low": [of_bin.low for of_bin in ends if of_bin is not None],
-        "high": [of_bin.high for of_bin in ends if of_bin is not None],
+        # A bin that no sample holds a prompt of: nothing is known of it.
+        "low": [0.0 if of_bin is None else of_bin.low for of_bin in ends],
+        "high": [1.0 if of_bin is None else of_bin.high for of_bin in ends],
     }
 
 
@@ -169,11 +170,11 @@ class _BySample:
         return self.figure(np.where(under > 0, over / np.where(under > 0, under, 1), np.nan))
 
     def figure(self, values: Float64) -> Figure | None:
-        """values [1 + B]; None where the whole has none, samples without one are left out."""
-        if np.isnan(values[0]):
-            return None
+        """values [1 + B]; None where the whole has none, or no sample; samples without one are left out."""
         rest = values[1:][~np.isnan(values[1:])]
-        low, high = np.quantile(rest, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) if len(rest) else (np.nan, np.nan)
+        if np.isnan(values[0]) or not len(rest):
+            return None
+        low, high = np.quantile(rest, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         return Figure(float(values[0]), float(low), float(high))
 
     def auc(self, score: Float64, is_so: npt.NDArray[np.bool_]) -> Figure | None:
