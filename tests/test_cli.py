@@ -241,3 +241,16 @@ def test_prompts_and_weights_of_tables(checkpoint, tmp_path):
         status, _, err = run("leaderboard", "hi", "--plot", str(tmp_path / plot), checkpoint=checkpoint)
         assert status == 2
         assert message in " ".join(err.replace("│", " ").split())
+
+
+def test_text_files_of_prompts_need_no_extra(checkpoint, tmp_path):
+    """Without pyarrow, as after ``pip install .[cli]``."""
+    (tmp_path / "p.jsonl").write_text('{"prompt": "sum", "weight": 3}\n')
+    (tmp_path / "p.txt").write_text("sum\n")
+    (tmp_path / "p.csv").write_text("prompt\nsum\n")
+    hidden = "import sys; sys.modules['pyarrow'] = None; from p2l_engine.cli import main; main()"
+    for name, status in (("p.jsonl", 0), ("p.txt", 0), ("p.csv", 2)):
+        command = ["leaderboard", "--prompts", str(tmp_path / name), "--bootstrap", "0", "--checkpoint", str(checkpoint)]
+        done = subprocess.run([sys.executable, "-c", hidden, *command], capture_output=True, text=True, check=False)
+        assert done.returncode == status, done.stderr
+    assert "this command needs the extra" in " ".join(done.stderr.split())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -118,14 +119,13 @@ def _column_of(file: Path) -> list[Prompt]:
 
 
 def read_weights(file: Path) -> list[float] | None:
-    """The prompts' weights, where the file has any."""
-    from p2l_engine.votes.cells import Unusable, weight_of
-    from p2l_engine.votes.files import read_table
-
+    """The prompts' weights, where the file has any. Only tables need the extra that reads them."""
     if file.suffix == ".jsonl":
         rows = [json.loads(line) for line in read_text(file).split("\n") if line.strip()]
         given = [row.get("weight") if isinstance(row, dict) else None for row in rows]
     elif file.suffix in (".parquet", ".csv"):
+        from p2l_engine.votes.files import read_table
+
         table = read_table(str(file))
         given = table.column("weight").to_pylist() if "weight" in table.column_names else []
     else:
@@ -135,9 +135,14 @@ def read_weights(file: Path) -> list[float] | None:
     found = []
     for i, value in enumerate(given):
         try:
-            found.append(weight_of(value))
-        except Unusable as error:
-            raise ValueError(f"{file}: row {i}: {error.reason} for every prompt, or for none{error.value}") from None
+            weight = float(value)
+        except (TypeError, ValueError, OverflowError):
+            weight = math.nan
+        if not 0 <= weight < math.inf:
+            raise ValueError(
+                f"{file}: row {i}: weight: expected a finite number >= 0 for every prompt, or for none: got {value!r}"
+            )
+        found.append(weight)
     return found
 
 
