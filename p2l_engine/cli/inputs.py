@@ -135,7 +135,7 @@ def read_weights(file: Path) -> list[float] | None:
     found = []
     for i, value in enumerate(given):
         try:
-            weight = float(value)
+            weight = float(value)  # type: ignore[arg-type]
         except (TypeError, ValueError, OverflowError):
             weight = math.nan
         if not 0 <= weight < math.inf:
