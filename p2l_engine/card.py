@@ -103,8 +103,10 @@ def _evaluation_lines(report: dict[str, Any]) -> list[str]:
                 lines.append(f"| {label} | {of['mean_score']:.4f} | {gain} |")
         lines.append("")
     if "value_figures" in report:
+        of = report["value_figures"]["overall"]
         lines += ["| figure | value |", "|---|---|"]
-        lines += [f"| {name.replace('_', ' ')} | {value:.4f} |" for name, value in report["value_figures"].items()] + [""]
+        lines += [f"| {name.replace('_', ' ')} | {_cell(figure)} |" for name, figure in of.items()]
+        lines += ["", f"In brackets: 95% intervals, {report['bootstrap']} bootstrap samples of the prompts.", ""]
     return lines[:-1]
 
 

@@ -128,13 +128,13 @@ class Engine:
             out = self.forward(self.encoder.encode(prompts))
             if progress is not None:
                 progress(1)
-            return self._coefficients(out)
+            return self.coefficients_of(out)
         out = np.empty((len(prompts), len(self.head.bias)), np.float32)
         for rows, (part,) in self.stream(prompts, lambda hidden, _: (self.outputs(hidden),)):
             out[rows] = part
             if progress is not None:
                 progress(len(rows))
-        return self._coefficients(out)
+        return self.coefficients_of(out)
 
     def forward(self, tokens: Sequence[Tokens]) -> npt.NDArray[np.float32]:
         """The outputs [n, K] of prompts already tokenised, in one batch: a single one through its CUDA graph, where it has one.
@@ -285,7 +285,8 @@ class Engine:
         """Triton and new streams go to the current device, which is a thread's own affair."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
-    def _coefficients(self, out: npt.NDArray[np.float32]) -> Coefficients:
+    def coefficients_of(self, out: npt.NDArray[np.float32]) -> Coefficients:
+        """Outputs [n, K] as coefficients. Raises FloatingPointError with the first prompt whose are not finite."""
         bad = ~np.isfinite(out).all(axis=1)
         if bad.any():
             raise FloatingPointError(

@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
+from scipy.stats import norm, poisson, spearmanr
 from sklearn.metrics import roc_auc_score
 
 from p2l_engine import Engine
@@ -21,7 +22,7 @@ from p2l_engine.evaluation.report import Asked, Scores, evaluate
 from p2l_engine.regression import Outcome, feedback_model
 from p2l_engine.train.simulate import Simulator
 from p2l_engine.votes import Votes
-from p2l_engine.votes.marginal import category_fits, marginal_fit
+from p2l_engine.votes.marginal import category_fits, marginal_fit, marginal_values
 from tests import tiny
 
 
@@ -161,11 +162,58 @@ def test_a_leaderboard_for_each_category_is_the_one_of_its_votes(name):
         category_fits(c.feedback, replace(votes, category=None), marginal)
 
 
-def test_values_have_figures_of_their_own():
-    c, votes = simulated("ols")
-    found = value_figures(c, votes)
-    assert found["squared_error"] == pytest.approx(1.0, abs=0.15)
-    assert found["squared_error"] < found["squared_error_of_the_mean"]
+@pytest.mark.parametrize("name", ["ols", "poisson"])
+def test_values_have_figures_of_their_own(name):
+    c, votes = simulated(name)
+    votes = replace(
+        votes,
+        weight=np.random.default_rng(0).random(len(votes)).round(1),
+        category=tuple(f"c{i % 2}" for i in range(len(votes.prompts))),
+    )
+    report = value_figures(c, votes, votes, bootstrap=20)
+    found, theta = report["overall"], c.theta.astype(np.float64)
+    linear = np.array(
+        [theta[p, a] - (theta[p, b] if b >= 0 else 0) for p, a, b in zip(votes.prompt, votes.a, votes.b, strict=True)]
+    )
+    predicted = np.exp(linear) if name == "poisson" else linear
+    mean = np.average(votes.outcome, weights=votes.weight)
+    variance = np.average((votes.outcome - mean) ** 2, weights=votes.weight)
+    error = np.average((predicted - votes.outcome) ** 2, weights=votes.weight)
+    density = poisson.logpmf(votes.outcome, predicted) if name == "poisson" else norm.logpdf(votes.outcome, predicted)
+    some = votes.weight > 0
+    for figure, value in (
+        ("squared_error", error),
+        ("absolute_error", np.average(np.abs(predicted - votes.outcome), weights=votes.weight)),
+        ("explained", 1 - error / variance),
+        ("bias", np.average(predicted, weights=votes.weight) - mean),
+        ("log_loss", -np.average(density, weights=votes.weight)),
+        ("rank_correlation", spearmanr(predicted[some], votes.outcome[some]).statistic),
+    ):
+        assert found["p2l"][figure]["value"] == pytest.approx(value, rel=1e-5), figure
+        assert found["p2l"][figure]["low"] <= value <= found["p2l"][figure]["high"]
+    assert found["p2l"]["log_loss"]["value"] < found["marginal"]["log_loss"]["value"] < found["constant"]["log_loss"]["value"]
+    assert found["constant"]["explained"]["value"] == pytest.approx(0)
+    assert "rank_correlation" not in found["constant"]
+    assert set(report["categories"]) == {"c0", "c1"}
+
+
+@pytest.mark.parametrize("name", ["ols", "poisson"])
+def test_one_regression_for_all_values_is_the_likeliest(name):
+    _, votes = simulated(name)
+    feedback = feedback_model(name)
+    theta = marginal_values(feedback, votes)
+
+    def loss(theta):
+        linear = theta[votes.a] - np.where(votes.b < 0, 0, theta[votes.b])
+        wide = torch.from_numpy(linear)
+        return -feedback.log_likelihood(wide, torch.zeros_like(wide), None, torch.from_numpy(votes.outcome)).mean().item()
+
+    at_best = loss(theta)
+    for step in np.eye(len(theta)) * 0.01:
+        assert loss(theta + step) >= at_best - 1e-9
+        assert loss(theta - step) >= at_best - 1e-9
+    with pytest.raises(ValueError, match="expected values and a feedback model of values, got votes or 'grk'"):
+        marginal_values(feedback_model("grk"), votes)
 
 
 def test_the_leaderboard_comes_near_with_more_prompts():
@@ -175,6 +223,19 @@ def test_the_leaderboard_comes_near_with_more_prompts():
     assert means[0] > means[1] > means[2]
     assert means[2] < 0.01
     assert report["marginal_of_training"] == 0
+    assert "categories" not in report
+
+
+def test_the_leaderboard_comes_near_that_of_each_category():
+    c, votes = simulated(n=200, each=10)
+    names = ["large"] * 120 + ["also large"] * 60 + ["small"] * 20
+    votes = replace(votes, category=tuple(names))
+    found = growth(c, votes, votes, sizes=(1, 20, 200), repeats=3)["categories"]
+    assert list(found) == ["large", "also large"]
+    some = np.arange(120, 180)
+    alone = growth(c.rows(some), replace(votes.of(some.tolist()), category=None), None, sizes=(1, 20, 200), repeats=3)
+    assert found["also large"]["distances"] == alone["distances"]
+    assert found["also large"]["marginal_of_training"] == 0
 
 
 def test_routing_tables_are_sums_of_true_scores():
@@ -194,8 +255,19 @@ def test_routing_tables_are_sums_of_true_scores():
     assert [row["budget"] for row in rows] == [1.5, 3.0]  # nothing costs 0.5
     assert rows[0]["batch"]["mean_cost"] <= 1.5 + 1e-9
     assert rows[1]["oracle"]["mean_score"] == pytest.approx(scores.max(1).mean())
+    assert "tasks" not in rows[0]
+    by_task = routed.under_budgets(theta, scores, known, costs, (1.5,), ("x", "y", "z"), tasks)[0]
+    for figure in ("mean_score", "mean_cost"):
+        for way in ("batch", "prompt", "oracle"):
+            whole = np.mean([by_task["tasks"][task][way][figure] for task in "ab"])
+            assert whole == pytest.approx(by_task[way][figure])
+    within = int(known[:, :1].mean(0).argmax())
+    assert by_task["tasks"]["b"]["best_single"]["mean_score"] == pytest.approx(scores[1::2, within].mean())
     share = routed.distribution(theta.argmax(1), 3, tasks)
     assert all(sum(of) == pytest.approx(1) for of in share.values())
+    first = np.arange(30) < 2
+    share = routed.distribution(theta.argmax(1), 3, tasks, first)
+    assert share["a"][theta[0].argmax()] == share["b"][theta[1].argmax()] == 1
 
 
 def test_a_replacement_names_what_gets_worse():
@@ -211,6 +283,18 @@ def test_a_replacement_names_what_gets_worse():
     of = strengths.by_category(c, categories, "old")["categories"]
     assert of["sums"]["win_rate"]["old"] == pytest.approx({"value": 0.5, "low": 0.5, "high": 0.5})
     assert of["sums"]["reliability"]["new"]["value"] == pytest.approx(0.88, abs=0.02)
+    weights = np.where(np.arange(60) < 45, 1.0, 0.0)  # as if only those prompts were there
+    some = strengths.by_category(c.rows(np.arange(45)), categories[:45], "old")["categories"]
+    of = strengths.by_category(c, categories, "old", weights=weights, models=["new"])["categories"]
+    assert list(of["poems"]["win_rate"]) == ["new"]
+    for name in ("sums", "poems"):
+        assert of[name]["win_rate"]["new"]["value"] == pytest.approx(some[name]["win_rate"]["new"]["value"])
+        assert of[name]["win_rate"]["new"]["low"] == pytest.approx(some[name]["win_rate"]["new"]["low"], abs=0.01)
+    weighted = strengths.replacement(c, categories, "old", "new", weights=weights)
+    rate = {name: of[name]["win_rate"]["new"]["value"] for name in of}
+    assert weighted["overall"]["win_rate"] == pytest.approx((2 * rate["sums"] + rate["poems"]) / 3)
+    with pytest.raises(ValueError, match="expected a prompt that weighs something in the category 'poems', got none"):
+        strengths.by_category(c, categories, "old", weights=np.arange(60) < 30)
     with pytest.raises(ValueError, match="model: expected one of old, new, got 'newer'"):
         strengths.replacement(c, categories, "old", "newer")
     with pytest.raises(ValueError, match="categories: expected one for each of the 60 prompts"):

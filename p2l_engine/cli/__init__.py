@@ -1,5 +1,5 @@
-"""The command line: p2l-engine route, batch, leaderboard, frontier, eval, export, info. Needs the extra ``cli`` (typer,
-rich, matplotlib)."""
+"""The command line: p2l-engine route, batch, leaderboard, strengths, frontier, eval, export, info. Needs the extra ``cli``
+(typer, rich, matplotlib)."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from p2l_engine.cli.info import info
 from p2l_engine.cli.inputs import err
 from p2l_engine.cli.leaderboard import leaderboard
 from p2l_engine.cli.route import route
+from p2l_engine.cli.strengths import strengths
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Prompt-to-Leaderboard: route prompts to chat models.")
-for command in (route, batch, leaderboard, frontier, export, info):
+for command in (route, batch, leaderboard, strengths, frontier, export, info):
     app.command()(command)
 app.command("eval")(evaluate)
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,11 +18,14 @@ from p2l_engine.cli.inputs import (
     Checkpoint,
     Device,
     DtypeOption,
+    check_model,
     check_writable,
     err,
     load_engine,
     out,
     progress,
+    swaps_of,
+    write_json,
 )
 
 MAX_DROPPED = 0.01
@@ -75,9 +77,8 @@ def evaluate(
     check_writable(html, "--html")
     check_writable(as_json, "--json")
     engine = load_engine(checkpoint, device, dtype)
-    swaps = [_swap(given, engine.models) for given in replace or []]
-    if reference is not None and reference not in engine.models:
-        raise typer.BadParameter(f"expected one of {', '.join(engine.models)}, got {reference!r}", param_hint="--reference")
+    swaps = swaps_of(replace, engine.models)
+    check_model(reference, engine.models, "--reference")
     if votes is None and training is not None:
         raise typer.BadParameter("goes with --votes", param_hint="--training")
     if votes is not None and part != "held-out":
@@ -101,10 +102,8 @@ def evaluate(
         _check_budgets(budget, found.scores.costs if found.scores is not None else None)
     if reference and held_out.category is None and not cluster:
         raise typer.BadParameter("needs categories: a column of that name, or --cluster", param_hint="--reference")
-    if cluster:
-        if held_out.category is not None:
-            raise typer.BadParameter("these votes have categories already", param_hint="--cluster")
-        held_out = _clustered(engine, held_out)
+    if cluster and held_out.category is not None:
+        raise typer.BadParameter("these votes have categories already", param_hint="--cluster")
     predicted = None
     if probes:
         if found.scores is None or found.training is None or "pretrain_model_name" not in found.config:
@@ -112,13 +111,12 @@ def evaluate(
         with progress(len(held_out.prompts) + len(found.training.prompts)) as advance:
             base = str(found.config["pretrain_model_name"])
             predicted = reports.probes(base, found.config, found.training, held_out, found.scores, advance)
-    asked = reports.Asked(bootstrap, seed, budget, reference, swaps, predicted)
+    asked = reports.Asked(bootstrap, seed, budget, reference, replacements=swaps, probes=predicted, cluster=cluster)
     with progress(len(held_out.prompts)) as advance:
         report = reports.evaluate(engine, held_out, found.training, found.scores, asked, advance)
     show(report, out, strengths=reference is not None)
     if as_json:
-        as_json.write_text(json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-        err.print(f"wrote {as_json}", highlight=False, markup=False)
+        write_json(report, as_json)
     if card:
         write_card(engine.folder, report)
         err.print(f"wrote {engine.folder / 'README.md'}", highlight=False, markup=False)
@@ -134,23 +132,3 @@ def _check_budgets(budgets: Sequence[float], costs: npt.NDArray[np.float64] | No
         if not costs.min() <= budget < math.inf:
             problem = f"expected a mean cost of at least the cheapest model's {costs.min():g}, got {budget:g}"
             raise typer.BadParameter(problem, param_hint="--budget")
-
-
-def _swap(given: str, models: Sequence[str]) -> tuple[str, str]:
-    # Names may hold colons themselves.
-    for old in models:
-        if given.startswith(f"{old}:") and given.removeprefix(f"{old}:") in models:
-            return old, given.removeprefix(f"{old}:")
-    raise typer.BadParameter(f"expected OLD:NEW, two of {', '.join(models)}, got {given!r}", param_hint="--replace")
-
-
-def _clustered(engine: Any, votes: Any) -> Any:
-    from dataclasses import replace
-
-    from p2l_engine import checkpoint
-    from p2l_engine.evaluation import clusters, features
-
-    with progress(len(votes.prompts)) as advance:
-        hidden = features.hidden_states(checkpoint.load(engine.folder), votes.prompts, None, advance)
-    texts = [" ".join(turns) for turns in votes.prompts]
-    return replace(votes, category=tuple(clusters.cluster(hidden, texts)))

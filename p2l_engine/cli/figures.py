@@ -1,4 +1,4 @@
-"""What ``p2l-engine eval`` prints of a report."""
+"""What ``p2l-engine eval`` and ``p2l-engine strengths`` print of a report."""
 
 from __future__ import annotations
 
@@ -8,20 +8,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-LEFT = {"figure", "choice", "category", "verdict", "best single model"}
+from p2l_engine.evaluation.routed import BESIDE
+
+LEFT = {"figure", "choice", "category", "verdict", "best single model", "model"}
 
 
 def show(report: dict[str, Any], out: Console, strengths: bool) -> None:
-    """The tables; strengths: those by category too, which are long."""
+    """The tables of an evaluation; strengths: those by category too, which are long."""
     sizes = report["held_out"]
     title = f"{sizes['votes']:,} votes on {sizes['prompts']:,} prompts ({report['checkpoint']['dtype']})"
-    if "value_figures" in report:
-        table = _table(title, "figure", "value")
-        for name, value in report["value_figures"].items():
-            table.add_row(name.replace("_", " "), f"{value:.4f}")
-        out.print(table)
-        return
-    overall = report["votes"]["overall"]
+    overall = report["value_figures" if "value_figures" in report else "votes"]["overall"]
     table = _table(f"{title}; 95% intervals over prompts", "figure", *overall)
     for figure in overall["p2l"]:
         cells = (_interval(of.get(figure), "{:.4f} ({:.3f} to {:.3f})") for of in overall.values())
@@ -29,7 +25,12 @@ def show(report: dict[str, Any], out: Console, strengths: bool) -> None:
     out.print(table)
     if "routing" in report:
         _routing(report["routing"], out)
-    if strengths and "strengths" in report:
+    show_strengths(report, out, by_category=strengths)
+
+
+def show_strengths(report: dict[str, Any], out: Console, by_category: bool = True) -> None:
+    """Strengths by category, and what each replacement makes better and worse."""
+    if by_category and "strengths" in report:
         _strengths(report["strengths"], out)
     for swap in report.get("replacements", []):
         table = _table(f"{swap['new']} in place of {swap['old']}", "category", "prompts", "preferred to the old one", "verdict")
@@ -49,7 +50,7 @@ def _routing(routing: dict[str, Any], out: Console) -> None:
     if not rows:
         return
     unit = routing["budgets"]["unit"]
-    others = [name for name in rows[0] if name not in ("budget", "best_single")]
+    others = [name for name in rows[0] if name not in BESIDE]
     title = f"mean true score (mean cost) under a budget{f', in {unit}' if unit else ''}"
     table = _table(title, "budget", "best single model", *(name.replace("_", " ") for name in others))
     for row in rows:
@@ -66,10 +67,18 @@ def _strengths(strengths: dict[str, Any], out: Console) -> None:
         if not of:
             continue
         models = next(iter(of.values()))[kind]
-        table = _table(f"{title}; 95% intervals over prompts", "category", "prompts", *models)
-        for name, entry in of.items():
-            cells = (_interval(entry[kind][model], "{:.0%} ({:.0%} to {:.0%})") for model in models)
-            table.add_row(Text(name), str(entry["prompts"]), *cells)
+        cells = {
+            name: {m: _interval(entry[kind][m], "{:.0%} ({:.0%} to {:.0%})") for m in models} for name, entry in of.items()
+        }
+        title = f"{title}; 95% intervals over prompts"
+        if len(models) <= len(of):
+            table = _table(title, "category", "prompts", *models)
+            for name, entry in of.items():
+                table.add_row(Text(name), str(entry["prompts"]), *cells[name].values())
+        else:  # what there is more of goes down the page
+            table = _table(title, "model", *(f"{name} ({entry['prompts']})" for name, entry in of.items()))
+            for model in models:
+                table.add_row(Text(model), *(row[model] for row in cells.values()))
         out.print(table)
 
 

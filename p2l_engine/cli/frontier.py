@@ -25,8 +25,8 @@ from p2l_engine.cli.inputs import (
     load_router,
     out,
     progress,
-    read_prompts,
 )
+from p2l_engine.cli.prompts import read_prompts
 
 
 def frontier(

@@ -1,16 +1,14 @@
-"""What commands share: options, the engine, prompts from arguments, files and standard input, progress bars."""
+"""What commands share: options and their checks, the engine, progress bars."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -19,8 +17,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from p2l_engine.catalog import Catalog
 from p2l_engine.engine import Engine
-from p2l_engine.errors import PromptError
-from p2l_engine.prompts import Prompt, user_turns
 from p2l_engine.router import Opponents, Router, Shares
 
 out, err = Console(), Console(stderr=True)
@@ -83,69 +79,6 @@ def progress(total: int) -> Iterator[Callable[[int], None]]:
         yield lambda done: bar.advance(task, done)
 
 
-def read_prompts(given: list[str] | None, file: Path | None) -> list[Prompt]:
-    if given and file:
-        raise typer.BadParameter("give prompts as arguments or a file, not both", param_hint="--file")
-    if given:
-        return list(given)
-    if file and file.suffix in (".parquet", ".csv"):
-        return _column_of(file)
-    text = read_text(file) if file else read_stdin()
-    # Only "\n" ends a line: str.splitlines also breaks at characters that JSON strings and prompts may hold.
-    lines = [(i, line.rstrip("\r")) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
-    where = str(file or "standard input")
-    if not lines:
-        raise typer.BadParameter(f"{where} holds no prompt", param_hint="prompts")
-    if file and file.suffix == ".jsonl":
-        return [_json_prompt(line, where, i) for i, line in lines]
-    return [line for _, line in lines]
-
-
-def _column_of(file: Path) -> list[Prompt]:
-    from p2l_engine.votes.files import read_table, turns
-
-    table = read_table(str(file))
-    if "prompt" not in table.column_names:
-        raise ValueError(f"{file}: expected a column 'prompt', got {table.column_names}")
-    if not table.num_rows:
-        raise typer.BadParameter(f"{file} holds no prompt", param_hint="prompts")
-    found: list[Prompt] = []
-    for i, value in enumerate(table.column("prompt").to_pylist()):
-        try:
-            found.append(turns(value))
-        except ValueError as error:
-            raise ValueError(f"{file}: row {i}: {error}") from None
-    return found
-
-
-def read_weights(file: Path) -> list[float] | None:
-    """The prompts' weights, where the file has any. Only tables need the extra that reads them."""
-    if file.suffix == ".jsonl":
-        rows = [json.loads(line) for line in read_text(file).split("\n") if line.strip()]
-        given = [row.get("weight") if isinstance(row, dict) else None for row in rows]
-    elif file.suffix in (".parquet", ".csv"):
-        from p2l_engine.votes.files import read_table
-
-        table = read_table(str(file))
-        given = table.column("weight").to_pylist() if "weight" in table.column_names else []
-    else:
-        return None
-    if all(value is None for value in given):
-        return None
-    found = []
-    for i, value in enumerate(given):
-        try:
-            weight = float(value)  # type: ignore[arg-type]
-        except (TypeError, ValueError, OverflowError):
-            weight = math.nan
-        if not 0 <= weight < math.inf:
-            raise ValueError(
-                f"{file}: row {i}: weight: expected a finite number >= 0 for every prompt, or for none: got {value!r}"
-            )
-        found.append(weight)
-    return found
-
-
 def check_writable(file: Path | None, option: str, kinds: Sequence[str] = ()) -> None:
     """Before the work, not after it: whether a file can be written there, of one of these kinds (suffixes)."""
     if file is None:
@@ -156,37 +89,26 @@ def check_writable(file: Path | None, option: str, kinds: Sequence[str] = ()) ->
         raise typer.BadParameter(f"{file} cannot be written: is its folder there?", param_hint=option)
 
 
-def _json_prompt(line: str, where: str, number: int) -> Prompt:
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: line {number}: expected JSON: {error}") from None
-    if isinstance(value, dict):
-        if "prompt" not in value:
-            raise ValueError(f"{where}: line {number}: expected the key 'prompt', got {sorted(value)}")
-        value = value["prompt"]
-    try:
-        user_turns(value)
-    except PromptError as error:
-        raise ValueError(f"{where}: line {number}: {error.problem}") from None
-    prompt: Prompt = value
-    return prompt
+def check_model(name: str | None, models: Sequence[str], option: str) -> None:
+    if name is not None and name not in models:
+        raise typer.BadParameter(f"expected one of {', '.join(models)}, got {name!r}", param_hint=option)
 
 
-def read_text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: expected UTF-8 text: {error}") from None
+def swaps_of(given: Sequence[str] | None, models: Sequence[str]) -> list[tuple[str, str]]:
+    """OLD:NEW each; names may hold colons themselves."""
+
+    def swap(text: str) -> tuple[str, str]:
+        for old in models:
+            if text.startswith(f"{old}:") and text.removeprefix(f"{old}:") in models:
+                return old, text.removeprefix(f"{old}:")
+        raise typer.BadParameter(f"expected OLD:NEW, two of {', '.join(models)}, got {text!r}", param_hint="--replace")
+
+    return [swap(text) for text in given or []]
 
 
-def read_stdin() -> str:
-    if sys.stdin.isatty():
-        raise typer.BadParameter("give a prompt, a file, or text on standard input", param_hint="prompts")
-    try:
-        return sys.stdin.buffer.read().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"standard input: expected UTF-8 text: {error}") from None
+def write_json(report: dict[str, Any], file: Path) -> None:
+    file.write_text(json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    err.print(f"wrote {file}", highlight=False, markup=False)
 
 
 def numbers_of(given: list[str] | None, option: str) -> dict[str, float]:

@@ -20,12 +20,9 @@ from p2l_engine.cli.inputs import (
     load_engine,
     out,
     progress,
-    read_prompts,
-    read_stdin,
-    read_text,
-    read_weights,
     short,
 )
+from p2l_engine.cli.prompts import PromptFile, read_stdin, read_text
 from p2l_engine.leaderboard import Leaderboard
 from p2l_engine.prompts import user_turns
 
@@ -52,7 +49,8 @@ def leaderboard(
     if prompts is not None:
         if prompt is not None or file is not None:
             raise typer.BadParameter("give one prompt or a file of prompts, not both", param_hint="--prompts")
-        batch, weights = read_prompts(None, prompts), read_weights(prompts)
+        given = PromptFile.read(prompts)
+        batch, weights = given.prompts, given.weights()
         engine = load_engine(checkpoint, device, dtype)
         with progress(len(batch)) as advance:
             board = Leaderboard.over(engine.coefficients(batch, advance), weights, bootstrap=bootstrap)

@@ -24,10 +24,10 @@ from p2l_engine.cli.inputs import (
     load_router,
     out,
     progress,
-    read_prompts,
     shares_of,
     short,
 )
+from p2l_engine.cli.prompts import read_prompts
 from p2l_engine.decision import Decision
 from p2l_engine.prompts import Prompt, user_turns
 

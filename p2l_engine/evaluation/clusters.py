@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +17,7 @@ DIMENSIONS = 15
 OTHER = "other"
 
 
-def cluster(hidden: npt.NDArray[np.float64], texts: Sequence[str], smallest: int = SMALLEST, seed: int = 0) -> list[str]:
+def cluster(hidden: npt.NDArray[np.floating[Any]], texts: Sequence[str], smallest: int = SMALLEST, seed: int = 0) -> list[str]:
     """A category for each prompt, by its hidden state [N, D] and its text; "other" where it belongs to no cluster.
 
     Raises ValueError for fewer prompts than a cluster needs.

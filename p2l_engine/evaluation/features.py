@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from sklearn.linear_model import RidgeCV
 from sklearn.neighbors import NearestNeighbors
 from sklearn.neural_network import MLPRegressor
 from sklearn.preprocessing import StandardScaler
+from torch import Tensor
 
 from p2l_engine import checkpoint
 from p2l_engine.checkpoint import Checkpoint
-from p2l_engine.engine import Engine
+from p2l_engine.engine import Coefficients, Engine
 from p2l_engine.head import Head
 from p2l_engine.prompts import Prompt
 from p2l_engine.regression import feedback_model
@@ -28,20 +29,23 @@ Advance = Callable[[int], object]
 
 
 def hidden_states(
-    loaded: Checkpoint, prompts: Sequence[Prompt], max_tokens: int | None = None, advance: Advance | None = None
-) -> Float64:
-    """[N, D]: the hidden states that the checkpoint's head reads."""
-    size = int(loaded.config.hidden_size)
-    bare = replace(
-        loaded,
-        models=tuple(f"h{i}" for i in range(size)),
-        feedback=feedback_model("bt"),
-        head=Head(torch.eye(size), torch.zeros(size), size),
-    )
-    engine = Engine(bare)
-    if max_tokens is not None:
-        engine.encoder.max_tokens = max_tokens
-    return engine.coefficients(prompts, advance).theta.astype(np.float64)
+    engine: Engine, prompts: Sequence[Prompt], advance: Advance | None = None
+) -> tuple[npt.NDArray[np.float32], Coefficients]:
+    """The hidden states [N, D] that the engine's head reads, after the final norm, and the coefficients that it makes of them:
+    in one pass."""
+    norm, eps = engine.backbone.norm, engine.backbone.eps
+
+    def stage(hidden: Tensor, _: object) -> tuple[Tensor, Tensor]:
+        wide = hidden.float()
+        return wide if norm is None else F.rms_norm(wide, norm.shape, norm.float(), eps), engine.outputs(hidden)
+
+    states = np.empty((len(prompts), engine.head.weight.shape[1]), np.float32)
+    out = np.empty((len(prompts), len(engine.head.bias)), np.float32)
+    for rows, (some, outputs) in engine.stream(prompts, stage):
+        states[rows], out[rows] = some, outputs
+        if advance is not None:
+            advance(len(rows))
+    return states, engine.coefficients_of(out)
 
 
 def frozen(base: str, training: dict[str, Any]) -> Checkpoint:
@@ -54,9 +58,8 @@ def frozen(base: str, training: dict[str, Any]) -> Checkpoint:
     grown = max(len(tokenizer) - len(table), 0)
     weights["embed_tokens.weight"] = torch.cat([table, table[int(tokenizer.eos_token_id)].expand(grown, -1)])
     decoder.vocab_size = len(table) + grown
-    size = int(decoder.hidden_size)
-    head = Head(torch.eye(size), torch.zeros(size), size)
-    return Checkpoint(folder, decoder, tokenizer, tuple(f"h{i}" for i in range(size)), feedback_model("bt"), weights, head)
+    head = Head(torch.zeros(1, int(decoder.hidden_size)), torch.zeros(1), 1)
+    return Checkpoint(folder, decoder, tokenizer, ("none",), feedback_model("bt"), weights, head)
 
 
 def probes(training: Float64, scores: Float64, test: Float64, seed: int = 0) -> dict[str, Float64]:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from p2l_engine.engine import Coefficients
+from p2l_engine.evaluation.strengths import by_name
 from p2l_engine.leaderboard import Fit, OutcomeSums, fit
 from p2l_engine.leaderboard.outcomes import probabilities
 from p2l_engine.regression import FeedbackModel
@@ -16,6 +17,7 @@ from p2l_engine.votes import Votes
 from p2l_engine.votes.marginal import marginal_fit
 
 SIZES = (1, 2, 5, 10, 25, 50, 100, 250, 500, 1000, 2500)
+ENOUGH, MOST = 50, 6  # prompts in a category that is shown, and such categories
 
 
 def distance(feedback: FeedbackModel, one: Fit, other: Fit) -> float:
@@ -39,7 +41,31 @@ def growth(
 ) -> dict[str, Any]:
     """The L1 distance between the marginal leaderboard of these votes and the aggregated one of n of their prompts, drawn anew
     ``repeats`` times: mean, lowest and highest for each n; and, where there are training votes, between the two marginal ones,
-    which is as near as data of that size comes. All are fitted under the coefficients' own feedback model."""
+    which is as near as data of that size comes. All are fitted under the coefficients' own feedback model. ``categories`` has
+    the same within each of the largest categories (at most 6, of 50 prompts or more each), as in Figure 6."""
+    report = _approach(coefficients, votes, training, sizes, repeats, seed)
+    if votes.category is None:
+        return report
+    rows = by_name(votes.category, len(votes.prompts))
+    large = sorted((name for name in rows if len(rows[name]) >= ENOUGH), key=lambda name: -len(rows[name]))[:MOST]
+    known = {} if training is None or training.category is None else by_name(training.category, len(training.prompts))
+    report["categories"] = {
+        name: _approach(
+            coefficients.rows(rows[name]),
+            votes.of(rows[name].tolist()),
+            training.of(known[name].tolist()) if training is not None and name in known else None,
+            sizes,
+            repeats,
+            seed,
+        )
+        for name in large
+    }
+    return report
+
+
+def _approach(
+    coefficients: Coefficients, votes: Votes, training: Votes | None, sizes: Sequence[int], repeats: int, seed: int
+) -> dict[str, Any]:
     feedback, rng, m = coefficients.feedback, np.random.default_rng(seed), len(coefficients.models)
     truth = marginal_fit(feedback, votes)
     rows: list[dict[str, float]] = []

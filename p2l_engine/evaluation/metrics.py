@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy.stats import rankdata
 
 from p2l_engine.engine import Coefficients
 from p2l_engine.regression import FeedbackModel, Outcome
@@ -113,6 +114,29 @@ def figures(prediction: Prediction, votes: Votes, bootstrap: int = 200, seed: in
     return {name: figure for name, figure in found.items() if figure is not None}
 
 
+def of_values(predicted: Float64, loss: Float64, votes: Votes, bootstrap: int = 200, seed: int = 0) -> dict[str, Figure]:
+    """Figures of values predicted [V], for ols and poisson; votes weigh what they weigh.
+
+    log_loss: mean negative log-likelihood (loss [V]) of a value. squared_error, absolute_error: mean. explained: one less the
+    squared error's ratio to the values' variance, at most 1. bias: the mean predicted value less the mean one.
+    rank_correlation: Spearman's, of values whose weight is above 0.
+    """
+    value = votes.outcome.astype(np.float64)
+    by_prompt = _BySample(votes, _samples(len(votes.prompts), bootstrap, seed))
+    error, centred = by_prompt.mean((predicted - value) ** 2), value - by_prompt.mean(value)[0]
+    variance = by_prompt.mean(centred**2) - by_prompt.mean(centred) ** 2
+    of = {
+        "log_loss": by_prompt.mean(loss),
+        "squared_error": error,
+        "absolute_error": by_prompt.mean(np.abs(predicted - value)),
+        "explained": 1 - error / np.where(variance > 0, variance, np.nan),
+        "bias": by_prompt.mean(predicted - value),
+        "rank_correlation": by_prompt.rank_correlation(predicted, value),
+    }
+    found = {name: by_prompt.figure(values) for name, values in of.items()}
+    return {name: figure for name, figure in found.items() if figure is not None}
+
+
 def calibration(
     prediction: Prediction, votes: Votes, bins: int = BINS, bootstrap: int = 200, seed: int = 0
 ) -> dict[str, list[float]]:
@@ -165,6 +189,24 @@ class _BySample:
             return result
         return np.stack([self.sums(column[:, k]) for k in range(column.shape[1])], 1)
 
+    def mean(self, column: Float64) -> Float64:
+        """[V] -> [1 + B]: weighted means over votes; NaN where nothing weighs anything."""
+        total = self.sums(self.votes.weight)
+        result: Float64 = self.sums(column * self.votes.weight) / np.where(total > 0, total, np.nan)
+        return result
+
+    def rank_correlation(self, one: Float64, other: Float64) -> Float64:
+        """[1 + B]: the correlation of the whole's ranks, each vote as often as its prompt is in the sample."""
+        some = (self.votes.weight > 0).astype(np.float64)
+        n = self.sums(some)
+        x, y = (_ranks(values, some > 0) for values in (one, other))
+        n = np.where(n > 0, n, np.nan)
+        mean_x, mean_y = self.sums(x) / n, self.sums(y) / n
+        spread = (self.sums(x**2) / n - mean_x**2) * (self.sums(y**2) / n - mean_y**2)
+        covariance = self.sums(x * y) / n - mean_x * mean_y
+        result: Float64 = covariance / np.sqrt(np.where(spread > 1e-12, spread, np.nan))
+        return result
+
     def ratio(self, top: Float64, bottom: Float64) -> Figure | None:
         over, under = self.sums(top), self.sums(bottom)
         return self.figure(np.where(under > 0, over / np.where(under > 0, under, 1), np.nan))
@@ -198,6 +240,14 @@ def _calibration_error(p: Float64, came: npt.NDArray[np.int64], weight: Float64,
         gaps += np.abs(by.sums((top - hit) * weight * (place == k)))
     result: Float64 = gaps / np.where(total > 0, total, np.nan)
     return result
+
+
+def _ranks(values: Float64, some: npt.NDArray[np.bool_]) -> Float64:
+    """Ranks among some of the values, of mean 0; the others have 0."""
+    ranks = np.zeros(len(values))
+    if some.any():
+        ranks[some] = rankdata(values[some]) - (some.sum() + 1) / 2
+    return ranks
 
 
 def _bin(p: Float64, bins: int) -> npt.NDArray[np.int64]:

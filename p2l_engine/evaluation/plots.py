@@ -6,6 +6,7 @@ import io
 import re
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ def has(report: dict[str, Any], name: str) -> bool:
         return bool(report.get("routing", {}).get("budgets", {}).get("rows"))
     if name == "reliability":
         return any("reliability" in entry for entry in report.get("strengths", {}).get("categories", {}).values())
+    if name == "ranks":
+        return bool(report.get("leaderboards", {}).get("categories"))
     if name in ("calibration", "categories"):
         return bool(report.get("votes", {}).get(name))
     return bool(report.get(name))
@@ -44,6 +47,14 @@ def svg(draw: Callable[[Figure, dict[str, Any]], None], report: dict[str, Any], 
     # Several drawings share a page: their ids must not meet.
     text = re.sub(r'id="([^"]+)"', rf'id="{name}-\1"', text[text.index("<svg") :])
     return re.sub(r'(url\(#|href="#)', rf"\1{name}-", text)
+
+
+def save(name: str, report: dict[str, Any], path: Path) -> None:
+    """One plot as a file of its own, of the kind that the path's suffix names."""
+    with rc_context({"font.size": 9, "text.parse_math": False}):
+        figure = Figure(figsize=(8, 4.2), layout="constrained")
+        PLOTS[name](figure, report)
+        figure.savefig(path, dpi=150)
 
 
 def _calibration(figure: Figure, report: dict[str, Any]) -> None:
@@ -83,6 +94,8 @@ def _leaderboards(figure: Figure, report: dict[str, Any]) -> None:
     names = [place["model"] for place in boards["aggregated"]]
     figure.set_size_inches(8, 1.4 + 0.34 * len(names))
     for i, (name, colour) in enumerate((("aggregated", BLUE), ("marginal", GOLD))):
+        if name not in boards:
+            continue
         of = {place["model"]: place for place in boards[name]}
         x = np.array([of[model]["coefficient"] for model in names])
         ends = np.array([[of[model]["low"], of[model]["high"]] for model in names])
@@ -95,19 +108,27 @@ def _leaderboards(figure: Figure, report: dict[str, Any]) -> None:
 
 
 def _growth(figure: Figure, report: dict[str, Any]) -> None:
-    axes, rows = figure.subplots(), report["growth"]["distances"]
-    n = [row["prompts"] for row in rows]
-    axes.plot(n, [row["mean"] for row in rows], "o-", color=BLUE, label="aggregated over so many prompts")
-    axes.fill_between(n, [row["low"] for row in rows], [row["high"] for row in rows], color=BLUE, alpha=0.2, linewidth=0)
-    if "marginal_of_training" in report["growth"]:
-        axes.axhline(
-            report["growth"]["marginal_of_training"], color=GOLD, linestyle="--", label="marginal, of the training votes"
-        )
-    axes.set_xscale("log")
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("prompts")
-    axes.set_ylabel("L1 distance of wins\nto the votes' marginal leaderboard")
-    axes.legend(frameon=False)
+    whole = report["growth"]
+    of = {"all prompts": whole, **whole.get("categories", {})}
+    across = min(len(of), 4)
+    down = -(-len(of) // across)
+    figure.set_size_inches(8, 4.2 if down == 1 else 1.2 + 2.4 * down)
+    panels = figure.subplots(down, across, sharey=True, squeeze=False).ravel()
+    for axes, (name, growth) in zip(panels, of.items(), strict=False):
+        rows = growth["distances"]
+        n = [row["prompts"] for row in rows]
+        axes.plot(n, [row["mean"] for row in rows], "o-", color=BLUE, label="aggregated over so many prompts")
+        axes.fill_between(n, [row["low"] for row in rows], [row["high"] for row in rows], color=BLUE, alpha=0.2, linewidth=0)
+        if "marginal_of_training" in growth:
+            axes.axhline(growth["marginal_of_training"], color=GOLD, linestyle="--", label="marginal, of the training votes")
+        axes.set_xscale("log")
+        axes.set_ylim(bottom=0)
+        axes.set_title(_short(name), fontsize=9)
+    for axes in panels[len(of) :]:
+        axes.remove()
+    figure.supxlabel("prompts", fontsize=9)
+    figure.supylabel("L1 distance of wins\nto the votes' marginal leaderboard", fontsize=9)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
 
 
 def _budgets(figure: Figure, report: dict[str, Any]) -> None:
@@ -129,6 +150,14 @@ def _budgets(figure: Figure, report: dict[str, Any]) -> None:
 
 def _curve(rows: list[dict[str, Any]], name: str) -> tuple[list[float], list[float]]:
     return [row[name]["mean_cost"] for row in rows], [row[name]["mean_score"] for row in rows]
+
+
+def _ranks(figure: Figure, report: dict[str, Any]) -> None:
+    boards = report["leaderboards"]
+    models = [place["model"] for place in boards["aggregated"]]
+    rank = {name: {place["model"]: place["rank"] for place in places} for name, places in boards["categories"].items()}
+    values = np.array([[of[model] for of in rank.values()] for model in models], np.float64)
+    _heat(figure, values, models, list(rank), "rank within the category", 1, "Blues_r", 1, 1.6 * len(models))
 
 
 def _choices(figure: Figure, report: dict[str, Any]) -> None:
@@ -160,6 +189,10 @@ def replacement(figure: Figure, swap: dict[str, Any]) -> None:
     axes.set_xlabel(f"how often {swap['new']} is preferred to {swap['old']}, with 95% intervals over prompts")
 
 
+def _short(name: str) -> str:
+    return name if len(name) <= 28 else f"{name[:27]}…"
+
+
 def _by_model(of: dict[str, Any], figure: str) -> tuple[Any, list[str], list[str]]:
     categories = list(of["categories"])
     models = list(of["categories"][categories[0]][figure])
@@ -185,9 +218,7 @@ def _heat(
         for j, value in enumerate(row):
             axes.text(j, i, f"{times * value:.0f}", ha="center", va="center", fontsize=7)
     axes.set_yticks(range(len(rows)), rows)
-    axes.set_xticks(
-        range(len(columns)), [name if len(name) <= 28 else f"{name[:27]}…" for name in columns], rotation=40, ha="right"
-    )
+    axes.set_xticks(range(len(columns)), [_short(name) for name in columns], rotation=40, ha="right")
     axes.set_title(label, fontsize=9, loc="left")
 
 
@@ -195,6 +226,7 @@ PLOTS: dict[str, Callable[[Figure, dict[str, Any]], None]] = {
     "calibration": _calibration,
     "categories": _categories,
     "leaderboards": _leaderboards,
+    "ranks": _ranks,
     "growth": _growth,
     "budgets": _budgets,
     "choices": _choices,

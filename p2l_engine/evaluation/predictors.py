@@ -6,12 +6,18 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import torch
 
 from p2l_engine.engine import Coefficients
-from p2l_engine.evaluation.metrics import Figure, Prediction, calibration, difference, figures
+from p2l_engine.evaluation.metrics import Figure, Prediction, calibration, difference, figures, of_values
+from p2l_engine.evaluation.strengths import by_name
 from p2l_engine.leaderboard.fit import Fit
-from p2l_engine.regression import feedback_model
+from p2l_engine.regression import FeedbackModel
 from p2l_engine.votes import Votes
+from p2l_engine.votes.marginal import marginal_values
+
+Float64 = npt.NDArray[np.float64]
 
 CATEGORY_AT_LEAST = 5  # prompts, for figures of its own
 
@@ -44,10 +50,8 @@ def compare(of: dict[str, Prediction], votes: Votes, bootstrap: int, seed: int =
     }
     if votes.category is None:
         return report
-    category = np.array(votes.category)
     report["categories"] = {}
-    for name in sorted(set(votes.category)):
-        prompts = np.flatnonzero(category == name)
+    for name, prompts in by_name(votes.category, len(votes.prompts)).items():
         if len(prompts) < CATEGORY_AT_LEAST:
             continue
         some = votes.of(prompts.tolist())
@@ -59,23 +63,48 @@ def compare(of: dict[str, Prediction], votes: Votes, bootstrap: int, seed: int =
     return report
 
 
-def value_figures(coefficients: Coefficients, votes: Votes) -> dict[str, float]:
-    """For ols and poisson: the mean squared error of the predicted values beside that of the mean of all, and the rank
-    correlation of the two."""
-    from scipy.stats import spearmanr
+def value_figures(
+    coefficients: Coefficients, training: Votes | None, votes: Votes, bootstrap: int = 200, seed: int = 0
+) -> dict[str, Any]:
+    """For ols and poisson: ``metrics.of_values`` of the P2L model, of one regression for all prompts (``marginal``) where there
+    are training votes, and of the mean of their values (or of these) as the ``constant``; overall and by category."""
+    feedback = coefficients.feedback
+    of = {"p2l": _linear(coefficients.theta.astype(np.float64), votes)}
+    if training is not None:
+        of["marginal"] = _linear(marginal_values(feedback, training)[None], votes)
+    known = votes if training is None else training
+    mean = np.average(known.outcome, weights=known.weight)
+    of["constant"] = np.full(len(votes), np.log(max(mean, 1e-12)) if feedback.name == "poisson" else mean)
+    values = torch.from_numpy(votes.outcome.astype(np.float64))
+    losses = {name: _loss(feedback, linear, values) for name, linear in of.items()}
+    predicted = {name: np.exp(linear) if feedback.name == "poisson" else linear for name, linear in of.items()}
 
-    theta = coefficients.theta.astype(np.float64)[votes.prompt]
-    rows = np.arange(len(votes))
-    linear = theta[rows, votes.a] - np.where(votes.b < 0, 0.0, theta[rows, np.maximum(votes.b, 0)])
-    predicted = np.exp(linear) if feedback_model(coefficients.feedback.name).name == "poisson" else linear
-    value = votes.outcome.astype(np.float64)
-    return {
-        "squared_error": float(np.average((predicted - value) ** 2, weights=votes.weight)),
-        "squared_error_of_the_mean": float(
-            np.average((value - np.average(value, weights=votes.weight)) ** 2, weights=votes.weight)
-        ),
-        "rank_correlation": float(spearmanr(predicted, value).statistic),
-    }
+    def figures_of(chosen: npt.NDArray[np.bool_], some: Votes) -> dict[str, Any]:
+        return {n: _plain(of_values(predicted[n][chosen], losses[n][chosen], some, bootstrap, seed)) for n in of}
+
+    report: dict[str, Any] = {"overall": figures_of(np.ones(len(votes), bool), votes)}
+    if votes.category is None:
+        return report
+    report["categories"] = {}
+    for name, prompts in by_name(votes.category, len(votes.prompts)).items():
+        if len(prompts) < CATEGORY_AT_LEAST:
+            continue
+        some = votes.of(prompts.tolist())
+        found = figures_of(np.isin(votes.prompt, prompts), some)
+        report["categories"][name] = {"prompts": len(prompts), "values": len(some)} | found
+    return report
+
+
+def _linear(theta: Float64, votes: Votes) -> Float64:
+    """[V]: theta_a - theta_b, or theta_a where one model stands alone; theta [P, M], or [1, M] for all prompts."""
+    row = votes.prompt if len(theta) > 1 else np.zeros(len(votes), np.int64)
+    result: Float64 = theta[row, votes.a] - np.where(votes.b < 0, 0.0, theta[row, np.maximum(votes.b, 0)])
+    return result
+
+
+def _loss(feedback: FeedbackModel, linear: Float64, values: torch.Tensor) -> Float64:
+    wide = torch.from_numpy(linear)
+    return -feedback.log_likelihood(wide, torch.zeros_like(wide), None, values).numpy()
 
 
 def _plain(of: Mapping[str, Figure | None]) -> dict[str, dict[str, float]]:

@@ -9,8 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from p2l_engine import routing
+from p2l_engine.evaluation.strengths import by_name
 
 Float64 = npt.NDArray[np.float64]
+
+BESIDE = ("budget", "best_single", "tasks")  # what a row of ``under_budgets`` holds beside the routers
 
 
 def choices(theta: Float64, known: Float64, tasks_known: Sequence[str] | None, tasks: Sequence[str] | None) -> dict[str, Any]:
@@ -52,12 +55,19 @@ def table(chosen: dict[str, npt.NDArray[np.int64]], scores: Float64, models: Seq
 
 
 def under_budgets(
-    v: Float64, scores: Float64, known: Float64, costs: Float64, budgets: Sequence[float], models: Sequence[str]
+    v: Float64,
+    scores: Float64,
+    known: Float64,
+    costs: Float64,
+    budgets: Sequence[float],
+    models: Sequence[str],
+    tasks: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Mean true score under each mean cost: the batch budget and the per-prompt budget on win rates v [N, M], the best single
-    model within the budget (by ``known`` [T, M]), and the oracle on the true scores. Budgets that no model meets are left
-    out."""
+    model within the budget (by ``known`` [T, M]), and the oracle on the true scores; overall, and for each task where there are
+    any (the batch's budget is the whole batch's: a task may cost more than that). Budgets that no model meets are left out."""
     rows = []
+    places = {} if tasks is None else by_name(tasks, len(scores))
     for budget in budgets:
         within = np.flatnonzero(costs <= budget)
         if not len(within):
@@ -66,6 +76,7 @@ def under_budgets(
         batch, each = routing.solve_batch_budget(v, costs, budget), routing.solve_budget(v, costs, budget)
         oracle = routing.solve_batch_budget(scores, costs, budget)
         row: dict[str, Any] = {"budget": float(budget)}
+        of_task: dict[str, dict[str, Any]] = {task: {"prompts": len(place)} for task, place in places.items()}
         for name, p in (("batch", batch), ("prompt", each), ("oracle", oracle)):
             score = (np.take_along_axis(scores, p.indices.astype(np.int64), 1) * p.probabilities).sum(1)
             gain = score - scores[:, single]
@@ -75,19 +86,28 @@ def under_budgets(
                 "points_over_best_single": float(100 * gain.mean()),
                 "standard_error_points": float(100 * gain.std(ddof=1) / np.sqrt(len(gain))) if len(gain) > 1 else 0.0,
             }
+            for task, place in places.items():
+                of_task[task][name] = {"mean_score": float(score[place].mean()), "mean_cost": float(p.cost[place].mean())}
         row["best_single"] = {
             "model": models[single],
             "mean_score": float(scores[:, single].mean()),
             "mean_cost": float(costs[single]),
         }
+        if tasks is not None:
+            for task, place in places.items():
+                of_task[task]["best_single"] = {"mean_score": float(scores[place, single].mean())}
+            row["tasks"] = of_task
         rows.append(row)
     return rows
 
 
-def distribution(choice: npt.NDArray[np.int64], n_models: int, categories: Sequence[str]) -> dict[str, list[float]]:
-    """The share of each category's prompts that each model gets (the paper's Figure 7): category to [M], summing to 1."""
-    of = np.array(categories)
+def distribution(
+    choice: npt.NDArray[np.int64], n_models: int, categories: Sequence[str], weights: npt.ArrayLike | None = None
+) -> dict[str, list[float]]:
+    """The share of each category's prompts that each model gets (the paper's Figure 7): category to [M], summing to 1.
+    weights [N] >= 0: of the prompts."""
+    weight = np.ones(len(choice)) if weights is None else np.asarray(weights, np.float64)
     return {
-        name: (np.bincount(choice[of == name], minlength=n_models) / (of == name).sum()).tolist()
-        for name in sorted(set(categories))
+        name: (np.bincount(choice[rows], weight[rows], n_models) / weight[rows].sum()).tolist()
+        for name, rows in by_name(categories, len(choice)).items()
     }

@@ -18,27 +18,43 @@ ENOUGH = 5  # prompts, for a verdict
 
 
 def by_category(
-    coefficients: Coefficients, categories: Sequence[str], reference: str, bootstrap: int = 200, seed: int = 0
+    coefficients: Coefficients,
+    categories: Sequence[str],
+    reference: str,
+    bootstrap: int = 200,
+    seed: int = 0,
+    weights: npt.ArrayLike | None = None,
+    models: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Each model's win rate against ``reference`` in each category, with bootstrap intervals over prompts; for grounded models
-    also its reliability, the mean of sigmoid(theta): how surely its answers are not bad (Figure 10)."""
+    also its reliability, the mean of sigmoid(theta): how surely its answers are not bad (Figure 10). weights [N] >= 0: the
+    prompts'; models: those that are asked for, or all."""
     theta, place = coefficients.theta.astype(np.float64), _column(coefficients, reference)
+    names = coefficients.models if models is None else tuple(models)
+    asked = [_column(coefficients, name) for name in names]
     report: dict[str, Any] = {"reference": reference, "categories": {}}
-    for name, rows in _rows(categories, len(coefficients)).items():
-        samples = _samples(len(rows), bootstrap, seed)
-        wins = _means(expit(theta[rows] - theta[rows, place][:, None]), samples)
-        entry: dict[str, Any] = {"prompts": len(rows), "win_rate": _by_model(coefficients.models, wins)}
+    for name, rows in by_name(categories, len(coefficients)).items():
+        samples = _samples(rows, bootstrap, seed, weights, name)
+        shown = theta[np.ix_(rows, asked)]
+        wins = _means(expit(shown - theta[rows, place][:, None]), samples)
+        entry: dict[str, Any] = {"prompts": len(rows), "win_rate": _by_model(names, wins)}
         if coefficients.feedback.grounded:
-            entry["reliability"] = _by_model(coefficients.models, _means(expit(theta[rows]), samples))
+            entry["reliability"] = _by_model(names, _means(expit(shown), samples))
         report["categories"][name] = entry
     return report
 
 
 def replacement(
-    coefficients: Coefficients, categories: Sequence[str] | None, old: str, new: str, bootstrap: int = 200, seed: int = 0
+    coefficients: Coefficients,
+    categories: Sequence[str] | None,
+    old: str,
+    new: str,
+    bootstrap: int = 200,
+    seed: int = 0,
+    weights: npt.ArrayLike | None = None,
 ) -> dict[str, Any]:
     """The regression test: how often the new model's answer is preferred to the old one's, by category (where there are any),
-    from the worst on.
+    from the worst on. weights [N] >= 0: the prompts'.
 
     verdict: "better" or "worse" where the interval is above or below one half, else, and for fewer than five prompts,
     "unclear".
@@ -46,8 +62,8 @@ def replacement(
     theta = coefficients.theta.astype(np.float64)
     gain = expit(theta[:, _column(coefficients, new)] - theta[:, _column(coefficients, old)])
     entries = []
-    for name, rows in {"all": np.arange(len(gain)), **(_rows(categories, len(gain)) if categories else {})}.items():
-        (value, low, high), *_ = _means(gain[rows][:, None], _samples(len(rows), bootstrap, seed))
+    for name, rows in {"all": np.arange(len(gain)), **(by_name(categories, len(gain)) if categories else {})}.items():
+        (value, low, high), *_ = _means(gain[rows][:, None], _samples(rows, bootstrap, seed, weights, name))
         verdict = "better" if low > 0.5 else "worse" if high < 0.5 else "unclear"
         if len(rows) < ENOUGH:
             verdict = "unclear"
@@ -69,17 +85,25 @@ def _column(coefficients: Coefficients, model: str) -> int:
     return coefficients.models.index(model)
 
 
-def _rows(categories: Sequence[str], n: int) -> dict[str, npt.NDArray[np.int64]]:
+def by_name(categories: Sequence[str], n: int) -> dict[str, npt.NDArray[np.int64]]:
+    """The rows of each category, one name for each of n prompts, in the names' order."""
     if len(categories) != n:
         raise ValueError(f"categories: expected one for each of the {n} prompts, got {len(categories)}")
     of = np.array(categories)
     return {name: np.flatnonzero(of == name) for name in sorted(set(categories))}
 
 
-def _samples(n: int, bootstrap: int, seed: int) -> Float64:
-    """[1 + B, N]: each prompt's share of the whole, and of each bootstrap sample."""
+def _samples(rows: npt.NDArray[np.int64], bootstrap: int, seed: int, weights: npt.ArrayLike | None, name: str) -> Float64:
+    """[1 + B, n]: each of a category's prompts' share of the whole, and of each bootstrap sample; samples of nothing but
+    prompts without weight are left out."""
+    n = len(rows)
     times = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), bootstrap)
-    return np.concatenate([np.ones((1, n)), times]) / n
+    of = np.concatenate([np.ones((1, n)), times]) * (1.0 if weights is None else np.asarray(weights, np.float64)[rows])
+    total = of.sum(1, keepdims=True)
+    if not total[0] > 0:
+        raise ValueError(f"weights: expected a prompt that weighs something in the category {name!r}, got none")
+    shares: Float64 = of[total[:, 0] > 0] / total[total[:, 0] > 0]
+    return shares
 
 
 def _means(values: Float64, samples: Float64) -> list[tuple[float, float, float]]:

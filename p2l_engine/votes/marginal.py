@@ -51,6 +51,25 @@ def marginal_fit(feedback: FeedbackModel, votes: Votes) -> Fit:
     return fit(feedback, outcome_counts(feedback, votes), len(votes.models), ridge=RIDGE)
 
 
+def marginal_values(feedback: FeedbackModel, votes: Votes) -> npt.NDArray[np.float64]:
+    """[M]: the one theta for all prompts under which the values are likeliest, for ols and poisson."""
+    from scipy.sparse import csr_matrix
+    from sklearn.linear_model import PoissonRegressor, Ridge
+
+    if not (votes.are_values and feedback.of_values):
+        raise ValueError(f"votes: expected values and a feedback model of values, got votes or {feedback.name!r}")
+    rows, pair = np.arange(len(votes)), votes.b >= 0
+    places = (np.concatenate([rows, rows[pair]]), np.concatenate([votes.a, votes.b[pair]]))
+    signs = np.concatenate([np.ones(len(rows)), -np.ones(pair.sum())])
+    design = csr_matrix((signs, places), shape=(len(votes), len(votes.models)))
+    if feedback.name == "poisson":
+        regression = PoissonRegressor(alpha=RIDGE, fit_intercept=False, solver="newton-cholesky", max_iter=1000, tol=1e-8)
+    else:
+        regression = Ridge(alpha=RIDGE, fit_intercept=False, solver="sparse_cg", tol=1e-10)
+    theta: npt.NDArray[np.float64] = regression.fit(design, votes.outcome, sample_weight=votes.weight).coef_
+    return theta
+
+
 def category_fits(feedback: FeedbackModel, votes: Votes, marginal: Fit) -> dict[str, Fit]:
     """The same for each category of prompts. Each pair gets one vote more in each category, divided as the marginal leaderboard
     expects: so few votes, or models that always win, stay near it. Raises ValueError for votes without categories."""
