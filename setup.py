@@ -32,7 +32,7 @@ ray = [*batch, "ray[data]>=2.55,<2.64"]
 bench = ["cvxpy>=1.6", "scipy>=1.15", "rich>=14"]
 # Servers for the tests, of S3's kind and of Google's; moto[server] pulls much more.
 stores = ["moto[s3]>=5.1", "flask>=3", "flask-cors>=5", "gcp-storage-emulator>=2026.7"]
-test = ["pytest>=8.4", "hypothesis>=6.130", "scipy>=1.15", "psutil>=6", "pyspark[sql]>=4", *stores]
+test = ["pytest>=8.4", "hypothesis>=6.130", "scipy>=1.15", "psutil>=6", "pyspark[sql]>=4", "tensorboard>=2.20", *stores]
 lint = ["ruff>=0.12", "mypy>=1.17", "types-cffi", "types-PyYAML"]
 
 setup(

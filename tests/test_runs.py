@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +21,7 @@ from p2l_engine import Engine
 from p2l_engine.errors import CheckpointError
 from p2l_engine.export import export
 from p2l_engine.train.config import TrainConfig
+from p2l_engine.train.progress import Seen, Show
 from p2l_engine.train.run import train
 from tests import plain_reader, tiny
 from tests.test_train import settings, skill_votes
@@ -276,3 +278,15 @@ def test_export_does_not_write_over_anything(tmp_path):
     export(source, tmp_path / "new")
     assert "It was not evaluated" in (tmp_path / "new" / "README.md").read_text()
     assert json.loads((tmp_path / "new" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_the_speed_that_is_shown_is_that_of_all_processes(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("p2l_engine.train.progress.time.monotonic", lambda: now[0])
+    seen = Seen()
+    show, process = Show(seen), SimpleNamespace(world_size=4)
+    state = SimpleNamespace(max_steps=10, global_step=0, is_world_process_zero=True)
+    show.on_train_begin(process, state, None)
+    seen.tokens, seen.votes, now[0] = 500, 50, 2.0
+    show.on_step_end(process, state, None)
+    assert show.bar.tasks[0].description == "1,000 tokens/s 100 votes/s"

@@ -104,7 +104,6 @@ def test_no_steps_are_no_training(steps, tmp_path):
 
 
 def test_tensorboards_files_outlive_the_run(config, tmp_path):
-    pytest.importorskip("tensorboard", reason="TensorBoard is not installed")
     train(config.model_copy(update={"report_to": ["tensorboard"]}), 12)
     assert [path.name for path in (tmp_path / "out").iterdir() if path.is_dir()].count("trial.logs") == 1
     (events,) = (tmp_path / "out" / "trial.logs").glob("events.out.tfevents.*")

@@ -54,7 +54,8 @@ class Show(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         now = time.monotonic()
-        spent = max(now - self.started, 1e-9)
+        # Each process has its share of every step's prompts, so that this one stands for all.
+        spent = max(now - self.started, 1e-9) / args.world_size
         speed = f"{self.loss}{self.seen.tokens / spent:,.0f} tokens/s {self.seen.votes / spent:,.0f} votes/s"
         self.bar.update(self.task, completed=state.global_step, description=speed)
         if state.is_world_process_zero and not self.bar.console.is_terminal and now - self.last_line > SECONDS_BETWEEN_LINES:

@@ -31,7 +31,7 @@ def by_category(
     prompts'; models: those that are asked for, or all."""
     theta, place = coefficients.theta.astype(np.float64), _column(coefficients, reference)
     names = coefficients.models if models is None else tuple(models)
-    asked = [_column(coefficients, name) for name in names]
+    asked = np.array([_column(coefficients, name) for name in names])
     report: dict[str, Any] = {"reference": reference, "categories": {}}
     for name, rows in by_name(categories, len(coefficients)).items():
         samples = _samples(rows, bootstrap, seed, weights, name)
