@@ -369,6 +369,7 @@ def test_a_report_holds_together(name, tmp_path):
     page = Page()
     page.feed(first.decode())
     assert page.open == []
+    assert "mathdefault" not in first.decode()  # tick labels that were left as formulas
     assert all(place.startswith(("#", "data:")) for place in page.asked)
     other = Votes.make(raw.prompts, raw.models, raw.prompt, raw.a, raw.b, raw.outcome)
     with pytest.raises(ValueError, match="expected the checkpoint's models"):

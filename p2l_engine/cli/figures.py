@@ -10,7 +10,7 @@ from rich.text import Text
 
 from p2l_engine.evaluation.routed import BESIDE
 
-LEFT = {"figure", "choice", "category", "verdict", "best single model", "model"}
+LEFT = {"verdict", "best single model"}  # as is every first column
 
 
 def show(report: dict[str, Any], out: Console, strengths: bool) -> None:
@@ -84,8 +84,8 @@ def _strengths(strengths: dict[str, Any], out: Console) -> None:
 
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=Text(title), title_justify="left")
-    for name in columns:
-        table.add_column(Text(name), justify="left" if name in LEFT else "right")
+    for i, name in enumerate(columns):
+        table.add_column(Text(name), justify="left" if i == 0 or name in LEFT else "right")
     return table
 
 

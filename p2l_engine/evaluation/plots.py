@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 BLUE, GREEN, GOLD, GREY, RED = "#3b6ea5", "#5a9a68", "#b8860b", "#888888", "#b0413e"
 PREDICTORS = {"p2l": BLUE, "category": GREEN, "marginal": GOLD, "constant": GREY}
@@ -121,14 +123,14 @@ def _growth(figure: Figure, report: dict[str, Any]) -> None:
         axes.fill_between(n, [row["low"] for row in rows], [row["high"] for row in rows], color=BLUE, alpha=0.2, linewidth=0)
         if "marginal_of_training" in growth:
             axes.axhline(growth["marginal_of_training"], color=GOLD, linestyle="--", label="marginal, of the training votes")
-        axes.set_xscale("log")
+        _log_scale(axes)
         axes.set_ylim(bottom=0)
         axes.set_title(_short(name), fontsize=9)
     for axes in panels[len(of) :]:
         axes.remove()
     figure.supxlabel("prompts", fontsize=9)
     figure.supylabel("L1 distance of wins\nto the votes' marginal leaderboard", fontsize=9)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
 
 
 def _budgets(figure: Figure, report: dict[str, Any]) -> None:
@@ -142,10 +144,21 @@ def _budgets(figure: Figure, report: dict[str, Any]) -> None:
     for model, entry in singles.items():
         axes.scatter(entry["mean_cost"], entry["mean_score"], facecolors="none", edgecolors="black", zorder=3)
         axes.annotate(model, (entry["mean_cost"], entry["mean_score"]), xytext=(5, -8), textcoords="offset points", fontsize=7)
-    axes.set_xscale("log")
+    _log_scale(axes)
     axes.set_xlabel(f"mean cost ({budgets['unit']})" if budgets["unit"] else "mean cost")
     axes.set_ylabel("mean true score")
     axes.legend(frameon=False, fontsize=8)
+
+
+def _log_scale(axes: Axes) -> None:
+    """Powers of ten, or 1, 2, 5 where there are few of them, as plain numbers: matplotlib's own labels are formulas, and names
+    in these plots must not be read as such."""
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    narrow = high < 30 * low
+    axes.xaxis.set_major_locator(LogLocator(10, (1, 2, 3, 5, 7) if high < 4 * low else (1, 2, 5) if narrow else (1,)))
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _curve(rows: list[dict[str, Any]], name: str) -> tuple[list[float], list[float]]:
@@ -213,10 +226,12 @@ def _heat(
 ) -> None:
     figure.set_size_inches(2.8 + 0.55 * len(columns), 2.2 + 0.3 * len(rows))
     axes = figure.subplots()
-    axes.imshow(values, cmap=colours, vmin=low, vmax=high, aspect="auto")
+    image = axes.imshow(values, cmap=colours, vmin=low, vmax=high, aspect="auto")
     for i, row in enumerate(values):
         for j, value in enumerate(row):
-            axes.text(j, i, f"{times * value:.0f}", ha="center", va="center", fontsize=7)
+            dark = np.dot(image.to_rgba(value)[:3], (0.299, 0.587, 0.114)) < 0.45
+            colour = "white" if dark else "black"
+            axes.text(j, i, f"{times * value:.0f}", ha="center", va="center", fontsize=7, color=colour)
     axes.set_yticks(range(len(rows)), rows)
     axes.set_xticks(range(len(columns)), [_short(name) for name in columns], rotation=40, ha="right")
     axes.set_title(label, fontsize=9, loc="left")
