@@ -237,6 +237,10 @@ def test_prompts_and_weights_of_tables(checkpoint, tmp_path):
     status, _, err = run("leaderboard", "--prompts", str(tmp_path / "p.parquet"), checkpoint=checkpoint)
     assert status == 2
     assert "expected a column 'prompt', got ['text']" in " ".join(err.split())
+    (tmp_path / "p.csv").write_text("prompt,weight\nsum,1\nsum\n")
+    status, _, err = run("leaderboard", "--prompts", str(tmp_path / "p.csv"), checkpoint=checkpoint)
+    assert status == 2
+    assert "row 1: expected a cell for each column ['prompt', 'weight'], got 'sum'" in " ".join(err.split())
     for plot, message in (("a.xyz", "ends in .png, .svg, .pdf"), ("nowhere/a.png", "cannot be written")):
         status, _, err = run("leaderboard", "hi", "--plot", str(tmp_path / plot), checkpoint=checkpoint)
         assert status == 2

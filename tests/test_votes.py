@@ -310,9 +310,9 @@ GOOD = '{"prompt": "p", "model_a": "x", "model_b": "y", "winner": "tie", "weight
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ('{"prompt": "p", "model_a"', "line: expected a JSON object"),
-        ("[1, 2]", "line: expected a JSON object"),
-        ('{"prompt": "\\ud800", "model_a": "x"}', "line: expected a JSON object, of valid text"),
+        ('{"prompt": "p", "model_a"', "row: expected a JSON object"),
+        ("[1, 2]", "row: expected a JSON object"),
+        ('{"prompt": "\\ud800", "model_a": "x"}', "row: expected a JSON object of valid text"),
         (GOOD.replace("2}", '"heavy"}'), "weight: expected a finite number >= 0.*'heavy'"),
         (GOOD.replace('"tie"', "5"), "winner: expected one of .*'5'"),
         (GOOD.replace('"x"', "null"), "model_a: expected a name"),
@@ -364,6 +364,25 @@ def test_one_bad_cell_of_csv_costs_its_row_alone(tmp_path):
     assert both.weight.tolist() == [1.5] * 4 + [0.25]
     assert both.timestamp[-1] == 1e9
     assert len(read(str(tmp_path / "v.csv"), leave_out={"prompt": [3]})[0]) == 4
+
+
+def test_a_csv_row_of_too_many_or_too_few_cells_costs_itself_alone(tmp_path):
+    rows = ['"a, b",x,y,model_a', "b,x,y", "c,x,y,tie", "d,x,y,tie,9", '"e, f",x,y', "", "g,x,omega,,", "h,x,y,model_b"]
+    file = tmp_path / "v.csv"
+    file.write_text("\n".join(["prompt,model_a,model_b,winner", *rows]))
+    votes, dropped = read(str(file), max_dropped=0.6)
+    assert votes.prompts == (("a, b",), ("c",), ("h",))
+    assert dropped.rows == 7  # an empty line is none
+    reason = "row: expected a JSON object of valid text, or in csv a cell for each column"
+    assert dropped.lines() == [f"4 x {reason} (the first is row 1: got 'b,x,y')"]
+    # What follows a stray quote cannot be trusted: here it swallows a row.
+    for stray in ('i,"x,y,tie\nj,x,y,tie', 'i,"x\n,y",tie'):
+        file.write_text("\n".join(["prompt,model_a,model_b,winner", *rows, stray]))
+        with pytest.raises(ValueError, match=r"v.csv: expected a readable .csv file: .* Expected 4 columns, got"):
+            read(str(file), max_dropped=1)
+    file.write_text("prompt,model,score\na,x,1\na,y\n")
+    with pytest.raises(ValueError, match=r"row: expected .* a cell for each column, got 'a,y'"):
+        read(str(file), max_dropped=1)
 
 
 def test_decimals_are_numbers(tmp_path):

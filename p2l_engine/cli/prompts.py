@@ -82,9 +82,13 @@ def _some(found: PromptFile) -> PromptFile:
 
 
 def _table(file: Path) -> PromptFile:
-    from p2l_engine.votes.files import read_table, turns
+    from p2l_engine.votes.files import BROKEN, read_table, turns
 
     table = read_table(str(file))
+    if BROKEN in table.column_names:
+        row = next(i for i, text in enumerate(table.column(BROKEN).to_pylist()) if text is not None)
+        got = table.column(BROKEN)[row].as_py()
+        raise ValueError(f"{file}: row {row}: expected a cell for each column {table.column_names[:-1]}, got {got!r}")
     if "prompt" not in table.column_names:
         raise ValueError(f"{file}: expected a column 'prompt', got {table.column_names}")
     prompts: list[Prompt] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -50,16 +50,14 @@ def compare(of: dict[str, Prediction], votes: Votes, bootstrap: int, seed: int =
     }
     if votes.category is None:
         return report
-    report["categories"] = {}
-    for name, prompts in by_name(votes.category, len(votes.prompts)).items():
-        if len(prompts) < CATEGORY_AT_LEAST:
-            continue
-        some = votes.of(prompts.tolist())
-        chosen = np.isin(votes.prompt, prompts)
-        report["categories"][name] = {"prompts": len(prompts), "votes": len(some)} | {
+    report["categories"] = {
+        name: {"prompts": len(some.prompts), "votes": len(some)}
+        | {
             predictor: _plain(figures(prediction.of_votes(chosen), some, bootstrap, seed))
             for predictor, prediction in of.items()
         }
+        for name, chosen, some in _categories(votes)
+    }
     return report
 
 
@@ -85,14 +83,19 @@ def value_figures(
     report: dict[str, Any] = {"overall": figures_of(np.ones(len(votes), bool), votes)}
     if votes.category is None:
         return report
-    report["categories"] = {}
-    for name, prompts in by_name(votes.category, len(votes.prompts)).items():
-        if len(prompts) < CATEGORY_AT_LEAST:
-            continue
-        some = votes.of(prompts.tolist())
-        found = figures_of(np.isin(votes.prompt, prompts), some)
-        report["categories"][name] = {"prompts": len(prompts), "values": len(some)} | found
+    report["categories"] = {
+        name: {"prompts": len(some.prompts), "values": len(some)} | figures_of(chosen, some)
+        for name, chosen, some in _categories(votes)
+    }
     return report
+
+
+def _categories(votes: Votes) -> Iterator[tuple[str, npt.NDArray[np.bool_], Votes]]:
+    """Each category that is large enough: its name, which votes [V] are on its prompts, and these votes alone."""
+    assert votes.category is not None
+    for name, prompts in by_name(votes.category, len(votes.prompts)).items():
+        if len(prompts) >= CATEGORY_AT_LEAST:
+            yield name, np.isin(votes.prompt, prompts), votes.of(prompts.tolist())
 
 
 def _linear(theta: Float64, votes: Votes) -> Float64:

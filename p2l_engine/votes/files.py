@@ -15,17 +15,37 @@ import pyarrow.parquet
 from p2l_engine.errors import PromptError
 from p2l_engine.prompts import user_turns
 
-BROKEN = "line: expected a JSON object, of valid text"  # a column of jsonl tables: the lines that are none
+# A column of csv and jsonl tables where there are such rows: what stands there instead.
+BROKEN = "row: expected a JSON object of valid text, or in csv a cell for each column"
 
 
 def _read_csv(file: Path) -> pa.Table:
-    """All columns as text: a type that is guessed from most rows would make the file unreadable for the sake of one cell."""
-    parse = pa.csv.ParseOptions(newlines_in_values=True)
-    with pa.csv.open_csv(file, parse_options=parse) as reader:
+    """All columns as text: a type that is guessed from most rows would make the file unreadable for the sake of one cell. Rows
+    with too many or too few cells stand in the column BROKEN, unless a quote may be to blame: what follows it is not to be
+    trusted."""
+    broken: dict[int, str] = {}
+
+    def ragged(row: Any) -> str:
+        if row.text.count('"') % 2 or ('"' in row.text and "\n" in row.text):
+            return "error"
+        broken[row.number - 2] = row.text[:60]  # counted from 1, the header too
+        return "skip"
+
+    header = pa.csv.ParseOptions(newlines_in_values=True, invalid_row_handler=lambda _: "skip")
+    with pa.csv.open_csv(file, parse_options=header) as reader:
         names = reader.schema.names
-    return pa.csv.read_csv(
-        file, parse_options=parse, convert_options=pa.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()))
+    table = pa.csv.read_csv(
+        file,
+        read_options=pa.csv.ReadOptions(use_threads=False),  # with several, rows have no numbers
+        parse_options=pa.csv.ParseOptions(newlines_in_values=True, invalid_row_handler=ragged),
+        convert_options=pa.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string())),
     )
+    if not broken:
+        return table
+    good = iter(range(table.num_rows))
+    places = [None if i in broken else next(good) for i in range(table.num_rows + len(broken))]
+    texts = pa.array([broken.get(i) for i in range(len(places))], pa.string())
+    return table.take(pa.array(places, pa.int64())).append_column(BROKEN, texts)
 
 
 def _read_jsonl(file: Path) -> pa.Table:

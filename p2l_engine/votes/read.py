@@ -201,7 +201,7 @@ class _Rows:
         place = self.prompts.setdefault(prompt, len(self.prompts))
         if place == len(self.category):
             category = column["category"][i] if "category" in column else None
-            self.category.append("none" if category is None else str(category))
+            self.category.append("none" if category in (None, "") else str(category))
         self.votes += [(place, a, b, outcome, weight * share, time) for outcome, share in parsed if share > 0]
 
     def _model(self, name: Any, column: str) -> str:
