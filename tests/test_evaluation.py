@@ -293,7 +293,7 @@ def test_a_replacement_names_what_gets_worse():
     weighted = strengths.replacement(c, categories, "old", "new", weights=weights)
     rate = {name: of[name]["win_rate"]["new"]["value"] for name in of}
     assert weighted["overall"]["win_rate"] == pytest.approx((2 * rate["sums"] + rate["poems"]) / 3)
-    with pytest.raises(ValueError, match="expected a prompt that weighs something in the category 'poems', got none"):
+    with pytest.raises(ValueError, match="expected a prompt of a weight above 0 in the category 'poems', got none: leave"):
         strengths.by_category(c, categories, "old", weights=np.arange(60) < 30)
     with pytest.raises(ValueError, match="model: expected one of old, new, got 'newer'"):
         strengths.replacement(c, categories, "old", "newer")

@@ -156,7 +156,7 @@ def leaderboards(
     if categories is not None:
         report["categories"] = {
             name: _places(Leaderboard.over(c.rows(rows), None if weights is None else np.asarray(weights)[rows]))
-            for name, rows in strengths.by_name(categories, len(c)).items()
+            for name, rows in strengths.by_name(categories, len(c), weights).items()
         }
     return report
 

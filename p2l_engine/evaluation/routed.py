@@ -109,5 +109,5 @@ def distribution(
     weight = np.ones(len(choice)) if weights is None else np.asarray(weights, np.float64)
     return {
         name: (np.bincount(choice[rows], weight[rows], n_models) / weight[rows].sum()).tolist()
-        for name, rows in by_name(categories, len(choice)).items()
+        for name, rows in by_name(categories, len(choice), weights).items()
     }

@@ -33,8 +33,8 @@ def by_category(
     names = coefficients.models if models is None else tuple(models)
     asked = np.array([_column(coefficients, name) for name in names])
     report: dict[str, Any] = {"reference": reference, "categories": {}}
-    for name, rows in by_name(categories, len(coefficients)).items():
-        samples = _samples(rows, bootstrap, seed, weights, name)
+    for name, rows in by_name(categories, len(coefficients), weights).items():
+        samples = _samples(rows, bootstrap, seed, weights)
         shown = theta[np.ix_(rows, asked)]
         wins = _means(expit(shown - theta[rows, place][:, None]), samples)
         entry: dict[str, Any] = {"prompts": len(rows), "win_rate": _by_model(names, wins)}
@@ -62,8 +62,9 @@ def replacement(
     theta = coefficients.theta.astype(np.float64)
     gain = expit(theta[:, _column(coefficients, new)] - theta[:, _column(coefficients, old)])
     entries = []
-    for name, rows in {"all": np.arange(len(gain)), **(by_name(categories, len(gain)) if categories else {})}.items():
-        (value, low, high), *_ = _means(gain[rows][:, None], _samples(rows, bootstrap, seed, weights, name))
+    places = by_name(["all"] * len(gain), len(gain), weights)
+    for name, rows in [*places.items(), *(by_name(categories, len(gain), weights) if categories else {}).items()]:
+        (value, low, high), *_ = _means(gain[rows][:, None], _samples(rows, bootstrap, seed, weights))
         verdict = "better" if low > 0.5 else "worse" if high < 0.5 else "unclear"
         if len(rows) < ENOUGH:
             verdict = "unclear"
@@ -85,23 +86,30 @@ def _column(coefficients: Coefficients, model: str) -> int:
     return coefficients.models.index(model)
 
 
-def by_name(categories: Sequence[str], n: int) -> dict[str, npt.NDArray[np.int64]]:
-    """The rows of each category, one name for each of n prompts, in the names' order."""
+def by_name(categories: Sequence[str], n: int, weights: npt.ArrayLike | None = None) -> dict[str, npt.NDArray[np.int64]]:
+    """The rows of each category, one name for each of n prompts, in the names' order. Raises ValueError for a category whose
+    prompts weigh nothing (weights [N])."""
     if len(categories) != n:
         raise ValueError(f"categories: expected one for each of the {n} prompts, got {len(categories)}")
-    of = np.array(categories)
-    return {name: np.flatnonzero(of == name) for name in sorted(set(categories))}
+    names, of = np.unique(np.array(categories, object), return_inverse=True)
+    rows_of = np.split(np.argsort(of, kind="stable"), np.cumsum(np.bincount(of))[:-1]) if n else []
+    found = dict(zip(names.tolist(), rows_of, strict=True))
+    weight = np.ones(n) if weights is None else np.asarray(weights, np.float64)
+    for name, rows in found.items():
+        if not weight[rows].sum() > 0:
+            raise ValueError(
+                f"weights: expected a prompt of a weight above 0 in the category {name!r}, got none: leave its prompts out"
+            )
+    return found
 
 
-def _samples(rows: npt.NDArray[np.int64], bootstrap: int, seed: int, weights: npt.ArrayLike | None, name: str) -> Float64:
+def _samples(rows: npt.NDArray[np.int64], bootstrap: int, seed: int, weights: npt.ArrayLike | None) -> Float64:
     """[1 + B, n]: each of a category's prompts' share of the whole, and of each bootstrap sample; samples of nothing but
     prompts without weight are left out."""
     n = len(rows)
     times = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), bootstrap)
     of = np.concatenate([np.ones((1, n)), times]) * (1.0 if weights is None else np.asarray(weights, np.float64)[rows])
     total = of.sum(1, keepdims=True)
-    if not total[0] > 0:
-        raise ValueError(f"weights: expected a prompt that weighs something in the category {name!r}, got none")
     shares: Float64 = of[total[:, 0] > 0] / total[total[:, 0] > 0]
     return shares
 
