@@ -248,11 +248,12 @@ def test_prompts_and_weights_of_tables(checkpoint, tmp_path):
 
 
 def test_text_files_of_prompts_need_no_extra(checkpoint, tmp_path):
-    """Without pyarrow, as after ``pip install .[cli]``."""
+    """Without what the extra "train" brings, as after ``pip install .[cli]``."""
     (tmp_path / "p.jsonl").write_text('{"prompt": "sum", "weight": 3}\n')
     (tmp_path / "p.txt").write_text("sum\n")
     (tmp_path / "p.csv").write_text("prompt\nsum\n")
-    hidden = "import sys; sys.modules['pyarrow'] = None; from p2l_engine.cli import main; main()"
+    extra = ("pyarrow", "pandas", "scipy", "sklearn", "datasets", "peft")
+    hidden = f"import sys; sys.modules |= dict.fromkeys({extra}); from p2l_engine.cli import main; main()"
     for name, status in (("p.jsonl", 0), ("p.txt", 0), ("p.csv", 2)):
         command = ["leaderboard", "--prompts", str(tmp_path / name), "--bootstrap", "0", "--checkpoint", str(checkpoint)]
         done = subprocess.run([sys.executable, "-c", hidden, *command], capture_output=True, text=True, check=False)

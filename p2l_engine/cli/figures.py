@@ -8,8 +8,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from p2l_engine.evaluation.routed import BESIDE
-
 LEFT = {"verdict", "best single model"}  # as is every first column
 
 
@@ -41,6 +39,8 @@ def show_strengths(report: dict[str, Any], out: Console, by_category: bool = Tru
 
 
 def _routing(routing: dict[str, Any], out: Console) -> None:
+    from p2l_engine.evaluation.routed import BESIDE  # wants the extra "train", which other commands do not
+
     table = _table("mean true score of the chosen model", "choice", "mean score", "points over the best single model", "s.e.")
     for name, entry in sorted(routing["choices"].items(), key=lambda item: item[1]["mean_score"]):
         points, error = f"{entry['points_over_best_single']:+.2f}", f"{entry['standard_error_points']:.2f}"
