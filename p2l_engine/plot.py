@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,6 +14,11 @@ from p2l_engine import routing
 from p2l_engine.leaderboard import Leaderboard
 from p2l_engine.routing import Frontier
 from p2l_engine.routing.arrays import Float64
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+logger = logging.getLogger(__name__)
 
 
 def leaderboard(board: Leaderboard, title: str, path: str | Path) -> None:
@@ -39,7 +47,7 @@ def leaderboard(board: Leaderboard, title: str, path: str | Path) -> None:
         axes.axvline(0 if axes is left else 50, color="#888888", linewidth=0.8, zorder=0)
     left.invert_yaxis()
     figure.suptitle(title, fontsize=10, x=0.01, ha="left", parse_math=False)
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
 def frontier(
@@ -70,4 +78,17 @@ def frontier(
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     figure.suptitle(title, fontsize=10, x=0.01, ha="left", parse_math=False)
-    figure.savefig(path, dpi=150)
+    save(figure, path)
+
+
+def save(figure: Figure, path: str | Path) -> None:
+    """Writes the figure, in the kind that the path's suffix names."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        figure.savefig(path, dpi=150)
+    lacking = [w for w in seen if "missing from font" in str(w.message)]
+    if lacking:
+        logger.warning("%s: the plot's font lacks %d of its characters, which are drawn as boxes", path, len(lacking))
+    for w in seen:
+        if w not in lacking:
+            warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)

@@ -135,3 +135,13 @@ def test_a_line_that_is_no_json_is_named(called, folder):
     status, _, err = called("bad.jsonl")
     assert status == 2
     assert "bad.jsonl: line 2: expected JSON" in err
+
+
+def test_characters_that_a_plot_cannot_draw_are_said_once(called, folder, caplog, recwarn):
+    (folder / "cjk.jsonl").write_text('{"prompt": "a", "category": "诗歌"}\n{"prompt": "b", "category": "$x_1$ <b>"}\n')
+    status, out, err = called("cjk.jsonl", "--plot", "c.png", "--html", "c.html")
+    assert status == 0, err
+    assert ["c.png: the plot's font lacks 2 of its characters" in line for line in caplog.messages] == [True]
+    assert not [w for w in recwarn if "Glyph" in str(w.message)]
+    assert "诗歌" in out
+    assert "<b>" not in (folder / "c.html").read_text().replace("&lt;b>", "").split("<script")[0]

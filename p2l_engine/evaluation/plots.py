@@ -15,6 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from p2l_engine import plot
+
 BLUE, GREEN, GOLD, GREY, RED = "#3b6ea5", "#5a9a68", "#b8860b", "#888888", "#b0413e"
 PREDICTORS = {"p2l": BLUE, "category": GREEN, "marginal": GOLD, "constant": GREY}
 ROUTERS = {"batch": (BLUE, "router, one budget over the batch"), "prompt": (GREEN, "router, the budget for each prompt")}
@@ -56,7 +58,7 @@ def save(name: str, report: dict[str, Any], path: Path) -> None:
     with rc_context({"font.size": 9, "text.parse_math": False}):
         figure = Figure(figsize=(8, 4.2), layout="constrained")
         PLOTS[name](figure, report)
-        figure.savefig(path, dpi=150)
+        plot.save(figure, path)
 
 
 def _calibration(figure: Figure, report: dict[str, Any]) -> None:
