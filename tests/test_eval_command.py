@@ -63,6 +63,14 @@ def test_votes_are_evaluated(called, folder):
     assert "how often beta is preferred to alpha" in (folder / "r.html").read_text()
 
 
+def test_clusters_are_no_categories_of_the_training_votes(called, folder):
+    known = pq.read_table(folder / "known.parquet")
+    pq.write_table(known.append_column("category", pa.array(["other"] * len(known))), folder / "known-of.parquet")
+    status, _, err = called("--training", "known-of.parquet", "--cluster", "--json", "c.json")
+    assert status == 0, err
+    assert set(json.loads((folder / "c.json").read_text())["votes"]["overall"]) == {"p2l", "marginal", "constant"}
+
+
 def test_scores_are_evaluated_under_budgets_and_by_category(called, folder):
     status, out, err = called(
         "--training", "known-scores.parquet", "--catalog", "catalog.yaml", "--budget", "1.5", "--budget", "3",

@@ -144,4 +144,4 @@ def test_characters_that_a_plot_cannot_draw_are_said_once(called, folder, caplog
     assert ["c.png: the plot's font lacks 2 of its characters" in line for line in caplog.messages] == [True]
     assert not [w for w in recwarn if "Glyph" in str(w.message)]
     assert "诗歌" in out
-    assert "<b>" not in (folder / "c.html").read_text().replace("&lt;b>", "").split("<script")[0]
+    assert "<b>" not in (folder / "c.html").read_text().split("<script")[0]

@@ -380,6 +380,13 @@ def test_a_csv_row_of_too_many_or_too_few_cells_costs_itself_alone(tmp_path):
         file.write_text("\n".join(["prompt,model_a,model_b,winner", *rows, stray]))
         with pytest.raises(ValueError, match=r"v.csv: expected a readable .csv file: .* Expected 4 columns, got"):
             read(str(file), max_dropped=1)
+    # Rows keep their numbers in files of several megabytes, which are read in blocks, and with prompts of two lines.
+    bad, lines = {5, 20_000, 39_999}, [f'"{i}\n{"x" * 60}",x,y,tie' for i in range(40_000)]
+    file.write_text("\n".join(["prompt,model_a,model_b,winner", *(f'"{i}",x' if i in bad else s for i, s in enumerate(lines))]))
+    votes, dropped = read(str(file))
+    assert (len(votes), dropped.rows, len(dropped)) == (39_997, 40_000, 3)
+    assert "the first is row 5: got" in dropped.lines()[0]
+    assert {int(prompt[0].split()[0]) for prompt in votes.prompts} == set(range(40_000)) - bad
     file.write_text("prompt,model,score\na,x,1\na,y\n")
     with pytest.raises(ValueError, match=r"row: expected .* a cell for each column, got 'a,y'"):
         read(str(file), max_dropped=1)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from p2l_engine.engine import Coefficients
-from p2l_engine.evaluation.strengths import by_name
+from p2l_engine.evaluation.categories import rows_by_category
 from p2l_engine.leaderboard import Fit, OutcomeSums, fit
 from p2l_engine.leaderboard.outcomes import probabilities
 from p2l_engine.regression import FeedbackModel
@@ -46,9 +46,9 @@ def growth(
     report = _approach(coefficients, votes, training, sizes, repeats, seed)
     if votes.category is None:
         return report
-    rows = by_name(votes.category, len(votes.prompts))
+    rows = rows_by_category(votes.category, len(votes.prompts))
     large = sorted((name for name in rows if len(rows[name]) >= ENOUGH), key=lambda name: -len(rows[name]))[:MOST]
-    known = {} if training is None or training.category is None else by_name(training.category, len(training.prompts))
+    known = {} if training is None or training.category is None else rows_by_category(training.category, len(training.prompts))
     report["categories"] = {
         name: _approach(
             coefficients.rows(rows[name]),

@@ -10,8 +10,8 @@ import numpy.typing as npt
 import torch
 
 from p2l_engine.engine import Coefficients
+from p2l_engine.evaluation.categories import rows_by_category
 from p2l_engine.evaluation.metrics import Figure, Prediction, calibration, difference, figures, of_values
-from p2l_engine.evaluation.strengths import by_name
 from p2l_engine.leaderboard.fit import Fit
 from p2l_engine.regression import FeedbackModel
 from p2l_engine.votes import Votes
@@ -93,7 +93,7 @@ def value_figures(
 def _categories(votes: Votes) -> Iterator[tuple[str, npt.NDArray[np.bool_], Votes]]:
     """Each category that is large enough: its name, which votes [V] are on its prompts, and these votes alone."""
     assert votes.category is not None
-    for name, prompts in by_name(votes.category, len(votes.prompts)).items():
+    for name, prompts in rows_by_category(votes.category, len(votes.prompts)).items():
         if len(prompts) >= CATEGORY_AT_LEAST:
             yield name, np.isin(votes.prompt, prompts), votes.of(prompts.tolist())
 

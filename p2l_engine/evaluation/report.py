@@ -12,6 +12,7 @@ from scipy.stats import kendalltau, spearmanr
 
 from p2l_engine.engine import Coefficients, Engine
 from p2l_engine.evaluation import clusters, features, predictors, routed, strengths
+from p2l_engine.evaluation.categories import rows_by_category
 from p2l_engine.evaluation.growth import growth
 from p2l_engine.leaderboard import Leaderboard
 from p2l_engine.prompts import Prompt, user_turns
@@ -80,11 +81,13 @@ def evaluate(
         return report | {"leaderboards": leaderboards(c, held_out.category, None, asked)}
     marginal = None if training is None else marginal_fit(engine.feedback, training)
     fits = None
-    if marginal is not None and training is not None and training.category is not None and held_out.category is not None:
+    known = None if training is None or found is not None else training.category  # clusters are none of its categories
+    if marginal is not None and training is not None and known is not None and held_out.category is not None:
         fits = category_fits(engine.feedback, training, marginal)
     of = predictors.predictions(c, marginal, held_out, fits)
     report["votes"] = predictors.compare(of, held_out, asked.bootstrap, asked.seed)
-    report["leaderboards"] = leaderboards(c, held_out.category, None, asked) | against(c, held_out, asked)
+    report["leaderboards"] = leaderboards(c, held_out.category, None, asked)
+    report["leaderboards"] |= marginal_beside(report["leaderboards"]["aggregated"], c, held_out, asked)
     report["growth"] = growth(c, held_out, training, seed=asked.seed)
     report |= _by_category(c, held_out.category, None, _middle(report["leaderboards"]["aggregated"]), asked)
     if scores is not None:
@@ -156,16 +159,17 @@ def leaderboards(
     if categories is not None:
         report["categories"] = {
             name: _places(Leaderboard.over(c.rows(rows), None if weights is None else np.asarray(weights)[rows]))
-            for name, rows in strengths.by_name(categories, len(c), weights).items()
+            for name, rows in rows_by_category(categories, len(c), weights).items()
         }
     return report
 
 
-def against(c: Coefficients, votes: Votes, asked: Asked) -> dict[str, Any]:
-    """The marginal leaderboard of the prompts' votes, with intervals, and how well the two orders agree (Spearman's and
-    Kendall's rank correlations)."""
+def marginal_beside(aggregated: list[dict[str, Any]], c: Coefficients, votes: Votes, asked: Asked) -> dict[str, Any]:
+    """The marginal leaderboard of the prompts' votes, with intervals, and how well its order agrees with the aggregated one's
+    (Spearman's and Kendall's rank correlations)."""
     counted = marginal_leaderboard(c.feedback, votes, asked.bootstrap, asked.seed)
-    x, y = (board.coefficients(c.models) for board in (Leaderboard.over(c), counted))
+    of = {place["model"]: place["coefficient"] for place in aggregated}
+    x, y = [of[model] for model in c.models], counted.coefficients(c.models)
     return {
         "marginal": _places(counted),
         "spearman": _number(spearmanr(x, y).statistic) if len(x) > 2 else None,

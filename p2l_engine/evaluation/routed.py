@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from p2l_engine import routing
-from p2l_engine.evaluation.strengths import by_name
+from p2l_engine.evaluation.categories import rows_by_category
 
 Float64 = npt.NDArray[np.float64]
 
@@ -67,7 +67,7 @@ def under_budgets(
     model within the budget (by ``known`` [T, M]), and the oracle on the true scores; overall, and for each task where there are
     any (the batch's budget is the whole batch's: a task may cost more than that). Budgets that no model meets are left out."""
     rows = []
-    places = {} if tasks is None else by_name(tasks, len(scores))
+    places = {} if tasks is None else rows_by_category(tasks, len(scores))
     for budget in budgets:
         within = np.flatnonzero(costs <= budget)
         if not len(within):
@@ -109,5 +109,5 @@ def distribution(
     weight = np.ones(len(choice)) if weights is None else np.asarray(weights, np.float64)
     return {
         name: (np.bincount(choice[rows], weight[rows], n_models) / weight[rows].sum()).tolist()
-        for name, rows in by_name(categories, len(choice), weights).items()
+        for name, rows in rows_by_category(categories, len(choice), weights).items()
     }

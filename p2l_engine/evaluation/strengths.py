@@ -10,6 +10,7 @@ import numpy.typing as npt
 from scipy.special import expit
 
 from p2l_engine.engine import Coefficients
+from p2l_engine.evaluation.categories import rows_by_category
 
 Float64 = npt.NDArray[np.float64]
 
@@ -33,7 +34,7 @@ def by_category(
     names = coefficients.models if models is None else tuple(models)
     asked = np.array([_column(coefficients, name) for name in names])
     report: dict[str, Any] = {"reference": reference, "categories": {}}
-    for name, rows in by_name(categories, len(coefficients), weights).items():
+    for name, rows in rows_by_category(categories, len(coefficients), weights).items():
         samples = _samples(rows, bootstrap, seed, weights)
         shown = theta[np.ix_(rows, asked)]
         wins = _means(expit(shown - theta[rows, place][:, None]), samples)
@@ -62,8 +63,8 @@ def replacement(
     theta = coefficients.theta.astype(np.float64)
     gain = expit(theta[:, _column(coefficients, new)] - theta[:, _column(coefficients, old)])
     entries = []
-    places = by_name(["all"] * len(gain), len(gain), weights)
-    for name, rows in [*places.items(), *(by_name(categories, len(gain), weights) if categories else {}).items()]:
+    places = rows_by_category(["all"] * len(gain), len(gain), weights)
+    for name, rows in [*places.items(), *(rows_by_category(categories, len(gain), weights) if categories else {}).items()]:
         (value, low, high), *_ = _means(gain[rows][:, None], _samples(rows, bootstrap, seed, weights))
         verdict = "better" if low > 0.5 else "worse" if high < 0.5 else "unclear"
         if len(rows) < ENOUGH:
@@ -84,23 +85,6 @@ def _column(coefficients: Coefficients, model: str) -> int:
     if model not in coefficients.models:
         raise ValueError(f"model: expected one of {', '.join(coefficients.models)}, got {model!r}")
     return coefficients.models.index(model)
-
-
-def by_name(categories: Sequence[str], n: int, weights: npt.ArrayLike | None = None) -> dict[str, npt.NDArray[np.int64]]:
-    """The rows of each category, one name for each of n prompts, in the names' order. Raises ValueError for a category whose
-    prompts weigh nothing (weights [N])."""
-    if len(categories) != n:
-        raise ValueError(f"categories: expected one for each of the {n} prompts, got {len(categories)}")
-    names, of = np.unique(np.array(categories, object), return_inverse=True)
-    rows_of = np.split(np.argsort(of, kind="stable"), np.cumsum(np.bincount(of))[:-1]) if n else []
-    found = dict(zip(names.tolist(), rows_of, strict=True))
-    weight = np.ones(n) if weights is None else np.asarray(weights, np.float64)
-    for name, rows in found.items():
-        if not weight[rows].sum() > 0:
-            raise ValueError(
-                f"weights: expected a prompt of a weight above 0 in the category {name!r}, got none: leave its prompts out"
-            )
-    return found
 
 
 def _samples(rows: npt.NDArray[np.int64], bootstrap: int, seed: int, weights: npt.ArrayLike | None) -> Float64:

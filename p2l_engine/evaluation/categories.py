@@ -1,0 +1,27 @@
+"""Which prompts belong to which category."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+
+def rows_by_category(
+    categories: Sequence[str], n: int, weights: npt.ArrayLike | None = None
+) -> dict[str, npt.NDArray[np.int64]]:
+    """The rows of each category, one name for each of n prompts, in the names' order. Raises ValueError for a category whose
+    prompts weigh nothing (weights [N])."""
+    if len(categories) != n:
+        raise ValueError(f"categories: expected one for each of the {n} prompts, got {len(categories)}")
+    names, of = np.unique(np.array(categories, object), return_inverse=True)
+    rows_of = np.split(np.argsort(of, kind="stable"), np.cumsum(np.bincount(of))[:-1]) if n else []
+    found = dict(zip(names.tolist(), rows_of, strict=True))
+    weight = np.ones(n) if weights is None else np.asarray(weights, np.float64)
+    for name, rows in found.items():
+        if not weight[rows].sum() > 0:
+            raise ValueError(
+                f"weights: expected a prompt of a weight above 0 in the category {name!r}, got none: leave its prompts out"
+            )
+    return found
