@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 core = [
     "torch>=2.11",
@@ -32,7 +32,16 @@ ray = [*batch, "ray[data]>=2.55,<2.64"]
 bench = ["cvxpy>=1.6", "scipy>=1.15", "rich>=14"]
 # Servers for the tests, of S3's kind and of Google's; moto[server] pulls much more.
 stores = ["moto[s3]>=5.1", "flask>=3", "flask-cors>=5", "gcp-storage-emulator>=2026.7"]
-test = ["pytest>=8.4", "hypothesis>=6.130", "scipy>=1.15", "psutil>=6", "pyspark[sql]>=4", "tensorboard>=2.20", *stores]
+test = [
+    "pytest>=8.4",
+    "pytest-xdist>=3.6",
+    "hypothesis>=6.130",
+    "scipy>=1.15",
+    "psutil>=6",
+    "pyspark[sql]>=4",
+    "tensorboard>=2.20",
+    *stores,
+]
 lint = ["ruff>=0.12", "mypy>=1.17", "types-cffi", "types-PyYAML"]
 
 setup(
@@ -44,18 +53,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=[
-        "p2l_engine",
-        "p2l_engine.backbone",
-        "p2l_engine.batch",
-        "p2l_engine.cli",
-        "p2l_engine.evaluation",
-        "p2l_engine.routing",
-        "p2l_engine.kernels",
-        "p2l_engine.leaderboard",
-        "p2l_engine.train",
-        "p2l_engine.votes",
-    ],
+    packages=sorted({*find_packages(include=["p2l_engine", "p2l_engine.*"]), "p2l_engine.kernels", "p2l_engine.train"}),
     package_dir={"p2l_engine.kernels": "kernels", "p2l_engine.train": "train"},
     package_data={
         "p2l_engine": ["py.typed", "default/*"],

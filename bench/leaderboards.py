@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.setting import positive, run, write_rows
-from p2l_engine.engine import Coefficients
+from p2l_engine.coefficients import Coefficients
+from p2l_engine.feedback import feedback_model
 from p2l_engine.leaderboard import Leaderboard, OutcomeSums
-from p2l_engine.regression import feedback_model
 
 CHUNK = 4096
 

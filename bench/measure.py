@@ -16,7 +16,7 @@ import highspy
 import numpy as np
 import scipy
 
-from p2l_engine.routing import native
+from p2l_engine.native import routing as native
 
 REPEATS = 5  # the median counts
 

@@ -16,7 +16,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from p2l_engine.card import CHOICES, FIGURES, PREDICTORS
+from p2l_engine.checkpoint.card import CHOICES, FIGURES, PREDICTORS
 
 UNDER_BUDGET = {
     "batch": "this checkpoint, one budget over the batch",

@@ -35,9 +35,9 @@ from bench.batch_budgets import bench_batch, bench_millions
 from bench.measure import Row, machine, measure, once
 from p2l_engine import Catalog, Engine, Router, routing
 from p2l_engine.catalog import CatalogModel
-from p2l_engine.engine import Coefficients
-from p2l_engine.regression import feedback_model
-from p2l_engine.routing import native
+from p2l_engine.coefficients import Coefficients
+from p2l_engine.feedback import feedback_model
+from p2l_engine.native import routing as native
 
 Float64 = npt.NDArray[np.float64]
 

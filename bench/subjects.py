@@ -16,10 +16,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast, Qwen2Config
 
+from p2l_engine.backbone.head import Head
 from p2l_engine.backbone.weights import expected_shapes
 from p2l_engine.checkpoint import Checkpoint
-from p2l_engine.head import Head
-from p2l_engine.regression import feedback_model
+from p2l_engine.feedback import feedback_model
 
 MEDIAN, SIGMA, LONGEST = 48, 1.2, 4000
 SYSTEM = "You are a helpful assistant, made for benchmarks. Answer as well as you can, and say so when you cannot."

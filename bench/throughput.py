@@ -28,10 +28,10 @@ from bench import subjects
 from bench.peers import Transformers
 from bench.setting import add_subjects, matrix_rate, positive, run, write_rows
 from p2l_engine import Engine, checkpoint, routing
+from p2l_engine.backbone.packing import Packed
 from p2l_engine.checkpoint import Checkpoint
 from p2l_engine.engine import natural_dtype
-from p2l_engine.graphs import CompileWatch
-from p2l_engine.packing import Packed
+from p2l_engine.engine.compile_watch import CompileWatch
 
 BUDGETS = {"cpu": (512, 1024, 2048, 4096), "cuda": (8192, 16384, 32768, 65536)}
 

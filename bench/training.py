@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.measure import machine
-from p2l_engine.prompts import PromptEncoder
+from p2l_engine.prompts.encode import PromptEncoder
 from p2l_engine.train import fused
 from p2l_engine.train.batches import PromptVotes, collate
 from p2l_engine.train.config import TrainConfig

@@ -4,7 +4,7 @@
  * All arrays are row-major, contiguous float64 unless a type says otherwise; N prompts, M models. Callers have checked
  * their arguments (finite values, q >= 0 with sum 1, costs >= 0): nothing here validates. Every routine is batched over
  * prompts and runs on `threads` OpenMP threads; 1 keeps it on the calling thread. The readable twins of these routines are
- * in p2l_engine/routing/reference.py.
+ * in tests/support/reference.py.
  */
 #ifndef P2L_NATIVE_H
 #define P2L_NATIVE_H

@@ -13,14 +13,16 @@ import numpy.typing as npt
 import torch
 
 from p2l_engine import routing
-from p2l_engine.batcher import WAIT, Batcher
 from p2l_engine.catalog import Catalog
+from p2l_engine.coefficients import Coefficients
 from p2l_engine.decision import Decision, Draws
-from p2l_engine.engine import Coefficients, Engine
+from p2l_engine.engine import Engine
+from p2l_engine.engine.batcher import WAIT, Batcher
+from p2l_engine.engine.compile_watch import CompileWatch
 from p2l_engine.errors import CatalogError, InfeasibleBudget
-from p2l_engine.graphs import CompileWatch
-from p2l_engine.prompts import Prompt, user_turns
-from p2l_engine.routing import BudgetPacer, Objective, Policies, Problem, Resource, Share, arrays, native
+from p2l_engine.native import routing as native
+from p2l_engine.prompts.parse import Prompt, user_turns
+from p2l_engine.routing import BudgetPacer, Objective, Policies, Problem, Resource, Share, arrays
 from p2l_engine.routing.arrays import Float64
 from p2l_engine.routing.problem import Scope, expected
 from p2l_engine.routing.values import Values, compute

@@ -11,9 +11,9 @@ import torch
 
 import p2l_engine  # noqa: F401 (before transformers: it hides this folder's kernels/ from it)
 from p2l_engine import Engine, Router
-from tests import tiny
+from tests.support import tiny
 
-pytest.register_assert_rewrite("tests.batch_files")
+pytest.register_assert_rewrite("tests.support.batch_files", "tests.support.catalogs", "tests.support.training")
 
 DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 
@@ -28,7 +28,7 @@ def engine(tmp_path_factory):
 @pytest.fixture(scope="session")
 def router(engine):
     """Over the tiny checkpoint and a catalog of its models."""
-    from tests.test_router import catalog  # late: pytest rewrites the asserts of test modules that it imports itself
+    from tests.support.catalogs import catalog
 
     return Router(engine, catalog(), seed=3)
 

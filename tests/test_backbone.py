@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from p2l_engine import Engine
 from p2l_engine.backbone.on_cpu import CpuOperations
+from p2l_engine.backbone.packing import Packed
 from p2l_engine.kernels import rms_norm, rotary, silu_mul
-from p2l_engine.packing import Packed
-from tests import tiny
-from tests.kernel_cases import FLOATS, close
+from tests.support import tiny
+from tests.support.kernel_cases import FLOATS, close
 
 PREFIXED = "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}" + tiny.TEMPLATE
 PROMPTS = ["a", "hello", "\n\nwhite space first", "x" * 300, "", "Schreibe ein Gedicht.", "y" * 9000, "hello"]

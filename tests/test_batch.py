@@ -9,12 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from p2l_engine.batch import Asked, run
-from p2l_engine.batch.distinct import Distinct
-from p2l_engine.batch.lots import Unroutable
+from p2l_engine.batch.blocks import blocks
+from p2l_engine.batch.deduplicator import Distinct
 from p2l_engine.batch.manifest import read_manifest
-from p2l_engine.batch.places import Place, find
-from p2l_engine.batch.rows import blocks
-from tests.batch_files import PROMPTS, agrees, contents, output, write
+from p2l_engine.tables.rows import Unroutable
+from p2l_engine.tables.storage import Place, find
+from tests.support.batch_files import PROMPTS, agrees, contents, output, write
 
 KINDS = [".parquet", ".csv", ".csv.gz", ".csv.zst", ".jsonl", ".jsonl.gz", ".jsonl.zst"]
 
@@ -178,7 +178,7 @@ def test_no_rows_make_no_parts(router, tmp_path):
 
 def test_prompts_beyond_what_is_remembered_are_computed_again():
     table = pa.table({"prompt": ["a", "b", "c", "a", "b", "c"]})
-    from p2l_engine.batch.rows import Block
+    from p2l_engine.batch.blocks import Block
 
     distinct = Distinct(remembered=2)
     turns = [(prompt,) for prompt in table["prompt"].to_pylist()]
@@ -190,7 +190,7 @@ def test_prompts_beyond_what_is_remembered_are_computed_again():
 
 
 def test_blocks_are_bounded_by_rows_and_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr("p2l_engine.batch.rows.BYTES", 1000)
+    monkeypatch.setattr("p2l_engine.batch.blocks.BYTES", 1000)
     prompts = ["x" * 5000 if i == 7 else "short" for i in range(20)]
     found = list(blocks(find([write(tmp_path / "in.parquet", prompts)]), "prompt", rows=6))
     assert [len(block.prompts) for block in found] == [6, 2, 6, 6]

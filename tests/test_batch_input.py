@@ -10,9 +10,9 @@ import pytest
 
 from p2l_engine.batch import Asked, run
 from p2l_engine.batch.manifest import read_manifest
-from p2l_engine.batch.places import Place, find
-from tests.batch_files import output, write
-from tests.tiny import MODELS
+from p2l_engine.tables.storage import Place, find
+from tests.support.batch_files import output, write
+from tests.support.tiny import MODELS
 
 
 def test_what_stands_in_the_way_is_named(router, tmp_path):

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from p2l_engine import InfeasibleBudget, Router
-from p2l_engine.batcher import Batcher
-from p2l_engine.engine import Coefficients
+from p2l_engine.coefficients import Coefficients
+from p2l_engine.engine.batcher import Batcher
 from p2l_engine.errors import PromptError
-from p2l_engine.regression import feedback_model
+from p2l_engine.feedback import feedback_model
 from p2l_engine.routing import BudgetPacer
-from tests.test_router import catalog, same
+from tests.support.catalogs import catalog, same
 
 PROMPTS = [f"prompt {i} " * (1 + i % 5) for i in range(60)]
 

@@ -11,8 +11,8 @@ import torch
 
 from bench import kernels, latency, setting, subjects, throughput
 from p2l_engine.backbone.weights import expected_shapes
-from p2l_engine.prompts import PromptEncoder
-from tests import tiny
+from p2l_engine.prompts.encode import PromptEncoder
+from tests.support import tiny
 
 
 def test_random_prompts_have_the_lengths_that_are_claimed():

@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from p2l_engine import Engine, checkpoint, smollm2
+from p2l_engine import Engine, checkpoint
+from p2l_engine.checkpoint import smollm2
 from p2l_engine.errors import CheckpointError
-from tests import tiny
+from tests.support import tiny
 
 
 def theta(folder):

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from p2l_engine import Engine, Router
-from tests.test_router import catalog
+from tests.support.catalogs import catalog
 
 EXAMPLES = {
     re.search("pyspark|ray", code)[0]: code

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from p2l_engine import Catalog, Engine, Router, checkpoint
+from p2l_engine.backbone.packing import Packed
+from p2l_engine.checkpoint.adapter import NEW_ROWS
 from p2l_engine.evaluation.report import Asked, evaluate
 from p2l_engine.evaluation.sources import scores_of
-from p2l_engine.packing import Packed
 from p2l_engine.train.config import TrainConfig
 from p2l_engine.train.data import load
 from p2l_engine.train.model import build
@@ -47,7 +48,7 @@ def test_theta_is_that_of_transformers_and_peft(default_engine):
         n.replace("base_model.model.model.", "model.base_model.model.").replace("base_model.model.head.", "head."): w
         for n, w in own.items()
     }
-    rows = state.pop(f"base_model.model.{checkpoint.NEW_ROWS}".replace("base_model.model.model.", "model.base_model.model."))
+    rows = state.pop(f"base_model.model.{NEW_ROWS}".replace("base_model.model.model.", "model.base_model.model."))
     with torch.no_grad():
         model.model.get_input_embeddings().weight[-len(rows) :] = rows
     unexpected = model.load_state_dict(state, strict=False).unexpected_keys

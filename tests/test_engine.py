@@ -11,11 +11,12 @@ import pytest
 import torch
 from transformers import GPT2Config, LlamaConfig
 
-from p2l_engine import Engine, cpu
+from p2l_engine import Engine
+from p2l_engine.backbone.packing import Packed, batches
+from p2l_engine.engine import cpu
+from p2l_engine.engine.compile_watch import CompileWatch
 from p2l_engine.errors import PromptError
-from p2l_engine.graphs import CompileWatch
-from p2l_engine.packing import Packed, batches
-from tests import tiny
+from tests.support import tiny
 
 PROMPTS = [
     "a",
@@ -148,7 +149,7 @@ def test_chunks_are_tokenised_ahead_and_every_prompt_comes_once(tmp_path, monkey
     engine = Engine.from_pretrained(tiny.write(tmp_path), device="cpu", dtype=torch.float32)
     prompts = [f"{i} " * (1 + i % 7) for i in range(50)]
     whole = engine.coefficients(prompts).theta
-    monkeypatch.setattr("p2l_engine.engine.PROMPTS_PER_CHUNK", 8)
+    monkeypatch.setattr("p2l_engine.engine.engine.PROMPTS_PER_CHUNK", 8)
     monkeypatch.setattr(engine, "tokens_per_batch", 64)
     np.testing.assert_allclose(engine.coefficients(prompts).theta, whole, atol=1e-5)
     batches_seen = list(engine.stream(prompts, lambda hidden, rows: (torch.from_numpy(rows),)))

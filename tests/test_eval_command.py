@@ -11,7 +11,7 @@ import pytest
 
 from p2l_engine.cli import main
 from p2l_engine.train.simulate import Simulator
-from tests import tiny
+from tests.support import tiny
 
 CATALOG = "unit: USD per request\nmodels:\n" + "".join(f"  {name}: {{cost: {1 + i}}}\n" for i, name in enumerate(tiny.MODELS))
 

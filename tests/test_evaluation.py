@@ -13,17 +13,17 @@ from scipy.stats import norm, poisson, spearmanr
 from sklearn.metrics import roc_auc_score
 
 from p2l_engine import Engine
-from p2l_engine.engine import Coefficients
+from p2l_engine.coefficients import Coefficients
 from p2l_engine.evaluation import clusters, features, html, routed, strengths
 from p2l_engine.evaluation.growth import growth
 from p2l_engine.evaluation.metrics import Prediction, _BySample, calibration, difference, figures
 from p2l_engine.evaluation.predictors import compare, predictions, value_figures
 from p2l_engine.evaluation.report import Asked, Scores, evaluate
-from p2l_engine.regression import Outcome, feedback_model
+from p2l_engine.feedback import Outcome, feedback_model
 from p2l_engine.train.simulate import Simulator
 from p2l_engine.votes import Votes
 from p2l_engine.votes.marginal import category_fits, marginal_fit, marginal_values
-from tests import tiny
+from tests.support import tiny
 
 
 def simulated(name="grk", m=5, n=120, each=10):

@@ -8,10 +8,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModel
 
-from p2l_engine.packing import Packed
+from p2l_engine.backbone.packing import Packed
 from p2l_engine.train import fused
 from p2l_engine.train.attention import NAME
-from tests import tiny
+from tests.support import tiny
 
 LENGTHS = [1, 3, 3, 7, 20, 20, 20]
 

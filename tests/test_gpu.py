@@ -12,8 +12,8 @@ import torch
 from bench import subjects
 from bench.peers import Transformers
 from p2l_engine import Engine
-from p2l_engine.graphs import BUCKETS
-from p2l_engine.packing import Packed
+from p2l_engine.backbone.packing import Packed
+from p2l_engine.engine.graphs import BUCKETS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 

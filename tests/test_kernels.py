@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from p2l_engine.feedback import feedback_model
 from p2l_engine.kernels import (
     bt_score,
     budget_lp,
@@ -22,8 +23,7 @@ from p2l_engine.kernels import (
     silu_mul,
     win_rates,
 )
-from p2l_engine.regression import feedback_model
-from tests import kernel_cases
+from tests.support import kernel_cases
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def interpreted():
     """What tests/kernel_cases.py says of each kernel in Triton's interpreter, which needs a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.kernel_cases"],
+        [sys.executable, "-W", "ignore", "-m", "tests.support.kernel_cases"],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         cwd=ROOT,
         capture_output=True,

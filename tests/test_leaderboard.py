@@ -11,11 +11,11 @@ from scipy.optimize import minimize
 from scipy.special import expit
 
 from p2l_engine import Leaderboard
-from p2l_engine.engine import Coefficients
+from p2l_engine.coefficients import Coefficients
+from p2l_engine.feedback import feedback_model
 from p2l_engine.leaderboard import OutcomeSums, fit, pair_count, pairs
 from p2l_engine.leaderboard.fit import refit
 from p2l_engine.leaderboard.outcomes import probabilities
-from p2l_engine.regression import feedback_model
 
 NAMES = ("bt", "bt-tie", "rk", "rk-reparam", "grk")
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from p2l_engine import routing
-from p2l_engine.regression import Outcome, feedback_model
+from p2l_engine.feedback import Outcome, feedback_model
 
 NOT_LOST = {Outcome.A: 1.0, Outcome.B: 0.0, Outcome.TIE: 0.5, Outcome.BOTH_BAD: 0.5}
 

@@ -8,20 +8,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from p2l_engine import routing
-from p2l_engine.routing import (
-    Infeasible,
-    InfeasibleBudget,
-    LazyWinRates,
-    Problem,
-    Resource,
-    Share,
-    SolverError,
-    native,
-    reference,
-    solve,
-)
+from p2l_engine.native import routing as native
+from p2l_engine.routing import Infeasible, InfeasibleBudget, LazyWinRates, Problem, Resource, Share, SolverError, solve
 from p2l_engine.routing.batch import Batch, equal_prompts
 from p2l_engine.routing.values import ArrayValues
+from tests.support import reference
 
 
 def random_problem(seed: int, n: int, m: int, batch_only: bool = False) -> Problem:

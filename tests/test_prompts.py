@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from p2l_engine.errors import PromptError
-from p2l_engine.prompts import PromptEncoder, user_turns
-from tests import tiny
+from p2l_engine.prompts.encode import PromptEncoder
+from p2l_engine.prompts.parse import user_turns
+from tests.support import tiny
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ def test_200_000_characters_and_every_special_token(encoder):
 @pytest.mark.parametrize("template", [tiny.TEMPLATE, "{{ messages[0]['content'] }}"])
 def test_a_giant_prompt_is_cut_before_it_is_tokenised(template, monkeypatch):
     """What is left of it is what truncation leaves of the whole; memory follows the limit, not the prompt."""
-    monkeypatch.setattr("p2l_engine.prompts.BOUNDARY_WITHIN", 50)
+    monkeypatch.setattr("p2l_engine.prompts.encode.BOUNDARY_WITHIN", 50)
     short = PromptEncoder(tiny.tokenizer(template=template), max_tokens=40)
     seen = []
     real = short._ids

@@ -16,8 +16,8 @@ import torch
 
 from p2l_engine import cli
 from p2l_engine.batch import Asked, Route, run
-from tests.batch_files import contents
-from tests.test_router import catalog
+from tests.support.batch_files import contents
+from tests.support.catalogs import catalog
 
 ray = pytest.importorskip("ray", reason="Ray is not installed")
 

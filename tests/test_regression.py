@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2l_engine.regression import NAMES, Outcome, feedback_model
+from p2l_engine.feedback import NAMES, Outcome, feedback_model
 
 VOTE_MODELS = [name for name in NAMES if not feedback_model(name).of_values]
 coefficients = st.floats(-4, 4)

@@ -13,9 +13,9 @@ import pytest
 
 from p2l_engine import Router
 from p2l_engine.batch import Asked, run
-from tests.batch_files import PROMPTS, contents, write
-from tests.test_router import COSTS, catalog
-from tests.tiny import MODELS
+from tests.support.batch_files import PROMPTS, contents, write
+from tests.support.catalogs import COSTS, catalog
+from tests.support.tiny import MODELS
 
 
 def test_one_run_at_a_time(router, tmp_path):
@@ -172,9 +172,9 @@ def test_a_full_disk_loses_nothing(scope, router, tmp_path, monkeypatch):
     given = write(tmp_path / "in.parquet")
     asked = {"budget": 1.5, "budget_scope": scope, "rows_per_part": 32}
     run(router, Asked([given], str(tmp_path / "whole"), **asked))
-    from p2l_engine.batch import places
+    from p2l_engine.tables import storage
 
-    real, left = places.write_local, [0]
+    real, left = storage.write_local, [0]
 
     def failing(path, data):
         left[0] -= 1
@@ -182,8 +182,8 @@ def test_a_full_disk_loses_nothing(scope, router, tmp_path, monkeypatch):
             raise OSError(28, "No space left on device", str(path))
         real(path, data)
 
-    for module in ("places", "spill"):
-        monkeypatch.setattr(f"p2l_engine.batch.{module}.write_local", failing)
+    for module in ("tables.storage", "batch.spill"):
+        monkeypatch.setattr(f"p2l_engine.{module}.write_local", failing)
     failures = 0
     for _ in range(50):
         left[0] = 2

@@ -5,18 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from p2l_engine import Catalog, InfeasibleBudget, Router, routing
-from p2l_engine.catalog import CatalogModel
+from p2l_engine import InfeasibleBudget, Router, routing
 from p2l_engine.errors import CatalogError, PromptError
 from p2l_engine.routing import BudgetPacer, Infeasible, Resource
-from tests.tiny import MODELS
+from tests.support.catalogs import COSTS, catalog, same
+from tests.support.tiny import MODELS
 
 PROMPTS = [f"prompt number {i}" * (1 + i % 3) for i in range(40)]
-COSTS = [1.0, 2.0, 3.0, 4.0, 5.0]
-
-
-def catalog(names=MODELS, costs=COSTS):
-    return Catalog(tuple(CatalogModel(n, c) for n, c in zip(names, costs, strict=True)))
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +35,6 @@ def test_decisions_are_the_optimum(router, budget):
         assert budget is None or d.expected_cost <= budget
         assert len(d.policy) <= 2
         assert d.why.startswith("highest win rate")
-
-
-def same(one, other):
-    assert (one.model, set(one.policy)) == (other.model, set(other.policy))
-    for name in one.policy:
-        assert one.policy[name] == pytest.approx(other.policy[name], abs=1e-4)
-    for field in ("expected_cost", "win_rate", "score"):
-        assert getattr(one, field) == pytest.approx(getattr(other, field), abs=1e-4)
 
 
 def test_a_batch_is_routed_as_its_prompts_are_in_any_order(router):

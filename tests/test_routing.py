@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from scipy.optimize import brentq
 
 from p2l_engine import InfeasibleBudget, routing
-from p2l_engine.routing import native, reference
+from p2l_engine.native import routing as native
+from tests.support import reference
 
 settings.register_profile("routing", deadline=None, max_examples=150)
 settings.load_profile("routing")

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,59 +14,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 
 from p2l_engine import Engine
+from p2l_engine.checkpoint.export import export
 from p2l_engine.errors import CheckpointError
-from p2l_engine.export import export
 from p2l_engine.train.config import TrainConfig
 from p2l_engine.train.progress import Seen, Show
 from p2l_engine.train.run import train
-from tests import plain_reader, tiny
-from tests.test_train import settings, skill_votes
-
-ROOT = Path(__file__).resolve().parent.parent
-
-# A run whose weights are kept in float32, as they are before they are rounded for the checkpoint.
-SCRIPT = """
-import os, signal, sys
-import torch
-from safetensors.torch import save_file
-from p2l_engine.train import run
-from p2l_engine.train.config import TrainConfig
-from p2l_engine.train.progress import Show
-
-config, out, steps, if_present, kill_at = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4], int(sys.argv[5])
-torch.set_num_threads(1)
-shown = Show.on_step_end
-def on_step_end(self, args, state, control, **rest):
-    shown(self, args, state, control, **rest)
-    if state.global_step == kill_at:
-        os.kill(os.getpid(), signal.SIGKILL)
-Show.on_step_end = on_step_end
-def write(folder, model, state, *rest):
-    save_file({name: tensor.float().clone() for name, tensor in state.items()}, out)
-run.write = write
-run.train(TrainConfig.load(config), steps, if_present)
-"""
-
-
-def run(tmp_path, config, name, steps=20, if_present="refuse", kill_at=0, processes=1, **more):
-    file = tmp_path / f"{name}.yaml"
-    values = config.model_dump(exclude_none=True) | {"output_dir": str(tmp_path / more.pop("output", name))}
-    file.write_text(yaml.safe_dump(values))
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    command = [sys.executable, *launcher, str(script), str(file), str(tmp_path / f"{name}.safetensors"), str(steps), if_present]
-    # The same threads in each process: sums have the same order.
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, str(kill_at)], env=environment, capture_output=True, text=True, check=False)
-    if kill_at:
-        assert done.returncode == -9, done.stderr
-        return None
-    assert done.returncode == 0, done.stderr
-    return load_file(tmp_path / f"{name}.safetensors")
+from tests.support import plain_reader, tiny
+from tests.support.training import ROOT, run, settings, skill_votes
 
 
 def largest_difference(one, other):

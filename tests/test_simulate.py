@@ -12,13 +12,13 @@ import torch
 
 from p2l_engine import Engine, Leaderboard, routing
 from p2l_engine.evaluation.metrics import Prediction
+from p2l_engine.feedback import feedback_model
 from p2l_engine.leaderboard import OutcomeSums, fit
-from p2l_engine.regression import feedback_model
 from p2l_engine.train.config import TrainConfig
 from p2l_engine.train.run import train
 from p2l_engine.train.simulate import Simulator
 from p2l_engine.votes.marginal import marginal_fit
-from tests import tiny
+from tests.support import tiny
 
 WINNERS = ("model_a", "model_b", "tie", "tie (bothbad)")
 

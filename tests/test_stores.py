@@ -14,8 +14,8 @@ import pytest
 from pyarrow.fs import GcsFileSystem
 
 from p2l_engine.batch import Asked, run
-from p2l_engine.batch.places import Place, find
-from tests.batch_files import contents, write
+from p2l_engine.tables.storage import Place, find
+from tests.support.batch_files import contents, write
 
 moto = pytest.importorskip("moto.server", reason="moto is not installed")
 

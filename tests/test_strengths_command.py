@@ -14,7 +14,7 @@ from p2l_engine import Engine
 from p2l_engine.cli import main
 from p2l_engine.evaluation import features
 from p2l_engine.leaderboard import Leaderboard
-from tests import tiny
+from tests.support import tiny
 
 PROMPTS = [f"{kind} number {i}" for i in range(10) for kind in ("sum", "poem")]
 

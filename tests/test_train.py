@@ -14,7 +14,7 @@ import yaml
 from p2l_engine import Engine
 from p2l_engine.evaluation.report import Asked, evaluate
 from p2l_engine.evaluation.sources import of_config
-from p2l_engine.regression import feedback_model
+from p2l_engine.feedback import feedback_model
 from p2l_engine.train import data
 from p2l_engine.train.__main__ import main
 from p2l_engine.train.batches import PromptVotes, collate
@@ -23,41 +23,8 @@ from p2l_engine.train.model import build
 from p2l_engine.train.run import train
 from p2l_engine.train.saving import write
 from p2l_engine.votes import read, split
-from tests import tiny
-
-
-def write_votes(path, rows):
-    names = ("prompt", "model_a", "model_b", "winner")
-    pq.write_table(pa.table({key: [row[i] for row in rows] for i, key in enumerate(names)}), path)
-    return str(path)
-
-
-def skill_votes(path, n=48, start=0):
-    """Prompts that start with "sum" are x's, the others y's; both always right on their own, z never."""
-    rows = []
-    for i in range(start, start + n):
-        prompt = f"{'sum' if i % 2 else 'poem'} {i}"
-        good, bad = ("x", "y") if i % 2 else ("y", "x")
-        rows += [(prompt, good, bad, "model_a"), (prompt, bad, "z", "tie (bothbad)"), (prompt, "z", good, "model_b")]
-    return write_votes(path, rows)
-
-
-def settings(tmp_path, **changes):
-    tiny.write(tmp_path / "base", loss_type="grk", dtype=torch.bfloat16)
-    values = {
-        "proj_name": "trial",
-        "pretrain_model_name": str(tmp_path / "base"),
-        "train_data_path": skill_votes(tmp_path / "votes.parquet"),
-        "output_dir": str(tmp_path / "out"),
-        "held_out": 0.25,
-        "head_type": "rk",
-        "loss_type": "grk",
-        "learning_rate": 3e-3,
-        "batch_size": 8,
-        "num_train_epochs": 6,
-        "max_length": 64,
-    } | changes
-    return TrainConfig.model_validate(values)
+from tests.support import tiny
+from tests.support.training import settings, write_votes
 
 
 @pytest.mark.parametrize("how", [{}, {"lora": {"r": 4, "alpha": 8, "first_layer": 1}}, {"train_head_only": True}])

@@ -12,14 +12,13 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from p2l_engine import Engine
+from p2l_engine.checkpoint.export import export
 from p2l_engine.errors import CheckpointError
 from p2l_engine.evaluation import sources
 from p2l_engine.evaluation.report import evaluate
-from p2l_engine.export import export
 from p2l_engine.train.run import train
-from tests import tiny
-from tests.test_runs import ROOT, run
-from tests.test_train import settings, skill_votes
+from tests.support import tiny
+from tests.support.training import ROOT, run, settings, skill_votes
 
 
 @pytest.fixture

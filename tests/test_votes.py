@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from p2l_engine.regression import Outcome, feedback_model
+from p2l_engine.feedback import Outcome, feedback_model
 from p2l_engine.votes import Summary, Votes, from_scores, read, split
 from p2l_engine.votes.marginal import marginal_fit, outcome_counts
 

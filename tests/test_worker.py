@@ -9,7 +9,7 @@ import pytest
 
 from p2l_engine import Router
 from p2l_engine.batch import Route
-from tests.test_router import catalog
+from tests.support.catalogs import catalog
 
 PROMPTS = [f"question {i % 20} " + "so " * (i % 11) for i in range(50)]
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
-from p2l_engine.packing import Packed
+from p2l_engine.backbone.packing import Packed
 
 NAME = "p2l_packed"
 

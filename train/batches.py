@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from p2l_engine.packing import Packed
-from p2l_engine.prompts import PromptEncoder
+from p2l_engine.backbone.packing import Packed
+from p2l_engine.prompts.encode import PromptEncoder
 from p2l_engine.votes import Votes
 
 ALWAYS_KEPT = 3  # tokens at the end: what closes the turn, and CLS

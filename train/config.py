@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from p2l_engine.catalog import UniqueKeys
-from p2l_engine.regression import feedback_model
+from p2l_engine.feedback import feedback_model
 
 
 class Lora(BaseModel):

@@ -6,7 +6,7 @@ import logging
 
 import numpy as np
 
-from p2l_engine.regression import Outcome, feedback_model
+from p2l_engine.feedback import Outcome, feedback_model
 from p2l_engine.train.config import TrainConfig
 from p2l_engine.votes import Splits, Summary, Votes, check_apart, read, split
 

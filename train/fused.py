@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from p2l_engine._native import ffi, lib
-from p2l_engine.packing import Run
+from p2l_engine.backbone.packing import Run
 
 FAMILIES = ("llama", "qwen2")
 ELEMENTS_PER_THREAD = 4096  # below this a thread costs more than it saves

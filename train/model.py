@@ -13,11 +13,12 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedTokenizerBase
 
-from p2l_engine import checkpoint, cpu
-from p2l_engine.checkpoint import NEW_ROWS, PEFT_PREFIX
-from p2l_engine.packing import Packed
-from p2l_engine.prompts import PromptEncoder
-from p2l_engine.regression import feedback_model
+from p2l_engine import checkpoint
+from p2l_engine.backbone.packing import Packed
+from p2l_engine.checkpoint.adapter import NEW_ROWS, PEFT_PREFIX
+from p2l_engine.engine import cpu
+from p2l_engine.feedback import feedback_model
+from p2l_engine.prompts.encode import PromptEncoder
 from p2l_engine.train import attention, fused
 from p2l_engine.train.config import TrainConfig
 

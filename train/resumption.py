@@ -14,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from p2l_engine import checkpoint
-from p2l_engine.saving import write_json
+from p2l_engine.checkpoint.saving import write_json
 from p2l_engine.train.config import TrainConfig
 from p2l_engine.votes import Splits, Votes
 

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from transformers import PretrainedConfig, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations.integration_utils import TensorBoardCallback
 
-from p2l_engine.prompts import PromptEncoder
-from p2l_engine.saving import replaceable
+from p2l_engine.checkpoint.saving import replaceable
+from p2l_engine.prompts.encode import PromptEncoder
 from p2l_engine.train import data, resumption
 from p2l_engine.train.batches import PromptVotes, collate
 from p2l_engine.train.config import TrainConfig

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from p2l_engine.saving import write_json, write_tensors, write_whole
+from p2l_engine.checkpoint.saving import write_json, write_tensors, write_whole
 from p2l_engine.train.config import TrainConfig
 from p2l_engine.train.model import P2LModel, bare, published_tensors
 

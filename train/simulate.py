@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from p2l_engine.engine import Coefficients
+from p2l_engine.coefficients import Coefficients
+from p2l_engine.feedback import FeedbackModel, feedback_model
 from p2l_engine.leaderboard.outcomes import OutcomeSums
-from p2l_engine.regression import FeedbackModel, feedback_model
 from p2l_engine.votes import Votes
 
 Float64 = npt.NDArray[np.float64]

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from p2l_engine.backbone.packed import PackedDecoder
+from p2l_engine.backbone.packing import Packed, Tokens
 from p2l_engine.backbone.padded import PaddedDecoder
-from p2l_engine.packing import Packed, Tokens
 
 __all__ = ["Backbone", "PackedDecoder", "PaddedDecoder", "build"]
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from p2l_engine.packing import Packed
+from p2l_engine.backbone.packing import Packed
 
 LONGEST_MASKED = 128  # own tokens behind a shared prefix
 

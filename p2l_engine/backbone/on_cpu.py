@@ -12,8 +12,8 @@ from torch import Tensor
 
 from p2l_engine._native import ffi, lib
 from p2l_engine.backbone import attention
+from p2l_engine.backbone.packing import Packed
 from p2l_engine.backbone.weights import Linear
-from p2l_engine.packing import Packed
 
 DTYPES = (torch.float32, torch.bfloat16)
 

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from p2l_engine.backbone import attention
+from p2l_engine.backbone.packing import Packed
 from p2l_engine.backbone.weights import Linear
 from p2l_engine.kernels.rms_norm import rms_norm
 from p2l_engine.kernels.rotary import rotary
 from p2l_engine.kernels.silu_mul import silu_mul
-from p2l_engine.packing import Packed
 
 
 class GpuOperations:

@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from p2l_engine.backbone.packing import Packed, Tokens
 from p2l_engine.backbone.weights import Linear, check_weights, head_size, layers
-from p2l_engine.packing import Packed, Tokens
-from p2l_engine.prompts import MAX_TOKENS
+from p2l_engine.prompts.encode import MAX_TOKENS
 
 
 class Operations(Protocol):

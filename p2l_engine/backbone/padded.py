@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, PretrainedConfig
 
+from p2l_engine.backbone.packing import Packed, Tokens
 from p2l_engine.backbone.weights import compare
-from p2l_engine.packing import Packed, Tokens
 
 
 class PaddedDecoder:

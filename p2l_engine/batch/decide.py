@@ -9,13 +9,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from p2l_engine.batch.distinct import NOWHERE, Unit
-from p2l_engine.batch.lots import Unroutable
-from p2l_engine.engine import Coefficients
+from p2l_engine.batch.deduplicator import NOWHERE, Unit
+from p2l_engine.coefficients import Coefficients
 from p2l_engine.router import Router
 from p2l_engine.routing import Policies
 from p2l_engine.routing.arrays import Float64
 from p2l_engine.routing.values import Values
+from p2l_engine.tables.rows import Unroutable
 
 POLICY = pa.list_(pa.struct([("model", pa.string()), ("probability", pa.float64())]))
 OURS = ("model", "policy", "expected_cost", "win_rate", "score", "theta", "eta", "error")

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from p2l_engine.batch.asked import Asked
-from p2l_engine.batch.places import File, Place, find
+from p2l_engine.batch.blocks import BYTES
+from p2l_engine.batch.config import Asked
 from p2l_engine.batch.report import Report
-from p2l_engine.batch.rows import BYTES
 from p2l_engine.engine import Engine
 from p2l_engine.router import Router
+from p2l_engine.tables.storage import File, Place, find
 
 logger = logging.getLogger(__name__)
 

@@ -26,13 +26,14 @@ from ray.data.exceptions import SystemException
 from ray.exceptions import ActorDiedError, RayError, RayTaskError
 from ray.util.annotations import RayDeprecationWarning
 
-from p2l_engine.batch.asked import Asked
-from p2l_engine.batch.distinct import Distinct
+from p2l_engine.batch.blocks import blocks
+from p2l_engine.batch.config import Asked
+from p2l_engine.batch.deduplicator import Distinct
 from p2l_engine.batch.manifest import contents, how
-from p2l_engine.batch.places import File
-from p2l_engine.batch.rows import blocks
 from p2l_engine.batch.worker import Route
-from p2l_engine.engine import TOKENS_PER_BATCH, Engine, Outputs, natural_dtype
+from p2l_engine.engine import Engine
+from p2l_engine.engine.engine import TOKENS_PER_BATCH, Outputs, natural_dtype
+from p2l_engine.tables.storage import File
 
 __all__ = ["Cluster", "Route"]
 

@@ -21,10 +21,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 
-from p2l_engine.batch.asked import Asked
+from p2l_engine.batch.blocks import Block, blocks, check_files
+from p2l_engine.batch.config import Asked
 from p2l_engine.batch.decide import OURS, Decided, Decider, SpilledRates
-from p2l_engine.batch.distinct import Distinct, Unit
-from p2l_engine.batch.lots import Unroutable
+from p2l_engine.batch.deduplicator import Distinct, Unit
 from p2l_engine.batch.manifest import (
     begin,
     check_alone,
@@ -36,13 +36,13 @@ from p2l_engine.batch.manifest import (
     remove_state,
     write_manifest,
 )
-from p2l_engine.batch.places import File, Place, find
 from p2l_engine.batch.report import Report
-from p2l_engine.batch.rows import Block, blocks, check_files
 from p2l_engine.batch.spill import Spill
-from p2l_engine.engine import Outputs
+from p2l_engine.engine.engine import Outputs
 from p2l_engine.router import Router
 from p2l_engine.routing import Policies
+from p2l_engine.tables.rows import Unroutable
+from p2l_engine.tables.storage import File, Place, find
 
 logger = logging.getLogger(__name__)
 

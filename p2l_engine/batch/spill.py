@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from p2l_engine.batch.distinct import split
-from p2l_engine.batch.places import write_local
+from p2l_engine.batch.deduplicator import split
+from p2l_engine.tables.storage import write_local
 
 OPEN = 64  # files that stay mapped
 

@@ -11,10 +11,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from p2l_engine.batch.asked import check
+from p2l_engine.batch.blocks import Block, turns_of
+from p2l_engine.batch.config import check
 from p2l_engine.batch.decide import OURS, Decider
-from p2l_engine.batch.distinct import Distinct, split
-from p2l_engine.batch.rows import Block, turns_of
+from p2l_engine.batch.deduplicator import Distinct, split
 from p2l_engine.catalog import Catalog
 from p2l_engine.engine import Engine
 from p2l_engine.router import Opponents, Router

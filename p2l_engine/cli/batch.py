@@ -119,7 +119,7 @@ def batch(
 ) -> None:
     """Route files of prompts, of any length. Killed, the same command goes on where it was."""
     from p2l_engine.batch import Asked, Report, run
-    from p2l_engine.batch.places import Place
+    from p2l_engine.tables.storage import Place
 
     asked = Asked(
         inputs=inputs,

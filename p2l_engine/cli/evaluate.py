@@ -67,7 +67,7 @@ def evaluate(
     dtype: DtypeOption = None,
 ) -> None:
     """Evaluate a checkpoint on votes: accuracy, calibration, leaderboards, routing, strengths and weaknesses."""
-    from p2l_engine.card import write as write_card
+    from p2l_engine.checkpoint.card import write as write_card
     from p2l_engine.evaluation import html as pages
     from p2l_engine.evaluation import report as reports
     from p2l_engine.evaluation import sources

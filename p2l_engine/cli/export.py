@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from p2l_engine.checkpoint.export import export as write
 from p2l_engine.cli.inputs import Checkpoint, err
-from p2l_engine.export import export as write
 
 
 def export(

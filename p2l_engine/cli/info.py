@@ -9,7 +9,7 @@ from rich.text import Text
 
 import p2l_engine
 from p2l_engine.cli.inputs import Checkpoint, Device, DtypeOption, load_engine, out
-from p2l_engine.routing import native
+from p2l_engine.native import routing as native
 
 
 def info(checkpoint: Checkpoint = None, device: Device = None, dtype: DtypeOption = None) -> None:

@@ -24,7 +24,7 @@ from p2l_engine.cli.inputs import (
 )
 from p2l_engine.cli.prompts import PromptFile, read_stdin, read_text
 from p2l_engine.leaderboard import Leaderboard
-from p2l_engine.prompts import user_turns
+from p2l_engine.prompts.parse import user_turns
 
 
 def leaderboard(

@@ -13,7 +13,7 @@ from typing import Any
 import typer
 
 from p2l_engine.errors import PromptError
-from p2l_engine.prompts import Prompt, user_turns
+from p2l_engine.prompts.parse import Prompt, user_turns
 
 CATEGORY = ("category", "task")  # the first that is there
 
@@ -82,7 +82,7 @@ def _some(found: PromptFile) -> PromptFile:
 
 
 def _table(file: Path) -> PromptFile:
-    from p2l_engine.votes.files import BROKEN, read_table, turns
+    from p2l_engine.tables.whole import BROKEN, read_table, turns
 
     table = read_table(str(file))
     if BROKEN in table.column_names:

@@ -29,7 +29,7 @@ from p2l_engine.cli.inputs import (
 )
 from p2l_engine.cli.prompts import read_prompts
 from p2l_engine.decision import Decision
-from p2l_engine.prompts import Prompt, user_turns
+from p2l_engine.prompts.parse import Prompt, user_turns
 
 
 def route(

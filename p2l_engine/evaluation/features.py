@@ -16,11 +16,12 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from p2l_engine import checkpoint
+from p2l_engine.backbone.head import Head
 from p2l_engine.checkpoint import Checkpoint
-from p2l_engine.engine import Coefficients, Engine
-from p2l_engine.head import Head
-from p2l_engine.prompts import Prompt
-from p2l_engine.regression import feedback_model
+from p2l_engine.coefficients import Coefficients
+from p2l_engine.engine import Engine
+from p2l_engine.feedback import feedback_model
+from p2l_engine.prompts.parse import Prompt
 
 Float64 = npt.NDArray[np.float64]
 

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from p2l_engine.engine import Coefficients
+from p2l_engine.coefficients import Coefficients
 from p2l_engine.evaluation.categories import rows_by_category
+from p2l_engine.feedback import FeedbackModel
 from p2l_engine.leaderboard import Fit, OutcomeSums, fit
 from p2l_engine.leaderboard.outcomes import probabilities
-from p2l_engine.regression import FeedbackModel
 from p2l_engine.votes import Votes
 from p2l_engine.votes.marginal import marginal_fit
 

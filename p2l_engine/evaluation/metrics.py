@@ -10,8 +10,8 @@ import numpy.typing as npt
 import torch
 from scipy.stats import rankdata
 
-from p2l_engine.engine import Coefficients
-from p2l_engine.regression import FeedbackModel, Outcome
+from p2l_engine.coefficients import Coefficients
+from p2l_engine.feedback import FeedbackModel, Outcome
 from p2l_engine.votes import Votes
 
 Float64 = npt.NDArray[np.float64]

@@ -9,11 +9,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from p2l_engine.engine import Coefficients
+from p2l_engine.coefficients import Coefficients
 from p2l_engine.evaluation.categories import rows_by_category
 from p2l_engine.evaluation.metrics import Figure, Prediction, calibration, difference, figures, of_values
+from p2l_engine.feedback import FeedbackModel
 from p2l_engine.leaderboard.fit import Fit
-from p2l_engine.regression import FeedbackModel
 from p2l_engine.votes import Votes
 from p2l_engine.votes.marginal import marginal_values
 

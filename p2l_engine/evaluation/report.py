@@ -10,12 +10,13 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import kendalltau, spearmanr
 
-from p2l_engine.engine import Coefficients, Engine
+from p2l_engine.coefficients import Coefficients
+from p2l_engine.engine import Engine
 from p2l_engine.evaluation import clusters, features, predictors, routed, strengths
 from p2l_engine.evaluation.categories import rows_by_category
 from p2l_engine.evaluation.growth import growth
 from p2l_engine.leaderboard import Leaderboard
-from p2l_engine.prompts import Prompt, user_turns
+from p2l_engine.prompts.parse import Prompt, user_turns
 from p2l_engine.votes import Votes
 from p2l_engine.votes.marginal import category_fits, marginal_fit, marginal_leaderboard
 

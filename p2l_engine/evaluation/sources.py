@@ -13,8 +13,8 @@ import numpy as np
 from p2l_engine.catalog import Catalog
 from p2l_engine.engine import Engine
 from p2l_engine.evaluation.report import Scores
+from p2l_engine.tables.whole import read_table
 from p2l_engine.votes import Dropped, Votes, check_apart, prompts_hash, read, score_matrix, split
-from p2l_engine.votes.files import read_table
 from p2l_engine.votes.read import MAX_DROPPED
 
 Part = Literal["held-out", "validation"]

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import expit
 
-from p2l_engine.engine import Coefficients
+from p2l_engine.coefficients import Coefficients
 from p2l_engine.evaluation.categories import rows_by_category
 
 Float64 = npt.NDArray[np.float64]

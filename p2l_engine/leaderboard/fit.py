@@ -10,8 +10,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from p2l_engine.feedback import FeedbackModel
 from p2l_engine.leaderboard.outcomes import pair_count, pairs
-from p2l_engine.regression import FeedbackModel
 
 Float64 = npt.NDArray[np.float64]
 

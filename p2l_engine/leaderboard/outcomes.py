@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from p2l_engine._native import ffi, lib
-from p2l_engine.engine import Coefficients
-from p2l_engine.regression import FeedbackModel
+from p2l_engine.coefficients import Coefficients
+from p2l_engine.feedback import FeedbackModel
 
 Float64 = npt.NDArray[np.float64]
 

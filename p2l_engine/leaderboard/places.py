@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from p2l_engine import routing
-from p2l_engine.engine import Coefficients
+from p2l_engine.coefficients import Coefficients
 from p2l_engine.leaderboard.fit import Fit, fit, refit
 from p2l_engine.leaderboard.outcomes import OutcomeSums, pair_count, pairs
 

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from p2l_engine.errors import Infeasible, InfeasibleBudget
-from p2l_engine.routing import arrays, native
+from p2l_engine.native import routing as native
+from p2l_engine.routing import arrays
 from p2l_engine.routing.arrays import Array
 from p2l_engine.routing.frontier import Frontier, frontier
 from p2l_engine.routing.highs import SolverError

@@ -24,7 +24,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from p2l_engine.routing import highs, native
+from p2l_engine.native import routing as native
+from p2l_engine.routing import highs
 from p2l_engine.routing.arrays import Float64
 from p2l_engine.routing.batch import Batch, equal_prompts
 from p2l_engine.routing.highs import Clash, SolverError

@@ -17,7 +17,7 @@ import highspy
 import numpy as np
 import numpy.typing as npt
 
-from p2l_engine.routing import native
+from p2l_engine.native import routing as native
 from p2l_engine.routing.arrays import Float64
 from p2l_engine.routing.problem import Row
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from p2l_engine.routing import native
+from p2l_engine.native import routing as native
 from p2l_engine.routing.arrays import Float64
 from p2l_engine.routing.values import Values
 

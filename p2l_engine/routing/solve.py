@@ -9,7 +9,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from p2l_engine.routing import clash, dual, highs, native
+from p2l_engine.native import routing as native
+from p2l_engine.routing import clash, dual, highs
 from p2l_engine.routing.arrays import Float64
 from p2l_engine.routing.highs import SolverError
 from p2l_engine.routing.hulls import Hulls

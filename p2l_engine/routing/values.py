@@ -9,8 +9,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from p2l_engine.regression import feedback_model
-from p2l_engine.routing import arrays, native
+from p2l_engine.feedback import feedback_model
+from p2l_engine.native import routing as native
+from p2l_engine.routing import arrays
 from p2l_engine.routing.arrays import Array, Float64
 
 Objective = Literal["bt", "half-ties", "not-bad"]

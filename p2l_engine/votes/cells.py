@@ -8,7 +8,7 @@ from datetime import UTC, date, datetime
 from decimal import Decimal
 from typing import Any
 
-from p2l_engine.regression import Outcome
+from p2l_engine.feedback import Outcome
 
 WINNERS = {
     "model_a": Outcome.A,

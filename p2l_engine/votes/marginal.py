@@ -6,10 +6,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from p2l_engine.feedback import FeedbackModel, Outcome
 from p2l_engine.leaderboard.fit import Fit, fit, refit
 from p2l_engine.leaderboard.outcomes import pair_count, pairs
 from p2l_engine.leaderboard.places import Leaderboard
-from p2l_engine.regression import FeedbackModel, Outcome
 from p2l_engine.votes.votes import Votes
 
 RIDGE = 1e-6  # bounds models that always win

@@ -11,9 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from p2l_engine.regression import FeedbackModel, Outcome
+from p2l_engine.feedback import FeedbackModel, Outcome
+from p2l_engine.tables.whole import BROKEN, read_table, turns
 from p2l_engine.votes.cells import PREFERENCES, Unusable, feedback_of, seconds_of, weight_of
-from p2l_engine.votes.files import BROKEN, read_table, turns
 from p2l_engine.votes.scores import from_scores, score_matrix
 from p2l_engine.votes.votes import Votes
 

@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from p2l_engine.regression import Outcome
+from p2l_engine.feedback import Outcome
+from p2l_engine.tables.whole import BROKEN, read_table, turns
 from p2l_engine.votes.cells import number
-from p2l_engine.votes.files import BROKEN, read_table, turns
 from p2l_engine.votes.votes import Votes
 
 

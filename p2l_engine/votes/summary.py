@@ -9,7 +9,7 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from p2l_engine.regression import Outcome
+from p2l_engine.feedback import Outcome
 from p2l_engine.votes.votes import Votes
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from p2l_engine.batch.lots import AT_ONCE, AT_ONCE_BYTES, Some, Unroutable, text_of, wanted_columns
-from p2l_engine.batch.places import File
+from p2l_engine.tables.rows import AT_ONCE, AT_ONCE_BYTES, Some, Unroutable, text_of, wanted_columns
+from p2l_engine.tables.storage import File
 
 logger = logging.getLogger(__name__)
 

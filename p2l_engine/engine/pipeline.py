@@ -13,8 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from p2l_engine.packing import Packed, Tokens, batches, weight_of
-from p2l_engine.prompts import Prompt
+from p2l_engine.backbone.packing import Packed, Tokens, batches, weight_of
+from p2l_engine.prompts.parse import Prompt
 
 Places = npt.NDArray[np.intp]
 

@@ -1,7 +1,7 @@
 """Every Triton kernel against its twin in float64: odd shapes, poisoned outputs, new random inputs in every run.
 
 Triton reads TRITON_INTERPRET when it is imported, so the interpreter needs a process of its own, which this module is:
-``TRITON_INTERPRET=1 python -m tests.kernel_cases`` prints a line for each case. On a GPU the tests call the cases.
+``TRITON_INTERPRET=1 python -m tests.support.kernel_cases`` prints a line for each case. On a GPU the tests call the cases.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from transformers import AutoModel
 from p2l_engine import Catalog, Engine, InfeasibleBudget, Router, routing
 from p2l_engine.backbone import PackedDecoder
 from p2l_engine.backbone.on_gpu import GpuOperations
+from p2l_engine.backbone.packing import Packed
 from p2l_engine.catalog import CatalogModel
 from p2l_engine.kernels import (
     bt_score,
@@ -36,9 +37,8 @@ from p2l_engine.kernels import (
     silu_mul,
     win_rates,
 )
-from p2l_engine.packing import Packed
 from p2l_engine.routing import cuda
-from tests import tiny
+from tests.support import tiny
 
 PROMPTS, MODELS, HIDDEN = (1, 5, 17), (1, 3, 34, 130, 257), (576, 896, 123)
 SHAPES = [(PROMPTS[(i + i // 3) % 3], m, d) for i, (m, d) in enumerate(itertools.product(MODELS, HIDDEN))]

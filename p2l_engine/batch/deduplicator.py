@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from p2l_engine.batch.lots import Unroutable
-from p2l_engine.batch.rows import Block
+from p2l_engine.batch.blocks import Block
+from p2l_engine.tables.rows import Unroutable
 
 REMEMBERED = 1 << 22  # prompts that later rows are compared with, some 170 bytes each; those after them are computed again
 PLACE = 1 << 24  # a reference is the block times this, plus the place in it

@@ -13,7 +13,7 @@ import pyarrow.json
 import pyarrow.parquet
 
 from p2l_engine.errors import PromptError
-from p2l_engine.prompts import user_turns
+from p2l_engine.prompts.parse import user_turns
 
 # A column of csv and jsonl tables where there are such rows: what stands there instead.
 BROKEN = "row: expected a JSON object of valid text, or in csv a cell for each column"

@@ -15,19 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from p2l_engine import smollm2
+from p2l_engine.backbone.head import Head
+from p2l_engine.checkpoint import smollm2
+from p2l_engine.checkpoint.adapter import NEW_ROWS, PEFT_PREFIX, field, merge
 from p2l_engine.errors import CheckpointError
-from p2l_engine.head import Head
-from p2l_engine.regression import NAMES, FeedbackModel, feedback_model
+from p2l_engine.feedback import NAMES, FeedbackModel, feedback_model
 
-DEFAULT = Path(__file__).parent / "default"
-NEW_ROWS = "model.embed_tokens.new_rows"  # of an adapter: embeddings of tokens that its backbone does not know
-PEFT_PREFIX = "base_model.model."
+DEFAULT = Path(__file__).parent.parent / "default"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +56,10 @@ def load(path_or_repo: str | Path | None = None) -> Checkpoint:
     adapter = folder / "adapter_config.json"
     if adapter.is_file():
         lora = _json(adapter, dict)
-        base = find(str(_field(adapter, lora, "base_model_name_or_path", str)))
+        base = find(str(field(adapter, lora, "base_model_name_or_path", str)))
         weights = decoder_weights(base)
         update = {n.removeprefix(PEFT_PREFIX): w for n, w in _read(folder / "adapter_model.safetensors").items()}
-        weights = _merge(folder, weights, update, lora)
+        weights = merge(folder, weights, update, lora)
         heads = update
     else:
         base = folder
@@ -215,52 +213,6 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     pickled = sorted(path.name for path in folder.glob("*.bin"))
     hint = f" ({_some(pickled)} is pickled and never read: convert it to safetensors)" if pickled else ""
     raise CheckpointError(f"{folder}: expected model.safetensors or model.safetensors.index.json, found neither{hint}")
-
-
-def _merge(folder: Path, weights: dict[str, Tensor], update: dict[str, Tensor], lora: dict[str, Any]) -> dict[str, Tensor]:
-    """W + scale B A in float32 for every pair of LoRA factors (Hu et al. 2021; peft's file format)."""
-    name = folder / "adapter_config.json"
-    wanted = {"peft_type": "LORA", "bias": "none", "use_dora": False, "use_rslora": False, "fan_in_fan_out": False}
-    for key, value in wanted.items():
-        if lora.get(key, value) != value:
-            raise CheckpointError(f"{name}: {key}: expected {value!r}, found {lora[key]!r}: not supported")
-    for key in ("rank_pattern", "alpha_pattern"):
-        if lora.get(key):
-            raise CheckpointError(f"{name}: {key}: expected none, found {lora[key]!r}: not supported")
-    rank = int(_field(name, lora, "r", int))
-    scale = float(_field(name, lora, "lora_alpha", int | float)) / rank
-    merged = dict(weights)
-    for key, down in update.items():
-        if key.startswith("head."):
-            continue
-        if key == NEW_ROWS:
-            table = weights["embed_tokens.weight"]
-            if down.ndim != 2 or down.shape[1] != table.shape[1]:
-                raise CheckpointError(f"{folder}: {key}: expected rows of {table.shape[1]}, found {list(down.shape)}")
-            merged["embed_tokens.weight"] = torch.cat([table, down.to(table.dtype)])
-            continue
-        if not key.endswith(".lora_A.weight"):
-            if not key.endswith(".lora_B.weight"):
-                raise CheckpointError(f"{folder}: adapter_model.safetensors: key {key} is neither LoRA nor head")
-            continue
-        target = key.removeprefix("model.").removesuffix(".lora_A.weight") + ".weight"
-        up = update.get(key.replace(".lora_A.", ".lora_B."))
-        if target not in weights or up is None:
-            raise CheckpointError(f"{folder}: adapter key {key}: found no {'lora_B' if up is None else target} for it")
-        if (up.shape[0], down.shape[1]) != tuple(weights[target].shape) or not up.shape[1] == down.shape[0] == rank:
-            raise CheckpointError(
-                f"{folder}: adapter key {key}: expected factors of {list(weights[target].shape)} of rank {rank}, "
-                f"found {list(up.shape)} x {list(down.shape)}"
-            )
-        merged[target] = weights[target].float() + scale * (up.float() @ down.float())
-    return merged
-
-
-def _field(path: Path, values: dict[str, Any], key: str, kind: Any) -> Any:
-    value = values.get(key)
-    if not isinstance(value, kind) or isinstance(value, bool) or not value:
-        raise CheckpointError(f"{path}: {key}: expected a {getattr(kind, '__name__', 'number')}, found {value!r}")
-    return value
 
 
 def _some(names: list[str]) -> str:

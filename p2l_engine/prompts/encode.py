@@ -1,7 +1,5 @@
 """Prompts to token ids: the very text that published P2L models were trained on.
 
-A prompt is a string, a list of user turns, or a list of {"role", "content"} messages, of which the user turns are used; a
-content is text, or a list of {"type": "text", "text"} parts, which become lines.
 The text is the tokenizer's chat template over the user turns, without generation prompt, then the CLS token; a CLS token in
 the user's own text becomes "<cls>"; truncated from the left (lmarena/p2l).
 """
@@ -9,7 +7,7 @@ the user's own text becomes "<cls>"; truncated from the left (lmarena/p2l).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -18,9 +16,7 @@ import numpy.typing as npt
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from p2l_engine.errors import PromptError
-
-Prompt = str | Sequence[str] | Sequence[Mapping[str, Any]]
+from p2l_engine.prompts.parse import Prompt, user_turns
 
 MAX_TOKENS = 8192  # of which the last is the CLS token
 
@@ -29,56 +25,6 @@ BOUNDARY_WITHIN = 1 << 16  # characters in which a word of a text that is cut is
 BETWEEN_LETTERS = re.compile(r"[^\W\d_] [^\W\d_]")
 
 PROBES = ("a", "The", "7", " x", "(", "\u4e2d", "\n\n", "\tz", "<", "é")  # turns with nothing in common
-
-
-def user_turns(prompt: Prompt | object, index: int = 0) -> list[str]:
-    """The user's turns in order. Raises PromptError, naming ``index``, when there is none or a turn is no valid text."""
-    if isinstance(prompt, str):
-        turns = [prompt]
-    elif isinstance(prompt, Sequence) and not isinstance(prompt, bytes):
-        turns = [_turn(item, place, index) for place, item in enumerate(prompt) if not _is_other_role(item, place, index)]
-    else:
-        raise PromptError(index, f"expected a string, a list of user turns or a list of messages, got {type(prompt).__name__}")
-    if not turns:
-        raise PromptError(index, "expected at least one user turn, got none")
-    for turn in turns:
-        try:
-            turn.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise PromptError(
-                index,
-                f"invalid Unicode at character {error.start}: lone surrogate {turn[error.start]!r}; "
-                "decode the text with errors='replace'",
-            ) from None
-    return turns
-
-
-def _is_other_role(item: object, place: int, index: int) -> bool:
-    if not isinstance(item, Mapping):
-        return False
-    role = item.get("role")
-    if not isinstance(role, str):
-        raise PromptError(index, f"message {place}: expected a 'role' of type str, got {role!r}")
-    return role != "user"
-
-
-def _turn(item: object, place: int, index: int) -> str:
-    text = item.get("content") if isinstance(item, Mapping) else item
-    if isinstance(item, Mapping) and isinstance(text, Sequence) and not isinstance(text, str | bytes):
-        return "\n".join(_text_of(part, place, i, index) for i, part in enumerate(text))
-    if not isinstance(text, str):
-        content = "a 'content' of type str or a list of text parts"
-        what = content if isinstance(item, Mapping) else "a user turn of type str, or a message"
-        raise PromptError(index, f"message {place}: expected {what}, got {type(text).__name__}")
-    return text
-
-
-def _text_of(part: object, place: int, i: int, index: int) -> str:
-    text = part.get("text") if isinstance(part, Mapping) and part.get("type", "text") == "text" else None
-    if not isinstance(text, str):
-        got = f"the type {part.get('type')!r}" if isinstance(part, Mapping) else type(part).__name__
-        raise PromptError(index, f"message {place}: part {i}: expected a 'text' part (images are not read), got {got}")
-    return text
 
 
 class PromptEncoder:

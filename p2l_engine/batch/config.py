@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from p2l_engine.batch.rows import ROWS
+from p2l_engine.batch.blocks import ROWS
 from p2l_engine.router import Shares
 from p2l_engine.routing.problem import Scope
 

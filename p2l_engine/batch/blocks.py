@@ -12,10 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from p2l_engine.batch.lots import UNREADABLE, Some, Unroutable
-from p2l_engine.batch.places import File
-from p2l_engine.batch.readers import READERS, check_columns, kind_of
-from p2l_engine.votes.files import turns
+from p2l_engine.tables.readers import READERS, check_columns, kind_of
+from p2l_engine.tables.rows import UNREADABLE, Some, Unroutable
+from p2l_engine.tables.storage import File
+from p2l_engine.tables.whole import turns
 
 ROWS = 8192  # of a block: what is computed, written and resumed together
 HEADS = 8  # of files that are read at the same time

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from p2l_engine.batch.places import File
+from p2l_engine.tables.storage import File
 
 # What is raised where a file is not what its ending says, or cannot be had.
 UNREADABLE = (pa.ArrowException, OSError, OverflowError, UnicodeDecodeError)

@@ -6,10 +6,8 @@ is captured for each bucket of tokens; a prompt runs in the smallest that holds 
 
 from __future__ import annotations
 
-import logging
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +16,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from p2l_engine.packing import Packed, Tokens, shared_with
+from p2l_engine.backbone.packing import Packed, Tokens, shared_with
 
 BUCKETS = (16, 32, 64, 128, 256, 512)  # own tokens: those behind a shared prefix
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,38 +82,3 @@ class Graphs:
             host_inputs = torch.empty(packed.buffer.shape, dtype=torch.int32, pin_memory=True)
             host_out = torch.empty(out.shape, dtype=out.dtype, pin_memory=True)
         return _Captured(graph, inputs, host_inputs, out, host_out)
-
-
-class CompileWatch:
-    """Logs a warning for every kernel that Triton compiles outside of a warm-up: there should be none."""
-
-    _watching = False
-    _warming = 0  # warm-ups under way
-
-    @classmethod
-    @contextmanager
-    def paused(cls) -> Iterator[None]:
-        """For a warm-up, whose compilations are meant."""
-        cls._warming += 1
-        try:
-            yield
-        finally:
-            cls._warming -= 1
-
-    @classmethod
-    def start(cls) -> None:
-        """Once for the process, however often it is called; a hook that is there already is called too."""
-        if cls._watching:
-            return
-        cls._watching = True
-        from triton import knobs
-
-        before = knobs.runtime.jit_post_compile_hook
-
-        def compiled(**details: Any) -> bool | None:
-            if not cls._warming:
-                name = getattr(details.get("fn"), "name", "a kernel")
-                logger.warning("Triton compiled %s after the warm-up: this call had to wait for it", name)
-            return before(**details) if before is not None else None
-
-        knobs.runtime.jit_post_compile_hook = compiled

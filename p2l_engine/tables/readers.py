@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from p2l_engine.batch.jsonl import check_jsonl, read_jsonl
-from p2l_engine.batch.lots import AT_ONCE, AT_ONCE_BYTES, Some, Unroutable, text_of, wanted_columns
-from p2l_engine.batch.places import File
+from p2l_engine.tables.jsonl import check_jsonl, read_jsonl
+from p2l_engine.tables.rows import AT_ONCE, AT_ONCE_BYTES, Some, Unroutable, text_of, wanted_columns
+from p2l_engine.tables.storage import File
 
 LONGEST = 1 << 30  # bytes of a csv file's row
 HEADER = 1 << 17  # of its column names

@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import Generic, TypeVar
 
-from p2l_engine.engine import Coefficients, Engine
-from p2l_engine.prompts import Prompt, user_turns
+from p2l_engine.coefficients import Coefficients
+from p2l_engine.engine import Engine
+from p2l_engine.prompts.parse import Prompt, user_turns
 
 R = TypeVar("R")
 

@@ -7,7 +7,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,14 +15,17 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from p2l_engine import backbone, checkpoint, cpu
+from p2l_engine import backbone, checkpoint
 from p2l_engine.backbone import PackedDecoder
+from p2l_engine.backbone.packing import Packed, Tokens
 from p2l_engine.checkpoint import Checkpoint
-from p2l_engine.flights import Flight, ahead, flights
-from p2l_engine.graphs import CompileWatch, Graphs
-from p2l_engine.packing import Packed, Tokens
-from p2l_engine.prompts import Prompt, PromptEncoder, user_turns
-from p2l_engine.regression import FeedbackModel
+from p2l_engine.coefficients import Coefficients
+from p2l_engine.engine import cpu
+from p2l_engine.engine.compile_watch import CompileWatch
+from p2l_engine.engine.graphs import Graphs
+from p2l_engine.engine.pipeline import Flight, ahead, flights
+from p2l_engine.prompts.encode import PromptEncoder
+from p2l_engine.prompts.parse import Prompt, user_turns
 
 # On a CPU each batch reads all weights anew: at 512 tokens that takes as long again as the products.
 TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 32768}
@@ -34,27 +36,6 @@ LEAST_PREFIX = 8  # tokens: below this, sharing saves less than it costs
 Stage = Callable[[Tensor, npt.NDArray[np.intp]], tuple[Tensor, ...]]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Coefficients:
-    """theta [N, M] float32; eta [N] float32, or None for feedback models without ties; the M models' names."""
-
-    theta: npt.NDArray[np.float32]
-    eta: npt.NDArray[np.float32] | None
-    models: tuple[str, ...]
-    feedback: FeedbackModel
-
-    def __len__(self) -> int:
-        return len(self.theta)
-
-    def row(self, i: int) -> Coefficients:
-        """Those of one prompt."""
-        return self.rows(slice(i, i + 1))
-
-    def rows(self, some: slice | npt.NDArray[np.integer[Any]]) -> Coefficients:
-        """Those of some prompts."""
-        return Coefficients(self.theta[some], None if self.eta is None else self.eta[some], self.models, self.feedback)
 
 
 class Outputs(NamedTuple):

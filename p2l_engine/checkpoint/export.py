@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from p2l_engine import card, checkpoint
+from p2l_engine import checkpoint
+from p2l_engine.checkpoint import card
+from p2l_engine.checkpoint.saving import write_json, write_tensors, write_whole
 from p2l_engine.errors import CheckpointError
-from p2l_engine.saving import write_json, write_tensors, write_whole
 
 
 def export(source: str | Path | None, target: Path, evaluation: Path | None = None) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from p2l_engine.saving import write_json
+from p2l_engine.checkpoint.saving import write_json
 
 FIGURES = {
     "log_loss": "log-loss",

@@ -1,0 +1,23 @@
+"""Find, read, merge, write, export and describe P2L checkpoints."""
+
+from p2l_engine.checkpoint.read import (
+    DEFAULT,
+    Checkpoint,
+    decoder_weights,
+    find,
+    head_weights,
+    load,
+    read_config,
+    read_tokenizer,
+)
+
+__all__ = [
+    "DEFAULT",
+    "Checkpoint",
+    "decoder_weights",
+    "find",
+    "head_weights",
+    "load",
+    "read_config",
+    "read_tokenizer",
+]

@@ -1,0 +1,60 @@
+"""LoRA adapters in peft's file format, merged into their backbone's weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from p2l_engine.errors import CheckpointError
+
+NEW_ROWS = "model.embed_tokens.new_rows"  # of an adapter: embeddings of tokens that its backbone does not know
+PEFT_PREFIX = "base_model.model."
+
+
+def merge(folder: Path, weights: dict[str, Tensor], update: dict[str, Tensor], lora: dict[str, Any]) -> dict[str, Tensor]:
+    """W + scale B A in float32 for every pair of LoRA factors (Hu et al. 2021; peft's file format)."""
+    name = folder / "adapter_config.json"
+    wanted = {"peft_type": "LORA", "bias": "none", "use_dora": False, "use_rslora": False, "fan_in_fan_out": False}
+    for key, value in wanted.items():
+        if lora.get(key, value) != value:
+            raise CheckpointError(f"{name}: {key}: expected {value!r}, found {lora[key]!r}: not supported")
+    for key in ("rank_pattern", "alpha_pattern"):
+        if lora.get(key):
+            raise CheckpointError(f"{name}: {key}: expected none, found {lora[key]!r}: not supported")
+    rank = int(field(name, lora, "r", int))
+    scale = float(field(name, lora, "lora_alpha", int | float)) / rank
+    merged = dict(weights)
+    for key, down in update.items():
+        if key.startswith("head."):
+            continue
+        if key == NEW_ROWS:
+            table = weights["embed_tokens.weight"]
+            if down.ndim != 2 or down.shape[1] != table.shape[1]:
+                raise CheckpointError(f"{folder}: {key}: expected rows of {table.shape[1]}, found {list(down.shape)}")
+            merged["embed_tokens.weight"] = torch.cat([table, down.to(table.dtype)])
+            continue
+        if not key.endswith(".lora_A.weight"):
+            if not key.endswith(".lora_B.weight"):
+                raise CheckpointError(f"{folder}: adapter_model.safetensors: key {key} is neither LoRA nor head")
+            continue
+        target = key.removeprefix("model.").removesuffix(".lora_A.weight") + ".weight"
+        up = update.get(key.replace(".lora_A.", ".lora_B."))
+        if target not in weights or up is None:
+            raise CheckpointError(f"{folder}: adapter key {key}: found no {'lora_B' if up is None else target} for it")
+        if (up.shape[0], down.shape[1]) != tuple(weights[target].shape) or not up.shape[1] == down.shape[0] == rank:
+            raise CheckpointError(
+                f"{folder}: adapter key {key}: expected factors of {list(weights[target].shape)} of rank {rank}, "
+                f"found {list(up.shape)} x {list(down.shape)}"
+            )
+        merged[target] = weights[target].float() + scale * (up.float() @ down.float())
+    return merged
+
+
+def field(path: Path, values: dict[str, Any], key: str, kind: Any) -> Any:
+    value = values.get(key)
+    if not isinstance(value, kind) or isinstance(value, bool) or not value:
+        raise CheckpointError(f"{path}: {key}: expected a {getattr(kind, '__name__', 'number')}, found {value!r}")
+    return value
