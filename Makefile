@@ -5,13 +5,19 @@ BIN := $(VENV)/bin
 NATIVE := setup.py constraints.txt $(wildcard csrc/*)
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint clean
+# Each worker takes about 1 GiB of memory and imports torch.
+WORKERS := -n logical --maxprocesses 4 --dist worksteal
+
+.PHONY: demo test test-fast lint clean help
 
 demo: $(VENV)/demo.stamp  ## Route a dozen real prompts with the default checkpoint.
 	$(BIN)/python -m bench.demo
 
 test: $(VENV)/test.stamp  ## Run all tests.
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS)
+
+test-fast: $(VENV)/test.stamp  ## Run the tests that start no process or cluster and train nothing.
+	$(BIN)/python -m pytest $(WORKERS) -m "not slow and not cluster and not store and not gpu"
 
 lint: $(VENV)/lint.stamp  ## Check style and types.
 	$(BIN)/ruff check .
@@ -21,6 +27,9 @@ lint: $(VENV)/lint.stamp  ## Check style and types.
 	$(BIN)/python setup.py -q build_py --build-lib build/lint
 	cp -r bench build/lint/
 	cd build/lint && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p p2l_engine -p bench
+
+help:  ## List the targets.
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 clean:  ## Remove what the targets made.
 	rm -rf $(VENV) build *.egg-info p2l_engine/_native.c p2l_engine/*.so

