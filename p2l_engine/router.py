@@ -157,7 +157,7 @@ class Router:
         """``route_batch`` under a budget for each prompt, where only decisions leave the card."""
         from p2l_engine.routing import cuda  # needs Triton
 
-        n, device, m = len(prompts), self.engine.device, len(self.engine.models)
+        n, device = len(prompts), self.engine.device
         limits = arrays.budgets(None if budget is None else np.asarray(budget), n)
         q, columns = torch.from_numpy(self.q).to(device), torch.from_numpy(self._columns).to(device)
         costs, on_device, weights = torch.from_numpy(self.costs).to(device), torch.from_numpy(limits).to(device), q.float()
@@ -167,7 +167,7 @@ class Router:
             if device.type == "cuda":
                 places = places.pin_memory().to(device, non_blocking=True)
             out, v = self.engine.outputs_and_win_rates(hidden, weights)
-            return cuda.policies(out[:, :m], v, columns, costs, on_device.index_select(0, places), q)
+            return cuda.policies(self.engine.head.split(out)[0], v, columns, costs, on_device.index_select(0, places), q)
 
         found: list[tuple[Any, ...]] = [()] * n
         for rows, results in self.engine.stream(prompts, stage):

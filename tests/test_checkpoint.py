@@ -49,16 +49,19 @@ def test_downsized_heads(head_type, eta_downsize, tmp_path):
     hidden = torch.randn(3, 48)
     inner = hidden @ tensors["head.head.0.weight"].T + tensors["head.head.0.bias"]
     assert inner.shape[1] == 2
-    t, e = head(hidden, None, 0.0).split([head.n_models, head.has_eta], dim=1)
+    t, e = head.split(head(hidden, None, 0.0))
     torch.testing.assert_close(t, inner @ tensors["head.head.1.weight"].T + tensors["head.head.1.bias"])
     if head_type == "bt":
-        assert e.shape[1] == 0
+        assert e is None
     elif eta_downsize:
         expected = inner @ tensors["head.eta_head.1.weight"].T + tensors["head.eta_head.1.bias"]
-        torch.testing.assert_close(e, expected)
+        torch.testing.assert_close(e, expected.squeeze(1))
     else:
         expected = hidden @ tensors["head.eta_head.weight"].T + tensors["head.eta_head.bias"]
-        torch.testing.assert_close(e, expected)
+        torch.testing.assert_close(e, expected.squeeze(1))
+        theta, eta = head.split(head(hidden, None, 0.0).numpy())
+        np.testing.assert_array_equal(theta, t)
+        np.testing.assert_array_equal(eta, e)
 
 
 def adapter(folder, base, lora_rank=4):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,6 +15,7 @@ from torch import Tensor
 from p2l_engine.errors import CheckpointError
 
 Layer = tuple[Tensor, Tensor]  # weight [out, in], bias [out]
+Outputs = TypeVar("Outputs", Tensor, npt.NDArray[np.float32])
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +30,15 @@ class Head:
     def has_eta(self) -> bool:
         """Whether the last output is the tie parameter."""
         return len(self.bias) > self.n_models
+
+    @property
+    def width(self) -> int:
+        """K, the number of outputs per prompt."""
+        return len(self.bias)
+
+    def split(self, outputs: Outputs) -> tuple[Outputs, Outputs | None]:
+        """Outputs [N, K] -> views of them: theta [N, M], and eta [N] or None where the head has no tie parameter."""
+        return outputs[:, : self.n_models], outputs[:, self.n_models] if self.has_eta else None
 
     def __call__(self, hidden: Tensor, norm: Tensor | None, eps: float) -> Tensor:
         """hidden [N, D], the final norm still to come where there is one (norm [D], eps) -> [N, K] float32."""

@@ -118,7 +118,7 @@ def _run(
         if asked.strict and report.routed < report.rows:
             raise ValueError(f"{output.shown}: {report.rows - report.routed:,} of its {report.rows:,} rows have an error")
         return report
-    spill = Spill(state, len(router.engine.head.bias))
+    spill = Spill(state, router.engine.head.width)
     decider = Decider(router, spill.take, asked.budget, asked.price, asked.coefficients)
     work = _Run(router, asked, files, output, spill, decider, progress, workers)
     start = time.perf_counter()

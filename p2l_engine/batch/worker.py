@@ -76,7 +76,7 @@ class Route:
         prompts = [turns_of(_plain(prompt), self.plain_text) for prompt in batch[self.column]]
         unit = Distinct().unit(Block(0, 0, prompts, pa.table({})))
         engine = self.router.engine
-        found = next(engine.outputs_of([unit.new])).outputs if unit.new else np.empty((0, len(engine.head.bias)), np.float32)
+        found = next(engine.outputs_of([unit.new])).outputs if unit.new else np.empty((0, engine.head.width), np.float32)
         decider = Decider(
             self.router, lambda references: found[split(references)[1]], self.budget, self.price, self.coefficients
         )

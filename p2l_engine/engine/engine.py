@@ -23,7 +23,7 @@ from p2l_engine.coefficients import Coefficients
 from p2l_engine.engine import cpu
 from p2l_engine.engine.compile_watch import CompileWatch
 from p2l_engine.engine.graphs import Graphs
-from p2l_engine.engine.pipeline import Flight, ahead, flights
+from p2l_engine.engine.pipeline import InFlightBatch, in_flight_batches, prefetch
 from p2l_engine.prompts.encode import PromptEncoder
 from p2l_engine.prompts.parse import Prompt, user_turns
 
@@ -110,7 +110,7 @@ class Engine:
             if progress is not None:
                 progress(1)
             return self.coefficients_of(out)
-        out = np.empty((len(prompts), len(self.head.bias)), np.float32)
+        out = np.empty((len(prompts), self.head.width), np.float32)
         for rows, (part,) in self.stream(prompts, lambda hidden, _: (self.outputs(hidden),)):
             out[rows] = part
             if progress is not None:
@@ -123,7 +123,7 @@ class Engine:
         tokens: as ``encoder.encode`` gives them.
         """
         if not len(tokens):
-            return np.empty((0, len(self.head.bias)), np.float32)
+            return np.empty((0, self.head.width), np.float32)
         for i, ids in enumerate(tokens):
             if not len(ids):
                 raise ValueError(f"tokens[{i}]: expected one token at least, got none")
@@ -132,8 +132,8 @@ class Engine:
             if out is not None:
                 return out[None]
         every = np.arange(len(tokens))
-        (landed,) = self._launch(every, list(tokens), lambda hidden, _: (self.outputs(hidden),)).landed()[1]
-        return np.asarray(landed)
+        (outputs,) = self._launch(every, list(tokens), lambda hidden, _: (self.outputs(hidden),)).wait()[1]
+        return np.asarray(outputs)
 
     def outputs(self, hidden: Tensor) -> Tensor:
         """The head over hidden states [n, D] of this engine's backbone: theta and, in a last column, eta; [n, K] float32."""
@@ -152,7 +152,7 @@ class Engine:
         if fused or (fused is None and len(hidden) <= self._fused_up_to):
             return pool_head_win_rates(hidden, head.weight, head.bias, q, norm, eps)
         out = pool_head(hidden, head.weight, head.bias, norm, eps)
-        return out, win_rates(out[:, : head.n_models], q)
+        return out, win_rates(head.split(out)[0], q)
 
     def warmup(self) -> float:
         """Meets now whatever serving would meet first: compilation, CUDA graphs, buffers. Returns the seconds it took.
@@ -210,9 +210,9 @@ class Engine:
         """
         turns = [user_turns(prompt, i) for i, prompt in enumerate(prompts)]
         chunks = (turns[start : start + PROMPTS_PER_CHUNK] for start in range(0, len(turns), PROMPTS_PER_CHUNK))
-        tokens = ahead(self.encoder.encode, chunks) if len(turns) > PROMPTS_PER_CHUNK else map(self.encoder.encode, chunks)
-        for flight in self._flights(tokens, stage):
-            yield flight.landed()
+        tokens = prefetch(self.encoder.encode, chunks) if len(turns) > PROMPTS_PER_CHUNK else map(self.encoder.encode, chunks)
+        for batch in self._in_flight(tokens, stage):
+            yield batch.wait()
 
     def outputs_of(self, chunks: Iterable[Sequence[Prompt]]) -> Iterator[Outputs]:
         """The outputs of each chunk of prompts, in order, one prompt at least in each.
@@ -225,24 +225,24 @@ class Engine:
         sizes: deque[int] = deque()
 
         def counted() -> Iterator[list[Tokens] | None]:
-            for tokens in ahead(self.encoder.encode, chunks):
+            for tokens in prefetch(self.encoder.encode, chunks):
                 if tokens is not None:
                     sizes.append(len(tokens))
                 yield tokens
 
         found = before = computed = 0
-        for flight in self._flights(counted(), lambda hidden, _: (self.outputs(hidden),)):
-            rows, (part,) = flight.landed()
+        for batch in self._in_flight(counted(), lambda hidden, _: (self.outputs(hidden),)):
+            rows, (part,) = batch.wait()
             if not found:
                 out = np.empty((sizes[0], part.shape[1]), np.float32)
             out[rows - before] = part
-            found, computed = found + len(rows), computed + sum(flight.packed.lengths)
+            found, computed = found + len(rows), computed + sum(batch.packed.lengths)
             if found == sizes[0]:
                 yield Outputs(out, computed)
                 before, found, computed = before + sizes.popleft(), 0, 0
 
-    def _flights(self, chunks: Iterable[list[Tokens] | None], stage: Stage) -> Iterator[Flight]:
-        return flights(
+    def _in_flight(self, chunks: Iterable[list[Tokens] | None], stage: Stage) -> Iterator[InFlightBatch]:
+        return in_flight_batches(
             chunks,
             lambda rows, tokens: self._launch(rows, tokens, stage),
             self.backbone.prefix,
@@ -250,17 +250,17 @@ class Engine:
             BATCHES_IN_FLIGHT if self.device.type == "cuda" else 0,
         )
 
-    def _launch(self, rows: npt.NDArray[np.intp], tokens: list[Tokens], stage: Stage) -> Flight:
+    def _launch(self, rows: npt.NDArray[np.intp], tokens: list[Tokens], stage: Stage) -> InFlightBatch:
         on_gpu = self.device.type == "cuda"
         packed = Packed.of(tokens, self.backbone.prefix, pin=on_gpu)
         with torch.inference_mode(), self._on_device():
             results = stage(self.backbone(packed.to(self.device)), rows)
             if not on_gpu:
-                return Flight(rows, packed, results, None)
-            landing = tuple(torch.empty(r.shape, dtype=r.dtype, pin_memory=True).copy_(r, non_blocking=True) for r in results)
+                return InFlightBatch(rows, packed, results, None)
+            copies = tuple(torch.empty(r.shape, dtype=r.dtype, pin_memory=True).copy_(r, non_blocking=True) for r in results)
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(self.device))
-        return Flight(rows, packed, landing, event)
+        return InFlightBatch(rows, packed, copies, event)
 
     def _on_device(self) -> AbstractContextManager[object]:
         """Triton and new streams go to the current device, which is a thread's own affair."""
@@ -274,8 +274,8 @@ class Engine:
                 f"prompts[{int(np.argmax(bad))}]: the backbone gave coefficients that are not finite ({int(bad.sum())} such "
                 f"prompts) in {self.dtype}; are the checkpoint's weights sound?"
             )
-        theta = np.ascontiguousarray(out[:, : len(self.models)])
-        return Coefficients(theta, out[:, -1].copy() if self.head.has_eta else None, self.models, self.feedback)
+        theta, eta = self.head.split(out)
+        return Coefficients(np.ascontiguousarray(theta), None if eta is None else eta.copy(), self.models, self.feedback)
 
 
 def natural_dtype(device: torch.device) -> torch.dtype:

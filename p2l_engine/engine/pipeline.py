@@ -1,4 +1,4 @@
-"""A stream of prompts through an engine: tokenised ahead in a thread, and on a GPU several batches under way at once."""
+"""Streams of prompts through an engine: tokenised in a thread while batches are computed, several at once on a GPU."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,71 +14,75 @@ import torch
 from torch import Tensor
 
 from p2l_engine.backbone.packing import Packed, Tokens, batches, weight_of
-from p2l_engine.prompts.parse import Prompt
 
-Places = npt.NDArray[np.intp]
+Rows = npt.NDArray[np.intp]
+Chunk = TypeVar("Chunk", bound=Sequence[Any])
 
-CHUNKS_AHEAD = 2
+PREFETCHED_CHUNKS = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Flight:
-    """A batch under way: its tokens' page-locked memory must outlive the copy to the device."""
+class InFlightBatch:
+    """A batch that the device may still be computing. It holds the tokens' page-locked memory until the copy is done."""
 
-    rows: Places
+    rows: Rows
     packed: Packed
     results: tuple[Tensor, ...]
     event: torch.cuda.Event | None
 
-    def landed(self) -> tuple[Places, tuple[npt.NDArray[Any], ...]]:
-        """The prompts' places and the results, once they are there."""
+    def wait(self) -> tuple[Rows, tuple[npt.NDArray[Any], ...]]:
+        """The rows of the prompts and their results, once the device has finished."""
         if self.event is not None:
             self.event.synchronize()
         return self.rows, tuple(result.numpy() for result in self.results)
 
 
-def ahead(
-    encode: Callable[[Sequence[Prompt]], list[Tokens]], chunks: Iterable[Sequence[Prompt]]
-) -> Iterator[list[Tokens] | None]:
-    """Token ids, chunk by chunk, drawn and tokenised ahead in a thread; None before a chunk that is not there yet."""
+def prefetch(encode: Callable[[Chunk], list[Tokens]], chunks: Iterable[Chunk]) -> Iterator[list[Tokens] | None]:
+    """The token ids of each chunk. A thread draws and tokenises up to ``PREFETCHED_CHUNKS`` of them in advance.
+
+    Yields None before a chunk that is not ready yet.
+    """
     source = iter(chunks)
 
-    def following() -> list[Tokens] | None:
+    def encode_next() -> list[Tokens] | None:
         for chunk in source:
             return encode(chunk)
         return None
 
     with ThreadPoolExecutor(1, thread_name_prefix="p2l-tokenizer") as pool:
-        waiting = deque(pool.submit(following) for _ in range(CHUNKS_AHEAD))
+        waiting = deque(pool.submit(encode_next) for _ in range(PREFETCHED_CHUNKS))
         while True:
             if not waiting[0].done():
                 yield None
             tokens = waiting.popleft().result()
             if tokens is None:
                 return
-            waiting.append(pool.submit(following))
+            waiting.append(pool.submit(encode_next))
             yield tokens
 
 
-def flights(
+def in_flight_batches(
     chunks: Iterable[list[Tokens] | None],
-    launch: Callable[[Places, list[Tokens]], Flight],
+    launch: Callable[[Rows, list[Tokens]], InFlightBatch],
     prefix: Tokens | None,
     token_budget: int,
-    under_way: int,
-) -> Iterator[Flight]:
-    """Batches of each chunk's prompts, by like length behind the shared prefix. So many stay under way before the first is
-    handed out, as long as there are chunks: None says that the next one will take its time."""
-    flying: deque[Flight] = deque()
+    most_in_flight: int,
+) -> Iterator[InFlightBatch]:
+    """Launches each chunk's prompts in batches of similar length, and yields the batches in the order of their launch.
+
+    Up to ``most_in_flight`` batches are launched before the first is yielded. None in place of a chunk says that the next one
+    is not ready: all batches in flight are yielded first.
+    """
+    in_flight: deque[InFlightBatch] = deque()
     start = 0
     for tokens in chunks:
         if tokens is None:
-            yield from flying
-            flying.clear()
+            yield from in_flight
+            in_flight.clear()
             continue
         for batch in batches([weight_of(ids, prefix) for ids in tokens], token_budget):
-            flying.append(launch(np.array(batch) + start, [tokens[i] for i in batch]))
-            if len(flying) > under_way:
-                yield flying.popleft()
+            in_flight.append(launch(np.array(batch) + start, [tokens[i] for i in batch]))
+            if len(in_flight) > most_in_flight:
+                yield in_flight.popleft()
         start += len(tokens)
-    yield from flying
+    yield from in_flight

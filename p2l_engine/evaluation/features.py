@@ -41,7 +41,7 @@ def hidden_states(
         return wide if norm is None else F.rms_norm(wide, norm.shape, norm.float(), eps), engine.outputs(hidden)
 
     states = np.empty((len(prompts), engine.head.weight.shape[1]), np.float32)
-    out = np.empty((len(prompts), len(engine.head.bias)), np.float32)
+    out = np.empty((len(prompts), engine.head.width), np.float32)
     for rows, (some, outputs) in engine.stream(prompts, stage):
         states[rows], out[rows] = some, outputs
         if advance is not None:
