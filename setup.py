@@ -25,6 +25,7 @@ train = [
     "scipy>=1.15",
     "scikit-learn>=1.7",
     "datasets>=4",
+    "typer>=0.16",
     "rich>=14",
 ]
 batch = ["pyarrow>=20", "fsspec>=2025.3"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.support import tiny
+from tests.support.command import p2l_engine
 
 CATALOG = "models:\n" + "".join(f"  {name}: {{cost: {i + 1}}}\n" for i, name in enumerate(tiny.MODELS))
 
@@ -24,13 +24,9 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
-def run(*arguments, text=None, checkpoint=None):
-    command = [sys.executable, "-m", "p2l_engine", *arguments]
-    if checkpoint is not None:
-        command += ["--checkpoint", str(checkpoint), "--device", "cpu", "--dtype", "float32"]
-    given = text.encode() if isinstance(text, str) else text
-    done = subprocess.run(command, input=given, capture_output=True, env={**os.environ, "COLUMNS": "160"}, check=False)
-    return done.returncode, done.stdout.decode(), done.stderr.decode()
+def run(*arguments, text="", checkpoint=None):
+    more = () if checkpoint is None else ("--checkpoint", str(checkpoint), "--device", "cpu", "--dtype", "float32")
+    return p2l_engine(*arguments, *more, text=text)
 
 
 def test_route_prints_a_table_and_json_lines(checkpoint):
@@ -88,14 +84,14 @@ def test_info(checkpoint):
 @pytest.mark.parametrize(
     ("arguments", "text", "message"),
     [
-        (["route", "hi", "--budget", "0.1"], None, "the cheapest policy costs 1.0"),
-        (["route", "hi", "--budget", "nan"], None, "budget: expected a number"),
-        (["route", "hi", "--catalog", "nowhere.yaml"], None, "nowhere.yaml"),
+        (["route", "hi", "--budget", "0.1"], "", "the cheapest policy costs 1.0"),
+        (["route", "hi", "--budget", "nan"], "", "budget: expected a number"),
+        (["route", "hi", "--catalog", "nowhere.yaml"], "", "nowhere.yaml"),
         (["route"], "", "holds no prompt"),
         (["route"], b"\xff\xfe", "expected UTF-8"),
-        (["route", "--file", "nowhere.txt"], None, "nowhere.txt"),
-        (["leaderboard", b"bad \xed\xa0\x80"], None, "invalid Unicode"),
-        (["route", "hi", "--frobnicate"], None, "frobnicate"),
+        (["route", "--file", "nowhere.txt"], "", "nowhere.txt"),
+        (["leaderboard", b"bad \xed\xa0\x80"], "", "invalid Unicode"),
+        (["route", "hi", "--frobnicate"], "", "frobnicate"),
     ],
 )
 def test_errors_are_said_without_a_stack_trace(arguments, text, message, checkpoint):

@@ -1,47 +1,45 @@
-"""The command line: p2l-engine route, batch, leaderboard, strengths, frontier, eval, export, info. Needs the extra ``cli``
-(typer, rich, matplotlib)."""
+"""The command line, ``p2l-engine``: needs the extra ``cli`` (typer, rich, matplotlib).
+
+Starting it is cheap: this package loads typer and nothing else; each command imports what it needs when it runs.
+"""
 
 from __future__ import annotations
 
+import io
 import logging
+import os
 import sys
+from collections.abc import Sequence
 
-import transformers
-import typer
-from rich.logging import RichHandler
-
-from p2l_engine.cli.batch import batch
-from p2l_engine.cli.evaluate import evaluate
-from p2l_engine.cli.export import export
-from p2l_engine.cli.frontier import frontier
-from p2l_engine.cli.info import info
-from p2l_engine.cli.inputs import err
-from p2l_engine.cli.leaderboard import leaderboard
-from p2l_engine.cli.route import route
-from p2l_engine.cli.strengths import strengths
-
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Prompt-to-Leaderboard: route prompts to chat models.")
-for command in (route, batch, leaderboard, strengths, frontier, export, info):
-    app.command()(command)
-app.command("eval")(evaluate)
+from p2l_engine.cli.terminal import LogLines, error_line
 
 
 def main() -> None:
-    """The console script: typer's own errors as they are, the project's errors in one line and exit status 2."""
-    logging.basicConfig(
-        level=logging.WARNING,
-        format="%(message)s",
-        handlers=[RichHandler(console=err, show_path=False, show_time=False)],
-    )
-    transformers.utils.logging.disable_progress_bar()
+    """The console script."""
+    sys.exit(run())
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status: 0, 2 after an error in one line, 130 after Ctrl-C.
+
+    arguments: None for those of the process. Errors outside the project's own and Python's usual ones keep their traceback.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A character that the terminal's encoding lacks must not fail a command whose work is done.
+            stream.reconfigure(errors="backslashreplace")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # also read by transformers; the commands show their own
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[LogLines()])
     try:
-        app()
+        from p2l_engine.cli.app import app
+
+        app(arguments)
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 1
     except ModuleNotFoundError as error:
-        extra = "ray" if error.name == "ray" else "batch" if "batch" in sys.argv[1:2] else "train"
-        message = f"error: {error}: this command needs the extra {extra!r}: pip install 'p2l-engine[{extra}]'"
-        err.print(message, style="red", markup=False)
-        sys.exit(2)
-    except (ValueError, TypeError, OSError, ArithmeticError, RuntimeError) as error:
-        message = f"error: {error}".encode(errors="backslashreplace").decode()
-        err.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(2)
+        from p2l_engine.cli.extras import hint
+
+        error_line(f"{error}{hint(error.name)}")
+    except (ValueError, TypeError, OSError, ArithmeticError, RuntimeError, ImportError) as error:
+        error_line(str(error))
+    return 2

@@ -3,42 +3,44 @@
 from __future__ import annotations
 
 import threading
+import time
 from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
 
 from p2l_engine.cli.inputs import (
-    CatalogOption,
+    CatalogFile,
     Checkpoint,
+    Column,
     Device,
     Dtype,
-    DtypeOption,
     LeaveOut,
     Scope,
-    err,
     load_engine,
     load_router,
     numbers_of,
-    out,
     shares_of,
+    torch_dtype,
 )
-from p2l_engine.engine import Engine
-from p2l_engine.router import Opponents
+from p2l_engine.cli.progress import Show, meter
+from p2l_engine.cli.terminal import interruptible, out, status
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from p2l_engine.batch import Report
     from p2l_engine.batch.ray import Cluster
+    from p2l_engine.engine import Engine
+    from p2l_engine.router import Opponents
 
 ROWS_PER_PART = 8192  # as in ``batch.Asked``, without importing pyarrow for every other command
+READING, DECIDING, RUN, CLUSTER = "Reading", "Deciding", "Running", "Ray"  # headings in the help
 
 
 class Floats(StrEnum):
-    """What written coefficients are stored as."""
+    """Types that coefficients are stored in."""
 
     FLOAT16 = "float16"
     FLOAT32 = "float32"
@@ -47,78 +49,131 @@ class Floats(StrEnum):
 def batch(
     inputs: Annotated[
         list[str],
-        typer.Argument(help="Files (parquet, csv, jsonl, these two also .gz or .zst), folders, globs; or URIs such as s3://."),
+        typer.Argument(
+            help="Files (.parquet, .csv, .jsonl; the last two also compressed as .gz or .zst), folders and globs, or URIs "
+            "such as s3://bucket/folder."
+        ),
     ],
-    output: Annotated[str, typer.Option("--output", "-o", help="A folder, or its URI: parquet parts in the rows' order.")],
-    column: Annotated[str, typer.Option(help="The prompts: text, a list of user turns, or of messages.")] = "prompt",
+    output: Annotated[
+        str, typer.Option("--output", "-o", help="Folder or URI for the results: parquet files, in the order of the input.")
+    ],
+    column: Column = "prompt",
     plain_text: Annotated[
-        bool, typer.Option("--plain-text", help="Text is text, even where it is a list of turns as JSON.")
+        bool,
+        typer.Option("--plain-text", help="Never parse a prompt as a JSON list of turns.", rich_help_panel=READING),
     ] = False,
     keep: Annotated[
         list[str] | None,
-        typer.Option(help="A column that the output repeats; may be repeated; '' for none. Without it, all."),
+        typer.Option(
+            help="Input column to copy to the output; can be given several times; '' for none. Default: all columns.",
+            show_default=False,
+            rich_help_panel=READING,
+        ),
     ] = None,
-    budget: Annotated[float | None, typer.Option(help="Upper bound on the expected cost, in the catalog's unit.")] = None,
-    budget_scope: Annotated[Scope, typer.Option(help="Bound each prompt's cost, or the mean over all rows.")] = Scope.PROMPT,
+    strict: Annotated[
+        bool,
+        typer.Option("--strict", help="Stop at the first row that cannot be routed.", rich_help_panel=READING),
+    ] = False,
+    budget: Annotated[
+        float | None,
+        typer.Option(help="Upper bound on the expected cost, in the catalog's unit.", rich_help_panel=DECIDING),
+    ] = None,
+    budget_scope: Annotated[
+        Scope,
+        typer.Option(help="Apply the budget to each row's cost, or to the mean cost of all rows.", rich_help_panel=DECIDING),
+    ] = Scope.PROMPT,
     price: Annotated[
         float | None,
-        typer.Option(help="Instead of a budget: the price that an earlier run's budget over its rows had.", show_default=False),
+        typer.Option(
+            help="Instead of a budget: the dual price of an earlier run's budget (win rate per unit of cost).",
+            show_default=False,
+            rich_help_panel=DECIDING,
+        ),
     ] = None,
     max_share: Annotated[
-        list[str] | None, typer.Option(help="NAME=SHARE: at most this share of the rows; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            help="NAME=SHARE: send at most this share of the rows to a model. Can be given several times.",
+            rich_help_panel=DECIDING,
+        ),
     ] = None,
     min_share: Annotated[
-        list[str] | None, typer.Option(help="NAME=SHARE: at least this share of the rows; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            help="NAME=SHARE: send at least this share of the rows to a model. Can be given several times.",
+            rich_help_panel=DECIDING,
+        ),
     ] = None,
-    coefficients: Annotated[
-        Floats | None, typer.Option(help="Also write theta and eta, so stored.", show_default=False)
-    ] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first row that cannot be routed.")] = False,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Throw away what an earlier run left in the output folder.")
-    ] = False,
-    rows_per_part: Annotated[
-        int, typer.Option(min=1, help="Of a part of the output, which is computed and resumed together.")
-    ] = ROWS_PER_PART,
-    state: Annotated[
-        str | None,
-        typer.Option(help="Local folder of a run's state until it ends; by default within the output.", show_default=False),
-    ] = None,
-    catalog: CatalogOption = None,
-    leave_out: LeaveOut = False,
     opponent: Annotated[
         list[str] | None,
         typer.Option(
-            help="NAME=WEIGHT: what win rates are measured against; may be repeated; the weights sum to 1. Without it, "
-            "all models of the checkpoint alike."
+            help="NAME=WEIGHT: a model that win rates are measured against. Can be given several times; the weights sum to 1. "
+            "Default: all models of the checkpoint, equally.",
+            show_default=False,
+            rich_help_panel=DECIDING,
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the draws from mixed policies.")] = 0,
-    checkpoint: Checkpoint = None,
-    device: Device = None,
-    dtype: DtypeOption = None,
+    seed: Annotated[int, typer.Option(help="Seed for drawing a model where a policy mixes two.", rich_help_panel=DECIDING)] = 0,
+    coefficients: Annotated[
+        Floats | None,
+        typer.Option(help="Also write each row's theta and eta, in this type.", show_default=False, rich_help_panel=RUN),
+    ] = None,
+    restart: Annotated[
+        bool,
+        typer.Option("--restart", help="Delete an earlier run from the output folder and start again.", rich_help_panel=RUN),
+    ] = False,
+    rows_per_part: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Rows of one output file. A file is the unit of work that a resumed run repeats.", rich_help_panel=RUN
+        ),
+    ] = ROWS_PER_PART,
+    state: Annotated[
+        str | None,
+        typer.Option(
+            help="Local folder for the run's temporary state. Default: inside the output folder.",
+            show_default=False,
+            rich_help_panel=RUN,
+        ),
+    ] = None,
+    tokens_per_batch: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tokens in one forward pass. Default: 4,096 on a CPU, 32,768 on a GPU.",
+            show_default=False,
+            rich_help_panel=RUN,
+        ),
+    ] = None,
     ray: Annotated[
         str | None,
         typer.Option(
-            help="Compute coefficients on this Ray cluster: auto, HOST:PORT, or local for one on this machine.",
+            help="Compute coefficients on a Ray cluster: auto, HOST:PORT, or local to start one on this machine.",
             show_default=False,
+            rich_help_panel=CLUSTER,
         ),
     ] = None,
     ray_workers: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="With --ray; one for each GPU, or for each node where there is none, when not given.",
+            help="Number of workers. Default: one for each GPU, or one for each node if there is no GPU.",
             show_default=False,
+            rich_help_panel=CLUSTER,
         ),
     ] = None,
-    tokens_per_batch: Annotated[
-        int | None,
-        typer.Option(min=1, help="Of a forward pass; 4,096 on a CPU, 32,768 on a GPU when not given.", show_default=False),
-    ] = None,
+    catalog: CatalogFile = None,
+    leave_out: LeaveOut = False,
+    checkpoint: Checkpoint = None,
+    device: Device = None,
+    dtype: Dtype = None,
 ) -> None:
-    """Route files of prompts, of any length. Killed, the same command goes on where it was."""
-    from p2l_engine.batch import Asked, Report, run
+    """Route files of prompts of any size. After an interruption, the same command continues the run."""
+    shares, least = shares_of(max_share, "--max-share"), shares_of(min_share, "--min-share")
+    opponents: Opponents = numbers_of(opponent, "--opponent") if opponent else "uniform"
+    if ray is None and ray_workers is not None:
+        raise typer.BadParameter("expected --ray beside it", param_hint="--ray-workers")
+    from p2l_engine.batch import Asked, run
     from p2l_engine.tables.storage import Place
 
     asked = Asked(
@@ -130,32 +185,22 @@ def batch(
         budget=budget,
         budget_scope=budget_scope.value,
         price=price,
-        max_share=shares_of(max_share, "--max-share"),
-        min_share=shares_of(min_share, "--min-share"),
+        max_share=shares,
+        min_share=least,
         coefficients=coefficients.value if coefficients else None,
         strict=strict,
         state=state,
         rows_per_part=rows_per_part,
     )
-    opponents: Opponents = numbers_of(opponent, "--opponent") if opponent else "uniform"
     engine = load_engine(checkpoint, device if ray is None else "cpu", dtype, tokens_per_batch)
     router = load_router(engine, catalog, leave_out, seed, opponents)
-    columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), TimeRemainingColumn())
     with (
+        interruptible("; the same command continues the run"),
         _cluster(engine, checkpoint, ray, ray_workers, device, dtype, tokens_per_batch) as cluster,
-        Progress(*columns, console=err, transient=True) as bar,
+        meter() as show,
     ):
-        task, lock = bar.add_task("reading", total=1.0), threading.Lock()
-
-        def show(report: Report) -> None:
-            with lock:
-                seconds = max(bar.tasks[0].elapsed or 0.0, 1e-9)
-                speed = f"{report.rows / seconds:,.0f} rows/s, {report.tokens / seconds:,.0f} tokens/s"
-                done = f"{report.rows:,} rows, {report.parts:,} parts, spend {report.spend:,.4g}"
-                bar.update(task, completed=report.read, description=f"{done}; {speed}")
-
-        report = run(router, asked, restart, show, cluster)
-    _show(report, router.catalog.unit, Place.of(output).shown)
+        report = run(router, asked, restart, _shown(show), cluster)
+    _print(report, router.catalog.unit, Place.of(output).shown)
 
 
 def _cluster(
@@ -164,24 +209,34 @@ def _cluster(
     address: str | None,
     workers: int | None,
     device: str | None,
-    dtype: Dtype | None,
+    dtype: str | None,
     tokens_per_batch: int | None,
 ) -> AbstractContextManager[Cluster | None]:
     if address is None:
-        if workers is not None:
-            raise typer.BadParameter("expected --ray beside it", param_hint="--ray-workers")
         return nullcontext()
-    from p2l_engine.batch.ray import Cluster
+    with status("connecting to Ray"):
+        from p2l_engine.batch.ray import Cluster
 
-    kind = getattr(torch, dtype.value) if dtype else None
-    with err.status("connecting to Ray"):
-        return Cluster(engine, checkpoint, address, workers, device, kind, tokens_per_batch)
+        return Cluster(engine, checkpoint, address, workers, device, torch_dtype(dtype), tokens_per_batch)
 
 
-def _show(report: object, unit: str, output: str) -> None:
-    from p2l_engine.batch import Report
+def _shown(show: Show) -> Callable[[Report], None]:
+    """What ``run`` calls, from several threads, whenever it has done something."""
+    start, lock = time.perf_counter(), threading.Lock()
 
-    assert isinstance(report, Report)
+    def update(report: Report) -> None:
+        with lock:
+            seconds = max(time.perf_counter() - start, 1e-9)
+            done = f"{report.rows:,} rows, {report.parts:,} parts, spend {report.spend:,.4g}"
+            show(report.read, f"{done}; {report.rows / seconds:,.0f} rows/s, {report.tokens / seconds:,.0f} tokens/s")
+
+    return update
+
+
+def _print(report: Report, unit: str, output: str) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(title=Text(output), title_justify="left", show_header=False)
     table.add_column()
     table.add_column(justify="right")
@@ -190,10 +245,10 @@ def _show(report: object, unit: str, output: str) -> None:
     table.add_row("with an error", f"{report.rows - report.routed:,}")
     table.add_row("same prompt as an earlier row", f"{report.repeated:,}")
     if report.resumed:
-        table.add_row("prompts computed before", f"{report.resumed:,}")
+        table.add_row("prompts computed by an earlier run", f"{report.resumed:,}")
     table.add_row(f"sum of expected costs ({unit})", f"{report.spend:,.6g}")
     for row, price in report.prices.items():
-        table.add_row(Text(f"price of {row}: win rate for one unit more"), f"{price:.4g}")
+        table.add_row(Text(f"dual price of {row}: win rate per unit"), f"{price:.4g}")
     if report.seconds:
         table.add_row("seconds", f"{report.seconds['all']:,.1f}")
-    out.print(table)
+    out().print(table)

@@ -5,28 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import numpy as np
-import numpy.typing as npt
 import typer
 
-from p2l_engine.catalog import Catalog
-from p2l_engine.cli.figures import show
 from p2l_engine.cli.inputs import (
-    CatalogOption,
+    CatalogFile,
     Checkpoint,
     Device,
-    DtypeOption,
+    Dtype,
     check_model,
     check_writable,
-    err,
     load_engine,
-    out,
-    progress,
     swaps_of,
     write_json,
 )
+from p2l_engine.cli.progress import progress
+from p2l_engine.cli.terminal import note, out
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 MAX_DROPPED = 0.01
 
@@ -61,13 +60,15 @@ def evaluate(
     cluster: Annotated[
         bool, typer.Option("--cluster", help="Find categories by clustering, for prompts that have none.")
     ] = False,
-    catalog: CatalogOption = None,
+    catalog: CatalogFile = None,
     checkpoint: Checkpoint = None,
     device: Device = None,
-    dtype: DtypeOption = None,
+    dtype: Dtype = None,
 ) -> None:
     """Evaluate a checkpoint on votes: accuracy, calibration, leaderboards, routing, strengths and weaknesses."""
+    from p2l_engine.catalog import Catalog
     from p2l_engine.checkpoint.card import write as write_card
+    from p2l_engine.cli.figures import show
     from p2l_engine.evaluation import html as pages
     from p2l_engine.evaluation import report as reports
     from p2l_engine.evaluation import sources
@@ -94,7 +95,7 @@ def evaluate(
         else sources.of_files(engine, votes, training, prices, max_dropped)
     )
     for line in found.dropped.lines():
-        err.print(f"dropped {line}", style="yellow", markup=False, highlight=False)
+        note(f"dropped {line}", warning=True)
     held_out = found.held_out
     if budget and found.scores is None:
         raise typer.BadParameter("needs scores of every model, and --training scores with --votes", param_hint="--budget")
@@ -114,15 +115,15 @@ def evaluate(
     asked = reports.Asked(bootstrap, seed, budget, reference, replacements=swaps, probes=predicted, cluster=cluster)
     with progress(len(held_out.prompts)) as advance:
         report = reports.evaluate(engine, held_out, found.training, found.scores, asked, advance)
-    show(report, out, strengths=reference is not None)
+    show(report, out(), strengths=reference is not None)
     if as_json:
         write_json(report, as_json)
     if card:
         write_card(engine.folder, report)
-        err.print(f"wrote {engine.folder / 'README.md'}", highlight=False, markup=False)
+        note(f"wrote {engine.folder / 'README.md'}")
     if html:
         pages.write(report, html)
-        err.print(f"wrote {html}", highlight=False, markup=False)
+        note(f"wrote {html}")
 
 
 def _check_budgets(budgets: Sequence[float], costs: npt.NDArray[np.float64] | None) -> None:

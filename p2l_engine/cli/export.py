@@ -7,18 +7,24 @@ from typing import Annotated
 
 import typer
 
-from p2l_engine.checkpoint.export import export as write
-from p2l_engine.cli.inputs import Checkpoint, err
+from p2l_engine.cli.inputs import Checkpoint
+from p2l_engine.cli.terminal import note, status
 
 
 def export(
-    target: Annotated[Path, typer.Argument(help="The folder to write; it must not hold anything yet.")],
+    target: Annotated[Path, typer.Argument(help="Folder to write; it must not exist yet, or be empty.")],
     evaluation: Annotated[
-        Path | None, typer.Option(help="Figures for the model card, as 'eval --json' writes them; else the checkpoint's own.")
+        Path | None,
+        typer.Option(
+            help="Figures for the model card, as 'eval --json' writes them. Default: the checkpoint's evaluation.json.",
+            show_default=False,
+        ),
     ] = None,
     checkpoint: Checkpoint = None,
 ) -> None:
     """Write a checkpoint in the published layout: adapters merged, with a model card."""
-    with err.status("merging and writing"):
+    with status("merging and writing"):
+        from p2l_engine.checkpoint.export import export as write
+
         write(checkpoint, target, evaluation)
-    err.print(f"wrote {target}", highlight=False, markup=False)
+    note(f"wrote {target}")

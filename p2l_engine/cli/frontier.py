@@ -6,27 +6,22 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import typer
-from rich.table import Table
-from rich.text import Text
 
-from p2l_engine import routing
 from p2l_engine.cli.inputs import (
     PLOTS,
-    CatalogOption,
+    CatalogFile,
     Checkpoint,
+    Column,
     Device,
-    DtypeOption,
+    Dtype,
     LeaveOut,
     check_writable,
-    err,
     load_engine,
     load_router,
-    out,
-    progress,
 )
-from p2l_engine.cli.prompts import read_prompts
+from p2l_engine.cli.progress import progress
+from p2l_engine.cli.terminal import note, out
 
 
 def frontier(
@@ -37,18 +32,26 @@ def frontier(
             "else one a line."
         ),
     ],
+    column: Column = "prompt",
     plot: Annotated[Path | None, typer.Option(help="Also draw the curve to this file (.png, .svg, .pdf).")] = None,
     budgets: Annotated[int, typer.Option(min=2, help="Budgets to show, evenly from the cheapest policy to the best one.")] = 9,
-    catalog: CatalogOption = None,
+    catalog: CatalogFile = None,
     leave_out: LeaveOut = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON lines instead of a table.")] = False,
     checkpoint: Checkpoint = None,
     device: Device = None,
-    dtype: DtypeOption = None,
+    dtype: Dtype = None,
 ) -> None:
     """Show what every mean budget over these prompts would buy, beside each single model."""
+    import numpy as np
+    from rich.table import Table
+    from rich.text import Text
+
+    from p2l_engine import routing
+    from p2l_engine.cli.prompts import read_prompts
+
     check_writable(plot, "--plot", PLOTS)
-    batch = read_prompts(None, file)
+    batch = read_prompts(None, file, column)
     router = load_router(load_engine(checkpoint, device, dtype), catalog, leave_out)
     with progress(len(batch)) as advance:
         v = router.win_rates(router.engine.coefficients(batch, advance))
@@ -64,7 +67,7 @@ def frontier(
         from p2l_engine import plot as plots
 
         plots.frontier(curve, v, router.costs, router.names, unit, f"{len(batch)} prompts of {file.name}", plot)
-        err.print(f"wrote {plot}", highlight=False, markup=False)
+        note(f"wrote {plot}")
     if as_json:
         for _, cost, value, per_prompt in rows:
             print(json.dumps({"budget": cost, "win_rate": value, "win_rate_per_prompt_budget": per_prompt}))
@@ -84,4 +87,4 @@ def frontier(
     table.add_section()
     for name, cost, value in singles:
         table.add_row(f"{cost:.4g}", "", f"{value:.1%}", Text(name))
-    out.print(table)
+    out().print(table)

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import torch
-import transformers
-from rich.table import Table
-from rich.text import Text
-
-import p2l_engine
-from p2l_engine.cli.inputs import Checkpoint, Device, DtypeOption, load_engine, out
-from p2l_engine.native import routing as native
+from p2l_engine.cli.inputs import Checkpoint, Device, Dtype, load_engine
+from p2l_engine.cli.terminal import out
 
 
-def info(checkpoint: Checkpoint = None, device: Device = None, dtype: DtypeOption = None) -> None:
-    """Show what the engine runs on, and the checkpoint."""
+def info(checkpoint: Checkpoint = None, device: Device = None, dtype: Dtype = None) -> None:
+    """Show versions, the device, and what the checkpoint holds."""
+    from importlib.metadata import version
+
+    import torch
+    from rich.table import Table
+    from rich.text import Text
+
+    from p2l_engine import __version__
+    from p2l_engine.native import routing as native
+
     engine = load_engine(checkpoint, device, dtype)
     table = Table(show_header=False)
     rows = {
-        "p2l-engine": p2l_engine.__version__,
-        "torch, transformers": f"{torch.__version__}, {transformers.__version__}",
+        "p2l-engine": __version__,
+        "torch, transformers": f"{torch.__version__}, {version('transformers')}",
         "device": torch.cuda.get_device_name(engine.device)
         if engine.device.type == "cuda"
         else f"CPU, {torch.get_num_threads()} threads",
@@ -31,4 +34,4 @@ def info(checkpoint: Checkpoint = None, device: Device = None, dtype: DtypeOptio
     }
     for name, value in rows.items():
         table.add_row(name, Text(value))
-    out.print(table)
+    out().print(table)

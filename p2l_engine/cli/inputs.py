@@ -1,86 +1,121 @@
-"""What commands share: options and their checks, the engine, progress bars."""
+"""What commands share: options and their checks, the engine and the router."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from p2l_engine.catalog import Catalog
-from p2l_engine.engine import Engine
-from p2l_engine.router import Opponents, Router, Shares
+from p2l_engine.cli.terminal import note, status
 
-out, err = Console(), Console(stderr=True)
+if TYPE_CHECKING:
+    import torch
+
+    from p2l_engine.engine import Engine
+    from p2l_engine.router import Opponents, Router, Shares
 
 PLOTS = (".png", ".svg", ".pdf")
+PROMPT_FILE = (
+    ".jsonl (a string, a list of user turns, a list of messages, or an object with the key of --column), .csv or .parquet "
+    "(the column of --column); any other file: one prompt a line"
+)
+ENGINE, MODELS = "Checkpoint and device", "Models to choose from"  # headings of options in a command's help
 
 
 class Scope(StrEnum):
-    """What a budget bounds."""
+    """What a budget bounds: the cost of each prompt, or the mean over all."""
 
     PROMPT = "prompt"
     BATCH = "batch"
 
 
-class Dtype(StrEnum):
-    """What the backbone computes in."""
-
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-
-
+Column = Annotated[str, typer.Option("--column", help="Column (csv, parquet) or key (jsonl) that holds the prompts.")]
 Checkpoint = Annotated[
     str | None,
-    typer.Option(help="Checkpoint folder or hub name; the built-in default when not given.", show_default=False),
+    typer.Option(
+        help="Checkpoint folder or name on the hub. Default: the built-in checkpoint.",
+        show_default=False,
+        rich_help_panel=ENGINE,
+    ),
 ]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; CUDA where there is one.", show_default=False)]
-DtypeOption = Annotated[
-    Dtype | None, typer.Option(help="bfloat16 where the hardware multiplies it, else float32.", show_default=False)
+Device = Annotated[
+    str | None,
+    typer.Option(help="cpu, cuda, cuda:1, ... Default: cuda if available.", show_default=False, rich_help_panel=ENGINE),
 ]
-
-CatalogOption = Annotated[
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="float32 (fp32) or bfloat16 (bf16). Default: bfloat16 where the hardware multiplies it, else float32.",
+        show_default=False,
+        rich_help_panel=ENGINE,
+    ),
+]
+CatalogFile = Annotated[
     Path | None,
-    typer.Option("--catalog", help="The models to choose from (YAML); the checkpoint's own catalog.yaml when not given."),
+    typer.Option(
+        "--catalog",
+        help="YAML file with the models and their costs. Default: the checkpoint's catalog.yaml.",
+        show_default=False,
+        rich_help_panel=MODELS,
+    ),
 ]
-LeaveOut = Annotated[bool, typer.Option("--leave-out", help="Leave out models that only one side knows.")]
+LeaveOut = Annotated[
+    bool,
+    typer.Option(
+        "--leave-out",
+        help="Ignore models that only the checkpoint or only the catalog has, instead of failing.",
+        rich_help_panel=MODELS,
+    ),
+]
 
 
-def load_engine(checkpoint: str | None, device: str | None, dtype: Dtype | None, tokens_per_batch: int | None = None) -> Engine:
-    with err.status("loading the checkpoint"):
-        return Engine.from_pretrained(checkpoint, device, getattr(torch, dtype.value) if dtype else None, tokens_per_batch)
+def load_engine(checkpoint: str | None, device: str | None, dtype: str | None, tokens_per_batch: int | None = None) -> Engine:
+    """Raises ValueError for a device or dtype that cannot be used, CheckpointError."""
+    kind = torch_dtype(dtype)
+    with status("loading the checkpoint"):
+        from p2l_engine.engine import Engine
+
+        return Engine.from_pretrained(checkpoint, device, kind, tokens_per_batch)
+
+
+def torch_dtype(name: str | None) -> torch.dtype | None:
+    """The dtype of one of the names that PyTorch users write. Raises typer.BadParameter."""
+    if name is None:
+        return None
+    names = {"float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}
+    found = names.get(name.removeprefix("torch."))
+    if found is None:
+        raise typer.BadParameter(f"expected one of {', '.join(names)}, got {name!r}", param_hint="--dtype")
+    import torch
+
+    kind = getattr(torch, found)
+    assert isinstance(kind, torch.dtype)
+    return kind
 
 
 def load_router(
     engine: Engine, catalog: Path | None, leave_out: bool, seed: int = 0, opponents: Opponents = "uniform"
 ) -> Router:
-    """A router over the catalog named, or the checkpoint's own."""
-    shown = catalog or engine.folder / "catalog.yaml"
-    if not shown.is_file():
+    """A router over the given catalog, or over the checkpoint's own. Raises typer.BadParameter, CatalogError."""
+    from p2l_engine.catalog import Catalog
+    from p2l_engine.router import Router
+
+    file = catalog or engine.folder / "catalog.yaml"
+    if not file.is_file():
         raise typer.BadParameter(
-            f"the checkpoint has no catalog.yaml of its own: name one; not found: {shown}", param_hint="--catalog"
+            f"{file} not found" if catalog else f"the checkpoint has no catalog.yaml, give one: {file} not found",
+            param_hint="--catalog",
         )
-    return Router(engine, Catalog.from_yaml(shown), opponents, seed, "leave_out" if leave_out else "error")
-
-
-@contextmanager
-def progress(total: int) -> Iterator[Callable[[int], None]]:
-    columns = (TextColumn("prompts"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda done: bar.advance(task, done)
+    return Router(engine, Catalog.from_yaml(file), opponents, seed, "leave_out" if leave_out else "error")
 
 
 def check_writable(file: Path | None, option: str, kinds: Sequence[str] = ()) -> None:
-    """Before the work, not after it: whether a file can be written there, of one of these kinds (suffixes)."""
+    """Called before the work starts. kinds: the suffixes that are allowed. Raises typer.BadParameter."""
     if file is None:
         return
     if kinds and file.suffix.lower() not in kinds:
@@ -90,12 +125,13 @@ def check_writable(file: Path | None, option: str, kinds: Sequence[str] = ()) ->
 
 
 def check_model(name: str | None, models: Sequence[str], option: str) -> None:
+    """Raises typer.BadParameter for a name that is not one of ``models``."""
     if name is not None and name not in models:
         raise typer.BadParameter(f"expected one of {', '.join(models)}, got {name!r}", param_hint=option)
 
 
 def swaps_of(given: Sequence[str] | None, models: Sequence[str]) -> list[tuple[str, str]]:
-    """OLD:NEW each; names may hold colons themselves."""
+    """Pairs (old, new) from "OLD:NEW" strings; names may contain colons. Raises typer.BadParameter."""
 
     def swap(text: str) -> tuple[str, str]:
         for old in models:
@@ -107,12 +143,13 @@ def swaps_of(given: Sequence[str] | None, models: Sequence[str]) -> list[tuple[s
 
 
 def write_json(report: dict[str, Any], file: Path) -> None:
+    """Writes the report, indented, and says so on stderr."""
     file.write_text(json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    err.print(f"wrote {file}", highlight=False, markup=False)
+    note(f"wrote {file}")
 
 
 def numbers_of(given: list[str] | None, option: str) -> dict[str, float]:
-    """NAME=NUMBER each, every name once; names may hold equals signs themselves."""
+    """A dict from "NAME=NUMBER" strings; names may contain "=". Raises typer.BadParameter, also for a name given twice."""
     found: dict[str, float] = {}
     for text in given or []:
         name, _, number = text.rpartition("=")
@@ -129,10 +166,11 @@ def numbers_of(given: list[str] | None, option: str) -> dict[str, float]:
 
 
 def shares_of(given: list[str] | None, option: str) -> Shares:
-    """``numbers_of`` for shares of models."""
+    """``numbers_of``, as the type of shares that the router takes."""
     return {name: share for name, share in numbers_of(given, option).items()}
 
 
 def short(text: str, width: int) -> str:
+    """The text on one line, cut to ``width`` characters."""
     flat = " ".join(text.split())
     return flat if len(flat) <= width else flat[: width - 1] + "…"

@@ -7,24 +7,19 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
 from p2l_engine.cli.inputs import (
     PLOTS,
     Checkpoint,
+    Column,
     Device,
-    DtypeOption,
+    Dtype,
     check_writable,
-    err,
     load_engine,
-    out,
-    progress,
     short,
 )
-from p2l_engine.cli.prompts import PromptFile, read_stdin, read_text
-from p2l_engine.leaderboard import Leaderboard
-from p2l_engine.prompts.parse import user_turns
+from p2l_engine.cli.progress import progress
+from p2l_engine.cli.terminal import note, out
 
 
 def leaderboard(
@@ -37,19 +32,27 @@ def leaderboard(
             "perhaps 'weight'), .csv or .parquet (such columns), else one a line."
         ),
     ] = None,
+    column: Column = "prompt",
     bootstrap: Annotated[int, typer.Option(min=0, help="With --prompts: bootstrap samples behind the intervals.")] = 200,
     plot: Annotated[Path | None, typer.Option(help="Also write a bar chart to this file (.png, .svg, .pdf).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON lines instead of a table.")] = False,
     checkpoint: Checkpoint = None,
     device: Device = None,
-    dtype: DtypeOption = None,
+    dtype: Dtype = None,
 ) -> None:
     """Show the leaderboard of one prompt, or of a set of prompts."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from p2l_engine.cli.prompts import PromptFile, read_stdin, read_text
+    from p2l_engine.leaderboard import Leaderboard
+    from p2l_engine.prompts.parse import user_turns
+
     check_writable(plot, "--plot", PLOTS)
     if prompts is not None:
         if prompt is not None or file is not None:
             raise typer.BadParameter("give one prompt or a file of prompts, not both", param_hint="--prompts")
-        given = PromptFile.read(prompts)
+        given = PromptFile.read(prompts, column)
         batch, weights = given.prompts, given.weights()
         engine = load_engine(checkpoint, device, dtype)
         with progress(len(batch)) as advance:
@@ -64,7 +67,7 @@ def leaderboard(
         from p2l_engine import plot as plots
 
         plots.leaderboard(board, short(title, 110), plot)
-        err.print(f"wrote {plot}", highlight=False, markup=False)
+        note(f"wrote {plot}")
     if as_json:
         for place in board:
             fields = {"rank": place.rank, "model": place.model, "coefficient": place.coefficient, "win_rate": place.win_rate}
@@ -81,4 +84,4 @@ def leaderboard(
         rate = "" if place.win_rate is None else f"{place.win_rate:.1%}"
         spread = [] if place.low is None else [f"{place.low:.3f} to {place.high:.3f}"]
         table.add_row(str(place.rank), Text(place.model), f"{place.coefficient:.3f}", rate, *spread)
-    out.print(table)
+    out().print(table)

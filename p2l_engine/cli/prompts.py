@@ -20,20 +20,20 @@ CATEGORY = ("category", "task")  # the first that is there
 
 @dataclass(frozen=True, slots=True)
 class PromptFile:
-    """The prompts of a file: .jsonl (text, turns, messages, or an object with "prompt"), .csv or .parquet (a column prompt, and
-    the extra that reads tables), else one a line. columns: the others that anything here reads, a value for each prompt."""
+    """The prompts of a file: .jsonl (text, turns, messages, or an object whose key ``column`` holds one), .csv or .parquet
+    (that column; needs pyarrow), else one a line. columns: the others that anything here reads, a value for each prompt."""
 
     name: str
     prompts: list[Prompt]
     columns: Mapping[str, list[Any]] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, file: Path) -> PromptFile:
+    def read(cls, file: Path, column: str = "prompt") -> PromptFile:
         """Raises ValueError with the row or line that holds no prompt, or where there is none."""
         if file.suffix in (".parquet", ".csv"):
-            found = _table(file)
+            found = _table(file, column)
         elif file.suffix == ".jsonl":
-            found = _objects(str(file), read_text(file))
+            found = _objects(str(file), read_text(file), column)
         else:
             found = cls(str(file), [line for _, line in _lines(read_text(file))])
         return _some(found)
@@ -64,14 +64,14 @@ class PromptFile:
         return None
 
 
-def read_prompts(given: list[str] | None, file: Path | None) -> list[Prompt]:
+def read_prompts(given: list[str] | None, file: Path | None, column: str = "prompt") -> list[Prompt]:
     """From the arguments, a file, or standard input, one a line."""
     if given and file:
         raise typer.BadParameter("give prompts as arguments or a file, not both", param_hint="--file")
     if given:
         return list(given)
     if file:
-        return PromptFile.read(file).prompts
+        return PromptFile.read(file, column).prompts
     return _some(PromptFile("standard input", [line for _, line in _lines(read_stdin())])).prompts
 
 
@@ -81,7 +81,7 @@ def _some(found: PromptFile) -> PromptFile:
     return found
 
 
-def _table(file: Path) -> PromptFile:
+def _table(file: Path, column: str) -> PromptFile:
     from p2l_engine.tables.whole import BROKEN, read_table, turns
 
     table = read_table(str(file))
@@ -89,10 +89,10 @@ def _table(file: Path) -> PromptFile:
         row = next(i for i, text in enumerate(table.column(BROKEN).to_pylist()) if text is not None)
         got = table.column(BROKEN)[row].as_py()
         raise ValueError(f"{file}: row {row}: expected a cell for each column {table.column_names[:-1]}, got {got!r}")
-    if "prompt" not in table.column_names:
-        raise ValueError(f"{file}: expected a column 'prompt', got {table.column_names}")
+    if column not in table.column_names:
+        raise ValueError(f"{file}: expected a column {column!r}, got {table.column_names}")
     prompts: list[Prompt] = []
-    for i, value in enumerate(table.column("prompt").to_pylist()):
+    for i, value in enumerate(table.column(column).to_pylist()):
         try:
             prompts.append(turns(value))
         except ValueError as error:
@@ -101,7 +101,7 @@ def _table(file: Path) -> PromptFile:
     return PromptFile(str(file), prompts, {name: table.column(name).to_pylist() for name in kept})
 
 
-def _objects(where: str, text: str) -> PromptFile:
+def _objects(where: str, text: str, column: str) -> PromptFile:
     prompts: list[Prompt] = []
     rows: list[dict[str, Any]] = []
     for number, line in _lines(text):
@@ -111,9 +111,9 @@ def _objects(where: str, text: str) -> PromptFile:
             raise ValueError(f"{where}: line {number}: expected JSON: {error}") from None
         rows.append(value if isinstance(value, dict) else {})
         if isinstance(value, dict):
-            if "prompt" not in value:
-                raise ValueError(f"{where}: line {number}: expected the key 'prompt', got {sorted(value)}")
-            value = value["prompt"]
+            if column not in value:
+                raise ValueError(f"{where}: line {number}: expected the key {column!r}, got {sorted(value)}")
+            value = value[column]
         try:
             user_turns(value)
         except PromptError as error:

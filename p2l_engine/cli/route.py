@@ -6,56 +6,60 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import typer
-from rich.table import Table
-from rich.text import Text
 
 from p2l_engine.cli.inputs import (
-    CatalogOption,
+    PROMPT_FILE,
+    CatalogFile,
     Checkpoint,
+    Column,
     Device,
-    DtypeOption,
+    Dtype,
     LeaveOut,
     Scope,
     load_engine,
     load_router,
-    out,
-    progress,
     shares_of,
     short,
 )
-from p2l_engine.cli.prompts import read_prompts
-from p2l_engine.decision import Decision
-from p2l_engine.prompts.parse import Prompt, user_turns
+from p2l_engine.cli.progress import progress
+from p2l_engine.cli.terminal import out
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from p2l_engine.decision import Decision
+    from p2l_engine.prompts import Prompt
 
 
 def route(
-    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; or use --file, or standard input.")] = None,
-    file: Annotated[
-        Path | None,
-        typer.Option(
-            help="Prompts from a file: .jsonl (text, turns, messages, or an object with 'prompt'), .csv or .parquet (a column "
-            "prompt), else one a line."
-        ),
+    prompts: Annotated[
+        list[str] | None, typer.Argument(help="Prompts. Without any and without --file: standard input, one prompt a line.")
     ] = None,
+    file: Annotated[Path | None, typer.Option(help=f"Read the prompts from a file: {PROMPT_FILE}.")] = None,
+    column: Column = "prompt",
     budget: Annotated[float | None, typer.Option(help="Upper bound on the expected cost, in the catalog's unit.")] = None,
-    budget_scope: Annotated[Scope, typer.Option(help="Bound each prompt's cost, or the batch's mean.")] = Scope.PROMPT,
+    budget_scope: Annotated[
+        Scope, typer.Option(help="Apply the budget to each prompt's cost, or to the mean cost of all prompts.")
+    ] = Scope.PROMPT,
     max_share: Annotated[
-        list[str] | None, typer.Option(help="NAME=SHARE: at most this share of the prompts to a model; may be repeated.")
+        list[str] | None,
+        typer.Option(help="NAME=SHARE: send at most this share of the prompts to a model. Can be given several times."),
     ] = None,
-    catalog: CatalogOption = None,
+    seed: Annotated[int, typer.Option(help="Seed for drawing a model where a policy mixes two.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")] = False,
+    catalog: CatalogFile = None,
     leave_out: LeaveOut = False,
-    seed: Annotated[int, typer.Option(help="Of the draws from mixed policies.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON lines instead of a table.")] = False,
     checkpoint: Checkpoint = None,
     device: Device = None,
-    dtype: DtypeOption = None,
+    dtype: Dtype = None,
 ) -> None:
     """Choose the best model for each prompt, within a budget."""
-    batch = read_prompts(prompts, file)
+    from p2l_engine.cli.prompts import read_prompts
+
+    batch = read_prompts(prompts, file, column)
     shares = shares_of(max_share, "--max-share")
     router = load_router(load_engine(checkpoint, device, dtype), catalog, leave_out, seed)
     with progress(len(batch)) as advance:
@@ -64,18 +68,23 @@ def route(
         for prompt, decision in zip(batch, decisions, strict=True):
             print(json.dumps({"prompt": prompt, **_fields(decision)}))
         return
-    out.print(_decisions_table(batch, decisions, router.catalog.unit))
-    mean = float(np.mean([decision.expected_cost for decision in decisions]))
-    out.print(f"mean expected cost {mean:.4g} {router.catalog.unit}", style="dim", markup=False)
+    out().print(_decisions_table(batch, decisions, router.catalog.unit))
+    mean = sum(decision.expected_cost for decision in decisions) / len(decisions)
+    out().print(f"mean expected cost {mean:.4g} {router.catalog.unit}", style="dim", markup=False)
 
 
 def _fields(decision: Decision) -> dict[str, Any]:
-    fields = {name: getattr(decision, name) for name in Decision.__slots__}
+    fields = {name: getattr(decision, name) for name in decision.__slots__}
     # JSON has no infinity: a score beyond every coefficient (win rate 0 or 1) is null.
     return fields | {"score": decision.score if math.isfinite(decision.score) else None}
 
 
 def _decisions_table(batch: Sequence[Prompt], decisions: Sequence[Decision], unit: str) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    from p2l_engine.prompts import user_turns
+
     table = Table(caption=Text(f"cost in {unit}"), caption_justify="left")
     for name, justify in (
         ("prompt", "left"), ("model", "left"), ("policy", "left"), ("cost", "right"), ("win rate", "right"), ("score", "right"),

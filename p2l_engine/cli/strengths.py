@@ -7,22 +7,20 @@ from typing import Annotated
 
 import typer
 
-from p2l_engine.cli.figures import show_strengths
 from p2l_engine.cli.inputs import (
     PLOTS,
     Checkpoint,
+    Column,
     Device,
-    DtypeOption,
+    Dtype,
     check_model,
     check_writable,
-    err,
     load_engine,
-    out,
-    progress,
     swaps_of,
     write_json,
 )
-from p2l_engine.cli.prompts import CATEGORY, PromptFile
+from p2l_engine.cli.progress import progress
+from p2l_engine.cli.terminal import note, out
 
 
 def strengths(
@@ -33,6 +31,7 @@ def strengths(
             "'weight'), .csv or .parquet (such columns), else one a line."
         ),
     ],
+    column: Column = "prompt",
     reference: Annotated[
         str | None,
         typer.Option(help="The model that others are measured against; the leaderboard's middle one when not given."),
@@ -57,9 +56,11 @@ def strengths(
     seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
     checkpoint: Checkpoint = None,
     device: Device = None,
-    dtype: DtypeOption = None,
+    dtype: Dtype = None,
 ) -> None:
     """Show by category of prompts what each model is good at, and what gets better or worse when one replaces another."""
+    from p2l_engine.cli.figures import show_strengths
+    from p2l_engine.cli.prompts import CATEGORY, PromptFile
     from p2l_engine.evaluation import html as pages
     from p2l_engine.evaluation import plots
     from p2l_engine.evaluation import report as reports
@@ -67,7 +68,7 @@ def strengths(
     check_writable(plot, "--plot", PLOTS)
     check_writable(html, "--html")
     check_writable(as_json, "--json")
-    given = PromptFile.read(file)
+    given = PromptFile.read(file, column)
     categories, weights = given.categories(), given.weights()
     if cluster and categories is not None:
         raise typer.BadParameter("these prompts have categories already", param_hint="--cluster")
@@ -77,20 +78,17 @@ def strengths(
         check_model(name, engine.models, "--reference, --model")
     if categories is None and not cluster:
         categories = ["all"] * len(given.prompts)
-        err.print(
-            f"{file}: no column {' or '.join(CATEGORY)}: all prompts are one category (or use --cluster)",
-            style="yellow",
-            markup=False,
-        )
+        columns = " or ".join(CATEGORY)
+        note(f"{file}: no column {columns}: all prompts are one category (or use --cluster)", warning=True)
     asked = reports.Asked(bootstrap, seed, reference=reference, shown=model or None, replacements=swaps, cluster=cluster)
     with progress(len(given.prompts)) as advance:
         report = reports.survey(engine, given.prompts, categories, weights, asked, advance)
-    show_strengths(report, out)
+    show_strengths(report, out())
     if plot:
         plots.save("strengths", report, plot)
-        err.print(f"wrote {plot}", highlight=False, markup=False)
+        note(f"wrote {plot}")
     if as_json:
         write_json(report, as_json)
     if html:
         pages.write(report, html)
-        err.print(f"wrote {html}", highlight=False, markup=False)
+        note(f"wrote {html}")
