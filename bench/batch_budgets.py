@@ -19,7 +19,7 @@ import numpy.typing as npt
 from bench import warm_highs
 from bench.measure import Row, apart, measure, once
 from p2l_engine import routing
-from p2l_engine._native import lib
+from p2l_engine.native import binding
 from p2l_engine.routing import BudgetPacer, LazyWinRates, Problem, Resource, Share, highs
 from p2l_engine.routing.hulls import Hulls
 from p2l_engine.routing.values import CHUNK
@@ -79,7 +79,7 @@ def bench_batch(m: int, n: int = 10_000, n_full: int = 2000) -> list[Row]:
     seconds_of = np.random.default_rng(m).exponential(size=m)
     two = Problem(v[:n_full], costs, budget, resources=[Resource("seconds", seconds_of, float(np.quantile(seconds_of, 0.3)))])
     stage, bounds = "two rows for each prompt", [np.full(n_full, row.bound) for row in two.prompt_rows]
-    for threads in sorted({1, int(lib.p2l_max_threads())}):
+    for threads in sorted({1, binding.max_threads()}):
         ours, (indices, p) = measure(partial(highs.solve_prompts, v[:n_full], two.prompt_rows, None, threads), n_full, 1)
         if threads == 1:
             base, value = ours, (p * np.take_along_axis(v[:n_full], indices, 1)).sum(1)

@@ -16,7 +16,7 @@ import highspy
 import numpy as np
 import scipy
 
-from p2l_engine.native import routing as native
+from p2l_engine.native import binding
 
 REPEATS = 5  # the median counts
 
@@ -72,4 +72,4 @@ def machine() -> str:
         "?",
     )
     versions = f"Python {platform.python_version()}, numpy {np.__version__}, scipy {scipy.__version__}, cvxpy {cp.__version__}"
-    return f"{cpu}, {native.isa()}; {versions}, highspy {highspy.Highs().version()}"
+    return f"{cpu}, {binding.isa()}; {versions}, highspy {highspy.Highs().version()}"

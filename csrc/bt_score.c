@@ -4,7 +4,7 @@
  * it is nearly a straight line: a handful of steps where G itself takes a dozen. G and 1 - G are two sums of positive
  * terms, so f keeps its relative accuracy however close R comes to 0 or 1. As G lies between the sigmoids of the lowest and
  * the highest theta that q supports, the root lies in [low + logit R, high + logit R]: a bracket, up to rounding, which
- * growth takes care of.
+ * widening the bracket handles.
  */
 #include "p2l_native.h"
 #include "sigmoid_mixture.h"
@@ -102,7 +102,7 @@ static double brent(const mixture *g, double a, double fa, double b, double fb, 
 }
 
 static double solve(const mixture *g, double low, double high, int *converged) {
-    /* At the ends of the bracket f is zero or of a known sign; rounding may say otherwise: then grow. */
+    /* At the ends of the bracket f is zero or of a known sign; where rounding says otherwise, widen it. */
     double a = low + g->logit_rate, b = high + g->logit_rate, pad = 4 * DBL_EPSILON * (1 + fabs(a) + fabs(b));
     *converged = 1;
     if (low == high) return a;
@@ -125,15 +125,15 @@ P2L_CLONES static void exponentials(const double *restrict theta, double shift, 
 
 static int64_t score_range(const double *theta, const double *q, int q_per_prompt, const double *rate, int64_t first,
                            int64_t last, int64_t n_models, double *score) {
-    const int64_t room = n_models + P2L_GROUP;
-    double *scratch = malloc(sizeof(double) * 3 * room);
-    int64_t *support = malloc(sizeof(int64_t) * room);
+    const int64_t capacity = n_models + P2L_GROUP;
+    double *scratch = malloc(sizeof(double) * 3 * capacity);
+    int64_t *support = malloc(sizeof(int64_t) * capacity);
     if (!scratch || !support) {
         free(scratch);
         free(support);
         return -1;
     }
-    double *coefficients = scratch, *e = scratch + room, *weights = scratch + 2 * room;
+    double *coefficients = scratch, *e = scratch + capacity, *weights = scratch + 2 * capacity;
     int64_t k = 0, diverged = 0;
     for (int64_t n = first; n < last; n++) {
         if (n == first || q_per_prompt) k = p2l_pack_support(q + (q_per_prompt ? n * n_models : 0), n_models, support, weights);

@@ -44,7 +44,7 @@ int64_t p2l_upper_hull(const double *costs, const double *v, const uint8_t *allo
         if (allowed && !allowed[m]) continue;
         if (size) {
             const int32_t top = hull[size - 1];
-            if (v[m] <= v[top]) continue; /* dearer and no better */
+            if (v[m] <= v[top]) continue; /* more expensive and no better */
             if (costs[m] == costs[top]) size--;
         }
         while (size > 1 && below_chord(costs, v, hull[size - 2], hull[size - 1], m)) size--;
@@ -54,8 +54,8 @@ int64_t p2l_upper_hull(const double *costs, const double *v, const uint8_t *allo
 }
 
 static int64_t solve_range(const double *v, const double *costs, int costs_per_prompt, const double *budget,
-                           const uint8_t *allowed, int64_t first, int64_t last, int64_t n_models, int32_t *indices, double *probabilities,
-                           double *value, double *cost) {
+                           const uint8_t *allowed, int64_t first, int64_t last, int64_t n_models, int32_t *indices,
+                           double *probabilities, double *value, double *cost) {
     int32_t *order = malloc(sizeof(int32_t) * 3 * n_models);
     if (!order) return -1;
     int32_t *hull = order + n_models, *scratch = order + 2 * n_models;
@@ -69,15 +69,15 @@ static int64_t solve_range(const double *v, const double *costs, int costs_per_p
             infeasible++;
             continue;
         }
-        int64_t dear = 0; /* the first vertex beyond the budget */
-        while (dear < size && c[hull[dear]] <= limit) dear++;
-        int32_t a = hull[dear - 1], b = a;
+        int64_t beyond = 0; /* first vertex beyond the budget */
+        while (beyond < size && c[hull[beyond]] <= limit) beyond++;
+        int32_t a = hull[beyond - 1], b = a;
         double share = 0;
-        if (dear < size) {
-            b = hull[dear];
+        if (beyond < size) {
+            b = hull[beyond];
             share = (limit - c[a]) / (c[b] - c[a]);
             if (share == 0) b = a;
-            if (share == 1) a = b, share = 0; /* the budget reaches b but for rounding */
+            if (share == 1) a = b, share = 0; /* the budget reaches b, up to rounding */
         }
         indices[2 * n] = a;
         indices[2 * n + 1] = b;
@@ -91,8 +91,8 @@ static int64_t solve_range(const double *v, const double *costs, int costs_per_p
 }
 
 int64_t p2l_solve_budget(const double *v, const double *costs, int costs_per_prompt, const double *budget,
-                         const uint8_t *allowed, int64_t n_prompts, int64_t n_models, int threads, int32_t *indices, double *probabilities,
-                         double *value, double *cost) {
+                         const uint8_t *allowed, int64_t n_prompts, int64_t n_models, int threads, int32_t *indices,
+                         double *probabilities, double *value, double *cost) {
 #ifdef _OPENMP
     if (threads > 1) {
         int64_t infeasible = 0;
@@ -109,5 +109,6 @@ int64_t p2l_solve_budget(const double *v, const double *costs, int costs_per_pro
     }
 #endif
     (void)threads;
-    return solve_range(v, costs, costs_per_prompt, budget, allowed, 0, n_prompts, n_models, indices, probabilities, value, cost);
+    return solve_range(v, costs, costs_per_prompt, budget, allowed, 0, n_prompts, n_models, indices, probabilities, value,
+                       cost);
 }

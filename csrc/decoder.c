@@ -1,7 +1,8 @@
-/* What a decoder does between its matrix products, in one pass each: torch takes up to six, and widens bfloat16 in memory.
+/* A decoder's steps between its matrix products: RMSNorm, rotary position embedding (RoPE) and SwiGLU, one pass each. torch
+ * needs up to six passes and widens bfloat16 in memory.
  *
- * Rows are float32, or bfloat16 as its 16 bits; all arithmetic is float32, rounded once (to nearest, ties to even) on the
- * way out. Twins: p2l_engine/kernels/{rms_norm,rotary,silu_mul}.py.
+ * Rows are float32 or bfloat16 (as uint16_t). Arithmetic is float32; results are rounded once, to nearest, ties to even.
+ * Reference implementations: p2l_engine/kernels/{rms_norm,rotary,swiglu}.py.
  */
 #include "p2l_native.h"
 
@@ -46,7 +47,8 @@ INLINE float exp_below_zero(float x) {
     const float clamped = x < -87.0f ? -87.0f : x;
     const float k = nearbyintf(clamped * 1.44269504f);
     const float r = (clamped - k * 0.693145752f) - k * 1.42860677e-6f; /* ln 2 in two parts */
-    const float p = 1 + r * (1 + r * (0.5f + r * (0.166666667f + r * (0.0416666667f + r * (8.33333333e-3f + r * 1.38888889e-3f)))));
+    const float tail = 0.0416666667f + r * (8.33333333e-3f + r * 1.38888889e-3f);
+    const float p = 1 + r * (1 + r * (0.5f + r * (0.166666667f + r * tail)));
     const int32_t bits = ((int32_t)k + 127) << 23;
     float scale;
     memcpy(&scale, &bits, sizeof scale);
@@ -67,7 +69,7 @@ INLINE void rms_norm_row(void *restrict x, const void *restrict delta, const voi
     for (int64_t i = 0; i < columns; i++) put(out, i, get(x, i, bf16) * scale * get(weight, i, bf16), bf16);
 }
 
-/* d_x += the gradient; d_weight += this row's share. */
+/* Adds the gradient of x to d_x, and this row's part of the weight's gradient to d_weight. */
 INLINE void rms_norm_backward_row(const void *restrict x, const void *restrict weight, const void *restrict d_out,
                                   void *restrict d_x, float *restrict d_weight, int64_t columns, float eps, int bf16) {
     float squares = 0, along = 0;
@@ -88,7 +90,7 @@ INLINE void rms_norm_backward_row(const void *restrict x, const void *restrict w
     }
 }
 
-INLINE void silu_mul_row(const void *restrict gate_up, void *restrict out, int64_t inner, int bf16) {
+INLINE void swiglu_row(const void *restrict gate_up, void *restrict out, int64_t inner, int bf16) {
     const void *up = from(gate_up, inner, bf16);
 #pragma omp simd
     for (int64_t i = 0; i < inner; i++) {
@@ -98,8 +100,8 @@ INLINE void silu_mul_row(const void *restrict gate_up, void *restrict out, int64
     }
 }
 
-/* d_gate_up and, again, the output itself, which the next product's gradient needs. */
-INLINE void silu_mul_backward_row(const void *restrict gate_up, const void *restrict d_out, void *restrict d_gate_up,
+/* Writes d_gate_up, and recomputes the output, which the gradient of the next product needs. */
+INLINE void swiglu_backward_row(const void *restrict gate_up, const void *restrict d_out, void *restrict d_gate_up,
                                   void *restrict out, int64_t inner, int bf16) {
     const void *up = from(gate_up, inner, bf16);
     void *d_up = at(d_gate_up, inner, bf16);
@@ -107,14 +109,14 @@ INLINE void silu_mul_backward_row(const void *restrict gate_up, const void *rest
     for (int64_t i = 0; i < inner; i++) {
         const float gate = get(gate_up, i, bf16), small = exp_below_zero(-fabsf(gate)), d = get(d_out, i, bf16);
         const float sigmoid = (gate >= 0 ? 1 : small) / (1 + small), other = (gate >= 0 ? small : 1) / (1 + small);
-        const float silu = gate * sigmoid, raised = get(up, i, bf16);
-        put(out, i, silu * raised, bf16);
+        const float silu = gate * sigmoid, linear = get(up, i, bf16);
+        put(out, i, silu * linear, bf16);
         put(d_up, i, d * silu, bf16);
-        put(d_gate_up, i, d * raised * (sigmoid + silu * other), bf16);
+        put(d_gate_up, i, d * linear * (sigmoid + silu * other), bf16);
     }
 }
 
-INLINE void turn(const void *restrict x, void *restrict out, const float *restrict cosine, const float *restrict sine,
+INLINE void rope(const void *restrict x, void *restrict out, const float *restrict cosine, const float *restrict sine,
                  int64_t half, int bf16) {
 #pragma omp simd
     for (int64_t i = 0; i < half; i++) {
@@ -124,7 +126,7 @@ INLINE void turn(const void *restrict x, void *restrict out, const float *restri
     }
 }
 
-INLINE void turn_in_place(void *x, const float *restrict cosine, const float *restrict sine, int64_t half, int bf16) {
+INLINE void rope_in_place(void *x, const float *restrict cosine, const float *restrict sine, int64_t half, int bf16) {
 #pragma omp simd
     for (int64_t i = 0; i < half; i++) {
         const float first = get(x, i, bf16), second = get(x, half + i, bf16);
@@ -142,10 +144,10 @@ typedef struct {
     const void *prefix;
     int64_t n_prefix;
     void *kv;
-} rotary;
+} rope_kv;
 
-/* 1 when the row's source or position is outside, else 0. */
-INLINE int rotary_row(const rotary *r, int64_t row, int bf16) {
+/* Returns 1 when the row's source or position is out of range, else 0. */
+INLINE int rope_kv_row(const rope_kv *r, int64_t row, int bf16) {
     const int64_t head = 2 * r->half, width = r->keys * head, source = r->sources[row], size = bf16 ? 2 : 4;
     void *kv = at(r->kv, row * 2 * width, bf16);
     if (source < 0) {
@@ -156,27 +158,27 @@ INLINE int rotary_row(const rotary *r, int64_t row, int bf16) {
     if (source >= r->tokens || r->positions[source] < 0 || r->positions[source] >= r->n_positions) return 1;
     const float *cosine = r->cosine + r->positions[source] * r->half, *sine = r->sine + r->positions[source] * r->half;
     void *x = at(r->x, source * (r->queries + 2 * r->keys) * head, bf16);
-    for (int64_t h = 0; h < r->queries; h++) turn_in_place(at(x, h * head, bf16), cosine, sine, r->half, bf16);
+    for (int64_t h = 0; h < r->queries; h++) rope_in_place(at(x, h * head, bf16), cosine, sine, r->half, bf16);
     for (int64_t h = 0; h < r->keys; h++)
-        turn(at(x, (r->queries + h) * head, bf16), at(kv, h * head, bf16), cosine, sine, r->half, bf16);
+        rope(at(x, (r->queries + h) * head, bf16), at(kv, h * head, bf16), cosine, sine, r->half, bf16);
     memcpy(at(kv, width, bf16), at(x, r->queries * head + width, bf16), width * size);
     return 0;
 }
 
-/* The first `turned` heads of a row, by its position's angle or, backwards, against it. */
-INLINE void turn_row(void *x, const float *cosine, const float *sine, int64_t turned, int64_t half, int backwards, int bf16) {
-    for (int64_t h = 0; h < turned; h++) {
+/* Rotates the first `rotated` heads of a row by its position's angle, or back when inverse. */
+INLINE void rope_row(void *x, const float *cosine, const float *sine, int64_t rotated, int64_t half, int inverse, int bf16) {
+    for (int64_t h = 0; h < rotated; h++) {
         void *head = at(x, 2 * h * half, bf16);
 #pragma omp simd
         for (int64_t i = 0; i < half; i++) {
-            const float first = get(head, i, bf16), second = get(head, half + i, bf16), s = backwards ? -sine[i] : sine[i];
+            const float first = get(head, i, bf16), second = get(head, half + i, bf16), s = inverse ? -sine[i] : sine[i];
             put(head, i, first * cosine[i] - second * s, bf16);
             put(head, half + i, second * cosine[i] + first * s, bf16);
         }
     }
 }
 
-/* The rows of one thread, once for each type: `bf16` is a constant in each, and every copy is compiled for each CPU. */
+/* Loops over one thread's rows, instantiated per dtype (`bf16` is a constant) and compiled per instruction set. */
 #define RANGES(NAME, BF16)                                                                                                    \
     P2L_CLONES static void rms_norm_##NAME(void *x, const void *delta, const void *weight, void *out, int64_t first,          \
                                            int64_t last, int64_t columns, float eps) {                                        \
@@ -184,38 +186,38 @@ INLINE void turn_row(void *x, const float *cosine, const float *sine, int64_t tu
             rms_norm_row(at(x, n * columns, BF16), delta ? from(delta, n * columns, BF16) : 0, weight,                        \
                          at(out, n * columns, BF16), columns, eps, BF16);                                                     \
     }                                                                                                                         \
-    P2L_CLONES static void silu_mul_##NAME(const void *gate_up, void *out, int64_t first, int64_t last, int64_t inner) {      \
+    P2L_CLONES static void swiglu_##NAME(const void *gate_up, void *out, int64_t first, int64_t last, int64_t inner) {        \
         for (int64_t n = first; n < last; n++)                                                                                \
-            silu_mul_row(from(gate_up, 2 * n * inner, BF16), at(out, n * inner, BF16), inner, BF16);                          \
+            swiglu_row(from(gate_up, 2 * n * inner, BF16), at(out, n * inner, BF16), inner, BF16);                            \
     }                                                                                                                         \
     P2L_CLONES static void rms_norm_backward_##NAME(const void *x, const void *weight, const void *d_out, void *d_x,          \
-                                                    float *d_weight, int64_t first, int64_t last, int64_t columns,           \
+                                                    float *d_weight, int64_t first, int64_t last, int64_t columns,            \
                                                     float eps) {                                                              \
         for (int64_t n = first; n < last; n++)                                                                                \
             rms_norm_backward_row(from(x, n * columns, BF16), weight, from(d_out, n * columns, BF16),                         \
                                   at(d_x, n * columns, BF16), d_weight, columns, eps, BF16);                                  \
     }                                                                                                                         \
-    P2L_CLONES static void silu_mul_backward_##NAME(const void *gate_up, const void *d_out, void *d_gate_up, void *out,       \
+    P2L_CLONES static void swiglu_backward_##NAME(const void *gate_up, const void *d_out, void *d_gate_up, void *out,         \
                                                     int64_t first, int64_t last, int64_t inner) {                             \
         for (int64_t n = first; n < last; n++)                                                                                \
-            silu_mul_backward_row(from(gate_up, 2 * n * inner, BF16), from(d_out, n * inner, BF16),                           \
+            swiglu_backward_row(from(gate_up, 2 * n * inner, BF16), from(d_out, n * inner, BF16),                             \
                                   at(d_gate_up, 2 * n * inner, BF16), at(out, n * inner, BF16), inner, BF16);                 \
     }                                                                                                                         \
-    P2L_CLONES static void turn_##NAME(void *x, const float *cosine, const float *sine, int64_t first, int64_t last,          \
-                                       int64_t heads, int64_t turned, int64_t half, int backwards) {                          \
+    P2L_CLONES static void rope_##NAME(void *x, const float *cosine, const float *sine, int64_t first, int64_t last,          \
+                                       int64_t heads, int64_t rotated, int64_t half, int inverse) {                           \
         for (int64_t n = first; n < last; n++)                                                                                \
-            turn_row(at(x, n * heads * 2 * half, BF16), cosine + n * half, sine + n * half, turned, half, backwards, BF16);   \
+            rope_row(at(x, n * heads * 2 * half, BF16), cosine + n * half, sine + n * half, rotated, half, inverse, BF16);    \
     }                                                                                                                         \
-    P2L_CLONES static int rotary_##NAME(const rotary *r, int64_t first, int64_t last) {                                       \
+    P2L_CLONES static int rope_kv_##NAME(const rope_kv *r, int64_t first, int64_t last) {                                     \
         int outside = 0;                                                                                                      \
-        for (int64_t n = first; n < last; n++) outside |= rotary_row(r, n, BF16);                                             \
+        for (int64_t n = first; n < last; n++) outside |= rope_kv_row(r, n, BF16);                                            \
         return outside;                                                                                                       \
     }
 
 RANGES(f32, 0)
 RANGES(bf16, 1)
 
-/* CALL on `threads` threads, each with its own first and last of the rows. */
+/* Runs CALL on `threads` threads; each gets its own range [first, last) of the rows. */
 #ifdef _OPENMP
 #define FOR_EACH_THREAD(ROWS, CALL)                                                                                           \
     _Pragma("omp parallel num_threads(threads) if (threads > 1)") {                                                           \
@@ -227,7 +229,7 @@ RANGES(bf16, 1)
 #define FOR_EACH_THREAD(ROWS, CALL)                                                                                           \
     {                                                                                                                         \
         const int64_t t = 0, first = 0, last = (ROWS);                                                                        \
-        (void)threads, (void)t;                                                                                                        \
+        (void)threads, (void)t;                                                                                               \
         CALL;                                                                                                                 \
     }
 #endif
@@ -238,16 +240,17 @@ void p2l_rms_norm(void *x, const void *delta, const void *weight, void *out, int
                     (bf16 ? rms_norm_bf16 : rms_norm_f32)(x, delta, weight, out, first, last, columns, (float)eps))
 }
 
-void p2l_silu_mul(const void *gate_up, void *out, int64_t rows, int64_t inner, int bf16, int threads) {
-    FOR_EACH_THREAD(rows, (bf16 ? silu_mul_bf16 : silu_mul_f32)(gate_up, out, first, last, inner))
+void p2l_swiglu(const void *gate_up, void *out, int64_t rows, int64_t inner, int bf16, int threads) {
+    FOR_EACH_THREAD(rows, (bf16 ? swiglu_bf16 : swiglu_f32)(gate_up, out, first, last, inner))
 }
 
-int p2l_rotary(void *x, int64_t tokens, int64_t queries, int64_t keys, int64_t half, const float *cosine, const float *sine,
+int p2l_rope_kv(void *x, int64_t tokens, int64_t queries, int64_t keys, int64_t half, const float *cosine, const float *sine,
                int64_t n_positions, const int32_t *positions, const int32_t *sources, int64_t rows, const void *prefix,
                int64_t n_prefix, void *kv, int bf16, int threads) {
-    const rotary r = {x, tokens, queries, keys, half, cosine, sine, n_positions, positions, sources, prefix, n_prefix, kv};
+    const rope_kv r = {x, tokens, queries, keys, half, cosine, sine, n_positions, positions, sources, prefix, n_prefix, kv};
     int outside = 0;
-    FOR_EACH_THREAD(rows, if ((bf16 ? rotary_bf16 : rotary_f32)(&r, first, last)) __atomic_store_n(&outside, 1, __ATOMIC_RELAXED))
+    FOR_EACH_THREAD(rows, if ((bf16 ? rope_kv_bf16 : rope_kv_f32)(&r, first, last))
+                              __atomic_store_n(&outside, 1, __ATOMIC_RELAXED))
     return outside;
 }
 
@@ -257,12 +260,13 @@ void p2l_rms_norm_backward(const void *x, const void *weight, const void *d_out,
                               x, weight, d_out, d_x, d_weight ? d_weight + t * columns : 0, first, last, columns, (float)eps))
 }
 
-void p2l_silu_mul_backward(const void *gate_up, const void *d_out, void *d_gate_up, void *out, int64_t rows, int64_t inner,
+void p2l_swiglu_backward(const void *gate_up, const void *d_out, void *d_gate_up, void *out, int64_t rows, int64_t inner,
                            int bf16, int threads) {
-    FOR_EACH_THREAD(rows, (bf16 ? silu_mul_backward_bf16 : silu_mul_backward_f32)(gate_up, d_out, d_gate_up, out, first, last, inner))
+    FOR_EACH_THREAD(rows, (bf16 ? swiglu_backward_bf16 : swiglu_backward_f32)(gate_up, d_out, d_gate_up, out, first, last,
+                                                                              inner))
 }
 
-void p2l_turn(void *x, const float *cosine, const float *sine, int64_t rows, int64_t heads, int64_t turned, int64_t half,
-              int backwards, int bf16, int threads) {
-    FOR_EACH_THREAD(rows, (bf16 ? turn_bf16 : turn_f32)(x, cosine, sine, first, last, heads, turned, half, backwards))
+void p2l_rope(void *x, const float *cosine, const float *sine, int64_t rows, int64_t heads, int64_t rotated, int64_t half,
+              int inverse, int bf16, int threads) {
+    FOR_EACH_THREAD(rows, (bf16 ? rope_bf16 : rope_f32)(x, cosine, sine, first, last, heads, rotated, half, inverse))
 }

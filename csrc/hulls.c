@@ -55,7 +55,7 @@ int64_t p2l_hulls(const double *v, const double *costs, int costs_per_prompt, co
 #else
     counts[0] = hulls_range(v, costs, costs_per_prompt, allowed, 0, n_prompts, n_models, sizes, models, cost, value);
 #endif
-    /* Every thread wrote from where its first prompt would start if all hulls were full: close the gaps. */
+    /* Every thread wrote from where its first prompt would start if all hulls were full; close the gaps. */
     for (int64_t t = 0; t < parts && total >= 0; t++) {
         const int64_t from = n_prompts * t / parts * n_models, count = counts[t];
         if (count < 0) {
@@ -71,19 +71,19 @@ int64_t p2l_hulls(const double *v, const double *costs, int costs_per_prompt, co
     return total;
 }
 
-/* The slope of the step to vertex i; rounding may not make it steeper than the one before. */
+/* The slope of the step to vertex i; at most the slope before, whatever rounding says. */
 static inline double slope_to(const double *cost, const double *value, int64_t i, double before) {
     const double slope = (value[i] - value[i - 1]) / (cost[i] - cost[i - 1]);
     return slope < before ? slope : before;
 }
 
 static inline uint64_t bits_of(double slope) {
-    uint64_t bits; /* of a positive double: they sort as it does */
+    uint64_t bits; /* the bits of positive doubles sort as the doubles do */
     memcpy(&bits, &slope, sizeof bits);
     return bits;
 }
 
-/* spent [DIGITS]: what the steps cost whose leading bits equal prefix's, by their next 16 bits. */
+/* spent [DIGITS]: the cost of the steps whose leading bits equal the prefix, by their next 16 bits. */
 static void histogram(const int64_t *offsets, const double *cost, const double *value, int64_t first, int64_t last,
                       uint64_t prefix, int shift, double *spent) {
     const uint64_t mask = shift + DIGIT_BITS == 64 ? 0 : ~(uint64_t)0 << (shift + DIGIT_BITS);
@@ -97,7 +97,7 @@ static void histogram(const int64_t *offsets, const double *cost, const double *
     }
 }
 
-int p2l_select_steps(const int64_t *offsets, const double *cost, const double *value, int64_t n_prompts, double room,
+int p2l_select_steps(const int64_t *offsets, const double *cost, const double *value, int64_t n_prompts, double slack,
                      int threads, double *price, double *left) {
     if (threads < 1) threads = 1;
     double *spent = malloc(sizeof(double) * DIGITS * threads);
@@ -119,7 +119,7 @@ int p2l_select_steps(const int64_t *offsets, const double *cost, const double *v
         histogram(offsets, cost, value, 0, n_prompts, prefix, shift, spent);
 #endif
         found = 0;
-        int64_t last = -1; /* the smallest slope of this prefix that occurs, and what its steps cost */
+        int64_t last = -1; /* the smallest slope with this prefix, and the cost of its steps */
         double least = 0;
         for (int64_t digit = DIGITS - 1; digit >= 0; digit--) {
             double here = 0;
@@ -127,21 +127,21 @@ int p2l_select_steps(const int64_t *offsets, const double *cost, const double *v
             if (here <= 0) continue;
             last = digit;
             least = here;
-            if (here > room) {
+            if (here > slack) {
                 found = 1;
                 break;
             }
-            room -= here;
+            slack -= here;
         }
-        /* Sums in another order may differ by rounding: what exceeded the room above may just fit now. */
+        /* Sums in another order differ by rounding: what exceeded the slack above may just fit now. */
         if (!found && shift + DIGIT_BITS < 64 && last >= 0) {
             found = 1;
-            room += least;
+            slack += least;
         }
         if (found) prefix |= (uint64_t)last << shift;
     }
     free(spent);
-    *left = room > 0 ? room : 0;
+    *left = slack > 0 ? slack : 0;
     *price = 0;
     if (found) memcpy(price, &prefix, sizeof prefix);
     return 0;
@@ -163,7 +163,7 @@ void p2l_take_steps(const int64_t *offsets, const int32_t *models, const double 
                 share = left / extra;
                 left = 0;
                 if (share < 1) break;
-                share = 0; /* the room reaches the next vertex but for rounding */
+                share = 0; /* the slack reaches the next vertex, up to rounding */
             } else {
                 left -= extra;
             }

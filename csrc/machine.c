@@ -1,4 +1,4 @@
-/* What the core runs on. */
+/* The CPU's instruction set and the number of threads. */
 #include "p2l_native.h"
 
 #ifdef _OPENMP

@@ -1,7 +1,7 @@
-/* The probabilities of every pair's outcomes, from exp(theta): divisions only. */
+/* The outcome probabilities of every pair of models, from exp(theta), with divisions only. */
 #include "p2l_native.h"
 
-/* One prompt: out [outcomes, M (M - 1) / 2], pairs i < j in rows. */
+/* One prompt: out [outcomes, M (M - 1) / 2], pairs i < j in row-major order. */
 P2L_CLONES static void outcomes_of(const double *restrict e, double lambda, double ground, int64_t outcomes, int64_t m,
                                    double *restrict out) {
     const int64_t pairs = m * (m - 1) / 2;

@@ -1,17 +1,16 @@
-/* The native core: win rates, the one-budget LP per prompt and per batch, the router's Bradley-Terry score, and what the
- * decoder does between its matrix products.
+/* The native core: win rates, the one-budget LP per prompt and per batch, the router's Bradley-Terry score, pair outcomes,
+ * and a decoder's steps between its matrix products.
  *
- * All arrays are row-major, contiguous float64 unless a type says otherwise; N prompts, M models. Callers have checked
- * their arguments (finite values, q >= 0 with sum 1, costs >= 0): nothing here validates. Every routine is batched over
- * prompts and runs on `threads` OpenMP threads; 1 keeps it on the calling thread. The readable twins of these routines are
- * in tests/support/reference.py.
+ * Arrays are row-major, contiguous float64 unless a type says otherwise; N prompts, M models. Callers check their arguments
+ * (finite values, q >= 0 with sum 1, costs >= 0); nothing is validated here. Routines are batched over prompts and run on
+ * `threads` >= 1 OpenMP threads; 1 stays on the calling thread. Reference implementations: tests/support/reference.py.
  */
 #ifndef P2L_NATIVE_H
 #define P2L_NATIVE_H
 
 #include <stdint.h>
 
-/* GCC compiles one copy per instruction set and the loader picks the best one that the CPU has. */
+/* GCC compiles one copy per instruction set; the loader picks the best one that the CPU supports. */
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__gnu_linux__)
 #define P2L_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
@@ -19,7 +18,7 @@
 #endif
 
 /* v[n, b] = sum_a q[a] sigmoid(theta[n, b] - theta[n, a]); q is [M], or [N, M] when q_per_prompt.
- * Returns 0, or -1 when working memory could not be had. */
+ * Returns 0, or -1 when memory allocation fails. */
 int p2l_win_rates(const double *theta, const double *q, int q_per_prompt, int64_t n_prompts, int64_t n_models,
                   int threads, double *v);
 
@@ -29,93 +28,97 @@ int p2l_win_rates(const double *theta, const double *q, int q_per_prompt, int64_
 int p2l_tie_win_rates(const double *theta, const double *log_lambda, int grounded, const double *q, int q_per_prompt,
                       int64_t n_prompts, int64_t n_models, int threads, double *v);
 
-/* maximise p.v[n] subject to p.cost <= budget[n], p in the simplex: exact, by the upper concave hull of (cost, v).
- * costs is [M] or [N, M] (costs_per_prompt); budget [N], +inf for none; allowed [N, M] or NULL. Fills indices [N, 2] (a model of probability zero
- * repeats the first), probabilities [N, 2], value [N] and cost [N]. Returns the number of prompts whose budget lies below
- * their cheapest allowed model (their rows are not written), or -1 when working memory could not be had. */
+/* Maximises p.v[n] subject to p.cost <= budget[n], p in the simplex; exact, by the upper concave hull of (cost, v). costs
+ * is [M] or [N, M] (costs_per_prompt); budget [N], +inf for none; allowed [N, M], or NULL for all. Fills indices [N, 2] (a
+ * model of probability zero repeats the first), probabilities [N, 2], value [N] and cost [N]. Returns the number of prompts
+ * whose budget is below the cost of their cheapest allowed model (their rows are not written), or -1 when memory allocation
+ * fails. */
 int64_t p2l_solve_budget(const double *v, const double *costs, int costs_per_prompt, const double *budget,
-                         const uint8_t *allowed, int64_t n_prompts, int64_t n_models, int threads, int32_t *indices, double *probabilities,
-                         double *value, double *cost);
+                         const uint8_t *allowed, int64_t n_prompts, int64_t n_models, int threads, int32_t *indices,
+                         double *probabilities, double *value, double *cost);
 
-/* The upper hulls of N prompts, one behind the other: sizes [N], and for every vertex its model, cost and value (arrays with
- * room for N x M). Returns the number of vertices, or -1 without working memory. */
+/* The upper hulls of N prompts, concatenated: sizes [N], and each vertex's model, cost and value (arrays of capacity N x M).
+ * Returns the number of vertices, or -1 when memory allocation fails. */
 int64_t p2l_hulls(const double *v, const double *costs, int costs_per_prompt, const uint8_t *allowed, int64_t n_prompts,
                   int64_t n_models, int threads, int32_t *sizes, int32_t *models, double *cost, double *value);
 
-/* Which steps along the hulls (offsets [N + 1], cost, value) a batch can pay for: steps go by falling slope, and `room` is
- * what may be spent beyond every prompt's first vertex. Fills price, the slope at which the room ends (0 when it never
- * does), and left, the room that steps of exactly this slope may share. Returns 0, or -1 without working memory. */
-int p2l_select_steps(const int64_t *offsets, const double *cost, const double *value, int64_t n_prompts, double room,
+/* The dual price of one budget over a batch. The steps along all hulls (offsets [N + 1], cost, value) are taken by falling
+ * slope while the slack lasts; `slack` is what may be spent beyond every prompt's first vertex. Fills price, the slope at
+ * which the slack is used up (0 if it never is), and left, what remains for steps of exactly this slope. Returns 0, or -1
+ * when memory allocation fails. */
+int p2l_select_steps(const int64_t *offsets, const double *cost, const double *value, int64_t n_prompts, double slack,
                      int threads, double *price, double *left);
 
-/* The policies at that price: every step above it, and of those at it as many as `left` pays for, in prompt order; at most
- * one prompt is left between two vertices. Fills indices [N, 2], probabilities [N, 2], policy_value and policy_cost [N]. */
+/* The policies at that dual price: every steeper step, and as many steps of exactly that slope as `left` pays for, in
+ * prompt order; at most one prompt ends between two vertices. Fills indices [N, 2], probabilities [N, 2], policy_value and
+ * policy_cost [N]. */
 void p2l_take_steps(const int64_t *offsets, const int32_t *models, const double *cost, const double *value,
                     int64_t n_prompts, double price, double left, int32_t *indices, double *probabilities,
                     double *policy_value, double *policy_cost);
 
 /* Each prompt's best model by v[n, m] - penalty[m] + noise * p2l_noise[first_prompt + n, m] among the allowed ones (allowed
- * [N, M], NULL for all): its index (the lowest of equals), how far the runner-up is behind (+inf when there is none), and
- * without the noise: its own reduced value, and the most that any model has. Returns 0, or -1 without working memory. */
+ * [N, M], NULL for all): its index (the lowest of equals), its lead over the runner-up (+inf when there is none) and,
+ * without the noise, its own reduced value and the maximum over all models. Returns 0, or -1 when memory allocation fails. */
 int p2l_best_models(const double *v, const double *penalty, const uint8_t *allowed, int64_t first_prompt, double noise,
                     int64_t n_prompts, int64_t n_models, int threads, int32_t *best, double *reduced, double *most,
                     double *lead);
 
-/* The noise itself, in [-1, 0): fixed numbers, a hash of prompt (prompts [N]) and model: noise [N, M]. */
+/* The noise [N, M]: a hash of prompt (prompts [N]) and model, in [-1, 0). */
 void p2l_noise(const int64_t *prompts, int64_t n_prompts, int64_t n_models, double *noise);
 
-/* Takes from usable [N, M] the models that another usable one beats: no less value, no more of any row's amounts [K, M], or
- * [K, N, M]; of equals the first stays. No optimum needs them. Returns 0, or -1 without working memory. */
+/* Clears in usable [N, M] the dominated models: another usable model has no less value and needs no more of any row's amounts
+ * ([K, M] or [K, N, M]); of equal models the first stays. Some optimum needs none of them. Returns 0, or -1 when memory
+ * allocation fails. */
 int p2l_undominated(const double *v, const double *amounts, int amounts_per_prompt, int64_t n_rows, int64_t n_prompts,
                     int64_t n_models, uint8_t *usable);
 
 /* score[n] solves sum_a q[a] sigmoid(score - theta[n, a]) = rate[n]; -inf at rate <= 0, +inf at rate >= 1.
- * Returns the number of prompts whose root did not converge (their score is NaN), or -1 without working memory. */
+ * Returns the number of prompts whose root did not converge (their score is NaN), or -1 when memory allocation fails. */
 int64_t p2l_bt_score(const double *theta, const double *q, int q_per_prompt, const double *rate, int64_t n_prompts,
                      int64_t n_models, int threads, double *score);
 
-/* The probabilities of each pair's outcomes (outcomes: 2 for bt, 3 for rk models, 4 for grk: A, B, tie, both bad) from
- * e = exp(theta) [N, M], lambda [N] (NULL: 1) and ground (0, or 1 for grounded models), into out [N, outcomes, M (M - 1) / 2]. */
+/* The probabilities of each pair's outcomes (outcomes: 2 for bt, 3 for rk models, 4 for grk: A, B, tie, both bad) from e =
+ * exp(theta) [N, M], lambda [N] (NULL: 1) and ground (0, or 1 for grounded models), into out [N, outcomes, M (M - 1) / 2]. */
 void p2l_outcomes(const double *e, const double *lambda, double ground, int64_t outcomes, int64_t n_prompts, int64_t n_models,
                   int threads, double *out);
 
-/* What a decoder does between its matrix products. Rows are contiguous, float32 or, with bf16, bfloat16.
+/* A decoder's steps between its matrix products. Rows are contiguous, float32 or, with bf16, bfloat16.
  *
  * x [rows, columns] += delta (or NULL), then out = x / sqrt(mean(x^2) + eps) * weight [columns]. */
 void p2l_rms_norm(void *x, const void *delta, const void *weight, void *out, int64_t rows, int64_t columns, double eps,
                   int bf16, int threads);
 
-/* out [rows, inner] = silu(gate) * up, gate_up [rows, 2 inner] holding the gates before the ups. */
-void p2l_silu_mul(const void *gate_up, void *out, int64_t rows, int64_t inner, int bf16, int threads);
+/* SwiGLU: out [rows, inner] = silu(gate) * up; each row of gate_up [rows, 2 inner] holds gate, then up. */
+void p2l_swiglu(const void *gate_up, void *out, int64_t rows, int64_t inner, int bf16, int threads);
 
-/* Rotary embedding of x [tokens, queries + 2 keys heads of 2 half columns]: queries in place, keys and values into
+/* RoPE of x [tokens, queries + 2 keys heads of 2 half columns]: queries in place, keys (rotated) and values (copied) into
  * kv [rows, 2, keys, 2 half]. Row r is token sources[r], at positions[sources[r]] of the tables cosine and sine
- * [n_positions, half], or row -1 - sources[r] of prefix [n_prefix, 2, keys, 2 half] where that is negative. Returns 0, or 1 when
- * a source or a position is outside: its row is then left as it was. */
-int p2l_rotary(void *x, int64_t tokens, int64_t queries, int64_t keys, int64_t half, const float *cosine, const float *sine,
+ * [n_positions, half], or row -1 - sources[r] of prefix [n_prefix, 2, keys, 2 half] where that is negative. Returns 0, or 1
+ * when a source or a position is out of range; that row is then not written. */
+int p2l_rope_kv(void *x, int64_t tokens, int64_t queries, int64_t keys, int64_t half, const float *cosine, const float *sine,
                int64_t n_positions, const int32_t *positions, const int32_t *sources, int64_t rows, const void *prefix,
                int64_t n_prefix, void *kv, int bf16, int threads);
 
-/* The same steps backwards, for training.
+/* The backward passes of these steps, for training.
  *
- * d_x [rows, columns] += the gradient of RMSNorm's input; d_weight [threads, columns] (or NULL), zeros at first, gets each
- * thread's share of the weight's gradient. */
+ * RMSNorm: adds the gradient of the input to d_x [rows, columns]; d_weight [threads, columns] (or NULL), zeros on entry,
+ * gets each thread's part of the weight's gradient. */
 void p2l_rms_norm_backward(const void *x, const void *weight, const void *d_out, void *d_x, float *d_weight, int64_t rows,
                            int64_t columns, double eps, int bf16, int threads);
 
-/* d_gate_up [rows, 2 inner] from d_out [rows, inner]; out [rows, inner] is computed once more. */
-void p2l_silu_mul_backward(const void *gate_up, const void *d_out, void *d_gate_up, void *out, int64_t rows, int64_t inner,
+/* SwiGLU: d_gate_up [rows, 2 inner] from d_out [rows, inner]; also recomputes out [rows, inner]. */
+void p2l_swiglu_backward(const void *gate_up, const void *d_out, void *d_gate_up, void *out, int64_t rows, int64_t inner,
                            int bf16, int threads);
 
-/* Rotary embedding, in place, of the first `turned` of each row's heads of 2 half columns; cosine and sine [rows, half];
- * backwards: its inverse, which is also its gradient. */
-void p2l_turn(void *x, const float *cosine, const float *sine, int64_t rows, int64_t heads, int64_t turned, int64_t half,
-              int backwards, int bf16, int threads);
+/* RoPE in place on the first `rotated` of each row's heads of 2 half columns; cosine and sine [rows, half]; inverse: the
+ * inverse rotation, which is also the gradient. */
+void p2l_rope(void *x, const float *cosine, const float *sine, int64_t rows, int64_t heads, int64_t rotated, int64_t half,
+              int inverse, int bf16, int threads);
 
 /* The instruction set that the loader chose: 4, 3 or 2 for x86-64-v4 (AVX-512), v3 (AVX2), v2; 0 elsewhere. */
 int p2l_isa_level(void);
 
-/* Threads that `threads = 0` would mean: OpenMP's own maximum, 1 without OpenMP. */
+/* OpenMP's maximum number of threads (OMP_NUM_THREADS, or the CPUs available); 1 without OpenMP. */
 int p2l_max_threads(void);
 
 #endif

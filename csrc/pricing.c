@@ -1,7 +1,7 @@
-/* The pricing step of column generation: each prompt's best model once every model pays for the rows that it uses.
+/* The pricing step of column generation: each prompt's best model by reduced value.
  *
- * Where many prompts are indifferent between models at the same prices, no prices would split them as the rows ask. So
- * models may be told apart by a little noise, the same in every pass: a hash of prompt and model. */
+ * Where many prompts are indifferent between models at the same dual prices, no prices would split them as the rows require. A
+ * little noise, a hash of prompt and model and so the same in every pass, breaks these ties. */
 #include "hull.h"
 #include "p2l_native.h"
 
@@ -85,8 +85,8 @@ int p2l_best_models(const double *v, const double *penalty, const uint8_t *allow
 #pragma omp parallel num_threads(threads) reduction(+ : failed)
         {
             const int64_t t = omp_get_thread_num(), of = omp_get_num_threads();
-            failed += best_range(v, penalty, allowed, n_prompts * t / of, n_prompts * (t + 1) / of, first_prompt, noise, n_models,
-                                 best, reduced, most, lead) != 0;
+            failed += best_range(v, penalty, allowed, n_prompts * t / of, n_prompts * (t + 1) / of, first_prompt, noise,
+                                 n_models, best, reduced, most, lead) != 0;
         }
         return failed ? -1 : 0;
     }
@@ -133,7 +133,7 @@ int p2l_undominated(const double *v, const double *amounts, int amounts_per_prom
                 mask[m] = 0;
                 continue;
             }
-            /* Of equal value it may beat some that came before it. */
+            /* At equal value it may dominate earlier ones. */
             const double *w = v + n * n_models;
             for (k = size - 1; k >= 0 && w[kept[k]] == w[m]; k--)
                 if (uses_no_more(a, stride, n_rows, m, kept[k])) {

@@ -1,7 +1,7 @@
-/* v = W q (paper, equation (6)): each model's win rate against the opponents, per prompt. For models of ties, with a tie as
- * half a win, one formula serves rk, rk-reparam and grk (paper, 2.2): of positive terms alone, so that nothing cancels,
- *     P(b beats a) + P(neither wins) / 2 = (phi_b / (phi_b + lambda phi_a + g) + (lambda phi_b + g) / (lambda phi_b + phi_a + g)) / 2.
- */
+/* v = W q (paper, equation (6)): each model's win rate against the opponents, per prompt. With a tie as half a win, one
+ * formula serves rk, rk-reparam and grk (paper, 2.2). All terms are positive, so nothing cancels:
+ *     P(b beats a) + P(neither wins) / 2
+ *         = (phi_b / (phi_b + lambda phi_a + g) + (lambda phi_b + g) / (lambda phi_b + phi_a + g)) / 2. */
 #include "p2l_native.h"
 #include "sigmoid_mixture.h"
 
@@ -10,7 +10,7 @@
 #include <omp.h>
 #endif
 
-/* One prompt whose coefficients span too much for shared exponentials: pair by pair. */
+/* One prompt whose coefficients span too much for shared exponentials, pair by pair. */
 static void win_rates_wide(const double *theta, const int64_t *support, const double *weights, int64_t k,
                            int64_t n_models, double *v) {
     for (int64_t b = 0; b < n_models; b++) {
@@ -45,7 +45,7 @@ P2L_CLONES static void win_rates_row(const double *theta, const int64_t *support
     for (int64_t b = 0; b < n_models; b++) v[b] *= y[b];
 }
 
-/* The same two with ties; the wide one in logarithms. */
+/* The same two functions with ties; the wide one works in logarithms. */
 static void tie_win_rates_wide(const double *theta, double log_lambda, int grounded, const int64_t *support,
                                const double *weights, int64_t k, int64_t n_models, double *v) {
     for (int64_t b = 0; b < n_models; b++) {
@@ -79,7 +79,7 @@ P2L_CLONES static void tie_win_rates_row(const double *theta, double lambda, dou
     }
 }
 
-/* The feedback model's part of a batch: NULL log_lambda is Bradley-Terry's. */
+/* The tie parameters of a batch; a NULL log_lambda is Bradley-Terry. */
 typedef struct {
     const double *log_lambda;
     int grounded;
@@ -100,7 +100,7 @@ static void one_prompt(const double *row, ties tie, int64_t n, const int64_t *su
         return;
     }
     const double log_lambda = tie.log_lambda[n];
-    if (tie.grounded) { /* the ground is one more coefficient, of 0 */
+    if (tie.grounded) { /* the fictitious bad model has coefficient 0 */
         low = low < 0 ? low : 0;
         high = high > 0 ? high : 0;
     }
@@ -112,15 +112,15 @@ static void one_prompt(const double *row, ties tie, int64_t n, const int64_t *su
 
 static int win_rates_range(const double *theta, ties tie, const double *q, int q_per_prompt, int64_t first, int64_t last,
                            int64_t n_models, double *v) {
-    const int64_t room = n_models + P2L_GROUP;
-    double *scratch = malloc(sizeof(double) * 3 * room);
-    int64_t *support = malloc(sizeof(int64_t) * room);
+    const int64_t capacity = n_models + P2L_GROUP;
+    double *scratch = malloc(sizeof(double) * 3 * capacity);
+    int64_t *support = malloc(sizeof(int64_t) * capacity);
     if (!scratch || !support) {
         free(scratch);
         free(support);
         return -1;
     }
-    double *y = scratch, *e = scratch + room, *weights = scratch + 2 * room;
+    double *y = scratch, *e = scratch + capacity, *weights = scratch + 2 * capacity;
     int64_t k = 0;
     for (int64_t n = first; n < last; n++) {
         if (n == first || q_per_prompt) k = p2l_pack_support(q + (q_per_prompt ? n * n_models : 0), n_models, support, weights);
@@ -139,7 +139,8 @@ static int win_rates(const double *theta, ties tie, const double *q, int q_per_p
 #pragma omp parallel num_threads(threads) reduction(+ : failed)
         {
             const int64_t t = omp_get_thread_num(), of = omp_get_num_threads();
-            failed += win_rates_range(theta, tie, q, q_per_prompt, n_prompts * t / of, n_prompts * (t + 1) / of, n_models, v) != 0;
+            failed += win_rates_range(theta, tie, q, q_per_prompt, n_prompts * t / of, n_prompts * (t + 1) / of, n_models,
+                                      v) != 0;
         }
         return failed ? -1 : 0;
     }

@@ -17,11 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from p2l_engine._native import ffi, lib
 from p2l_engine.backbone.packing import Run
+from p2l_engine.native import decoder
 
 FAMILIES = ("llama", "qwen2")
-ELEMENTS_PER_THREAD = 4096  # below this a thread costs more than it saves
 PROBABILITIES = 1 << 24  # of attention that are computed at once
 
 
@@ -94,7 +93,7 @@ class Attention(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, norm: Tensor, eps: float, layout: Layout, *weights: Tensor | None) -> Tensor:
         qkv_product, out_product = _products(weights)
         qkv = qkv_product(_norm(x, norm, eps))
-        _turn(qkv, layout, backwards=False)
+        _rope(qkv, layout)
         attended = torch.empty(len(x), layout.heads * 2 * layout.cos.shape[1], dtype=x.dtype)
         for part in _parts(layout):
             q, k, v, out = part.of(qkv, attended)
@@ -124,7 +123,7 @@ class Attention(torch.autograd.Function):
             d_scores *= layout.scale
             dq.copy_((d_scores @ k).view_as(dq))
             dk.copy_(d_scores.transpose(-1, -2) @ q)
-        _turn(d_qkv, layout, backwards=True)
+        _rope(d_qkv, layout, inverse=True)
         d_normed, *d_in = qkv_product.backward(_norm(x, norm, ctx.eps), d_qkv, needs[4:8])
         dx, d_norm = _norm_backward(x, norm, d_normed, dy, ctx.eps, needs[1])
         return dx, d_norm, None, None, *d_in, *d_out
@@ -137,9 +136,7 @@ class Mlp(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, norm: Tensor, eps: float, *weights: Tensor | None) -> Tensor:
         gate_up_product, down_product = _products(weights)
         gate_up = gate_up_product(_norm(x, norm, eps))
-        inner = gate_up.shape[1] // 2
-        gated = gate_up.new_empty(len(x), inner)
-        lib.p2l_silu_mul(_at(gate_up), _at(gated), len(x), inner, *_how(gated))
+        gated = decoder.swiglu(gate_up, gate_up.new_empty(len(x), gate_up.shape[1] // 2))
         ctx.save_for_backward(x, norm, gate_up, *weights)
         ctx.eps = eps
         return down_product(gated, x)
@@ -151,11 +148,10 @@ class Mlp(torch.autograd.Function):
         needs = ctx.needs_input_grad
         dy = dy.contiguous()
         gate_up_product, down_product = _products(weights)
-        inner = gate_up.shape[1] // 2
         # The gradient of the product's input comes first: the input itself is made beside what needs that gradient.
         d_gated = _input_gradient(down_product, dy)
         d_gate_up, gated = torch.empty_like(gate_up), torch.empty_like(d_gated)
-        lib.p2l_silu_mul_backward(_at(gate_up), _at(d_gated), _at(d_gate_up), _at(gated), len(x), inner, *_how(gated))
+        decoder.swiglu_backward(gate_up, d_gated, d_gate_up, gated)
         _, *d_down = down_product.backward(gated, dy, needs[7:], dx_needed=False)
         d_normed, *d_in = gate_up_product.backward(_norm(x, norm, ctx.eps), d_gate_up, needs[3:7])
         dx, d_norm = _norm_backward(x, norm, d_normed, dy, ctx.eps, needs[1])
@@ -254,9 +250,7 @@ def _input_gradient(product: Product, dy: Tensor) -> Tensor:
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    out = torch.empty_like(x)
-    lib.p2l_rms_norm(_at(x), ffi.NULL, _at(weight), _at(out), *x.shape, eps, *_how(x))
-    return out
+    return decoder.rms_norm(x, weight, eps, torch.empty_like(x))
 
 
 def _norm_backward(
@@ -264,23 +258,9 @@ def _norm_backward(
 ) -> tuple[Tensor, Tensor | None]:
     assert d_out is not None
     dx = dy.clone()
-    bf16, threads = _how(x)
-    shares = torch.zeros(threads, x.shape[1]) if weight_needed else None
-    target = ffi.NULL if shares is None else ffi.cast("float *", shares.data_ptr())
-    lib.p2l_rms_norm_backward(_at(x), _at(weight), _at(d_out), _at(dx), target, *x.shape, eps, bf16, threads)
-    return dx, None if shares is None else shares.sum(0).to(weight.dtype)
+    return dx, decoder.rms_norm_backward(x, weight, d_out, dx, eps, weight_needed)
 
 
-def _turn(qkv: Tensor, layout: Layout, backwards: bool) -> None:
-    heads, turned = layout.heads + 2 * layout.kv_heads, layout.heads + layout.kv_heads
-    tables = (ffi.cast("float *", table.data_ptr()) for table in (layout.cos, layout.sin))
-    lib.p2l_turn(_at(qkv), *tables, len(qkv), heads, turned, layout.cos.shape[1], backwards, *_how(qkv))
-
-
-def _at(tensor: Tensor) -> object:
-    return ffi.cast("void *", tensor.data_ptr())
-
-
-def _how(tensor: Tensor) -> tuple[bool, int]:
-    """Whether it is bfloat16, and how many threads it is worth."""
-    return tensor.dtype == torch.bfloat16, max(1, min(torch.get_num_threads(), tensor.numel() // ELEMENTS_PER_THREAD))
+def _rope(qkv: Tensor, layout: Layout, inverse: bool = False) -> None:
+    heads, rotated = layout.heads + 2 * layout.kv_heads, layout.heads + layout.kv_heads
+    decoder.rope(qkv, layout.cos, layout.sin, heads, rotated, inverse)

@@ -53,7 +53,8 @@ class Operations(Protocol):
 def operations_for(device: torch.device, dtype: torch.dtype) -> Callable[[], Operations]:
     """Makes the operations of one forward pass at a time."""
     if device.type == "cpu":
-        from p2l_engine.backbone.on_cpu import DTYPES, CpuOperations
+        from p2l_engine.backbone.on_cpu import CpuOperations
+        from p2l_engine.native.decoder import DTYPES
 
         if dtype not in DTYPES:
             raise ValueError(f"dtype: expected float32 or bfloat16 on a CPU, got {dtype}")

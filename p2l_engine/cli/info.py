@@ -15,7 +15,7 @@ def info(checkpoint: Checkpoint = None, device: Device = None, dtype: Dtype = No
     from rich.text import Text
 
     from p2l_engine import __version__
-    from p2l_engine.native import routing as native
+    from p2l_engine.native import binding
 
     engine = load_engine(checkpoint, device, dtype)
     table = Table(show_header=False)
@@ -26,7 +26,7 @@ def info(checkpoint: Checkpoint = None, device: Device = None, dtype: Dtype = No
         if engine.device.type == "cuda"
         else f"CPU, {torch.get_num_threads()} threads",
         "dtype": str(engine.dtype).removeprefix("torch."),
-        "native core": f"{native.isa()}, up to {native.threads(1 << 20)} threads",
+        "native core": f"{binding.isa()}, up to {binding.max_threads()} threads",
         "backbone": f"{engine.backbone.name}, {engine.n_parameters / 1e6:.0f} M parameters",
         "checkpoint": str(engine.folder),
         "feedback model": engine.feedback.name,

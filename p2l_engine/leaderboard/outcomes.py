@@ -13,9 +13,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from p2l_engine._native import ffi, lib
 from p2l_engine.coefficients import Coefficients
 from p2l_engine.feedback import FeedbackModel
+from p2l_engine.native import routing as native
 
 Float64 = npt.NDArray[np.float64]
 
@@ -147,10 +147,6 @@ def probabilities(feedback: FeedbackModel, theta: Tensor, eta: Tensor | None) ->
     if float(theta.abs().max()) > WIDEST or (eta is not None and float(eta.abs().max()) > WIDEST):
         wide = None if eta is None else eta[:, None]
         return feedback.probabilities(theta[:, a], theta[:, b], wide)[..., :known].movedim(-1, 1)
-    e = theta.exp().contiguous()
-    handicap = None if eta is None else feedback.log_lambda(eta).exp().contiguous()
-    out = torch.empty(len(theta), known, len(a), dtype=torch.float64)
-    at = [ffi.NULL if x is None else ffi.cast("double *", x.data_ptr()) for x in (e, handicap, out)]
-    ground = 1.0 if feedback.grounded else 0.0
-    lib.p2l_outcomes(*at[:2], ground, known, *theta.shape, torch.get_num_threads(), at[2])
-    return out
+    e = theta.exp().contiguous().numpy()
+    handicap = None if eta is None else feedback.log_lambda(eta).exp().contiguous().numpy()
+    return torch.from_numpy(native.outcomes(e, handicap, feedback.grounded, known, torch.get_num_threads()))

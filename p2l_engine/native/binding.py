@@ -1,0 +1,72 @@
+"""Pointers, casts, thread counts and fork safety of all calls into the native core. Loads neither torch nor Triton.
+
+``lib`` holds the functions of csrc/p2l_native.h. They validate nothing: a caller passes contiguous memory of the declared type.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from p2l_engine._native import ffi, lib
+
+__all__ = ["array", "check", "isa", "lib", "max_threads", "new", "tensor", "threads"]
+
+_ISA = {4: "x86-64-v4 (AVX-512)", 3: "x86-64-v3 (AVX2)", 2: "x86-64-v2 (SSE4.2)", 0: "the compiler's baseline"}
+
+_pool_started = False  # OpenMP keeps its threads from the first parallel region on
+_pool_lost = False  # they do not survive a fork: in the child, a parallel region would wait for them forever
+
+
+def _after_fork() -> None:
+    global _pool_lost
+    _pool_lost = _pool_started
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def isa() -> str:
+    """The instruction set that the native core uses on this machine."""
+    return _ISA[lib.p2l_isa_level()]
+
+
+def max_threads() -> int:
+    """OpenMP's maximum: OMP_NUM_THREADS, or the CPUs available."""
+    return int(lib.p2l_max_threads())
+
+
+def threads(work: int, per_thread: int, most: int | None = None) -> int:
+    """Threads for ``work`` units: one per ``per_thread`` of them, at most ``most`` (None: ``max_threads``), at least 1.
+
+    Always 1 in a forked child of a process whose OpenMP threads were running.
+    """
+    global _pool_started
+    if _pool_lost or work < 2 * per_thread:
+        return 1
+    count = min(work // per_thread, max_threads() if most is None else most)
+    _pool_started |= count > 1
+    return max(1, count)
+
+
+def array(kind: str, values: Any, writable: bool = False) -> object:
+    """A numpy array (None: NULL) as a ``kind *``. Raises ValueError unless C-contiguous (and writable, where required)."""
+    return ffi.NULL if values is None else ffi.from_buffer(f"{kind}[]", values, require_writable=writable)
+
+
+def tensor(kind: str, values: Any) -> object:
+    """A torch tensor's data (None: NULL) as a ``kind *``; the caller has checked dtype, device and strides."""
+    return ffi.NULL if values is None else ffi.cast(f"{kind} *", values.data_ptr())
+
+
+def new(kind: str) -> Any:
+    """A zeroed ``kind`` for a result; read it as ``[0]``."""
+    return ffi.new(f"{kind} *")
+
+
+def check(status: int, what: str) -> int:
+    """The status of a call; MemoryError where it is negative."""
+    if status < 0:
+        raise MemoryError(f"{what}: not enough memory")
+    return status
