@@ -20,9 +20,10 @@ class Transformers:
     """transformers' AutoModel with SDPA, and the head: prompts to theta and eta."""
 
     def __init__(self, loaded: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
-        self.device, self.tokenizer = device, loaded.tokenizer
+        config, self.tokenizer = loaded.transformers()
+        self.device = device
         with torch.device(device):
-            self.model: Any = AutoModel.from_config(loaded.config, dtype=dtype, attn_implementation="sdpa").eval()
+            self.model: Any = AutoModel.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
         self.model.load_state_dict({name: weight for name, weight in loaded.weights.items() if "inv_freq" not in name})
         self.weight, self.bias = loaded.head.weight.to(device), loaded.head.bias.to(device)
 

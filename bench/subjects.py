@@ -16,10 +16,12 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast, Qwen2Config
 
+from p2l_engine.backbone.families import DecoderConfig
 from p2l_engine.backbone.head import Head
 from p2l_engine.backbone.weights import expected_shapes
 from p2l_engine.checkpoint import Checkpoint
 from p2l_engine.feedback import feedback_model
+from p2l_engine.prompts.tokenizer import TransformersTokenizer
 
 MEDIAN, SIGMA, LONGEST = 48, 1.2, 4000
 SYSTEM = "You are a helpful assistant, made for benchmarks. Answer as well as you can, and say so when you cannot."
@@ -56,7 +58,8 @@ ARCHITECTURES: dict[str, Callable[[], PretrainedConfig]] = {
 
 def checkpoint(name: str, n_models: int, device: torch.device, dtype: torch.dtype) -> Checkpoint:
     """The architecture ``name`` with random weights (standard deviation 0.02) and a grk head over ``n_models``."""
-    config = ARCHITECTURES[name]()
+    theirs, words = ARCHITECTURES[name](), tokenizer()
+    config = DecoderConfig.read(theirs.to_dict())
     torch.manual_seed(0)
     weights = {
         name: torch.ones(shape, device=device, dtype=dtype)
@@ -66,7 +69,9 @@ def checkpoint(name: str, n_models: int, device: torch.device, dtype: torch.dtyp
     }
     head = Head(torch.randn(n_models + 1, config.hidden_size) / config.hidden_size**0.5, torch.zeros(n_models + 1), n_models)
     names = tuple(f"model-{i}" for i in range(n_models))
-    return Checkpoint(Path(name), config, tokenizer(), names, feedback_model("grk"), weights, head)
+    return Checkpoint(
+        Path(name), config, TransformersTokenizer(words), names, feedback_model("grk"), weights, head, lambda: (theirs, words)
+    )
 
 
 def words(count: int = 4000, seed: int = 0) -> list[str]:
@@ -112,7 +117,7 @@ def read_prompts(path: Path, count: int, seed: int = 0) -> list[str]:
     return [found[i] for i in order]
 
 
-def flops(config: PretrainedConfig, lengths: Sequence[int], shared: Sequence[int]) -> float:
+def flops(config: DecoderConfig | PretrainedConfig, lengths: Sequence[int], shared: Sequence[int]) -> float:
     """Floating-point operations that the model needs for prompts of so many own tokens behind shared ones, each once.
 
     Products with weights, and attention's two, below the diagonal alone; keys and values for all tokens of the last layer, the

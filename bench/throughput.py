@@ -28,6 +28,7 @@ from bench import subjects
 from bench.peers import Transformers
 from bench.setting import add_subjects, matrix_rate, positive, run, write_rows
 from p2l_engine import Engine, checkpoint, routing
+from p2l_engine.backbone.families import DecoderConfig
 from p2l_engine.backbone.packing import Packed
 from p2l_engine.checkpoint import Checkpoint
 from p2l_engine.engine import natural_dtype
@@ -155,7 +156,7 @@ def bench(name: str, device: torch.device, arguments: argparse.Namespace, consol
     return rows
 
 
-def _worth_seconds(config: PretrainedConfig) -> int:
+def _worth_seconds(config: DecoderConfig | PretrainedConfig) -> int:
     """Random prompts that take a GPU a few seconds: 1e15 operations, at most 20,000 prompts."""
     sample = [len(text.split()) for text in subjects.prompts(1000)]
     return min(20_000, int(1e15 / subjects.flops(config, sample, [0] * len(sample)) * len(sample)))

@@ -20,6 +20,7 @@ from rich.table import Table
 
 from bench.measure import machine
 from p2l_engine.prompts.encode import PromptEncoder
+from p2l_engine.prompts.tokenizer import TransformersTokenizer
 from p2l_engine.train import fused
 from p2l_engine.train.batches import PromptVotes, collate
 from p2l_engine.train.config import TrainConfig
@@ -60,7 +61,7 @@ def main() -> None:
     votes, _ = read(arguments.votes)
     models = {name: _model(votes, fuse) for name, fuse in (("fused", True), ("transformers", False))}
     tokenizer = models["fused"][1]
-    rng, data = np.random.default_rng(0), PromptVotes(votes, PromptEncoder(tokenizer, 512))
+    rng, data = np.random.default_rng(0), PromptVotes(votes, PromptEncoder(TransformersTokenizer(tokenizer), 512))
     seconds: dict[str, list[float]] = {}
     speeds: dict[str, list[tuple[float, float]]] = {}
     rows: dict[str, tuple[str, Callable[[list[dict[str, Any]]], dict[str, Any]]]] = {

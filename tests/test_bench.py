@@ -10,13 +10,15 @@ import pytest
 import torch
 
 from bench import kernels, latency, setting, subjects, throughput
+from p2l_engine.backbone.families import DecoderConfig
 from p2l_engine.backbone.weights import expected_shapes
 from p2l_engine.prompts.encode import PromptEncoder
+from p2l_engine.prompts.tokenizer import TransformersTokenizer
 from tests.support import tiny
 
 
 def test_random_prompts_have_the_lengths_that_are_claimed():
-    encoder = PromptEncoder(subjects.tokenizer())
+    encoder = PromptEncoder(TransformersTokenizer(subjects.tokenizer()))
     around = len(encoder.encode(["a"])[0]) - 1  # the template's tokens and the CLS token
     own = np.array([len(ids) for ids in encoder.encode(subjects.prompts(4000))]) - around
     found = np.percentile(own, [5, 25, 50, 75, 95])
@@ -27,7 +29,7 @@ def test_random_prompts_have_the_lengths_that_are_claimed():
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_the_operations_are_counted_one_by_one(family):
-    config = tiny.config(family)
+    config = DecoderConfig.read(tiny.config(family).to_dict())
     lengths, shared = [3, 1, 7], [0, 5, 5]
     shapes = expected_shapes(config)
     count = 0
@@ -46,7 +48,7 @@ def test_the_operations_are_counted_one_by_one(family):
 def test_the_architectures_are_those_that_they_are_named_after():
     sizes = {"smollm2-135m": 134.5e6, "qwen2.5-0.5b": 494e6, "qwen2.5-1.5b": 1543e6, "qwen2.5-7b": 7070e6}
     for name, size in sizes.items():
-        shapes = expected_shapes(subjects.ARCHITECTURES[name]())
+        shapes = expected_shapes(DecoderConfig.read(subjects.ARCHITECTURES[name]().to_dict()))
         assert sum(int(np.prod(shape)) for shape in shapes.values()) == pytest.approx(size, rel=0.01)
 
 

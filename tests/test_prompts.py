@@ -7,14 +7,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from p2l_engine.errors import PromptError
-from p2l_engine.prompts.encode import PromptEncoder
+from p2l_engine.prompts.encode import MAX_TOKENS, PromptEncoder
 from p2l_engine.prompts.parse import user_turns
+from p2l_engine.prompts.tokenizer import TransformersTokenizer
 from tests.support import tiny
+
+
+def encoder_of(max_tokens=MAX_TOKENS, **changes):
+    return PromptEncoder(TransformersTokenizer(tiny.tokenizer(**changes)), max_tokens)
 
 
 @pytest.fixture(scope="module")
 def encoder():
-    return PromptEncoder(tiny.tokenizer())
+    return encoder_of()
 
 
 def test_text_is_the_template_and_the_cls_token(encoder):
@@ -37,16 +42,16 @@ def test_only_user_turns_are_used():
 
 def test_the_users_own_cls_token_is_replaced(encoder):
     ids = encoder.encode(["tell me about <|cls|> please <|cls|>"])[0]
-    cls = encoder.tokenizer.cls_token_id
+    cls = encoder.tokenizer.id_of(encoder.cls_token)
     assert (ids == cls).sum() == 1
     assert ids[-1] == cls
-    assert "<cls> please <cls>" in encoder.tokenizer.decode(ids)
+    assert "<cls> please <cls>" in tiny.tokenizer().decode(ids)
 
 
 def test_truncation_keeps_the_end():
-    encoder = PromptEncoder(tiny.tokenizer(), max_tokens=16)
+    encoder = encoder_of(max_tokens=16)
     ids = encoder.encode(["x" * 100 + "the end"])[0]
-    whole = PromptEncoder(tiny.tokenizer()).encode(["x" * 100 + "the end"])[0]
+    whole = encoder_of().encode(["x" * 100 + "the end"])[0]
     assert len(ids) == 16
     assert (ids == whole[-16:]).all()
 
@@ -59,26 +64,26 @@ def test_a_batch_is_tokenised_as_its_prompts_are(encoder):
 
 
 def test_200_000_characters_and_every_special_token(encoder):
-    long, special = encoder.encode(["word " * 40_000, " ".join(encoder.tokenizer.all_special_tokens)])
+    long, special = encoder.encode(["word " * 40_000, " ".join(encoder.tokenizer.special_tokens.values())])
     assert len(long) == 8192
-    assert special[-1] == encoder.tokenizer.cls_token_id
+    assert special[-1] == encoder.tokenizer.id_of(encoder.cls_token)
 
 
 @pytest.mark.parametrize("template", [tiny.TEMPLATE, "{{ messages[0]['content'] }}"])
 def test_a_giant_prompt_is_cut_before_it_is_tokenised(template, monkeypatch):
     """What is left of it is what truncation leaves of the whole; memory follows the limit, not the prompt."""
     monkeypatch.setattr("p2l_engine.prompts.encode.BOUNDARY_WITHIN", 50)
-    short = PromptEncoder(tiny.tokenizer(template=template), max_tokens=40)
+    short = encoder_of(max_tokens=40, template=template)
     seen = []
-    real = short._ids
-    monkeypatch.setattr(short, "_ids", lambda texts: seen.extend(map(len, texts)) or real(texts))
+    real = short.tokenizer.ids
+    monkeypatch.setattr(short.tokenizer, "ids", lambda texts: seen.extend(map(len, texts)) or real(texts))
     for text in ("so many words " * 1000, "12345" * 3000, "é " * 5000, "\n\n" * 4000):
         whole = real([short.text([text])])[0][-40:]
         assert short.encode([text])[0].tolist() == whole
-    assert max(seen) <= 40 * short._longest_token + 50
+    assert max(seen) <= 40 * short.tokenizer.longest_token + 50
     # A tokenizer that leaves characters out gets the whole text.
-    lossy = PromptEncoder(tiny.tokenizer(template=template), max_tokens=40)
-    monkeypatch.setattr(lossy, "_ids", lambda texts: real([text.replace(" ", "") for text in texts]))
+    lossy = encoder_of(max_tokens=40, template=template)
+    monkeypatch.setattr(lossy.tokenizer, "ids", lambda texts: real([text.replace(" ", "") for text in texts]))
     text = "ab" * 100 + " " * 5000
     assert lossy.encode([text])[0].tolist() == real([lossy.text([text]).replace(" ", "")])[0][-40:]
 
@@ -86,14 +91,14 @@ def test_a_giant_prompt_is_cut_before_it_is_tokenised(template, monkeypatch):
 @given(st.text())
 @settings(max_examples=100, deadline=None)
 def test_any_text_is_tokens_or_a_named_error(text):
-    encoder = PromptEncoder(tiny.tokenizer())
+    encoder = encoder_of()
     try:
         ids = encoder.encode(["ok", text])[1]
     except PromptError as error:
         assert error.index == 1
         assert any(0xD800 <= ord(c) <= 0xDFFF for c in text)
     else:
-        assert ids[-1] == encoder.tokenizer.cls_token_id
+        assert ids[-1] == encoder.tokenizer.id_of(encoder.cls_token)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +125,7 @@ def test_a_bad_prompt_is_named_by_its_index(encoder, prompt, message):
 
 def test_other_users_of_the_tokenizer_change_nothing():
     tokenizer = tiny.tokenizer()
-    encoder = PromptEncoder(tokenizer)
+    encoder = PromptEncoder(TransformersTokenizer(tokenizer))
     texts = ["hello", "hello there <|im_start|>"]
     before = [ids.tolist() for ids in encoder.encode(texts)]
     tokenizer(["a", "bb"], padding=True, truncation=True, max_length=6)
@@ -129,11 +134,11 @@ def test_other_users_of_the_tokenizer_change_nothing():
 
 
 def test_the_prefix_is_what_all_prompts_start_with():
-    assert PromptEncoder(tiny.tokenizer()).prefix().tolist() == tiny.tokenizer()("<|im_start|>user\n").input_ids
-    refusing = tiny.tokenizer(template="{{ raise_exception('no') if '<' in messages[0]['content'] }}" + tiny.TEMPLATE)
-    assert len(PromptEncoder(refusing).prefix()) == 0
-    content_first = tiny.tokenizer(template="{{ messages[0]['content'] }}<|im_end|>")
-    assert len(PromptEncoder(content_first).prefix()) == 0
-    broken = PromptEncoder(tiny.tokenizer(template="{{ 1 + 'x' }}"))
+    assert encoder_of().prefix().tolist() == tiny.tokenizer()("<|im_start|>user\n").input_ids
+    refusing = encoder_of(template="{{ raise_exception('no') if '<' in messages[0]['content'] }}" + tiny.TEMPLATE)
+    assert len(refusing.prefix()) == 0
+    content_first = encoder_of(template="{{ messages[0]['content'] }}<|im_end|>")
+    assert len(content_first.prefix()) == 0
+    broken = encoder_of(template="{{ 1 + 'x' }}")
     with pytest.raises(ValueError, match="chat template cannot be rendered"):
         broken.encode(["a"])

@@ -181,7 +181,7 @@ def test_bad_arguments_are_named(router, arguments, message):
 def test_prompts_at_the_edge(router):
     assert router.route_batch([]) == []
     assert router.route_batch([], 2.0, "batch") == []
-    for prompt in ("", "   \n", "x" * 200_000, " ".join(router.engine.encoder.tokenizer.all_special_tokens)):
+    for prompt in ("", "   \n", "x" * 200_000, " ".join(router.engine.encoder.tokenizer.special_tokens.values())):
         assert router.route(prompt).model in MODELS
     with pytest.raises(PromptError, match=r"prompts\[1\]"):
         router.route_batch(["fine", "\ud83d", "fine"])

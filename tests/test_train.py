@@ -169,8 +169,8 @@ def test_an_adapter_carries_the_embedding_of_a_new_cls_token(tmp_path):
     tiny.tokenizer(cls_token=None).save_pretrained(tmp_path / "base")
     folder = train(config, max_steps=2)
     engine = Engine.from_pretrained(folder, device="cpu", dtype=torch.float32)
-    assert engine.encoder.tokenizer.cls_token_id == 259
-    eos = engine.encoder.tokenizer.eos_token_id
+    assert engine.encoder.tokenizer.id_of(engine.encoder.cls_token) == 259
+    eos = engine.encoder.tokenizer.id_of(engine.encoder.tokenizer.special_tokens["eos_token"])
     torch.testing.assert_close(engine.backbone.embedding[259], engine.backbone.embedding[eos])
     assert np.isfinite(engine.coefficients(["hello"]).theta).all()
 

@@ -15,10 +15,10 @@ from transformers import AutoModel, PreTrainedTokenizerBase
 
 from p2l_engine import checkpoint
 from p2l_engine.backbone.packing import Packed
+from p2l_engine.checkpoint import huggingface
 from p2l_engine.checkpoint.adapter import NEW_ROWS, PEFT_PREFIX
 from p2l_engine.engine import cpu
 from p2l_engine.feedback import feedback_model
-from p2l_engine.prompts.encode import PromptEncoder
 from p2l_engine.train import attention, fused
 from p2l_engine.train.config import TrainConfig
 
@@ -112,8 +112,7 @@ def bare(decoder: Any) -> Any:
 def build(config: TrainConfig, n_models: int) -> tuple[P2LModel, PreTrainedTokenizerBase]:
     """The model to train and its tokenizer, with the CLS and padding tokens that the config names."""
     folder = checkpoint.find(config.pretrain_model_name)
-    tokenizer = checkpoint.read_tokenizer(folder, config.model_dump())
-    PromptEncoder(tokenizer)
+    tokenizer = huggingface.read_tokenizer(folder, config.model_dump())
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": config.pad_token_if_none})
     frozen = config.lora is not None or config.train_head_only

@@ -19,6 +19,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 
 from p2l_engine.checkpoint.saving import replaceable
 from p2l_engine.prompts.encode import PromptEncoder
+from p2l_engine.prompts.tokenizer import TransformersTokenizer
 from p2l_engine.train import data, resumption
 from p2l_engine.train.batches import PromptVotes, collate
 from p2l_engine.train.config import TrainConfig
@@ -62,7 +63,7 @@ def train(config: TrainConfig, max_steps: int = -1, if_present: IfPresent = "ref
     asked_first = [resumption.prepare(state, config, inputs, if_present) if process.is_main_process else None]
     last = broadcast_object_list(asked_first)[0]
     model, tokenizer = build(config, len(training.models))
-    encoder = PromptEncoder(tokenizer, config.max_length)
+    encoder = PromptEncoder(TransformersTokenizer(tokenizer), config.max_length)
     seen = Seen()
     dataset = PromptVotes(training, encoder, config.token_dropout, config.seed)
     cut = sum(len(ids) == config.max_length for ids in dataset.ids)

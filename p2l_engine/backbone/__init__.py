@@ -1,29 +1,26 @@
 """The backbone: packed tokens in, the hidden state of each prompt's last (CLS) token out.
 
-Llama and Qwen2 decoders are computed here, over packed tokens; every other architecture goes through transformers' AutoModel,
-padded: slower, same result.
+The families in ``families.FAMILIES`` are computed here, over packed tokens; every other architecture goes through transformers'
+AutoModel, padded: slower, with the same result.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
 
+from p2l_engine.backbone.families import DecoderConfig
 from p2l_engine.backbone.packed import PackedDecoder
 from p2l_engine.backbone.packing import Packed, Tokens
-from p2l_engine.backbone.padded import PaddedDecoder
+from p2l_engine.backbone.rope import UnsupportedConfig
 
-__all__ = ["Backbone", "PackedDecoder", "PaddedDecoder", "build"]
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
-PACKED = ("llama", "qwen2")
-STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # the others change with the length of the sequence
-
-logger = logging.getLogger(__name__)
+__all__ = ["Backbone", "DecoderConfig", "PackedDecoder", "UnsupportedConfig", "build"]
 
 
 class Backbone(Protocol):
@@ -42,23 +39,12 @@ class Backbone(Protocol):
         """N prompts, packed with this prefix, on this device -> the hidden state of each one's last token [N, D]."""
 
 
-def build(config: PretrainedConfig, weights: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> Backbone:
-    """The packed decoder where this package knows the architecture, else transformers' own."""
-    reason = _unsupported(config)
-    if reason is None:
+def build(
+    config: DecoderConfig | PretrainedConfig, weights: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype
+) -> Backbone:
+    """The packed decoder, or transformers' own where the config is transformers'. Raises CheckpointError for wrong weights."""
+    if isinstance(config, DecoderConfig):
         return PackedDecoder(config, weights, device, dtype)
-    logger.warning("the backbone runs through transformers, padded: %s", reason)
+    from p2l_engine.backbone.padded import PaddedDecoder  # needs transformers
+
     return PaddedDecoder(config, weights, device, dtype)
-
-
-def _unsupported(config: PretrainedConfig) -> str | None:
-    if config.model_type not in PACKED:
-        return f"architecture {config.model_type!r} is not one of {', '.join(PACKED)}"
-    kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if kind not in STATIC_ROPE:
-        return f"rope_type {kind!r} is not one of {', '.join(STATIC_ROPE)}"
-    if config.model_type == "qwen2" and getattr(config, "use_sliding_window", False):
-        return "it uses sliding-window attention"
-    if config.hidden_act not in ("silu", "swish"):
-        return f"its activation {config.hidden_act!r} is not silu"
-    return None

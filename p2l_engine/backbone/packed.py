@@ -13,11 +13,10 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PretrainedConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from p2l_engine.backbone.families import DecoderConfig
 from p2l_engine.backbone.packing import Packed, Tokens
-from p2l_engine.backbone.weights import Linear, check_weights, head_size, layers
+from p2l_engine.backbone.weights import Linear, check_weights, layers
 from p2l_engine.prompts.encode import MAX_TOKENS
 
 
@@ -70,7 +69,7 @@ class PackedDecoder:
 
     def __init__(
         self,
-        config: PretrainedConfig,
+        config: DecoderConfig,
         weights: Mapping[str, Tensor],
         device: torch.device,
         dtype: torch.dtype,
@@ -79,14 +78,15 @@ class PackedDecoder:
         check_weights(config, weights)
         self.name = f"packed {config.model_type}"
         self.device, self.dtype = device, dtype
-        self.eps = float(config.rms_norm_eps)
-        self.heads, self.kv_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
-        self.head_size = head_size(config)
-        rope = LlamaRotaryEmbedding(config=config)  # type: ignore[arg-type]  # reads rope settings only, Qwen2's too
-        self._inv_freq, self._rope_scale = rope.inv_freq.float().to(device), float(rope.attention_scaling)
+        self.eps = config.rms_norm_eps
+        self.heads, self.kv_heads, self.head_size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        frequencies, self._rope_scale = config.rope.frequencies(config.head_dim)
+        self._frequencies = frequencies.to(device)
         # On a GPU all at once: captured graphs keep the addresses of these tables.
         self._tables = self._angles(MAX_TOKENS if device.type == "cuda" else 512)
-        self.embedding = weights["embed_tokens.weight"].to(device, dtype)
+        table = weights["embed_tokens.weight"]
+        # Half precision is widened after the look-up, which gives the same numbers: a wide table is large.
+        self.embedding = table.to(device) if dtype == torch.float32 and table.element_size() == 2 else table.to(device, dtype)
         self.norm: Tensor | None = weights["norm.weight"].to(device, dtype)
         self.layers = layers(config, weights, device, dtype)
         queries, whole = self.heads * self.head_size, self.layers[-1].qkv
@@ -123,7 +123,7 @@ class PackedDecoder:
     def _layers(self, do: Operations, packed: Packed, kept: list[Tensor] | None) -> Tensor:
         cos, sin = self.rope(packed.longest)
         queries, rows = self.heads * self.head_size, packed.last
-        x, delta = F.embedding(packed.tokens, self.embedding), None
+        x, delta = F.embedding(packed.tokens, self.embedding).to(self.dtype), None
         for layer, prefix in zip(self.layers, self.prefix_kv, strict=True):
             last = layer is self.layers[-1]
             normed = do.norm(x, layer.attention_norm, self.eps, delta)
@@ -155,6 +155,6 @@ class PackedDecoder:
 
     def _angles(self, positions: int) -> tuple[Tensor, Tensor]:
         """cos and sin [positions, size / 2], float32."""
-        angles = torch.arange(positions, device=self.device).float()[:, None] * self._inv_freq
+        angles = torch.arange(positions, device=self.device).float()[:, None] * self._frequencies
         cos, sin = ((f(angles) * self._rope_scale).contiguous() for f in (torch.cos, torch.sin))
         return cos, sin

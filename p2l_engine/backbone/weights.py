@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
 
+from p2l_engine.backbone.families import DecoderConfig
 from p2l_engine.errors import CheckpointError
 
 
@@ -26,7 +26,7 @@ class Linear:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """Queries, keys and values in one product, gates and ups in another."""
+    """One layer: queries, keys and values in one product, the gate and up projections of SwiGLU in another."""
 
     attention_norm: Tensor
     qkv: Linear
@@ -36,50 +36,77 @@ class Layer:
     down: Linear
 
 
-def layers(config: PretrainedConfig, weights: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> list[Layer]:
+# Linear layers of one input, whose weights lie one below the other in one matrix.
+JOINED = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))
+
+
+def joined(names: Collection[str]) -> Iterator[tuple[str, ...]]:
+    """The names of weights, those together that one product joins; a product with a name that is missing is left apart."""
+    done: set[str] = set()
+    for name in names:
+        if name in done:
+            continue
+        layer, _, rest = name.rpartition(".self_attn." if ".self_attn." in name else ".mlp.")
+        part = f"{name.removeprefix(f'{layer}.')}".removesuffix(".weight")
+        group = next((group for group in JOINED if part in group), (part,))
+        whole = tuple(f"{layer}.{one}.weight" for one in group)
+        found = whole if rest and set(whole) <= set(names) else (name,)
+        done |= set(found)
+        yield found
+
+
+def layers(config: DecoderConfig, weights: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> list[Layer]:
     """The decoder's layers; weights are named as in transformers' bare model."""
 
-    def put(i: int, name: str) -> Tensor:
+    def vector(i: int, name: str) -> Tensor:
         return weights[f"layers.{i}.{name}.weight"].to(device, dtype)
 
     def linear(i: int, *names: str) -> Linear:
-        whole = torch.cat([weights[f"layers.{i}.{name}.weight"] for name in names]).to(device, dtype)
+        weight = concatenated([weights[f"layers.{i}.{name}.weight"] for name in names], device, dtype)
         biases = [bias for name in names if (bias := weights.get(f"layers.{i}.{name}.bias")) is not None]
-        return Linear(whole.t(), torch.cat(biases).to(device, dtype) if biases else None)
+        return Linear(weight.t(), concatenated(biases, device, dtype) if biases else None)
 
     return [
         Layer(
-            put(i, "input_layernorm"),
-            linear(i, "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            vector(i, "input_layernorm"),
+            linear(i, *JOINED[0]),
             linear(i, "self_attn.o_proj"),
-            put(i, "post_attention_layernorm"),
-            linear(i, "mlp.gate_proj", "mlp.up_proj"),
+            vector(i, "post_attention_layernorm"),
+            linear(i, *JOINED[1]),
             linear(i, "mlp.down_proj"),
         )
         for i in range(config.num_hidden_layers)
     ]
 
 
-def head_size(config: PretrainedConfig) -> int:
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+def concatenated(parts: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The parts one below the other, converted while they are copied; not copied where they are so already, in memory too."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first.to(device, dtype)
+    ends = [part.data_ptr() + part.nbytes for part in parts]
+    adjacent = all(part.data_ptr() == end for part, end in zip(parts[1:], ends, strict=False))
+    one_storage = len({part.untyped_storage().data_ptr() for part in parts}) == 1
+    if adjacent and one_storage and all(p.is_contiguous() and (p.device, p.dtype) == (device, dtype) for p in parts):
+        return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
+    out = torch.empty(sum(map(len, parts)), *parts[0].shape[1:], device=device, dtype=dtype)
+    for part, rows in zip(parts, out.split([len(part) for part in parts]), strict=True):
+        rows.copy_(part)
+    return out
 
 
-def expected_shapes(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
+def expected_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Every weight of the packed decoder and its shape."""
-    d, size, inner = config.hidden_size, head_size(config), config.intermediate_size
-    q, kv = config.num_attention_heads * size, config.num_key_value_heads * size
-    qwen = config.model_type == "qwen2"
-    qkv_bias = qwen or bool(getattr(config, "attention_bias", False))
-    o_bias = not qwen and qkv_bias
-    mlp_bias = bool(getattr(config, "mlp_bias", False))
+    d, inner = config.hidden_size, config.intermediate_size
+    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     linear = {
-        "self_attn.q_proj": (q, d, qkv_bias),
-        "self_attn.k_proj": (kv, d, qkv_bias),
-        "self_attn.v_proj": (kv, d, qkv_bias),
-        "self_attn.o_proj": (d, q, o_bias),
-        "mlp.gate_proj": (inner, d, mlp_bias),
-        "mlp.up_proj": (inner, d, mlp_bias),
-        "mlp.down_proj": (d, inner, mlp_bias),
+        "self_attn.q_proj": (q, d, config.query_bias),
+        "self_attn.k_proj": (kv, d, config.query_bias),
+        "self_attn.v_proj": (kv, d, config.query_bias),
+        "self_attn.o_proj": (d, q, config.output_bias),
+        "mlp.gate_proj": (inner, d, config.mlp_bias),
+        "mlp.up_proj": (inner, d, config.mlp_bias),
+        "mlp.down_proj": (d, inner, config.mlp_bias),
     }
     shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (config.vocab_size, d), "norm.weight": (d,)}
     for i in range(config.num_hidden_layers):
@@ -92,12 +119,13 @@ def expected_shapes(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def check_weights(config: PretrainedConfig, weights: Mapping[str, Tensor]) -> None:
+def check_weights(config: DecoderConfig, weights: Mapping[str, Tensor]) -> None:
     """Raises CheckpointError for a weight that is missing, unknown or of a wrong shape."""
     compare(expected_shapes(config), weights)
 
 
 def compare(expected: Mapping[str, tuple[int, ...]], weights: Mapping[str, Tensor]) -> None:
+    """``check_weights`` against expected names and shapes."""
     for name, shape in expected.items():
         if name not in weights:
             raise CheckpointError(f"model.{name}: expected a weight of shape {list(shape)}, found none")

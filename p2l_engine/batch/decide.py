@@ -51,9 +51,7 @@ class Decider:
     def coefficients(self, references: npt.NDArray[np.int64]) -> Coefficients:
         engine, outputs = self.router.engine, self.take(references)
         theta, eta = engine.head.split(outputs)
-        return Coefficients(
-            np.ascontiguousarray(theta), None if eta is None else eta.copy(), engine.models, engine.feedback
-        )
+        return Coefficients(np.ascontiguousarray(theta), None if eta is None else eta.copy(), engine.models, engine.feedback)
 
     def routable(self, unit: Unit) -> tuple[npt.NDArray[np.bool_], list[str | None]]:
         """[rows] which rows can be routed, and why the others cannot."""

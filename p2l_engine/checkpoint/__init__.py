@@ -9,6 +9,7 @@ from p2l_engine.checkpoint.read import (
     load,
     read_config,
     read_tokenizer,
+    with_vocabulary,
 )
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "load",
     "read_config",
     "read_tokenizer",
+    "with_vocabulary",
 ]

@@ -40,10 +40,11 @@ def export(source: str | Path | None, target: Path, evaluation: Path | None = No
     def fill(work: Path) -> None:
         body = {f"model.{name}": weight for name, weight in loaded.weights.items()}
         write_tensors(work / "model.safetensors", body | checkpoint.head_weights(loaded.folder))
-        loaded.config.save_pretrained(work)
+        theirs, tokenizer = loaded.transformers()
+        theirs.save_pretrained(work)
         config = json.loads((work / "config.json").read_text(encoding="utf-8"))
         write_json(work / "config.json", dict(sorted((config | {"dtype": "bfloat16"}).items())))
-        loaded.tokenizer.save_pretrained(work)
+        tokenizer.save_pretrained(work)
         write_json(work / "model_list.json", list(loaded.models))
         write_json(work / "training_config.json", {"model_type": loaded.config.model_type} | training)
         (work / "README.md").write_text(readme, encoding="utf-8")

@@ -53,14 +53,19 @@ def frozen(base: str, training: dict[str, Any]) -> Checkpoint:
     """The backbone as it was before training, as a checkpoint; its head is of no use. training: a training config's keys."""
     folder = checkpoint.find(base)
     decoder, weights = checkpoint.read_config(folder), checkpoint.decoder_weights(folder)
-    tokenizer = checkpoint.read_tokenizer(folder, training)
+    tokenizer = checkpoint.read_tokenizer(folder, training, decoder.model_type)
     # New tokens start as the end-of-sequence token, as in training.
+    end = tokenizer.id_of(tokenizer.special_tokens["eos_token"])
     table = weights["embed_tokens.weight"]
     grown = max(len(tokenizer) - len(table), 0)
-    weights["embed_tokens.weight"] = torch.cat([table, table[int(tokenizer.eos_token_id)].expand(grown, -1)])
-    decoder.vocab_size = len(table) + grown
+    weights["embed_tokens.weight"] = torch.cat([table, table[end].expand(grown, -1)])
+    decoder = checkpoint.with_vocabulary(decoder, len(table) + grown)
     head = Head(torch.zeros(1, int(decoder.hidden_size)), torch.zeros(1), 1)
-    return Checkpoint(folder, decoder, tokenizer, ("none",), feedback_model("bt"), weights, head)
+
+    def transformers() -> tuple[Any, Any]:
+        raise NotImplementedError("the untrained backbone is computed and never exported")
+
+    return Checkpoint(folder, decoder, tokenizer, ("none",), feedback_model("bt"), weights, head, transformers)
 
 
 def probes(training: Float64, scores: Float64, test: Float64, seed: int = 0) -> dict[str, Float64]:

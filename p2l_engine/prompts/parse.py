@@ -14,8 +14,14 @@ from p2l_engine.errors import PromptError
 Prompt = str | Sequence[str] | Sequence[Mapping[str, Any]]
 
 
-def user_turns(prompt: Prompt | object, index: int = 0) -> list[str]:
+class Turns(list[str]):
+    """A prompt that ``user_turns`` has parsed and checked: parsing it again returns it unchanged."""
+
+
+def user_turns(prompt: Prompt | object, index: int = 0) -> Turns:
     """The user's turns in order. Raises PromptError, naming ``index``, when there is none or a turn is no valid text."""
+    if isinstance(prompt, Turns):
+        return prompt
     if isinstance(prompt, str):
         turns = [prompt]
     elif isinstance(prompt, Sequence) and not isinstance(prompt, bytes):
@@ -33,7 +39,7 @@ def user_turns(prompt: Prompt | object, index: int = 0) -> list[str]:
                 f"invalid Unicode at character {error.start}: lone surrogate {turn[error.start]!r}; "
                 "decode the text with errors='replace'",
             ) from None
-    return turns
+    return Turns(turns)
 
 
 def _is_other_role(item: object, place: int, index: int) -> bool:

@@ -1,0 +1,102 @@
+"""Chat templates: Jinja2 in the sandbox that transformers renders them in, with its filters, functions and tags."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, NoReturn
+
+from jinja2 import Template, TemplateError, nodes, pass_eval_context
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
+
+class ChatTemplate:
+    """A chat template over user turns, without a generation prompt.
+
+    variables: what it may read beside the messages: the tokenizer's special tokens by name (``bos_token``, ...).
+    """
+
+    def __init__(self, source: str, variables: Mapping[str, str]) -> None:
+        self.source, self.variables = source, dict(variables)
+        self._compiled: Template | None = None
+
+    def render(self, turns: Sequence[str]) -> str:
+        """The text of user turns. Raises jinja2's TemplateError, and TypeError, where the template cannot be rendered."""
+        if self._compiled is None:
+            self._compiled = _environment().from_string(self.source)
+        messages = [{"role": "user", "content": str.__str__(turn)} for turn in turns]  # never a subclass with own methods
+        return self._compiled.render(
+            messages=messages, tools=None, documents=None, add_generation_prompt=False, **self.variables
+        )
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+    environment.filters["tojson"] = _to_json
+    environment.globals |= {
+        "raise_exception": _raise_exception,
+        "strftime_now": lambda form: datetime.now().strftime(form),
+        "dict": _Dict(),
+        "namespace": _Namespace,
+    }
+    return environment
+
+
+class _Generation(Extension):
+    """``{% generation %}`` marks an assistant's tokens for training; here its body is rendered as it is."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
+
+    @pass_eval_context
+    def _body(self, context: nodes.EvalContext, caller: Any) -> Any:
+        return caller()
+
+
+class _Dict:
+    """``dict`` without its other attributes, through which a template could leave the sandbox."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args)
+
+
+class _Namespace(Namespace):
+    """``namespace`` without attributes that begin with an underscore."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:  # so that a template may set an attribute named self
+        self, given = args[0], dict(*args[1:], **kwargs)
+        for name in given:
+            _check_attribute(name)
+        Namespace.__init__(self, given)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_attribute(name)
+        super().__setitem__(name, value)
+
+
+def _check_attribute(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise SecurityError(f"a chat template cannot set the attribute {name!r} of a namespace")
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise TemplateError(message)
+
+
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    """Unlike Jinja2's own filter it does not escape HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
