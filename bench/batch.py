@@ -30,7 +30,7 @@ from rich.table import Table
 
 from bench import setting, subjects
 from p2l_engine import Catalog, Engine, Router
-from p2l_engine.batch import Asked, Report, run
+from p2l_engine.batch import BatchConfig, Report, run
 from p2l_engine.catalog import CatalogModel
 
 BUDGET = 0.3
@@ -92,8 +92,8 @@ def bench(router: Router, prompts: str, console: Console) -> tuple[Report, float
         columns = (TextColumn("{task.description}"), TimeElapsedColumn())
         with Progress(*columns, console=console, transient=True) as bar:
             task = bar.add_task("rows")
-            asked = Asked([prompts], str(folder / "out"), keep=[], budget=BUDGET, budget_scope="batch")
-            report = run(router, asked, progress=lambda r: bar.update(task, description=f"{r.rows:,} rows, {r.parts} parts"))
+            config = BatchConfig([prompts], str(folder / "out"), keep=[], budget=BUDGET, budget_scope="batch")
+            report = run(router, config, progress=lambda r: bar.update(task, description=f"{r.rows:,} rows, {r.parts} parts"))
     finally:
         memory.done.set()
         memory.join()

@@ -8,7 +8,7 @@ import os
 import numpy as np
 import pytest
 
-from p2l_engine.batch import Asked, run
+from p2l_engine.batch import BatchConfig, run
 from p2l_engine.batch.manifest import read_manifest
 from p2l_engine.tables.storage import Place, find
 from tests.support.batch_files import output, write
@@ -19,16 +19,16 @@ def test_what_stands_in_the_way_is_named(router, tmp_path):
     given = write(tmp_path / "in.parquet")
     out = str(tmp_path / "out")
     with pytest.raises(ValueError, match=r"in.parquet: expected the columns question; it has id, prompt"):
-        run(router, Asked([given], out, column="question"))
+        run(router, BatchConfig([given], out, column="question"))
     for name in ("in.txt", "none.parquet"):
         (tmp_path / "in.txt").touch()
         with pytest.raises(ValueError, match=f"{name}: "):
-            run(router, Asked([str(tmp_path / name)], out))
+            run(router, BatchConfig([str(tmp_path / name)], out))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty: expected files in this folder"):
-        run(router, Asked([str(tmp_path / "empty")], out))
+        run(router, BatchConfig([str(tmp_path / "empty")], out))
     with pytest.raises(ValueError, match="that match"):
-        run(router, Asked([str(tmp_path / "*.csv")], out))
+        run(router, BatchConfig([str(tmp_path / "*.csv")], out))
     for inputs, more, message in (
         ("", {}, "expected a path or a URI, got ''"),
         (f"file://{tmp_path}/?.csv", {}, "expected %3F for a question mark"),
@@ -36,15 +36,15 @@ def test_what_stands_in_the_way_is_named(router, tmp_path):
         (given, {"keep": ["", "id"]}, "keep: expected names of columns, each once"),
     ):
         with pytest.raises(ValueError, match=message):
-            run(router, Asked([inputs], out, **more))
+            run(router, BatchConfig([inputs], out, **more))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     for restart in (False, True):
         with pytest.raises(ValueError, match=r"mine: expected an empty folder or the output .*, found thesis.txt"):
-            run(router, Asked([given], str(tmp_path / "mine")), restart=restart)
+            run(router, BatchConfig([given], str(tmp_path / "mine")), restart=restart)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
     with pytest.raises(ValueError, match="columns of its own named model, score"):
-        run(router, Asked([write(tmp_path / "clash.csv", model=["m"] * 150, score=[1] * 150)], str(tmp_path / "clash")))
+        run(router, BatchConfig([write(tmp_path / "clash.csv", model=["m"] * 150, score=[1] * 150)], str(tmp_path / "clash")))
     for text, message in (
         ('[\n{"prompt": "a"}', None),
         ("[\n1\n]", "no line of its first 3 is a JSON object: row 0: expected a line of JSON"),
@@ -52,7 +52,7 @@ def test_what_stands_in_the_way_is_named(router, tmp_path):
     ):
         (tmp_path / "odd.jsonl").write_text(text)
         for name, inputs in (("alone", []), ("second", [write(tmp_path / "good.jsonl")])):
-            asked = Asked([*inputs, str(tmp_path / "odd.jsonl")], str(tmp_path / name))
+            asked = BatchConfig([*inputs, str(tmp_path / "odd.jsonl")], str(tmp_path / name))
             if message is None:
                 assert run(router, asked, restart=True).routed % 150 == 1
                 continue
@@ -61,18 +61,18 @@ def test_what_stands_in_the_way_is_named(router, tmp_path):
     ragged = ["id,prompt", *(f'{i},"a\nb"' for i in range(40_000)), '7,"a\nb",c']
     (tmp_path / "ragged.csv").write_text("\n".join(ragged))
     with pytest.raises(ValueError, match=r"ragged.csv: row 40000: expected 2 values, one for each column, got 3: 7,a"):
-        run(router, Asked([str(tmp_path / "ragged.csv")], str(tmp_path / "ragged")))
+        run(router, BatchConfig([str(tmp_path / "ragged.csv")], str(tmp_path / "ragged")))
     (tmp_path / "b.csv").write_text("other,prompt\nx,y\n")
     with pytest.raises(ValueError, match=r"b.csv: column id is missing, was string; other is string"):
-        run(router, Asked([given, str(tmp_path / "b.csv")], str(tmp_path / "two")))
+        run(router, BatchConfig([given, str(tmp_path / "b.csv")], str(tmp_path / "two")))
     for inputs, where in (
         (str(tmp_path), "out"),
         (f"{tmp_path}/**/*.parquet", "."),
         (given, "in.parquet"),
         (str(tmp_path), "."),
     ):
-        with pytest.raises(ValueError, match="lie in one another"):
-            run(router, Asked([inputs], str(tmp_path / where)))
+        with pytest.raises(ValueError, match="expected neither within the other"):
+            run(router, BatchConfig([inputs], str(tmp_path / where)))
     # What cannot be is refused before anything is written.
     for more, message in (
         ({"budget": 0.5}, "budget 0.5 is infeasible"),
@@ -81,7 +81,7 @@ def test_what_stands_in_the_way_is_named(router, tmp_path):
         ({"max_share": {name: 0.1 for name in MODELS}}, "cannot hold"),
     ):
         with pytest.raises(ValueError, match=message):
-            run(router, Asked([given], str(tmp_path / "never"), **more))
+            run(router, BatchConfig([given], str(tmp_path / "never"), **more))
     for name, text in (
         ("last.csv", b"text\nx\n"),
         ("last.csv.gz", b"\x1f\x8b"),
@@ -90,7 +90,7 @@ def test_what_stands_in_the_way_is_named(router, tmp_path):
     ):
         (tmp_path / name).write_bytes(text)
         with pytest.raises(ValueError, match=f"{name}: "):
-            run(router, Asked([given, str(tmp_path / name)], str(tmp_path / "never")))
+            run(router, BatchConfig([given, str(tmp_path / name)], str(tmp_path / "never")))
     assert not (tmp_path / "never").exists()
 
 
@@ -131,15 +131,15 @@ def test_csv_files_that_are_not_what_they_seem_are_named(router, tmp_path):
     ):
         (tmp_path / "odd.csv").write_bytes(text)
         with pytest.raises(ValueError, match=rf"odd.csv: (cannot be read: )?{message}") as refused:
-            run(router, Asked([str(tmp_path / "odd.csv")], str(tmp_path / "out"), rows_per_part=32))
+            run(router, BatchConfig([str(tmp_path / "odd.csv")], str(tmp_path / "out"), rows_per_part=32))
         assert len(str(refused.value)) < 2000
     for text, count in ((b'id,prompt\n1,5" pipe\n2,"a ""b"""\n', 2), (b"id,prompt", 0), (b"\n\nid,prompt\r\n", 0)):
         (tmp_path / "fine.csv").write_bytes(text)
-        assert run(router, Asked([str(tmp_path / "fine.csv")], str(tmp_path / "fine")), restart=True).rows == count
+        assert run(router, BatchConfig([str(tmp_path / "fine.csv")], str(tmp_path / "fine")), restart=True).rows == count
     write(tmp_path / "typed.parquet", id=list(range(150)))
     (tmp_path / "text.csv").write_text("id,prompt\n007,a\n")
     with pytest.raises(ValueError, match="text.csv: column id is string, was int64: expected those of the first file"):
-        run(router, Asked([str(tmp_path / "typed.parquet"), str(tmp_path / "text.csv")], str(tmp_path / "never")))
+        run(router, BatchConfig([str(tmp_path / "typed.parquet"), str(tmp_path / "text.csv")], str(tmp_path / "never")))
     assert not (tmp_path / "never").exists()
 
 
@@ -151,9 +151,9 @@ def test_files_that_are_cut_short_or_mixed_are_named(kind, router, tmp_path):
     given.write_bytes(given.read_bytes()[:-4000])
     (tmp_path / f"nothing{kind}").touch()
     with pytest.raises(ValueError, match=rf"nothing{kind}: cannot be read: "):
-        run(router, Asked([str(tmp_path / f"nothing{kind}")], str(tmp_path / "nothing")))
+        run(router, BatchConfig([str(tmp_path / f"nothing{kind}")], str(tmp_path / "nothing")))
     with pytest.raises(ValueError, match=rf"in{kind}: cannot be read( after row \d+)?: "):
-        run(router, Asked([str(given)], str(tmp_path / "out"), rows_per_part=500))
+        run(router, BatchConfig([str(given)], str(tmp_path / "out"), rows_per_part=500))
     begun = read_manifest(Place.of(str(tmp_path / "out")))
     assert begun is None or not begun["complete"]
 
@@ -162,25 +162,25 @@ def test_types_that_change_within_a_file_are_named(router, tmp_path, caplog):
     lines = [json.dumps({"prompt": "p", "id": i}) for i in range(900)] + [json.dumps({"prompt": "p", "id": "later text"})]
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
     with pytest.raises(ValueError, match=r"in.jsonl: row 900: column 'id': expected int64 .*, got 'later text'"):
-        run(router, Asked([str(tmp_path / "in.jsonl")], str(tmp_path / "out")))
+        run(router, BatchConfig([str(tmp_path / "in.jsonl")], str(tmp_path / "out")))
     (tmp_path / "odd.jsonl").write_text('{"prompt": "p", "id": "a"}\n' * 600 + '{"prompt": "p", "id": "\\ud800"}')
     with pytest.raises(ValueError, match=r"odd.jsonl: row 600: column 'id': expected string .*, got '.ud800'"):
-        run(router, Asked([str(tmp_path / "odd.jsonl")], str(tmp_path / "odd")))
+        run(router, BatchConfig([str(tmp_path / "odd.jsonl")], str(tmp_path / "odd")))
     (tmp_path / "late.jsonl").write_text('{"prompt": "p"}\n' * 600 + '{"prompt": "p", "id": 1}\n' * 600)
-    assert run(router, Asked([str(tmp_path / "late.jsonl")], str(tmp_path / "late"))).routed == 1200
+    assert run(router, BatchConfig([str(tmp_path / "late.jsonl")], str(tmp_path / "late"))).routed == 1200
     assert [record.message.partition(": ")[2] for record in caplog.records] == [
         "'id': not in the first rows, and so not in the output"
     ]
     lines = [json.dumps({"prompt": "p", "id": None if i < 600 else i, "note": None}) for i in range(1200)]
     (tmp_path / "null.jsonl").write_text("\n".join(lines))
-    run(router, Asked([str(tmp_path / "null.jsonl")], str(tmp_path / "null")))
+    run(router, BatchConfig([str(tmp_path / "null.jsonl")], str(tmp_path / "null")))
     found = output(tmp_path / "null")
     assert found.schema.field("id").type == "int64"
     assert found.schema.field("note").type == "string"
     assert found["id"].to_pylist() == [None] * 600 + list(range(600, 1200))
     (tmp_path / "mixed.jsonl").write_text('{"prompt": "p", "id": 1}\n{"prompt": "p", "id": [1]}')
     with pytest.raises(ValueError, match=r"mixed.jsonl: column 'id': values of different types"):
-        run(router, Asked([str(tmp_path / "mixed.jsonl")], str(tmp_path / "mixed")))
+        run(router, BatchConfig([str(tmp_path / "mixed.jsonl")], str(tmp_path / "mixed")))
 
 
 def test_what_a_type_would_lose_is_refused(router, tmp_path):
@@ -194,10 +194,10 @@ def test_what_a_type_would_lose_is_refused(router, tmp_path):
         with pytest.raises(
             ValueError, match=rf"{name}.jsonl: row 600: column 'm': expected .* as in the first rows, got .*--keep"
         ):
-            run(router, Asked([str(tmp_path / f"{name}.jsonl")], str(tmp_path / f"{name}-out")))
-        run(router, Asked([str(tmp_path / f"{name}.jsonl")], str(tmp_path / f"{name}-out"), keep=[]))
+            run(router, BatchConfig([str(tmp_path / f"{name}.jsonl")], str(tmp_path / f"{name}-out")))
+        run(router, BatchConfig([str(tmp_path / f"{name}.jsonl")], str(tmp_path / f"{name}-out"), keep=[]))
     (tmp_path / "empty.jsonl").write_text('{"prompt": "p", "m": {}}')
     with pytest.raises(
         ValueError, match="empty.jsonl: a column cannot be written to parquet: .*'m'.*; leave it out with --keep"
     ):
-        run(router, Asked([str(tmp_path / "empty.jsonl")], str(tmp_path / "empty-out")))
+        run(router, BatchConfig([str(tmp_path / "empty.jsonl")], str(tmp_path / "empty-out")))

@@ -1,4 +1,4 @@
-"""Batch runs from and to stores: servers of S3's and Google's kind, which the tests start, file:// URIs, and fsspec's."""
+"""Batch runs from and to object stores: local S3 and Google Cloud Storage servers, file:// URIs and fsspec."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from contextlib import contextmanager
 import pytest
 from pyarrow.fs import GcsFileSystem
 
-from p2l_engine.batch import Asked, run
+from p2l_engine.batch import BatchConfig, run
 from p2l_engine.tables.storage import Place, find
 from tests.support.batch_files import contents, write
-
-moto = pytest.importorskip("moto.server", reason="moto is not installed")
 
 
 @pytest.fixture(scope="module")
 def store():
-    """A bucket of its own server, as the environment names it."""
+    """A client of a local S3 server with a bucket, which environment variables name."""
+    moto = pytest.importorskip("moto.server", reason="moto is not installed")
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
@@ -30,7 +29,7 @@ def store():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "of the tests")
+            patch.setenv(name, "test")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         import boto3
 
@@ -49,47 +48,53 @@ def parts(place):
     return {name: (place / name).read() for name in place.names() if name.startswith("part-")}
 
 
+@pytest.mark.store
+@pytest.mark.xdist_group("s3")
 @pytest.mark.parametrize("kind", [".parquet", ".csv", ".jsonl.gz", ".jsonl.zst"])
-def test_from_s3_to_s3_as_from_disk_to_disk(kind, router, store, tmp_path):
+def test_s3_gives_the_output_of_local_files(kind, router, store, tmp_path):
     path = tmp_path / f"in{kind}"
     write(path)
-    asked = {"budget": 1.5, "budget_scope": "batch", "rows_per_part": 32}
-    run(router, Asked([str(path)], str(tmp_path / "out"), **asked))
+    options = {"budget": 1.5, "budget_scope": "batch", "rows_per_part": 32}
+    run(router, BatchConfig([str(path)], str(tmp_path / "out"), **options))
     uri, output, state = uploaded(store, f"one{kind}/in{kind}", path), f"s3://bucket/out{kind}", str(tmp_path / "state")
     with pytest.raises(ValueError, match=r"state: expected a local folder where the output is not local \(s3://bucket/out"):
-        run(router, Asked([uri], output, **asked))
-    run(router, Asked([uri], output, state=state, **asked))
+        run(router, BatchConfig([uri], output, **options))
+    run(router, BatchConfig([uri], output, state=state, **options))
     assert parts(Place.of(output)) == parts(Place.of(str(tmp_path / "out")))
     assert len(parts(Place.of(output))) == 5
     assert not any((tmp_path / "state").iterdir())
-    assert run(router, Asked([uri], output, state=state, **asked)).rows == 150  # finished: nothing to do
+    assert run(router, BatchConfig([uri], output, state=state, **options)).rows == 150  # complete: nothing to do
 
 
-def test_a_run_to_s3_that_is_cut_short_goes_on(router, store, tmp_path):
+@pytest.mark.store
+@pytest.mark.xdist_group("s3")
+def test_an_interrupted_run_to_s3_is_resumed(router, store, tmp_path):
     uri = uploaded(store, "cut/in.jsonl", write(tmp_path / "in.jsonl"))
-    asked = {"budget": 1.5, "rows_per_part": 16, "state": str(tmp_path / "state")}
-    run(router, Asked([uri], "s3://bucket/whole", **asked))
+    options = {"budget": 1.5, "rows_per_part": 16, "state": str(tmp_path / "state")}
+    run(router, BatchConfig([uri], "s3://bucket/whole", **options))
 
     def stop(report):
         if report.rows >= 48:
             raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        run(router, Asked([uri], "s3://bucket/cut-out", **asked), progress=stop)
+        run(router, BatchConfig([uri], "s3://bucket/cut-out", **options), progress=stop)
     cut = Place.of("s3://bucket/cut-out")
     assert 0 < len(parts(cut)) < 10
     with pytest.raises(ValueError, match=r"s3://bucket/cut-out: holds a run .*: budget: was 1.5, is 2.0"):
-        run(router, Asked([uri], "s3://bucket/cut-out", **asked | {"budget": 2.0}))
-    run(router, Asked([uri], "s3://bucket/cut-out", **asked))
+        run(router, BatchConfig([uri], "s3://bucket/cut-out", **options | {"budget": 2.0}))
+    run(router, BatchConfig([uri], "s3://bucket/cut-out", **options))
     assert parts(cut) == parts(Place.of("s3://bucket/whole"))
     store.put_object(Bucket="bucket", Key="cut/in.jsonl", Body=b'{"prompt": "another"}')
     with pytest.raises(ValueError, match="inputs: s3://bucket/cut/in.jsonl"):
-        run(router, Asked([uri], "s3://bucket/cut-out", **asked))
-    run(router, Asked([uri], "s3://bucket/cut-out", **asked), restart=True)
+        run(router, BatchConfig([uri], "s3://bucket/cut-out", **options))
+    run(router, BatchConfig([uri], "s3://bucket/cut-out", **options), restart=True)
     assert len(parts(cut)) == 1
 
 
-def test_folders_and_globs_of_a_store_are_those_of_a_disk(store, tmp_path):
+@pytest.mark.store
+@pytest.mark.xdist_group("s3")
+def test_folders_and_globs_find_the_same_files_in_s3_and_on_disk(store, tmp_path):
     names = ["a.csv", "b.csv", "deep/c.csv", "deep/er/d.csv", "_hidden/e.csv", "readme.txt"]
     (tmp_path / "x").mkdir()
     for name in names:
@@ -102,7 +107,9 @@ def test_folders_and_globs_of_a_store_are_those_of_a_disk(store, tmp_path):
         stored = [file.place.path.removeprefix("bucket") for file in find([f"s3://bucket/{given}"])]
         assert stored == local != [], given
     twice = find(["s3://bucket/x/a.csv", "s3://bucket/x/*.csv", "s3://bucket/x/a.csv?region=eu-west-1"])
-    assert [file.place.path for file in twice] == [f"bucket/x/{name}.csv" for name in ("a", "b", "a")]  # of another store
+    assert [file.place.path for file in twice] == [
+        f"bucket/x/{name}.csv" for name in ("a", "b", "a")
+    ]  # another region is another store
     for given in (
         "s3://bucket/none",
         "s3://nobody/x",
@@ -114,47 +121,51 @@ def test_folders_and_globs_of_a_store_are_those_of_a_disk(store, tmp_path):
             find([given])
 
 
-def test_what_a_store_refuses_is_named(router, store, tmp_path):
+@pytest.mark.store
+@pytest.mark.xdist_group("s3")
+def test_errors_of_s3_name_the_uri(router, store, tmp_path):
     uri = uploaded(store, "refused/in.parquet", write(tmp_path / "in.parquet"))
     with pytest.raises(OSError, match="nobody"):
-        run(router, Asked([uri], "s3://nobody/out", state=str(tmp_path / "state")))
+        run(router, BatchConfig([uri], "s3://nobody/out", state=str(tmp_path / "state")))
     store.put_object(Bucket="bucket", Key="mine/thesis.txt", Body=b"precious")
     with pytest.raises(ValueError, match=r"s3://bucket/mine: expected an empty folder .*, found thesis.txt"):
-        run(router, Asked([uri], "s3://bucket/mine", state=str(tmp_path / "state")), restart=True)
+        run(router, BatchConfig([uri], "s3://bucket/mine", state=str(tmp_path / "state")), restart=True)
     with pytest.raises(ValueError, match="nowhere://bucket/in.csv: "):
         find(["nowhere://bucket/in.csv"])
     (tmp_path / "short.parquet").write_bytes((tmp_path / "in.parquet").read_bytes()[:-50])
     uri = uploaded(store, "refused/short.parquet", tmp_path / "short.parquet")
     with pytest.raises(ValueError, match="s3://bucket/refused/short.parquet: cannot be read"):
-        run(router, Asked([uri], "s3://bucket/short", state=str(tmp_path / "state")))
+        run(router, BatchConfig([uri], "s3://bucket/short", state=str(tmp_path / "state")))
 
 
 @contextmanager
 def google():
-    """The port of a store with a bucket, in a process of its own: Arrow holds the interpreter's lock while it opens files."""
+    """The port of a local server with a bucket. It needs its own process: Arrow holds the GIL while it opens files."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     arguments = ["start", "--in-memory", "--host", "127.0.0.1", "--port", str(port), "--default-bucket", "bucket", "--quiet"]
     with subprocess.Popen([sys.executable, "-m", "gcp_storage_emulator", *arguments]) as server:
         try:
-            for _ in range(200):
+            while server.poll() is None:  # a busy machine takes its time
                 try:
-                    socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                    socket.create_connection(("127.0.0.1", port)).close()
                     break
                 except OSError:
-                    assert server.poll() is None
                     time.sleep(0.1)
+            assert server.poll() is None
             yield port
         finally:
             server.terminate()
 
 
-def test_a_google_store_is_one_too(router, tmp_path):
+@pytest.mark.store
+@pytest.mark.slow
+def test_google_cloud_storage_gives_the_output_of_local_files(router, tmp_path):
     pytest.importorskip("gcp_storage_emulator", reason="gcp-storage-emulator is not installed")
     path = tmp_path / "in.jsonl.gz"
     write(path)
-    asked = {"budget": 1.5, "budget_scope": "batch", "rows_per_part": 32}
-    run(router, Asked([str(path)], str(tmp_path / "out"), **asked))
+    options = {"budget": 1.5, "budget_scope": "batch", "rows_per_part": 32}
+    run(router, BatchConfig([str(path)], str(tmp_path / "out"), **options))
     state = str(tmp_path / "state")
 
     def stop(report):
@@ -162,22 +173,22 @@ def test_a_google_store_is_one_too(router, tmp_path):
             raise InterruptedError
 
     with google() as port:
-        options = f"?scheme=http&endpoint_override=127.0.0.1:{port}&retry_limit_seconds=10"
-        Place.of(f"gs://anonymous@bucket/x/in.jsonl.gz{options}").write(path.read_bytes())
-        inputs, output = [f"gs://anonymous@bucket/x/*.gz{options}"], f"gs://anonymous@bucket/out{options}"
+        query = f"?scheme=http&endpoint_override=127.0.0.1:{port}&retry_limit_seconds=300"
+        Place.of(f"gs://anonymous@bucket/x/in.jsonl.gz{query}").write(path.read_bytes())
+        inputs, output = [f"gs://anonymous@bucket/x/*.gz{query}"], f"gs://anonymous@bucket/out{query}"
         assert isinstance(Place.of(output).system, GcsFileSystem)
         with pytest.raises(InterruptedError):
-            run(router, Asked(inputs, output, state=state, **asked), progress=stop)
+            run(router, BatchConfig(inputs, output, state=state, **options), progress=stop)
         with pytest.raises(ValueError, match="^gs://bucket/out: holds a run .*: budget: was 1.5, is 2.0"):
-            run(router, Asked(inputs, output, state=state, **asked | {"budget": 2.0}))
-        assert run(router, Asked(inputs, output, state=state, **asked)).resumed >= 30
+            run(router, BatchConfig(inputs, output, state=state, **options | {"budget": 2.0}))
+        assert run(router, BatchConfig(inputs, output, state=state, **options)).resumed >= 30
         assert parts(Place.of(output)) == parts(Place.of(str(tmp_path / "out")))
         assert len(parts(Place.of(output))) == 5
         with pytest.raises(ValueError, match="^gs://bucket/none: no such file or folder"):
-            find([f"gs://anonymous@bucket/none{options}"])
+            find([f"gs://anonymous@bucket/none{query}"])
 
 
-def test_what_is_shown_of_a_place_is_no_secret(caplog):
+def test_messages_show_no_credentials():
     place = Place.of("s3://KEY:SECRET@bucket/out?region=us-east-1&endpoint_override=localhost:1")
     assert (place.shown, (place / "part").shown, place.path) == ("s3://bucket/out", "s3://bucket/out/part", "bucket/out")
     for uri in (
@@ -190,15 +201,15 @@ def test_what_is_shown_of_a_place_is_no_secret(caplog):
         assert "SECRET" not in str(refused.value)
 
 
-def test_file_uris_and_fsspecs_are_stores_too(router, tmp_path):
+def test_file_uris_and_fsspec_give_the_output_of_local_files(router, tmp_path):
     given = write(tmp_path / "in.parquet")
-    asked = {"budget": 1.5, "rows_per_part": 32}
-    run(router, Asked([given], str(tmp_path / "out"), **asked))
-    run(router, Asked([f"file://{given}"], f"file://{tmp_path}/again", **asked))
+    options = {"budget": 1.5, "rows_per_part": 32}
+    run(router, BatchConfig([given], str(tmp_path / "out"), **options))
+    run(router, BatchConfig([f"file://{given}"], f"file://{tmp_path}/again", **options))
     assert contents(tmp_path / "again") == contents(tmp_path / "out")
     import fsspec
 
     memory = fsspec.filesystem("memory")
     memory.pipe("/in/in.parquet", (tmp_path / "in.parquet").read_bytes())
-    run(router, Asked(["memory://in/*.parquet"], "memory://out", state=str(tmp_path / "state"), **asked))
+    run(router, BatchConfig(["memory://in/*.parquet"], "memory://out", state=str(tmp_path / "state"), **options))
     assert parts(Place.of("memory://out")) == parts(Place.of(str(tmp_path / "out")))

@@ -12,12 +12,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from p2l_engine.batch.config import ROWS_PER_PART
 from p2l_engine.tables.readers import READERS, check_columns, kind_of
 from p2l_engine.tables.rows import UNREADABLE, Some, Unroutable
 from p2l_engine.tables.storage import File
 from p2l_engine.tables.whole import turns
 
-ROWS = 8192  # of a block: what is computed, written and resumed together
 HEADS = 8  # of files that are read at the same time
 BYTES = 32 << 20  # of a block's prompts and kept columns, beyond which it ends early
 
@@ -37,7 +37,7 @@ class Block:
 
 
 def blocks(
-    files: Sequence[File], column: str, keep: Sequence[str] | None = None, rows: int = ROWS, plain_text: bool = False
+    files: Sequence[File], column: str, keep: Sequence[str] | None = None, rows: int = ROWS_PER_PART, plain_text: bool = False
 ) -> Iterator[Block]:
     """All rows of all files. column: the prompts' (text, a list of user turns, a list of messages, or, unless
     plain_text, such a list as JSON); keep: the columns that the output repeats (None: all others).

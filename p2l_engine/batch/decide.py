@@ -1,4 +1,4 @@
-"""From coefficients to the rows of the output: policies, the draws from them, and one table a block."""
+"""From coefficients to output rows: policies, draws from them, and one table per block."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from p2l_engine.batch.deduplicator import NOWHERE, Unit
+from p2l_engine.batch.deduplicator import NO_REFERENCE, DeduplicatedBlock
 from p2l_engine.coefficients import Coefficients
 from p2l_engine.router import Router
 from p2l_engine.routing import Policies
@@ -18,11 +18,11 @@ from p2l_engine.routing.values import Values
 from p2l_engine.tables.rows import Unroutable
 
 POLICY = pa.list_(pa.struct([("model", pa.string()), ("probability", pa.float64())]))
-OURS = ("model", "policy", "expected_cost", "win_rate", "score", "theta", "eta", "error")
+OUTPUT_COLUMNS = ("model", "policy", "expected_cost", "win_rate", "score", "theta", "eta", "error")
 
 
-class Decided(NamedTuple):
-    """A block's output, how many of its rows could be routed, and the sum of their expected costs."""
+class DecidedBlock(NamedTuple):
+    """A block's output table, the number of its rows that could be routed, and the sum of their expected costs."""
 
     table: pa.Table
     routed: int
@@ -30,10 +30,10 @@ class Decided(NamedTuple):
 
 
 class Decider:
-    """Decisions for blocks whose coefficients are there.
+    """Decides blocks whose coefficients have been computed.
 
-    take: the engine's outputs [n, K] that references [n] point to. budget, price, stored (None: not at all): as in ``Asked``,
-    of which stored is the type of written coefficients.
+    take: from references [n] to the head's outputs [n, K]. budget: per prompt. budget, price, coefficients: as in
+    ``BatchConfig``; coefficients is the type in which theta and eta are written, None to leave them out.
     """
 
     def __init__(
@@ -42,95 +42,104 @@ class Decider:
         take: Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float32]],
         budget: float | None = None,
         price: float | None = None,
-        stored: Literal["float16", "float32"] | None = None,
+        coefficients: Literal["float16", "float32"] | None = None,
     ) -> None:
         self.router, self.take = router, take
-        self.budget, self.price, self.stored = budget, price, stored
+        self.budget, self.price, self.written_type = budget, price, coefficients
         self.names = pa.array(router.names)
 
     def coefficients(self, references: npt.NDArray[np.int64]) -> Coefficients:
+        """Coefficients of references [n], which may hold numbers that are not finite."""
         engine, outputs = self.router.engine, self.take(references)
         theta, eta = engine.head.split(outputs)
         return Coefficients(np.ascontiguousarray(theta), None if eta is None else eta.copy(), engine.models, engine.feedback)
 
-    def routable(self, unit: Unit) -> tuple[npt.NDArray[np.bool_], list[str | None]]:
-        """[rows] which rows can be routed, and why the others cannot."""
-        why = [prompt.why if isinstance(prompt, Unroutable) else None for prompt in unit.block.prompts]
-        can = unit.references != NOWHERE
-        bad = np.flatnonzero(can)[~np.isfinite(self.take(unit.references[can])).all(axis=1)]
-        for row in bad.tolist():
-            can[row], why[row] = False, "the backbone gave coefficients that are not finite"
-        return can, why
+    def routable(self, block: DeduplicatedBlock) -> tuple[npt.NDArray[np.bool_], list[str | None]]:
+        """Whether each row can be routed [rows], and the reason where it cannot."""
+        reasons = [prompt.why if isinstance(prompt, Unroutable) else None for prompt in block.block.prompts]
+        routable = block.references != NO_REFERENCE
+        not_finite = np.flatnonzero(routable)[~np.isfinite(self.take(block.references[routable])).all(axis=1)]
+        for row in not_finite.tolist():
+            routable[row], reasons[row] = False, "the backbone gave coefficients that are not finite"
+        return routable, reasons
 
-    def decide(self, unit: Unit, policies: Policies | None = None) -> Decided:
-        """The block's rows of the output. policies: of its routable rows, where they were found over the batch."""
-        can, why = self.routable(unit)
-        references, back = np.unique(unit.references[can], return_inverse=True)
-        once = self.coefficients(references)
-        coefficients = once.rows(back)
+    def decide(self, block: DeduplicatedBlock, policies: Policies | None = None) -> DecidedBlock:
+        """The block's output rows. policies: of its routable rows, if they were solved over the whole batch."""
+        routable, reasons = self.routable(block)
+        references, inverse = np.unique(block.references[routable], return_inverse=True)
+        unique = self.coefficients(references)
+        coefficients = unique.rows(inverse)
         if policies is None:
-            v = self.router.win_rates(once)
-            price = self.price
-            each = self.router.solve(v, self.budget) if price is None else at_price(v, self.router.costs, price)
-            scores = self.router.scores(once, each, v)[back]
-            policies = Policies(each.indices[back], each.probabilities[back], each.value[back], each.cost[back])
+            v = self.router.win_rates(unique)
+            solved = self.router.solve(v, self.budget) if self.price is None else at_price(v, self.router.costs, self.price)
+            scores = self.router.scores(unique, solved, v)[inverse]
+            policies = Policies(
+                solved.indices[inverse], solved.probabilities[inverse], solved.value[inverse], solved.cost[inverse]
+            )
         else:
             scores = self.router.scores(coefficients, policies, self.router.win_rates(coefficients))
-        found = self._columns(unit, can, coefficients, policies, scores)
-        row = np.full(len(can), -1)
-        row[can] = np.arange(can.sum())
-        places = pa.array(np.where(can, row, 0), mask=~can)
-        kept = unit.block.kept
+        found = self._columns(block, routable, coefficients, policies, scores)
+        index = np.where(routable, routable.cumsum() - 1, 0)
+        take = pa.array(index, mask=~routable)  # null where a row was not routed
+        kept = block.block.kept
         columns = dict(zip(kept.column_names, kept.columns, strict=True))
-        columns |= {name: column.take(places) for name, column in found.items()} | {"error": pa.array(why, pa.string())}
+        columns |= {name: column.take(take) for name, column in found.items()} | {"error": pa.array(reasons, pa.string())}
         table = pa.table(list(columns.values()), names=list(columns))
-        return Decided(table, int(can.sum()), float(policies.cost.sum()))
+        return DecidedBlock(table, int(routable.sum()), float(policies.cost.sum()))
 
     def _columns(
-        self, unit: Unit, can: npt.NDArray[np.bool_], coefficients: Coefficients, policies: Policies, scores: Float64
+        self,
+        block: DeduplicatedBlock,
+        routable: npt.NDArray[np.bool_],
+        coefficients: Coefficients,
+        policies: Policies,
+        scores: Float64,
     ) -> dict[str, pa.Array]:
+        """Output columns of the routable rows."""
         indices, p = policies.indices, policies.probabilities
         used = p > 0
         chosen = indices[np.arange(len(p)), p.argmax(1)] if len(p) else np.zeros(0, np.int64)
-        rows = np.flatnonzero(can)
+        rows = np.flatnonzero(routable)
         for i in np.flatnonzero(used.sum(1) > 1).tolist():
-            turns = unit.block.prompts[rows[i]]
+            turns = block.block.prompts[rows[i]]
             assert not isinstance(turns, Unroutable)
             chosen[i] = self.router.draw(turns, indices[i].tolist(), p[i].tolist())
-        mixed = pa.StructArray.from_arrays(
+        pairs = pa.StructArray.from_arrays(
             [self.names.take(pa.array(indices[used])), pa.array(p[used])], fields=list(POLICY.value_type)
         )
         offsets = pa.array(np.concatenate([[0], used.sum(1).cumsum()]).astype(np.int32))
-        found = {
+        columns = {
             "model": self.names.take(pa.array(chosen)),
-            "policy": pa.ListArray.from_arrays(offsets, mixed, type=POLICY),
+            "policy": pa.ListArray.from_arrays(offsets, pairs, type=POLICY),
             "expected_cost": pa.array(policies.cost),
             "win_rate": pa.array(policies.value),
             "score": pa.array(scores),
         }
-        if self.stored:
-            kind = np.dtype(self.stored)
-            flat = pa.array(coefficients.theta.astype(kind).ravel())
-            found["theta"] = pa.FixedSizeListArray.from_arrays(flat, coefficients.theta.shape[1])
+        if self.written_type:
+            dtype = np.dtype(self.written_type)
+            flat = pa.array(coefficients.theta.astype(dtype).ravel())
+            columns["theta"] = pa.FixedSizeListArray.from_arrays(flat, coefficients.theta.shape[1])
             if coefficients.eta is not None:
-                found["eta"] = pa.array(coefficients.eta.astype(kind))
-        return found
+                columns["eta"] = pa.array(coefficients.eta.astype(dtype))
+        return columns
 
 
 def at_price(v: Float64, costs: Float64, price: float) -> Policies:
-    """For each prompt the model of the highest win rate less price times cost; of equal ones the cheapest."""
+    """For each prompt, the model with the highest v [N, K] - price * costs [K]; the cheapest one among equals."""
     order = np.argsort(costs, kind="stable")
     best = order[(v - price * costs)[:, order].argmax(1)]
     rows = np.arange(len(v))
     indices = np.stack([best, best], axis=1).astype(np.int32)
     probabilities = np.tile([1.0, 0.0], (len(v), 1))
-    return Policies(indices, probabilities, v[rows, best], costs[best], "price", "win rate less cost at a price that was given")
+    return Policies(
+        indices, probabilities, v[rows, best], costs[best], "price", "highest win rate less cost at the given price"
+    )
 
 
-class SpilledRates(Values):
-    """Win rates [N, K] of rows whose coefficients are spilled, computed when they are needed.
+class SpilledWinRates(Values):
+    """Win rates [N, K] computed from spilled coefficients each time they are read.
 
-    references: of the rows that can be routed, block by block.
+    references: of the routable rows of each block, in order.
     """
 
     def __init__(self, decider: Decider, references: Sequence[npt.NDArray[np.int64]]) -> None:
@@ -141,11 +150,11 @@ class SpilledRates(Values):
     def chunks(self) -> Iterator[Float64]:
         for references in self.blocks:
             if len(references):
-                yield self._rates(references)
+                yield self._win_rates(references)
 
     def take(self, prompts: Any) -> Float64:
-        return self._rates(self.references[prompts])
+        return self._win_rates(self.references[prompts])
 
-    def _rates(self, references: npt.NDArray[np.int64]) -> Float64:
-        once, back = np.unique(references, return_inverse=True)
-        return np.ascontiguousarray(self.decider.router.win_rates(self.decider.coefficients(once))[back])
+    def _win_rates(self, references: npt.NDArray[np.int64]) -> Float64:
+        unique, inverse = np.unique(references, return_inverse=True)
+        return np.ascontiguousarray(self.decider.router.win_rates(self.decider.coefficients(unique))[inverse])

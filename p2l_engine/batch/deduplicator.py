@@ -1,10 +1,11 @@
-"""Equal prompts are computed once: which rows have new prompts, and where the coefficients of the others are."""
+"""Computes equal prompts once: finds the new prompts of each block, and where the coefficients of all its rows are."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -12,51 +13,47 @@ import numpy.typing as npt
 from p2l_engine.batch.blocks import Block
 from p2l_engine.tables.rows import Unroutable
 
-REMEMBERED = 1 << 22  # prompts that later rows are compared with, some 170 bytes each; those after them are computed again
-PLACE = 1 << 24  # a reference is the block times this, plus the place in it
-NOWHERE = -1  # the reference of a row that cannot be routed
+MAX_PROMPTS = 1 << 22  # prompts to remember, about 170 bytes each; equal prompts beyond them are computed again
+BLOCK_STRIDE = 1 << 24  # a reference is block number * BLOCK_STRIDE + index among the block's new prompts
+NO_REFERENCE = -1  # the row cannot be routed
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
-    """A block's new prompts, and each of its rows' reference [rows] int64 to a prompt's coefficients (see ``split``)."""
+class DeduplicatedBlock:
+    """A block, its new prompts, and for each row a reference [rows] int64 to a prompt's coefficients (see ``locate``)."""
 
     block: Block
-    new: list[list[str]]
+    new_prompts: list[list[str]]
     references: npt.NDArray[np.int64]
 
 
-class Distinct:
-    """Remembers prompts by a 128-bit hash. What it makes of a block depends on the blocks before it alone."""
+class Deduplicator:
+    """Remembers prompts by a 128-bit hash. Its result for a block depends only on that block and the blocks before it."""
 
-    def __init__(self, remembered: int = REMEMBERED) -> None:
+    def __init__(self, max_prompts: int = MAX_PROMPTS) -> None:
         self._known: dict[bytes, int] = {}
-        self._remembered = remembered
+        self._max_prompts = max_prompts
 
-    def unit(self, block: Block) -> Unit:
-        """The next block's."""
-        new: list[list[str]] = []
-        here: dict[bytes, int] = {}
-        references = np.full(len(block.prompts), NOWHERE, np.int64)
+    def add(self, block: Block) -> DeduplicatedBlock:
+        """Looks up the rows of the next block and remembers its new prompts."""
+        new_prompts: list[list[str]] = []
+        new: dict[bytes, int] = {}
+        references = np.full(len(block.prompts), NO_REFERENCE, np.int64)
         for row, prompt in enumerate(block.prompts):
             if isinstance(prompt, Unroutable):
                 continue
             key = hashlib.blake2b(json.dumps(prompt).encode(), digest_size=16).digest()
             reference = self._known.get(key)
             if reference is None:
-                reference = here.get(key)
+                reference = new.get(key)
             if reference is None:
-                reference = here[key] = block.number * PLACE + len(new)
-                new.append(list(prompt))
+                reference = new[key] = block.number * BLOCK_STRIDE + len(new_prompts)
+                new_prompts.append(list(prompt))
             references[row] = reference
-        room = self._remembered - len(self._known)
-        if len(here) <= room:
-            self._known |= here
-        else:
-            self._known |= dict(list(here.items())[: max(room, 0)])
-        return Unit(block, new, references)
+        self._known.update(islice(new.items(), max(0, self._max_prompts - len(self._known))))
+        return DeduplicatedBlock(block, new_prompts, references)
 
 
-def split(references: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Blocks and places of references to coefficients."""
-    return references // PLACE, references % PLACE
+def locate(references: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Block numbers and indices among the blocks' new prompts."""
+    return references // BLOCK_STRIDE, references % BLOCK_STRIDE

@@ -1,4 +1,4 @@
-"""The output folder's manifest, which remembers what its run was asked for: a run goes on only where all of it is the same."""
+"""The output folder's manifest: records the run's identity, whether it is complete, and where its state is."""
 
 from __future__ import annotations
 
@@ -6,106 +6,27 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from importlib.metadata import version
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from p2l_engine.batch.blocks import BYTES
-from p2l_engine.batch.config import Asked
+from p2l_engine.batch.identity import differences
+from p2l_engine.batch.job import Job
 from p2l_engine.batch.report import Report
-from p2l_engine.engine import Engine
-from p2l_engine.router import Router
-from p2l_engine.tables.storage import File, Place, find
+from p2l_engine.tables.storage import Place
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "_manifest.json"
 STATE = "_state"
-SAMPLES, SAMPLE = 64, 1 << 16  # of a large file: so many pieces of so many bytes, evenly spread
-
-
-def identity(asked: Asked, router: Router, files: Sequence[File], computed: str) -> dict[str, Any]:
-    """Everything that the output depends on, as JSON has it. computed: ``how``."""
-    elsewhere = ("inputs", "output", "state", "strict", "max_share", "min_share")
-    options = {name: value for name, value in asdict(asked).items() if name not in elsewhere}
-    shares = {"max_share": asked.max_share, "min_share": asked.min_share}
-    engine = router.engine
-    found = {
-        "version": version("p2l-engine"),
-        "inputs": seen(files),
-        **options,
-        **{name: {str(models): share for models, share in given.items()} for name, given in shares.items()},
-        "bytes_per_part": BYTES,
-        "checkpoint": _checkpoint(engine),
-        "computed": computed,
-        "catalog": {model.name: model.cost for model in router.catalog.models},
-        "unit": router.catalog.unit,
-        "opponents": router.q.tolist(),
-        "objective": router.objective,
-        "seed": router.seed,
-    }
-    parsed: dict[str, Any] = json.loads(json.dumps(found))
-    return parsed
-
-
-def seen(files: Sequence[File]) -> list[list[Any]]:
-    """Path, size and time of each input file."""
-    return [[file.place.shown, file.size, file.modified] for file in files]
-
-
-def how(device: str, dtype: torch.dtype, tokens_per_batch: int) -> str:
-    """In what coefficients are computed; device: cpu, cuda."""
-    return f"{device} {dtype}, {tokens_per_batch} tokens a batch".replace("torch.", "")
-
-
-def contents(engine: Engine) -> dict[str, str]:
-    """A digest of each of the checkpoint's files: of small ones whole, of weights their size and a sample, since hashing
-    gigabytes would take as long as a small batch."""
-    files = [file for file in sorted(engine.folder.iterdir()) if file.is_file()]
-    return {file.name: _digest(file) for file in files if file.name not in ("README.md", "evaluation.json")}
-
-
-def _digest(file: Path) -> str:
-    size = file.stat().st_size
-    found = hashlib.sha256(str(size).encode())
-    with file.open("rb") as opened:
-        for piece in range(SAMPLES):
-            opened.seek(max(0, size - SAMPLE) * piece // (SAMPLES - 1))
-            found.update(opened.read(SAMPLE))
-    return found.hexdigest()
-
-
-def _checkpoint(engine: Engine) -> dict[str, list[str | int]]:
-    """Weights by their time too: on one machine it says that they were written again."""
-    found = contents(engine)
-    weights = {name: (engine.folder / name).stat().st_mtime_ns for name in found if name.endswith(".safetensors")}
-    return {name: [digest, weights.get(name, 0)] for name, digest in found.items()}
-
-
-def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """A line for each thing that is not what it was."""
-    lines = []
-    for name in {**before, **now}:
-        was, is_now = before.get(name), now.get(name)
-        if was == is_now:
-            continue
-        if name == "inputs":  # [path, size, time] each
-            was, is_now = ({file[0]: file[1:] for file in files or ()} for files in (was, is_now))
-        if isinstance(was, dict) and isinstance(is_now, dict):
-            names = [key for key in {**was, **is_now} if was.get(key) != is_now.get(key)]
-            lines.append(f"{name}: {', '.join(names) or 'their order'}")
-        else:
-            lines.append(f"{name}: was {was!r:.60}, is {is_now!r:.60}")
-    return lines
 
 
 def read_manifest(output: Place) -> dict[str, Any] | None:
-    """What an earlier run left in the output folder. Raises ValueError where the folder holds something else."""
-    names = [name for name in output.names() if not _is_stray(name)]
+    """The manifest of an earlier run: config (its identity), complete, and state or report and bytes; None in an empty folder.
+
+    Raises ValueError where the folder holds anything else.
+    """
+    names = [name for name in output.names() if not _is_temporary(name)]
     if MANIFEST in names:
         manifest = _parsed((output / MANIFEST).read())
         if manifest is None:
@@ -126,120 +47,129 @@ def _parsed(text: bytes) -> dict[str, Any] | None:
         manifest = json.loads(text)
     except ValueError:
         return None
-    sound = (
-        isinstance(manifest, dict) and isinstance(manifest.get("asked"), dict) and isinstance(manifest.get("complete"), bool)
-    )
-    if sound and manifest["complete"]:
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("complete"), bool):
+        return None
+    if not isinstance(manifest.get("config", manifest.get("asked")), dict):  # "asked": of earlier versions
+        return None
+    if manifest["complete"]:
         try:
-            sound = Report(**manifest["report"]).parts == len(dict(manifest["bytes"]))
+            if Report(**manifest["report"]).parts != len(dict(manifest["bytes"])):
+                return None
         except (KeyError, TypeError, ValueError):
             return None
-    return manifest if sound else None
+    return manifest
 
 
 def write_manifest(output: Place, manifest: Mapping[str, Any]) -> None:
     (output / MANIFEST).write((json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
 
 
-def state_folder(given: str | None, output: Place, now: dict[str, Any], known: str | None = None) -> Path:
-    """A folder of a run's own: whatever else is kept beside it is never read, and never removed. given: what it is to lie in
-    (None: the output); known: where an unfinished run's manifest says that it is."""
-    # A folder that is moved takes its own state along; elsewhere, two outputs' states are two.
-    elsewhere = output.path if given or known else None
-    name = f"run-{hashlib.sha256(json.dumps([elsewhere, now]).encode()).hexdigest()[:16]}"
-    if known is not None and Path(known).name == name:  # else it is a copy's, and not this output's to remove
-        return Path(known)
-    return (Path(output.path) / STATE if given is None else Path(given).expanduser().absolute()) / name
+def state_folder(parent: str | None, output: Place, identity: dict[str, Any], recorded: str | None = None) -> Path:
+    """The folder of one run's state. Its name is a hash, so that runs can share a parent folder and never read or remove each
+    other's state.
+
+    parent: None for the output. recorded: the folder that the manifest of an unfinished run names.
+    """
+    # State within the output moves with it, so that the output's path is no part of the hash.
+    path = output.path if parent or recorded else None
+    name = f"run-{hashlib.sha256(json.dumps([path, identity]).encode()).hexdigest()[:16]}"
+    if recorded is not None and Path(recorded).name == name:  # otherwise the manifest is a copy of another output's
+        return Path(recorded)
+    return (Path(output.path) / STATE if parent is None else Path(parent).expanduser().absolute()) / name
 
 
 def remove_state(state: Path) -> None:
-    """Its run's folder, and the one for states where that is in the output and nothing else is in it."""
+    """Removes a run's state folder, and the folder ``_state`` in the output if that is empty then."""
     if state.is_dir():
         shutil.rmtree(state)
     if state.parent.name == STATE and state.parent.is_dir() and not any(state.parent.iterdir()):
         state.parent.rmdir()
 
 
-def begin(asked: Asked, now: dict[str, Any], output: Place, restart: bool) -> tuple[dict[str, Any], Path]:
-    """The manifest of the run that is there and goes on, or of a new one; and its state's folder. Raises ValueError where the
-    folder holds something else, or a run of something else that is not to be thrown away (restart)."""
-    state = state_folder(asked.state, output, now)
+def begin(job: Job, restart: bool) -> tuple[dict[str, Any], Path]:
+    """Resumes the run in the output folder, or starts a new one: its manifest and its state folder.
+
+    restart: remove an earlier run. Raises ValueError where the folder holds anything but runs, or a run of another identity
+    and not restart.
+    """
+    output = job.output
+    state = state_folder(job.config.state, output, job.identity)
     before = read_manifest(output)
-    left = None if before is None else state_folder(None, output, before["asked"], before.get("state"))
-    if before is not None and before["asked"] != now and not (before["complete"] or parts(output) or _any_in(left)):
-        restart = True  # it came to nothing, such as one with a wrong name of a column: nothing is lost
-    if before is not None and before["asked"] != now and not restart:
-        said = "; ".join(changes(before["asked"], now)) if before["asked"] else "its clearing was cut short"
-        raise ValueError(
-            f"{output.shown}: holds a run that was asked for something else: {said}; undo that, name another folder, or "
-            "--restart"
-        )
+    old = None if before is None else before.get("config", before.get("asked"))
+    left = None if before is None or old is None else state_folder(None, output, old, before.get("state"))
+    if before is not None and before.get("config") != job.identity:
+        computed_nothing = not (before["complete"] or parts(output) or _has_files(left))  # such as one with a wrong column
+        if not (restart or computed_nothing):
+            raise ValueError(f"{output.shown}: {_why_not_resumed(before, job)}")
+        restart = True
     if output.is_local:
-        for stray in Path(output.path).glob(".*.tmp"):
-            if _is_stray(stray.name):
-                stray.unlink()
+        for temporary in Path(output.path).glob(".*.tmp"):
+            if _is_temporary(temporary.name):
+                temporary.unlink()
     if before is not None and not restart:
         if before["complete"]:
             _check_parts(before, output)
-        if left is not None and left != state and _any_in(left):
-            logger.warning("%s goes on with its state in %s", output.shown, left)
+        if left is not None and left != state and _has_files(left):
+            logger.warning("%s: resumed with its state in %s", output.shown, left)
             state = left
         state.mkdir(parents=True, exist_ok=True)
         return before, state
     if before is not None:
-        # Cut short from here on, it is nobody's run: what is left of the old one must not pass for parts of the new one.
-        write_manifest(output, {"asked": {}, "complete": False})
+        # Mark incomplete first, so that a crash cannot mix the parts of two runs.
+        write_manifest(output, {"config": {}, "complete": False})
         for name in parts(output):
             (output / name).remove()
     for folder in (left, state):
         if folder is not None:
             remove_state(folder)
-    manifest = {"asked": now, "complete": False, "state": asked.state and str(state)}
+    manifest = {"config": job.identity, "complete": False, "state": job.config.state and str(state)}
     write_manifest(output, manifest)
     state.mkdir(parents=True, exist_ok=True)
     return manifest, state
 
 
-def _any_in(folder: Path | None) -> bool:
+def _why_not_resumed(before: Mapping[str, Any], job: Job) -> str:
+    if "config" not in before:
+        return "holds a run of an earlier version of p2l-engine, which cannot be resumed; name another folder, or --restart"
+    if not before["config"]:
+        return "holds an earlier run that was only partly removed; name another folder, or --restart"
+    changed = "; ".join(differences(before["config"], job.identity))
+    return f"holds a run with other inputs or options: {changed}; use the same ones, name another folder, or --restart"
+
+
+def _has_files(folder: Path | None) -> bool:
     return folder is not None and folder.is_dir() and any(folder.iterdir())
 
 
-def _is_stray(name: str) -> bool:
-    """Whether it is what a write that was killed leaves."""
+def _is_temporary(name: str) -> bool:
+    """Whether an interrupted write left this file."""
     return name.startswith((".part-", f".{MANIFEST}.")) and name.endswith(".tmp")
 
 
 def _check_parts(finished: dict[str, Any], output: Place) -> None:
-    """Parts that are gone, or are longer or shorter than they were, make a finished run an unfinished one."""
+    """Marks a finished run as incomplete if parts are missing or of another size."""
     expected, found = finished["bytes"], parts(output)
-    check_alone(output, expected)
+    check_no_other_parts(output, expected)
     changed = [name for name, size in expected.items() if found.get(name) != size]
     if changed:
         logger.warning(
-            "%s: %d parts of the finished run are gone or changed, and made again: %s", output.shown, len(changed),
+            "%s: %d parts of the finished run are missing or changed, and are written again: %s", output.shown, len(changed),
             ", ".join(changed[:3]),
         )  # fmt: skip
         finished["complete"] = False
 
 
-def check_alone(output: Place, expected: Mapping[str, int]) -> None:
-    """Raises ValueError where there are parts of no run of ours, which readers of the folder would read too."""
+def check_no_other_parts(output: Place, expected: Mapping[str, int]) -> None:
+    """Raises ValueError where there are parts that this run did not write, since readers of the folder would read them too."""
     others = [name for name in parts(output) if name not in expected]
     if others:
-        raise ValueError(f"{output.shown}: {', '.join(others[:3])}: expected parts of this run alone; remove them")
+        raise ValueError(f"{output.shown}: {', '.join(others[:3])}: expected only parts of this run; remove these files")
 
 
 def part_name(number: int) -> str:
     return f"part-{number:06d}.parquet"
 
 
-def check_unchanged(asked: Asked, now: dict[str, Any]) -> None:
-    """Raises ValueError where an input is not what it was when the run began."""
-    changed = changes({"inputs": now["inputs"]}, {"inputs": seen(find(asked.inputs, logger.debug))})
-    if changed:
-        raise ValueError(f"{'; '.join(changed)}: changed while it was read; run again with --restart")
-
-
 def parts(output: Place) -> dict[str, int]:
-    """Names of the parts that are written, and their bytes."""
+    """Names and sizes in bytes of the written parts."""
     return {name: size for name, size in output.sizes().items() if name.startswith("part-") and name.endswith(".parquet")}

@@ -1,7 +1,7 @@
-"""Coefficients from a Ray cluster: one task reads the input's blocks, a pool of workers computes them, Ray Data does the rest.
+"""Coefficients from a Ray cluster: one task reads the input's blocks and a pool of workers computes them, through Ray Data.
 
-What comes back is what one machine would have computed, block by block; spilling, deciding and writing stay with ``run``, so
-that a run goes on after a kill, here or without Ray. For pipelines of one's own there is ``Route``.
+The workers return what one machine would have computed, block by block. Spilling, deciding and writing stay with ``run``, so an
+interrupted run can be resumed with or without Ray. ``Route`` is for Ray Data pipelines of your own.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from ray.exceptions import ActorDiedError, RayError, RayTaskError
 from ray.util.annotations import RayDeprecationWarning
 
 from p2l_engine.batch.blocks import blocks
-from p2l_engine.batch.config import Asked
-from p2l_engine.batch.deduplicator import Distinct
-from p2l_engine.batch.manifest import contents, how
+from p2l_engine.batch.config import BatchConfig
+from p2l_engine.batch.deduplicator import Deduplicator
+from p2l_engine.batch.identity import checkpoint_digests, compute_signature
 from p2l_engine.batch.worker import Route
 from p2l_engine.engine import Engine
 from p2l_engine.engine.engine import TOKENS_PER_BATCH, Outputs, natural_dtype
@@ -39,20 +39,20 @@ __all__ = ["Cluster", "Route"]
 
 logger = logging.getLogger(__name__)
 
-RESTARTS = 3  # of a worker that died, and tries of the block that it had
-WRAPPINGS = (RayError, SystemException)
+MAX_RESTARTS = 3  # of a worker that died, and retries of its block
+RAY_ERRORS = (RayError, SystemException)
 PROMPTS = pa.schema([("block", pa.int64()), ("prompts", pa.list_(pa.list_(pa.string())))])
 
 
 class Cluster:
     """Workers on a Ray cluster, for ``run(..., workers=cluster)``; a context manager.
 
-    engine: of the run's router; it computes nothing here, and workers whose checkpoint is another stop the run. checkpoint: its
-    folder or hub name as every node finds it, or None for the built-in default. address: "local" for a cluster on this machine,
-    made for the run; else as ``ray.init`` takes it ("auto", HOST:PORT; this machine must be a node, and reads the input). Where
-    Ray is connected already, its cluster is used. workers: None: one for each GPU or, where there is none, for each node. Each
-    has a GPU, or as many CPUs as so many workers can have alike. device, dtype and tokens_per_batch: of the workers' engines.
-    Raises ValueError, ConnectionError.
+    engine: the router's engine. It computes nothing here; workers whose checkpoint differs from its checkpoint stop the run.
+    checkpoint: a folder that exists on every node, or a hub name; None for the built-in default. address: "local" starts a
+    cluster on this machine for the run; otherwise "auto" or HOST:PORT of a cluster of which this machine is a node (it reads
+    the input). A Ray connection that this process already has is used. workers: None for one per GPU or, without GPUs, one per
+    node. Each worker gets one GPU, or an equal share of the CPUs. device, dtype, tokens_per_batch: of the workers' engines.
+    Raises ValueError, and ConnectionError where no cluster answers.
     """
 
     def __init__(
@@ -65,11 +65,11 @@ class Cluster:
         dtype: torch.dtype | None = None,
         tokens_per_batch: int | None = None,
     ) -> None:
-        self._ours = not ray.is_initialized()  # who began it ends it
-        if self._ours:
-            _check(address)
+        self._owns_connection = not ray.is_initialized()
+        if self._owns_connection:
+            _check_address(address)
             ray.init(address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-        # What it logs as an error it raises too; everything is in Ray's own log files.
+        # Ray Data raises what it logs as an error, and Ray's own log files have everything.
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
         with ExitStack() as undo:
             undo.callback(self.close)
@@ -78,24 +78,28 @@ class Cluster:
             kind = torch.device(device or ("cuda" if sum(gpus) else "cpu")).type
             if kind not in TOKENS_PER_BATCH:
                 raise ValueError(f"device: expected cpu or cuda, got {device!r}")
-            there = sum(gpus if kind == "cuda" else cpus)
+            devices = sum(gpus if kind == "cuda" else cpus)
             self.workers = (sum(gpus) if kind == "cuda" else sum(n > 0 for n in cpus)) if workers is None else workers
-            if not there:
+            if not devices:
                 raise ValueError(f"device: the cluster at {address} has no {kind} device")
-            if not 1 <= self.workers <= there:
-                raise ValueError(f"workers: expected 1 to {there}, the cluster's {kind} devices, got {self.workers}")
+            if not 1 <= self.workers <= devices:
+                raise ValueError(
+                    f"workers: expected 1 to {devices}, the number of {kind} devices of the cluster, got {self.workers}"
+                )
             undo.pop_all()
-        self._needs = {"num_gpus": 1, "num_cpus": 1} if kind == "cuda" else {"num_cpus": share(cpus, self.workers)}
+        self._resources = (
+            {"num_gpus": 1, "num_cpus": 1} if kind == "cuda" else {"num_cpus": cpus_per_worker(cpus, self.workers)}
+        )
         dtype = dtype or natural_dtype(torch.device(kind))
         tokens = tokens_per_batch or TOKENS_PER_BATCH[kind]
-        self.how = how(kind, dtype, tokens)
+        self.compute = compute_signature(kind, dtype, tokens)
         if checkpoint is not None and Path(checkpoint).exists():
-            checkpoint = str(Path(checkpoint).resolve())  # workers have working folders of their own
-        self._arguments = (checkpoint, kind, dtype, tokens, contents(engine))
+            checkpoint = str(Path(checkpoint).resolve())  # workers run in other working directories
+        self._arguments = (checkpoint, kind, dtype, tokens, checkpoint_digests(engine))
 
     def close(self) -> None:
-        """Ends the cluster, or the connection, that this object began."""
-        if self._ours:
+        """Ends the cluster or connection, if this object started it."""
+        if self._owns_connection:
             ray.shutdown()
 
     def __enter__(self) -> Cluster:
@@ -104,26 +108,28 @@ class Cluster:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def outputs(self, files: Sequence[File], asked: Asked, done: set[int]) -> Generator[tuple[int, Outputs], None, None]:
-        """Number and outputs of each block that is not done and has prompts of its own, in order. Raises what a worker raised;
-        RuntimeError where workers die again and again."""
-        dataset = self._dataset(files, asked, done)
+    def outputs(self, files: Sequence[File], config: BatchConfig, done: set[int]) -> Generator[tuple[int, Outputs], None, None]:
+        """Number and outputs of each block that has new prompts and is not in ``done``, in order.
+
+        Raises what a worker raised, and RuntimeError where workers die more than MAX_RESTARTS times.
+        """
+        dataset = self._dataset(files, config, done)
         try:
             for row in dataset.iter_rows():
                 found = np.frombuffer(row["outputs"], np.float32).reshape(row["rows"], -1)
                 yield row["block"], Outputs(found, row["tokens"])
-        except WRAPPINGS as error:
-            raise _own(error) from error
+        except RAY_ERRORS as error:
+            raise _original(error) from error
 
-    def _dataset(self, files: Sequence[File], asked: Asked, done: set[int]) -> Dataset:
+    def _dataset(self, files: Sequence[File], config: BatchConfig, done: set[int]) -> Dataset:
         context = DataContext.get_current().copy()
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False
-        context.target_max_block_size = 1  # byte: a block of Ray's is one row, a block of ours
+        context.target_max_block_size = 1  # byte: each of Ray's blocks is one row, which holds one of ours
         context.raise_original_map_exception = True
-        source = _Blocks(files, asked, done)
+        source = _Blocks(files, config, done)
         with DataContext.current(context), warnings.catch_warnings():
-            # Ray has no other argument for restarts yet, whose number it does not limit by itself.
+            # Without these arguments, Ray restarts workers without end.
             warnings.simplefilter("ignore", RayDeprecationWarning)
             dataset: Dataset = read_datasource(source, override_num_blocks=1, num_cpus=0).map_batches(
                 _Compute,
@@ -131,20 +137,20 @@ class Cluster:
                 batch_size=1,
                 compute=ActorPoolStrategy(size=self.workers),
                 fn_constructor_args=self._arguments,
-                max_restarts=RESTARTS,
-                max_task_retries=RESTARTS,
-                **self._needs,
+                max_restarts=MAX_RESTARTS,
+                max_task_retries=MAX_RESTARTS,
+                **self._resources,
             )
         return dataset
 
 
-def share(cpus: Sequence[int], workers: int) -> int:
-    """The most CPUs that each of so many workers can have on nodes of so many CPUs."""
-    return max(n for n in range(1, max(cpus) + 1) if sum(there // n for there in cpus) >= workers)
+def cpus_per_worker(cpus: Sequence[int], workers: int) -> int:
+    """The largest equal number of CPUs for each of the workers, on nodes with these numbers of CPUs."""
+    return max(n for n in range(1, max(cpus) + 1) if sum(node // n for node in cpus) >= workers)
 
 
-def _check(address: str) -> None:
-    """Ray itself goes on trying for minutes."""
+def _check_address(address: str) -> None:
+    """Fails at once where nothing answers: Ray itself retries for minutes."""
     if address in ("local", "auto"):
         return
     host, _, port = address.rpartition(":")
@@ -153,24 +159,22 @@ def _check(address: str) -> None:
     try:
         socket.create_connection((host, int(port)), timeout=10).close()
     except (OSError, OverflowError) as error:
-        raise ConnectionError(
-            f"address: expected a Ray cluster's head at {address}, found nothing that answers: {error}"
-        ) from None
+        raise ConnectionError(f"address: expected a Ray cluster's head at {address}, nothing answers there: {error}") from None
 
 
 class _Blocks(Datasource):
-    """The new prompts of each block that is not done: a row each, read one after the other."""
+    """The new prompts of each block that is not in ``done``, one row per block, read by one task."""
 
-    def __init__(self, files: Sequence[File], asked: Asked, done: set[int]) -> None:
+    def __init__(self, files: Sequence[File], config: BatchConfig, done: set[int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.files, self.asked, self.done = files, asked, done
+        self.files, self.config, self.done = files, config, done
 
     def get_name(self) -> str:
         return "Blocks"
 
     @property
     def supports_distributed_reads(self) -> bool:
-        return False  # local files are on the machine that began the run
+        return False  # local files are on the machine that started the run
 
     def estimate_inmemory_data_size(self) -> int | None:
         return None
@@ -182,47 +186,47 @@ class _Blocks(Datasource):
         return [ReadTask(self._read, unknown, PROMPTS)]
 
     def _read(self) -> Iterator[pa.Table]:
-        distinct = Distinct()
-        for block in blocks(self.files, self.asked.column, self.asked.keep, self.asked.rows_per_part, self.asked.plain_text):
-            new = distinct.unit(block).new
-            if new and block.number not in self.done:
-                yield pa.table([[block.number], [new]], PROMPTS)
+        config, deduplicator = self.config, Deduplicator()
+        for block in blocks(self.files, config.column, config.keep, config.rows_per_part, config.plain_text):
+            new_prompts = deduplicator.add(block).new_prompts
+            if new_prompts and block.number not in self.done:
+                yield pa.table([[block.number], [new_prompts]], PROMPTS)
 
 
 class _Compute:
-    """Outputs of each row's prompts, in float32 bytes."""
+    """The head's outputs for each row's prompts, as float32 bytes."""
 
     def __init__(
         self, checkpoint: str | None, device: str, dtype: torch.dtype, tokens_per_batch: int, expected: Mapping[str, Any]
     ) -> None:
         self.arguments, self.expected = (checkpoint, device, dtype, tokens_per_batch), expected
 
-    @cached_property  # and not in the constructor, whose errors come back from Ray as text alone
+    @cached_property  # not in the constructor: Ray returns its errors only as text
     def engine(self) -> Engine:
         engine = Engine.from_pretrained(*self.arguments)
-        found = contents(engine)
+        found = checkpoint_digests(engine)
         if found != self.expected:
-            other = [name for name in {**found, **self.expected} if found.get(name) != self.expected.get(name)]
+            different = [name for name in {**found, **self.expected} if found.get(name) != self.expected.get(name)]
             raise ValueError(
-                f"checkpoint: {engine.folder} on {ray.util.get_node_ip_address()} is another than where the run began: "
-                f"{', '.join(other)}"
+                f"checkpoint: {engine.folder} on node {ray.util.get_node_ip_address()} differs from that of the machine "
+                f"that started the run: {', '.join(different)}"
             )
         return engine
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         found = list(self.engine.outputs_of(batch.column("prompts").to_pylist()))
-        rows, tokens = pa.array([len(one.outputs) for one in found]), pa.array([one.tokens for one in found])
-        outputs = pa.array([np.ascontiguousarray(one.outputs, np.float32).tobytes() for one in found], pa.large_binary())
+        rows, tokens = pa.array([len(chunk.outputs) for chunk in found]), pa.array([chunk.tokens for chunk in found])
+        outputs = pa.array([np.ascontiguousarray(chunk.outputs, np.float32).tobytes() for chunk in found], pa.large_binary())
         return pa.table([batch.column("block"), rows, tokens, outputs], ["block", "rows", "tokens", "outputs"])
 
 
-def _own(error: BaseException) -> Exception:
-    """What a worker raised, without Ray's wrapping."""
+def _original(error: BaseException) -> Exception:
+    """The error that a worker raised, out of Ray's wrappers."""
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, Exception) and not isinstance(cause, WRAPPINGS):
+        if isinstance(cause, Exception) and not isinstance(cause, RAY_ERRORS):
             return cause
         if isinstance(cause, ActorDiedError):
-            return RuntimeError(f"a worker died {RESTARTS + 1} times; was there not enough memory? Ray says: {cause}")
+            return RuntimeError(f"a worker died {MAX_RESTARTS + 1} times, perhaps for lack of memory; Ray reports: {cause}")
         cause = cause.cause if isinstance(cause, RayTaskError) else cause.__cause__
     return RuntimeError(f"the Ray cluster failed: {error or type(error).__name__}")

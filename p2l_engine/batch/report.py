@@ -1,17 +1,24 @@
-"""What a batch run has done."""
+"""Counts and times of a batch run, recorded from several threads."""
 
 from __future__ import annotations
 
+import threading
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Report:
-    """What a run has done so far. rows read and written; routed: those without an error; computed and resumed: prompts whose
-    coefficients this run computed, or found there; repeated: rows whose prompt came before; tokens computed; read: the share of
-    the input's bytes, 0 to 1; spend: the sum of expected costs of what was written; price: what one more unit of the mean cost
-    would have been worth (a budget over the batch); seconds by stage (stages overlap)."""
+    """What a run has done so far. A report never changes: while a run goes on, each report is a new one.
+
+    rows: read and decided, or, in the first pass of a batch budget, read and computed. routed: rows without an error. computed:
+    prompts that this run computed. resumed: prompts whose coefficients an earlier run left. repeated: rows whose prompt is that
+    of an earlier row. tokens: computed by this run. parts: written, or found unchanged. read: share of the input's bytes, 0 to
+    1. spend: sum of the expected costs of all written rows. prices: dual price of each bound over the batch, in win rate per
+    unit. seconds: by stage; stages overlap.
+    """
 
     rows: int = 0
     routed: int = 0
@@ -22,8 +29,67 @@ class Report:
     parts: int = 0
     read: float = 0.0
     spend: float = 0.0
-    prices: dict[str, float] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
+    prices: Mapping[str, float] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
-    def took(self, stage: str, since: float) -> None:
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - since
+
+class Recorder:
+    """Collects a run's report. Safe to call from any thread: each change replaces the whole report under a lock."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._report = Report()
+
+    @property
+    def report(self) -> Report:
+        """All that was recorded until now."""
+        return self._report
+
+    def add(
+        self,
+        *,
+        rows: int = 0,
+        routed: int = 0,
+        computed: int = 0,
+        resumed: int = 0,
+        repeated: int = 0,
+        tokens: int = 0,
+        parts: int = 0,
+        spend: float = 0.0,
+    ) -> None:
+        """Adds to the counts."""
+        with self._lock:
+            now = self._report
+            self._report = replace(
+                now,
+                rows=now.rows + rows,
+                routed=now.routed + routed,
+                computed=now.computed + computed,
+                resumed=now.resumed + resumed,
+                repeated=now.repeated + repeated,
+                tokens=now.tokens + tokens,
+                parts=now.parts + parts,
+                spend=now.spend + spend,
+            )
+
+    def set_read(self, read: float) -> None:
+        """Sets the share of the input's bytes that was read, 0 to 1."""
+        with self._lock:
+            self._report = replace(self._report, read=read)
+
+    def set_prices(self, prices: Mapping[str, float]) -> None:
+        """Sets the dual prices of the bounds over the batch."""
+        with self._lock:
+            self._report = replace(self._report, prices=dict(prices))
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Adds the seconds of the ``with`` block to a stage, also where it raises."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - start
+            with self._lock:
+                before = self._report.seconds
+                self._report = replace(self._report, seconds={**before, stage: before.get(stage, 0.0) + seconds})

@@ -1,4 +1,4 @@
-"""Coefficients on disk: one file a block, of its new prompts, written whole; what a run resumes from."""
+"""Coefficients on disk, one file per block, written atomically. An interrupted run resumes from these files."""
 
 from __future__ import annotations
 
@@ -9,18 +9,21 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from p2l_engine.batch.deduplicator import split
+from p2l_engine.batch.deduplicator import locate
 from p2l_engine.tables.storage import write_local
 
-OPEN = 64  # files that stay mapped
+MAX_MAPPED = 64  # memory-mapped files
 
 
 class Spill:
-    """Engine outputs float32 [n, K] by block, in a local folder."""
+    """The head's outputs, float32 [n, K], of each block's new prompts, in a local folder.
+
+    ``write``, ``has`` and ``present`` may be called from any thread, ``take`` only from one thread at a time.
+    """
 
     def __init__(self, folder: Path, width: int) -> None:
         self.folder, self.width = folder, width
-        self._open: OrderedDict[int, npt.NDArray[np.float32]] = OrderedDict()
+        self._mapped: OrderedDict[int, npt.NDArray[np.float32]] = OrderedDict()
 
     def path(self, block: int) -> Path:
         return self.folder / f"coefficients-{block:06d}.npy"
@@ -29,39 +32,41 @@ class Spill:
         return self.path(block).is_file()
 
     def present(self) -> set[int]:
-        """The blocks whose outputs are there."""
+        """Numbers of the blocks that have a file."""
         return {int(path.stem.rpartition("-")[2]) for path in self.folder.glob("coefficients-*.npy")}
 
     def write(self, block: int, outputs: npt.NDArray[np.float32]) -> None:
+        """Writes a block's outputs [n, K]. Raises OSError."""
         buffer = io.BytesIO()
         np.save(buffer, np.ascontiguousarray(outputs, np.float32), allow_pickle=False)
         write_local(self.path(block), buffer.getbuffer())
 
     def take(self, references: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        """The outputs [n, K] that references [n] (none of them nowhere) point to."""
+        """The outputs [n, K] of references [n], none of them NO_REFERENCE. Raises ValueError for a damaged file."""
         out = np.empty((len(references), self.width), np.float32)
-        blocks, places = split(references)
+        blocks, indices = locate(references)
         for block in np.unique(blocks).tolist():
-            rows, found = np.flatnonzero(blocks == block), self._mapped(block)
-            if len(found) <= places[rows].max():
+            rows, outputs = np.flatnonzero(blocks == block), self._map(block)
+            if len(outputs) <= indices[rows].max():
                 raise ValueError(
-                    f"{self.path(block)}: expected more than {places[rows].max()} rows, got {len(found)}; remove it"
+                    f"{self.path(block)}: expected more than {indices[rows].max()} rows, got {len(outputs)}; remove this file, "
+                    "and the next run computes it again"
                 )
-            out[rows] = found[places[rows]]
+            out[rows] = outputs[indices[rows]]
         return out
 
-    def _mapped(self, block: int) -> npt.NDArray[np.float32]:
-        found = self._open.get(block)
-        if found is None:
-            try:
-                found = np.load(self.path(block), mmap_mode="r", allow_pickle=False)
-            except (ValueError, EOFError) as error:
-                raise ValueError(f"{self.path(block)}: cannot be read: {error}; remove it, and it is computed again") from error
-            if found.ndim != 2 or found.shape[1] != self.width:
-                raise ValueError(f"{self.path(block)}: expected [n, {self.width}], got {list(found.shape)}; remove it")
-            self._open[block] = found
-            if len(self._open) > OPEN:
-                self._open.popitem(last=False)
-        else:
-            self._open.move_to_end(block)
+    def _map(self, block: int) -> npt.NDArray[np.float32]:
+        if block in self._mapped:
+            self._mapped.move_to_end(block)
+            return self._mapped[block]
+        remedy = "remove this file, and the next run computes it again"
+        try:
+            found: npt.NDArray[np.float32] = np.load(self.path(block), mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{self.path(block)}: cannot be read: {error}; {remedy}") from error
+        if found.ndim != 2 or found.shape[1] != self.width:
+            raise ValueError(f"{self.path(block)}: expected shape [n, {self.width}], got {list(found.shape)}; {remedy}")
+        self._mapped[block] = found
+        if len(self._mapped) > MAX_MAPPED:
+            self._mapped.popitem(last=False)
         return found

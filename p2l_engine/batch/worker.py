@@ -1,4 +1,4 @@
-"""A worker of somebody else's pipeline: batches of columns in, the same rows with their decisions out."""
+"""Routes batches of rows inside other data pipelines, such as Ray Data and Spark."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import pyarrow as pa
 import torch
 
 from p2l_engine.batch.blocks import Block, turns_of
-from p2l_engine.batch.config import check
-from p2l_engine.batch.decide import OURS, Decider
-from p2l_engine.batch.deduplicator import Distinct, split
+from p2l_engine.batch.config import check_decision_options
+from p2l_engine.batch.decide import OUTPUT_COLUMNS, Decider
+from p2l_engine.batch.deduplicator import Deduplicator, locate
 from p2l_engine.catalog import Catalog
 from p2l_engine.engine import Engine
 from p2l_engine.router import Opponents, Router
@@ -24,13 +24,15 @@ Columns = Mapping[str, npt.NDArray[Any]]
 
 
 class Route:
-    """Routes batches of rows: for Ray Data's ``map_batches``, Spark's ``predict_batch_udf`` (docs/clusters.md), or alone.
+    """Routes batches of rows: a callable class for Ray Data's ``map_batches``, Spark's ``predict_batch_udf`` (docs/clusters.md)
+    and other pipelines.
 
-    All arguments can be pickled; the checkpoint is loaded when a worker makes its own object. checkpoint: a folder, a hub name,
-    or None for the built-in default. catalog: one, its file, or None for the checkpoint's own. column and
-    plain_text: as in ``Asked``. budget: for each prompt; or price: of an earlier run's budget (see ``Asked``).
-    coefficients: give theta and eta too, in this type. device, dtype ("float32", "bfloat16"), tokens_per_batch: as in
-    ``Engine``; the rest as in ``Router``. Raises what those raise.
+    All arguments can be pickled; the checkpoint is loaded where the object is made, once per worker. checkpoint: a folder, a
+    hub name, or None for the built-in default. catalog: a catalog, its file, or None for the checkpoint's own. column,
+    plain_text: as in ``BatchConfig``. budget: upper bound on each row's expected cost. price: instead of a budget, see
+    ``BatchConfig``. coefficients: also return theta and eta, in this type. device, tokens_per_batch: as in
+    ``Engine.from_pretrained``. dtype: "float32" or "bfloat16". opponents, objective, seed, unmatched: as in ``Router``. Raises
+    what those raise; ValueError for options out of range; InfeasibleBudget for a budget below the cheapest model.
     """
 
     def __init__(
@@ -51,7 +53,7 @@ class Route:
         dtype: str | None = None,
         tokens_per_batch: int | None = None,
     ) -> None:
-        check(budget, price, coefficients)
+        check_decision_options(budget, price, coefficients)
         if dtype not in (None, "float32", "bfloat16"):
             raise ValueError(f"dtype: expected 'float32' or 'bfloat16', got {dtype!r}")
         engine = Engine.from_pretrained(checkpoint, device, getattr(torch, dtype) if dtype else None, tokens_per_batch)
@@ -60,32 +62,33 @@ class Route:
         self.router = Router(engine, catalog, opponents, seed, unmatched, objective)
         self.column, self.plain_text = column, plain_text
         self.budget, self.price, self.coefficients = budget, price, coefficients
-        self.router.solve(np.zeros((1, len(self.router.names))), budget)  # what no prompt can have is refused now
+        self.router.solve(np.zeros((1, len(self.router.names))), budget)  # refuses an infeasible budget now
 
     def __call__(self, batch: Columns) -> dict[str, npt.NDArray[Any]]:
-        """The columns of the batch [n], and those of ``p2l-engine batch``: model, policy (a list of {model, probability} each),
-        expected_cost, win_rate, score, theta [n, M] and eta where asked for, error. Where a row cannot be routed, error says
-        why, its numbers are NaN and the rest is None. Raises ValueError where the prompts' column is not there, or a column of
-        the batch has a name of those.
+        """The columns of the batch [n] and those of ``p2l-engine batch``: model, policy (a list of {model, probability} per
+        row), expected_cost, win_rate, score, optionally theta [n, M] and eta [n], and error.
+
+        In a row that cannot be routed, error says why, numbers are NaN and other values None. Raises ValueError where the batch
+        has no column of prompts, or a column with a name of the result's.
         """
         if self.column not in batch:
             raise ValueError(f"column: expected one of {', '.join(batch) or 'none'}, got {self.column!r}")
-        taken = [name for name in batch if name in OURS]
+        taken = [name for name in batch if name in OUTPUT_COLUMNS]
         if taken:
-            raise ValueError(f"batch: the result has columns of its own named {', '.join(taken)}: rename or drop those")
+            raise ValueError(f"batch: the result has columns of its own named {', '.join(taken)}: rename or drop them")
         prompts = [turns_of(_plain(prompt), self.plain_text) for prompt in batch[self.column]]
-        unit = Distinct().unit(Block(0, 0, prompts, pa.table({})))
-        engine = self.router.engine
-        found = next(engine.outputs_of([unit.new])).outputs if unit.new else np.empty((0, engine.head.width), np.float32)
+        block = Deduplicator().add(Block(0, 0, prompts, pa.table({})))
+        engine, new = self.router.engine, block.new_prompts
+        outputs = next(engine.outputs_of([new])).outputs if new else np.empty((0, engine.head.width), np.float32)
         decider = Decider(
-            self.router, lambda references: found[split(references)[1]], self.budget, self.price, self.coefficients
+            self.router, lambda references: outputs[locate(references)[1]], self.budget, self.price, self.coefficients
         )
-        table = decider.decide(unit).table
+        table = decider.decide(block).table
         return {**batch, **{name: _array(table.column(name)) for name in table.column_names}}
 
 
 def _plain(value: Any) -> Any:
-    """Nested arrays as lists, and what pandas makes of nothing as None."""
+    """A cell with nested arrays as lists, and NaN, which is pandas' missing text, as None."""
     if isinstance(value, np.ndarray):
         return [_plain(item) for item in value]
     return None if isinstance(value, float) and math.isnan(value) else value

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from p2l_engine.batch.config import ROWS_PER_PART
 from p2l_engine.cli.inputs import (
     CatalogFile,
     Checkpoint,
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from p2l_engine.engine import Engine
     from p2l_engine.router import Opponents
 
-ROWS_PER_PART = 8192  # as in ``batch.Asked``, without importing pyarrow for every other command
 READING, DECIDING, RUN, CLUSTER = "Reading", "Deciding", "Running", "Ray"  # headings in the help
 
 
@@ -173,10 +173,10 @@ def batch(
     opponents: Opponents = numbers_of(opponent, "--opponent") if opponent else "uniform"
     if ray is None and ray_workers is not None:
         raise typer.BadParameter("expected --ray beside it", param_hint="--ray-workers")
-    from p2l_engine.batch import Asked, run
+    from p2l_engine.batch import BatchConfig, run
     from p2l_engine.tables.storage import Place
 
-    asked = Asked(
+    config = BatchConfig(
         inputs=inputs,
         output=output,
         column=column,
@@ -199,7 +199,7 @@ def batch(
         _cluster(engine, checkpoint, ray, ray_workers, device, dtype, tokens_per_batch) as cluster,
         meter() as show,
     ):
-        report = run(router, asked, restart, _shown(show), cluster)
+        report = run(router, config, restart, _shown(show), cluster)
     _print(report, router.catalog.unit, Place.of(output).shown)
 
 

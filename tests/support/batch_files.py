@@ -1,4 +1,4 @@
-"""Files of prompts for batch runs, and what the runs make of them."""
+"""Input files for batch runs, and readers and checks of their output."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
-PROMPTS = [f"question {i % 60} " + "so " * (i % 11) for i in range(150)]  # some come again
+PROMPTS = [f"question {i % 60} " + "so " * (i % 11) for i in range(150)]  # with repetitions
 
 
 def write(path, prompts=PROMPTS, **more):
-    """A file of the kind that its name says, with a column id."""
+    """Writes prompts and a column ``id`` in the format of the file name's ending, and returns the path as text."""
     columns = {"id": [f"row {i}" for i in range(len(prompts))], "prompt": prompts} | more
     table, name = pa.table(columns), str(path)
     if name.endswith(".parquet"):
@@ -26,21 +26,24 @@ def write(path, prompts=PROMPTS, **more):
         pa.csv.write_csv(table, text)
     else:
         text.write("".join(json.dumps(row) + "\n" for row in table.to_pylist()).encode())
-    squeeze = {"gz": gzip.compress, "zst": lambda data: pa.compress(data, "zstd", asbytes=True)}
-    path.write_bytes(squeeze.get(name.rsplit(".", 1)[1], bytes)(text.getvalue()))
+    compress = {"gz": gzip.compress, "zst": lambda data: pa.compress(data, "zstd", asbytes=True)}
+    path.write_bytes(compress.get(name.rsplit(".", 1)[1], bytes)(text.getvalue()))
     return name
 
 
 def output(folder):
+    """All rows of a run's parts, or None without parts."""
     parts = sorted(folder.glob("part-*.parquet"))
     return pa.concat_tables([pq.read_table(part) for part in parts]) if parts else None
 
 
 def contents(folder):
+    """The bytes of each file in a folder."""
     return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
 
 
-def agrees(rows, decisions):
+def assert_routed_as(rows, decisions):
+    """Output rows hold these decisions."""
     assert len(rows) == len(decisions)
     for row, d in zip(rows, decisions, strict=True):
         assert row["model"] == d.model

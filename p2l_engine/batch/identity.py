@@ -1,0 +1,98 @@
+"""What the output of a run depends on, as JSON for its manifest: a run is resumed only while all of it is unchanged."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from p2l_engine.batch.blocks import BYTES
+from p2l_engine.batch.config import BatchConfig
+from p2l_engine.engine import Engine
+from p2l_engine.router import Router
+from p2l_engine.tables.storage import File
+
+SAMPLES, SAMPLE_BYTES = 64, 1 << 16  # a large file's digest is that of evenly spaced samples
+# Options that do not change the output, or that are recorded in another form.
+NOT_RECORDED = ("inputs", "output", "state", "strict", "max_share", "min_share")
+
+
+def identity(config: BatchConfig, router: Router, files: Sequence[File], compute: str) -> dict[str, Any]:
+    """All that the output depends on, as it reads back from JSON. compute: see ``compute_signature``."""
+    engine = router.engine
+    shares = {"max_share": config.max_share, "min_share": config.min_share}
+    found = {
+        "version": version("p2l-engine"),
+        "inputs": file_versions(files),
+        **{name: value for name, value in asdict(config).items() if name not in NOT_RECORDED},
+        **{name: {str(models): share for models, share in given.items()} for name, given in shares.items()},
+        "bytes_per_part": BYTES,
+        "checkpoint": _checkpoint(engine),
+        "compute": compute,
+        "catalog": {model.name: model.cost for model in router.catalog.models},
+        "unit": router.catalog.unit,
+        "opponents": router.q.tolist(),
+        "objective": router.objective,
+        "seed": router.seed,
+    }
+    parsed: dict[str, Any] = json.loads(json.dumps(found))
+    return parsed
+
+
+def file_versions(files: Sequence[File]) -> list[list[Any]]:
+    """Path, size in bytes, and modification time of each input file."""
+    return [[file.place.shown, file.size, file.modified] for file in files]
+
+
+def compute_signature(device: str, dtype: torch.dtype, tokens_per_batch: int) -> str:
+    """How coefficients are computed; device: cpu or cuda."""
+    return f"{device} {dtype}, {tokens_per_batch} tokens per batch".replace("torch.", "")
+
+
+def checkpoint_digests(engine: Engine) -> dict[str, str]:
+    """A digest of each of the checkpoint's files, by name.
+
+    Of large files only the size and samples are hashed: hashing gigabytes would take as long as a small batch.
+    """
+    files = [file for file in sorted(engine.folder.iterdir()) if file.is_file()]
+    return {file.name: _digest(file) for file in files if file.name not in ("README.md", "evaluation.json")}
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """One line for each difference between two identities."""
+    lines = []
+    for name in {**before, **now}:
+        old, new = before.get(name), now.get(name)
+        if old == new:
+            continue
+        if name == "inputs":  # path, size and time of each file
+            old, new = ({file[0]: file[1:] for file in files or ()} for files in (old, new))
+        if isinstance(old, dict) and isinstance(new, dict):
+            names = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+            lines.append(f"{name}: {', '.join(names) or 'their order'}")
+        else:
+            lines.append(f"{name}: was {old!r:.60}, is {new!r:.60}")
+    return lines
+
+
+def _digest(file: Path) -> str:
+    size = file.stat().st_size
+    found = hashlib.sha256(str(size).encode())
+    with file.open("rb") as opened:
+        for sample in range(SAMPLES):
+            opened.seek(max(0, size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
+            found.update(opened.read(SAMPLE_BYTES))
+    return found.hexdigest()
+
+
+def _checkpoint(engine: Engine) -> dict[str, list[str | int]]:
+    """Digests, and for weights also the modification time, which detects a change between the samples."""
+    digests = checkpoint_digests(engine)
+    times = {name: (engine.folder / name).stat().st_mtime_ns for name in digests if name.endswith(".safetensors")}
+    return {name: [digest, times.get(name, 0)] for name, digest in digests.items()}

@@ -1,0 +1,54 @@
+"""A batch run's files and identity, checked before anything is computed."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from p2l_engine.batch.blocks import check_files
+from p2l_engine.batch.config import BatchConfig
+from p2l_engine.batch.identity import differences, file_versions, identity
+from p2l_engine.router import Router
+from p2l_engine.tables.storage import File, Place, find
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One run: its options, input files, output folder, and all that its output depends on (see ``identity``)."""
+
+    config: BatchConfig
+    files: list[File]
+    output: Place
+    identity: dict[str, Any]
+
+    @classmethod
+    def of(cls, config: BatchConfig, router: Router, compute: str) -> Job:
+        """Finds the files. compute: see ``compute_signature``.
+
+        Raises ValueError for inputs that cannot be read, or overlap with the output, and InfeasibleBudget or Infeasible for
+        bounds that no prompts can meet.
+        """
+        files, output = find(config.inputs), Place.of(config.output)
+        for place in (*map(Place.of, config.inputs), *(file.place for file in files)):
+            if place.holds(output) or output.holds(place):
+                raise ValueError(
+                    f"output: {output.shown} and the input {place.shown}: expected neither within the other, since parts would "
+                    "be read as prompts; name another folder"
+                )
+        if config.state is None and not output.is_local:
+            raise ValueError(f"state: expected a local folder where the output is not local ({output.shown}), got None")
+        router.solve(np.zeros((1, len(router.names))), config.budget, config.budget_scope, config.max_share, config.min_share)
+        check_files(files, config.column, config.keep)
+        return cls(config, files, output, identity(config, router, files, compute))
+
+    def check_inputs_unchanged(self) -> None:
+        """Raises ValueError where an input file is not the one that the run began with."""
+        files = find(self.config.inputs, logger.debug)
+        changed = differences({"inputs": self.identity["inputs"]}, {"inputs": file_versions(files)})
+        if changed:
+            raise ValueError(f"{'; '.join(changed)}: changed while it was read; run again with --restart")

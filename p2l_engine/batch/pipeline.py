@@ -1,0 +1,225 @@
+"""The stages of a batch run: read, compute each prompt once, decide, write.
+
+Rows go in blocks. A block's new prompts are computed together and their coefficients spilled to one file; its output is one
+parquet part. Both are written atomically, and their bytes depend only on the input and the options: a resumed run produces
+byte-identical output. A budget over the batch takes two passes: first all coefficients, then the decisions from them.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq
+
+from p2l_engine.batch.blocks import Block, blocks
+from p2l_engine.batch.config import BatchConfig
+from p2l_engine.batch.decide import OUTPUT_COLUMNS, Decider, SpilledWinRates
+from p2l_engine.batch.deduplicator import NO_REFERENCE, DeduplicatedBlock, Deduplicator
+from p2l_engine.batch.job import Job
+from p2l_engine.batch.manifest import part_name, parts
+from p2l_engine.batch.report import Recorder, Report
+from p2l_engine.batch.spill import Spill
+from p2l_engine.engine.engine import Outputs
+from p2l_engine.router import Router
+from p2l_engine.routing import Policies
+from p2l_engine.tables.rows import Unroutable
+from p2l_engine.tables.storage import File
+
+logger = logging.getLogger(__name__)
+
+MAX_BLOCKS = 8  # in memory at the same time
+
+
+class Workers(Protocol):
+    """Computes coefficients instead of the router's engine. compute: see ``identity.compute_signature``."""
+
+    compute: str
+
+    def outputs(self, files: Sequence[File], config: BatchConfig, done: set[int]) -> Generator[tuple[int, Outputs], None, None]:
+        """Number and outputs of each block that has new prompts and is not in ``done``, in order."""
+        ...
+
+
+class _PendingBlock(NamedTuple):
+    """A block in the order of the input, and whether the coefficients of its new prompts are on disk."""
+
+    block: DeduplicatedBlock
+    spilled: threading.Event
+
+
+class Pipeline:
+    """The stages of one run, in three threads.
+
+    The reader reads and deduplicates (in the thread in which the engine tokenises); the caller's thread computes and spills;
+    the writer decides and writes. ``written`` and ``_references`` belong to the writer until ``compute`` returns, then to the
+    caller; the recorder has a lock of its own; all else that threads share is guarded by ``_lock``.
+    """
+
+    def __init__(
+        self,
+        router: Router,
+        job: Job,
+        spill: Spill,
+        progress: Callable[[Report], object] = lambda _: None,
+        workers: Workers | None = None,
+    ) -> None:
+        config = job.config
+        self.router, self.job, self.config, self.spill = router, job, config, spill
+        self.progress, self.workers = progress, workers
+        self.decider = Decider(router, spill.take, config.budget, config.price, config.coefficients)
+        self.recorder = Recorder()
+        self.written: dict[str, int] = {}  # bytes of the parts
+        self._found = parts(job.output)  # what an earlier run left
+        self._slots = threading.Semaphore(MAX_BLOCKS)
+        self._lock = threading.Lock()
+        self._pending: deque[_PendingBlock] = deque()
+        self._error: BaseException | None = None
+        self._references: list[npt.NDArray[np.int64]] = []
+
+    def compute(self) -> None:
+        """Computes and spills the coefficients of all prompts; decides and writes unless the run has bounds over the batch."""
+        computing: deque[_PendingBlock] = deque()
+        with ThreadPoolExecutor(1, thread_name_prefix="p2l-writer") as writer:
+            outputs = self._outputs(self._new_prompts(computing, writer))
+            try:
+                for chunk in outputs:
+                    pending = computing.popleft()
+                    with self.recorder.timed("spilling"):
+                        self.spill.write(pending.block.block.number, chunk.outputs)
+                    self.recorder.add(computed=len(chunk.outputs), tokens=chunk.tokens)
+                    pending.spilled.set()
+                    self._submit(writer)
+            except BaseException as error:
+                self._fail(error)
+                raise
+            finally:
+                outputs.close()  # not left to the garbage collector: workers must end before their cluster
+        if self._error is not None:
+            raise self._error
+
+    def _outputs(self, new_prompts: Iterator[list[list[str]]]) -> Generator[Outputs, None, None]:
+        """The new prompts' outputs, block by block, from the router's engine or from the workers."""
+        if self.workers is None:
+            yield from self.router.engine.outputs_of(new_prompts)
+            return
+        with closing(self.workers.outputs(self.job.files, self.config, self.spill.present())) as found:
+            for prompts in new_prompts:
+                number, outputs = next(found, (None, None))
+                if outputs is None or outputs.outputs.shape != (len(prompts), self.spill.width):
+                    raise RuntimeError(f"block {number}: the workers read other prompts than this machine: did inputs change?")
+                yield outputs
+
+    def _fail(self, error: BaseException) -> None:
+        """Keeps the first error, and wakes the reader, which may be waiting for a slot and then stops."""
+        with self._lock:
+            self._error = self._error or error
+        self._slots.release()
+
+    def _new_prompts(self, computing: deque[_PendingBlock], writer: ThreadPoolExecutor) -> Iterator[list[list[str]]]:
+        """The prompts to compute, block by block; runs in the reader's thread."""
+        for block in self._blocks():
+            self._slots.acquire()
+            if self._error is not None:
+                return
+            pending = _PendingBlock(block, threading.Event())
+            with self._lock:
+                self._pending.append(pending)
+            if block.new_prompts and not self.spill.has(block.block.number):
+                computing.append(pending)
+                yield block.new_prompts
+            else:
+                self.recorder.add(resumed=len(block.new_prompts))
+                pending.spilled.set()
+                self._submit(writer)
+
+    def _blocks(self) -> Iterator[DeduplicatedBlock]:
+        config, deduplicator = self.config, Deduplicator()
+        source = blocks(self.job.files, config.column, config.keep, config.rows_per_part, config.plain_text)
+        while True:
+            with self.recorder.timed("reading"):
+                block = next(source, None)
+            if block is None:
+                return
+            self._check(block)
+            with self.recorder.timed("deduplicating"):
+                deduplicated = deduplicator.add(block)
+            yield deduplicated
+
+    def _check(self, block: Block) -> None:
+        taken = [name for name in block.kept.column_names if name in OUTPUT_COLUMNS]
+        if taken:
+            raise ValueError(
+                f"keep: the output has columns of its own named {', '.join(taken)}: name the ones to keep, or none (--keep '')"
+            )
+        if self.config.strict:
+            for prompt in block.prompts:
+                if isinstance(prompt, Unroutable):
+                    raise ValueError(f"{prompt.where}: {prompt.why}")
+
+    def _submit(self, writer: ThreadPoolExecutor) -> None:
+        """Gives blocks to the writer in order, so that the coefficients of repeated prompts, in earlier blocks, are on disk."""
+        with self._lock:
+            while self._pending and self._pending[0].spilled.is_set():
+                writer.submit(self._finish, self._pending.popleft().block).add_done_callback(self._finished)
+
+    def _finished(self, future: Future[None]) -> None:
+        error = future.exception()
+        if error is not None:
+            self._fail(error)
+        self._slots.release()
+
+    def _finish(self, block: DeduplicatedBlock) -> None:
+        """Runs in the writer's thread."""
+        if self._error is not None:
+            return
+        repeated = int((block.references != NO_REFERENCE).sum()) - len(block.new_prompts)
+        self.recorder.add(rows=len(block.block.prompts), repeated=repeated)
+        self.recorder.set_read(block.block.read)
+        if self.config.over_batch:
+            routable, _ = self.decider.routable(block)
+            self._references.append(block.references[routable])
+        else:
+            self._write(block)
+        self.progress(self.recorder.report)
+
+    def decide_over_batch(self) -> None:
+        """Solves one problem over all routable rows, then writes the output block by block."""
+        config, v = self.config, SpilledWinRates(self.decider, self._references)
+        with self.recorder.timed("solving"):
+            solved = self.router.solve(v, config.budget, config.budget_scope, config.max_share, config.min_share)
+        self.recorder.set_prices(solved.prices)
+        first = 0
+        for block, references in zip(self._blocks(), self._references, strict=True):
+            rows = slice(first, first + len(references))
+            first += len(references)
+            policies = Policies(
+                solved.indices[rows], solved.probabilities[rows], solved.value[rows], solved.cost[rows], prices=solved.prices
+            )
+            self._write(block, policies)
+            self.progress(self.recorder.report)
+
+    def _write(self, block: DeduplicatedBlock, policies: Policies | None = None) -> None:
+        name, output = part_name(block.block.number), self.job.output
+        with self.recorder.timed("deciding"):
+            decided = self.decider.decide(block, policies)
+        self.recorder.add(routed=decided.routed, spend=decided.spend, parts=1)
+        with self.recorder.timed("writing"):
+            metadata = {"p2l.unit": self.router.catalog.unit, "p2l.models": "\n".join(self.router.engine.models)}
+            if policies is not None:
+                metadata |= {f"p2l.price.{bound}": repr(price) for bound, price in policies.prices.items()}
+            buffer = io.BytesIO()
+            pq.write_table(decided.table.replace_schema_metadata(metadata), buffer, compression="zstd")
+            self.written[name] = size = len(buffer.getbuffer())
+            if self._found.get(name) != size:
+                if name in self._found:
+                    logger.warning("%s: its size has changed, written again", (output / name).shown)
+                (output / name).write(buffer.getbuffer())

@@ -1,0 +1,151 @@
+"""Batch runs in child processes that are killed at random moments, or that write to a full disk.
+
+    python -m tests.support.interrupted_runs killed CHECKPOINT INPUT SEED
+    python -m tests.support.interrupted_runs full CHECKPOINT INPUT CATALOG
+
+Runs in an empty working directory and ends with an AssertionError where a run does not resume to byte-identical output. The
+engine is loaded once, before the first fork, so that kills hit the run itself.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from p2l_engine import Engine, Router
+from p2l_engine.batch import BatchConfig, run
+from tests.support.catalogs import catalog
+
+KILLS = 20
+ROWS = 24  # per part
+SCOPES = ("prompt", "batch")
+LOG = Path("log")
+
+
+def config(given: str, output: str, scope: str) -> BatchConfig:
+    return BatchConfig([given], output, budget=1.5, budget_scope=scope, rows_per_part=ROWS)
+
+
+def forked(work: Callable[[], int]) -> int:
+    """The process id of a child that does the work, exits with its result and writes its errors to the log."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(os.open(LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+        code = work()
+    except OSError as error:
+        print(error, file=sys.stderr)
+        code = 2
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def exit_code(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def routed(router: Router, batch: BatchConfig) -> int:
+    run(router, batch)
+    return 0
+
+
+def child_run(router: Router, given: str, output: str, scope: str) -> int:
+    return forked(lambda: routed(router, config(given, output, scope)))
+
+
+def killed(router: Router, given: str, scope: str, rng: random.Random) -> None:
+    """Kills runs at random moments and resumes them; sometimes lets one finish and starts again."""
+    whole_folder, out = Path(f"whole-{scope}"), Path(f"out-{scope}")
+    start = time.monotonic()
+    assert exit_code(child_run(router, given, str(whole_folder), scope)) == 0, LOG.read_text()
+    longest = time.monotonic() - start
+    whole, kills, finished = contents(whole_folder), 0, 0
+    while kills < KILLS:
+        child = child_run(router, given, str(out), scope)
+        time.sleep(rng.uniform(0, longest))
+        os.kill(child, signal.SIGKILL)
+        code = exit_code(child)
+        assert code in (0, -signal.SIGKILL), LOG.read_text()
+        kills += code != 0
+        if code == 0 or rng.random() < 0.2:
+            assert exit_code(child_run(router, given, str(out), scope)) == 0, LOG.read_text()
+            assert contents(out) == whole, "the output differs from that of an uninterrupted run"
+            shutil.rmtree(out)
+            finished += 1
+    assert exit_code(child_run(router, given, str(out), scope)) == 0, LOG.read_text()
+    assert contents(out) == whole, "the output differs from that of an uninterrupted run"
+    print(f"{scope}: {kills} kills, {finished + 1} runs to the end, {len(whole)} files, {longest:.1f} s uninterrupted")
+
+
+def full_disk(router: Router, given: str, scope: str, command: Sequence[str]) -> None:
+    """Runs on a disk that is too small, which grows until a run succeeds. The first attempt goes through the command line."""
+    whole_folder, disk = Path(f"whole-{scope}"), Path(f"disk-{scope}")
+    out = disk / "out"
+    assert exit_code(child_run(router, given, str(whole_folder), scope)) == 0, LOG.read_text()
+    whole, failures, size = contents(whole_folder), 0, 16
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}k", "none", str(disk)], check=True)
+    child = forked(lambda: through_command([*command, "--budget-scope", scope, "-o", str(out)]))
+    while (code := exit_code(child)) != 0:
+        log = LOG.read_text()
+        assert code == 2, (code, log)
+        assert "No space left on device" in log, log
+        assert "Traceback" not in log, log
+        for name, data in (contents(out) if out.is_dir() else {}).items():
+            assert name.startswith(("part-", "_manifest.json", "_state/")), name
+            assert not name.startswith("part-") or data == whole[name], f"{name} is not whole"
+        failures, size = failures + 1, size + 24
+        subprocess.run(["mount", "-o", f"remount,size={size}k", str(disk)], check=True)
+        child = child_run(router, given, str(out), scope)
+    assert contents(out) == whole, "the output differs from that of an uninterrupted run"
+    assert failures >= 3, failures
+    print(f"{scope}: {failures} times full, at last {size} KiB")
+
+
+def through_command(arguments: Sequence[str]) -> int:
+    from p2l_engine import cli
+
+    sys.argv = ["p2l-engine", "batch", *arguments]
+    try:
+        cli.main()
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    return 0
+
+
+def main() -> None:
+    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+    kind, checkpoint, given, last = sys.argv[1:]
+    router = Router(Engine.from_pretrained(checkpoint, "cpu", torch.float32), catalog())
+    options = [
+        given, "--checkpoint", checkpoint, "--device", "cpu", "--dtype", "float32", "--catalog", last, "--budget", "1.5",
+        "--rows-per-part", str(ROWS),
+    ]  # fmt: skip
+    for scope in SCOPES:
+        if kind == "killed":
+            killed(router, given, scope, random.Random(f"{last} {scope}"))
+        else:
+            full_disk(router, given, scope, options)
+
+
+if __name__ == "__main__":
+    main()
