@@ -1,4 +1,4 @@
-"""Training: votes read and checked, one forward for all votes of a prompt, checkpoints that the engine loads."""
+"""Training: checks of the votes, one forward pass for all votes of a prompt, checkpoints that the engine loads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from p2l_engine import Engine
-from p2l_engine.evaluation.report import Asked, evaluate
+from p2l_engine.evaluation.metrics import Prediction
 from p2l_engine.evaluation.sources import of_config
 from p2l_engine.feedback import feedback_model
 from p2l_engine.train import data
@@ -23,23 +23,25 @@ from p2l_engine.train.model import build
 from p2l_engine.train.run import train
 from p2l_engine.train.saving import write
 from p2l_engine.votes import read, split
+from p2l_engine.votes.marginal import marginal_fit
 from tests.support import tiny
 from tests.support.training import settings, write_votes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [{}, {"lora": {"r": 4, "alpha": 8, "first_layer": 1}}, {"train_head_only": True}])
 def test_training_learns_and_the_engine_loads_it(how, tmp_path):
     config = settings(tmp_path, **how)
     folder = train(config)
     engine = Engine.from_pretrained(folder, device="cpu", dtype=torch.float32)
     training, _, held_out = data.load(config)
-    report = evaluate(engine, held_out, training, asked=Asked(bootstrap=5))
-    assert report["held_out"]["prompts"] == 12
+    prompts = held_out.prompts
+    assert len(prompts) == 12
     if not config.train_head_only:
-        overall = report["votes"]["overall"]
-        assert overall["p2l"]["log_loss"]["value"] < 0.6 * overall["marginal"]["log_loss"]["value"]
-        prompts = held_out.prompts
-        chosen = [engine.models[m] for m in engine.coefficients(prompts).theta.argmax(1)]
+        c, marginal = engine.coefficients(prompts), marginal_fit(engine.feedback, training)
+        baseline = Prediction.of(c.feedback, marginal.theta[None], np.array([marginal.eta]), held_out)
+        assert Prediction.of(c.feedback, c.theta, c.eta, held_out).loss.mean() < 0.6 * baseline.loss.mean()
+        chosen = [engine.models[m] for m in c.theta.argmax(1)]
         good = ["x" if prompt[0].startswith("sum") else "y" for prompt in prompts]
         assert np.mean([a == b for a, b in zip(good, chosen, strict=True)]) > 0.8
     published = json.loads((folder / "training_config.json").read_text())
@@ -51,20 +53,20 @@ def test_training_learns_and_the_engine_loads_it(how, tmp_path):
     ("rows", "change", "message"),
     [
         ([("p", "x", "y", "tie"), ("q", "y", "x", "tie (bothbad)")], {}, "all 2 are ties"),
-        ([("p", "x", "y", "tie")], {"loss_type": "bt", "head_type": "bt"}, "at least one vote of a weight above 0"),
-        ([("p", "x", "y", "model_a"), ("q", "v", "w", "model_b")], {}, "no chain of votes ties these models .*: x, y"),
+        ([("p", "x", "y", "tie")], {"loss_type": "bt", "head_type": "bt"}, "at least one vote with a weight above 0"),
+        ([("p", "x", "y", "model_a"), ("q", "v", "w", "model_b")], {}, "no chain of votes connects these models .*: x, y"),
         ([("p", "x", "x", "model_a")], {}, "a model against itself"),
         ([("", "x", "y", "model_a")], {}, "prompt: empty"),
     ],
 )
-def test_votes_that_nothing_can_be_learnt_from_are_refused(rows, change, message, tmp_path):
+def test_votes_without_information_are_refused(rows, change, message, tmp_path):
     config = settings(tmp_path, **change)
     write_votes(tmp_path / "votes.parquet", rows)
     with pytest.raises(ValueError, match=message):
         train(config)
 
 
-def test_one_model_alone_is_refused(tmp_path):
+def test_votes_on_one_model_are_refused(tmp_path):
     config = settings(tmp_path, loss_type="ols", head_type="bt")
     pq.write_table(pa.table({"prompt": ["p"], "model": ["x"], "value": [1.0]}), tmp_path / "votes.parquet")
     with pytest.raises(ValueError, match="votes on at least two models, got one: 'x'"):
@@ -74,22 +76,24 @@ def test_one_model_alone_is_refused(tmp_path):
         train(config.model_copy(update={"loss_type": "poisson"}))
 
 
-def test_islands_train_where_that_is_asked_for(tmp_path, caplog):
-    config = settings(tmp_path, islands="train", held_out=0)
+@pytest.mark.slow
+def test_disconnected_models_can_be_trained(tmp_path, caplog):
+    config = settings(tmp_path, disconnected_models="train", held_out=0)
     write_votes(tmp_path / "votes.parquet", [("p", "x", "y", "model_a"), ("q", "v", "w", "model_b")])
     with caplog.at_level("INFO"):
         assert train(config, max_steps=1).is_dir()
     assert "no chain of votes ties" in caplog.text
 
 
-def test_islands_are_left_out_where_that_is_asked_for(tmp_path, caplog):
+@pytest.mark.slow
+def test_disconnected_models_can_be_left_out(tmp_path, caplog):
     rows = [(f"{i} of {i % 7}", *pair, "model_a") for i in range(40) for pair in (("x", "y"), ("y", "z"), ("v", "w"))]
-    config = settings(tmp_path, islands="leave_out")
+    config = settings(tmp_path, disconnected_models="leave_out")
     write_votes(tmp_path / "votes.parquet", rows)
     engine = Engine.from_pretrained(train(config, max_steps=1), device="cpu")
     assert engine.models == ("x", "y", "z")
-    assert "islands: left out 2 models and their 30 training votes" in caplog.text
-    found = of_config(engine, "held-out", None)  # the same votes, found again from the config
+    assert "disconnected_models: left out 2 models and their 30 training votes" in caplog.text
+    found = of_config(engine, "held-out", None)  # the same votes, read again from the config
     assert (found.held_out.models, len(found.held_out)) == (engine.models, 20)
     one = [("p", "x", "y", "model_a")] * 3 + [(f"{i}", "v", "w", "model_b") for i in range(9)] + [("0", "w", "u", "tie")]
     write_votes(tmp_path / "votes.parquet", one)
@@ -99,7 +103,8 @@ def test_islands_are_left_out_where_that_is_asked_for(tmp_path, caplog):
         data.load(config.model_copy(update={"held_out": 0.1, "split_seed": seed}))
 
 
-def test_ties_are_left_out_for_bt_and_prompts_beyond_the_limit_are_counted(tmp_path, caplog):
+@pytest.mark.slow
+def test_bt_leaves_out_ties_and_truncated_prompts_are_counted(tmp_path, caplog):
     config = settings(tmp_path, loss_type="bt", head_type="bt", max_length=12)
     with caplog.at_level("INFO"):
         train(config, max_steps=1)
@@ -107,7 +112,8 @@ def test_ties_are_left_out_for_bt_and_prompts_beyond_the_limit_are_counted(tmp_p
     assert "reach max_length = 12 tokens" in caplog.text
 
 
-def test_dropout_is_for_training_alone_and_repeatable(tmp_path):
+@pytest.mark.slow
+def test_dropout_is_repeatable(tmp_path):
     votes, _ = read(settings(tmp_path).train_data_path)
     encoder = Engine.from_pretrained(tmp_path / "base", device="cpu").encoder
     whole, some = PromptVotes(votes, encoder), PromptVotes(votes, encoder, token_dropout=0.3, seed=1)
@@ -120,6 +126,7 @@ def test_dropout_is_for_training_alone_and_repeatable(tmp_path):
     assert train(config, max_steps=2).is_dir()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss_type", ["bt-tie", "rk", "rk-reparam", "bag"])
 def test_every_feedback_model_trains(loss_type, tmp_path):
     head = "bt" if loss_type.startswith("bt") else "rk"
@@ -127,11 +134,12 @@ def test_every_feedback_model_trains(loss_type, tmp_path):
     assert np.isfinite(Engine.from_pretrained(folder, device="cpu").coefficients(["hello"]).theta).all()
 
 
+@pytest.mark.slow
 def test_a_downsized_head_trains_and_loads(tmp_path):
     config = settings(tmp_path, linear_head_downsize_factor=1.5, head_config={"eta_downsize": True}, num_train_epochs=1)
     head = Engine.from_pretrained(train(config, max_steps=2), device="cpu").head
     assert list(head.weight.shape) == [4, 48]
-    assert torch.linalg.matrix_rank(head.weight[:3]) == 2  # the inner width
+    assert torch.linalg.matrix_rank(head.weight[:3]) == 2  # its inner width
 
 
 def test_trained_model_and_engine_agree(tmp_path):
@@ -162,6 +170,7 @@ def test_trained_model_and_engine_agree(tmp_path):
     assert float(outputs["loss"]) == pytest.approx(-float(torch.stack(likelihood).sum()), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_an_adapter_carries_the_embedding_of_a_new_cls_token(tmp_path):
     config = settings(tmp_path, lora={"r": 4}, num_train_epochs=1)
     # A backbone whose vocabulary is full and has no CLS token.
@@ -183,6 +192,7 @@ def test_an_adapter_carries_the_embedding_of_a_new_cls_token(tmp_path):
         ({"head_type": "bt"}, "head_type: expected 'rk' for loss_type 'grk'"),
         ({"lora": {"rank": 3}}, "lora.rank: Extra inputs"),
         ({"held_out": 1.5}, "held_out"),
+        ({"islands": "train"}, "islands: renamed to disconnected_models"),
         ({"cls_token_if_none": "<|new|>", "lora": {"r": 4}}, None),
     ],
 )

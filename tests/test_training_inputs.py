@@ -1,11 +1,10 @@
-"""What a training run notices: inputs that changed, prompts beyond the backbone's context; and what outlives it."""
+"""Inputs of a training run that changed or do not fit, files that it leaves, and how it ends when it is interrupted."""
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
+import signal
 
 import pytest
 import yaml
@@ -16,9 +15,14 @@ from p2l_engine.checkpoint.export import export
 from p2l_engine.errors import CheckpointError
 from p2l_engine.evaluation import sources
 from p2l_engine.evaluation.report import evaluate
+from p2l_engine.train.__main__ import main
+from p2l_engine.train.progress import ProgressBar
 from p2l_engine.train.run import train
+from p2l_engine.train.trainer import VoteTrainer
 from tests.support import tiny
-from tests.support.training import ROOT, run, settings, skill_votes
+from tests.support.training import interrupt, largest_file, settings, skill_votes
+
+pytestmark = pytest.mark.slow  # training
 
 
 @pytest.fixture
@@ -26,12 +30,16 @@ def config(tmp_path):
     return settings(tmp_path, dtype="float32", batch_size=4, save_steps=5, learning_rate=1e-3)
 
 
-def trained(config, tmp_path, script):
-    """The training command in a process of its own, which begins with ``script``."""
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config.model_dump(exclude_none=True)))
-    script = f"{script}from p2l_engine.train.__main__ import main\nsys.exit(main())\n"
-    command = [sys.executable, "-c", script, "--config", str(tmp_path / "run.yaml")]
-    return subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False)
+@pytest.fixture
+def command(config, tmp_path, monkeypatch):
+    """Runs the training command in this process; its exit status."""
+
+    def run(*arguments):
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(config.model_dump(exclude_none=True)))
+        monkeypatch.setattr("sys.argv", ["train", "--config", str(tmp_path / "run.yaml"), *arguments])
+        return main()
+
+    return run
 
 
 def other_weights(folder):
@@ -39,7 +47,7 @@ def other_weights(folder):
     save_file({name: weight + 1e-3 for name, weight in weights.items()}, folder / "model.safetensors", {"format": "pt"})
 
 
-def test_a_finished_run_is_resumed_only_as_what_it_was(config, tmp_path):
+def test_a_finished_run_is_resumed_only_with_the_same_settings_and_data(config, tmp_path):
     folder = train(config, 2)
     assert train(config, 2, "resume") == folder
     for change, named in (({"learning_rate": 0.5}, "learning_rate: was 0.001, is 0.5"), ({"seed": 1}, "seed")):
@@ -57,20 +65,19 @@ def test_a_finished_run_is_resumed_only_as_what_it_was(config, tmp_path):
 
 
 @pytest.mark.parametrize("what", ["backbone", "validation"])
-def test_a_killed_run_is_not_resumed_on_another(what, config, tmp_path):
+def test_a_killed_run_is_not_resumed_with_other_data(what, config, tmp_path):
     skill_votes(tmp_path / "val.parquet", n=20, start=1000)
     config = config.model_copy(update={"held_out": 0.0, "val_data_path": str(tmp_path / "val.parquet")})
-    run(tmp_path, config, "cut", kill_at=7, output="out")
-    same = config.model_copy(update={"output_dir": str(tmp_path / "out")})
+    interrupt(config, at=7)
     if what == "backbone":
         other_weights(tmp_path / "base")
     else:
         skill_votes(tmp_path / "val.parquet", n=10, start=1000)
     with pytest.raises(ValueError, match=f"cannot be resumed, since this changed: {what}: "):
-        train(same, 20, "resume")
+        train(config, 20, "resume")
 
 
-def test_validation_prompts_that_changed_are_not_evaluated_as_such(config, tmp_path):
+def test_evaluation_refuses_validation_prompts_that_changed(config, tmp_path):
     skill_votes(tmp_path / "val.parquet", n=20, start=1000)
     config = config.model_copy(update={"held_out": 0.0, "val_data_path": str(tmp_path / "val.parquet")})
     engine = Engine.from_pretrained(train(config, 2), device="cpu")
@@ -80,7 +87,7 @@ def test_validation_prompts_that_changed_are_not_evaluated_as_such(config, tmp_p
         sources.of_config(engine, "validation", None)
 
 
-def test_votes_to_evaluate_on_must_not_be_training_votes(config, tmp_path):
+def test_evaluation_refuses_training_prompts(config, tmp_path):
     engine = Engine.from_pretrained(train(config, 2), device="cpu")
     votes = tmp_path / "votes.parquet"
     with pytest.raises(ValueError, match="48 of its prompts are training prompts too"):
@@ -91,55 +98,50 @@ def test_prompts_beyond_the_context_are_refused(tmp_path):
     config = settings(tmp_path, max_length=8192)
     file = tmp_path / "base" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"max_position_embeddings": 6}))
-    with pytest.raises(ValueError, match=r"max_length: \d+ prompts have more tokens than the 6 .*: set max_length: 6"):
+    with pytest.raises(ValueError, match=r"max_length: \d+ prompts have more tokens than the backbone's context of 6 .*: set max_length: 6"):
         train(config, 2)
     assert train(config.model_copy(update={"max_length": 6}), 2, "restart").is_dir()
 
 
 @pytest.mark.parametrize("steps", [0, -2])
-def test_no_steps_are_no_training(steps, tmp_path):
-    with pytest.raises(ValueError, match="max_steps: expected 1 at least, or -1"):
+def test_max_steps_must_be_positive(steps, tmp_path):
+    with pytest.raises(ValueError, match="max_steps: expected at least 1, or -1"):
         train(settings(tmp_path), steps)
 
 
-def test_tensorboards_files_outlive_the_run(config, tmp_path):
+def test_tensorboard_files_stay_after_the_run(config, tmp_path):
     train(config.model_copy(update={"report_to": ["tensorboard"]}), 12)
     assert [path.name for path in (tmp_path / "out").iterdir() if path.is_dir()].count("trial.logs") == 1
     (events,) = (tmp_path / "out" / "trial.logs").glob("events.out.tfevents.*")
     assert b"train/loss" in events.read_bytes()
 
 
-def test_an_interrupted_run_says_how_it_goes_on(config, tmp_path):
-    script = (
-        "import os, signal, sys\n"
-        "from p2l_engine.train.progress import Show\n"
-        "Show.on_step_end = lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)\n"
-    )
-    done = trained(config, tmp_path, script)
-    assert done.returncode == 130
-    assert "interrupted; --resume goes on" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_an_interrupted_run_says_how_to_resume(command, monkeypatch, capsys):
+    monkeypatch.setattr(ProgressBar, "on_step_end", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert command() == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    printed = capsys.readouterr().err
+    assert "interrupted; --resume goes on" in printed
+    assert "Traceback" not in printed
 
 
-def test_a_full_disk_during_a_state_is_named(config, tmp_path):
-    # Files beyond 20 kB cannot be written from here on.
-    script = (
-        "import resource, signal, sys\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "from p2l_engine.train.trainer import VoteTrainer\n"
-        "saved = VoteTrainer._save_optimizer_and_scheduler\n"
-        "def full(self, *arguments):\n"
-        "    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
-        "    return saved(self, *arguments)\n"
-        "VoteTrainer._save_optimizer_and_scheduler = full\n"
-    )
-    done = trained(config, tmp_path, script)
-    assert done.returncode == 2, done.stderr
-    assert "the optimiser's state could not be written; is the disk full?" in done.stderr
+def test_a_full_disk_while_a_state_is_saved_is_named(command, tmp_path, monkeypatch, capsys):
+    save = VoteTrainer._save_optimizer_and_scheduler
+
+    def full(self, *arguments):
+        with largest_file(20_000):
+            save(self, *arguments)
+
+    monkeypatch.setattr(VoteTrainer, "_save_optimizer_and_scheduler", full)
+    assert command() == 2
+    assert "the optimiser's state could not be written; is the disk full?" in capsys.readouterr().err
     assert not (tmp_path / "out" / "trial").exists()
 
 
-def test_a_card_has_no_other_checkpoints_figures(config, tmp_path):
+def test_a_card_is_not_made_with_figures_of_another_checkpoint(config, tmp_path):
     one, other = (train(config.model_copy(update={"proj_name": name, "seed": i}), 2) for i, name in enumerate("ab"))
     engine = Engine.from_pretrained(one, device="cpu")
     found = sources.of_config(engine, "held-out", None)

@@ -1,4 +1,4 @@
-"""Prompts with their votes, and packed batches of them."""
+"""The training data set: one item per prompt with all its votes; its sampling order; packed batches."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from p2l_engine.backbone.packing import Packed
 from p2l_engine.prompts.encode import PromptEncoder
 from p2l_engine.votes import Votes
 
-ALWAYS_KEPT = 3  # tokens at the end: what closes the turn, and CLS
+KEPT_AT_END = 3  # tokens that token dropout never removes: the end of the turn, and CLS
 
-NOTHING = -1  # the index of an item without votes
+PADDING = -1  # the index of an item without votes
 
 
 class PromptVotes(Dataset[dict[str, Any]]):
-    """One item a prompt: its index, its token ids and all of its votes.
+    """One item per prompt: its index, its token ids [L] and the columns a, b, outcome and weight of its votes.
 
-    token_dropout: each token but the last few goes with this probability, anew in each epoch: by epoch, prompt and seed alone.
+    token_dropout: the probability with which a token is left out (never the last few). Which ones depends only on seed,
+    ``epoch`` (set by ``EpochSetter``) and prompt.
     """
 
     def __init__(self, votes: Votes, encoder: PromptEncoder, token_dropout: float = 0.0, seed: int = 0) -> None:
@@ -33,21 +34,24 @@ class PromptVotes(Dataset[dict[str, Any]]):
         return len(self.ids)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        if index == NOTHING:
+        if index == PADDING:
             none = tuple(column[:0] for column in (self.votes.a, self.votes.b, self.votes.outcome, self.votes.weight))
             return {"index": 0, "ids": self.ids[0][-1:], "votes": none}
         rows, votes, ids = slice(self.bounds[index], self.bounds[index + 1]), self.votes, self.ids[index]
         columns = (votes.a[rows], votes.b[rows], votes.outcome[rows], votes.weight[rows])
         if self.token_dropout:
             kept = np.random.default_rng([self.seed, self.epoch, index]).random(len(ids)) >= self.token_dropout
-            kept[-ALWAYS_KEPT:] = True
+            kept[-KEPT_AT_END:] = True
             ids = ids[kept]
         return {"index": index, "ids": ids, "votes": columns}
 
 
 class Order(Sampler[int]):
-    """Indices of an epoch: as they are, or shuffled by seed and epoch alone; filled up with NOTHING to whole batches of all
-    processes, since these would otherwise begin again with the first prompts and count them twice."""
+    """The indices of one epoch, in data order or shuffled by seed and epoch.
+
+    Padded with PADDING to a multiple of ``multiple`` (the prompts in one batch of all processes); otherwise accelerate would
+    repeat the first prompts to fill the last batch, and count their votes twice.
+    """
 
     def __init__(self, dataset: PromptVotes, multiple: int, shuffle: bool, seed: int) -> None:
         self.dataset, self.multiple, self.shuffle, self.seed = dataset, multiple, shuffle, seed
@@ -59,14 +63,14 @@ class Order(Sampler[int]):
         n = len(self.dataset)
         order = np.random.default_rng([self.seed, self.dataset.epoch]).permutation(n) if self.shuffle else np.arange(n)
         yield from order.tolist()
-        yield from [NOTHING] * (len(self) - n)
+        yield from [PADDING] * (len(self) - n)
 
 
 def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What the model takes; nothing is padded, prompts of one length stand together.
+    """The model's inputs for these items, sorted by prompt length; tokens are packed, not padded.
 
-    packed: the prompts; pairs [V, 3]: row of the batch, model a, model b (or -1); outcome and weight [V]; prompts [N]: their
-    indices in the data.
+    packed: the N prompts. pairs [V, 3]: the row in the batch, model a, and model b (or -1) of each vote. outcome, weight [V].
+    prompts [N]: the prompts' indices in the data set.
     """
     ordered = sorted(items, key=lambda item: len(item["ids"]))
     row = np.repeat(np.arange(len(ordered)), [len(item["votes"][0]) for item in ordered])

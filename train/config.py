@@ -1,4 +1,4 @@
-"""The training config: the keys that published P2L configs use where they mean the same, and this project's own."""
+"""The training config. Keys of published P2L configs keep their names and meanings; the others are this project's own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from p2l_engine.feedback import feedback_model
 
 
 class Lora(BaseModel):
-    """A LoRA adapter on every linear layer of the decoder's blocks from ``first_layer`` up."""
+    """LoRA adapters on all linear layers of the decoder blocks ``first_layer`` (counted from 0) and above."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -24,23 +24,23 @@ class Lora(BaseModel):
 
 
 class TrainConfig(BaseModel):
-    """One training run. ``load`` reads it from YAML; unknown keys are errors."""
+    """The settings of one training run. ``load`` reads them from YAML; unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    # as in published configs
-    proj_name: Annotated[str, Field(pattern=r"^[^/\\.][^/\\]*$")]  # the name of the checkpoint's folder
+    # Keys of published configs.
+    proj_name: Annotated[str, Field(pattern=r"^[^/\\.][^/\\]*$")]  # name of the checkpoint folder
     pretrain_model_name: str
-    train_data_path: str | list[str]  # a file, folder or hub data set; or several, read as one
+    train_data_path: str | list[str]  # a file, folder or hub data set, or a list of them
     val_data_path: str | None = None
     output_dir: str = "runs"
     learning_rate: Annotated[float, Field(gt=0)]
     adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
-    batch_size: Annotated[int, Field(gt=0)] = 16  # prompts for each process and pass, each with all of its votes
+    batch_size: Annotated[int, Field(gt=0)] = 16  # prompts per process and forward pass, each with all its votes
     gradient_accumulation_steps: Annotated[int, Field(gt=0)] = 1
     num_train_epochs: Annotated[float, Field(gt=0)] = 1
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    max_length: Annotated[int, Field(gt=1)] = 8192  # tokens, truncated from the left
+    max_length: Annotated[int, Field(gt=1)] = 8192  # tokens; longer prompts are truncated from the left
     chat_template: str | None = None
     cls_token_if_none: str = "<|cls|>"
     pad_token_if_none: str = "<|pad|>"
@@ -49,35 +49,43 @@ class TrainConfig(BaseModel):
     linear_head_downsize_factor: Annotated[float, Field(gt=0)] | None = None
     head_config: dict[str, Any] = {}
     train_head_only: bool = False
-    # this project's own
-    license: str | None = None  # of the weights, and what readers of the model card should know
-    description: str | None = None
+    # Keys of this project: training,
+    license: str | None = None  # of the weights, for the model card
+    description: str | None = None  # Markdown, for the model card
     lora: Lora | None = None
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    token_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of the prompts' tokens, against learning few prompts by heart
-    head_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of the hidden state that the head reads
-    shuffle: bool = True  # false: prompts in the order of the data, as the paper trained
-    dtype: Literal["bfloat16", "float32"] | None = None  # of the products; what is trained stays float32
+    token_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of prompt tokens left out, against overfitting
+    head_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # dropout on the hidden state before the head
+    shuffle: bool = True  # false: prompts in data order, as in the paper
+    dtype: Literal["bfloat16", "float32"] | None = None  # of matrix products; trained weights stay float32
     gradient_checkpointing: bool = False
     seed: int = 42
-    # data
-    columns: dict[str, str] = {}  # the data's own names for prompt, model_a, winner ...
-    leave_out: dict[str, list[str | int]] = {}  # values of the data's columns: rows that have them are not read
-    max_dropped: Annotated[float, Field(ge=0, le=1)] = 0.01  # share of the rows that may be unusable
-    islands: Literal["refuse", "leave_out", "train"] = "refuse"  # models that no chain of votes ties to most others
-    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of the prompts kept from training, when there is no val data
-    validation: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of the others that choices are made on, not trained on either
-    split_by: Literal["prompt", "time"] = "prompt"  # time: the prompts whose first votes came last are held out
+    # data,
+    columns: dict[str, str] = {}  # our name (prompt, model_a, winner ...): the column's name in the data
+    leave_out: dict[str, list[str | int]] = {}  # column: values; rows with one of these values are skipped
+    max_dropped: Annotated[float, Field(ge=0, le=1)] = 0.01  # share of invalid rows that is tolerated
+    # What to do with models outside the main connected component (the one with the most votes) of the graph of comparisons.
+    disconnected_models: Literal["refuse", "leave_out", "train"] = "refuse"
+    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of prompts held out from training; 0 with val_data_path
+    validation: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of the remaining prompts, for model selection
+    split_by: Literal["prompt", "time"] = "prompt"  # time: hold out the prompts with the latest first votes
     split_seed: int = 0
-    train_share: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the prompts that are left to train on, for learning curves
-    # the run
-    save_steps: Annotated[int, Field(gt=0)] | None = None  # optimiser steps between states to resume from; None: each epoch
-    report_to: list[Literal["tensorboard", "wandb"]] = []  # tensorboard: in output_dir/proj_name.logs
-    deepspeed: str | dict[str, Any] | None = None  # as transformers' TrainingArguments
+    train_share: Annotated[float, Field(gt=0, le=1)] = 1.0  # share of the training prompts that is used, for learning curves
+    # and the run.
+    save_steps: Annotated[int, Field(gt=0)] | None = None  # optimiser steps between saved states; None: once per epoch
+    report_to: list[Literal["tensorboard", "wandb"]] = []  # tensorboard writes to output_dir/proj_name.logs
+    deepspeed: str | dict[str, Any] | None = None  # like fsdp and fsdp_config: passed to transformers.TrainingArguments
     fsdp: bool = False
     fsdp_config: dict[str, Any] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "islands" in values:
+            raise ValueError("islands: renamed to disconnected_models (with the same values)")
+        return values
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
@@ -99,7 +107,7 @@ class TrainConfig(BaseModel):
 
     @classmethod
     def load(cls, path: str | Path) -> TrainConfig:
-        """Reads YAML. Raises ValueError with a line for every key that is unknown, missing or of a wrong value."""
+        """Reads a YAML file. Raises ValueError that names each unknown, missing or invalid key, and OSError."""
         try:
             values = yaml.load(Path(path).read_text(encoding="utf-8"), UniqueKeys)
         except yaml.YAMLError as error:

@@ -1,4 +1,4 @@
-"""What a training run shows: a bar with loss, speed and the time that remains; lines where there is no terminal."""
+"""Progress of a training run: a bar with loss, speed and time left on a terminal, log lines elsewhere."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from transformers import TrainerCallback
 
 logger = logging.getLogger(__name__)
 
-SECONDS_BETWEEN_LINES = 30.0
+SECONDS_PER_LINE = 30.0
 
 
 @dataclass(slots=True)
 class Seen:
-    """What this process has been trained on since it started."""
+    """Counts of what this process has trained on since it started."""
 
     prompts: int = 0
     votes: int = 0
     tokens: int = 0
 
 
-class Epochs(TrainerCallback):
-    """Tells the training data which epoch it is: their order and what is dropped depend on it."""
+class EpochSetter(TrainerCallback):
+    """Sets the data set's epoch, on which its order and token dropout depend."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -35,8 +35,8 @@ class Epochs(TrainerCallback):
         self.dataset.epoch = int(state.epoch + 1e-9)
 
 
-class Show(TrainerCallback):
-    """The bar, on standard error."""
+class ProgressBar(TrainerCallback):
+    """The bar or the log lines, on standard error of the first process."""
 
     def __init__(self, seen: Seen) -> None:
         self.seen, self.loss = seen, ""
@@ -54,11 +54,11 @@ class Show(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         now = time.monotonic()
-        # Each process has its share of every step's prompts, so that this one stands for all.
+        # Every process gets the same share of each step, so that this one's speed times their number is the total.
         spent = max(now - self.started, 1e-9) / args.world_size
         speed = f"{self.loss}{self.seen.tokens / spent:,.0f} tokens/s {self.seen.votes / spent:,.0f} votes/s"
         self.bar.update(self.task, completed=state.global_step, description=speed)
-        if state.is_world_process_zero and not self.bar.console.is_terminal and now - self.last_line > SECONDS_BETWEEN_LINES:
+        if state.is_world_process_zero and not self.bar.console.is_terminal and now - self.last_line > SECONDS_PER_LINE:
             self.last_line = now
             remaining = self.bar.tasks[self.task].time_remaining
             left = "" if remaining is None else f", {remaining / 60:,.1f} min left"

@@ -1,4 +1,4 @@
-"""One training run: config in, checkpoint folder out; killed, it goes on where it was."""
+"""One training run, from a config to a checkpoint folder. A run that was killed can be resumed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from p2l_engine.train import data, resumption
 from p2l_engine.train.batches import PromptVotes, collate
 from p2l_engine.train.config import TrainConfig
 from p2l_engine.train.model import bare, build, dtype_of
-from p2l_engine.train.progress import Epochs, Seen, Show
+from p2l_engine.train.progress import EpochSetter, ProgressBar, Seen
 from p2l_engine.train.resumption import IfPresent
 from p2l_engine.train.saving import write
 from p2l_engine.train.trainer import VoteTrainer
@@ -34,19 +34,24 @@ logger = logging.getLogger(__name__)
 
 
 def train(config: TrainConfig, max_steps: int = -1, if_present: IfPresent = "refuse") -> Path:
-    """Trains, and writes the checkpoint to ``output_dir/proj_name``; returns that folder.
+    """Trains, writes the checkpoint to ``output_dir/proj_name``, and returns that folder.
 
-    States to go on from are kept in ``output_dir/proj_name.run`` until then, TensorBoard's files in ``proj_name.logs``.
-    if_present: what to do where that folder is there already: refuse; resume from its last whole state, which gives what an
-    uninterrupted run gives, and is refused where config, data or backbone changed; or restart. ``max_steps`` > 0 ends early
-    (trials); -1: the config's epochs. Raises ValueError, OSError where a state or the checkpoint cannot be written, and
-    FloatingPointError where the loss is not finite.
+    Saved states are in ``output_dir/proj_name.run`` until the checkpoint is complete; TensorBoard's files stay in
+    ``proj_name.logs``.
+
+    max_steps: -1 trains for the config's epochs; 1 and more end after that many optimiser steps (trial runs).
+    if_present: what to do if the folder or states exist. "refuse" raises; "restart" deletes them; "resume" goes on from the
+    last complete state, and raises if config, data or backbone changed. A resumed run gives the same weights as an
+    uninterrupted one.
+
+    Raises ValueError for bad settings or data and for folders that ``if_present`` refuses, OSError if a state or the checkpoint
+    cannot be written, and FloatingPointError if the loss is not finite.
     """
     folder = Path(config.output_dir) / config.proj_name
     state = folder.with_name(f"{folder.name}.run")
     set_seed(config.seed)
     if max_steps == 0 or max_steps < -1:
-        raise ValueError(f"max_steps: expected 1 at least, or -1 for the config's epochs, got {max_steps}")
+        raise ValueError(f"max_steps: expected at least 1, or -1 for the config's epochs, got {max_steps}")
     parts = data.load(config)
     training, validation, held_out = parts
     inputs = resumption.inputs_of(config, parts, max_steps)
@@ -54,41 +59,41 @@ def train(config: TrainConfig, max_steps: int = -1, if_present: IfPresent = "ref
     process = PartialState()
     if folder.exists() and not state.exists() and if_present == "resume":
         resumption.check_finished(folder, config, inputs)
-        logger.info("%s is there already, whole", folder)
+        logger.info("%s is already complete", folder)
         return folder
     if folder.exists() and (if_present == "refuse" or not replaceable(folder)):
-        raise ValueError(f"{folder}: expected no such folder yet; --restart replaces a checkpoint, anything else is left alone")
+        raise ValueError(f"{folder}: exists already; --restart replaces it if it is a checkpoint, and never another folder")
     if arguments.n_gpu > 1:
-        raise ValueError(f"{arguments.n_gpu} GPUs are here: start one process for each (torchrun), or set CUDA_VISIBLE_DEVICES")
-    asked_first = [resumption.prepare(state, config, inputs, if_present) if process.is_main_process else None]
-    last = broadcast_object_list(asked_first)[0]
+        raise ValueError(f"got {arguments.n_gpu} GPUs: start one process per GPU (torchrun), or set CUDA_VISIBLE_DEVICES")
+    resume_from = [resumption.prepare(state, config, inputs, if_present) if process.is_main_process else None]
+    last = broadcast_object_list(resume_from)[0]
     model, tokenizer = build(config, len(training.models))
     encoder = PromptEncoder(TransformersTokenizer(tokenizer), config.max_length)
     seen = Seen()
     dataset = PromptVotes(training, encoder, config.token_dropout, config.seed)
-    cut = sum(len(ids) == config.max_length for ids in dataset.ids)
-    if cut:
-        logger.warning("%s prompts reach max_length = %d tokens: cut from the left", f"{cut:,}", config.max_length)
-    validating = None if validation is None else PromptVotes(validation, encoder)
-    _check_context(bare(model.model).config, [dataset, *([] if validating is None else [validating])])
+    truncated = sum(len(ids) == config.max_length for ids in dataset.ids)
+    if truncated:
+        logger.warning("%s prompts reach max_length = %d tokens: truncated from the left", f"{truncated:,}", config.max_length)
+    validation_set = None if validation is None else PromptVotes(validation, encoder)
+    _check_context(bare(model.model).config, [dataset, *([] if validation_set is None else [validation_set])])
     trainer = VoteTrainer(
         model=model,
         args=arguments,
         train_dataset=dataset,
-        eval_dataset=validating,
+        eval_dataset=validation_set,
         data_collator=collate,
-        callbacks=[Epochs(dataset), Show(seen), *_tensorboard(config, folder, if_present, process.is_main_process)],
+        callbacks=[EpochSetter(dataset), ProgressBar(seen), *_tensorboard(config, folder, if_present, process.is_main_process)],
         shuffle=config.shuffle,
         seen=seen,
     )
     trainer.remove_callback(PrinterCallback)
-    spread = trainer.accelerator.distributed_type.value
-    wanted = "FSDP" if config.fsdp else "DEEPSPEED" if config.deepspeed else spread
-    if spread != wanted:
-        raise ValueError(f"{wanted.lower()}: expected several processes on GPUs (torchrun), got {spread} on {arguments.device}")
-    logger.info("device: %s, processes: %d (%s)", arguments.device, arguments.world_size, spread)
+    got = trainer.accelerator.distributed_type.value
+    wanted = "FSDP" if config.fsdp else "DEEPSPEED" if config.deepspeed else got
+    if got != wanted:
+        raise ValueError(f"{wanted.lower()}: expected several processes on GPUs (torchrun), got {got} on {arguments.device}")
+    logger.info("device: %s, processes: %d (%s)", arguments.device, arguments.world_size, got)
     if last is not None and resumption.is_last(Path(last)):
-        model.load_state_dict(load_file(Path(last) / "model.safetensors"))  # killed after its last step
+        model.load_state_dict(load_file(Path(last) / "model.safetensors"))  # all steps are done, only the checkpoint is missing
     else:
         trainer.train(resume_from_checkpoint=last)
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
@@ -103,22 +108,22 @@ def train(config: TrainConfig, max_steps: int = -1, if_present: IfPresent = "ref
 
 def _check_context(config: PretrainedConfig, datasets: Sequence[PromptVotes]) -> None:
     context = getattr(config, "max_position_embeddings", None)
-    beyond = sum(len(ids) > context for dataset in datasets for ids in dataset.ids) if context else 0
-    if beyond:
+    too_long = sum(len(ids) > context for dataset in datasets for ids in dataset.ids) if context else 0
+    if too_long:
         raise ValueError(
-            f"max_length: {beyond:,} prompts have more tokens than the {context} that the backbone was made for "
-            f"(max_position_embeddings): set max_length: {context} to cut them from the left, or leave them out"
+            f"max_length: {too_long:,} prompts have more tokens than the backbone's context of {context} "
+            f"(max_position_embeddings): set max_length: {context} to truncate them from the left, or leave them out"
         )
 
 
-def _tensorboard(config: TrainConfig, folder: Path, if_present: IfPresent, writes: bool) -> list[TrainerCallback]:
-    """TensorBoard's files in a folder that outlives the run's states."""
-    if "tensorboard" not in config.report_to or not writes:
+def _tensorboard(config: TrainConfig, folder: Path, if_present: IfPresent, main: bool) -> list[TrainerCallback]:
+    """The callback that writes TensorBoard's files to ``NAME.logs``, which stays when the run's states are deleted."""
+    if "tensorboard" not in config.report_to or not main:
         return []
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ValueError(f"report_to: tensorboard cannot be used ({error}): pip install tensorboard") from None
+        raise ValueError(f"report_to: tensorboard cannot be imported ({error}): pip install tensorboard") from None
     logs = folder.with_name(f"{folder.name}.logs")
     if if_present == "restart":
         shutil.rmtree(logs, ignore_errors=True)
@@ -126,12 +131,12 @@ def _tensorboard(config: TrainConfig, folder: Path, if_present: IfPresent, write
     return [TensorBoardCallback(SummaryWriter(str(logs)))]
 
 
-def _arguments(config: TrainConfig, state: Path, max_steps: int, prompts: int, validates: bool) -> TrainingArguments:
+def _arguments(config: TrainConfig, state: Path, max_steps: int, prompts: int, has_validation: bool) -> TrainingArguments:
     per_step = config.batch_size * config.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", "1"))
     steps = int(np.ceil(prompts / per_step) * config.num_train_epochs) if max_steps < 0 else max_steps
-    more: dict[str, Any] = {"save_strategy": "epoch"}
+    saving: dict[str, Any] = {"save_strategy": "epoch"}
     if config.save_steps is not None:
-        more = {"save_strategy": "steps", "save_steps": config.save_steps}
+        saving = {"save_strategy": "steps", "save_steps": config.save_steps}
     return TrainingArguments(
         output_dir=str(state),
         per_device_train_batch_size=config.batch_size,
@@ -147,7 +152,7 @@ def _arguments(config: TrainConfig, state: Path, max_steps: int, prompts: int, v
         max_grad_norm=config.max_grad_norm,
         bf16=dtype_of(config) == torch.bfloat16,
         use_cpu=not torch.cuda.is_available(),
-        eval_strategy="epoch" if validates else "no",
+        eval_strategy="epoch" if has_validation else "no",
         save_total_limit=2,
         logging_steps=10,
         disable_tqdm=True,
@@ -161,5 +166,5 @@ def _arguments(config: TrainConfig, state: Path, max_steps: int, prompts: int, v
         ddp_find_unused_parameters=False,
         seed=config.seed,
         data_seed=config.seed,
-        **more,
+        **saving,
     )

@@ -1,4 +1,4 @@
-"""transformers' Trainer, with the loss of this project: the weighted mean over all votes of an optimiser step."""
+"""transformers' Trainer with this project's loss: the weighted mean over all votes of an optimiser step."""
 
 from __future__ import annotations
 
@@ -16,21 +16,24 @@ from p2l_engine.train.progress import Seen
 
 
 class VoteTrainer(Trainer):
-    """Trains a P2LModel on the batches that ``collate`` makes.
+    """Trains a P2LModel on batches from ``collate``.
 
-    The gradient of a step is that of the mean over all its votes, wherever they were computed: over accumulated passes and over
-    processes alike. A loss that is not finite stops the run.
+    Each step minimises the weighted mean loss of its votes, so that gradient accumulation and several processes give the same
+    weights as one large batch. Raises FloatingPointError for a loss or weights that are not finite, OSError if a state cannot
+    be saved.
+
+    shuffle: whether each epoch has its own order. seen: counts what this process has trained on.
     """
 
     def __init__(self, *args: Any, shuffle: bool, seen: Seen, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.shuffle, self.seen = shuffle, seen
-        self.model_accepts_loss_kwargs = True  # the loss is the whole step's already: nothing divides it again
+        self.model_accepts_loss_kwargs = True  # compute_loss divides by the step's weight; the Trainer must not divide again
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
-        """The batches of one step and the weight of all their votes, on all processes."""
+        """The batches of one optimiser step, and the total weight of their votes over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         weight = torch.tensor(sum(float(batch["weight"].sum()) for batch in batches), device=device)
         for batch in batches:
@@ -48,7 +51,10 @@ class VoteTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The share of these votes in the step's mean, times the processes, whose gradients are averaged."""
+        """The batch's part of the step's mean loss.
+
+        In training times the number of processes, because their gradients are averaged.
+        """
         outputs = model(**inputs)
         total = inputs["weight"].sum() if num_items_in_batch is None else num_items_in_batch
         loss = outputs["loss"] / torch.as_tensor(total).clamp_min(torch.finfo(torch.float32).tiny)
@@ -59,13 +65,13 @@ class VoteTrainer(Trainer):
                 prompts = [votes.prompts[i][0][:60] for i in inputs["prompts"].tolist()]
                 raise FloatingPointError(
                     f"the loss is {loss.item()} at step {self.state.global_step + 1}; its batch has the prompts {prompts}: "
-                    "lower learning_rate, or look at these votes' weights and values"
+                    "lower learning_rate, or check these votes' weights and values"
                 )
         return (loss, outputs) if return_outputs else loss
 
     @torch.no_grad()
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """The mean loss a vote on the validation data."""
+        """The weighted mean loss per vote on the validation data, as ``{"eval_loss": value}``."""
         model, sums = self.model_wrapped, torch.zeros(2, dtype=torch.float64, device=self.args.device)
         model.eval()
         for batch in self.get_eval_dataloader():
@@ -90,20 +96,20 @@ class VoteTrainer(Trainer):
         return Order(dataset, batch_size * self.args.world_size if several else 1, shuffle, self.args.seed)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        # A layer that theta and eta share has two names; safetensors takes no tensor twice.
+        # theta and eta may share a layer; safetensors refuses tensors that share memory, so each is cloned.
         model: Any = self.model
         state = model.state_dict() if state_dict is None else state_dict
         if not all(torch.isfinite(tensor).all() for tensor in state.values()):
             raise FloatingPointError(f"the weights are not finite after step {self.state.global_step}: not saved")
         try:
             super()._save(output_dir, {name: tensor.clone() for name, tensor in state.items()})
-        except SafetensorError as error:  # a full disk, among others
+        except SafetensorError as error:  # a full disk, for example
             raise OSError(f"{output_dir}: {error}") from error
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         try:
             super()._save_checkpoint(model, trial)
-        except RuntimeError as error:  # torch's own writer, of the optimiser's state, says of a full disk only this
+        except RuntimeError as error:  # all that torch's writer says when the disk is full
             if "inline_container" not in str(error):
                 raise
             raise OSError(

@@ -1,55 +1,73 @@
-"""Small training runs: votes that are easy to learn from, and a run in a process of its own that can be killed."""
+"""Small training runs: votes that are easy to learn, runs in this process, and runs in processes that can be killed."""
 
 from __future__ import annotations
 
+import json
 import os
+import resource
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
+from p2l_engine.train import run as runs
 from p2l_engine.train.config import TrainConfig
+from p2l_engine.train.progress import ProgressBar
 from tests.support import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# A run whose weights are kept in float32, as they are before they are rounded for the checkpoint.
+# Training runs, one after the other, whose weights are saved in float32 (a checkpoint has them in bfloat16). Arguments: jobs as
+# JSON, [config, weights file, steps]; the step at which the process kills itself, or 0. A job that is refused leaves its
+# message in a file.
 SCRIPT = """
-import os, signal, sys
+import json, os, signal, sys
 import torch
 from safetensors.torch import save_file
 from p2l_engine.train import run
 from p2l_engine.train.config import TrainConfig
-from p2l_engine.train.progress import Show
+from p2l_engine.train.progress import ProgressBar
 
-config, out, steps, if_present, kill_at = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4], int(sys.argv[5])
+jobs, kill_at = json.loads(sys.argv[1]), int(sys.argv[2])
 torch.set_num_threads(1)
-shown = Show.on_step_end
-def on_step_end(self, args, state, control, **rest):
-    shown(self, args, state, control, **rest)
+on_step_end = ProgressBar.on_step_end
+def killing(self, args, state, control, **rest):
+    on_step_end(self, args, state, control, **rest)
     if state.global_step == kill_at:
         os.kill(os.getpid(), signal.SIGKILL)
-Show.on_step_end = on_step_end
-def write(folder, model, state, *rest):
-    save_file({name: tensor.float().clone() for name, tensor in state.items()}, out)
-run.write = write
-run.train(TrainConfig.load(config), steps, if_present)
+ProgressBar.on_step_end = killing
+for config, out, steps in jobs:
+    def write(folder, model, state, *rest):
+        save_file({name: tensor.float().clone() for name, tensor in state.items()}, out)
+    run.write = write
+    try:
+        run.train(TrainConfig.load(config), steps)
+    except ValueError as error:
+        if os.environ.get("RANK", "0") == "0":
+            open(out + ".error", "w").write(str(error))
 """
 
 
-def write_votes(path, rows):
+class Killed(BaseException):
+    """Ends a run where a kill would: nothing catches it."""
+
+
+def write_votes(path: Path, rows) -> str:
     names = ("prompt", "model_a", "model_b", "winner")
     pq.write_table(pa.table({key: [row[i] for row in rows] for i, key in enumerate(names)}), path)
     return str(path)
 
 
-def skill_votes(path, n=48, start=0):
-    """Prompts that start with "sum" are x's, the others y's; both always right on their own, z never."""
+def skill_votes(path: Path, n: int = 48, start: int = 0) -> str:
+    """Model x always answers prompts that start with "sum" best, y all others, z none."""
     rows = []
     for i in range(start, start + n):
         prompt = f"{'sum' if i % 2 else 'poem'} {i}"
@@ -58,7 +76,8 @@ def skill_votes(path, n=48, start=0):
     return write_votes(path, rows)
 
 
-def settings(tmp_path, **changes):
+def settings(tmp_path: Path, **changes) -> TrainConfig:
+    """The config of a run on a tiny backbone and 48 prompts, both of which it writes."""
     tiny.write(tmp_path / "base", loss_type="grk", dtype=torch.bfloat16)
     values = {
         "proj_name": "trial",
@@ -76,19 +95,72 @@ def settings(tmp_path, **changes):
     return TrainConfig.model_validate(values)
 
 
-def run(tmp_path, config, name, steps=20, if_present="refuse", kill_at=0, processes=1, **more):
-    file = tmp_path / f"{name}.yaml"
-    values = config.model_dump(exclude_none=True) | {"output_dir": str(tmp_path / more.pop("output", name))}
-    file.write_text(yaml.safe_dump(values))
+def weights(config: TrainConfig, steps: int = 20, if_present="refuse") -> dict[str, torch.Tensor]:
+    """Trains in this process; the trained weights in float32 instead of a checkpoint."""
+    kept: dict[str, torch.Tensor] = {}
+
+    def keep(folder, model, state, *rest) -> None:
+        kept.update({name: tensor.float().clone() for name, tensor in state.items()})
+
+    with one_thread(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "write", keep)
+        runs.train(config, steps, if_present)
+    return kept
+
+
+def interrupt(config: TrainConfig, at: int, steps: int = 20) -> None:
+    """Trains in this process and ends the run in step ``at``, which leaves the files that a kill there leaves."""
+    on_step_end = ProgressBar.on_step_end
+
+    def ending(self, args, state, control, **rest) -> None:
+        on_step_end(self, args, state, control, **rest)
+        if state.global_step == at:
+            raise Killed
+
+    with one_thread(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ProgressBar, "on_step_end", ending)
+        with pytest.raises(Killed):
+            runs.train(config, steps)
+
+
+def start(tmp_path: Path, jobs: dict[str, TrainConfig], steps: int = 20, kill_at: int = 0, processes: int = 1) -> dict:
+    """Trains each job in new processes; the trained weights by name, or the message of the ValueError that refused it."""
+    rows = []
+    for name, config in jobs.items():
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(config.model_dump(exclude_none=True)))
+        rows.append([str(file), str(tmp_path / f"{name}.safetensors"), steps])
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    command = [sys.executable, *launcher, str(script), str(file), str(tmp_path / f"{name}.safetensors"), str(steps), if_present]
-    # The same threads in each process: sums have the same order.
+    command = [sys.executable, *launcher, str(script), json.dumps(rows), str(kill_at)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, str(kill_at)], env=environment, capture_output=True, text=True, check=False)
-    if kill_at:
-        assert done.returncode == -9, done.stderr
-        return None
-    assert done.returncode == 0, done.stderr
-    return load_file(tmp_path / f"{name}.safetensors")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == (-9 if kill_at else 0), done.stderr
+    found = {}
+    for name, (_, out, _) in zip(jobs, rows, strict=True):
+        error = Path(f"{out}.error")
+        found[name] = error.read_text() if error.exists() else load_file(out) if Path(out).exists() else None
+    return found
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Sums in the same order in every process: torch with one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Writing more than ``size`` bytes to a file fails, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
