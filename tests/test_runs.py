@@ -19,6 +19,7 @@ from p2l_engine.train.config import TrainConfig
 from p2l_engine.train.progress import ProgressBar, Seen
 from p2l_engine.train.run import train
 from tests.support import plain_reader, tiny
+from tests.support.command import p2l_engine
 from tests.support.training import interrupt, largest_file, settings, skill_votes, start, weights
 
 
@@ -162,18 +163,15 @@ def test_an_interrupted_run_is_resumed_or_restarted_only_on_request(config, tmp_
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_batch(config, tmp_path, monkeypatch, capsys):
-    from p2l_engine.train.__main__ import main
-
+def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_batch(config, tmp_path):
     table = pq.read_table(tmp_path / "votes.parquet")
     pq.write_table(table.append_column("weight", pa.array(np.full(len(table), 1e308))), tmp_path / "votes.parquet")
     file = tmp_path / "bad.yaml"
     file.write_text(yaml.safe_dump(config.model_dump(exclude_none=True)))
-    monkeypatch.setattr("sys.argv", ["train", "--config", str(file)])
-    assert main() == 2
-    error = capsys.readouterr().err
-    assert "the loss is nan at step" in error
-    assert "'poem " in error or "'sum " in error
+    ended = p2l_engine("train", "--config", str(file))
+    assert ended.status == 2
+    assert "the loss is nan at step" in ended.message
+    assert "'poem " in ended.message or "'sum " in ended.message
     assert not (tmp_path / "out" / "trial").exists()
 
 
