@@ -1,11 +1,10 @@
-"""The command line: tables, JSON lines, plots, and errors in one line."""
+"""The commands: tables, JSON lines, plots, files of prompts, and errors in one line."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -119,15 +118,6 @@ def test_help_lists_the_commands():
     status, out, _ = run("--help")
     assert status == 0
     assert all(word in out for word in ("route", "leaderboard", "info"))
-
-
-def test_the_kernels_folder_is_hidden_from_transformers():
-    root = Path(__file__).resolve().parent.parent
-    code = (
-        "import p2l_engine, importlib.util as u; print(u.find_spec('kernels')); import transformers; import p2l_engine.kernels"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "None"
 
 
 def test_frontier_shows_the_curve_and_plots_it(checkpoint, tmp_path):
@@ -244,14 +234,52 @@ def test_prompts_and_weights_of_tables(checkpoint, tmp_path):
 
 
 def test_text_files_of_prompts_need_no_extra(checkpoint, tmp_path):
-    """Without what the extra "train" brings, as after ``pip install .[cli]``."""
+    """After ``pip install .[cli]``: without the packages of the extra ``train``."""
     (tmp_path / "p.jsonl").write_text('{"prompt": "sum", "weight": 3}\n')
     (tmp_path / "p.txt").write_text("sum\n")
     (tmp_path / "p.csv").write_text("prompt\nsum\n")
-    extra = ("pyarrow", "pandas", "scipy", "sklearn", "datasets", "peft")
-    hidden = f"import sys; sys.modules |= dict.fromkeys({extra}); from p2l_engine.cli import main; main()"
-    for name, status in (("p.jsonl", 0), ("p.txt", 0), ("p.csv", 2)):
-        command = ["leaderboard", "--prompts", str(tmp_path / name), "--bootstrap", "0", "--checkpoint", str(checkpoint)]
-        done = subprocess.run([sys.executable, "-c", hidden, *command], capture_output=True, text=True, check=False)
-        assert done.returncode == status, done.stderr
-    assert "this command needs the extra" in " ".join(done.stderr.split())
+    script = (
+        "import sys\n"
+        "sys.modules |= dict.fromkeys(('pyarrow', 'pandas', 'scipy', 'sklearn', 'datasets', 'peft'))\n"
+        "from p2l_engine.cli import run\n"
+        "command = ['leaderboard', '--bootstrap', '0', '--checkpoint', sys.argv[1], '--prompts']\n"
+        "print([run([*command, file]) for file in sys.argv[2:]])\n"
+    )
+    files = [str(tmp_path / name) for name in ("p.jsonl", "p.txt", "p.csv")]
+    command = [sys.executable, "-c", script, str(checkpoint), *files]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1] == "[0, 0, 2]", done.stderr
+    assert "this command needs the extra 'batch' or 'ray' or 'train': pip install 'p2l-engine[batch]'" in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "jsonl"])
+def test_prompts_are_read_from_the_column_that_is_named(kind, checkpoint, tmp_path):
+    file, rows = tmp_path / f"questions.{kind}", [{"prompt": 7 * i, "question": f"prompt {i}"} for i in range(3)]
+    if kind == "jsonl":
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif kind == "csv":
+        file.write_text("prompt,question\n" + "".join(f"{row['prompt']},{row['question']}\n" for row in rows))
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), file)
+    found = run("route", "--json", "--file", str(file), "--column", "question", checkpoint=checkpoint)
+    assert [json.loads(line)["prompt"] for line in found.out.splitlines()] == [f"prompt {i}" for i in range(3)], found.err
+    for command in (
+        ["frontier", str(file)],
+        ["leaderboard", "--bootstrap", "0", "--prompts", str(file)],
+        ["strengths", "--bootstrap", "2", str(file)],
+    ):
+        found = run(*command, "--column", "question", checkpoint=checkpoint)
+        assert found.status == 0, found.err
+        found = run(*command, "--column", "answer", checkpoint=checkpoint)
+        assert found.status == 2
+        assert "'answer', got ['prompt', 'question']" in found.message
+
+
+def test_dtypes_have_the_names_that_pytorch_users_write(checkpoint):
+    for name, shown in (("fp32", "float32"), ("bf16", "bfloat16"), ("torch.bfloat16", "bfloat16")):
+        found = p2l_engine("info", "--checkpoint", str(checkpoint), "--device", "cpu", "--dtype", name)
+        rows = dict(line.strip("│ ").split("│", 1) for line in found.out.splitlines() if "│" in line)
+        assert {key.strip(): value.strip() for key, value in rows.items()}["dtype"] == shown, found.err
+    found = p2l_engine("info", "--checkpoint", str(checkpoint), "--dtype", "float8")
+    assert found.status == 2
+    assert "'float8'" in found.message
