@@ -28,6 +28,7 @@ from bench.throughput import subject
 from p2l_engine import Catalog, Engine, Router
 from p2l_engine.backbone import PackedDecoder
 from p2l_engine.catalog import CatalogModel
+from p2l_engine.constraints import Constraints
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def stages(name: str, engine: Engine, texts: list[str], peer: Transformers) -> l
             "whole": lambda i: router.route(texts[i], budget),
             "tokenise": lambda i: engine.encoder.encode([texts[i]]),
             "forward": lambda i: engine.forward([tokens[i]]),
-            "decide": lambda i: router.decide(coefficients[i], [texts[i]], budget),
+            "decide": lambda i: router.decide(coefficients[i], [texts[i]], Constraints(budget)),
             "reference": lambda i: peer.one_by_one([texts[i]]),
         }
         for _ in range(2):  # first uses, which none of them should be charged with

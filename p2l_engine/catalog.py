@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import yaml
 
 from p2l_engine.errors import CatalogError
 
@@ -25,7 +24,8 @@ DEFAULT_UNIT = "USD per request"
 
 @dataclass(frozen=True, slots=True)
 class CatalogModel:
-    """One chat model: its name in the checkpoint, expected cost per request (>= 0), and settings for whoever calls it."""
+    """One chat model: its name in the checkpoint, expected cost per request (>= 0), and the settings for calling its
+    provider."""
 
     name: str
     cost: float
@@ -51,7 +51,7 @@ class Catalog:
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Catalog:
-        """Reads a catalog. Raises CatalogError, which names the key, what was expected and what came.
+        """Reads a catalog. Raises CatalogError, which names the key, what was expected and what was found.
 
         Either ``models: {name: {cost, provider?}}``, where instead of ``cost`` (per request) there may be prices in dollars
         per million tokens and the expected tokens of a request (usd_per_m_in, usd_per_m_out, tokens_in, tokens_out), and
@@ -62,6 +62,10 @@ class Catalog:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise CatalogError(f"catalog {path}: cannot be read: {error}") from None
+        import yaml
+
+        from p2l_engine.unique_keys import UniqueKeys
+
         try:
             values = yaml.load(text, UniqueKeys)
         except yaml.YAMLError as error:
@@ -70,7 +74,7 @@ class Catalog:
 
     @classmethod
     def from_mapping(cls, values: object, where: str = "catalog") -> Catalog:
-        """The same from a mapping already read; ``where`` begins the errors."""
+        """The same from a mapping; ``where`` is the start of error messages."""
         top = _mapping(where, values)
         if "model_configs" in top:
             _known(where, top, ("model_configs",))
@@ -99,19 +103,6 @@ class Catalog:
         """The catalog without the models that are not named."""
         wanted = set(names)
         return Catalog(tuple(model for model in self.models if model.name in wanted), self.unit)
-
-
-class UniqueKeys(yaml.SafeLoader):
-    """YAML whose mappings name every key once; PyYAML itself keeps the last and says nothing."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call, unused-ignore]
-            if isinstance(key, str | int | float) and key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} occurs twice", key_node.start_mark)
-            seen.add(key if isinstance(key, str | int | float) else id(key))
-        return super().construct_mapping(node, deep)
 
 
 def _mapping(where: str, value: object) -> dict[str, Any]:

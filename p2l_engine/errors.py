@@ -1,4 +1,4 @@
-"""The project's own errors. All are ValueErrors: the caller's input is at fault, and the message says how to mend it."""
+"""The project's own errors. All are ValueErrors: the caller's input is at fault, and the message names the remedy."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Sequence
 class Infeasible(ValueError):
     """No policy satisfies all rows of a routing problem.
 
-    Attributes: ``rows`` (the rows that clash, as stated), ``row`` (the name of the one to move), ``bound`` (what was asked),
-    ``nearest`` (its nearest feasible bound, same unit, if that alone can mend it, else None), ``index`` (the first prompt
-    concerned, or None when the rows are over the whole batch).
+    Attributes: ``rows`` (an irreducible infeasible subset of the rows, as the user wrote them), ``row`` (the name of one to
+    relax), ``bound`` (its bound), ``nearest`` (its nearest feasible bound, same unit; None if no bound of this row alone is
+    feasible), ``index`` (the first prompt concerned; None for rows over the whole batch).
     """
 
     def __init__(
@@ -19,19 +19,19 @@ class Infeasible(ValueError):
         self.rows, self.row, self.bound, self.nearest, self.index = tuple(rows), row, bound, nearest, index
         where = "over the batch" if index is None else f"for prompt {index}"
         more = f" (and {count - 1} more prompts)" if count > 1 else ""
-        clash = f"{' and '.join(self.rows)} {'cannot hold together' if len(self.rows) > 1 else 'cannot hold'}"
+        conflict = f"{' and '.join(self.rows)} {'cannot hold together' if len(self.rows) > 1 else 'cannot hold'}"
         remedy = (
             "relax one of them"
             if nearest is None
-            else f"with the others as they are, the nearest bound of {row!r} is {nearest!r}"
+            else f"with the others unchanged, the nearest feasible bound of {row!r} is {nearest!r}"
         )
-        super().__init__(f"infeasible {where}{more}: {clash}; {remedy}")
+        super().__init__(f"infeasible {where}{more}: {conflict}; {remedy}")
 
 
 class InfeasibleBudget(Infeasible):
-    """No policy costs as little as the budget asks.
+    """No policy costs as little as the budget.
 
-    Attributes beside those of Infeasible: ``budget`` (what was asked), ``smallest`` (the smallest feasible budget, same unit).
+    Attributes beside those of Infeasible: ``budget``, and ``smallest`` (the smallest feasible budget, same unit).
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class InfeasibleBudget(Infeasible):
 
 
 class PromptError(ValueError):
-    """A prompt that cannot be read. ``index`` is its place in the batch."""
+    """A prompt that cannot be read. ``index``: its position in the batch."""
 
     def __init__(self, index: int, problem: str) -> None:
         self.index, self.problem = index, problem
@@ -57,7 +57,7 @@ class PromptError(ValueError):
 
 
 class CheckpointError(ValueError):
-    """A checkpoint folder that lacks something or holds something of the wrong shape."""
+    """A checkpoint folder with missing files, or with contents of the wrong shape."""
 
 
 class CatalogError(ValueError):

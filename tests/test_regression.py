@@ -94,12 +94,6 @@ def test_the_tie_parameter_is_asked_for():
         feedback_model("elo")
 
 
-def test_win_rate_is_the_bradley_terry_reading():
-    b, a = torch.tensor([1.0, -2.0]), torch.tensor([0.0, 3.0])
-    for name in VOTE_MODELS:
-        torch.testing.assert_close(feedback_model(name).win_rate(b, a), torch.sigmoid(b - a))
-
-
 @pytest.mark.parametrize("name", ["ols", "poisson"])
 def test_values_have_the_density_of_scipy(name):
     from scipy.stats import norm, poisson

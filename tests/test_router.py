@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from p2l_engine import InfeasibleBudget, Router, routing
+from p2l_engine.constraints import Constraints
 from p2l_engine.errors import CatalogError, PromptError
 from p2l_engine.routing import BudgetPacer, Infeasible, Resource
 from tests.support.catalogs import COSTS, catalog, same
@@ -54,7 +55,7 @@ def test_draws_follow_the_policy_and_the_seed(engine):
     coefficients = type(engine.coefficients([]))(theta, None, engine.models, engine.feedback)
     draws = {}
     for seed in (0, 1):
-        decisions = Router(engine, catalog(), seed=seed).decide(coefficients, prompts, 1.25)
+        decisions = Router(engine, catalog(), seed=seed).decide(coefficients, prompts, Constraints(1.25))
         assert decisions[0].policy == {"alpha": 0.75, "beta": 0.25}
         draws[seed] = [d.model for d in decisions]
         # 4 standard errors of a share of 0.25 over 4,000 draws
@@ -155,7 +156,7 @@ def test_a_pacer_holds_the_mean_over_a_stream(router):
 def test_other_objectives(engine, objective):
     c = engine.coefficients(PROMPTS)
     v = routing.win_rates(c.theta, np.full(5, 0.2), objective, c.eta, c.feedback.name)
-    decisions = Router(engine, catalog(), objective=objective).decide(c, PROMPTS, 2.5)
+    decisions = Router(engine, catalog(), objective=objective).decide(c, PROMPTS, Constraints(2.5))
     assert np.mean([d.win_rate for d in decisions]) == pytest.approx(routing.solve_budget(v, COSTS, 2.5).value.mean(), abs=1e-7)
     assert all(np.isfinite(d.score) for d in decisions)
     with pytest.raises(ValueError, match="objective: expected 'bt', 'half-ties' or 'not-bad', got 'elo'"):

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from p2l_engine.catalog import UniqueKeys
 from p2l_engine.feedback import feedback_model
+from p2l_engine.unique_keys import UniqueKeys
 
 
 class Lora(BaseModel):

@@ -21,7 +21,7 @@ from p2l_engine.votes import Votes
 Float64 = npt.NDArray[np.float64]
 
 WORDS = ["sum", "poem", "code", "proof", "city", "joke", "river", "taxes", "chess", "salad", "orbit", "violin"]
-ETA_LEVEL = {"rk": 5.0}  # its softplus(eta - 22.5, 0.1) is then about 1.6; the others' tie parameters start at 0
+RK_ETA = 5.0  # rk's softplus(eta - 22.5, 0.1) is then about 1.6; the tie parameters of the other models start at 0
 
 
 @dataclass(slots=True)
@@ -71,7 +71,8 @@ class Simulator:
         theta = np.stack([self.base + self.effects[row].sum(0) for row in rows]).astype(np.float32)
         if not self.feedback.has_eta:
             return Coefficients(theta, None, self.models, self.feedback)
-        eta = np.array([ETA_LEVEL.get(self.feedback.name, 0.0) + self.ties[row].sum() for row in rows], np.float32)
+        level = RK_ETA if self.feedback.least_eta > -np.inf else 0.0
+        eta = np.array([level + self.ties[row].sum() for row in rows], np.float32)
         return Coefficients(theta, eta, self.models, self.feedback)
 
     def votes(self, prompts: Sequence[str], each: int, seed: int = 2) -> Votes:
@@ -84,7 +85,7 @@ class Simulator:
         rows = np.arange(len(prompt))
         if self.feedback.of_values:
             mean = theta[rows, a]
-            value = rng.poisson(np.exp(mean)).astype(np.float64) if self.feedback.name == "poisson" else rng.normal(mean)
+            value = rng.poisson(np.exp(mean)).astype(np.float64) if self.feedback.counts else rng.normal(mean)
             return Votes.make(turns, self.models, prompt, a, np.full_like(a, -1), value)
         b = (a + rng.integers(1, self.n_models, n * each)) % self.n_models
         eta = None if truth.eta is None else torch.from_numpy(truth.eta.astype(np.float64)[prompt])
@@ -95,7 +96,7 @@ class Simulator:
     def bayes_loss(self, prompts: Sequence[str]) -> float:
         """The expected loss of a vote on these prompts when theta* is known: the entropy of the outcome, over all pairs."""
         truth = self.truth(prompts)
-        if self.feedback.name == "ols":
+        if self.feedback.of_values and not self.feedback.counts:
             return 0.5 + 0.5 * float(np.log(2 * np.pi))
         if self.feedback.of_values:
             raise ValueError("feedback: the Bayes loss of counts has no closed form; compare with truth's own loss on votes")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from p2l_engine.router import Shares
+    from p2l_engine.constraints import Constraints, Shares
     from p2l_engine.routing.problem import Scope
 
 ROWS_PER_PART = 8192
@@ -67,6 +67,13 @@ class BatchConfig:
             raise ValueError(f"budget_scope: expected 'prompt' or 'batch', got {self.budget_scope!r}")
         if not 1 <= self.rows_per_part <= MAX_ROWS_PER_PART:
             raise ValueError(f"rows_per_part: expected 1 to {MAX_ROWS_PER_PART:,}, got {self.rows_per_part!r}")
+
+    @property
+    def constraints(self) -> Constraints:
+        """What the policies must satisfy."""
+        from p2l_engine.constraints import Constraints  # here: the command line reads this module's constants
+
+        return Constraints(self.budget, self.budget_scope, self.max_share, self.min_share)
 
     @property
     def over_batch(self) -> bool:

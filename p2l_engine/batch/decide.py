@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from p2l_engine.batch.deduplicator import NO_REFERENCE, DeduplicatedBlock
 from p2l_engine.coefficients import Coefficients
+from p2l_engine.constraints import Constraints
 from p2l_engine.router import Router
 from p2l_engine.routing import Policies
 from p2l_engine.routing.arrays import Float64
@@ -71,7 +72,11 @@ class Decider:
         coefficients = unique.rows(inverse)
         if policies is None:
             v = self.router.win_rates(unique)
-            solved = self.router.solve(v, self.budget) if self.price is None else at_price(v, self.router.costs, self.price)
+            solved = (
+                self.router.solve(v, Constraints(self.budget))
+                if self.price is None
+                else at_price(v, self.router.costs, self.price)
+            )
             scores = self.router.scores(unique, solved, v)[inverse]
             policies = Policies(
                 solved.indices[inverse], solved.probabilities[inverse], solved.value[inverse], solved.cost[inverse]

@@ -42,7 +42,7 @@ class Job:
                 )
         if config.state is None and not output.is_local:
             raise ValueError(f"state: expected a local folder where the output is not local ({output.shown}), got None")
-        router.solve(np.zeros((1, len(router.names))), config.budget, config.budget_scope, config.max_share, config.min_share)
+        router.solve(np.zeros((1, len(router.names))), config.constraints)
         check_files(files, config.column, config.keep)
         return cls(config, files, output, identity(config, router, files, compute))
 

@@ -195,7 +195,7 @@ class Pipeline:
         """Solves one problem over all routable rows, then writes the output block by block."""
         config, v = self.config, SpilledWinRates(self.decider, self._references)
         with self.recorder.timed("solving"):
-            solved = self.router.solve(v, config.budget, config.budget_scope, config.max_share, config.min_share)
+            solved = self.router.solve(v, config.constraints)
         self.recorder.set_prices(solved.prices)
         first = 0
         for block, references in zip(self._blocks(), self._references, strict=True):

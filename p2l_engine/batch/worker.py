@@ -16,8 +16,10 @@ from p2l_engine.batch.config import check_decision_options
 from p2l_engine.batch.decide import OUTPUT_COLUMNS, Decider
 from p2l_engine.batch.deduplicator import Deduplicator, locate
 from p2l_engine.catalog import Catalog
+from p2l_engine.chooser import Opponents
+from p2l_engine.constraints import Constraints
 from p2l_engine.engine import Engine
-from p2l_engine.router import Opponents, Router
+from p2l_engine.router import Router
 from p2l_engine.routing import Objective
 
 Columns = Mapping[str, npt.NDArray[Any]]
@@ -62,7 +64,7 @@ class Route:
         self.router = Router(engine, catalog, opponents, seed, unmatched, objective)
         self.column, self.plain_text = column, plain_text
         self.budget, self.price, self.coefficients = budget, price, coefficients
-        self.router.solve(np.zeros((1, len(self.router.names))), budget)  # refuses an infeasible budget now
+        self.router.solve(np.zeros((1, len(self.router.names))), Constraints(budget))  # refuses an infeasible budget now
 
     def __call__(self, batch: Columns) -> dict[str, npt.NDArray[Any]]:
         """The columns of the batch [n] and those of ``p2l-engine batch``: model, policy (a list of {model, probability} per

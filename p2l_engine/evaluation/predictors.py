@@ -72,10 +72,10 @@ def value_figures(
         of["marginal"] = _linear(marginal_values(feedback, training)[None], votes)
     known = votes if training is None else training
     mean = np.average(known.outcome, weights=known.weight)
-    of["constant"] = np.full(len(votes), np.log(max(mean, 1e-12)) if feedback.name == "poisson" else mean)
+    of["constant"] = np.full(len(votes), np.log(max(mean, 1e-12)) if feedback.counts else mean)
     values = torch.from_numpy(votes.outcome.astype(np.float64))
     losses = {name: _loss(feedback, linear, values) for name, linear in of.items()}
-    predicted = {name: np.exp(linear) if feedback.name == "poisson" else linear for name, linear in of.items()}
+    predicted = {name: np.exp(linear) if feedback.counts else linear for name, linear in of.items()}
 
     def figures_of(chosen: npt.NDArray[np.bool_], some: Votes) -> dict[str, Any]:
         return {n: _plain(of_values(predicted[n][chosen], losses[n][chosen], some, bootstrap, seed)) for n in of}

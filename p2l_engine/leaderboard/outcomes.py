@@ -144,7 +144,8 @@ def probabilities(feedback: FeedbackModel, theta: Tensor, eta: Tensor | None) ->
     exponentials a prompt instead of some for each pair. A tie of less than 1e-16 is 0."""
     a, b = (torch.from_numpy(index) for index in pairs(theta.shape[1]))
     known = len(feedback.outcomes)
-    if float(theta.abs().max()) > WIDEST or (eta is not None and float(eta.abs().max()) > WIDEST):
+    wide_range = float(theta.abs().max()) > WIDEST or (eta is not None and float(eta.abs().max()) > WIDEST)
+    if wide_range or not feedback.rao_kupper:
         wide = None if eta is None else eta[:, None]
         return feedback.probabilities(theta[:, a], theta[:, b], wide)[..., :known].movedim(-1, 1)
     e = theta.exp().contiguous().numpy()

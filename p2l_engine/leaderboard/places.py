@@ -121,7 +121,7 @@ class Leaderboard:
         if not share[0].sum() > 0:
             raise ValueError("weights: expected some prompts of a weight above 0 (in each bootstrap sample: take more prompts)")
         share /= share.sum(1, keepdims=True)
-        means = np.log(share @ np.exp(theta)) if c.feedback.name == "poisson" else share @ theta
+        means = np.log(share @ np.exp(theta)) if c.feedback.counts else share @ theta
         return cls.ranked(c.models, means[0], samples=list(means[1:]), level=level, wins=False)
 
     @property

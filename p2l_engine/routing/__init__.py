@@ -1,8 +1,9 @@
 """From coefficients to policies: win rates, budgets and the router's own score. Arrays in, arrays out.
 
-Every function takes numpy arrays, or torch tensors on any device, and returns the kind that it was given (tensors on the
-device of the first argument). CUDA tensors stay on their device for the Bradley-Terry win rates, one budget per prompt and the
-score (``cuda``); everything else is computed in float64 on the CPU, in the native core. N prompts, M models.
+Every function takes numpy arrays, or torch tensors on any device, and returns the same kind (tensors on the device of the first
+argument). CUDA tensors stay on their device for the Bradley-Terry win rates, one budget per prompt and the score (``cuda``);
+everything else is computed in float64 on the CPU, in the native core. Importing this package does not load torch. N prompts,
+M models.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from types import ModuleType
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from p2l_engine.errors import Infeasible, InfeasibleBudget
 from p2l_engine.native import routing as native
@@ -54,13 +54,13 @@ def win_rates(theta: Array, q: Array, objective: Objective = "bt", eta: Array | 
 
     theta [N, M] coefficients; q [M] or [N, M], non-negative, rows summing to 1. Returns v [N, M] float64, by objective:
 
-    - ``bt``: v[n, b] = sum_a q[a] sigmoid(theta[n, b] - theta[n, a]), the Bradley-Terry reading of the coefficients, whatever
-      model they were trained under: the one for which the best policy by win rate is the best by score (paper, Theorem 1);
-    - ``half-ties``: v[n, b] = sum_a q[a] (P(b wins) + P(neither wins) / 2), a tie, or "both bad", as half a win, under the
-      feedback model named (rk, rk-reparam, grk; paper, 2.2) with its tie parameters eta [N]; W + W' = 1 as for ``bt``, which it
-      equals for bt and bt-tie;
-    - ``not-bad``: v[n, b] = sigmoid(theta[n, b]), whatever q is: what published routers maximise for grk, where it is the
-      probability that b wins against the fictitious bad model of coefficient 0 that grounds the votes (paper, 2.2).
+    - ``bt``: v[n, b] = sum_a q[a] sigmoid(theta[n, b] - theta[n, a]), Bradley-Terry, whatever feedback model the coefficients
+      were trained under; only here is the best policy by win rate also the best by score (paper, Theorem 1);
+    - ``half-ties``: v[n, b] = sum_a q[a] (P(b wins) + P(neither wins) / 2) under ``feedback`` (rk, rk-reparam, grk; paper, 2.2)
+      with its tie parameters eta [N]: a tie, or "both bad", counts as half a win, so W + W' = 1. Equals ``bt`` for bt and
+      bt-tie;
+    - ``not-bad``: v[n, b] = sigmoid(theta[n, b]), whatever q is. Published routers maximise it for grk, where it is the
+      probability that b beats the fictitious bad model of coefficient 0 (paper, 2.2).
 
     CUDA tensors stay on their device for ``bt``, where the sums are float32. Raises ValueError for NaN, infinities, bad shapes,
     unknown names and missing eta.
@@ -91,7 +91,7 @@ def solve_budget(
     if cuda := _on_gpu(v):
         on_gpu: Policies = cuda.solve_budget(v, costs, budget)
         return on_gpu
-    # A service asks this for every prompt: straight to the hull.
+    # Services call this for every prompt: straight to the hull.
     w = arrays.matrix("v", v)
     row = Row("budget", arrays.costs(costs, w.shape), arrays.budgets(budget, len(w)))
     return _like(Policies(*solve_chunk(row, w, None, 0)), v)
@@ -110,7 +110,7 @@ def solve_batch_budget(
     v [N, M] or LazyWinRates; costs [M] or [N, M]; max_share and min_share [M] in [0, 1] bound each model's mean probability
     over the batch. ``dual``: exact with one row, one prompt mixed at most; with shares to a proven gap of 1e-9, at most as many
     prompts mixed as rows bind; ``highs``: one LP of N x M columns, for batches of thousands. Raises InfeasibleBudget;
-    Infeasible, with the rows that clash, where shares cannot hold.
+    Infeasible, with the conflicting rows, where shares cannot hold.
     """
     if solver not in ("dual", "highs"):
         raise ValueError(f"solver: expected 'dual' or 'highs', got {solver!r}")
@@ -127,7 +127,7 @@ def bt_score(theta: Array, q: Array, rate: Array) -> Any:
     theta [N, M]; q [M] or [N, M]; rate [N] in [0, 1], the router's win rate against q. Returns the score [N] that solves
     sum_a q[a] sigmoid(score - theta[n, a]) = rate[n]; -inf at rate 0, +inf at rate 1.
     """
-    if isinstance(rate, torch.Tensor) and rate.is_cuda and (cuda := _on_gpu(theta)):
+    if arrays.is_tensor(rate) and rate.is_cuda and (cuda := _on_gpu(theta)):
         return cuda.bt_score(theta, q, rate)
     t = arrays.matrix("theta", theta)
     r = arrays.finite("rate", arrays.to_float64("rate", rate))
@@ -139,17 +139,17 @@ def bt_score(theta: Array, q: Array, rate: Array) -> Any:
 
 
 def _on_gpu(value: object) -> ModuleType | None:
-    """The module whose kernels take ``value``: for a tensor [N, M] on a GPU; None for anything else."""
-    if not (isinstance(value, torch.Tensor) and value.is_cuda and value.ndim == 2 and 1 <= value.shape[1] <= MAX_MODELS_ON_GPU):
+    """The module with the GPU's kernels, if ``value`` is a tensor [N, M] on a GPU that they take; else None."""
+    if not (arrays.is_tensor(value) and value.is_cuda and value.ndim == 2 and 1 <= value.shape[1] <= MAX_MODELS_ON_GPU):
         return None
-    from p2l_engine.routing import cuda  # here, since Triton is not everywhere and takes a second to import
+    from p2l_engine.routing import cuda  # here: Triton is optional and takes a second to import
 
     return cuda
 
 
 def _like(policies: Policies, given: Any) -> Policies:
-    """The policies as tensors on ``given``'s device, where it is a tensor."""
-    if not isinstance(given, torch.Tensor):
+    """The policies as tensors on ``given``'s device, if it is a tensor."""
+    if not arrays.is_tensor(given):
         return policies
     columns = {name: arrays.like(getattr(policies, name), given) for name in ("indices", "probabilities", "value", "cost")}
     return replace(policies, **columns)

@@ -1,23 +1,32 @@
-"""Arrays at the door of routing: numpy or torch in, checked float64 inside, the caller's kind out."""
+"""Checked arrays: numpy or torch in, float64 inside, the caller's kind out. Does not load torch."""
 
 from __future__ import annotations
 
-from typing import Any, cast
+import sys
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, cast
 
 import numpy as np
 import numpy.typing as npt
-import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Float64 = npt.NDArray[np.float64]
-Array = npt.NDArray[Any] | torch.Tensor
+Array: TypeAlias = "npt.NDArray[Any] | Tensor"
 
 Q_TOLERANCE = 1e-6  # how far sum(q) may be from 1: float32 rounding of 500 weights stays within it
 
 
+def is_tensor(value: object) -> TypeGuard[Tensor]:
+    """Whether it is a torch tensor. There is none before the caller has imported torch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
 def to_float64(name: str, value: object) -> Float64:
-    """A contiguous float64 copy or view of ``value``; TypeError when it is no array of numbers."""
-    if isinstance(value, torch.Tensor):
-        value = value.detach().to("cpu", torch.float64).numpy()
+    """A contiguous float64 copy or view of ``value``; TypeError unless it is an array of numbers."""
+    if is_tensor(value):
+        value = value.detach().cpu().double().numpy()
     if np.asarray(value).dtype.kind not in "fiub":
         raise TypeError(f"{name}: expected an array of real numbers, got {np.asarray(value).dtype} in {type(value).__name__}")
     try:
@@ -27,17 +36,17 @@ def to_float64(name: str, value: object) -> Float64:
 
 
 def like(result: npt.NDArray[Any], given: object) -> Any:
-    """``result`` as a tensor on ``given``'s device when ``given`` is a tensor, else as it is."""
-    return torch.from_numpy(result).to(given.device) if isinstance(given, torch.Tensor) else result
+    """``result``, as a tensor on ``given``'s device if ``given`` is a tensor."""
+    return sys.modules["torch"].from_numpy(result).to(given.device) if is_tensor(given) else result
 
 
 def to_numpy(value: object) -> npt.NDArray[Any]:
-    """``value`` as it is, in numpy: memmaps stay on disk."""
-    return value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asanyarray(value)
+    """``value`` as a numpy array of its own dtype; memmaps stay on disk."""
+    return value.detach().cpu().numpy() if is_tensor(value) else np.asanyarray(value)
 
 
 def finite(name: str, array: Float64, start: int = 0) -> Float64:
-    """``array``, or a ValueError that names the first entry that is NaN or infinite; its rows count from ``start``."""
+    """``array``; ValueError with the first entry that is NaN or infinite. ``start``: the number of its first row."""
     if not np.isfinite(array).all():
         place = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
         shown = [place[0] + start, *place[1:]]
@@ -54,7 +63,8 @@ def check_matrix(name: str, array: npt.NDArray[Any]) -> None:
 
 
 def amounts(name: str, value: object, shape: tuple[int | None, int]) -> npt.NDArray[Any]:
-    """What each model uses of something, [M] float64 or [N, M] as it came (memmaps stay on disk): finite and >= 0."""
+    """What each model uses of a resource, finite and >= 0: [M] as float64, or [N, M] in its own dtype (memmaps stay on
+    disk)."""
     array = to_numpy(value)
     if array.ndim < 2:
         array = to_float64(name, array)
@@ -91,7 +101,7 @@ def per_model(name: str, value: object, shape: tuple[int, int]) -> Float64:
 
 
 def opponents(value: object, shape: tuple[int, int], name: str = "q") -> Float64:
-    """q as [M] or [N, M]: non-negative rows that sum to 1 within 1e-6, scaled to sum to 1 to the last bit or two."""
+    """q as [M] or [N, M]: non-negative rows that sum to 1 within 1e-6, rescaled to sum to 1 within rounding."""
     q = per_model(name, value, shape)
     if q.min(initial=0.0) < 0:
         place = tuple(int(i) for i in np.argwhere(q < 0)[0])
@@ -113,7 +123,7 @@ def costs(value: object, shape: tuple[int, int]) -> Float64:
 
 
 def budgets(value: object, n_prompts: int, name: str = "budget") -> Float64:
-    """One bound per prompt [N]; None, or +inf, stands for no bound."""
+    """One bound per prompt [N]; None or +inf is no bound."""
     if value is None:
         return np.full(n_prompts, np.inf)
     if isinstance(value, bool | str):

@@ -1,4 +1,4 @@
-"""A batch under rows of its own, and the equal prompts in it."""
+"""A batch under rows over it, and its groups of equal prompts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Batch:
 
     @classmethod
     def of_all(cls, values: Values, rows: Sequence[Row], allowed: Mask | None) -> Batch:
-        """Every prompt, once. The values are read several times, so those of an iterator are refused."""
+        """Every prompt with weight 1. Refuses values from an iterator, since they are read several times."""
         if values.shape[0] is None:
             values.take(slice(0))
         return cls(values, tuple(rows), allowed, np.ones(values.shape[0] or 0))
@@ -37,13 +37,13 @@ class Batch:
         return len(self.weights)
 
     def of(self, prompts: Indices, weights: Float64 | None = None) -> Batch:
-        """Some of the prompts, their values in memory."""
+        """These prompts, with their values in memory."""
         mask = None if self.allowed is None else np.ascontiguousarray(self.allowed[prompts])
         rows = tuple(row.of(prompts) for row in self.rows)
         return Batch(ArrayValues(self.values.take(prompts)), rows, mask, self.weights[prompts] if weights is None else weights)
 
     def used(self, prompts: Indices, choice: npt.NDArray[np.int32], weights: Float64) -> Float64:
-        """What these prompts' chosen models use of each row, in weighted sum [K]."""
+        """The weighted sum of what these prompts' chosen models use of each row, [K]."""
         counts = np.bincount(choice, weights, minlength=self.values.shape[1])
         sums = (counts @ row.amounts if row.shared else weights @ row.amounts[prompts, choice] for row in self.rows)
         return np.array([float(total) for total in sums])
@@ -58,8 +58,8 @@ class Groups:
     group: Indices
 
     def spread(self, indices: npt.NDArray[np.int32], probabilities: Float64) -> tuple[npt.NDArray[np.int32], Float64]:
-        """The groups' policies [G, W] to those of the prompts [N, W]: within a group, in the prompts' order, whole prompts as
-        far as possible; where a group mixes j models, at most j - 1 of its prompts do."""
+        """From the groups' policies [G, W] to those of the prompts [N, W], in the prompts' order within a group. A prompt gets
+        a single model where possible; of a group that mixes j models, at most j - 1 prompts are mixed."""
         order = np.argsort(self.group, kind="stable")
         starts = np.concatenate([[0], np.cumsum(self.sizes)[:-1]])
         place = np.empty(len(self.group))
@@ -73,9 +73,9 @@ class Groups:
 
 
 def equal_prompts(batch: Batch) -> Groups | None:
-    """Prompts with equal values, amounts and allowed models, where they are so many that solving once for all pays.
+    """Groups of prompts with equal values, amounts and allowed models; None if grouping would save less than half the prompts.
 
-    Their best models change all at the same multipliers: left apart, nearly all would be open in the LP.
+    The best models of equal prompts change at the same dual prices: ungrouped, nearly all would be open in the LP.
     """
     m = batch.values.shape[1]
     rng = np.random.default_rng(m)
@@ -94,7 +94,7 @@ def equal_prompts(batch: Batch) -> Groups | None:
     _, first, group, sizes = np.unique(np.concatenate(keys), return_index=True, return_inverse=True, return_counts=True)
     if len(first) > len(batch) / 2:
         return None
-    # Keys may collide, though hardly ever: equal keys must mean equal prompts.
+    # Keys may collide: check that equal keys are equal prompts.
     start = 0
     for v in batch.values.chunks():
         some = slice(start, start + len(v))

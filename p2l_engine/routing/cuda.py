@@ -1,7 +1,6 @@
-"""The stages that stay on the card where their arrays are there: win rates, one budget per prompt, the score.
+"""The stages that stay on a GPU when their arrays are there: win rates, one budget per prompt, the score.
 
-Kernels of ``p2l_engine.kernels``; the rest of routing goes through the CPU. Each function waits for the device once, to say
-what is wrong with its arguments.
+They run ``p2l_engine.kernels``; the rest of routing runs on the CPU. Each function synchronises once, to check its arguments.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ def win_rates(theta: Tensor, q: object) -> Tensor:
 
 
 def solve_budget(v: Tensor, costs: object, budget: object) -> Policies:
-    """``routing.solve_budget`` with the solver ``frontier``; the same optimum, of equal ones maybe another."""
+    """``routing.solve_budget`` with the solver ``frontier``; the same optimum, or another one of equal value."""
     w = _finite("v", v)
     amounts = torch.from_numpy(arrays.costs(costs, _shape(w))).to(w.device)
     limits = torch.from_numpy(arrays.budgets(budget, len(w))).to(w.device)
@@ -42,7 +41,7 @@ def solve_budget(v: Tensor, costs: object, budget: object) -> Policies:
 
 
 def bt_score(theta: Tensor, q: object, rate: Tensor) -> Tensor:
-    """``routing.bt_score``; rate [N] is on the device too, within [0, 1] but for rounding."""
+    """``routing.bt_score``; rate [N], also on the device, is within [0, 1] up to rounding."""
     t = _finite("theta", theta)
     weights = torch.from_numpy(arrays.opponents(q, _shape(t))).to(t.device)
     with torch.cuda.device_of(t):
@@ -52,11 +51,11 @@ def bt_score(theta: Tensor, q: object, rate: Tensor) -> Tensor:
 def policies(
     theta: Tensor, v: Tensor, columns: Tensor, costs: Tensor, limits: Tensor, q: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """From win rates to scores without waiting for the device: what a router does with a batch that is on the card.
+    """From win rates to scores without synchronising: what a router does with a batch on the GPU.
 
-    theta and v [N, M] float32; columns [K]: those that may be chosen; costs [K], limits [N] and q [M] float64. Returns indices
-    [N, 2], probabilities [N, 2], value, cost and score [N], and whether all of theta [N] is finite; where cost > limits, the
-    budget was infeasible.
+    theta and v [N, M] float32; columns [K]: the models that may be chosen; costs [K], limits [N] and q [M] float64. Returns
+    indices [N, 2], probabilities [N, 2], value, cost and score [N], and whether all of theta [N] is finite; where cost >
+    limits, the budget was infeasible.
     """
     smallest = costs.min()
     limits = torch.where((limits < smallest) & (limits >= smallest * (1 - SLACK)), smallest, limits)

@@ -1,18 +1,18 @@
-"""Several rows over a whole batch, to a proven gap: sifting on the multipliers.
+"""Several rows over a whole batch, to a proven gap: sifting on the dual prices.
 
-Given multipliers of the K rows, every prompt's best model is one pass of C (the pricing step), and the sum of their reduced
-values bounds the optimum from above, whatever the multipliers are (weak duality). Nearly all prompts prefer one model clearly;
-only those whose best two are nearly level decide how the rows are met. So HiGHS solves LPs of these few, with the others held
-at their best model, and its multipliers price the next pass:
+Given dual prices of the K rows, one pass in C finds every prompt's best model (the pricing step), and the sum of their reduced
+values is an upper bound on the optimum (weak duality). Nearly all prompts clearly prefer one model; only those whose best two
+are nearly level decide how the rows are met. So HiGHS solves LPs over these few, the others fixed at their best model, and its
+dual prices start the next pass:
 
-1. The window of undecided prompts starts as the whole batch. An LP of a sample of it, weighted up to the whole window, moves
-   the multipliers; the window shrinks around them, round by round, and widens where it cannot meet the rows. Multipliers that
-   do not lower the bound are not taken.
-2. When the window is small enough, its LP is exact and gives policies. When they are worth as much as the bound, they are
-   optimal; else the window grows.
+1. The window of undecided prompts starts as the whole batch. An LP over a sample of it, weighted up to the whole window, moves
+   the dual prices; the window shrinks around them each round, and widens if it cannot meet the rows. Dual prices that do not
+   lower the bound are rejected.
+2. Once the window is small enough, its LP is exact and gives policies. They are optimal if their value reaches the bound;
+   otherwise the window grows.
 
-Rows are elastic, at a penalty that rises while they are exceeded: every LP has a solution, and where the rows clash, the
-multipliers come to prove it.
+Rows are elastic, at a penalty that rises while they are exceeded, so every LP has a solution; if the rows are infeasible, the
+dual prices end up proving it (Farkas).
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ from p2l_engine.native import routing as native
 from p2l_engine.routing import highs
 from p2l_engine.routing.arrays import Float64
 from p2l_engine.routing.batch import Batch, equal_prompts
-from p2l_engine.routing.highs import Clash, SolverError
+from p2l_engine.routing.highs import NoPolicy, SolverError
 from p2l_engine.routing.problem import Row
 from p2l_engine.routing.values import Values
 
 Mask = npt.NDArray[np.bool_]
 Indices = npt.NDArray[np.intp]
 
-GAP = 1e-9  # the gap at which policies count as optimal, relative where the mean value exceeds 1
+GAP = 1e-9  # policies within it count as optimal; relative where the mean value exceeds 1
 ROUNDING = 1e-9  # relative: how far a row may be exceeded
 ROUNDS = 60
-PENALTY = 10.0  # of exceeding a row by its bound, at first, in terms of the values' range
-OPEN = 1500  # prompts of an LP: HiGHS takes tenths of a second for so many, and much more than in proportion for more
-SHRINK = 3  # the next window is so many times smaller
-NOISE = 1e-7  # of the values' range: tells models apart that many prompts value alike
-LEEWAY = 4.0  # open prompts keep the models within so many times the largest lead of the window
+PENALTY = 10.0  # the first penalty of exceeding a row by its bound, in units of the values' range
+OPEN = 1500  # prompts of an LP: HiGHS takes tenths of a second, and its time grows faster than their number
+SHRINK = 3  # the factor by which the window shrinks
+NOISE = 1e-7  # of the values' range: breaks ties between models that many prompts value alike
+LEEWAY = 4.0  # open prompts keep the models within this multiple of the window's largest lead
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Optimum:
-    """indices, probabilities [N, W]; prices [K]; gap: a bound on the mean value that is lost (absolute)."""
+    """indices, probabilities [N, W]; prices [K]: dual prices; gap: a bound on the mean value lost (absolute)."""
 
     indices: npt.NDArray[np.int32]
     probabilities: Float64
@@ -57,8 +57,8 @@ class Optimum:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Priced:
-    """Every prompt's best model at some multipliers and noise: best [N], its reduced value without the noise [N], the most that
-    any model's is [N], and its lead over the runner-up [N]."""
+    """Every prompt's best model at given dual prices and noise: best [N], its reduced value without the noise [N], the highest
+    reduced value of any model [N], and its lead over the runner-up [N]."""
 
     best: npt.NDArray[np.int32]
     reduced: Float64
@@ -69,7 +69,7 @@ class Priced:
 @dataclass(frozen=True, slots=True, eq=False)
 class Found:
     """Policies: choice [N], the model of every prompt that is not open; the open ones [n], the columns [n, M] that their LP
-    may use, and its solution x [n, M]. value: in the mean, less what elastic rows cost; excess [K]: of the rows, in sum."""
+    may use, and its solution x [n, M]. value: the mean, less the penalties; excess [K] over the rows' bounds, in sum."""
 
     choice: npt.NDArray[np.int32]
     open: Indices
@@ -84,7 +84,7 @@ def solve(
 ) -> Optimum:
     """The best policies under the rows (amounts.p <= bound in the mean), to a gap of ``gap``.
 
-    At most K prompts are mixed for K binding rows. Raises Clash when no policy satisfies the rows, SolverError (with the gap
+    At most K prompts are mixed for K binding rows. Raises NoPolicy when no policy satisfies the rows, SolverError (with the gap
     that was reached) at the time limit or when rounding keeps the gap open.
     """
     deadline = np.inf if time_limit is None else time.monotonic() + time_limit
@@ -135,19 +135,19 @@ def _sift(batch: Batch, deadline: float, gap: float) -> tuple[Found, Float64, fl
         if better:
             bound, best_prices, best = value, prices, priced
             if exceeded and _impossible(batch, prices, bounds):
-                raise Clash
+                raise NoPolicy
         if found is not None:
             reached = max(bound - found.value, 0.0)
             if reached <= gap * max(1.0, abs(found.value)):
                 if not exceeded:
                     return found, best_prices, reached
-                # The best trade of value against excess at this penalty; the rows, if they can be met, cost more.
+                # Optimal at this penalty: if the rows can be met, that takes a higher one.
                 if penalty > largest:
-                    raise Clash
+                    raise NoPolicy
                 penalty *= 100
             window, limit, noise = min(n, 2 * window), 2 * limit, noise / 10
         else:
-            # A window that cannot meet the rows is too small, or the penalty is; one that can has told what it knows.
+            # Infeasible: widen the window, or raise the penalty if it is whole. Feasible: shrink it.
             if exceeded and window == n:
                 penalty = min(100 * penalty, largest)
             window = min(n, SHRINK * window) if exceeded else max(min(n, limit), window // SHRINK)
@@ -167,21 +167,21 @@ def _sift(batch: Batch, deadline: float, gap: float) -> tuple[Found, Float64, fl
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Open:
-    """The prompts that an LP decides: which [n], their weights [n]; their values, those with noise, and the columns that the LP
+    """The prompts that an LP decides [n], their weights [n]; their values, the values with noise, and the columns that the LP
     may use, all [n, M]."""
 
     prompts: Indices
     weights: Float64
     v: Float64
-    told_apart: Float64
+    noisy: Float64
     columns: Mask
 
 
 def _open(
     batch: Batch, prices: Float64, priced: Priced, near: Indices, found: Found | None, sample: Indices | None, noise: float
 ) -> Open:
-    """The window's prompts, or a sample that stands for them, each with the models that come near its best; with those of the
-    last exact LP and the prompts that have changed their mind since."""
+    """The window's prompts, or a weighted sample of them, each with the models near its best; without a sample also the prompts
+    and models of the last exact LP, and the prompts whose best model has changed since."""
     width = LEEWAY * float(priced.lead[near].max()) if 2 * len(near) <= len(batch) else np.inf
     if sample is not None:
         prompts = np.sort(sample)
@@ -194,44 +194,44 @@ def _open(
         prompts = np.sort(near)
         weights = batch.weights[prompts]
     v = batch.values.take(prompts)
-    told_apart = v + noise * native.noise_of(prompts, v.shape[1]) if noise else v
+    noisy = v + noise * native.noise_of(prompts, v.shape[1]) if noise else v
     rows = [row.of(prompts) for row in batch.rows]
     usable = np.ones(v.shape, bool) if batch.allowed is None else batch.allowed[prompts]
     if width == np.inf:
-        return Open(prompts, weights, v, told_apart, native.undominated(told_apart, [row.amounts for row in rows], usable))
-    reduced = np.where(usable, told_apart, -np.inf)
+        return Open(prompts, weights, v, noisy, native.undominated(noisy, [row.amounts for row in rows], usable))
+    reduced = np.where(usable, noisy, -np.inf)
     for p, row in zip(prices, rows, strict=True):
         reduced -= p * row.amounts
     columns = usable & (reduced >= reduced.max(axis=1, keepdims=True) - width)
     if found is not None and sample is None:
         columns[np.searchsorted(prompts, found.open)] |= found.columns
         columns[np.arange(len(prompts)), found.choice[prompts]] = True
-    return Open(prompts, weights, v, told_apart, columns)
+    return Open(prompts, weights, v, noisy, columns)
 
 
 def _improve(
     batch: Batch, prices: Float64, priced: Priced, opened: Open, penalty: Float64, time_limit: float
 ) -> tuple[Found, Float64]:
-    """The LP of the open prompts, every other one at its best model: its policies, and its multipliers.
+    """The policies and dual prices of the LP over the open prompts, every other prompt fixed at its best model.
 
-    What the others use is what all use less what the open ones do, as they are weighted: so a sample's LP meets the rows' true
-    misfit, and only how prompts respond to prices is an estimate.
+    The use of the others is that of all less the weighted use of the open ones. So a sample's LP sees the rows' true excess,
+    and only how prompts respond to dual prices is estimated.
     """
     every, total = np.arange(len(batch)), float(batch.weights.sum())
     best = priced.best[opened.prompts]
     rest = batch.used(every, priced.best, batch.weights) - batch.used(opened.prompts, best, opened.weights)
     value = float(batch.weights @ priced.reduced - opened.weights @ priced.reduced[opened.prompts] + prices @ rest)
-    rooms = np.array([total * float(row.bound) for row in batch.rows]) - rest
+    totals = np.array([total * float(row.bound) for row in batch.rows]) - rest
     rows = [row.of(opened.prompts) for row in batch.rows]
     limit = None if time_limit == np.inf else time_limit
-    solved = highs.solve_block(opened.told_apart, (), rows, opened.columns, rooms, penalty, opened.weights, limit)
+    solved = highs.solve_block(opened.noisy, (), rows, opened.columns, totals, penalty, opened.weights, limit)
     value += float((solved.x * opened.v).sum() - penalty @ solved.excess)
     return Found(priced.best, opened.prompts, opened.columns, solved.x, value / total, solved.excess), solved.prices
 
 
 def _impossible(batch: Batch, prices: Float64, bounds: Float64) -> bool:
-    """Whether these multipliers prove that no policy satisfies the rows: what any policy uses of their weighted sum, at the
-    least, exceeds the weighted sum of the bounds (Farkas)."""
+    """Whether these dual prices prove that no policy satisfies the rows: the least that any policy uses of the rows' weighted
+    sum exceeds the weighted sum of the bounds (Farkas)."""
     least = -float(batch.weights @ price(batch, prices, weight=0.0).most) / float(batch.weights.sum())
     return least - float(prices @ bounds) > ROUNDING * float(prices @ np.abs(bounds))
 
@@ -246,5 +246,5 @@ def _policies(found: Found) -> tuple[npt.NDArray[np.int32], Float64]:
 
 
 def unit(row: Row) -> float:
-    """What a row is measured in: its bound, or its largest amount where the bound is 0."""
+    """The scale of a row: its bound, or its largest amount where the bound is 0."""
     return abs(float(row.bound)) or float(np.abs(row.amounts).max()) or 1.0

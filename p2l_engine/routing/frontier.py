@@ -1,4 +1,4 @@
-"""The whole curve of cost against win rate that one batch can have, all budgets at once."""
+"""The cost and win rate of a batch under every budget at once."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Frontier:
     """The best mean value for every mean cost: a concave polygon.
 
     cost [S] and value [S], both rising: its vertices, from every prompt at its cheapest to every prompt at its best. price [S]:
-    what one more unit of cost is worth just below that vertex (inf at the first). model_cost and model_value [M]: what every
-    model alone would give, all below the curve; NaN for a model that some prompts may not use.
+    the dual price just below that vertex, value per unit of cost (inf at the first). model_cost and model_value [M]: of every
+    model alone, all below the curve; NaN for a model that some prompts may not use.
     """
 
     cost: Float64
@@ -35,7 +35,7 @@ class Frontier:
         return value if value.ndim else float(value)
 
     def thinned(self, points: int = 1000) -> Frontier:
-        """At most so many vertices, spread evenly over the cost and the value: enough for a plot."""
+        """At most ``points`` vertices, spread evenly over cost and value, for a plot."""
         if len(self.cost) <= points:
             return self
         reach = _share(self.cost) + _share(self.value)
@@ -46,8 +46,8 @@ class Frontier:
 def frontier(v: Array | Values, costs: Array, allowed: Array | None = None) -> Frontier:
     """The frontier of a batch: v [N, M] or LazyWinRates, costs [M] or [N, M], allowed [N, M]; N >= 1.
 
-    Every step of every prompt's hull by falling slope, summed up: O(N M) for the hulls and one sort of their steps. The same
-    optima as ``solve_batch_budget``'s (paper, (6) over a batch).
+    Sums the steps of all prompts' hulls by falling slope: O(N M) for the hulls and one sort of their steps. The same optima as
+    ``solve_batch_budget``'s (paper, (6) over a batch).
     """
     problem = Problem(v, costs, allowed=allowed)
     sums = _ModelSums(problem)
@@ -65,7 +65,7 @@ def frontier(v: Array | Values, costs: Array, allowed: Array | None = None) -> F
 
 
 class _ModelSums(Values):
-    """A problem's values, which adds up each model's cost and value as they go by: one pass serves all."""
+    """A problem's values; reading them also sums up each model's cost and value, so that one pass serves both."""
 
     def __init__(self, problem: Problem) -> None:
         self.problem, self.shape = problem, problem.values.shape
@@ -89,5 +89,5 @@ class _ModelSums(Values):
 
 
 def _share(rising: Float64) -> Float64:
-    """A rising curve from 0 to 1."""
+    """A rising curve rescaled to 0 to 1."""
     return np.asarray((rising - rising[0]) / (rising[-1] - rising[0] or 1.0))

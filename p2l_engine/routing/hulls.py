@@ -1,4 +1,4 @@
-"""The prompts' upper concave hulls, and what one row over the batch makes of them: exact, however many prompts."""
+"""The prompts' upper concave hulls, and the exact solution under one row over the batch."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from p2l_engine.routing.values import Values
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Hulls:
-    """Hulls of N prompts in the plane of amounts and value, one behind the other.
+    """Upper hulls of N prompts in the plane of amount and value, concatenated.
 
     Prompt n's vertices, by rising amount and value, are offsets[n] to offsets[n + 1] (int64 [N + 1]) of models (int32), cost
-    and value (float64): all that a batch budget needs to know of a prompt, some 20 bytes a vertex.
+    and value (float64), 20 bytes a vertex.
     """
 
     offsets: npt.NDArray[np.int64]
@@ -52,10 +52,10 @@ class Hulls:
     def within(self, bound: float) -> tuple[npt.NDArray[np.int32], Float64, Float64, Float64, float]:
         """The best policies of a mean amount <= bound, at least ``smallest``; at most one prompt is mixed.
 
-        indices [N, 2], probabilities [N, 2], value [N], cost [N] and the price: what one more unit of the bound is worth.
+        indices [N, 2], probabilities [N, 2], value [N], cost [N] and the dual price of the bound.
         """
-        room = np.inf if bound == np.inf else len(self) * (bound - self.smallest)
-        price, left = native.select_steps(self.offsets, self.cost, self.value, max(room, 0.0))
+        slack = np.inf if bound == np.inf else len(self) * (bound - self.smallest)
+        price, left = native.select_steps(self.offsets, self.cost, self.value, max(slack, 0.0))
         return (*native.take_steps(self.offsets, self.models, self.cost, self.value, price, left), price)
 
     def steps(self) -> tuple[Float64, Float64, Float64]:

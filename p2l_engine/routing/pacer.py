@@ -1,4 +1,4 @@
-"""A mean budget over a stream: prompts one by one, without knowing those to come."""
+"""A mean budget over a stream of prompts that come one by one."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from p2l_engine.routing.values import Values
 
 logger = logging.getLogger(__name__)
 
-FIRST_PRICE = 0.05  # without a learned price: one budget's worth of extra cost must buy 5 points of win rate
-LEAST_PRICE = 1e-3  # likewise: the price of a budget that did not bind in the past
-GAIN = 8.0  # a horizon's worth of credit lowers the price by so many e-folds
-FASTEST = 0.05  # of log price per prompt: one dear prompt may not swing it further
+FIRST_PRICE = 0.05  # of one budget, without a learned price: extra cost of one budget must add 5 points of win rate
+LEAST_PRICE = 1e-3  # of one budget: the price where the budget did not bind in the past
+GAIN = 8.0  # a credit of one horizon lowers the log price by this much
+FASTEST = 0.05  # the largest change of the log price per prompt: limits what one expensive prompt does
 
 
 class BudgetPacer:
-    """Routes each prompt by one argmax, v - price * cost, and moves the price so that the mean cost holds the budget.
+    """Routes each prompt by the argmax of v - price * cost, and adapts the price so that the mean cost meets the budget.
 
-    With the best price in hindsight this is the optimum of the batch budget but for one mixed prompt (the Lagrangian of
-    ``solve_batch_budget``). The price is set by a proportional-integral controller on the credit, the budget of all prompts so
-    far less what they cost: log price = learned - gain * credit / budget, where ``learned`` follows the credit's integral, at
-    critical damping. Nothing is random: the same stream gives the same choices.
+    At the best price in hindsight this is the optimum under the batch budget, except for one mixed prompt (the Lagrangian of
+    ``solve_batch_budget``). A proportional-integral controller sets the price from the credit, the budget of all prompts so
+    far less their cost: log price = learned - gain * credit / budget, where ``learned`` follows the integral of the credit, at
+    critical damping. It is deterministic: the same stream gives the same choices.
 
     budget: mean cost per prompt, > 0. price: win rate per unit of cost (``solve_batch_budget(...).prices["budget"]`` of past
-    traffic, or ``BudgetPacer.learned``). horizon: prompts over which a drift is worked off, about. What was not spent while
-    even the best models cost less than the budget is spent later. Thread-safe.
+    traffic, or ``BudgetPacer.learned``). horizon: about how many prompts it takes to correct a drift. Budget left unspent while
+    even the best models cost less is spent later. Thread-safe.
     """
 
     def __init__(self, budget: float, price: float | None = None, horizon: int = 500) -> None:
@@ -77,7 +77,7 @@ class BudgetPacer:
         return chosen
 
     def settle(self, difference: float) -> None:
-        """What a prompt cost in the end beyond the cost that ``choose`` was given (negative: less)."""
+        """Adds what a prompt really cost beyond the cost given to ``choose`` (negative: less)."""
         if not math.isfinite(difference):
             raise ValueError(f"difference: expected a finite amount, got {difference!r}")
         with self._lock:
@@ -86,7 +86,7 @@ class BudgetPacer:
 
     @property
     def price(self) -> float:
-        """What a unit of cost must buy now, in win rate."""
+        """The current price: the win rate that one unit of cost must add."""
         with self._lock:
             return self._price()
 
@@ -106,7 +106,7 @@ class BudgetPacer:
         return self._spent / self._count if self._count else math.nan
 
     def save(self, path: str | Path) -> None:
-        """The state as JSON, written whole or not at all."""
+        """Writes the state as JSON, atomically."""
         with self._lock:
             state = {"budget": self.budget, "horizon": self.horizon, "learned": self._learned, "credit": self._credit}
             state |= {"spent": self._spent, "count": self._count}
@@ -117,7 +117,7 @@ class BudgetPacer:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """A pacer that goes on where the saved one was. Raises ValueError for a file that is none."""
+        """A pacer that continues from a saved state. Raises ValueError for any other file."""
         try:
             state: Any = json.loads(Path(path).read_text(encoding="utf-8"))
             pacer = cls(state["budget"], horizon=state["horizon"])
@@ -137,14 +137,14 @@ class BudgetPacer:
         self._count += 1
         self._spent += cost
         self._credit += 1 - cost / self.budget
-        # Where no price would have chosen otherwise, learning from the credit would only wind the price up.
+        # Where no price would change the choice, learning from the credit would only wind the price up.
         if not saturated:
             gain = GAIN / self.horizon
             self._learned -= max(-FASTEST, min(FASTEST, gain * gain / 4 * self._credit))
         if self._credit < -10 * self.horizon and saturated and not self._warned:
             self._warned = True
             logger.warning(
-                "BudgetPacer: %d prompts cost %.4g in the mean for a budget of %.4g, and cheaper models are not to be had: "
+                "BudgetPacer: %d prompts cost %.4g on average for a budget of %.4g, though the cheapest models were chosen: "
                 "the budget may be infeasible for this traffic",
                 self._count, self.mean_cost, self.budget,
             )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a routing LP maximises, and under which rows."""
+"""A routing LP: its objective and its rows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Scope = Literal["prompt", "batch"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Resource:
-    """An upper bound on what policies use of something beside money: seconds, tokens, grams of carbon.
+    """An upper bound on what policies use of a resource other than money: seconds, tokens, grams of carbon.
 
     amounts [M], or [N, M] where they depend on the prompt, >= 0. bound: in scope "prompt" every prompt's expected amount stays
     within it (a number, or [N]); in scope "batch" the mean over the prompts does (a number).
@@ -42,7 +42,7 @@ class Share:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Row:
-    """amounts.p <= bound, for every prompt or in the mean over the batch; a ``min_share`` comes negated.
+    """amounts.p <= bound, for every prompt or in the mean over the batch; a ``min_share`` is stored negated.
 
     amounts [M] or [N, M]; bound a number, or [N] for a prompt row.
     """
@@ -63,7 +63,7 @@ class Row:
         return Row(self.name, amounts, self.bound[prompts] if np.ndim(self.bound) else self.bound, self.negated)
 
     def stated(self) -> str:
-        """The row as its user stated it; the tightest bound where prompts have their own."""
+        """The row as the user wrote it; with the tightest bound where prompts have their own."""
         bound = float(np.min(self.bound)) * (-1.0 if self.negated else 1.0)
         return f"{self.name} {'= ' if 'share of ' in self.name else '<= '}{bound:g}"
 
@@ -72,11 +72,11 @@ class Row:
 class Problem:
     """Maximise the mean over N prompts of v[n].p[n], over policies p[n] on M models, under the rows given here.
 
-    value: v [N, M], or LazyWinRates. costs [M] or [N, M], >= 0; None: nothing costs anything. budget bounds every prompt's
+    value: v [N, M], or LazyWinRates. costs [M] or [N, M], >= 0; None: all 0. budget bounds every prompt's
     expected cost (a number, or [N]) or, with budget_scope "batch", their mean (a number); None: no budget. resources: further
-    bounds of either scope. shares: over the batch. allowed [N, M] (or [M]) bool: which models each prompt may use at all; None:
-    all. Raises ValueError and TypeError for bad shapes and values, with the name of the argument. What solvers read is checked
-    once, when the problem is made: values, amounts (the costs), mask, prompt_rows and batch_rows.
+    bounds of either scope. shares: over the batch. allowed [N, M] (or [M]) bool: which models each prompt may use; None: all.
+    Raises ValueError and TypeError for bad shapes and values, naming the argument. The fields that solvers read are checked
+    once, on construction: values, amounts (the costs), mask, prompt_rows and batch_rows.
     """
 
     value: Array | Values
@@ -109,7 +109,7 @@ class Problem:
             if not isinstance(resource, Resource):
                 raise TypeError(f"resources[{i}]: expected a Resource, got {type(resource).__name__}")
             if resource.name in names:
-                raise ValueError(f"resources[{i}].name: expected a name of its own, got {resource.name!r} once more")
+                raise ValueError(f"resources[{i}].name: expected a name of its own, got {resource.name!r} twice")
             names.add(resource.name)
             amounts = arrays.amounts(resource.name, resource.amounts, shape)
             scope = _scope(f"resources[{i}].scope", resource.scope)
@@ -124,7 +124,7 @@ class Problem:
         object.__setattr__(self, "amounts", costs)
         object.__setattr__(self, "mask", _allowed(self.allowed, shape))
         object.__setattr__(self, "values", values)
-        # Rows that cannot bind are left out: fewer rows, simpler solvers.
+        # Rows that cannot bind are left out, so that a simpler solver may do.
         object.__setattr__(self, "prompt_rows", tuple(row for row in rows["prompt"] if np.isfinite(row.bound).any()))
         object.__setattr__(self, "batch_rows", tuple(row for row in rows["batch"] if np.isfinite(row.bound)))
 

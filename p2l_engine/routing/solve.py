@@ -1,4 +1,4 @@
-"""One door for every routing problem: to the cheapest solver that is exact for its rows."""
+"""Chooses the cheapest exact solver for a routing problem."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from p2l_engine.native import routing as native
-from p2l_engine.routing import clash, dual, highs
+from p2l_engine.routing import conflicts, dual, highs
 from p2l_engine.routing.arrays import Float64
 from p2l_engine.routing.highs import SolverError
 from p2l_engine.routing.hulls import Hulls
@@ -18,19 +18,19 @@ from p2l_engine.routing.problem import Problem, Row, expected
 
 Solver = Literal["auto", "frontier", "dual", "highs"]
 
-SLACK = 1e-12  # relative: a bound this close under the smallest feasible one is a rounding of it
-HIGHS_SLACK = 1e-6  # the same where HiGHS found that smallest one
+SLACK = 1e-12  # relative: a bound this close below the smallest feasible one counts as equal to it
+HIGHS_SLACK = 1e-6  # relative: how far HiGHS may exceed a row
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Policies:
     """The policies of N prompts.
 
-    indices [N, W] int32: the models each policy mixes, W >= 2; an unused place repeats the first model.
+    indices [N, W] int32: the models each policy mixes, W >= 2; an unused entry repeats the first model.
     probabilities [N, W]: rows sum to 1, 0 where unused. value [N]: expected value. cost [N]: expected cost.
-    solver and why: which solver found them, and why that one. prices {row: multiplier}: what one more unit of a batch row's
-    bound adds to the mean value (one more dollar of mean cost, 1.0 more of share), >= 0; for min_share what one less is worth.
-    gap: a bound on the mean value lost to the optimum; 0 where the solver is exact.
+    solver and why: which solver found them, and why that one. prices {row: dual price}: what one more unit of a batch row's
+    bound (a dollar of mean cost, 1.0 of share) adds to the mean value, >= 0; for min_share, what one unit less adds.
+    gap: an upper bound on the mean value lost to the optimum; 0 where the solver is exact.
     """
 
     indices: Any
@@ -46,16 +46,16 @@ class Policies:
 def solve(problem: Problem, solver: Solver = "auto", time_limit: float | None = None) -> Policies:
     """The optimal policies. At most R + 1 models for a prompt of R rows; at most K mixed prompts beyond that for K batch rows.
 
-    ``auto`` takes the cheapest exact solver and says which (``solver``, ``why``):
+    ``auto`` chooses the cheapest exact solver and reports it (``solver``, ``why``):
 
-    - ``frontier``: at most one row for each prompt: its upper concave hull, in C (paper, (6));
-    - ``dual``: rows over the batch alone. One: all prompts' hull steps by falling slope until it is used up, exact;
-      several: sifting on the multipliers, to a proven ``gap`` of 1e-9;
-    - ``highs``: several rows for each prompt, or rows of both scopes: HiGHS. Also takes all that the others do.
+    - ``frontier``: at most one row for each prompt; the upper concave hull, in C (paper, (6));
+    - ``dual``: only rows over the batch. One row: the steps along all prompts' hulls by falling slope until it is used up,
+      exact; several: sifting on the dual prices, to a proven ``gap`` of 1e-9;
+    - ``highs``: several rows for each prompt, or rows of both scopes; HiGHS. It takes every other problem too.
 
-    time_limit: seconds, for ``dual`` with several rows and ``highs``; SolverError beyond it, with the gap that was reached.
-    Raises Infeasible (InfeasibleBudget, where the budget is one of the clashing rows) with the rows that clash and the nearest
-    feasible bound; ValueError for a solver that cannot take the problem.
+    time_limit: seconds, for ``dual`` with several rows and ``highs``. Raises SolverError beyond it, with the gap reached;
+    Infeasible (InfeasibleBudget where the budget is one of the conflicting rows), with an irreducible infeasible subset of the
+    rows and the nearest feasible bound; ValueError for a solver that cannot take the problem.
     """
     if not isinstance(problem, Problem):
         raise TypeError(f"problem: expected a Problem, got {type(problem).__name__}")
@@ -68,7 +68,7 @@ def solve(problem: Problem, solver: Solver = "auto", time_limit: float | None = 
     elif solver != "highs" and solver != best:
         raise ValueError(f"solver: {solver!r} cannot take this problem ({why}); use 'auto', {best!r} or 'highs'")
     elif solver == "highs" and best != "highs":
-        why = "asked for"
+        why = "chosen by the caller"
     if problem.values.shape[0] == 0:
         return _none(solver, why)
     if solver == "frontier":
@@ -83,13 +83,13 @@ def solve(problem: Problem, solver: Solver = "auto", time_limit: float | None = 
 def _choose(prompt: int, batch: int) -> tuple[Solver, str]:
     if batch == 0:
         if prompt <= 1:
-            return "frontier", "at most one row for each prompt: its upper hull is exact"
+            return "frontier", "at most one row for each prompt: the upper hull is exact"
         return "highs", f"{prompt} rows for each prompt: independent LPs"
     if prompt:
         return "highs", f"rows of both scopes ({prompt} for each prompt, {batch} over the batch): one LP"
     if batch == 1:
         return "dual", "one row over the batch: a knapsack of hull steps, exact in one pass"
-    return "dual", f"{batch} rows over the batch: sifting on their multipliers, to a proven gap"
+    return "dual", f"{batch} rows over the batch: sifting on their dual prices, to a proven gap"
 
 
 def _frontier(problem: Problem, why: str) -> Policies:
@@ -124,7 +124,7 @@ def solve_chunk(row: Row, v: Float64, mask: Any, start: int) -> tuple[npt.NDArra
 
 
 def _feasible_limits(row: Row, limits: Float64, mask: Any, start: int) -> Float64:
-    """The prompts' bounds, lifted where they miss the least amount by rounding alone; Infeasible where by more."""
+    """The prompts' bounds, raised to the least amount where they miss it only by rounding; Infeasible where by more."""
     amounts = row.amounts
     least = amounts.min(axis=-1) if mask is None else np.where(mask, amounts, np.inf).min(axis=1)
     if not (limits < least).any():
@@ -133,7 +133,7 @@ def _feasible_limits(row: Row, limits: Float64, mask: Any, start: int) -> Float6
     if bad.any():
         i = int(np.argmax(bad))
         nearest = float(np.broadcast_to(least, limits.shape)[i])
-        raise clash.infeasible([row], row, float(limits[i]), nearest, start + i, int(bad.sum()))
+        raise conflicts.infeasible([row], row, float(limits[i]), nearest, start + i, int(bad.sum()))
     return np.asarray(np.maximum(limits, least), np.float64)
 
 
@@ -142,7 +142,7 @@ def _hulls(problem: Problem, why: str) -> Policies:
     hulls = Hulls.of(problem.values, row.amounts, problem.mask)
     smallest = hulls.smallest
     if smallest > row.bound + SLACK * abs(row.bound):
-        raise clash.infeasible([row], row, row.bound, smallest)
+        raise conflicts.infeasible([row], row, row.bound, smallest)
     indices, probabilities, value, cost, price = hulls.within(max(row.bound, smallest))
     if row.name != "budget":
         cost = expected(problem.amounts, indices, probabilities)
@@ -151,18 +151,18 @@ def _hulls(problem: Problem, why: str) -> Policies:
 
 def _dual(problem: Problem, why: str, time_limit: float | None) -> Policies:
     rows = problem.batch_rows
-    clash.check_shared(problem)
+    conflicts.check_shared(problem)
     try:
         found = dual.solve(problem.values, rows, problem.mask, time_limit)
-    except highs.Clash:
-        raise clash.over_batch(problem) from None
+    except highs.NoPolicy:
+        raise conflicts.over_batch(problem) from None
     return _measured(problem, found.indices, found.probabilities, "dual", why, _prices(rows, found.prices), found.gap)
 
 
 def _highs(problem: Problem, why: str, time_limit: float | None) -> Policies:
     prompt, batch = problem.prompt_rows, problem.batch_rows
     v = problem.values.take(slice(None))
-    if len(prompt) == 1 and not batch:  # the common mistake has a precise answer
+    if len(prompt) == 1 and not batch:  # raises a more precise error than the LP's
         row = prompt[0].of(slice(None))
         _feasible_limits(row, np.broadcast_to(np.asarray(row.bound, float), (len(v),)), problem.mask, 0)
     try:
@@ -173,9 +173,9 @@ def _highs(problem: Problem, why: str, time_limit: float | None) -> Policies:
         else:
             indices, probabilities = highs.solve_prompts(v, prompt, problem.mask, time_limit=time_limit)
             prices = {}
-    except highs.Clash as none:
-        found = None if none.prompts is None else clash.of_prompts(problem, none.prompts)
-        raise found or clash.over_batch(problem) from None
+    except highs.NoPolicy as none:
+        found = None if none.prompts is None else conflicts.of_prompts(problem, none.prompts)
+        raise found or conflicts.over_batch(problem) from None
     policies = _measured(problem, indices, probabilities, "highs", why, prices, 0.0)
     _check_rows((prompt, batch), policies)
     return policies
@@ -199,7 +199,7 @@ def _measured(
 
 
 def _check_rows(rows: tuple[Sequence[Row], Sequence[Row]], policies: Policies) -> None:
-    """Raises SolverError where HiGHS's tolerances let a row be exceeded by more than rounding."""
+    """Raises SolverError where HiGHS's tolerances allow a row to be exceeded by more than rounding."""
     for kind, some in zip(("prompt", "batch"), rows, strict=True):
         for row in some:
             use = expected(row.amounts, policies.indices, policies.probabilities)
@@ -208,8 +208,8 @@ def _check_rows(rows: tuple[Sequence[Row], Sequence[Row]], policies: Policies) -
             if worst > HIGHS_SLACK:
                 raise SolverError(
                     f"{row.stated()}: HiGHS's policy exceeds it by a factor of {1 + worst!r}: its amounts, "
-                    f"{row.amounts.min():g} to {row.amounts.max():g}, span more than its tolerances can tell apart; leave out "
-                    "the dearest models"
+                    f"{row.amounts.min():g} to {row.amounts.max():g}, span more than its tolerances can resolve; leave out "
+                    "the most expensive models"
                 )
 
 

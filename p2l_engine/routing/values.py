@@ -1,4 +1,4 @@
-"""What routing maximises, by prompt and model, in chunks: so that millions of prompts need not be in memory at once."""
+"""What routing maximises, by prompt and model, in chunks, so that millions of prompts need not fit in memory."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
-from p2l_engine.feedback import feedback_model
+from p2l_engine.feedback import Outcome, feedback_model
 from p2l_engine.native import routing as native
 from p2l_engine.routing import arrays
 from p2l_engine.routing.arrays import Array, Float64
@@ -20,13 +19,13 @@ CHUNK = 16384  # prompts: their values stay in the CPU's caches or near them
 
 
 class Values(ABC):
-    """v [N, M], read by chunks. ``shape``: (N, M); N is None while an iterator has not been read."""
+    """v [N, M], read by chunks. ``shape``: (N, M); N is None for an iterator, whose length is not known beforehand."""
 
     shape: tuple[int | None, int]
 
     @abstractmethod
     def chunks(self) -> Iterator[Float64]:
-        """v in runs of prompts, each finite [n, M] float64."""
+        """v in consecutive chunks of prompts, each finite [n, M] float64."""
 
     @abstractmethod
     def take(self, prompts: Any) -> Float64:
@@ -34,7 +33,7 @@ class Values(ABC):
 
 
 class ArrayValues(Values):
-    """Values that are there: an array, a memmap or a tensor [N, M]."""
+    """Values given as an array, a memmap or a tensor [N, M]."""
 
     def __init__(self, v: Array) -> None:
         self.v = arrays.to_numpy(v)
@@ -53,7 +52,7 @@ class ArrayValues(Values):
 
 
 class LazyWinRates(Values):
-    """Win rates computed from coefficients when they are needed, chunk by chunk, and not kept.
+    """Win rates computed from coefficients on demand, chunk by chunk, and not kept.
 
     theta: an array or memmap [N, M], or an iterator over chunks [n, M] of it, read once (N is then not known beforehand, and
     the problem must be one that takes a single pass: bounds per prompt, or one row over the batch, with amounts [M]). q,
@@ -71,7 +70,7 @@ class LazyWinRates(Values):
         self.objective, self.feedback = objective, feedback
         self.theta: Any = None
         self._iterator: Iterator[Array] | None = None
-        if isinstance(theta, np.ndarray | torch.Tensor):
+        if isinstance(theta, np.ndarray) or arrays.is_tensor(theta):
             self.theta = arrays.to_numpy(theta)
             arrays.check_matrix("theta", self.theta)
             self.shape = (int(self.theta.shape[0]), int(self.theta.shape[1]))
@@ -119,14 +118,22 @@ class LazyWinRates(Values):
 
 
 def compute(theta: Float64, q: Float64, objective: str, eta: Float64 | None, feedback: str) -> Float64:
-    """Checked arrays to win rates [N, M]: ``routing.win_rates`` without its door."""
+    """``routing.win_rates`` of checked arrays, [N, M]. The objective "half-ties" of models with ties loads torch."""
     if objective == "not-bad":
-        return np.asarray(torch.sigmoid(torch.from_numpy(theta)).numpy())
+        return np.asarray(np.exp(-np.logaddexp(0.0, -theta)))
     model = feedback_model(feedback)
-    if objective == "bt" or not model.has_eta:
+    if objective == "bt" or (model.rao_kupper and not model.has_eta):
         return native.win_rates(theta, q)
-    log_lambda = model.log_lambda(torch.from_numpy(np.ascontiguousarray(eta))).numpy()
-    return native.tie_win_rates(theta, log_lambda, model.grounded, q)
+    import torch
+
+    ties = None if eta is None else torch.from_numpy(np.ascontiguousarray(eta))
+    if model.rao_kupper and ties is not None:
+        return native.tie_win_rates(theta, model.log_lambda(ties).numpy(), model.grounded, q)
+    # Any other model, pair by pair: O(N M^2).
+    t = torch.from_numpy(theta)
+    p = model.probabilities(t[:, :, None], t[:, None, :], None if ties is None else ties[:, None, None])
+    not_lost = (p[..., Outcome.A] + (p[..., Outcome.TIE] + p[..., Outcome.BOTH_BAD]) / 2).numpy()
+    return np.asarray(np.einsum("nba,na->nb", not_lost, np.broadcast_to(q, theta.shape)))
 
 
 def tie_parameters(eta: Array, n: int | None) -> Float64:

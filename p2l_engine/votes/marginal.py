@@ -38,7 +38,7 @@ def outcome_counts(
     if known == 2:
         for k in (0, 1):
             counts[k] += np.bincount(place, np.where(outcome == k, weight, 0.0), counts.shape[1])
-            if feedback.name == "bt-tie":
+            if feedback.ties_as_half:
                 counts[k] += np.bincount(place, np.where(tied, weight / 2, 0.0), counts.shape[1])
         return counts
     for k in range(known):
@@ -62,7 +62,7 @@ def marginal_values(feedback: FeedbackModel, votes: Votes) -> npt.NDArray[np.flo
     places = (np.concatenate([rows, rows[pair]]), np.concatenate([votes.a, votes.b[pair]]))
     signs = np.concatenate([np.ones(len(rows)), -np.ones(pair.sum())])
     design = csr_matrix((signs, places), shape=(len(votes), len(votes.models)))
-    if feedback.name == "poisson":
+    if feedback.counts:
         regression = PoissonRegressor(alpha=RIDGE, fit_intercept=False, solver="newton-cholesky", max_iter=1000, tol=1e-8)
     else:
         regression = Ridge(alpha=RIDGE, fit_intercept=False, solver="sparse_cg", tol=1e-10)

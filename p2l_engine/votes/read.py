@@ -143,12 +143,12 @@ def _without(table: pa.Table, name: str, values: Sequence[Any], path: str) -> pa
 
 def _of_model(votes: Votes, feedback: FeedbackModel | None, path: str, dropped: Dropped) -> Votes:
     """What this feedback model can use of them."""
-    if feedback is not None and feedback.name == "bt":
+    if feedback is not None and not (feedback.of_values or feedback.has_ties):
         ties = votes.outcome >= Outcome.TIE
         dropped.ties = int(ties.sum())
         return votes.where(~ties) if dropped.ties else votes
-    if feedback is not None and feedback.name == "poisson" and bool((votes.outcome < 0).any() or (votes.outcome % 1).any()):
-        raise ValueError(f"{path}: value: expected counts (0, 1, 2 ...) for the feedback model 'poisson'")
+    if feedback is not None and feedback.counts and bool((votes.outcome < 0).any() or (votes.outcome % 1).any()):
+        raise ValueError(f"{path}: value: expected counts (0, 1, 2 ...) for the feedback model {feedback.name!r}")
     return votes
 
 

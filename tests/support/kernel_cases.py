@@ -26,6 +26,7 @@ from p2l_engine.backbone import PackedDecoder
 from p2l_engine.backbone.on_gpu import GpuOperations
 from p2l_engine.backbone.packing import Packed
 from p2l_engine.catalog import CatalogModel
+from p2l_engine.constraints import UNCONSTRAINED, Constraints
 from p2l_engine.kernels import (
     bt_score,
     budget_lp,
@@ -278,19 +279,19 @@ def case_router(device: str) -> None:
         for fused in (0, 100):
             engine._fused_up_to = fused
             with poisoned():
-                got = router._route_on_gpu(prompts, budget, None)
-            for one, other in zip(got, router.decide(engine.coefficients(prompts), prompts, budget), strict=True):
+                got = router._route_on_gpu(prompts, Constraints(budget), None)
+            for one, other in zip(got, router.decide(engine.coefficients(prompts), prompts, Constraints(budget)), strict=True):
                 assert one.policy == pytest.approx(other.policy, abs=1e-3)
                 for field in ("expected_cost", "win_rate", "score"):
                     assert getattr(one, field) == pytest.approx(getattr(other, field), abs=1e-4)
                 assert one.why.split(":")[0] == other.why.split(":")[0]
     limits[5] = 0.5
     with pytest.raises(InfeasibleBudget, match="prompt 5: the cheapest policy costs 1.0"):
-        router._route_on_gpu(prompts, limits, None)
+        router._route_on_gpu(prompts, Constraints(limits), None)
     engine.head.bias[2] = torch.nan
     with pytest.raises(FloatingPointError, match="not finite"):
-        router._route_on_gpu(prompts, None, None)
-    assert router._route_on_gpu([], None, None) == []
+        router._route_on_gpu(prompts, UNCONSTRAINED, None)
+    assert router._route_on_gpu([], UNCONSTRAINED, None) == []
 
 
 CASES: dict[str, Callable[[str], None]] = {

@@ -1,4 +1,4 @@
-"""Rows that cannot hold together: which ones, and how far the nearest bound is that would do."""
+"""Infeasible problems: an irreducible infeasible subset (IIS) of the rows, and the nearest bound that makes them feasible."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from p2l_engine.routing import dual, highs
 from p2l_engine.routing.problem import Problem, Row, expected
 from p2l_engine.routing.values import ArrayValues
 
-# The least that the rows allow of another row's amounts, in the mean (0 when none is asked for); None: the rows clash.
+# The least mean use of another row's amounts that the rows allow (0 without another row); None: the rows are infeasible.
 Least = Callable[[Sequence[Row], Row | None], float | None]
 
 
 def infeasible(
     rows: Sequence[Row], row: Row, bound: float, nearest: float | None, index: int | None = None, count: int = 1
 ) -> Infeasible:
-    """The error for clashing rows: InfeasibleBudget where moving the budget mends it."""
+    """The error for conflicting rows: InfeasibleBudget where another budget would be feasible."""
     stated = [Row(r.name, r.amounts, bound, r.negated).stated() if r is row else r.stated() for r in rows]
     if row.name == "budget" and nearest is not None:
         return InfeasibleBudget(bound, nearest, index, count, stated)
@@ -28,7 +28,7 @@ def infeasible(
 
 
 def check_shared(problem: Problem) -> None:
-    """Raises Infeasible at once where all prompts have the same batch rows: then their mean policy tells."""
+    """Raises Infeasible early where all prompts have the same batch rows: one LP over the mean policy decides."""
     rows = problem.batch_rows
     if problem.mask is None and all(row.shared for row in rows):
         least = _of_block(rows, (), None, 1, problem.values.shape[1])
@@ -37,7 +37,7 @@ def check_shared(problem: Problem) -> None:
 
 
 def of_prompts(problem: Problem, prompts: range) -> Infeasible | None:
-    """The error for the first of these prompts whose own rows clash, if there is one."""
+    """The error for the first of these prompts whose own rows are infeasible, if any."""
     for i in prompts:
         rows = [row.of(slice(i, i + 1)) for row in problem.prompt_rows]
         mask = None if problem.mask is None else problem.mask[i : i + 1]
@@ -48,7 +48,7 @@ def of_prompts(problem: Problem, prompts: range) -> Infeasible | None:
 
 
 def over_batch(problem: Problem) -> Infeasible:
-    """The error for rows that clash over the whole batch, or already for one of its prompts."""
+    """The error for rows that are infeasible over the whole batch, or already for one of its prompts."""
     n, m = problem.values.shape
     assert n is not None
     if problem.prompt_rows:
@@ -63,7 +63,7 @@ def _of_dual(problem: Problem, n: int, m: int) -> Least:
         goal = np.zeros(m) if target is None else -target.amounts / dual.unit(target)
         try:
             found = dual.solve(ArrayValues(np.broadcast_to(goal, (n, m))), some, problem.mask)
-        except highs.Clash:
+        except highs.NoPolicy:
             return None
         return 0.0 if target is None else float(expected(target.amounts, found.indices, found.probabilities).mean())
 
@@ -75,7 +75,7 @@ def _of_block(batch: Sequence[Row], prompt: Sequence[Row], mask: Any, n: int, m:
         goal = np.zeros((n, m)) if target is None else -np.broadcast_to(target.amounts, (n, m)) / dual.unit(target)
         try:
             x = highs.solve_block(goal, [row for row in some if row in prompt], [row for row in some if row in batch], mask).x
-        except highs.Clash:
+        except highs.NoPolicy:
             return None
         return 0.0 if target is None else float((np.broadcast_to(target.amounts, (n, m)) * x).sum() / n)
 
@@ -83,14 +83,15 @@ def _of_block(batch: Sequence[Row], prompt: Sequence[Row], mask: Any, n: int, m:
 
 
 def _explained(rows: Sequence[Row], movable: Sequence[Row], least: Least, index: int | None) -> Infeasible:
-    """A smallest set of clashing rows (deletion filter), and the nearest bound of a movable one that mends it alone."""
-    guilty = list(rows)
+    """An irreducible infeasible subset, by deletion filter, and the nearest bound of one movable row that makes all
+    feasible."""
+    subset = list(rows)
     for row in rows:
-        rest = [other for other in guilty if other is not row]
+        rest = [other for other in subset if other is not row]
         if least(rest, None) is None:
-            guilty = rest
-    for row in sorted(guilty, key=lambda row: row.name != "budget"):
+            subset = rest
+    for row in sorted(subset, key=lambda row: row.name != "budget"):
         nearest = least([other for other in rows if other is not row], row) if row in movable else None
         if nearest is not None:
-            return infeasible(guilty, row, float(np.min(row.bound)), nearest, index)
-    return infeasible(guilty, guilty[-1], float(np.min(guilty[-1].bound)), None, index)
+            return infeasible(subset, row, float(np.min(row.bound)), nearest, index)
+    return infeasible(subset, subset[-1], float(np.min(subset[-1].bound)), None, index)

@@ -1,0 +1,169 @@
+"""From coefficients to decisions, for a checkpoint's models and a catalog. Needs no engine, and does not load torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from p2l_engine import routing
+from p2l_engine.catalog import Catalog
+from p2l_engine.coefficients import Coefficients
+from p2l_engine.constraints import UNCONSTRAINED, Constraints
+from p2l_engine.decision import Decision, Draws
+from p2l_engine.errors import CatalogError
+from p2l_engine.feedback import FeedbackModel
+from p2l_engine.native import routing as native
+from p2l_engine.prompts.parse import Prompt, user_turns
+from p2l_engine.routing import BudgetPacer, Objective, Policies, arrays
+from p2l_engine.routing.arrays import Float64
+from p2l_engine.routing.problem import expected
+from p2l_engine.routing.values import Values, compute
+
+Opponents = Literal["uniform"] | Mapping[str, float] | Sequence[float] | npt.NDArray[np.floating[Any]]
+
+
+class Chooser:
+    """Chooses, for each prompt, the policy of highest win rate within the constraints (paper, Theorem 1).
+
+    models: the checkpoint's M models, in the order of its coefficients. feedback: its feedback model. opponents: what win rates
+    are measured against, over all models of the checkpoint: "uniform", {name: weight} (the others weigh nothing) or an array
+    [M]; weights sum to 1. seed: of the draws from mixed policies; the same seed and prompt give the same draw in every batch.
+    unmatched: what to do with models of the catalog that the checkpoint does not know, and the reverse: "error", or "leave_out"
+    of the choice (models left out still count as opponents). objective: what is maximised, as in ``routing.win_rates``;
+    decisions' win rates are of that kind, their scores are always Bradley-Terry.
+
+    Attributes: ``catalog`` and its K ``names`` and ``costs`` [K] that may be chosen; ``q`` [M], the opponents' weights. Raises
+    CatalogError and ValueError.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[str],
+        feedback: FeedbackModel,
+        catalog: Catalog,
+        opponents: Opponents = "uniform",
+        seed: int = 0,
+        unmatched: Literal["error", "leave_out"] = "error",
+        objective: Objective = "bt",
+    ) -> None:
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seed: expected an integer, got {seed!r}")
+        if feedback.of_values:
+            raise ValueError(
+                f"feedback model: expected a model of votes, got {feedback.name!r}, whose coefficients give no win rates; "
+                "routing.solve_budget(theta, costs, budget) maximises its expected values"
+            )
+        if objective not in ("bt", "half-ties", "not-bad"):
+            raise ValueError(f"objective: expected 'bt', 'half-ties' or 'not-bad', got {objective!r}")
+        if objective == "half-ties" and feedback.rao_kupper and not feedback.has_eta:
+            objective = "bt"  # the same for Bradley-Terry
+        self.models, self.feedback, self.seed, self.objective = tuple(models), feedback, seed, objective
+        self.catalog = _matched(catalog, self.models, unmatched)
+        self.q = _weights(opponents, self.models)
+        self.names, self.costs = self.catalog.names, self.catalog.costs
+        self._columns = np.array([self.models.index(name) for name in self.names])
+        self._draws = Draws(seed, self.names)
+
+    def decide(
+        self, coefficients: Coefficients, prompts: Sequence[Prompt], constraints: Constraints = UNCONSTRAINED
+    ) -> list[Decision]:
+        """The decisions for prompts whose coefficients are known, in order.
+
+        Raises PromptError, InfeasibleBudget and Infeasible; ValueError for coefficients of other models or another number of
+        prompts, and for constraints that are wrong.
+        """
+        if coefficients.models != self.models or len(coefficients) != len(prompts):
+            raise ValueError(
+                f"coefficients: expected those of {len(prompts)} prompts from this router's engine, got {len(coefficients)} "
+                f"rows over {len(coefficients.models)} models"
+            )
+        theta = arrays.matrix("theta", coefficients.theta)
+        v = self._rates(theta, coefficients)
+        policies = self.solve(v, constraints)
+        scores = self._scores(theta, policies, v)
+        turns = [user_turns(prompt, i) for i, prompt in enumerate(prompts)]
+        bound = "no budget" if constraints.budget is None else f"budget per {constraints.budget_scope}"
+        columns = (policies.indices, policies.probabilities, policies.cost, policies.value, scores)
+        rows = zip(turns, *(column.tolist() for column in columns), strict=True)
+        return [self._draws.decide(user, bound, *row) for user, *row in rows]
+
+    def pace(self, coefficients: Coefficients, pacer: BudgetPacer) -> Decision:
+        """The decision for one prompt of a stream, under the pacer's mean budget."""
+        theta = arrays.matrix("theta", coefficients.theta)
+        v = self._rates(theta, coefficients)
+        price = pacer.price
+        k = pacer.choose(v[0], self.costs)
+        why = f"highest win rate less cost at {price:.4g} per {self.catalog.unit}: a mean budget of {pacer.budget:g}"
+        name = self.names[k]
+        score = native.bt_score(theta, self.q, self._bt_value(theta, v, np.array([[k]]), np.ones((1, 1))))
+        return Decision(name, {name: 1.0}, float(self.costs[k]), float(v[0, k]), float(score[0]), why)
+
+    def solve(self, v: Float64 | Values, constraints: Constraints = UNCONSTRAINED) -> Policies:
+        """The best policies over the K models of ``names``, from ``win_rates`` v [N, K]. Raises Infeasible,
+        InfeasibleBudget."""
+        if not isinstance(constraints, Constraints):
+            raise TypeError(f"constraints: expected Constraints(budget=...), got {constraints!r}")
+        if constraints.only_prompt_budgets and not isinstance(v, Values):
+            return routing.solve_budget(v, self.costs, constraints.limits)
+        return routing.solve(constraints.problem(v, self.costs, self.names))
+
+    def win_rates(self, coefficients: Coefficients) -> Float64:
+        """What is maximised, [N, K]: the win rates of the K models of ``names`` against the opponents."""
+        return self._rates(arrays.matrix("theta", coefficients.theta), coefficients)
+
+    def scores(self, coefficients: Coefficients, policies: Policies, v: Float64) -> Float64:
+        """The Bradley-Terry score [N] of each prompt's policy; v [N, K] are the same coefficients' ``win_rates``."""
+        return self._scores(arrays.matrix("theta", coefficients.theta), policies, v)
+
+    def draw(self, turns: Sequence[str], indices: Sequence[int], probabilities: Sequence[float]) -> int:
+        """The index in ``names`` of the model that a prompt of these user turns gets under a mixed policy."""
+        return self._draws.draw(turns, indices, probabilities)
+
+    def _rates(self, theta: Float64, coefficients: Coefficients) -> Float64:
+        eta = None if coefficients.eta is None else arrays.to_float64("eta", coefficients.eta)
+        return compute(theta, self.q, self.objective, eta, coefficients.feedback.name)[:, self._columns]
+
+    def _scores(self, theta: Float64, policies: Policies, v: Float64) -> Float64:
+        value = self._bt_value(theta, v, policies.indices, policies.probabilities, policies.value)
+        return native.bt_score(theta, self.q, value)
+
+    def _bt_value(
+        self, theta: Float64, v: Float64, indices: Any, probabilities: Float64, value: Float64 | None = None
+    ) -> Float64:
+        """The policies' Bradley-Terry win rates [N], from which scores are computed."""
+        if self.objective != "bt" or value is None:
+            rates = v if self.objective == "bt" else native.win_rates(theta, self.q)[:, self._columns]
+            value = expected(rates, indices, probabilities)
+        return np.asarray(value.clip(0.0, 1.0))
+
+
+def _matched(catalog: Catalog, models: tuple[str, ...], unmatched: str) -> Catalog:
+    if unmatched not in ("error", "leave_out"):
+        raise ValueError(f"unmatched: expected 'error' or 'leave_out', got {unmatched!r}")
+    unknown = [name for name in catalog.names if name not in models]
+    without = [name for name in models if name not in catalog.names]
+    if unmatched == "error" and (unknown or without):
+        problems = [f"the checkpoint does not know {', '.join(unknown)}"] if unknown else []
+        problems += [f"the catalog lacks {', '.join(without)}"] if without else []
+        raise CatalogError(f"catalog: {'; '.join(problems)}; correct the catalog, or leave them out with unmatched='leave_out'")
+    if len(unknown) == len(catalog.models):
+        raise CatalogError(
+            f"catalog: the checkpoint knows none of its models ({', '.join(unknown)}); it knows {', '.join(models)}"
+        )
+    return catalog.only(models)
+
+
+def _weights(opponents: Opponents, models: tuple[str, ...]) -> npt.NDArray[np.float64]:
+    if isinstance(opponents, str):
+        if opponents != "uniform":
+            raise ValueError(f"opponents: expected 'uniform', a mapping or weights, got {opponents!r}")
+        return np.full(len(models), 1.0 / len(models))
+    if isinstance(opponents, Mapping):
+        unknown = sorted(set(opponents) - set(models))
+        if unknown:
+            raise ValueError(f"opponents: the checkpoint does not know {', '.join(unknown)}; it knows {', '.join(models)}")
+        opponents = [float(opponents.get(name, 0.0)) for name in models]
+    return arrays.opponents(opponents, (1, len(models)), "opponents").reshape(len(models))
