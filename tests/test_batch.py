@@ -13,12 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from p2l_engine.batch import BatchConfig, run
-from p2l_engine.batch.blocks import Block, blocks
+from p2l_engine.batch.blocks import Block, Unroutable, blocks
 from p2l_engine.batch.deduplicator import NO_REFERENCE, Deduplicator
 from p2l_engine.batch.manifest import read_manifest
 from p2l_engine.batch.report import Recorder
-from p2l_engine.tables.rows import Unroutable
-from p2l_engine.tables.storage import Place, find
+from p2l_engine.tables.find import find
+from p2l_engine.tables.storage import Location
 from tests.support.batch_files import PROMPTS, assert_routed_as, contents, output, write
 
 KINDS = [".parquet", ".csv", ".csv.gz", ".csv.zst", ".jsonl", ".jsonl.gz", ".jsonl.zst"]
@@ -56,7 +56,7 @@ def test_a_batch_budget_gives_the_routers_decisions(more, router, tmp_path):
     assert report.prices["budget"] >= 0
     metadata = pq.read_schema(tmp_path / "out" / "part-000000.parquet").metadata
     assert float(metadata[b"p2l.price.budget"]) == report.prices["budget"]
-    assert read_manifest(Place.of(str(tmp_path / "out")))["report"]["prices"] == report.prices
+    assert read_manifest(Location.of(str(tmp_path / "out")))["report"]["prices"] == report.prices
 
 
 def test_the_price_of_a_batch_budget_spends_that_budget(router, tmp_path):
@@ -178,7 +178,7 @@ def test_files_without_rows_give_no_parts(router, tmp_path):
         (tmp_path / name).write_text(text)
         report = run(router, BatchConfig([str(tmp_path / name)], str(tmp_path / f"{name}-out")))
         assert (report.rows, report.parts) == (0, 0)
-        assert read_manifest(Place.of(str(tmp_path / f"{name}-out")))["complete"]
+        assert read_manifest(Location.of(str(tmp_path / f"{name}-out")))["complete"]
     (tmp_path / "void.csv").write_text("")
     with pytest.raises(ValueError, match="void.csv: "):
         run(router, BatchConfig([str(tmp_path / "void.csv")], str(tmp_path / "void")))

@@ -10,7 +10,8 @@ import pytest
 
 from p2l_engine.batch import BatchConfig, run
 from p2l_engine.batch.manifest import read_manifest
-from p2l_engine.tables.storage import Place, find
+from p2l_engine.tables.find import find
+from p2l_engine.tables.storage import Location
 from tests.support.batch_files import output, write
 from tests.support.tiny import MODELS
 
@@ -100,21 +101,22 @@ def test_folders_are_read_whole_and_what_is_left_out_is_named(tmp_path, caplog, 
         (tmp_path / name).touch()
 
     def found(*inputs):
-        return [os.path.relpath(file.place.path, tmp_path) for file in find([str(tmp_path / given) for given in inputs])]
+        return [os.path.relpath(file.location.path, tmp_path) for file in find([str(tmp_path / given) for given in inputs])]
 
     assert found(".") == found("**") == ["a.csv", "inner.parquet/c.parquet", "inner/b.parquet"]
     assert found("inn*") == found("*.parquet", "inner") == ["inner.parquet/c.parquet", "inner/b.parquet"]
     assert not caplog.records
     (tmp_path / "A.CSV").touch()
+    (tmp_path / "also.txt").touch()
     (tmp_path / "notes.md").touch()
-    assert found(".") == ["a.csv", "inner.parquet/c.parquet", "inner/b.parquet"]
+    assert found(".") == ["A.CSV", "a.csv", "inner.parquet/c.parquet", "inner/b.parquet"]
     (tmp_path / "_b[1]").mkdir()
     (tmp_path / "_b[1]" / "e.csv").touch()
     assert found("_b[1]") == ["_b[1]/e.csv"]
     monkeypatch.chdir(tmp_path / "_b[1]")
-    assert [file.place.path for file in find(["*.csv"])] == [str(tmp_path / "_b[1]" / "e.csv")]
-    assert "left out, for want of a file that ends in .parquet, .csv" in caplog.text
-    assert caplog.text.strip().endswith(": A.CSV and 1 more")
+    assert [file.location.path for file in find(["*.csv"])] == [str(tmp_path / "_b[1]" / "e.csv")]
+    assert "skipped, expected files that end in .parquet, .csv" in caplog.text
+    assert caplog.text.strip().endswith(": also.txt and 1 more")
     (tmp_path / "inner" / os.fsdecode(b"z\xff.csv")).touch()
     with pytest.raises(ValueError, match="inner': expected names of files in UTF-8: .*; rename those"):
         find([str(tmp_path / "inner")])
@@ -154,7 +156,7 @@ def test_files_that_are_cut_short_or_mixed_are_named(kind, router, tmp_path):
         run(router, BatchConfig([str(tmp_path / f"nothing{kind}")], str(tmp_path / "nothing")))
     with pytest.raises(ValueError, match=rf"in{kind}: cannot be read( after row \d+)?: "):
         run(router, BatchConfig([str(given)], str(tmp_path / "out"), rows_per_part=500))
-    begun = read_manifest(Place.of(str(tmp_path / "out")))
+    begun = read_manifest(Location.of(str(tmp_path / "out")))
     assert begun is None or not begun["complete"]
 
 

@@ -58,7 +58,7 @@ def test_markup_and_odd_line_ends_are_text(checkpoint, tmp_path):
     file.write_text('\ufeff"one\u2028line"\r\n\n["bad", 3]\n', encoding="utf-8")
     status, _, err = run("route", "--file", str(file), checkpoint=checkpoint)
     assert status == 2
-    assert "line 3: message 1" in " ".join(err.split())
+    assert "row 1: prompt: message 1" in " ".join(err.split())
 
 
 def test_leaderboard_and_its_plot(checkpoint, tmp_path):
@@ -222,11 +222,11 @@ def test_prompts_and_weights_of_tables(checkpoint, tmp_path):
     pq.write_table(pa.table({"text": ["sum"]}), tmp_path / "p.parquet")
     status, _, err = run("leaderboard", "--prompts", str(tmp_path / "p.parquet"), checkpoint=checkpoint)
     assert status == 2
-    assert "expected a column 'prompt', got ['text']" in " ".join(err.split())
+    assert "expected the columns prompt; it has text" in " ".join(err.split())
     (tmp_path / "p.csv").write_text("prompt,weight\nsum,1\nsum\n")
     status, _, err = run("leaderboard", "--prompts", str(tmp_path / "p.csv"), checkpoint=checkpoint)
     assert status == 2
-    assert "row 1: expected a cell for each column ['prompt', 'weight'], got 'sum'" in " ".join(err.split())
+    assert "row 1: expected a value for each column: expected 2, got 1: sum" in " ".join(err.split())
     for plot, message in (("a.xyz", "ends in .png, .svg, .pdf"), ("nowhere/a.png", "cannot be written")):
         status, _, err = run("leaderboard", "hi", "--plot", str(tmp_path / plot), checkpoint=checkpoint)
         assert status == 2

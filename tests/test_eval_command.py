@@ -119,7 +119,7 @@ def test_votes_on_other_models_are_dropped_where_that_is_allowed(called, folder)
     pq.write_table(pa.Table.from_pylist(table[:50]), folder / "omega.parquet")
     status, _, err = called(votes="omega.parquet")
     assert status == 2
-    assert "not one of the models that are known" in err
+    assert "expected one of the training votes' (or the checkpoint's) models" in err
     status, _, err = called("--max-dropped", "0.1", votes="omega.parquet")
     assert status == 0, err
     assert "dropped 1 x model_a" in err

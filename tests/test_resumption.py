@@ -211,7 +211,7 @@ def test_a_failure_of_any_write_loses_nothing(scope, router, tmp_path, monkeypat
     run(router, BatchConfig([given], str(tmp_path / "whole"), **options))
     from p2l_engine.tables import storage
 
-    real, left = storage.write_local, [0]
+    real, left = storage.write_file, [0]
 
     def failing(path, data):
         left[0] -= 1
@@ -220,7 +220,7 @@ def test_a_failure_of_any_write_loses_nothing(scope, router, tmp_path, monkeypat
         real(path, data)
 
     for module in ("tables.storage", "batch.spill"):
-        monkeypatch.setattr(f"p2l_engine.{module}.write_local", failing)
+        monkeypatch.setattr(f"p2l_engine.{module}.write_file", failing)
     failures = 0
     for _ in range(50):
         left[0] = 2

@@ -14,7 +14,8 @@ import pytest
 from pyarrow.fs import GcsFileSystem
 
 from p2l_engine.batch import BatchConfig, run
-from p2l_engine.tables.storage import Place, find
+from p2l_engine.tables.find import find
+from p2l_engine.tables.storage import Location
 from tests.support.batch_files import contents, write
 
 
@@ -60,8 +61,8 @@ def test_s3_gives_the_output_of_local_files(kind, router, store, tmp_path):
     with pytest.raises(ValueError, match=r"state: expected a local folder where the output is not local \(s3://bucket/out"):
         run(router, BatchConfig([uri], output, **options))
     run(router, BatchConfig([uri], output, state=state, **options))
-    assert parts(Place.of(output)) == parts(Place.of(str(tmp_path / "out")))
-    assert len(parts(Place.of(output))) == 5
+    assert parts(Location.of(output)) == parts(Location.of(str(tmp_path / "out")))
+    assert len(parts(Location.of(output))) == 5
     assert not any((tmp_path / "state").iterdir())
     assert run(router, BatchConfig([uri], output, state=state, **options)).rows == 150  # complete: nothing to do
 
@@ -79,12 +80,12 @@ def test_an_interrupted_run_to_s3_is_resumed(router, store, tmp_path):
 
     with pytest.raises(InterruptedError):
         run(router, BatchConfig([uri], "s3://bucket/cut-out", **options), progress=stop)
-    cut = Place.of("s3://bucket/cut-out")
+    cut = Location.of("s3://bucket/cut-out")
     assert 0 < len(parts(cut)) < 10
     with pytest.raises(ValueError, match=r"s3://bucket/cut-out: holds a run .*: budget: was 1.5, is 2.0"):
         run(router, BatchConfig([uri], "s3://bucket/cut-out", **options | {"budget": 2.0}))
     run(router, BatchConfig([uri], "s3://bucket/cut-out", **options))
-    assert parts(cut) == parts(Place.of("s3://bucket/whole"))
+    assert parts(cut) == parts(Location.of("s3://bucket/whole"))
     store.put_object(Bucket="bucket", Key="cut/in.jsonl", Body=b'{"prompt": "another"}')
     with pytest.raises(ValueError, match="inputs: s3://bucket/cut/in.jsonl"):
         run(router, BatchConfig([uri], "s3://bucket/cut-out", **options))
@@ -103,11 +104,11 @@ def test_folders_and_globs_find_the_same_files_in_s3_and_on_disk(store, tmp_path
         path.write_text("prompt\nhello\n")
         uploaded(store, f"x/{name}", path)
     for given in ("x", "x/*.csv", "x/**/*.csv", "x/*/c.csv", "x/a.csv"):
-        local = [file.place.path.removeprefix(str(tmp_path)) for file in find([str(tmp_path / given)])]
-        stored = [file.place.path.removeprefix("bucket") for file in find([f"s3://bucket/{given}"])]
+        local = [file.location.path.removeprefix(str(tmp_path)) for file in find([str(tmp_path / given)])]
+        stored = [file.location.path.removeprefix("bucket") for file in find([f"s3://bucket/{given}"])]
         assert stored == local != [], given
     twice = find(["s3://bucket/x/a.csv", "s3://bucket/x/*.csv", "s3://bucket/x/a.csv?region=eu-west-1"])
-    assert [file.place.path for file in twice] == [
+    assert [file.location.path for file in twice] == [
         f"bucket/x/{name}.csv" for name in ("a", "b", "a")
     ]  # another region is another store
     for given in (
@@ -174,22 +175,22 @@ def test_google_cloud_storage_gives_the_output_of_local_files(router, tmp_path):
 
     with google() as port:
         query = f"?scheme=http&endpoint_override=127.0.0.1:{port}&retry_limit_seconds=300"
-        Place.of(f"gs://anonymous@bucket/x/in.jsonl.gz{query}").write(path.read_bytes())
+        Location.of(f"gs://anonymous@bucket/x/in.jsonl.gz{query}").write(path.read_bytes())
         inputs, output = [f"gs://anonymous@bucket/x/*.gz{query}"], f"gs://anonymous@bucket/out{query}"
-        assert isinstance(Place.of(output).system, GcsFileSystem)
+        assert isinstance(Location.of(output).system, GcsFileSystem)
         with pytest.raises(InterruptedError):
             run(router, BatchConfig(inputs, output, state=state, **options), progress=stop)
         with pytest.raises(ValueError, match="^gs://bucket/out: holds a run .*: budget: was 1.5, is 2.0"):
             run(router, BatchConfig(inputs, output, state=state, **options | {"budget": 2.0}))
         assert run(router, BatchConfig(inputs, output, state=state, **options)).resumed >= 30
-        assert parts(Place.of(output)) == parts(Place.of(str(tmp_path / "out")))
-        assert len(parts(Place.of(output))) == 5
+        assert parts(Location.of(output)) == parts(Location.of(str(tmp_path / "out")))
+        assert len(parts(Location.of(output))) == 5
         with pytest.raises(ValueError, match="^gs://bucket/none: no such file or folder"):
             find([f"gs://anonymous@bucket/none{query}"])
 
 
 def test_messages_show_no_credentials():
-    place = Place.of("s3://KEY:SECRET@bucket/out?region=us-east-1&endpoint_override=localhost:1")
+    place = Location.of("s3://KEY:SECRET@bucket/out?region=us-east-1&endpoint_override=localhost:1")
     assert (place.shown, (place / "part").shown, place.path) == ("s3://bucket/out", "s3://bucket/out/part", "bucket/out")
     for uri in (
         "s3://KEY:SECRET@bucket/in.csv?nonsense=1",
@@ -212,4 +213,4 @@ def test_file_uris_and_fsspec_give_the_output_of_local_files(router, tmp_path):
     memory = fsspec.filesystem("memory")
     memory.pipe("/in/in.parquet", (tmp_path / "in.parquet").read_bytes())
     run(router, BatchConfig(["memory://in/*.parquet"], "memory://out", state=str(tmp_path / "state"), **options))
-    assert parts(Place.of("memory://out")) == parts(Place.of(str(tmp_path / "out")))
+    assert parts(Location.of("memory://out")) == parts(Location.of(str(tmp_path / "out")))

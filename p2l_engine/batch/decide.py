@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from p2l_engine.batch.blocks import Unroutable
 from p2l_engine.batch.deduplicator import NO_REFERENCE, DeduplicatedBlock
 from p2l_engine.coefficients import Coefficients
 from p2l_engine.constraints import Constraints
@@ -16,7 +17,6 @@ from p2l_engine.router import Router
 from p2l_engine.routing import Policies
 from p2l_engine.routing.arrays import Float64
 from p2l_engine.routing.values import Values
-from p2l_engine.tables.rows import Unroutable
 
 POLICY = pa.list_(pa.struct([("model", pa.string()), ("probability", pa.float64())]))
 OUTPUT_COLUMNS = ("model", "policy", "expected_cost", "win_rate", "score", "theta", "eta", "error")

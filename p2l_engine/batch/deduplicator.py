@@ -10,8 +10,7 @@ from itertools import islice
 import numpy as np
 import numpy.typing as npt
 
-from p2l_engine.batch.blocks import Block
-from p2l_engine.tables.rows import Unroutable
+from p2l_engine.batch.blocks import Block, Unroutable
 
 MAX_PROMPTS = 1 << 22  # prompts to remember, about 170 bytes each; equal prompts beyond them are computed again
 BLOCK_STRIDE = 1 << 24  # a reference is block number * BLOCK_STRIDE + index among the block's new prompts

@@ -47,7 +47,7 @@ def identity(config: BatchConfig, router: Router, files: Sequence[File], compute
 
 def file_versions(files: Sequence[File]) -> list[list[Any]]:
     """Path, size in bytes, and modification time of each input file."""
-    return [[file.place.shown, file.size, file.modified] for file in files]
+    return [[file.location.shown, file.size, file.modified] for file in files]
 
 
 def compute_signature(device: str, dtype: torch.dtype, tokens_per_batch: int) -> str:

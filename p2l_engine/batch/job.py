@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from p2l_engine.batch.blocks import check_files
 from p2l_engine.batch.config import BatchConfig
 from p2l_engine.batch.identity import differences, file_versions, identity
 from p2l_engine.router import Router
-from p2l_engine.tables.storage import File, Place, find
+from p2l_engine.tables.chunked import check_files
+from p2l_engine.tables.find import find
+from p2l_engine.tables.storage import File, Location
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +24,7 @@ class Job:
 
     config: BatchConfig
     files: list[File]
-    output: Place
+    output: Location
     identity: dict[str, Any]
 
     @classmethod
@@ -33,11 +34,11 @@ class Job:
         Raises ValueError for inputs that cannot be read, or overlap with the output, and InfeasibleBudget or Infeasible for
         bounds that no prompts can meet.
         """
-        files, output = find(config.inputs), Place.of(config.output)
-        for place in (*map(Place.of, config.inputs), *(file.place for file in files)):
-            if place.holds(output) or output.holds(place):
+        files, output = find(config.inputs), Location.of(config.output)
+        for location in (*map(Location.of, config.inputs), *(file.location for file in files)):
+            if location.holds(output) or output.holds(location):
                 raise ValueError(
-                    f"output: {output.shown} and the input {place.shown}: expected neither within the other, since parts would "
+                    f"output: {output.shown} and the input {location.shown}: expected neither within the other, since parts would "
                     "be read as prompts; name another folder"
                 )
         if config.state is None and not output.is_local:

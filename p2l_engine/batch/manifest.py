@@ -13,7 +13,7 @@ from typing import Any
 from p2l_engine.batch.identity import differences
 from p2l_engine.batch.job import Job
 from p2l_engine.batch.report import Report
-from p2l_engine.tables.storage import Place
+from p2l_engine.tables.storage import Location
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ MANIFEST = "_manifest.json"
 STATE = "_state"
 
 
-def read_manifest(output: Place) -> dict[str, Any] | None:
+def read_manifest(output: Location) -> dict[str, Any] | None:
     """The manifest of an earlier run: config (its identity), complete, and state or report and bytes; None in an empty folder.
 
     Raises ValueError where the folder holds anything else.
@@ -60,11 +60,11 @@ def _parsed(text: bytes) -> dict[str, Any] | None:
     return manifest
 
 
-def write_manifest(output: Place, manifest: Mapping[str, Any]) -> None:
+def write_manifest(output: Location, manifest: Mapping[str, Any]) -> None:
     (output / MANIFEST).write((json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
 
 
-def state_folder(parent: str | None, output: Place, identity: dict[str, Any], recorded: str | None = None) -> Path:
+def state_folder(parent: str | None, output: Location, identity: dict[str, Any], recorded: str | None = None) -> Path:
     """The folder of one run's state. Its name is a hash, so that runs can share a parent folder and never read or remove each
     other's state.
 
@@ -146,7 +146,7 @@ def _is_temporary(name: str) -> bool:
     return name.startswith((".part-", f".{MANIFEST}.")) and name.endswith(".tmp")
 
 
-def _check_parts(finished: dict[str, Any], output: Place) -> None:
+def _check_parts(finished: dict[str, Any], output: Location) -> None:
     """Marks a finished run as incomplete if parts are missing or of another size."""
     expected, found = finished["bytes"], parts(output)
     check_no_other_parts(output, expected)
@@ -159,7 +159,7 @@ def _check_parts(finished: dict[str, Any], output: Place) -> None:
         finished["complete"] = False
 
 
-def check_no_other_parts(output: Place, expected: Mapping[str, int]) -> None:
+def check_no_other_parts(output: Location, expected: Mapping[str, int]) -> None:
     """Raises ValueError where there are parts that this run did not write, since readers of the folder would read them too."""
     others = [name for name in parts(output) if name not in expected]
     if others:
@@ -170,6 +170,6 @@ def part_name(number: int) -> str:
     return f"part-{number:06d}.parquet"
 
 
-def parts(output: Place) -> dict[str, int]:
+def parts(output: Location) -> dict[str, int]:
     """Names and sizes in bytes of the written parts."""
     return {name: size for name, size in output.sizes().items() if name.startswith("part-") and name.endswith(".parquet")}

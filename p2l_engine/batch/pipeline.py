@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 
-from p2l_engine.batch.blocks import Block, blocks
+from p2l_engine.batch.blocks import Block, Unroutable, blocks
 from p2l_engine.batch.config import BatchConfig
 from p2l_engine.batch.decide import OUTPUT_COLUMNS, Decider, SpilledWinRates
 from p2l_engine.batch.deduplicator import NO_REFERENCE, DeduplicatedBlock, Deduplicator
@@ -31,7 +31,6 @@ from p2l_engine.batch.spill import Spill
 from p2l_engine.engine.engine import Outputs
 from p2l_engine.router import Router
 from p2l_engine.routing import Policies
-from p2l_engine.tables.rows import Unroutable
 from p2l_engine.tables.storage import File
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from p2l_engine.batch.deduplicator import locate
-from p2l_engine.tables.storage import write_local
+from p2l_engine.tables.atomic import write_file
 
 MAX_MAPPED = 64  # memory-mapped files
 
@@ -39,7 +39,7 @@ class Spill:
         """Writes a block's outputs [n, K]. Raises OSError."""
         buffer = io.BytesIO()
         np.save(buffer, np.ascontiguousarray(outputs, np.float32), allow_pickle=False)
-        write_local(self.path(block), buffer.getbuffer())
+        write_file(self.path(block), buffer.getbuffer())
 
     def take(self, references: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """The outputs [n, K] of references [n], none of them NO_REFERENCE. Raises ValueError for a damaged file."""

@@ -174,7 +174,7 @@ def batch(
     if ray is None and ray_workers is not None:
         raise typer.BadParameter("expected --ray beside it", param_hint="--ray-workers")
     from p2l_engine.batch import BatchConfig, run
-    from p2l_engine.tables.storage import Place
+    from p2l_engine.tables.storage import Location
 
     config = BatchConfig(
         inputs=inputs,
@@ -200,7 +200,7 @@ def batch(
         meter() as show,
     ):
         report = run(router, config, restart, _shown(show), cluster)
-    _print(report, router.catalog.unit, Place.of(output).shown)
+    _print(report, router.catalog.unit, Location.of(output).shown)
 
 
 def _cluster(

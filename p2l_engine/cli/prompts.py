@@ -1,62 +1,67 @@
-"""Prompts as people give them: arguments, standard input, or a file, with what a file's other columns say of each."""
+"""Prompts as people give them: arguments, standard input, or files, with each prompt's weight and category."""
 
 from __future__ import annotations
 
-import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from p2l_engine.errors import PromptError
-from p2l_engine.prompts.parse import Prompt, user_turns
+from p2l_engine.prompts.parse import Prompt, cell_turns
+from p2l_engine.tables.find import names_tables
+from p2l_engine.tables.rows import listed
+from p2l_engine.tables.storage import Location
+from p2l_engine.tables.whole import Table, read_table
 
 CATEGORY = ("category", "task")  # the first that is there
 
 
 @dataclass(frozen=True, slots=True)
 class PromptFile:
-    """The prompts of a file: .jsonl (text, turns, messages, or an object whose key ``column`` holds one), .csv or .parquet
-    (that column; needs pyarrow), else one a line. columns: the others that anything here reads, a value for each prompt."""
+    """The prompts of a file, and a value for each prompt of the columns weight, category and task.
+
+    A table (parquet, csv, jsonl; also a folder, glob or URI of such files, see ``tables.find``) has a column of prompts, or,
+    in jsonl, lines that are a prompt themselves: text, a list of user turns, or a list of messages. Any other file has a prompt
+    on each line. A prompt of one turn is given as that text, of several as a tuple of them.
+    """
 
     name: str
     prompts: list[Prompt]
     columns: Mapping[str, list[Any]] = field(default_factory=dict)
+    rows: Sequence[str] = ()
 
     @classmethod
-    def read(cls, file: Path, column: str = "prompt") -> PromptFile:
-        """Raises ValueError with the row or line that holds no prompt, or where there is none."""
-        if file.suffix in (".parquet", ".csv"):
-            found = _table(file, column)
-        elif file.suffix == ".jsonl":
-            found = _objects(str(file), read_text(file), column)
-        else:
-            found = cls(str(file), [line for _, line in _lines(read_text(file))])
-        return _some(found)
+    def read(cls, file: str | Path, column: str = "prompt") -> PromptFile:
+        """column: of the prompts. Raises ValueError with the row (from 0) that cannot be read or has no prompt, or if there is
+        no prompt at all."""
+        if names_tables(str(file)):
+            return _some(_from_table(read_table(str(file), (column, "weight", *CATEGORY), bare=column), column))
+        return _some(cls(str(file), _lines(read_text(file))))
 
     def weights(self) -> list[float] | None:
-        """Each prompt's weight, where the file has any."""
+        """Each prompt's weight, or None if the file has no weights."""
         given = self.columns.get("weight", [])
         if all(value is None for value in given):
             return None
         found = []
-        for i, value in enumerate(given):
+        for where, value in zip(self.rows, given, strict=True):
             try:
                 weight = float(value)
             except (TypeError, ValueError, OverflowError):
                 weight = math.nan
             if not 0 <= weight < math.inf:
                 expected = "expected a finite number >= 0 for every prompt, or for none"
-                raise ValueError(f"{self.name}: row {i}: weight: {expected}: got {value!r}")
+                raise ValueError(f"{where}: weight: {expected}: got {value!r}")
             found.append(weight)
         return found
 
     def categories(self) -> list[str] | None:
-        """Each prompt's category, where the file has any: its column category, or task; "none" for those without."""
+        """Each prompt's category (the column category, or else task; "none" for prompts without), or None if the file has no
+        categories."""
         for name in CATEGORY:
             given = self.columns.get(name, [])
             if any(value not in (None, "") for value in given):
@@ -64,15 +69,36 @@ class PromptFile:
         return None
 
 
-def read_prompts(given: list[str] | None, file: Path | None, column: str = "prompt") -> list[Prompt]:
-    """From the arguments, a file, or standard input, one a line."""
+def read_prompts(given: list[str] | None, file: str | Path | None, column: str = "prompt") -> list[Prompt]:
+    """From the arguments, a file (see ``PromptFile``), or standard input, one a line."""
     if given and file:
         raise typer.BadParameter("give prompts as arguments or a file, not both", param_hint="--file")
     if given:
         return list(given)
     if file:
         return PromptFile.read(file, column).prompts
-    return _some(PromptFile("standard input", [line for _, line in _lines(read_stdin())])).prompts
+    return _some(PromptFile("standard input", _lines(read_stdin()))).prompts
+
+
+def read_text(file: str | Path) -> str:
+    """A text file, or the URI of one. Raises ValueError if it is not UTF-8."""
+    try:
+        return Location.of(str(file)).read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: expected UTF-8 text: {error}") from None
+
+
+def read_stdin() -> str:
+    """All of standard input; a BadParameter if there is nothing, a ValueError if it is not UTF-8."""
+    if sys.stdin.isatty():
+        raise typer.BadParameter("give a prompt, a file, or text on standard input", param_hint="prompts")
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input: expected UTF-8 text: {error}") from None
+    if not text.strip():
+        raise typer.BadParameter("standard input holds no prompt", param_hint="prompts")
+    return text
 
 
 def _some(found: PromptFile) -> PromptFile:
@@ -81,63 +107,21 @@ def _some(found: PromptFile) -> PromptFile:
     return found
 
 
-def _table(file: Path, column: str) -> PromptFile:
-    from p2l_engine.tables.whole import BROKEN, read_table, turns
-
-    table = read_table(str(file))
-    if BROKEN in table.column_names:
-        row = next(i for i, text in enumerate(table.column(BROKEN).to_pylist()) if text is not None)
-        got = table.column(BROKEN)[row].as_py()
-        raise ValueError(f"{file}: row {row}: expected a cell for each column {table.column_names[:-1]}, got {got!r}")
-    if column not in table.column_names:
-        raise ValueError(f"{file}: expected a column {column!r}, got {table.column_names}")
+def _from_table(table: Table, column: str) -> PromptFile:
+    for index, row in sorted(table.invalid.items()):
+        raise ValueError(f"{table.located(index)}: {row.why}: {row.text}")
+    if table.names and column not in table.columns:
+        raise ValueError(f"{table.shown}: expected the columns {column}; it has {listed(table.names)}")
     prompts: list[Prompt] = []
-    for i, value in enumerate(table.column(column).to_pylist()):
+    for i, cell in enumerate(table.columns.get(column, [])):
         try:
-            prompts.append(turns(value))
+            turns = cell_turns(cell)
         except ValueError as error:
-            raise ValueError(f"{file}: row {i}: {error}") from None
-    kept = [name for name in ("weight", *CATEGORY) if name in table.column_names]
-    return PromptFile(str(file), prompts, {name: table.column(name).to_pylist() for name in kept})
+            raise ValueError(f"{table.located(i)}: {error}") from None
+        prompts.append(turns if len(turns) > 1 else turns[0])
+    return PromptFile(table.shown, prompts, table.columns, [table.located(i) for i in range(len(table))])
 
 
-def _objects(where: str, text: str, column: str) -> PromptFile:
-    prompts: list[Prompt] = []
-    rows: list[dict[str, Any]] = []
-    for number, line in _lines(text):
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where}: line {number}: expected JSON: {error}") from None
-        rows.append(value if isinstance(value, dict) else {})
-        if isinstance(value, dict):
-            if column not in value:
-                raise ValueError(f"{where}: line {number}: expected the key {column!r}, got {sorted(value)}")
-            value = value[column]
-        try:
-            user_turns(value)
-        except PromptError as error:
-            raise ValueError(f"{where}: line {number}: {error.problem}") from None
-        prompts.append(value)
-    return PromptFile(where, prompts, {name: [row.get(name) for row in rows] for name in ("weight", *CATEGORY)})
-
-
-def _lines(text: str) -> list[tuple[int, str]]:
-    # Only "\n" ends a line: str.splitlines also breaks at characters that JSON strings and prompts may hold.
-    return [(i, line.rstrip("\r")) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
-
-
-def read_text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: expected UTF-8 text: {error}") from None
-
-
-def read_stdin() -> str:
-    if sys.stdin.isatty():
-        raise typer.BadParameter("give a prompt, a file, or text on standard input", param_hint="prompts")
-    try:
-        return sys.stdin.buffer.read().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"standard input: expected UTF-8 text: {error}") from None
+def _lines(text: str) -> list[Prompt]:
+    # Only "\n" ends a line: str.splitlines also breaks at characters that prompts may hold.
+    return [line.rstrip("\r") for line in text.split("\n") if line.strip()]

@@ -16,6 +16,7 @@ from p2l_engine.evaluation.report import Scores
 from p2l_engine.tables.whole import read_table
 from p2l_engine.votes import Dropped, Votes, check_apart, prompts_hash, read, score_matrix, split
 from p2l_engine.votes.read import MAX_DROPPED
+from p2l_engine.votes.scores import SCORES
 
 Part = Literal["held-out", "validation"]
 
@@ -93,9 +94,11 @@ def scores_of(
     training_path: str | None = None,
 ) -> Scores | None:
     """The scores that the votes were made of, where they were made of scores; costs are the catalog's."""
-    table = read_table(path)
-    known = table if training_path is None else read_table(training_path)
-    if engine.feedback.of_values or not all({"prompt", "model", "score"} <= set(t.column_names) for t in (table, known)):
+    if engine.feedback.of_values:
+        return None
+    table = read_table(path, SCORES)
+    known = table if training_path is None else read_table(training_path, SCORES)
+    if not all(set(SCORES) <= set(t.names) for t in (table, known)):
         return None
     matrices = []
     for file, rows, votes in ((path, table, held_out), (training_path or path, known, training)):

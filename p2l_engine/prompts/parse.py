@@ -6,6 +6,7 @@ content is text, or a list of {"type": "text", "text"} parts, which become lines
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,6 +41,31 @@ def user_turns(prompt: Prompt | object, index: int = 0) -> Turns:
                 "decode the text with errors='replace'",
             ) from None
     return Turns(turns)
+
+
+def cell_turns(cell: object, plain_text: bool = False) -> tuple[str, ...]:
+    """The user's turns of a prompt in a table's cell: a prompt, or, unless plain_text, text that is a list of turns or messages
+    as JSON. Raises ValueError; the caller knows the row."""
+    if cell is None:
+        raise ValueError("prompt: expected a prompt, got nothing")
+    if isinstance(cell, str) and not plain_text:
+        items = _listed_in(cell)
+        cell = cell if items is None else items
+    try:
+        return tuple(user_turns(cell))
+    except PromptError as error:
+        raise ValueError(f"prompt: {error.problem}") from None
+
+
+def _listed_in(text: str) -> list[object] | None:
+    """The turns or messages that a text lists as JSON, if it does."""
+    if not text.startswith("["):
+        return None
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):  # no JSON, a number of thousands of digits, or lists nested without end
+        return None
+    return found if isinstance(found, list) and all(isinstance(item, str | dict) for item in found) else None
 
 
 def _is_other_role(item: object, place: int, index: int) -> bool:

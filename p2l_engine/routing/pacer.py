@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import threading
 from pathlib import Path
 from typing import Any, Self
@@ -17,6 +16,7 @@ from p2l_engine.routing.arrays import Array
 from p2l_engine.routing.problem import Problem
 from p2l_engine.routing.solve import solve
 from p2l_engine.routing.values import Values
+from p2l_engine.tables.atomic import write_file
 
 logger = logging.getLogger(__name__)
 
@@ -110,10 +110,7 @@ class BudgetPacer:
         with self._lock:
             state = {"budget": self.budget, "horizon": self.horizon, "learned": self._learned, "credit": self._credit}
             state |= {"spent": self._spent, "count": self._count}
-        path = Path(path)
-        beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        beside.write_text(json.dumps(state) + "\n", encoding="utf-8")
-        beside.replace(path)
+        write_file(path, json.dumps(state) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

@@ -1,31 +1,35 @@
-"""A few rows of an input file, and what its readers have in common."""
+"""A few rows of a file, and what the formats' readers have in common."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
-
-import pyarrow as pa
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from p2l_engine.tables.storage import File
 
-# What is raised where a file is not what its ending says, or cannot be had.
-UNREADABLE = (pa.ArrowException, OSError, OverflowError, UnicodeDecodeError)
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 AT_ONCE, AT_ONCE_BYTES = 512, 8 << 20  # rows that are read together, fewer where they are longer
 
 
-class Unroutable(NamedTuple):
-    """Why a row cannot be routed, and the file and row (from 0) that it is."""
+class InvalidRow(NamedTuple):
+    """A row (or a prompt's cell) that cannot be read: why, by a reason that other rows may share; and how the row begins."""
 
-    why: str
-    where: str = ""
+    reason: str
+    detail: str = ""
+    text: str = ""
+
+    @property
+    def why(self) -> str:
+        return f"{self.reason}: {self.detail}" if self.detail else self.reason
 
 
-class Some(NamedTuple):
-    """A few rows of one file: the number of the first (from 0), prompts as they were found, kept columns, and how much of the
-    file was read by then."""
+class Rows(NamedTuple):
+    """Consecutive rows of one file: the number of the first (from 0, a header not counted), the prompts' cells (or an
+    ``InvalidRow`` each), the kept columns, and how much of the file was read, 0 to 1."""
 
     file: File
     first: int
@@ -33,32 +37,94 @@ class Some(NamedTuple):
     kept: pa.Table
     read: float
 
-    def since(self, row: int) -> Some:
+    def since(self, row: int) -> Rows:
         """Without the rows before this one."""
         skip = max(0, row - self.first)
-        return Some(self.file, self.first + skip, self.prompts[skip:], self.kept[skip:], self.read)
+        return Rows(self.file, self.first + skip, self.prompts[skip:], self.kept[skip:], self.read)
+
+
+class Values(NamedTuple):
+    """Consecutive rows as Python values: the names of the file's columns as far as they are known, and each row: a dict by
+    column, an ``InvalidRow``, or (jsonl only) another JSON value."""
+
+    names: Sequence[str]
+    rows: list[Any]
 
 
 @contextmanager
-def text_of(file: File) -> Iterator[tuple[pa.NativeFile, pa.NativeFile]]:
-    """A file's text, and the file as it stands there, which says how much of it was read."""
-    squeezed = {"gz": "gzip", "zst": "zstd"}.get(file.ending.rsplit(".", 1)[1])
-    if squeezed and not file.size:
-        raise pa.ArrowInvalid(f"expected a {squeezed} stream, got nothing")  # even one of no text has a header
-    with file.place.system.open_input_file(file.place.path) as raw:
-        yield (pa.CompressedInputStream(raw, squeezed) if squeezed else raw), raw
+def readable(file: File, row: int | None = None) -> Iterator[None]:
+    """Turns what libraries raise where a file is damaged, or not what its ending says, into a ValueError. row: the last one
+    read."""
+    try:
+        yield
+    except unreadable() as error:
+        raise unreadable_error(file, error, row) from error
+
+
+def unreadable() -> tuple[type[Exception], ...]:
+    """What is raised where a file cannot be read."""
+    arrow = sys.modules.get("pyarrow")  # where it was not imported, nothing raises its exceptions
+    return (OSError, OverflowError, UnicodeDecodeError, *((arrow.ArrowException,) if arrow else ()))
+
+
+def unreadable_error(file: File, error: Exception, row: int | None = None) -> ValueError:
+    after = "" if row is None else f" after row {row}"
+    return ValueError(f"{file.shown}: cannot be read{after}: {error}")
 
 
 def wanted_columns(file: File, names: Sequence[str], column: str, keep: Sequence[str] | None) -> list[str]:
-    twice = sorted({name for name in names if list(names).count(name) > 1})
-    if twice:
-        raise ValueError(f"{file.place.shown}: expected columns of different names, got {_listed(twice)} twice")
+    """The kept columns (None: all but ``column``). Raises ValueError if one is missing, or two have the same name."""
+    check_names(file, names)
     missing = [name for name in (column, *(keep or ())) if name not in names]
     if missing:
-        raise ValueError(f"{file.place.shown}: expected the columns {', '.join(missing)}; it has {_listed(names)}")
+        raise ValueError(f"{file.shown}: expected the columns {', '.join(missing)}; it has {listed(names)}")
     return [name for name in names if name != column] if keep is None else list(keep)
 
 
-def _listed(names: Sequence[str]) -> str:
+def check_names(file: File, names: Sequence[str]) -> None:
+    """Raises ValueError if two columns have the same name."""
+    twice = sorted({name for name in names if list(names).count(name) > 1})
+    if twice:
+        raise ValueError(f"{file.shown}: expected columns of different names, got {listed(twice)} twice")
+
+
+def listed(names: Sequence[str]) -> str:
     text = ", ".join(name or "''" for name in names) or "none"
     return text if len(text) < 1000 else f"{text[:1000]} ..."
+
+
+def column_values(column: pa.ChunkedArray) -> list[Any]:
+    """Python values; text that is not UTF-8 becomes an ``InvalidRow``."""
+    try:
+        return list(column.to_pylist())
+    except UnicodeDecodeError:
+        return [_value(scalar) for scalar in column]
+
+
+def _value(scalar: pa.Scalar) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError as error:
+        return InvalidRow("expected UTF-8 text", str(error))
+
+
+def row_dicts(table: pa.Table, names: Collection[str]) -> list[dict[str, Any]]:
+    """A dict for each row, of those columns of ``names`` that there are."""
+    columns = {name: column_values(table.column(name)) for name in table.column_names if name in names}
+    if not columns:
+        return [{} for _ in range(len(table))]
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def check_text(file: File, numbers: Sequence[int], table: pa.Table, remedy: str = "") -> None:
+    """Raises ValueError where a text is not UTF-8. numbers: of the table's rows."""
+    from pyarrow import ArrowInvalid
+
+    try:
+        table.validate(full=True)
+    except ArrowInvalid:
+        for name in table.column_names:
+            for number, value in zip(numbers, column_values(table.column(name)), strict=True):
+                if isinstance(value, InvalidRow):
+                    raise ValueError(f"{file.shown}: row {number}: column {name!r}: {value.why}{remedy}") from None
+        raise

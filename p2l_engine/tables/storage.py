@@ -1,93 +1,102 @@
-"""Places of files: local paths and URIs (s3://, gs://, file:// ...), found by folder and glob, written whole or not at all."""
+"""Locations of files: local paths and URIs (s3://, gs://, file:// ...). Local files are opened without pyarrow."""
 
 from __future__ import annotations
 
 import fcntl
-import glob
-import logging
 import os
 import re
-import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-import pyarrow as pa
-from fsspec.utils import glob_translate
-from pyarrow import fs
-
-logger = logging.getLogger(__name__)
-
-ENDINGS = (".parquet", ".csv", ".csv.gz", ".csv.zst", ".jsonl", ".jsonl.gz", ".jsonl.zst")
+from p2l_engine.tables.atomic import write_file
+from p2l_engine.tables.formats import compression_of
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """A path on a file system, and the way the user wrote it."""
+class Location:
+    """A path, as the user wrote it (shown), and its store: a pyarrow file system, or None for this machine's files."""
 
-    system: Any
     path: str
     shown: str
+    store: Any = None
 
     @classmethod
-    def of(cls, uri: str) -> Place:
-        """A local path, or a URI: what pyarrow knows (file, s3, gs ...), anything else through fsspec. Raises ValueError."""
+    def of(cls, uri: str) -> Location:
+        """A local path, or a URI: through pyarrow (file, s3, gs ...) or else fsspec. Raises ValueError."""
         if not uri:
             raise ValueError("expected a path or a URI, got ''")
         if "://" not in uri:
-            return cls(fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri)), uri)
+            return cls(os.path.abspath(os.path.expanduser(uri)), uri)
+        from pyarrow import ArrowInvalid, fs
+
         shown = re.sub("//([^/@]*|[^@]*:[^@]*)@", "//", uri.partition("?")[0])  # without a store's options, keys and secrets
         if uri.startswith("file:") and any(sign in uri for sign in "?#"):
             raise ValueError(f"{uri}: expected %3F for a question mark, and %23 for #, in a URI")
         try:
-            system, path = fs.FileSystem.from_uri(uri)
-        except pa.ArrowInvalid as error:
+            store, path = fs.FileSystem.from_uri(uri)
+        except ArrowInvalid as error:
             if "Unrecognized filesystem" not in str(error):
                 raise ValueError(f"{shown}: {str(error).replace(uri, shown)}") from None
-            system, path = _through_fsspec(uri, shown)
-        return cls(system, path, shown)
+            store, path = _through_fsspec(uri, shown)
+        return cls(path, shown, None if isinstance(store, fs.LocalFileSystem) else store)
 
     @property
     def is_local(self) -> bool:
-        return isinstance(self.system, fs.LocalFileSystem)
+        return self.store is None
 
-    def holds(self, other: Place) -> bool:
-        """Whether the other is this place, or within it."""
-        mine, its = (os.path.realpath(place.path) if place.is_local else place.path for place in (self, other))
-        return self.system.equals(other.system) and f"{its}/".startswith(f"{mine.rstrip('/')}/")
+    @property
+    def system(self) -> Any:
+        """The pyarrow file system."""
+        return _local_system() if self.store is None else self.store
 
-    def __truediv__(self, name: str) -> Place:
-        return Place(self.system, f"{self.path.rstrip('/')}/{name}", f"{self.shown.rstrip('/')}/{name}")
+    def holds(self, other: Location) -> bool:
+        """Whether the other is this location, or within it."""
+        if self.is_local != other.is_local:
+            return False
+        mine, its = (os.path.realpath(each.path) if each.is_local else each.path for each in (self, other))
+        same = self.is_local or self.store.equals(other.store)
+        return same and f"{its}/".startswith(f"{mine.rstrip('/')}/")
+
+    def __truediv__(self, name: str) -> Location:
+        return Location(f"{self.path.rstrip('/')}/{name}", f"{self.shown.rstrip('/')}/{name}", self.store)
 
     def exists(self) -> bool:
+        from pyarrow import fs
+
         return bool(self.system.get_file_info(self.path).type != fs.FileType.NotFound)
 
     def names(self) -> list[str]:
-        """What a folder holds, sorted; nothing where there is no such folder."""
+        """The names in a folder, sorted; none if there is no such folder."""
         return list(self.sizes())
 
     def sizes(self) -> dict[str, int]:
-        """Of what a folder holds, in bytes, by name, sorted; a folder's is 0."""
+        """Bytes by name of what is in a folder, sorted by name; a folder's size is 0."""
+        from pyarrow import fs
+
         infos = self.system.get_file_info(fs.FileSelector(self.path, allow_not_found=True))
         return {info.base_name: int(info.size or 0) for info in sorted(infos, key=lambda info: info.base_name)}
 
     def read(self) -> bytes:
-        with self.system.open_input_stream(self.path, compression=None) as stream:
+        if self.is_local:
+            return Path(self.path).read_bytes()
+        with self.store.open_input_stream(self.path, compression=None) as stream:
             return bytes(stream.read())
 
     def write(self, data: bytes | memoryview) -> None:
-        """The whole file or nothing: a local file is renamed into place once it is on the disk, an object is put at once."""
-        if not self.is_local:
-            with self.system.open_output_stream(self.path, compression=None) as stream:
-                stream.write(data)
+        """The whole file or nothing, see ``atomic.write_file``; stores put an object at once."""
+        if self.is_local:
+            write_file(self.path, data)
             return
-        write_local(Path(self.path), data)
+        with self.store.open_output_stream(self.path, compression=None) as stream:
+            stream.write(data)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """While this local folder is nobody else's; a store has no such locks. Raises RuntimeError."""
+        """Locks a local folder against other runs; stores have no locks. Raises RuntimeError if it is locked."""
         if not self.is_local:
             yield
             return
@@ -109,121 +118,47 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """An input file as it was found: size in bytes, modified in nanoseconds since 1970 (None where the store does not say)."""
+    """An input file: size in bytes, modified in nanoseconds since 1970 (None if the store does not say)."""
 
-    place: Place
+    location: Location
     size: int
     modified: int | None
 
     @property
-    def ending(self) -> str:
-        return next(ending for ending in sorted(ENDINGS, key=len, reverse=True) if self.place.path.endswith(ending))
+    def shown(self) -> str:
+        """Its name in messages."""
+        return self.location.shown
+
+    @contextmanager
+    def text(self) -> Iterator[tuple[Any, Any]]:
+        """A stream of the decompressed bytes, and the stream below it, whose position says how much of the file was read."""
+        compression = compression_of(self.location.path)
+        if self.location.is_local and compression is None:
+            with Path(self.location.path).open("rb") as plain:
+                yield plain, plain
+            return
+        import pyarrow as pa
+
+        if compression and not self.size:
+            raise pa.ArrowInvalid(f"expected a {compression} stream, got nothing")  # even one of no text has a header
+        with self.location.system.open_input_file(self.location.path) as raw:
+            yield (pa.CompressedInputStream(raw, compression) if compression else raw), raw
+
+    def share(self, stream: IO[bytes]) -> float:
+        """How much of the file was read, 0 to 1."""
+        return stream.tell() / self.size if self.size else 1.0
 
 
-def write_local(path: Path, data: bytes | memoryview) -> None:
-    """Renamed into place once all of it is on the disk."""
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        with beside.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)  # still there only where something failed
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+@cache
+def _local_system() -> Any:
+    from pyarrow import fs
 
-
-def find(inputs: Iterable[str], said: Callable[..., object] = logger.warning) -> list[File]:
-    """The files that these paths, URIs, folders and globs (of files and folders) name: in the given order, each folder's and
-    glob's by name, each file once. said is told of what folders and globs hold besides. Raises ValueError where one names
-    nothing, or a file of another kind."""
-    found: dict[str, list[File]] = {}
-    files = []
-    for given in inputs:
-        place = Place.of(given)
-        try:
-            here = _find(place, said)
-        except UnicodeError as error:
-            raise ValueError(f"{place.shown!r}: expected names of files in UTF-8: {error}; rename those") from None
-        for file in here:
-            same = found.setdefault(os.path.realpath(file.place.path) if file.place.is_local else file.place.path, [])
-            if not any(file.place.system.equals(other.place.system) for other in same):
-                same.append(file)
-                files.append(file)
-    return files
-
-
-def _find(place: Place, said: Callable[..., object]) -> list[File]:
-    base = place.path
-    info = place.system.get_file_info(place.path)
-    if info.type == fs.FileType.File:
-        if not place.path.endswith(ENDINGS):
-            raise ValueError(f"{place.shown}: expected a file that ends in {', '.join(ENDINGS)}")
-        return [_file(place, info)]
-    if info.type == fs.FileType.Directory:
-        infos, what = _within(place.system, place.path), "in this folder"
-    elif any(sign in place.path for sign in "*?["):
-        (infos, base), what = _matching(place), "that match"
-        infos += [inner for info in infos if info.type == fs.FileType.Directory for inner in _within(place.system, info.path)]
-    else:
-        raise ValueError(f"{place.shown}: no such file or folder")
-    seen = {info.path: info for info in infos if info.type != fs.FileType.Directory and not _is_bookkeeping(info, base)}
-    chosen = [seen[path] for path in sorted(seen) if path.endswith(ENDINGS) and seen[path].type == fs.FileType.File]
-    others = sorted(seen.keys() - {info.path for info in chosen})
-    if others:
-        said(
-            "%s: left out, for want of a file that ends in %s: %s",
-            place.shown,
-            ", ".join(ENDINGS),
-            _some(map(os.path.basename, others)),
-        )
-    if not chosen:
-        raise ValueError(f"{place.shown}: expected files {what} that end in {', '.join(ENDINGS)}, found none")
-    return [_file(place, info) for info in chosen]
-
-
-def _within(system: Any, folder: str) -> list[Any]:
-    return list(system.get_file_info(fs.FileSelector(folder, recursive=True)))
-
-
-def _is_bookkeeping(info: Any, base: str) -> bool:
-    # As everywhere in the field: what starts with a dot or an underscore is somebody's.
-    return any(part.startswith((".", "_")) for part in info.path.removeprefix(base).split("/"))
-
-
-def _some(names: Iterable[str]) -> str:
-    first, *others = names
-    return f"{first} and {len(others):,} more" if others else first
-
-
-def _fixed(path: str) -> str:
-    """Of a glob, the folder below which it chooses."""
-    return re.split("[*?[]", path, maxsplit=1)[0].rpartition("/")[0]
-
-
-def _matching(place: Place) -> tuple[list[Any], str]:
-    """What matches a glob, and the folder below which it does."""
-    if place.is_local:  # as it was written: the working folder is no pattern
-        pattern = place.path if "://" in place.shown else os.path.expanduser(place.shown)
-        paths = sorted(map(os.path.abspath, glob.glob(pattern, recursive=True)))
-        return list(place.system.get_file_info(paths)) if paths else [], os.path.abspath(_fixed(pattern))
-    infos = place.system.get_file_info(fs.FileSelector(_fixed(place.path), recursive=True, allow_not_found=True))
-    matches = re.compile(glob_translate(place.path)).fullmatch  # as local globs: * stays within a folder, ** does not
-    return [info for info in infos if matches(info.path)], _fixed(place.path)
-
-
-def _file(given: Place, info: Any) -> File:
-    scheme = "" if given.is_local else given.shown[: given.shown.index("://") + 3]
-    return File(Place(given.system, info.path, scheme + info.path), int(info.size or 0), info.mtime_ns)
+    return fs.LocalFileSystem()
 
 
 def _through_fsspec(uri: str, shown: str) -> tuple[Any, str]:
     import fsspec
+    from pyarrow import fs
 
     try:
         system, path = fsspec.core.url_to_fs(uri)

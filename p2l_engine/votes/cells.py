@@ -1,4 +1,4 @@
-"""The cells of a table of votes: what they say, or why they cannot be used. Numbers may be written as text, as in csv files."""
+"""Parses the cells of a table of votes. Numbers may be written as text, as in csv files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PREFERENCES = ("preference_a", "preference_b")
 
 
 class Unusable(ValueError):
-    """Why one row cannot be used; ``reason`` without the value, so that rows can be counted."""
+    """Why a row cannot be used. reason: without the row's value, so that rows can be counted by it."""
 
     def __init__(self, reason: str, value: object = None) -> None:
         self.reason, self.value = reason, "" if value is None else f": got {value!r:.60}"
@@ -41,7 +41,7 @@ def number(value: Any) -> float | None:
 
 
 def feedback_of(found: set[str], values: bool) -> tuple[str, Callable[[Any], list[tuple[float, float]]]]:
-    """The column that says what was thought, and how a cell of it becomes outcomes and their shares."""
+    """The label column and its parser, which returns outcomes and their shares."""
     if values:
         return ("value" if "value" in found else "score"), _value
     if "winner" in found:

@@ -1,18 +1,19 @@
-"""Rows of a table, each checked, to votes; what cannot be used is counted by its reason."""
+"""Checks the rows of a table and makes votes of them; invalid rows are skipped and counted by reason."""
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import date
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from p2l_engine.feedback import FeedbackModel, Outcome
-from p2l_engine.tables.whole import BROKEN, read_table, turns
+from p2l_engine.prompts.parse import cell_turns
+from p2l_engine.tables.whole import Table, read_table
 from p2l_engine.votes.cells import PREFERENCES, Unusable, feedback_of, seconds_of, weight_of
 from p2l_engine.votes.scores import from_scores, score_matrix
 from p2l_engine.votes.votes import Votes
@@ -27,26 +28,26 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Dropped:
-    """Rows that could not be used: how many for each reason, and the first of each (from 0) with its value; and the ties that
-    bt models, which know none, leave out."""
+    """rows: how many were read. counts: skipped rows by reason. first: where the first of each reason is (rows from 0), and its
+    value. ties: how many were skipped, since bt models have none."""
 
     rows: int = 0
     counts: dict[str, int] = field(default_factory=dict)
     first: dict[str, str] = field(default_factory=dict)
     ties: int = 0
 
-    def add(self, problem: Unusable, row: int) -> None:
+    def add(self, problem: Unusable, where: str) -> None:
         self.counts[problem.reason] = self.counts.get(problem.reason, 0) + 1
-        self.first.setdefault(problem.reason, f"row {row}{problem.value}")
+        self.first.setdefault(problem.reason, f"{where}{problem.value}")
 
     def __len__(self) -> int:
         return sum(self.counts.values())
 
     def lines(self) -> list[str]:
-        """One line a reason, the commonest first."""
+        """One line for each reason, the most frequent first."""
         ordered = sorted(self.counts.items(), key=lambda item: -item[1])
         found = [f"{count:,} x {reason} (the first is {self.first[reason]})" for reason, count in ordered]
-        return found + ([f"{self.ties:,} ties: the feedback model 'bt' knows none ('bt-tie' does)"] if self.ties else [])
+        return found + ([f"{self.ties:,} ties: the feedback model 'bt' has none ('bt-tie' does)"] if self.ties else [])
 
 
 def read(
@@ -57,43 +58,41 @@ def read(
     max_dropped: float = MAX_DROPPED,
     leave_out: Mapping[str, Sequence[Any]] | None = None,
 ) -> tuple[Votes, Dropped]:
-    """Votes of a parquet, jsonl or csv file, a folder of them, a hub data set's name (its split ``train``), or several such
-    read as one; and what of it could not be used.
+    """Votes of parquet, jsonl or csv files, folders and globs of them, URIs, a hub data set's name (its split ``train``), or
+    several of these read as one; and which rows were skipped.
 
     A row has a prompt (the column prompt, conversation or conversation_a: text, a list of user turns, a list of messages, or
     such a list as JSON), model_a, model_b, and winner (model_a, model_b, tie, tie (bothbad), both_bad), or preference_a or
-    preference_b, the probability in [0, 1] that a or b is the better one, which becomes two votes of that weight; and, where
-    they exist, weight (>= 0), timestamp (seconds since 1970, or ISO 8601) and category. Or it has prompt, model and score: all
+    preference_b, the probability in [0, 1] that a or b is the better one, which becomes two votes of that weight; and
+    optionally weight (>= 0), timestamp (seconds since 1970, or ISO 8601) and category. Or it has prompt, model and score: all
     scores together become votes, see ``from_scores``, and a column task is a category too. For a feedback model of values (ols,
     poisson): prompt, value (or score), and either model or model_a and model_b. Numbers may be written as text.
 
-    feedback: what the votes are for: models of values read those; bt leaves out ties. models fixes the columns (for validation
-    data); else they are the sorted names found. columns: the file's own name for some of the names above. leave_out: values
-    of the file's columns; the rows that have them are not read. Raises ValueError where columns are missing, where no row can
-    be used, or where more than the share ``max_dropped`` of the rows cannot.
+    models: the columns of the votes (for validation data); by default the sorted names in the file. feedback: models of
+    values read values; bt skips ties. columns: the file's own name for some of the names above. leave_out: values of the
+    file's columns; rows that have one are not read. Raises ValueError if columns are missing, if no row can be used, or if more
+    than the share ``max_dropped`` of the rows cannot.
     """
     values = feedback is not None and feedback.of_values
-    table = read_table(path)
-    path = path if isinstance(path, str) else ", ".join(path)
-    for name, values_out in (leave_out or {}).items():
-        table = _without(table, name, values_out, path)
     unknown = sorted(set(columns or {}) - COLUMNS)
     if unknown:
         raise ValueError(f"columns: expected some of {', '.join(sorted(COLUMNS))}, got {', '.join(unknown)}")
+    table = read_table(path, {*COLUMNS, *(columns or {}).values(), *(leave_out or {})}).with_numbers_as_text()
+    path = table.shown
+    for name, values_out in (leave_out or {}).items():
+        table = _without(table, name, values_out)
     for ours, theirs in (columns or {}).items():
-        if theirs not in table.column_names:
-            raise ValueError(f"{path}: columns: expected one of {table.column_names} for {ours!r}, got {theirs!r}")
-        table = table.drop_columns([ours] if ours in table.column_names and ours != theirs else []).rename_columns(
-            [ours if name == theirs else name for name in table.column_names if name != ours or ours == theirs]
-        )
-    found = set(table.column_names) - {BROKEN}
+        if theirs not in table.names:
+            raise ValueError(f"{path}: columns: expected one of {list(table.names)} for {ours!r}, got {theirs!r}")
+    table = table.renamed(columns or {})
+    found = set(table.names)
     if not values and {"prompt", "model", "score"} <= found and not found & {"winner", *PREFERENCES}:
         votes = from_scores(*score_matrix(path, table), wanted=models)
         category = next((name for name in ("category", "task") if name in found), None)
         if category is not None:
-            of = dict(zip(map(turns, table.column("prompt").to_pylist()), table.column(category).to_pylist(), strict=True))
+            of = dict(zip(map(cell_turns, table.columns["prompt"]), table.columns[category], strict=True))
             votes = replace(votes, category=tuple(str(of[prompt]) for prompt in votes.prompts))
-        dropped = Dropped(table.num_rows)
+        dropped = Dropped(len(table))
         return _of_model(votes, feedback, path, dropped), dropped
     prompt = next((name for name in PROMPTS if name in found), None)
     missing = [] if prompt else ["prompt"]
@@ -107,11 +106,11 @@ def read(
         missing += [] if found & {"winner", *PREFERENCES} else ["winner, preference_a or preference_b (or model and score)"]
     if missing or prompt is None:
         raise ValueError(f"{path}: expected the columns {', '.join(missing)}; got {sorted(found)}")
-    said = feedback_of(found, values)
-    ignored = sorted(({"winner", *PREFERENCES} & found) - {said[0]})
+    label = feedback_of(found, values)
+    ignored = sorted(({"winner", *PREFERENCES} & found) - {label[0]})
     if ignored and not values:
-        logger.warning("%s: votes are read from the column %s, and not from %s", path, said[0], " and ".join(ignored))
-    rows = _Rows(table, prompt, pair, said, models)
+        logger.warning("%s: votes are read from the column %s, and not from %s", path, label[0], " and ".join(ignored))
+    rows = _Rows(table, prompt, pair, label, models)
     dropped = rows.read()
     if not rows.votes:
         reasons = "; ".join(dropped.lines()) or "the table is empty"
@@ -124,25 +123,39 @@ def read(
     return _of_model(rows.make(values), feedback, path, dropped), dropped
 
 
-def _without(table: pa.Table, name: str, values: Sequence[Any], path: str) -> pa.Table:
-    """Only the rows whose column has none of these values. Raises ValueError where that column, or one of them, is not there:
-    what was misspelt would be trained on."""
-    if name not in table.column_names:
-        raise ValueError(f"{path}: leave_out: expected one of {table.column_names}, got {name!r}")
-    column = table.column(name).combine_chunks()
-    try:
-        texts = pa.types.is_string(column.type)  # as all columns of csv files are
-        wanted = pa.array([str(v) if texts and isinstance(v, int | float) else v for v in values], column.type)
-    except (pa.ArrowException, TypeError) as error:
-        raise ValueError(f"{path}: leave_out: {name}: expected values of the type {column.type}: {error}") from None
-    missing = sorted(str(value) for value in wanted.filter(pc.invert(pc.is_in(wanted, column.unique()))).to_pylist())
+def _without(table: Table, name: str, values: Sequence[Any]) -> Table:
+    """Only the rows whose column has none of these values. Raises ValueError if there is no such column, or no row has one of
+    them: a misspelt value would be trained on."""
+    if name not in table.names:
+        raise ValueError(f"{table.shown}: leave_out: expected one of {list(table.names)}, got {name!r}")
+    column = table.columns[name]
+    is_text = any(isinstance(value, str) for value in column)
+    wanted = set()
+    for value in values:
+        if not (value is None or isinstance(value, str | int | float | date)):
+            kind = "string" if is_text else "a number, a date or text"
+            raise ValueError(f"{table.shown}: leave_out: {name}: expected values of the type {kind}, got {value!r}")
+        wanted.add(_comparable(str(value) if is_text and value is not None else value))
+    if is_text and "" in values:
+        column = ["" if value is None else value for value in column]  # an empty csv cell is null
+    found = [_comparable(value) for value in column]
+    missing = sorted(str(value) for _, value in wanted - set(found))
     if missing:
-        raise ValueError(f"{path}: leave_out: no row's {name} is {', '.join(missing)}")
-    return table.filter(pc.invert(pc.is_in(column, wanted)))
+        raise ValueError(f"{table.shown}: leave_out: no row's {name} is {', '.join(missing)}")
+    return table.take([i for i, value in enumerate(found) if value not in wanted])
+
+
+def _comparable(value: Any) -> tuple[str, Any]:
+    """Equal for equal values of one kind: True is not 1, and dates equal times."""
+    if isinstance(value, date):
+        return "time", seconds_of(value)
+    if isinstance(value, list | dict):
+        return "nested", json.dumps(value, default=str)
+    return ("truth" if isinstance(value, bool) else "value"), value
 
 
 def _of_model(votes: Votes, feedback: FeedbackModel | None, path: str, dropped: Dropped) -> Votes:
-    """What this feedback model can use of them."""
+    """The votes that this feedback model can use."""
     if feedback is not None and not (feedback.of_values or feedback.has_ties):
         ties = votes.outcome >= Outcome.TIE
         dropped.ties = int(ties.sum())
@@ -157,19 +170,18 @@ class _Rows:
 
     def __init__(
         self,
-        table: pa.Table,
+        table: Table,
         prompt: str,
         pair: bool,
-        feedback: tuple[str, Callable[[Any], list[tuple[float, float]]]],
+        label: tuple[str, Callable[[Any], list[tuple[float, float]]]],
         models: tuple[str, ...] | None,
     ) -> None:
-        names = {"prompt": prompt, "a": "model_a" if pair else "model", "feedback": feedback[0]}
+        names = {"prompt": prompt, "a": "model_a" if pair else "model", "label": label[0]}
         names |= {"b": "model_b"} if pair else {}
-        names |= {name: name for name in ("weight", "timestamp", "category") if name in table.column_names}
-        names |= {BROKEN: BROKEN} if BROKEN in table.column_names else {}
-        self.columns = {ours: table.column(theirs).to_pylist() for ours, theirs in names.items()}
-        self.parse, self.pair, self.models = feedback[1], pair, models
-        self.n_rows = table.num_rows
+        names |= {name: name for name in ("weight", "timestamp", "category") if name in table.names}
+        self.table = table
+        self.columns = {ours: table.columns[theirs] for ours, theirs in names.items()}
+        self.parse, self.pair, self.models = label[1], pair, models
         self.prompts: dict[tuple[str, ...], int] = {}
         self.category: list[str] = []
         self.votes: list[tuple[int, str, str, float, float, float]] = []
@@ -178,23 +190,24 @@ class _Rows:
 
     def read(self) -> Dropped:
         """Fills prompts, categories and votes."""
-        dropped = Dropped(self.n_rows)
-        for i in range(self.n_rows):
+        dropped = Dropped(len(self.table))
+        for i in range(len(self.table)):
             try:
                 self._row(i)
             except Unusable as problem:
-                dropped.add(problem, i)
+                dropped.add(problem, self.table.where(i))
         return dropped
 
     def _row(self, i: int) -> None:
         column = self.columns
-        if BROKEN in column and column[BROKEN][i] is not None:
-            raise Unusable(BROKEN, column[BROKEN][i])
+        if i in self.table.invalid:
+            row = self.table.invalid[i]
+            raise Unusable(f"row: {row.reason}", row.text)
         a = self._model(column["a"][i], "model_a" if self.pair else "model")
         b = self._model(column["b"][i], "model_b") if self.pair else ""
         if a == b:
             raise Unusable("a model against itself")
-        parsed = self.parse(column["feedback"][i])
+        parsed = self.parse(column["label"][i])
         weight = weight_of(column["weight"][i]) if "weight" in column else 1.0
         time = seconds_of(column["timestamp"][i]) if "timestamp" in column else 0.0
         prompt = self._prompt(column["prompt"][i])
@@ -208,7 +221,7 @@ class _Rows:
         if not isinstance(name, str) or not name.strip():
             raise Unusable(f"{column}: expected a name", name)
         if self._known is not None and name not in self._known:
-            raise Unusable(f"{column}: not one of the models that are known (the training votes', or the checkpoint's)", name)
+            raise Unusable(f"{column}: expected one of the training votes' (or the checkpoint's) models", name)
         return name
 
     def _prompt(self, value: Any) -> tuple[str, ...]:
@@ -216,7 +229,7 @@ class _Rows:
         if key is not None and key in self._parsed:
             return self._parsed[key]
         try:
-            prompt = turns(value)
+            prompt = cell_turns(value)
         except ValueError as error:
             raise Unusable(str(error)) from None
         except RecursionError:

@@ -1,4 +1,4 @@
-"""Scores of every model on every prompt, and the votes that they stand for."""
+"""Scores of every model on every prompt, and the votes that follow from them."""
 
 from __future__ import annotations
 
@@ -6,42 +6,48 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from p2l_engine.feedback import Outcome
-from p2l_engine.tables.whole import BROKEN, read_table, turns
+from p2l_engine.prompts.parse import cell_turns
+from p2l_engine.tables.rows import listed
+from p2l_engine.tables.whole import Table, read_table
 from p2l_engine.votes.cells import number
 from p2l_engine.votes.votes import Votes
 
+SCORES = ("prompt", "model", "score")
+
 
 def score_matrix(
-    path: str | Sequence[str], table: pa.Table | None = None
+    path: str | Sequence[str], table: Table | None = None
 ) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...], npt.NDArray[np.float64]]:
-    """Prompts (sorted), models (sorted) and scores [P, M] of a table with the columns prompt, model, score.
+    """Prompts (sorted), models (sorted) and scores [P, M] of a table with the columns prompt, model, score; ``path`` is read
+    unless ``table`` is given.
 
-    Raises ValueError where a model has no score, or two, on a prompt, and where a prompt is empty.
+    Raises ValueError where a row is invalid, a model has no score, or two, on a prompt, or a prompt is empty.
     """
-    table = read_table(path) if table is None else table
-    path = path if isinstance(path, str) else ", ".join(path)
+    table = (read_table(path, SCORES) if table is None else table).with_numbers_as_text()
+    path = table.shown
     rows: dict[tuple[str, ...], dict[str, float]] = {}
-    if BROKEN in table.column_names:
-        raise ValueError(f"{path}: {BROKEN}, got {table.column(BROKEN).drop_null()[0].as_py()!r}")
-    columns = [table.column(name).to_pylist() for name in ("prompt", "model", "score")]
+    if missing := [name for name in SCORES if name not in table.columns]:
+        raise ValueError(f"{path}: expected the columns {', '.join(missing)}; it has {listed(table.names)}")
+    for i, row in sorted(table.invalid.items()):
+        raise ValueError(f"{table.located(i)}: {row.why}: {row.text}")
+    columns = [table.columns[name] for name in SCORES]
     for i, (prompt, model, score) in enumerate(zip(*columns, strict=True)):
         if not isinstance(model, str):
-            raise ValueError(f"{path}: row {i}: model: expected a name, got {model!r}")
+            raise ValueError(f"{table.located(i)}: model: expected a name, got {model!r}")
         try:
-            parsed = turns(prompt)
+            parsed = cell_turns(prompt)
         except ValueError as error:
-            raise ValueError(f"{path}: row {i}: {error}") from None
+            raise ValueError(f"{table.located(i)}: {error}") from None
         if not any(turn.strip() for turn in parsed):
-            raise ValueError(f"{path}: row {i}: prompt: empty")
+            raise ValueError(f"{table.located(i)}: prompt: empty")
         of_prompt = rows.setdefault(parsed, {})
         if model in of_prompt:
-            raise ValueError(f"{path}: row {i}: a second score of {model!r} on the same prompt")
+            raise ValueError(f"{table.located(i)}: a second score of {model!r} on the same prompt")
         value = number(score)
         if value is None:
-            raise ValueError(f"{path}: row {i}: score: expected a finite number, got {score!r}")
+            raise ValueError(f"{table.located(i)}: score: expected a finite number, got {score!r}")
         of_prompt[model] = value
     prompts, models = tuple(sorted(rows)), tuple(sorted({m for row in rows.values() for m in row}))
     for prompt in prompts:

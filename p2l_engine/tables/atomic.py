@@ -1,0 +1,59 @@
+"""Files and folders written whole or not at all. Standard library only."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+
+def write_file(path: str | Path, data: bytes | memoryview | str) -> None:
+    """Writes a file of a unique name beside ``path``, flushes it to the disk and renames it to ``path``. A crash leaves the old
+    file or the new one; several threads and processes may write the same path. text: UTF-8. What is no regular file, such as
+    /dev/stdout, is written in place. Raises OSError."""
+    path = Path(path)
+    data = data.encode() if isinstance(data, str) else data
+    if path.exists() and not path.is_file():
+        with path.open("wb") as stream:
+            stream.write(data)
+        return
+    path = Path(os.path.realpath(path))  # a link stays one
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)  # it exists only after a failure
+    folder = os.open(path.parent, os.O_RDONLY)  # the new name must reach the disk too
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+    """``fill`` writes into an empty folder beside ``folder``, which then replaces ``folder``. If it raises, nothing changes."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        work.chmod(0o755)
+        fill(work)
+        if not folder.exists():
+            work.rename(folder)
+            return
+        old = folder.parent / f"{work.name}-old"
+        folder.rename(old)
+        try:
+            work.rename(folder)
+        except OSError:
+            old.rename(folder)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)

@@ -1,0 +1,153 @@
+"""Finds input files: paths, URIs, folders and globs."""
+
+from __future__ import annotations
+
+import glob
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from p2l_engine.tables.formats import EXPECTED, is_plain_json, is_table
+from p2l_engine.tables.storage import File, Location
+
+logger = logging.getLogger(__name__)
+
+HEAD = 1 << 20  # bytes of a .json file in which its first two lines are looked for
+
+
+def find(inputs: Iterable[str], warn: Callable[..., object] = logger.warning) -> list[File]:
+    """The files that these paths, URIs, folders and globs (of files and folders) name: in the given order, within a folder or
+    glob by name, each file once.
+
+    In folders and globs, files and folders whose names start with "." or "_" are skipped, as are files of other formats, of
+    which ``warn`` names the first. ``.json`` files beside other tables are skipped unless they hold one JSON object a line.
+    Raises ValueError where an input names nothing, or is a file of another format.
+    """
+    found: dict[str, list[File]] = {}
+    files = []
+    for given in inputs:
+        location = Location.of(given)
+        try:
+            here = _find(location, warn)
+        except UnicodeError as error:
+            raise ValueError(f"{location.shown!r}: expected names of files in UTF-8: {error}; rename those") from None
+        for file in here:
+            path = os.path.realpath(file.location.path) if file.location.is_local else file.location.path
+            same = found.setdefault(path, [])
+            if not any(file.location.system.equals(other.location.system) for other in same):
+                same.append(file)
+                files.append(file)
+    return files
+
+
+def names_tables(given: str) -> bool:
+    """Whether an input is a table's file, a folder, a glob of neither, or a URI of a table; other files are plain text."""
+    location = Location.of(given)
+    if is_table(location.path):
+        return True
+    if not location.is_local:
+        return any(sign in location.path for sign in "*?[") or location.path.endswith("/")
+    return os.path.isdir(location.path) or (_is_glob(location) and not os.path.exists(location.path))
+
+
+def _find(location: Location, warn: Callable[..., object]) -> list[File]:
+    if location.is_local and os.path.isfile(location.path):  # without pyarrow
+        _check_ending(location)
+        status = os.stat(location.path)
+        return [File(location, status.st_size, status.st_mtime_ns)]
+    from pyarrow import fs
+
+    base = location.path
+    info = location.system.get_file_info(location.path)
+    if info.type == fs.FileType.File:
+        _check_ending(location)
+        return [_file(location, info)]
+    if info.type == fs.FileType.Directory:
+        infos, what = _within(location.system, location.path), "in this folder"
+    elif _is_glob(location):
+        (infos, base), what = _matching(location), "that match"
+        folders = [info.path for info in infos if info.type == fs.FileType.Directory]
+        infos += [inner for folder in folders for inner in _within(location.system, folder)]
+    else:
+        raise ValueError(f"{location.shown}: no such file or folder")
+    seen = {info.path: info for info in infos if info.type != fs.FileType.Directory and not _is_hidden(info.path, base)}
+    tables = [seen[path] for path in sorted(seen) if is_table(path) and seen[path].type == fs.FileType.File]
+    files = _without_documents([_file(location, info) for info in tables])
+    chosen = {file.location.path for file in files}
+    others = sorted(path for path in seen if path not in chosen)
+    if others:
+        warn("%s: skipped, expected files that end in %s: %s", location.shown, EXPECTED, _first(map(os.path.basename, others)))
+    if not files:
+        raise ValueError(f"{location.shown}: expected files {what} that end in {EXPECTED}, found none")
+    return files
+
+
+def _check_ending(location: Location) -> None:
+    if not is_table(location.path):
+        raise ValueError(f"{location.shown}: expected a file that ends in {EXPECTED}")
+
+
+def _is_glob(location: Location) -> bool:
+    return any(sign in location.path for sign in "*?[")
+
+
+def _without_documents(files: list[File]) -> list[File]:
+    """Without .json files that are one document, such as a data set's description: where there are other tables."""
+    if all(is_plain_json(file.location.path) for file in files):
+        return files
+    return [file for file in files if not is_plain_json(file.location.path) or _is_json_lines(file)]
+
+
+def _is_json_lines(file: File) -> bool:
+    """Whether the first two lines are JSON objects."""
+    try:
+        with file.text() as (stream, _):
+            head = stream.read(HEAD)
+        first, second = (json.loads(line) for line in [line for line in head.split(b"\n") if line.strip()][:2])
+    except (ValueError, RecursionError, OSError):
+        return False
+    return isinstance(first, dict) and isinstance(second, dict)
+
+
+def _within(system: Any, folder: str) -> list[Any]:
+    from pyarrow import fs
+
+    return list(system.get_file_info(fs.FileSelector(folder, recursive=True)))
+
+
+def _is_hidden(path: str, base: str) -> bool:
+    """As everywhere: ``.ipynb_checkpoints/``, ``_temporary/``, ``._copy.csv``."""
+    return any(part.startswith((".", "_")) for part in path.removeprefix(base).split("/"))
+
+
+def _first(names: Iterable[str]) -> str:
+    first, *others = names
+    return f"{first} and {len(others):,} more" if others else first
+
+
+def _folder_of(pattern: str) -> str:
+    """The folder below which a glob chooses."""
+    return re.split("[*?[]", pattern, maxsplit=1)[0].rpartition("/")[0]
+
+
+def _matching(location: Location) -> tuple[list[Any], str]:
+    """What matches a glob, and the folder below which it does."""
+    if location.is_local:  # as it was written: the working folder's name is no pattern
+        pattern = location.path if "://" in location.shown else os.path.expanduser(location.shown)
+        paths = sorted(map(os.path.abspath, glob.glob(pattern, recursive=True)))
+        return list(location.system.get_file_info(paths)) if paths else [], os.path.abspath(_folder_of(pattern))
+    from fsspec.utils import glob_translate
+    from pyarrow import fs
+
+    folder = _folder_of(location.path)
+    infos = location.system.get_file_info(fs.FileSelector(folder, recursive=True, allow_not_found=True))
+    matches = re.compile(glob_translate(location.path)).fullmatch  # as local globs: * stays within a folder, ** does not
+    return [info for info in infos if matches(info.path)], folder
+
+
+def _file(given: Location, info: Any) -> File:
+    scheme = "" if given.is_local else given.shown[: given.shown.index("://") + 3]
+    return File(Location(info.path, scheme + info.path, given.store), int(info.size or 0), info.mtime_ns)

@@ -1,0 +1,94 @@
+"""The file formats: their endings, and the module that reads each. A new format is one module and one line in ``FORMATS``."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from p2l_engine.tables.rows import Rows, Values
+    from p2l_engine.tables.storage import File
+
+COMPRESSED = {".gz": "gzip", ".zst": "zstd"}  # endings and pyarrow's names
+
+
+class Reader(Protocol):
+    """What a format's module offers."""
+
+    def schema(self, file: File, column: str, keep: Sequence[str] | None) -> pa.Schema | None:
+        """Reads the head of the file. The kept columns' types, or None where only the rows tell. Raises ValueError if a column
+        is missing."""
+        ...
+
+    def rows(self, file: File, column: str, keep: Sequence[str] | None, schema: pa.Schema | None) -> Iterator[Rows]:
+        """A few rows at a time, in order: the column of prompts, and the kept columns (None: all others) with their types.
+        schema: the types that earlier files had."""
+        ...
+
+    def values(self, file: File, names: Collection[str]) -> Iterator[Values]:
+        """A few rows at a time as Python values: at least those columns of ``names`` that the file has. Invalid rows are
+        returned as ``InvalidRow``. A file without rows gives one empty ``Values``."""
+        ...
+
+
+class Format(NamedTuple):
+    """Endings in lower case; the reader's module; whether files may be compressed (``.csv.gz``)."""
+
+    endings: tuple[str, ...]
+    module: str
+    compressed: bool = False
+
+    @property
+    def reader(self) -> Reader:
+        """Imported on first use: pyarrow is heavy."""
+        return cast(Reader, import_module(self.module))
+
+
+FORMATS = {
+    "parquet": Format((".parquet",), "p2l_engine.tables.parquet"),
+    "csv": Format((".csv",), "p2l_engine.tables.csv", compressed=True),
+    "jsonl": Format((".jsonl", ".ndjson", ".json"), "p2l_engine.tables.jsonl", compressed=True),
+}
+
+EXPECTED = ", ".join(ending for each in FORMATS.values() for ending in each.endings) + (
+    f" ({', '.join(name for name, each in FORMATS.items() if each.compressed)} also with {' or '.join(COMPRESSED)})"
+)
+
+
+def is_table(path: str) -> bool:
+    """Whether a file of this name is of one of the formats; capital letters do not matter."""
+    return _kind(path) is not None
+
+
+def is_plain_json(path: str) -> bool:
+    """Whether the ending is .json, which files of one JSON document have too."""
+    return _without_compression(path).endswith(".json")
+
+
+def kind_of(path: str) -> str:
+    """A key of ``FORMATS``, for a path for which ``is_table`` holds."""
+    kind = _kind(path)
+    if kind is None:
+        raise ValueError(f"{path}: expected a file that ends in {EXPECTED}")
+    return kind
+
+
+def compression_of(path: str) -> str | None:
+    """gzip, zstd or None."""
+    return next((name for ending, name in COMPRESSED.items() if path.lower().endswith(ending)), None)
+
+
+def _kind(path: str) -> str | None:
+    inner, compressed = _without_compression(path), compression_of(path) is not None
+    for name, each in FORMATS.items():
+        if inner.endswith(each.endings) and (each.compressed or not compressed):
+            return name
+    return None
+
+
+def _without_compression(path: str) -> str:
+    path = path.lower()
+    return path.rpartition(".")[0] if compression_of(path) else path
