@@ -1,0 +1,325 @@
+"""The one reader: every format gives the same turns to batch, votes and commands, and refuses the same files."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import typer
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from p2l_engine.batch.blocks import Unroutable, blocks
+from p2l_engine.cli.prompts import PromptFile
+from p2l_engine.tables.chunked import check_files, read_rows
+from p2l_engine.tables.find import find
+from p2l_engine.tables.formats import FORMATS
+from p2l_engine.tables.whole import read_table
+from p2l_engine.votes import read, score_matrix
+
+ENDINGS = (
+    ".csv", ".CSV", ".csv.gz", ".csv.zst", ".jsonl", ".JSONL", ".ndjson", ".json", ".jsonl.gz", ".ndjson.zst", ".parquet",
+    ".PARQUET",
+)  # fmt: skip
+
+
+def write(path, rows):
+    """Rows (dicts of text or None) as the format that the path's ending says, by Python's own modules."""
+    names, ending = list(rows[0]), path.name.lower().partition(".")[2]
+    if ending == "parquet":
+        pq.write_table(pa.table({name: pa.array([row[name] for row in rows], pa.string()) for name in names}), path)
+        return str(path)
+    text = io.StringIO(newline="")
+    if ending.startswith("csv"):
+        # Nothing for None; "" is quoted.
+        cells = [["" if row[name] is None else '"' + row[name].replace('"', '""') + '"' for name in names] for row in rows]
+        text.write("\r\n".join(map(",".join, [names, *cells])))
+    else:
+        text.write("\n".join(json.dumps(row) for row in rows))
+    squeeze = {"gz": gzip.compress, "zst": lambda data: pa.compress(data, "zstd", asbytes=True)}
+    path.write_bytes(squeeze.get(ending.rsplit(".", 1)[-1], bytes)(text.getvalue().encode()))
+    return str(path)
+
+
+def by_batch(path):
+    files = find([path])
+    check_files(files, "prompt")
+    turns = [turns for block in blocks(files, "prompt") for turns in block.prompts]
+    if bad := next((turn for turn in turns if isinstance(turn, Unroutable)), None):
+        raise ValueError(bad.why)
+    return turns
+
+
+def by_votes(path):
+    return list(read(path, max_dropped=0)[0].prompts)
+
+
+def by_scores(path):
+    return list(score_matrix(path)[0])
+
+
+def by_commands(path):
+    return [(prompt,) if isinstance(prompt, str) else tuple(prompt) for prompt in PromptFile.read(path).prompts]
+
+
+VOTE = {"model_a": "x", "model_b": "y", "winner": "tie"}
+READERS = {by_batch: [VOTE], by_votes: [VOTE], by_commands: [VOTE],
+           by_scores: [{"model": "x", "score": "1"}, {"model": "y", "score": "0"}]}  # fmt: skip
+by_each = pytest.mark.parametrize("reader", READERS, ids=lambda reader: reader.__name__)
+
+
+def rows_for(reader, *prompts):
+    return [{"prompt": prompt} | more for prompt in prompts for more in READERS[reader]]
+
+
+@by_each
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_cell_is_the_same_turns_everywhere(reader, ending, tmp_path):
+    prompts = {
+        '["What is 17 * 23?"]': ("What is 17 * 23?",),
+        '[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes?"}, {"role": "user", "content": "bye"}]': (
+            "hi", "bye",
+        ),
+        "[1] is a citation": ("[1] is a citation",),
+        " two\r\nlines, \"quoted\" ": (" two\r\nlines, \"quoted\" ",),
+    }  # fmt: skip
+    path = write(tmp_path / f"in{ending}", rows_for(reader, *prompts))
+    assert set(reader(path)) == set(prompts.values())
+
+
+@by_each
+@pytest.mark.parametrize("ending", [".csv", ".csv.gz"])
+def test_an_open_quote_is_refused_everywhere(reader, ending, tmp_path):
+    names = list(rows_for(reader, "a")[0])
+    good = [",".join(row.values()) for row in rows_for(reader, "a", "b")]
+    squeeze = gzip.compress if ending.endswith("gz") else bytes
+    for column in range(len(names)):  # each in turn, the last too
+        cells = ["c", *good[0].split(",")[1:]]
+        cells[column] = f'"{cells[column]}'
+        for end in ("", "\n", "\r\n", "\n" + good[1], "\n" + good[1] + "\n"):
+            (tmp_path / f"in{ending}").write_bytes(squeeze("\n".join([",".join(names), *good, ",".join(cells) + end]).encode()))
+            with pytest.raises(ValueError, match=rf"in.csv\S*: row {len(good)}: a quote is not closed by the end of the file"):
+                reader(str(tmp_path / f"in{ending}"))
+
+
+@by_each
+def test_quotes_that_are_closed_or_within_a_cell_are_read(reader, tmp_path):
+    names = ",".join(rows_for(reader, "a")[0])
+    for last, prompt in (('"a ""b"""', 'a "b"'), ('5" pipe', '5" pipe'), ('"a\n\n"', "a\n\n"), ('""""', '"')):
+        rows = [",".join([last, *list(row.values())[1:]]) for row in rows_for(reader, "")]
+        for end in ("", "\n", "\n\n"):
+            (tmp_path / "in.csv").write_text("\n".join([names, *rows]) + end)
+            assert reader(str(tmp_path / "in.csv")) in ([(prompt,)], [(prompt,)] * len(rows))
+
+
+@by_each
+def test_hidden_and_half_written_files_are_read_nowhere(reader, tmp_path):
+    write(tmp_path / "v.csv", rows_for(reader, "a"))
+    for name in (".ipynb_checkpoints/v.csv", "_temporary/0/v.jsonl", "._v.csv", "_SUCCESS.csv"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"\x00\x05\x16\x07 none of our business")
+    assert set(reader(str(tmp_path))) == {("a",)}
+    assert set(reader(str(tmp_path / "*.csv"))) == {("a",)}
+    assert set(reader(f"file://{tmp_path}/v.csv")) == {("a",)}
+
+
+@by_each
+def test_an_empty_csv_cell_is_no_prompt(reader, tmp_path):
+    rows = rows_for(reader, "a", None)
+    for name in ("in.csv", "in.jsonl", "in.parquet"):
+        with pytest.raises(ValueError, match="prompt: expected a prompt, got nothing"):
+            reader(write(tmp_path / name, rows))
+
+
+@by_each
+def test_what_is_no_table_is_named(reader, tmp_path):
+    for name, data, message in (
+        ("in.csv", b"", "in.csv: cannot be read: expected a line of column names, got nothing"),
+        ("in.parquet", b"PAR1", "in.parquet: cannot be read: "),
+        ("in.csv.gz", b"\x1f\x8b", "in.csv.gz: cannot be read: "),
+        ("in.csv", b"prompt,prompt\na,b\n", "in.csv: expected columns of different names, got prompt twice"),
+        ("in.csv", b"text,n\na,b\n", "in.csv: expected the columns "),
+        ("none.csv", None, "none.csv: no such file or folder"),
+    ):
+        if data is not None:
+            (tmp_path / name).write_bytes(data)
+        with pytest.raises(ValueError, match=message):
+            reader(str(tmp_path / name))
+
+
+odd_text = st.one_of(
+    st.text(st.characters(codec="utf-8"), max_size=20),
+    st.text("\",\n\r\\[]{}' \t;\ufeff\u2028\x00é漢🙂a1", max_size=12),
+    st.lists(st.text('",\n[] a', max_size=5), max_size=3).map(json.dumps),
+    st.sampled_from(
+        ["", " ", "NA", "null", "nan", "007", "1e3", "true", "[]", "[1]", '["a", 1]', '["a"', "2024-01-01", "\x1c"]
+    ),
+)
+
+
+def oracle(text):
+    """The turns of a cell of text, by Python's json; None for no prompt."""
+    try:
+        found = json.loads(text) if text.startswith("[") else text
+    except ValueError:
+        return (text,)
+    if isinstance(found, list) and all(isinstance(turn, str) for turn in found):
+        return tuple(found) or None
+    return (text,)
+
+
+@given(texts=st.lists(odd_text, min_size=1, max_size=8), more=st.lists(odd_text, min_size=8, max_size=8))
+@example(texts=['"', '""', 'a"', ',"\n', "\r", "\r\n", "\n\n"], more=['"'] * 8)
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_all_formats_agree_with_pythons_own_modules(texts, more, tmp_path):
+    rows = [{"n": other, "prompt": text, "z": other} for text, other in zip(texts, more, strict=False)]
+    for ending in (".csv", ".jsonl", ".parquet"):
+        path = write(tmp_path / f"in{ending}", rows)
+        if ending == ".csv":  # Python's csv reads back what was written
+            with open(path, newline="", encoding="utf-8") as file:
+                assert list(csv.DictReader(file)) == rows
+        table = read_table(path, ("prompt", "z"))
+        assert table.columns == {"prompt": texts, "z": [row["z"] for row in rows]}
+        assert table.names == ("n", "prompt", "z")
+        assert not table.invalid
+        chunks = list(read_rows(find([path]), "prompt"))
+        assert [cell for chunk in chunks for cell in chunk.prompts] == texts
+        kept = pa.concat_tables([chunk.kept for chunk in chunks]).to_pylist()
+        assert kept == [{"n": row["n"], "z": row["z"]} for row in rows]
+        found = [turns for block in blocks(find([path]), "prompt") for turns in block.prompts]
+        assert [None if isinstance(turns, Unroutable) else turns for turns in found] == [oracle(text) for text in texts]
+        if None not in map(oracle, texts):
+            assert by_commands(path) == [oracle(text) for text in texts]
+
+
+@given(texts=st.lists(st.text('",\r\n ab', max_size=6), min_size=1, max_size=6), quoting=st.sampled_from([0, 1]))
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_what_pythons_csv_writes_is_read(texts, quoting, tmp_path):
+    with open(tmp_path / "in.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file, quoting=quoting).writerows([("prompt", "n"), *((text, "x") for text in texts)])
+    empty = "" if quoting else None  # "" is text, nothing is missing
+    assert read_table(str(tmp_path / "in.csv"), ["prompt"]).columns["prompt"] == [text or empty for text in texts]
+
+
+def test_lines_of_jsonl_are_prompts_for_commands(tmp_path):
+    lines = ["a", ["b", "b2"], [{"role": "user", "content": "c"}], {"prompt": "d", "weight": 2}, '["e", "e2"]']
+    for name in ("in.jsonl", "in.NDJSON", "in.json"):
+        (tmp_path / name).write_text("\ufeff" + "\n\n".join(map(json.dumps, lines)), encoding="utf-8")
+        assert PromptFile.read(tmp_path / name).prompts == ["a", ("b", "b2"), "c", "d", ("e", "e2")]
+    assert PromptFile.read(tmp_path / "in.json").columns["weight"] == [None, None, None, 2, None]
+    for line, message in (
+        ("{", "row 1: expected a line of JSON: "),
+        ('{"text": "b"}', "row 1: prompt: expected a prompt, got nothing"),
+        ("7", "row 1: prompt: expected a string, a list of user turns or a list of messages, got int"),
+        ('"\\ud800"', "row 1: prompt: invalid Unicode"),
+        ("null", "row 1: prompt: expected a prompt, got nothing"),
+    ):
+        (tmp_path / "odd.jsonl").write_text(f'"a"\n\n{line}\n')
+        with pytest.raises(ValueError, match=f"odd.jsonl: {message}"):
+            PromptFile.read(tmp_path / "odd.jsonl")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(typer.BadParameter, match="empty.jsonl holds no prompt"):
+        PromptFile.read(tmp_path / "empty.jsonl")
+
+
+def test_text_and_jsonl_files_need_no_pyarrow(tmp_path, monkeypatch):
+    (tmp_path / "in.txt").write_text('\ufeffone\r\n \n["two"]\n', encoding="utf-8")
+    (tmp_path / "in.jsonl").write_text('{"prompt": "one"}')
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert PromptFile.read(tmp_path / "in.txt").prompts == ["one", '["two"]']
+    assert PromptFile.read(tmp_path / "in.jsonl").prompts == ["one"]
+
+
+def test_json_documents_beside_tables_are_skipped_and_named(tmp_path, caplog):
+    write(tmp_path / "a.csv", [{"prompt": "a"}])
+    (tmp_path / "dataset_info.json").write_text('{\n "features": {}\n}')
+    (tmp_path / "state.json").write_text('{"split": "train"}')
+    write(tmp_path / "b.json", [{"prompt": "b"}, {"prompt": "c"}])
+    assert [file.location.path[-6:] for file in find([str(tmp_path)])] == ["/a.csv", "b.json"]
+    assert "dataset_info.json and 1 more" in caplog.text
+    (tmp_path / "only").mkdir()
+    write(tmp_path / "only" / "a.json", [{"prompt": "a"}])
+    assert by_commands(str(tmp_path / "only")) == by_batch(str(tmp_path / "only")) == [("a",)]
+
+
+def test_rows_of_several_files_are_named(tmp_path):
+    write(tmp_path / "a.csv", [{"prompt": "a"} | VOTE] * 3)
+    write(tmp_path / "b.jsonl", [{"prompt": "b"} | VOTE, {"prompt": "b"} | VOTE | {"winner": "nobody"}])
+    _, dropped = read([str(tmp_path / "a.csv"), str(tmp_path / "b.jsonl")], max_dropped=0.5)
+    assert "(the first is " + str(tmp_path / "b.jsonl") + ": row 1: got 'nobody')" in dropped.lines()[0]
+    write(tmp_path / "b.jsonl", [{"prompt": "b"}, {"prompt": None}])
+    with pytest.raises(ValueError, match=r"b.jsonl: row 1: prompt: expected a prompt"):
+        PromptFile.read(tmp_path)
+
+
+def test_votes_of_files_whose_types_differ(tmp_path):
+    pq.write_table(
+        pa.table({"prompt": ["p"], "model_a": [7], "model_b": [8.0], "winner": ["tie"], "day": [3]}), tmp_path / "a.parquet"
+    )
+    (tmp_path / "b.csv").write_text("prompt,model_a,model_b,winner,day\nq,7,8,tie,3\nr,7,8,tie,\n")
+    (tmp_path / "c.jsonl").write_text(
+        json.dumps({"prompt": ["q", "q2"], "model_a": "7", "model_b": 8, "winner": "tie", "day": "x"})
+    )
+    paths = [str(tmp_path / name) for name in ("a.parquet", "b.csv", "c.jsonl")]
+    votes, dropped = read(paths)
+    assert (votes.models, len(votes), len(dropped)) == (("7", "8"), 4, 0)
+    assert votes.prompts == (("p",), ("q",), ("r",), ("q", "q2"))
+    assert read(paths, leave_out={"day": [3]})[0].prompts == (("r",), ("q", "q2"))
+    assert read(paths, leave_out={"day": [""]})[0].prompts == (("p",), ("q",), ("q", "q2"))
+
+
+def test_a_csv_file_of_invalid_rows_alone_keeps_their_numbers(tmp_path):
+    (tmp_path / "in.csv").write_text("prompt,n\na\n\nb,1,2\nc,1\n,,\n" + "d,1\n" * 3 + "e")
+    table = read_table(str(tmp_path / "in.csv"), ["prompt"])
+    assert table.columns["prompt"] == [None, None, "c", None, "d", "d", "d", None]
+    assert {index: row.text for index, row in table.invalid.items()} == {0: "a", 1: "b,1,2", 3: ",,", 7: "e"}
+    (tmp_path / "none.csv").write_text("prompt,n\na\nb")
+    assert list(read_table(str(tmp_path / "none.csv"), ["prompt"]).invalid) == [0, 1]
+
+
+def test_a_long_row_after_invalid_ones(tmp_path):
+    """The file is read again in larger pieces, and rows keep their numbers."""
+    long = "x" * (5 << 20)
+    rows = ["prompt,n", "a,1", "bad", *["b,2"] * 300_000, f'"{long}",3', "worse", "c,4"]
+    (tmp_path / "in.csv").write_text("\n".join(rows))
+    table = read_table(str(tmp_path / "in.csv"), ["prompt"])
+    assert len(table) == len(rows) - 1
+    assert list(table.invalid) == [1, 300_003]
+    assert [table.columns["prompt"][i] for i in (0, 2, 300_001, 300_002, 300_004)] == ["a", "b", "b", long, "c"]
+
+
+def test_text_that_is_not_utf_8_is_named(tmp_path):
+    (tmp_path / "in.csv").write_bytes(b"prompt,n\nbad\na,1\nb,\xe9\n")
+    with pytest.raises(ValueError, match=r"in.csv: row 2: column 'n': expected UTF-8 text: "):
+        read_table(str(tmp_path / "in.csv"), ["prompt"])
+
+
+def test_threads_read_csv_and_pythons_own_limit_stays(tmp_path):
+    paths = [write(tmp_path / f"{i}.csv", [{"prompt": f"{i}" * 200_000}, {"prompt": "b"}] * 20) for i in range(8)]
+    (tmp_path / "open.csv").write_text('prompt,n\n"' + "x" * 200_000)
+    limit = csv.field_size_limit()
+
+    def each(path):
+        with pytest.raises(ValueError, match="row 0: a quote is not closed"):
+            read_table(str(tmp_path / "open.csv"), ["prompt"])
+        begun = read_rows(find([path]), "prompt")
+        first = next(begun).prompts
+        assert csv.field_size_limit() == limit
+        return [*first, *(cell for chunk in begun for cell in chunk.prompts)]
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(each, paths * 2))
+    assert found == [[f"{i}" * 200_000, "b"] * 20 for i in range(8)] * 2
+    assert csv.field_size_limit() == limit
+
+
+def test_each_format_has_a_reader():
+    for each in FORMATS.values():
+        assert all(callable(getattr(each.reader, name)) for name in ("schema", "rows", "values"))

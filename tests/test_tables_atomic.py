@@ -1,0 +1,106 @@
+"""The one atomic writer: whole files whatever fails, and whoever else writes."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from p2l_engine.routing.pacer import BudgetPacer
+from p2l_engine.tables import atomic
+from p2l_engine.tables.atomic import write_file, write_folder
+
+
+def write_many(path, letter, times=50):
+    for _ in range(times):
+        write_file(path, letter * 100_000)
+
+
+def is_whole(text):
+    return len(text) == 100_000 and len(set(text)) == 1
+
+
+def test_threads_and_processes_write_one_file(tmp_path):
+    path = tmp_path / "state"
+    write_file(path, "a" * 100_000)
+    processes = [multiprocessing.get_context("fork").Process(target=write_many, args=(path, letter)) for letter in "bc"]
+    for process in processes:
+        process.start()
+    with ThreadPoolExecutor(6) as pool:
+        writers = [pool.submit(write_many, path, letter) for letter in "def"]
+        while not all(writer.done() for writer in writers):
+            assert is_whole(path.read_text())
+        for writer in writers:
+            writer.result()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert is_whole(path.read_text())
+    assert os.listdir(tmp_path) == ["state"]
+
+
+def test_a_pacer_is_saved_from_threads(tmp_path):
+    pacer = BudgetPacer(1.0)
+
+    def work(seed):
+        for _ in range(20):
+            pacer.choose([0.1 + seed / 100, 0.9], [0.5, 2.0])
+            pacer.save(tmp_path / "pacer.json")
+            assert BudgetPacer.load(tmp_path / "pacer.json").count > 0
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+    pacer.save(tmp_path / "pacer.json")
+    assert BudgetPacer.load(tmp_path / "pacer.json").count == pacer.count == 160
+    assert os.listdir(tmp_path) == ["pacer.json"]
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_what_fails_changes_nothing(failing, tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_file(path, b"old")
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(*((atomic.os, "fsync") if failing == "fsync" else (atomic.Path, "replace")), fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_file(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_links_and_pipes_stay_what_they_are(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real" / "file")
+    write_file(tmp_path / "link", "é")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "file").read_text(encoding="utf-8") == "é"
+    code = "from p2l_engine.tables.atomic import write_file; write_file('/dev/stdout', 'hello')"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout == b"hello"
+    with pytest.raises(OSError, match="nowhere"):
+        write_file(tmp_path / "nowhere" / "file", "x")
+
+
+def test_folders_are_replaced_whole_or_not_at_all(tmp_path):
+    def fill(text):
+        def write(folder):
+            (folder / "a.json").write_text(json.dumps(text))
+            if text == "bad":
+                raise ValueError("bad")
+
+        return write
+
+    target = tmp_path / "made" / "folder"
+    write_folder(target, fill("first"))
+    write_folder(target, fill("second"))
+    with pytest.raises(ValueError, match="bad"):
+        write_folder(target, fill("bad"))
+    assert json.loads((target / "a.json").read_text()) == "second"
+    assert os.listdir(target.parent) == ["folder"]
+    assert target.stat().st_mode & 0o777 == 0o755

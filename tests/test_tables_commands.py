@@ -1,0 +1,120 @@
+"""The same prompts as csv, jsonl and parquet give the same results from every command; nothing is refused by every command."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+from p2l_engine.cli import app
+from tests.support import tiny
+from tests.support.batch_files import output
+
+FORMATS = ("csv", "jsonl", "parquet", "csv.gz", "NDJSON")
+ODD = [
+    "What is 17 * 23?", '["What is 17 * 23?"]', '["two", "turns"]', 'a "quoted" word, and a comma', "two\nlines\r\n",
+    " spaces ",
+    "[1] says so", '{"prompt": "no"}', "NA", "null", "007", "2024-01-01", "漢字 🙂 é", "\u2028 odd\x85 line ends\x0b",
+    "'", '"', '""', "back\\slash \\n", "tab\there", "<script>&amp;",
+    '[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "x"}]',
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tiny.write(tmp_path_factory.mktemp("commands") / "p2l")
+    catalog = "models:\n" + "".join(f"  {name}: {{cost: {i + 1}}}\n" for i, name in enumerate(tiny.MODELS))
+    (folder / "catalog.yaml").write_text(catalog)
+    return folder
+
+
+def run(*arguments, checkpoint, text=None):
+    options = ["--checkpoint", str(checkpoint), "--device", "cpu", "--dtype", "float32"]
+    return CliRunner(env={"COLUMNS": "200"}).invoke(app, [*map(str, arguments), *options], input=text, catch_exceptions=True)
+
+
+def printed(*arguments, checkpoint):
+    done = run(*arguments, checkpoint=checkpoint)
+    assert done.exit_code == 0, (done.output, done.exception)
+    return done.stdout
+
+
+def write(folder, prompts):
+    """The same rows in every format, with weights and categories."""
+    rows = [{"prompt": prompt, "weight": 1 + i % 3, "category": f"c{i % 2}"} for i, prompt in enumerate(prompts)]
+    with (folder / "in.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    (folder / "in.csv.gz").write_bytes(pa.compress((folder / "in.csv").read_bytes(), "gzip", asbytes=True))
+    for name in ("in.jsonl", "in.NDJSON"):
+        (folder / name).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    pq.write_table(pa.Table.from_pylist(rows), folder / "in.parquet", row_group_size=7)
+
+
+def check_same(folder, prompts, checkpoint):
+    """Every command's result for every format is the one for csv."""
+    write(folder, prompts)
+    found = {}
+    for ending in FORMATS:
+        file = folder / f"in.{ending}"
+        budget = ("--budget", "2.5")
+        results = {
+            "route": printed("route", "--json", "--file", file, *budget, checkpoint=checkpoint),
+            "frontier": printed("frontier", file, "--json", checkpoint=checkpoint),
+            "leaderboard": printed("leaderboard", "--prompts", file, "--json", "--bootstrap", 5, checkpoint=checkpoint),
+        }
+        printed("batch", file, "--output", folder / f"out-{ending}", "--keep", "", *budget, checkpoint=checkpoint)
+        results["batch"] = output(folder / f"out-{ending}").to_pylist()
+        report = folder / f"{ending}.report"
+        printed("strengths", file, "--json", report, "--bootstrap", 5, checkpoint=checkpoint)
+        results["strengths"] = json.loads(report.read_text(encoding="utf-8"))
+        found[ending] = results
+    for ending in FORMATS[1:]:
+        for command, result in found["csv"].items():
+            assert found[ending][command] == result, (ending, command)
+    routed = [json.loads(line) for line in found["csv"]["route"].splitlines()]
+    assert [row["model"] for row in routed] == [row["model"] for row in found["csv"]["batch"]]
+    assert len(routed) == len(prompts)
+    return routed
+
+
+def test_commands_agree_on_thirty_odd_prompts(checkpoint, tmp_path):
+    prompts = [*ODD, *(f"question {i}, and so on" for i in range(30 - len(ODD)))]
+    routed = check_same(tmp_path, prompts, checkpoint)
+    assert [row["prompt"] for row in routed[:4]] == [ODD[0], ODD[0], ["two", "turns"], ODD[3]]
+
+
+def test_commands_agree_on_thirty_real_prompts(checkpoint, data, tmp_path):
+    prompts = pq.read_table(data / "votes_human.parquet", columns=["prompt"]).column("prompt").unique().to_pylist()[:30]
+    check_same(tmp_path, [prompt if isinstance(prompt, str) else json.dumps(prompt) for prompt in prompts], checkpoint)
+
+
+@pytest.mark.parametrize("text", ["", "\n", " \r\n\n", "\ufeff"])
+@pytest.mark.parametrize("command", ["route", "leaderboard"])
+def test_nothing_on_standard_input_is_refused(command, text, checkpoint):
+    done = run(command, checkpoint=checkpoint, text=text)
+    assert done.exit_code == 2
+    assert "standard input holds no prompt" in " ".join(done.output.split())
+
+
+@pytest.mark.parametrize("command", ["route", "frontier", "leaderboard", "strengths", "batch"])
+def test_every_command_refuses_the_same_files(command, checkpoint, tmp_path):
+    options = {"route": ["route", "--file"], "leaderboard": ["leaderboard", "--prompts"]}.get(command, [command])
+    more = ["--output", tmp_path / "out"] if command == "batch" else []
+    for name, text, message in (
+        ("open.csv", 'prompt,n\na,1\nb,"2\n', "open.csv: row 1: a quote is not closed by the end of the file"),
+        ("ragged.csv", "prompt,n\na,1\nb\n", "ragged.csv: row 1: expected"),
+        ("void.csv", "", "void.csv: cannot be read: expected a line of column names, got nothing"),
+        ("other.jsonl", '{"text": "a"}', "other.jsonl: expected the columns prompt; it has text"),
+        ("none.parquet", None, "none.parquet: no such file or folder"),
+    ):
+        if text is not None:
+            (tmp_path / name).write_text(text)
+        done = run(*options, tmp_path / name, *more, checkpoint=checkpoint)
+        assert message in str(done.exception), (name, done.output)
+        assert isinstance(done.exception, ValueError)
