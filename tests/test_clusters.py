@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -94,23 +93,16 @@ def write_catalog(folder):
 
 @pytest.mark.parametrize("scope", ["prompt", "batch"])
 def test_output_is_that_of_one_machine_even_if_a_worker_dies(scope, router, given, ray, tmp_path, monkeypatch):
-    from p2l_engine.batch import ray as module
+    from tests.support.dying_workers import DiesOnce
 
-    options, marker = {"budget": BUDGET, "budget_scope": scope, "rows_per_part": 50}, tmp_path / "died"
+    options = {"budget": BUDGET, "budget_scope": scope, "rows_per_part": 50}
     with one_thread():
         alone = run(router, BatchConfig([given], str(tmp_path / "one"), **options))
-
-    class DiesOnce(module._Compute):
-        def __call__(self, batch):
-            if batch.column("block")[0].as_py() == 5 and not marker.exists():
-                marker.touch()
-                os.kill(os.getpid(), signal.SIGKILL)
-            return super().__call__(batch)
-
-    monkeypatch.setattr(module, "_Compute", DiesOnce)
-    with cluster(router.engine, workers=2) as workers:
+    monkeypatch.setattr("p2l_engine.batch.ray._Compute", DiesOnce)
+    shutil.copytree(router.engine.folder, tmp_path / "checkpoint")
+    with cluster(router.engine, tmp_path / "checkpoint", workers=2) as workers:
         report = run(router, BatchConfig([given], str(tmp_path / "ray"), **options), workers=workers)
-    assert marker.exists()
+    assert (tmp_path / "died").exists()
     assert contents(tmp_path / "ray") == contents(tmp_path / "one")
     assert (report.computed, report.rows, report.tokens) == (alone.computed, 1000, alone.tokens)
 
@@ -132,12 +124,7 @@ def test_an_interrupted_run_is_resumed_without_ray(router, given, ray, tmp_path)
 
 
 def test_workers_that_die_each_time_end_the_run(router, given, ray, tmp_path, monkeypatch):
-    class Dies:
-        def __init__(self, *arguments):
-            pass
-
-        def __call__(self, batch):
-            os.kill(os.getpid(), signal.SIGKILL)
+    from tests.support.dying_workers import Dies
 
     monkeypatch.setattr("p2l_engine.batch.ray._Compute", Dies)
     with (

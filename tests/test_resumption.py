@@ -286,7 +286,7 @@ def may_mount():
 def test_a_real_full_disk_loses_nothing(engine, tmp_path):
     if not may_mount():
         pytest.skip("needs a file system of its own: unshare --user --mount is not permitted here")
-    write(tmp_path / "in.jsonl.gz", [f"question {i}" for i in range(500)])
+    write(tmp_path / "in.jsonl.gz", [f"question {i}" for i in range(300)])
     costs = "".join(f"  {name}: {{cost: {cost}}}\n" for name, cost in zip(MODELS, COSTS, strict=True))
     (tmp_path / "catalog.yaml").write_text(f"models:\n{costs}")
     done = in_process_of_its_own("full", engine.folder, "in.jsonl.gz", "catalog.yaml", folder=tmp_path, wrapper=MOUNTS)
@@ -297,7 +297,7 @@ def test_a_real_full_disk_loses_nothing(engine, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_run_killed_at_any_moment_resumes_to_identical_output(engine, tmp_path, rng):
-    prompts = [f"question {rng.integers(400)} " + "so " * int(rng.integers(6)) for _ in range(500)]
+    prompts = [f"question {rng.integers(250)} " + "so " * int(rng.integers(4)) for _ in range(300)]
     write(tmp_path / "in.jsonl.gz", prompts)
     done = in_process_of_its_own("killed", engine.folder, "in.jsonl.gz", rng.integers(1 << 30), folder=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
