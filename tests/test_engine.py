@@ -74,10 +74,9 @@ def test_equals_transformers_from_1_to_8192_tokens(tmp_path):
     np.testing.assert_allclose(hidden[0], hidden[1], atol=1e-6)
 
 
-def test_neighbours_do_not_matter(tmp_path):
+def test_neighbours_do_not_matter(tmp_path, rng):
     engine = Engine.from_pretrained(tiny.write(tmp_path), device="cpu", dtype=torch.float32)
     alone = np.concatenate([engine.coefficients([prompt]).theta for prompt in PROMPTS])
-    rng = np.random.default_rng()
     for _ in range(5):
         order = rng.permutation(len(PROMPTS) * 3) % len(PROMPTS)
         together = engine.coefficients([PROMPTS[i] for i in order]).theta
@@ -137,8 +136,7 @@ def test_a_single_string_is_no_batch(tmp_path):
         engine.coefficients("hello")
 
 
-def test_batches_keep_every_prompt_within_the_budget():
-    rng = np.random.default_rng()
+def test_batches_keep_every_prompt_within_the_budget(rng):
     lengths = rng.integers(1, 300, size=200).tolist()
     found = batches(lengths, 256)
     assert sorted(i for batch in found for i in batch) == list(range(200))
@@ -228,9 +226,10 @@ def test_threads_are_those_of_the_container(tmp_path, monkeypatch):
     (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("-1\n")
     (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
     assert cpu.available(tmp_path) == everything
-    threads = torch.get_num_threads()
+    before, threads = torch.get_num_threads(), 2
     monkeypatch.setattr(cpu, "available", lambda: 1)
     try:
+        torch.set_num_threads(threads)
         monkeypatch.setenv("OMP_NUM_THREADS", "2")
         cpu.limit_threads()
         assert torch.get_num_threads() == threads
@@ -238,7 +237,7 @@ def test_threads_are_those_of_the_container(tmp_path, monkeypatch):
         cpu.limit_threads()
         assert torch.get_num_threads() == 1
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
 def test_what_is_no_list_of_tokens_or_prompts(tmp_path):

@@ -74,8 +74,7 @@ def test_the_constant_is_right_by_chance():
     assert found["tie_auc"].value == pytest.approx(0.5)
 
 
-def test_the_area_under_the_curve_is_sklearns_with_weights_and_equal_scores():
-    rng = np.random.default_rng()
+def test_the_area_under_the_curve_is_sklearns_with_weights_and_equal_scores(rng):
     n = 300
     weight, score, is_so = rng.random(n) * (rng.random(n) > 0.1), rng.integers(9, size=n) / 9, rng.random(n) < 0.3
     votes = Votes.make(

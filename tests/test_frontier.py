@@ -32,7 +32,8 @@ def test_thinned_keeps_the_ends_and_the_shape(rng):
     thin = curve.thinned(100)
     assert len(thin.cost) <= 100 < len(curve.cost)
     assert (thin.cost[0], thin.cost[-1]) == (curve.cost[0], curve.cost[-1])
-    np.testing.assert_allclose(thin.at(curve.cost), curve.value, atol=1e-3)
+    # Between two of the 100 points, which are 2 / 99 of both axes apart at most, a concave curve rises by no more than that.
+    np.testing.assert_allclose(thin.at(curve.cost), curve.value, atol=2 / 99 * np.ptp(curve.value))
 
 
 def test_odd_batches(rng):

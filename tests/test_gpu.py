@@ -15,7 +15,7 @@ from p2l_engine import Engine
 from p2l_engine.backbone.packing import Packed
 from p2l_engine.engine.graphs import BUCKETS
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")]
 
 CUDA = torch.device("cuda")
 
@@ -41,11 +41,11 @@ def test_theta_is_that_of_transformers(pair):
     assert (theirs.max(1) - chosen < 5e-2 * scale).mean() >= 0.99
 
 
-def test_a_graph_gives_what_an_eager_pass_gives(pair):
+def test_a_graph_gives_what_an_eager_pass_gives(pair, rng):
     engine, _ = pair
     prefix = engine.backbone.prefix
     for own in sorted({1, 2, 3, *BUCKETS, *(b + 1 for b in BUCKETS), *(b - 1 for b in BUCKETS)}):
-        ids = np.concatenate([prefix, np.random.default_rng().integers(0, 8000, own)]).astype(np.int32)
+        ids = np.concatenate([prefix, rng.integers(0, 8000, own)]).astype(np.int32)
         graphed = engine._graphs.run(ids)
         assert (graphed is None) == (own > BUCKETS[-1])
         if graphed is not None:

@@ -38,10 +38,10 @@ def test_decisions_are_the_optimum(router, budget):
         assert d.why.startswith("highest win rate")
 
 
-def test_a_batch_is_routed_as_its_prompts_are_in_any_order(router):
+def test_a_batch_is_routed_as_its_prompts_are_in_any_order(router, rng):
     together = router.route_batch(PROMPTS, 1.5)
     assert any(len(d.policy) == 2 for d in together)
-    order = np.random.default_rng().permutation(len(PROMPTS))
+    order = rng.permutation(len(PROMPTS))
     shuffled = router.route_batch([PROMPTS[i] for i in order], 1.5)
     for place, i in enumerate(order):
         same(shuffled[place], together[i])

@@ -407,9 +407,8 @@ def test_empty_prompts_have_no_scores(tmp_path):
 
 @pytest.mark.parametrize("outcomes", [(0, 1), (0, 0), (0, 1, 1, 0, 2), (2, 2), (3, 3), (0, 3)])
 @pytest.mark.parametrize("name", ["rk", "rk-reparam", "grk"])
-def test_marginal_leaderboards_of_outcomes_that_never_come(name, outcomes):
+def test_marginal_leaderboards_of_outcomes_that_never_come(name, outcomes, rng):
     """Without ties, rk's optimum is where its clamp begins: the loss has a kink there."""
-    rng = np.random.default_rng()
     a = rng.integers(0, 4, 200)
     b = (a + rng.integers(1, 4, 200)) % 4
     outcome = np.resize(outcomes, 200)
