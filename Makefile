@@ -6,7 +6,7 @@ NATIVE := setup.py constraints.txt $(wildcard csrc/*)
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 # Each worker takes about 1 GiB of memory and imports torch.
-WORKERS := -n logical --maxprocesses 4 --dist worksteal
+WORKERS := -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 
 .PHONY: demo test test-fast lint clean help
 

@@ -55,6 +55,26 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.hypothesis_seed = str(config.option.seed)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For parallel workers: tests that share a costly fixture go to one of them, and the slow ones come first."""
+    for item in items:
+        group = _shared_fixture(item)
+        if group is not None and item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(group))
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: all(item.get_closest_marker(name) is None for name in ("cluster", "store", "slow")))
+
+
+def _shared_fixture(item: pytest.Item) -> str | None:
+    """The costly fixture: the default checkpoint's engine, or one of the module's own."""
+    names = getattr(item, "fixturenames", ())
+    if "default_engine" in names:
+        return "default_engine"
+    found = item._fixtureinfo.name2fixturedefs  # type: ignore[attr-defined]
+    return item.path.stem if any(found[name][-1].scope == "module" for name in names if name in found) else None
+
+
 def pytest_report_header(config: pytest.Config) -> str:
     return f"seed: {config.option.seed}"
 
