@@ -65,7 +65,7 @@ def batch(
     keep: Annotated[
         list[str] | None,
         typer.Option(
-            help="Input column to copy to the output; can be given several times; '' for none. Default: all columns.",
+            help="Input column to copy to the output; may be repeated; '' for none. Default: all columns.",
             show_default=False,
             rich_help_panel=READING,
         ),
@@ -93,21 +93,21 @@ def batch(
     max_share: Annotated[
         list[str] | None,
         typer.Option(
-            help="NAME=SHARE: send at most this share of the rows to a model. Can be given several times.",
+            help="NAME=SHARE: send at most this share of the rows to a model. May be repeated.",
             rich_help_panel=DECIDING,
         ),
     ] = None,
     min_share: Annotated[
         list[str] | None,
         typer.Option(
-            help="NAME=SHARE: send at least this share of the rows to a model. Can be given several times.",
+            help="NAME=SHARE: send at least this share of the rows to a model. May be repeated.",
             rich_help_panel=DECIDING,
         ),
     ] = None,
     opponent: Annotated[
         list[str] | None,
         typer.Option(
-            help="NAME=WEIGHT: a model that win rates are measured against. Can be given several times; the weights sum to 1. "
+            help="NAME=WEIGHT: a model that win rates are measured against. May be repeated; the weights sum to 1. "
             "Default: all models of the checkpoint, equally.",
             show_default=False,
             rich_help_panel=DECIDING,

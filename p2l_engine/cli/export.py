@@ -22,7 +22,7 @@ def export(
     ] = None,
     checkpoint: Checkpoint = None,
 ) -> None:
-    """Write a checkpoint in the published layout: adapters merged, with a model card."""
+    """Write a merged checkpoint in the published layout, with a model card."""
     with status("merging and writing"):
         from p2l_engine.checkpoint.export import export as write
 

@@ -46,7 +46,7 @@ def route(
     ] = Scope.PROMPT,
     max_share: Annotated[
         list[str] | None,
-        typer.Option(help="NAME=SHARE: send at most this share of the prompts to a model. Can be given several times."),
+        typer.Option(help="NAME=SHARE: send at most this share of the prompts to a model. May be repeated."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed for drawing a model where a policy mixes two.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")] = False,
