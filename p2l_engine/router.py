@@ -22,7 +22,7 @@ from p2l_engine.engine import Engine
 from p2l_engine.engine.batcher import WAIT, Batcher
 from p2l_engine.engine.compile_watch import CompileWatch
 from p2l_engine.errors import InfeasibleBudget
-from p2l_engine.prompts.parse import Prompt, user_turns
+from p2l_engine.prompts.parse import Prompt, parse_batch, user_turns
 from p2l_engine.routing import BudgetPacer, Objective, Resource, arrays
 from p2l_engine.routing.problem import Scope
 
@@ -58,11 +58,13 @@ class Router(Chooser):
         budget: an upper bound on the policy's expected cost, in the catalog's unit; None: no budget. pacer: instead of a
         budget, a mean budget over the stream of prompts that the pacer sees.
         """
-        return self._batcher.run(prompt, self._finish(prompt, budget, pacer))
+        turns = user_turns(prompt)
+        return self._batcher.run(turns, self._finish(turns, budget, pacer))
 
     async def aroute(self, prompt: Prompt, budget: float | None = None, pacer: BudgetPacer | None = None) -> Decision:
         """``route`` for asyncio: does not block the event loop. Cancelling a task does not affect the others."""
-        return await asyncio.wrap_future(self._batcher.submit(prompt, self._finish(prompt, budget, pacer)))
+        turns = user_turns(prompt)
+        return await asyncio.wrap_future(self._batcher.submit(turns, self._finish(turns, budget, pacer)))
 
     def warmup(self) -> float:
         """``Engine.warmup``, and the same for the router's own steps. Returns the seconds it took."""
@@ -110,6 +112,7 @@ class Router(Chooser):
         TypeError for constraints that are wrong.
         """
         constraints = Constraints(budget, budget_scope, max_share, min_share, resources, allowed)
+        prompts = parse_batch(prompts)
         fits = self.objective == "bt" and len(self.models) <= routing.MAX_MODELS_ON_GPU
         if constraints.only_prompt_budgets and fits and self.engine.device.type == "cuda":
             return self._route_on_gpu(prompts, constraints, progress)

@@ -14,6 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from p2l_engine import checkpoint
+from p2l_engine.checkpoint import fingerprint
 from p2l_engine.checkpoint.saving import write_json
 from p2l_engine.train.config import TrainConfig
 from p2l_engine.votes import Splits, Votes
@@ -30,7 +31,7 @@ def inputs_of(config: TrainConfig, parts: Splits, max_steps: int) -> dict[str, A
         "max_steps": max_steps,
         "votes": _fingerprint(parts.training),
         "validation": None if parts.validation is None else _fingerprint(parts.validation),
-        "backbone": _backbone(checkpoint.find(config.pretrain_model_name)),
+        "backbone": fingerprint.of_backbone(checkpoint.find(config.pretrain_model_name)),
     }
 
 
@@ -114,19 +115,4 @@ def _fingerprint(votes: Votes) -> str:
     digest = hashlib.sha256(json.dumps([votes.prompts, votes.models]).encode())
     for column in (votes.prompt, votes.a, votes.b, votes.outcome, votes.weight):
         digest.update(np.ascontiguousarray(column).tobytes())
-    return digest.hexdigest()
-
-
-def _backbone(folder: Path) -> str:
-    """A hash of the config, and of each file of weights its size and its first and last MiB: gigabytes are not read twice."""
-    digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*.safetensors"), folder / "config.json"]):
-        if not path.is_file():
-            continue
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(2**20))
-            file.seek(max(0, size - 2**20))
-            digest.update(file.read())
     return digest.hexdigest()

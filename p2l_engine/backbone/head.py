@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -54,13 +53,6 @@ class Head:
     def to(self, device: torch.device) -> Head:
         """The same head on another device."""
         return Head(self.weight.to(device), self.bias.to(device), self.n_models)
-
-    def digest(self) -> str:
-        """SHA-256 of its weights: an evaluation's figures carry it, so that no other checkpoint's card shows them."""
-        found = hashlib.sha256()
-        for part in (self.weight, self.bias):
-            found.update(part.cpu().numpy().tobytes())
-        return found.hexdigest()
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], hidden: int, n_models: int, training: dict[str, Any], where: str) -> Head:

@@ -6,6 +6,7 @@ residual sum of each block is taken up by the norm that follows it.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Protocol
@@ -94,7 +95,7 @@ class PackedDecoder:
         self.prefix: Tokens | None = None
         self.prefix_kv: list[Tensor | None] = [None] * len(self.layers)
         self._make = operations or operations_for(device, dtype)
-        self._idle: list[Operations] = []  # each thread takes one: their buffers are worth keeping
+        self._idle: deque[Operations] = deque()  # each forward pass takes one and returns it with its buffers
 
     def share(self, prefix: Tokens | None) -> None:
         """Computes the keys and values of a prefix; prompts must be packed with it from here on.
@@ -114,7 +115,10 @@ class PackedDecoder:
     @torch.inference_mode()
     def _forward(self, packed: Packed, kept: list[Tensor] | None) -> Tensor:
         """The last tokens' hidden states before the final norm; keys and values of every layer go to ``kept``."""
-        operations = self._idle.pop() if self._idle else self._make()
+        try:  # append and pop of a deque are atomic
+            operations = self._idle.pop()
+        except IndexError:
+            operations = self._make()
         try:
             return self._layers(operations, packed, kept)
         finally:

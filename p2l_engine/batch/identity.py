@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from p2l_engine.batch.blocks import BYTES
 from p2l_engine.batch.config import BatchConfig
+from p2l_engine.checkpoint import fingerprint
 from p2l_engine.engine import Engine
 from p2l_engine.router import Router
 from p2l_engine.tables.storage import File
 
-SAMPLES, SAMPLE_BYTES = 64, 1 << 16  # a large file's digest is that of evenly spaced samples
 # Options that do not change the output, or that are recorded in another form.
 NOT_RECORDED = ("inputs", "output", "state", "strict", "max_share", "min_share")
 
@@ -55,15 +53,6 @@ def compute_signature(device: str, dtype: torch.dtype, tokens_per_batch: int) ->
     return f"{device} {dtype}, {tokens_per_batch} tokens per batch".replace("torch.", "")
 
 
-def checkpoint_digests(engine: Engine) -> dict[str, str]:
-    """A digest of each of the checkpoint's files, by name.
-
-    Of large files only the size and samples are hashed: hashing gigabytes would take as long as a small batch.
-    """
-    files = [file for file in sorted(engine.folder.iterdir()) if file.is_file()]
-    return {file.name: _digest(file) for file in files if file.name not in ("README.md", "evaluation.json")}
-
-
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """One line for each difference between two identities."""
     lines = []
@@ -81,18 +70,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _digest(file: Path) -> str:
-    size = file.stat().st_size
-    found = hashlib.sha256(str(size).encode())
-    with file.open("rb") as opened:
-        for sample in range(SAMPLES):
-            opened.seek(max(0, size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
-            found.update(opened.read(SAMPLE_BYTES))
-    return found.hexdigest()
-
-
 def _checkpoint(engine: Engine) -> dict[str, list[str | int]]:
     """Digests, and for weights also the modification time, which detects a change between the samples."""
-    digests = checkpoint_digests(engine)
+    digests = fingerprint.of_folder(engine.folder)
     times = {name: (engine.folder / name).stat().st_mtime_ns for name in digests if name.endswith(".safetensors")}
     return {name: [digest, times.get(name, 0)] for name, digest in digests.items()}

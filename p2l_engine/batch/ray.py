@@ -29,10 +29,12 @@ from ray.util.annotations import RayDeprecationWarning
 from p2l_engine.batch.blocks import blocks
 from p2l_engine.batch.config import BatchConfig
 from p2l_engine.batch.deduplicator import Deduplicator
-from p2l_engine.batch.identity import checkpoint_digests, compute_signature
+from p2l_engine.batch.identity import compute_signature
 from p2l_engine.batch.worker import Route
+from p2l_engine.checkpoint import fingerprint
 from p2l_engine.engine import Engine
-from p2l_engine.engine.engine import TOKENS_PER_BATCH, Outputs, natural_dtype
+from p2l_engine.engine.device import natural_dtype
+from p2l_engine.engine.engine import TOKENS_PER_BATCH, Outputs
 from p2l_engine.tables.storage import File
 
 __all__ = ["Cluster", "Route"]
@@ -95,7 +97,7 @@ class Cluster:
         self.compute = compute_signature(kind, dtype, tokens)
         if checkpoint is not None and Path(checkpoint).exists():
             checkpoint = str(Path(checkpoint).resolve())  # workers run in other working directories
-        self._arguments = (checkpoint, kind, dtype, tokens, checkpoint_digests(engine))
+        self._arguments = (checkpoint, kind, dtype, tokens, fingerprint.of_folder(engine.folder))
 
     def close(self) -> None:
         """Ends the cluster or connection, if this object started it."""
@@ -204,7 +206,7 @@ class _Compute:
     @cached_property  # not in the constructor: Ray returns its errors only as text
     def engine(self) -> Engine:
         engine = Engine.from_pretrained(*self.arguments)
-        found = checkpoint_digests(engine)
+        found = fingerprint.of_folder(engine.folder)
         if found != self.expected:
             different = [name for name in {**found, **self.expected} if found.get(name) != self.expected.get(name)]
             raise ValueError(

@@ -9,7 +9,6 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import torch
 
 from p2l_engine.batch.blocks import Block, turns_of
 from p2l_engine.batch.config import check_decision_options
@@ -32,8 +31,8 @@ class Route:
     All arguments can be pickled; the checkpoint is loaded where the object is made, once per worker. checkpoint: a folder, a
     hub name, or None for the built-in default. catalog: a catalog, its file, or None for the checkpoint's own. column,
     plain_text: as in ``BatchConfig``. budget: upper bound on each row's expected cost. price: instead of a budget, see
-    ``BatchConfig``. coefficients: also return theta and eta, in this type. device, tokens_per_batch: as in
-    ``Engine.from_pretrained``. dtype: "float32" or "bfloat16". opponents, objective, seed, unmatched: as in ``Router``. Raises
+    ``BatchConfig``. coefficients: also return theta and eta, in this type. device, dtype, tokens_per_batch:
+    as in ``Engine.from_pretrained``. opponents, objective, seed, unmatched: as in ``Router``. Raises
     what those raise; ValueError for options out of range; InfeasibleBudget for a budget below the cheapest model.
     """
 
@@ -56,9 +55,7 @@ class Route:
         tokens_per_batch: int | None = None,
     ) -> None:
         check_decision_options(budget, price, coefficients)
-        if dtype not in (None, "float32", "bfloat16"):
-            raise ValueError(f"dtype: expected 'float32' or 'bfloat16', got {dtype!r}")
-        engine = Engine.from_pretrained(checkpoint, device, getattr(torch, dtype) if dtype else None, tokens_per_batch)
+        engine = Engine.from_pretrained(checkpoint, device, dtype, tokens_per_batch)
         if not isinstance(catalog, Catalog):
             catalog = Catalog.from_yaml(catalog or engine.folder / "catalog.yaml")
         self.router = Router(engine, catalog, opponents, seed, unmatched, objective)

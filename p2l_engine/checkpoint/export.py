@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from p2l_engine import checkpoint
-from p2l_engine.checkpoint import card
+from p2l_engine.checkpoint import card, fingerprint
 from p2l_engine.checkpoint.saving import write_json, write_tensors, write_whole
 from p2l_engine.errors import CheckpointError
 
@@ -71,7 +71,7 @@ def _figures(path: Path, must_exist: bool) -> dict[str, Any] | None:
 
 def _check_own(path: Path, figures: dict[str, Any], loaded: checkpoint.Checkpoint) -> None:
     of = figures["checkpoint"] if isinstance(figures["checkpoint"], dict) else {}
-    own = {"models": list(loaded.models), "feedback": loaded.feedback.name, "head": loaded.head.digest()}
+    own = {"models": list(loaded.models), "feedback": loaded.feedback.name, "head": fingerprint.of_head(loaded.head)}
     # Figures of earlier versions do not say which head they are of.
     other = [key for key in own if of.get(key) != own[key] and (key in of or key != "head")]
     if other:

@@ -66,7 +66,8 @@ def read_fast_tokenizer(folder: Path, model_type: str, training: Mapping[str, An
     backend = _backend(folder)
     added = backend.get_added_tokens_decoder()
     if "added_tokens_decoder" not in config and (folder / "special_tokens_map.json").is_file():
-        config |= read_json(folder / "special_tokens_map.json", dict)
+        named = read_json(folder / "special_tokens_map.json", dict)
+        config |= {name: token["content"] if _is_token(token) else token for name, token in named.items()}
     elif "added_tokens_decoder" in config:
         _check_added(config["added_tokens_decoder"], added, all_of_them=name in REBUILT)
     if name in REBUILT:
@@ -153,11 +154,15 @@ def _special_tokens(config: Mapping[str, Any], added: Mapping[int, AddedToken]) 
 
 def _content(token: Any) -> str | None:
     """The text of a special token as configs write it."""
-    if isinstance(token, dict):
-        token = token.get("content")
+    if _is_token(token) and token.get("__type") == "AddedToken":
+        token = token["content"]
     if token is not None and not isinstance(token, str):
         raise NeedsTransformers(f"a special token is {token!r}")
     return token
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("content"), str)
 
 
 def _check_rebuilt(name: str, backend: Tokenizer) -> None:

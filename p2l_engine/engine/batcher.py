@@ -1,8 +1,11 @@
-"""Many callers, one engine: calls that arrive together are gathered into one packed batch.
+"""Many callers, one engine: calls that arrive at the same time run as one packed batch.
 
-A call that finds the engine idle runs at once, in its own thread. Calls that arrive while it is busy wait for it and then go
-together. Callers who have just been served often come back at once: when calls are waiting as a batch ends, the next one
-lingers until as many are there as there were, at most ``wait`` seconds.
+A call that finds the engine idle runs at once, in its own thread. Calls that arrive while the engine is busy wait and then run
+together. Callers who have just been served often call again at once. So, when calls are waiting as a batch ends, the next batch
+waits until as many calls have arrived as the last one had, at most ``wait`` seconds.
+
+Importing this module registers one fork hook: a child process has none of its parent's threads, so every batcher starts anew
+there.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from typing import Generic, TypeVar
 
 from p2l_engine.coefficients import Coefficients
 from p2l_engine.engine import Engine
-from p2l_engine.prompts.parse import Prompt, user_turns
+from p2l_engine.prompts.parse import Prompt
 
 R = TypeVar("R")
 
@@ -32,15 +35,14 @@ CALLS_PER_BATCH = 512
 @dataclass(frozen=True, slots=True)
 class _Call(Generic[R]):
     prompt: Prompt
-    finish: Callable[[Coefficients], R]  # what the caller wants of its coefficients
+    finish: Callable[[Coefficients], R]  # makes the caller's result of its coefficients
     future: Future[R] = field(default_factory=Future)
 
 
 class Batcher:
-    """Runs the prompts of concurrent callers through one engine.
+    """Runs the prompts of concurrent callers through one engine; each caller gets its own result or its own error.
 
-    wait: seconds, >= 0: how long a call may wait for others while the engine is free. Each caller gets its own result or its
-    own error.
+    wait: seconds, >= 0, that a call may wait for others while the engine is free. Raises ValueError for anything else.
     """
 
     def __init__(self, engine: Engine, wait: float = WAIT) -> None:
@@ -52,7 +54,7 @@ class Batcher:
         _all.add(self)
 
     def _start(self) -> None:
-        """As new: also in a child process, which inherits the calls and locks of threads that it does not have."""
+        """The initial state; set again in a forked child, whose copies of calls and locks belong to threads it lacks."""
         self._waiting: deque[_Call[object]] = deque()
         self._changed = threading.Condition()
         self._engine_free = threading.Lock()
@@ -61,8 +63,8 @@ class Batcher:
         self._callers, self._ended = 0, 0.0  # when the last batch ended, and how many it served or kept waiting
 
     def run(self, prompt: Prompt, finish: Callable[[Coefficients], R]) -> R:
-        """``finish`` of the prompt's coefficients; raises what either of them raises."""
-        if threading.current_thread() is self._worker:  # a call from within a call: the engine is this thread's
+        """``finish`` of the prompt's coefficients. Raises what the engine or ``finish`` raises; RuntimeError once closed."""
+        if threading.current_thread() is self._worker:  # a call from within a call: this thread has the engine already
             return finish(self.engine.coefficients([prompt]))
         with self._changed:
             direct = not self._waiting and not self._closed and self._engine_free.acquire(blocking=False)
@@ -82,7 +84,7 @@ class Batcher:
                 self._changed.notify_all()
 
     def submit(self, prompt: Prompt, finish: Callable[[Coefficients], R]) -> Future[R]:
-        """The same, to be waited for elsewhere; ``finish`` runs in the batcher's thread. RuntimeError once closed."""
+        """``run`` as a future; ``finish`` runs in the batcher's thread. Raises RuntimeError once closed."""
         call = _Call(prompt, finish)
         with self._changed:
             if self._closed:
@@ -95,7 +97,7 @@ class Batcher:
         return call.future
 
     def close(self) -> None:
-        """Takes no more calls, finishes those that wait, and returns when they are done."""
+        """Refuses new calls, finishes the waiting ones, and returns when these are done."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -126,24 +128,17 @@ class Batcher:
         self._callers, self._ended = served + len(self._waiting), monotonic()
 
     def _run(self, calls: list[_Call[object]]) -> int:
-        """Settles every call; returns how many there were. Nothing here may outlive it: a call holds on to its router."""
-        readable = []
-        for call in calls:
-            try:
-                user_turns(call.prompt)
-                readable.append(call)
-            except BaseException as error:
-                call.future.set_exception(error)
+        """Settles every call and returns their number. It keeps no references: calls keep the router alive."""
         try:
-            together = self.engine.coefficients([call.prompt for call in readable])
+            together = self.engine.coefficients([call.prompt for call in calls])
         except BaseException as error:
-            if len(readable) == 1:
-                readable[0].future.set_exception(error)
-                return len(calls)
-            for call in readable:  # one at a time, so that the fault stays with its owner
+            if len(calls) == 1:
+                calls[0].future.set_exception(error)
+                return 1
+            for call in calls:  # one by one, so that only the call at fault fails
                 self._run([call])
             return len(calls)
-        for i, call in enumerate(readable):
+        for i, call in enumerate(calls):
             try:
                 call.future.set_result(call.finish(together.row(i)))
             except BaseException as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,35 +12,42 @@ logger = logging.getLogger(__name__)
 
 
 class CompileWatch:
-    """Logs a warning for every kernel that Triton compiles outside of a warm-up: there should be none."""
+    """Logs a warning for every kernel that Triton compiles outside of a warm-up: there should be none.
 
+    One for the process, as Triton's hook is. Safe from several threads. While any thread warms up, no compilation is logged.
+    """
+
+    _lock = threading.Lock()
     _watching = False
-    _warming = 0  # warm-ups under way
+    _warming = 0  # warm-ups in progress
 
     @classmethod
     @contextmanager
     def paused(cls) -> Iterator[None]:
-        """For a warm-up, whose compilations are meant."""
-        cls._warming += 1
+        """For a warm-up, which is expected to compile."""
+        with cls._lock:
+            cls._warming += 1
         try:
             yield
         finally:
-            cls._warming -= 1
+            with cls._lock:
+                cls._warming -= 1
 
     @classmethod
     def start(cls) -> None:
-        """Once for the process, however often it is called; a hook that is there already is called too."""
-        if cls._watching:
-            return
-        cls._watching = True
-        from triton import knobs
+        """Sets Triton's hook, once for the process; a hook that was set before is called too."""
+        with cls._lock:
+            if cls._watching:
+                return
+            cls._watching = True
+            from triton import knobs
 
-        before = knobs.runtime.jit_post_compile_hook
+            before = knobs.runtime.jit_post_compile_hook
 
-        def compiled(**details: Any) -> bool | None:
-            if not cls._warming:
-                name = getattr(details.get("fn"), "name", "a kernel")
-                logger.warning("Triton compiled %s after the warm-up: this call had to wait for it", name)
-            return before(**details) if before is not None else None
+            def compiled(**details: Any) -> bool | None:
+                if not cls._warming:
+                    name = getattr(details.get("fn"), "name", "a kernel")
+                    logger.warning("Triton compiled %s after the warm-up: this call had to wait for it", name)
+                return before(**details) if before is not None else None
 
-        knobs.runtime.jit_post_compile_hook = compiled
+            knobs.runtime.jit_post_compile_hook = compiled

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,16 +22,17 @@ from p2l_engine.checkpoint import Checkpoint
 from p2l_engine.coefficients import Coefficients
 from p2l_engine.engine import cpu
 from p2l_engine.engine.compile_watch import CompileWatch
+from p2l_engine.engine.device import as_device, as_dtype
 from p2l_engine.engine.graphs import Graphs
 from p2l_engine.engine.pipeline import InFlightBatch, in_flight_batches, prefetch
 from p2l_engine.prompts.encode import PromptEncoder
-from p2l_engine.prompts.parse import Prompt, user_turns
+from p2l_engine.prompts.parse import Prompt, parse_batch
 
 # On a CPU each batch reads all weights anew: at 512 tokens that takes as long again as the products.
 TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 32768}
-PROMPTS_PER_CHUNK = 4096  # tokenised together, one chunk ahead of the forward pass
+PROMPTS_PER_CHUNK = 4096  # tokenised together, while an earlier chunk is computed
 BATCHES_IN_FLIGHT = 3  # on a GPU: enough that it never waits for the host
-LEAST_PREFIX = 8  # tokens: below this, sharing saves less than it costs
+LEAST_PREFIX = 8  # tokens: sharing a shorter prefix costs more than it saves
 
 Stage = Callable[[Tensor, npt.NDArray[np.intp]], tuple[Tensor, ...]]
 
@@ -39,8 +40,8 @@ logger = logging.getLogger(__name__)
 
 
 class Outputs(NamedTuple):
-    """What the head gives for n prompts: outputs [n, K] float32 (theta and, with ties, eta in a last column); and how many
-    tokens were computed for it, those of a shared prefix not among them."""
+    """The head's outputs [n, K] float32 for n prompts (see ``Head.split``), and the number of tokens that were computed for
+    them, without those of a shared prefix."""
 
     outputs: npt.NDArray[np.float32]
     tokens: int
@@ -53,20 +54,16 @@ class Engine:
         self,
         loaded: Checkpoint,
         device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: str | torch.dtype | None = None,
         tokens_per_batch: int | None = None,
     ) -> None:
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if self.device.type not in TOKENS_PER_BATCH:
-            raise ValueError(f"device: expected cpu or cuda, got {str(self.device)!r}")
-        if self.device.type == "cuda" and (self.device.index or 0) >= torch.cuda.device_count():
-            raise ValueError(f"device: {str(self.device)!r} is not here: {torch.cuda.device_count()} CUDA devices are")
+        self.device = as_device(device)
         self.tokens_per_batch = TOKENS_PER_BATCH[self.device.type] if tokens_per_batch is None else tokens_per_batch
         if self.tokens_per_batch < 1:
             raise ValueError(f"tokens_per_batch: expected at least 1, got {tokens_per_batch!r}")
         if self.device.type == "cpu":
             cpu.limit_threads()
-        self.dtype = dtype or natural_dtype(self.device)
+        self.dtype = as_dtype(dtype, self.device)
         self.models, self.feedback, self.folder = loaded.models, loaded.feedback, loaded.folder
         self.encoder = PromptEncoder(loaded.tokenizer)
         self.backbone = backbone.build(loaded.config, loaded.weights, self.device, self.dtype)
@@ -84,16 +81,20 @@ class Engine:
         cls,
         path_or_repo: str | Path | None = None,
         device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: str | torch.dtype | None = None,
         tokens_per_batch: int | None = None,
     ) -> Engine:
         """Reads a checkpoint: a folder, a hub name, or None for the built-in default.
 
-        device None: CUDA where there is one, else the CPU. dtype None: bfloat16 on CUDA and on CPUs that multiply it in
-        hardware (AMX, AVX512-BF16), else float32. tokens_per_batch: of a forward pass, a shared prefix counted as an
-        eighth (a longer prompt has one of its own); None: 4,096 on a CPU, 32,768 on CUDA. Raises CheckpointError.
+        device: "cpu", "cuda", "cuda:1" or a torch.device; None: CUDA where there is one, else the CPU. dtype: "float32",
+        "bfloat16", "bf16", ... or a torch.dtype; None: bfloat16 on CUDA and on CPUs that multiply it in hardware (AMX,
+        AVX512-BF16), else float32. tokens_per_batch: at most in a forward pass, where a shared prefix counts as an eighth of
+        its tokens (a longer prompt gets a pass of its own); None: 4,096 on a CPU, 32,768 on CUDA. Raises CheckpointError, and
+        ValueError for a device or dtype that cannot be used.
         """
-        return cls(checkpoint.load(path_or_repo), device, dtype, tokens_per_batch)
+        place = as_device(device)
+        kind = as_dtype(dtype, place)  # checked before the checkpoint is read
+        return cls(checkpoint.load(path_or_repo), place, kind, tokens_per_batch)
 
     def coefficients(self, prompts: Sequence[Prompt], progress: Callable[[int], object] | None = None) -> Coefficients:
         """The coefficients of each prompt, in order. An empty batch gives empty arrays.
@@ -101,26 +102,23 @@ class Engine:
         ``progress`` is called with the number of prompts that each forward pass has finished. Raises PromptError, which
         names the index of a prompt that cannot be read; TypeError when ``prompts`` is a single string.
         """
-        if isinstance(prompts, str | Mapping):
-            raise TypeError(f"prompts: expected a list of prompts, got a single {type(prompts).__name__}; wrap it in a list")
-        if not isinstance(prompts, Sequence):
-            raise TypeError(f"prompts: expected a list of prompts, got {type(prompts).__name__}; list(...) makes one of it")
-        if len(prompts) == 1:
-            out = self.forward(self.encoder.encode(prompts))
+        turns = parse_batch(prompts)
+        if len(turns) == 1:
+            out = self.forward(self.encoder.encode(turns))
             if progress is not None:
                 progress(1)
             return self.coefficients_of(out)
-        out = np.empty((len(prompts), self.head.width), np.float32)
-        for rows, (part,) in self.stream(prompts, lambda hidden, _: (self.outputs(hidden),)):
+        out = np.empty((len(turns), self.head.width), np.float32)
+        for rows, (part,) in self.stream(turns, lambda hidden, _: (self.outputs(hidden),)):
             out[rows] = part
             if progress is not None:
                 progress(len(rows))
         return self.coefficients_of(out)
 
     def forward(self, tokens: Sequence[Tokens]) -> npt.NDArray[np.float32]:
-        """The outputs [n, K] of prompts already tokenised, in one batch: a single one through its CUDA graph, where it has one.
+        """The outputs [n, K] of tokenised prompts, in one batch; a single prompt runs in a CUDA graph where one fits it.
 
-        tokens: as ``encoder.encode`` gives them.
+        tokens: as ``encoder.encode`` returns them, at least one token each.
         """
         if not len(tokens):
             return np.empty((0, self.head.width), np.float32)
@@ -136,13 +134,13 @@ class Engine:
         return np.asarray(outputs)
 
     def outputs(self, hidden: Tensor) -> Tensor:
-        """The head over hidden states [n, D] of this engine's backbone: theta and, in a last column, eta; [n, K] float32."""
+        """The head's outputs [n, K] float32 for hidden states [n, D] of this engine's backbone (see ``Head.split``)."""
         return self.head(hidden, self.backbone.norm, self.backbone.eps)
 
     def outputs_and_win_rates(self, hidden: Tensor, q: Tensor, fused: bool | None = None) -> tuple[Tensor, Tensor]:
-        """``outputs`` and, in Triton's kernels, the win rates v [n, M] float32 against q [M] float32, on the device.
+        """``outputs`` and the win rates v [n, M] float32 against q [M] float32, computed on the device by Triton kernels.
 
-        fused: in one launch, or in two; None: in one up to as many prompts as the warm-up found it faster for.
+        fused: in one launch (True) or two (False); None: whichever the warm-up measured to be faster for n prompts.
         """
         from p2l_engine.kernels.pool_head import pool_head
         from p2l_engine.kernels.pool_head_win_rates import pool_head_win_rates
@@ -155,9 +153,9 @@ class Engine:
         return out, win_rates(head.split(out)[0], q)
 
     def warmup(self) -> float:
-        """Meets now whatever serving would meet first: compilation, CUDA graphs, buffers. Returns the seconds it took.
+        """Compiles kernels, captures CUDA graphs and allocates buffers before the first request. Returns the seconds it took.
 
-        From here on, on a GPU, a compilation by Triton is logged as a warning. Nothing else may use the engine meanwhile.
+        On a GPU, every later compilation by Triton is logged as a warning. No other thread may use the engine meanwhile.
         """
         start = time.perf_counter()
         with CompileWatch.paused(), self._on_device():
@@ -179,7 +177,7 @@ class Engine:
         return seconds
 
     def _fusing_pays(self) -> int:
-        """Up to how many prompts one launch for head and win rates beats two, by timing both on this card."""
+        """The largest number of prompts for which one launch for head and win rates beats two, measured on this GPU."""
         q = torch.full((self.head.n_models,), 1 / self.head.n_models, device=self.device)
         best = 0
         for n in (1, 16, 64, 256, 1024, 4096):
@@ -201,26 +199,25 @@ class Engine:
     def stream(
         self, prompts: Sequence[Prompt], stage: Stage
     ) -> Iterator[tuple[npt.NDArray[np.intp], tuple[npt.NDArray[Any], ...]]]:
-        """What ``stage`` makes of the prompts' hidden states, batch by batch, as it is finished.
+        """The results of ``stage`` on the prompts' hidden states, batch by batch.
 
-        stage: hidden [n, D] and the places of the n prompts -> tensors [n, ...], on the engine's device; it must not wait for
-        the device. Yields the places and the tensors as arrays. Every prompt comes once; batches hold prompts of like length.
-        Tokenisation runs ahead in a thread of its own, and on a GPU several batches are under way before the first is waited
-        for.
+        stage: hidden [n, D] and the rows of the n prompts -> tensors [n, ...] on the engine's device; it must not wait for the
+        device. Yields the rows, and the tensors as arrays. Every prompt comes once; a batch holds prompts of similar length.
+        A thread tokenises the next chunk meanwhile, and on a GPU several batches are in flight. Raises PromptError, and
+        TypeError as ``coefficients`` does.
         """
-        turns = [user_turns(prompt, i) for i, prompt in enumerate(prompts)]
+        turns = parse_batch(prompts)
         chunks = (turns[start : start + PROMPTS_PER_CHUNK] for start in range(0, len(turns), PROMPTS_PER_CHUNK))
         tokens = prefetch(self.encoder.encode, chunks) if len(turns) > PROMPTS_PER_CHUNK else map(self.encoder.encode, chunks)
         for batch in self._in_flight(tokens, stage):
             yield batch.wait()
 
     def outputs_of(self, chunks: Iterable[Sequence[Prompt]]) -> Iterator[Outputs]:
-        """The outputs of each chunk of prompts, in order, one prompt at least in each.
+        """The outputs of each chunk of prompts, in order; every chunk has at least one prompt.
 
-        For streams of prompts without an end: chunks are drawn and tokenised in a thread of its own, at most two ahead of the
-        forward pass. A prompt's batch is of its own chunk, so that equal chunks have equal outputs, to the last bit (on one
-        machine, with as many threads). Outputs that are not finite are left to the caller. Raises PromptError with the prompt's
-        index within its chunk.
+        For endless streams: a thread draws and tokenises at most two chunks in advance. Prompts of different chunks never share
+        a batch, so equal chunks give bit-identical outputs (on one machine, with the same number of threads). The caller checks
+        that outputs are finite. Raises PromptError with the prompt's index within its chunk.
         """
         sizes: deque[int] = deque()
 
@@ -263,11 +260,11 @@ class Engine:
         return InFlightBatch(rows, packed, copies, event)
 
     def _on_device(self) -> AbstractContextManager[object]:
-        """Triton and new streams go to the current device, which is a thread's own affair."""
+        """Makes the engine's device the thread's current one, which Triton and new streams use."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def coefficients_of(self, out: npt.NDArray[np.float32]) -> Coefficients:
-        """Outputs [n, K] as coefficients. Raises FloatingPointError with the first prompt whose are not finite."""
+        """Outputs [n, K] as coefficients. Raises FloatingPointError, which names the first prompt whose are not finite."""
         bad = ~np.isfinite(out).all(axis=1)
         if bad.any():
             raise FloatingPointError(
@@ -276,10 +273,3 @@ class Engine:
             )
         theta, eta = self.head.split(out)
         return Coefficients(np.ascontiguousarray(theta), None if eta is None else eta.copy(), self.models, self.feedback)
-
-
-def natural_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 on CUDA and on CPUs that multiply it in hardware, else float32."""
-    if device.type != "cpu":
-        return torch.bfloat16
-    return torch.bfloat16 if cpu.multiplies_bf16() else torch.float32

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import kendalltau, spearmanr
 
+from p2l_engine.checkpoint import fingerprint
 from p2l_engine.coefficients import Coefficients
 from p2l_engine.engine import Engine
 from p2l_engine.evaluation import clusters, features, predictors, routed, strengths
@@ -132,7 +133,7 @@ def _head(engine: Engine, asked: Asked) -> dict[str, Any]:
         "models": list(engine.models),
         "feedback": engine.feedback.name,
         "dtype": _plain(engine.dtype),
-        "head": engine.head.digest(),
+        "head": fingerprint.of_head(engine.head),
     }
     return {"checkpoint": checkpoint, "bootstrap": asked.bootstrap}
 

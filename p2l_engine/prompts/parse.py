@@ -68,6 +68,16 @@ def _listed_in(text: str) -> list[object] | None:
     return found if isinstance(found, list) and all(isinstance(item, str | dict) for item in found) else None
 
 
+def parse_batch(prompts: Sequence[Prompt]) -> list[Turns]:
+    """The user turns of each prompt. Raises PromptError with the index of the first that cannot be read, and TypeError where
+    ``prompts`` is no list of prompts."""
+    if isinstance(prompts, str | Mapping):
+        raise TypeError(f"prompts: expected a list of prompts, got a single {type(prompts).__name__}; wrap it in a list")
+    if not isinstance(prompts, Sequence):
+        raise TypeError(f"prompts: expected a list of prompts, got {type(prompts).__name__}; list(...) makes one of it")
+    return [user_turns(prompt, i) for i, prompt in enumerate(prompts)]
+
+
 def _is_other_role(item: object, place: int, index: int) -> bool:
     if not isinstance(item, Mapping):
         return False

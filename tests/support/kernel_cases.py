@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import AutoModel
 
 from p2l_engine import Catalog, Engine, InfeasibleBudget, Router, routing
-from p2l_engine.backbone import PackedDecoder
+from p2l_engine.backbone import DecoderConfig, PackedDecoder
 from p2l_engine.backbone.on_gpu import GpuOperations
 from p2l_engine.backbone.packing import Packed
 from p2l_engine.catalog import CatalogModel
@@ -229,8 +229,9 @@ def case_decoder(device: str) -> None:
     """The decoder on Triton's kernels, with and without a shared prefix, against the CPU's own steps in float32."""
     for config in (tiny.config("llama", num_hidden_layers=2), tiny.config("qwen2", num_hidden_layers=1)):
         weights = {k: v + 0.05 * torch.randn_like(v) for k, v in AutoModel.from_config(config).state_dict().items()}
-        ours = PackedDecoder(config, weights, torch.device(device), torch.float32, GpuOperations)
-        theirs = PackedDecoder(config, weights, torch.device("cpu"), torch.float32)
+        packed = DecoderConfig.read(config.to_dict())
+        ours = PackedDecoder(packed, weights, torch.device(device), torch.float32, GpuOperations)
+        theirs = PackedDecoder(packed, weights, torch.device("cpu"), torch.float32)
         prefix = np.arange(5, dtype=np.int32)
         prompts = [np.concatenate([prefix, np.arange(n)]).astype(np.int32) for n in (1, 7, 7, 19)] + [prefix[1:]]
         for shared in (None, prefix):

@@ -1,0 +1,51 @@
+"""Devices and dtypes in the spellings of PyTorch users, and the default dtype of each device."""
+
+from __future__ import annotations
+
+import torch
+
+from p2l_engine.engine import cpu
+
+DTYPES = {
+    "float32": torch.float32, "fp32": torch.float32, "float": torch.float32,
+    "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
+    "float16": torch.float16, "fp16": torch.float16, "half": torch.float16,
+}  # fmt: skip
+DEVICES = ("cpu", "cuda")
+
+
+def as_device(device: str | torch.device | None) -> torch.device:
+    """ "cpu", "cuda", "cuda:1", in any case, or a torch.device; None: CUDA where there is one, else the CPU.
+
+    Raises ValueError for any other device, and for a CUDA device that this machine does not have.
+    """
+    given = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(given.lower() if isinstance(given, str) else given)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device: expected cpu, cuda or cuda:N, got {device!r}") from None
+    if found.type not in DEVICES:
+        raise ValueError(f"device: expected cpu or cuda, got {str(found)!r}")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device: {str(found)!r} is not available: this machine has {torch.cuda.device_count()} CUDA devices")
+    return found
+
+
+def as_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """A torch dtype, or its name: "float32", "fp32", "torch.float32", "bf16", ...; None: the device's ``natural_dtype``.
+
+    Raises ValueError for other names, and for dtypes that are not floating point.
+    """
+    if dtype is None:
+        return natural_dtype(device)
+    found = DTYPES.get(dtype.lower().removeprefix("torch.")) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, or a floating-point torch.dtype, got {dtype!r}")
+    return found
+
+
+def natural_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 on CUDA and on CPUs that multiply it in hardware, else float32."""
+    if device.type != "cpu":
+        return torch.bfloat16
+    return torch.bfloat16 if cpu.multiplies_bf16() else torch.float32
