@@ -1,5 +1,6 @@
-"""Packaging: the folders of the house become one package, and csrc/ its native core."""
+"""Packaging: p2l_engine/, kernels/ and train/ as one package, with the native core of csrc/."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -30,7 +31,7 @@ train = [
 ]
 batch = ["pyarrow>=20", "fsspec>=2025.3"]
 ray = [*batch, "ray[data]>=2.55,<2.64"]
-bench = ["cvxpy>=1.6", "scipy>=1.15", "rich>=14"]
+bench = ["cvxpy>=1.6", "scipy>=1.15", "rich>=14", "threadpoolctl>=3.5"]
 # Servers for the tests, of S3's kind and of Google's; moto[server] pulls much more.
 stores = ["moto[s3]>=5.1", "flask>=3", "flask-cors>=5", "gcp-storage-emulator>=2026.7"]
 test = [
@@ -45,9 +46,12 @@ test = [
 ]
 lint = ["ruff>=0.12", "mypy>=1.17", "types-cffi", "types-PyYAML"]
 
+# Read as text: importing the package needs what this file installs.
+version = re.search(r'^__version__ = "(.+)"$', Path("p2l_engine/__init__.py").read_text(encoding="utf-8"), re.M)[1]
+
 setup(
     name="p2l-engine",
-    version="0.1.0",
+    version=version,
     description="Prompt-to-Leaderboard inference, routing and training",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

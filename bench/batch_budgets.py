@@ -8,7 +8,7 @@ win most prompts, the cheapest aside, may each take half of what they would.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,7 +19,6 @@ import numpy.typing as npt
 from bench import warm_highs
 from bench.measure import Row, apart, measure, once
 from p2l_engine import routing
-from p2l_engine.native import binding
 from p2l_engine.routing import BudgetPacer, LazyWinRates, Problem, Resource, Share, highs
 from p2l_engine.routing.hulls import Hulls
 from p2l_engine.routing.values import CHUNK
@@ -59,11 +58,14 @@ def rows_of(m: int) -> tuple[Float64, float, list[Share]]:
     return q, float(budget), [Share(int(j), at_most=float(won[j]) / 2) for j in top]
 
 
-def bench_batch(m: int, n: int = 10_000, n_full: int = 2000) -> list[Row]:
-    """Against HiGHS: the full LP of 2,000 prompts, and the LPs of prompts with two rows each."""
+def bench_batch(m: int, n: int, n_full: int, thread_counts: Sequence[int]) -> list[Row]:
+    """Beside HiGHS: the full LP of n_full prompts, and the LPs of prompts with two rows each, on each number of threads.
+
+    The stream and the frontier have n prompts. thread_counts: 1 first.
+    """
     q, budget, shares = rows_of(m)
     costs, rows = model_costs(m), []
-    v = routing.win_rates(coefficients(n, m), q)
+    v = routing.win_rates(coefficients(max(n, n_full), m), q)
 
     problems = {
         "one batch budget": Problem(v[:n_full], costs, budget, "batch"),
@@ -79,7 +81,7 @@ def bench_batch(m: int, n: int = 10_000, n_full: int = 2000) -> list[Row]:
     seconds_of = np.random.default_rng(m).exponential(size=m)
     two = Problem(v[:n_full], costs, budget, resources=[Resource("seconds", seconds_of, float(np.quantile(seconds_of, 0.3)))])
     stage, bounds = "two rows for each prompt", [np.full(n_full, row.bound) for row in two.prompt_rows]
-    for threads in sorted({1, binding.max_threads()}):
+    for threads in thread_counts:
         ours, (indices, p) = measure(partial(highs.solve_prompts, v[:n_full], two.prompt_rows, None, threads), n_full, 1)
         if threads == 1:
             base, value = ours, (p * np.take_along_axis(v[:n_full], indices, 1)).sum(1)
@@ -90,10 +92,10 @@ def bench_batch(m: int, n: int = 10_000, n_full: int = 2000) -> list[Row]:
     rows.append(Row(m, stage, "HiGHS, warm-started", n_full, seconds, seconds / base, float(np.abs(peer - value).max())))
 
     pacer = BudgetPacer.learned(routing.win_rates(coefficients(4000, m, 1), q), costs, budget)
-    seconds, chosen = once(lambda: [pacer.choose(row, costs) for row in v], n)
-    lost = float(routing.solve_batch_budget(v, costs, budget).value.mean() - v[np.arange(n), chosen].mean())
+    seconds, chosen = once(lambda: [pacer.choose(row, costs) for row in v[:n]], n)
+    lost = float(routing.solve_batch_budget(v[:n], costs, budget).value.mean() - v[np.arange(n), chosen].mean())
     rows.append(Row(m, "stream under a mean budget", "p2l_engine BudgetPacer", n, seconds, 1.0, lost))
-    seconds, _ = measure(lambda: routing.frontier(v, costs), n, 3)
+    seconds, _ = measure(lambda: routing.frontier(v[:n], costs), n, 3)
     rows.append(Row(m, "frontier, all budgets", "p2l_engine", n, seconds, 1.0, None, last=True))
     return rows
 
@@ -155,7 +157,7 @@ def streamed(n: int, m: int) -> dict[str, float]:
 
 
 class Timed(LazyWinRates):
-    """Lazy win rates that know how long they took."""
+    """Lazy win rates that measure their own time."""
 
     seconds = 0.0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import time
 
 from rich.console import Console
@@ -28,14 +29,18 @@ BUDGET = 0.3
 
 
 def main() -> None:
-    console, start = Console(), time.perf_counter()
+    parser = argparse.ArgumentParser(prog="python -m bench.demo", description=__doc__)
+    parser.add_argument("--checkpoint", help="folder or hub name of a checkpoint with a catalog.yaml (default: the built-in)")
+    parser.add_argument("--budget", type=float, default=BUDGET, help="mean cost allowed, in the catalog's unit")
+    arguments = parser.parse_args()
+    console, start, budget = Console(), time.perf_counter(), arguments.budget
     with console.status("loading the default checkpoint (the first time it is converted: half a minute)"):
-        engine = Engine.from_pretrained()
+        engine = Engine.from_pretrained(arguments.checkpoint)
         catalog = Catalog.from_yaml(engine.folder / "catalog.yaml")
     router = Router(engine, catalog)
     free = router.route_batch(PROMPTS)
-    bounded = router.route_batch(PROMPTS, budget=BUDGET)
-    table = Table(title=f"The best model for each prompt; below it the best mix at {BUDGET}", title_justify="left", box=None)
+    bounded = router.route_batch(PROMPTS, budget=budget)
+    table = Table(title=f"The best model for each prompt; below it the best mix at {budget:g}", title_justify="left", box=None)
     table.add_column("prompt", min_width=20)
     table.add_column("choice", no_wrap=True)
     table.add_column("win rate", justify="right")
@@ -46,7 +51,7 @@ def main() -> None:
         table.add_row(escape(text), f"     {best.model}\n{mix}", rates)
         table.add_row()
     console.print(table)
-    for name, decisions in (("no budget", free), (f"budget {BUDGET}", bounded)):
+    for name, decisions in (("no budget", free), (f"budget {budget:g}", bounded)):
         cost = sum(d.expected_cost for d in decisions) / len(decisions)
         rate = sum(d.win_rate for d in decisions) / len(decisions)
         console.print(f"{name}: mean expected cost {cost:.3f} {catalog.unit}, mean win rate {rate:.1%}")

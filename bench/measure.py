@@ -1,30 +1,23 @@
-"""Measurements: rows of a table, medians, the machine, and what a stage costs in a process of its own."""
+"""Measurements: rows of a table, medians, and what a stage costs in a process of its own."""
 
 from __future__ import annotations
 
 import multiprocessing
-import platform
 import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import cvxpy as cp
-import highspy
 import numpy as np
-import scipy
 
-from p2l_engine.native import binding
-
-REPEATS = 5  # the median counts
+REPEATS = 5  # of which the median is reported
 
 
 @dataclass(frozen=True)
 class Row:
     """One measurement. seconds: per prompt; gap: largest difference of the result to ours (absolute), or to the optimum where
-    the solver is ours and not exact; gib: the most memory that its process held; last: of a section of the table."""
+    the solver is ours and not exact; gib: peak memory of its process; last: ends a section of the table."""
 
     models: int
     stage: str
@@ -48,14 +41,14 @@ def measure(run: Callable[[], Any], prompts: int, repeats: int = REPEATS) -> tup
 
 
 def once(run: Callable[[], Any], prompts: int) -> tuple[float, Any]:
-    """The same for a slow peer: one run after a warm-up of the libraries by the caller."""
+    """Seconds per prompt of a single run, and the result; the caller has warmed up the libraries."""
     start = time.perf_counter()
     result = run()
     return (time.perf_counter() - start) / prompts, result
 
 
 def apart(run: Callable[..., dict[str, float]], *arguments: Any) -> dict[str, float]:
-    """``run`` in a fresh process: its figures, and ``gib``, the most memory that the process ever held."""
+    """The figures of ``run`` in a fresh process, and ``gib``, the peak memory of that process."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_with_memory, (run, arguments))
 
@@ -63,13 +56,3 @@ def apart(run: Callable[..., dict[str, float]], *arguments: Any) -> dict[str, fl
 def _with_memory(run: Callable[..., dict[str, float]], arguments: tuple[Any, ...]) -> dict[str, float]:
     figures = run(*arguments)
     return figures | {"gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
-
-
-def machine() -> str:
-    """CPU, instruction set of the native core, and versions."""
-    cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        "?",
-    )
-    versions = f"Python {platform.python_version()}, numpy {np.__version__}, scipy {scipy.__version__}, cvxpy {cp.__version__}"
-    return f"{cpu}, {binding.isa()}; {versions}, highspy {highspy.Highs().version()}"

@@ -43,13 +43,15 @@ def certain(chosen: Float64, costs: Float64) -> Policies:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.real_budgets", description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", help="folder or hub name of a checkpoint with a catalog.yaml (default: the built-in)")
+    parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS, help="mean costs, in the catalog's unit")
     parser.add_argument("--config", default="train/configs/default.yaml", help="data and split")
     parser.add_argument("--csv", type=Path, help="also write the rows here")
     arguments = parser.parse_args()
     config, console = TrainConfig.load(arguments.config), Console()
     training, _, held_out = data.load(config)
     assert held_out is not None
-    engine = Engine.from_pretrained()
+    engine = Engine.from_pretrained(arguments.checkpoint)
     router = Router(engine, Catalog.from_yaml(engine.folder / "catalog.yaml"))
     prompts, models, matrix = score_matrix(config.train_data_path)
     row, columns = {prompt: i for i, prompt in enumerate(prompts)}, [models.index(name) for name in router.names]
@@ -61,7 +63,7 @@ def main() -> None:
         )
     costs, n = router.costs, len(v)
     rows = []
-    for budget in BUDGETS:
+    for budget in arguments.budgets:
         within = np.flatnonzero(costs <= budget)
         single = int(within[known[:, within].mean(0).argmax()])
         each, batch = routing.solve_budget(v, costs, budget), routing.solve_batch_budget(v, costs, budget)

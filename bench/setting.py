@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import transformers
 
+from bench.machine import cpu
 from bench.subjects import ARCHITECTURES
 
 
@@ -29,7 +30,7 @@ def add_subjects(parser: argparse.ArgumentParser) -> None:
 
 
 def positive(text: str) -> int:
-    """A whole number of one at least, for argparse."""
+    """A whole number >= 1, for argparse."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"expected one at least, got {number}")
@@ -37,7 +38,7 @@ def positive(text: str) -> int:
 
 
 def run(main: Callable[[], None]) -> None:
-    """``main``, its user's mistakes told in a line."""
+    """Runs ``main``; prints the user's mistakes as one line instead of a traceback."""
     try:
         main()
     except (OSError, ValueError, KeyError) as error:
@@ -63,9 +64,7 @@ def setting(device: torch.device) -> str:
         import triton
 
         return f"{torch.cuda.get_device_name(device)}; {versions}, triton {triton.__version__}"
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").is_file() else []
-    cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
-    return f"{cpu}, {torch.get_num_threads()} threads; {versions}"
+    return f"{cpu()}, {torch.get_num_threads()} threads; {versions}"
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -2,9 +2,9 @@
 
 For M models the same random problems go to every solver: theta ~ N(0, 1), q uniform, costs exponential, each prompt's budget
 uniform between the cheapest model's cost and the mean cost. The native routines take all N prompts in one call, on one thread
-(--threads N for more); peers whose time is plainly linear in N take the first few, and the table says how many. Every peer's
-result is compared with ours: the largest differences stand beside the times. Then one prompt through Router.decide: all that
-router.route does after the coefficients (median of 2,000 calls).
+(--threads N for more); peers whose time is linear in N take the first few, as the table says. Every peer's result is compared
+with ours: the table shows the largest difference. Then one prompt through Chooser.decide, which is what Router.route does after
+the coefficients (median of 2,000 calls).
 
 Then batches (bench/batch_budgets.py): rows over the batch, and several rows for each prompt, beside HiGHS on the full LP; the
 stream; and with --millions a million prompts on all threads, each stage in a process of its own with the memory it took.
@@ -18,8 +18,6 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import cast
 
 import cvxpy as cp
 import numpy as np
@@ -29,15 +27,17 @@ from rich.progress import track
 from rich.table import Table
 from scipy.optimize import brentq, elementwise, linprog
 from scipy.special import expit
+from threadpoolctl import threadpool_limits
 
 from bench import warm_highs
 from bench.batch_budgets import bench_batch, bench_millions
-from bench.measure import Row, machine, measure, once
-from p2l_engine import Catalog, Engine, Router, routing
+from bench.machine import machine
+from bench.measure import Row, measure, once
+from bench.setting import positive
+from p2l_engine import Catalog, Chooser, Coefficients, Constraints, routing
 from p2l_engine.catalog import CatalogModel
-from p2l_engine.coefficients import Coefficients
 from p2l_engine.feedback import feedback_model
-from p2l_engine.native import routing as native
+from p2l_engine.native import binding
 
 Float64 = npt.NDArray[np.float64]
 
@@ -84,7 +84,8 @@ def numpy_win_rates(theta: Float64, q: Float64) -> Float64:
     return np.asarray(np.stack([expit(row[:, None] - row) @ q for row in theta]))
 
 
-def bench(m: int, n: int, n_slow: int) -> list[Row]:
+def bench(m: int, n: int, n_slow: int, decisions: int) -> list[Row]:
+    """The rows of M models: n prompts, n_slow for the slow peers, and so many single decisions."""
     rng = np.random.default_rng(m)
     theta, q, costs = rng.normal(size=(n, m)), np.full(m, 1.0 / m), rng.exponential(size=m)
     budget = rng.uniform(costs.min(), costs.mean(), size=n)
@@ -122,34 +123,36 @@ def bench(m: int, n: int, n_slow: int) -> list[Row]:
     seconds, root = once(lambda: brentq_each(theta, q, rate), n)
     add("BT score", "scipy brentq", n, seconds, t_root, float(np.abs(root - score).max()))
     one = Coefficients(theta[:1].astype(np.float32), None, tuple(f"model {i}" for i in range(m)), feedback_model("bt"))
-    # A router uses nothing of its engine but the models' names once the coefficients are there.
-    engine = cast(Engine, SimpleNamespace(models=one.models))
-    router = Router(engine, Catalog(tuple(CatalogModel(n, c) for n, c in zip(one.models, costs.tolist(), strict=True))))
-    limit = float(budget[0])
+    catalog = Catalog(tuple(CatalogModel(name, cost) for name, cost in zip(one.models, costs.tolist(), strict=True)))
+    chooser = Chooser(one.models, one.feedback, catalog)
+    limit = Constraints(float(budget[0]))
     times = []
-    for _ in range(2000):
+    for _ in range(decisions):
         start = time.perf_counter()
-        router.decide(one, ["What is the capital of Australia?"], limit)
+        chooser.decide(one, ["What is the capital of Australia?"], limit)
         times.append(time.perf_counter() - start)
-    add("one decision", "p2l_engine Router, all after theta", 1, float(np.median(times)), float(np.median(times)), None)
+    add("one decision", "p2l_engine, all after theta", 1, float(np.median(times)), float(np.median(times)), None)
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.solvers", description=__doc__.splitlines()[0])
-    parser.add_argument("--models", type=int, nargs="+", default=[9, 34, 130], help="numbers of models M")
-    parser.add_argument("--prompts", type=int, default=10_000, help="prompts N for all but the slow peers")
-    parser.add_argument("--slow-prompts", type=int, default=200, help="prompts for cvxpy and linprog")
-    parser.add_argument("--millions", type=float, default=0, help="also route so many million prompts, at the largest M")
-    parser.add_argument("--threads", type=int, default=1, help="threads of the native routines (peers run on one)")
+    parser.add_argument("--models", type=positive, nargs="+", default=[9, 34, 130], help="numbers of models M")
+    parser.add_argument("--prompts", type=positive, default=10_000, help="prompts N for all but the slow peers")
+    parser.add_argument("--slow-prompts", type=positive, default=200, help="prompts for cvxpy and linprog")
+    parser.add_argument("--batch-prompts", type=positive, default=2000, help="prompts of batches that HiGHS solves as one LP")
+    parser.add_argument("--decisions", type=positive, default=2000, help="single decisions")
+    parser.add_argument("--millions", type=float, default=0, help="also route this many million prompts, at the largest M")
+    parser.add_argument("--threads", type=positive, default=1, help="threads of the native routines (peers run on one)")
     parser.add_argument("--csv", type=Path, help="also write the rows here, with machine and versions")
     arguments = parser.parse_args()
-    native.threads = lambda n_prompts: arguments.threads
     console = Console()
     rows = []
-    for m in track(arguments.models, "measuring", console=console, transient=True):
-        rows += bench(m, arguments.prompts, arguments.slow_prompts)
-        rows += bench_batch(m)
+    thread_counts = sorted({1, binding.max_threads()})
+    with threadpool_limits(arguments.threads, user_api="openmp"):
+        for m in track(arguments.models, "measuring", console=console, transient=True):
+            rows += bench(m, arguments.prompts, arguments.slow_prompts, arguments.decisions)
+            rows += bench_batch(m, arguments.prompts, arguments.batch_prompts, thread_counts)
     if arguments.millions:
         with console.status("a million prompts"):
             rows += bench_millions(max(arguments.models), int(arguments.millions * 1e6))

@@ -23,7 +23,7 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from bench.measure import machine
+from bench.machine import machine
 
 TORCH = "import torch"
 FIRST_DECISION = (

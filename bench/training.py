@@ -1,6 +1,6 @@
 """Training steps on two cores: votes sharing a forward against one forward a vote, and the fused layers against transformers'.
 
-Each row trains the built-in backbone by LoRA on the same votes; rows take turns, round by round, and medians are printed.
+Each row trains the backbone by LoRA on the same votes; rows take turns, round by round, and medians are printed.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.measure import machine
+from bench.machine import machine
 from p2l_engine.prompts.encode import PromptEncoder
 from p2l_engine.prompts.tokenizer import TransformersTokenizer
-from p2l_engine.train import fused
 from p2l_engine.train.batches import PromptVotes, collate
 from p2l_engine.train.config import TrainConfig
 from p2l_engine.train.model import P2LModel, build
@@ -54,12 +53,13 @@ def alone(items: list[dict[str, Any]], rng: np.random.Generator, count: int) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.training", description=__doc__.splitlines()[0])
     parser.add_argument("--votes", default="../shared/data/votes_llm_judge.parquet", help="votes to train on")
+    parser.add_argument("--backbone", default="builtin/smollm2-135m-instruct", help="the backbone to train")
     parser.add_argument("--prompts", type=int, default=32, help="prompts a step, and votes a step without sharing")
     parser.add_argument("--rounds", type=int, default=7, help="measured steps a row, after one that is not")
     parser.add_argument("--csv", type=Path, help="also write the rows here")
     arguments = parser.parse_args()
     votes, _ = read(arguments.votes)
-    models = {name: _model(votes, fuse) for name, fuse in (("fused", True), ("transformers", False))}
+    models = {name: _model(votes, arguments.backbone, fuse) for name, fuse in (("fused", True), ("transformers", False))}
     tokenizer = models["fused"][1]
     rng, data = np.random.default_rng(0), PromptVotes(votes, PromptEncoder(TransformersTokenizer(tokenizer), 512))
     seconds: dict[str, list[float]] = {}
@@ -97,20 +97,14 @@ def main() -> None:
             writer.writerows([*row, mean, machine()] for row in found)
 
 
-def _model(votes: Votes, fuse: bool) -> tuple[P2LModel, Any, torch.optim.Optimizer]:
+def _model(votes: Votes, backbone: str, fuse: bool) -> tuple[P2LModel, Any, torch.optim.Optimizer]:
     config = TrainConfig.model_validate(
         {
-            "proj_name": "bench", "pretrain_model_name": "builtin/smollm2-135m-instruct", "train_data_path": "",
+            "proj_name": "bench", "pretrain_model_name": backbone, "train_data_path": "",
             "learning_rate": 1e-4, "head_type": "rk", "loss_type": "grk", "lora": {"r": 16}, "chat_template": TEMPLATE,
         }
     )  # fmt: skip
-    families = fused.FAMILIES
-    try:
-        if not fuse:
-            fused.FAMILIES = ()  # type: ignore[assignment]
-        model, tokenizer = build(config, len(votes.models))
-    finally:
-        fused.FAMILIES = families
+    model, tokenizer = build(config, len(votes.models), fuse)
     return model, tokenizer, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
 

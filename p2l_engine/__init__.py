@@ -1,7 +1,7 @@
-"""Prompt-to-Leaderboard: prompts in, a leaderboard of chat models for each prompt out, and the best choice under a budget.
+"""Prompt-to-Leaderboard: from prompts to a leaderboard of chat models for each prompt, and to the best model under a budget.
 
-The public face is small: Engine (prompts to coefficients), Router and Catalog (coefficients to decisions), Leaderboard,
-``routing`` (the same stages, arrays in and out), InfeasibleBudget.
+Engine turns prompts into coefficients; Router and Catalog turn coefficients into decisions; ``routing`` has the same stages on
+arrays. Everything is loaded on first use: importing this package loads neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -14,36 +14,75 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from p2l_engine import routing
-    from p2l_engine.catalog import Catalog
+    from p2l_engine.catalog import Catalog, CatalogModel
+    from p2l_engine.chooser import Chooser
+    from p2l_engine.coefficients import Coefficients
+    from p2l_engine.constraints import Constraints
+    from p2l_engine.decision import Decision
     from p2l_engine.engine import Engine
-    from p2l_engine.errors import InfeasibleBudget
+    from p2l_engine.errors import CatalogError, CheckpointError, Infeasible, InfeasibleBudget, PromptError
+    from p2l_engine.feedback import FeedbackModel
     from p2l_engine.leaderboard import Leaderboard
+    from p2l_engine.prompts.parse import Prompt
     from p2l_engine.router import Router
+    from p2l_engine.routing import BudgetPacer, Policies, Problem, Resource, Share, SolverError
 
 __version__ = "0.1.0"
-__all__ = ["Catalog", "Engine", "InfeasibleBudget", "Leaderboard", "Router", "routing"]
+__all__ = [
+    "BudgetPacer",
+    "Catalog",
+    "CatalogError",
+    "CatalogModel",
+    "CheckpointError",
+    "Chooser",
+    "Coefficients",
+    "Constraints",
+    "Decision",
+    "Engine",
+    "FeedbackModel",
+    "Infeasible",
+    "InfeasibleBudget",
+    "Leaderboard",
+    "Policies",
+    "Problem",
+    "Prompt",
+    "PromptError",
+    "Resource",
+    "Router",
+    "Share",
+    "SolverError",
+    "routing",
+]
 
-_homes = {
-    "Catalog": "catalog",
-    "Engine": "engine",
-    "InfeasibleBudget": "errors",
-    "Leaderboard": "leaderboard",
-    "Router": "router",
+_MODULES = {
+    "catalog": ("Catalog", "CatalogModel"),
+    "chooser": ("Chooser",),
+    "coefficients": ("Coefficients",),
+    "constraints": ("Constraints",),
+    "decision": ("Decision",),
+    "engine": ("Engine",),
+    "errors": ("CatalogError", "CheckpointError", "Infeasible", "InfeasibleBudget", "PromptError"),
+    "feedback": ("FeedbackModel",),
+    "leaderboard": ("Leaderboard",),
+    "prompts.parse": ("Prompt",),
+    "router": ("Router",),
+    "routing": ("BudgetPacer", "Policies", "Problem", "Resource", "Share", "SolverError"),
 }
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def _hide_kernels_folder() -> None:
-    """``kernels`` is also a Hugging Face package, which transformers imports when it finds that name.
+    """Hides this repository's kernels/ from transformers, which imports a Hugging Face package of that name if it finds one.
 
-    From the repository's root it would find this project's folder instead. A None in sys.modules makes it "not installed";
-    a real ``kernels`` package elsewhere on the path is left alone.
+    When Python starts in the repository's root, transformers would find this project's folder instead. None in sys.modules
+    makes it "not installed"; a real ``kernels`` package elsewhere on the path stays importable.
     """
     if "kernels" in sys.modules:
         return
     spec = importlib.util.find_spec("kernels")
-    places = list(spec.submodule_search_locations or ()) if spec else []
+    folders = list(spec.submodule_search_locations or ()) if spec else []
     own = Path(__file__).resolve().parent.parent / "kernels"
-    if own in (Path(place).resolve() for place in places):
+    if own in (Path(folder).resolve() for folder in folders):
         sys.modules["kernels"] = None  # type: ignore[assignment]
 
 
@@ -51,9 +90,12 @@ _hide_kernels_folder()
 
 
 def __getattr__(name: str) -> Any:
-    # Lazily: `p2l_engine.routing` alone does not pay for transformers.
     if name == "routing":
         return import_module("p2l_engine.routing")
-    if name in _homes:
-        return getattr(import_module(f"p2l_engine.{_homes[name]}"), name)
+    if name in _MODULE_OF:
+        return getattr(import_module(f"p2l_engine.{_MODULE_OF[name]}"), name)
     raise AttributeError(f"module 'p2l_engine' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -22,7 +22,7 @@ from p2l_engine.engine import Engine
 from p2l_engine.engine.batcher import WAIT, Batcher
 from p2l_engine.engine.compile_watch import CompileWatch
 from p2l_engine.errors import InfeasibleBudget
-from p2l_engine.prompts.parse import Prompt, parse_batch, user_turns
+from p2l_engine.prompts.parse import Prompt, Turns, parse_batch, user_turns
 from p2l_engine.routing import BudgetPacer, Objective, Resource, arrays
 from p2l_engine.routing.problem import Scope
 
@@ -85,11 +85,11 @@ class Router(Chooser):
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _finish(self, prompt: Prompt, budget: float | None, pacer: BudgetPacer | None) -> Callable[[Coefficients], Decision]:
+    def _finish(self, turns: Turns, budget: float | None, pacer: BudgetPacer | None) -> Callable[[Coefficients], Decision]:
         """What turns one prompt's coefficients into its decision."""
         if pacer is None:
             constraints = Constraints(budget)
-            return lambda coefficients: self.decide(coefficients, [prompt], constraints)[0]
+            return lambda coefficients: self.decide(coefficients, [turns], constraints)[0]
         if budget is not None:
             raise ValueError(f"budget: expected None beside a pacer, which has its own, got {budget!r}")
         return lambda coefficients: self.pace(coefficients, pacer)
@@ -112,11 +112,11 @@ class Router(Chooser):
         TypeError for constraints that are wrong.
         """
         constraints = Constraints(budget, budget_scope, max_share, min_share, resources, allowed)
-        prompts = parse_batch(prompts)
+        turns = parse_batch(prompts)
         fits = self.objective == "bt" and len(self.models) <= routing.MAX_MODELS_ON_GPU
         if constraints.only_prompt_budgets and fits and self.engine.device.type == "cuda":
-            return self._route_on_gpu(prompts, constraints, progress)
-        return self.decide(self.engine.coefficients(prompts, progress), prompts, constraints)
+            return self._route_on_gpu(turns, constraints, progress)
+        return self.decide(self.engine.coefficients(turns, progress), turns, constraints)
 
     def _route_on_gpu(
         self, prompts: Sequence[Prompt], constraints: Constraints, progress: Callable[[int], object] | None
@@ -124,7 +124,8 @@ class Router(Chooser):
         """``route_batch`` under a budget for each prompt; only decisions leave the GPU."""
         from p2l_engine.routing import cuda  # needs Triton
 
-        n, device = len(prompts), self.engine.device
+        turns = parse_batch(prompts)
+        n, device = len(turns), self.engine.device
         limits = arrays.budgets(constraints.limits, n)
         q, columns = torch.from_numpy(self.q).to(device), torch.from_numpy(self._columns).to(device)
         costs, on_device, weights = torch.from_numpy(self.costs).to(device), torch.from_numpy(limits).to(device), q.float()
@@ -138,7 +139,7 @@ class Router(Chooser):
             return cuda.policies(theta, v, columns, costs, on_device.index_select(0, index), q)
 
         found: list[tuple[Any, ...]] = [()] * n
-        for rows, results in self.engine.stream(prompts, stage):
+        for rows, results in self.engine.stream(turns, stage):
             for row, *policy in zip(rows.tolist(), *(result.tolist() for result in results), strict=True):
                 found[row] = tuple(policy)
             if progress is not None:
@@ -151,5 +152,5 @@ class Router(Chooser):
             if not sum(probabilities):
                 short = sum(not sum(other[1]) for other in found)
                 raise InfeasibleBudget(float(limits[i]), cost, i, short)
-            decisions.append(self._draws.decide(user_turns(prompts[i], i), bound, indices, probabilities, cost, value, score))
+            decisions.append(self._draws.decide(turns[i], bound, indices, probabilities, cost, value, score))
         return decisions

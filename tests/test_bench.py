@@ -1,20 +1,41 @@
-"""The speed benchmarks: their prompts, their count of operations, and that they run to the end on a small checkpoint."""
+"""The benchmarks: their prompts and counts of operations, and that each one runs to the end at tiny sizes."""
 
 from __future__ import annotations
 
 import csv
+import importlib
 import sys
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 
-from bench import kernels, latency, setting, subjects, throughput
+from bench import (
+    batch,
+    batch_budgets,
+    demo,
+    kernels,
+    latency,
+    leaderboards,
+    learning_curve,
+    real_budgets,
+    setting,
+    solvers,
+    streams,
+    subjects,
+    throughput,
+    training,
+)
 from p2l_engine.backbone.families import DecoderConfig
 from p2l_engine.backbone.weights import expected_shapes
 from p2l_engine.prompts.encode import PromptEncoder
 from p2l_engine.prompts.tokenizer import TransformersTokenizer
 from tests.support import tiny
+from tests.support.training import skill_votes
 
 
 def test_random_prompts_have_the_lengths_that_are_claimed():
@@ -112,3 +133,112 @@ def test_mistakes_are_told_in_a_line(monkeypatch, capsys, tmp_path):
         with pytest.raises(SystemExit, match="2"):
             setting.run(lambda module=module, wrong=wrong: run(monkeypatch, module, *few, *wrong))
         assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "batch", "demo", "kernels", "latency", "leaderboards", "learning_curve", "real_budgets", "seeds", "solvers", "startup",
+        "streams", "throughput", "training",
+    ],
+)  # fmt: skip
+def test_every_benchmark_has_help(name, monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        run(monkeypatch, importlib.import_module(f"bench.{name}"), "--help")
+    assert "--help" in capsys.readouterr().out
+
+
+def test_no_benchmark_is_left_out():
+    folder = Path(kernels.__file__).parent
+    found = {file.stem for file in folder.glob("*.py") if "def main()" in file.read_text()}
+    assert found == set(test_every_benchmark_has_help.pytestmark[0].args[1])
+
+
+def test_solvers_run_to_the_end(tmp_path, monkeypatch):
+    table = tmp_path / "rows.csv"
+    sizes = ("--models", 9, 34, "--prompts", 30, "--slow-prompts", 3, "--batch-prompts", 40, "--decisions", 5, "--threads", 1)
+    run(monkeypatch, solvers, *sizes, "--csv", table)
+    head, *lines = table.read_text().splitlines()
+    assert head.startswith("# ")
+    rows = list(csv.DictReader(lines))
+    assert {row["models"] for row in rows} == {"9", "34"}
+    stages = {row["stage"] for row in rows}
+    assert {"win rates", "budget LP", "BT score", "one decision", "two rows for each prompt", "frontier, all budgets"} <= stages
+    exact = [row for row in rows if row["largest_difference"] and not row["stage"].startswith("stream")]
+    assert all(float(row["largest_difference"]) < 1e-6 for row in exact)
+
+
+@pytest.mark.parametrize("stage", ["per_prompt", "batch_budget", "share_caps", "streamed"])
+def test_stages_over_many_prompts_add_up(stage):
+    figures = getattr(batch_budgets, stage)(50, 4)
+    parts = [seconds for part, seconds in figures.items() if part not in ("end to end", "gap")]
+    assert sum(parts) == pytest.approx(figures["end to end"])
+
+
+def test_streams_run_to_the_end(monkeypatch, capsys):
+    run(monkeypatch, streams, "--streams", 2, "--prompts", 60)
+    assert "2 streams of 60 prompts" in capsys.readouterr().out
+
+
+def test_leaderboards_run_to_the_end(tmp_path, monkeypatch):
+    table = tmp_path / "rows.csv"
+    run(monkeypatch, leaderboards, "--models", 4, "--prompts", 30, "--bootstrap", 3, "--csv", table)
+    rows = list(csv.DictReader(table.open()))
+    assert [(row["feedback"], row["bootstrap"]) for row in rows] == [("bt", "0"), ("bt", "3"), ("grk", "0"), ("grk", "3")]
+
+
+def test_batch_runs_to_the_end(tmp_path, monkeypatch):
+    table = tmp_path / "rows.csv"
+    run(monkeypatch, batch, "--short", 40, "--csv", table)
+    rows = dict(csv.reader(table.open()))
+    assert rows["rows"] == "40"
+    assert int(rows["prompts computed"]) <= 40
+
+
+def routable(folder):
+    """A tiny checkpoint with a catalog."""
+    costs = "".join(f"  {name}: {{cost: {0.1 * (i + 1):.1f}}}\n" for i, name in enumerate(tiny.MODELS))
+    tiny.write(folder)
+    (folder / "catalog.yaml").write_text(f"models:\n{costs}")
+    return folder
+
+
+def test_demo_runs_to_the_end(tmp_path, monkeypatch, capsys):
+    run(monkeypatch, demo, "--checkpoint", routable(tmp_path / "checkpoint"), "--budget", 0.25)
+    out = capsys.readouterr().out
+    assert "budget 0.25: mean expected cost" in out
+    assert "The leaderboard of" in out
+
+
+def test_real_budgets_run_to_the_end(tmp_path, monkeypatch):
+    rng, table = np.random.default_rng(), tmp_path / "rows.csv"
+    cells = [(f"prompt {i}", name, float(rng.random())) for i in range(40) for name in tiny.MODELS]
+    names = ("prompt", "model", "score")
+    pq.write_table(pa.table(dict(zip(names, map(list, zip(*cells, strict=True)), strict=True))), tmp_path / "scores.parquet")
+    config = {
+        "proj_name": "x", "pretrain_model_name": "x", "train_data_path": str(tmp_path / "scores.parquet"), "held_out": 0.25,
+        "head_type": "rk", "loss_type": "grk", "learning_rate": 1e-3,
+    }  # fmt: skip
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    arguments = ("--checkpoint", routable(tmp_path / "checkpoint"), "--config", tmp_path / "config.yaml", "--budgets", 0.2, 0.3)
+    run(monkeypatch, real_budgets, *arguments, "--csv", table)
+    rows = list(csv.DictReader(table.open()))
+    assert len(rows) == 10
+    assert {row["budget"] for row in rows} == {"0.2", "0.3"}
+    assert all(float(row["mean_cost"]) <= float(row["budget"]) + 1e-9 for row in rows if not row["router"].startswith("pacer"))
+
+
+@pytest.mark.slow
+def test_training_runs_to_the_end(tmp_path, monkeypatch):
+    votes, table = skill_votes(tmp_path / "votes.parquet", 12), tmp_path / "rows.csv"
+    arguments = ("--votes", votes, "--backbone", tiny.write(tmp_path / "base"), "--prompts", 4, "--rounds", 1)
+    run(monkeypatch, training, *arguments, "--csv", table)
+    rows = list(csv.DictReader(table.open()))
+    assert [row["row"].split(", ")[-1] for row in rows] == ["fused layers", "transformers' layers", "fused layers"]
+    assert all(float(row["votes_per_second"]) > 0 for row in rows)
+
+
+def test_a_learning_curve_is_drawn(tmp_path):
+    rows = [(0.5, 10, 30, "p2l", "log_loss", 1.2, 1.1, 1.3), (1.0, 20, 60, "p2l", "log_loss", 1.0, 0.9, 1.1)]
+    learning_curve.draw(rows, tmp_path / "curve.svg")
+    assert "<svg" in (tmp_path / "curve.svg").read_text()

@@ -109,8 +109,11 @@ def bare(decoder: Any) -> Any:
     return decoder.base_model.model if hasattr(decoder, "peft_config") else decoder
 
 
-def build(config: TrainConfig, n_models: int) -> tuple[P2LModel, PreTrainedTokenizerBase]:
-    """The model to train and its tokenizer, with the CLS and padding tokens that the config names."""
+def build(config: TrainConfig, n_models: int, fuse: bool = True) -> tuple[P2LModel, PreTrainedTokenizerBase]:
+    """The model to train and its tokenizer, with the CLS and padding tokens that the config names.
+
+    fuse: use the fused layers where they apply (a CPU, and an architecture that they know).
+    """
     folder = checkpoint.find(config.pretrain_model_name)
     tokenizer = huggingface.read_tokenizer(folder, config.model_dump())
     if tokenizer.pad_token is None:
@@ -141,7 +144,7 @@ def build(config: TrainConfig, n_models: int) -> tuple[P2LModel, PreTrainedToken
         decoder.requires_grad_(False)
     plain = bare(decoder)
     # Dropout inside LoRA is peft's: the fused layers have none.
-    fuse = not torch.cuda.is_available() and fused.fusible(plain.config) and not (config.lora and config.lora.dropout)
+    fuse = fuse and not torch.cuda.is_available() and fused.fusible(plain.config) and not (config.lora and config.lora.dropout)
     if fuse:
         fused.fuse(plain, computed)
     logger.info(

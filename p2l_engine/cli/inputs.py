@@ -16,8 +16,10 @@ from p2l_engine.cli.terminal import note, status
 if TYPE_CHECKING:
     import torch
 
+    from p2l_engine.chooser import Opponents
+    from p2l_engine.constraints import Shares
     from p2l_engine.engine import Engine
-    from p2l_engine.router import Opponents, Router, Shares
+    from p2l_engine.router import Router
 
 PLOTS = (".png", ".svg", ".pdf")
 PROMPT_FILE = (
