@@ -38,8 +38,8 @@ class Job:
         for location in (*map(Location.of, config.inputs), *(file.location for file in files)):
             if location.holds(output) or output.holds(location):
                 raise ValueError(
-                    f"output: {output.shown} and the input {location.shown}: expected neither within the other, since parts would "
-                    "be read as prompts; name another folder"
+                    f"output: {output.shown} and the input {location.shown}: expected neither within the other, since parts "
+                    "would be read as prompts; name another folder"
                 )
         if config.state is None and not output.is_local:
             raise ValueError(f"state: expected a local folder where the output is not local ({output.shown}), got None")
