@@ -275,7 +275,7 @@ def test_prompts_are_read_from_the_column_that_is_named(kind, checkpoint, tmp_pa
         assert found.status == 0, found.err
         found = run(*command, "--column", "answer", checkpoint=checkpoint)
         assert found.status == 2
-        assert "'answer', got ['prompt', 'question']" in found.message
+        assert "expected the columns answer; it has prompt, question" in found.message
 
 
 def test_dtypes_have_the_names_that_pytorch_users_write(checkpoint):

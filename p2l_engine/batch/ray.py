@@ -33,7 +33,7 @@ from p2l_engine.batch.identity import compute_signature
 from p2l_engine.batch.worker import Route
 from p2l_engine.checkpoint import fingerprint
 from p2l_engine.engine import Engine
-from p2l_engine.engine.device import natural_dtype
+from p2l_engine.engine.device import as_dtype
 from p2l_engine.engine.engine import TOKENS_PER_BATCH, Outputs
 from p2l_engine.tables.storage import File
 
@@ -64,7 +64,7 @@ class Cluster:
         address: str = "local",
         workers: int | None = None,
         device: str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: str | torch.dtype | None = None,
         tokens_per_batch: int | None = None,
     ) -> None:
         self._owns_connection = not ray.is_initialized()
@@ -92,7 +92,7 @@ class Cluster:
         self._resources = (
             {"num_gpus": 1, "num_cpus": 1} if kind == "cuda" else {"num_cpus": cpus_per_worker(cpus, self.workers)}
         )
-        dtype = dtype or natural_dtype(torch.device(kind))
+        dtype = as_dtype(dtype, torch.device(kind))
         tokens = tokens_per_batch or TOKENS_PER_BATCH[kind]
         self.compute = compute_signature(kind, dtype, tokens)
         if checkpoint is not None and Path(checkpoint).exists():

@@ -23,7 +23,6 @@ from p2l_engine.cli.inputs import (
     load_router,
     numbers_of,
     shares_of,
-    torch_dtype,
 )
 from p2l_engine.cli.progress import Show, meter
 from p2l_engine.cli.terminal import interruptible, out, status
@@ -217,7 +216,7 @@ def _cluster(
     with status("connecting to Ray"):
         from p2l_engine.batch.ray import Cluster
 
-        return Cluster(engine, checkpoint, address, workers, device, torch_dtype(dtype), tokens_per_batch)
+        return Cluster(engine, checkpoint, address, workers, device, dtype, tokens_per_batch)
 
 
 def _shown(show: Show) -> Callable[[Report], None]:

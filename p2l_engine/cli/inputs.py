@@ -14,8 +14,6 @@ import typer
 from p2l_engine.cli.terminal import note, status
 
 if TYPE_CHECKING:
-    import torch
-
     from p2l_engine.chooser import Opponents
     from p2l_engine.constraints import Shares
     from p2l_engine.engine import Engine
@@ -23,8 +21,8 @@ if TYPE_CHECKING:
 
 PLOTS = (".png", ".svg", ".pdf")
 PROMPT_FILE = (
-    ".jsonl (a string, a list of user turns, a list of messages, or an object with the key of --column), .csv or .parquet "
-    "(the column of --column); any other file: one prompt a line"
+    "a table (.parquet, .csv, .jsonl; or a folder, glob or URI of such files), or any other file with one prompt on each line. "
+    "A prompt in a table is a text, a list of user turns, or a list of messages"
 )
 ENGINE, MODELS = "Checkpoint and device", "Models to choose from"  # headings of options in a command's help
 
@@ -36,7 +34,9 @@ class Scope(StrEnum):
     BATCH = "batch"
 
 
-Column = Annotated[str, typer.Option("--column", help="Column (csv, parquet) or key (jsonl) that holds the prompts.")]
+Column = Annotated[
+    str, typer.Option("--column", help="Column of a table, or key of its jsonl objects, that holds the prompts.")
+]
 Checkpoint = Annotated[
     str | None,
     typer.Option(
@@ -78,26 +78,10 @@ LeaveOut = Annotated[
 
 def load_engine(checkpoint: str | None, device: str | None, dtype: str | None, tokens_per_batch: int | None = None) -> Engine:
     """Raises ValueError for a device or dtype that cannot be used, CheckpointError."""
-    kind = torch_dtype(dtype)
     with status("loading the checkpoint"):
         from p2l_engine.engine import Engine
 
-        return Engine.from_pretrained(checkpoint, device, kind, tokens_per_batch)
-
-
-def torch_dtype(name: str | None) -> torch.dtype | None:
-    """The dtype of one of the names that PyTorch users write. Raises typer.BadParameter."""
-    if name is None:
-        return None
-    names = {"float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}
-    found = names.get(name.removeprefix("torch."))
-    if found is None:
-        raise typer.BadParameter(f"expected one of {', '.join(names)}, got {name!r}", param_hint="--dtype")
-    import torch
-
-    kind = getattr(torch, found)
-    assert isinstance(kind, torch.dtype)
-    return kind
+        return Engine.from_pretrained(checkpoint, device, dtype, tokens_per_batch)
 
 
 def load_router(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -38,7 +37,7 @@ def route(
     prompts: Annotated[
         list[str] | None, typer.Argument(help="Prompts. Without any and without --file: standard input, one prompt a line.")
     ] = None,
-    file: Annotated[Path | None, typer.Option(help=f"Read the prompts from a file: {PROMPT_FILE}.")] = None,
+    file: Annotated[str | None, typer.Option(help=f"Read the prompts from {PROMPT_FILE}.")] = None,
     column: Column = "prompt",
     budget: Annotated[float | None, typer.Option(help="Upper bound on the expected cost, in the catalog's unit.")] = None,
     budget_scope: Annotated[
