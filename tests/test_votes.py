@@ -122,7 +122,7 @@ def test_soft_preferences_become_weighted_votes(column, first, tmp_path):
         read(parquet(tmp_path / "w.parquet", [("p", "x", "y", 1.5)], (*NAMES[:3], column)))
 
 
-def test_of_two_columns_that_say_who_won_one_is_read_and_the_other_named(tmp_path, caplog):
+def test_of_two_label_columns_one_is_read_and_the_other_named(tmp_path, caplog):
     path = parquet(tmp_path / "v.parquet", ROWS, preference_a=[0.5] * 4)
     assert len(read(path)[0]) == 4
     assert "votes are read from the column winner, and not from preference_a" in caplog.text
@@ -251,15 +251,15 @@ def pairs_of(*wins):
     return Votes.make([("p",)], models, np.zeros(len(wins), int), a, b, np.zeros(len(wins), int))
 
 
-def test_a_summary_names_islands_duplicates_and_the_undecided():
+def test_a_summary_names_disconnected_models_duplicates_and_the_undecided():
     summary = Summary.of(pairs_of("xy", "yx", "xy", "vw", "wv", "zx"))
-    assert summary.islands == (("v", "w"),)
+    assert summary.disconnected == (("v", "w"),)
     assert summary.duplicates == 1
     assert summary.undecided == ("z",)
     text = " ".join(summary.lines())
-    assert "no chain of votes ties v, w" in text
+    assert "no chain of votes connects v, w" in text
     assert "a 100%" in text
-    assert Summary.of(pairs_of("xy", "yz", "zx")).islands == ()
+    assert Summary.of(pairs_of("xy", "yz", "zx")).disconnected == ()
 
 
 @pytest.mark.parametrize("name", ["bt", "bt-tie", "rk", "rk-reparam", "grk"])
@@ -297,11 +297,11 @@ def test_columns_that_nothing_reads_are_refused(tmp_path):
         read(path, columns={"weigth": "weight"})
 
 
-def test_votes_of_no_weight_tie_nothing_together():
+def test_votes_of_no_weight_connect_nothing():
     votes = pairs_of("xy", "yx", "yz")
     weight = np.array([1.0, 1.0, 0.0])
     without = Votes.make(votes.prompts, votes.models, votes.prompt, votes.a, votes.b, votes.outcome, weight)
-    assert Summary.of(without).islands == (("z",),)
+    assert Summary.of(without).disconnected == (("z",),)
 
 
 GOOD = '{"prompt": "p", "model_a": "x", "model_b": "y", "winner": "tie", "weight": 2}'
@@ -318,7 +318,7 @@ GOOD = '{"prompt": "p", "model_a": "x", "model_b": "y", "winner": "tie", "weight
         (GOOD.replace('"x"', "null"), "model_a: expected a name"),
     ],
 )
-def test_one_bad_line_of_jsonl_costs_itself_alone(line, reason, tmp_path):
+def test_a_bad_line_of_jsonl_is_skipped_and_counted(line, reason, tmp_path):
     (tmp_path / "v.jsonl").write_text("\n".join([GOOD, line, GOOD]))
     with pytest.raises(ValueError, match=f"1 of 3 rows cannot be used.*{reason}"):
         read(str(tmp_path / "v.jsonl"))
@@ -350,7 +350,7 @@ def test_prompts_of_several_kinds_in_one_jsonl_file(tmp_path):
         read(parquet(tmp_path / "i.parquet", [(json.dumps(image), "x", "y", "tie")]))
 
 
-def test_one_bad_cell_of_csv_costs_its_row_alone(tmp_path):
+def test_a_row_with_a_bad_cell_of_csv_is_skipped_and_counted(tmp_path):
     rows = [f"{i},7,8,model_a,{'abc' if i == 3 else 1.5},2024-01-0{1 + i}" for i in range(5)]
     (tmp_path / "v.csv").write_text("\n".join(["prompt,model_a,model_b,winner,weight,timestamp", *rows]))
     votes, dropped = read(str(tmp_path / "v.csv"), max_dropped=0.2)
@@ -366,7 +366,7 @@ def test_one_bad_cell_of_csv_costs_its_row_alone(tmp_path):
     assert len(read(str(tmp_path / "v.csv"), leave_out={"prompt": [3]})[0]) == 4
 
 
-def test_a_csv_row_of_too_many_or_too_few_cells_costs_itself_alone(tmp_path):
+def test_a_csv_row_of_too_many_or_too_few_cells_is_skipped_and_counted(tmp_path):
     rows = ['"a, b",x,y,model_a', "b,x,y", "c,x,y,tie", "d,x,y,tie,9", '"e, f",x,y', "", "g,x,omega,,", "h,x,y,model_b"]
     file = tmp_path / "v.csv"
     file.write_text("\n".join(["prompt,model_a,model_b,winner", *rows]))

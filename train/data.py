@@ -31,8 +31,8 @@ def load(config: TrainConfig) -> Splits:
         parts = split(votes, config.held_out, config.validation, config.split_by, config.split_seed, config.train_share)
     if parts.training is not votes:
         summary = Summary.of(parts.training)
-    if config.disconnected_models == "leave_out" and summary.islands:
-        parts = _largest_component(parts, summary.islands)
+    if config.disconnected_models == "leave_out" and summary.disconnected:
+        parts = _largest_component(parts, summary.disconnected)
         summary = Summary.of(parts.training)
     _check(config, parts.training, summary)
     return parts
@@ -69,8 +69,8 @@ def _check(config: TrainConfig, votes: Votes, summary: Summary) -> None:
         raise ValueError(f"{path}: expected votes on at least two models, got one: {votes.models[0]!r}")
     if not votes.are_values and not np.isin(votes.outcome, (Outcome.A, Outcome.B)).any():
         raise ValueError(f"{path}: expected votes that prefer one model; all {len(votes):,} are ties")
-    if summary.islands and config.disconnected_models == "refuse":
-        names = "; ".join(", ".join(component) for component in summary.islands)
+    if summary.disconnected and config.disconnected_models == "refuse":
+        names = "; ".join(", ".join(component) for component in summary.disconnected)
         raise ValueError(
             f"{path}: no chain of votes connects these models to the others, so their coefficients cannot be compared: "
             f"{names}. Add votes, or set disconnected_models: leave_out (these models go), or disconnected_models: train"

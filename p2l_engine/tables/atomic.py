@@ -37,15 +37,20 @@ def write_file(path: str | Path, data: bytes | memoryview | str) -> None:
         os.close(folder)
 
 
-def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """``fill`` writes into an empty folder beside ``folder``, which then replaces ``folder``. If it raises, nothing changes."""
+def write_folder(folder: Path, fill: Callable[[Path], None], replace: bool = True) -> None:
+    """``fill`` writes into an empty folder beside ``folder``, which then takes its name. If it raises, nothing changes.
+    replace: whether a folder that exists by then is replaced, instead of kept."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         work.chmod(0o755)
         fill(work)
-        if not folder.exists():
-            work.rename(folder)
+        if not (replace and folder.exists()):
+            try:
+                work.rename(folder)
+            except OSError:
+                if replace or not folder.is_dir():
+                    raise
             return
         old = folder.parent / f"{work.name}-old"
         folder.rename(old)

@@ -1,4 +1,4 @@
-"""Votes: what people or judges said of two models' answers to a prompt, or values that they gave to one.
+"""Votes: which of two models' answers to a prompt people or judges preferred, or the values that they gave to one.
 
 Needs the extra ``train`` (pyarrow; datasets for hub names).
 """

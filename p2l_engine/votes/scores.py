@@ -65,8 +65,8 @@ def from_scores(
     scores: npt.NDArray[np.float64],
     wanted: tuple[str, ...] | None = None,
 ) -> Votes:
-    """Every pair of models on every prompt as one vote: the higher score wins; equal scores are a tie from 0.5 up, both bad
-    below it. scores [P, M]."""
+    """One vote for every pair of models on every prompt: the higher score wins; equal scores are a tie if at least 0.5, else
+    both bad. scores [P, M]. wanted: the models' order."""
     if wanted is not None:
         if set(wanted) != set(models):
             raise ValueError(f"models: expected {sorted(wanted)}, got {sorted(models)}")

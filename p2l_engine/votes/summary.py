@@ -1,4 +1,4 @@
-"""What is in a set of votes, and whether its models can be compared at all."""
+"""A summary of votes, and whether they allow their models to be compared."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from p2l_engine.votes.votes import Votes
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """votes, prompts, models; outcomes: how many votes of each; duplicates: votes that repeat an earlier one in everything
-    (prompt, pair, outcome, time); islands: groups of models that no chain of votes ties to the largest group; undecided: models
-    that win against all others of their group, or lose, or only tie (their coefficient has no finite estimate from votes
-    alone).
+    """votes, prompts, models: how many. outcomes: votes by outcome. duplicates: votes that equal an earlier one (prompt, pair,
+    outcome, weight, time). disconnected: the connected components of models beside the one with the most votes; votes do not
+    compare their models with its. undecided: models that win against all others of their component, or lose, or only tie, so
+    that their coefficients have no finite estimate from votes alone.
     """
 
     votes: int
@@ -26,12 +26,12 @@ class Summary:
     models: int
     outcomes: dict[str, int]
     duplicates: int
-    islands: tuple[tuple[str, ...], ...]
+    disconnected: tuple[tuple[str, ...], ...]
     undecided: tuple[str, ...]
 
     @classmethod
     def of(cls, votes: Votes) -> Summary:
-        """Of these votes."""
+        """The summary of these votes."""
         kinds = Counter() if votes.are_values else Counter(votes.outcome.tolist())
         outcomes = {outcome.name.lower().replace("_", " "): kinds[outcome] for outcome in Outcome if kinds[outcome]}
         columns = [votes.prompt, votes.a, votes.b, votes.outcome]
@@ -44,28 +44,28 @@ class Summary:
             len(votes.models),
             outcomes,
             len(votes) - different,
-            islands(votes),
+            disconnected(votes),
             undecided(votes),
         )
 
     def lines(self) -> list[str]:
-        """For people."""
+        """As text, a line for each finding."""
         counts = ", ".join(f"{name} {count / self.votes:.0%}" for name, count in self.outcomes.items())
         found = [f"{self.votes:,} votes on {self.prompts:,} prompts, {self.models} models" + (f": {counts}" if counts else "")]
         if self.duplicates:
-            found.append(f"{self.duplicates:,} votes repeat an earlier one in everything; they are kept")
+            found.append(f"{self.duplicates:,} votes equal an earlier one; they are kept")
         found += [
-            f"no chain of votes ties {_names(island)} to the other models: their coefficients mean nothing beside them"
-            for island in self.islands
+            f"no chain of votes connects {_names(component)} to the other models: their coefficients cannot be compared"
+            for component in self.disconnected
         ]
         if self.undecided:
-            found.append(f"{_names(self.undecided)} never lost, never won or only tied: votes alone put no bound on them")
+            found.append(f"{_names(self.undecided)} never lost, never won or only tied: votes alone leave them unbounded")
         return found
 
 
-def islands(votes: Votes) -> tuple[tuple[str, ...], ...]:
-    """Connected groups of models in the graph of votes, all but the one with the most votes; feedback on one model alone needs
-    no chain."""
+def disconnected(votes: Votes) -> tuple[tuple[str, ...], ...]:
+    """The connected components of the graph of models and votes, without the one with the most votes; none for feedback on
+    single models."""
     pairs = (votes.b >= 0) & (votes.weight > 0)
     if not pairs.any():
         return ()
@@ -77,7 +77,7 @@ def islands(votes: Votes) -> tuple[tuple[str, ...], ...]:
 
 
 def undecided(votes: Votes) -> tuple[str, ...]:
-    """Models outside the largest group of their island in which everyone has beaten everyone, by some chain (Ford, 1957)."""
+    """Models outside the largest strongly connected component (of "has beaten") of their component (Ford, 1957)."""
     if votes.are_values:
         return ()
     votes = votes.where(votes.weight > 0)
@@ -88,11 +88,11 @@ def undecided(votes: Votes) -> tuple[str, ...]:
          (np.concatenate([votes.a[won], votes.b[lost]]), np.concatenate([votes.b[won], votes.a[lost]]))), (m, m),
     )  # fmt: skip
     _, label = connected_components(graph, directed=True, connection="strong")
-    _, island = connected_components(graph, directed=False)
+    _, component = connected_components(graph, directed=False)
     sizes = np.bincount(label)[label]
     largest = np.zeros(m, np.int64)
-    for of in range(island.max() + 1):
-        within = np.flatnonzero(island == of)
+    for number in range(component.max() + 1):
+        within = np.flatnonzero(component == number)
         largest[within] = label[within[sizes[within].argmax()]]
     return tuple(votes.models[i] for i in np.flatnonzero(label != largest))
 

@@ -19,10 +19,10 @@ Floats = npt.NDArray[np.float64]
 class Votes:
     """V votes on P prompts and M models, sorted by prompt.
 
-    prompts: the P different prompts as tuples of user turns. models: the M names. prompt, a, b [V]: the prompt of each vote and
-    the two models' columns; b is -1 where the feedback is on one model alone. outcome [V]: an Outcome (int64), or the
-    value that ols and poisson models observe (float64). weight [V] >= 0. category [P]: the prompts' categories, or None.
-    timestamp [V]: seconds since 1970, or None.
+    prompts: the P different prompts as tuples of user turns. models: the M names. prompt [V]: each vote's index in prompts.
+    a, b [V]: its models' indices; b is -1 for feedback on a single model. outcome [V]: an Outcome (int64), or the value that
+    ols and poisson models observe (float64). weight [V]: >= 0. category [P]: the prompts' categories, or None. timestamp [V]:
+    seconds since 1970, or None.
     """
 
     prompts: tuple[tuple[str, ...], ...]
@@ -61,16 +61,16 @@ class Votes:
 
     @property
     def are_values(self) -> bool:
-        """Whether these are values (for ols and poisson), not votes."""
+        """Whether the outcomes are values (for ols and poisson) instead of votes."""
         return self.outcome.dtype.kind == "f"
 
     @property
     def bounds(self) -> Integers:
-        """[P + 1]: where each prompt's votes begin and end."""
+        """[P + 1]: prompt p has the votes bounds[p] to bounds[p + 1]."""
         return np.searchsorted(self.prompt, np.arange(len(self.prompts) + 1)).astype(np.int64)
 
     def of(self, prompts: Iterable[int]) -> Votes:
-        """Only these prompts, in this order; the models stay all."""
+        """Only these prompts, in this order; all models are kept."""
         chosen, bounds = list(prompts), self.bounds
         rows = [np.arange(bounds[p], bounds[p + 1]) for p in chosen]
         index = np.concatenate(rows) if rows else np.zeros(0, np.int64)
@@ -83,20 +83,20 @@ class Votes:
         )
 
     def among(self, models: Sequence[str]) -> Votes:
-        """Only the votes on these models, which become the columns, in this order; prompts that lose all of theirs go too.
-        Raises ValueError for models that are not here."""
+        """Only the votes on these models, in this order, without prompts that have no votes left. Raises ValueError for models
+        that the votes are not on."""
         missing = sorted(set(models) - set(self.models))
         if missing:
             raise ValueError(f"models: expected some of those that the votes are on, got {', '.join(missing)}")
         column = np.full(len(self.models) + 1, -1)  # the last is for b = -1
         column[[self.models.index(name) for name in models]] = np.arange(len(models))
-        some = self.where((column[self.a] >= 0) & ((self.b < 0) | (column[self.b] >= 0)))
-        return replace(some, models=tuple(models), a=column[some.a], b=column[some.b])
+        votes = self.where((column[self.a] >= 0) & ((self.b < 0) | (column[self.b] >= 0)))
+        return replace(votes, models=tuple(models), a=column[votes.a], b=column[votes.b])
 
     def where(self, kept: npt.NDArray[np.bool_]) -> Votes:
-        """Only these votes [V]; prompts that lose all of theirs go too."""
-        some = self._rows(np.flatnonzero(kept))
-        return some.of(np.unique(some.prompt).tolist())
+        """Only the votes where kept [V] is true, without prompts that have no votes left."""
+        votes = self._rows(np.flatnonzero(kept))
+        return votes.of(np.unique(votes.prompt).tolist())
 
     def _rows(self, index: Integers) -> Votes:
         return replace(
@@ -111,7 +111,7 @@ class Votes:
 
 
 def prompts_hash(votes: Votes) -> str:
-    """SHA-256 of the set of prompts: what a checkpoint remembers of those that were held out."""
+    """SHA-256 of the set of prompts, by which a checkpoint recognises its held-out prompts."""
     return hashlib.sha256(json.dumps(sorted(votes.prompts)).encode()).hexdigest()
 
 
@@ -126,7 +126,7 @@ def check_apart(path: str, votes: Votes, training: Votes) -> None:
 
 
 class Splits(NamedTuple):
-    """Votes to train on; to make choices on (or None); held out until the end (or None). No prompt is in two of them."""
+    """Disjoint prompts: to train on, to choose settings on (or None), and held out until the end (or None)."""
 
     training: Votes
     validation: Votes | None
@@ -146,9 +146,9 @@ def split(
     seed: int = 0,
     train_share: float = 1.0,
 ) -> Splits:
-    """held_out: a share of the prompts; validation: a share of the others. by prompt: at random, the same for the same seed; by
-    time: the prompts whose first votes came last. train_share: how much of what is left to train on (at random; a smaller share
-    is part of a larger one). Raises ValueError for a split by time of votes without timestamps."""
+    """held_out: a share of the prompts; validation: a share of the rest. by: at random, reproducible by seed ("prompt"), or the
+    prompts whose first votes are the latest ("time"). train_share: the share of the remaining prompts to train on, at random; a
+    smaller share is a subset of a larger one. Raises ValueError for a split by time of votes without timestamps."""
     kept, last = _cut(votes, held_out, by, seed)
     rest = votes.of(kept)
     training, chosen_on = _cut(rest, validation, by, seed)
