@@ -43,11 +43,13 @@ def interpreted():
     return dict(line.split(": ", 1) for line in done.stdout.splitlines())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", kernel_cases.CASES)
 def test_in_the_interpreter(name, interpreted):
     assert interpreted[name] == "same", interpreted[name]
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 @pytest.mark.parametrize("name", kernel_cases.CASES)
 def test_on_the_gpu(name):
@@ -126,6 +128,7 @@ COMPILED = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiles_without_spills(name, capability, tmp_path):
