@@ -22,6 +22,7 @@ from p2l_engine.train import run as runs
 from p2l_engine.train.config import TrainConfig
 from p2l_engine.train.progress import ProgressBar
 from tests.support import tiny
+from tests.support.threads import threads
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -96,13 +97,16 @@ def settings(tmp_path: Path, **changes) -> TrainConfig:
 
 
 def weights(config: TrainConfig, steps: int = 20, if_present="refuse") -> dict[str, torch.Tensor]:
-    """Trains in this process; the trained weights in float32 instead of a checkpoint."""
+    """Trains in this process, with one thread so that sums have the same order everywhere.
+
+    Returns the trained weights in float32 instead of writing a checkpoint.
+    """
     kept: dict[str, torch.Tensor] = {}
 
     def keep(folder, model, state, *rest) -> None:
         kept.update({name: tensor.float().clone() for name, tensor in state.items()})
 
-    with one_thread(), pytest.MonkeyPatch.context() as patch:
+    with threads(1), pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "write", keep)
         runs.train(config, steps, if_present)
     return kept
@@ -117,7 +121,7 @@ def interrupt(config: TrainConfig, at: int, steps: int = 20) -> None:
         if state.global_step == at:
             raise Killed
 
-    with one_thread(), pytest.MonkeyPatch.context() as patch:
+    with threads(1), pytest.MonkeyPatch.context() as patch:
         patch.setattr(ProgressBar, "on_step_end", ending)
         with pytest.raises(Killed):
             runs.train(config, steps)
@@ -142,17 +146,6 @@ def start(tmp_path: Path, jobs: dict[str, TrainConfig], steps: int = 20, kill_at
         error = Path(f"{out}.error")
         found[name] = error.read_text() if error.exists() else load_file(out) if Path(out).exists() else None
     return found
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Sums in the same order in every process: torch with one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @contextmanager

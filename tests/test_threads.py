@@ -1,0 +1,52 @@
+"""Results do not depend on the number of threads, up to rounding."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from p2l_engine import Engine, Leaderboard
+from p2l_engine.train.batches import PromptVotes, collate
+from p2l_engine.train.model import build
+from p2l_engine.votes import read
+from tests.support import tiny
+from tests.support.threads import threads
+from tests.support.training import settings
+
+PROMPTS = ["", "hello", *("x" * n for n in range(100, 900, 100))]  # long enough for several threads
+
+
+@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_coefficients_and_leaderboards(family, dtype, n, tmp_path):
+    engine = Engine.from_pretrained(tiny.write(tmp_path, tiny.config(family)), device="cpu", dtype=dtype)
+    with threads(1):
+        one = engine.coefficients(PROMPTS)
+        board = Leaderboard.over(one)
+    with threads(n):
+        several = engine.coefficients(PROMPTS)
+        again = Leaderboard.over(one)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    np.testing.assert_allclose(several.theta, one.theta, atol=tolerance * np.abs(one.theta).max())
+    np.testing.assert_allclose(again.coefficients(one.models), board.coefficients(one.models), atol=1e-9)
+
+
+def test_gradients_of_training(tmp_path):
+    config = settings(tmp_path, dtype="float32", max_length=512)
+    votes, _ = read(config.train_data_path)
+    model, _ = build(config, len(votes.models))
+    encoder = Engine.from_pretrained(tmp_path / "base", device="cpu").encoder
+    items = PromptVotes(votes, encoder)
+    batch = collate([items[i] | {"ids": np.tile(items[i]["ids"], 12)} for i in range(16)])
+    found = []
+    for n in (1, 2, 3):
+        model.zero_grad()
+        with threads(n):
+            model(**batch)["loss"].backward()
+        found.append({name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None})
+    assert len(found[0]) > 20
+    for several in found[1:]:
+        for name, gradient in found[0].items():
+            torch.testing.assert_close(several[name], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()), msg=name)
