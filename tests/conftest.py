@@ -27,9 +27,12 @@ pytest.register_assert_rewrite("tests.support.batch_files", "tests.support.catal
 
 DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 
-# A failing example is printed so that it can be run again, and no test fails because the machine is busy.
+# A failing example is printed so that it can be run again; no test fails because the machine is busy.
 hypothesis.settings.register_profile(
-    "p2l-engine", print_blob=True, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    "p2l-engine",
+    print_blob=True,
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
 )
 hypothesis.settings.load_profile("p2l-engine")
 

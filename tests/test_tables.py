@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import typer
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from p2l_engine.batch.blocks import Unroutable, blocks
@@ -177,7 +177,7 @@ def oracle(text):
 
 @given(texts=st.lists(odd_text, min_size=1, max_size=8), more=st.lists(odd_text, min_size=8, max_size=8))
 @example(texts=['"', '""', 'a"', ',"\n', "\r", "\r\n", "\n\n"], more=['"'] * 8)
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=60)
 def test_all_formats_agree_with_pythons_own_modules(texts, more, tmp_path):
     rows = [{"n": other, "prompt": text, "z": other} for text, other in zip(texts, more, strict=False)]
     for ending in (".csv", ".jsonl", ".parquet"):
@@ -200,7 +200,7 @@ def test_all_formats_agree_with_pythons_own_modules(texts, more, tmp_path):
 
 
 @given(texts=st.lists(st.text('",\r\n ab', max_size=6), min_size=1, max_size=6), quoting=st.sampled_from([0, 1]))
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=60)
 def test_what_pythons_csv_writes_is_read(texts, quoting, tmp_path):
     with open(tmp_path / "in.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file, quoting=quoting).writerows([("prompt", "n"), *((text, "x") for text in texts)])
