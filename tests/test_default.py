@@ -61,6 +61,7 @@ def test_theta_is_that_of_transformers_and_peft(default_engine):
         np.testing.assert_allclose(theta, expected, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"real votes and scores are not at {DATA}")
 def test_its_card_states_what_held_out_prompts_give(default_engine, data):
     stated = json.loads((checkpoint.DEFAULT / "evaluation.json").read_text())

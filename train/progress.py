@@ -13,11 +13,11 @@ from transformers import TrainerCallback
 
 logger = logging.getLogger(__name__)
 
-SECONDS_PER_LINE = 30.0
+SECONDS_PER_LINE = 10.0
 
 
 @dataclass(slots=True)
-class Seen:
+class Counts:
     """Counts of what this process has trained on since it started."""
 
     prompts: int = 0
@@ -38,8 +38,8 @@ class EpochSetter(TrainerCallback):
 class ProgressBar(TrainerCallback):
     """The bar or the log lines, on standard error of the first process."""
 
-    def __init__(self, seen: Seen) -> None:
-        self.seen, self.loss = seen, ""
+    def __init__(self, counts: Counts) -> None:
+        self.counts, self.loss = counts, ""
         self.bar = Progress(
             TextColumn("step"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn(),
             TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True),
@@ -56,7 +56,7 @@ class ProgressBar(TrainerCallback):
         now = time.monotonic()
         # Every process gets the same share of each step, so that this one's speed times their number is the total.
         spent = max(now - self.started, 1e-9) / args.world_size
-        speed = f"{self.loss}{self.seen.tokens / spent:,.0f} tokens/s {self.seen.votes / spent:,.0f} votes/s"
+        speed = f"{self.loss}{self.counts.tokens / spent:,.0f} tokens/s {self.counts.votes / spent:,.0f} votes/s"
         self.bar.update(self.task, completed=state.global_step, description=speed)
         if state.is_world_process_zero and not self.bar.console.is_terminal and now - self.last_line > SECONDS_PER_LINE:
             self.last_line = now

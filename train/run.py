@@ -24,7 +24,7 @@ from p2l_engine.train import data, resumption
 from p2l_engine.train.batches import PromptVotes, collate
 from p2l_engine.train.config import TrainConfig
 from p2l_engine.train.model import bare, build, dtype_of
-from p2l_engine.train.progress import EpochSetter, ProgressBar, Seen
+from p2l_engine.train.progress import Counts, EpochSetter, ProgressBar
 from p2l_engine.train.resumption import IfPresent
 from p2l_engine.train.saving import write
 from p2l_engine.train.trainer import VoteTrainer
@@ -69,22 +69,23 @@ def train(config: TrainConfig, max_steps: int = -1, if_present: IfPresent = "ref
     last = broadcast_object_list(resume_from)[0]
     model, tokenizer = build(config, len(training.models))
     encoder = PromptEncoder(TransformersTokenizer(tokenizer), config.max_length)
-    seen = Seen()
+    counts = Counts()
     dataset = PromptVotes(training, encoder, config.token_dropout, config.seed)
     truncated = sum(len(ids) == config.max_length for ids in dataset.ids)
     if truncated:
         logger.warning("%s prompts reach max_length = %d tokens: truncated from the left", f"{truncated:,}", config.max_length)
     validation_set = None if validation is None else PromptVotes(validation, encoder)
     _check_context(bare(model.model).config, [dataset, *([] if validation_set is None else [validation_set])])
+    logs = _tensorboard(config, folder, if_present, process.is_main_process)
     trainer = VoteTrainer(
         model=model,
         args=arguments,
         train_dataset=dataset,
         eval_dataset=validation_set,
         data_collator=collate,
-        callbacks=[EpochSetter(dataset), ProgressBar(seen), *_tensorboard(config, folder, if_present, process.is_main_process)],
+        callbacks=[EpochSetter(dataset), ProgressBar(counts), *logs],
         shuffle=config.shuffle,
-        seen=seen,
+        counts=counts,
     )
     trainer.remove_callback(PrinterCallback)
     got = trainer.accelerator.distributed_type.value

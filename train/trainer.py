@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, Sampler
 from transformers import Trainer
 
 from p2l_engine.train.batches import Order
-from p2l_engine.train.progress import Seen
+from p2l_engine.train.progress import Counts
 
 
 class VoteTrainer(Trainer):
@@ -22,12 +22,12 @@ class VoteTrainer(Trainer):
     weights as one large batch. Raises FloatingPointError for a loss or weights that are not finite, OSError if a state cannot
     be saved.
 
-    shuffle: whether each epoch has its own order. seen: counts what this process has trained on.
+    shuffle: whether each epoch has its own order. counts: counts what this process has trained on.
     """
 
-    def __init__(self, *args: Any, shuffle: bool, seen: Seen, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, shuffle: bool, counts: Counts, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.shuffle, self.seen = shuffle, seen
+        self.shuffle, self.counts = shuffle, counts
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the step's weight; the Trainer must not divide again
 
     def get_batch_samples(
@@ -37,9 +37,9 @@ class VoteTrainer(Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         weight = torch.tensor(sum(float(batch["weight"].sum()) for batch in batches), device=device)
         for batch in batches:
-            self.seen.prompts += len(batch["packed"])
-            self.seen.votes += len(batch["weight"])
-            self.seen.tokens += len(batch["packed"].tokens)
+            self.counts.prompts += len(batch["packed"])
+            self.counts.votes += len(batch["weight"])
+            self.counts.tokens += len(batch["packed"].tokens)
         if self.args.world_size > 1:
             weight = self.accelerator.reduce(weight, "sum")
         return batches, weight
