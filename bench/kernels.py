@@ -1,4 +1,4 @@
-"""Each Triton kernel beside its plain-torch twin on a GPU, with the bandwidth it reaches: python -m bench.kernels.
+"""Each Triton kernel beside its torch reference implementation on a GPU, with its bandwidth: python -m bench.kernels.
 
 Shapes are those of a batch of 32,768 tokens and 330 prompts at the smallest backbone (135M) and the largest (7B), 130 models.
 Bytes: what has to be read and written once. Medians of Triton's own do_bench, which empties the L2 cache between runs.
@@ -21,12 +21,11 @@ from bench.setting import write_rows
 from p2l_engine.kernels import (
     bt_score,
     budget_lp,
-    outcomes,
     pool_head,
     pool_head_win_rates,
     rms_norm,
     rotary,
-    silu_mul,
+    swiglu,
     win_rates,
 )
 
@@ -35,12 +34,12 @@ TOKENS, PROMPTS, MODELS = 32768, 330, 130
 
 @dataclass(frozen=True)
 class Row:
-    """Microseconds of the kernel and of its twin; gb_s: the kernel's bytes over its time."""
+    """Microseconds of the kernel and of its reference implementation; gb_s: the kernel's bytes over its time."""
 
     kernel: str
     shape: str
     microseconds: float
-    twin: float | None
+    reference: float | None
     gb_s: float
 
 
@@ -64,16 +63,16 @@ def main() -> None:
 
 def table(title: str, rows: list[Row]) -> Table:
     shown = Table(title=title, title_justify="left")
-    for column in ("kernel", "shape", "us", "twin us", "GB/s"):
+    for column in ("kernel", "shape", "us", "reference us", "GB/s"):
         shown.add_column(column, justify="left" if column in ("kernel", "shape") else "right")
     for row in rows:
-        twin = "" if row.twin is None else f"{row.twin:.1f}"
-        shown.add_row(row.kernel, row.shape, f"{row.microseconds:.1f}", twin, f"{row.gb_s:.0f}")
+        reference = "" if row.reference is None else f"{row.reference:.1f}"
+        shown.add_row(row.kernel, row.shape, f"{row.microseconds:.1f}", reference, f"{row.gb_s:.0f}")
     return shown
 
 
 def decoder(d: int, inner: int, heads: int, kv_heads: int, size: int) -> list[Row]:
-    """What stands between the products of one layer."""
+    """The steps between the matrix products of one layer."""
     x, delta, weight = _half(TOKENS, d), _half(TOKENS, d) * 1e-3, _half(d)
     gate_up, qkv = _half(TOKENS, 2 * inner), _half(TOKENS, (heads + 2 * kv_heads) * size)
     angles = torch.rand(8192, size // 2, device="cuda")
@@ -83,8 +82,8 @@ def decoder(d: int, inner: int, heads: int, kv_heads: int, size: int) -> list[Ro
     return [
         _row("rms_norm", f"{TOKENS} x {d}", 4 * _bytes(x),
              lambda: rms_norm.rms_norm(x, weight, 1e-5, delta), lambda: rms_norm.rms_norm_reference(x, weight, 1e-5, delta)),
-        _row("silu_mul", f"{TOKENS} x {inner}", _bytes(gate_up) * 3 // 2,
-             lambda: silu_mul.silu_mul(gate_up), lambda: silu_mul.silu_mul_reference(gate_up)),
+        _row("swiglu", f"{TOKENS} x {inner}", _bytes(gate_up) * 3 // 2,
+             lambda: swiglu.swiglu(gate_up), lambda: swiglu.swiglu_reference(gate_up)),
         _row("rotary", f"{TOKENS} x ({heads} + 2 x {kv_heads}) x {size}", 2 * _bytes(qkv),
              lambda: rotary.rotary(qkv, heads, kv_heads, cos, sin, positions, own),
              lambda: rotary.rotary_reference(qkv, heads, kv_heads, cos, sin, positions, own)),
@@ -124,13 +123,6 @@ def after(d: int) -> list[Row]:
             ),
             _row("budget_lp", square, _bytes(v), partial(budget_lp.budget_lp, v, costs, limits), None),
             _row("bt_score", square, _bytes(theta), partial(bt_score.bt_score, theta, q, rate), None),
-            _row(
-                "mean_outcomes",
-                square,
-                _bytes(theta),
-                partial(outcomes.mean_outcomes, theta),
-                partial(outcomes.mean_outcomes_reference, theta) if n <= PROMPTS else None,
-            ),
         ]
     return rows
 
@@ -143,11 +135,11 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _row(kernel: str, shape: str, moved: int, ours: Callable[[], object], twin: Callable[[], object] | None) -> Row:
+def _row(kernel: str, shape: str, moved: int, ours: Callable[[], object], reference: Callable[[], object] | None) -> Row:
     from triton.testing import do_bench
 
     milliseconds = float(do_bench(ours, return_mode="median"))
-    theirs = None if twin is None else 1e3 * float(do_bench(twin, return_mode="median"))
+    theirs = None if reference is None else 1e3 * float(do_bench(reference, return_mode="median"))
     return Row(kernel, shape, 1e3 * milliseconds, theirs, moved / milliseconds / 1e6)
 
 

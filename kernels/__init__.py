@@ -1,1 +1,1 @@
-"""Triton kernels, one per file, each beside its plain-torch twin. Imports torch and triton only."""
+"""Triton kernels, one per file, each with its torch reference implementation. Imports torch and triton only."""

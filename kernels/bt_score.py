@@ -80,7 +80,7 @@ def bt_score(theta: Tensor, q: Tensor, rate: Tensor) -> Tensor:
 
 
 def bt_score_reference(theta: Tensor, q: Tensor, rate: Tensor) -> Tensor:
-    """The twin: bisection in float64."""
+    """The reference implementation: bisection in float64."""
     t, w = theta.double(), q.double().expand_as(theta)
     logit = torch.logit(rate)
     low = t.masked_fill(w <= 0, torch.inf).amin(1) + logit

@@ -99,7 +99,7 @@ def budget_lp(v: Tensor, costs: Tensor, budget: Tensor) -> tuple[Tensor, Tensor,
 
 
 def budget_lp_reference(v: Tensor, costs: Tensor, budget: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The twin by brute force: every model within the budget, and every pair across it; the budgets must be feasible."""
+    """The reference implementation: tries every affordable model and every pair across the budget, which must be feasible."""
     w, c = v.double(), costs.expand_as(v)
     within = c <= budget[:, None]
     share = ((budget[:, None] - c)[:, :, None] / (c[:, None, :] - c[:, :, None])).where(

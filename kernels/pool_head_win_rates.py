@@ -1,10 +1,10 @@
 """From hidden states to coefficients and win rates in one launch: ``pool_head`` and ``win_rates`` of each prompt together.
 
-theta[n] = weight norm(hidden[rows[n]]) + bias,   v[n, b] = sum_a q[n, a] sigmoid(theta[n, b] - theta[n, a])
+theta[n] = weight norm(hidden[n]) + bias,   v[n, b] = sum_a q[n, a] sigmoid(theta[n, b] - theta[n, a])
 
 One program takes one prompt: it writes theta, waits for its own writes, and reads them back for the win rates. The weight is
-read once per prompt, from the L2 cache, which is fine for few prompts and wasteful for many: ``Engine.warmup`` measures where
-two launches overtake one.
+read once per prompt, from the L2 cache, which is fine for few prompts and wasteful for many: ``Engine.warmup`` measures from
+when on two launches are faster.
 """
 
 from __future__ import annotations
@@ -22,16 +22,13 @@ BLOCK_K, BLOCK_D = 32, 128
 
 @triton.jit
 def _pool_head_win_rates_kernel(  # type: ignore[no-untyped-def]
-    hidden_ptr, hidden_row_stride, rows_ptr, norm_ptr, weight_ptr, bias_ptr, q_ptr, q_row_stride, out_ptr, v_ptr,
+    hidden_ptr, hidden_row_stride, norm_ptr, weight_ptr, bias_ptr, q_ptr, q_row_stride, out_ptr, v_ptr,
     n_outputs, n_models, eps,
-    N_COLUMNS: tl.constexpr, HAS_ROWS: tl.constexpr, HAS_NORM: tl.constexpr,
+    N_COLUMNS: tl.constexpr, HAS_NORM: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_A: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
-    row = n
-    if HAS_ROWS:
-        row = tl.load(rows_ptr + n).to(tl.int64)
-    h_ptr = hidden_ptr + row * hidden_row_stride
+    h_ptr = hidden_ptr + n * hidden_row_stride
     scale = 1.0
     if HAS_NORM:
         squares = tl.zeros([BLOCK_D], dtype=tl.float32)
@@ -68,13 +65,12 @@ def pool_head_win_rates(
     q: Tensor,
     norm: Tensor | None = None,
     eps: float = 0.0,
-    rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Arguments as of ``pool_head``; q [M] or [N, M], M at most K: the first M outputs are theta.
 
     Returns out [N, K] and v [N, M], float32.
     """
-    n, k = check_head(hidden, weight, bias, norm, rows)
+    n, k = check_head(hidden, weight, bias, norm)
     m = q.shape[-1]
     if not 1 <= m <= k:
         raise ValueError(f"q: expected at most {k} models, the head's outputs, and one at least, got {m}")
@@ -84,9 +80,9 @@ def pool_head_win_rates(
     if n:
         q_stride = q.stride(0) if q.ndim == 2 else 0
         _pool_head_win_rates_kernel[(n,)](
-            hidden, hidden.stride(0), hidden if rows is None else rows, weight if norm is None else norm, weight, bias,
+            hidden, hidden.stride(0), weight if norm is None else norm, weight, bias,
             q, q_stride, out, v, k, m, eps,
-            N_COLUMNS=hidden.shape[1], HAS_ROWS=rows is not None, HAS_NORM=norm is not None,
+            N_COLUMNS=hidden.shape[1], HAS_NORM=norm is not None,
             BLOCK_K=BLOCK_K, BLOCK_D=BLOCK_D, BLOCK_B=BLOCK_B, BLOCK_A=BLOCK_A, num_warps=8,
         )  # fmt: skip
     return out, v
@@ -99,8 +95,7 @@ def pool_head_win_rates_reference(
     q: Tensor,
     norm: Tensor | None = None,
     eps: float = 0.0,
-    rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The twin: the two twins, one after the other."""
-    out = pool_head_reference(hidden, weight, bias, norm, eps, rows)
+    """The reference implementation: those of the two kernels in turn."""
+    out = pool_head_reference(hidden, weight, bias, norm, eps)
     return out, win_rates_reference(out[:, : q.shape[-1]], q.to(out.dtype))

@@ -53,7 +53,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, delta: Tensor | None = None)
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, delta: Tensor | None = None) -> Tensor:
-    """The twin, in x's dtype; it changes x as the kernel does."""
+    """The reference implementation, in x's dtype; it changes x as the kernel does."""
     if delta is not None:
         x += delta
     return torch.nn.functional.rms_norm(x, weight.shape, weight, eps)

@@ -97,7 +97,7 @@ def rotary_reference(
     sources: Tensor,
     prefix: Tensor | None = None,
 ) -> Tensor:
-    """The twin, in x's dtype."""
+    """The reference implementation, in x's dtype."""
     _check(x, queries, keys, cos, sin, positions, sources, prefix)
     heads = x.view(len(x), queries + 2 * keys, -1)
     c, s = (table[positions.long()][:, None].to(x.dtype) for table in (cos, sin))

@@ -62,6 +62,6 @@ def check_opponents(q: Tensor, theta: Tensor) -> None:
 
 
 def win_rates_reference(theta: Tensor, q: Tensor) -> Tensor:
-    """The twin: W in full, in theta's dtype."""
+    """The reference implementation: W in full, in theta's dtype."""
     win = torch.sigmoid(theta[:, :, None] - theta[:, None, :])
     return torch.einsum("nba,na->nb", win, q.expand_as(theta))

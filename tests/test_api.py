@@ -21,6 +21,7 @@ def test_unknown_names_are_attribute_errors():
         _ = p2l_engine.Rooter
 
 
+@pytest.mark.slow
 def test_routing_loads_neither_torch_nor_transformers():
     code = """
 import sys

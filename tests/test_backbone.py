@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from p2l_engine import Engine
 from p2l_engine.backbone.on_cpu import CpuOperations
 from p2l_engine.backbone.packing import Packed
-from p2l_engine.kernels import rms_norm, rotary, silu_mul
+from p2l_engine.kernels import rms_norm, rotary, swiglu
 from tests.support import tiny
 from tests.support.kernel_cases import FLOATS, close
 
@@ -33,7 +33,7 @@ def test_the_steps_match_the_twins(dtype, rows, columns):
         close(do.norm(x, weight, 1e-5, delta), expected, *near)
         assert torch.equal(x.double(), summed)
         gate_up = (torch.randn(rows, 2 * columns) * 30).to(dtype)
-        close(do.gate(gate_up), silu_mul.silu_mul_reference(gate_up.double()), *near)
+        close(do.gate(gate_up), swiglu.swiglu_reference(gate_up.double()), *near)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -54,7 +54,7 @@ def test_the_steps_carry_nan_and_infinity():
     for dtype in FLOATS:
         x = torch.tensor([[1.0, torch.nan, torch.inf, -torch.inf, 3e38, -3e38]]).to(dtype)
         gate_up = torch.cat([x, torch.ones_like(x)], 1)
-        torch.testing.assert_close(CpuOperations(dtype).gate(gate_up), silu_mul.silu_mul_reference(gate_up), equal_nan=True)
+        torch.testing.assert_close(CpuOperations(dtype).gate(gate_up), swiglu.swiglu_reference(gate_up), equal_nan=True)
         assert CpuOperations(dtype).norm(x, torch.ones(6, dtype=dtype), 1e-5).isnan().any()
 
 

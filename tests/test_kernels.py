@@ -11,16 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from p2l_engine.feedback import feedback_model
 from p2l_engine.kernels import (
     bt_score,
     budget_lp,
-    outcomes,
     pool_head,
     pool_head_win_rates,
     rms_norm,
     rotary,
-    silu_mul,
+    swiglu,
     win_rates,
 )
 from tests.support import kernel_cases
@@ -30,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="module")
 def interpreted():
-    """What tests/kernel_cases.py says of each kernel in Triton's interpreter, which needs a process of its own."""
+    """The result of each case of tests/support/kernel_cases.py in Triton's interpreter, in a process of its own."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.support.kernel_cases"],
         env={**os.environ, "TRITON_INTERPRET": "1"},
@@ -65,7 +63,7 @@ COMPILED = {
         {"N_COLUMNS": 3584, "BLOCK": 4096, "HAS_DELTA": True},
         8,
     ),
-    "silu_mul": (silu_mul._silu_mul_kernel, [BF, "i64", BF, "i64"], {"N_COLUMNS": 18944, "BLOCK": silu_mul.BLOCK}, 4),
+    "swiglu": (swiglu._swiglu_kernel, [BF, "i64", BF, "i64"], {"N_COLUMNS": 18944, "BLOCK": swiglu.BLOCK}, 4),
     "rotary": (
         rotary._rotary_kernel,
         [BF, "i64", FP, FP, "*i32", "*i32", BF, BF],
@@ -77,9 +75,9 @@ COMPILED = {
     ),
     "pool_head": (
         pool_head._pool_head_kernel,
-        [BF, "i64", "*i32", BF, FP, FP, FP, "i32", "i32", "fp32"],
+        [BF, "i64", BF, FP, FP, FP, "i32", "i32", "fp32"],
         {
-            "N_COLUMNS": 3584, "HAS_ROWS": True, "HAS_NORM": True,
+            "N_COLUMNS": 3584, "HAS_NORM": True,
             "BLOCK_N": pool_head.BLOCK_N, "BLOCK_K": pool_head.BLOCK_K, "BLOCK_D": pool_head.BLOCK_D,
         },
         4,
@@ -92,26 +90,12 @@ COMPILED = {
     ),
     "pool_head_win_rates": (
         pool_head_win_rates._pool_head_win_rates_kernel,
-        [BF, "i64", "*i32", BF, FP, FP, FP, "i64", FP, FP, "i32", "i32", "fp32"],
+        [BF, "i64", BF, FP, FP, FP, "i64", FP, FP, "i32", "i32", "fp32"],
         {
-            "N_COLUMNS": 3584, "HAS_ROWS": True, "HAS_NORM": True, "BLOCK_K": pool_head_win_rates.BLOCK_K,
+            "N_COLUMNS": 3584, "HAS_NORM": True, "BLOCK_K": pool_head_win_rates.BLOCK_K,
             "BLOCK_D": pool_head_win_rates.BLOCK_D, "BLOCK_B": win_rates.BLOCK_B, "BLOCK_A": win_rates.BLOCK_A,
         },
         8,
-    ),
-    "outcomes": (
-        outcomes._outcomes_kernel,
-        [FP, "i64", FP, FP, "i32"],
-        {"RK": False, "GROUNDED": True, "N_OUTCOMES": 3, "BLOCK": outcomes.BLOCK},
-        4,
-    ),
-    "mean_outcomes": (
-        outcomes._mean_outcomes_kernel,
-        [FP, "i64", FP, FP, FP, "i32", "i32"],
-        {
-            "RK": False, "GROUNDED": True, "N_OUTCOMES": 3, "BLOCK": outcomes.BLOCK, "PROMPTS": outcomes.PROMPTS_PER_SUM,
-        },
-        4,
     ),
     "budget_lp": (
         budget_lp._budget_lp_kernel,
@@ -144,7 +128,7 @@ def test_compiles_without_spills(name, capability, tmp_path):
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
     local = [line for line in compiled.asm["ptx"].splitlines() if ".local" in line]
     assert not local, local
-    # PTX has registers without end: only the cubin tells what ptxas spilled (to the stack or to local memory).
+    # PTX has unlimited registers: only the cubin shows what ptxas spilled (to the stack or to local memory).
     (tmp_path / "kernel.cubin").write_bytes(compiled.asm["cubin"])
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     command = [str(tool), "--dump-resource-usage", str(tmp_path / "kernel.cubin")]
@@ -154,14 +138,3 @@ def test_compiles_without_spills(name, capability, tmp_path):
           f"{compiled.metadata.shared} bytes of shared memory")  # fmt: skip
     assert used["REG"] > 0
     assert used["STACK"] == used["LOCAL"] == 0
-
-
-@pytest.mark.parametrize("name", outcomes.OUTCOMES)
-def test_outcomes_are_those_of_the_feedback_models(name):
-    model = feedback_model(name)
-    theta, eta = torch.randn(7, 5, dtype=torch.float64) * 3, torch.randn(7, dtype=torch.float64)
-    log_lambda = model.log_lambda(eta) if model.has_eta else None
-    p = model.probabilities(theta[:, :, None], theta[:, None, :], eta[:, None, None])
-    parts = {"bt": [0], "grk": [0, 2, 3]}.get(name, [0, 2])
-    expected = torch.stack([p[..., part] for part in parts], 1)
-    torch.testing.assert_close(outcomes.outcomes_reference(theta, log_lambda, name), expected, atol=1e-12, rtol=0)

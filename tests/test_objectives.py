@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 
 from p2l_engine import routing
 from p2l_engine.feedback import Outcome, feedback_model
+from p2l_engine.routing import values
 
 NOT_LOST = {Outcome.A: 1.0, Outcome.B: 0.0, Outcome.TIE: 0.5, Outcome.BOTH_BAD: 0.5}
 
@@ -37,6 +40,15 @@ def test_half_ties_equal_the_enumeration(feedback, seed, n, m, spread):
     np.testing.assert_allclose(v, enumerated(theta, q, eta, feedback), rtol=1e-9, atol=1e-13)
     assert (v >= 0).all()
     assert (v <= 1 + 1e-12).all()
+
+
+@pytest.mark.parametrize("feedback", ["rk", "grk", "bt-tie"])
+def test_models_of_another_form_go_through_their_probabilities(feedback, rng, monkeypatch):
+    theta, q, eta = rng.normal(size=(9, 5)), rng.dirichlet(np.ones(5)), rng.normal(size=9)
+    expected = routing.win_rates(theta, q, "half-ties", eta, feedback)
+    other = replace(feedback_model(feedback), rao_kupper=False)
+    monkeypatch.setattr(values, "feedback_model", lambda name: other)
+    np.testing.assert_allclose(routing.win_rates(theta, q, "half-ties", eta, feedback), expected)
 
 
 def test_two_models_share_one_win(rng):

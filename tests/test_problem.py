@@ -1,4 +1,4 @@
-"""Routing problems of every shape: against HiGHS on the full LP, the readable twins, and brute force."""
+"""Routing problems of every shape: against HiGHS on the full LP, the reference implementations, and brute force."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_the_smallest_feasible_budget_is_feasible(rng):
 @settings(deadline=None, max_examples=150)
 @given(st.integers(0, 10**9), st.integers(1, 30), st.integers(1, 9), st.floats(0, 1.2))
 @example(7, 7, 4, 1.0)
-def test_one_batch_budget_matches_its_twin(seed, n, m, tightness):
+def test_one_batch_budget_matches_the_reference(seed, n, m, tightness):
     rng = np.random.default_rng(seed)
     v = rng.random((n, m)) if seed % 3 else rng.integers(0, 4, (n, m)) / 3
     costs = rng.exponential(size=(n, m) if seed % 2 else m) if seed % 5 else 10.0 ** rng.uniform(-8, 4, m)
@@ -153,7 +153,7 @@ def test_one_batch_budget_matches_its_twin(seed, n, m, tightness):
     assert more * (1 - 1e-9) <= p.prices["budget"] <= less * (1 + 1e-9)
 
 
-def test_best_models_match_their_twin(rng):
+def test_best_models_match_the_reference(rng):
     for n, m in [(1, 1), (5, 3), (40, 17), (1000, 130)]:
         v, penalty = rng.normal(size=(n, m)), rng.normal(size=m)
         allowed = rng.random((n, m)) < 0.5
@@ -162,9 +162,9 @@ def test_best_models_match_their_twin(rng):
             for noise in (0.0, 0.3):
                 ours = native.best_models(v, penalty, None if mask.all() else mask, 7, noise)
                 numbers = native.noise_of(np.arange(7, 7 + n), m)
-                twin = reference.best_models(v, penalty, mask, noise * numbers)
-                np.testing.assert_array_equal(ours[0], twin[0])
-                for a, b in zip(ours[1:], twin[1:], strict=True):
+                expected = reference.best_models(v, penalty, mask, noise * numbers)
+                np.testing.assert_array_equal(ours[0], expected[0])
+                for a, b in zip(ours[1:], expected[1:], strict=True):
                     np.testing.assert_allclose(a, b)
     assert -1 <= numbers.min() < -0.99
     assert -0.01 < numbers.max() < 0
@@ -173,7 +173,7 @@ def test_best_models_match_their_twin(rng):
 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(0, 10**9), st.integers(1, 20), st.integers(1, 12), st.integers(0, 3))
-def test_undominated_models_match_their_twin(seed, n, m, k):
+def test_undominated_models_match_the_reference(seed, n, m, k):
     rng = np.random.default_rng(seed)
     v, usable = rng.integers(0, 4, (n, m)) / 4, rng.random((n, m)) < 0.8
     amounts = [rng.integers(0, 3, (n, m) if rng.random() < 0.5 else m).astype(float) for _ in range(k)]
@@ -213,8 +213,8 @@ def test_costs_over_twelve_orders_of_magnitude(rng):
     for budget in (1e-6, 3e-5, 0.7, 1e3, 1e7):
         p = routing.solve_batch_budget(v, costs, budget)
         assert p.cost.mean() <= budget * (1 + 1e-12)
-        twin = reference.solve_batch_budget(v, costs, budget)
-        assert p.value.mean() == pytest.approx(twin[2].mean(), rel=1e-12)
+        expected = reference.solve_batch_budget(v, costs, budget)
+        assert p.value.mean() == pytest.approx(expected[2].mean(), rel=1e-12)
         shares = np.where(np.arange(13) == 12, 0.5, 1.0)
         capped = routing.solve_batch_budget(v, costs, budget, max_share=shares)
         assert capped.cost.mean() <= budget * (1 + 1e-9)

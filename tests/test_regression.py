@@ -106,3 +106,12 @@ def test_values_have_the_density_of_scipy(name):
     np.testing.assert_allclose(found, expected, atol=1e-12)
     with pytest.raises(ValueError, match="observes values and gives no probabilities of votes"):
         model.probabilities(torch.zeros(2), torch.zeros(2))
+
+
+def test_what_a_model_knows():
+    known = {name: feedback_model(name) for name in NAMES}
+    assert {name for name, model in known.items() if not model.has_ties} == {"bt", "ols", "poisson"}
+    assert {name for name, model in known.items() if model.ties_as_half} == {"bt-tie"}
+    assert {name for name, model in known.items() if model.counts} == {"poisson"}
+    assert {name for name, model in known.items() if model.least_eta > -math.inf} == {"rk"}
+    assert all(model.rao_kupper != model.of_values for model in known.values())

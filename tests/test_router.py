@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from p2l_engine import InfeasibleBudget, Router, routing
-from p2l_engine.constraints import Constraints
-from p2l_engine.errors import CatalogError, PromptError
+from p2l_engine import CatalogError, Chooser, Constraints, InfeasibleBudget, PromptError, Router, routing
+from p2l_engine.feedback import feedback_model
+from p2l_engine.prompts import parse
 from p2l_engine.routing import BudgetPacer, Infeasible, Resource
 from tests.support.catalogs import COSTS, catalog, same
 from tests.support.tiny import MODELS
@@ -191,3 +191,26 @@ def test_prompts_at_the_edge(router):
 def test_coefficients_of_another_engine_are_refused(router):
     with pytest.raises(ValueError, match="coefficients: expected those of 2 prompts"):
         router.decide(router.engine.coefficients(["a"]), ["a", "b"])
+
+
+def test_a_chooser_decides_without_an_engine(router):
+    c, constraints = router.engine.coefficients(PROMPTS), Constraints(2.5, max_share={"beta": 0.3})
+    chooser = Chooser(c.models, c.feedback, catalog())
+    for one, other in zip(chooser.decide(c, PROMPTS, constraints), router.decide(c, PROMPTS, constraints), strict=True):
+        same(one, other)
+    assert chooser.decide(c, PROMPTS)[0].policy == router.route(PROMPTS[0]).policy
+    with pytest.raises(TypeError, match=r"constraints: expected Constraints\(budget=...\), got 2.5"):
+        chooser.decide(c, PROMPTS, 2.5)
+    with pytest.raises(ValueError, match="got 'ols', whose coefficients give no win rates"):
+        Chooser(c.models, feedback_model("ols"), catalog())
+
+
+def test_a_prompt_is_parsed_once(router, monkeypatch):
+    parsed = []
+    turn = parse._turn
+    monkeypatch.setattr(parse, "_turn", lambda item, *where: parsed.append(item) or turn(item, *where))
+    router.route(["a", "b"], 2.5)
+    assert parsed == ["a", "b"]
+    parsed.clear()
+    router.route_batch([["c"], ["d", "e"]], 2.5)
+    assert parsed == ["c", "d", "e"]

@@ -1,4 +1,4 @@
-"""Win rates, budgets and scores against their numpy twins, HiGHS and scipy, on odd shapes and hostile values."""
+"""Win rates, budgets and scores against reference implementations, HiGHS and scipy, on odd shapes and hostile values."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def problems(draw):
 
 
 @given(problems())
-def test_win_rates_match_their_twin(problem):
+def test_win_rates_match_the_reference(problem):
     theta, q, *_ = problem
     v = routing.win_rates(theta, q)
     np.testing.assert_allclose(v, reference.win_rates(theta, q), rtol=1e-12, atol=1e-300)
@@ -55,13 +55,13 @@ def test_win_rates_match_their_twin(problem):
 
 
 @given(problems())
-def test_budget_matches_its_twin_and_highs(problem):
+def test_budget_matches_the_reference_and_highs(problem):
     theta, q, costs, budget = problem
     v = reference.win_rates(theta, q)
     full = np.broadcast_to(costs, v.shape)
     p = routing.solve_budget(v, costs, budget)
-    twin = reference.solve_budget(v, costs, budget)
-    np.testing.assert_allclose(p.value, twin[2], rtol=1e-12, atol=1e-15)
+    expected = reference.solve_budget(v, costs, budget)
+    np.testing.assert_allclose(p.value, expected[2], rtol=1e-12, atol=1e-15)
     highs = routing.solve_budget(v, costs, budget, solver="highs")
     # HiGHS's own tolerances are absolute at 1e-7: only the budget that it met can be compared with.
     assert (highs.value <= p.value + 1e-6).all()
@@ -79,7 +79,7 @@ def test_budget_matches_its_twin_and_highs(problem):
 
 
 @given(problems())
-def test_score_matches_its_twin(problem):
+def test_score_matches_the_reference(problem):
     theta, q, costs, budget = problem
     rate = routing.solve_budget(routing.win_rates(theta, q), costs, budget).value
     assume(((rate > 0) & (rate < 1)).all())
@@ -268,7 +268,7 @@ def test_bad_rates_and_solvers_are_named():
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_forked_child_does_not_wait_for_its_parents_threads():
-    """OpenMP's threads do not survive a fork; a process of its own, whose pool is started for certain."""
+    """In a process of its own, with two threads: OpenMP's threads do not survive a fork."""
     code = """
 import os
 import numpy as np

@@ -10,14 +10,14 @@ from p2l_engine.backbone.packing import Packed
 from p2l_engine.backbone.weights import Linear
 from p2l_engine.kernels.rms_norm import rms_norm
 from p2l_engine.kernels.rotary import rotary
-from p2l_engine.kernels.silu_mul import silu_mul
+from p2l_engine.kernels.swiglu import swiglu
 
 
 class GpuOperations:
     """See Operations; nothing here waits for the device."""
 
     norm = staticmethod(rms_norm)
-    gate = staticmethod(silu_mul)
+    gate = staticmethod(swiglu)
     rotary = staticmethod(rotary)
 
     def linear(self, x: Tensor, layer: Linear, name: str) -> Tensor:

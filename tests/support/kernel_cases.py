@@ -1,6 +1,7 @@
-"""Every Triton kernel against its twin in float64: odd shapes, poisoned outputs, random inputs (seed: P2L_TEST_SEED).
+"""Every Triton kernel against its reference implementation in float64: odd shapes, poisoned outputs, random inputs
+(seed: P2L_TEST_SEED).
 
-Triton reads TRITON_INTERPRET when it is imported, so the interpreter needs a process of its own, which this module is:
+Triton reads TRITON_INTERPRET when it is imported, so this module runs in a process of its own:
 ``TRITON_INTERPRET=1 python -m tests.support.kernel_cases`` prints a line for each case. On a GPU the tests call the cases.
 """
 
@@ -31,12 +32,11 @@ from p2l_engine.constraints import UNCONSTRAINED, Constraints
 from p2l_engine.kernels import (
     bt_score,
     budget_lp,
-    outcomes,
     pool_head,
     pool_head_win_rates,
     rms_norm,
     rotary,
-    silu_mul,
+    swiglu,
     win_rates,
 )
 from p2l_engine.routing import cuda
@@ -49,7 +49,7 @@ FLOATS = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (2e-2, 1e-2)}  # absolute
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """torch.empty gives NaN, or the least integer: what a kernel leaves out shows."""
+    """Makes torch.empty return NaN, or the least integer, so that elements that a kernel does not write are found."""
     plain, plain_like = torch.empty, torch.empty_like
 
     def poison(tensor: Tensor) -> Tensor:
@@ -84,11 +84,11 @@ def case_rms_norm(device: str) -> None:
         close(x, exact, 1e-6, 2**-7)  # the sum, rounded once
 
 
-def case_silu_mul(device: str) -> None:
+def case_swiglu(device: str) -> None:
     for n, inner, (dtype, near) in itertools.product(PROMPTS, (1, 123, 1536, 2049), FLOATS.items()):
         x = (4 * torch.randn(n, 2 * inner + 3, device=device).to(dtype))[:, : 2 * inner]
         with poisoned():
-            close(silu_mul.silu_mul(x), silu_mul.silu_mul_reference(x.double()), *near)
+            close(swiglu.swiglu(x), swiglu.swiglu_reference(x.double()), *near)
 
 
 def case_rotary(device: str) -> None:
@@ -113,21 +113,20 @@ def case_rotary(device: str) -> None:
             close(got, exact, *near)
 
 
-def head_inputs(n: int, k: int, d: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """hidden [2 n + 1, D], rows [N], weight [K, D], bias [K] and norm [D]."""
-    hidden = torch.randn(2 * n + 1, d, device=device).to(dtype)
-    rows = torch.randint(0, 2 * n + 1, (n,), device=device, dtype=torch.int32)
+def head_inputs(n: int, k: int, d: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """hidden [N, D], every second row of a larger tensor; weight [K, D], bias [K] and norm [D]."""
+    hidden = torch.randn(2 * n, d, device=device).to(dtype)[::2]
     weight, bias = torch.randn(k, d, device=device) / d**0.5, torch.randn(k, device=device)
-    return hidden, rows, weight, bias, (1 + 0.3 * torch.randn(d, device=device)).to(dtype)
+    return hidden, weight, bias, (1 + 0.3 * torch.randn(d, device=device)).to(dtype)
 
 
 def case_pool_head(device: str) -> None:
     for (n, m, d), dtype in itertools.product(SHAPES, FLOATS):
-        hidden, rows, weight, bias, norm = head_inputs(n, m, d, dtype, device)
-        for given_norm, given_rows in ((norm, rows), (None, None)):
-            expected = pool_head.pool_head_reference(hidden, weight.double(), bias.double(), given_norm, 1e-5, given_rows)
+        hidden, weight, bias, norm = head_inputs(n, m, d, dtype, device)
+        for given in (norm, None):
+            expected = pool_head.pool_head_reference(hidden, weight.double(), bias.double(), given, 1e-5)
             with poisoned():
-                close(pool_head.pool_head(hidden, weight, bias, given_norm, 1e-5, given_rows), expected, 1e-5, 1e-5)
+                close(pool_head.pool_head(hidden, weight, bias, given, 1e-5), expected, 1e-5, 1e-5)
 
 
 def case_win_rates(device: str) -> None:
@@ -140,33 +139,14 @@ def case_win_rates(device: str) -> None:
 
 def case_pool_head_win_rates(device: str) -> None:
     for (n, m, d), dtype in itertools.product([*SHAPES, (1, 512, 576), (1, 600, 123)], FLOATS):
-        hidden, rows, weight, bias, norm = head_inputs(n, m + 1, d, dtype, device)
+        hidden, weight, bias, norm = head_inputs(n, m + 1, d, dtype, device)
         q = opponents(n, m, n == 5, device).float()
-        doubles = (hidden, weight.double(), bias.double(), q.double(), norm, 1e-5, rows)
+        doubles = (hidden, weight.double(), bias.double(), q.double(), norm, 1e-5)
         theta, v = pool_head_win_rates.pool_head_win_rates_reference(*doubles)
         with poisoned():
-            got_theta, got_v = pool_head_win_rates.pool_head_win_rates(hidden, weight, bias, q, norm, 1e-5, rows)
+            got_theta, got_v = pool_head_win_rates.pool_head_win_rates(hidden, weight, bias, q, norm, 1e-5)
         close(got_theta, theta, 1e-5, 1e-5)
         close(got_v, v, 1e-5, 1e-5)
-
-
-def case_outcomes(device: str) -> None:
-    for n, m, feedback in itertools.product((1, 5), (1, 3, 34, 65), outcomes.OUTCOMES):
-        theta = torch.randn(n, m, device=device) * 5
-        theta[0, 0] = 100.0
-        log_lambda = None if feedback == "bt" else torch.rand(n, device=device) * 3
-        doubled = None if log_lambda is None else log_lambda.double()
-        expected = outcomes.outcomes_reference(theta.double(), doubled, feedback)
-        with poisoned():
-            close(outcomes.outcomes(theta, log_lambda, feedback), expected, 1e-6, 0.0)
-    for n, feedback, weighted in itertools.product((1, 17, 600), outcomes.OUTCOMES, (False, True)):
-        theta = torch.randn(n, 3, device=device) * 5
-        log_lambda = None if feedback == "bt" else torch.rand(n, device=device) * 3
-        weights = torch.rand(n, device=device) if weighted else None
-        doubled = None if log_lambda is None else log_lambda.double()
-        expected = outcomes.mean_outcomes_reference(theta.double(), doubled, feedback, weights)
-        with poisoned():
-            close(outcomes.mean_outcomes(theta, log_lambda, feedback, weights), expected, 1e-6, 0.0)
 
 
 def case_budget_lp(device: str) -> None:
@@ -243,7 +223,7 @@ def case_decoder(device: str) -> None:
 
 
 def case_routing(device: str) -> None:
-    """The stages that stay on the card, against the native core."""
+    """The stages that stay on the GPU, against the native core."""
     theta, q = torch.randn(40, 34, device=device) * 2, opponents(40, 34, True, device).cpu().numpy()
     costs, budget = np.random.default_rng(torch.initial_seed()).exponential(size=34), 0.4
     with poisoned():
@@ -268,7 +248,7 @@ def case_routing(device: str) -> None:
 
 
 def case_router(device: str) -> None:
-    """A batch routed on the card, against the same batch through the CPU."""
+    """A batch routed on the GPU, against the same batch on the CPU."""
     with tempfile.TemporaryDirectory() as folder:
         engine = Engine.from_pretrained(tiny.write(Path(folder)), device=device, dtype=torch.float32)
     costs = [1.0, 2.0, 3.0, 4.0]

@@ -1,4 +1,4 @@
-"""The readable twins of the native core, in plain numpy. Tests hold the two together; nothing else uses them."""
+"""Reference implementations of the native core in plain numpy, for the tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The gated activation of the MLP, in one pass: out = silu(gate) * up, silu(x) = x * sigmoid(x), in float32."""
+"""SwiGLU, the gated activation of the MLP, in one pass: out = silu(gate) * up, silu(x) = x * sigmoid(x), in float32."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ BLOCK = 1024
 
 
 @triton.jit
-def _silu_mul_kernel(  # type: ignore[no-untyped-def]
+def _swiglu_kernel(  # type: ignore[no-untyped-def]
     gate_up_ptr, gate_up_row_stride, out_ptr, out_row_stride,
     N_COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -23,7 +23,7 @@ def _silu_mul_kernel(  # type: ignore[no-untyped-def]
     tl.store(out_ptr + row * out_row_stride + column, gate * tl.sigmoid(gate) * up, mask=here)
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
+def swiglu(gate_up: Tensor) -> Tensor:
     """gate_up [T, 2 I], the gates before the ups, rows contiguous -> [T, I] of the same dtype."""
     if gate_up.ndim != 2 or gate_up.shape[1] < 2 or gate_up.shape[1] % 2 or gate_up.stride(1) != 1:
         raise ValueError(
@@ -33,11 +33,11 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     out = torch.empty((rows, inner), dtype=gate_up.dtype, device=gate_up.device)
     if rows:
         grid = (rows, triton.cdiv(inner, BLOCK))
-        _silu_mul_kernel[grid](gate_up, gate_up.stride(0), out, out.stride(0), N_COLUMNS=inner, BLOCK=BLOCK, num_warps=4)
+        _swiglu_kernel[grid](gate_up, gate_up.stride(0), out, out.stride(0), N_COLUMNS=inner, BLOCK=BLOCK, num_warps=4)
     return out
 
 
-def silu_mul_reference(gate_up: Tensor) -> Tensor:
-    """The twin, in gate_up's dtype."""
+def swiglu_reference(gate_up: Tensor) -> Tensor:
+    """The reference implementation, in gate_up's dtype."""
     gate, up = gate_up.chunk(2, dim=-1)
     return torch.nn.functional.silu(gate) * up
