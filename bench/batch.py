@@ -1,10 +1,10 @@
-"""Files to files: what a batch run costs beside its backbone, stage by stage.
+"""The cost of a batch run apart from its backbone, stage by stage.
 
     python -m bench.batch --prompts ../shared/data/routing_scores_two_models.parquet --csv bench/results/batch_cpu.csv
     python -m bench.batch --short 1000000
 
-The first takes the default checkpoint. The second makes up so many prompts of a few tokens, nearly all different, and routes
-them with a backbone so small that all else shows. Memory is the most that the process held beyond what it held with the model
+The first uses the default checkpoint. The second generates N prompts of a few tokens, nearly all different, and routes them
+with a backbone so small that the other stages dominate. Memory is the peak of the process less its memory with the model
 loaded.
 """
 
@@ -53,7 +53,7 @@ class TimedBackbone:
 
 
 class Memory(threading.Thread):
-    """The most resident memory, in GiB, from ``start`` on; looked at every 20 ms."""
+    """Peak resident memory in GiB from ``start`` on, sampled every 20 ms."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -70,7 +70,7 @@ def resident() -> float:
 
 
 def short_prompts(count: int, path: Path) -> None:
-    """Prompts of one to five words, a hundredth of them said before."""
+    """Prompts of one to five words; one in a hundred is a repetition."""
     rng, words = np.random.default_rng(0), np.array(subjects.words())
     lengths = rng.integers(1, 6, count)
     picked = words[rng.integers(0, len(words), lengths.sum())]

@@ -35,7 +35,7 @@ def coefficients(n: int, m: int, seed: int = 0) -> npt.NDArray[np.float32]:
 
 
 def chunks(n: int, m: int, seed: int = 0) -> Iterator[npt.NDArray[np.float32]]:
-    """The same, chunk by chunk, as an iterator that keeps none of them."""
+    """The same coefficients, generated chunk by chunk."""
     strength = (0.4 * np.log(model_costs(m))).astype(np.float32)
     rng = np.random.default_rng(seed)
     for start in range(0, n, CHUNK):
@@ -101,8 +101,8 @@ def bench_batch(m: int, n: int, n_full: int, thread_counts: Sequence[int]) -> li
 
 
 def bench_millions(m: int, n: int) -> list[Row]:
-    """n prompts from theta in memory (float32) to policies, on all threads, each stage in a process of its own; ten times as
-    many from an iterator that generates theta."""
+    """n prompts from theta in memory (float32) to policies, on all threads, each stage in a process of its own; also 10 n
+    prompts from an iterator that generates theta."""
     rows = []
     for stage, run in (
         ("win rates, LP per prompt, score", per_prompt),
@@ -181,6 +181,6 @@ class Clock:
         return result
 
     def figures(self, moved: dict[str, float] | None = None) -> dict[str, float]:
-        """Their sum, ``end to end``, and the parts; ``moved``: seconds that one part holds of another."""
+        """``end to end``, their sum, and the parts; ``moved``: seconds to move from one part to another."""
         parts = {part: self.parts.get(part, 0.0) + (moved or {}).get(part, 0.0) for part in {**self.parts, **(moved or {})}}
         return {"end to end": sum(self.parts.values()), **parts}

@@ -1,10 +1,10 @@
 """One prompt, text to decision: p50, p95 and p99, split by stage, and under concurrent callers: python -m bench.latency.
 
-Every path routes prompts of --tokens tokens (64) under a budget. Stages, timed apart: ``tokenise``; ``forward``, tokens to
+Every path routes prompts of --tokens tokens (64) under a budget. Stages, timed separately: ``tokenise``; ``forward``, tokens to
 coefficients; ``decide``, coefficients to decision; ``whole`` is Router.route. ``reference`` is transformers, one prompt at a
-time, to coefficients alone. ``N callers``: as many threads, each sending its next prompt when it has its decision; calls per
-second and each call's latency. ``weights``: the time to read once the weights that a forward pass reads, all but the embedding
-table's, at the rate of a large copy: the least that it can take.
+time, to coefficients only. ``N callers``: N threads, each sending its next prompt when it has its decision; calls per second
+and the latency of each call. ``weights``: a lower bound for ``forward``, the time to read all weights but the embedding table
+once, at the rate of a large copy.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def main() -> None:
         console.print(f"{name}: warm-up {engine.warmup():.1f} s")
         texts = prompts_of(engine, arguments.tokens, calls)
         peer = Transformers(loaded, device, engine.dtype)
-        loaded.weights.clear()  # both have them now
+        loaded.weights.clear()  # engine and peer hold them now
         found = stages(name, engine, texts, peer)
         found += [under_load(name, engine, texts, callers) for callers in arguments.callers]
         console.print(table(f"{name}, {arguments.tokens} tokens, milliseconds", found))
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def prompts_of(engine: Engine, tokens: int, count: int) -> list[str]:
-    """Different prompts of exactly ``tokens`` tokens, those of the chat template among them."""
+    """Different prompts of exactly ``tokens`` tokens, including those of the chat template."""
     words, rng = subjects.words(), np.random.default_rng(0)
     found: list[str] = []
     around = len(engine.encoder.encode(["a"])[0]) + 2
@@ -108,11 +108,11 @@ def stages(name: str, engine: Engine, texts: list[str], peer: Transformers) -> l
             "decide": lambda i: router.decide(coefficients[i], [texts[i]], Constraints(budget)),
             "reference": lambda i: peer.one_by_one([texts[i]]),
         }
-        for _ in range(2):  # first uses, which none of them should be charged with
+        for _ in range(2):  # warm-up
             for call in runs.values():
                 call(0)
         taken: dict[str, list[float]] = {what: [] for what in runs}
-        for i in range(len(texts)):  # in turns, so that a busy neighbour slows all of them
+        for i in range(len(texts)):  # in turns, so that other load on the machine slows all stages alike
             for what, call in runs.items():
                 start = time.perf_counter()
                 call(i)

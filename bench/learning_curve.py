@@ -1,10 +1,10 @@
-"""Learning curve: what a checkpoint makes of held-out votes, by how many votes it was trained on (the paper's Figure 2).
+"""The learning curve: the log-loss on held-out votes by the number of training votes (the paper's Figure 2).
 
     python -m bench.learning_curve --csv bench/results/learning_curve.csv --plot docs/learning_curve.svg
 
 Every point is a training run of its own on a share of the training prompts, with the config's epochs and learning rate; a
 smaller share is part of a larger one, the held-out prompts are the same. Beside it, from the same training votes: one
-leaderboard for all prompts, and one for each category. Runs that are there already are not trained again.
+leaderboard for all prompts, and one for each category. Existing runs are not trained again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from p2l_engine.train.config import TrainConfig
 from p2l_engine.train.run import train
 from p2l_engine.votes.marginal import category_fits, marginal_fit
 
-NAMES = ("proj_name", "output_dir", "license", "description")  # of a config: they change no weight
+NAMES = ("proj_name", "output_dir", "license", "description")  # keys of a config that change no weight
 SHARES = (0.0625, 0.125, 0.25, 0.5, 1.0)
 NAMED = {"p2l": ("#3b6ea5", "P2L"), "category": ("#5a9a68", "category known"), "marginal": ("#b8860b", "marginal")}
 
@@ -35,9 +35,9 @@ def trained(config: TrainConfig, share: float) -> Path:
     config = config.model_copy(update={"train_share": share, "proj_name": f"{config.proj_name}-{share:g}"})
     folder = train(config, if_present="resume")
     stored = json.loads((folder / "training_config.json").read_text(encoding="utf-8"))
-    asked = json.loads(config.model_dump_json())
-    unsaid = {key: field.default for key, field in TrainConfig.model_fields.items()}  # keys that came after that run
-    changed = sorted(key for key in asked if stored.get(key, unsaid[key]) != asked[key] and key not in NAMES)
+    wanted = json.loads(config.model_dump_json())
+    defaults = {key: field.default for key, field in TrainConfig.model_fields.items()}  # for keys that are newer than that run
+    changed = sorted(key for key in wanted if stored.get(key, defaults[key]) != wanted[key] and key not in NAMES)
     if changed:
         raise ValueError(f"{folder}: trained with other values of {', '.join(changed)}: remove it, or name another --output")
     return folder

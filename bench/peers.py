@@ -1,4 +1,4 @@
-"""What the engine is held against: P2L on transformers, as it is served today, and as well as transformers can."""
+"""The engine's peers: P2L on transformers, as it is served today, and batched as well as transformers can."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Transformers:
 
     @torch.inference_mode()
     def one_by_one(self, prompts: Sequence[str]) -> npt.NDArray[np.float32]:
-        """As P2L is served: a prompt at a time, tokenised, computed and brought back before the next."""
+        """As P2L is served today: one prompt at a time, from tokenising to the result."""
         rows = []
         for prompt in prompts:
             ids = self.tokenizer(self.text(prompt), return_tensors="pt", add_special_tokens=False).input_ids[:, -MAX_TOKENS:]

@@ -1,4 +1,4 @@
-"""What the speed benchmarks have in common: arguments, the machine, its rate of matrix products, and rows as CSV."""
+"""Shared by the speed benchmarks: arguments, the machine, its rate of matrix products, and rows as CSV."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from bench.subjects import ARCHITECTURES
 
 
 def add_subjects(parser: argparse.ArgumentParser) -> None:
-    """The arguments for what is measured, where, and where the rows go."""
+    """Adds the arguments for the model, the device and the output."""
     parser.add_argument("--model", nargs="+", choices=ARCHITECTURES, help="architectures with random weights")
     parser.add_argument("--checkpoint", help="a checkpoint instead: folder, hub name, or 'default'")
     parser.add_argument("--models", type=positive, default=130, help="models that random heads rank")

@@ -39,7 +39,7 @@ def _qwen(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, tied:
     )  # fmt: skip
 
 
-# As in the config.json of SmolLM2-135M-Instruct and of Qwen2.5-Instruct; and one so small that all else shows.
+# As in the config.json of SmolLM2-135M-Instruct and of Qwen2.5-Instruct; and one so small that the other stages dominate.
 ARCHITECTURES: dict[str, Callable[[], PretrainedConfig]] = {
     "smollm2-135m": lambda: LlamaConfig(
         hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
@@ -94,11 +94,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def prompts(count: int, seed: int = 0) -> list[str]:
-    """Random prompts whose words, a token or so each, are as many as the length law says."""
+    """Random prompts of log-normal length in words, of about one token each."""
     rng = np.random.default_rng(seed)
     vocabulary = np.array(words())
     lengths = np.minimum(np.exp(rng.normal(np.log(MEDIAN), SIGMA, count)), LONGEST).astype(int).clip(1)
-    ranks = (len(vocabulary) ** rng.random(lengths.sum()) - 1).astype(int)  # Zipf's law, all but
+    ranks = (len(vocabulary) ** rng.random(lengths.sum()) - 1).astype(int)  # nearly Zipf's law
     return [" ".join(part) for part in np.split(vocabulary[ranks], np.cumsum(lengths)[:-1])]
 
 
@@ -118,7 +118,7 @@ def read_prompts(path: Path, count: int, seed: int = 0) -> list[str]:
 
 
 def flops(config: DecoderConfig | PretrainedConfig, lengths: Sequence[int], shared: Sequence[int]) -> float:
-    """Floating-point operations that the model needs for prompts of so many own tokens behind shared ones, each once.
+    """Floating-point operations for prompts of ``lengths`` own tokens after ``shared`` shared ones, which count once.
 
     Products with weights, and attention's two, below the diagonal alone; keys and values for all tokens of the last layer, the
     rest of it for the last token of each prompt.

@@ -102,7 +102,7 @@ def bench(name: str, device: torch.device, arguments: argparse.Namespace, consol
     console.print(f"{name}: warm-up {engine.warmup():.1f} s")
     rate = matrix_rate(device, engine.dtype)
     peer = Transformers(loaded, device, engine.dtype)
-    loaded.weights.clear()  # both have them now: a third copy would only take memory
+    loaded.weights.clear()  # engine and peer hold them now; a third copy only takes memory
     budget = _fastest_budget(peer, texts[: counts["hf-batched"] // 4 or 1], device, console)
     paths: dict[str, Callable[[list[str]], object]] = {
         "engine": lambda some: engine.coefficients(some).theta,
@@ -175,7 +175,7 @@ def _fastest_budget(peer: Transformers, texts: list[str], device: torch.device, 
     """The tokens of a padded batch at which hf-batched is fastest on some of the prompts."""
     seconds = {}
     for budget in BUDGETS[device.type]:
-        peer.batched(texts, budget)  # all of them: cuDNN makes a plan for each shape that it has not seen
+        peer.batched(texts, budget)  # all shapes: cuDNN plans each new one
         start = time.perf_counter()
         peer.batched(texts, budget)
         seconds[budget] = time.perf_counter() - start
@@ -185,7 +185,7 @@ def _fastest_budget(peer: Transformers, texts: list[str], device: torch.device, 
 
 
 def _after_theta(engine: Engine, texts: list[str]) -> float:
-    """Seconds of win rates, one budget per prompt and the score for all prompts, where the engine keeps its arrays."""
+    """Seconds of win rates, one budget per prompt and the score for all prompts, on the engine's device."""
     m = len(engine.models)
     theta = torch.randn(len(texts), m, device=engine.device)
     given = theta if engine.device.type == "cuda" else theta.numpy()

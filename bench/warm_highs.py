@@ -1,4 +1,4 @@
-"""A peer: one HiGHS model for all prompts, of which only the objective and the bounds change, from basis to basis."""
+"""A peer: one HiGHS model for all prompts, warm-started; only the objective and the bounds change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an engine returns: the coefficients of prompts. Importing this module loads neither torch nor transformers."""
+"""The coefficients of prompts, as an engine returns them. Importing this module loads neither torch nor transformers."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Coefficients:
         return len(self.theta)
 
     def row(self, i: int) -> Coefficients:
-        """Those of one prompt."""
+        """The coefficients of one prompt."""
         return self.rows(slice(i, i + 1))
 
     def rows(self, some: slice | npt.NDArray[np.integer[Any]]) -> Coefficients:
-        """Those of some prompts."""
+        """The coefficients of these prompts."""
         return Coefficients(self.theta[some], None if self.eta is None else self.eta[some], self.models, self.feedback)

@@ -25,7 +25,7 @@ class Decision:
 
 
 class Draws:
-    """Draws from mixed policies over ``names``: the same seed and the same user's turns, the same draw, whatever the batch."""
+    """Draws from mixed policies over ``names``: the same seed and user turns give the same draw in every batch."""
 
     def __init__(self, seed: int, names: Sequence[str]) -> None:
         self.names = names
@@ -41,7 +41,7 @@ class Draws:
         value: float,
         score: float,
     ) -> Decision:
-        """The decision of a prompt whose policy mixes names[indices] under ``bound``, which its ``why`` names."""
+        """The decision for a prompt whose policy mixes names[indices]; ``bound``: the budget's description, for its ``why``."""
         chosen = self.names[self.draw(turns, indices, probabilities)]
         policy = {self.names[i]: p for i, p in zip(indices, probabilities, strict=True) if p > 0}
         if len(policy) == 1:
@@ -52,7 +52,7 @@ class Draws:
         return Decision(chosen, policy, cost, value, score, why)
 
     def draw(self, turns: Sequence[str], indices: Sequence[int], probabilities: Sequence[float]) -> int:
-        """The index whose stretch of [0, 1), in the policy's order, holds this prompt's number."""
+        """The drawn index: the one whose interval of [0, 1), in the policy's order, contains this prompt's number."""
         policy = [(i, p) for i, p in zip(indices, probabilities, strict=True) if p > 0]
         if len(policy) > 1:
             uniform = self._uniform(turns)
@@ -60,9 +60,9 @@ class Draws:
                 if uniform < probability:
                     return i
                 uniform -= probability
-        return policy[-1][0]  # certain; or rounding leaves the sum of the probabilities a little under 1
+        return policy[-1][0]  # a single model; or rounding leaves the sum of the probabilities below 1
 
     def _uniform(self, turns: Sequence[str]) -> float:
-        """A number in [0, 1) that depends on the seed and the user's turns alone."""
+        """A number in [0, 1), a hash of the seed and the user turns."""
         digest = hashlib.blake2b(json.dumps(turns).encode(), digest_size=8, key=self._salt).digest()
         return (int.from_bytes(digest, "little") >> 11) / 2.0**53
