@@ -1,4 +1,4 @@
-"""Packing, the CPU's steps against the kernels' twins in float64, and the shared prefix."""
+"""Packing, the CPU's steps against the kernels' reference implementations in float64, and the shared prefix."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PROMPTS = ["a", "hello", "\n\nwhite space first", "x" * 300, "", "Schreibe ein G
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("rows", [1, 5, 700])
 @pytest.mark.parametrize("columns", [576, 123, 1])
-def test_the_steps_match_the_twins(dtype, rows, columns):
+def test_the_steps_match_the_references(dtype, rows, columns):
     do, near = CpuOperations(dtype), FLOATS[dtype]
     for _ in range(2):  # the second time in buffers that were used
         x, delta = (torch.randn(rows, columns).to(dtype) for _ in range(2))
@@ -33,12 +33,12 @@ def test_the_steps_match_the_twins(dtype, rows, columns):
         close(do.norm(x, weight, 1e-5, delta), expected, *near)
         assert torch.equal(x.double(), summed)
         gate_up = (torch.randn(rows, 2 * columns) * 30).to(dtype)
-        close(do.gate(gate_up), swiglu.swiglu_reference(gate_up.double()), *near)
+        close(do.swiglu(gate_up), swiglu.swiglu_reference(gate_up.double()), *near)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(("queries", "keys", "size"), [(9, 3, 64), (6, 6, 20), (5, 0, 8), (0, 2, 64)])
-def test_the_rotary_step_matches_its_twin(dtype, queries, keys, size):
+def test_the_rope_step_matches_its_reference(dtype, queries, keys, size):
     angles = torch.rand(40, size // 2) * 7
     positions = torch.randint(0, 40, (17,), dtype=torch.int32)
     sources = torch.cat([torch.arange(17), torch.tensor([-4, -1])])[torch.randperm(19)].int()
@@ -46,7 +46,7 @@ def test_the_rotary_step_matches_its_twin(dtype, queries, keys, size):
     exact = x.double()
     shape = (queries, keys, angles.cos(), angles.sin(), positions, sources)
     expected = rotary.rotary_reference(exact, *shape, prefix.double())
-    close(CpuOperations(dtype).rotary(x, *shape, prefix), expected, *FLOATS[dtype])
+    close(CpuOperations(dtype).rope(x, *shape, prefix), expected, *FLOATS[dtype])
     close(x, exact, *FLOATS[dtype])
 
 
@@ -54,7 +54,7 @@ def test_the_steps_carry_nan_and_infinity():
     for dtype in FLOATS:
         x = torch.tensor([[1.0, torch.nan, torch.inf, -torch.inf, 3e38, -3e38]]).to(dtype)
         gate_up = torch.cat([x, torch.ones_like(x)], 1)
-        torch.testing.assert_close(CpuOperations(dtype).gate(gate_up), swiglu.swiglu_reference(gate_up), equal_nan=True)
+        torch.testing.assert_close(CpuOperations(dtype).swiglu(gate_up), swiglu.swiglu_reference(gate_up), equal_nan=True)
         assert CpuOperations(dtype).norm(x, torch.ones(6, dtype=dtype), 1e-5).isnan().any()
 
 
@@ -67,17 +67,17 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="delta"):
         do.norm(torch.zeros(2, 4), torch.zeros(4), 1e-5, torch.zeros(3, 4))
     with pytest.raises(ValueError, match="gate_up: expected"):
-        do.gate(torch.zeros(2, 5))
+        do.swiglu(torch.zeros(2, 5))
     table = torch.zeros(4, 2)
     for sources, positions, prefix in (([2], [0, 0], None), ([-1], [0, 0], None), ([-3], [0, 0], 2), ([1], [0, 4], None)):
         given = None if prefix is None else torch.zeros(prefix, 2, 1, 4)
         with pytest.raises(ValueError, match="sources, positions: expected"):
-            do.rotary(
+            do.rope(
                 torch.zeros(2, 12), 1, 1, table, table, torch.tensor(positions, dtype=torch.int32),
                 torch.tensor(sources, dtype=torch.int32), given,
             )  # fmt: skip
     with pytest.raises(ValueError, match="cos, sin, prefix"):
-        do.rotary(torch.zeros(2, 12), 1, 1, table, table[:2], torch.zeros(2).int(), torch.zeros(2).int())
+        do.rope(torch.zeros(2, 12), 1, 1, table, table[:2], torch.zeros(2).int(), torch.zeros(2).int())
     with pytest.raises(ValueError, match="dtype: expected float32 or bfloat16 on a CPU"):
         Engine.from_pretrained(None, device="cpu", dtype=torch.float16)
 
@@ -138,7 +138,7 @@ def test_a_shared_prefix_changes_nothing(dtype, tmp_path):
     np.testing.assert_allclose(shared.eta, alone.eta, atol=scale * (1e-5 if dtype == torch.float32 else 0.03))
 
 
-def test_a_prompt_that_melts_into_the_prefix_shares_nothing(tmp_path, caplog):
+def test_a_prompt_whose_first_token_joins_the_prefix_shares_nothing(tmp_path, caplog):
     engine = Engine.from_pretrained(tiny.write(tmp_path, template=PREFIXED), device="cpu", dtype=torch.float32)
     ids = engine.encoder.encode(["hello"])[0].copy()
     ids[40] += 1

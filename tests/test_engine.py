@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -13,7 +15,7 @@ from transformers import GPT2Config, LlamaConfig
 
 from p2l_engine import Engine
 from p2l_engine.backbone.packing import Packed, batches
-from p2l_engine.engine import cpu
+from p2l_engine.engine import as_device, as_dtype, cpu
 from p2l_engine.engine.compile_watch import CompileWatch
 from p2l_engine.errors import PromptError
 from tests.support import tiny
@@ -254,8 +256,64 @@ def test_what_is_no_list_of_tokens_or_prompts(tmp_path):
 
 def test_a_cpu_without_bfloat16_products_takes_plain_weights(tmp_path, monkeypatch):
     folder = tiny.write(tmp_path)
-    with_packed = Engine.from_pretrained(folder, device="cpu", dtype=torch.bfloat16).coefficients(["hello"]).theta
+    with_onednn = Engine.from_pretrained(folder, device="cpu", dtype=torch.bfloat16).coefficients(["hello"]).theta
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", lambda *_: pytest.fail("not to be had"))
     plain = Engine.from_pretrained(folder, device="cpu", dtype=torch.bfloat16).coefficients(["hello"]).theta
-    np.testing.assert_allclose(plain, with_packed, atol=0.03 * np.abs(plain).max())
+    np.testing.assert_allclose(plain, with_onednn, atol=0.03 * np.abs(plain).max())
+
+
+def test_threads_share_an_engine(tmp_path):
+    """Each forward pass has operations of its own, however many threads ask at once."""
+    engine = Engine.from_pretrained(tiny.write(tmp_path), device="cpu", dtype="float32")
+    prompts = [f"{i} " * (1 + i % 40) for i in range(24)]
+    alone = [engine.coefficients([prompt]).theta[0] for prompt in prompts]
+    start = threading.Barrier(8)
+
+    def work(thread):
+        start.wait()
+        return [(i, engine.coefficients([prompts[i]]).theta[0]) for i in range(thread, len(prompts), 4)]
+
+    with ThreadPoolExecutor(8) as pool:
+        for found in pool.map(work, [0, 1, 2, 3] * 2):
+            for i, theta in found:
+                np.testing.assert_array_equal(theta, alone[i])
+    assert 1 <= len(engine.backbone._idle) <= 8
+
+
+def test_pauses_of_the_watch_are_counted_across_threads():
+    start = threading.Barrier(8)
+
+    def pause(_):
+        start.wait()
+        for _ in range(2000):
+            with CompileWatch.paused():
+                pass
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(pause, range(8)))
+    assert CompileWatch._warming == 0
+
+
+@pytest.mark.parametrize("name", ["float32", "fp32", "torch.float32", "FP32", torch.float32])
+def test_dtypes_have_the_names_that_pytorch_users_write(name):
+    assert as_dtype(name, torch.device("cpu")) == torch.float32
+    assert as_dtype("bf16", torch.device("cpu")) == as_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
+    assert as_dtype("half", torch.device("cuda")) == torch.float16
+    assert as_dtype(None, torch.device("cuda")) == torch.bfloat16
+
+
+@pytest.mark.parametrize("wrong", ["int8", "float31", torch.int8, 32, ""])
+def test_other_dtypes_are_refused_before_the_checkpoint_is_read(wrong):
+    with pytest.raises(ValueError, match="dtype: expected one of float32, fp32, .*, got "):
+        Engine.from_pretrained("no-such-folder", device="cpu", dtype=wrong)
+
+
+@pytest.mark.parametrize("wrong", ["tpu", "mps", "cuda:99", "cpu:x"])
+def test_other_devices_are_refused(wrong):
+    with pytest.raises(ValueError, match="device: "):
+        as_device(wrong)
+
+
+def test_devices_in_any_case():
+    assert as_device("CPU") == as_device(torch.device("cpu")) == torch.device("cpu")

@@ -10,7 +10,7 @@ from transformers import AutoModel
 
 from p2l_engine.backbone.packing import Packed
 from p2l_engine.train import fused
-from p2l_engine.train.attention import NAME
+from p2l_engine.train.attention import register
 from tests.support import tiny
 
 LENGTHS = [1, 3, 3, 7, 20, 20, 20]
@@ -21,7 +21,7 @@ def models(config, lora):
     pair = []
     for _ in range(2):
         torch.manual_seed(1)
-        model = AutoModel.from_config(config, attn_implementation=NAME).float()
+        model = AutoModel.from_config(config, attn_implementation=register()).float()
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
                 torch.nn.init.normal_(parameter, 0.0 if "bias" in name else 1.0, 0.3)
@@ -72,7 +72,7 @@ def test_outputs_and_gradients_are_transformers(family, lora, checkpointing):
 
 def test_packed_attention_is_that_of_each_prompt_alone():
     config = tiny.config()
-    model = AutoModel.from_config(config, attn_implementation=NAME).float().eval()
+    model = AutoModel.from_config(config, attn_implementation=register()).float().eval()
     packed = batch(config.vocab_size)
     inputs = {"input_ids": packed.tokens.long()[None], "position_ids": packed.positions.long()[None], "use_cache": False}
     with torch.no_grad():

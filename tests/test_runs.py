@@ -151,7 +151,7 @@ def test_gradient_checkpointing_changes_nothing(config, tmp_path):
 @pytest.mark.slow
 def test_an_interrupted_run_is_resumed_or_restarted_only_on_request(config, tmp_path):
     interrupt(config, at=7)
-    with pytest.raises(ValueError, match="--resume goes on with it, --restart throws it away"):
+    with pytest.raises(ValueError, match="--resume continues it, --restart deletes it"):
         train(config, 20)
     with pytest.raises(ValueError, match=r"cannot be resumed, since this changed: learning_rate: was 0.001, is 0.5"):
         train(config.model_copy(update={"learning_rate": 0.5}), 20, "resume")
@@ -186,7 +186,7 @@ def test_a_full_disk_leaves_no_incomplete_checkpoint(config, tmp_path, monkeypat
             write(*arguments)
 
     monkeypatch.setattr(runs, "write", full)
-    with pytest.raises(OSError, match="could not be written, and nothing of it was kept"):
+    with pytest.raises(OSError, match="cannot be written, nothing was kept"):
         train(config, 2)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["trial.run"]
 

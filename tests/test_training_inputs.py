@@ -47,7 +47,7 @@ def test_a_finished_run_is_resumed_only_with_the_same_settings_and_data(config, 
     folder = train(config, 2)
     assert train(config, 2, "resume") == folder
     for change, named in (({"learning_rate": 0.5}, "learning_rate: was 0.001, is 0.5"), ({"seed": 1}, "seed")):
-        with pytest.raises(ValueError, match=f"is another run's, since this differs: {named}.*--restart"):
+        with pytest.raises(ValueError, match=f"found the checkpoint of another run, which differs in {named}.*--restart"):
             train(config.model_copy(update=change), 2, "resume")
     with pytest.raises(ValueError, match="max_steps: was 2, is 3"):
         train(config, 3, "resume")

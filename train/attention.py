@@ -1,4 +1,4 @@
-"""Attention within each prompt of a packed batch, for any architecture of transformers that lets its attention be chosen."""
+"""Attention within each prompt of a packed batch, for every architecture of transformers whose attention can be replaced."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ from transformers import AttentionInterface
 from p2l_engine.backbone.packing import Packed
 
 NAME = "p2l_packed"
+
+
+def register() -> str:
+    """Makes ``packed_attention`` known to transformers, for the whole process; returns its name there."""
+    AttentionInterface.register(NAME, packed_attention)
+    return NAME
 
 
 def packed_attention(
@@ -60,6 +66,3 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, packed: Packed, scaling: 
         q, k, v, packed.starts, packed.starts, packed.longest_own, packed.longest_own, scale=scaling, window_size=(-1, 0)
     )
     return out[None]  # type: ignore[no-any-return]
-
-
-AttentionInterface.register(NAME, packed_attention)

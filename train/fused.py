@@ -1,9 +1,9 @@
 """Decoder layers for training on a CPU: packed prompts, and one pass for each step between the matrix products.
 
 transformers' layers, with or without peft's LoRA, spend two thirds of a CPU's training time on element-wise passes over
-memory (casts, norms, gates, scaled sums, slices). Here each half of a layer is one autograd function: its products run in
-bfloat16 (or float32), what lies between is the native core's, and little is kept for the way back. The parameters stay those
-of the transformers and peft modules, so that optimisers and files know nothing of it.
+memory (casts, norms, SwiGLU, scaled sums, slices). Here each half of a layer is one autograd function: its products run in
+bfloat16 or float32, the native core computes the steps between them, and little is saved for the backward pass. The parameters
+stay those of the transformers and peft modules, so optimisers and checkpoints need no change.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from p2l_engine.backbone.families import FAMILIES
 from p2l_engine.backbone.packing import Run
 from p2l_engine.native import decoder
 
-FAMILIES = ("llama", "qwen2")
 PROBABILITIES = 1 << 24  # of attention that are computed at once
 
 
@@ -34,7 +34,7 @@ class Product(NamedTuple):
 
     @classmethod
     def of(cls, modules: Sequence[nn.Module], dtype: torch.dtype) -> Product:
-        """Linear layers of one input, one below the other; gradients find their way back to each."""
+        """Linear layers of one input, their weights one below the other; gradients flow back to each of them."""
         bases: Any = [getattr(module, "base_layer", module) for module in modules]
         weight = torch.cat([base.weight.to(dtype) for base in bases])
         bias = None if bases[0].bias is None else torch.cat([base.bias.to(dtype) for base in bases])
@@ -62,7 +62,7 @@ class Product(NamedTuple):
         return y
 
     def backward(self, x: Tensor, dy: Tensor, needed: Sequence[bool], dx_needed: bool = True) -> tuple[Tensor | None, ...]:
-        """The gradients of x (None where nobody needs it), weight, bias, a and b (those needed)."""
+        """The gradients of x, weight, bias, a and b; None for those that are not needed."""
         dx = dy @ self.weight if dx_needed else None
         d_weight = dy.t() @ x if needed[0] else None
         d_bias = dy.sum(0) if needed[1] else None
@@ -76,7 +76,7 @@ class Product(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What all layers of a forward pass share: runs of prompts of one length, cos and sin [T, size / 2] float32, heads."""
+    """Shared by the layers of a forward pass: runs of prompts of equal length; RoPE's cos and sin [T, size / 2] float32."""
 
     runs: tuple[Run, ...]
     cos: Tensor
@@ -148,7 +148,7 @@ class Mlp(torch.autograd.Function):
         needs = ctx.needs_input_grad
         dy = dy.contiguous()
         gate_up_product, down_product = _products(weights)
-        # The gradient of the product's input comes first: the input itself is made beside what needs that gradient.
+        # The gradient of the product's input comes first: swiglu_backward reads it, and recomputes the input.
         d_gated = _input_gradient(down_product, dy)
         d_gate_up, gated = torch.empty_like(gate_up), torch.empty_like(d_gated)
         decoder.swiglu_backward(gate_up, d_gated, d_gate_up, gated)
@@ -159,9 +159,9 @@ class Mlp(torch.autograd.Function):
 
 
 def fuse(decoder: Any, dtype: torch.dtype) -> None:
-    """Makes the layers of a transformers Llama or Qwen2 decoder compute so, in ``dtype`` (bfloat16 or float32).
+    """Replaces the forward passes of a transformers decoder's layers by fused ones in ``dtype`` (bfloat16 or float32).
 
-    They then take the keyword ``layout``, and hidden states [1, T, D].
+    They then take the keyword ``layout``, and hidden states [1, T, D]. The decoder must be ``fusible``.
     """
     for layer in decoder.layers:
         layer.forward = types.MethodType(_layer, layer)
@@ -169,16 +169,16 @@ def fuse(decoder: Any, dtype: torch.dtype) -> None:
 
 
 def fusible(config: Any) -> bool:
-    """Whether ``fuse`` knows this architecture."""
+    """Whether the layers of a decoder with this transformers config can be fused."""
     return (
-        config.model_type in FAMILIES
+        config.model_type in FAMILIES  # all of them have Llama's layers
         and config.hidden_act == "silu"
         and not (getattr(config, "mlp_bias", False) or getattr(config, "use_sliding_window", False))
     )
 
 
 def layout_of(decoder: Any, positions: Tensor, runs: Sequence[Run]) -> Layout:
-    """For packed prompts at ``positions`` [T]."""
+    """The layout of packed prompts whose tokens have these positions [T]."""
     config, first = decoder.config, decoder.layers[0].self_attn
     cos, sin = decoder.rotary_emb(torch.zeros(1, dtype=torch.float32), positions[None])
     half = cos.shape[-1] // 2
@@ -202,7 +202,7 @@ def _layer(self: Any, hidden_states: Tensor, layout: Layout, **_: Any) -> Tensor
 
 
 class _Part(NamedTuple):
-    """Prompts of one length, from token ``start`` on: ``prompts`` of ``length`` tokens; few enough for one go."""
+    """``prompts`` prompts of ``length`` tokens each, from token ``start`` on, whose attention is computed at once."""
 
     start: int
     prompts: int

@@ -56,7 +56,7 @@ class CoefficientHead(nn.Module):
 
 
 def _wide(head: nn.Module, hidden: Tensor) -> Tensor:
-    """The head in float32, also where sharding keeps its weights narrower."""
+    """The head in float32, also where sharding stores its weights in half precision."""
     for layer in head if isinstance(head, nn.Sequential) else [head]:
         hidden = F.linear(hidden, layer.weight.float(), layer.bias.float())  # type: ignore[arg-type]
     return hidden
@@ -112,7 +112,8 @@ def bare(decoder: Any) -> Any:
 def build(config: TrainConfig, n_models: int, fuse: bool = True) -> tuple[P2LModel, PreTrainedTokenizerBase]:
     """The model to train and its tokenizer, with the CLS and padding tokens that the config names.
 
-    fuse: use the fused layers where they apply (a CPU, and an architecture that they know).
+    fuse: on a CPU, compute the layers of known families by the fused passes of ``fused``. Raises CheckpointError, and
+    ValueError for a config that does not fit the backbone.
     """
     folder = checkpoint.find(config.pretrain_model_name)
     tokenizer = huggingface.read_tokenizer(folder, config.model_dump())
@@ -120,12 +121,12 @@ def build(config: TrainConfig, n_models: int, fuse: bool = True) -> tuple[P2LMod
         tokenizer.add_special_tokens({"pad_token": config.pad_token_if_none})
     frozen = config.lora is not None or config.train_head_only
     computed = dtype_of(config)
-    # What is trained is kept in float32, whatever the products run in.
+    # Trained weights stay float32, whatever the products' dtype.
     dtype = computed if frozen else torch.float32
-    decoder = AutoModel.from_pretrained(folder, dtype=dtype, attn_implementation=attention.NAME, trust_remote_code=False)
+    decoder = AutoModel.from_pretrained(folder, dtype=dtype, attn_implementation=attention.register(), trust_remote_code=False)
     grown = len(tokenizer) - int(decoder.config.vocab_size)
     if grown > 0:
-        # New tokens start as the end-of-sequence token, which the backbone has learned to read a whole turn into.
+        # New tokens start as the end-of-sequence token, whose hidden state already summarises a whole turn.
         decoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         table = decoder.get_input_embeddings().weight
         with torch.no_grad():
@@ -143,7 +144,7 @@ def build(config: TrainConfig, n_models: int, fuse: bool = True) -> tuple[P2LMod
     elif config.train_head_only:
         decoder.requires_grad_(False)
     plain = bare(decoder)
-    # Dropout inside LoRA is peft's: the fused layers have none.
+    # The fused layers do not implement LoRA's dropout.
     fuse = fuse and not torch.cuda.is_available() and fused.fusible(plain.config) and not (config.lora and config.lora.dropout)
     if fuse:
         fused.fuse(plain, computed)
@@ -160,7 +161,7 @@ def build(config: TrainConfig, n_models: int, fuse: bool = True) -> tuple[P2LMod
 
 
 def dtype_of(config: TrainConfig) -> torch.dtype:
-    """What the products run in: as the config says, else bfloat16 where the hardware multiplies it."""
+    """The dtype of the products: the config's, else bfloat16 where the hardware multiplies it."""
     if config.dtype is not None:
         return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
     return torch.bfloat16 if torch.cuda.is_available() or cpu.multiplies_bf16() else torch.float32

@@ -1,4 +1,4 @@
-"""What a run was asked for, written beside its states and into its checkpoint; and whether, and from where, it may go on."""
+"""Whether an interrupted or finished training run may be resumed: its config and inputs are kept with its states."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from p2l_engine.votes import Splits, Votes
 
 logger = logging.getLogger(__name__)
 
-ASKED = "asked.json"
+ASKED = "asked.json"  # the run's config and inputs
 IfPresent = Literal["refuse", "resume", "restart"]
 
 
 def inputs_of(config: TrainConfig, parts: Splits, max_steps: int) -> dict[str, Any]:
-    """What a run's result depends on beside its config: hashes of the votes, the validation votes and the backbone."""
+    """The inputs of a run besides its config: hashes of the votes, the validation votes and the backbone."""
     return {
         "max_steps": max_steps,
         "votes": _fingerprint(parts.training),
@@ -36,14 +36,15 @@ def inputs_of(config: TrainConfig, parts: Splits, max_steps: int) -> dict[str, A
 
 
 def prepare(state: Path, config: TrainConfig, inputs: dict[str, Any], if_present: IfPresent) -> str | None:
-    """Makes the run's folder; the state to resume from, where there is one and that is asked for."""
-    # Written down as JSON has it, so that what is read again compares equal.
+    """Makes the folder of the run's states; returns the one to resume from, or None to start.
+
+    Raises ValueError where ``state`` exists and if_present is "refuse", or belongs to a run of another config or other inputs.
+    """
+    # Through JSON, so that it compares equal when it is read again.
     asked = json.loads(json.dumps({"config": config.model_dump(), **inputs, "processes": os.environ.get("WORLD_SIZE", "1")}))
     if state.exists():
         if if_present == "refuse":
-            raise ValueError(
-                f"{state}: a run of this name is there already; --resume goes on with it, --restart throws it away"
-            )
+            raise ValueError(f"{state}: a run of this name exists already: --resume continues it, --restart deletes it")
         if if_present == "resume":
             return _resume(state, asked)
         shutil.rmtree(state)
@@ -61,17 +62,18 @@ def check_finished(folder: Path, config: TrainConfig, inputs: dict[str, Any]) ->
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{folder}: expected no folder yet, or this run's checkpoint: {error}") from None
     now = json.loads(json.dumps(config.model_dump())) | inputs
-    # Checkpoints of earlier versions do not say what else they were made of.
+    # Checkpoints of earlier versions do not record their inputs.
     known = before | (before.get("inputs") or {key: inputs[key] for key in inputs})
     changed = _changed(known, now)
     if changed:
         raise ValueError(
-            f"{folder}: is there already, and is another run's, since this differs: {changed}. --restart replaces it"
+            f"{folder}: expected no folder yet, found the checkpoint of another run, which differs in {changed}; "
+            "--restart replaces it"
         )
 
 
 def is_last(folder: Path) -> bool:
-    """Whether a state is that after the run's last step."""
+    """Whether a state is that of the run's last step."""
     state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
     return int(state["global_step"]) >= int(state["max_steps"]) and (folder / "model.safetensors").is_file()
 
@@ -80,16 +82,20 @@ def _resume(state: Path, asked: dict[str, Any]) -> str | None:
     try:
         before = json.loads((state / ASKED).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{state}: expected {ASKED}, which says what the run was asked for: {error}; --restart") from None
+        raise ValueError(
+            f"{state}: expected {ASKED}, the config of the run, and it cannot be read: {error}; --restart deletes the run"
+        ) from None
     changed = _changed(*({**x["config"], **{key: x[key] for key in x if key != "config"}} for x in (before, asked)))
     if changed:
-        raise ValueError(f"{state}: cannot be resumed, since this changed: {changed}. Undo it, or --restart")
+        raise ValueError(
+            f"{state}: cannot be resumed, since this changed: {changed}. Change it back, or delete the run with --restart"
+        )
     folders = sorted(state.glob("checkpoint-*"), key=lambda folder: int(folder.name.rsplit("-", 1)[1]), reverse=True)
     whole = next((folder for folder in folders if _is_whole(folder)), None)
     for folder in folders[: folders.index(whole) if whole else None]:
-        logger.warning("%s was cut short while it was written: removed", folder)
+        logger.warning("%s is incomplete: removed", folder)
         shutil.rmtree(folder)
-    logger.info("resuming from %s" if whole else "no whole state yet: starting again in %s", whole or state)
+    logger.info("resuming from %s" if whole else "no complete state yet: starting again in %s", whole or state)
     return None if whole is None else str(whole)
 
 
@@ -98,7 +104,7 @@ def _changed(before: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def _is_whole(folder: Path) -> bool:
-    """The Trainer writes trainer_state.json last."""
+    """Whether a state is complete: the Trainer writes trainer_state.json last."""
     try:
         json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
         weights = folder / "model.safetensors"
@@ -111,7 +117,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _fingerprint(votes: Votes) -> str:
-    """A hash of everything that is learnt from."""
+    """A hash of all that training reads of the votes."""
     digest = hashlib.sha256(json.dumps([votes.prompts, votes.models]).encode())
     for column in (votes.prompt, votes.a, votes.b, votes.outcome, votes.weight):
         digest.update(np.ascontiguousarray(column).tobytes())

@@ -24,11 +24,11 @@ def write(
     held_out_hashes: Mapping[str, str] | None = None,
     inputs: Mapping[str, Any] | None = None,
 ) -> None:
-    """The checkpoint in bfloat16, as published; for LoRA an adapter folder, which names its backbone.
+    """Writes the checkpoint in bfloat16, in the published layout; for LoRA an adapter folder, which names its backbone.
 
-    ``state`` is the whole model's state dict (gathered from all processes, where there are several); inputs: what the run was
-    made of, as ``resumption.inputs_of`` has it, which is kept in training_config.json. The folder is written
-    beside its place and renamed when it is complete. Raises OSError where it cannot be; nothing is left then.
+    state: the whole model's state dict, gathered from all processes. inputs: ``resumption.inputs_of`` the run, kept in
+    training_config.json. The folder is written atomically. Raises OSError where it cannot be written, FloatingPointError for
+    weights that are not finite; then nothing is kept.
     """
 
     def fill(work: Path) -> None:

@@ -1,7 +1,7 @@
-"""Causal attention within each prompt of a packed batch; torch's own kernels do it.
+"""Causal attention within each prompt of a packed batch, by torch's own kernels.
 
-Queries q [T, heads, size], or [N, heads, size] of the last tokens alone; keys and values kv [R, 2, kv heads, size]. A query
-sees the keys up to its own: the keys of a prompt are as many as its queries, or more by the prefix in front of them.
+Queries q [T, heads, size], or [N, heads, size] of the last tokens only; keys and values kv [R, 2, kv heads, size]. A query sees
+the keys up to its own token. A prompt has as many keys as queries, plus those of the shared prefix.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LONGEST_MASKED = 128  # own tokens behind a shared prefix
 
 
 def over_runs(q: Tensor, kv: Tensor, packed: Packed, last: bool, out: Tensor) -> Tensor:
-    """One call for each run of prompts of one length; out [T or N, heads * size] is filled and returned."""
+    """One call for each run of prompts of equal length; fills and returns out [T or N, heads * size]."""
     grouped = q.shape[1] != kv.shape[2]
     row = key = 0
     for _, count, length, shared in packed.runs():
@@ -28,22 +28,22 @@ def over_runs(q: Tensor, kv: Tensor, packed: Packed, last: bool, out: Tensor) ->
         rows, size = count * queries, q.shape[2]
         some = q[row : row + rows].view(count, queries, -1, size).transpose(1, 2)
         k, v = kv[key : key + count * keys].view(count, keys, 2, -1, size).permute(2, 0, 3, 1, 4)
-        causal, mask, ahead = not last and length > 1, None, 0
+        causal, mask, dummies = not last and length > 1, None, 0
         if causal and shared and length > LONGEST_MASKED:
-            # A mask makes torch compute every key for every query. Queries that nobody wants, in front, make it the plain
-            # triangle, of which it computes the lower half.
-            some, ahead = F.pad(some, (0, 0, shared, 0)), shared
+            # With a mask, torch computes all keys for all queries. Prepend dummy queries instead, so that its causal path
+            # applies, which computes half of that.
+            some, dummies = F.pad(some, (0, 0, shared, 0)), shared
         elif causal and shared:
             mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(shared)
         a = F.scaled_dot_product_attention(some, k, v, mask, is_causal=causal and mask is None, enable_gqa=grouped)
-        out[row : row + rows].view(count, queries, -1, size).copy_(a[:, :, ahead:].transpose(1, 2))
+        out[row : row + rows].view(count, queries, -1, size).copy_(a[:, :, dummies:].transpose(1, 2))
         row, key = row + rows, key + count * keys
     return out
 
 
 @cache
 def _names_grouped_heads() -> bool:
-    """Whether this torch wants grouped heads announced; where the argument does not exist yet they simply work."""
+    """Whether this torch's varlen_attn has the argument ``enable_gqa``; without it, grouped heads always work."""
     from torch.nn.attention.varlen import varlen_attn
 
     return "enable_gqa" in inspect.signature(varlen_attn).parameters

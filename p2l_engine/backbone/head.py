@@ -19,7 +19,7 @@ Outputs = TypeVar("Outputs", Tensor, npt.NDArray[np.float32])
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """weight [K, D] and bias [K], float32: the first ``n_models`` outputs are theta; one more, where there is one, is eta."""
+    """weight [K, D] and bias [K], float32: the first ``n_models`` outputs are theta; the last one of K > n_models is eta."""
 
     weight: Tensor
     bias: Tensor
@@ -40,7 +40,7 @@ class Head:
         return outputs[:, : self.n_models], outputs[:, self.n_models] if self.has_eta else None
 
     def __call__(self, hidden: Tensor, norm: Tensor | None, eps: float) -> Tensor:
-        """hidden [N, D], the final norm still to come where there is one (norm [D], eps) -> [N, K] float32."""
+        """hidden [N, D] -> outputs [N, K] float32; applies the final norm (norm [D], eps) first where there is one."""
         if hidden.is_cuda:
             from p2l_engine.kernels.pool_head import pool_head  # needs Triton
 
@@ -56,11 +56,11 @@ class Head:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], hidden: int, n_models: int, training: dict[str, Any], where: str) -> Head:
-        """A head from published weight names (without the prefix ``head.``), every shape checked.
+        """A head from published weight names (without the prefix ``head.``). Raises CheckpointError for wrong keys or shapes.
 
-        With linear_head_downsize_factor f the head is two layers over an inner width of int(M // f); with head_config's
-        eta_downsize the tie parameter starts from the same inner layer. There is nothing between the two, so they are
-        multiplied out here.
+        With linear_head_downsize_factor f the head is two layers with an inner width of int(M // f); with head_config's
+        eta_downsize the tie parameter starts from the same inner layer. There is no activation between the two layers, so
+        they are multiplied here. where: the checkpoint, for messages.
         """
         factor, config = training.get("linear_head_downsize_factor"), training.get("head_config") or {}
         if factor is not None and (isinstance(factor, bool) or not isinstance(factor, int | float) or not factor > 0):
@@ -83,7 +83,7 @@ class Head:
 
 
 def _product(layers: tuple[Layer, ...]) -> Layer:
-    """Linear layers in a row as one, float64."""
+    """The product of successive linear layers, in float64."""
     weight, bias = (part.double() for part in layers[0])
     for outer, outer_bias in layers[1:]:
         weight, bias = outer.double() @ weight, outer.double() @ bias + outer_bias.double()

@@ -1,6 +1,6 @@
-"""What a packed decoder computes with on a CPU: the native core's one pass for each step between the products.
+"""The packed decoder's operations on a CPU, in float32 or bfloat16: the native core's steps between torch's products.
 
-The steps are those of the Triton kernels of the same names, whose twins are theirs too. float32 and bfloat16.
+Reference implementations: those of the Triton kernels of the same steps (``p2l_engine.kernels``).
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from p2l_engine.backbone.packing import Packed
 from p2l_engine.backbone.weights import Linear
 from p2l_engine.native import decoder
 
-PACKED_ROWS = 192  # bfloat16: up to here a product is faster with weights laid out for it, 1.4 times at 64 rows
+PACKED_ROWS = 192  # bfloat16: up to this many rows a product is faster with weights in oneDNN's layout (1.4 times at 64)
 
 
 class CpuOperations:
-    """See Operations. One forward pass at a time: each result lies in a buffer that the next one of its name overwrites.
+    """See Operations. Used by one forward pass at a time: each result is in a buffer that the next of its name overwrites.
 
-    Fresh memory costs a CPU as much as the products that fill it (page faults), so the buffers stay from pass to pass. packed:
-    where the weights of short passes are kept, in oneDNN's layout, for all that share it.
+    The buffers are kept from pass to pass, since page faults of fresh memory cost a CPU as much as the products that fill it.
+    packed: the weights of short passes in oneDNN's layout, shared by the operations of all threads; two threads may lay out the
+    same weight at once, which is only redundant.
     """
 
     def __init__(self, dtype: torch.dtype, packed: dict[Linear, Tensor] | None = None) -> None:
@@ -35,11 +36,11 @@ class CpuOperations:
         """x [T, D] -> its norm, times weight [D]; with delta [T, D], x becomes x + delta first, in place."""
         return decoder.rms_norm(x, weight, eps, self._buffer("norm", *x.shape), delta)
 
-    def gate(self, gate_up: Tensor) -> Tensor:
-        """gate_up [T, 2 I], the gates before the ups -> silu(gate) * up [T, I]."""
+    def swiglu(self, gate_up: Tensor) -> Tensor:
+        """gate_up [T, 2 I], the gate's columns first -> silu(gate) * up [T, I]."""
         return decoder.swiglu(gate_up, self._buffer("gate", len(gate_up), gate_up.shape[1] // 2))
 
-    def rotary(
+    def rope(
         self,
         x: Tensor,
         queries: int,
@@ -50,7 +51,7 @@ class CpuOperations:
         sources: Tensor,
         prefix: Tensor | None = None,
     ) -> Tensor:
-        """x [T, (queries + 2 keys) S] -> keys and values [R, 2, keys, S], the queries turned in place.
+        """x [T, (queries + 2 keys) S] -> rotated keys and values [R, 2, keys, S]; rotates the queries in place.
 
         As ``kernels.rotary``: cos and sin [positions, S / 2] float32, positions [T] and sources [R] int32, prefix
         [P, 2, keys, S].
@@ -60,7 +61,7 @@ class CpuOperations:
         return decoder.rope_kv(x, queries, keys, cos, sin, positions, sources, kv, prefix)
 
     def linear(self, x: Tensor, layer: Linear, name: str) -> Tensor:
-        """x [T, in] -> [T, out]; few rows go through weights packed for them, which are kept beside the plain ones."""
+        """x [T, in] -> [T, out]; bfloat16 products of few rows use weights in oneDNN's layout, kept beside the plain ones."""
         if self._packs and len(x) <= PACKED_ROWS:
             weight = self._packed.get(layer)
             if weight is None:

@@ -1,4 +1,4 @@
-"""What a packed decoder computes with on a GPU: Triton's kernels between the products, one attention call for the batch."""
+"""The packed decoder's operations on a GPU: Triton kernels between the products, one attention call for the batch."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from p2l_engine.kernels.swiglu import swiglu
 
 
 class GpuOperations:
-    """See Operations; nothing here waits for the device."""
+    """See Operations. Nothing here waits for the device."""
 
     norm = staticmethod(rms_norm)
-    gate = staticmethod(swiglu)
-    rotary = staticmethod(rotary)
+    swiglu = staticmethod(swiglu)
+    rope = staticmethod(rotary)
 
     def linear(self, x: Tensor, layer: Linear, name: str) -> Tensor:
         """x [T, in] -> [T, out]."""

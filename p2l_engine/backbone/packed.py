@@ -1,7 +1,7 @@
-"""Llama and Qwen2 decoders over packed tokens.
+"""The decoders of ``families.FAMILIES`` over packed tokens.
 
 The last layer computes keys and values of all tokens, but queries, output projection and MLP of the CLS tokens only. The
-residual sum of each block is taken up by the norm that follows it.
+residual sum of each block is added in the norm that follows it.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from p2l_engine.prompts.encode import MAX_TOKENS
 
 
 class Operations(Protocol):
-    """What the decoder computes with on its device; a result may be overwritten by the next one of the same name."""
+    """The decoder's steps on its device. A result may be overwritten by the next result of the same method and name."""
 
     def norm(self, x: Tensor, weight: Tensor, eps: float, delta: Tensor | None = None) -> Tensor:
-        """RMSNorm of x, to which delta is added first, in place."""
+        """x += delta, in place, where there is a delta; returns RMSNorm(x) times the weight."""
 
-    def gate(self, gate_up: Tensor) -> Tensor:
+    def swiglu(self, gate_up: Tensor) -> Tensor:
         """silu(gate) * up."""
 
-    def rotary(
+    def rope(
         self,
         x: Tensor,
         queries: int,
@@ -41,7 +41,7 @@ class Operations(Protocol):
         sources: Tensor,
         prefix: Tensor | None = None,
     ) -> Tensor:
-        """Queries turned in place; keys and values to where attention reads them."""
+        """RoPE: rotates the queries in place; returns rotated keys, and values, in the order in which attention reads them."""
 
     def linear(self, x: Tensor, layer: Linear, name: str) -> Tensor:
         """x times the layer's weight, plus its bias."""
@@ -51,7 +51,7 @@ class Operations(Protocol):
 
 
 def operations_for(device: torch.device, dtype: torch.dtype) -> Callable[[], Operations]:
-    """Makes the operations of one forward pass at a time."""
+    """A function that makes the operations for one forward pass at a time. Raises ValueError for a dtype they cannot use."""
     if device.type == "cpu":
         from p2l_engine.backbone.on_cpu import CpuOperations
         from p2l_engine.native.decoder import DTYPES
@@ -83,7 +83,7 @@ class PackedDecoder:
         self.heads, self.kv_heads, self.head_size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         frequencies, self._rope_scale = config.rope.frequencies(config.head_dim)
         self._frequencies = frequencies.to(device)
-        # On a GPU all at once: captured graphs keep the addresses of these tables.
+        # On a GPU at full size from the start: CUDA graphs keep the addresses of these tables.
         self._tables = self._angles(MAX_TOKENS if device.type == "cuda" else 512)
         table = weights["embed_tokens.weight"]
         # Half precision is widened after the look-up, which gives the same numbers: a wide table is large.
@@ -98,9 +98,9 @@ class PackedDecoder:
         self._idle: deque[Operations] = deque()  # each forward pass takes one and returns it with its buffers
 
     def share(self, prefix: Tokens | None) -> None:
-        """Computes the keys and values of a prefix; prompts must be packed with it from here on.
+        """Computes the keys and values of a prefix (None: no prefix); prompts must be packed with it from now on.
 
-        Not while calls run; graphs captured before it still read the old ones.
+        No other thread may use the decoder meanwhile. CUDA graphs that were captured before keep the old prefix.
         """
         self.prefix, self.prefix_kv = None, [None] * len(self.layers)
         if prefix is not None and len(prefix):
@@ -114,7 +114,7 @@ class PackedDecoder:
 
     @torch.inference_mode()
     def _forward(self, packed: Packed, kept: list[Tensor] | None) -> Tensor:
-        """The last tokens' hidden states before the final norm; keys and values of every layer go to ``kept``."""
+        """The last tokens' hidden states before the final norm; appends the keys and values of every layer to ``kept``."""
         try:  # append and pop of a deque are atomic
             operations = self._idle.pop()
         except IndexError:
@@ -133,25 +133,25 @@ class PackedDecoder:
             normed = do.norm(x, layer.attention_norm, self.eps, delta)
             if last:
                 projected = do.linear(normed, self._last_kv, "qkv")
-                kv = do.rotary(projected, 0, self.kv_heads, cos, sin, packed.positions, packed.sources, prefix)
+                kv = do.rope(projected, 0, self.kv_heads, cos, sin, packed.positions, packed.sources, prefix)
                 q = do.linear(normed.index_select(0, rows), self._last_q, "q")
                 each = torch.arange(len(rows), dtype=torch.int32, device=self.device)
-                do.rotary(q, self.heads, 0, cos, sin, packed.positions.index_select(0, rows), each)
+                do.rope(q, self.heads, 0, cos, sin, packed.positions.index_select(0, rows), each)
                 x = x.index_select(0, rows)
             else:
                 projected = do.linear(normed, layer.qkv, "qkv")
-                kv = do.rotary(projected, self.heads, self.kv_heads, cos, sin, packed.positions, packed.sources, prefix)
+                kv = do.rope(projected, self.heads, self.kv_heads, cos, sin, packed.positions, packed.sources, prefix)
                 q = projected[:, :queries]
             if kept is not None:
                 kept.append(kv.clone())
             attended = do.attend(q.view(len(q), self.heads, self.head_size), kv, packed, last)
             normed = do.norm(x, layer.mlp_norm, self.eps, do.linear(attended, layer.out, "delta"))
-            delta = do.linear(do.gate(do.linear(normed, layer.gate_up, "gate_up")), layer.down, "delta")
+            delta = do.linear(do.swiglu(do.linear(normed, layer.gate_up, "gate_up")), layer.down, "delta")
         return x if delta is None else x + delta
 
     def rope(self, positions: int) -> tuple[Tensor, Tensor]:
-        """cos and sin of at least so many positions, [positions, size / 2] float32; both replaced in one step, since
-        callers may be on several threads."""
+        """cos and sin of at least this many positions, [positions, size / 2] float32. Safe from several threads: one assignment
+        replaces the tables."""
         tables = self._tables
         if positions > len(tables[0]):
             tables = self._tables = self._angles(max(positions, 2 * len(tables[0])))

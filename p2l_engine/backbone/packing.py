@@ -1,7 +1,7 @@
-"""Prompts as one run of tokens, with the offsets of the prompts: nothing is padded.
+"""Prompts packed into one sequence of tokens, with the offsets of the prompts: nothing is padded.
 
 Prompts that start with a shared prefix (the constant text of a chat template) are packed without it: their tokens take the
-positions after it, and attention finds the prefix's keys and values, computed once, in front of each prompt's own.
+positions after it, and attention reads the prefix's keys and values, computed once, before each prompt's own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _Sizes = tuple[int, int, int, int, int, int]
 
 
 class Run(NamedTuple):
-    """Neighbours of one shape: the first one's place, how many prompts, the tokens of each and of the prefix before it."""
+    """Adjacent prompts of one shape: index of the first, number of prompts, tokens of each and of the prefix before it."""
 
     first: int
     prompts: int
@@ -32,12 +32,12 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """N prompts of T tokens together, and of R keys together: T, and the prefix's for each prompt that shares it.
+    """N prompts with T tokens and R keys in total; a prompt that shares the prefix has the prefix's keys too.
 
-    All int32, on one device. tokens and positions [T]; sources [R]: the token of each key, or -1 - its place in the prefix;
-    last [N]: where each prompt's last (CLS) token stands; starts and key_starts [N + 1]: where each prompt begins. lengths [N]
-    and shared [N]: tokens of each prompt and of the prefix before it, on the host; longest_own: the most of lengths;
-    longest: the most of both together.
+    All tensors are int32 on one device. tokens and positions [T]; sources [R]: the token of each key, or -1 - its index in the
+    prefix; last [N]: the index of each prompt's last (CLS) token; starts and key_starts [N + 1]: the offsets of the prompts in
+    tokens and keys. lengths and shared [N], on the host: tokens of each prompt and of the prefix before it; longest_own: the
+    maximum of lengths; longest: the maximum of lengths + shared.
     """
 
     tokens: Tensor
@@ -53,10 +53,10 @@ class Packed:
 
     @classmethod
     def of(cls, prompts: Sequence[Tokens], prefix: Tokens | None = None, fill: int = 0, pin: bool = False) -> Packed:
-        """Prompts of one token at least. A prompt is packed without the prefix where it starts with it and goes on.
+        """Packs prompts of at least one token each, without the prefix where a prompt starts with it and continues.
 
-        fill: up to so many tokens, a filler is added as one more prompt, so that the sizes are those of every other such
-        batch. pin: in page-locked memory, from which ``to`` copies without waiting.
+        fill: pads the batch to this many tokens with one more prompt, so that all such batches have the same sizes. pin: use
+        page-locked memory, from which ``to`` copies asynchronously.
         """
         p = 0 if prefix is None else len(prefix)
         shares = [shared_with(ids, prefix) for ids in prompts]
@@ -70,10 +70,10 @@ class Packed:
         sizes = (total, total, keys, len(own), len(own) + 1, len(own) + 1)
         parts = _split(torch.zeros(sum(map(_aligned, sizes)), dtype=torch.int32, pin_memory=pin), sizes)
         tokens, positions, sources, last, all_starts, key_starts = (part.numpy() for part in parts)
-        place = np.arange(total)
+        index = np.arange(total)
         np.concatenate(own, out=tokens)
-        positions[:] = place - np.repeat(starts[:-1] - shared, lengths)
-        sources[place + np.repeat(before[1:], lengths)] = place
+        positions[:] = index - np.repeat(starts[:-1] - shared, lengths)
+        sources[index + np.repeat(before[1:], lengths)] = index
         sharing = np.flatnonzero(shared)
         sources[((starts + before)[sharing][:, None] + np.arange(p)).ravel()] = np.tile(-1 - np.arange(p), len(sharing))
         last[:] = np.maximum(starts[1:] - 1, 0)
@@ -86,21 +86,21 @@ class Packed:
 
     @property
     def buffer(self) -> Tensor:
-        """The one array that all of them are parts of."""
+        """The one array that holds all tensors."""
         return self.tokens.as_strided((sum(_aligned(size) for size in self._sizes()),), (1,))
 
     def to(self, device: torch.device) -> Packed:
-        """On another device, in one copy that nothing waits for where the memory is pinned."""
+        """The same on another device, in one copy, which is asynchronous from page-locked memory."""
         if device == self.tokens.device:
             return self
         return self.within(self.buffer.to(device, non_blocking=True))
 
     def within(self, buffer: Tensor) -> Packed:
-        """The same sizes over another buffer of ``buffer``'s contents."""
+        """The same batch in another buffer, which holds a copy of ``buffer``."""
         return Packed(*_split(buffer, self._sizes()), self.lengths, self.shared, self.longest_own, self.longest)
 
     def runs(self) -> list[Run]:
-        """Runs of neighbours of one length and one prefix."""
+        """The runs of adjacent prompts with equal length and equal prefix."""
         runs, first = [], 0
         for (length, shared), group in groupby(zip(self.lengths, self.shared, strict=True)):
             runs.append(Run(first, sum(1 for _ in group), length, shared))
@@ -113,7 +113,7 @@ class Packed:
 
 
 def _aligned(size: int) -> int:
-    """Up to 16 bytes: Triton compiles a kernel anew for a pointer that is not."""
+    """The size rounded up to 16 bytes: Triton compiles another kernel for pointers that are not aligned so."""
     return (size + 3) // 4 * 4
 
 
@@ -123,26 +123,26 @@ def _split(buffer: Tensor, sizes: _Sizes) -> tuple[Tensor, Tensor, Tensor, Tenso
 
 
 def shared_with(ids: Tokens, prefix: Tokens | None) -> int:
-    """How many of a prompt's tokens are the shared prefix: all of it where the prompt starts with it and goes on, else none."""
+    """The tokens that a prompt shares with the prefix: all of them if it starts with the prefix and continues, else 0."""
     if prefix is None or len(ids) <= len(prefix) or not np.array_equal(ids[: len(prefix)], prefix):
         return 0
     return len(prefix)
 
 
 def weight_of(ids: Tokens, prefix: Tokens | None) -> int:
-    """What a prompt takes of a batch's tokens: its own, and an eighth of the shared prefix's, whose keys are only copied."""
+    """A prompt's weight in a token budget: its own tokens, and an eighth of the prefix's, whose keys are only copied."""
     shared = shared_with(ids, prefix)
     return len(ids) - shared + shared // 8
 
 
 def batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Prompts in order of length, cut into batches of at most ``token_budget`` tokens (one prompt at least)."""
+    """Indices of prompts in order of length, in batches of at most ``token_budget`` tokens, or of one longer prompt."""
     found: list[list[int]] = []
-    room = 0
+    left = 0
     for i in np.argsort(lengths, kind="stable").tolist():
-        if not found or lengths[i] > room:
+        if not found or lengths[i] > left:
             found.append([])
-            room = token_budget
+            left = token_budget
         found[-1].append(i)
-        room -= lengths[i]
+        left -= lengths[i]
     return found

@@ -1,4 +1,4 @@
-"""Any causal decoder of transformers, over right-padded batches: slower, same result."""
+"""Any causal decoder of transformers, over right-padded batches: slower than packed, with the same result."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from p2l_engine.backbone.weights import compare
 
 
 class PaddedDecoder:
-    """See Backbone. Shares no prefix; its hidden states have been through the final norm."""
+    """See Backbone. It shares no prefix, and applies the final norm itself. Raises CheckpointError for wrong weights."""
 
     norm: Tensor | None = None
     eps = 0.0

@@ -1,4 +1,4 @@
-"""The weights of a packed decoder: checked against the config, then joined into the matrices of its products."""
+"""The weights of a packed decoder: checked against its config, then joined into the matrices of its products."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ JOINED = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.ga
 
 
 def joined(names: Collection[str]) -> Iterator[tuple[str, ...]]:
-    """The names of weights, those together that one product joins; a product with a name that is missing is left apart."""
+    """The names of weights in groups: those that one product joins, where all of its names are there; else each name alone."""
     done: set[str] = set()
     for name in names:
         if name in done:
@@ -80,7 +80,7 @@ def layers(config: DecoderConfig, weights: Mapping[str, Tensor], device: torch.d
 
 
 def concatenated(parts: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The parts one below the other, converted while they are copied; not copied where they are so already, in memory too."""
+    """The parts one below the other, converted while they are copied; a view where memory holds them so already."""
     first = parts[0]
     if len(parts) == 1:
         return first.to(device, dtype)

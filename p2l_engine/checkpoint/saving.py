@@ -1,4 +1,4 @@
-"""Checkpoint folders written whole or not at all, and the same bytes for the same weights."""
+"""Writes checkpoint folders, atomically, and with the same bytes for the same weights."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from p2l_engine.tables.atomic import write_folder
 
 
 def write_whole(folder: Path, fill: Callable[[Path], None]) -> None:
-    """``fill`` writes into a folder beside ``folder``, which then takes its place; where it fails nothing has changed.
+    """Lets ``fill`` write into a temporary folder, then renames it to ``folder``; if anything fails, nothing has changed.
 
-    Only a checkpoint, or an empty folder, is ever replaced: anything else is a ValueError.
+    Raises ValueError where ``folder`` is neither a checkpoint nor empty, and OSError where it cannot be written.
     """
     folder = folder.resolve()
     if folder.exists() and not replaceable(folder):
-        raise ValueError(f"{folder}: expected no folder, an empty one or a checkpoint; what is there is left alone")
+        raise ValueError(f"{folder}: expected no folder, an empty one or a checkpoint; nothing was changed")
     try:
         write_folder(folder, fill)
     except OSError as error:
-        raise OSError(f"{folder}: could not be written, and nothing of it was kept: {error}") from error
+        raise OSError(f"{folder}: cannot be written, nothing was kept: {error}") from error
     except Exception as error:
-        if type(error) is Exception:  # the tokenizers library knows no other, for a full disk too
-            raise OSError(f"{folder}: could not be written, and nothing of it was kept: {error}") from error
+        if type(error) is Exception:  # the tokenizers library raises no other, even for a full disk
+            raise OSError(f"{folder}: cannot be written, nothing was kept: {error}") from error
         raise
 
 
@@ -39,12 +39,13 @@ def replaceable(folder: Path) -> bool:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """bfloat16, in the order of their names: the same weights make the same bytes."""
+    """Writes tensors as bfloat16, in the order of their names: the same weights give the same bytes. Raises FloatingPointError
+    for weights that are not finite, OSError where they cannot be written."""
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise FloatingPointError(f"{len(broken)} of {len(tensors)} weights are not finite, {broken[0]} first: not written")
     narrow = {name: tensors[name].detach().to("cpu", torch.bfloat16).contiguous() for name in sorted(tensors)}
-    # A layer that theta and eta share is stored under both of its names.
+    # Cloned: a layer that theta and eta share is stored under both names, which safetensors refuses for shared memory.
     try:
         save_file({name: tensor.clone() for name, tensor in narrow.items()}, path, metadata={"format": "pt"})
     except SafetensorError as error:  # a full disk, among others

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def cache_folder() -> Path:
-    """Where conversions are kept."""
+    """The folder of converted backbones: P2L_ENGINE_CACHE, or p2l-engine in the user's cache."""
     own = os.environ.get("P2L_ENGINE_CACHE")
     return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "p2l-engine"
 

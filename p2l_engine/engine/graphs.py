@@ -1,7 +1,7 @@
 """CUDA graphs for single prompts: the whole forward pass as one launch.
 
-A single prompt keeps a GPU busy for so short a time that launching its kernels one by one takes longer than they do. One graph
-is captured for each bucket of tokens; a prompt runs in the smallest that holds it, with a filler prompt in what is left over.
+For a single prompt, launching the kernels one by one takes longer than running them. One graph is captured for each bucket of
+tokens; a prompt runs in the smallest bucket that holds it, and a filler prompt takes the remaining tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from p2l_engine.backbone.packing import Packed, Tokens, shared_with
 
-BUCKETS = (16, 32, 64, 128, 256, 512)  # own tokens: those behind a shared prefix
+BUCKETS = (16, 32, 64, 128, 256, 512)  # own tokens, without a shared prefix
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,23 +33,23 @@ class _Captured:
 class Graphs:
     """Captured forward passes of ``forward``: packed tokens on the device -> outputs [n, K]. Safe from several threads.
 
-    keep: what the passes read beside their input; the graphs know it by address alone, so it must live as long as they do.
+    keep: tensors that the passes read besides their input; graphs hold only their addresses, so a reference is kept here.
     """
 
     def __init__(self, forward: Callable[[Packed], Tensor], prefix: Tokens | None, device: torch.device, keep: object) -> None:
         self.prefix, self.device, self._keep = prefix, device, keep
         self._lock = threading.Lock()
-        # One for all, and not torch's own default: that belongs to the first device that ever captured.
+        # Not torch's default capture stream, which belongs to the first device that captured a graph.
         self._stream = torch.cuda.Stream(device)
         pool: Any = None
         self._captured: dict[int, _Captured] = {}
-        for bucket in sorted(BUCKETS, reverse=True):  # the largest first: the others find their memory in its pool
+        for bucket in sorted(BUCKETS, reverse=True):  # the largest first: the others reuse its memory pool
             captured = self._capture(forward, bucket, pool)
             pool = pool or captured.graph.pool()
             self._captured[bucket] = captured
 
     def run(self, ids: Tokens) -> npt.NDArray[np.float32] | None:
-        """The outputs [K] of one prompt; None where no graph takes it: too long, or without the shared prefix."""
+        """The outputs [K] of one prompt; None if no graph fits: it is too long, or lacks the shared prefix."""
         shared = shared_with(ids, self.prefix)
         bucket = next((b for b in BUCKETS if b >= len(ids) - shared), None)
         if bucket is None or (self.prefix is not None and not shared):
@@ -66,7 +66,7 @@ class Graphs:
 
     def _capture(self, forward: Callable[[Packed], Tensor], bucket: int, pool: Any) -> _Captured:
         prefix = np.zeros(0, np.int32) if self.prefix is None else self.prefix
-        # As long as they get: the sizes that attention is launched with are those of this prompt.
+        # The longest prompt of the bucket: attention is launched with the sizes of this one.
         longest = np.concatenate([prefix, np.zeros(bucket, np.int32)]).astype(np.int32)
         packed = Packed.of([longest], self.prefix, fill=bucket)
         inputs = packed.to(self.device)
