@@ -1,4 +1,4 @@
-"""Many callers: each gets its own result or its own error, and nobody waits for nothing."""
+"""Concurrent callers: each gets its own result or its own error, and waits for others only under load."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_under_load_a_call_waits_for_others_but_not_for_long(monkeypatch):
     futures += [batcher.submit("bb", length) for _ in range(3)]
     engine.gate.set()
     [f.result(60) for f in futures]
-    with batcher._engine_free:  # the batch of three has ended; from here on the clock stands still
+    with batcher._engine_free:  # the batch of three has ended; from here on the clock is stopped
         now = [batcher._ended]
         monkeypatch.setattr("p2l_engine.engine.batcher.monotonic", lambda: now[0])
     one, two = batcher.submit("c", length), batcher.submit("d", length)
@@ -133,7 +133,7 @@ def test_a_cancelled_call_takes_nothing_from_the_others():
     assert engine.entered.wait(60)
     dropped, kept = batcher.submit("bb", length), batcher.submit("ccc", length)
     assert dropped.cancel()
-    assert not first.cancel()  # under way
+    assert not first.cancel()  # in flight
     engine.gate.set()
     assert (first.result(60), kept.result(60)) == (1, 3)
     with pytest.raises(CancelledError):

@@ -1,4 +1,4 @@
-"""Checkpoints: every layout that is read, and what is said of a broken one."""
+"""Checkpoints: every layout that is read, and the error for each kind of broken checkpoint."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_what_is_wrong_is_named(name, tmp_path):
+def test_broken_checkpoints_are_refused_with_the_reason(name, tmp_path):
     spoil, message = BROKEN[name]
     folder = tiny.write(tmp_path / "p2l")
     spoil(folder)
@@ -224,7 +224,7 @@ def test_an_adapter_for_another_shape_is_named(tmp_path):
         checkpoint.load(tmp_path / "adapter")
 
 
-def test_a_name_that_is_nowhere():
+def test_an_unknown_name_is_refused():
     with pytest.raises(CheckpointError, match="expected a folder or a hub name like 'owner/name'"):
         checkpoint.load("no-such-folder")
 

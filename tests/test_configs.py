@@ -151,7 +151,7 @@ def test_frequencies_are_those_of_transformers(scaling, half, theta, old_spellin
         ({"model_type": "qwen2", "use_sliding_window": True}, "sliding-window"),
     ],
 )
-def test_what_is_left_to_transformers_is_named(change, message):
+def test_configs_that_need_transformers_say_why(change, message):
     with pytest.raises(UnsupportedConfig, match=message):
         DecoderConfig.read({"model_type": "llama"} | change)
 

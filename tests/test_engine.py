@@ -145,7 +145,7 @@ def test_batches_keep_every_prompt_within_the_budget(rng):
     assert all(sum(lengths[i] for i in batch) <= 256 or len(batch) == 1 for batch in found)
 
 
-def test_chunks_are_tokenised_ahead_and_every_prompt_comes_once(tmp_path, monkeypatch):
+def test_chunks_are_prefetched_and_every_prompt_comes_once(tmp_path, monkeypatch):
     engine = Engine.from_pretrained(tiny.write(tmp_path), device="cpu", dtype=torch.float32)
     prompts = [f"{i} " * (1 + i % 7) for i in range(50)]
     whole = engine.coefficients(prompts).theta
@@ -176,7 +176,7 @@ def test_a_stream_of_chunks_is_computed_chunk_by_chunk(tmp_path, monkeypatch):
 
     found = []
     for outputs in engine.outputs_of(chunks()):
-        assert len(drawn) <= len(found) + 4  # never far ahead of the one who takes them
+        assert len(drawn) <= len(found) + 4  # at most two chunks are prefetched
         found.append(outputs)
     assert [len(part.outputs) for part in found] == np.diff(cuts).tolist()
     whole = engine.coefficients(prompts)
@@ -185,7 +185,7 @@ def test_a_stream_of_chunks_is_computed_chunk_by_chunk(tmp_path, monkeypatch):
     np.testing.assert_allclose(together[:, -1], whole.eta, atol=1e-5)
     shared = len(engine.encoder.prefix()) if engine.backbone.prefix is not None else 0
     assert sum(part.tokens for part in found) == sum(len(ids) - shared for ids in engine.encoder.encode(prompts))
-    # A chunk's bits are its own affair.
+    # A chunk's outputs do not depend on its neighbours, to the last bit.
     (alone,) = engine.outputs_of([prompts[20:23]])
     np.testing.assert_array_equal(alone.outputs, found[2].outputs)
     with pytest.raises(PromptError, match=r"prompts\[1\]"):
@@ -242,7 +242,7 @@ def test_threads_are_those_of_the_container(tmp_path, monkeypatch):
         torch.set_num_threads(before)
 
 
-def test_what_is_no_list_of_tokens_or_prompts(tmp_path):
+def test_wrong_types_of_tokens_and_prompts_are_refused(tmp_path):
     engine = Engine.from_pretrained(tiny.write(tmp_path), device="cpu", dtype=torch.float32)
     assert engine.forward([]).shape == (0, 6)
     with pytest.raises(ValueError, match=r"tokens\[1\]: expected one token at least"):
@@ -258,13 +258,13 @@ def test_a_cpu_without_bfloat16_products_takes_plain_weights(tmp_path, monkeypat
     folder = tiny.write(tmp_path)
     with_onednn = Engine.from_pretrained(folder, device="cpu", dtype=torch.bfloat16).coefficients(["hello"]).theta
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
-    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", lambda *_: pytest.fail("not to be had"))
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", lambda *_: pytest.fail("not supported"))
     plain = Engine.from_pretrained(folder, device="cpu", dtype=torch.bfloat16).coefficients(["hello"]).theta
     np.testing.assert_allclose(plain, with_onednn, atol=0.03 * np.abs(plain).max())
 
 
 def test_threads_share_an_engine(tmp_path):
-    """Each forward pass has operations of its own, however many threads ask at once."""
+    """Concurrent forward passes never share buffers."""
     engine = Engine.from_pretrained(tiny.write(tmp_path), device="cpu", dtype="float32")
     prompts = [f"{i} " * (1 + i % 40) for i in range(24)]
     alone = [engine.coefficients([prompt]).theta[0] for prompt in prompts]

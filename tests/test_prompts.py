@@ -71,7 +71,7 @@ def test_200_000_characters_and_every_special_token(encoder):
 
 @pytest.mark.parametrize("template", [tiny.TEMPLATE, "{{ messages[0]['content'] }}"])
 def test_a_giant_prompt_is_cut_before_it_is_tokenised(template, monkeypatch):
-    """What is left of it is what truncation leaves of the whole; memory follows the limit, not the prompt."""
+    """The tokens equal those of the whole text, truncated; memory follows max_tokens, not the prompt."""
     monkeypatch.setattr("p2l_engine.prompts.encode.BOUNDARY_WITHIN", 50)
     short = encoder_of(max_tokens=40, template=template)
     seen = []

@@ -194,11 +194,11 @@ def test_special_tokens_may_be_split(tmp_path):
     [
         ({"tokenizer_class": "LlamaTokenizer"}, "tokenizer_class 'LlamaTokenizer'"),
         ({"tokenizer_class": None}, "tokenizer_class None"),
-        ({"auto_map": {"AutoTokenizer": ["a.B", None]}}, "code of its own"),
+        ({"auto_map": {"AutoTokenizer": ["a.B", None]}}, "custom code"),
         ({"add_prefix_space": True}, "add_prefix_space differs"),
         ({"cls_token": "<new>"}, "the special token '<new>' is none in tokenizer.json"),
         ({"additional_special_tokens": ["<new>"]}, "the special token '<new>' is none"),
-        ({"extra_special_tokens": {"image_token": "<image>"}}, "special tokens of its own"),
+        ({"extra_special_tokens": {"image_token": "<image>"}}, "model-specific special tokens"),
         ({"image_token": "<image>"}, "names the special token image_token"),
         ({"eos_token": 3}, "a special token is 3"),
         ({"mask_token": {"content": "<|endoftext|>"}}, "a special token is {'content'"),
@@ -208,12 +208,12 @@ def test_special_tokens_may_be_split(tmp_path):
         ({"chat_template": {"a": 1}}, "is a dict"),
     ],
 )
-def test_what_only_transformers_knows_is_left_to_it(change, message, tmp_path):
+def test_tokenizers_that_need_transformers_say_why(change, message, tmp_path):
     with pytest.raises(NeedsTransformers, match=message):
         read_fast_tokenizer(write(tmp_path, **change), "llama", TRAINING)
 
 
-def test_other_files_are_left_to_transformers(tmp_path):
+def test_files_that_need_transformers(tmp_path):
     folder = write(tmp_path, "PreTrainedTokenizerFast")
     with pytest.raises(NeedsTransformers, match="not that of a Qwen2Tokenizer"):
         read_fast_tokenizer(folder, "qwen2", TRAINING)
@@ -225,7 +225,7 @@ def test_other_files_are_left_to_transformers(tmp_path):
         read_fast_tokenizer(folder, "llama", TRAINING)
 
 
-def test_transformers_reads_what_is_left_to_it_and_that_is_logged(tmp_path, caplog):
+def test_reading_with_transformers_is_logged(tmp_path, caplog):
     fast = tiny.tokenizer()
     fast.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))

@@ -91,7 +91,7 @@ def _resume(state: Path, asked: dict[str, Any]) -> str | None:
             f"{state}: cannot be resumed, since this changed: {changed}. Change it back, or delete the run with --restart"
         )
     folders = sorted(state.glob("checkpoint-*"), key=lambda folder: int(folder.name.rsplit("-", 1)[1]), reverse=True)
-    whole = next((folder for folder in folders if _is_whole(folder)), None)
+    whole = next((folder for folder in folders if _is_complete(folder)), None)
     for folder in folders[: folders.index(whole) if whole else None]:
         logger.warning("%s is incomplete: removed", folder)
         shutil.rmtree(folder)
@@ -103,7 +103,7 @@ def _changed(before: dict[str, Any], now: dict[str, Any]) -> str:
     return "; ".join(f"{key}: was {before.get(key)!r:.60}, is {now[key]!r:.60}" for key in now if before.get(key) != now[key])
 
 
-def _is_whole(folder: Path) -> bool:
+def _is_complete(folder: Path) -> bool:
     """Whether a state is complete: the Trainer writes trainer_state.json last."""
     try:
         json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))

@@ -18,8 +18,8 @@ def export(source: str | Path | None, target: Path, evaluation: Path | None = No
 
     The same source gives the same bytes. evaluation: figures of ``p2l-engine eval --json`` for the card; None takes the
     source's own evaluation.json where it has one. Raises CheckpointError for a source that cannot be read and for figures of
-    another checkpoint, ValueError where ``target`` holds something already, OSError where it cannot be written; it is there
-    whole or not at all.
+    another checkpoint, ValueError where ``target`` is neither missing nor empty, OSError where it cannot be written. It is
+    written atomically.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target}: expected a folder that does not exist yet, or an empty one")
@@ -34,7 +34,7 @@ def export(source: str | Path | None, target: Path, evaluation: Path | None = No
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise CheckpointError(
             f"no card can be made of {loaded.folder / 'training_config.json'}{'' if figures is None else f' and {path}'}: "
-            f"something is missing in them or of another type: {type(error).__name__}: {error}"
+            f"something is missing in them or has another type: {type(error).__name__}: {error}"
         ) from None
 
     def fill(work: Path) -> None:

@@ -58,7 +58,7 @@ class Checkpoint:
 def load(path_or_repo: str | Path | None = None) -> Checkpoint:
     """Reads a checkpoint: a local folder, else a hub repository's name; None is the built-in default.
 
-    Raises CheckpointError, which says what is missing or of a wrong shape, expected and found.
+    Raises CheckpointError, which names what is missing or has a wrong shape, with the expected and the found value.
     """
     folder = DEFAULT if path_or_repo is None else find(path_or_repo)
     models = _models(folder)
@@ -164,7 +164,7 @@ def find(path_or_repo: str | Path) -> Path:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         first = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"checkpoint: {name!r} is no folder here and could not be had from the hub: {first}") from error
+        raise CheckpointError(f"checkpoint: {name!r} is no local folder, and the hub did not provide it: {first}") from error
 
 
 def decoder_weights(folder: Path) -> dict[str, Tensor]:

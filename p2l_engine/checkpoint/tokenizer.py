@@ -1,4 +1,4 @@
-"""Reads a checkpoint's tokenizer from its files with the tokenizers library alone, where these give what transformers would.
+"""Reads a checkpoint's tokenizer without transformers, where its files say all that transformers would use.
 
 Used: ``tokenizer.json``; of ``tokenizer_config.json`` the special tokens, ``chat_template`` and ``split_special_tokens``;
 ``special_tokens_map.json`` where the config lists no added tokens; ``chat_template.jinja``.
@@ -23,8 +23,8 @@ FLAGS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
 
 # Classes that transformers runs on tokenizer.json unchanged.
 GENERIC = ("PreTrainedTokenizer", "TokenizersBackend")
-# Classes that some versions of transformers build anew from the vocabulary: the normalizer and pre-tokenizer that they give it,
-# and the tokens that they add where the config names none.
+# Classes that some versions of transformers rebuild from the vocabulary: their normalizer and pre-tokenizer, and the special
+# tokens that default to DEFAULT_TOKEN.
 _QWEN2_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 REBUILT: dict[str, tuple[object, object, tuple[str, ...]]] = {
     "GPT2Tokenizer": (
@@ -48,7 +48,7 @@ DEFAULT_TOKEN = "<|endoftext|>"
 
 
 class NeedsTransformers(Exception):
-    """The files may mean something that only transformers knows; the message says what."""
+    """The tokenizer must be read by transformers; the message says why."""
 
 
 def read_fast_tokenizer(folder: Path, model_type: str, training: Mapping[str, Any]) -> FastTokenizer:
@@ -97,9 +97,9 @@ def _class_of(config: Mapping[str, Any], model_type: str) -> str:
     given = config.get("tokenizer_class")
     name = given.removesuffix("Fast") if isinstance(given, str) else None
     if "auto_map" in config or "fix_mistral_regex" in config:
-        raise NeedsTransformers("tokenizer_config.json names code of its own, or a patch")
+        raise NeedsTransformers("tokenizer_config.json names custom code, or a patch")
     if model_type == "qwen2" and name in (*GENERIC, "Qwen2Tokenizer"):
-        return "Qwen2Tokenizer"  # some versions of transformers take it for the others too
+        return "Qwen2Tokenizer"  # some versions of transformers use it for all of them
     if name not in (*GENERIC, "GPT2Tokenizer"):
         raise NeedsTransformers(f"tokenizer_class {given!r} may differ from tokenizer.json")
     assert name is not None
@@ -116,7 +116,7 @@ def _backend(folder: Path) -> Tokenizer:
 
 
 def _check_added(given: Any, added: Mapping[int, AddedToken], all_of_them: bool) -> None:
-    """That the added tokens of tokenizer_config.json are those of tokenizer.json."""
+    """Checks that the added tokens of tokenizer_config.json are in tokenizer.json, with the same flags."""
     if not isinstance(given, dict):
         raise NeedsTransformers("added_tokens_decoder is no mapping")
     for key, token in given.items():
@@ -127,14 +127,14 @@ def _check_added(given: Any, added: Mapping[int, AddedToken], all_of_them: bool)
 
 
 def _same(token: AddedToken | None, other: object) -> bool:
-    """Whether an added token is described by ``other``; None is described by None."""
+    """Whether ``other``, an entry of tokenizer_config.json, has the token's text and flags."""
     if token is None or not isinstance(other, dict):
         return token is other
     return set(other) <= {*FLAGS, "__type"} and all(getattr(token, flag) == other.get(flag) for flag in FLAGS)
 
 
 def _special_tokens(config: Mapping[str, Any], added: Mapping[int, AddedToken]) -> dict[str, str]:
-    """Named special tokens, all of them known to tokenizer.json as such."""
+    """Special tokens by name. Raises NeedsTransformers unless all of them are special tokens of tokenizer.json."""
     known = {token.content for token in added.values() if token.special}
     special, extra = {}, config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
     for name in SPECIAL_TOKENS:
@@ -142,7 +142,7 @@ def _special_tokens(config: Mapping[str, Any], added: Mapping[int, AddedToken]) 
         if token:
             special[name] = token
     if not isinstance(extra, list):
-        raise NeedsTransformers("it names special tokens of its own")
+        raise NeedsTransformers("it has model-specific special tokens")
     for key, value in config.items():
         if key.endswith("_token") and key not in SPECIAL_TOKENS and isinstance(value, str):
             raise NeedsTransformers(f"it names the special token {key}")
@@ -153,7 +153,7 @@ def _special_tokens(config: Mapping[str, Any], added: Mapping[int, AddedToken]) 
 
 
 def _content(token: Any) -> str | None:
-    """The text of a special token as configs write it."""
+    """The text of a special token: a string, or a serialised AddedToken."""
     if _is_token(token) and token.get("__type") == "AddedToken":
         token = token["content"]
     if token is not None and not isinstance(token, str):
@@ -166,7 +166,7 @@ def _is_token(value: Any) -> bool:
 
 
 def _check_rebuilt(name: str, backend: Tokenizer) -> None:
-    """That tokenizer.json is what the class makes of its vocabulary."""
+    """Checks that tokenizer.json equals the tokenizer that the class builds from its vocabulary."""
     normalizer, words, _ = REBUILT[name]
     model = backend.model
     plain = type(model).__name__ == "BPE" and (model.dropout, model.unk_token) == (None, None)
@@ -176,7 +176,7 @@ def _check_rebuilt(name: str, backend: Tokenizer) -> None:
 
 
 def _settings(part: Any) -> Any:
-    """Those of a part of a tokenizer that change its tokens."""
+    """The settings of a normalizer or pre-tokenizer that change tokens; trim_offsets does not."""
 
     def without_offsets(value: Any) -> Any:
         if isinstance(value, dict):

@@ -169,8 +169,8 @@ class Engine:
                     keep = (self.backbone.prefix_kv, self.backbone.rope(0))
                     self._graphs = Graphs(lambda packed: self.outputs(self.backbone(packed)), prefix, self.device, keep)
                     self.coefficients(["a"])
-                whole = np.zeros(256, np.int32)  # a full batch, so that its memory is there
-                self.forward([whole] * (self.tokens_per_batch // len(whole)))
+                prompt = np.zeros(256, np.int32)  # a full batch, so that its memory is allocated
+                self.forward([prompt] * (self.tokens_per_batch // len(prompt)))
                 CompileWatch.start()
         seconds = time.perf_counter() - start
         logger.info("warm-up: %.1f s; head and win rates in one launch up to %d prompts", seconds, self._fused_up_to)

@@ -48,7 +48,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 
 class _Generation(Extension):
-    """``{% generation %}`` marks an assistant's tokens for training; here its body is rendered as it is."""
+    """``{% generation %}`` marks an assistant's tokens for training; here its body is rendered unchanged."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
 

@@ -1,4 +1,4 @@
-"""Tokenizers with a chat template and a CLS token: the tokenizers library's alone, or transformers'."""
+"""Tokenizers with a chat template and a CLS token: built on the tokenizers library, or wrapped from transformers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class ChatTokenizer(Protocol):
 
 
 class FastTokenizer:
-    """A tokenizer of the tokenizers library, without transformers. It takes ``backend`` over: no other user may change it."""
+    """A tokenizer built on the tokenizers library, without transformers. It owns ``backend``, which nothing else may change."""
 
     def __init__(self, backend: tokenizers.Tokenizer, template: str, special_tokens: Mapping[str, str]) -> None:
         self.special_tokens = dict(special_tokens)

@@ -1,4 +1,4 @@
-"""Reads a published P2L folder with transformers and safetensors alone: what any other reader of the layout would do."""
+"""Reads a published P2L folder with transformers and safetensors only, as any other reader of the layout would."""
 
 import json
 from pathlib import Path
