@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -317,3 +319,15 @@ def test_other_devices_are_refused(wrong):
 
 def test_devices_in_any_case():
     assert as_device("CPU") == as_device(torch.device("cpu")) == torch.device("cpu")
+
+
+@pytest.mark.slow
+def test_a_packed_checkpoint_is_read_without_transformers(tmp_path):
+    folder = tiny.write(tmp_path)
+    code = (
+        "import sys; from p2l_engine import Engine\n"
+        f"Engine.from_pretrained({str(folder)!r}, device='cpu').coefficients(['hello', 'you'])\n"
+        "print(sorted({'transformers', 'huggingface_hub', 'triton', 'pyarrow', 'sklearn', 'matplotlib'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]", done.stdout
