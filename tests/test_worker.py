@@ -1,4 +1,4 @@
-"""Batches of columns through ``batch.Route``, by itself."""
+"""``batch.Route`` called directly, without Ray or Spark."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def objects(values):
     return out
 
 
-def test_rows_stay_and_are_routed_as_the_router_routes(arguments, engine):
+def test_rows_keep_their_columns_and_get_the_routers_decisions(arguments, engine):
     arguments = pickle.loads(pickle.dumps(arguments))
     found = Route(**arguments, budget=1.5, coefficients="float32")({"id": np.arange(50), "prompt": np.array(PROMPTS)})
     decisions = Router(engine, catalog(), seed=3).route_batch(PROMPTS, 1.5)
@@ -65,7 +65,7 @@ def test_rows_that_cannot_be_routed_say_why(arguments):
         assert found["theta"].shape == (len(none), len(route.router.engine.models))
 
 
-def test_what_cannot_be_is_refused(arguments):
+def test_invalid_columns_and_options_are_refused(arguments):
     route = Route(**arguments)
     with pytest.raises(ValueError, match="column: expected one of text, got 'prompt'"):
         route({"text": np.array(["a"])})
@@ -79,7 +79,7 @@ def test_what_cannot_be_is_refused(arguments):
         Route(**{**arguments, "dtype": "int8"})
 
 
-def test_a_price_is_used_as_by_a_run(arguments, engine):
+def test_a_price_maximises_win_rate_less_cost(arguments, engine):
     route = Route(**arguments, price=0.01)
     found = route({"prompt": np.array(PROMPTS)})
     v = route.router.win_rates(route.router.engine.coefficients(PROMPTS))

@@ -75,7 +75,7 @@ class Route:
         taken = [name for name in batch if name in OUTPUT_COLUMNS]
         if taken:
             raise ValueError(f"batch: the result has columns of its own named {', '.join(taken)}: rename or drop them")
-        prompts = [turns_of(_plain(prompt), self.plain_text) for prompt in batch[self.column]]
+        prompts = [turns_of(_without_arrays(prompt), self.plain_text) for prompt in batch[self.column]]
         block = Deduplicator().add(Block(0, 0, prompts, pa.table({})))
         engine, new = self.router.engine, block.new_prompts
         outputs = next(engine.outputs_of([new])).outputs if new else np.empty((0, engine.head.width), np.float32)
@@ -86,10 +86,10 @@ class Route:
         return {**batch, **{name: _array(table.column(name)) for name in table.column_names}}
 
 
-def _plain(value: Any) -> Any:
+def _without_arrays(value: Any) -> Any:
     """A cell with nested arrays as lists, and NaN, which is pandas' missing text, as None."""
     if isinstance(value, np.ndarray):
-        return [_plain(item) for item in value]
+        return [_without_arrays(item) for item in value]
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
