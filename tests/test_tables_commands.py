@@ -8,11 +8,10 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from typer.testing import CliRunner
 
-from p2l_engine.cli import app
 from tests.support import tiny
 from tests.support.batch_files import output
+from tests.support.command import p2l_engine
 
 FORMATS = ("csv", "jsonl", "parquet", "csv.gz", "NDJSON")
 ODD = [
@@ -32,15 +31,15 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
-def run(*arguments, checkpoint, text=None):
+def run(*arguments, checkpoint, text=""):
     options = ["--checkpoint", str(checkpoint), "--device", "cpu", "--dtype", "float32"]
-    return CliRunner(env={"COLUMNS": "200"}).invoke(app, [*map(str, arguments), *options], input=text, catch_exceptions=True)
+    return p2l_engine(*map(str, arguments), *options, text=text)
 
 
 def printed(*arguments, checkpoint):
     done = run(*arguments, checkpoint=checkpoint)
-    assert done.exit_code == 0, (done.output, done.exception)
-    return done.stdout
+    assert done.status == 0, done.err
+    return done.out
 
 
 def write(folder, prompts):
@@ -98,8 +97,8 @@ def test_commands_agree_on_thirty_real_prompts(checkpoint, data, tmp_path):
 @pytest.mark.parametrize("command", ["route", "leaderboard"])
 def test_nothing_on_standard_input_is_refused(command, text, checkpoint):
     done = run(command, checkpoint=checkpoint, text=text)
-    assert done.exit_code == 2
-    assert "standard input holds no prompt" in " ".join(done.output.split())
+    assert done.status == 2
+    assert "standard input holds no prompt" in done.message
 
 
 @pytest.mark.parametrize("command", ["route", "frontier", "leaderboard", "strengths", "batch"])
@@ -116,5 +115,16 @@ def test_every_command_refuses_the_same_files(command, checkpoint, tmp_path):
         if text is not None:
             (tmp_path / name).write_text(text)
         done = run(*options, tmp_path / name, *more, checkpoint=checkpoint)
-        assert message in str(done.exception), (name, done.output)
-        assert isinstance(done.exception, ValueError)
+        assert done.status == 2
+        assert message in done.message
+
+
+@pytest.mark.parametrize("command", ["route", "frontier", "leaderboard", "strengths"])
+def test_commands_read_uris_folders_and_globs(command, checkpoint, tmp_path):
+    options = {"route": ["route", "--file"], "leaderboard": ["leaderboard", "--prompts"]}.get(command, [command])
+    (tmp_path / "a.csv").write_text("prompt\nfirst\n")
+    (tmp_path / "b.jsonl").write_text('"second"\n')
+    (tmp_path / "c.txt").write_text("third\n")
+    for given in (tmp_path, f"{tmp_path}/*", f"file://{tmp_path}/a.csv", f"file://{tmp_path}/c.txt"):
+        assert run(*options, given, checkpoint=checkpoint).status == 0
+    assert "no such file or folder" in run(*options, f"{tmp_path}/none.csv", checkpoint=checkpoint).message
