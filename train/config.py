@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from p2l_engine.feedback import feedback_model
 from p2l_engine.unique_keys import UniqueKeys
@@ -45,7 +45,7 @@ class TrainConfig(BaseModel):
     cls_token_if_none: str = "<|cls|>"
     pad_token_if_none: str = "<|pad|>"
     head_type: Literal["bt", "rk"]
-    loss_type: Literal["bt", "bt-tie", "rk", "rk-reparam", "grk", "bag", "ols", "poisson"]
+    loss_type: Annotated[str, AfterValidator(lambda name: feedback_model(name) and name)]  # a feedback model
     linear_head_downsize_factor: Annotated[float, Field(gt=0)] | None = None
     head_config: dict[str, Any] = {}
     train_head_only: bool = False
