@@ -52,7 +52,7 @@ def test_a_finished_run_is_resumed_only_with_the_same_settings_and_data(config, 
     with pytest.raises(ValueError, match="max_steps: was 2, is 3"):
         train(config, 3, "resume")
     skill_votes(tmp_path / "votes.parquet", n=50)
-    with pytest.raises(ValueError, match="this differs: votes: "):
+    with pytest.raises(ValueError, match="which differs in votes: "):
         train(config, 2, "resume")
     (tmp_path / "out" / "notes").mkdir()
     (tmp_path / "out" / "notes" / "mine.txt").write_text("mine")
