@@ -21,13 +21,14 @@ from rich.table import Table
 from p2l_engine import Engine
 from p2l_engine.evaluation import sources
 from p2l_engine.evaluation.predictors import compare, predictions
+from p2l_engine.plotting import BLUE, ORANGE, YELLOW, save
 from p2l_engine.train.config import TrainConfig
 from p2l_engine.train.run import train
 from p2l_engine.votes.marginal import category_fits, marginal_fit
 
 NAMES = ("proj_name", "output_dir", "license", "description")  # keys of a config that change no weight
 SHARES = (0.0625, 0.125, 0.25, 0.5, 1.0)
-NAMED = {"p2l": ("#3b6ea5", "P2L"), "category": ("#5a9a68", "category known"), "marginal": ("#b8860b", "marginal")}
+NAMED = {"p2l": (BLUE, "P2L"), "category": (YELLOW, "category known"), "marginal": (ORANGE, "marginal")}
 
 
 def trained(config: TrainConfig, share: float) -> Path:
@@ -64,13 +65,13 @@ def main() -> None:
         marginal = marginal_fit(engine.feedback, found.training)
         fits = None if found.training.category is None else category_fits(engine.feedback, found.training, marginal)
         of = predictions(engine.coefficients(found.held_out.prompts), marginal, found.held_out, fits)
-        figures = compare(of, found.held_out, bootstrap=200)["overall"]
+        figures = compare(of, found.held_out, bootstrap=200).overall
         size = (share, len(found.training.prompts), len(found.training))
         for predictor in NAMED:
             for figure in ("log_loss", "accuracy_4", "accuracy_3", "accuracy_2"):
                 if figure in figures.get(predictor, {}):
                     cell = figures[predictor][figure]
-                    rows.append((*size, predictor, figure, cell["value"], cell["low"], cell["high"]))
+                    rows.append((*size, predictor, figure, cell.value, cell.low, cell.high))
     table = Table(title="held-out log-loss of a vote (95% interval)", title_justify="left")
     for name in ("training prompts", "votes", "predictor", "log-loss"):
         table.add_column(name, justify="right")
@@ -105,7 +106,7 @@ def draw(rows: list[tuple[float, int, int, str, str, float, float, float]], path
     axes.set_ylabel("log-loss of a held-out vote, 95% interval over prompts")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path)
+    save(figure, path)
 
 
 if __name__ == "__main__":

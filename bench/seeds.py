@@ -10,13 +10,14 @@ import argparse
 import csv
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from p2l_engine.checkpoint.card import CHOICES, FIGURES, PREDICTORS
+from p2l_engine.jsonable import from_json
+from p2l_engine.reports import Evaluation
 
 UNDER_BUDGET = {
     "batch": "this checkpoint, one budget over the batch",
@@ -25,29 +26,32 @@ UNDER_BUDGET = {
 }
 
 
-def figures_of(report: dict[str, Any]) -> dict[tuple[str, str], float]:
+def figures_of(report: Evaluation) -> dict[tuple[str, str], float]:
     """(row, figure) to value."""
+    if report.votes is None:
+        raise SystemExit("expected evaluations on votes, got one on values")
+    overall = report.votes.overall
     found = {
-        (label, name): report["votes"]["overall"][predictor][figure]["value"]
+        (label, name): overall[predictor][figure].value
         for predictor, label in PREDICTORS.items()
         for figure, name in FIGURES.items()
-        if figure in report["votes"]["overall"].get(predictor, {})
+        if figure in overall.get(predictor, {})
     }
     base = found[PREDICTORS["marginal"], FIGURES["log_loss"]]
     for label in PREDICTORS.values():
         if (label, FIGURES["log_loss"]) in found:
             found[label, "log-loss under the marginal's, %"] = 100 * (1 - found[label, FIGURES["log_loss"]] / base)
-    if "routing" not in report:
+    if report.routing is None:
         return found
     for choice, label in CHOICES.items():
-        if choice in report["routing"]["choices"]:
-            gain = report["routing"]["choices"][choice]["points_over_best_single"]
+        if choice in report.routing.choices:
+            gain = report.routing.choices[choice].points_over_best_single
             found[label.format("by training scores"), "points over the best single model"] = gain
-    for row in report["routing"].get("budgets", {}).get("rows", []):
+    for row in report.routing.budgets.rows if report.routing.budgets is not None else ():
         for choice, label in UNDER_BUDGET.items():
-            if choice in row:
-                points = f"points over the best single model at a mean cost of {row['budget']:g}"
-                found[label, points] = row[choice]["points_over_best_single"]
+            if choice in row.routers:
+                points = f"points over the best single model at a mean cost of {row.budget:g}"
+                found[label, points] = row.routers[choice].points_over_best_single
     return found
 
 
@@ -56,7 +60,7 @@ def main() -> None:
     parser.add_argument("reports", nargs="+", type=Path, help="what `p2l-engine eval --json` wrote, one for each seed")
     parser.add_argument("--csv", type=Path, help="also write the rows here")
     arguments = parser.parse_args()
-    every = [figures_of(json.loads(path.read_text(encoding="utf-8"))) for path in arguments.reports]
+    every = [figures_of(from_json(Evaluation, json.loads(path.read_text(encoding="utf-8")))) for path in arguments.reports]
     table = Table(title=f"mean (standard deviation) over {len(every)} seeds", title_justify="left")
     for name in ("row", "figure", "mean (sd)", "each"):
         table.add_column(name, justify="left" if name in ("row", "figure") else "right")

@@ -11,4 +11,6 @@ categories = [category for category, prompts in PROMPTS.items() for _ in prompts
 engine = Engine.from_pretrained()
 coefficients = engine.coefficients([prompt for prompts in PROMPTS.values() for prompt in prompts])
 found = strengths.by_category(coefficients, categories, reference="gemma-2-9b-it")
-print(found)
+for category, entry in found.categories.items():
+    rates = ", ".join(f"{model} {rate.value:.0%}" for model, rate in entry.win_rate.items())
+    print(f"{category} ({entry.prompts} prompts), win rates against {found.reference}: {rates}")

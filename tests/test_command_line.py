@@ -183,7 +183,7 @@ def test_a_missing_module_belongs_to_extras(module, found, requirements):
     ("package", "importers", "command", "extra"),
     [
         ("pyarrow", "p2l_engine.tables p2l_engine.cli.prompts", "leaderboard --prompts p.csv", "'batch' or 'ray' or 'train'"),
-        ("matplotlib", "matplotlib.figure p2l_engine.plot", "leaderboard hello --plot p.png", "'cli'"),
+        ("matplotlib", "matplotlib.figure p2l_engine.cli.plots", "leaderboard hello --plot p.png", "'cli'"),
         ("pydantic", "p2l_engine.train.config", "train --config p.yaml", "'train'"),
         ("ray", "p2l_engine.batch.ray", "batch p.csv -o out --ray local", "'ray'"),
         ("typer", "p2l_engine.cli.app", "info", "'cli'"),

@@ -12,8 +12,10 @@ import torch
 from p2l_engine import Catalog, Engine, Router, checkpoint
 from p2l_engine.backbone.packing import Packed
 from p2l_engine.checkpoint.adapter import NEW_ROWS
-from p2l_engine.evaluation.report import Asked, evaluate
+from p2l_engine.evaluation.report import ReportOptions, evaluate
 from p2l_engine.evaluation.sources import scores_of
+from p2l_engine.jsonable import from_json
+from p2l_engine.reports import Evaluation
 from p2l_engine.train.config import TrainConfig
 from p2l_engine.train.data import load
 from p2l_engine.train.model import build
@@ -64,22 +66,22 @@ def test_theta_is_that_of_transformers_and_peft(default_engine):
 @pytest.mark.slow
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"real votes and scores are not at {DATA}")
 def test_its_card_states_what_held_out_prompts_give(default_engine, data):
-    stated = json.loads((checkpoint.DEFAULT / "evaluation.json").read_text())
+    stated = from_json(Evaluation, json.loads((checkpoint.DEFAULT / "evaluation.json").read_text()))
     config = TrainConfig.load(CONFIG).model_copy(update={"train_data_path": str(data / "routing_scores.parquet")})
     training, _, held_out = load(config)
     scores = scores_of(config.train_data_path, default_engine, held_out, training, None)
-    measured = evaluate(default_engine, held_out, training, scores, Asked(bootstrap=2))
+    measured = evaluate(default_engine, held_out, training, scores, ReportOptions(bootstrap=2))
     for name in ("p2l", "category", "marginal", "constant"):
         for figure in ("log_loss", "accuracy_4", "ece"):
-            now, then = (of["votes"]["overall"][name][figure]["value"] for of in (measured, stated))
+            now, then = (of.votes.overall[name][figure].value for of in (measured, stated))
             assert now == pytest.approx(then, abs=0.005 if figure != "ece" else 0.01)
-    now, then = (of["routing"]["choices"] for of in (measured, stated))
+    now, then = (of.routing.choices for of in (measured, stated))
     for name in ("best_single", "task_best", "oracle"):
-        assert now[name]["mean_score"] == pytest.approx(then[name]["mean_score"], abs=1e-9)
+        assert now[name].mean_score == pytest.approx(then[name].mean_score, abs=1e-9)
     # In another dtype near-ties between models may fall the other way.
-    assert now["routed"]["mean_score"] == pytest.approx(then["routed"]["mean_score"], abs=0.01)
+    assert now["routed"].mean_score == pytest.approx(then["routed"].mean_score, abs=0.01)
     card = (checkpoint.DEFAULT / "README.md").read_text()
     for name in ("p2l", "category", "marginal", "constant"):
-        assert f"{stated['votes']['overall'][name]['log_loss']['value']:.3f}" in card
+        assert f"{stated.votes.overall[name]['log_loss'].value:.3f}" in card
     for name in ("routed", "best_single", "task_best", "oracle", "ridge", "knn", "mlp"):
-        assert f"{then[name]['mean_score']:.4f}" in card
+        assert f"{then[name].mean_score:.4f}" in card

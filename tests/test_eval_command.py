@@ -9,22 +9,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from p2l_engine.cli import main
 from p2l_engine.train.simulate import Simulator
 from tests.support import tiny
+from tests.support.command import p2l_engine
 
 CATALOG = "unit: USD per request\nmodels:\n" + "".join(f"  {name}: {{cost: {1 + i}}}\n" for i, name in enumerate(tiny.MODELS))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A checkpoint; votes and scores on 40 prompts and on 40 others."""
+    """A checkpoint; votes on 20 prompts and on 20 others, and scores on two more sets of 20 prompts."""
     folder = tmp_path_factory.mktemp("eval")
     tiny.write(folder / "c")
+    tiny.write(folder / "quick", loss_type="bt-tie", head_type="bt")  # without a tie parameter, leaderboards are fitted fast
     simulator = Simulator.of("grk", 5)
-    votes = simulator.votes(simulator.prompts(80), 5)
+    votes = simulator.votes(simulator.prompts(40), 5)
     winners, names = ("model_a", "model_b", "tie", "tie (bothbad)"), np.array(tiny.MODELS)
-    for half, name in ((votes.prompt < 40, "known"), (votes.prompt >= 40, "asked")):
+    for half, name in ((votes.prompt < 20, "known"), (votes.prompt >= 20, "asked")):
         columns = {"prompt": [votes.prompts[p][0] for p in votes.prompt[half]], "model_a": names[votes.a[half]]}
         columns |= {"model_b": names[votes.b[half]], "winner": [winners[y] for y in votes.outcome[half]]}
         pq.write_table(pa.table(columns), folder / f"{name}.parquet")
@@ -38,17 +39,13 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def called(folder, monkeypatch, capsys):
-    """The command in this process (a new one takes ten seconds to begin): exit status, standard output and error."""
+def called(folder, monkeypatch):
+    """Runs ``eval`` in this process: exit status, standard output and error without line breaks."""
 
-    def call(*more, votes="asked.parquet"):
+    def call(*more, votes="asked.parquet", checkpoint="quick"):
         monkeypatch.chdir(folder)
-        command = ["eval", "--checkpoint", "c", "--votes", votes, "--bootstrap", "5", *more]
-        monkeypatch.setattr("sys.argv", ["p2l-engine", *command])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        printed = capsys.readouterr()
-        return ended.value.code, *(" ".join(text.replace("│", " ").split()) for text in (printed.out, printed.err))
+        ended = p2l_engine("eval", "--checkpoint", checkpoint, "--votes", votes, "--bootstrap", "5", *more)
+        return ended.status, " ".join(ended.out.split()), ended.message
 
     return call
 
@@ -56,6 +53,7 @@ def called(folder, monkeypatch, capsys):
 def test_votes_are_evaluated(called, folder):
     status, out, err = called(
         "--training", "known.parquet", "--html", "r.html", "--json", "r.json", "--cluster", "--replace", "alpha:beta",
+        checkpoint="c",
     )  # fmt: skip
     assert status == 0, err
     assert "log loss" in out
@@ -96,7 +94,7 @@ def test_scores_are_evaluated_under_budgets_and_by_category(called, folder):
         (("--probes",), "needs scores"),
         (("--json", "nowhere/x.json"), "nowhere/x.json cannot be written: is its folder there?"),
         (("--html", "c"), "c cannot be written"),
-        (("--training", "asked.parquet"), "40 of its prompts are training prompts too"),
+        (("--training", "asked.parquet"), "20 of its prompts are training prompts too"),
     ],
 )
 def test_what_cannot_be_done_is_refused(wrong, message, called):

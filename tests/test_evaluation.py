@@ -16,10 +16,13 @@ from p2l_engine import Engine
 from p2l_engine.coefficients import Coefficients
 from p2l_engine.evaluation import clusters, features, html, routed, strengths
 from p2l_engine.evaluation.growth import growth
-from p2l_engine.evaluation.metrics import Prediction, _BySample, calibration, difference, figures
+from p2l_engine.evaluation.metrics import Prediction, calibration, difference, figures
 from p2l_engine.evaluation.predictors import compare, predictions, value_figures
-from p2l_engine.evaluation.report import Asked, Scores, evaluate
+from p2l_engine.evaluation.report import ReportOptions, Scores, evaluate
+from p2l_engine.evaluation.resampled import Resampled
 from p2l_engine.feedback import Outcome, feedback_model
+from p2l_engine.jsonable import from_json, to_json
+from p2l_engine.reports import Evaluation
 from p2l_engine.train.simulate import Simulator
 from p2l_engine.votes import Votes
 from p2l_engine.votes.marginal import category_fits, marginal_fit, marginal_values
@@ -81,7 +84,7 @@ def test_the_area_under_the_curve_is_sklearns_with_weights_and_equal_scores(rng)
         [(str(i),) for i in range(n)], ["x", "y"], np.arange(n), np.zeros(n, int), np.ones(n, int), np.zeros(n, int), weight
     )
     samples = np.concatenate([np.ones((1, n)), rng.integers(3, size=(20, n))])
-    found = _BySample(votes, samples)
+    found = Resampled(votes, samples)
     expected = [roc_auc_score(is_so, score, sample_weight=weight * sample) for sample in samples]
     figure = found.auc(score, is_so)
     assert figure.value == pytest.approx(expected[0], abs=1e-12)
@@ -98,12 +101,12 @@ def test_the_truth_is_calibrated_and_beats_the_marginal():
     marginal = predictions(c, marginal_fit(c.feedback, votes), votes)["marginal"]
     assert difference(prediction, marginal, votes).low > 0
     curve = calibration(prediction, votes)
-    assert sum(curve["weight"]) == pytest.approx(len(votes))
-    np.testing.assert_allclose(curve["predicted"], curve["came"], atol=0.12)
-    ends = np.array([curve[name] for name in ("low", "came", "high")])
+    assert sum(curve.weight) == pytest.approx(len(votes))
+    np.testing.assert_allclose(curve.predicted, curve.came, atol=0.12)
+    ends = np.array([curve.low, curve.came, curve.high])
     assert (np.diff(ends, axis=0) >= -1e-12).all()
-    inside = (ends[0] <= curve["predicted"]) & (curve["predicted"] <= ends[2])
-    assert inside[np.array(curve["weight"]) > 200].mean() > 0.6
+    inside = (ends[0] <= curve.predicted) & (curve.predicted <= ends[2])
+    assert inside[np.array(curve.weight) > 200].mean() > 0.6
     # An overconfident copy is not.
     sharp = Coefficients(3 * c.theta, c.eta, c.models, c.feedback)
     assert figures(Prediction.of(c.feedback, sharp.theta, sharp.eta, votes), votes, bootstrap=5)["ece"].value > 0.05
@@ -113,7 +116,7 @@ def test_a_bin_that_no_sample_holds_has_the_widest_interval():
     c, votes = simulated(n=12, each=2)
     prediction = Prediction.of(c.feedback, c.theta, c.eta, votes)
     curves = [calibration(prediction, votes, bootstrap=1, seed=seed) for seed in range(10)]
-    ends = np.array([(low, high) for curve in curves for low, high in zip(curve["low"], curve["high"], strict=True)])
+    ends = np.array([(low, high) for curve in curves for low, high in zip(curve.low, curve.high, strict=True)])
     assert np.isfinite(ends).all()
     assert (ends == (0, 1)).all(1).any()
 
@@ -135,9 +138,9 @@ def test_every_feedback_model_has_its_figures(name):
     of = predictions(c, marginal_fit(c.feedback, votes), votes)
     report = compare(of, votes, bootstrap=5)
     known = len(c.feedback.outcomes)
-    assert ("accuracy_4" in report["overall"]["p2l"]) == (known == 4)
-    assert ("accuracy_3" in report["overall"]["p2l"]) == (known > 2)
-    losses = {predictor: report["overall"][predictor]["log_loss"]["value"] for predictor in of}
+    assert ("accuracy_4" in report.overall["p2l"]) == (known == 4)
+    assert ("accuracy_3" in report.overall["p2l"]) == (known > 2)
+    losses = {predictor: report.overall[predictor]["log_loss"].value for predictor in of}
     assert losses["p2l"] < losses["marginal"] < losses["constant"]
 
 
@@ -170,7 +173,7 @@ def test_values_have_figures_of_their_own(name):
         category=tuple(f"c{i % 2}" for i in range(len(votes.prompts))),
     )
     report = value_figures(c, votes, votes, bootstrap=20)
-    found, theta = report["overall"], c.theta.astype(np.float64)
+    found, theta = report.overall, c.theta.astype(np.float64)
     linear = np.array(
         [theta[p, a] - (theta[p, b] if b >= 0 else 0) for p, a, b in zip(votes.prompt, votes.a, votes.b, strict=True)]
     )
@@ -188,12 +191,12 @@ def test_values_have_figures_of_their_own(name):
         ("log_loss", -np.average(density, weights=votes.weight)),
         ("rank_correlation", spearmanr(predicted[some], votes.outcome[some]).statistic),
     ):
-        assert found["p2l"][figure]["value"] == pytest.approx(value, rel=1e-5), figure
-        assert found["p2l"][figure]["low"] <= value <= found["p2l"][figure]["high"]
-    assert found["p2l"]["log_loss"]["value"] < found["marginal"]["log_loss"]["value"] < found["constant"]["log_loss"]["value"]
-    assert found["constant"]["explained"]["value"] == pytest.approx(0)
+        assert found["p2l"][figure].value == pytest.approx(value, rel=1e-5), figure
+        assert found["p2l"][figure].low <= value <= found["p2l"][figure].high
+    assert found["p2l"]["log_loss"].value < found["marginal"]["log_loss"].value < found["constant"]["log_loss"].value
+    assert found["constant"]["explained"].value == pytest.approx(0)
     assert "rank_correlation" not in found["constant"]
-    assert set(report["categories"]) == {"c0", "c1"}
+    assert set(report.categories) == {"c0", "c1"}
 
 
 @pytest.mark.parametrize("name", ["ols", "poisson"])
@@ -218,23 +221,23 @@ def test_one_regression_for_all_values_is_the_likeliest(name):
 def test_the_leaderboard_comes_near_with_more_prompts():
     c, votes = simulated(n=400, each=40)
     report = growth(c, votes, votes, sizes=(1, 10, 400), repeats=5)
-    means = [row["mean"] for row in report["distances"]]
+    means = [row.mean for row in report.distances]
     assert means[0] > means[1] > means[2]
     assert means[2] < 0.01
-    assert report["marginal_of_training"] == 0
-    assert "categories" not in report
+    assert report.marginal_of_training == 0
+    assert report.categories is None
 
 
 def test_the_leaderboard_comes_near_that_of_each_category():
     c, votes = simulated(n=200, each=10)
     names = ["large"] * 120 + ["also large"] * 60 + ["small"] * 20
     votes = replace(votes, category=tuple(names))
-    found = growth(c, votes, votes, sizes=(1, 20, 200), repeats=3)["categories"]
+    found = growth(c, votes, votes, sizes=(1, 20, 200), repeats=3).categories
     assert list(found) == ["large", "also large"]
     some = np.arange(120, 180)
     alone = growth(c.rows(some), replace(votes.of(some.tolist()), category=None), None, sizes=(1, 20, 200), repeats=3)
-    assert found["also large"]["distances"] == alone["distances"]
-    assert found["also large"]["marginal_of_training"] == 0
+    assert found["also large"].distances == alone.distances
+    assert found["also large"].marginal_of_training == 0
 
 
 def test_routing_tables_are_sums_of_true_scores():
@@ -245,23 +248,23 @@ def test_routing_tables_are_sums_of_true_scores():
     theta = scores + 0.1 * rng.normal(size=scores.shape)
     chosen = routed.choices(theta, known, known_tasks, tasks)
     report = routed.table(chosen, scores, ("x", "y", "z"), tasks)
-    assert report["best_single_model"] == "y"
-    assert report["choices"]["oracle"]["mean_score"] == pytest.approx(scores.max(1).mean())
-    assert report["choices"]["routed"]["mean_score"] == pytest.approx(np.mean([s[t.argmax()] for s, t in zip(scores, theta)]))  # noqa: B905
-    assert report["tasks"]["a"]["oracle"] == pytest.approx(scores[::2].max(1).mean())
+    assert report.best_single_model == "y"
+    assert report.choices["oracle"].mean_score == pytest.approx(scores.max(1).mean())
+    assert report.choices["routed"].mean_score == pytest.approx(np.mean([s[t.argmax()] for s, t in zip(scores, theta)]))  # noqa: B905
+    assert report.tasks["a"].choices["oracle"] == pytest.approx(scores[::2].max(1).mean())
     costs = np.array([1.0, 2.0, 3.0])
     rows = routed.under_budgets(theta, scores, known, costs, (0.5, 1.5, 3.0), ("x", "y", "z"))
-    assert [row["budget"] for row in rows] == [1.5, 3.0]  # nothing costs 0.5
-    assert rows[0]["batch"]["mean_cost"] <= 1.5 + 1e-9
-    assert rows[1]["oracle"]["mean_score"] == pytest.approx(scores.max(1).mean())
-    assert "tasks" not in rows[0]
+    assert [row.budget for row in rows] == [1.5, 3.0]  # nothing costs 0.5
+    assert rows[0].routers["batch"].mean_cost <= 1.5 + 1e-9
+    assert rows[1].routers["oracle"].mean_score == pytest.approx(scores.max(1).mean())
+    assert rows[0].tasks is None
     by_task = routed.under_budgets(theta, scores, known, costs, (1.5,), ("x", "y", "z"), tasks)[0]
     for figure in ("mean_score", "mean_cost"):
         for way in ("batch", "prompt", "oracle"):
-            whole = np.mean([by_task["tasks"][task][way][figure] for task in "ab"])
-            assert whole == pytest.approx(by_task[way][figure])
+            whole = np.mean([getattr(by_task.tasks[task].routers[way], figure) for task in "ab"])
+            assert whole == pytest.approx(getattr(by_task.routers[way], figure))
     within = int(known[:, :1].mean(0).argmax())
-    assert by_task["tasks"]["b"]["best_single"]["mean_score"] == pytest.approx(scores[1::2, within].mean())
+    assert by_task.tasks["b"].best_single.mean_score == pytest.approx(scores[1::2, within].mean())
     share = routed.distribution(theta.argmax(1), 3, tasks)
     assert all(sum(of) == pytest.approx(1) for of in share.values())
     first = np.arange(30) < 2
@@ -277,21 +280,21 @@ def test_a_replacement_names_what_gets_worse():
     c = Coefficients(theta, np.zeros(60, np.float32), ("old", "new"), feedback)
     categories = ["sums"] * 30 + ["poems"] * 30
     swap = strengths.replacement(c, categories, "old", "new")
-    assert [(entry["category"], entry["verdict"]) for entry in swap["categories"]] == [("poems", "worse"), ("sums", "better")]
-    assert swap["overall"]["verdict"] == "unclear"
-    of = strengths.by_category(c, categories, "old")["categories"]
-    assert of["sums"]["win_rate"]["old"] == pytest.approx({"value": 0.5, "low": 0.5, "high": 0.5})
-    assert of["sums"]["reliability"]["new"]["value"] == pytest.approx(0.88, abs=0.02)
+    assert [(entry.category, entry.verdict) for entry in swap.categories] == [("poems", "worse"), ("sums", "better")]
+    assert swap.overall.verdict == "unclear"
+    of = strengths.by_category(c, categories, "old").categories
+    assert to_json(of["sums"].win_rate["old"]) == pytest.approx({"value": 0.5, "low": 0.5, "high": 0.5})
+    assert of["sums"].reliability["new"].value == pytest.approx(0.88, abs=0.02)
     weights = np.where(np.arange(60) < 45, 1.0, 0.0)  # as if only those prompts were there
-    some = strengths.by_category(c.rows(np.arange(45)), categories[:45], "old")["categories"]
-    of = strengths.by_category(c, categories, "old", weights=weights, models=["new"])["categories"]
-    assert list(of["poems"]["win_rate"]) == ["new"]
+    some = strengths.by_category(c.rows(np.arange(45)), categories[:45], "old").categories
+    of = strengths.by_category(c, categories, "old", weights=weights, models=["new"]).categories
+    assert list(of["poems"].win_rate) == ["new"]
     for name in ("sums", "poems"):
-        assert of[name]["win_rate"]["new"]["value"] == pytest.approx(some[name]["win_rate"]["new"]["value"])
-        assert of[name]["win_rate"]["new"]["low"] == pytest.approx(some[name]["win_rate"]["new"]["low"], abs=0.01)
+        assert of[name].win_rate["new"].value == pytest.approx(some[name].win_rate["new"].value)
+        assert of[name].win_rate["new"].low == pytest.approx(some[name].win_rate["new"].low, abs=0.01)
     weighted = strengths.replacement(c, categories, "old", "new", weights=weights)
-    rate = {name: of[name]["win_rate"]["new"]["value"] for name in of}
-    assert weighted["overall"]["win_rate"] == pytest.approx((2 * rate["sums"] + rate["poems"]) / 3)
+    rate = {name: of[name].win_rate["new"].value for name in of}
+    assert weighted.overall.win_rate == pytest.approx((2 * rate["sums"] + rate["poems"]) / 3)
     with pytest.raises(ValueError, match="expected a prompt of a weight above 0 in the category 'poems', got none: leave"):
         strengths.by_category(c, categories, "old", weights=np.arange(60) < 30)
     with pytest.raises(ValueError, match="model: expected one of old, new, got 'newer'"):
@@ -328,8 +331,11 @@ def test_probes_predict_scores_from_features():
     assert predicted["knn"].shape == (100, 3)
 
 
+N = 12  # prompts of the smallest report with figures by category
+
+
 class Page(HTMLParser):
-    """Opens and closes what it should, and asks nothing of the network."""
+    """Checks that tags are balanced, and lists the addresses that the page loads."""
 
     def __init__(self):
         super().__init__()
@@ -351,16 +357,23 @@ def test_a_report_holds_together(name, tmp_path):
         tiny.write(tmp_path / "c", loss_type=name, head_type=head), device="cpu", dtype=torch.float32
     )
     simulator = Simulator.of(name, 5)
-    prompts = simulator.prompts(40)
+    prompts = simulator.prompts(N)
     raw = simulator.votes(prompts, 6)
     named = Votes.make(
-        raw.prompts, engine.models, raw.prompt, raw.a, raw.b, raw.outcome, category=[p.split()[0] for p in prompts]
+        raw.prompts,
+        engine.models,
+        raw.prompt,
+        raw.a,
+        raw.b,
+        raw.outcome,
+        category=["even", "odd"] * (N // 2),
     )
     rng = np.random.default_rng(0)
-    scores = Scores(rng.random((40, 5)), rng.random((40, 5)), np.arange(1.0, 6.0), "USD <per> request")
-    asked = Asked(bootstrap=10, replacements=[("alpha", "beta")] if name != "ols" else [])
-    report = evaluate(engine, named, named, scores if name != "ols" else None, asked)
-    json.dumps(report, allow_nan=False)
+    scores = Scores(rng.random((N, 5)), rng.random((N, 5)), np.arange(1.0, 6.0), "USD <per> request")
+    options = ReportOptions(bootstrap=10, replacements=[("alpha", "beta")] if name != "ols" else [])
+    report = evaluate(engine, named, named, scores if name != "ols" else None, options)
+    written = json.dumps(to_json(report), allow_nan=False)
+    assert from_json(Evaluation, json.loads(written)) == report
     html.write(report, tmp_path / "report.html")
     first = (tmp_path / "report.html").read_bytes()
     html.write(report, tmp_path / "report.html")

@@ -1,4 +1,4 @@
-"""Leaderboards over prompts: exact, mergeable, weighted, with intervals."""
+"""Leaderboards over prompts: exact, mergeable, weighted, with intervals; the bootstrap; connected components."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_intervals_cover_as_often_as_they_say():
     for seed in range(40):
         sample = population.rows(rng.choice(20_000, 150))
         board = Leaderboard.over(sample, bootstrap=200, seed=seed, level=0.9)
-        of = {place.model: place for place in board}
+        of = {standing.model: standing for standing in board}
         covered += [of[model].low <= x <= of[model].high for model, x in zip(population.models, truth, strict=True)]
     assert 0.8 < np.mean(covered) < 0.97
 
@@ -178,8 +178,8 @@ def test_leaderboards_of_values(name):
     board = Leaderboard.over(c, bootstrap=50)
     expected = theta.mean(0) if name == "ols" else np.log(np.exp(theta).mean(0))
     np.testing.assert_allclose(board.coefficients(c.models), expected)
-    assert all(place.win_rate is None and place.low < place.coefficient < place.high for place in board)
-    assert Leaderboard.of(c).places[0].win_rate is None
+    assert all(each.win_rate is None and each.low < each.coefficient < each.high for each in board)
+    assert Leaderboard.of(c).standings[0].win_rate is None
     with pytest.raises(ValueError, match="compares no pairs"):
         Leaderboard.over(c, pair_weights=np.ones((4, 4)))
 
@@ -194,7 +194,7 @@ def test_what_cannot_be_fitted_is_said():
     bounded = fit(bt, always, 3, ridge=1e-3)
     assert np.isfinite(bounded.theta).all()
     assert bounded.theta[0] > bounded.theta[1] > bounded.theta[2]
-    with pytest.raises(ValueError, match="win or lose always.*give a ridge"):
+    with pytest.raises(ValueError, match="always win or always lose.*give a ridge"):
         fit(bt, always, 3)
     with pytest.raises(ValueError, match="expected a model of votes, got 'ols'"):
         OutcomeSums(feedback_model("ols"), ("x", "y"))
@@ -214,4 +214,4 @@ def test_few_prompts_have_a_leaderboard_too():
     """A bootstrap sample of three prompts is empty now and then."""
     for name in ("bt", "ols"):
         board = Leaderboard.over(coefficients(name, 3, 4), bootstrap=200)
-        assert all(place.low <= place.high for place in board)
+        assert all(standing.low <= standing.high for standing in board)

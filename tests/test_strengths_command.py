@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from p2l_engine import Engine
-from p2l_engine.cli import main
 from p2l_engine.evaluation import features
 from p2l_engine.leaderboard import Leaderboard
 from tests.support import tiny
+from tests.support.command import p2l_engine
 
 PROMPTS = [f"{kind} number {i}" for i in range(10) for kind in ("sum", "poem")]
 
@@ -34,15 +34,13 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def called(folder, monkeypatch, capsys):
+def called(folder, monkeypatch):
+    """Runs ``strengths`` in this process: exit status, standard output and error without line breaks."""
+
     def call(*command):
         monkeypatch.chdir(folder)
-        monkeypatch.setenv("COLUMNS", "200")
-        monkeypatch.setattr("sys.argv", ["p2l-engine", "strengths", "--checkpoint", "c", "--bootstrap", "5", *command])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        printed = capsys.readouterr()
-        return ended.value.code, *(" ".join(text.replace("│", " ").split()) for text in (printed.out, printed.err))
+        ended = p2l_engine("strengths", "--checkpoint", "c", "--bootstrap", "5", *command)
+        return ended.status, " ".join(ended.out.split()), ended.message
 
     return call
 
@@ -134,7 +132,7 @@ def test_a_line_that_is_no_json_is_named(called, folder):
     (folder / "bad.jsonl").write_text('{"prompt": "a", "category": "x"}\n{"prompt": ' + "[" * 100_000 + "\n")
     status, _, err = called("bad.jsonl")
     assert status == 2
-    assert "bad.jsonl: line 2: expected JSON" in err
+    assert "bad.jsonl: row 1: expected a line of JSON" in err
 
 
 def test_characters_that_a_plot_cannot_draw_are_said_once(called, folder, caplog, recwarn):

@@ -1,7 +1,7 @@
-"""A world in which the truth is known: prompts of words, each word with its own effect on every model's coefficient.
+"""Simulated votes with known coefficients: prompts are words, and each word has an effect on every model's coefficient.
 
-theta*(z) = base + sum of the effects of the words of z, and eta*(z) likewise; votes, values and battles are drawn from the
-feedback model at theta*. Training, leaderboards and routing can be held against what they should find.
+theta*(z) = base + the sum of the effects of the words of z, and eta*(z) likewise. Votes, values and battles are drawn from the
+feedback model at theta*, so that training, leaderboards and routing can be compared with the truth.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ RK_ETA = 5.0  # rk's softplus(eta - 22.5, 0.1) is then about 1.6; the tie parame
 
 @dataclass(slots=True)
 class Simulator:
-    """M models under one feedback model. words: how many of WORDS a prompt has; spread: standard deviation of base coefficients
-    and of the words' effects."""
+    """M models under one feedback model. words: how many of WORDS a prompt has; spread: the standard deviation of base
+    coefficients and of words' effects."""
 
     feedback: FeedbackModel
     n_models: int
@@ -50,7 +50,7 @@ class Simulator:
 
     @classmethod
     def of(cls, name: str, n_models: int, seed: int = 0) -> Simulator:
-        """By the feedback model's name."""
+        """From the feedback model's name."""
         return cls(feedback_model(name), n_models, seed)
 
     @property
@@ -59,15 +59,15 @@ class Simulator:
         return tuple(f"model-{i:03d}" for i in range(self.n_models))
 
     def prompts(self, n: int, seed: int = 1) -> list[str]:
-        """n different prompts: some words, and a number that has no effect."""
+        """n different prompts: words, and a number without effect."""
         rng = np.random.default_rng([self.seed, seed])
         chosen = np.argsort(rng.random((n, len(WORDS))), axis=1)[:, : self.words]
         return [f"{' '.join(WORDS[w] for w in row)} {seed}{i}" for i, row in enumerate(chosen)]
 
     def truth(self, prompts: Sequence[str]) -> Coefficients:
         """theta*(z) and eta*(z)."""
-        place = {word: i for i, word in enumerate(WORDS)}
-        rows = [[place[word] for word in prompt.split() if word in place] for prompt in prompts]
+        index = {word: i for i, word in enumerate(WORDS)}
+        rows = [[index[word] for word in prompt.split() if word in index] for prompt in prompts]
         theta = np.stack([self.base + self.effects[row].sum(0) for row in rows]).astype(np.float32)
         if not self.feedback.has_eta:
             return Coefficients(theta, None, self.models, self.feedback)
@@ -76,7 +76,7 @@ class Simulator:
         return Coefficients(theta, eta, self.models, self.feedback)
 
     def votes(self, prompts: Sequence[str], each: int, seed: int = 2) -> Votes:
-        """``each`` votes (or, for ols and poisson, values of one model) a prompt, on models drawn at random."""
+        """``each`` votes (or, for ols and poisson, values of one model) for each prompt, on random models."""
         rng, truth, n = np.random.default_rng([self.seed, seed]), self.truth(prompts), len(prompts)
         prompt = np.repeat(np.arange(n), each)
         a = rng.integers(0, self.n_models, n * each)
@@ -94,7 +94,7 @@ class Simulator:
         return Votes.make(turns, self.models, prompt, a, b, outcome)
 
     def bayes_loss(self, prompts: Sequence[str]) -> float:
-        """The expected loss of a vote on these prompts when theta* is known: the entropy of the outcome, over all pairs."""
+        """The expected loss of a vote on these prompts at theta*: the mean entropy of the outcome over all pairs."""
         truth = self.truth(prompts)
         if self.feedback.of_values and not self.feedback.counts:
             return 0.5 + 0.5 * float(np.log(2 * np.pi))
@@ -111,8 +111,8 @@ class Simulator:
     def battles(
         self, prompt: str, policy: npt.ArrayLike, opponents: npt.ArrayLike, n: int, seed: int = 3
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-        """n battles of a router with ``policy`` [M] against ``opponents`` [M] on one prompt, decided as Bradley-Terry has it:
-        the opponents [n], and whether the router won [n]."""
+        """n Bradley-Terry battles of a router with ``policy`` [M] against ``opponents`` [M] on one prompt: the opponents [n],
+        and whether the router won [n]."""
         rng, theta = np.random.default_rng([self.seed, seed]), self.truth([prompt]).theta[0].astype(np.float64)
         mine, theirs = (rng.choice(self.n_models, n, p=np.asarray(p, np.float64)) for p in (policy, opponents))
         return theirs, rng.random(n) < 1 / (1 + np.exp(theta[theirs] - theta[mine]))

@@ -1,13 +1,15 @@
-"""The model card of a checkpoint, filled in from its training config and its evaluation."""
+"""A checkpoint's model card, made of its training config and its evaluation."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from p2l_engine.checkpoint.saving import write_json
+from p2l_engine.jsonable import to_json
+from p2l_engine.reports import Evaluation, Figure, RoutingFigures, ValueFigures, VoteFigures
 
 FIGURES = {
     "log_loss": "log-loss",
@@ -22,6 +24,7 @@ PREDICTORS = {
     "category": "one leaderboard for each category (category known)",
     "p2l": "**this checkpoint**",
 }
+VALUE_PREDICTORS = {"p2l": "**this checkpoint**", "marginal": "one regression for all prompts", "constant": "constant"}
 CHOICES = {
     "best_single": "best single model ({})",
     "task_best": "the best model of the prompt's task (task known)",
@@ -33,8 +36,8 @@ CHOICES = {
 }
 
 
-def text(models: Sequence[str], training: dict[str, Any], evaluation: dict[str, Any] | None) -> str:
-    """The card in Markdown. evaluation: what ``p2l-engine eval --json`` wrote, or None."""
+def text(models: Sequence[str], training: Mapping[str, Any], evaluation: Evaluation | None) -> str:
+    """The card in Markdown. training: the keys of the training config; evaluation: None where there is none."""
     base = training.get("pretrain_model_name")
     lines = ["---", "library_name: p2l-engine", "tags: [prompt-to-leaderboard]"]
     lines += [f"base_model: {base}"] if base else []
@@ -50,20 +53,20 @@ def text(models: Sequence[str], training: dict[str, Any], evaluation: dict[str, 
     lines += [f"- **Backbone**: {base}"] if base else []
     lines += _training_lines(training)
     if evaluation is None:
-        return "\n".join([*lines, "", "It was not evaluated: `p2l-engine eval` does that.", ""])
+        return "\n".join([*lines, "", "Not evaluated; `p2l-engine eval` does that.", ""])
     return "\n".join([*lines, "", *_evaluation_lines(evaluation)]) + "\n"
 
 
-def write(folder: Path, evaluation: dict[str, Any]) -> None:
-    """README.md and evaluation.json of a checkpoint folder, from its own models and training config."""
+def write(folder: Path, evaluation: Evaluation) -> None:
+    """Writes README.md and evaluation.json into a checkpoint folder."""
     models, training = (
         json.loads((folder / name).read_text(encoding="utf-8")) for name in ("model_list.json", "training_config.json")
     )
-    write_json(folder / "evaluation.json", evaluation)
+    write_json(folder / "evaluation.json", to_json(evaluation))
     (folder / "README.md").write_text(text(models, training, evaluation), encoding="utf-8")
 
 
-def _training_lines(training: dict[str, Any]) -> list[str]:
+def _training_lines(training: Mapping[str, Any]) -> list[str]:
     lora = training.get("lora")
     how = f"LoRA of rank {lora['r']}, from layer {lora['first_layer']} up" if lora else "full"
     if training.get("train_head_only"):
@@ -72,47 +75,58 @@ def _training_lines(training: dict[str, Any]) -> list[str]:
         "train_data_path": "votes", "num_train_epochs": "epochs", "batch_size": "prompts a batch",
         "learning_rate": "learning rate", "max_length": "tokens at most",
     }  # fmt: skip
-    given = [f"{name} {_plain(training[key])}" for key, name in named.items() if training.get(key) is not None]
+    given = [f"{name} {_joined(training[key])}" for key, name in named.items() if training.get(key) is not None]
     return [f"- **Training**: {how}; {', '.join(given)}"]
 
 
-def _evaluation_lines(report: dict[str, Any]) -> list[str]:
-    held = report["held_out"]
-    lines = [f"## Held-out figures ({held['votes']:,} votes on {held['prompts']:,} prompts)", ""]
-    if "training" in report:
-        lines += [f"Trained on {report['training']['votes']:,} votes on {report['training']['prompts']:,} other prompts.", ""]
-    if "votes" in report:
-        overall = report["votes"]["overall"]
-        shown = [figure for figure in FIGURES if figure in overall["p2l"]]
-        lines += [
-            f"| predictor of votes | {' | '.join(FIGURES[figure] for figure in shown)} |",
-            "|---" * (1 + len(shown)) + "|",
-        ]
-        for name, label in PREDICTORS.items():
-            if name in overall:
-                lines.append(f"| {label} | {' | '.join(_cell(overall[name].get(figure)) for figure in shown)} |")
-        lines += ["", f"In brackets: 95% intervals, {report['bootstrap']} bootstrap samples of the prompts.", ""]
-    if "routing" in report:
-        routing = report["routing"]
-        lines += ["| choice of the model | mean true score | points over the best single model (s.e.) |", "|---|---|---|"]
-        for name, label in CHOICES.items():
-            if name in routing["choices"]:
-                of = routing["choices"][name]
-                label = label.format(routing["best_single_model"])
-                gain = f"{of['points_over_best_single']:+.2f} ({of['standard_error_points']:.1f})"
-                lines.append(f"| {label} | {of['mean_score']:.4f} | {gain} |")
-        lines.append("")
-    if "value_figures" in report:
-        of = report["value_figures"]["overall"]
-        lines += ["| figure | value |", "|---|---|"]
-        lines += [f"| {name.replace('_', ' ')} | {_cell(figure)} |" for name, figure in of.items()]
-        lines += ["", f"In brackets: 95% intervals, {report['bootstrap']} bootstrap samples of the prompts.", ""]
+def _evaluation_lines(report: Evaluation) -> list[str]:
+    held_out, training = report.held_out, report.training
+    lines = [f"## Held-out figures ({held_out.votes:,} votes on {held_out.prompts:,} prompts)", ""]
+    if training is not None:
+        lines += [f"Trained on {training.votes:,} votes on {training.prompts:,} other prompts.", ""]
+    intervals = ["", f"In brackets: 95% intervals, {report.bootstrap} bootstrap samples of the prompts.", ""]
+    if report.votes is not None:
+        lines += [*_vote_lines(report.votes), *intervals]
+    if report.routing is not None:
+        lines += [*_routing_lines(report.routing), ""]
+    if report.value_figures is not None:
+        lines += [*_value_lines(report.value_figures), *intervals]
     return lines[:-1]
 
 
-def _plain(value: Any) -> str:
+def _vote_lines(votes: VoteFigures) -> list[str]:
+    overall = votes.overall
+    shown = [figure for figure in FIGURES if figure in overall["p2l"]]
+    lines = [f"| predictor of votes | {' | '.join(FIGURES[figure] for figure in shown)} |", "|---" * (1 + len(shown)) + "|"]
+    for name, label in PREDICTORS.items():
+        if name in overall:
+            lines.append(f"| {label} | {' | '.join(_cell(overall[name].get(figure)) for figure in shown)} |")
+    return lines
+
+
+def _value_lines(values: ValueFigures) -> list[str]:
+    overall = values.overall
+    labels = {name: label for name, label in VALUE_PREDICTORS.items() if name in overall}
+    lines = [f"| figure | {' | '.join(labels.values())} |", "|---" * (1 + len(labels)) + "|"]
+    for figure in overall["p2l"]:
+        cells = (_cell(overall[name].get(figure)) for name in labels)
+        lines.append(f"| {figure.replace('_', ' ')} | {' | '.join(cells)} |")
+    return lines
+
+
+def _routing_lines(routing: RoutingFigures) -> list[str]:
+    lines = ["| choice of the model | mean true score | points over the best single model (s.e.) |", "|---|---|---|"]
+    for name, label in CHOICES.items():
+        if name in routing.choices:
+            of = routing.choices[name]
+            gain = f"{of.points_over_best_single:+.2f} ({of.standard_error_points:.1f})"
+            lines.append(f"| {label.format(routing.best_single_model)} | {of.mean_score:.4f} | {gain} |")
+    return lines
+
+
+def _joined(value: Any) -> str:
     return " and ".join(value) if isinstance(value, list) else str(value)
 
 
-def _cell(figure: dict[str, float] | None) -> str:
-    return "" if figure is None else f"{figure['value']:.3f} ({figure['low']:.3f} to {figure['high']:.3f})"
+def _cell(figure: Figure | None) -> str:
+    return "" if figure is None else f"{figure.value:.3f} ({figure.low:.3f} to {figure.high:.3f})"

@@ -10,6 +10,8 @@ from p2l_engine import checkpoint
 from p2l_engine.checkpoint import card, fingerprint
 from p2l_engine.checkpoint.saving import write_json, write_tensors, write_whole
 from p2l_engine.errors import CheckpointError
+from p2l_engine.jsonable import from_json
+from p2l_engine.reports import Evaluation
 
 
 def export(source: str | Path | None, target: Path, evaluation: Path | None = None) -> None:
@@ -30,7 +32,7 @@ def export(source: str | Path | None, target: Path, evaluation: Path | None = No
     if figures is not None:
         _check_own(path, figures, loaded)
     try:
-        readme = card.text(list(loaded.models), training, figures)
+        readme = card.text(list(loaded.models), training, None if figures is None else from_json(Evaluation, figures))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise CheckpointError(
             f"no card can be made of {loaded.folder / 'training_config.json'}{'' if figures is None else f' and {path}'}: "

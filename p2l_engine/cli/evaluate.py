@@ -22,44 +22,43 @@ from p2l_engine.cli.inputs import (
 )
 from p2l_engine.cli.progress import progress
 from p2l_engine.cli.terminal import note, out
+from p2l_engine.cli.top import TOP, All, Top, limit
+from p2l_engine.tables.limits import MAX_DROPPED
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-MAX_DROPPED = 0.01
-
 
 def evaluate(
     votes: Annotated[
         Path | None,
-        typer.Option(help="Votes to evaluate on; without it those that the checkpoint's training config held out."),
+        typer.Option(help="Votes to evaluate on. Default: those that the checkpoint's training config held out."),
     ] = None,
     training: Annotated[Path | None, typer.Option(help="With --votes: the training votes, for the baselines.")] = None,
     max_dropped: Annotated[
-        float, typer.Option(min=0, max=1, help="With --votes: the share of the rows that may be unusable.")
+        float, typer.Option(min=0, max=1, help="With --votes: the share of rows that may be invalid.")
     ] = MAX_DROPPED,
     part: Annotated[str, typer.Option(help="Without --votes: held-out, or validation.")] = "held-out",
-    html: Annotated[Path | None, typer.Option(help="Write the report here: one page with plots.")] = None,
-    as_json: Annotated[Path | None, typer.Option("--json", help="Write every figure here.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the report to this file: one page with plots.")] = None,
+    as_json: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
     card: Annotated[
         bool, typer.Option("--card", help="Write README.md, the model card, and evaluation.json into the checkpoint's folder.")
     ] = False,
     bootstrap: Annotated[int, typer.Option(min=2, help="Bootstrap samples behind the intervals.")] = 200,
-    seed: Annotated[int, typer.Option(help="Of the bootstrap and of prompts drawn at random.")] = 0,
-    reference: Annotated[
-        str | None, typer.Option(help="The model that strengths are measured against; they are printed too then.")
-    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap and of random prompts.")] = 0,
+    reference: Annotated[str | None, typer.Option(help="Print strengths by category, measured against this model.")] = None,
     replace: Annotated[
-        list[str] | None, typer.Option(help="OLD:NEW: what gets better and what worse by category; may be repeated.")
+        list[str] | None,
+        typer.Option(help="OLD:NEW: show by category what changes if NEW replaces OLD; may be repeated."),
     ] = None,
-    budget: Annotated[list[float] | None, typer.Option(help="A mean cost for the routing table; may be repeated.")] = None,
+    budget: Annotated[list[float] | None, typer.Option(help="A mean cost in the routing table; may be repeated.")] = None,
     probes: Annotated[
-        bool, typer.Option("--probes", help="Also ridge, kNN and a perceptron on the untrained backbone.")
+        bool, typer.Option("--probes", help="Compare with ridge regression, kNN and a perceptron on the untrained backbone.")
     ] = False,
-    cluster: Annotated[
-        bool, typer.Option("--cluster", help="Find categories by clustering, for prompts that have none.")
-    ] = False,
+    cluster: Annotated[bool, typer.Option("--cluster", help="Find categories by clustering the prompts.")] = False,
+    top: Top = TOP,
+    all_models: All = False,
     catalog: CatalogFile = None,
     checkpoint: Checkpoint = None,
     device: Device = None,
@@ -72,6 +71,7 @@ def evaluate(
     from p2l_engine.evaluation import html as pages
     from p2l_engine.evaluation import report as reports
     from p2l_engine.evaluation import sources
+    from p2l_engine.jsonable import to_json
 
     if part not in ("held-out", "validation"):
         raise typer.BadParameter(f"expected held-out or validation, got {part!r}", param_hint="--part")
@@ -81,9 +81,9 @@ def evaluate(
     swaps = swaps_of(replace, engine.models)
     check_model(reference, engine.models, "--reference")
     if votes is None and training is not None:
-        raise typer.BadParameter("goes with --votes", param_hint="--training")
+        raise typer.BadParameter("needs --votes", param_hint="--training")
     if votes is not None and part != "held-out":
-        raise typer.BadParameter("is of the checkpoint's own data: leave it out with --votes", param_hint="--part")
+        raise typer.BadParameter("only for the checkpoint's own data, not with --votes", param_hint="--part")
     if engine.feedback.of_values and (swaps or reference or cluster):
         raise typer.BadParameter(f"{engine.feedback.name} compares no models", param_hint="--replace, --reference, --cluster")
     own = engine.folder / "catalog.yaml"
@@ -112,17 +112,18 @@ def evaluate(
         with progress(len(held_out.prompts) + len(found.training.prompts)) as advance:
             base = str(found.config["pretrain_model_name"])
             predicted = reports.probes(base, found.config, found.training, held_out, found.scores, advance)
-    asked = reports.Asked(bootstrap, seed, budget, reference, replacements=swaps, probes=predicted, cluster=cluster)
+    options = reports.ReportOptions(bootstrap, seed, budget, reference, replacements=swaps, probes=predicted, cluster=cluster)
     with progress(len(held_out.prompts)) as advance:
-        report = reports.evaluate(engine, held_out, found.training, found.scores, asked, advance)
-    show(report, out(), strengths=reference is not None)
+        report = reports.evaluate(engine, held_out, found.training, found.scores, options, advance)
+    shown = limit(top, all_models)
+    show(report, out(), strengths=reference is not None, top=shown)
     if as_json:
-        write_json(report, as_json)
+        write_json(to_json(report), as_json)
     if card:
         write_card(engine.folder, report)
         note(f"wrote {engine.folder / 'README.md'}")
     if html:
-        pages.write(report, html)
+        pages.write(report, html, shown)
         note(f"wrote {html}")
 
 

@@ -10,6 +10,7 @@ import typer
 
 from p2l_engine.cli.inputs import (
     PLOTS,
+    PROMPT_FILE,
     CatalogFile,
     Checkpoint,
     Column,
@@ -19,22 +20,25 @@ from p2l_engine.cli.inputs import (
     check_writable,
     load_engine,
     load_router,
+    short,
 )
 from p2l_engine.cli.progress import progress
 from p2l_engine.cli.terminal import note, out
+from p2l_engine.cli.top import TOP, All, Top, cut, limit
 
 
 def frontier(
     file: Annotated[
         Path,
-        typer.Argument(
-            help="Prompts: .jsonl (text, turns, messages, or an object with 'prompt'), .csv or .parquet (a column prompt), "
-            "else one a line."
-        ),
+        typer.Argument(help=f"Prompts: {PROMPT_FILE}."),
     ],
     column: Column = "prompt",
-    plot: Annotated[Path | None, typer.Option(help="Also draw the curve to this file (.png, .svg, .pdf).")] = None,
-    budgets: Annotated[int, typer.Option(min=2, help="Budgets to show, evenly from the cheapest policy to the best one.")] = 9,
+    plot: Annotated[Path | None, typer.Option(help="Draw the curve into this file (.png, .svg, .pdf).")] = None,
+    budgets: Annotated[
+        int, typer.Option(min=2, help="Budgets to show, at equal distances from the cheapest policy to the best one.")
+    ] = 9,
+    top: Top = TOP,
+    all_models: All = False,
     catalog: CatalogFile = None,
     leave_out: LeaveOut = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON lines instead of a table.")] = False,
@@ -42,7 +46,7 @@ def frontier(
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Show what every mean budget over these prompts would buy, beside each single model."""
+    """Show the win rate that each mean budget over these prompts buys, and that of each single model."""
     import numpy as np
     from rich.table import Table
     from rich.text import Text
@@ -62,11 +66,14 @@ def frontier(
     singles = sorted(
         zip(router.names, curve.model_cost.tolist(), curve.model_value.tolist(), strict=True), key=lambda row: row[1]
     )
+    best = {name for name, _, _ in sorted(singles, key=lambda row: -row[2])[: limit(top, all_models)]}
+    left_out = cut(len(best), len(singles))
     unit = router.catalog.unit
     if plot is not None:
-        from p2l_engine import plot as plots
+        from p2l_engine.cli.plots import frontier as draw
 
-        plots.frontier(curve, v, router.costs, router.names, unit, f"{len(batch)} prompts of {file.name}", plot)
+        title = f"{len(batch)} prompts of {file.name}{left_out.replace('models', 'models named')}"
+        draw(curve, v, router.costs, router.names, unit, title, plot, best)
         note(f"wrote {plot}")
     if as_json:
         for _, cost, value, per_prompt in rows:
@@ -74,11 +81,11 @@ def frontier(
         for name, cost, value in singles:
             print(json.dumps({"model": name, "mean_cost": cost, "win_rate": value}))
         return
-    table = Table(title=Text(f"{len(batch)} prompts; cost in {unit}"), title_justify="left")
+    table = Table(title=Text(f"{len(batch)} prompts; cost in {unit}{left_out}"), title_justify="left")
     for name, justify in (
         ("mean cost", "right"),
-        ("budget over the batch", "right"),
-        ("the same for each prompt", "right"),
+        ("batch budget", "right"),
+        ("per prompt", "right"),
         ("one model for all", "left"),
     ):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
@@ -86,5 +93,6 @@ def frontier(
         table.add_row(f"{cost:.4g}", f"{value:.1%}", f"{per_prompt:.1%}", "")
     table.add_section()
     for name, cost, value in singles:
-        table.add_row(f"{cost:.4g}", "", f"{value:.1%}", Text(name))
+        if name in best:
+            table.add_row(f"{cost:.4g}", "", f"{value:.1%}", Text(short(name, 34)))
     out().print(table)

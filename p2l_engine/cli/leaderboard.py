@@ -10,6 +10,7 @@ import typer
 
 from p2l_engine.cli.inputs import (
     PLOTS,
+    PROMPT_FILE,
     Checkpoint,
     Column,
     Device,
@@ -20,6 +21,7 @@ from p2l_engine.cli.inputs import (
 )
 from p2l_engine.cli.progress import progress
 from p2l_engine.cli.terminal import note, out
+from p2l_engine.cli.top import TOP, All, Top, cut, limit
 
 
 def leaderboard(
@@ -28,13 +30,15 @@ def leaderboard(
     prompts: Annotated[
         Path | None,
         typer.Option(
-            help="One leaderboard over all prompts of this file: .jsonl (text, turns, messages, or an object with 'prompt' and "
-            "perhaps 'weight'), .csv or .parquet (such columns), else one a line."
+            help=f"One leaderboard over all prompts of this file: {PROMPT_FILE}. Objects and tables may have a weight for each "
+            "prompt."
         ),
     ] = None,
     column: Column = "prompt",
     bootstrap: Annotated[int, typer.Option(min=0, help="With --prompts: bootstrap samples behind the intervals.")] = 200,
-    plot: Annotated[Path | None, typer.Option(help="Also write a bar chart to this file (.png, .svg, .pdf).")] = None,
+    top: Top = TOP,
+    all_models: All = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw a bar chart into this file (.png, .svg, .pdf).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON lines instead of a table.")] = False,
     checkpoint: Checkpoint = None,
     device: Device = None,
@@ -45,6 +49,7 @@ def leaderboard(
     from rich.text import Text
 
     from p2l_engine.cli.prompts import PromptFile, read_stdin, read_text
+    from p2l_engine.jsonable import to_json
     from p2l_engine.leaderboard import Leaderboard
     from p2l_engine.prompts.parse import user_turns
 
@@ -63,25 +68,27 @@ def leaderboard(
         user_turns(text)
         board = Leaderboard.of(load_engine(checkpoint, device, dtype).coefficients([text]))
         title = text
+    shown = board.standings[: limit(top, all_models)]
+    left_out = cut(len(shown), len(board))
     if plot is not None:
-        from p2l_engine import plot as plots
+        from p2l_engine.cli.plots import leaderboard as draw
 
-        plots.leaderboard(board, short(title, 110), plot)
+        draw(shown, short(title, 100) + left_out, plot)
         note(f"wrote {plot}")
     if as_json:
-        for place in board:
-            fields = {"rank": place.rank, "model": place.model, "coefficient": place.coefficient, "win_rate": place.win_rate}
-            if place.low is not None:
-                fields |= {"low": place.low, "high": place.high}
+        for standing in board:
+            fields = to_json(standing)
+            if standing.low is None:
+                del fields["low"], fields["high"]
             print(json.dumps(fields))
         return
-    table = Table(title=Text(short(title, 90)), title_justify="left")
+    table = Table(title=Text(short(title, 90) + left_out), title_justify="left")
     for name, justify in (("rank", "right"), ("model", "left"), ("coefficient", "right"), ("win rate", "right")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    if any(place.low is not None for place in board):
+    if any(standing.low is not None for standing in shown):
         table.add_column("95% interval", justify="right")
-    for place in board:
-        rate = "" if place.win_rate is None else f"{place.win_rate:.1%}"
-        spread = [] if place.low is None else [f"{place.low:.3f} to {place.high:.3f}"]
-        table.add_row(str(place.rank), Text(place.model), f"{place.coefficient:.3f}", rate, *spread)
+    for standing in shown:
+        rate = "" if standing.win_rate is None else f"{standing.win_rate:.1%}"
+        interval = [] if standing.low is None else [f"{standing.low:.3f} to {standing.high:.3f}"]
+        table.add_row(str(standing.rank), Text(standing.model), f"{standing.coefficient:.3f}", rate, *interval)
     out().print(table)

@@ -9,6 +9,7 @@ import typer
 
 from p2l_engine.cli.inputs import (
     PLOTS,
+    PROMPT_FILE,
     Checkpoint,
     Column,
     Device,
@@ -21,49 +22,50 @@ from p2l_engine.cli.inputs import (
 )
 from p2l_engine.cli.progress import progress
 from p2l_engine.cli.terminal import note, out
+from p2l_engine.cli.top import TOP, All, Top, limit
 
 
 def strengths(
     file: Annotated[
         Path,
         typer.Argument(
-            help="Prompts, no votes: .jsonl (text, turns, messages, or an object with 'prompt' and perhaps 'category' and "
-            "'weight'), .csv or .parquet (such columns), else one a line."
+            help=f"Prompts: {PROMPT_FILE}. Objects and tables may have a category (or task) and a weight for each prompt."
         ),
     ],
     column: Column = "prompt",
     reference: Annotated[
         str | None,
-        typer.Option(help="The model that others are measured against; the leaderboard's middle one when not given."),
+        typer.Option(help="The model to measure the others against. Default: the middle one of the leaderboard."),
     ] = None,
-    model: Annotated[list[str] | None, typer.Option(help="Show this model; may be repeated; all when not given.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="Measure this model; may be repeated. Default: all models.")] = None,
     replace: Annotated[
-        list[str] | None, typer.Option(help="OLD:NEW: what gets better and what worse by category; may be repeated.")
+        list[str] | None,
+        typer.Option(help="OLD:NEW: show by category what changes if NEW replaces OLD; may be repeated."),
     ] = None,
-    cluster: Annotated[
-        bool, typer.Option("--cluster", help="Find categories by clustering, for prompts that have none.")
-    ] = False,
-    plot: Annotated[
-        Path | None, typer.Option(help="Also draw the win rates by category to this file (.png, .svg, .pdf).")
-    ] = None,
+    cluster: Annotated[bool, typer.Option("--cluster", help="Find categories by clustering the prompts.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw the win rates by category into this file (.png, .svg, .pdf).")] = None,
     html: Annotated[
-        Path | None, typer.Option(help="Write the report here: one page with plots, and leaderboards by category.")
+        Path | None,
+        typer.Option(help="Write the report to this file: one page with plots and all figures."),
     ] = None,
     as_json: Annotated[
-        Path | None, typer.Option("--json", help="Write every figure here; with --cluster each prompt's cluster, too.")
+        Path | None, typer.Option("--json", help="Write all figures to this file; with --cluster also each prompt's cluster.")
     ] = None,
     bootstrap: Annotated[int, typer.Option(min=2, help="Bootstrap samples behind the intervals.")] = 200,
-    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    top: Top = TOP,
+    all_models: All = False,
     checkpoint: Checkpoint = None,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Show by category of prompts what each model is good at, and what gets better or worse when one replaces another."""
-    from p2l_engine.cli.figures import show_strengths
+    """Show what each model is good at, by category of prompts, and what changes when one model replaces another."""
+    from p2l_engine.cli.figures import show_replacements, show_strengths
     from p2l_engine.cli.prompts import CATEGORY, PromptFile
     from p2l_engine.evaluation import html as pages
     from p2l_engine.evaluation import plots
-    from p2l_engine.evaluation import report as reports
+    from p2l_engine.evaluation.report import ReportOptions, survey
+    from p2l_engine.jsonable import to_json
 
     check_writable(plot, "--plot", PLOTS)
     check_writable(html, "--html")
@@ -80,15 +82,17 @@ def strengths(
         categories = ["all"] * len(given.prompts)
         columns = " or ".join(CATEGORY)
         note(f"{file}: no column {columns}: all prompts are one category (or use --cluster)", warning=True)
-    asked = reports.Asked(bootstrap, seed, reference=reference, shown=model or None, replacements=swaps, cluster=cluster)
+    options = ReportOptions(bootstrap, seed, reference=reference, shown=model or None, replacements=swaps, cluster=cluster)
     with progress(len(given.prompts)) as advance:
-        report = reports.survey(engine, given.prompts, categories, weights, asked, advance)
-    show_strengths(report, out())
+        report = survey(engine, given.prompts, categories, weights, options, advance)
+    shown = limit(top, all_models)
+    show_strengths(report, out(), shown)
+    show_replacements(report.replacements or (), out())
     if plot:
-        plots.save("strengths", report, plot)
+        plots.save("strengths", report, plot, shown)
         note(f"wrote {plot}")
     if as_json:
-        write_json(report, as_json)
+        write_json(to_json(report), as_json)
     if html:
-        pages.write(report, html)
+        pages.write(report, html, shown)
         note(f"wrote {html}")

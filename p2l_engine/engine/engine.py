@@ -25,7 +25,7 @@ from p2l_engine.engine.compile_watch import CompileWatch
 from p2l_engine.engine.device import as_device, as_dtype
 from p2l_engine.engine.graphs import Graphs
 from p2l_engine.engine.pipeline import InFlightBatch, in_flight_batches, prefetch
-from p2l_engine.prompts.encode import PromptEncoder
+from p2l_engine.prompts.encode import MAX_TOKENS, PromptEncoder
 from p2l_engine.prompts.parse import Prompt, parse_batch
 
 # On a CPU each batch reads all weights anew: at 512 tokens that takes as long again as the products.
@@ -56,6 +56,7 @@ class Engine:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         tokens_per_batch: int | None = None,
+        max_tokens: int | None = None,
     ) -> None:
         self.device = as_device(device)
         self.tokens_per_batch = TOKENS_PER_BATCH[self.device.type] if tokens_per_batch is None else tokens_per_batch
@@ -65,7 +66,7 @@ class Engine:
             cpu.limit_threads()
         self.dtype = as_dtype(dtype, self.device)
         self.models, self.feedback, self.folder = loaded.models, loaded.feedback, loaded.folder
-        self.encoder = PromptEncoder(loaded.tokenizer)
+        self.encoder = PromptEncoder(loaded.tokenizer, max_tokens or MAX_TOKENS)
         self.backbone = backbone.build(loaded.config, loaded.weights, self.device, self.dtype)
         self.head = loaded.head.to(self.device)
         self.n_parameters = sum(weight.numel() for weight in loaded.weights.values())

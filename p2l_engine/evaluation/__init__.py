@@ -1,2 +1,1 @@
-"""How good a P2L model is, on votes and on scores: figures with intervals, beside their baselines. Needs the extra
-``train``."""
+"""How good a P2L model is, on votes and on scores: figures with intervals, next to baselines. Needs the extra ``train``."""

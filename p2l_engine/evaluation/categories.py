@@ -11,8 +11,9 @@ import numpy.typing as npt
 def rows_by_category(
     categories: Sequence[str], n: int, weights: npt.ArrayLike | None = None
 ) -> dict[str, npt.NDArray[np.int64]]:
-    """The rows of each category, one name for each of n prompts, in the names' order. Raises ValueError for a category whose
-    prompts weigh nothing (weights [N])."""
+    """The rows of each category, in alphabetical order of the categories' names. categories [N]: each prompt's; n: the number
+    of prompts; weights [N]: each prompt's. Raises ValueError for another number of categories than n, and for a category whose
+    prompts have no weight."""
     if len(categories) != n:
         raise ValueError(f"categories: expected one for each of the {n} prompts, got {len(categories)}")
     names, of = np.unique(np.array(categories, object), return_inverse=True)

@@ -1,4 +1,4 @@
-"""Categories for prompts that have none: density clusters of their hidden states, named by their typical words."""
+"""Categories for prompts without any: density clusters of their hidden states, named by their most typical words."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ OTHER = "other"
 
 
 def cluster(hidden: npt.NDArray[np.floating[Any]], texts: Sequence[str], smallest: int = SMALLEST, seed: int = 0) -> list[str]:
-    """A category for each prompt, by its hidden state [N, D] and its text; "other" where it belongs to no cluster.
+    """A category for each prompt from its hidden state [N, D] and its text [N]; "other" for prompts in no cluster. smallest:
+    the fewest prompts in a cluster.
 
-    Raises ValueError for fewer prompts than a cluster needs.
+    Raises ValueError for fewer than two clusters' prompts, and for another number of texts than hidden states.
     """
     if len(hidden) < 2 * smallest:
         raise ValueError(f"prompts: expected at least {2 * smallest} to find clusters in, got {len(hidden)}")
@@ -42,7 +43,7 @@ def _named(label: npt.NDArray[np.int64], texts: Sequence[str]) -> list[str]:
         words = TfidfVectorizer(sublinear_tf=True, stop_words=list(ENGLISH_STOP_WORDS), token_pattern=r"(?u)\b[^\W\d_]{3,}\b")
         weight = words.fit_transform(joined).toarray()
         vocabulary = words.get_feature_names_out()
-    except ValueError:  # no words at all, such as prompts of digits alone
+    except ValueError:  # no words at all, as in prompts of digits
         weight, vocabulary = np.zeros((len(groups), 0)), np.array([], str)
     names = {-1: OTHER}
     for row, group in enumerate(groups):

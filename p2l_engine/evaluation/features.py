@@ -1,8 +1,8 @@
-"""Hidden states of prompts, and the routers that others build on them: ridge regression, nearest neighbours, a perceptron."""
+"""Hidden states of prompts, and routers built on them: ridge regression, nearest neighbours and a perceptron."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,8 +32,8 @@ Advance = Callable[[int], object]
 def hidden_states(
     engine: Engine, prompts: Sequence[Prompt], advance: Advance | None = None
 ) -> tuple[npt.NDArray[np.float32], Coefficients]:
-    """The hidden states [N, D] that the engine's head reads, after the final norm, and the coefficients that it makes of them:
-    in one pass."""
+    """The hidden states [N, D] that the engine's head reads, after the final norm, and the coefficients that it computes from
+    them, in one pass. ``advance`` is called with the number of prompts of each forward pass."""
     norm, eps = engine.backbone.norm, engine.backbone.eps
 
     def stage(hidden: Tensor, _: object) -> tuple[Tensor, Tensor]:
@@ -42,18 +42,18 @@ def hidden_states(
 
     states = np.empty((len(prompts), engine.head.weight.shape[1]), np.float32)
     out = np.empty((len(prompts), engine.head.width), np.float32)
-    for rows, (some, outputs) in engine.stream(prompts, stage):
-        states[rows], out[rows] = some, outputs
+    for rows, (hidden, outputs) in engine.stream(prompts, stage):
+        states[rows], out[rows] = hidden, outputs
         if advance is not None:
             advance(len(rows))
     return states, engine.coefficients_of(out)
 
 
-def frozen(base: str, training: dict[str, Any]) -> Checkpoint:
-    """The backbone as it was before training, as a checkpoint; its head is of no use. training: a training config's keys."""
+def frozen(base: str, training: Mapping[str, Any]) -> Checkpoint:
+    """The backbone ``base`` before training, as a checkpoint with an empty head. training: the keys of a training config."""
     folder = checkpoint.find(base)
     decoder, weights = checkpoint.read_config(folder), checkpoint.decoder_weights(folder)
-    tokenizer = checkpoint.read_tokenizer(folder, training, decoder.model_type)
+    tokenizer = checkpoint.read_tokenizer(folder, dict(training), decoder.model_type)
     # New tokens start as the end-of-sequence token, as in training.
     end = tokenizer.id_of(tokenizer.special_tokens["eos_token"])
     table = weights["embed_tokens.weight"]
@@ -69,12 +69,12 @@ def frozen(base: str, training: dict[str, Any]) -> Checkpoint:
 
 
 def probes(training: Float64, scores: Float64, test: Float64, seed: int = 0) -> dict[str, Float64]:
-    """The scores [N, M] that ridge regression, k nearest neighbours (cosine) and a multilayer perceptron predict for ``test``
-    [N, D] from the ``training`` prompts' features [T, D] and scores [T, M]."""
+    """The scores [N, M] that ridge regression, k nearest neighbours (cosine) and a multilayer perceptron predict for the
+    features ``test`` [N, D], fitted to the training prompts' features [T, D] and scores [T, M]."""
     scaler = StandardScaler().fit(training)
     known, asked = scaler.transform(training), scaler.transform(test)
     ridge = RidgeCV(np.logspace(1, 5, 9)).fit(known, scores)
-    # Each stops, and the best decay is chosen, by a tenth of the training prompts that it is not fitted to.
+    # A tenth of the training prompts is held back: it decides when each perceptron stops, and which weight decay is best.
     perceptrons = [
         MLPRegressor(hidden_layer_sizes=(128,), alpha=decay, early_stopping=True, max_iter=300, random_state=seed)
         for decay in (1.0, 10.0, 30.0, 100.0, 300.0)

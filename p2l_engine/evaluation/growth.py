@@ -1,9 +1,9 @@
-"""How fast the aggregated leaderboard of a few prompts comes near that of their category (the paper's 3.5, Figure 6)."""
+"""How quickly the aggregated leaderboard of a few prompts approaches that of their category (the paper's 3.5, Figure 6)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,15 +13,16 @@ from p2l_engine.evaluation.categories import rows_by_category
 from p2l_engine.feedback import FeedbackModel
 from p2l_engine.leaderboard import Fit, OutcomeSums, fit
 from p2l_engine.leaderboard.outcomes import probabilities
+from p2l_engine.reports import Distance, Growth
 from p2l_engine.votes import Votes
 from p2l_engine.votes.marginal import marginal_fit
 
 SIZES = (1, 2, 5, 10, 25, 50, 100, 250, 500, 1000, 2500)
-ENOUGH, MOST = 50, 6  # prompts in a category that is shown, and such categories
+ENOUGH, MOST = 50, 6  # prompts that a category needs to be shown, and the most categories that are
 
 
 def distance(feedback: FeedbackModel, one: Fit, other: Fit) -> float:
-    """The mean absolute difference of how often two leaderboards let each model win, over all ordered pairs."""
+    """The mean absolute difference, over all ordered pairs, of how often two leaderboards let the first model win."""
     wins = [
         probabilities(
             feedback, torch.from_numpy(fit.theta)[None], None if fit.eta is None else torch.tensor([fit.eta]).double()
@@ -38,18 +39,19 @@ def growth(
     sizes: Sequence[int] = SIZES,
     repeats: int = 10,
     seed: int = 0,
-) -> dict[str, Any]:
-    """The L1 distance between the marginal leaderboard of these votes and the aggregated one of n of their prompts, drawn anew
-    ``repeats`` times: mean, lowest and highest for each n; and, where there are training votes, between the two marginal ones,
-    which is as near as data of that size comes. All are fitted under the coefficients' own feedback model. ``categories`` has
-    the same within each of the largest categories (at most 6, of 50 prompts or more each), as in Figure 6."""
-    report = _approach(coefficients, votes, training, sizes, repeats, seed)
+) -> Growth:
+    """The L1 distance between the marginal leaderboard of ``votes`` and the aggregated leaderboard of n of their prompts, for
+    each n in ``sizes``: ``repeats`` draws of n prompts each. With ``training`` votes, also the distance of their marginal
+    leaderboard, which is as near as votes of that number come. All leaderboards are fitted under the coefficients' feedback
+    model. Where the votes have categories, the same within the largest of them (at most 6, of 50 prompts or more), as in
+    Figure 6."""
+    overall = _approach(coefficients, votes, training, sizes, repeats, seed)
     if votes.category is None:
-        return report
+        return overall
     rows = rows_by_category(votes.category, len(votes.prompts))
     large = sorted((name for name in rows if len(rows[name]) >= ENOUGH), key=lambda name: -len(rows[name]))[:MOST]
     known = {} if training is None or training.category is None else rows_by_category(training.category, len(training.prompts))
-    report["categories"] = {
+    categories = {
         name: _approach(
             coefficients.rows(rows[name]),
             votes.of(rows[name].tolist()),
@@ -60,15 +62,15 @@ def growth(
         )
         for name in large
     }
-    return report
+    return replace(overall, categories=categories)
 
 
 def _approach(
     coefficients: Coefficients, votes: Votes, training: Votes | None, sizes: Sequence[int], repeats: int, seed: int
-) -> dict[str, Any]:
+) -> Growth:
     feedback, rng, m = coefficients.feedback, np.random.default_rng(seed), len(coefficients.models)
     truth = marginal_fit(feedback, votes)
-    rows: list[dict[str, float]] = []
+    distances: list[Distance] = []
     for n in sorted({min(size, len(coefficients)) for size in sizes}):
         found = []
         for _ in range(1 if n == len(coefficients) else repeats):
@@ -76,8 +78,6 @@ def _approach(
             sums = OutcomeSums(feedback, coefficients.models)
             sums.add(coefficients.rows(chosen))
             found.append(distance(feedback, fit(feedback, sums.means[0], m), truth))
-        rows.append({"prompts": n, "mean": float(np.mean(found)), "low": float(min(found)), "high": float(max(found))})
-    report: dict[str, Any] = {"distances": rows}
-    if training is not None and len(training):
-        report["marginal_of_training"] = distance(feedback, marginal_fit(feedback, training), truth)
-    return report
+        distances.append(Distance(n, float(np.mean(found)), float(min(found)), float(max(found))))
+    limit = distance(feedback, marginal_fit(feedback, training), truth) if training is not None and len(training) else None
+    return Growth(tuple(distances), limit)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib import rc_context
@@ -15,146 +16,202 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from p2l_engine import plot
+from p2l_engine import plotting
+from p2l_engine.plotting import BLUE, DIVERGING, GREY, ORANGE, SEQUENTIAL, YELLOW
+from p2l_engine.reports import (
+    BudgetRow,
+    Budgets,
+    Calibration,
+    CategoryFigures,
+    Evaluation,
+    Figures,
+    Growth,
+    Leaderboards,
+    Replacement,
+    Report,
+    Strengths,
+)
 
-BLUE, GREEN, GOLD, GREY, RED = "#3b6ea5", "#5a9a68", "#b8860b", "#888888", "#b0413e"
-PREDICTORS = {"p2l": BLUE, "category": GREEN, "marginal": GOLD, "constant": GREY}
-ROUTERS = {"batch": (BLUE, "router, one budget over the batch"), "prompt": (GREEN, "router, the budget for each prompt")}
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+TOP = 20  # models in a plot, from the best on
+PREDICTORS = {"p2l": (BLUE, "o"), "category": (YELLOW, "s"), "marginal": (ORANGE, "^"), "constant": (GREY, "x")}
+ROUTERS = {
+    "batch": (BLUE, "o-", "router, one budget over the batch"),
+    "prompt": (ORANGE, "^-", "router, the same budget for each prompt"),
+}
 PROBES = {"ridge": ":", "knn": "--", "mlp": "-."}
+VERDICTS = {"better": (BLUE, "^"), "worse": (ORANGE, "v"), "unclear": (GREY, "o")}
 
 
-def has(report: dict[str, Any], name: str) -> bool:
-    """Whether the report holds what the plot of that name shows."""
-    if name == "budgets":
-        return bool(report.get("routing", {}).get("budgets", {}).get("rows"))
-    if name == "reliability":
-        return any("reliability" in entry for entry in report.get("strengths", {}).get("categories", {}).values())
-    if name == "ranks":
-        return bool(report.get("leaderboards", {}).get("categories"))
-    if name in ("calibration", "categories"):
-        return bool(report.get("votes", {}).get(name))
-    return bool(report.get(name))
+def plots_of(report: Report, top: int | None = TOP) -> dict[str, Callable[[Figure], None]]:
+    """What draws each plot that the report has the figures for, by name. top: models in a plot (None: all)."""
+    boards = report.leaderboards
+    found: dict[str, Callable[[Figure], None]] = {}
+    if isinstance(report, Evaluation):
+        if report.votes is not None:
+            found["calibration"] = partial(_calibration, curve=report.votes.calibration)
+        if report.votes is not None and report.votes.categories:
+            found["categories"] = partial(_categories, of=report.votes.categories)
+    found["leaderboards"] = partial(_leaderboards, boards=boards, top=top)
+    if boards.categories:
+        found["ranks"] = partial(_ranks, boards=boards, top=top)
+    if isinstance(report, Evaluation):
+        if report.growth is not None:
+            found["growth"] = partial(_growth, overall=report.growth)
+        if report.routing is not None and report.routing.budgets is not None and report.routing.budgets.rows:
+            found["budgets"] = partial(_budgets, budgets=report.routing.budgets)
+    if report.choices:
+        found["choices"] = partial(_choices, report=report, top=top)
+    if report.strengths is not None and report.strengths.categories:
+        found["strengths"] = partial(_strengths, report=report, top=top)
+        if _reliabilities(report.strengths):
+            found["reliability"] = partial(_reliability, report=report, top=top)
+    return found
 
 
-def svg(draw: Callable[[Figure, dict[str, Any]], None], report: dict[str, Any], name: str) -> str:
-    """One plot as an SVG element; the same figures give the same bytes."""
+def svg(draw: Callable[[Figure], None], name: str) -> str:
+    """One plot as an SVG element; equal figures give equal bytes."""
     # No date, and ids from a fixed salt.
     with rc_context({"svg.hashsalt": name, "svg.fonttype": "none", "font.size": 9, "text.parse_math": False}):
         figure = Figure(figsize=(8, 4.2), layout="constrained")
-        draw(figure, report)
+        draw(figure)
         buffer = io.StringIO()
         with warnings.catch_warnings():
             # The browser's fonts draw the text; matplotlib's own only measure it.
             warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
             figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
-    # Several drawings share a page: their ids must not meet.
+    # Several drawings share a page, where ids must be unique.
     text = re.sub(r'id="([^"]+)"', rf'id="{name}-\1"', text[text.index("<svg") :])
     return re.sub(r'(url\(#|href="#)', rf"\1{name}-", text)
 
 
-def save(name: str, report: dict[str, Any], path: Path) -> None:
-    """One plot as a file of its own, of the kind that the path's suffix names."""
+def save(name: str, report: Report, path: Path, top: int | None = TOP) -> None:
+    """One plot as a file, in the format that the path's suffix names."""
     with rc_context({"font.size": 9, "text.parse_math": False}):
         figure = Figure(figsize=(8, 4.2), layout="constrained")
-        PLOTS[name](figure, report)
-        plot.save(figure, path)
+        plots_of(report, top)[name](figure)
+        plotting.save(figure, path)
 
 
-def _calibration(figure: Figure, report: dict[str, Any]) -> None:
-    curve, axes = report["votes"]["calibration"], figure.subplots()
+def replacement(figure: Figure, swap: Replacement) -> None:
+    """How often the new model is preferred, by category."""
+    axes, entries = figure.subplots(), [swap.overall, *swap.categories]
+    figure.set_size_inches(8, 1.2 + 0.3 * len(entries))
+    for verdict, (colour, marker) in VERDICTS.items():
+        some = [(i, entry) for i, entry in enumerate(entries) if entry.verdict == verdict]
+        if some:
+            rate = np.array([entry.win_rate for _, entry in some])
+            ends = np.array([(entry.low, entry.high) for _, entry in some])
+            spread = np.maximum([rate - ends[:, 0], ends[:, 1] - rate], 0)
+            axes.errorbar(rate, [i for i, _ in some], xerr=spread, fmt=marker, color=colour, label=verdict)
+    axes.axvline(0.5, color=GREY, linewidth=0.8)
+    axes.set_yticks(range(len(entries)), [entry.category for entry in entries])
+    axes.invert_yaxis()
+    axes.set_xlabel(f"how often {swap.new} is preferred to {swap.old}, with 95% intervals over prompts")
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _calibration(figure: Figure, curve: Calibration) -> None:
+    axes = figure.subplots()
     figure.set_size_inches(5, 4.6)
     axes.plot([0, 1], [0, 1], color=GREY, linewidth=0.8)
-    share = np.array(curve["weight"]) / sum(curve["weight"])
-    axes.scatter(curve["predicted"], curve["came"], s=20 + 1500 * share, color=BLUE, alpha=0.6)
-    came = np.array(curve["came"])
-    spread = np.maximum([came - curve["low"], curve["high"] - came], 0)
-    axes.errorbar(curve["predicted"], came, yerr=spread, color=BLUE, linewidth=1)
+    share = np.array(curve.weight) / sum(curve.weight)
+    axes.scatter(curve.predicted, curve.came, s=20 + 1500 * share, color=BLUE, alpha=0.6)
+    if curve.low is not None and curve.high is not None:
+        came = np.array(curve.came)
+        spread = np.maximum([came - curve.low, curve.high - came], 0)
+        axes.errorbar(curve.predicted, came, yerr=spread, color=BLUE, linewidth=1)
     axes.set_xlabel("probability of the likeliest outcome")
     axes.set_ylabel("how often it came")
 
 
-def _categories(figure: Figure, report: dict[str, Any]) -> None:
-    of, axes = report["votes"]["categories"], figure.subplots()
-    names = list(of)
+def _categories(figure: Figure, of: Mapping[str, CategoryFigures]) -> None:
+    axes, names = figure.subplots(), list(of)
     figure.set_size_inches(8, 1.4 + 0.34 * len(names))
-    for i, (predictor, colour) in enumerate(PREDICTORS.items()):
-        cells = [of[name].get(predictor, {}).get("log_loss") for name in names]
-        if any(cell is None for cell in cells):
+    for i, (predictor, (colour, marker)) in enumerate(PREDICTORS.items()):
+        cells = [of[name].predictors.get(predictor, {}).get("log_loss") for name in names]
+        known = [cell for cell in cells if cell is not None]
+        if len(known) < len(names):
             continue
-        values = np.array([[cell["value"], cell["low"], cell["high"]] for cell in cells])
-        spread = np.maximum(np.abs(values[:, 1:] - values[:, :1]).T, 0)
-        axes.errorbar(
-            values[:, 0], np.arange(len(names)) + 0.16 * (i - 1.5), xerr=spread, fmt="o", color=colour, label=predictor
-        )
+        values = np.array([cell.value for cell in known])
+        ends = np.array([(cell.low, cell.high) for cell in known])
+        spread = np.maximum([values - ends[:, 0], ends[:, 1] - values], 0)
+        y = np.arange(len(names)) + 0.16 * (i - 1.5)
+        axes.errorbar(values, y, xerr=spread, fmt=marker, color=colour, label=predictor, markersize=5)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
+    axes.margins(y=0.02)
     axes.set_xlabel("log-loss of a vote, with 95% intervals over prompts")
     axes.legend(frameon=False)
 
 
-def _leaderboards(figure: Figure, report: dict[str, Any]) -> None:
-    axes, boards = figure.subplots(), report["leaderboards"]
-    names = [place["model"] for place in boards["aggregated"]]
+def _leaderboards(figure: Figure, boards: Leaderboards, top: int | None) -> None:
+    axes, shown = figure.subplots(), boards.aggregated[:top]
+    names = [standing.model for standing in shown]
     figure.set_size_inches(8, 1.4 + 0.34 * len(names))
-    for i, (name, colour) in enumerate((("aggregated", BLUE), ("marginal", GOLD))):
-        if name not in boards:
+    kinds = (("aggregated", boards.aggregated, BLUE, "o"), ("marginal", boards.marginal, ORANGE, "^"))
+    for i, (name, standings, colour, marker) in enumerate(kinds):
+        if standings is None:
             continue
-        of = {place["model"]: place for place in boards[name]}
-        x = np.array([of[model]["coefficient"] for model in names])
-        ends = np.array([[of[model]["low"], of[model]["high"]] for model in names])
+        of = {standing.model: standing for standing in standings}
+        x = np.array([of[model].coefficient for model in names])
+        ends = np.array([[of[model].low, of[model].high] for model in names], np.float64)
         y = np.arange(len(names)) + 0.2 * (i - 0.5)
-        axes.errorbar(x, y, xerr=np.abs(ends - x[:, None]).T, fmt="o", color=colour, label=name)
+        spread = np.abs(ends - x[:, None]).T if np.isfinite(ends).all() else None
+        axes.errorbar(x, y, xerr=spread, fmt=marker, color=colour, label=name)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
-    axes.set_xlabel("coefficient, with 95% intervals over prompts")
+    axes.margins(y=0.02)
+    axes.set_xlabel(f"coefficient, with 95% intervals over prompts{_cut(len(names), len(boards.aggregated))}")
     axes.legend(frameon=False)
 
 
-def _growth(figure: Figure, report: dict[str, Any]) -> None:
-    whole = report["growth"]
-    of = {"all prompts": whole, **whole.get("categories", {})}
+def _growth(figure: Figure, overall: Growth) -> None:
+    of = {"all prompts": overall, **(overall.categories or {})}
     across = min(len(of), 4)
     down = -(-len(of) // across)
     figure.set_size_inches(8, 4.2 if down == 1 else 1.2 + 2.4 * down)
     panels = figure.subplots(down, across, sharey=True, squeeze=False).ravel()
     for axes, (name, growth) in zip(panels, of.items(), strict=False):
-        rows = growth["distances"]
-        n = [row["prompts"] for row in rows]
-        axes.plot(n, [row["mean"] for row in rows], "o-", color=BLUE, label="aggregated over so many prompts")
-        axes.fill_between(n, [row["low"] for row in rows], [row["high"] for row in rows], color=BLUE, alpha=0.2, linewidth=0)
-        if "marginal_of_training" in growth:
-            axes.axhline(growth["marginal_of_training"], color=GOLD, linestyle="--", label="marginal, of the training votes")
+        n = [row.prompts for row in growth.distances]
+        axes.plot(n, [row.mean for row in growth.distances], "o-", color=BLUE, label="aggregated, over this many prompts")
+        low, high = ([getattr(row, end) for row in growth.distances] for end in ("low", "high"))
+        axes.fill_between(n, low, high, color=BLUE, alpha=0.2, linewidth=0)
+        if growth.marginal_of_training is not None:
+            axes.axhline(growth.marginal_of_training, color=ORANGE, linestyle="--", label="marginal, of the training votes")
         _log_scale(axes)
         axes.set_ylim(bottom=0)
         axes.set_title(_short(name), fontsize=9)
     for axes in panels[len(of) :]:
         axes.remove()
     figure.supxlabel("prompts", fontsize=9)
-    figure.supylabel("L1 distance of wins\nto the votes' marginal leaderboard", fontsize=9)
+    figure.supylabel("L1 distance of win rates\nfrom the votes' marginal leaderboard", fontsize=9)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
 
 
-def _budgets(figure: Figure, report: dict[str, Any]) -> None:
-    axes, budgets = figure.subplots(), report["routing"]["budgets"]
-    for name, (colour, label) in ROUTERS.items():
-        axes.plot(*_curve(budgets["rows"], name), "o-", color=colour, label=label)
+def _budgets(figure: Figure, budgets: Budgets) -> None:
+    axes, rows = figure.subplots(), budgets.rows
+    for name, (colour, style, label) in ROUTERS.items():
+        axes.plot(*_curve(rows, name), style, color=colour, label=label)
     for name, style in PROBES.items():
-        if all(name in row for row in budgets["rows"]):
-            axes.plot(*_curve(budgets["rows"], name), style, color=GREY, label=f"{name}, one budget over the batch")
-    singles = {row["best_single"]["model"]: row["best_single"] for row in budgets["rows"]}
-    for model, entry in singles.items():
-        axes.scatter(entry["mean_cost"], entry["mean_score"], facecolors="none", edgecolors="black", zorder=3)
-        axes.annotate(model, (entry["mean_cost"], entry["mean_score"]), xytext=(5, -8), textcoords="offset points", fontsize=7)
+        if all(name in row.routers for row in rows):
+            axes.plot(*_curve(rows, name), style, color=GREY, label=f"{name}, one budget over the batch")
+    singles = {row.best_single.model: row.best_single for row in rows}
+    for model, single in singles.items():
+        axes.scatter(single.mean_cost, single.mean_score, facecolors="none", edgecolors="black", zorder=3)
+        axes.annotate(model, (single.mean_cost, single.mean_score), xytext=(5, -8), textcoords="offset points", fontsize=7)
     _log_scale(axes)
-    axes.set_xlabel(f"mean cost ({budgets['unit']})" if budgets["unit"] else "mean cost")
+    axes.set_xlabel(f"mean cost ({budgets.unit})" if budgets.unit else "mean cost")
     axes.set_ylabel("mean true score")
     axes.legend(frameon=False, fontsize=8)
 
 
 def _log_scale(axes: Axes) -> None:
-    """Powers of ten, or 1, 2, 5 where there are few of them, as plain numbers: matplotlib's own labels are formulas, and names
-    in these plots must not be read as such."""
+    """A log axis with plain numbers at powers of ten, or at finer steps on a short axis. Matplotlib's own labels are formulas,
+    which are switched off: model names must not be read as such."""
     axes.set_xscale("log")
     low, high = axes.get_xlim()
     narrow = high < 30 * low
@@ -163,90 +220,77 @@ def _log_scale(axes: Axes) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _curve(rows: list[dict[str, Any]], name: str) -> tuple[list[float], list[float]]:
-    return [row[name]["mean_cost"] for row in rows], [row[name]["mean_score"] for row in rows]
+def _curve(rows: Sequence[BudgetRow], name: str) -> tuple[list[float], list[float]]:
+    return [row.routers[name].mean_cost for row in rows], [row.routers[name].mean_score for row in rows]
 
 
-def _ranks(figure: Figure, report: dict[str, Any]) -> None:
-    boards = report["leaderboards"]
-    models = [place["model"] for place in boards["aggregated"]]
-    rank = {name: {place["model"]: place["rank"] for place in places} for name, places in boards["categories"].items()}
+def _ranks(figure: Figure, boards: Leaderboards, top: int | None) -> None:
+    assert boards.categories is not None
+    models = [standing.model for standing in boards.aggregated[:top]]
+    rank = {name: {standing.model: standing.rank for standing in standings} for name, standings in boards.categories.items()}
     values = np.array([[of[model] for of in rank.values()] for model in models], np.float64)
-    _heat(figure, values, models, list(rank), "rank within the category", 1, "Blues_r", 1, 1.6 * len(models))
+    label = f"rank within the category{_cut(len(models), len(boards.aggregated))}"
+    _heat(figure, values, models, list(rank), label, f"{SEQUENTIAL}_r", 1, max(len(boards.aggregated), 2))
 
 
-def _choices(figure: Figure, report: dict[str, Any]) -> None:
-    of, models = report["choices"], report["checkpoint"]["models"]
-    share = np.array(list(of.values())).T
-    shown = np.flatnonzero(share.mean(1) >= 0.01)  # as in the paper
-    _heat(figure, share[shown], [models[m] for m in shown], list(of), "share of the category's prompts, %", 100, "Blues", 0, 1)
+def _choices(figure: Figure, report: Report, top: int | None) -> None:
+    assert report.choices is not None
+    models, share = report.checkpoint.models, np.array(list(report.choices.values())).T
+    ordered = np.argsort(-share.mean(1), kind="stable").tolist()
+    chosen = ([m for m in ordered if share[m].mean() >= 0.01] or ordered)[:top]  # 1% as in the paper
+    label = "share of the category's prompts, % (models of at least 1% over all categories)"
+    _heat(figure, 100 * share[chosen], [models[m] for m in chosen], list(report.choices), label, SEQUENTIAL, 0, 100)
 
 
-def _strengths(figure: Figure, report: dict[str, Any]) -> None:
-    of = report["strengths"]
-    _heat(figure, *_by_model(of, "win_rate"), f"win rate against {of['reference']}, %", 100, "RdYlGn", 0, 1)
+def _strengths(figure: Figure, report: Report, top: int | None) -> None:
+    assert report.strengths is not None
+    of = report.strengths
+    values = {name: entry.win_rate for name, entry in of.categories.items()}
+    _by_model(figure, report, values, f"win rate against {of.reference}, %", DIVERGING, top)
 
 
-def _reliability(figure: Figure, report: dict[str, Any]) -> None:
-    _heat(figure, *_by_model(report["strengths"], "reliability"), "sigmoid of the coefficient, %", 100, "RdYlGn", 0, 1)
+def _reliability(figure: Figure, report: Report, top: int | None) -> None:
+    values = _reliabilities(report.strengths)
+    _by_model(figure, report, values, "reliability: sigmoid of the coefficient, %", SEQUENTIAL, top)
 
 
-def replacement(figure: Figure, swap: dict[str, Any]) -> None:
-    axes, entries = figure.subplots(), [swap["overall"], *swap["categories"]]
-    figure.set_size_inches(8, 1.2 + 0.3 * len(entries))
-    colours = {"better": GREEN, "worse": RED, "unclear": GREY}
-    for i, entry in enumerate(entries):
-        spread = [[max(entry["win_rate"] - entry["low"], 0)], [max(entry["high"] - entry["win_rate"], 0)]]
-        axes.errorbar(entry["win_rate"], i, xerr=spread, fmt="o", color=colours[entry["verdict"]])
-    axes.axvline(0.5, color=GREY, linewidth=0.8)
-    axes.set_yticks(range(len(entries)), [entry["category"] for entry in entries])
-    axes.invert_yaxis()
-    axes.set_xlabel(f"how often {swap['new']} is preferred to {swap['old']}, with 95% intervals over prompts")
+def _reliabilities(strengths: Strengths | None) -> dict[str, Figures]:
+    entries = {} if strengths is None else strengths.categories
+    return {name: entry.reliability for name, entry in entries.items() if entry.reliability is not None}
+
+
+def _by_model(figure: Figure, report: Report, of: Mapping[str, Figures], label: str, colours: str, top: int | None) -> None:
+    every = report.ranked(next(iter(of.values())))
+    values = np.array([[100 * figures[model].value for figures in of.values()] for model in every[:top]])
+    _heat(figure, values, every[:top], list(of), f"{label}{_cut(len(values), len(every))}", colours, 0, 100)
+
+
+def _cut(shown: int, total: int) -> str:
+    return "" if shown == total else f" (the first {shown} of {total} models)"
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= 28 else f"{name[:27]}…"
-
-
-def _by_model(of: dict[str, Any], figure: str) -> tuple[Any, list[str], list[str]]:
-    categories = list(of["categories"])
-    models = list(of["categories"][categories[0]][figure])
-    values = [[of["categories"][category][figure][model]["value"] for category in categories] for model in models]
-    return np.array(values), models, categories
+    return name if len(name) <= 28 else f"{name[:13]}…{name[-14:]}"
 
 
 def _heat(
     figure: Figure,
-    values: Any,
-    rows: list[str],
-    columns: list[str],
+    values: NDArray[np.float64],
+    rows: Sequence[str],
+    columns: Sequence[str],
     label: str,
-    times: float,
     colours: str,
     low: float,
     high: float,
 ) -> None:
-    figure.set_size_inches(2.8 + 0.55 * len(columns), 2.2 + 0.3 * len(rows))
+    """A coloured table of values [rows, columns], each printed in its cell."""
+    figure.set_size_inches(2.8 + max(0.42 * len(columns), 2.4), 2.2 + 0.27 * len(rows))
     axes = figure.subplots()
     image = axes.imshow(values, cmap=colours, vmin=low, vmax=high, aspect="auto")
     for i, row in enumerate(values):
         for j, value in enumerate(row):
-            dark = np.dot(image.to_rgba(value)[:3], (0.299, 0.587, 0.114)) < 0.45
-            colour = "white" if dark else "black"
-            axes.text(j, i, f"{times * value:.0f}", ha="center", va="center", fontsize=7, color=colour)
+            dark = np.dot(image.to_rgba(value)[:3], (0.299, 0.587, 0.114)) < 0.5
+            axes.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=7, color="white" if dark else "black")
     axes.set_yticks(range(len(rows)), rows)
     axes.set_xticks(range(len(columns)), [_short(name) for name in columns], rotation=40, ha="right")
-    axes.set_title(label, fontsize=9, loc="left")
-
-
-PLOTS: dict[str, Callable[[Figure, dict[str, Any]], None]] = {
-    "calibration": _calibration,
-    "categories": _categories,
-    "leaderboards": _leaderboards,
-    "ranks": _ranks,
-    "growth": _growth,
-    "budgets": _budgets,
-    "choices": _choices,
-    "strengths": _strengths,
-    "reliability": _reliability,
-}
+    figure.suptitle(label, fontsize=9, x=0.01, ha="left")

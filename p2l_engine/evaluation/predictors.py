@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,9 +10,10 @@ import torch
 
 from p2l_engine.coefficients import Coefficients
 from p2l_engine.evaluation.categories import rows_by_category
-from p2l_engine.evaluation.metrics import Figure, Prediction, calibration, difference, figures, of_values
+from p2l_engine.evaluation.metrics import Prediction, calibration, difference, figures, of_values
 from p2l_engine.feedback import FeedbackModel
 from p2l_engine.leaderboard.fit import Fit
+from p2l_engine.reports import CategoryFigures, Figures, ValueFigures, VoteFigures
 from p2l_engine.votes import Votes
 from p2l_engine.votes.marginal import marginal_values
 
@@ -25,8 +25,8 @@ CATEGORY_AT_LEAST = 5  # prompts, for figures of its own
 def predictions(
     coefficients: Coefficients, marginal: Fit | None, votes: Votes, by_category: Mapping[str, Fit] | None = None
 ) -> dict[str, Prediction]:
-    """Of each predictor, on votes of the coefficients' prompts and models. ``category`` is told each prompt's category, and
-    takes the marginal leaderboard where that category has none of its own."""
+    """Each predictor's, on votes of the coefficients' prompts and models. ``category`` knows each prompt's category: it takes
+    that category's fit, or the marginal one where there is none."""
     feedback = coefficients.feedback
     found = {"p2l": Prediction.of(feedback, coefficients.theta, coefficients.eta, votes)}
     if marginal is not None:
@@ -39,33 +39,37 @@ def predictions(
     return found | {"constant": Prediction.constant(len(feedback.outcomes), len(votes))}
 
 
-def compare(of: dict[str, Prediction], votes: Votes, bootstrap: int, seed: int = 0) -> dict[str, Any]:
-    """Figures of every predictor, overall and for each category of prompts, the P2L model's calibration curve, and how much
-    less its log-loss is than the others'."""
+def compare(of: Mapping[str, Prediction], votes: Votes, bootstrap: int, seed: int = 0) -> VoteFigures:
+    """Every predictor's figures, overall and for each category of prompts, the P2L model's calibration curve, and by how much
+    its log-loss is below each other predictor's."""
     gains = {name: difference(of["p2l"], other, votes, bootstrap, seed) for name, other in of.items() if name != "p2l"}
-    report: dict[str, Any] = {
-        "overall": {name: _plain(figures(prediction, votes, bootstrap, seed)) for name, prediction in of.items()},
-        "log_loss_below": _plain(gains),
-        "calibration": calibration(of["p2l"], votes, bootstrap=bootstrap, seed=seed),
-    }
-    if votes.category is None:
-        return report
-    report["categories"] = {
-        name: {"prompts": len(some.prompts), "votes": len(some)}
-        | {
-            predictor: _plain(figures(prediction.of_votes(chosen), some, bootstrap, seed))
-            for predictor, prediction in of.items()
+    categories = None
+    if votes.category is not None:
+        categories = {
+            name: CategoryFigures(
+                len(some.prompts),
+                votes=len(some),
+                predictors={
+                    predictor: figures(prediction.of_votes(chosen), some, bootstrap, seed)
+                    for predictor, prediction in of.items()
+                },
+            )
+            for name, chosen, some in _categories(votes)
         }
-        for name, chosen, some in _categories(votes)
-    }
-    return report
+    return VoteFigures(
+        {name: figures(prediction, votes, bootstrap, seed) for name, prediction in of.items()},
+        {name: gain for name, gain in gains.items() if gain is not None},
+        calibration(of["p2l"], votes, bootstrap=bootstrap, seed=seed),
+        categories,
+    )
 
 
 def value_figures(
     coefficients: Coefficients, training: Votes | None, votes: Votes, bootstrap: int = 200, seed: int = 0
-) -> dict[str, Any]:
+) -> ValueFigures:
     """For ols and poisson: ``metrics.of_values`` of the P2L model, of one regression for all prompts (``marginal``) where there
-    are training votes, and of the mean of their values (or of these) as the ``constant``; overall and by category."""
+    are training votes, and of the mean value of the training votes, or else of these, as the ``constant``; overall and by
+    category."""
     feedback = coefficients.feedback
     of = {"p2l": _linear(coefficients.theta.astype(np.float64), votes)}
     if training is not None:
@@ -77,21 +81,21 @@ def value_figures(
     losses = {name: _loss(feedback, linear, values) for name, linear in of.items()}
     predicted = {name: np.exp(linear) if feedback.counts else linear for name, linear in of.items()}
 
-    def figures_of(chosen: npt.NDArray[np.bool_], some: Votes) -> dict[str, Any]:
-        return {n: _plain(of_values(predicted[n][chosen], losses[n][chosen], some, bootstrap, seed)) for n in of}
+    def figures_of(chosen: npt.NDArray[np.bool_], some: Votes) -> dict[str, Figures]:
+        return {name: of_values(predicted[name][chosen], losses[name][chosen], some, bootstrap, seed) for name in of}
 
-    report: dict[str, Any] = {"overall": figures_of(np.ones(len(votes), bool), votes)}
+    overall = figures_of(np.ones(len(votes), bool), votes)
     if votes.category is None:
-        return report
-    report["categories"] = {
-        name: {"prompts": len(some.prompts), "values": len(some)} | figures_of(chosen, some)
+        return ValueFigures(overall)
+    categories = {
+        name: CategoryFigures(len(some.prompts), values=len(some), predictors=figures_of(chosen, some))
         for name, chosen, some in _categories(votes)
     }
-    return report
+    return ValueFigures(overall, categories)
 
 
 def _categories(votes: Votes) -> Iterator[tuple[str, npt.NDArray[np.bool_], Votes]]:
-    """Each category that is large enough: its name, which votes [V] are on its prompts, and these votes alone."""
+    """Each category that is large enough: its name, a mask [V] of the votes on its prompts, and those votes."""
     assert votes.category is not None
     for name, prompts in rows_by_category(votes.category, len(votes.prompts)).items():
         if len(prompts) >= CATEGORY_AT_LEAST:
@@ -99,7 +103,7 @@ def _categories(votes: Votes) -> Iterator[tuple[str, npt.NDArray[np.bool_], Vote
 
 
 def _linear(theta: Float64, votes: Votes) -> Float64:
-    """[V]: theta_a - theta_b, or theta_a where one model stands alone; theta [P, M], or [1, M] for all prompts."""
+    """[V]: theta_a - theta_b, or theta_a for a value of one model; theta [P, M], or [1, M] for all prompts."""
     row = votes.prompt if len(theta) > 1 else np.zeros(len(votes), np.int64)
     result: Float64 = theta[row, votes.a] - np.where(votes.b < 0, 0.0, theta[row, np.maximum(votes.b, 0)])
     return result
@@ -108,11 +112,3 @@ def _linear(theta: Float64, votes: Votes) -> Float64:
 def _loss(feedback: FeedbackModel, linear: Float64, values: torch.Tensor) -> Float64:
     wide = torch.from_numpy(linear)
     return -feedback.log_likelihood(wide, torch.zeros_like(wide), None, values).numpy()
-
-
-def _plain(of: Mapping[str, Figure | None]) -> dict[str, dict[str, float]]:
-    return {
-        name: {"value": figure.value, "low": figure.low, "high": figure.high}
-        for name, figure in of.items()
-        if figure is not None
-    }

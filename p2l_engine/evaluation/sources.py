@@ -1,4 +1,4 @@
-"""Where the votes of an evaluation come from: the checkpoint's own training config, or files that are named."""
+"""Where the votes of an evaluation come from: the checkpoint's training config, or the user's files."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import numpy as np
 from p2l_engine.catalog import Catalog
 from p2l_engine.engine import Engine
 from p2l_engine.evaluation.report import Scores
+from p2l_engine.tables.limits import MAX_DROPPED
 from p2l_engine.tables.whole import read_table
 from p2l_engine.votes import Dropped, Votes, check_apart, prompts_hash, read, score_matrix, split
-from p2l_engine.votes.read import MAX_DROPPED
 from p2l_engine.votes.scores import SCORES
 
 Part = Literal["held-out", "validation"]
@@ -23,7 +23,8 @@ Part = Literal["held-out", "validation"]
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """What to evaluate on (held_out), what the checkpoint was trained on, true scores, and the training config."""
+    """held_out: the votes to evaluate on; training: those that the checkpoint was trained on; true scores of the models; the
+    training config; dropped: the invalid rows of held_out's file."""
 
     held_out: Votes
     training: Votes | None
@@ -33,11 +34,12 @@ class Sources:
 
 
 def of_config(engine: Engine, part: Part, costs: Catalog | None) -> Sources:
-    """The votes that ``training_config.json`` names, split as in training. Raises ValueError where nothing was held out."""
+    """The votes that ``training_config.json`` names, split as in training. costs: the catalog with the models' costs. Raises
+    ValueError where nothing was held out, and where the file has changed since."""
     config = json.loads((engine.folder / "training_config.json").read_text(encoding="utf-8"))
     path = config.get("train_data_path")
     if not path:
-        raise ValueError(f"{engine.folder}: its training config names no train_data_path; name votes to evaluate on")
+        raise ValueError(f"{engine.folder}: its training config has no train_data_path: give votes to evaluate on (--votes)")
     options = {
         "feedback": engine.feedback,
         "columns": config.get("columns"),
@@ -46,7 +48,7 @@ def of_config(engine: Engine, part: Part, costs: Catalog | None) -> Sources:
     votes, dropped = read(path, **options, leave_out=config.get("leave_out"))
     if config.get("val_data_path"):
         if part != "validation":
-            raise ValueError(f"{engine.folder}: trained with val_data_path and nothing held out: ask for the part 'validation'")
+            raise ValueError(f"{engine.folder}: trained with val_data_path, nothing was held out: use the part 'validation'")
         held_out, dropped = read(config["val_data_path"], votes.models, **options)
         _check_unseen(config, part, held_out, config["val_data_path"], engine.folder)
         return Sources(held_out.among(engine.models), votes.among(engine.models), None, config, dropped)
@@ -54,11 +56,11 @@ def of_config(engine: Engine, part: Part, costs: Catalog | None) -> Sources:
         votes, config.get("held_out", 0.0), config.get("validation", 0.0), config.get("split_by", "prompt"),
         config.get("split_seed", 0), config.get("train_share", 1.0),
     )  # fmt: skip
-    if set(votes.models) != set(engine.models):  # islands were left out
+    if set(votes.models) != set(engine.models):  # disconnected models were left out
         parts = parts.among(engine.models)
     chosen = parts.held_out if part == "held-out" else parts.validation
     if chosen is None:
-        raise ValueError(f"{engine.folder}: its training config holds no {part} prompts back; name votes to evaluate on")
+        raise ValueError(f"{engine.folder}: its training config has no {part} prompts: give votes to evaluate on (--votes)")
     _check_unseen(config, part, chosen, path, engine.folder)
     return Sources(chosen, parts.training, scores_of(path, engine, chosen, parts.training, costs), config, dropped)
 
@@ -67,15 +69,16 @@ def _check_unseen(config: dict[str, Any], part: Part, votes: Votes, path: str | 
     kept = (config.get("held_out_hashes") or {}).get(part)
     if kept is not None and kept != prompts_hash(votes):
         raise ValueError(
-            f"{path}: changed since {folder} was trained: the {part} prompts are not those that it never saw; "
-            "name votes to evaluate on"
+            f"{path}: changed since {folder} was trained, so that its {part} prompts may have been trained on: "
+            "give votes to evaluate on (--votes)"
         )
 
 
 def of_files(
     engine: Engine, held_out: Path, training: Path | None, costs: Catalog | None, max_dropped: float = MAX_DROPPED
 ) -> Sources:
-    """The votes of these files, as they are; max_dropped: the share of their rows that may be unusable."""
+    """The votes of these files. max_dropped: the share of their rows that may be invalid. Raises ValueError where the two share
+    prompts."""
     options: dict[str, Any] = {"models": engine.models, "feedback": engine.feedback, "max_dropped": max_dropped}
     votes, dropped = read(str(held_out), **options)
     known = None if training is None else read(str(training), **options)[0]
@@ -93,7 +96,8 @@ def scores_of(
     costs: Catalog | None,
     training_path: str | None = None,
 ) -> Scores | None:
-    """The scores that the votes were made of, where they were made of scores; costs are the catalog's."""
+    """The scores that the votes were made from, or None where they were made otherwise. costs: the catalog with the models'
+    costs. Raises ValueError where the catalog lacks a model."""
     if engine.feedback.of_values:
         return None
     table = read_table(path, SCORES)

@@ -1,4 +1,4 @@
-"""The leaderboard that explains expected (or counted) outcomes best: maximum likelihood by Newton's method, float64."""
+"""The leaderboard that best explains expected (or counted) outcomes: maximum likelihood by Newton's method, in float64."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from p2l_engine.feedback import FeedbackModel
+from p2l_engine.leaderboard.connected import components
 from p2l_engine.leaderboard.outcomes import pair_count, pairs
 
 Float64 = npt.NDArray[np.float64]
@@ -39,10 +40,9 @@ def fit(
     """The coefficients under which ``outcomes`` are likeliest: the paper's (3), for any feedback model of votes.
 
     outcomes [K, M (M - 1) / 2]: how often (or with what weight) each outcome came for each pair, in the order of
-    ``leaderboard.pairs``; a weight of a pair is a factor of its column. start: a fit to begin from. ridge: times the mean
-    weight of a pair, a penalty on theta^2 and eta^2, which bounds models that always win. Raises ValueError for outcomes that
-    are negative, not finite or all 0, and, without a ridge, where they leave models unconnected or unbounded; ArithmeticError
-    where Newton's method does not settle.
+    ``leaderboard.pairs``. start: a fit to begin from. ridge: the penalty on theta^2 and eta^2, in units of the mean weight of a
+    pair; it bounds models that always win. Raises ValueError for outcomes that are negative, not finite or all 0, and, without
+    a ridge, where models are unconnected or unbounded; ArithmeticError where Newton's method does not converge.
     """
     counts = np.asarray(outcomes, np.float64)
     if counts.shape != (len(feedback.outcomes), pair_count(n_models)):
@@ -79,38 +79,31 @@ def fit(
 
 
 def _check_bounded(counts: Float64, n_models: int) -> None:
-    """A finite optimum needs a chain of wins or ties from every model to every other (Ford, 1957)."""
+    """A finite optimum exists where every model has a chain of wins or ties to every other (Ford, 1957): where the graph of
+    wins is strongly connected."""
     a, b = pairs(n_models)
-    beats = np.eye(n_models, dtype=bool)
+    beats = np.zeros((n_models, n_models), dtype=bool)
     tied = counts[2:].sum(0) > 0
     beats[a, b], beats[b, a] = (counts[0] > 0) | tied, (counts[1] > 0) | tied
-    if not _closure(beats | beats.T).all():
+    if components(beats).any():
         raise ValueError("outcomes: expected weights that connect all models; some have no chain of pairs to the others")
-    if not _closure(beats).all():
-        raise ValueError("outcomes: some models win or lose always against others, so that their coefficients have no bound; "
-                         "give a ridge, such as 1e-6")  # fmt: skip
-
-
-def _closure(reaches: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    while True:
-        further = reaches.astype(np.float32) @ reaches.astype(np.float32) > 0
-        if (further == reaches).all():
-            return reaches
-        reaches = further
+    if components(beats, "strong").any():
+        raise ValueError("outcomes: some models always win or always lose against others, so that their coefficients have no "
+                         "bound; give a ridge, such as 1e-6")  # fmt: skip
 
 
 def refit(feedback: FeedbackModel, samples: npt.ArrayLike, n_models: int, whole: Fit, ridge: float = 0.0) -> list[Fit]:
-    """The fits of many samples [B, K, M (M - 1) / 2] of what ``whole`` was fitted to, such as bootstrap samples.
+    """The fits of many samples [B, K, M (M - 1) / 2], such as bootstrap samples, of what ``whole`` was fitted to.
 
-    Each starts at the whole's optimum. Its first Newton step leaves an error of the square of the step; where that step is
-    above SMALL_STEP it goes on to its own optimum.
+    Each is one Newton step from the optimum ``whole``, with an error of the order of the step squared; where the step is above
+    SMALL_STEP, the fit continues to the sample's own optimum.
     """
     found: list[Fit] = []
     start = np.append(whole.theta, [] if whole.eta is None else [whole.eta])
     parts = None
     for counts in np.asarray(samples, np.float64):
         problem = _problem(feedback, counts, n_models)
-        if isinstance(problem, _Ties):  # what depends on the point alone is the same for all samples
+        if isinstance(problem, _Ties):  # what depends only on the point is the same for all samples
             parts = problem.parts(start) if parts is None else parts
             value, gradient, curvature = problem.summed(problem.counts, *parts)
         else:
@@ -133,8 +126,8 @@ def _problem(feedback: FeedbackModel, counts: Float64, n_models: int) -> _Proble
 
 
 def _step(curvature: Float64, gradient: Float64, shift: int) -> Float64:
-    """Newton's step; ``shift`` > 0 pins the mean of so many first entries. Where the loss bends down, damped until it does
-    not."""
+    """Newton's step, damped where the Hessian is not positive definite; ``shift`` > 0 fixes the mean of the first ``shift``
+    entries."""
     scale = float(np.abs(np.diag(curvature)).max()) or 1.0
     if shift:
         curvature = curvature.copy()
@@ -161,13 +154,13 @@ def _along(
     curvature: Float64,
     least_eta: float,
 ) -> tuple[Float64, float, Float64, Float64]:
-    """The first of ever shorter steps that lowers the loss enough (Armijo)."""
+    """Backtracking line search: the first of shorter and shorter steps that lowers the loss enough (Armijo)."""
     longest = np.abs(step).max()
-    length = min(1.0, 10.0 / longest) if longest > 0 else 1.0  # far from the optimum the quadratic means little
+    length = min(1.0, 10.0 / longest) if longest > 0 else 1.0  # far from the optimum the quadratic model is poor
     for _ in range(60):
         to = _onto(x + length * step, problem.n_models, least_eta)
         there = problem(to, penalty)
-        # At the optimum the loss is flat to rounding: there a smaller gradient is progress too.
+        # At the optimum the loss is flat up to rounding: there a smaller gradient is progress.
         flat = abs(there[0] - value) <= 1e-12 * abs(value) and np.abs(there[1]).max() < np.abs(gradient).max()
         if there[0] <= value + 1e-4 * float(gradient @ (to - x)) or flat:
             return to, *there
@@ -176,7 +169,7 @@ def _along(
 
 
 def _free(feedback: FeedbackModel, x: Float64, gradient: Float64, curvature: Float64) -> tuple[Float64, Float64]:
-    """Without eta, where it stands at its least and the loss would have it go on: rk's loss has a kink there."""
+    """Gradient and Hessian with eta frozen if it is at its active lower bound, where rk's loss has a kink."""
     if not feedback.has_eta or x[-1] > feedback.least_eta or gradient[-1] < 0:
         return gradient, curvature
     gradient, curvature = gradient.copy(), curvature.copy()
@@ -202,7 +195,7 @@ class _Problem(ABC):
 
     @abstractmethod
     def at(self, x: Float64) -> tuple[float, Float64, Float64]:
-        """The same without the penalty."""
+        """Loss, gradient and Hessian without the penalty."""
 
 
 class _Logistic(_Problem):
@@ -227,11 +220,11 @@ class _Logistic(_Problem):
 
 
 class _Ties(_Problem):
-    """rk, rk-reparam and grk: each pair's loss depends on three numbers; torch differentiates it."""
+    """rk, rk-reparam and grk: a pair's loss depends on theta_a, theta_b and eta, and is differentiated by torch."""
 
     def __init__(self, feedback: FeedbackModel, counts: Float64, n_models: int) -> None:
         self.size, self.n_models = n_models + 1, n_models
-        self.places = np.stack([*pairs(n_models), np.full(pair_count(n_models), n_models)], 1)
+        self.entries = np.stack([*pairs(n_models), np.full(pair_count(n_models), n_models)], 1)
         self.counts = counts.T
         self.feedback = feedback
 
@@ -241,9 +234,9 @@ class _Ties(_Problem):
 
     def parts(self, x: Float64) -> tuple[Float64, Float64, Float64]:
         """For each pair and outcome: -log P [.., K], its gradient [.., K, 3] and its Hessian [.., K, 3, 3]."""
-        # Each pair's loss depends on its own row alone, so that the gradient of a sum over pairs holds the gradients of all.
+        # A pair's loss depends only on its own row: the gradient of the sum over pairs holds every pair's gradient.
         with torch.inference_mode(False), torch.enable_grad():
-            local = torch.from_numpy(x[self.places]).requires_grad_()
+            local = torch.from_numpy(x[self.entries]).requires_grad_()
             losses = -self.feedback.log_probabilities(*local.unbind(1))[:, : len(self.feedback.outcomes)]
             slopes = [_gradient(of, local, create_graph=True) for of in losses.unbind(1)]
             bends = [torch.stack([_gradient(of, local) for of in slope.unbind(1)], 1) for slope in slopes]
@@ -252,16 +245,16 @@ class _Ties(_Problem):
         return value, slope, bend
 
     def summed(self, counts: Float64, value: Float64, slope: Float64, bend: Float64) -> tuple[float, Float64, Float64]:
-        """The whole's loss, gradient and Hessian, under other counts [M (M - 1) / 2, K] too."""
-        size, places = self.size, self.places
-        rows = (places[:, :, None] * size + places[:, None, :]).ravel()
-        gradient: Any = np.bincount(places.ravel(), np.einsum("pk,pki->pi", counts, slope).ravel(), size)
+        """Loss, gradient and Hessian over all pairs with counts [M (M - 1) / 2, K]."""
+        size, entries = self.size, self.entries
+        rows = (entries[:, :, None] * size + entries[:, None, :]).ravel()
+        gradient: Any = np.bincount(entries.ravel(), np.einsum("pk,pki->pi", counts, slope).ravel(), size)
         curvature: Any = np.bincount(rows, np.einsum("pk,pkij->pij", counts, bend).ravel(), size * size).reshape(size, size)
         return float((counts * value).sum()), gradient, curvature
 
 
 def _gradient(each: Tensor, local: Tensor, create_graph: bool = False) -> Tensor:
-    """Of each entry in its own row of ``local``; zero where it does not depend on it."""
+    """The gradient of each entry in its own row of ``local``; zero where the entry does not depend on it."""
     if not each.requires_grad:
         return torch.zeros_like(local)
     (found,) = torch.autograd.grad(each.sum(), local, retain_graph=True, create_graph=create_graph, materialize_grads=True)

@@ -1,7 +1,7 @@
-"""How often each outcome is to be expected between any two models, over a set of prompts: sums that can be added.
+"""Expected outcomes of every pair of models, summed over prompts; sums over disjoint prompts can be added.
 
-The right-hand side of the paper's (3): the binary cross-entropy is linear in the outcome, so that the mean over prompts of
-the outcome probabilities is all that a leaderboard over the prompts needs.
+The right-hand side of the paper's (3): the cross-entropy is linear in the outcome, so that a leaderboard over prompts needs
+only the mean of their outcome probabilities.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from p2l_engine.bootstrap import poisson
 from p2l_engine.coefficients import Coefficients
 from p2l_engine.feedback import FeedbackModel
 from p2l_engine.native import routing as native
 
 Float64 = npt.NDArray[np.float64]
 
-CHUNK = 1 << 19  # pairs of a prompt that are worked on at once: they stay in the cache
-CHUNKS = 8  # of them for each product with the bootstrap samples' shares: their sums are many, and no cache holds them
-WIDEST = 300.0  # beyond it exp(theta) could overflow: then everything is computed from logarithms
+CHUNK = 1 << 19  # pairs (of all prompts) computed at once: they stay in the cache
+CHUNKS = 8  # chunks in each product with the bootstrap weights, whose sums do not fit the cache
+WIDEST = 300.0  # beyond it exp(theta) could overflow: probabilities are then computed in log space
 
 
 def pair_count(n_models: int) -> int:
@@ -30,7 +31,7 @@ def pair_count(n_models: int) -> int:
 
 
 def pairs(n_models: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """a and b [M (M - 1) / 2] of every pair a < b, in the order of all arrays here."""
+    """a and b [M (M - 1) / 2] of every pair a < b, in the order of all arrays of pairs."""
     a, b = np.triu_indices(n_models, 1)
     return a.astype(np.int64), b.astype(np.int64)
 
@@ -39,10 +40,10 @@ def pairs(n_models: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
 class OutcomeSums:
     """Sums over prompts of the probabilities of each outcome, for every pair of models.
 
-    sums [1 + B, K, M (M - 1) / 2] float64: for the prompts as they are, then for B bootstrap samples of them; K outcomes in the
-    feedback model's order (A, B, tie, both bad; A is the first model of the pair). weight [1 + B]: the prompts' weights added
-    up. Adding two gives what one would have given that had seen all prompts (the bootstrap samples are then those of either:
-    ``stream`` must differ).
+    sums [1 + B, K, M (M - 1) / 2] float64: for all prompts, then for B bootstrap samples of them; K outcomes in the feedback
+    model's order (A, B, tie, both bad; A is the first model of the pair). weight [1 + B]: the sum of the prompts' weights.
+    Adding two gives the sums over both sets of prompts; give each another ``stream``, so that their bootstrap samples are
+    independent.
     """
 
     feedback: FeedbackModel
@@ -65,8 +66,8 @@ class OutcomeSums:
         self._rng = np.random.default_rng([self.seed, self.stream])
 
     def add(self, coefficients: Coefficients, weights: npt.ArrayLike | None = None) -> None:
-        """The prompts of these coefficients, each with a weight >= 0 (None: 1). Raises ValueError for other models' names, or
-        for weights or coefficients that are not finite."""
+        """Adds the prompts of these coefficients. weights [N] >= 0 (None: 1). Raises ValueError for other models or another
+        feedback model, and for weights or coefficients that are not finite."""
         if coefficients.models != self.models or coefficients.feedback.name != self.feedback.name:
             raise ValueError(
                 f"coefficients: expected {self.feedback.name} over {list(self.models)}, got {coefficients.feedback.name} over "
@@ -88,15 +89,15 @@ class OutcomeSums:
                 eta = None if coefficients.eta is None else torch.from_numpy(coefficients.eta[some]).double()
                 of_pairs = probabilities(self.feedback, theta, eta).flatten(1)
                 self.sums[0] += (torch.from_numpy(each[some]) @ of_pairs).view(self.sums.shape[1:]).numpy()
-                if self.bootstrap:  # float32 rounds far below what the samples differ by
+                if self.bootstrap:  # float32's rounding is far below the spread of the samples
                     parts.append(of_pairs.float())
             if parts:
                 self._resample(torch.cat(parts), each[first : first + CHUNKS * step])
         self.prompts += n
 
     def _resample(self, of_pairs: Tensor, weights: Float64) -> None:
-        """The Poisson bootstrap: in a sample of many prompts each occurs Poisson(1) times, whatever the others do."""
-        share = self._rng.poisson(1.0, (self.bootstrap, len(weights))) * weights
+        """Adds prompts to each bootstrap sample, Poisson(1) times each."""
+        share = poisson(len(weights), self.bootstrap, self._rng) * weights
         self.weight[1:] += share.sum(1)
         scale = float(weights.max()) or 1.0  # weights may be beyond float32
         found = (torch.from_numpy(share / scale).float() @ of_pairs).double() * scale
@@ -112,15 +113,15 @@ class OutcomeSums:
             )
         both = OutcomeSums(self.feedback, self.models, self.bootstrap, self.seed, self.stream)
         both.sums, both.weight = self.sums + other.sums, self.weight + other.weight
-        # What is added later must not draw again what either has drawn.
+        # Later additions must not repeat the random numbers of either.
         both._rng = np.random.default_rng([self.seed, self.stream, other.stream, self.prompts + other.prompts])
         both.prompts, both._streams = self.prompts + other.prompts, self._streams | other._streams
         return both
 
     @property
     def means(self) -> Float64:
-        """[1 + B, K, M (M - 1) / 2]: the mean probabilities; bootstrap samples that hold no prompt, as those of few prompts
-        may, are left out. Raises ValueError where no prompt has a weight."""
+        """[1 + B, K, M (M - 1) / 2]: the mean probabilities, without bootstrap samples that hold no prompt, as may happen with
+        few prompts. Raises ValueError where no prompt has a weight."""
         if not self.weight[0] > 0:
             raise ValueError("weights: expected some prompts of a weight above 0")
         some = self.weight > 0
@@ -128,8 +129,8 @@ class OutcomeSums:
 
     @property
     def win_matrix(self) -> Float64:
-        """[M, M]: how often the row's model is preferred to the column's, over the prompts; 1/2 on the diagonal of bt models,
-        where ties do not count 0."""
+        """[M, M]: how often the row's model is preferred to the column's, over the prompts. The diagonal is 1/2 for models
+        without ties, else 0."""
         m = len(self.models)
         a, b = pairs(m)
         first, second = self.means[0, 0], self.means[0, 1]
@@ -141,7 +142,7 @@ class OutcomeSums:
 
 def probabilities(feedback: FeedbackModel, theta: Tensor, eta: Tensor | None) -> Tensor:
     """theta [N, M], eta [N] float64 -> [N, K, M (M - 1) / 2]: ``FeedbackModel.probabilities`` of every pair, with M
-    exponentials a prompt instead of some for each pair. A tie of less than 1e-16 is 0."""
+    exponentials a prompt instead of several a pair. Tie probabilities below 1e-16 are 0."""
     a, b = (torch.from_numpy(index) for index in pairs(theta.shape[1]))
     known = len(feedback.outcomes)
     wide_range = float(theta.abs().max()) > WIDEST or (eta is not None and float(eta.abs().max()) > WIDEST)

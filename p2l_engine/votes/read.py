@@ -13,6 +13,7 @@ import numpy as np
 
 from p2l_engine.feedback import FeedbackModel, Outcome
 from p2l_engine.prompts.parse import cell_turns
+from p2l_engine.tables.limits import MAX_DROPPED
 from p2l_engine.tables.whole import Table, read_table
 from p2l_engine.votes.cells import PREFERENCES, Unusable, feedback_of, seconds_of, weight_of
 from p2l_engine.votes.scores import from_scores, score_matrix
@@ -21,7 +22,6 @@ from p2l_engine.votes.votes import Votes
 PROMPTS = ("prompt", "conversation", "conversation_a")
 COLUMNS = {"model_a", "model_b", "model", "winner", "value", "score", "weight", "timestamp", "category", "task"}
 COLUMNS |= {*PROMPTS, *PREFERENCES}
-MAX_DROPPED = 0.01
 
 logger = logging.getLogger(__name__)
 

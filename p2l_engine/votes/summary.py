@@ -6,10 +6,10 @@ from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
+import numpy.typing as npt
 
 from p2l_engine.feedback import Outcome
+from p2l_engine.leaderboard.connected import components
 from p2l_engine.votes.votes import Votes
 
 
@@ -69,11 +69,10 @@ def disconnected(votes: Votes) -> tuple[tuple[str, ...], ...]:
     pairs = (votes.b >= 0) & (votes.weight > 0)
     if not pairs.any():
         return ()
-    m = len(votes.models)
-    graph = coo_array((np.ones(int(pairs.sum())), (votes.a[pairs], votes.b[pairs])), (m, m))
-    count, label = connected_components(graph, directed=False)
-    most = np.bincount(label[votes.a[pairs]], votes.weight[pairs], count).argmax()
-    return tuple(tuple(votes.models[i] for i in np.flatnonzero(label == group)) for group in range(count) if group != most)
+    label = components(_edges(votes, votes.a[pairs], votes.b[pairs]))
+    most = np.bincount(label[votes.a[pairs]], votes.weight[pairs]).argmax()
+    groups = (np.flatnonzero(label == group) for group in range(label.max() + 1) if group != most)
+    return tuple(tuple(votes.models[i] for i in group) for group in groups)
 
 
 def undecided(votes: Votes) -> tuple[str, ...]:
@@ -81,20 +80,23 @@ def undecided(votes: Votes) -> tuple[str, ...]:
     if votes.are_values:
         return ()
     votes = votes.where(votes.weight > 0)
-    m, tie = len(votes.models), votes.outcome >= Outcome.TIE
+    tie = votes.outcome >= Outcome.TIE
     won, lost = (votes.outcome == Outcome.A) | tie, (votes.outcome == Outcome.B) | tie
-    graph = coo_array(
-        (np.ones(int(won.sum() + lost.sum())),
-         (np.concatenate([votes.a[won], votes.b[lost]]), np.concatenate([votes.b[won], votes.a[lost]]))), (m, m),
-    )  # fmt: skip
-    _, label = connected_components(graph, directed=True, connection="strong")
-    _, component = connected_components(graph, directed=False)
+    edges = _edges(votes, np.concatenate([votes.a[won], votes.b[lost]]), np.concatenate([votes.b[won], votes.a[lost]]))
+    label, component = components(edges, "strong"), components(edges)
     sizes = np.bincount(label)[label]
-    largest = np.zeros(m, np.int64)
-    for number in range(component.max() + 1):
-        within = np.flatnonzero(component == number)
+    largest = np.zeros(len(votes.models), np.int64)
+    for of in range(component.max() + 1):
+        within = np.flatnonzero(component == of)
         largest[within] = label[within[sizes[within].argmax()]]
     return tuple(votes.models[i] for i in np.flatnonzero(label != largest))
+
+
+def _edges(votes: Votes, start: npt.NDArray[np.int64], end: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """[M, M]: whether any vote leads from the row's model to the column's."""
+    edges = np.zeros((len(votes.models), len(votes.models)), bool)
+    edges[start, end] = True
+    return edges
 
 
 def _names(models: tuple[str, ...]) -> str:

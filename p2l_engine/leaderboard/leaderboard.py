@@ -1,4 +1,4 @@
-"""Leaderboards: models from best to worst, by their coefficients, with win rates and, over sets, intervals."""
+"""Leaderboards: models from best to worst by coefficient, with win rates and, over sets of prompts, intervals."""
 
 from __future__ import annotations
 
@@ -10,36 +10,25 @@ import numpy as np
 import numpy.typing as npt
 
 from p2l_engine import routing
+from p2l_engine.bootstrap import LEVEL, interval, poisson, shares
 from p2l_engine.coefficients import Coefficients
-from p2l_engine.leaderboard.fit import Fit, fit, refit
+from p2l_engine.leaderboard.fit import fit, refit
 from p2l_engine.leaderboard.outcomes import OutcomeSums, pair_count, pairs
+from p2l_engine.reports import Standing
 
 Float64 = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """One line of a leaderboard: rank from 1, the model, its coefficient, its win rate against the opponents (None for models
-    of values, ols and poisson), and, where they were computed, the ends of the coefficient's bootstrap interval."""
-
-    rank: int
-    model: str
-    coefficient: float
-    win_rate: float | None
-    low: float | None = None
-    high: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Leaderboard:
-    """Models from best to worst. eta: the tie parameter of the whole, for fitted leaderboards of tie models."""
+    """Models from best to worst. eta: the fitted tie parameter, for leaderboards over prompts under a tie model."""
 
-    places: tuple[Place, ...]
+    standings: tuple[Standing, ...]
     eta: float | None = None
 
     @classmethod
     def of(cls, coefficients: Coefficients, index: int = 0, opponents: npt.NDArray[Any] | None = None) -> Leaderboard:
-        """The leaderboard of prompt ``index``. opponents [M] sums to 1; None is uniform over the models."""
+        """The leaderboard of prompt ``index``. opponents [M] sums to 1; None: uniform over the models."""
         if not -len(coefficients) <= index < len(coefficients):
             raise IndexError(f"index: expected a prompt of {len(coefficients)}, got {index}")
         theta = coefficients.theta[index].astype(np.float64)
@@ -53,11 +42,11 @@ class Leaderboard:
         pair_weights: npt.ArrayLike | None = None,
         bootstrap: int = 0,
         seed: int = 0,
-        level: float = 0.95,
+        level: float = LEVEL,
     ) -> Leaderboard:
-        """The leaderboard over a set of prompts (paper, 2.1.1, (3)): the one that votes on these prompts would give, were there
-        endlessly many. For ols the mean of theta, for poisson the log of the mean rate. weights [N]: of the prompts; others as
-        in ``fitted``."""
+        """The leaderboard over a set of prompts (paper, 2.1.1, (3)): what infinitely many votes on these prompts would give.
+        For ols the mean of theta, for poisson the log of the mean rate. weights [N]: of the prompts; the others as in
+        ``fitted``."""
         if coefficients.feedback.of_values:
             if pair_weights is not None:
                 raise ValueError(f"pair_weights: {coefficients.feedback.name} compares no pairs")
@@ -67,11 +56,11 @@ class Leaderboard:
         return cls.fitted(sums, pair_weights, level)
 
     @classmethod
-    def fitted(cls, sums: OutcomeSums, pair_weights: npt.ArrayLike | None = None, level: float = 0.95) -> Leaderboard:
-        """The leaderboard of outcome probabilities that were summed over prompts, perhaps in parts.
+    def fitted(cls, sums: OutcomeSums, pair_weights: npt.ArrayLike | None = None, level: float = LEVEL) -> Leaderboard:
+        """The leaderboard of outcome probabilities summed over prompts.
 
-        pair_weights [M, M], symmetric, >= 0: how often each pair meets (the paper's P_X); None: all alike. Where the sums hold
-        bootstrap samples, places have intervals at ``level``.
+        pair_weights [M, M], symmetric, >= 0: how often each pair meets (the paper's P_X); None: equally often. Where the sums
+        hold bootstrap samples, standings have intervals at ``level``.
         """
         means = sums.means
         if pair_weights is not None:
@@ -82,8 +71,8 @@ class Leaderboard:
 
     @classmethod
     def averaged(cls, coefficients: Coefficients, weights: npt.ArrayLike | None = None) -> Leaderboard:
-        """The weighted mean of the coefficients (paper, B.1): a predictor of the expected log-odds, not of win rates, in which
-        a higher place need not mean more wins; ``over`` is the leaderboard to use. For ols models the two are the same."""
+        """The weighted mean of the coefficients (paper, B.1): it predicts expected log-odds, not win rates, so that a higher
+        rank need not mean more wins; use ``over`` to rank models. For ols models the two are the same."""
         theta = coefficients.theta.astype(np.float64)
         mean = np.average(theta, axis=0, weights=None if weights is None else np.asarray(weights))
         return cls.ranked(coefficients.models, mean, wins=not coefficients.feedback.of_values)
@@ -95,50 +84,45 @@ class Leaderboard:
         theta: Float64,
         opponents: npt.NDArray[Any] | None = None,
         samples: Sequence[Float64] = (),
-        level: float = 0.95,
+        level: float = LEVEL,
         eta: float | None = None,
         wins: bool = True,
     ) -> Leaderboard:
-        """Of coefficients theta [M]; opponents [M] as in ``of``; samples: bootstrap coefficients [M], from which intervals."""
+        """From coefficients theta [M]; opponents [M] as in ``of``; samples: bootstrap coefficients [M], for the intervals;
+        wins: whether theta gives win rates. Raises ValueError for a level outside (0, 1)."""
         if not 0 < level < 1:
             raise ValueError(f"level: expected a probability between 0 and 1, got {level!r}")
         q = np.full(len(theta), 1.0 / len(theta)) if opponents is None else opponents
         v = routing.win_rates(theta[None], q)[0].tolist() if wins else [None] * len(theta)
         low = high = [None] * len(theta)
         if len(samples):
-            low, high = np.quantile(np.stack(samples), [(1 - level) / 2, (1 + level) / 2], axis=0).tolist()
+            low, high = (ends.tolist() for ends in interval(np.stack(samples), level))
         order = np.argsort(-theta, kind="stable")
-        places = (Place(r + 1, models[m], float(theta[m]), v[m], low[m], high[m]) for r, m in enumerate(order))
-        return cls(tuple(places), eta)
+        standings = (Standing(r + 1, models[m], float(theta[m]), v[m], low[m], high[m]) for r, m in enumerate(order))
+        return cls(tuple(standings), eta)
 
     @classmethod
     def _of_values(cls, c: Coefficients, weights: npt.ArrayLike | None, bootstrap: int, seed: int, level: float) -> Leaderboard:
         theta, rng = c.theta.astype(np.float64), np.random.default_rng(seed)
-        each = np.ones(len(theta)) if weights is None else np.asarray(weights, np.float64)
-        times = np.concatenate([np.ones((1, len(theta))), rng.poisson(1.0, (bootstrap, len(theta)))])
-        share = times * each
-        share = share[(share.sum(1) > 0) | (np.arange(len(share)) == 0)]
-        if not share[0].sum() > 0:
-            raise ValueError("weights: expected some prompts of a weight above 0 (in each bootstrap sample: take more prompts)")
-        share /= share.sum(1, keepdims=True)
+        share = shares(np.concatenate([np.ones((1, len(theta))), poisson(len(theta), bootstrap, rng)]), weights)
         means = np.log(share @ np.exp(theta)) if c.feedback.counts else share @ theta
         return cls.ranked(c.models, means[0], samples=list(means[1:]), level=level, wins=False)
 
     @property
     def best(self) -> str:
         """The first model's name."""
-        return self.places[0].model
+        return self.standings[0].model
 
     def coefficients(self, models: Sequence[str]) -> Float64:
         """[M] in the order of these names."""
-        of = {place.model: place.coefficient for place in self.places}
+        of = {standing.model: standing.coefficient for standing in self.standings}
         return np.array([of[model] for model in models])
 
-    def __iter__(self) -> Iterator[Place]:
-        return iter(self.places)
+    def __iter__(self) -> Iterator[Standing]:
+        return iter(self.standings)
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.standings)
 
 
 def _pair_weights(weights: npt.ArrayLike, m: int) -> Float64:
@@ -150,6 +134,3 @@ def _pair_weights(weights: npt.ArrayLike, m: int) -> Float64:
         raise ValueError("pair_weights: expected some pair of a weight above 0")
     scaled: Float64 = of_pairs * pair_count(m) / of_pairs.sum()
     return scaled
-
-
-__all__ = ["Fit", "Leaderboard", "Place"]

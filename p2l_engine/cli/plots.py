@@ -1,0 +1,87 @@
+"""The plots of ``p2l-engine leaderboard`` and ``p2l-engine frontier``. Needs the extra ``cli`` (matplotlib)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from p2l_engine import routing
+from p2l_engine.plotting import BLUE, GREY, ORANGE, YELLOW, save
+from p2l_engine.reports import Standing
+from p2l_engine.routing import Frontier
+from p2l_engine.routing.arrays import Float64
+
+
+def leaderboard(standings: Sequence[Standing], title: str, path: str | Path) -> None:
+    """A bar chart of coefficients, with their intervals if all have one, and of win rates, from best to worst."""
+    names = [standing.model for standing in standings]
+    figure = Figure(figsize=(11, 1.2 + 0.32 * len(names)), layout="constrained")
+    rates = [100 * standing.win_rate for standing in standings if standing.win_rate is not None]
+    panels = [([standing.coefficient for standing in standings], "coefficient")]
+    panels += [(rates, "win rate against the opponents, %")] if rates else []
+    left, *rest = np.atleast_1d(figure.subplots(1, len(panels), sharey=True)).tolist()
+    ends = [
+        (standing.coefficient - standing.low, standing.high - standing.coefficient)
+        for standing in standings
+        if standing.low is not None and standing.high is not None
+    ]
+    spread = np.clip(np.array(ends), 0, None).T if len(ends) == len(names) else None
+    for axes, (values, label) in zip((left, *rest), panels, strict=True):
+        more = {"xerr": spread, "ecolor": GREY} if axes is left else {}
+        bars = axes.barh(names, values, color=BLUE if axes is left else YELLOW, **more)
+        axes.bar_label(bars, fmt="%.2f" if axes is left else "%.1f", padding=3, fontsize=8)
+        axes.set_xlabel(label)
+        axes.margins(x=0.12, y=0.01)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.axvline(0 if axes is left else 50, color=GREY, linewidth=0.8, zorder=0)
+    left.invert_yaxis()
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left", parse_math=False)
+    save(figure, path)
+
+
+def frontier(
+    curve: Frontier,
+    v: Float64,
+    costs: Float64,
+    names: Sequence[str],
+    unit: str,
+    title: str,
+    path: str | Path,
+    named: Collection[str] | None = None,
+) -> None:
+    """Mean cost and win rate, as in the paper's Figure 4: the batch budget's curve, the per-prompt budget's below it, and the
+    single models as circles. v [N, M] and costs [M] are those of the curve. named: the models to label (None: all); of many
+    models, only where there is space."""
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axes = figure.subplots()
+    thin = curve.thinned()
+    axes.plot(thin.cost, 100 * thin.value, color=ORANGE, linewidth=2, label="router, one budget over the batch")
+    least = float(np.broadcast_to(costs, v.shape).min(axis=1).max())
+    budgets = np.linspace(least, max(float(costs.max()), least), 60)
+    each = [routing.solve_budget(v, costs, float(budget)) for budget in budgets]
+    axes.plot(
+        [p.cost.mean() for p in each], [100 * p.value.mean() for p in each],
+        color=BLUE, linestyle="--", label="router, the same budget for each prompt",
+    )  # fmt: skip
+    axes.scatter(
+        curve.model_cost, 100 * curve.model_value, facecolors="none", edgecolors="black", label="one model for all", zorder=3
+    )
+    rows = zip(names, curve.model_cost.tolist(), (100 * curve.model_value).tolist(), strict=True)
+    labelled = sorted((row for row in rows if named is None or row[0] in named), key=lambda row: -row[2])
+    taken: list[tuple[float, float]] = []
+    for name, x, y in labelled:
+        right, up = axes.transData.transform((x, y)).tolist()
+        # Of many models, the best ones have labels and the others only where there is space.
+        if len(labelled) < len(names) and any(abs(right - a) < 220 and abs(up - b) < 12 for a, b in taken):
+            continue
+        taken.append((right, up))
+        axes.annotate(name, (x, y), xytext=(5, -3), textcoords="offset points", fontsize=7, parse_math=False)
+    axes.set_xlabel(f"mean cost ({unit})", parse_math=False)
+    axes.set_ylabel("mean win rate against the opponents, %")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left", parse_math=False)
+    save(figure, path)

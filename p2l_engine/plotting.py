@@ -1,0 +1,29 @@
+"""What all plots share: colours that colour-blind readers can tell apart (Okabe and Ito's), and files. Needs matplotlib."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+BLUE, ORANGE, YELLOW, GREY = "#0072B2", "#D55E00", "#E69F00", "#888888"
+DIVERGING, SEQUENTIAL = "PuOr", "cividis"  # colour maps: around a half, and from 0 up
+
+logger = logging.getLogger(__name__)
+
+
+def save(figure: Figure, path: str | Path) -> None:
+    """Writes the figure, in the format that the path's suffix names. Logs one warning where the font lacks characters."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        figure.savefig(path, dpi=150)
+    lacking = [w for w in seen if "missing from font" in str(w.message)]
+    if lacking:
+        logger.warning("%s: the plot's font lacks %d of its characters, which are drawn as boxes", path, len(lacking))
+    for w in seen:
+        if w not in lacking:
+            warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)

@@ -1,0 +1,59 @@
+"""The bootstrap's samples and intervals, and the connected components of a graph of models."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from p2l_engine.bootstrap import interval, poisson, shares, with_replacement
+from p2l_engine.leaderboard.connected import components
+
+
+def test_samples_hold_as_many_prompts_as_there_are():
+    counts = with_replacement(50, 400, seed=3)
+    assert counts.shape == (401, 50)
+    assert (counts[0] == 1).all()
+    assert (counts.sum(1) == 50).all()
+    assert counts[1:].mean() == pytest.approx(1)
+    assert counts[1:].var() == pytest.approx(1, abs=0.1)
+    np.testing.assert_array_equal(counts, with_replacement(50, 400, seed=3))
+    expected = np.random.default_rng(3).multinomial(50, np.full(50, 0.02), 400)  # as persisted figures were drawn
+    np.testing.assert_array_equal(counts[1:], expected)
+
+
+def test_poisson_samples_can_be_drawn_in_parts(seed):
+    parts, rng = np.random.default_rng(seed), np.random.default_rng(seed)
+    counts = np.concatenate([poisson(10, 300, parts), poisson(30, 300, parts)], axis=1)
+    assert counts.shape == (300, 40)
+    assert counts.mean() == pytest.approx(1, abs=0.1)
+    np.testing.assert_array_equal(counts[:, :10], rng.poisson(1.0, (300, 10)))
+
+
+def test_shares_leave_out_samples_without_weight():
+    counts = np.array([[1.0, 1, 1], [0, 3, 0], [2, 0, 1]])
+    np.testing.assert_allclose(shares(counts), counts / 3)
+    np.testing.assert_allclose(shares(counts, [1, 0, 3]), [[0.25, 0, 0.75], [0.4, 0, 0.6]])
+    with pytest.raises(ValueError, match="weights: expected some prompts of a weight above 0"):
+        shares(counts, [0, 0, 0])
+
+
+def test_intervals_are_quantiles(rng):
+    samples = rng.normal(size=(500, 3))
+    low, high = interval(samples, 0.8)
+    np.testing.assert_array_equal(low, np.quantile(samples, (1 - 0.8) / 2, axis=0))
+    np.testing.assert_array_equal(high, np.quantile(samples, (1 + 0.8) / 2, axis=0))
+
+
+@pytest.mark.parametrize("connection", ["weak", "strong"])
+@pytest.mark.parametrize("density", [0.0, 0.02, 0.05, 0.2])
+def test_components_are_scipys(connection, density, rng):
+    for m in (1, 2, 7, 40):
+        edges = rng.random((m, m)) < density
+        found = components(edges, connection)
+        _, expected = connected_components(coo_array(edges), directed=True, connection=connection)
+        # The same groups, numbered by their first members.
+        first = [int(np.flatnonzero(expected == label)[0]) for label in expected]
+        _, renumbered = np.unique(first, return_inverse=True)
+        np.testing.assert_array_equal(found, renumbered)
