@@ -204,6 +204,15 @@ def test_what_cannot_be_fitted_is_said():
         Leaderboard.over(nan)
 
 
+def test_a_fit_that_rounding_stops_is_an_optimum():
+    """Votes that are all ties: the last bits of loss and gradient cannot fall below the usual tolerance."""
+    counts = np.zeros((4, 6))
+    counts[2] = [36.0, 28.0, 37.0, 32.0, 31.0, 36.0]
+    found = fit(feedback_model("grk"), counts, 4, ridge=1e-6)
+    assert found.iterations < 30
+    assert found.loss < 1e-4
+
+
 def test_pairs_are_in_order():
     a, b = pairs(4)
     assert list(zip(a.tolist(), b.tolist(), strict=True)) == [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]

@@ -17,6 +17,7 @@ from p2l_engine.leaderboard.outcomes import pair_count, pairs
 Float64 = npt.NDArray[np.float64]
 
 TOLERANCE = 1e-10  # of the gradient, for a mean weight of 1 a pair
+STALLED = 1e-8  # of the gradient, where rounding keeps loss and gradient from getting smaller
 ITERATIONS = 200
 SMALL_STEP = 0.1
 
@@ -65,15 +66,21 @@ def fit(
     free = not feedback.grounded  # then theta is known up to a shift
     penalty = ridge * mean
     value, gradient, curvature = problem(x, penalty)
+    last = np.inf, np.inf
     for iteration in range(ITERATIONS):
         gradient, curvature = _free(feedback, x, gradient, curvature)
-        if np.abs(gradient).max() <= TOLERANCE * mean:
+        state = value, float(np.abs(gradient).max())
+        stalled = state[0] == last[0] and state[1] >= last[1]
+        if state[1] <= (STALLED if stalled else TOLERANCE) * mean:
             theta = x[:n_models] - (x[:n_models].mean() if free else 0.0)
             return Fit(theta, float(x[n_models]) if problem.size > n_models else None, float(value / total), iteration)
+        if stalled:
+            break
+        last = state
         step = _step(curvature, gradient, n_models if free and not penalty else 0)
         x, value, gradient, curvature = _along(problem, x, step, value, gradient, penalty, curvature, feedback.least_eta)
     raise ArithmeticError(
-        f"fit: no optimum after {ITERATIONS} iterations (gradient {np.abs(gradient).max():.1e}): as where nothing ties, "
+        f"fit: no optimum after {iteration + 1} iterations (gradient {np.abs(gradient).max():.1e}): as where nothing ties, "
         "or nothing is bad; give a ridge, such as 1e-6"
     )
 
