@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated
 
 import typer
@@ -29,7 +29,7 @@ from p2l_engine.cli.top import TOP, All, Top, cut, limit
 
 def frontier(
     file: Annotated[
-        Path,
+        str,
         typer.Argument(help=f"Prompts: {PROMPT_FILE}."),
     ],
     column: Column = "prompt",
@@ -72,7 +72,7 @@ def frontier(
     if plot is not None:
         from p2l_engine.cli.plots import frontier as draw
 
-        title = f"{len(batch)} prompts of {file.name}{left_out.replace('models', 'models named')}"
+        title = f"{len(batch)} prompts of {PurePath(file).name}{left_out.replace('models', 'models named')}"
         draw(curve, v, router.costs, router.names, unit, title, plot, best)
         note(f"wrote {plot}")
     if as_json:

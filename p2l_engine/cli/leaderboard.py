@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated
 
 import typer
@@ -28,7 +28,7 @@ def leaderboard(
     prompt: Annotated[str | None, typer.Argument(help="One prompt; or use --file, or standard input as one text.")] = None,
     file: Annotated[Path | None, typer.Option(help="The prompt from a file, whole.")] = None,
     prompts: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             help=f"One leaderboard over all prompts of this file: {PROMPT_FILE}. Objects and tables may have a weight for each "
             "prompt."
@@ -62,7 +62,7 @@ def leaderboard(
         engine = load_engine(checkpoint, device, dtype)
         with progress(len(batch)) as advance:
             board = Leaderboard.over(engine.coefficients(batch, advance), weights, bootstrap=bootstrap)
-        title = f"{len(batch):,} prompts of {prompts.name}{'' if weights is None else ', weighted'}"
+        title = f"{len(batch):,} prompts of {PurePath(prompts).name}{'' if weights is None else ', weighted'}"
     else:
         text = prompt if prompt is not None else read_text(file) if file else read_stdin()
         user_turns(text)

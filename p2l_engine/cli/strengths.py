@@ -27,7 +27,7 @@ from p2l_engine.cli.top import TOP, All, Top, limit
 
 def strengths(
     file: Annotated[
-        Path,
+        str,
         typer.Argument(
             help=f"Prompts: {PROMPT_FILE}. Objects and tables may have a category (or task) and a weight for each prompt."
         ),
