@@ -57,7 +57,7 @@ def _find(location: Location, warn: Callable[..., object]) -> list[File]:
     if location.is_local and os.path.isfile(location.path):  # without pyarrow
         _check_ending(location)
         status = os.stat(location.path)
-        return [File(location, status.st_size, status.st_mtime_ns)]
+        return [File(Location(location.path, location.path), status.st_size, status.st_mtime_ns)]
     from pyarrow import fs
 
     base = location.path
