@@ -25,6 +25,7 @@ import p2l_engine  # noqa: F401 (before transformers, which would take this repo
 
 pytest.register_assert_rewrite("tests.support.batch_files", "tests.support.catalogs", "tests.support.training")
 
+SEED = "20"
 DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 
 # A failing example is printed so that it can be run again; no test fails because the machine is busy.
@@ -38,21 +39,19 @@ hypothesis.settings.load_profile("p2l-engine")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    given = os.environ.get("P2L_TEST_SEED")
     parser.addoption(
         "--seed",
-        type=int,
-        default=int(given) if given else None,
-        help="seed of all random tests, 0 to 2**32 - 1 (default: P2L_TEST_SEED, or a new one for each run)",
+        default=os.environ.get("P2L_TEST_SEED", SEED),
+        help=f"seed of all random tests: 0 to 2**32 - 1, or random (default: P2L_TEST_SEED, or {SEED})",
     )
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    if config.option.seed is None:
-        config.option.seed = secrets.randbits(32)
-    elif not 0 <= config.option.seed < 2**32:
-        raise pytest.UsageError(f"--seed: expected 0 to 2**32 - 1, got {config.option.seed}")
+    given = str(config.option.seed)
+    if given != "random" and not (given.isdecimal() and int(given) < 2**32):
+        raise pytest.UsageError(f"--seed: expected 0 to 2**32 - 1, or random, got {given!r}")
+    config.option.seed = secrets.randbits(32) if given == "random" else int(given)
     os.environ["P2L_TEST_SEED"] = str(config.option.seed)  # for processes that tests start
     if getattr(config.option, "hypothesis_seed", None) is None:
         config.option.hypothesis_seed = str(config.option.seed)

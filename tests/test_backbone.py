@@ -118,6 +118,7 @@ def test_packing_puts_every_token_and_key_in_its_place(shapes, p, extra):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.slow
 def test_a_shared_prefix_changes_nothing(dtype, tmp_path):
     folder = tiny.write(tmp_path, template=PREFIXED)
     engine = Engine.from_pretrained(folder, device="cpu", dtype=dtype)

@@ -38,6 +38,7 @@ from tests.support import tiny
 from tests.support.training import skill_votes
 
 
+@pytest.mark.slow
 def test_random_prompts_have_the_lengths_that_are_claimed():
     encoder = PromptEncoder(TransformersTokenizer(subjects.tokenizer()))
     around = len(encoder.encode(["a"])[0]) - 1  # the template's tokens and the CLS token
@@ -78,6 +79,7 @@ def run(monkeypatch, module, *arguments):
     module.main()
 
 
+@pytest.mark.slow
 def test_throughput_runs_to_the_end(tmp_path, monkeypatch, capsys):
     folder, table = tiny.write(tmp_path / "checkpoint"), tmp_path / "rows.csv"
     prompts = tmp_path / "prompts.jsonl"
@@ -95,6 +97,7 @@ def test_throughput_runs_to_the_end(tmp_path, monkeypatch, capsys):
         assert "no GPU here" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_latency_runs_to_the_end(tmp_path, monkeypatch):
     folder, table = tiny.write(tmp_path / "checkpoint"), tmp_path / "rows.csv"
     sizes = ("--tokens", 24, "--calls", 5, "--callers", 1, 3)
@@ -187,6 +190,7 @@ def test_leaderboards_run_to_the_end(tmp_path, monkeypatch):
     assert [(row["feedback"], row["bootstrap"]) for row in rows] == [("bt", "0"), ("bt", "3"), ("grk", "0"), ("grk", "3")]
 
 
+@pytest.mark.slow
 def test_batch_runs_to_the_end(tmp_path, monkeypatch):
     table = tmp_path / "rows.csv"
     run(monkeypatch, batch, "--short", 40, "--csv", table)

@@ -38,6 +38,7 @@ def test_it_routes_over_its_own_catalog(default_engine):
             assert budget is None or decision.expected_cost <= budget
 
 
+@pytest.mark.slow
 def test_theta_is_that_of_transformers_and_peft(default_engine):
     """The adapter applied by peft to transformers' own decoder, in float32, against the merged packed engine."""
     from safetensors.torch import load_file

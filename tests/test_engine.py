@@ -65,6 +65,7 @@ def test_equals_transformers_in_float32(name, tmp_path):
     np.testing.assert_allclose(c.eta, eta, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_equals_transformers_from_1_to_8192_tokens(tmp_path):
     folder = tiny.write(tmp_path)
     engine = Engine.from_pretrained(folder, device="cpu", dtype=torch.float32)

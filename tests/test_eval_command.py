@@ -50,6 +50,7 @@ def called(folder, monkeypatch):
     return call
 
 
+@pytest.mark.slow
 def test_votes_are_evaluated(called, folder):
     status, out, err = called(
         "--training", "known.parquet", "--html", "r.html", "--json", "r.json", "--cluster", "--replace", "alpha:beta",
@@ -69,6 +70,7 @@ def test_clusters_are_no_categories_of_the_training_votes(called, folder):
     assert set(json.loads((folder / "c.json").read_text())["votes"]["overall"]) == {"p2l", "marginal", "constant"}
 
 
+@pytest.mark.slow
 def test_scores_are_evaluated_under_budgets_and_by_category(called, folder):
     status, out, err = called(
         "--training", "known-scores.parquet", "--catalog", "catalog.yaml", "--budget", "1.5", "--budget", "3",

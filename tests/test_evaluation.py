@@ -321,6 +321,7 @@ def test_clusters_are_found_and_named():
         clusters.cluster(hidden[:10], texts[:10])
 
 
+@pytest.mark.slow
 def test_probes_predict_scores_from_features():
     rng = np.random.default_rng(0)
     features_of = rng.normal(size=(400, 12))
@@ -351,6 +352,7 @@ class Page(HTMLParser):
 
 
 @pytest.mark.parametrize("name", ["grk", "bt", "ols"])
+@pytest.mark.slow
 def test_a_report_holds_together(name, tmp_path):
     head = "rk" if name == "grk" else "bt"
     engine = Engine.from_pretrained(

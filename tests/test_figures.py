@@ -73,6 +73,7 @@ def test_tables_fit_80_columns_and_no_cell_has_a_second_line(models, categories)
     assert len(legend) == categories
 
 
+@pytest.mark.slow
 def test_what_is_left_out_is_said_and_all_shows_all():
     report = survey(130, 30)
     text = " ".join(" ".join(printed(report)).split())
@@ -107,6 +108,7 @@ def test_an_evaluations_tables_fit_80_columns():
     assert len(row) == 9  # the budget, six routers, the best single model and its name
 
 
+@pytest.mark.slow
 def test_plots_and_pages_show_the_first_models_and_tables_all(tmp_path):
     report = survey(130, 3)
     for name in report_plots.plots_of(report):

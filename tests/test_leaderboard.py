@@ -130,6 +130,7 @@ def test_the_average_is_the_mean_of_coefficients():
     np.testing.assert_allclose(board.coefficients(c.models), c.theta[4].astype(float))
 
 
+@pytest.mark.slow
 def test_intervals_cover_as_often_as_they_say():
     """The coefficient of a large population lies in 90% of the 80% to 97% of samples' intervals."""
     population = coefficients("bt", 20_000, 4, seed=1)

@@ -100,6 +100,7 @@ def test_every_shape_equals_highs_on_the_full_lp(seed, n, m):
 
 @settings(deadline=None, max_examples=20)
 @given(st.integers(0, 10**9), st.booleans())
+@pytest.mark.slow
 def test_two_thousand_prompts_equal_highs(seed, batch_only):
     problem = random_problem(seed, 2000, 12, batch_only)
     best, ours = solve(problem, "highs"), solve(problem)
@@ -208,6 +209,7 @@ def test_equal_prompts_are_solved_as_one(rng):
     assert ((one_row.probabilities > 0).sum(1) > 1).sum() <= 1
 
 
+@pytest.mark.slow
 def test_costs_over_twelve_orders_of_magnitude(rng):
     v, costs = np.sort(rng.random((3000, 13)), axis=1), 10.0 ** np.arange(-6, 7)
     for budget in (1e-6, 3e-5, 0.7, 1e3, 1e7):

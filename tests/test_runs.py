@@ -229,7 +229,7 @@ def test_export_does_not_overwrite_anything(tmp_path):
     with pytest.raises(CheckpointError, match="p2l-engine eval --json"):
         export(source, tmp_path / "new", tmp_path / "no.json")
     export(source, tmp_path / "new")
-    assert "It was not evaluated" in (tmp_path / "new" / "README.md").read_text()
+    assert "Not evaluated" in (tmp_path / "new" / "README.md").read_text()
     assert json.loads((tmp_path / "new" / "config.json").read_text())["dtype"] == "bfloat16"
 
 

@@ -45,6 +45,7 @@ def called(folder, monkeypatch):
     return call
 
 
+@pytest.mark.slow
 def test_strengths_by_category_are_means_of_win_rates(called, folder):
     more = ("--reference", "beta", "--replace", "alpha:beta", "--html", "r.html", "--plot", "r.png")
     reports = {}

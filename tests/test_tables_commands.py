@@ -82,12 +82,14 @@ def check_same(folder, prompts, checkpoint):
     return routed
 
 
+@pytest.mark.slow
 def test_commands_agree_on_thirty_odd_prompts(checkpoint, tmp_path):
     prompts = [*ODD, *(f"question {i}, and so on" for i in range(30 - len(ODD)))]
     routed = check_same(tmp_path, prompts, checkpoint)
     assert [row["prompt"] for row in routed[:4]] == [ODD[0], ODD[0], ["two", "turns"], ODD[3]]
 
 
+@pytest.mark.slow
 def test_commands_agree_on_thirty_real_prompts(checkpoint, data, tmp_path):
     prompts = pq.read_table(data / "votes_human.parquet", columns=["prompt"]).column("prompt").unique().to_pylist()[:30]
     check_same(tmp_path, [prompt if isinstance(prompt, str) else json.dumps(prompt) for prompt in prompts], checkpoint)
@@ -122,9 +124,10 @@ def test_every_command_refuses_the_same_files(command, checkpoint, tmp_path):
 @pytest.mark.parametrize("command", ["route", "frontier", "leaderboard", "strengths"])
 def test_commands_read_uris_folders_and_globs(command, checkpoint, tmp_path):
     options = {"route": ["route", "--file"], "leaderboard": ["leaderboard", "--prompts"]}.get(command, [command])
+    more = ["--bootstrap", 2] if command in ("leaderboard", "strengths") else []
     (tmp_path / "a.csv").write_text("prompt\nfirst\n")
     (tmp_path / "b.jsonl").write_text('"second"\n')
     (tmp_path / "c.txt").write_text("third\n")
     for given in (tmp_path, f"{tmp_path}/*", f"file://{tmp_path}/a.csv", f"file://{tmp_path}/c.txt"):
-        assert run(*options, given, checkpoint=checkpoint).status == 0
+        assert run(*options, given, *more, checkpoint=checkpoint).status == 0
     assert "no such file or folder" in run(*options, f"{tmp_path}/none.csv", checkpoint=checkpoint).message

@@ -33,6 +33,7 @@ def test_coefficients_and_leaderboards(family, dtype, n, tmp_path):
     np.testing.assert_allclose(again.coefficients(one.models), board.coefficients(one.models), atol=1e-9)
 
 
+@pytest.mark.slow
 def test_gradients_of_training(tmp_path):
     config = settings(tmp_path, dtype="float32", max_length=512)
     votes, _ = read(config.train_data_path)

@@ -241,15 +241,20 @@ class _Ties(_Problem):
 
     def parts(self, x: Float64) -> tuple[Float64, Float64, Float64]:
         """For each pair and outcome: -log P [.., K], its gradient [.., K, 3] and its Hessian [.., K, 3, 3]."""
-        # A pair's loss depends only on its own row: the gradient of the sum over pairs holds every pair's gradient.
+        outcomes, pairs = len(self.feedback.outcomes), len(self.entries)
+        # A row for each outcome and pair. A row's loss depends on that row alone, so that the gradient of their sum holds each
+        # row's gradient: four calls of autograd, however many outcomes there are.
         with torch.inference_mode(False), torch.enable_grad():
-            local = torch.from_numpy(x[self.entries]).requires_grad_()
-            losses = -self.feedback.log_probabilities(*local.unbind(1))[:, : len(self.feedback.outcomes)]
-            slopes = [_gradient(of, local, create_graph=True) for of in losses.unbind(1)]
-            bends = [torch.stack([_gradient(of, local) for of in slope.unbind(1)], 1) for slope in slopes]
-            found = losses, torch.stack(slopes, 1), torch.stack(bends, 1)
-        value, slope, bend = (part.detach().numpy() for part in found)
-        return value, slope, bend
+            local = torch.from_numpy(x[self.entries]).repeat(outcomes, 1).requires_grad_()
+            log_p = self.feedback.log_probabilities(*local.unbind(1)).view(outcomes, pairs, -1)
+            losses = -torch.cat([log_p[k, :, k] for k in range(outcomes)])
+            slope = _gradient(losses, local, create_graph=True)
+            bend = torch.stack([_gradient(of, local) for of in slope.unbind(1)], 1)
+        return (
+            losses.detach().view(outcomes, pairs).T.numpy(),
+            slope.detach().view(outcomes, pairs, 3).transpose(0, 1).numpy(),
+            bend.detach().view(outcomes, pairs, 3, 3).transpose(0, 1).numpy(),
+        )
 
     def summed(self, counts: Float64, value: Float64, slope: Float64, bend: Float64) -> tuple[float, Float64, Float64]:
         """Loss, gradient and Hessian over all pairs with counts [M (M - 1) / 2, K]."""
