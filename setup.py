@@ -8,6 +8,9 @@ from setuptools import find_packages, setup
 core = [
     "torch>=2.11",
     "transformers>=5.17",
+    "tokenizers>=0.22",
+    "jinja2>=3.1",
+    "pyyaml>=6",
     "safetensors>=0.6",
     "cffi>=1.17",
     "highspy>=1.11",
@@ -22,7 +25,6 @@ train = [
     "peft>=0.18",
     "pyarrow>=20",
     "pydantic>=2.11",
-    "pyyaml>=6",
     "scipy>=1.15",
     "scikit-learn>=1.7",
     "datasets>=4",

@@ -82,7 +82,7 @@ def test_disconnected_models_can_be_trained(tmp_path, caplog):
     write_votes(tmp_path / "votes.parquet", [("p", "x", "y", "model_a"), ("q", "v", "w", "model_b")])
     with caplog.at_level("INFO"):
         assert train(config, max_steps=1).is_dir()
-    assert "no chain of votes ties" in caplog.text
+    assert "no chain of votes connects" in caplog.text
 
 
 @pytest.mark.slow
