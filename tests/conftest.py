@@ -17,7 +17,6 @@ from pathlib import Path
 # other, up to 20 times longer on a busy machine. Tests of threads ask for them. OMP_NUM_THREADS from outside has precedence.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import hypothesis
 import numpy as np
 import pytest
 
@@ -28,14 +27,18 @@ pytest.register_assert_rewrite("tests.support.batch_files", "tests.support.catal
 SEED = "20"
 DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 
-# A failing example is printed so that it can be run again; no test fails because the machine is busy.
-hypothesis.settings.register_profile(
-    "p2l-engine",
-    print_blob=True,
-    deadline=None,
-    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
-)
-hypothesis.settings.load_profile("p2l-engine")
+# bench/gpu_suite.sh runs the GPU tests on machines without Hypothesis; they draw nothing from it.
+if importlib.util.find_spec("hypothesis"):
+    import hypothesis
+
+    # A failing example is printed so that it can be run again; no test fails because the machine is busy.
+    hypothesis.settings.register_profile(
+        "p2l-engine",
+        print_blob=True,
+        deadline=None,
+        suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
+    )
+    hypothesis.settings.load_profile("p2l-engine")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

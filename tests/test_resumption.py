@@ -7,6 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
@@ -232,6 +234,43 @@ def test_a_failure_of_any_write_loses_nothing(scope, router, tmp_path, monkeypat
             failures += 1
     assert failures > 3
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_write_that_fails_at_once_ends_the_run(router, tmp_path, monkeypatch):
+    """The writer's future has failed before its callback is added, which then runs in the thread that submitted it."""
+
+    class Immediate(ThreadPoolExecutor):
+        def submit(self, call, *arguments):
+            future = Future()
+            try:
+                future.set_result(call(*arguments))
+            except OSError as error:
+                future.set_exception(error)
+            return future
+
+    def failing(path, data):
+        if "part-" in str(path):
+            raise OSError(28, "No space left on device", str(path))
+        real(path, data)
+
+    from p2l_engine.tables import storage
+
+    real = storage.write_file
+    monkeypatch.setattr("p2l_engine.batch.pipeline.ThreadPoolExecutor", Immediate)
+    monkeypatch.setattr("p2l_engine.tables.storage.write_file", failing)
+    config = BatchConfig([write(tmp_path / "in.parquet")], str(tmp_path / "out"), budget=1.5, rows_per_part=32)
+    errors = []
+
+    def attempt():
+        try:
+            run(router, config)
+        except OSError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=attempt, daemon=True)  # of its own: a deadlock must not stop the other tests
+    thread.start()
+    thread.join(300)
+    assert [error.errno for error in errors] == [28]
 
 
 def test_other_files_in_a_state_folder_are_kept(router, tmp_path, monkeypatch):

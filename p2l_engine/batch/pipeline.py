@@ -166,9 +166,12 @@ class Pipeline:
 
     def _submit(self, writer: ThreadPoolExecutor) -> None:
         """Gives blocks to the writer in order, so that the coefficients of repeated prompts, in earlier blocks, are on disk."""
+        submitted = []
         with self._lock:
             while self._pending and self._pending[0].spilled.is_set():
-                writer.submit(self._finish, self._pending.popleft().block).add_done_callback(self._finished)
+                submitted.append(writer.submit(self._finish, self._pending.popleft().block))
+        for future in submitted:  # not under the lock: the callback of a future that has failed already runs here, and takes it
+            future.add_done_callback(self._finished)
 
     def _finished(self, future: Future[None]) -> None:
         error = future.exception()
