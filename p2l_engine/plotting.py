@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from p2l_engine.tables.atomic import write_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,7 +23,9 @@ def save(figure: Figure, path: str | Path) -> None:
     """Writes the figure, in the format that the path's suffix names. Logs one warning where the font lacks characters."""
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        figure.savefig(path, dpi=150)
+        drawn = io.BytesIO()
+        figure.savefig(drawn, dpi=150, format=Path(path).suffix[1:].lower() or "png")
+    write_file(path, drawn.getbuffer())
     lacking = [w for w in seen if "missing from font" in str(w.message)]
     if lacking:
         logger.warning("%s: the plot's font lacks %d of its characters, which are drawn as boxes", path, len(lacking))

@@ -107,3 +107,12 @@ def test_folders_are_replaced_whole_or_not_at_all(tmp_path):
     write_folder(target.parent / "other", fill("first"), replace=False)
     assert sorted(os.listdir(target.parent)) == ["folder", "other"]
     assert target.stat().st_mode & 0o777 == 0o755
+
+
+def test_a_link_to_a_folder_stays_one(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    write_folder(tmp_path / "link", lambda work: (work / "new").write_text("new"))
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "new").read_text() == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]

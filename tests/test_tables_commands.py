@@ -9,6 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from p2l_engine.cli.prompts import PromptFile
+from p2l_engine.tables import storage
+from p2l_engine.tables.find import find
+from p2l_engine.tables.whole import read_table
 from tests.support import tiny
 from tests.support.batch_files import output
 from tests.support.command import p2l_engine
@@ -101,6 +105,50 @@ def test_nothing_on_standard_input_is_refused(command, text, checkpoint):
     done = run(command, checkpoint=checkpoint, text=text)
     assert done.status == 2
     assert "standard input holds no prompt" in done.message
+
+
+def test_messages_show_no_keys_of_stores(monkeypatch):
+    local = storage.Location
+    uri = "foo://KEY:SECRET@bucket/v.csv?token=SECRET"
+    assert storage.shown(uri) == "foo://bucket/v.csv"
+    monkeypatch.setattr(storage.Location, "of", classmethod(lambda cls, given: local("/nowhere/v.csv", storage.shown(given))))
+    for read in (lambda: PromptFile.read(uri), lambda: read_table([uri, "other.csv"], ("prompt",))):
+        with pytest.raises((ValueError, OSError)) as refused:
+            read()
+        assert "SECRET" not in str(refused.value)
+
+
+def test_uris_of_folders_hold_tables():
+    import fsspec
+
+    system = fsspec.filesystem("memory")
+    system.pipe("/prompts/a.csv", b"prompt\nfirst\n")
+    system.pipe("/prompts/b.csv", b"prompt\nsecond\n")
+    assert PromptFile.read("memory://prompts").prompts == ["first", "second"]
+    system.rm("/prompts", recursive=True)
+
+
+def test_an_empty_name_of_a_file_is_refused(checkpoint):
+    for command in (["route", "--file", ""], ["route", "hello", "--file", ""], ["frontier", ""]):
+        done = run(*command, checkpoint=checkpoint, text="from standard input")
+        assert done.status == 2
+    assert "expected a path or a URI" in done.message
+
+
+@pytest.mark.parametrize("command", [["route", "hello"], ["route"], ["leaderboard", "hello"], ["frontier", "plain.txt"]])
+def test_a_column_without_a_table_is_refused(command, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plain.txt").write_text("a prompt")
+    done = run(*command, "--column", "text", checkpoint=checkpoint, text="hello")
+    assert done.status == 2
+    assert "expected a table of prompts" in done.message
+
+
+def test_a_working_folder_that_looks_like_a_glob(tmp_path, monkeypatch):
+    (tmp_path / "da[1]ta").mkdir()
+    monkeypatch.chdir(tmp_path / "da[1]ta")
+    with pytest.raises(ValueError, match="missing.csv: no such file or folder"):
+        find(["missing.csv"])
 
 
 @pytest.mark.parametrize("command", ["route", "frontier", "leaderboard", "strengths", "batch"])

@@ -10,6 +10,7 @@ from typing import Any
 from p2l_engine.checkpoint.saving import write_json
 from p2l_engine.jsonable import to_json
 from p2l_engine.reports import Evaluation, Figure, RoutingFigures, ValueFigures, VoteFigures
+from p2l_engine.tables.atomic import write_file
 
 FIGURES = {
     "log_loss": "log-loss",
@@ -63,7 +64,7 @@ def write(folder: Path, evaluation: Evaluation) -> None:
         json.loads((folder / name).read_text(encoding="utf-8")) for name in ("model_list.json", "training_config.json")
     )
     write_json(folder / "evaluation.json", to_json(evaluation))
-    (folder / "README.md").write_text(text(models, training, evaluation), encoding="utf-8")
+    write_file(folder / "README.md", text(models, training, evaluation))
 
 
 def _training_lines(training: Mapping[str, Any]) -> list[str]:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from p2l_engine.tables.atomic import write_folder
+from p2l_engine.tables.atomic import write_file, write_folder
 
 
 def write_whole(folder: Path, fill: Callable[[Path], None]) -> None:
@@ -55,4 +55,4 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Indented JSON with a newline at its end."""
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_file(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")

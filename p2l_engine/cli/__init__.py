@@ -35,7 +35,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
         app(arguments)
     except SystemExit as ended:
-        return ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 1
+        if ended.code is None or isinstance(ended.code, int):
+            return ended.code or 0
+        error_line(str(ended.code))
     except ModuleNotFoundError as error:
         from p2l_engine.cli.extras import hint
 

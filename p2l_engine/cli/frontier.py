@@ -53,6 +53,7 @@ def frontier(
 
     from p2l_engine import routing
     from p2l_engine.cli.prompts import read_prompts
+    from p2l_engine.tables.storage import shown
 
     check_writable(plot, "--plot", PLOTS)
     batch = read_prompts(None, file, column)
@@ -60,9 +61,11 @@ def frontier(
     with progress(len(batch)) as advance:
         v = router.win_rates(router.engine.coefficients(batch, advance))
     curve = routing.frontier(v, router.costs)
-    shown = np.linspace(curve.cost[0], curve.cost[-1], budgets if len(curve.cost) > 1 else 1)
-    each = [float(routing.solve_budget(v, router.costs, budget).value.mean()) for budget in shown]
-    rows = [("batch budget", cost, curve.at(cost), per_prompt) for cost, per_prompt in zip(shown.tolist(), each, strict=True)]
+    shown_costs = np.linspace(curve.cost[0], curve.cost[-1], budgets if len(curve.cost) > 1 else 1)
+    each = [float(routing.solve_budget(v, router.costs, budget).value.mean()) for budget in shown_costs]
+    rows = [
+        ("batch budget", cost, curve.at(cost), per_prompt) for cost, per_prompt in zip(shown_costs.tolist(), each, strict=True)
+    ]
     singles = sorted(
         zip(router.names, curve.model_cost.tolist(), curve.model_value.tolist(), strict=True), key=lambda row: row[1]
     )
@@ -72,7 +75,7 @@ def frontier(
     if plot is not None:
         from p2l_engine.cli.plots import frontier as draw
 
-        title = f"{len(batch)} prompts of {PurePath(file).name}{left_out.replace('models', 'models named')}"
+        title = f"{len(batch)} prompts of {PurePath(shown(file)).name}{left_out.replace('models', 'models named')}"
         draw(curve, v, router.costs, router.names, unit, title, plot, best)
         note(f"wrote {plot}")
     if as_json:

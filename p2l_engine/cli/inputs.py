@@ -130,7 +130,9 @@ def swaps_of(given: Sequence[str] | None, models: Sequence[str]) -> list[tuple[s
 
 def write_json(report: dict[str, Any], file: Path) -> None:
     """Writes the report, indented, and says so on stderr."""
-    file.write_text(json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    from p2l_engine.tables.atomic import write_file
+
+    write_file(file, json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     note(f"wrote {file}")
 
 

@@ -48,7 +48,7 @@ def leaderboard(
     from rich.table import Table
     from rich.text import Text
 
-    from p2l_engine.cli.prompts import PromptFile, read_stdin, read_text
+    from p2l_engine.cli.prompts import PromptFile, check_no_column, read_stdin, read_text
     from p2l_engine.jsonable import to_json
     from p2l_engine.leaderboard import Leaderboard
     from p2l_engine.prompts.parse import user_turns
@@ -62,9 +62,10 @@ def leaderboard(
         engine = load_engine(checkpoint, device, dtype)
         with progress(len(batch)) as advance:
             board = Leaderboard.over(engine.coefficients(batch, advance), weights, bootstrap=bootstrap)
-        title = f"{len(batch):,} prompts of {PurePath(prompts).name}{'' if weights is None else ', weighted'}"
+        title = f"{len(batch):,} prompts of {PurePath(given.name).name}{'' if weights is None else ', weighted'}"
     else:
-        text = prompt if prompt is not None else read_text(file) if file else read_stdin()
+        check_no_column(column)
+        text = prompt if prompt is not None else read_text(file) if file is not None else read_stdin()
         user_turns(text)
         board = Leaderboard.of(load_engine(checkpoint, device, dtype).coefficients([text]))
         title = text

@@ -14,7 +14,7 @@ import typer
 from p2l_engine.prompts.parse import Prompt, cell_turns
 from p2l_engine.tables.find import names_tables
 from p2l_engine.tables.rows import listed
-from p2l_engine.tables.storage import Location
+from p2l_engine.tables.storage import Location, shown
 from p2l_engine.tables.whole import Table, read_table
 
 CATEGORY = ("category", "task")  # the first that is there
@@ -40,7 +40,8 @@ class PromptFile:
         no prompt at all."""
         if names_tables(str(file)):
             return _some(_from_table(read_table(str(file), (column, "weight", *CATEGORY), bare=column), column))
-        return _some(cls(str(file), _lines(read_text(file))))
+        check_no_column(column)
+        return _some(cls(shown(str(file)), _lines(read_text(file))))
 
     def weights(self) -> list[float] | None:
         """Each prompt's weight, or None if the file has no weights."""
@@ -71,13 +72,22 @@ class PromptFile:
 
 def read_prompts(given: list[str] | None, file: str | Path | None, column: str = "prompt") -> list[Prompt]:
     """From the arguments, a file (see ``PromptFile``), or standard input, one a line."""
-    if given and file:
+    if given and file is not None:
         raise typer.BadParameter("give prompts as arguments or a file, not both", param_hint="--file")
+    if file is not None:
+        return PromptFile.read(file, column).prompts
+    check_no_column(column)
     if given:
         return list(given)
-    if file:
-        return PromptFile.read(file, column).prompts
     return _some(PromptFile("standard input", _lines(read_stdin()))).prompts
+
+
+def check_no_column(column: str) -> None:
+    """Raises BadParameter for a column of prompts that come from no table."""
+    if column != "prompt":
+        raise typer.BadParameter(
+            f"expected a table of prompts (parquet, csv, jsonl) beside the column {column!r}", param_hint="--column"
+        )
 
 
 def read_text(file: str | Path) -> str:
@@ -85,7 +95,7 @@ def read_text(file: str | Path) -> str:
     try:
         return Location.of(str(file)).read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: expected UTF-8 text: {error}") from None
+        raise ValueError(f"{shown(str(file))}: expected UTF-8 text: {error}") from None
 
 
 def read_stdin() -> str:

@@ -81,7 +81,7 @@ def strengths(
     if categories is None and not cluster:
         categories = ["all"] * len(given.prompts)
         columns = " or ".join(CATEGORY)
-        note(f"{file}: no column {columns}: all prompts are one category (or use --cluster)", warning=True)
+        note(f"{given.name}: no column {columns}: all prompts are one category (or use --cluster)", warning=True)
     options = ReportOptions(bootstrap, seed, reference=reference, shown=model or None, replacements=swaps, cluster=cluster)
     with progress(len(given.prompts)) as advance:
         report = survey(engine, given.prompts, categories, weights, options, advance)

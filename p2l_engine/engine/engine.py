@@ -62,11 +62,13 @@ class Engine:
         self.tokens_per_batch = TOKENS_PER_BATCH[self.device.type] if tokens_per_batch is None else tokens_per_batch
         if self.tokens_per_batch < 1:
             raise ValueError(f"tokens_per_batch: expected at least 1, got {tokens_per_batch!r}")
+        if max_tokens is not None and max_tokens < 1:
+            raise ValueError(f"max_tokens: expected at least 1, got {max_tokens!r}")
         if self.device.type == "cpu":
             cpu.limit_threads()
         self.dtype = as_dtype(dtype, self.device)
         self.models, self.feedback, self.folder = loaded.models, loaded.feedback, loaded.folder
-        self.encoder = PromptEncoder(loaded.tokenizer, max_tokens or MAX_TOKENS)
+        self.encoder = PromptEncoder(loaded.tokenizer, MAX_TOKENS if max_tokens is None else max_tokens)
         self.backbone = backbone.build(loaded.config, loaded.weights, self.device, self.dtype)
         self.head = loaded.head.to(self.device)
         self.n_parameters = sum(weight.numel() for weight in loaded.weights.values())

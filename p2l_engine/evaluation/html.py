@@ -10,6 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from p2l_engine.evaluation import plots
 from p2l_engine.jsonable import to_json
 from p2l_engine.reports import Evaluation, Figure, Report, Survey
+from p2l_engine.tables.atomic import write_file
 
 
 def write(report: Report, path: Path, top: int | None = plots.TOP) -> None:
@@ -30,7 +31,7 @@ def write(report: Report, path: Path, top: int | None = plots.TOP) -> None:
         swaps=swaps,
         raw=json.dumps(to_json(report), ensure_ascii=False),
     )
-    path.write_text(page, encoding="utf-8")
+    write_file(path, page)
 
 
 def _interval(figure: Figure | None) -> str:

@@ -40,6 +40,7 @@ def write_file(path: str | Path, data: bytes | memoryview | str) -> None:
 def write_folder(folder: Path, fill: Callable[[Path], None], replace: bool = True) -> None:
     """``fill`` writes into an empty folder beside ``folder``, which then takes its name. If it raises, nothing changes.
     replace: whether a folder that exists by then is replaced, instead of kept."""
+    folder = Path(os.path.realpath(folder))  # a link stays one
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:

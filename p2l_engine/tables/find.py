@@ -49,7 +49,9 @@ def names_tables(given: str) -> bool:
     if is_table(location.path):
         return True
     if not location.is_local:
-        return any(sign in location.path for sign in "*?[") or location.path.endswith("/")
+        from pyarrow import fs
+
+        return _is_glob(location) or bool(location.system.get_file_info(location.path).type == fs.FileType.Directory)
     return os.path.isdir(location.path) or (_is_glob(location) and not os.path.exists(location.path))
 
 
@@ -91,7 +93,8 @@ def _check_ending(location: Location) -> None:
 
 
 def _is_glob(location: Location) -> bool:
-    return any(sign in location.path for sign in "*?[")
+    written = location.shown if location.is_local else location.path  # the working folder's name is no pattern
+    return any(sign in written for sign in "*?[")
 
 
 def _without_documents(files: list[File]) -> list[File]:

@@ -16,6 +16,11 @@ from p2l_engine.tables.atomic import write_file
 from p2l_engine.tables.formats import compression_of
 
 
+def shown(uri: str) -> str:
+    """A path or URI as messages may show it: without a store's options, keys and secrets."""
+    return uri if "://" not in uri else re.sub("//([^/@]*|[^@]*:[^@]*)@", "//", uri.partition("?")[0])
+
+
 @dataclass(frozen=True, slots=True)
 class Location:
     """A path, as the user wrote it (shown), and its store: a pyarrow file system, or None for this machine's files."""
@@ -33,16 +38,15 @@ class Location:
             return cls(os.path.abspath(os.path.expanduser(uri)), uri)
         from pyarrow import ArrowInvalid, fs
 
-        shown = re.sub("//([^/@]*|[^@]*:[^@]*)@", "//", uri.partition("?")[0])  # without a store's options, keys and secrets
         if uri.startswith("file:") and any(sign in uri for sign in "?#"):
             raise ValueError(f"{uri}: expected %3F for a question mark, and %23 for #, in a URI")
         try:
             store, path = fs.FileSystem.from_uri(uri)
         except ArrowInvalid as error:
             if "Unrecognized filesystem" not in str(error):
-                raise ValueError(f"{shown}: {str(error).replace(uri, shown)}") from None
-            store, path = _through_fsspec(uri, shown)
-        return cls(path, shown, None if isinstance(store, fs.LocalFileSystem) else store)
+                raise ValueError(f"{shown(uri)}: {str(error).replace(uri, shown(uri))}") from None
+            store, path = _through_fsspec(uri, shown(uri))
+        return cls(path, shown(uri), None if isinstance(store, fs.LocalFileSystem) else store)
 
     @property
     def is_local(self) -> bool:

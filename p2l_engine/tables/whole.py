@@ -12,7 +12,7 @@ from p2l_engine.tables.chunked import reader_of
 from p2l_engine.tables.find import find
 from p2l_engine.tables.jsonl import not_an_object
 from p2l_engine.tables.rows import AT_ONCE, InvalidRow, Values, readable, row_dicts
-from p2l_engine.tables.storage import File
+from p2l_engine.tables.storage import File, shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +98,7 @@ def read_table(path: str | Sequence[str], names: Collection[str], bare: str | No
                 columns[name] = [None] * len(rows)
             found[name] = None
 
-    for shown, chunks in parts:
+    for place, chunks in parts:
         first, has_columns = len(rows), False
         for chunk in chunks:
             add_columns(chunk.names)
@@ -115,10 +115,10 @@ def read_table(path: str | Sequence[str], names: Collection[str], bare: str | No
                     row = {}
                 for name, values in columns.items():
                     values.append(row.get(name))
-                rows.append((shown if len(parts) > 1 else "", len(rows) - first))
+                rows.append((place if len(parts) > 1 else "", len(rows) - first))
         if not has_columns and bare is None:
-            raise ValueError(f"{shown}: expected a JSON object on each line, found none")
-    return Table(", ".join(paths), tuple(found), columns, invalid, rows)
+            raise ValueError(f"{place}: expected a JSON object on each line, found none")
+    return Table(", ".join(map(shown, paths)), tuple(found), columns, invalid, rows)
 
 
 def _is_text(value: Any) -> bool:
