@@ -45,7 +45,7 @@ def test_what_stands_in_the_way_is_named(router, tmp_path):
             run(router, BatchConfig([given], str(tmp_path / "mine")), restart=restart)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
     with pytest.raises(ValueError, match="columns of its own named model, score"):
-        run(router, BatchConfig([write(tmp_path / "clash.csv", model=["m"] * 150, score=[1] * 150)], str(tmp_path / "clash")))
+        run(router, BatchConfig([write(tmp_path / "taken.csv", model=["m"] * 150, score=[1] * 150)], str(tmp_path / "taken")))
     for text, message in (
         ('[\n{"prompt": "a"}', None),
         ("[\n1\n]", "no line of its first 3 is a JSON object: row 0: expected a line of JSON"),
@@ -78,7 +78,7 @@ def test_what_stands_in_the_way_is_named(router, tmp_path):
     for more, message in (
         ({"budget": 0.5}, "budget 0.5 is infeasible"),
         ({"budget": 0.5, "budget_scope": "batch"}, "budget 0.5 is infeasible"),
-        ({"max_share": {"nobody": 0.5}}, "max_share: expected models of the catalog, got nobody"),
+        ({"max_share": {"unknown": 0.5}}, "max_share: expected models of the catalog, got unknown"),
         ({"max_share": {name: 0.1 for name in MODELS}}, "cannot hold"),
     ):
         with pytest.raises(ValueError, match=message):

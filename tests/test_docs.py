@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import re
 import runpy
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
+
+from p2l_engine import Engine
+from tests.support.command import p2l_engine
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md")])
@@ -74,3 +79,22 @@ def test_scripts_run(name, request, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
     assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.slow
+def test_the_training_page_runs(default_engine, monkeypatch, tmp_path):
+    """All commands of docs/training.md."""
+    (tmp_path / "examples").mkdir()
+    for name in ("make_votes.py", "train.yaml"):
+        shutil.copy(ROOT / "examples" / name, tmp_path / "examples")
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path("examples/make_votes.py", run_name="__main__")
+    (commands,) = blocks(ROOT / "docs" / "training.md", "sh")
+    lines = [shlex.split(line.partition("#")[0]) for line in commands.splitlines() if line.startswith("p2l-engine")]
+    assert [line[1] for line in lines] == ["train", "eval", "leaderboard", "export"]
+    for command in lines:
+        ended = p2l_engine(*command[1:])
+        assert ended.status == 0, ended.err
+    engine = Engine.from_pretrained("my-checkpoint", device="cpu")
+    theta = engine.coefficients(["What is the sum of 17 and 23?", "Write a poem about the number 7, in 4 lines."]).theta
+    assert [engine.models[best] for best in theta.argmax(1)] == ["calculator", "poet"]

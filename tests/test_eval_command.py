@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from p2l_engine.train.simulate import Simulator
 from tests.support import tiny
 from tests.support.command import p2l_engine
+from tests.support.simulate import Simulator
 
 CATALOG = "unit: USD per request\nmodels:\n" + "".join(f"  {name}: {{cost: {1 + i}}}\n" for i, name in enumerate(tiny.MODELS))
 

@@ -23,10 +23,10 @@ from p2l_engine.evaluation.resampled import Resampled
 from p2l_engine.feedback import Outcome, feedback_model
 from p2l_engine.jsonable import from_json, to_json
 from p2l_engine.reports import Evaluation
-from p2l_engine.train.simulate import Simulator
 from p2l_engine.votes import Votes
 from p2l_engine.votes.marginal import category_fits, marginal_fit, marginal_values
 from tests.support import tiny
+from tests.support.simulate import Simulator
 
 
 def simulated(name="grk", m=5, n=120, each=10):

@@ -15,9 +15,9 @@ from p2l_engine.feedback import feedback_model
 from p2l_engine.leaderboard import OutcomeSums, fit
 from p2l_engine.train.config import TrainConfig
 from p2l_engine.train.run import train
-from p2l_engine.train.simulate import Simulator
 from p2l_engine.votes.marginal import marginal_fit
 from tests.support import tiny
+from tests.support.simulate import Simulator
 
 WINNERS = ("model_a", "model_b", "tie", "tie (bothbad)")
 

@@ -113,7 +113,7 @@ def test_folders_and_globs_find_the_same_files_in_s3_and_on_disk(store, tmp_path
     ]  # another region is another store
     for given in (
         "s3://bucket/none",
-        "s3://nobody/x",
+        "s3://no-such-bucket/x",
         "s3://bucket/y/*.csv",
         "s3://bucket/x/readme.txt",
         "s3://bucket/x/[ab].csv",
@@ -126,8 +126,8 @@ def test_folders_and_globs_find_the_same_files_in_s3_and_on_disk(store, tmp_path
 @pytest.mark.xdist_group("s3")
 def test_errors_of_s3_name_the_uri(router, store, tmp_path):
     uri = uploaded(store, "refused/in.parquet", write(tmp_path / "in.parquet"))
-    with pytest.raises(OSError, match="nobody"):
-        run(router, BatchConfig([uri], "s3://nobody/out", state=str(tmp_path / "state")))
+    with pytest.raises(OSError, match="no-such-bucket"):
+        run(router, BatchConfig([uri], "s3://no-such-bucket/out", state=str(tmp_path / "state")))
     store.put_object(Bucket="bucket", Key="mine/thesis.txt", Body=b"precious")
     with pytest.raises(ValueError, match=r"s3://bucket/mine: expected an empty folder .*, found thesis.txt"):
         run(router, BatchConfig([uri], "s3://bucket/mine", state=str(tmp_path / "state")), restart=True)

@@ -251,9 +251,9 @@ def test_json_documents_beside_tables_are_skipped_and_named(tmp_path, caplog):
 
 def test_rows_of_several_files_are_named(tmp_path):
     write(tmp_path / "a.csv", [{"prompt": "a"} | VOTE] * 3)
-    write(tmp_path / "b.jsonl", [{"prompt": "b"} | VOTE, {"prompt": "b"} | VOTE | {"winner": "nobody"}])
+    write(tmp_path / "b.jsonl", [{"prompt": "b"} | VOTE, {"prompt": "b"} | VOTE | {"winner": "neither"}])
     _, dropped = read([str(tmp_path / "a.csv"), str(tmp_path / "b.jsonl")], max_dropped=0.5)
-    assert "(the first is " + str(tmp_path / "b.jsonl") + ": row 1: got 'nobody')" in dropped.lines()[0]
+    assert "(the first is " + str(tmp_path / "b.jsonl") + ": row 1: got 'neither')" in dropped.lines()[0]
     write(tmp_path / "b.jsonl", [{"prompt": "b"}, {"prompt": None}])
     with pytest.raises(ValueError, match=r"b.jsonl: row 1: prompt: expected a prompt"):
         PromptFile.read(tmp_path)

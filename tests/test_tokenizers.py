@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from p2l_engine import checkpoint
 from p2l_engine.checkpoint import huggingface
 from p2l_engine.checkpoint.tokenizer import REBUILT, NeedsTransformers, read_fast_tokenizer
+from p2l_engine.evaluation.features import frozen
 from p2l_engine.prompts.encode import PromptEncoder
 from p2l_engine.prompts.template import ChatTemplate
 from p2l_engine.prompts.tokenizer import FastTokenizer, TransformersTokenizer
@@ -156,6 +157,14 @@ def test_the_default_checkpoint_gives_the_same_tokens(default_engine):
     assert isinstance(ours.tokenizer, FastTokenizer)
     _, theirs = checkpoint.load().transformers()
     same(ours, PromptEncoder(TransformersTokenizer(theirs)))
+
+
+def test_the_untrained_backbone_is_read_as_transformers_objects_too(tmp_path):
+    folder = tiny.write(tmp_path, template=tiny.TEMPLATE)
+    loaded = frozen(str(folder), json.loads((folder / "training_config.json").read_text()))
+    config, theirs = loaded.transformers()
+    assert config.vocab_size == loaded.config.vocab_size == len(loaded.weights["embed_tokens.weight"])
+    same(PromptEncoder(loaded.tokenizer), PromptEncoder(TransformersTokenizer(theirs)))
 
 
 def test_where_the_template_comes_from(tmp_path):

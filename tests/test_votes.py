@@ -213,8 +213,8 @@ def test_votes_among_some_models():
     assert some.models == ("z", "x")
     assert len(some) == len(some.prompts) == 1
     assert (some.a.tolist(), some.b.tolist()) == ([0], [1])
-    with pytest.raises(ValueError, match="models: expected some of those that the votes are on, got nobody"):
-        votes.among(["x", "nobody"])
+    with pytest.raises(ValueError, match="models: expected some of those that the votes are on, got unknown"):
+        votes.among(["x", "unknown"])
     one = replace(votes, b=np.full(len(votes), -1))  # feedback on one model alone
     assert len(one.among(["x"])) == 1
 

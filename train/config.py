@@ -9,6 +9,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from p2l_engine.feedback import feedback_model
+from p2l_engine.tables.limits import MAX_DROPPED
 from p2l_engine.unique_keys import UniqueKeys
 
 
@@ -65,7 +66,7 @@ class TrainConfig(BaseModel):
     # data,
     columns: dict[str, str] = {}  # our name (prompt, model_a, winner ...): the column's name in the data
     leave_out: dict[str, list[str | int]] = {}  # column: values; rows with one of these values are skipped
-    max_dropped: Annotated[float, Field(ge=0, le=1)] = 0.01  # share of invalid rows that is tolerated
+    max_dropped: Annotated[float, Field(ge=0, le=1)] = MAX_DROPPED  # share of invalid rows that is tolerated
     # What to do with models outside the main connected component (the one with the most votes) of the graph of comparisons.
     disconnected_models: Literal["refuse", "leave_out", "train"] = "refuse"
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of prompts held out from training; 0 with val_data_path

@@ -3,6 +3,7 @@
 from p2l_engine.checkpoint.read import (
     DEFAULT,
     Checkpoint,
+    as_transformers,
     decoder_weights,
     find,
     head_weights,
@@ -15,6 +16,7 @@ from p2l_engine.checkpoint.read import (
 __all__ = [
     "DEFAULT",
     "Checkpoint",
+    "as_transformers",
     "decoder_weights",
     "find",
     "head_weights",

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,16 +94,20 @@ def load(path_or_repo: str | Path | None = None) -> Checkpoint:
         {n.removeprefix("head."): w for n, w in heads.items() if n.startswith("head.")},
         hidden=int(config.hidden_size), n_models=len(models), training=training, where=str(folder),
     )  # fmt: skip
-    vocabulary = int(config.vocab_size)
-
-    def transformers() -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
-        from p2l_engine.checkpoint import huggingface
-
-        theirs = huggingface.read_config(base)
-        theirs.vocab_size = vocabulary
-        return theirs, huggingface.read_tokenizer(words, training)
-
+    transformers = partial(as_transformers, base, words, training, int(config.vocab_size))
     return Checkpoint(folder, config, tokenizer, models, feedback, weights, head, transformers)
+
+
+def as_transformers(
+    base: Path, words: Path, training: Mapping[str, Any], vocabulary: int
+) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
+    """The config of the folder ``base``, with ``vocabulary`` tokens, and the tokenizer of the folder ``words`` (see
+    ``read_tokenizer``), as transformers' objects. Raises CheckpointError."""
+    from p2l_engine.checkpoint import huggingface
+
+    config = huggingface.read_config(base)
+    config.vocab_size = vocabulary
+    return config, huggingface.read_tokenizer(words, training)
 
 
 def read_config(folder: Path) -> DecoderConfig | PretrainedConfig:

@@ -68,5 +68,5 @@ class LogLines(logging.Handler):
         try:
             text, loud = self.format(record), record.levelno >= logging.WARNING
             note(f"{record.levelname.lower()}: {text}" if loud else text, warning=loud)
-        except Exception:
+        except Exception:  # as in every logging.Handler: a log line must not end the command; this prints the traceback
             self.handleError(record)

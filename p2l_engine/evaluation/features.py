@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -60,11 +61,8 @@ def frozen(base: str, training: Mapping[str, Any]) -> Checkpoint:
     grown = max(len(tokenizer) - len(table), 0)
     weights["embed_tokens.weight"] = torch.cat([table, table[end].expand(grown, -1)])
     decoder = checkpoint.with_vocabulary(decoder, len(table) + grown)
+    transformers = partial(checkpoint.as_transformers, folder, folder, training, len(table) + grown)
     head = Head(torch.zeros(1, int(decoder.hidden_size)), torch.zeros(1), 1)
-
-    def transformers() -> tuple[Any, Any]:
-        raise NotImplementedError("the untrained backbone is computed and never exported")
-
     return Checkpoint(folder, decoder, tokenizer, ("none",), feedback_model("bt"), weights, head, transformers)
 
 

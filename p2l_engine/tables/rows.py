@@ -37,11 +37,6 @@ class Rows(NamedTuple):
     kept: pa.Table
     read: float
 
-    def since(self, row: int) -> Rows:
-        """Without the rows before this one."""
-        skip = max(0, row - self.first)
-        return Rows(self.file, self.first + skip, self.prompts[skip:], self.kept[skip:], self.read)
-
 
 class Values(NamedTuple):
     """Consecutive rows as Python values: the names of the file's columns as far as they are known, and each row: a dict by
