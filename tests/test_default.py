@@ -19,6 +19,7 @@ from p2l_engine.reports import Evaluation
 from p2l_engine.train.config import TrainConfig
 from p2l_engine.train.data import load
 from p2l_engine.train.model import build
+from p2l_engine.votes import prompts_hash
 from tests.conftest import DATA
 
 CONFIG = Path(__file__).resolve().parent.parent / "train" / "configs" / "default.yaml"
@@ -62,6 +63,13 @@ def test_theta_is_that_of_transformers_and_peft(default_engine):
         with torch.no_grad():
             expected = model(Packed.of(exact.encoder.encode([prompt])))["theta"][0]
         np.testing.assert_allclose(theta, expected, atol=1e-4)
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"real votes and scores are not at {DATA}")
+def test_it_knows_its_held_out_prompts(data):
+    kept = json.loads((checkpoint.DEFAULT / "training_config.json").read_text())
+    config = TrainConfig.load(CONFIG).model_copy(update={"train_data_path": str(data / "routing_scores.parquet")})
+    assert kept["held_out_hashes"] == {"held-out": prompts_hash(load(config).held_out)}
 
 
 @pytest.mark.slow

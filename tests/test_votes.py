@@ -11,9 +11,11 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from p2l_engine.feedback import Outcome, feedback_model
-from p2l_engine.votes import Summary, Votes, from_scores, read, split
+from p2l_engine.votes import Summary, Votes, check_apart, from_scores, read, split
 from p2l_engine.votes.marginal import marginal_fit, outcome_counts
 
 ROWS = [
@@ -195,6 +197,67 @@ def test_a_split_by_time_holds_out_the_last_prompts():
     assert max(first_of[p] for p in training.prompts) < min(first_of[p] for p in held_out.prompts)
     with pytest.raises(ValueError, match="timestamp: a split by time needs this column"):
         split(many(timestamp=False), 0.2, by="time")
+
+
+def conversations(sizes, seed=0):
+    """Votes on conversations of these sizes: prompts with the same first turn, written in different ways."""
+    rng = np.random.default_rng(seed)
+    prompts = [
+        (f"Question {c}" if turn % 2 else f" question\n {c}", *map(str, range(turn)))
+        for c, n in enumerate(sizes)
+        for turn in range(n)
+    ]
+    prompts = [prompts[i] for i in rng.permutation(len(prompts))]
+    p = np.repeat(np.arange(len(prompts)), 2)
+    a = rng.integers(0, 4, len(p))
+    return Votes.make(prompts, "wxyz", p, a, (a + 1) % 4, rng.integers(0, 4, len(p)), timestamp=rng.random(len(p)))
+
+
+def openings(votes):
+    return {" ".join(prompt[0].split()).casefold() for prompt in votes.prompts}
+
+
+@given(
+    st.lists(st.integers(1, 6), min_size=2, max_size=40), st.floats(0, 0.9), st.floats(0, 0.9),
+    st.sampled_from(["prompt", "time"]), st.integers(0, 99),
+)  # fmt: skip
+def test_parts_share_no_conversation(sizes, held_out, validation, by, seed):
+    votes = conversations(sizes, seed)
+    try:
+        parts = split(votes, held_out, validation, by, seed)
+    except ValueError as error:
+        assert "no whole conversation" in str(error)
+        return
+    kept = [part for part in parts if part is not None]
+    assert sorted(prompt for part in kept for prompt in part.prompts) == sorted(votes.prompts)
+    assert sum(len(openings(part)) for part in kept) == len(sizes)
+    if parts.held_out is not None:
+        count = int(len(votes.prompts) * held_out)
+        assert count - max(sizes) < len(parts.held_out.prompts) <= count
+
+
+def test_a_split_of_single_turns_is_a_permutation():
+    votes = many()
+    order = np.random.default_rng(3).permutation(101)
+    assert split(votes, 0.1, seed=3).held_out.prompts == tuple(votes.prompts[i] for i in sorted(order[:10]))
+
+
+def test_a_split_needs_whole_conversations():
+    with pytest.raises(
+        ValueError, match="held_out: a share of 0.5 is 2 of 4 prompts, and no whole conversation .* fits into it"
+    ):
+        split(conversations([4]), 0.5)
+    with pytest.raises(ValueError, match="validation: a share of 0.5 is 2 of 4 prompts"):
+        split(conversations([4]), 0, 0.5)
+
+
+def test_prompts_that_begin_like_training_prompts_are_named(caplog):
+    votes = conversations([2, 2])
+    first, second = (votes.of([i for i, prompt in enumerate(votes.prompts) if len(prompt) == n]) for n in (1, 2))
+    check_apart("validation.parquet", second, first)
+    assert "validation.parquet: 2 of its 2 prompts have the first turn of a training prompt, such as 'Question" in caplog.text
+    with pytest.raises(ValueError, match="2 of its prompts are training prompts too"):
+        check_apart("validation.parquet", second, second)
 
 
 def test_a_smaller_share_of_the_training_prompts_is_part_of_a_larger_one():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from p2l_engine.tables.limits import MAX_DROPPED
 from p2l_engine.tables.whole import read_table
 from p2l_engine.votes import Dropped, Votes, check_apart, prompts_hash, read, score_matrix, split
 from p2l_engine.votes.scores import SCORES
+
+logger = logging.getLogger(__name__)
 
 Part = Literal["held-out", "validation"]
 
@@ -67,10 +70,15 @@ def of_config(engine: Engine, part: Part, costs: Catalog | None) -> Sources:
 
 def _check_unseen(config: dict[str, Any], part: Part, votes: Votes, path: str | Sequence[str], folder: Path) -> None:
     kept = (config.get("held_out_hashes") or {}).get(part)
-    if kept is not None and kept != prompts_hash(votes):
+    if kept is None:
+        logger.warning(
+            "%s: its training_config.json has no held_out_hashes, so it is not known whether its %s prompts were trained on",
+            folder, part,
+        )  # fmt: skip
+    elif kept != prompts_hash(votes):
         raise ValueError(
-            f"{path}: changed since {folder} was trained, so that its {part} prompts may have been trained on: "
-            "give votes to evaluate on (--votes)"
+            f"{path}: changed since {folder} was trained, or was split by a version that did not keep conversations together: "
+            f"its {part} prompts may have been trained on; give votes to evaluate on (--votes)"
         )
 
 

@@ -5,8 +5,9 @@ Needs the extra ``train`` (pyarrow; datasets for hub names).
 
 from p2l_engine.votes.read import Dropped, read
 from p2l_engine.votes.scores import from_scores, score_matrix
+from p2l_engine.votes.splits import Splits, check_apart, prompts_hash, split
 from p2l_engine.votes.summary import Summary
-from p2l_engine.votes.votes import Splits, Votes, check_apart, prompts_hash, split
+from p2l_engine.votes.votes import Votes
 
 __all__ = [
     "Dropped",

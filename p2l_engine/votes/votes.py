@@ -1,12 +1,9 @@
-"""Votes in memory, grouped by prompt, and their splits."""
+"""Votes in memory, grouped by prompt."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -108,63 +105,3 @@ class Votes:
             weight=self.weight[index],
             timestamp=None if self.timestamp is None else self.timestamp[index],
         )
-
-
-def prompts_hash(votes: Votes) -> str:
-    """SHA-256 of the set of prompts, by which a checkpoint recognises its held-out prompts."""
-    return hashlib.sha256(json.dumps(sorted(votes.prompts)).encode()).hexdigest()
-
-
-def check_apart(path: str, votes: Votes, training: Votes) -> None:
-    """Raises ValueError where a prompt of ``votes``, read from ``path``, is a training prompt too."""
-    shared = set(votes.prompts) & set(training.prompts)
-    if shared:
-        raise ValueError(
-            f"{path}: {len(shared):,} of its prompts are training prompts too, such as {min(shared)[0][:60]!r}: expected none; "
-            "leave them out of one of the two"
-        )
-
-
-class Splits(NamedTuple):
-    """Disjoint prompts: to train on, to choose settings on (or None), and held out until the end (or None)."""
-
-    training: Votes
-    validation: Votes | None
-    held_out: Votes | None
-
-    def among(self, models: Sequence[str]) -> Splits:
-        """Each part among these models, see ``Votes.among``."""
-        validation, held_out = (None if part is None else part.among(models) for part in (self.validation, self.held_out))
-        return Splits(self.training.among(models), validation, held_out)
-
-
-def split(
-    votes: Votes,
-    held_out: float,
-    validation: float = 0.0,
-    by: Literal["prompt", "time"] = "prompt",
-    seed: int = 0,
-    train_share: float = 1.0,
-) -> Splits:
-    """held_out: a share of the prompts; validation: a share of the rest. by: at random, reproducible by seed ("prompt"), or the
-    prompts whose first votes are the latest ("time"). train_share: the share of the remaining prompts to train on, at random; a
-    smaller share is a subset of a larger one. Raises ValueError for a split by time of votes without timestamps."""
-    kept, last = _cut(votes, held_out, by, seed)
-    rest = votes.of(kept)
-    training, chosen_on = _cut(rest, validation, by, seed)
-    if train_share < 1:
-        order = np.random.default_rng([seed, 1]).permutation(len(training))
-        training = sorted(training[i] for i in order[: max(1, round(train_share * len(training)))])
-    return Splits(rest.of(training), rest.of(chosen_on) if chosen_on else None, votes.of(last) if last else None)
-
-
-def _cut(votes: Votes, share: float, by: str, seed: int) -> tuple[list[int], list[int]]:
-    n = len(votes.prompts)
-    count = int(n * share)
-    if by == "prompt" or not count:
-        order = np.random.default_rng(seed).permutation(n)
-        return sorted(order[count:].tolist()), sorted(order[:count].tolist())
-    if votes.timestamp is None:
-        raise ValueError("timestamp: a split by time needs this column, and the votes have none; split by prompt instead")
-    order = np.argsort(np.minimum.reduceat(votes.timestamp, votes.bounds[:-1]), kind="stable")
-    return sorted(order[: n - count].tolist()), sorted(order[n - count :].tolist())

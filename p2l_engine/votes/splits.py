@@ -1,0 +1,115 @@
+"""Votes split into training, validation and held-out parts that share no conversation."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from p2l_engine.votes.votes import Floats, Integers, Votes
+
+logger = logging.getLogger(__name__)
+
+
+class Splits(NamedTuple):
+    """Disjoint prompts: to train on, to choose settings on (or None), and held out until the end (or None)."""
+
+    training: Votes
+    validation: Votes | None
+    held_out: Votes | None
+
+    def among(self, models: Sequence[str]) -> Splits:
+        """Each part among these models, see ``Votes.among``."""
+        validation, held_out = (None if part is None else part.among(models) for part in (self.validation, self.held_out))
+        return Splits(self.training.among(models), validation, held_out)
+
+
+def split(
+    votes: Votes,
+    held_out: float,
+    validation: float = 0.0,
+    by: Literal["prompt", "time"] = "prompt",
+    seed: int = 0,
+    train_share: float = 1.0,
+) -> Splits:
+    """held_out: a share of the prompts; validation: a share of the rest. by: at random, reproducible by seed ("prompt"), or the
+    conversations whose first votes are the latest ("time"). train_share: the share of the remaining prompts to train on, at
+    random; a smaller share is a subset of a larger one.
+
+    Prompts with the same first turn (but for case and white space) stay together: as prefixes and continuations of one
+    conversation they share most of their text. So a part may have a few prompts less than its share.
+
+    Raises ValueError for a split by time of votes without timestamps, and for a share that no whole conversation fits into.
+    """
+    kept, last = _cut(votes, held_out, by, seed, "held_out")
+    rest = votes.of(kept)
+    training, chosen_on = _cut(rest, validation, by, seed, "validation")
+    if train_share < 1:
+        order = np.random.default_rng([seed, 1]).permutation(len(training))
+        training = sorted(training[i] for i in order[: max(1, round(train_share * len(training)))])
+    return Splits(rest.of(training), rest.of(chosen_on) if chosen_on else None, votes.of(last) if last else None)
+
+
+def prompts_hash(votes: Votes) -> str:
+    """SHA-256 of the set of prompts, by which a checkpoint recognises its held-out prompts."""
+    return hashlib.sha256(json.dumps(sorted(votes.prompts)).encode()).hexdigest()
+
+
+def check_apart(path: str, votes: Votes, training: Votes) -> None:
+    """Raises ValueError where a prompt of ``votes``, read from ``path``, is a training prompt too. Warns where one only begins
+    like a training prompt: it may continue the same conversation."""
+    shared = set(votes.prompts) & set(training.prompts)
+    if shared:
+        raise ValueError(
+            f"{path}: {len(shared):,} of its prompts are training prompts too, such as {min(shared)[0][:60]!r}: expected none; "
+            "leave them out of one of the two"
+        )
+    openings = {_opening(prompt) for prompt in training.prompts}
+    related = [prompt for prompt in votes.prompts if _opening(prompt) in openings]
+    if related:
+        logger.warning(
+            "%s: %s of its %s prompts have the first turn of a training prompt, such as %r: figures on them are too good where "
+            "they continue the same conversation",
+            path, f"{len(related):,}", f"{len(votes.prompts):,}", min(related)[0][:60],
+        )  # fmt: skip
+
+
+def _opening(prompt: tuple[str, ...]) -> str:
+    """A prompt's first turn without differences in case and white space."""
+    return " ".join(prompt[0].split()).casefold()
+
+
+def _cut(votes: Votes, share: float, by: str, seed: int, name: str) -> tuple[list[int], list[int]]:
+    """The prompts that stay and those that are cut off, at most ``share`` of them, in whole conversations."""
+    n = len(votes.prompts)
+    count = int(n * share)
+    if not count:
+        return list(range(n)), []
+    conversations: dict[str, list[int]] = {}
+    for i, prompt in enumerate(votes.prompts):
+        conversations.setdefault(_opening(prompt), []).append(i)
+    groups = list(conversations.values())
+    if by == "prompt":
+        order: Integers = np.random.default_rng(seed).permutation(len(groups))
+    elif votes.timestamp is None:
+        raise ValueError("timestamp: a split by time needs this column, and the votes have none; split by prompt instead")
+    else:
+        first: Floats = np.minimum.reduceat(votes.timestamp, votes.bounds[:-1])
+        order = np.argsort([first[group].min() for group in groups], kind="stable")[::-1]
+    chosen: list[int] = []
+    for g in order:
+        if len(chosen) + len(groups[g]) <= count:
+            chosen += groups[g]
+        elif by == "time":
+            break  # a conversation before this one must not be held out instead
+    if not chosen:
+        raise ValueError(
+            f"{name}: a share of {share:g} is {count} of {n} prompts, and no whole conversation (prompts with the same first "
+            "turn) fits into it: expected a larger share, or more conversations"
+        )
+    cut = set(chosen)
+    return [i for i in range(n) if i not in cut], sorted(chosen)
