@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -73,7 +72,7 @@ def bench_batch(m: int, n: int, n_full: int, thread_counts: Sequence[int]) -> li
     }
     for stage, problem in problems.items():
         ours, solved = measure(partial(routing.solve, problem), n_full, 3)
-        rows.append(Row(m, stage, f"p2l_engine {solved.solver}", n_full, ours, 1.0, solved.gap))
+        rows.append(Row(m, stage, f"ours, {solved.solver}", n_full, ours, 1.0, solved.gap))
         seconds, full = once(partial(routing.solve, problem, "highs"), n_full)
         gap = abs(float(full.value.mean() - solved.value.mean()))
         rows.append(Row(m, stage, "HiGHS, the full LP", n_full, seconds, seconds / ours, gap))
@@ -85,7 +84,7 @@ def bench_batch(m: int, n: int, n_full: int, thread_counts: Sequence[int]) -> li
         ours, (indices, p) = measure(partial(highs.solve_prompts, v[:n_full], two.prompt_rows, None, threads), n_full, 1)
         if threads == 1:
             base, value = ours, (p * np.take_along_axis(v[:n_full], indices, 1)).sum(1)
-        name = f"p2l_engine: HiGHS, undominated models, blocks of {highs.BLOCK}, {threads} thread(s)"
+        name = f"ours, {highs.BLOCK} LPs at once, {threads} thread{'s' if threads > 1 else ''}"
         rows.append(Row(m, stage, name, n_full, ours, ours / base, None))
     amounts = [row.amounts for row in two.prompt_rows]
     seconds, peer = once(partial(warm_highs.solve, v[:n_full], amounts, bounds), n_full)
@@ -94,9 +93,9 @@ def bench_batch(m: int, n: int, n_full: int, thread_counts: Sequence[int]) -> li
     pacer = BudgetPacer.learned(routing.win_rates(coefficients(4000, m, 1), q), costs, budget)
     seconds, chosen = once(lambda: [pacer.choose(row, costs) for row in v[:n]], n)
     lost = float(routing.solve_batch_budget(v[:n], costs, budget).value.mean() - v[np.arange(n), chosen].mean())
-    rows.append(Row(m, "stream under a mean budget", "p2l_engine BudgetPacer", n, seconds, 1.0, lost))
+    rows.append(Row(m, "stream under a mean budget", "ours, BudgetPacer", n, seconds, 1.0, lost))
     seconds, _ = measure(lambda: routing.frontier(v[:n], costs), n, 3)
-    rows.append(Row(m, "frontier, all budgets", "p2l_engine", n, seconds, 1.0, None, last=True))
+    rows.append(Row(m, "frontier, all budgets", "ours", n, seconds, 1.0, None))
     return rows
 
 
@@ -118,7 +117,6 @@ def bench_millions(m: int, n: int) -> list[Row]:
         gap = figures.pop("gap", None)
         rows.append(Row(m, stage, "end to end", n, total / n, 1.0, gap, gib))
         rows += [Row(m, stage, f"of it: {part}", n, seconds / n, seconds / total, None) for part, seconds in figures.items()]
-        rows[-1] = replace(rows[-1], last=True)
     return rows
 
 
@@ -137,7 +135,7 @@ def batch_budget(n: int, m: int) -> dict[str, float]:
     theta, costs, (q, budget, _) = coefficients(n, m), model_costs(m), rows_of(m)
     lazy, clock = Timed(theta, q), Clock()
     hulls = clock.of("hulls", lambda: Hulls.of(lazy, costs))
-    clock.of("solving: select and take steps", lambda: hulls.within(budget))
+    clock.of("solving", lambda: hulls.within(budget))
     return clock.figures({"win rates": lazy.seconds, "hulls": -lazy.seconds})
 
 
@@ -152,8 +150,8 @@ def share_caps(n: int, m: int) -> dict[str, float]:
 def streamed(n: int, m: int) -> dict[str, float]:
     costs, (q, budget, _) = model_costs(m), rows_of(m)
     lazy, clock = Timed(chunks(n, m), q), Clock()
-    clock.of("generating theta, hulls, solving", lambda: routing.solve_batch_budget(lazy, costs, budget))
-    return clock.figures({"win rates": lazy.seconds, "generating theta, hulls, solving": -lazy.seconds})
+    clock.of("theta, hulls, solving", lambda: routing.solve_batch_budget(lazy, costs, budget))
+    return clock.figures({"win rates": lazy.seconds, "theta, hulls, solving": -lazy.seconds})
 
 
 class Timed(LazyWinRates):

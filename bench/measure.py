@@ -17,7 +17,7 @@ REPEATS = 5  # of which the median is reported
 @dataclass(frozen=True)
 class Row:
     """One measurement. seconds: per prompt; gap: largest difference of the result to ours (absolute), or to the optimum where
-    the solver is ours and not exact; gib: peak memory of its process; last: ends a section of the table."""
+    the solver is ours and not exact; gib: peak memory of its process."""
 
     models: int
     stage: str
@@ -27,7 +27,6 @@ class Row:
     times_slower: float
     gap: float | None
     gib: float | None = None
-    last: bool = False
 
 
 def measure(run: Callable[[], Any], prompts: int, repeats: int = REPEATS) -> tuple[float, Any]:

@@ -95,12 +95,12 @@ def bench(m: int, n: int, n_slow: int, decisions: int) -> list[Row]:
         rows.append(Row(m, stage, solver, prompts, seconds, seconds / ours, gap))
 
     t_v, v = measure(lambda: routing.win_rates(theta, q), n)
-    add("win rates", "p2l_engine", n, t_v, t_v, None)
+    add("win rates", "ours", n, t_v, t_v, None)
     seconds, peer = once(lambda: numpy_win_rates(theta, q), n)
     add("win rates", "numpy + scipy expit", n, seconds, t_v, float(np.abs(peer - v).max()))
 
     t_lp, policies = measure(lambda: routing.solve_budget(v, costs, budget), n)
-    add("budget LP", "p2l_engine frontier", n, t_lp, t_lp, None)
+    add("budget LP", "ours, hull", n, t_lp, t_lp, None)
     cvxpy_rebuilt(v[:1], costs, budget[:1])
     peers: list[tuple[str, int, Callable[[int], Float64]]] = [
         (
@@ -109,7 +109,7 @@ def bench(m: int, n: int, n_slow: int, decisions: int) -> list[Row]:
             lambda k: warm_highs.solve(v[:k], [costs], [budget[:k]]),
         ),
         ("scipy linprog", n_slow, lambda k: scipy_linprog(v[:k], costs, budget[:k])),
-        ("cvxpy, rebuilt per prompt", n_slow, lambda k: cvxpy_rebuilt(v[:k], costs, budget[:k])),
+        ("cvxpy, rebuilt each time", n_slow, lambda k: cvxpy_rebuilt(v[:k], costs, budget[:k])),
     ]
     for name, k, run in peers:
         seconds, value = once(partial(run, k), k)
@@ -117,9 +117,9 @@ def bench(m: int, n: int, n_slow: int, decisions: int) -> list[Row]:
 
     rate = policies.value
     t_root, score = measure(lambda: routing.bt_score(theta, q, rate), n)
-    add("BT score", "p2l_engine Brent", n, t_root, t_root, None)
+    add("BT score", "ours, Brent in C", n, t_root, t_root, None)
     seconds, root = measure(lambda: find_root(theta, q, rate), n, 1)
-    add("BT score", "scipy elementwise find_root", n, seconds, t_root, float(np.abs(root - score).max()))
+    add("BT score", "scipy find_root", n, seconds, t_root, float(np.abs(root - score).max()))
     seconds, root = once(lambda: brentq_each(theta, q, rate), n)
     add("BT score", "scipy brentq", n, seconds, t_root, float(np.abs(root - score).max()))
     one = Coefficients(theta[:1].astype(np.float32), None, tuple(f"model {i}" for i in range(m)), feedback_model("bt"))
@@ -131,7 +131,7 @@ def bench(m: int, n: int, n_slow: int, decisions: int) -> list[Row]:
         start = time.perf_counter()
         chooser.decide(one, ["What is the capital of Australia?"], limit)
         times.append(time.perf_counter() - start)
-    add("one decision", "p2l_engine, all after theta", 1, float(np.median(times)), float(np.median(times)), None)
+    add("one decision", "Chooser.decide, from theta on", 1, float(np.median(times)), float(np.median(times)), None)
     return rows
 
 
@@ -156,13 +156,17 @@ def main() -> None:
     if arguments.millions:
         with console.status("a million prompts"):
             rows += bench_millions(max(arguments.models), int(arguments.millions * 1e6))
-    table = Table(title=f"Time per prompt. {machine()}", title_justify="left")
-    for name in ("M", "stage", "solver", "prompts", "us a prompt", "times ours", "largest difference", "GiB"):
-        table.add_column(name, justify="left" if name in ("stage", "solver") else "right")
+    table = Table(title=f"Microseconds per prompt, and times ours. {machine()}", title_justify="left", box=None)
+    table.add_column("")
+    for name, width in (("prompts", 10), ("us", 9), ("times", 8), ("difference", 10), ("GiB", 4)):
+        table.add_column(name, justify="right", min_width=width)
+    stage = ""
     for r in rows:
+        if stage != (stage := f"M = {r.models}: {r.stage}"):
+            table.add_row(f"[bold]{stage}[/bold]")
         table.add_row(
-            str(r.models), r.stage, r.solver, f"{r.prompts:,}", f"{1e6 * r.seconds:,.2f}", f"{r.times_slower:,.1f}",
-            "" if r.gap is None else f"{r.gap:.1e}", "" if r.gib is None else f"{r.gib:.2f}", end_section=r.last,
+            f"  {r.solver}", f"{r.prompts:,}", f"{1e6 * r.seconds:,.2f}", f"{r.times_slower:,.1f}",
+            "" if r.gap is None else f"{r.gap:.1e}", "" if r.gib is None else f"{r.gib:.2f}",
         )  # fmt: skip
     console.print(table)
     if arguments.csv:
