@@ -16,10 +16,12 @@ from p2l_engine.evaluation.report import ReportOptions, evaluate
 from p2l_engine.evaluation.sources import scores_of
 from p2l_engine.jsonable import from_json
 from p2l_engine.reports import Evaluation
+from p2l_engine.tables.whole import read_table
 from p2l_engine.train.config import TrainConfig
 from p2l_engine.train.data import load
 from p2l_engine.train.model import build
 from p2l_engine.votes import prompts_hash
+from p2l_engine.votes.scores import SCORES
 from tests.conftest import DATA
 
 CONFIG = Path(__file__).resolve().parent.parent / "train" / "configs" / "default.yaml"
@@ -78,7 +80,8 @@ def test_its_card_states_what_held_out_prompts_give(default_engine, data):
     stated = from_json(Evaluation, json.loads((checkpoint.DEFAULT / "evaluation.json").read_text()))
     config = TrainConfig.load(CONFIG).model_copy(update={"train_data_path": str(data / "routing_scores.parquet")})
     training, _, held_out = load(config)
-    scores = scores_of(config.train_data_path, default_engine, held_out, training, None)
+    table = read_table(config.train_data_path, SCORES)
+    scores = scores_of(default_engine, (table, held_out), (table, training), None)
     measured = evaluate(default_engine, held_out, training, scores, ReportOptions(bootstrap=2))
     for name in ("p2l", "category", "marginal", "constant"):
         for figure in ("log_loss", "accuracy_4", "ece"):

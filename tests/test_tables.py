@@ -275,6 +275,35 @@ def test_votes_of_files_whose_types_differ(tmp_path):
     assert read(paths, leave_out={"day": [""]})[0].prompts == (("p",), ("q",), ("q", "q2"))
 
 
+@by_each
+def test_a_file_that_is_named_twice_is_read_once(reader, tmp_path):
+    write(tmp_path / "a.csv", rows_for(reader, "a"))
+    write(tmp_path / "b.jsonl", rows_for(reader, "b"))
+    (tmp_path / "link.csv").symlink_to("a.csv")
+    assert sorted(reader(str(tmp_path))) == [("a",), ("b",)]
+
+
+@pytest.mark.parametrize(
+    "read_all",
+    [
+        lambda paths: len(read(paths)[0]),
+        lambda paths: len(read_table(paths, ["prompt"])),
+        lambda paths: sum(len(chunk.prompts) for chunk in read_rows(find(paths), "prompt")),
+    ],
+)
+def test_inputs_that_overlap_are_read_once(read_all, tmp_path):
+    for name in ("a", "b"):
+        write(tmp_path / f"{name}.csv", rows_for(by_votes, name))
+    (tmp_path / "link.csv").symlink_to("a.csv")
+    a = tmp_path / "a.csv"
+    for paths, count in (
+        ([a, a], 1), ([a, f"{tmp_path}/./a.csv"], 1), ([a, f"file://{a}"], 1), ([a, f"{tmp_path}/*.csv"], 2),
+        ([tmp_path, a], 2),
+        ([f"{tmp_path}/[ab].csv", f"{tmp_path}/*b.csv", tmp_path / "link.csv"], 2),
+    ):  # fmt: skip
+        assert read_all(list(map(str, paths))) == count
+
+
 def test_a_csv_file_of_invalid_rows_alone_keeps_their_numbers(tmp_path):
     (tmp_path / "in.csv").write_text("prompt,n\na\n\nb,1,2\nc,1\n,,\n" + "d,1\n" * 3 + "e")
     table = read_table(str(tmp_path / "in.csv"), ["prompt"])

@@ -88,7 +88,7 @@ def test_evaluation_refuses_training_prompts(config, tmp_path):
     engine = Engine.from_pretrained(train(config, 2), device="cpu")
     votes = tmp_path / "votes.parquet"
     with pytest.raises(ValueError, match="48 of its prompts are training prompts too"):
-        sources.of_files(engine, votes, votes, None)
+        sources.of_files(engine, str(votes), str(votes), None)
 
 
 def test_prompts_beyond_the_context_are_refused(tmp_path):

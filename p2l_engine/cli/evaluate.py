@@ -32,10 +32,15 @@ if TYPE_CHECKING:
 
 def evaluate(
     votes: Annotated[
-        Path | None,
-        typer.Option(help="Votes to evaluate on. Default: those that the checkpoint's training config held out."),
+        str | None,
+        typer.Option(
+            help="Votes to evaluate on: a table (.parquet, .csv, .jsonl), a folder, glob or URI of such files, or a data set "
+            "on the hub. Default: those that the checkpoint's training config held out."
+        ),
     ] = None,
-    training: Annotated[Path | None, typer.Option(help="With --votes: the training votes, for the baselines.")] = None,
+    training: Annotated[
+        str | None, typer.Option(help="With --votes: the training votes, for the baselines; named in the same way.")
+    ] = None,
     max_dropped: Annotated[
         float, typer.Option(min=0, max=1, help="With --votes: the share of rows that may be invalid.")
     ] = MAX_DROPPED,

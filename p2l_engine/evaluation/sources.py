@@ -15,9 +15,9 @@ from p2l_engine.catalog import Catalog
 from p2l_engine.engine import Engine
 from p2l_engine.evaluation.report import Scores
 from p2l_engine.tables.limits import MAX_DROPPED
-from p2l_engine.tables.whole import read_table
+from p2l_engine.tables.whole import Table
 from p2l_engine.votes import Dropped, Votes, check_apart, prompts_hash, read, score_matrix, split
-from p2l_engine.votes.scores import SCORES
+from p2l_engine.votes.read import has_scores, vote_table, votes_of
 
 logger = logging.getLogger(__name__)
 
@@ -43,16 +43,13 @@ def of_config(engine: Engine, part: Part, costs: Catalog | None) -> Sources:
     path = config.get("train_data_path")
     if not path:
         raise ValueError(f"{engine.folder}: its training config has no train_data_path: give votes to evaluate on (--votes)")
-    options = {
-        "feedback": engine.feedback,
-        "columns": config.get("columns"),
-        "max_dropped": config.get("max_dropped", MAX_DROPPED),
-    }
-    votes, dropped = read(path, **options, leave_out=config.get("leave_out"))
+    columns, max_dropped = config.get("columns"), config.get("max_dropped", MAX_DROPPED)
+    table = vote_table(path, columns, config.get("leave_out"))
+    votes, dropped = votes_of(table, None, engine.feedback, max_dropped)
     if config.get("val_data_path"):
         if part != "validation":
             raise ValueError(f"{engine.folder}: trained with val_data_path, nothing was held out: use the part 'validation'")
-        held_out, dropped = read(config["val_data_path"], votes.models, **options)
+        held_out, dropped = read(config["val_data_path"], votes.models, engine.feedback, columns, max_dropped)
         _check_unseen(config, part, held_out, config["val_data_path"], engine.folder)
         return Sources(held_out.among(engine.models), votes.among(engine.models), None, config, dropped)
     parts = split(
@@ -65,7 +62,7 @@ def of_config(engine: Engine, part: Part, costs: Catalog | None) -> Sources:
     if chosen is None:
         raise ValueError(f"{engine.folder}: its training config has no {part} prompts: give votes to evaluate on (--votes)")
     _check_unseen(config, part, chosen, path, engine.folder)
-    return Sources(chosen, parts.training, scores_of(path, engine, chosen, parts.training, costs), config, dropped)
+    return Sources(chosen, parts.training, scores_of(engine, (table, chosen), (table, parts.training), costs), config, dropped)
 
 
 def _check_unseen(config: dict[str, Any], part: Part, votes: Votes, path: str | Sequence[str], folder: Path) -> None:
@@ -83,38 +80,31 @@ def _check_unseen(config: dict[str, Any], part: Part, votes: Votes, path: str | 
 
 
 def of_files(
-    engine: Engine, held_out: Path, training: Path | None, costs: Catalog | None, max_dropped: float = MAX_DROPPED
+    engine: Engine, held_out: str, training: str | None, costs: Catalog | None, max_dropped: float = MAX_DROPPED
 ) -> Sources:
-    """The votes of these files. max_dropped: the share of their rows that may be invalid. Raises ValueError where the two share
-    prompts."""
-    options: dict[str, Any] = {"models": engine.models, "feedback": engine.feedback, "max_dropped": max_dropped}
-    votes, dropped = read(str(held_out), **options)
-    known = None if training is None else read(str(training), **options)[0]
-    if known is not None:
-        check_apart(str(held_out), votes, known)
-    scores = None if known is None else scores_of(str(held_out), engine, votes, known, costs, str(training))
-    return Sources(votes, known, scores, {}, dropped)
+    """The votes of these files, folders, globs or URIs, each read once. max_dropped: the share of their rows that may be
+    invalid. Raises ValueError where the two share prompts."""
+    table = vote_table(held_out)
+    votes, dropped = votes_of(table, engine.models, engine.feedback, max_dropped)
+    if training is None:
+        return Sources(votes, None, None, {}, dropped)
+    known_table = vote_table(training)
+    known, _ = votes_of(known_table, engine.models, engine.feedback, max_dropped)
+    check_apart(table.shown, votes, known)
+    return Sources(votes, known, scores_of(engine, (table, votes), (known_table, known), costs), {}, dropped)
 
 
 def scores_of(
-    path: str | Sequence[str],
-    engine: Engine,
-    held_out: Votes,
-    training: Votes,
-    costs: Catalog | None,
-    training_path: str | None = None,
+    engine: Engine, held_out: tuple[Table, Votes], training: tuple[Table, Votes], costs: Catalog | None
 ) -> Scores | None:
-    """The scores that the votes were made from, or None where they were made otherwise. costs: the catalog with the models'
-    costs. Raises ValueError where the catalog lacks a model."""
-    if engine.feedback.of_values:
-        return None
-    table = read_table(path, SCORES)
-    known = table if training_path is None else read_table(training_path, SCORES)
-    if not all(set(SCORES) <= set(t.names) for t in (table, known)):
+    """The scores that the votes were made from, or None where they were made otherwise. held_out, training: each the table that
+    was read, and those of its votes that are meant. costs: the catalog with the models' costs. Raises ValueError where the
+    catalog lacks a model."""
+    if engine.feedback.of_values or not (has_scores(held_out[0]) and has_scores(training[0])):
         return None
     matrices = []
-    for file, rows, votes in ((path, table, held_out), (training_path or path, known, training)):
-        prompts, models, matrix = score_matrix(file, rows)
+    for table, votes in (held_out, training):
+        prompts, models, matrix = score_matrix(table)
         row = {prompt: i for i, prompt in enumerate(prompts)}
         columns = [models.index(model) for model in engine.models]
         matrices.append(matrix[[row[prompt] for prompt in votes.prompts]][:, columns])

@@ -20,26 +20,32 @@ HEAD = 1 << 20  # bytes of a .json file in which its first two lines are looked 
 
 def find(inputs: Iterable[str], warn: Callable[..., object] = logger.warning) -> list[File]:
     """The files that these paths, URIs, folders and globs (of files and folders) name: in the given order, within a folder or
-    glob by name, each file once.
+    glob by name, each file once. See ``find_each``."""
+    return [file for files in find_each(inputs, warn) for file in files]
+
+
+def find_each(inputs: Iterable[str], warn: Callable[..., object] = logger.warning) -> list[list[File]]:
+    """The files that each input names, without those that an earlier one named.
 
     In folders and globs, files and folders whose names start with "." or "_" are skipped, as are files of other formats, of
     which ``warn`` names the first. ``.json`` files beside other tables are skipped unless they hold one JSON object a line.
     Raises ValueError where an input names nothing, or is a file of another format.
     """
     found: dict[str, list[File]] = {}
-    files = []
+    files = list[list[File]]()
     for given in inputs:
         location = Location.of(given)
         try:
             here = _find(location, warn)
         except UnicodeError as error:
             raise ValueError(f"{location.shown!r}: expected names of files in UTF-8: {error}; rename those") from None
+        files.append([])
         for file in here:
             path = os.path.realpath(file.location.path) if file.location.is_local else file.location.path
             same = found.setdefault(path, [])
             if not any(file.location.system.equals(other.location.system) for other in same):
                 same.append(file)
-                files.append(file)
+                files[-1].append(file)
     return files
 
 

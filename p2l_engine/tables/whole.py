@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from p2l_engine.tables.chunked import reader_of
-from p2l_engine.tables.find import find
+from p2l_engine.tables.find import find_each
 from p2l_engine.tables.jsonl import not_an_object
 from p2l_engine.tables.rows import AT_ONCE, InvalidRow, Values, readable, row_dicts
 from p2l_engine.tables.storage import File, shown
@@ -78,7 +78,7 @@ def _text(value: int | float) -> str:
 
 def read_table(path: str | Sequence[str], names: Collection[str], bare: str | None = None) -> Table:
     """The columns ``names``, as far as there are such, of files, folders, globs and URIs (see ``find``), of the split ``train``
-    of a hub data set, or of several of these one after the other.
+    of a hub data set, or of several of these one after the other, each file once.
 
     bare: the column for values of jsonl lines that are no object; without it, these rows are invalid. Raises ValueError where
     a file is missing or cannot be read, or if a quote of a csv file is not closed.
@@ -86,7 +86,7 @@ def read_table(path: str | Sequence[str], names: Collection[str], bare: str | No
     paths = [path] if isinstance(path, str) else list(path)
     if not paths:
         raise ValueError("path: expected at least one file, folder or data set, got none")
-    parts = [part for each in paths for part in _parts(each, names)]
+    parts = _parts(paths, names)
     found: dict[str, None] = {}
     columns: dict[str, list[Any]] = {}
     invalid: dict[int, InvalidRow] = {}
@@ -134,12 +134,20 @@ def _is_text(value: Any) -> bool:
     return not isinstance(value, list) or all(map(_is_text, value))
 
 
-def _parts(path: str, names: Collection[str]) -> list[tuple[str, Iterator[Values]]]:
-    """Each file of a path, with its values; or the hub data set."""
+def _parts(paths: Sequence[str], names: Collection[str]) -> list[tuple[str, Iterator[Values]]]:
+    """Each file, and each hub data set, with its values."""
+    hub = {path: [(path, _hub_values(path, names))] for path in paths if _is_hub_name(path)}
+    others = list(dict.fromkeys(path for path in paths if path not in hub))
+    found = hub | {
+        path: [(file.shown, _values(file, names)) for file in files]
+        for path, files in zip(others, find_each(others), strict=True)
+    }
+    return [part for path in dict.fromkeys(paths) for part in found[path]]
+
+
+def _is_hub_name(path: str) -> bool:
     local = Path(path).expanduser()
-    if not (local.exists() or local.suffix or "://" in path or any(sign in path for sign in "*?[")):
-        return [(path, _hub_values(path, names))]
-    return [(file.shown, _values(file, names)) for file in find([path])]
+    return not (local.exists() or local.suffix or "://" in path or any(sign in path for sign in "*?["))
 
 
 def _values(file: File, names: Collection[str]) -> Iterator[Values]:

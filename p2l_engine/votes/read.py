@@ -16,7 +16,7 @@ from p2l_engine.prompts.parse import cell_turns
 from p2l_engine.tables.limits import MAX_DROPPED
 from p2l_engine.tables.whole import Table, read_table
 from p2l_engine.votes.cells import PREFERENCES, Unusable, feedback_of, seconds_of, weight_of
-from p2l_engine.votes.scores import from_scores, score_matrix
+from p2l_engine.votes.scores import SCORES, from_scores, score_matrix
 from p2l_engine.votes.votes import Votes
 
 PROMPTS = ("prompt", "conversation", "conversation_a")
@@ -59,7 +59,7 @@ def read(
     leave_out: Mapping[str, Sequence[Any]] | None = None,
 ) -> tuple[Votes, Dropped]:
     """Votes of parquet, jsonl or csv files, folders and globs of them, URIs, a hub data set's name (its split ``train``), or
-    several of these read as one; and which rows were skipped.
+    several of these read as one, each file once; and which rows were skipped.
 
     A row has a prompt (the column prompt, conversation or conversation_a: text, a list of user turns, a list of messages, or
     such a list as JSON), model_a, model_b, and winner (model_a, model_b, tie, tie (bothbad), both_bad), or preference_a or
@@ -73,21 +73,42 @@ def read(
     file's columns; rows that have one are not read. Raises ValueError if columns are missing, if no row can be used, or if more
     than the share ``max_dropped`` of the rows cannot.
     """
-    values = feedback is not None and feedback.of_values
+    return votes_of(vote_table(path, columns, leave_out), models, feedback, max_dropped)
+
+
+def vote_table(
+    path: str | Sequence[str],
+    columns: Mapping[str, str] | None = None,
+    leave_out: Mapping[str, Sequence[Any]] | None = None,
+) -> Table:
+    """The table that votes are made of: the columns that ``read`` knows, under their names there, without the rows to leave
+    out."""
     unknown = sorted(set(columns or {}) - COLUMNS)
     if unknown:
         raise ValueError(f"columns: expected some of {', '.join(sorted(COLUMNS))}, got {', '.join(unknown)}")
     table = read_table(path, {*COLUMNS, *(columns or {}).values(), *(leave_out or {})}).with_numbers_as_text()
-    path = table.shown
-    for name, values_out in (leave_out or {}).items():
-        table = _without(table, name, values_out)
+    for name, values in (leave_out or {}).items():
+        table = _without(table, name, values)
     for ours, theirs in (columns or {}).items():
         if theirs not in table.names:
-            raise ValueError(f"{path}: columns: expected one of {list(table.names)} for {ours!r}, got {theirs!r}")
-    table = table.renamed(columns or {})
+            raise ValueError(f"{table.shown}: columns: expected one of {list(table.names)} for {ours!r}, got {theirs!r}")
+    return table.renamed(columns or {})
+
+
+def has_scores(table: Table) -> bool:
+    """Whether votes of this table, unless they are values, are made from every model's scores."""
     found = set(table.names)
-    if not values and {"prompt", "model", "score"} <= found and not found & {"winner", *PREFERENCES}:
-        votes = from_scores(*score_matrix(path, table), wanted=models)
+    return set(SCORES) <= found and not found & {"winner", *PREFERENCES}
+
+
+def votes_of(
+    table: Table, models: tuple[str, ...] | None = None, feedback: FeedbackModel | None = None, max_dropped: float = MAX_DROPPED
+) -> tuple[Votes, Dropped]:
+    """``read`` for a table that was read already."""
+    values = feedback is not None and feedback.of_values
+    path, found = table.shown, set(table.names)
+    if not values and has_scores(table):
+        votes = from_scores(*score_matrix(table), wanted=models)
         category = next((name for name in ("category", "task") if name in found), None)
         if category is not None:
             of = dict(zip(map(cell_turns, table.columns["prompt"]), table.columns[category], strict=True))

@@ -18,14 +18,14 @@ SCORES = ("prompt", "model", "score")
 
 
 def score_matrix(
-    path: str | Sequence[str], table: Table | None = None
+    source: str | Sequence[str] | Table,
 ) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...], npt.NDArray[np.float64]]:
-    """Prompts (sorted), models (sorted) and scores [P, M] of a table with the columns prompt, model, score; ``path`` is read
-    unless ``table`` is given.
+    """Prompts (sorted), models (sorted) and scores [P, M] of a table with the columns prompt, model, score, or of the files
+    that ``source`` names.
 
     Raises ValueError where a row is invalid, a model has no score, or two, on a prompt, or a prompt is empty.
     """
-    table = (read_table(path, SCORES) if table is None else table).with_numbers_as_text()
+    table = (source if isinstance(source, Table) else read_table(source, SCORES)).with_numbers_as_text()
     path = table.shown
     rows: dict[tuple[str, ...], dict[str, float]] = {}
     if missing := [name for name in SCORES if name not in table.columns]:
