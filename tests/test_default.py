@@ -22,7 +22,6 @@ from p2l_engine.train.data import load
 from p2l_engine.train.model import build
 from p2l_engine.votes import prompts_hash
 from p2l_engine.votes.scores import SCORES
-from tests.conftest import DATA
 
 CONFIG = Path(__file__).resolve().parent.parent / "train" / "configs" / "default.yaml"
 PROMPTS = ["What is the capital of France?", "Prove that there are infinitely many primes.", "Write a haiku.", ""]
@@ -75,8 +74,7 @@ def test_it_knows_its_held_out_prompts(data):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not DATA.is_dir(), reason=f"real votes and scores are not at {DATA}")
-def test_its_card_states_what_held_out_prompts_give(default_engine, data):
+def test_its_card_states_what_held_out_prompts_give(data, default_engine):
     stated = from_json(Evaluation, json.loads((checkpoint.DEFAULT / "evaluation.json").read_text()))
     config = TrainConfig.load(CONFIG).model_copy(update={"train_data_path": str(data / "routing_scores.parquet")})
     training, _, held_out = load(config)
