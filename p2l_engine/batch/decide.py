@@ -78,9 +78,7 @@ class Decider:
                 else at_price(v, self.router.costs, self.price)
             )
             scores = self.router.scores(unique, solved, v)[inverse]
-            policies = Policies(
-                solved.indices[inverse], solved.probabilities[inverse], solved.value[inverse], solved.cost[inverse]
-            )
+            policies = solved.of(inverse)
         else:
             scores = self.router.scores(coefficients, policies, self.router.win_rates(coefficients))
         found = self._columns(block, routable, coefficients, policies, scores)
@@ -136,9 +134,8 @@ def at_price(v: Float64, costs: Float64, price: float) -> Policies:
     rows = np.arange(len(v))
     indices = np.stack([best, best], axis=1).astype(np.int32)
     probabilities = np.tile([1.0, 0.0], (len(v), 1))
-    return Policies(
-        indices, probabilities, v[rows, best], costs[best], "price", "highest win rate less cost at the given price"
-    )
+    why = "highest win rate less cost at the given price"
+    return Policies(indices, probabilities, v[rows, best], costs[best], "price", why, mixed_costs=costs[indices])
 
 
 class SpilledWinRates(Values):

@@ -203,10 +203,7 @@ class Pipeline:
         for block, references in zip(self._blocks(), self._references, strict=True):
             rows = slice(first, first + len(references))
             first += len(references)
-            policies = Policies(
-                solved.indices[rows], solved.probabilities[rows], solved.value[rows], solved.cost[rows], prices=solved.prices
-            )
-            self._write(block, policies)
+            self._write(block, solved.of(rows))
             self.progress(self.recorder.report)
 
     def _write(self, block: DeduplicatedBlock, policies: Policies | None = None) -> None:

@@ -21,7 +21,7 @@ from p2l_engine.routing.arrays import Array
 from p2l_engine.routing.frontier import Frontier, frontier
 from p2l_engine.routing.highs import SolverError
 from p2l_engine.routing.pacer import BudgetPacer
-from p2l_engine.routing.problem import Problem, Resource, Row, Share
+from p2l_engine.routing.problem import Problem, Resource, Row, Share, of_models
 from p2l_engine.routing.solve import Policies, solve, solve_chunk
 from p2l_engine.routing.values import LazyWinRates, Objective, check_objective, compute, tie_parameters
 
@@ -94,7 +94,8 @@ def solve_budget(
     # Services call this for every prompt: straight to the hull.
     w = arrays.matrix("v", v)
     row = Row("budget", arrays.costs(costs, w.shape), arrays.budgets(budget, len(w)))
-    return _like(Policies(*solve_chunk(row, w, None, 0)), v)
+    indices, *columns = solve_chunk(row, w, None, 0)
+    return _like(Policies(indices, *columns, mixed_costs=of_models(row.amounts, indices)), v)
 
 
 def solve_batch_budget(
@@ -151,7 +152,10 @@ def _like(policies: Policies, given: Any) -> Policies:
     """The policies as tensors on ``given``'s device, if it is a tensor."""
     if not arrays.is_tensor(given):
         return policies
-    columns = {name: arrays.like(getattr(policies, name), given) for name in ("indices", "probabilities", "value", "cost")}
+    columns = {
+        name: arrays.like(getattr(policies, name), given)
+        for name in ("indices", "probabilities", "value", "cost", "mixed_costs")
+    }
     return replace(policies, **columns)
 
 

@@ -37,7 +37,9 @@ def solve_budget(v: Tensor, costs: object, budget: object) -> Policies:
     if bool(short.any()):
         first = int(short.int().argmax())
         raise InfeasibleBudget(float(limits[first]), float(smallest[first]), first, int(short.sum()))
-    return Policies(indices, probabilities, value, cost, why="one row for each prompt, on the GPU: a line over two models")
+    mixed = amounts.expand_as(w).gather(1, indices.long())
+    why = "one row for each prompt, on the GPU: a line over two models"
+    return Policies(indices, probabilities, value, cost, why=why, mixed_costs=mixed)
 
 
 def bt_score(theta: Tensor, q: object, rate: Tensor) -> Tensor:

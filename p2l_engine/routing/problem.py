@@ -131,9 +131,12 @@ class Problem:
 
 def expected(amounts: Any, indices: npt.NDArray[np.int32], probabilities: Float64) -> Float64:
     """What policies use in expectation [N], of amounts [M] or [N, M]."""
-    if amounts.ndim == 1:
-        return np.asarray((probabilities * amounts[indices]).sum(axis=1))
-    return np.asarray((probabilities * amounts[np.arange(len(indices))[:, None], indices]).sum(axis=1))
+    return np.asarray((probabilities * of_models(amounts, indices)).sum(axis=1))
+
+
+def of_models(amounts: Any, indices: npt.NDArray[np.int32]) -> Any:
+    """The amounts [N, W] of the models that policies mix, from amounts [M] or [N, M]."""
+    return amounts[indices] if amounts.ndim == 1 else amounts[np.arange(len(indices))[:, None], indices]
 
 
 def _scope(name: str, scope: str) -> Scope:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from p2l_engine.native import routing as native
-from p2l_engine.routing import conflicts, dual, highs
-from p2l_engine.routing.arrays import Float64
+from p2l_engine.routing import arrays, conflicts, dual, highs, realised
+from p2l_engine.routing.arrays import Array, Float64
 from p2l_engine.routing.highs import SolverError
 from p2l_engine.routing.hulls import Hulls
-from p2l_engine.routing.problem import Problem, Row, expected
+from p2l_engine.routing.problem import Problem, Row, expected, of_models
 
 Solver = Literal["auto", "frontier", "dual", "highs"]
 
@@ -30,7 +30,8 @@ class Policies:
     probabilities [N, W]: rows sum to 1, 0 where unused. value [N]: expected value. cost [N]: expected cost.
     solver and why: which solver found them, and why that one. prices {row: dual price}: what one more unit of a batch row's
     bound (a dollar of mean cost, 1.0 of share) adds to the mean value, >= 0; for min_share, what one unit less adds.
-    gap: an upper bound on the mean value lost to the optimum; 0 where the solver is exact.
+    gap: an upper bound on the mean value lost to the optimum; 0 where the solver is exact. mixed_costs [N, W]: the costs of the
+    models in indices; ``variance`` and ``cost_bound`` follow from them.
     """
 
     indices: Any
@@ -41,6 +42,32 @@ class Policies:
     why: str = "one row for each prompt: its upper hull is exact"
     prices: Mapping[str, float] = field(default_factory=dict)
     gap: float = 0.0
+    mixed_costs: Any = None
+
+    def of(self, prompts: Any) -> Policies:
+        """The policies of some of the prompts: a slice, or indices."""
+        names = ("indices", "probabilities", "value", "cost") + (() if self.mixed_costs is None else ("mixed_costs",))
+        return replace(self, **{name: getattr(self, name)[prompts] for name in names})
+
+    @property
+    def variance(self) -> Any:
+        """The variance of each prompt's cost over the draw of its model [N]; 0 where a single model has probability 1."""
+        return arrays.like(realised.variance(*self._draws()), self.cost)
+
+    def cost_bound(self, delta: float, draws: Array | None = None) -> float:
+        """A total cost that the draws of all prompts stay within with probability at least 1 - delta, delta in (0, 1).
+
+        The least of Cantelli's, Bernstein's and Hoeffding's bounds and of the sum of every prompt's most expensive model
+        (``realised.total_bound``). Draws are independent, except where ``draws`` [N] has equal whole numbers: a Router draws
+        alike for prompts of equal user turns. It bounds what the draws add to the expected costs, not what a request costs
+        beyond the cost that its model was given. Raises ValueError for other arguments.
+        """
+        return realised.total_bound(*self._draws(), delta, draws)
+
+    def _draws(self) -> tuple[Float64, Float64]:
+        if self.mixed_costs is None:
+            raise ValueError("mixed_costs: expected the costs of the models in indices, got None; make Policies with them")
+        return arrays.to_float64("mixed_costs", self.mixed_costs), arrays.to_float64("probabilities", self.probabilities)
 
 
 def solve(problem: Problem, solver: Solver = "auto", time_limit: float | None = None) -> Policies:
@@ -107,12 +134,14 @@ def _frontier(problem: Problem, why: str) -> Policies:
     if not parts:
         return _none("frontier", why)
     indices, probabilities, value, cost = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return Policies(indices, probabilities, value, cost, "frontier", why)
+    return Policies(indices, probabilities, value, cost, "frontier", why, mixed_costs=of_models(problem.amounts, indices))
 
 
 def _none(solver: str, why: str) -> Policies:
     """The policies of no prompts."""
-    return Policies(np.zeros((0, 2), np.int32), np.zeros((0, 2)), np.zeros(0), np.zeros(0), solver, why)
+    return Policies(
+        np.zeros((0, 2), np.int32), np.zeros((0, 2)), np.zeros(0), np.zeros(0), solver, why, mixed_costs=np.zeros((0, 2))
+    )
 
 
 def solve_chunk(row: Row, v: Float64, mask: Any, start: int) -> tuple[npt.NDArray[np.int32], Float64, Float64, Float64]:
@@ -146,7 +175,8 @@ def _hulls(problem: Problem, why: str) -> Policies:
     indices, probabilities, value, cost, price = hulls.within(max(row.bound, smallest))
     if row.name != "budget":
         cost = expected(problem.amounts, indices, probabilities)
-    return Policies(indices, probabilities, value, cost, "dual", why, {row.name: price})
+    mixed = of_models(problem.amounts, indices)
+    return Policies(indices, probabilities, value, cost, "dual", why, {row.name: price}, mixed_costs=mixed)
 
 
 def _dual(problem: Problem, why: str, time_limit: float | None) -> Policies:
@@ -195,7 +225,9 @@ def _measured(
         some = slice(start, start + len(v))
         value[some] = expected(v, indices[some], probabilities[some])
         start += len(v)
-    return Policies(indices, probabilities, value, expected(problem.amounts, indices, probabilities), solver, why, prices, gap)
+    mixed = of_models(problem.amounts, indices)
+    cost = np.asarray((probabilities * mixed).sum(axis=1))
+    return Policies(indices, probabilities, value, cost, solver, why, prices, gap, mixed)
 
 
 def _check_rows(rows: tuple[Sequence[Row], Sequence[Row]], policies: Policies) -> None:
