@@ -7,7 +7,6 @@ tokenizer (16, 24, 105, 400; mean 102). Their words are made up, and a BPE token
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from p2l_engine.backbone.weights import expected_shapes
 from p2l_engine.checkpoint import Checkpoint
 from p2l_engine.feedback import feedback_model
 from p2l_engine.prompts.tokenizer import TransformersTokenizer
+from p2l_engine.tables.whole import read_table
 
 MEDIAN, SIGMA, LONGEST = 48, 1.2, 4000
 SYSTEM = "You are a helpful assistant, made for benchmarks. Answer as well as you can, and say so when you cannot."
@@ -103,13 +103,8 @@ def prompts(count: int, seed: int = 0) -> list[str]:
 
 
 def read_prompts(path: Path, count: int, seed: int = 0) -> list[str]:
-    """At most ``count`` prompts, in random order, of a parquet or jsonl file with a column ``prompt``."""
-    if path.suffix == ".parquet":
-        import pyarrow.parquet as pq
-
-        found = pq.read_table(path, columns=["prompt"]).column("prompt").to_pylist()
-    else:
-        found = [json.loads(line).get("prompt") for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    """At most ``count`` prompts, in random order, of a table with a column ``prompt``, each as the text of its cell."""
+    found = read_table(path, ["prompt"]).columns.get("prompt", [])
     wrong = next((i for i, text in enumerate(found) if not isinstance(text, str)), None)
     if wrong is not None or not found:
         raise ValueError(f"{path}: expected texts in a column 'prompt', found {'none' if wrong is None else found[wrong]!r}")

@@ -38,6 +38,11 @@ def test_what_stands_in_the_way_is_named(router, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             run(router, BatchConfig([inputs], out, **more))
+    for more in ({"output": ""}, {"state": ""}):
+        with pytest.raises(ValueError, match=f"{next(iter(more))}: expected a folder, got ''"):
+            BatchConfig(**{"inputs": [given], "output": out} | more)
+    with pytest.raises(ValueError, match="inputs: expected a list of at least one path"):
+        BatchConfig(tmp_path, out)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     for restart in (False, True):
@@ -53,15 +58,15 @@ def test_what_stands_in_the_way_is_named(router, tmp_path):
     ):
         (tmp_path / "odd.jsonl").write_text(text)
         for name, inputs in (("alone", []), ("second", [write(tmp_path / "good.jsonl")])):
-            asked = BatchConfig([*inputs, str(tmp_path / "odd.jsonl")], str(tmp_path / name))
+            config = BatchConfig([*inputs, str(tmp_path / "odd.jsonl")], str(tmp_path / name))
             if message is None:
-                assert run(router, asked, restart=True).routed % 150 == 1
+                assert run(router, config, restart=True).routed % 150 == 1
                 continue
             with pytest.raises(ValueError, match=f"odd.jsonl: {message}"):
-                run(router, asked, restart=True)
+                run(router, config, restart=True)
     ragged = ["id,prompt", *(f'{i},"a\nb"' for i in range(40_000)), '7,"a\nb",c']
     (tmp_path / "ragged.csv").write_text("\n".join(ragged))
-    with pytest.raises(ValueError, match=r"ragged.csv: row 40000: expected 2 values, one for each column, got 3: 7,a"):
+    with pytest.raises(ValueError, match=r"ragged.csv: row 40000: expected 2 values.* got 3; is a quote not closed\? 7,"):
         run(router, BatchConfig([str(tmp_path / "ragged.csv")], str(tmp_path / "ragged")))
     (tmp_path / "b.csv").write_text("other,prompt\nx,y\n")
     with pytest.raises(ValueError, match=r"b.csv: column id is missing, was string; other is string"):
@@ -143,6 +148,22 @@ def test_csv_files_that_are_not_what_they_seem_are_named(router, tmp_path):
     with pytest.raises(ValueError, match="text.csv: column id is string, was int64: expected those of the first file"):
         run(router, BatchConfig([str(tmp_path / "typed.parquet"), str(tmp_path / "text.csv")], str(tmp_path / "never")))
     assert not (tmp_path / "never").exists()
+
+
+def test_csv_rows_of_too_many_or_too_few_values_are_errors_of_their_rows(router, tmp_path):
+    for name, rows in (("in.csv", ["p0,0", "p1", "p2,2,x", "p3,3", ",,,"]), ("none.csv", ["p5", "p6"])):
+        (tmp_path / name).write_text("\n".join(["prompt,id", *rows]))
+    inputs = [tmp_path / name for name in ("in.csv", "none.csv")]
+    report = run(router, BatchConfig(inputs, tmp_path / "out", state=tmp_path / "state", rows_per_part=2))
+    assert (report.rows, report.routed) == (7, 2)
+    found = output(tmp_path / "out").to_pylist()
+    assert [row["id"] for row in found] == ["0", None, None, "3", None, None, None]
+    assert [row["error"] for row in found] == [
+        None if got is None else f"expected a value for each column: expected 2, got {got}"
+        for got in (None, 1, 3, None, 4, 1, 1)
+    ]
+    with pytest.raises(ValueError, match=r"in.csv: row 1: expected a value for each column: expected 2, got 1"):
+        run(router, BatchConfig(inputs, tmp_path / "strict", strict=True))
 
 
 @pytest.mark.parametrize("kind", [".parquet", ".jsonl.gz", ".jsonl.zst", ".csv.gz", ".csv.zst"])

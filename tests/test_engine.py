@@ -312,7 +312,7 @@ def test_other_dtypes_are_refused_before_the_checkpoint_is_read(wrong):
         Engine.from_pretrained("no-such-folder", device="cpu", dtype=wrong)
 
 
-@pytest.mark.parametrize("wrong", ["tpu", "mps", "cuda:99", "cpu:x"])
+@pytest.mark.parametrize("wrong", ["tpu", "mps", "cuda:99", "cpu:x", "", " ", 99])
 def test_other_devices_are_refused(wrong):
     with pytest.raises(ValueError, match="device: "):
         as_device(wrong)

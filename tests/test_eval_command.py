@@ -114,6 +114,13 @@ def test_votes_are_named_as_in_other_commands(called, folder):
         assert status == 0, err
         figures.append(json.loads((folder / f"as-{i}.json").read_text()))
     assert all(found == figures[0] for found in figures[1:])
+    table = pq.read_table(folder / "held-out.parquet")
+    pq.write_table(table.rename_columns(["question", *table.column_names[1:]]), folder / "question.parquet")
+    known = pq.read_table(folder / "known.parquet")
+    pq.write_table(known.rename_columns(["question", *known.column_names[1:]]), folder / "known-question.parquet")
+    options = ("--column", "question", "--training", "known-question.parquet", "--json", "question.json")
+    assert called(*options, votes="question.parquet")[0] == 0
+    assert json.loads((folder / "question.json").read_text()) == figures[0]
     for option in ("--votes", "--training"):
         status, _, err = called(option, "")
         assert status == 2

@@ -11,7 +11,10 @@ from rich.console import Console
 
 from p2l_engine import checkpoint, routing
 from p2l_engine.cli import figures, plots
+from p2l_engine.cli.route import _decisions_table
+from p2l_engine.cli.table import print_table
 from p2l_engine.cli.top import TOP, cut
+from p2l_engine.decision import Decision
 from p2l_engine.evaluation import html
 from p2l_engine.evaluation import plots as report_plots
 from p2l_engine.jsonable import from_json
@@ -82,6 +85,44 @@ def test_what_is_left_out_is_said_and_all_shows_all():
     assert sum("vendor-129" in line or "vendor-12…" in line for line in printed(report, None)) > 0
     assert cut(20, 130) == "; 20 of 130 models, --all shows all"
     assert cut(9, 9) == ""
+
+
+@pytest.mark.parametrize("width", [80, 100, 160])
+def test_decisions_fit_the_terminal_and_no_cell_has_more_than_four_lines(width):
+    names = [f"vendor-{i:03d}-llama-3.3-nemotron-super-49b-v1" for i in range(3)]
+    mixed = Decision(names[0], {names[0]: 0.857, names[1]: 0.143}, 0.2857, 0.663, -1.25, "")
+    decisions = [mixed, Decision(names[2], {names[2]: 1.0}, 123.4, 1.0, 0.5, "")]
+    console = Console(width=width, file=io.StringIO())
+    prompts = ["Prove that the square root of 2 is irrational. " * 3, ["two", "[bold]turns"]]
+    console.print(_decisions_table(prompts, decisions, "USD per million output tokens", width))
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    rows = [i for i, line in enumerate(lines) if line.rstrip().endswith(("-1.25", "0.50"))]
+    assert rows[1] - rows[0] <= 4
+    text = console.file.getvalue()
+    assert "[bold]turns" in text
+    assert "86% vendor-0" in text
+    assert (f"14% {names[1]}" in text) == (width >= 100)
+
+
+def test_tables_shorten_both_columns_of_names_alike():
+    rows = [("1", "a" * 60, "b" * 30, "0.5"), ("2", "c" * 10, "d" * 30, "0.25")]
+    for width in (80, 90, 110):
+        console = Console(width=width, file=io.StringIO())
+        print_table("a [title]", ("no.", "category", "best model", "wins, %"), rows, console)
+        first, *_, last = console.file.getvalue().rstrip().splitlines()
+        assert first.rstrip() == "a [title]"
+        assert last.split() == ["2", "c" * 10, "d" * 30, "0.25"] if width > 80 else len(last) <= 80
+
+
+@pytest.mark.parametrize(("models", "categories"), [(130, 30), (9, 14), (2, 1)])
+def test_names_are_shortened_only_where_there_is_no_room(models, categories):
+    report = survey(models, categories)
+    assert not any("…" in line for line in printed(report, width=240))
+    for width in (100, 120, 139, 160):
+        lines = printed(report, width=width)
+        assert max(map(len, lines)) <= width
+        assert max(map(len, lines)) > width - 8 or not any("…" in line for line in lines)
 
 
 def test_few_categories_have_their_names_in_the_table():

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from p2l_engine.batch.blocks import Unroutable, blocks
 from p2l_engine.cli.prompts import PromptFile
+from p2l_engine.tables import csv as tables_csv
 from p2l_engine.tables.chunked import check_files, read_rows
 from p2l_engine.tables.find import find
 from p2l_engine.tables.formats import FORMATS
@@ -280,7 +281,7 @@ def test_a_file_that_is_named_twice_is_read_once(reader, tmp_path):
     write(tmp_path / "a.csv", rows_for(reader, "a"))
     write(tmp_path / "b.jsonl", rows_for(reader, "b"))
     (tmp_path / "link.csv").symlink_to("a.csv")
-    assert sorted(reader(str(tmp_path))) == [("a",), ("b",)]
+    assert sorted(reader(str(tmp_path))) == sorted(reader(tmp_path)) == [("a",), ("b",)]
 
 
 @pytest.mark.parametrize(
@@ -311,6 +312,28 @@ def test_a_csv_file_of_invalid_rows_alone_keeps_their_numbers(tmp_path):
     assert {index: row.text for index, row in table.invalid.items()} == {0: "a", 1: "b,1,2", 3: ",,", 7: "e"}
     (tmp_path / "none.csv").write_text("prompt,n\na\nb")
     assert list(read_table(str(tmp_path / "none.csv"), ["prompt"]).invalid) == [0, 1]
+
+
+@given(
+    lengths=st.lists(st.sampled_from([1, 2, 2, 3]), min_size=1, max_size=30), batch=st.integers(1, 5), piece=st.integers(16, 64)
+)
+@example(lengths=[1, 3], batch=1, piece=16)
+@settings(max_examples=40)
+def test_rows_keep_their_numbers_beside_invalid_ones(lengths, batch, piece, tmp_path):
+    rows = [",".join([f"p{i}", f"n{i}", "z"][:length]) for i, length in enumerate(lengths)]
+    (tmp_path / "in.csv").write_text("\n".join(["prompt,n", *rows]))
+    path = str(tmp_path / "in.csv")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tables_csv, "AT_ONCE", batch)
+        patch.setattr(tables_csv, "PIECE", piece)  # bytes: the file is read again and again
+        table, chunks = read_table(path, ["prompt"]), list(read_rows(find([path]), "prompt"))
+    assert table.columns["prompt"] == [f"p{i}" if length == 2 else None for i, length in enumerate(lengths)]
+    assert {i: row.text for i, row in table.invalid.items()} == {i: rows[i] for i, length in enumerate(lengths) if length != 2}
+    prompts = [cell if isinstance(cell, str) else cell.text for chunk in chunks for cell in chunk.prompts]
+    assert prompts == [f"p{i}" if length == 2 else rows[i] for i, length in enumerate(lengths)]
+    kept = [value for chunk in chunks for value in chunk.kept.column("n").to_pylist()]
+    assert kept == [f"n{i}" if length == 2 else None for i, length in enumerate(lengths)]
+    assert [chunk.first for chunk in chunks] == [sum(len(c.prompts) for c in chunks[:i]) for i in range(len(chunks))]
 
 
 def test_a_long_row_after_invalid_ones(tmp_path):

@@ -128,11 +128,28 @@ def test_uris_of_folders_hold_tables():
     system.rm("/prompts", recursive=True)
 
 
-def test_an_empty_name_of_a_file_is_refused(checkpoint):
-    for command in (["route", "--file", ""], ["route", "hello", "--file", ""], ["frontier", ""]):
+def test_an_empty_name_of_a_file_is_refused(checkpoint, tmp_path):
+    (tmp_path / "in.csv").write_text("prompt\na\n")
+    for command in (["route", "--file", ""], ["route", "hello", "--file", ""], ["frontier", ""], ["leaderboard", "--file", ""]):
         done = run(*command, checkpoint=checkpoint, text="from standard input")
         assert done.status == 2
     assert "expected a path or a URI" in done.message
+    done = run("frontier", tmp_path / "in.csv", "--column", "", checkpoint=checkpoint)
+    assert "expected the columns ''; it has prompt" in done.message
+
+
+def test_an_empty_device_is_refused(checkpoint):
+    done = p2l_engine("route", "hello", "--checkpoint", str(checkpoint), "--device", "")
+    assert (done.status, done.message) == (2, "error: device: expected cpu, cuda or cuda:N, got ''")
+
+
+def test_one_prompt_is_read_from_a_uri(checkpoint, tmp_path):
+    (tmp_path / "prompt.txt").write_text("one prompt\nof two lines\n")
+    boards = [
+        printed("leaderboard", "--json", "--file", name, checkpoint=checkpoint)
+        for name in (tmp_path / "prompt.txt", f"file://{tmp_path}/prompt.txt")
+    ]
+    assert boards[0] == boards[1]
 
 
 @pytest.mark.parametrize("command", [["route", "hello"], ["route"], ["leaderboard", "hello"], ["frontier", "plain.txt"]])
@@ -164,7 +181,8 @@ def test_every_command_refuses_the_same_files(command, checkpoint, tmp_path):
     ):
         if text is not None:
             (tmp_path / name).write_text(text)
-        done = run(*options, tmp_path / name, *more, checkpoint=checkpoint)
+        strict = ["--strict"] if command == "batch" and name == "ragged.csv" else []  # else an error of that row
+        done = run(*options, tmp_path / name, *more, *strict, checkpoint=checkpoint)
         assert done.status == 2
         assert message in done.message
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -39,8 +41,8 @@ class BatchConfig:
         state: local folder for coefficients until the run ends (None: a folder in the output, which must then be local).
     """
 
-    inputs: Sequence[str]
-    output: str
+    inputs: Sequence[str | Path]
+    output: str | Path
     column: str = "prompt"
     plain_text: bool = False
     keep: Sequence[str] | None = None
@@ -51,12 +53,15 @@ class BatchConfig:
     min_share: Shares = field(default_factory=dict)
     coefficients: Literal["float16", "float32"] | None = None
     strict: bool = False
-    state: str | None = None
+    state: str | Path | None = None
     rows_per_part: int = ROWS_PER_PART
 
     def __post_init__(self) -> None:
-        if not self.inputs or isinstance(self.inputs, str):
+        if isinstance(self.inputs, str | os.PathLike) or not self.inputs:
             raise ValueError(f"inputs: expected a list of at least one path, got {self.inputs!r}")
+        for name, folder in (("output", self.output), ("state", self.state)):
+            if folder is not None and not os.fspath(folder):
+                raise ValueError(f"{name}: expected a folder, got ''")
         keep = list(self.keep or ())
         if not all(keep) or len(set(keep)) < len(keep):
             raise ValueError(f"keep: expected names of columns, each once, got {keep!r}")

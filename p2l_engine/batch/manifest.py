@@ -64,14 +64,14 @@ def write_manifest(output: Location, manifest: Mapping[str, Any]) -> None:
     (output / MANIFEST).write((json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
 
 
-def state_folder(parent: str | None, output: Location, identity: dict[str, Any], recorded: str | None = None) -> Path:
+def state_folder(parent: str | Path | None, output: Location, identity: dict[str, Any], recorded: str | None = None) -> Path:
     """The folder of one run's state. Its name is a hash, so that runs can share a parent folder and never read or remove each
     other's state.
 
     parent: None for the output. recorded: the folder that the manifest of an unfinished run names.
     """
     # State within the output moves with it, so that the output's path is no part of the hash.
-    path = output.path if parent or recorded else None
+    path = None if parent is None and recorded is None else output.path
     name = f"run-{hashlib.sha256(json.dumps([path, identity]).encode()).hexdigest()[:16]}"
     if recorded is not None and Path(recorded).name == name:  # otherwise the manifest is a copy of another output's
         return Path(recorded)
@@ -122,7 +122,7 @@ def begin(job: Job, restart: bool) -> tuple[dict[str, Any], Path]:
     for folder in (left, state):
         if folder is not None:
             remove_state(folder)
-    manifest = {"config": job.identity, "complete": False, "state": job.config.state and str(state)}
+    manifest = {"config": job.identity, "complete": False, "state": None if job.config.state is None else str(state)}
     write_manifest(output, manifest)
     state.mkdir(parents=True, exist_ok=True)
     return manifest, state

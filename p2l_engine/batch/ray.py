@@ -33,7 +33,7 @@ from p2l_engine.batch.identity import compute_signature
 from p2l_engine.batch.worker import Route
 from p2l_engine.checkpoint import fingerprint
 from p2l_engine.engine import Engine
-from p2l_engine.engine.device import as_dtype
+from p2l_engine.engine.device import as_dtype, parse_device
 from p2l_engine.engine.engine import TOKENS_PER_BATCH, Outputs
 from p2l_engine.tables.storage import File
 
@@ -67,6 +67,7 @@ class Cluster:
         dtype: str | torch.dtype | None = None,
         tokens_per_batch: int | None = None,
     ) -> None:
+        of_workers = None if device is None else parse_device(device)
         self._owns_connection = not ray.is_initialized()
         if self._owns_connection:
             _check_address(address)
@@ -77,9 +78,7 @@ class Cluster:
             undo.callback(self.close)
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
             gpus, cpus = ([int(node.get(what, 0)) for node in nodes] for what in ("GPU", "CPU"))
-            kind = torch.device(device or ("cuda" if sum(gpus) else "cpu")).type
-            if kind not in TOKENS_PER_BATCH:
-                raise ValueError(f"device: expected cpu or cuda, got {device!r}")
+            kind = ("cuda" if sum(gpus) else "cpu") if of_workers is None else of_workers.type
             devices = sum(gpus if kind == "cuda" else cpus)
             self.workers = (sum(gpus) if kind == "cuda" else sum(n > 0 for n in cpus)) if workers is None else workers
             if not devices:
@@ -93,7 +92,7 @@ class Cluster:
             {"num_gpus": 1, "num_cpus": 1} if kind == "cuda" else {"num_cpus": cpus_per_worker(cpus, self.workers)}
         )
         dtype = as_dtype(dtype, torch.device(kind))
-        tokens = tokens_per_batch or TOKENS_PER_BATCH[kind]
+        tokens = TOKENS_PER_BATCH[kind] if tokens_per_batch is None else tokens_per_batch
         self.compute = compute_signature(kind, dtype, tokens)
         if checkpoint is not None and Path(checkpoint).exists():
             checkpoint = str(Path(checkpoint).resolve())  # workers run in other working directories

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -38,8 +39,8 @@ class Route:
 
     def __init__(
         self,
-        checkpoint: str | None = None,
-        catalog: Catalog | str | None = None,
+        checkpoint: str | Path | None = None,
+        catalog: Catalog | str | Path | None = None,
         *,
         column: str = "prompt",
         plain_text: bool = False,
@@ -57,7 +58,7 @@ class Route:
         check_decision_options(budget, price, coefficients)
         engine = Engine.from_pretrained(checkpoint, device, dtype, tokens_per_batch)
         if not isinstance(catalog, Catalog):
-            catalog = Catalog.from_yaml(catalog or engine.folder / "catalog.yaml")
+            catalog = Catalog.from_yaml(engine.folder / "catalog.yaml" if catalog is None else catalog)
         self.router = Router(engine, catalog, opponents, seed, unmatched, objective)
         self.column, self.plain_text = column, plain_text
         self.budget, self.price, self.coefficients = budget, price, coefficients

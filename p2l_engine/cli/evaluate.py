@@ -12,6 +12,7 @@ import typer
 from p2l_engine.cli.inputs import (
     CatalogFile,
     Checkpoint,
+    Column,
     Device,
     Dtype,
     check_model,
@@ -41,6 +42,7 @@ def evaluate(
     training: Annotated[
         str | None, typer.Option(help="With --votes: the training votes, for the baselines; named in the same way.")
     ] = None,
+    column: Column = "prompt",
     max_dropped: Annotated[
         float, typer.Option(min=0, max=1, help="With --votes: the share of rows that may be invalid.")
     ] = MAX_DROPPED,
@@ -87,6 +89,8 @@ def evaluate(
     check_model(reference, engine.models, "--reference")
     if votes is None and training is not None:
         raise typer.BadParameter("needs --votes", param_hint="--training")
+    if votes is None and column != "prompt":
+        raise typer.BadParameter("needs --votes; the training config names the columns of its own votes", param_hint="--column")
     if votes is not None and part != "held-out":
         raise typer.BadParameter("only for the checkpoint's own data, not with --votes", param_hint="--part")
     if engine.feedback.of_values and (swaps or reference or cluster):
@@ -97,7 +101,7 @@ def evaluate(
     found = (
         sources.of_config(engine, chosen, prices)
         if votes is None
-        else sources.of_files(engine, votes, training, prices, max_dropped)
+        else sources.of_files(engine, votes, training, prices, max_dropped, None if column == "prompt" else {"prompt": column})
     )
     for line in found.dropped.lines():
         note(f"dropped {line}", warning=True)

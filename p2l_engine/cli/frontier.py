@@ -20,7 +20,6 @@ from p2l_engine.cli.inputs import (
     check_writable,
     load_engine,
     load_router,
-    short,
 )
 from p2l_engine.cli.progress import progress
 from p2l_engine.cli.terminal import note, out
@@ -48,11 +47,10 @@ def frontier(
 ) -> None:
     """Show the win rate that each mean budget over these prompts buys, and that of each single model."""
     import numpy as np
-    from rich.table import Table
-    from rich.text import Text
 
     from p2l_engine import routing
     from p2l_engine.cli.prompts import read_prompts
+    from p2l_engine.cli.table import print_table
     from p2l_engine.tables.storage import shown
 
     check_writable(plot, "--plot", PLOTS)
@@ -84,18 +82,7 @@ def frontier(
         for name, cost, value in singles:
             print(json.dumps({"model": name, "mean_cost": cost, "win_rate": value}))
         return
-    table = Table(title=Text(f"{len(batch)} prompts; cost in {unit}{left_out}"), title_justify="left")
-    for name, justify in (
-        ("mean cost", "right"),
-        ("batch budget", "right"),
-        ("per prompt", "right"),
-        ("one model for all", "left"),
-    ):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    for _, cost, value, per_prompt in rows:
-        table.add_row(f"{cost:.4g}", f"{value:.1%}", f"{per_prompt:.1%}", "")
-    table.add_section()
-    for name, cost, value in singles:
-        if name in best:
-            table.add_row(f"{cost:.4g}", "", f"{value:.1%}", Text(short(name, 34)))
-    out().print(table)
+    lines = [(f"{cost:.4g}", f"{value:.1%}", f"{per_prompt:.1%}", "") for _, cost, value, per_prompt in rows]
+    lines += [("", "", "", "")] + [(f"{cost:.4g}", "", f"{value:.1%}", name) for name, cost, value in singles if name in best]
+    title = f"{len(batch)} prompts; cost in {unit}{left_out}"
+    print_table(title, ("mean cost", "batch budget", "per prompt", "one model for all"), lines, out())

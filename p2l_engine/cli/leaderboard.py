@@ -26,7 +26,7 @@ from p2l_engine.cli.top import TOP, All, Top, cut, limit
 
 def leaderboard(
     prompt: Annotated[str | None, typer.Argument(help="One prompt; or use --file, or standard input as one text.")] = None,
-    file: Annotated[Path | None, typer.Option(help="The prompt from a file, whole.")] = None,
+    file: Annotated[str | None, typer.Option(help="The prompt from a file or URI, whole.")] = None,
     prompts: Annotated[
         str | None,
         typer.Option(
@@ -45,10 +45,8 @@ def leaderboard(
     dtype: Dtype = None,
 ) -> None:
     """Show the leaderboard of one prompt, or of a set of prompts."""
-    from rich.table import Table
-    from rich.text import Text
-
     from p2l_engine.cli.prompts import PromptFile, check_no_column, read_stdin, read_text
+    from p2l_engine.cli.table import print_table
     from p2l_engine.jsonable import to_json
     from p2l_engine.leaderboard import Leaderboard
     from p2l_engine.prompts.parse import user_turns
@@ -83,13 +81,11 @@ def leaderboard(
                 del fields["low"], fields["high"]
             print(json.dumps(fields))
         return
-    table = Table(title=Text(short(title, 90) + left_out), title_justify="left")
-    for name, justify in (("rank", "right"), ("model", "left"), ("coefficient", "right"), ("win rate", "right")):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    if any(standing.low is not None for standing in shown):
-        table.add_column("95% interval", justify="right")
+    has_intervals = any(standing.low is not None for standing in shown)
+    rows = []
     for standing in shown:
         rate = "" if standing.win_rate is None else f"{standing.win_rate:.1%}"
-        interval = [] if standing.low is None else [f"{standing.low:.3f} to {standing.high:.3f}"]
-        table.add_row(str(standing.rank), Text(standing.model), f"{standing.coefficient:.3f}", rate, *interval)
-    out().print(table)
+        interval = [f"{standing.low:.3f} to {standing.high:.3f}"] if has_intervals else []
+        rows.append((str(standing.rank), standing.model, f"{standing.coefficient:.3f}", rate, *interval))
+    columns = ("rank", "model", "coefficient", "win rate", *(["95% interval"] if has_intervals else []))
+    print_table(short(title, 90) + left_out, columns, rows, out())

@@ -38,8 +38,8 @@ class PromptFile:
     def read(cls, file: str | Path, column: str = "prompt") -> PromptFile:
         """column: of the prompts. Raises ValueError with the row (from 0) that cannot be read or has no prompt, or if there is
         no prompt at all."""
-        if names_tables(str(file)):
-            return _some(_from_table(read_table(str(file), (column, "weight", *CATEGORY), bare=column), column))
+        if names_tables(file):
+            return _some(_from_table(read_table(file, (column, "weight", *CATEGORY), bare=column), column))
         check_no_column(column)
         return _some(cls(shown(str(file)), _lines(read_text(file))))
 
@@ -93,7 +93,7 @@ def check_no_column(column: str) -> None:
 def read_text(file: str | Path) -> str:
     """A text file, or the URI of one. Raises ValueError if it is not UTF-8."""
     try:
-        return Location.of(str(file)).read().decode("utf-8-sig")
+        return Location.of(file).read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{shown(str(file))}: expected UTF-8 text: {error}") from None
 
@@ -121,7 +121,7 @@ def _from_table(table: Table, column: str) -> PromptFile:
     for index, row in sorted(table.invalid.items()):
         raise ValueError(f"{table.located(index)}: {row.why}: {row.text}")
     if table.names and column not in table.columns:
-        raise ValueError(f"{table.shown}: expected the columns {column}; it has {listed(table.names)}")
+        raise ValueError(f"{table.shown}: expected the columns {listed([column])}; it has {listed(table.names)}")
     prompts: list[Prompt] = []
     for i, cell in enumerate(table.columns.get(column, [])):
         try:

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from p2l_engine.decision import Decision
     from p2l_engine.prompts import Prompt
 
+PROMPT = 18  # characters of a line of a prompt, at least
+
 
 def route(
     prompts: Annotated[
@@ -67,7 +69,7 @@ def route(
         for prompt, decision in zip(batch, decisions, strict=True):
             print(json.dumps({"prompt": prompt, **_fields(decision)}))
         return
-    out().print(_decisions_table(batch, decisions, router.catalog.unit))
+    out().print(_decisions_table(batch, decisions, router.catalog.unit, out().width))
     mean = sum(decision.expected_cost for decision in decisions) / len(decisions)
     out().print(f"mean expected cost {mean:.4g} {router.catalog.unit}", style="dim", markup=False)
 
@@ -78,21 +80,27 @@ def _fields(decision: Decision) -> dict[str, Any]:
     return fields | {"score": decision.score if math.isfinite(decision.score) else None}
 
 
-def _decisions_table(batch: Sequence[Prompt], decisions: Sequence[Decision], unit: str) -> Table:
+def _decisions_table(batch: Sequence[Prompt], decisions: Sequence[Decision], unit: str, width: int) -> Table:
+    """For each prompt the chosen model, and below it, where the policy mixes two or more, their probabilities."""
+    from rich import box
     from rich.table import Table
     from rich.text import Text
 
+    from p2l_engine.cli.table import LEAST, shortened
     from p2l_engine.prompts import user_turns
 
-    table = Table(caption=Text(f"cost in {unit}"), caption_justify="left")
-    for name, justify in (
-        ("prompt", "left"), ("model", "left"), ("policy", "left"), ("cost", "right"), ("win rate", "right"), ("score", "right"),
-    ):  # fmt: skip
-        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
-    for prompt, decision in zip(batch, decisions, strict=True):
-        policy = ", ".join(f"{name} {p:.0%}" for name, p in decision.policy.items()) if len(decision.policy) > 1 else "certain"
-        table.add_row(
-            Text(short(" / ".join(user_turns(prompt)), 44)), Text(decision.model), Text(policy),
-            f"{decision.expected_cost:.4g}", f"{decision.win_rate:.1%}", f"{decision.score:.2f}",
-        )  # fmt: skip
+    numbers = [(f"{of.expected_cost:.4g}", f"{of.win_rate:.1%}", f"{of.score:.2f}") for of in decisions]
+    headings = ("cost", "win rate", "score")
+    taken = sum(max(map(len, column)) for column in zip(headings, *numbers, strict=True))
+    room = max(width - taken - PROMPT - 12, LEAST)  # 12: the space between the columns
+    table = Table(box=box.SIMPLE_HEAD, caption=Text(f"cost in {unit}"), caption_justify="left")
+    table.add_column("prompt", overflow="fold")
+    table.add_column("model", no_wrap=True)
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for prompt, decision, of in zip(batch, decisions, numbers, strict=True):
+        lines = [shortened(decision.model, room)]
+        if len(decision.policy) > 1:
+            lines += [f"{p:4.0%} {shortened(name, room - 5)}" for name, p in decision.policy.items()]
+        table.add_row(Text(short(" / ".join(user_turns(prompt)), 44)), Text("\n".join(lines)), *of)
     return table

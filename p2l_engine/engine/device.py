@@ -19,15 +19,20 @@ def as_device(device: str | torch.device | None) -> torch.device:
 
     Raises ValueError for any other device, and for a CUDA device that this machine does not have.
     """
-    given = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    found = parse_device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device: {str(found)!r} is not available: this machine has {torch.cuda.device_count()} CUDA devices")
+    return found
+
+
+def parse_device(device: str | torch.device) -> torch.device:
+    """``as_device``, for a device that may be another machine's. Raises ValueError for any but cpu, cuda and cuda:N."""
     try:
-        found = torch.device(given.lower() if isinstance(given, str) else given)
+        found = torch.device(device.lower() if isinstance(device, str) else device)
     except (RuntimeError, TypeError):
         raise ValueError(f"device: expected cpu, cuda or cuda:N, got {device!r}") from None
     if found.type not in DEVICES:
         raise ValueError(f"device: expected cpu or cuda, got {str(found)!r}")
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device: {str(found)!r} is not available: this machine has {torch.cuda.device_count()} CUDA devices")
     return found
 
 

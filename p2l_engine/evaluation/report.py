@@ -48,7 +48,7 @@ class Scores:
     unit: str = ""
 
     def budgets(self, count: int = 8) -> list[float]:
-        """Mean costs between the cheapest model's and the dearest model's, at equal ratios."""
+        """Mean costs from the cheapest model's to the most expensive one's, at equal ratios."""
         if self.costs is None:
             return []
         low, high = np.log(max(self.costs.min(), 1e-12) * 1.1), np.log(max(self.costs.max(), 1e-12))
@@ -249,10 +249,10 @@ def probes(
     """Scores [N, M] that ridge regression, nearest neighbours and a perceptron predict from the untrained backbone's features
     (see ``features.probes``). base: the backbone; config: the keys of the training config, whose max_length is kept."""
     engine = Engine(features.frozen(base, config), max_tokens=config.get("max_length") or None)
-    known, asked = (
+    known, new = (
         features.hidden_states(engine, votes.prompts, advance)[0].astype(np.float64) for votes in (training, held_out)
     )
-    return features.probes(known, scores.training, asked)
+    return features.probes(known, scores.training, new)
 
 
 def _finite(value: float) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -80,15 +80,20 @@ def _check_unseen(config: dict[str, Any], part: Part, votes: Votes, path: str | 
 
 
 def of_files(
-    engine: Engine, held_out: str, training: str | None, costs: Catalog | None, max_dropped: float = MAX_DROPPED
+    engine: Engine,
+    held_out: str | Path,
+    training: str | Path | None,
+    costs: Catalog | None,
+    max_dropped: float = MAX_DROPPED,
+    columns: Mapping[str, str] | None = None,
 ) -> Sources:
-    """The votes of these files, folders, globs or URIs, each read once. max_dropped: the share of their rows that may be
-    invalid. Raises ValueError where the two share prompts."""
-    table = vote_table(held_out)
+    """The votes of these files, folders, globs or URIs, each read once. max_dropped, columns: as for ``votes.read``. Raises
+    ValueError where the two share prompts."""
+    table = vote_table(held_out, columns)
     votes, dropped = votes_of(table, engine.models, engine.feedback, max_dropped)
     if training is None:
         return Sources(votes, None, None, {}, dropped)
-    known_table = vote_table(training)
+    known_table = vote_table(training, columns)
     known, _ = votes_of(known_table, engine.models, engine.feedback, max_dropped)
     check_apart(table.shown, votes, known)
     return Sources(votes, known, scores_of(engine, (table, votes), (known_table, known), costs), {}, dropped)

@@ -35,38 +35,33 @@ def schema(file: File, column: str, keep: Sequence[str] | None) -> pa.Schema:
 
 
 def rows(file: File, column: str, keep: Sequence[str] | None, _: pa.Schema | None) -> Iterator[Rows]:
-    """See ``formats.Reader``. A row of too many or too few cells is a ValueError."""
+    """See ``formats.Reader``. A row of too many or too few cells is an ``InvalidRow`` without values; but a ValueError if a
+    quote may be to blame: then the rows after it cannot be trusted either."""
     names = _header(file)
     wanted = wanted_columns(file, names, column, keep)
     parser = _Parser(file, names, [name for name in names if name in {column, *wanted}])
-    for first, table, read in parser.tables():
+    for first, chunk, table, read in parser.chunks():
         kept = table.select(wanted)
-        check_text(
-            file, range(first, first + len(kept)), kept, "; leave the column out with --keep"
-        )  # an invalid prompt is an error of its row
-        for start in range(0, len(table), AT_ONCE):
+        numbers = [first + i for i, row in enumerate(chunk) if isinstance(row, int)]
+        check_text(file, numbers, kept, "; leave the column out with --keep")  # an invalid prompt is an error of its row
+        cells = column_values(table.column(column))
+        prompts = [cells[row] if isinstance(row, int) else row for row in chunk]
+        if len(numbers) < len(chunk):
+            kept = kept.take(pa.array([row if isinstance(row, int) else None for row in chunk], pa.int64()))
+        for start in range(0, len(chunk), AT_ONCE):
             part = slice(start, start + AT_ONCE)
-            yield Rows(file, first + start, column_values(table[part].column(column)), kept[part], read)
+            yield Rows(file, first + start, prompts[part], kept[part], read)
 
 
 def values(file: File, names: Collection[str]) -> Iterator[Values]:
-    """See ``formats.Reader``. Rows of too many or too few cells are invalid; but a ValueError if a quote may be to blame:
-    then the rows after it cannot be trusted either."""
+    """See ``formats.Reader``. Invalid are the rows that ``rows`` says."""
     found = _header(file)
     check_names(file, found)
     yield Values(found, [])
-    parser, row = _Parser(file, found, found, skip=True), 0
-    for _, table, _read in parser.tables():
-        start, numbers = row, list[int]()
-        for _row in range(len(table)):
-            while row in parser.invalid:
-                row += 1
-            numbers.append(row)
-            row += 1
-        check_text(file, numbers, table)
-        valid = dict(zip(numbers, row_dicts(table, names), strict=True))
-        yield Values(found, [valid[n] if n in valid else parser.invalid[n] for n in range(start, row)])
-    yield Values(found, [parser.invalid[n] for n in sorted(parser.invalid) if n >= row])
+    for first, chunk, table, _ in _Parser(file, found, found).chunks():
+        check_text(file, [first + i for i, row in enumerate(chunk) if isinstance(row, int)], table)
+        dicts = row_dicts(table, names)
+        yield Values(found, [dicts[row] if isinstance(row, int) else row for row in chunk])
 
 
 def _header(file: File) -> list[str]:
@@ -86,27 +81,45 @@ def _header(file: File) -> list[str]:
 
 @dataclass(slots=True)
 class _Parser:
-    """Arrow's parser over a file, with row numbers. columns: those to convert, in the file's order. skip: rows of too many or
-    too few cells go to ``invalid`` by number; else they are a ValueError."""
+    """Arrow's parser over a file, with row numbers. columns: those to convert, in the file's order. row: the number of the next
+    row to return; invalid: rows of too many or too few cells from there on, by number; skipped: how many were found."""
 
     file: File
     names: Sequence[str]
     columns: Sequence[str]
-    skip: bool = False
+    row: int = 0
     invalid: dict[int, InvalidRow] = field(default_factory=dict)
+    skipped: int = 0
     problem: str | None = None
 
-    def tables(self) -> Iterator[tuple[int, pa.Table, float]]:
-        """Valid rows, the index of the first among them, and how much of the file was read. Begins with pieces of a megabyte;
-        where a row is longer, the file is read again in larger pieces, from the row after those that were returned."""
+    def chunks(self) -> Iterator[tuple[int, list[int | InvalidRow], pa.Table, float]]:
+        """Consecutive rows: the number of the first; each row's index in the table that follows, or why it is invalid; how much
+        of the file was read."""
+        for table, read in self._tables():
+            first, chunk = self.row, self._invalid_ones()
+            for index in range(len(table)):
+                self.row += 1
+                chunk += [index, *self._invalid_ones()]
+            if chunk:
+                yield first, chunk, table, read
+
+    def _invalid_ones(self) -> list[int | InvalidRow]:
+        """Those that come next."""
+        found = list[int | InvalidRow]()
+        while self.row in self.invalid:
+            found.append(self.invalid.pop(self.row))
+            self.row += 1
+        return found
+
+    def _tables(self) -> Iterator[tuple[pa.Table, float]]:
+        """Valid rows, and how much of the file was read. Begins with pieces of a megabyte; where a row is longer, the file is
+        read again in larger pieces, from the row after those that were returned."""
         piece, done = PIECE, 0
         while True:
             try:
-                for first, table, read in self._tables(piece):
-                    if first + len(table) > done:
-                        skip = max(0, done - first)
-                        done = first + len(table)
-                        yield first + skip, table[skip:], read
+                for first, table, read in self._parsed(piece):
+                    yield table[max(0, done - first) :], read
+                    done = max(done, first + len(table))
                 return
             except pa.ArrowInvalid as error:
                 if self.problem is not None:
@@ -115,11 +128,11 @@ class _Parser:
                     raise
                 if piece >= LONGEST:
                     raise ValueError(
-                        f"{self.file.shown}: a row after row {done - 1} is longer than 1 GiB: is a quote not closed?"
+                        f"{self.file.shown}: a row after row {self.row - 1} is longer than 1 GiB: is a quote not closed?"
                     ) from None
                 piece = min(8 * piece, LONGEST)
 
-    def _tables(self, piece: int) -> Iterator[tuple[int, pa.Table, float]]:
+    def _parsed(self, piece: int) -> Iterator[tuple[int, pa.Table, float]]:
         convert = pa.csv.ConvertOptions(
             column_types=dict.fromkeys(self.names, pa.string()), include_columns=list(self.columns), null_values=[""],
             strings_can_be_null=True, quoted_strings_can_be_null=False, check_utf8=False,
@@ -132,30 +145,30 @@ class _Parser:
                 parse_options=pa.csv.ParseOptions(newlines_in_values=True, invalid_row_handler=self._on_invalid),
                 convert_options=convert,
             )
-            first, text = 0, ""
+            first, text, self.skipped = 0, "", 0
             for batch in batches:
                 table = pa.Table.from_batches([batch])
                 last = [value for column in table[-1:].columns for value in column_values(column) if isinstance(value, str)]
                 text, ended = ",".join(last), last[:1] == [END]
                 table = table[:-1] if ended else table
-                if len(table) and (ended or END not in text):
+                if ended or END not in text:
                     yield first, table, self.file.share(raw)
                 first += len(table)
                 if ended:
                     return
-        raise ValueError(f"{self.file.shown}: {_unclosed(first + len(self.invalid) - 1, text.partition(END)[0])}")
+        raise ValueError(f"{self.file.shown}: {_unclosed(first + self.skipped - 1, text.partition(END)[0])}")
 
     def _on_invalid(self, row: Any) -> str:
         number = row.number - 2  # counted from 1, the header included
         if END in row.text:
             self.problem = _unclosed(number, _cells(row.text.partition(END)[0]))
-        elif not self.skip:
-            self.problem = f"row {number}: {_expected(row)}: {_cells(row.text):.60}"
         elif row.text.count('"') % 2 or ('"' in row.text and "\n" in row.text):
             self.problem = f"row {number}: {_expected(row)}; is a quote not closed? {row.text:.60}"
         else:
             detail = f"expected {row.expected_columns}, got {row.actual_columns}"
-            self.invalid[number] = InvalidRow("expected a value for each column", detail, row.text[:60])
+            self.skipped += 1
+            if number >= self.row:  # else it was returned before the file was read again
+                self.invalid[number] = InvalidRow("expected a value for each column", detail, row.text[:60])
             return "skip"
         return "error"
 

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from p2l_engine.tables.formats import EXPECTED, is_plain_json, is_table
@@ -18,13 +19,13 @@ logger = logging.getLogger(__name__)
 HEAD = 1 << 20  # bytes of a .json file in which its first two lines are looked for
 
 
-def find(inputs: Iterable[str], warn: Callable[..., object] = logger.warning) -> list[File]:
+def find(inputs: Iterable[str | Path], warn: Callable[..., object] = logger.warning) -> list[File]:
     """The files that these paths, URIs, folders and globs (of files and folders) name: in the given order, within a folder or
     glob by name, each file once. See ``find_each``."""
     return [file for files in find_each(inputs, warn) for file in files]
 
 
-def find_each(inputs: Iterable[str], warn: Callable[..., object] = logger.warning) -> list[list[File]]:
+def find_each(inputs: Iterable[str | Path], warn: Callable[..., object] = logger.warning) -> list[list[File]]:
     """The files that each input names, without those that an earlier one named.
 
     In folders and globs, files and folders whose names start with "." or "_" are skipped, as are files of other formats, of
@@ -49,7 +50,7 @@ def find_each(inputs: Iterable[str], warn: Callable[..., object] = logger.warnin
     return files
 
 
-def names_tables(given: str) -> bool:
+def names_tables(given: str | Path) -> bool:
     """Whether an input is a table's file, a folder, a glob of neither, or a URI of a table; other files are plain text."""
     location = Location.of(given)
     if is_table(location.path):

@@ -72,7 +72,7 @@ def wanted_columns(file: File, names: Sequence[str], column: str, keep: Sequence
     check_names(file, names)
     missing = [name for name in (column, *(keep or ())) if name not in names]
     if missing:
-        raise ValueError(f"{file.shown}: expected the columns {', '.join(missing)}; it has {listed(names)}")
+        raise ValueError(f"{file.shown}: expected the columns {listed(missing)}; it has {listed(names)}")
     return [name for name in names if name != column] if keep is None else list(keep)
 
 

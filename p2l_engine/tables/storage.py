@@ -30,8 +30,9 @@ class Location:
     store: Any = None
 
     @classmethod
-    def of(cls, uri: str) -> Location:
+    def of(cls, uri: str | Path) -> Location:
         """A local path, or a URI: through pyarrow (file, s3, gs ...) or else fsspec. Raises ValueError."""
+        uri = str(uri)
         if not uri:
             raise ValueError("expected a path or a URI, got ''")
         if "://" not in uri:

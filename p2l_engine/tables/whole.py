@@ -76,14 +76,14 @@ def _text(value: int | float) -> str:
     return json.dumps(int(value) if whole else value)
 
 
-def read_table(path: str | Sequence[str], names: Collection[str], bare: str | None = None) -> Table:
+def read_table(path: str | Path | Sequence[str | Path], names: Collection[str], bare: str | None = None) -> Table:
     """The columns ``names``, as far as there are such, of files, folders, globs and URIs (see ``find``), of the split ``train``
     of a hub data set, or of several of these one after the other, each file once.
 
     bare: the column for values of jsonl lines that are no object; without it, these rows are invalid. Raises ValueError where
     a file is missing or cannot be read, or if a quote of a csv file is not closed.
     """
-    paths = [path] if isinstance(path, str) else list(path)
+    paths = [str(each) for each in ([path] if isinstance(path, str | Path) else path)]
     if not paths:
         raise ValueError("path: expected at least one file, folder or data set, got none")
     parts = _parts(paths, names)
@@ -117,7 +117,8 @@ def read_table(path: str | Sequence[str], names: Collection[str], bare: str | No
                     values.append(row.get(name))
                 rows.append((place if len(parts) > 1 else "", len(rows) - first))
         if not has_columns and bare is None:
-            raise ValueError(f"{place}: expected a JSON object on each line, found none")
+            why = f": row 0: {invalid[first].why}" if first in invalid else ""
+            raise ValueError(f"{place}: expected a JSON object on each line, found none{why}")
     return Table(", ".join(map(shown, paths)), tuple(found), columns, invalid, rows)
 
 

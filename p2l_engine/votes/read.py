@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -51,7 +52,7 @@ class Dropped:
 
 
 def read(
-    path: str | Sequence[str],
+    path: str | Path | Sequence[str | Path],
     models: tuple[str, ...] | None = None,
     feedback: FeedbackModel | None = None,
     columns: Mapping[str, str] | None = None,
@@ -77,7 +78,7 @@ def read(
 
 
 def vote_table(
-    path: str | Sequence[str],
+    path: str | Path | Sequence[str | Path],
     columns: Mapping[str, str] | None = None,
     leave_out: Mapping[str, Sequence[Any]] | None = None,
 ) -> Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,7 @@ SCORES = ("prompt", "model", "score")
 
 
 def score_matrix(
-    source: str | Sequence[str] | Table,
+    source: str | Path | Sequence[str | Path] | Table,
 ) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...], npt.NDArray[np.float64]]:
     """Prompts (sorted), models (sorted) and scores [P, M] of a table with the columns prompt, model, score, or of the files
     that ``source`` names.
