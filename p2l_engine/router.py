@@ -119,12 +119,11 @@ class Router(Chooser):
         return self.decide(self.engine.coefficients(turns, progress), turns, constraints)
 
     def _route_on_gpu(
-        self, prompts: Sequence[Prompt], constraints: Constraints, progress: Callable[[int], object] | None
+        self, turns: Sequence[Turns], constraints: Constraints, progress: Callable[[int], object] | None
     ) -> list[Decision]:
         """``route_batch`` under a budget for each prompt; only decisions leave the GPU."""
         from p2l_engine.routing import cuda  # needs Triton
 
-        turns = parse_batch(prompts)
         n, device = len(turns), self.engine.device
         limits = arrays.budgets(constraints.limits, n)
         q, columns = torch.from_numpy(self.q).to(device), torch.from_numpy(self._columns).to(device)

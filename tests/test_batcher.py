@@ -67,7 +67,7 @@ def test_asyncio_gets_each_its_own_result_or_error(router):
     async def everything():
         calls = [router.aroute(prompt, 2.5) for prompt in PROMPTS]
         calls += [router.aroute(prompt) for prompt in bad]
-        calls += [router.aroute("too dear", 0.5), router.aroute("paced", pacer=BudgetPacer(2.0))]
+        calls += [router.aroute("too expensive", 0.5), router.aroute("paced", pacer=BudgetPacer(2.0))]
         return await asyncio.gather(*calls, return_exceptions=True)
 
     got = asyncio.run(everything())

@@ -22,11 +22,11 @@ def test_costs_prices_and_provider_settings(tmp_path):
         unit: cents per request
         models:
           cheap: {cost: 0.5, provider: {type: openai, base_url: "http://localhost:1"}}
-          dear: {usd_per_m_in: 2, usd_per_m_out: 8, tokens_in: 500, tokens_out: 250}
+          expensive: {usd_per_m_in: 2, usd_per_m_out: 8, tokens_in: 500, tokens_out: 250}
           free: {cost: 0}
         """,
     )
-    assert catalog.names == ("cheap", "dear", "free")
+    assert catalog.names == ("cheap", "expensive", "free")
     np.testing.assert_allclose(catalog.costs, [0.5, 0.003, 0.0])
     assert catalog.models[0].provider["type"] == "openai"
     assert catalog.unit == "cents per request"

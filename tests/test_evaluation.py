@@ -340,12 +340,12 @@ class Page(HTMLParser):
 
     def __init__(self):
         super().__init__()
-        self.open, self.asked = [], []
+        self.open, self.links = [], []
 
     def handle_starttag(self, tag, attributes):
         if tag not in ("meta", "link", "br", "img"):
             self.open.append(tag)
-        self.asked += [value.partition(",")[0] for name, value in attributes if name in ("src", "href", "xlink:href")]
+        self.links += [value.partition(",")[0] for name, value in attributes if name in ("src", "href", "xlink:href")]
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -384,7 +384,7 @@ def test_a_report_holds_together(name, tmp_path):
     page.feed(first.decode())
     assert page.open == []
     assert "mathdefault" not in first.decode()  # tick labels that were left as formulas
-    assert all(place.startswith(("#", "data:")) for place in page.asked)
+    assert all(place.startswith(("#", "data:")) for place in page.links)
     other = Votes.make(raw.prompts, raw.models, raw.prompt, raw.a, raw.b, raw.outcome)
     with pytest.raises(ValueError, match="expected the checkpoint's models"):
         evaluate(engine, other)

@@ -123,13 +123,6 @@ def test_intervals_do_not_depend_on_the_weights_unit():
     np.testing.assert_allclose(samples.sums.sum(1), np.broadcast_to(samples.weight[:, None], (21, 6)), rtol=1e-5)
 
 
-def test_the_average_is_the_mean_of_coefficients():
-    c = coefficients("grk", 9, 4)
-    np.testing.assert_allclose(Leaderboard.averaged(c).coefficients(c.models), c.theta.astype(float).mean(0))
-    board = Leaderboard.averaged(c, weights=np.eye(9)[4])
-    np.testing.assert_allclose(board.coefficients(c.models), c.theta[4].astype(float))
-
-
 @pytest.mark.slow
 def test_intervals_cover_as_often_as_they_say():
     """The coefficient of a large population lies in 90% of the 80% to 97% of samples' intervals."""
@@ -165,11 +158,12 @@ def test_streams_keep_bootstrap_samples_apart():
         one + sums_of(c, bootstrap=4)
 
 
-def test_the_win_matrix_is_the_mean_over_prompts():
+def test_outcomes_are_the_mean_over_prompts():
     c = coefficients("bt", 50, 5)
     theta = c.theta.astype(np.float64)
     expected = expit(theta[:, :, None] - theta[:, None, :]).mean(0)
-    np.testing.assert_allclose(sums_of(c).win_matrix, expected, atol=1e-12)
+    a, b = pairs(5)
+    np.testing.assert_allclose(sums_of(c).means[0], [expected[a, b], expected[b, a]], atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["ols", "poisson"])

@@ -21,7 +21,7 @@ from p2l_engine.votes import Splits, Votes
 
 logger = logging.getLogger(__name__)
 
-ASKED = "asked.json"  # the run's config and inputs
+RUN = "run.json"  # the run's config and inputs
 IfPresent = Literal["refuse", "resume", "restart"]
 
 
@@ -41,17 +41,17 @@ def prepare(state: Path, config: TrainConfig, inputs: dict[str, Any], if_present
     Raises ValueError where ``state`` exists and if_present is "refuse", or belongs to a run of another config or other inputs.
     """
     # Through JSON, so that it compares equal when it is read again.
-    asked = json.loads(json.dumps({"config": config.model_dump(), **inputs, "processes": os.environ.get("WORLD_SIZE", "1")}))
+    run = json.loads(json.dumps({"config": config.model_dump(), **inputs, "processes": os.environ.get("WORLD_SIZE", "1")}))
     if state.exists():
         if if_present == "refuse":
             raise ValueError(f"{state}: a run of this name exists already: --resume continues it, --restart deletes it")
         if if_present == "resume":
-            return _resume(state, asked)
+            return _resume(state, run)
         shutil.rmtree(state)
     elif if_present == "resume":
         logger.info("%s: no state to resume from: starting", state)
     state.mkdir(parents=True, exist_ok=True)
-    write_json(state / ASKED, asked)
+    write_json(state / RUN, run)
     return None
 
 
@@ -78,14 +78,14 @@ def is_last(folder: Path) -> bool:
     return int(state["global_step"]) >= int(state["max_steps"]) and (folder / "model.safetensors").is_file()
 
 
-def _resume(state: Path, asked: dict[str, Any]) -> str | None:
+def _resume(state: Path, run: dict[str, Any]) -> str | None:
     try:
-        before = json.loads((state / ASKED).read_text(encoding="utf-8"))
+        before = json.loads((state / RUN).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(
-            f"{state}: expected {ASKED}, the config of the run, and it cannot be read: {error}; --restart deletes the run"
+            f"{state}: expected {RUN}, the config of the run, and it cannot be read: {error}; --restart deletes the run"
         ) from None
-    changed = _changed(*({**x["config"], **{key: x[key] for key in x if key != "config"}} for x in (before, asked)))
+    changed = _changed(*({**x["config"], **{key: x[key] for key in x if key != "config"}} for x in (before, run)))
     if changed:
         raise ValueError(
             f"{state}: cannot be resumed, since this changed: {changed}. Change it back, or delete the run with --restart"

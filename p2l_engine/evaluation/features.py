@@ -70,7 +70,7 @@ def probes(training: Float64, scores: Float64, test: Float64, seed: int = 0) -> 
     """The scores [N, M] that ridge regression, k nearest neighbours (cosine) and a multilayer perceptron predict for the
     features ``test`` [N, D], fitted to the training prompts' features [T, D] and scores [T, M]."""
     scaler = StandardScaler().fit(training)
-    known, asked = scaler.transform(training), scaler.transform(test)
+    known, new = scaler.transform(training), scaler.transform(test)
     ridge = RidgeCV(np.logspace(1, 5, 9)).fit(known, scores)
     # A tenth of the training prompts is held back: it decides when each perceptron stops, and which weight decay is best.
     perceptrons = [
@@ -78,7 +78,7 @@ def probes(training: Float64, scores: Float64, test: Float64, seed: int = 0) -> 
         for decay in (1.0, 10.0, 30.0, 100.0, 300.0)
     ]
     perceptron = max((each.fit(known, scores) for each in perceptrons), key=lambda each: float(each.best_validation_score_))
-    unit, asked_unit = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (known, asked))
+    unit, new_unit = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (known, new))
     count = min(NEIGHBOURS, len(unit))
-    near = NearestNeighbors(n_neighbors=count).fit(unit).kneighbors(asked_unit, return_distance=False)
-    return {"ridge": ridge.predict(asked), "knn": scores[near].mean(1), "mlp": perceptron.predict(asked)}
+    near = NearestNeighbors(n_neighbors=count).fit(unit).kneighbors(new_unit, return_distance=False)
+    return {"ridge": ridge.predict(new), "knn": scores[near].mean(1), "mlp": perceptron.predict(new)}

@@ -70,14 +70,6 @@ class Leaderboard:
         return cls.ranked(sums.models, whole.theta, samples=[sample.theta for sample in samples], level=level, eta=whole.eta)
 
     @classmethod
-    def averaged(cls, coefficients: Coefficients, weights: npt.ArrayLike | None = None) -> Leaderboard:
-        """The weighted mean of the coefficients (paper, B.1): it predicts expected log-odds, not win rates, so that a higher
-        rank need not mean more wins; use ``over`` to rank models. For ols models the two are the same."""
-        theta = coefficients.theta.astype(np.float64)
-        mean = np.average(theta, axis=0, weights=None if weights is None else np.asarray(weights))
-        return cls.ranked(coefficients.models, mean, wins=not coefficients.feedback.of_values)
-
-    @classmethod
     def ranked(
         cls,
         models: Sequence[str],

@@ -127,18 +127,6 @@ class OutcomeSums:
         some = self.weight > 0
         return self.sums[some] / self.weight[some, None, None]
 
-    @property
-    def win_matrix(self) -> Float64:
-        """[M, M]: how often the row's model is preferred to the column's, over the prompts. The diagonal is 1/2 for models
-        without ties, else 0."""
-        m = len(self.models)
-        a, b = pairs(m)
-        first, second = self.means[0, 0], self.means[0, 1]
-        whole = np.zeros((m, m))
-        whole[a, b], whole[b, a] = first, second
-        np.fill_diagonal(whole, 0.5 if len(self.feedback.outcomes) == 2 else 0.0)
-        return whole
-
 
 def probabilities(feedback: FeedbackModel, theta: Tensor, eta: Tensor | None) -> Tensor:
     """theta [N, M], eta [N] float64 -> [N, K, M (M - 1) / 2]: ``FeedbackModel.probabilities`` of every pair, with M

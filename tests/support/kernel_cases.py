@@ -39,6 +39,7 @@ from p2l_engine.kernels import (
     swiglu,
     win_rates,
 )
+from p2l_engine.prompts.parse import parse_batch
 from p2l_engine.routing import cuda
 from tests.support import tiny
 
@@ -255,7 +256,7 @@ def case_router(device: str) -> None:
     names = ["delta", "alpha", "epsilon", "beta"]  # not in the checkpoint's order, and one model is left out
     catalog = Catalog(tuple(CatalogModel(n, c) for n, c in zip(names, costs, strict=True)))
     router = Router(engine, catalog, {"alpha": 0.5, "gamma": 0.25, "beta": 0.25}, unmatched="leave_out")
-    prompts = [f"prompt {i} " * (1 + i % 4) for i in range(12)]
+    prompts = parse_batch([f"prompt {i} " * (1 + i % 4) for i in range(12)])
     limits = np.linspace(1.0, 4.0, 12)
     for budget in (None, 2.5, limits):
         for fused in (0, 100):
