@@ -58,7 +58,7 @@ def rows_of(m: int) -> tuple[Float64, float, list[Share]]:
 
 
 def bench_batch(m: int, n: int, n_full: int, thread_counts: Sequence[int]) -> list[Row]:
-    """Beside HiGHS: the full LP of n_full prompts, and the LPs of prompts with two rows each, on each number of threads.
+    """Compared with HiGHS: the full LP of n_full prompts, and the LPs of prompts with two rows each, on each number of threads.
 
     The stream and the frontier have n prompts. thread_counts: 1 first.
     """

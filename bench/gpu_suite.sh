@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, on a bare machine with one and no network: the native core, the GPU tests, the kernels' own
+# Everything that needs a GPU, on a bare machine with one and no network: the native core, the GPU tests, the kernels' own
 # speeds, throughput and latency of four sizes. Within nine minutes; prints as it goes, so a run that is cut off leaves what it had.
 #
 #   bench/gpu_suite.sh [FOLDER_OF_WHEELS] [FOLDER_OF_RESULTS]        (defaults: .whl, bench/results/gpu)

@@ -1,4 +1,4 @@
-"""Each Triton kernel beside its torch reference implementation on a GPU, with its bandwidth: python -m bench.kernels.
+"""Each Triton kernel compared with its torch reference implementation on a GPU, with its bandwidth: python -m bench.kernels.
 
 Shapes are those of a batch of 32,768 tokens and 330 prompts at the smallest backbone (135M) and the largest (7B), 130 models.
 Bytes: what has to be read and written once. Medians of Triton's own do_bench, which empties the L2 cache between runs.

@@ -3,7 +3,7 @@
     python -m bench.learning_curve --csv bench/results/learning_curve.csv --plot docs/learning_curve.svg
 
 Every point is a training run of its own on a share of the training prompts, with the config's epochs and learning rate; a
-smaller share is part of a larger one, the held-out prompts are the same. Beside it, from the same training votes: one
+smaller share is part of a larger one, the held-out prompts are the same. For comparison, from the same training votes: one
 leaderboard for all prompts, and one for each category. Existing runs are not trained again.
 """
 

@@ -1,4 +1,4 @@
-"""Time per prompt of each native routine beside its peers, in one run: python -m bench.solvers.
+"""Time per prompt of each native routine and of its peers, in one run: python -m bench.solvers.
 
 For M models the same random problems go to every solver: theta ~ N(0, 1), q uniform, costs exponential, each prompt's budget
 uniform between the cheapest model's cost and the mean cost. The native routines take all N prompts in one call, on one thread
@@ -6,8 +6,8 @@ uniform between the cheapest model's cost and the mean cost. The native routines
 with ours: the table shows the largest difference. Then one prompt through Chooser.decide, which is what Router.route does after
 the coefficients (median of 2,000 calls).
 
-Then batches (bench/batch_budgets.py): rows over the batch, and several rows for each prompt, beside HiGHS on the full LP; the
-stream; and with --millions a million prompts on all threads, each stage in a process of its own with the memory it took.
+Then batches (bench/batch_budgets.py): rows over the batch, and several rows for each prompt, against HiGHS on the full LP;
+the stream; and with --millions a million prompts on all threads, each stage in a process of its own with the memory it took.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Float64 = npt.NDArray[np.float64]
 
 
 def cvxpy_rebuilt(v: Float64, costs: Float64, budget: Float64) -> Float64:
-    """As published routers do: a problem built anew for every prompt (HiGHS underneath, which ends on a vertex)."""
+    """As published routers do: a problem built again for every prompt (HiGHS underneath, which ends on a vertex)."""
     values = []
     for row, limit in zip(v, budget, strict=True):
         p = cp.Variable(len(costs), nonneg=True)

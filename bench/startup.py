@@ -4,7 +4,7 @@
 
 Each row is a separate process; the processes run in turns, for several rounds, after a warm-up round that is not counted. The
 table shows the median CPU time (user and system, of the process and its children), its ratio to the median of the row
-``import torch``, and the wall time beside it: machines are shared, so read the ratios.
+``import torch``, and the wall time: machines are shared, so read the ratios.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Prompts and tokens per second, text to coefficients, beside transformers in the same run: python -m bench.throughput.
+"""Prompts and tokens per second, text to coefficients, compared with transformers in the same run: python -m bench.throughput.
 
 ``engine``: Engine.coefficients on all prompts. ``reference``: transformers, one prompt at a time, as P2L is served today.
 ``hf-batched``: transformers as fast as it goes: sorted by length, padded batches of the size that was fastest here, SDPA, and
@@ -43,7 +43,7 @@ class Row:
 
     lengths: 5%, 25%, 50%, 75%, 95% and mean of the prompts' tokens, the template's among them; seconds: median of the rounds,
     and the fastest and slowest; after_theta: seconds of routing as a share of the engine's; gib: peak of the device's memory;
-    largest_difference: of theta to the reference's, beside theta's standard deviation.
+    largest_difference: of theta to the reference's, with theta's standard deviation.
     """
 
     model: str

@@ -2,7 +2,7 @@
 
 All roots of the single sigmoids lie between min theta + logit(rate) and max theta + logit(rate) over the opponents with
 weight, and so does the root of their mean. Newton's method on the logarithm of the smaller side (win rate or loss rate),
-which is all but linear in the tails, held within the bracket by bisection. One program takes one prompt.
+which is almost linear in the tails, held within the bracket by bisection. One program takes one prompt.
 """
 
 from __future__ import annotations

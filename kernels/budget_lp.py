@@ -41,17 +41,17 @@ def _budget_lp_kernel(  # type: ignore[no-untyped-def]
     j, _ = _highest(v, here, c, k, BLOCK)
     v_i, c_i = tl.sum(tl.where(k == i, v, 0.0), axis=0), tl.sum(tl.where(k == i, c, 0.0), axis=0)
     v_j, c_j = tl.sum(tl.where(k == j, v, 0.0), axis=0), tl.sum(tl.where(k == j, c, 0.0), axis=0)
-    # Rounding could let two lines trade places for ever: a hull has n_models vertices, so as many steps are enough.
+    # Rounding could let two lines alternate forever: a hull has n_models vertices, so as many steps are enough.
     steps = tl.where((i == BLOCK) | (c_j <= limit), 0, n_models)
     while steps > 0:
         above = (v - v_i) * (c_j - c_i) - (v_j - v_i) * (c - c_i)
         m, top = _highest(above, here & (k != i) & (k != j), c, k, BLOCK)
         v_m, c_m = tl.sum(tl.where(k == m, v, 0.0), axis=0), tl.sum(tl.where(k == m, c, 0.0), axis=0)
-        nearer, dearer = (top > 0) & (c_m <= limit), (top > 0) & (c_m > limit)
+        nearer, costlier = (top > 0) & (c_m <= limit), (top > 0) & (c_m > limit)
         i, v_i, c_i = tl.where(nearer, m, i), tl.where(nearer, v_m, v_i), tl.where(nearer, c_m, c_i)
-        j, v_j, c_j = tl.where(dearer, m, j), tl.where(dearer, v_m, v_j), tl.where(dearer, c_m, c_j)
+        j, v_j, c_j = tl.where(costlier, m, j), tl.where(costlier, v_m, v_j), tl.where(costlier, c_m, c_j)
         steps = tl.where(top > 0, steps - 1, 0)
-    if i == BLOCK:  # the cheapest model is beyond the budget: its cost tells
+    if i == BLOCK:  # the cheapest model is beyond the budget: the cost that is returned exceeds it
         tl.store(indices_ptr + 2 * n, 0)
         tl.store(indices_ptr + 2 * n + 1, 0)
         tl.store(probabilities_ptr + 2 * n, 0.0)
@@ -76,7 +76,7 @@ def budget_lp(v: Tensor, costs: Tensor, budget: Tensor) -> tuple[Tensor, Tensor,
     """v [N, M] (float32 or float64), costs [M] or [N, M] float64, budget [N] float64 (inf: none), rows contiguous.
 
     Returns indices [N, 2] int32, probabilities [N, 2], value [N] and cost [N] float64. A prompt whose budget is below its
-    cheapest model's cost has probabilities 0 and that cost: cost > budget tells. Nothing here waits for the device.
+    cheapest model's cost has probabilities 0 and that cost, so that cost > budget. Nothing here waits for the device.
     """
     if v.ndim != 2 or v.stride(1) != 1 or not 1 <= v.shape[1] <= MAX_MODELS or not v.is_floating_point():
         raise ValueError(f"v: expected [N, M <= {MAX_MODELS}] with contiguous rows, got {list(v.shape)} {v.dtype}")

@@ -1,4 +1,4 @@
-"""Rotary position embedding of queries in place, and of keys on their way to where attention reads them.
+"""Rotary position embedding of queries in place, and of keys while they are copied to where attention reads them.
 
 With x = (x1, x2), the two halves of a head, and the angle a_i = position * frequency_i of column i:
     x1 <- x1 cos a - x2 sin a,   x2 <- x2 cos a + x1 sin a          (Su et al., 2021, in the layout of transformers)

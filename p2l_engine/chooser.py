@@ -29,7 +29,7 @@ class Chooser:
     """Chooses, for each prompt, the policy of highest win rate within the constraints (paper, Theorem 1).
 
     models: the checkpoint's M models, in the order of its coefficients. feedback: its feedback model. opponents: what win rates
-    are measured against, over all models of the checkpoint: "uniform", {name: weight} (the others weigh nothing) or an array
+    are measured against, over all models of the checkpoint: "uniform", {name: weight} (0 for the others) or an array
     [M]; weights sum to 1. seed: of the draws from mixed policies; the same seed and prompt give the same draw in every batch.
     unmatched: what to do with models of the catalog that the checkpoint does not know, and the reverse: "error", or "leave_out"
     of the choice (models left out still count as opponents). objective: what is maximised, as in ``routing.win_rates``;

@@ -1,8 +1,8 @@
 """Dataclasses as JSON, and back, by their types: nested dataclasses, tuples, mappings with string keys, Literals, None and
 plain values.
 
-A field is a key of the JSON object. A field that is None has no key, unless its metadata are NULL or ``null_beside``. The
-entries of a mapping with the metadata SPREAD are keys beside the other fields.
+A field is a key of the JSON object. A field that is None has no key, unless its metadata are NULL or ``null_with``. The
+entries of a mapping with the metadata SPREAD are written as keys next to the other fields.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ NULL = {"null": True}
 SPREAD = {"spread": True}
 
 
-def null_beside(name: str) -> dict[str, str]:
+def null_with(name: str) -> dict[str, str]:
     """Metadata of a field that is null in the JSON, instead of missing, where the field ``name`` is given."""
     return {"null": name}
 
@@ -73,8 +73,8 @@ def _object(kind: Any, value: Any, where: str) -> Any:
     named = {each.name for each in fields(kind) if not each.metadata.get("spread")}
     for each in fields(kind):
         if each.metadata.get("spread"):
-            beside = {name: of for name, of in value.items() if name not in named}
-            arguments[each.name] = _read(kinds[each.name], beside, where)
+            others = {name: of for name, of in value.items() if name not in named}
+            arguments[each.name] = _read(kinds[each.name], others, where)
         elif each.name in value:
             arguments[each.name] = _read(kinds[each.name], value[each.name], f"{where}.{each.name}")
         elif each.default is MISSING:

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from p2l_engine.jsonable import NULL, SPREAD, null_beside
+from p2l_engine.jsonable import NULL, SPREAD, null_with
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +105,8 @@ class Leaderboards:
     aggregated: tuple[Standing, ...]
     categories: Mapping[str, tuple[Standing, ...]] | None = None
     marginal: tuple[Standing, ...] | None = None
-    spearman: float | None = field(default=None, metadata=null_beside("marginal"))
-    kendall: float | None = field(default=None, metadata=null_beside("marginal"))
+    spearman: float | None = field(default=None, metadata=null_with("marginal"))
+    kendall: float | None = field(default=None, metadata=null_with("marginal"))
 
     @property
     def middle(self) -> str:
@@ -164,7 +164,7 @@ class Preference:
 
 @dataclass(frozen=True, slots=True)
 class Replacement:
-    """What changes when the model ``new`` replaces ``old``: overall, and by category from the worst on."""
+    """What changes when the model ``new`` replaces ``old``: overall, and by category, the worst first."""
 
     old: str
     new: str

@@ -91,7 +91,7 @@ class Router(Chooser):
             constraints = Constraints(budget)
             return lambda coefficients: self.decide(coefficients, [turns], constraints)[0]
         if budget is not None:
-            raise ValueError(f"budget: expected None beside a pacer, which has its own, got {budget!r}")
+            raise ValueError(f"budget: expected None with a pacer, which has its own, got {budget!r}")
         return lambda coefficients: self.pace(coefficients, pacer)
 
     def route_batch(

@@ -14,7 +14,7 @@ import zlib
 from pathlib import Path
 
 # One thread for each process, before numpy and torch start theirs: the models are so small that threads only wait for each
-# other, up to 20 times longer on a busy machine. Tests of threads ask for them. OMP_NUM_THREADS from outside has precedence.
+# other, up to 20 times longer on a busy machine. Tests of threads set their own. OMP_NUM_THREADS from outside has precedence.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np

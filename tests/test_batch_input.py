@@ -16,7 +16,7 @@ from tests.support.batch_files import output, write
 from tests.support.tiny import MODELS
 
 
-def test_what_stands_in_the_way_is_named(router, tmp_path):
+def test_inputs_and_folders_that_cannot_be_used_are_named(router, tmp_path):
     given = write(tmp_path / "in.parquet")
     out = str(tmp_path / "out")
     with pytest.raises(ValueError, match=r"in.parquet: expected the columns question; it has id, prompt"):

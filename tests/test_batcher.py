@@ -76,7 +76,7 @@ def test_asyncio_gets_each_its_own_result_or_error(router):
     assert all(isinstance(error, PromptError) and error.index == 0 for error in got[len(PROMPTS) : -2])
     assert isinstance(got[-2], InfeasibleBudget)
     assert got[-1].why.startswith("highest win rate less cost")
-    with pytest.raises(ValueError, match="budget: expected None beside a pacer"):
+    with pytest.raises(ValueError, match="budget: expected None with a pacer"):
         asyncio.run(router.aroute("x", 1.0, BudgetPacer(2.0)))
 
 
@@ -208,7 +208,7 @@ def test_closing_finishes_what_waits_and_takes_no_more():
     batcher.close()
 
 
-def test_a_router_that_is_let_go_ends_its_thread(engine):
+def test_a_deleted_router_ends_its_thread(engine):
     router = Router(engine, catalog())
     asyncio.run(router.aroute("hello"))
     worker = router._batcher._worker
@@ -246,7 +246,7 @@ def test_closing_waits_for_calls_in_their_own_threads():
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
-def test_a_forked_child_starts_anew():
+def test_a_forked_child_starts_again():
     batcher = Batcher(Slow())
     assert batcher.submit("abc", length).result(60) == 3
     child = os.fork()

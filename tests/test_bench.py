@@ -39,7 +39,7 @@ from tests.support.training import skill_votes
 
 
 @pytest.mark.slow
-def test_random_prompts_have_the_lengths_that_are_claimed():
+def test_random_prompts_have_the_documented_lengths():
     encoder = PromptEncoder(TransformersTokenizer(subjects.tokenizer()))
     around = len(encoder.encode(["a"])[0]) - 1  # the template's tokens and the CLS token
     own = np.array([len(ids) for ids in encoder.encode(subjects.prompts(4000))]) - around
@@ -125,7 +125,7 @@ def test_prompts_that_cannot_be_read(content, tmp_path):
         subjects.read_prompts(file, 3)
 
 
-def test_mistakes_are_told_in_a_line(monkeypatch, capsys, tmp_path):
+def test_mistakes_are_errors_of_one_line(monkeypatch, capsys, tmp_path):
     for module, wrong in ((throughput, ("--count", "0")), (latency, ("--calls", "-1")), (latency, ("--callers", "0"))):
         with pytest.raises(SystemExit):
             run(monkeypatch, module, *wrong)

@@ -94,7 +94,7 @@ def test_info(checkpoint):
         (["route", "hi", "--frobnicate"], "", "frobnicate"),
     ],
 )
-def test_errors_are_said_without_a_stack_trace(arguments, text, message, checkpoint):
+def test_errors_have_no_traceback(arguments, text, message, checkpoint):
     status, _, err = run(*arguments, text=text, checkpoint=checkpoint)
     assert status == 2
     assert message in " ".join(err.split())
@@ -102,14 +102,14 @@ def test_errors_are_said_without_a_stack_trace(arguments, text, message, checkpo
 
 
 @pytest.mark.parametrize("device", ["meta", "cuda:99"])
-def test_a_device_that_is_not_here_is_said(device, checkpoint):
+def test_an_absent_device_is_an_error(device, checkpoint):
     status, _, err = run("info", "--checkpoint", str(checkpoint), "--device", device)
     assert status == 2
     assert "error: device: " in err
     assert "Traceback" not in err
 
 
-def test_a_missing_checkpoint_is_said():
+def test_a_missing_checkpoint_is_an_error():
     status, _, err = run("info", "--checkpoint", "nowhere")
     assert status == 2
     assert "expected a folder or a hub name" in err
@@ -148,7 +148,7 @@ def test_route_takes_shares(checkpoint):
     assert "expected NAME=NUMBER" in err
 
 
-def test_batch_routes_a_file_and_says_what_it_did(checkpoint, tmp_path):
+def test_batch_routes_a_file_and_prints_a_report(checkpoint, tmp_path):
     prompts, output = tmp_path / "prompts.csv", tmp_path / "out"
     prompts.write_text("prompt,model,id\nHello,somebody,1\n,somebody,2\n")
     arguments = ["batch", str(prompts), "--output", str(output)]

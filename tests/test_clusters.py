@@ -220,7 +220,7 @@ def test_the_command_starts_and_ends_a_cluster_of_its_own(router, ray_module, tm
     assert contents(tmp_path / "ray") == contents(tmp_path / "one")
     assert not ray_module.is_initialized()
     for more, message in (
-        (["--ray-workers", "2"], "expected --ray beside it"),
+        (["--ray-workers", "2"], "needs --ray"),
         (["--ray", "127.0.0.1:9"], "expected a Ray cluster's head at 127.0.0.1:9, nothing answers there"),
         (["--ray", "nonsense"], "address: expected local, auto or HOST:PORT, got 'nonsense'"),
     ):

@@ -83,7 +83,7 @@ def test_options_of_batch_have_headings():
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
-def test_what_the_encoding_lacks_is_escaped(encoding, checkpoint, tmp_path):
+def test_characters_that_the_encoding_lacks_are_escaped(encoding, checkpoint, tmp_path):
     found = p2l_engine("route", "日本 é", "--checkpoint", checkpoint, encoding=encoding)
     assert found.status == 0, found.err
     assert r"\u65e5\u672c" in found.out

@@ -156,7 +156,7 @@ def test_scores_in_columns_of_other_names_are_used(folder, tmp_path):
         (("--training", "held-out.parquet"), "20 of its prompts are training prompts too"),
     ],
 )
-def test_what_cannot_be_done_is_refused(wrong, message, called):
+def test_impossible_options_are_refused(wrong, message, called):
     status, _, err = called(*wrong)
     assert status == 2
     assert message in err

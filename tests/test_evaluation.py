@@ -353,7 +353,7 @@ class Page(HTMLParser):
 
 @pytest.mark.parametrize("name", ["grk", "bt", "ols"])
 @pytest.mark.slow
-def test_a_report_holds_together(name, tmp_path):
+def test_a_report_is_complete_and_reproducible(name, tmp_path):
     head = "rk" if name == "grk" else "bt"
     engine = Engine.from_pretrained(
         tiny.write(tmp_path / "c", loss_type=name, head_type=head), device="cpu", dtype=torch.float32

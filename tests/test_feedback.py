@@ -87,7 +87,7 @@ def test_ties_where_the_model_has_none():
     assert likelihood[0] == likelihood[1]
 
 
-def test_the_tie_parameter_is_asked_for():
+def test_models_with_ties_need_the_tie_parameter():
     with pytest.raises(ValueError, match="eta: the feedback model 'grk' needs"):
         feedback_model("grk").probabilities(torch.zeros(1), torch.zeros(1))
     with pytest.raises(ValueError, match="expected one of bt, .*, got 'elo'"):

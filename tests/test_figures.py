@@ -77,7 +77,7 @@ def test_tables_fit_80_columns_and_no_cell_has_a_second_line(models, categories)
 
 
 @pytest.mark.slow
-def test_what_is_left_out_is_said_and_all_shows_all():
+def test_titles_say_what_is_left_out_and_all_shows_all():
     report = survey(130, 30)
     text = " ".join(" ".join(printed(report)).split())
     assert "20 of 130 models, --all shows all; intervals: --json, --html" in text

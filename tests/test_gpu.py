@@ -36,7 +36,7 @@ def test_theta_is_that_of_transformers(pair):
     ours = engine.coefficients(texts).theta
     scale = theirs.std()
     assert np.abs(ours - theirs).mean() < 2e-2 * scale
-    # Rounding may exchange two models that are all but equal, and of random ones many are: how good is the chosen one?
+    # Rounding may exchange two models that are almost equal, and of random ones many are: how good is the chosen one?
     chosen = theirs[np.arange(400), ours.argmax(1)]
     assert (theirs.max(1) - chosen < 5e-2 * scale).mean() >= 0.99
 
@@ -78,7 +78,7 @@ def test_a_shared_prefix_changes_nothing(pair):
     try:
         alone = engine.coefficients(texts).theta
     finally:
-        decoder.prefix, decoder.prefix_kv = prefix, kv  # the very tensors that the graphs read
+        decoder.prefix, decoder.prefix_kv = prefix, kv  # the tensors that the graphs read
     assert np.abs(shared - alone).mean() < 2e-2 * alone.std()
 
 

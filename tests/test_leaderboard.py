@@ -67,7 +67,7 @@ def test_the_fit_is_the_optimum(name):
         assert found.theta.mean() == pytest.approx(0, abs=1e-12)
 
 
-def test_a_single_prompts_coefficients_come_back():
+def test_one_prompt_gives_its_coefficients():
     for name in NAMES:
         c = coefficients(name, 1, 7, seed=3)
         found = fit(c.feedback, sums_of(c).means[0], 7)
@@ -76,7 +76,7 @@ def test_a_single_prompts_coefficients_come_back():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_two_halves_are_the_whole(name):
+def test_sums_of_two_halves_are_those_of_the_whole(name):
     c = coefficients(name, 31, 5)
     halves = OutcomeSums(c.feedback, c.models), OutcomeSums(c.feedback, c.models)
     halves[0].add(c.rows(slice(0, 13)))

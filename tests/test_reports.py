@@ -1,4 +1,4 @@
-"""Reports and their JSON: the same keys as the files that were written before, and what a broken file is told."""
+"""Reports and their JSON: the same keys as the files that were written before, and the errors of a broken file."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def written() -> dict[str, Any]:
     return json.loads((checkpoint.DEFAULT / "evaluation.json").read_text(encoding="utf-8"))
 
 
-def test_the_default_checkpoints_figures_come_back(written):
+def test_the_default_checkpoints_figures_are_read(written):
     report = from_json(Evaluation, written)
     assert to_json(report) == written
     assert report.held_out == Counts(498, 17928)
@@ -50,9 +50,9 @@ def test_what_was_not_computed_has_no_key():
         "rank": 1, "model": "x", "coefficient": 0.5, "win_rate": None, "low": None, "high": None,
     }  # fmt: skip
     assert from_json(Survey, json.loads(json.dumps(found))) == survey
-    beside = to_json(Leaderboards(BOARDS.aggregated, marginal=BOARDS.aggregated))
-    assert beside["kendall"] is None
-    assert beside["spearman"] is None
+    marginal = to_json(Leaderboards(BOARDS.aggregated, marginal=BOARDS.aggregated))
+    assert marginal["kendall"] is None
+    assert marginal["spearman"] is None
 
 
 def test_keys_of_later_versions_are_ignored(written):
@@ -70,7 +70,7 @@ def test_keys_of_later_versions_are_ignored(written):
         (("leaderboards",), 3, TypeError, "leaderboards: expected an object, got 3"),
     ],
 )
-def test_a_broken_file_is_told_where(written, path, value, error, message):
+def test_errors_in_a_file_name_the_place(written, path, value, error, message):
     inner = written
     for name in path[:-1]:
         inner = inner[name]

@@ -148,7 +148,7 @@ def test_a_pacer_holds_the_mean_over_a_stream(router):
     assert decisions[0].score == pytest.approx(
         router.engine.coefficients(PROMPTS[:1]).theta[0, MODELS.index(decisions[0].model)], abs=1e-4
     )
-    with pytest.raises(ValueError, match="budget: expected None beside a pacer"):
+    with pytest.raises(ValueError, match="budget: expected None with a pacer"):
         router.route("hi", budget=1.0, pacer=pacer)
 
 

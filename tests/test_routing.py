@@ -191,7 +191,7 @@ def test_infeasible_budget_names_the_smallest_feasible_one(batch):
         assert "(and 2 more prompts)" in str(caught.value)
 
 
-def test_torch_tensors_come_back_as_tensors():
+def test_torch_tensors_give_tensors():
     theta = torch.randn(7, 5)
     v = routing.win_rates(theta, torch.full((5,), 0.2))
     assert isinstance(v, torch.Tensor)

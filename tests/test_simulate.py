@@ -86,7 +86,7 @@ def test_values_and_counts_are_learnt(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["bt", "bt-tie", "rk", "rk-reparam", "grk"])
-def test_aggregated_leaderboards_are_those_of_endless_votes(name):
+def test_aggregated_leaderboards_are_those_of_infinitely_many_votes(name):
     simulator = Simulator(feedback_model(name), 6, spread=0.7)
     prompts = simulator.prompts(60)
     board = Leaderboard.over(simulator.truth(prompts))

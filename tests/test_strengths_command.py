@@ -116,7 +116,7 @@ def test_hidden_states_are_what_the_head_reads(folder):
         (("nowhere.jsonl",), "nowhere.jsonl"),
     ],
 )
-def test_what_cannot_be_done_is_refused(wrong, message, called):
+def test_impossible_options_are_refused(wrong, message, called):
     status, _, err = called(*wrong)
     assert status == 2
     assert message in err
@@ -136,7 +136,7 @@ def test_a_line_that_is_no_json_is_named(called, folder):
     assert "bad.jsonl: row 1: expected a line of JSON" in err
 
 
-def test_characters_that_a_plot_cannot_draw_are_said_once(called, folder, caplog, recwarn):
+def test_one_warning_for_characters_that_a_plot_cannot_draw(called, folder, caplog, recwarn):
     (folder / "cjk.jsonl").write_text('{"prompt": "a", "category": "诗歌"}\n{"prompt": "b", "category": "$x_1$ <b>"}\n')
     status, out, err = called("cjk.jsonl", "--plot", "c.png", "--html", "c.html")
     assert status == 0, err

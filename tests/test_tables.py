@@ -140,7 +140,7 @@ def test_an_empty_csv_cell_is_no_prompt(reader, tmp_path):
 
 
 @by_each
-def test_what_is_no_table_is_named(reader, tmp_path):
+def test_files_that_are_no_tables_are_named(reader, tmp_path):
     for name, data, message in (
         ("in.csv", b"", "in.csv: cannot be read: expected a line of column names, got nothing"),
         ("in.parquet", b"PAR1", "in.parquet: cannot be read: "),
@@ -238,7 +238,7 @@ def test_text_and_jsonl_files_need_no_pyarrow(tmp_path, monkeypatch):
     assert PromptFile.read(tmp_path / "in.jsonl").prompts == ["one"]
 
 
-def test_json_documents_beside_tables_are_skipped_and_named(tmp_path, caplog):
+def test_json_documents_among_tables_are_skipped_and_named(tmp_path, caplog):
     write(tmp_path / "a.csv", [{"prompt": "a"}])
     (tmp_path / "dataset_info.json").write_text('{\n "features": {}\n}')
     (tmp_path / "state.json").write_text('{"split": "train"}')
@@ -319,7 +319,7 @@ def test_a_csv_file_of_invalid_rows_alone_keeps_their_numbers(tmp_path):
 )
 @example(lengths=[1, 3], batch=1, piece=16)
 @settings(max_examples=40)
-def test_rows_keep_their_numbers_beside_invalid_ones(lengths, batch, piece, tmp_path):
+def test_rows_keep_their_numbers_among_invalid_ones(lengths, batch, piece, tmp_path):
     rows = [",".join([f"p{i}", f"n{i}", "z"][:length]) for i, length in enumerate(lengths)]
     (tmp_path / "in.csv").write_text("\n".join(["prompt,n", *rows]))
     path = str(tmp_path / "in.csv")

@@ -61,7 +61,7 @@ def test_a_pacer_is_saved_from_threads(tmp_path):
 
 
 @pytest.mark.parametrize("failing", ["fsync", "replace"])
-def test_what_fails_changes_nothing(failing, tmp_path, monkeypatch):
+def test_a_failed_write_changes_nothing(failing, tmp_path, monkeypatch):
     path = tmp_path / "file"
     write_file(path, b"old")
 

@@ -73,6 +73,6 @@ def _check(config: TrainConfig, votes: Votes, summary: Summary) -> None:
         names = "; ".join(", ".join(component) for component in summary.disconnected)
         raise ValueError(
             f"{path}: no chain of votes connects these models to the others, so their coefficients cannot be compared: "
-            f"{names}. Add votes, or set disconnected_models: leave_out (these models go), or disconnected_models: train"
+            f"{names}. Add votes, or set disconnected_models: leave_out (without these models), or disconnected_models: train"
             + (f" ('both bad' votes still anchor their absolute level in {feedback.name})" if feedback.grounded else "")
         )

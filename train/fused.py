@@ -34,7 +34,7 @@ class Product(NamedTuple):
 
     @classmethod
     def of(cls, modules: Sequence[nn.Module], dtype: torch.dtype) -> Product:
-        """Linear layers of one input, their weights one below the other; gradients flow back to each of them."""
+        """Linear layers of one input, their weights stacked in one matrix; gradients flow back to each of them."""
         bases: Any = [getattr(module, "base_layer", module) for module in modules]
         weight = torch.cat([base.weight.to(dtype) for base in bases])
         bias = None if bases[0].bias is None else torch.cat([base.bias.to(dtype) for base in bases])

@@ -67,7 +67,7 @@ class BatchConfig:
             raise ValueError(f"keep: expected names of columns, each once, got {keep!r}")
         check_decision_options(self.budget, self.price, self.coefficients)
         if self.price is not None and (self.max_share or self.min_share):
-            raise ValueError("price: expected no max_share or min_share beside it")
+            raise ValueError("price: cannot be combined with max_share or min_share")
         if self.budget_scope not in ("prompt", "batch"):
             raise ValueError(f"budget_scope: expected 'prompt' or 'batch', got {self.budget_scope!r}")
         if not 1 <= self.rows_per_part <= MAX_ROWS_PER_PART:
@@ -93,6 +93,6 @@ def check_decision_options(budget: float | None, price: float | None, coefficien
     if price is not None and not (math.isfinite(price) and price >= 0):
         raise ValueError(f"price: expected a finite number >= 0, got {price!r}")
     if price is not None and budget is not None:
-        raise ValueError(f"price: expected no budget beside it, got budget {budget!r}")
+        raise ValueError(f"price: cannot be combined with a budget, got budget {budget!r}")
     if coefficients not in (None, "float16", "float32"):
         raise ValueError(f"coefficients: expected float16 or float32, got {coefficients!r}")

@@ -151,7 +151,7 @@ def cpus_per_worker(cpus: Sequence[int], workers: int) -> int:
 
 
 def _check_address(address: str) -> None:
-    """Fails at once where nothing answers: Ray itself retries for minutes."""
+    """Fails at once where no server answers: Ray itself retries for minutes."""
     if address in ("local", "auto"):
         return
     host, _, port = address.rpartition(":")

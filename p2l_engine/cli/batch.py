@@ -171,7 +171,7 @@ def batch(
     shares, least = shares_of(max_share, "--max-share"), shares_of(min_share, "--min-share")
     opponents: Opponents = numbers_of(opponent, "--opponent") if opponent else "uniform"
     if ray is None and ray_workers is not None:
-        raise typer.BadParameter("expected --ray beside it", param_hint="--ray-workers")
+        raise typer.BadParameter("needs --ray", param_hint="--ray-workers")
     from p2l_engine.batch import BatchConfig, run
     from p2l_engine.tables.storage import Location
 

@@ -52,7 +52,7 @@ def evaluate(
     card: Annotated[
         bool, typer.Option("--card", help="Write README.md, the model card, and evaluation.json into the checkpoint's folder.")
     ] = False,
-    bootstrap: Annotated[int, typer.Option(min=2, help="Bootstrap samples behind the intervals.")] = 200,
+    bootstrap: Annotated[int, typer.Option(min=2, help="Number of bootstrap samples for the intervals.")] = 200,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap and of random prompts.")] = 0,
     reference: Annotated[str | None, typer.Option(help="Print strengths by category, measured against this model.")] = None,
     replace: Annotated[

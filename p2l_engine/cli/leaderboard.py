@@ -26,7 +26,7 @@ from p2l_engine.cli.top import TOP, All, Top, cut, limit
 
 def leaderboard(
     prompt: Annotated[str | None, typer.Argument(help="One prompt; or use --file, or standard input as one text.")] = None,
-    file: Annotated[str | None, typer.Option(help="The prompt from a file or URI, whole.")] = None,
+    file: Annotated[str | None, typer.Option(help="Read the prompt from this file or URI: its whole text.")] = None,
     prompts: Annotated[
         str | None,
         typer.Option(
@@ -35,7 +35,7 @@ def leaderboard(
         ),
     ] = None,
     column: Column = "prompt",
-    bootstrap: Annotated[int, typer.Option(min=0, help="With --prompts: bootstrap samples behind the intervals.")] = 200,
+    bootstrap: Annotated[int, typer.Option(min=0, help="With --prompts: number of bootstrap samples for the intervals.")] = 200,
     top: Top = TOP,
     all_models: All = False,
     plot: Annotated[Path | None, typer.Option(help="Draw a bar chart into this file (.png, .svg, .pdf).")] = None,

@@ -86,7 +86,7 @@ def check_no_column(column: str) -> None:
     """Raises BadParameter for a column of prompts that come from no table."""
     if column != "prompt":
         raise typer.BadParameter(
-            f"expected a table of prompts (parquet, csv, jsonl) beside the column {column!r}", param_hint="--column"
+            f"expected a table of prompts (parquet, csv, jsonl) that has the column {column!r}", param_hint="--column"
         )
 
 

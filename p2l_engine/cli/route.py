@@ -37,7 +37,7 @@ PROMPT = 18  # characters of a line of a prompt, at least
 
 def route(
     prompts: Annotated[
-        list[str] | None, typer.Argument(help="Prompts. Without any and without --file: standard input, one prompt a line.")
+        list[str] | None, typer.Argument(help="Prompts. Default: those of --file, or the lines of standard input.")
     ] = None,
     file: Annotated[str | None, typer.Option(help=f"Read the prompts from {PROMPT_FILE}.")] = None,
     column: Column = "prompt",

@@ -51,7 +51,7 @@ def strengths(
     as_json: Annotated[
         Path | None, typer.Option("--json", help="Write all figures to this file; with --cluster also each prompt's cluster.")
     ] = None,
-    bootstrap: Annotated[int, typer.Option(min=2, help="Bootstrap samples behind the intervals.")] = 200,
+    bootstrap: Annotated[int, typer.Option(min=2, help="Number of bootstrap samples for the intervals.")] = 200,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
     top: Top = TOP,
     all_models: All = False,

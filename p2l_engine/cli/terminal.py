@@ -41,7 +41,7 @@ def error_line(text: str) -> None:
 
 @contextmanager
 def status(text: str) -> Iterator[None]:
-    """A spinner beside ``text`` while something short runs; nothing where stderr is no terminal."""
+    """A spinner and ``text`` while something short runs; nothing where stderr is no terminal."""
     if not sys.stderr.isatty():
         yield
         return

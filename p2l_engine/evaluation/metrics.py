@@ -23,7 +23,7 @@ BINS = 15
 @dataclass(frozen=True, slots=True)
 class Prediction:
     """What a predictor gives for V votes. probabilities [V, 4] of A, B, tie, both bad; loss [V]: the negative log-likelihood of
-    the outcome; known: how many of the four outcomes the predictor tells apart. The others have probability 0, and count as
+    the outcome; known: how many of the four outcomes the predictor distinguishes. The others have probability 0, and count as
     the last known one."""
 
     probabilities: Float64

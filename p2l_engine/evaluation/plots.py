@@ -125,7 +125,7 @@ def _calibration(figure: Figure, curve: Calibration) -> None:
         spread = np.maximum([came - curve.low, curve.high - came], 0)
         axes.errorbar(curve.predicted, came, yerr=spread, color=BLUE, linewidth=1)
     axes.set_xlabel("probability of the likeliest outcome")
-    axes.set_ylabel("how often it came")
+    axes.set_ylabel("observed frequency")
 
 
 def _categories(figure: Figure, of: Mapping[str, CategoryFigures]) -> None:

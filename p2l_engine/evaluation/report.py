@@ -57,7 +57,7 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class ReportOptions:
-    """bootstrap: samples behind each interval; seed: of the bootstrap and of random prompts; budgets: mean costs of the routing
+    """bootstrap: samples for each interval; seed: of the bootstrap and of random prompts; budgets: mean costs of the routing
     table (None: ``Scores.budgets``); reference: the model that strengths are measured against (None: the middle one of the
     aggregated leaderboard); shown: models whose strengths are measured (None: all); replacements: (old, new) pairs; probes:
     scores [N, M] that other predictors give; cluster: find categories by clustering the prompts' hidden states."""
@@ -236,9 +236,10 @@ def routing_figures(
     shared = (scores.held_out, scores.training, scores.costs, budgets, c.models)
     rows = list(routed.under_budgets(v, *shared, held_out.category))
     for name, predicted in probed.items():
-        beside = routed.under_budgets(predicted, *shared)
+        of_probe = routed.under_budgets(predicted, *shared)
         rows = [
-            replace(row, routers={**row.routers, name: other.routers["batch"]}) for row, other in zip(rows, beside, strict=True)
+            replace(row, routers={**row.routers, name: other.routers["batch"]})
+            for row, other in zip(rows, of_probe, strict=True)
         ]
     return replace(found, budgets=Budgets(scores.unit, tuple(rows)))
 

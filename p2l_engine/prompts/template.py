@@ -18,7 +18,7 @@ from jinja2.utils import Namespace
 class ChatTemplate:
     """A chat template over user turns, without a generation prompt.
 
-    variables: what it may read beside the messages: the tokenizer's special tokens by name (``bos_token``, ...).
+    variables: what it may read besides the messages: the tokenizer's special tokens by name (``bos_token``, ...).
     """
 
     def __init__(self, source: str, variables: Mapping[str, str]) -> None:

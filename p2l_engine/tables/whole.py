@@ -165,6 +165,6 @@ def _hub_values(path: str, names: Collection[str]) -> Iterator[Values]:
         table = load_dataset(path, split="train").data.table
     except (DatasetNotFoundError, OSError) as error:
         first = str(error).strip().splitlines()[0]
-        raise ValueError(f"{path}: no such file or folder, and no data set could be had from the hub: {first}") from error
+        raise ValueError(f"{path}: no such file or folder, and the hub provided no data set: {first}") from error
     for batch in table.to_batches(AT_ONCE):
         yield Values(table.column_names, row_dicts(ArrowTable.from_batches([batch]), names))

@@ -16,7 +16,7 @@ from p2l_engine.votes.votes import Votes
 @dataclass(frozen=True, slots=True)
 class Summary:
     """votes, prompts, models: how many. outcomes: votes by outcome. duplicates: votes that equal an earlier one (prompt, pair,
-    outcome, weight, time). disconnected: the connected components of models beside the one with the most votes; votes do not
+    outcome, weight, time). disconnected: the connected components of models except the one with the most votes; votes do not
     compare their models with its. undecided: models that win against all others of their component, or lose, or only tie, so
     that their coefficients have no finite estimate from votes alone.
     """
