@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import GPT2Config, LlamaConfig
 
-from p2l_engine import Engine
+from p2l_engine import Engine, checkpoint
 from p2l_engine.backbone.packing import Packed, batches
 from p2l_engine.engine import as_device, as_dtype, cpu
 from p2l_engine.engine.compile_watch import CompileWatch
@@ -98,11 +98,40 @@ def test_other_architectures_go_through_transformers(tmp_path, caplog):
     np.testing.assert_allclose(engine.coefficients(PROMPTS).theta, theta, atol=1e-4)
 
 
-def test_a_rope_that_changes_with_length_goes_through_transformers(tmp_path):
+def test_a_rope_that_changes_with_length_sees_one_prompt(tmp_path):
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
-    decoder = LlamaConfig(**{**tiny.SIZES, "max_position_embeddings": 1024}, rope_parameters=rope)
-    engine = Engine.from_pretrained(tiny.write(tmp_path, decoder), device="cpu", dtype=torch.float32)
+    decoder = LlamaConfig(**{**tiny.SIZES, "max_position_embeddings": 40}, rope_parameters=rope)
+    folder = tiny.write(tmp_path, decoder)
+    engine = Engine.from_pretrained(folder, device="cpu", dtype=torch.float32)
     assert engine.backbone.name == "transformers llama"
+    alone = np.concatenate([tiny.reference_theta(folder, [prompt])[0] for prompt in PROMPTS])  # each in a new model
+    np.testing.assert_allclose(engine.coefficients(PROMPTS).theta, alone, atol=1e-4)
+    for prompt, theta in zip(PROMPTS, alone, strict=True):
+        np.testing.assert_allclose(engine.coefficients([prompt]).theta[0], theta, atol=1e-4)
+
+
+def test_a_backbone_that_sees_both_sides_is_not_packed(tmp_path):
+    folder = tiny.write(tmp_path, tiny.config("llama", is_causal=False))
+    engine = Engine.from_pretrained(folder, device="cpu", dtype=torch.float32)
+    assert engine.backbone.name == "transformers llama"
+    theta, _ = tiny.reference_theta(folder, PROMPTS)
+    np.testing.assert_allclose(engine.coefficients(PROMPTS).theta, theta, atol=1e-4)
+
+
+def test_prompts_beyond_the_positions_are_truncated(tmp_path, caplog):
+    decoder = GPT2Config(n_embd=48, n_layer=2, n_head=4, vocab_size=300, n_positions=30)
+    folder = tiny.write(tmp_path, decoder)
+    with caplog.at_level(logging.WARNING):
+        engine = Engine.from_pretrained(folder, device="cpu", dtype=torch.float32)
+    assert "30 positions: longer prompts are truncated from the left to 30 tokens" in caplog.text
+    assert engine.warmup() > 0
+    assert {len(ids) for ids in engine.encoder.encode(PROMPTS)} == {9, 10, 14, 30}
+    theta, _ = tiny.reference_theta(folder, PROMPTS, most=30)
+    np.testing.assert_allclose(engine.coefficients(PROMPTS).theta, theta, atol=1e-4)
+    with pytest.raises(ValueError, match=r"tokens\[1\]: expected at most 30 tokens, the backbone's positions, got 31"):
+        engine.forward([np.ones(30, np.int32), np.ones(31, np.int32)])
+    shorter = Engine(checkpoint.load(folder), "cpu", "float32", max_tokens=10)
+    assert shorter.encoder.max_tokens == 10
 
 
 def test_bfloat16_stays_near_float32(tmp_path):

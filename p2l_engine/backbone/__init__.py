@@ -1,7 +1,7 @@
 """The backbone: packed tokens in, the hidden state of each prompt's last (CLS) token out.
 
 The families in ``families.FAMILIES`` are computed here, over packed tokens; every other architecture goes through transformers'
-AutoModel, padded: slower, with the same result.
+AutoModel, padded, or with prompts of one length at a time: slower, with the same result.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ class Backbone(Protocol):
     """What the engine needs of a decoder.
 
     norm [D], eps: the final norm, which the head applies; None where the hidden states have been through it. prefix: the
-    tokens whose keys and values prompts may share, None for none.
+    tokens whose keys and values prompts may share, None for none. positions: the tokens of the longest prompt, None for any.
     """
 
     name: str
     norm: Tensor | None
     eps: float
     prefix: Tokens | None
+    positions: int | None
 
     def __call__(self, packed: Packed) -> Tensor:
         """N prompts, packed with this prefix, on this device -> the hidden state of each one's last token [N, D]."""
@@ -45,6 +46,6 @@ def build(
     """The packed decoder, or transformers' own where the config is transformers'. Raises CheckpointError for wrong weights."""
     if isinstance(config, DecoderConfig):
         return PackedDecoder(config, weights, device, dtype)
-    from p2l_engine.backbone.padded import PaddedDecoder  # needs transformers
+    from p2l_engine.backbone.unpacked import UnpackedDecoder  # needs transformers
 
-    return PaddedDecoder(config, weights, device, dtype)
+    return UnpackedDecoder(config, weights, device, dtype)

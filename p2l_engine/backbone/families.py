@@ -88,6 +88,8 @@ class DecoderConfig:
         values = {**family.defaults, **config}
         if family.sliding_window and values["use_sliding_window"]:
             raise UnsupportedConfig("it uses sliding-window attention")
+        if values.get("is_causal") is False:
+            raise UnsupportedConfig("it attends in both directions")
         if values["hidden_act"] not in ("silu", "swish"):
             raise UnsupportedConfig(f"its activation {values['hidden_act']!r} is not silu")
         if values.get("num_key_value_heads") is None:

@@ -68,6 +68,8 @@ def operations_for(device: torch.device, dtype: torch.dtype) -> Callable[[], Ope
 class PackedDecoder:
     """See Backbone; weights are named as in transformers' bare model. Safe to call from several threads."""
 
+    positions: int | None = None
+
     def __init__(
         self,
         config: DecoderConfig,

@@ -125,7 +125,7 @@ def read_config(folder: Path) -> DecoderConfig | PretrainedConfig:
     try:
         return DecoderConfig.read(config.to_dict())  # transformers may have put it right
     except UnsupportedConfig as reason:
-        logger.warning("the backbone runs through transformers, padded: %s", reason)
+        logger.warning("the backbone runs through transformers, not packed: %s", reason)
     return config
 
 

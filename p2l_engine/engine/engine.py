@@ -68,8 +68,14 @@ class Engine:
             cpu.limit_threads()
         self.dtype = as_dtype(dtype, self.device)
         self.models, self.feedback, self.folder = loaded.models, loaded.feedback, loaded.folder
-        self.encoder = PromptEncoder(loaded.tokenizer, MAX_TOKENS if max_tokens is None else max_tokens)
         self.backbone = backbone.build(loaded.config, loaded.weights, self.device, self.dtype)
+        most, positions = MAX_TOKENS if max_tokens is None else max_tokens, self.backbone.positions
+        if positions is not None and positions < most:
+            logger.warning(
+                "the backbone has %d positions: longer prompts are truncated from the left to %d tokens", *[positions] * 2
+            )
+            most = positions
+        self.encoder = PromptEncoder(loaded.tokenizer, most)
         self.head = loaded.head.to(self.device)
         self.n_parameters = sum(weight.numel() for weight in loaded.weights.values())
         self._graphs: Graphs | None = None
@@ -121,13 +127,18 @@ class Engine:
     def forward(self, tokens: Sequence[Tokens]) -> npt.NDArray[np.float32]:
         """The outputs [n, K] of tokenised prompts, in one batch; a single prompt runs in a CUDA graph where one fits it.
 
-        tokens: as ``encoder.encode`` returns them, at least one token each.
+        tokens: as ``encoder.encode`` returns them, at least one token each. Raises ValueError for a prompt without tokens, or
+        with more than the backbone has positions.
         """
         if not len(tokens):
             return np.empty((0, self.head.width), np.float32)
         for i, ids in enumerate(tokens):
             if not len(ids):
                 raise ValueError(f"tokens[{i}]: expected one token at least, got none")
+            if self.backbone.positions is not None and len(ids) > self.backbone.positions:
+                raise ValueError(
+                    f"tokens[{i}]: expected at most {self.backbone.positions} tokens, the backbone's positions, got {len(ids)}"
+                )
         if self._graphs is not None and len(tokens) == 1:
             out = self._graphs.run(tokens[0])
             if out is not None:
@@ -172,7 +183,7 @@ class Engine:
                     keep = (self.backbone.prefix_kv, self.backbone.rope(0))
                     self._graphs = Graphs(lambda packed: self.outputs(self.backbone(packed)), prefix, self.device, keep)
                     self.coefficients(["a"])
-                prompt = np.zeros(256, np.int32)  # a full batch, so that its memory is allocated
+                prompt = np.zeros(min(256, self.encoder.max_tokens), np.int32)  # a full batch, so that its memory is allocated
                 self.forward([prompt] * (self.tokens_per_batch // len(prompt)))
                 CompileWatch.start()
         seconds = time.perf_counter() - start

@@ -97,20 +97,21 @@ def write(
     return folder
 
 
-def reference_theta(folder: Path, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """theta [N, M] and eta [N] by transformers, one prompt at a time, in float32, for single-layer rk heads."""
+def reference_theta(folder: Path, prompts: list[str], most: int = 8192) -> tuple[torch.Tensor, torch.Tensor]:
+    """theta [N, M] and eta [N] by transformers, one prompt at a time, its last ``most`` tokens, in eager attention and
+    float32, for single-layer rk heads."""
     from safetensors.torch import load_file
     from transformers import AutoConfig
 
     tensors = {}
     for file in folder.glob("*.safetensors"):
         tensors |= load_file(file)
-    body = AutoModel.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32).eval()
+    body = AutoModel.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32, attn_implementation="eager").eval()
     body.load_state_dict({n.removeprefix("model."): w.float() for n, w in tensors.items() if n.startswith("model.")})
     tok, rows = tokenizer(), []
     for prompt in prompts:
         text = f"<|im_start|>user\n{prompt}<|im_end|>\n<|cls|>"
-        ids = tok(text, add_special_tokens=False, return_tensors="pt").input_ids[:, -8192:]
+        ids = tok(text, add_special_tokens=False, return_tensors="pt").input_ids[:, -most:]
         with torch.no_grad():
             rows.append(body(input_ids=ids).last_hidden_state[0, -1])
     hidden = torch.stack(rows)
