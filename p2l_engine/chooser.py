@@ -141,6 +141,8 @@ class Chooser:
 
 
 def _matched(catalog: Catalog, models: tuple[str, ...], unmatched: str) -> Catalog:
+    if not isinstance(catalog, Catalog):
+        raise TypeError(f"catalog: expected a Catalog (Catalog.from_yaml reads a file), got {type(catalog).__name__}")
     if unmatched not in ("error", "leave_out"):
         raise ValueError(f"unmatched: expected 'error' or 'leave_out', got {unmatched!r}")
     unknown = [name for name in catalog.names if name not in models]

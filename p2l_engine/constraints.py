@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -59,12 +60,20 @@ class Constraints:
     def _shares(self, names: Sequence[str]) -> list[Share]:
         bounds: dict[tuple[str, ...], dict[str, float]] = {}
         for argument, key, given in (("max_share", "at_most", self.max_share), ("min_share", "at_least", self.min_share)):
+            if given is not None and not isinstance(given, Mapping):
+                raise TypeError(f"{argument}: expected a mapping of names to shares, got {type(given).__name__}")
             for some, share in (given or {}).items():
-                group = (some,) if isinstance(some, str) else tuple(some)
-                unknown = sorted(set(group) - set(names))
+                group = (some,) if isinstance(some, str) else some
+                if not isinstance(group, tuple):
+                    raise TypeError(f"{argument}: expected a model's name, or a tuple of names, got {some!r}")
+                unknown = [str(name) for name in group if name not in names]
                 if unknown:
                     raise ValueError(f"{argument}: expected models of the catalog, got {', '.join(unknown)}")
-                bounds.setdefault(group, {})[key] = share
+                if isinstance(share, bool) or not isinstance(share, Real):
+                    raise TypeError(f"{argument} of {', '.join(group)}: expected a share in [0, 1], got {share!r}")
+                if not 0 <= share <= 1:
+                    raise ValueError(f"{argument} of {', '.join(group)}: expected a share in [0, 1], got {share!r}")
+                bounds.setdefault(group, {})[key] = float(share)
         return [Share([names.index(n) for n in group], name=", ".join(group), **bound) for group, bound in bounds.items()]
 
 

@@ -13,6 +13,7 @@ from p2l_engine.tables.atomic import write_file
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+TOP = 20  # models that tables and plots show, best first
 BLUE, ORANGE, YELLOW, GREY = "#0072B2", "#D55E00", "#E69F00", "#888888"
 DIVERGING, SEQUENTIAL = "PuOr", "cividis"  # colour maps: around a half, and from 0 up
 

@@ -259,7 +259,7 @@ class RoutingFigures:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
+class BaseReport:
     """What an evaluation and a survey share. clusters: each prompt's, where categories were found by clustering; choices: by
     category, each model's share of the prompts, in the order of the checkpoint's models."""
 
@@ -277,7 +277,7 @@ class Report:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluation(Report):
+class Evaluation(BaseReport):
     """The figures of a checkpoint on held-out votes or values."""
 
     held_out: Counts
@@ -289,7 +289,7 @@ class Evaluation(Report):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Survey(Report):
+class Survey(BaseReport):
     """What a checkpoint says of prompts without votes. weighted: whether the prompts have weights."""
 
     prompts: int

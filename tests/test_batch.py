@@ -71,7 +71,7 @@ def test_the_price_of_a_batch_budget_spends_that_budget(router, tmp_path):
     rows = output(tmp_path / "again").to_pylist()
     gains = [row["win_rate"] - price * row["expected_cost"] for row in rows]
     np.testing.assert_allclose(gains, best, atol=1e-5)
-    with pytest.raises(ValueError, match="price: expected no budget"):
+    with pytest.raises(ValueError, match="price: cannot be combined with a budget"):
         BatchConfig([given], "x", price=1.0, budget=1.0)
 
 

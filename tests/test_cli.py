@@ -92,6 +92,8 @@ def test_info(checkpoint):
         (["route", "--file", "nowhere.txt"], "", "nowhere.txt"),
         (["leaderboard", b"bad \xed\xa0\x80"], "", "invalid Unicode"),
         (["route", "hi", "--frobnicate"], "", "frobnicate"),
+        (["leaderboard", "hi", "--file", "p.txt"], "", "--file: give a prompt or a file, not both"),
+        (["leaderboard", "hi", "--bootstrap", "7"], "", "--bootstrap: needs --prompts"),
     ],
 )
 def test_errors_have_no_traceback(arguments, text, message, checkpoint):

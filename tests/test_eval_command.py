@@ -162,6 +162,13 @@ def test_impossible_options_are_refused(wrong, message, called):
     assert message in err
 
 
+@pytest.mark.parametrize("option", [("--max-dropped", "0.5"), ("--column", "question"), ("--training", "known.parquet")])
+def test_options_of_files_need_votes(option, folder):
+    ended = p2l_engine("eval", "--checkpoint", str(folder / "quick"), *option)
+    assert ended.status == 2
+    assert f"Invalid value for {option[0]}: needs --votes" in ended.message
+
+
 @pytest.mark.parametrize("budget", ["0.5", "nan", "-1", "inf"])
 def test_budgets_that_no_model_meets_are_refused(budget, called):
     scores = ("--training", "known-scores.parquet", "--catalog", "catalog.yaml", "--budget", budget)

@@ -13,13 +13,13 @@ from p2l_engine import checkpoint, routing
 from p2l_engine.cli import figures, plots
 from p2l_engine.cli.route import _decisions_table
 from p2l_engine.cli.table import print_table
-from p2l_engine.cli.top import TOP, cut
+from p2l_engine.cli.top import cut
 from p2l_engine.decision import Decision
 from p2l_engine.evaluation import html
 from p2l_engine.evaluation import plots as report_plots
 from p2l_engine.jsonable import from_json
 from p2l_engine.leaderboard import Leaderboard
-from p2l_engine.plotting import BLUE, ORANGE, YELLOW
+from p2l_engine.plotting import BLUE, ORANGE, TOP, YELLOW
 from p2l_engine.reports import (
     CategoryStrengths,
     Evaluation,

@@ -111,6 +111,9 @@ def test_weights_of_prompts_and_pairs():
         Leaderboard.over(bt, weights=[1, 1, -1, 1, 1, 1])
     with pytest.raises(ValueError, match="some prompts of a weight above 0"):
         Leaderboard.over(bt, weights=np.zeros(6))
+    for wrong in (-1, 1.5, True):
+        with pytest.raises(ValueError, match="bootstrap: expected a number of samples >= 0"):
+            Leaderboard.over(bt, bootstrap=wrong)
 
 
 def test_intervals_do_not_depend_on_the_weights_unit():

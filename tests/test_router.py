@@ -169,7 +169,8 @@ def test_other_objectives(engine, objective):
         ({"budget": float("nan")}, "budget: expected a number"),
         ({"budget": [1.0, 2.0, 3.0]}, r"budget: expected a number or shape \[2\]"),
         ({"budget_scope": "day"}, "budget_scope: expected 'prompt' or 'batch', got 'day'"),
-        ({"min_share": {"alpha": 1.5}}, "at_least: expected a share in .0, 1., got 1.5"),
+        ({"min_share": {"alpha": 1.5}}, "min_share of alpha: expected a share in .0, 1., got 1.5"),
+        ({"max_share": {("alpha", "beta"): float("nan")}}, "max_share of alpha, beta: expected a share in .0, 1., got nan"),
         ({"budget_scope": "batch", "max_share": {"zeta": 0.5}}, "max_share: expected models of the catalog, got zeta"),
         ({"budget_scope": "batch", "budget": [1.0, 2.0]}, "budget: expected one number in scope 'batch'"),
     ],
@@ -177,6 +178,25 @@ def test_other_objectives(engine, objective):
 def test_bad_arguments_are_named(router, arguments, message):
     with pytest.raises(ValueError, match=message):
         router.route_batch(["a", "b"], **arguments)
+
+
+@pytest.mark.parametrize(
+    ("shares", "message"),
+    [
+        (["alpha"], "max_share: expected a mapping of names to shares, got list"),
+        ({3: 0.5}, "max_share: expected a model's name, or a tuple of names, got 3"),
+        ({"alpha": "0.5"}, "max_share of alpha: expected a share in .0, 1., got '0.5'"),
+        ({"alpha": True}, "max_share of alpha: expected a share in .0, 1., got True"),
+    ],
+)
+def test_shares_of_wrong_types_are_named(router, shares, message):
+    with pytest.raises(TypeError, match=message):
+        router.route_batch(["a", "b"], max_share=shares)
+
+
+def test_the_path_of_a_catalog_is_no_catalog(engine):
+    with pytest.raises(TypeError, match="catalog: expected a Catalog .Catalog.from_yaml reads a file., got str"):
+        Router(engine, "catalog.yaml")
 
 
 def test_prompts_at_the_edge(router):

@@ -16,7 +16,7 @@ from p2l_engine import Engine
 from p2l_engine.checkpoint.export import export
 from p2l_engine.errors import CheckpointError
 from p2l_engine.train.config import TrainConfig
-from p2l_engine.train.progress import Counts, ProgressBar
+from p2l_engine.train.progress import ProgressBar, TrainedCounts
 from p2l_engine.train.run import train
 from tests.support import plain_reader, tiny
 from tests.support.command import p2l_engine
@@ -236,7 +236,7 @@ def test_export_does_not_overwrite_anything(tmp_path):
 def test_progress_shows_the_speed_of_all_processes(monkeypatch):
     now = [0.0]
     monkeypatch.setattr("p2l_engine.train.progress.time.monotonic", lambda: now[0])
-    counts = Counts()
+    counts = TrainedCounts()
     bar, process = ProgressBar(counts), SimpleNamespace(world_size=4)
     state = SimpleNamespace(max_steps=10, global_step=0, is_world_process_zero=True)
     bar.on_train_begin(process, state, None)

@@ -111,6 +111,7 @@ def test_hidden_states_are_what_the_head_reads(folder):
         (("p.csv", "--reference", "omega"), "expected one of alpha, beta, gamma, delta, epsilon, got 'omega'"),
         (("p.csv", "--model", "omega"), "expected one of alpha"),
         (("p.csv", "--replace", "alpha"), "expected OLD:NEW"),
+        (("p.csv", "--replace", "alpha:alpha"), "expected OLD:NEW"),
         (("p.csv", "--plot", "a.xyz"), "ends in .png, .svg, .pdf"),
         (("p.csv", "--html", "nowhere/x.html"), "cannot be written"),
         (("nowhere.jsonl",), "nowhere.jsonl"),

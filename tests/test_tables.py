@@ -372,6 +372,13 @@ def test_threads_read_csv_and_pythons_own_limit_stays(tmp_path):
     assert csv.field_size_limit() == limit
 
 
+@pytest.mark.parametrize("name", ["/nowhere/votes", "./votes", "../votes", "a/b/c", "~/no-votes", "nowhere*", "nowhere.csv"])
+def test_paths_are_not_looked_up_on_the_hub(name, monkeypatch):
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: pytest.fail("asks the hub"))
+    with pytest.raises(ValueError, match="no such file or folder|expected files that match"):
+        read_table(name, ["prompt"])
+
+
 def test_each_format_has_a_reader():
     for each in FORMATS.values():
         assert all(callable(getattr(each.reader, name)) for name in ("schema", "rows", "values"))

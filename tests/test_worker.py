@@ -73,7 +73,7 @@ def test_invalid_columns_and_options_are_refused(arguments):
         route({"prompt": np.array(["a"]), "model": np.array([1]), "score": np.array([1])})
     with pytest.raises(ValueError, match="budget 0.5 is infeasible"):
         Route(**arguments, budget=0.5)
-    with pytest.raises(ValueError, match="price: expected no budget"):
+    with pytest.raises(ValueError, match="price: cannot be combined with a budget"):
         Route(**arguments, budget=2.0, price=1.0)
     with pytest.raises(ValueError, match="dtype: expected one of float32"):
         Route(**{**arguments, "dtype": "int8"})

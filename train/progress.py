@@ -17,7 +17,7 @@ SECONDS_PER_LINE = 10.0
 
 
 @dataclass(slots=True)
-class Counts:
+class TrainedCounts:
     """Counts of what this process has trained on since it started."""
 
     prompts: int = 0
@@ -38,7 +38,7 @@ class EpochSetter(TrainerCallback):
 class ProgressBar(TrainerCallback):
     """The bar or the log lines, on standard error of the first process."""
 
-    def __init__(self, counts: Counts) -> None:
+    def __init__(self, counts: TrainedCounts) -> None:
         self.counts, self.loss = counts, ""
         self.bar = Progress(
             TextColumn("step"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn(),

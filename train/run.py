@@ -24,7 +24,7 @@ from p2l_engine.train import data, resumption
 from p2l_engine.train.batches import PromptVotes, collate
 from p2l_engine.train.config import TrainConfig
 from p2l_engine.train.model import bare, build, dtype_of
-from p2l_engine.train.progress import Counts, EpochSetter, ProgressBar
+from p2l_engine.train.progress import EpochSetter, ProgressBar, TrainedCounts
 from p2l_engine.train.resumption import IfPresent
 from p2l_engine.train.saving import write
 from p2l_engine.train.trainer import VoteTrainer
@@ -69,7 +69,7 @@ def train(config: TrainConfig, max_steps: int = -1, if_present: IfPresent = "ref
     last = broadcast_object_list(resume_from)[0]
     model, tokenizer = build(config, len(training.models))
     encoder = PromptEncoder(TransformersTokenizer(tokenizer), config.max_length)
-    counts = Counts()
+    counts = TrainedCounts()
     dataset = PromptVotes(training, encoder, config.token_dropout, config.seed)
     truncated = sum(len(ids) == config.max_length for ids in dataset.ids)
     if truncated:

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, Sampler
 from transformers import Trainer
 
 from p2l_engine.train.batches import Order
-from p2l_engine.train.progress import Counts
+from p2l_engine.train.progress import TrainedCounts
 
 
 class VoteTrainer(Trainer):
@@ -25,7 +25,7 @@ class VoteTrainer(Trainer):
     shuffle: whether each epoch has its own order. counts: counts what this process has trained on.
     """
 
-    def __init__(self, *args: Any, shuffle: bool, counts: Counts, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, shuffle: bool, counts: TrainedCounts, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.shuffle, self.counts = shuffle, counts
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the step's weight; the Trainer must not divide again

@@ -27,7 +27,7 @@ class Unroutable(NamedTuple):
     where: str = ""
 
 
-Turns = tuple[str, ...] | Unroutable
+RowTurns = tuple[str, ...] | Unroutable
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Block:
 
     number: int
     first: int
-    prompts: list[Turns]
+    prompts: list[RowTurns]
     kept: pa.Table
     read: float = 1.0
 
@@ -52,7 +52,7 @@ def blocks(
     a column, or has other columns than the first.
     """
     number = first = size = 0
-    prompts: list[Turns] = []
+    prompts: list[RowTurns] = []
     kept: list[pa.Table] = []
     sizes = np.array([file.size for file in files], float)
     before = dict(zip(map(id, files), sizes.cumsum() - sizes, strict=True))
@@ -80,7 +80,7 @@ def blocks(
         yield Block(number, first, prompts, pa.concat_tables(kept))
 
 
-def turns_of(cell: Any, plain_text: bool = False) -> Turns:
+def turns_of(cell: Any, plain_text: bool = False) -> RowTurns:
     """The user turns of a prompt's cell, or why there are none."""
     if isinstance(cell, InvalidRow):
         return Unroutable(cell.why)

@@ -12,13 +12,13 @@ import typer
 
 from p2l_engine.batch.config import ROWS_PER_PART
 from p2l_engine.cli.inputs import (
+    BudgetScope,
     CatalogFile,
     Checkpoint,
     Column,
     Device,
     Dtype,
     LeaveOut,
-    Scope,
     load_engine,
     load_router,
     numbers_of,
@@ -78,9 +78,9 @@ def batch(
         typer.Option(help="Upper bound on the expected cost, in the catalog's unit.", rich_help_panel=DECIDING),
     ] = None,
     budget_scope: Annotated[
-        Scope,
+        BudgetScope,
         typer.Option(help="Apply the budget to each row's cost, or to the mean cost of all rows.", rich_help_panel=DECIDING),
-    ] = Scope.PROMPT,
+    ] = BudgetScope.PROMPT,
     price: Annotated[
         float | None,
         typer.Option(

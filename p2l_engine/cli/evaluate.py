@@ -23,7 +23,8 @@ from p2l_engine.cli.inputs import (
 )
 from p2l_engine.cli.progress import progress
 from p2l_engine.cli.terminal import note, out
-from p2l_engine.cli.top import TOP, All, Top, limit
+from p2l_engine.cli.top import All, Top, limit
+from p2l_engine.plotting import TOP
 from p2l_engine.tables.limits import MAX_DROPPED
 
 if TYPE_CHECKING:
@@ -44,8 +45,14 @@ def evaluate(
     ] = None,
     column: Column = "prompt",
     max_dropped: Annotated[
-        float, typer.Option(min=0, max=1, help="With --votes: the share of rows that may be invalid.")
-    ] = MAX_DROPPED,
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help=f"With --votes: the share of rows that may be invalid. Default: {MAX_DROPPED}.",
+            show_default=False,
+        ),
+    ] = None,
     part: Annotated[str, typer.Option(help="Without --votes: held-out, or validation.")] = "held-out",
     html: Annotated[Path | None, typer.Option(help="Write the report to this file: one page with plots.")] = None,
     as_json: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
@@ -89,6 +96,8 @@ def evaluate(
     check_model(reference, engine.models, "--reference")
     if votes is None and training is not None:
         raise typer.BadParameter("needs --votes", param_hint="--training")
+    if votes is None and max_dropped is not None:
+        raise typer.BadParameter("needs --votes; the training config has its own", param_hint="--max-dropped")
     if votes is None and column != "prompt":
         raise typer.BadParameter("needs --votes; the training config names the columns of its own votes", param_hint="--column")
     if votes is not None and part != "held-out":
@@ -98,11 +107,11 @@ def evaluate(
     own = engine.folder / "catalog.yaml"
     prices = Catalog.from_yaml(catalog or own) if catalog or own.is_file() else None
     chosen: Literal["held-out", "validation"] = "validation" if part == "validation" else "held-out"
-    found = (
-        sources.of_config(engine, chosen, prices)
-        if votes is None
-        else sources.of_files(engine, votes, training, prices, max_dropped, None if column == "prompt" else {"prompt": column})
-    )
+    if votes is None:
+        found = sources.of_config(engine, chosen, prices)
+    else:
+        share, columns = MAX_DROPPED if max_dropped is None else max_dropped, None if column == "prompt" else {"prompt": column}
+        found = sources.of_files(engine, votes, training, prices, share, columns)
     for line in found.dropped.lines():
         note(f"dropped {line}", warning=True)
     held_out = found.held_out

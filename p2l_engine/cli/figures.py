@@ -13,7 +13,16 @@ from rich.text import Text
 
 from p2l_engine.cli.table import LEAST, flat, print_table, shortened
 from p2l_engine.cli.top import cut
-from p2l_engine.reports import CategoryStrengths, Evaluation, Figure, Figures, Replacement, Report, RoutingFigures, Strengths
+from p2l_engine.reports import (
+    BaseReport,
+    CategoryStrengths,
+    Evaluation,
+    Figure,
+    Figures,
+    Replacement,
+    RoutingFigures,
+    Strengths,
+)
 
 NARROW = 4  # characters for a percentage under a category's number, and the space before it
 
@@ -31,7 +40,7 @@ def show(report: Evaluation, out: Console, strengths: bool, top: int | None) -> 
     show_replacements(report.replacements or (), out)
 
 
-def show_strengths(report: Report, out: Console, top: int | None) -> None:
+def show_strengths(report: BaseReport, out: Console, top: int | None) -> None:
     """Win rates, and for grounded models reliability, by category."""
     of = report.strengths
     if of is None:

@@ -27,7 +27,7 @@ PROMPT_FILE = (
 ENGINE, MODELS = "Checkpoint and device", "Models to choose from"  # headings of options in a command's help
 
 
-class Scope(StrEnum):
+class BudgetScope(StrEnum):
     """What a budget bounds: the cost of each prompt, or the mean over all."""
 
     PROMPT = "prompt"
@@ -121,7 +121,7 @@ def swaps_of(given: Sequence[str] | None, models: Sequence[str]) -> list[tuple[s
 
     def swap(text: str) -> tuple[str, str]:
         for old in models:
-            if text.startswith(f"{old}:") and text.removeprefix(f"{old}:") in models:
+            if text.startswith(f"{old}:") and text.removeprefix(f"{old}:") in set(models) - {old}:
                 return old, text.removeprefix(f"{old}:")
         raise typer.BadParameter(f"expected OLD:NEW, two of {', '.join(models)}, got {text!r}", param_hint="--replace")
 

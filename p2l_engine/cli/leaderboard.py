@@ -21,7 +21,8 @@ from p2l_engine.cli.inputs import (
 )
 from p2l_engine.cli.progress import progress
 from p2l_engine.cli.terminal import note, out
-from p2l_engine.cli.top import TOP, All, Top, cut, limit
+from p2l_engine.cli.top import All, Top, cut, limit
+from p2l_engine.plotting import TOP
 
 
 def leaderboard(
@@ -35,7 +36,12 @@ def leaderboard(
         ),
     ] = None,
     column: Column = "prompt",
-    bootstrap: Annotated[int, typer.Option(min=0, help="With --prompts: number of bootstrap samples for the intervals.")] = 200,
+    bootstrap: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="With --prompts: number of bootstrap samples for the intervals. Default: 200.", show_default=False
+        ),
+    ] = None,
     top: Top = TOP,
     all_models: All = False,
     plot: Annotated[Path | None, typer.Option(help="Draw a bar chart into this file (.png, .svg, .pdf).")] = None,
@@ -59,9 +65,14 @@ def leaderboard(
         batch, weights = given.prompts, given.weights()
         engine = load_engine(checkpoint, device, dtype)
         with progress(len(batch)) as advance:
-            board = Leaderboard.over(engine.coefficients(batch, advance), weights, bootstrap=bootstrap)
+            c = engine.coefficients(batch, advance)
+        board = Leaderboard.over(c, weights, bootstrap=200 if bootstrap is None else bootstrap)
         title = f"{len(batch):,} prompts of {PurePath(given.name).name}{'' if weights is None else ', weighted'}"
     else:
+        if prompt is not None and file is not None:
+            raise typer.BadParameter("give a prompt or a file, not both", param_hint="--file")
+        if bootstrap is not None:
+            raise typer.BadParameter("needs --prompts", param_hint="--bootstrap")
         check_no_column(column)
         text = prompt if prompt is not None else read_text(file) if file is not None else read_stdin()
         user_turns(text)

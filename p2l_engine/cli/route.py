@@ -11,13 +11,13 @@ import typer
 
 from p2l_engine.cli.inputs import (
     PROMPT_FILE,
+    BudgetScope,
     CatalogFile,
     Checkpoint,
     Column,
     Device,
     Dtype,
     LeaveOut,
-    Scope,
     load_engine,
     load_router,
     shares_of,
@@ -43,8 +43,8 @@ def route(
     column: Column = "prompt",
     budget: Annotated[float | None, typer.Option(help="Upper bound on the expected cost, in the catalog's unit.")] = None,
     budget_scope: Annotated[
-        Scope, typer.Option(help="Apply the budget to each prompt's cost, or to the mean cost of all prompts.")
-    ] = Scope.PROMPT,
+        BudgetScope, typer.Option(help="Apply the budget to each prompt's cost, or to the mean cost of all prompts.")
+    ] = BudgetScope.PROMPT,
     max_share: Annotated[
         list[str] | None,
         typer.Option(help="NAME=SHARE: send at most this share of the prompts to a model. May be repeated."),

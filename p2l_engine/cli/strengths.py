@@ -22,7 +22,8 @@ from p2l_engine.cli.inputs import (
 )
 from p2l_engine.cli.progress import progress
 from p2l_engine.cli.terminal import note, out
-from p2l_engine.cli.top import TOP, All, Top, limit
+from p2l_engine.cli.top import All, Top, limit
+from p2l_engine.plotting import TOP
 
 
 def strengths(

@@ -6,8 +6,6 @@ from typing import Annotated
 
 import typer
 
-TOP = 20
-
 Top = Annotated[int, typer.Option("--top", min=1, help="Models to show in tables and plots, best first.")]
 All = Annotated[bool, typer.Option("--all", help="Show all models.")]
 

@@ -9,11 +9,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from p2l_engine.evaluation import plots
 from p2l_engine.jsonable import to_json
-from p2l_engine.reports import Evaluation, Figure, Report, Survey
+from p2l_engine.plotting import TOP
+from p2l_engine.reports import BaseReport, Evaluation, Figure, Survey
 from p2l_engine.tables.atomic import write_file
 
 
-def write(report: Report, path: Path, top: int | None = plots.TOP) -> None:
+def write(report: BaseReport, path: Path, top: int | None = TOP) -> None:
     """Writes the page of an evaluation or a survey. top: models in its plots (None: all); its tables have all of them."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True

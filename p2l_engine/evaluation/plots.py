@@ -17,8 +17,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from p2l_engine import plotting
-from p2l_engine.plotting import BLUE, DIVERGING, GREY, ORANGE, SEQUENTIAL, YELLOW
+from p2l_engine.plotting import BLUE, DIVERGING, GREY, ORANGE, SEQUENTIAL, TOP, YELLOW
 from p2l_engine.reports import (
+    BaseReport,
     BudgetRow,
     Budgets,
     Calibration,
@@ -28,14 +29,12 @@ from p2l_engine.reports import (
     Growth,
     Leaderboards,
     Replacement,
-    Report,
     Strengths,
 )
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-TOP = 20  # models in a plot, from the best on
 PREDICTORS = {"p2l": (BLUE, "o"), "category": (YELLOW, "s"), "marginal": (ORANGE, "^"), "constant": (GREY, "x")}
 ROUTERS = {
     "batch": (BLUE, "o-", "router, one budget over the batch"),
@@ -45,7 +44,7 @@ PROBES = {"ridge": ":", "knn": "--", "mlp": "-."}
 VERDICTS = {"better": (BLUE, "^"), "worse": (ORANGE, "v"), "unclear": (GREY, "o")}
 
 
-def plots_of(report: Report, top: int | None = TOP) -> dict[str, Callable[[Figure], None]]:
+def plots_of(report: BaseReport, top: int | None = TOP) -> dict[str, Callable[[Figure], None]]:
     """What draws each plot that the report has the figures for, by name. top: models in a plot (None: all)."""
     boards = report.leaderboards
     found: dict[str, Callable[[Figure], None]] = {}
@@ -88,7 +87,7 @@ def svg(draw: Callable[[Figure], None], name: str) -> str:
     return re.sub(r'(url\(#|href="#)', rf"\1{name}-", text)
 
 
-def save(name: str, report: Report, path: Path, top: int | None = TOP) -> None:
+def save(name: str, report: BaseReport, path: Path, top: int | None = TOP) -> None:
     """One plot as a file, in the format that the path's suffix names."""
     with rc_context({"font.size": 9, "text.parse_math": False}):
         figure = Figure(figsize=(8, 4.2), layout="constrained")
@@ -233,7 +232,7 @@ def _ranks(figure: Figure, boards: Leaderboards, top: int | None) -> None:
     _heat(figure, values, models, list(rank), label, f"{SEQUENTIAL}_r", 1, max(len(boards.aggregated), 2))
 
 
-def _choices(figure: Figure, report: Report, top: int | None) -> None:
+def _choices(figure: Figure, report: BaseReport, top: int | None) -> None:
     assert report.choices is not None
     models, share = report.checkpoint.models, np.array(list(report.choices.values())).T
     ordered = np.argsort(-share.mean(1), kind="stable").tolist()
@@ -242,14 +241,14 @@ def _choices(figure: Figure, report: Report, top: int | None) -> None:
     _heat(figure, 100 * share[chosen], [models[m] for m in chosen], list(report.choices), label, SEQUENTIAL, 0, 100)
 
 
-def _strengths(figure: Figure, report: Report, top: int | None) -> None:
+def _strengths(figure: Figure, report: BaseReport, top: int | None) -> None:
     assert report.strengths is not None
     of = report.strengths
     values = {name: entry.win_rate for name, entry in of.categories.items()}
     _by_model(figure, report, values, f"win rate against {of.reference}, %", DIVERGING, top)
 
 
-def _reliability(figure: Figure, report: Report, top: int | None) -> None:
+def _reliability(figure: Figure, report: BaseReport, top: int | None) -> None:
     values = _reliabilities(report.strengths)
     _by_model(figure, report, values, "reliability: sigmoid of the coefficient, %", SEQUENTIAL, top)
 
@@ -259,7 +258,7 @@ def _reliabilities(strengths: Strengths | None) -> dict[str, Figures]:
     return {name: entry.reliability for name, entry in entries.items() if entry.reliability is not None}
 
 
-def _by_model(figure: Figure, report: Report, of: Mapping[str, Figures], label: str, colours: str, top: int | None) -> None:
+def _by_model(figure: Figure, report: BaseReport, of: Mapping[str, Figures], label: str, colours: str, top: int | None) -> None:
     every = report.ranked(next(iter(of.values())))
     values = np.array([[100 * figures[model].value for figures in of.values()] for model in every[:top]])
     _heat(figure, values, every[:top], list(of), f"{label}{_cut(len(values), len(every))}", colours, 0, 100)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from p2l_engine.coefficients import Coefficients
 from p2l_engine.engine import Engine
 from p2l_engine.evaluation import clusters, features, predictors, routed, strengths
 from p2l_engine.evaluation.categories import rows_by_category
+from p2l_engine.evaluation.features import Advance
 from p2l_engine.evaluation.growth import growth
 from p2l_engine.leaderboard import Fit, Leaderboard
 from p2l_engine.prompts.parse import Prompt, user_turns
@@ -34,7 +35,6 @@ from p2l_engine.votes import Votes
 from p2l_engine.votes.marginal import category_fits, marginal_fit, marginal_leaderboard
 
 Float64 = npt.NDArray[np.float64]
-Advance = Callable[[int], object]
 
 
 @dataclass(frozen=True, slots=True)

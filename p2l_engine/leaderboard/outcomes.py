@@ -60,6 +60,8 @@ class OutcomeSums:
     def __post_init__(self) -> None:
         if self.feedback.of_values:
             raise ValueError(f"feedback: expected a model of votes, got {self.feedback.name!r}")
+        if isinstance(self.bootstrap, bool) or not isinstance(self.bootstrap, int | np.integer) or self.bootstrap < 0:
+            raise ValueError(f"bootstrap: expected a number of samples >= 0, got {self.bootstrap!r}")
         self.sums = np.zeros((1 + self.bootstrap, len(self.feedback.outcomes), pair_count(len(self.models))))
         self.weight = np.zeros(1 + self.bootstrap)
         self._streams = frozenset([self.stream])

@@ -15,7 +15,7 @@ from p2l_engine.tables.rows import (
     AT_ONCE,
     InvalidRow,
     Rows,
-    Values,
+    ValueRows,
     check_names,
     check_text,
     column_values,
@@ -53,15 +53,15 @@ def rows(file: File, column: str, keep: Sequence[str] | None, _: pa.Schema | Non
             yield Rows(file, first + start, prompts[part], kept[part], read)
 
 
-def values(file: File, names: Collection[str]) -> Iterator[Values]:
+def values(file: File, names: Collection[str]) -> Iterator[ValueRows]:
     """See ``formats.Reader``. Invalid are the rows that ``rows`` says."""
     found = _header(file)
     check_names(file, found)
-    yield Values(found, [])
+    yield ValueRows(found, [])
     for first, chunk, table, _ in _Parser(file, found, found).chunks():
         check_text(file, [first + i for i, row in enumerate(chunk) if isinstance(row, int)], table)
         dicts = row_dicts(table, names)
-        yield Values(found, [dicts[row] if isinstance(row, int) else row for row in chunk])
+        yield ValueRows(found, [dicts[row] if isinstance(row, int) else row for row in chunk])
 
 
 def _header(file: File) -> list[str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from p2l_engine.tables.rows import Rows, Values
+    from p2l_engine.tables.rows import Rows, ValueRows
     from p2l_engine.tables.storage import File
 
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}  # endings and pyarrow's names
@@ -28,9 +28,9 @@ class Reader(Protocol):
         schema: the types that earlier files had."""
         ...
 
-    def values(self, file: File, names: Collection[str]) -> Iterator[Values]:
+    def values(self, file: File, names: Collection[str]) -> Iterator[ValueRows]:
         """A few rows at a time as Python values: at least those columns of ``names`` that the file has. Invalid rows are
-        returned as ``InvalidRow``. A file without rows gives one empty ``Values``."""
+        returned as ``InvalidRow``. A file without rows gives one empty ``ValueRows``."""
         ...
 
 

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from p2l_engine.tables.rows import AT_ONCE, AT_ONCE_BYTES, InvalidRow, Rows, Values, wanted_columns
+from p2l_engine.tables.rows import AT_ONCE, AT_ONCE_BYTES, InvalidRow, Rows, ValueRows, wanted_columns
 from p2l_engine.tables.storage import File
 
 if TYPE_CHECKING:
@@ -51,14 +51,14 @@ def rows(file: File, column: str, keep: Sequence[str] | None, schema: pa.Schema 
         first += len(rows)
 
 
-def values(file: File, _: Collection[str]) -> Iterator[Values]:
+def values(file: File, _: Collection[str]) -> Iterator[ValueRows]:
     """See ``formats.Reader``: all columns; lines that are no JSON are invalid, other JSON than objects is returned as it is."""
     names: dict[str, None] = {}
-    yield Values([], [])
+    yield ValueRows([], [])
     for lines, _read in _lines(file):
         rows = [_parsed(line) for line in lines]
         names |= dict.fromkeys(_names(rows))
-        yield Values(list(names), rows)
+        yield ValueRows(list(names), rows)
 
 
 def not_an_object(value: Any) -> InvalidRow:

@@ -12,7 +12,7 @@ from p2l_engine.tables.rows import (
     AT_ONCE,
     AT_ONCE_BYTES,
     Rows,
-    Values,
+    ValueRows,
     check_names,
     check_text,
     column_values,
@@ -39,16 +39,16 @@ def rows(file: File, column: str, keep: Sequence[str] | None, _: pa.Schema | Non
             yield Rows(file, first, column_values(table.column(column)), table.select(wanted), read)
 
 
-def values(file: File, names: Collection[str]) -> Iterator[Values]:
+def values(file: File, names: Collection[str]) -> Iterator[ValueRows]:
     """See ``formats.Reader``."""
     with _opened(file) as opened:
         found = opened.schema_arrow.names
         check_names(file, found)
         columns = [name for name in found if name in names]
-        yield Values(found, [] if columns else [{}] * opened.metadata.num_rows)
+        yield ValueRows(found, [] if columns else [{}] * opened.metadata.num_rows)
         for first, table in _tables(opened, columns) if columns else ():
             check_text(file, range(first, first + len(table)), table)
-            yield Values(found, row_dicts(table, columns))
+            yield ValueRows(found, row_dicts(table, columns))
 
 
 @contextmanager

@@ -38,7 +38,7 @@ class Rows(NamedTuple):
     read: float
 
 
-class Values(NamedTuple):
+class ValueRows(NamedTuple):
     """Consecutive rows as Python values: the names of the file's columns as far as they are known, and each row: a dict by
     column, an ``InvalidRow``, or (jsonl only) another JSON value."""
 

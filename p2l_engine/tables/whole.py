@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 from p2l_engine.tables.chunked import reader_of
 from p2l_engine.tables.find import find_each
 from p2l_engine.tables.jsonl import not_an_object
-from p2l_engine.tables.rows import AT_ONCE, InvalidRow, Values, readable, row_dicts
+from p2l_engine.tables.rows import AT_ONCE, InvalidRow, ValueRows, readable, row_dicts
 from p2l_engine.tables.storage import File, shown
 
 
@@ -135,7 +136,7 @@ def _is_text(value: Any) -> bool:
     return not isinstance(value, list) or all(map(_is_text, value))
 
 
-def _parts(paths: Sequence[str], names: Collection[str]) -> list[tuple[str, Iterator[Values]]]:
+def _parts(paths: Sequence[str], names: Collection[str]) -> list[tuple[str, Iterator[ValueRows]]]:
     """Each file, and each hub data set, with its values."""
     hub = {path: [(path, _hub_values(path, names))] for path in paths if _is_hub_name(path)}
     others = list(dict.fromkeys(path for path in paths if path not in hub))
@@ -147,16 +148,18 @@ def _parts(paths: Sequence[str], names: Collection[str]) -> list[tuple[str, Iter
 
 
 def _is_hub_name(path: str) -> bool:
-    local = Path(path).expanduser()
-    return not (local.exists() or local.suffix or "://" in path or any(sign in path for sign in "*?["))
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path):
+        return False
+    local = Path(path)
+    return not (local.exists() or local.suffix)
 
 
-def _values(file: File, names: Collection[str]) -> Iterator[Values]:
+def _values(file: File, names: Collection[str]) -> Iterator[ValueRows]:
     with readable(file):
         yield from reader_of(file).values(file, names)
 
 
-def _hub_values(path: str, names: Collection[str]) -> Iterator[Values]:
+def _hub_values(path: str, names: Collection[str]) -> Iterator[ValueRows]:
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
     from pyarrow import Table as ArrowTable
@@ -167,4 +170,4 @@ def _hub_values(path: str, names: Collection[str]) -> Iterator[Values]:
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"{path}: no such file or folder, and the hub provided no data set: {first}") from error
     for batch in table.to_batches(AT_ONCE):
-        yield Values(table.column_names, row_dicts(ArrowTable.from_batches([batch]), names))
+        yield ValueRows(table.column_names, row_dicts(ArrowTable.from_batches([batch]), names))
