@@ -1,13 +1,18 @@
-"""A mean budget over a stream, against the optimum in hindsight."""
+"""A mean budget over a stream: against the optimum in hindsight, and what holds exactly on hostile streams."""
 
 from __future__ import annotations
 
+import json
 import logging
 import math
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from bench.streams import stream
 from p2l_engine import routing
@@ -78,6 +83,47 @@ def test_state_survives_saving(tmp_path):
             BudgetPacer.load(tmp_path / "bad.json")
 
 
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("count", -5), ("count", 2.5), ("count", "5"), ("count", True), ("count", 10**400), ("level", math.nan), ("level", 1),
+        ("spent", 3.0), ("spent", [math.inf]), ("spent", [True]), ("spent", [-1e9]), ("reserve", [-1.0]), ("reserve", None),
+        ("budget", -1.0), ("budget", "1"), ("horizon", 5.5), ("version", 1), ("version", None),
+    ],
+)  # fmt: skip
+def test_states_that_no_pacer_saves_are_refused(name, wrong, tmp_path):
+    pacer = BudgetPacer(1.0)
+    pacer.choose([0.5, 0.9], [0.1, 2.0])
+    pacer.save(tmp_path / "pacer.json")
+    state = json.loads((tmp_path / "pacer.json").read_text())
+    assert name in state
+    (tmp_path / "pacer.json").write_text(json.dumps(state | {name: wrong}))
+    with pytest.raises(ValueError, match=r"pacer.json: expected the state of a BudgetPacer, version 2, got"):
+        BudgetPacer.load(tmp_path / "pacer.json")
+
+
+def test_a_state_of_the_first_version_names_the_pacer_that_continues(tmp_path):
+    old = {"budget": 2.0, "horizon": 100, "learned": -1.5, "credit": 3.0, "spent": 8.0, "count": 7}
+    (tmp_path / "pacer.json").write_text(json.dumps(old))
+    with pytest.raises(ValueError, match=r"BudgetPacer\(budget=2.0, price=math.exp\(-1.5\), horizon=100\)"):
+        BudgetPacer.load(tmp_path / "pacer.json")
+    assert BudgetPacer(budget=2.0, price=math.exp(-1.5), horizon=100).price == pytest.approx(math.exp(-1.5))
+
+
+def test_the_last_of_many_threads_saves_the_newest_state(tmp_path):
+    pacer, path = BudgetPacer(1.0), tmp_path / "pacer.json"
+
+    def work(_):
+        for _ in range(5):
+            pacer.choose([0.5, 0.9], [0.1, 2.0])
+            pacer.save(path)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+    assert BudgetPacer.load(path).count == pacer.count == 40
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_threads_lose_nothing():
     v, _, costs = stream(4, 4000)
     pacer = BudgetPacer(float(np.quantile(costs, 0.4)))
@@ -85,6 +131,164 @@ def test_threads_lose_nothing():
         chosen = list(pool.map(lambda row: pacer.choose(row, costs), v))
     assert pacer.count == 4000
     assert pacer.spent == pytest.approx(costs[chosen].sum())
+
+
+HOSTILE = [0.0, 5e-324, 1e-300, 1e-9, 0.1, 0.5, 1.0, 1.5, 2.0, 20.0, 1e5, 1e300, sys.float_info.max]
+AMOUNTS = st.sampled_from(HOSTILE) | st.floats(0, 10) | st.floats(0, allow_infinity=False)
+RATES = st.sampled_from([0.0, 0.5, 0.9, 1.0]) | st.floats(0, 1) | st.floats(allow_nan=False, allow_infinity=False)
+
+
+@st.composite
+def hostile_streams(draw):
+    """A pacer's arguments, and prompts: win rates, costs, allowed models, and the difference settled after each one."""
+    m = draw(st.integers(1, 4))
+    budget = draw(st.sampled_from([1.0, 1e-300, 5e-324, 1e300]) | st.floats(0.01, 100))
+    price = draw(st.none() | st.sampled_from([0.0, 1e-300, 0.3, 1e300]))
+    kinds = []
+    for _ in range(draw(st.integers(1, 4))):
+        scale = draw(st.sampled_from([1.0, budget]))
+        costs = [min(cost * scale, sys.float_info.max) for cost in draw(st.lists(AMOUNTS, min_size=m, max_size=m))]
+        allowed = draw(st.none() | st.lists(st.booleans(), min_size=m, max_size=m).filter(any))
+        difference = draw(st.just(0.0) | st.sampled_from([-1e300, -1e5, -1.0, 1.0, 1e5, 1e300]))
+        kinds.append((draw(st.lists(RATES, min_size=m, max_size=m)), costs, allowed, difference * draw(st.booleans())))
+    prompts = draw(st.lists(st.sampled_from(kinds), min_size=1, max_size=60))
+    return (budget, price, draw(st.sampled_from([10, 13, 500]))), prompts
+
+
+def check_choice(v, costs, allowed, chosen):
+    """The chosen model is allowed, and none that is allowed dominates it or equals it at a lower index."""
+    assert allowed[chosen]
+    for other in np.flatnonzero(allowed):
+        if v[other] >= v[chosen] and costs[other] <= costs[chosen]:
+            assert (v[other], costs[other]) == (v[chosen], costs[chosen])
+            assert other >= chosen
+
+
+@settings(max_examples=100)
+@given(hostile_streams())
+def test_no_stream_spends_more_than_the_allowance_or_gets_a_dominated_model(stream):
+    (budget, price, horizon), prompts = stream
+    pacer = BudgetPacer(budget, price, horizon)
+    spent, allowance = Fraction(0), Fraction(budget) * horizon / 5
+    assert pacer.allowance == pytest.approx(min(budget * horizon / 5, sys.float_info.max))
+    for count, (v, costs, allowed, difference) in enumerate(prompts, start=1):
+        chosen = pacer.choose(v, costs, None if allowed is None else np.array(allowed))
+        mask = [True] * len(v) if allowed is None else allowed
+        check_choice(v, costs, mask, chosen)
+        spent += Fraction(costs[chosen])
+        if spent > Fraction(budget) * count + allowance:
+            assert costs[chosen] == min(cost for cost, free in zip(costs, mask, strict=True) if free)
+        assert pacer.spent == (float(spent) if spent <= sys.float_info.max else sys.float_info.max)
+        assert pacer.count == count
+        if difference:
+            pacer.settle(difference)
+            spent += Fraction(difference)
+        assert pacer.price >= 0
+
+
+@settings(max_examples=60)
+@given(hostile_streams(), st.integers(0, 60))
+def test_a_saved_pacer_continues_exactly(tmp_path, stream, stop):
+    arguments, prompts = stream
+    pacer = BudgetPacer(*arguments)
+    other = pacer
+    for i, (v, costs, allowed, difference) in enumerate(prompts):
+        if i == stop:
+            pacer.save(tmp_path / "pacer.json")
+            other = BudgetPacer.load(tmp_path / "pacer.json")
+        chosen = [one.choose(v, costs, None if allowed is None else np.array(allowed)) for one in (pacer, other)]
+        assert other is pacer or chosen[0] == chosen[1]
+        for one in {pacer, other}:
+            one.settle(difference)
+        assert (other.spent, other.count, other.price) == (pacer.spent, pacer.count, pacer.price)
+
+
+@settings(max_examples=60)
+@given(
+    st.integers(1, 400), st.lists(st.sampled_from([1.2, 2.0, 5.0, 7.0]), min_size=1, max_size=40), st.sampled_from([0.0, 0.3])
+)
+def test_what_was_saved_is_spent_at_a_bounded_rate(cheap, dear, least):
+    pacer = BudgetPacer(1.0, horizon=10)
+    for _ in range(cheap):
+        pacer.choose([0.5, 0.5], [least, 1.0])
+    spent = np.zeros(len(dear) + 1)
+    for i, cost in enumerate(dear):
+        before = pacer.spent
+        pacer.choose([0.1, 0.9], [least, cost])
+        spent[i + 1] = spent[i] + pacer.spent - before
+        n = i + 1 - np.arange(i + 1)
+        assert (spent[i + 1] - spent[: i + 1] <= 1.75 * n + 5 + 1e-9).all()
+
+
+def test_deep_debt_takes_the_cheapest_allowed_model():
+    for allowed, right in ((None, 2), ([False, True, True], 2), ([True, True, False], 0)):
+        pacer = BudgetPacer(100.0)
+        mask = None if allowed is None else np.array(allowed)
+        chosen = [pacer.choose([0.9, 0.8, 0.1], [1e6, 2e6, 2e4], mask) for _ in range(3000)]
+        assert chosen == [right] * 3000
+
+
+@pytest.mark.parametrize(
+    ("v", "costs", "right"),
+    [([0.5, 0.9], [1.0, 1.0], 1), ([0.9, 0.5], [1.0, 1.0], 0), ([0.7, 0.7], [2.0, 1.0], 1), ([0.7, 0.7], [1.0, 2.0], 0)],
+)
+def test_dominated_models_are_chosen_at_no_price(v, costs, right):
+    """At each credit and level; and where no price matters, none is learned."""
+    for debt in (0.0, 99.0, 1e3, 1e9, 1e300, -99.0, -1e3, -1e300):
+        for price in (0.0, 1e-300, 1.0, 1e12, 1e300):
+            pacer = BudgetPacer(1.0, price)
+            pacer.settle(debt)
+            assert [pacer.choose(v, costs) for _ in range(20)] == [right] * 20
+    pacer = BudgetPacer(1.5, 0.1)
+    for _ in range(5000):
+        assert pacer.choose(v, costs) == right
+    assert pacer._level == BudgetPacer(1.5, 0.1)._level
+
+
+def test_one_dear_prompt_does_not_break_the_mean():
+    pacer = BudgetPacer(1.0)
+    for n in range(1, 20_001):
+        chosen = pacer.choose([0.5, 0.9], [0.1, 1e5 if n % 376 == 0 else 3.0])
+        assert pacer.spent <= n + 100
+        assert not (chosen == 1 and n % 376 == 0)
+    assert pacer.mean_cost == pytest.approx(1.0, abs=0.01)
+    pacer = BudgetPacer(1.0)
+    assert [pacer.choose([0.5, 0.9], [0.1, 1e5]) for _ in range(20_000)] == [0] * 20_000
+
+
+@pytest.mark.parametrize("direction", [1, -1])
+def test_costs_that_drift_by_twenty_times_keep_the_mean(rng, direction):
+    base = np.geomspace(0.01, 2, 8)
+    v = routing.win_rates(rng.normal(size=(10_000, 8)) + 0.4 * np.log(base), np.full(8, 1 / 8))
+    costs = base * np.geomspace(1, 20, 10_000)[::direction, None]
+    pacer = BudgetPacer(0.4)
+    for row, prices in zip(v, costs, strict=True):
+        pacer.choose(row, prices)
+    assert pacer.mean_cost == pytest.approx(0.4, rel=0.01)
+
+
+def test_after_ten_thousand_cheap_prompts_the_next_thousand_stay_within_twice_the_budget():
+    pacer = BudgetPacer(1.0)
+    for _ in range(10_000):
+        pacer.choose([0.9, 0.5], [0.1, 5.0])
+    before = pacer.spent
+    for _ in range(1000):
+        pacer.choose([0.1, 0.9], [0.1, 5.0])
+    assert (pacer.spent - before) / 1000 < 2
+
+
+@settings(max_examples=50)
+@given(st.lists(st.floats(-1e300, 1e300), max_size=8), st.randoms(use_true_random=False))
+def test_settled_differences_of_any_size_cancel_exactly(differences, random):
+    pacer = BudgetPacer(1.0)
+    signed = differences + [-difference for difference in differences]
+    random.shuffle(signed)
+    for difference in signed:
+        pacer.settle(difference)
+    assert pacer.spent == 0
+    for _ in range(600):  # what went into the reserve pays the debt
+        pacer.choose([0.1, 0.9], [0.1, 1.0])
+    assert pacer.choose([0.1, 0.9], [0.1, 1.0]) == 1
 
 
 @pytest.mark.parametrize(
@@ -95,7 +299,7 @@ def test_threads_lose_nothing():
         ({"budget": True}, "budget: expected a number > 0, got True"),
         ({"budget": 1.0, "price": -1}, "price: expected a number >= 0"),
         ({"budget": 1.0, "price": math.inf}, "price: expected a number >= 0"),
-        ({"budget": 1.0, "horizon": 5}, "horizon: expected a whole number of prompts >= 10, got 5"),
+        ({"budget": 1.0, "horizon": 5}, "horizon: expected a whole number of prompts from 10 to 10\\^9, got 5"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):

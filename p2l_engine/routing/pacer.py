@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import sys
 import threading
 from pathlib import Path
 from typing import Any, Self
@@ -12,7 +13,7 @@ from typing import Any, Self
 import numpy as np
 
 from p2l_engine.routing import arrays
-from p2l_engine.routing.arrays import Array
+from p2l_engine.routing.arrays import Array, Float64
 from p2l_engine.routing.problem import Problem
 from p2l_engine.routing.solve import solve
 from p2l_engine.routing.values import Values
@@ -20,38 +21,58 @@ from p2l_engine.tables.atomic import write_file
 
 logger = logging.getLogger(__name__)
 
+VERSION = 2  # of the saved state
+UNIT = 1 << 1074  # amounts are whole multiples of 1 / UNIT, the smallest float: sums are exact
+MOST = int(sys.float_info.max) * UNIT
 FIRST_PRICE = 0.05  # of one budget, without a learned price: extra cost of one budget must add 5 points of win rate
 LEAST_PRICE = 1e-3  # of one budget: the price where the budget did not bind in the past
-GAIN = 8.0  # a credit of one horizon lowers the log price by this much
-FASTEST = 0.05  # the largest change of the log price per prompt: limits what one expensive prompt does
+EXTREME = 300.0  # bounds the log of the learned price: far beyond any win rate, and exp stays finite
+LINEAR = 0.1  # share of the price's response that is linear in the credit; the rest is cubic: flat near 0, steep at the ends
+FASTEST = 0.05  # the largest change of the log of the learned price per prompt
 
 
 class BudgetPacer:
     """Routes each prompt by the argmax of v - price * cost, and adapts the price so that the mean cost meets the budget.
 
     At the best price in hindsight this is the optimum under the batch budget, except for one mixed prompt (the Lagrangian of
-    ``solve_batch_budget``). A proportional-integral controller sets the price from the credit, the budget of all prompts so
-    far less their cost: log price = learned - gain * credit / budget, where ``learned`` follows the integral of the credit, at
-    critical damping. It is deterministic: the same stream gives the same choices.
+    ``solve_batch_budget``). The credit is the budget of all prompts so far less their cost. The price is a learned level near
+    credit 0, falls to 0 as the credit grows to the budget of 0.3 horizons, and rises without bound as the debt grows to
+    ``allowance``, the budget of 0.2 horizons. The level follows slowly; not where no other price would change the choice.
+
+    Exactly, whatever the stream:
+
+    - ``spent <= budget * count + allowance`` after a choice, or the cheapest allowed model was chosen. What ``settle`` adds
+      counts as spent.
+    - Credit beyond 0.3 horizons is kept in reserve and returns at 3/4 of the budget per prompt. However much was saved
+      before, n prompts cost no more than the budget of 1.75 n + horizon / 2, settlements aside, as long as an allowed model
+      fits into credit and allowance.
+    - No chosen model has an allowed alternative of no less win rate and no greater cost that is better in one of them. Ties:
+      the higher win rate, then the lower cost, then the lower index.
+
+    A model that costs more than the budget of horizon / 2 + 1 prompts is chosen only where it is the cheapest. Deterministic:
+    the same stream gives the same choices. Thread-safe.
 
     budget: mean cost per prompt, > 0. price: win rate per unit of cost (``solve_batch_budget(...).prices["budget"]`` of past
-    traffic, or ``BudgetPacer.learned``). horizon: about how many prompts it takes to correct a drift. Budget left unspent while
-    even the best models cost less is spent later. Thread-safe.
+    traffic, or ``BudgetPacer.learned``). horizon: a number of prompts >= 10, the scale of the credit: the mean of n prompts is
+    off the budget by no more than 0.2 horizon / n upwards, 0.3 downwards, unless even the cheapest models cost more, or the
+    best less. A larger one loses less win rate.
     """
 
     def __init__(self, budget: float, price: float | None = None, horizon: int = 500) -> None:
         self.budget = _positive("budget", budget)
-        if isinstance(horizon, bool) or not isinstance(horizon, int) or horizon < 10:
-            raise ValueError(f"horizon: expected a whole number of prompts >= 10, got {horizon!r}")
+        if isinstance(horizon, bool) or not isinstance(horizon, int) or not 10 <= horizon <= 10**9:
+            raise ValueError(f"horizon: expected a whole number of prompts from 10 to 10^9, got {horizon!r}")
         if price is not None and not (isinstance(price, int | float) and 0 <= price < math.inf):
             raise ValueError(f"price: expected a number >= 0, or None, got {price!r}")
         self.horizon = horizon
-        start = FIRST_PRICE / self.budget if price is None else max(float(price), LEAST_PRICE / self.budget)
-        self._learned = math.log(start)
-        self._credit = 0.0  # in budgets: count - spent / budget
-        self._spent, self._count = 0.0, 0
+        self._level = math.log(FIRST_PRICE if price is None else LEAST_PRICE)  # log of the learned price of one budget
+        if price:
+            self._level = min(max(math.log(price) + math.log(self.budget), self._level), EXTREME)
+        self._income = _units(self.budget)
+        self._debt_limit, self._credit_limit = self._income * horizon // 5, self._income * horizon * 3 // 10
+        self._credit = self._reserve = self._spent = self._count = 0
         self._warned = False
-        self._lock = threading.Lock()
+        self._lock, self._saving = threading.Lock(), threading.Lock()
 
     @classmethod
     def learned(cls, v: Array | Values, costs: Array, budget: float, horizon: int = 500, allowed: Array | None = None) -> Self:
@@ -61,34 +82,51 @@ class BudgetPacer:
 
     def choose(self, v: Array, costs: Array, allowed: Array | None = None) -> int:
         """The model for the next prompt: v [M] its win rates, costs [M] >= 0, allowed [M] bool or None."""
-        rates = arrays.matrix("v", arrays.to_numpy(v)[None])
-        prices = arrays.costs(arrays.to_numpy(costs)[None], rates.shape)[0]
-        w = rates[0]
+        w, x = _checked(v, costs)
+        models = None
         if allowed is not None:
             mask = arrays.to_numpy(allowed)
             if mask.dtype != np.bool_ or mask.shape != w.shape or not mask.any():
                 raise ValueError(f"allowed: expected bools [{len(w)}], one of them true, got {mask!r}")
-            w = np.where(mask, w, -np.inf)
+            models = np.flatnonzero(mask)
+            w, x = w[models], x[models]
+        lowest, highest = float(x[x.argmin()]), float(x[x.argmax()])
         with self._lock:
-            chosen = int(np.argmax(w - self._price() * prices))
-            best = int(np.argmax(w))
-            cheapest = int(np.argmin(prices if allowed is None else np.where(mask, prices, np.inf)))
-            self._pay(float(prices[chosen]), saturated=chosen == (best if self._credit > 0 else cheapest))
-        return chosen
+            limit, response = self._credit + self._income + self._debt_limit, self._response()
+            if response == math.inf or _units(lowest) > limit:
+                k, settled = _best(-x, w, x), True
+            else:
+                if _units(highest) > limit:
+                    within = np.flatnonzero(x <= _at_most(limit))
+                    models = within if models is None else models[within]
+                    w, x = w[within], x[within]
+                k = _best(w - math.exp(self._level) * response * (x / self.budget), w, x)
+                # Where no lower, or no higher, price would change the choice, learning would only wind the price up.
+                settled = w[k] == w[w.argmax()] if self._credit > 0 else x[k] == lowest
+            if not settled:
+                self._learn(response)
+            self._pay(float(x[k]))
+        return k if models is None else int(models[k])
 
     def settle(self, difference: float) -> None:
         """Adds what a prompt really cost beyond the cost given to ``choose`` (negative: less)."""
         if not math.isfinite(difference):
             raise ValueError(f"difference: expected a finite amount, got {difference!r}")
         with self._lock:
-            self._spent += difference
-            self._credit -= difference / self.budget
+            self._spent += _units(float(difference))
+            self._gain(-_units(float(difference)))
 
     @property
     def price(self) -> float:
-        """The current price: the win rate that one unit of cost must add."""
+        """The current price: the win rate that one unit of cost must add. Infinite where the debt is ``allowance``: only the
+        cheapest models are chosen."""
         with self._lock:
-            return self._price()
+            return math.exp(self._level) * self._response() / self.budget
+
+    @property
+    def allowance(self) -> float:
+        """How much may be spent beyond the budget of the prompts so far while something cheaper is allowed."""
+        return _amount(self._debt_limit)
 
     @property
     def count(self) -> int:
@@ -98,53 +136,139 @@ class BudgetPacer:
     @property
     def spent(self) -> float:
         """Their cost."""
-        return self._spent
+        return _amount(self._spent)
 
     @property
     def mean_cost(self) -> float:
         """Cost per prompt so far; NaN before the first."""
-        return self._spent / self._count if self._count else math.nan
+        with self._lock:
+            return _amount(self._spent) / self._count if self._count else math.nan
 
     def save(self, path: str | Path) -> None:
-        """Writes the state as JSON, atomically."""
-        with self._lock:
-            state = {"budget": self.budget, "horizon": self.horizon, "learned": self._learned, "credit": self._credit}
-            state |= {"spent": self._spent, "count": self._count}
-        write_file(path, json.dumps(state) + "\n")
+        """Writes the state as JSON, atomically. Of several threads that save, the last writes the newest state."""
+        with self._saving:
+            with self._lock:
+                state: dict[str, Any] = {"version": VERSION, "budget": self.budget, "horizon": self.horizon}
+                state |= {"level": self._level, "count": self._count}
+                state |= {"spent": _summands(self._spent), "reserve": _summands(self._reserve)}
+            write_file(path, json.dumps(state) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """A pacer that continues from a saved state. Raises ValueError for any other file."""
+        """A pacer that continues from a saved state. Raises ValueError for any other file, and for a state of version 0.1.0,
+        with the arguments of a new pacer that continues at its price."""
+        expected = f"{path}: expected the state of a BudgetPacer, version {VERSION}"
         try:
-            state: Any = json.loads(Path(path).read_text(encoding="utf-8"))
+            state = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{expected}, got no JSON: {error}") from None
+        if isinstance(state, dict) and "version" not in state and {"budget", "learned", "credit"} <= set(state):
+            raise ValueError(
+                f"{expected}, got one of p2l_engine 0.1.0; start a new one: BudgetPacer(budget={state['budget']!r}, "
+                f"price=math.exp({state['learned']!r}), horizon={state.get('horizon')!r})"
+            )
+        try:
+            if state["version"] != VERSION:
+                raise ValueError(f"version {state['version']!r}")
             pacer = cls(state["budget"], horizon=state["horizon"])
-            numbers = {name: float(state[name]) for name in ("learned", "credit", "spent")}
-            pacer._count = int(state["count"])
+            pacer._restore(state)
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: expected the state of a BudgetPacer: {error!r}") from None
-        if not all(map(math.isfinite, numbers.values())):
-            raise ValueError(f"{path}: expected finite numbers, got {numbers}")
-        pacer._learned, pacer._credit, pacer._spent = numbers["learned"], numbers["credit"], numbers["spent"]
+            raise ValueError(f"{expected}, got {error!r}") from None
         return pacer
 
-    def _price(self) -> float:
-        return math.exp(min(max(self._learned - GAIN / self.horizon * self._credit, -700.0), 700.0))
+    def _restore(self, state: dict[str, Any]) -> None:
+        count = state["count"]
+        if type(count) is not int or not 0 <= count < 2**63:
+            raise ValueError(f"count: expected a whole number >= 0, got {count!r}")
+        for name, value in (("level", [state["level"]]), ("spent", state["spent"]), ("reserve", state["reserve"])):
+            if not isinstance(value, list) or not all(isinstance(part, float) and math.isfinite(part) for part in value):
+                raise ValueError(f"{name}: expected finite numbers, got {value!r}")
+        self._level, self._count = min(max(state["level"], -EXTREME), EXTREME), count
+        self._spent, self._reserve = sum(map(_units, state["spent"])), sum(map(_units, state["reserve"]))
+        self._credit = count * self._income - self._spent - self._reserve
+        if self._reserve < 0 or self._credit > self._credit_limit:
+            raise ValueError(f"reserve: expected the credit beyond its limit after {count} prompts, got {state['reserve']!r}")
 
-    def _pay(self, cost: float, saturated: bool) -> None:
+    def _response(self) -> float:
+        """The price as a multiple of the learned one: 1 at credit 0, between 0 at its limit and infinity at the debt's."""
+        if self._credit <= -self._debt_limit:
+            return math.inf
+        z = self._credit / (self._credit_limit if self._credit > 0 else self._debt_limit)
+        z *= LINEAR + (1 - LINEAR) * z * z
+        return (1 - z) / (1 + z) if z > -1 else math.inf
+
+    def _learn(self, response: float) -> None:
+        rate = max(0.5 / self.horizon, 2 / (self._count + 100))  # fast at first, when the price is a guess
+        step = rate * math.log(max(response, 1e-9))
+        self._level = min(max(self._level + min(max(step, -FASTEST), FASTEST), -EXTREME), EXTREME)
+
+    def _pay(self, cost: float) -> None:
         self._count += 1
-        self._spent += cost
-        self._credit += 1 - cost / self.budget
-        # Where no price would change the choice, learning from the credit would only wind the price up.
-        if not saturated:
-            gain = GAIN / self.horizon
-            self._learned -= max(-FASTEST, min(FASTEST, gain * gain / 4 * self._credit))
-        if self._credit < -10 * self.horizon and saturated and not self._warned:
+        self._spent += _units(cost)
+        self._gain(self._income - _units(cost))
+        returned = min(self._reserve, self._income * 3 // 4, self._credit_limit - self._credit)
+        self._reserve -= returned
+        self._credit += returned
+        if self._credit < -10 * self.horizon * self._income and not self._warned:
             self._warned = True
             logger.warning(
                 "BudgetPacer: %d prompts cost %.4g on average for a budget of %.4g, though the cheapest models were chosen: "
                 "the budget may be infeasible for this traffic",
-                self._count, self.mean_cost, self.budget,
+                self._count, _amount(self._spent) / self._count, self.budget,
             )  # fmt: skip
+
+    def _gain(self, credit: int) -> None:
+        """Adds to the credit. The reserve takes what exceeds the credit's limit, and pays debt beyond the allowance."""
+        self._credit += credit
+        kept = max(0, self._credit - self._credit_limit) - min(self._reserve, max(0, -self._debt_limit - self._credit))
+        self._reserve += kept
+        self._credit -= kept
+
+
+def _checked(v: Array, costs: Array) -> tuple[Float64, Float64]:
+    """Win rates [M], finite, and costs [M], finite and >= 0."""
+    w, x = arrays.to_float64("v", v), arrays.to_float64("costs", costs)
+    if w.ndim == 1 and len(w) and w.shape == x.shape:
+        ends = w[w.argmin()], w[w.argmax()], x[x.argmin()], x[x.argmax()]  # NaN, where there is one; ten times as fast as min
+        if -math.inf < ends[0] and ends[1] < math.inf and ends[2] >= 0 and ends[3] < math.inf:
+            return w, x
+    rates = arrays.matrix("v", w[None])
+    return rates[0], arrays.costs(x[None], rates.shape)[0]
+
+
+def _best(scores: Float64, w: Float64, x: Float64) -> int:
+    """The index of the highest score; of equal ones, of the highest win rate, then of the lowest cost, then the lowest."""
+    k = int(scores.argmax())
+    if k + int(scores[::-1].argmax()) == len(scores) - 1:
+        return k
+    tied = np.flatnonzero(scores == scores[k])
+    return int(tied[np.lexsort((x[tied], -w[tied]))[0]])
+
+
+def _units(amount: float) -> int:
+    """An amount in whole multiples of 1 / UNIT; exact."""
+    numerator, denominator = amount.as_integer_ratio()
+    return numerator * (UNIT // denominator)
+
+
+def _amount(units: int) -> float:
+    """The nearest finite amount."""
+    return min(max(units, -MOST), MOST) / UNIT
+
+
+def _at_most(units: int) -> float:
+    """The largest amount of no more than that."""
+    amount = _amount(units)
+    return amount if _units(amount) <= units else math.nextafter(amount, -math.inf)
+
+
+def _summands(units: int) -> list[float]:
+    """Amounts whose exact sum it is."""
+    parts = []
+    while units:
+        parts.append(_amount(units))
+        units -= _units(parts[-1])
+    return parts
 
 
 def _positive(name: str, value: object) -> float:
