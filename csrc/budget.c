@@ -7,6 +7,7 @@
 #include "hull.h"
 #include "p2l_native.h"
 
+#include <float.h>
 #include <stdlib.h>
 #ifdef _OPENMP
 #include <omp.h>
@@ -54,30 +55,32 @@ int64_t p2l_upper_hull(const double *costs, const double *v, const uint8_t *allo
 }
 
 static int64_t solve_range(const double *v, const double *costs, int costs_per_prompt, const double *budget,
-                           const uint8_t *allowed, int64_t first, int64_t last, int64_t n_models, int32_t *indices,
-                           double *probabilities, double *value, double *cost) {
+                           const double *highest, const uint8_t *allowed, int64_t first, int64_t last, int64_t n_models,
+                           int32_t *indices, double *probabilities, double *value, double *cost) {
     int32_t *order = malloc(sizeof(int32_t) * 3 * n_models);
     if (!order) return -1;
     int32_t *hull = order + n_models, *scratch = order + 2 * n_models;
     int64_t infeasible = 0;
     for (int64_t n = first; n < last; n++) {
         const double *c = costs + (costs_per_prompt ? n * n_models : 0), *w = v + n * n_models;
-        const double limit = budget[n];
+        const double limit = budget[n], reach = highest[n];
         if (n == first || costs_per_prompt) p2l_sort_models(order, scratch, c, n_models);
         const int64_t size = p2l_upper_hull(c, w, allowed ? allowed + n * n_models : 0, order, n_models, hull);
-        if (!size || c[hull[0]] > limit) {
+        if (!size || c[hull[0]] > reach) {
             infeasible++;
             continue;
         }
-        int64_t beyond = 0; /* first vertex beyond the budget */
-        while (beyond < size && c[hull[beyond]] <= limit) beyond++;
+        int64_t beyond = 1; /* first vertex beyond the budget, up to rounding */
+        while (beyond < size && c[hull[beyond]] <= reach) beyond++;
         int32_t a = hull[beyond - 1], b = a;
         double share = 0;
-        if (beyond < size) {
+        if (beyond < size && c[a] < limit) {
             b = hull[beyond];
             share = (limit - c[a]) / (c[b] - c[a]);
+            /* Rounded down, so that the policy's cost, as anybody sums it up, keeps to the budget. */
+            for (double by = DBL_EPSILON; share > 0 && (1 - share) * c[a] + share * c[b] > limit; by *= 2)
+                share = by < 1 ? share - share * by : 0;
             if (share == 0) b = a;
-            if (share == 1) a = b, share = 0; /* the budget reaches b, up to rounding */
         }
         indices[2 * n] = a;
         indices[2 * n + 1] = b;
@@ -91,8 +94,8 @@ static int64_t solve_range(const double *v, const double *costs, int costs_per_p
 }
 
 int64_t p2l_solve_budget(const double *v, const double *costs, int costs_per_prompt, const double *budget,
-                         const uint8_t *allowed, int64_t n_prompts, int64_t n_models, int threads, int32_t *indices,
-                         double *probabilities, double *value, double *cost) {
+                         const double *highest, const uint8_t *allowed, int64_t n_prompts, int64_t n_models, int threads,
+                         int32_t *indices, double *probabilities, double *value, double *cost) {
 #ifdef _OPENMP
     if (threads > 1) {
         int64_t infeasible = 0;
@@ -100,7 +103,7 @@ int64_t p2l_solve_budget(const double *v, const double *costs, int costs_per_pro
 #pragma omp parallel num_threads(threads) reduction(+ : infeasible, failed)
         {
             const int64_t t = omp_get_thread_num(), of = omp_get_num_threads();
-            const int64_t bad = solve_range(v, costs, costs_per_prompt, budget, allowed, n_prompts * t / of,
+            const int64_t bad = solve_range(v, costs, costs_per_prompt, budget, highest, allowed, n_prompts * t / of,
                                             n_prompts * (t + 1) / of, n_models, indices, probabilities, value, cost);
             failed += bad < 0;
             infeasible += bad < 0 ? 0 : bad;
@@ -109,6 +112,6 @@ int64_t p2l_solve_budget(const double *v, const double *costs, int costs_per_pro
     }
 #endif
     (void)threads;
-    return solve_range(v, costs, costs_per_prompt, budget, allowed, 0, n_prompts, n_models, indices, probabilities, value,
-                       cost);
+    return solve_range(v, costs, costs_per_prompt, budget, highest, allowed, 0, n_prompts, n_models, indices, probabilities,
+                       value, cost);
 }

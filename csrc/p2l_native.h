@@ -29,13 +29,13 @@ int p2l_tie_win_rates(const double *theta, const double *log_lambda, int grounde
                       int64_t n_prompts, int64_t n_models, int threads, double *v);
 
 /* Maximises p.v[n] subject to p.cost <= budget[n], p in the simplex; exact, by the upper concave hull of (cost, v). costs
- * is [M] or [N, M] (costs_per_prompt); budget [N], +inf for none; allowed [N, M], or NULL for all. Fills indices [N, 2] (a
- * model of probability zero repeats the first), probabilities [N, 2], value [N] and cost [N]. Returns the number of prompts
- * whose budget is below the cost of their cheapest allowed model (their rows are not written), or -1 when memory allocation
- * fails. */
+ * is [M] or [N, M] (costs_per_prompt); budget [N], +inf for none; highest [N]: a model of up to this cost, a rounding above the
+ * budget, counts as within it; allowed [N, M], or NULL for all. Fills indices [N, 2] (a model of probability zero repeats the
+ * first), probabilities [N, 2], value [N] and cost [N]. Returns the number of prompts whose cheapest allowed model costs more
+ * than `highest` (their rows are not written), or -1 when memory allocation fails. */
 int64_t p2l_solve_budget(const double *v, const double *costs, int costs_per_prompt, const double *budget,
-                         const uint8_t *allowed, int64_t n_prompts, int64_t n_models, int threads, int32_t *indices,
-                         double *probabilities, double *value, double *cost);
+                         const double *highest, const uint8_t *allowed, int64_t n_prompts, int64_t n_models, int threads,
+                         int32_t *indices, double *probabilities, double *value, double *cost);
 
 /* The upper hulls of N prompts, concatenated: sizes [N], and each vertex's model, cost and value (arrays of capacity N x M).
  * Returns the number of vertices, or -1 when memory allocation fails. */

@@ -182,18 +182,20 @@ def test_undominated_models_match_the_reference(seed, n, m, k):
 
 
 def test_the_price_is_what_one_more_dollar_is_worth(rng):
+    """The optimum is concave in its bounds, and a dual price is one of its slopes there: where the optimum has a kink, neither
+    the one to the left nor the one to the right."""
     v, costs = rng.random((4000, 9)), rng.exponential(size=9) + 0.1
-    problem = lambda budget, share: Problem(v, costs, budget, "batch", shares=[Share([0, 3], at_most=share)])  # noqa: E731
-    budget = float(costs.min() + 0.3)
-    p = solve(problem(budget, 0.05))
+    budget, share, name = float(costs.min() + 0.3), 0.05, "max_share of models 0, 3"
+
+    def best(budget, share):
+        return solve(Problem(v, costs, budget, "batch", shares=[Share([0, 3], at_most=share)]))
+
+    p = best(budget, share)
     assert p.solver == "dual"
-    for step, name, more in [
-        (1e-2, "budget", problem(budget + 1e-2, 0.05)),
-        (1e-2, "max_share of models 0, 3", problem(budget, 0.06)),
-    ]:
-        gain = (solve(more).value.mean() - p.value.mean()) / step
-        assert gain == pytest.approx(p.prices[name], rel=0.1, abs=1e-3)
-        assert gain <= p.prices[name] + 1e-9  # the optimum is concave in its bounds
+    assert p.prices["budget"] > 0
+    for more_budget, more_share in [(1e-2, 0), (-1e-2, 0), (0, 1e-2), (0, -1e-2), (1e-3, -1e-3), (0.2, 0.1), (-0.2, 0.9)]:
+        gain = best(budget + more_budget, share + more_share).value.mean() - p.value.mean()
+        assert gain <= p.prices["budget"] * more_budget + p.prices[name] * more_share + 1e-8
 
 
 def test_equal_prompts_are_solved_as_one(rng):

@@ -172,7 +172,7 @@ def test_batch_budget_with_shares_in_small_units():
 
 
 def test_the_callers_budget_is_left_alone():
-    budget = np.array([1 - 1e-13, 2.0])
+    budget = np.array([np.nextafter(1, 0), 2.0])
     budget.flags.writeable = False
     assert routing.solve_budget(np.ones((2, 2)), np.array([1.0, 2.0]), budget).cost.tolist() == [1.0, 1.0]
 

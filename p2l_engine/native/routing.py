@@ -72,14 +72,17 @@ def outcomes(e: Float64, handicap: Float64 | None, grounded: bool, count: int, m
 
 
 def solve_budget(
-    v: Float64, costs: Float64, budget: Float64, allowed: Mask | None = None
+    v: Float64, costs: Float64, budget: Float64, highest: Float64, allowed: Mask | None = None
 ) -> tuple[Int32, Float64, Float64, Float64, int]:
-    """indices [N, 2], probabilities [N, 2], value [N], cost [N] and the number of infeasible prompts (rows of zeros)."""
+    """indices [N, 2], probabilities [N, 2], value [N], cost [N] and the number of infeasible prompts (rows of zeros).
+
+    highest [N]: a model of up to this cost, a rounding above the budget [N], counts as within it.
+    """
     n, m = v.shape
     indices = np.zeros((n, 2), np.int32)
     probabilities, value, cost = np.zeros((n, 2)), np.zeros(n), np.zeros(n)
     infeasible = lib.p2l_solve_budget(
-        _in(v), _in(costs), costs.ndim == 2, _in(budget), _mask(allowed), n, m, threads(n),
+        _in(v), _in(costs), costs.ndim == 2, _in(budget), _in(highest), _mask(allowed), n, m, threads(n),
         _out_int(indices), _out(probabilities), _out(value), _out(cost),
     )  # fmt: skip
     return indices, probabilities, value, cost, check(infeasible, "solve_budget")

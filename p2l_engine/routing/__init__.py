@@ -19,11 +19,11 @@ from p2l_engine.native import routing as native
 from p2l_engine.routing import arrays
 from p2l_engine.routing.arrays import Array
 from p2l_engine.routing.frontier import Frontier, frontier
-from p2l_engine.routing.highs import SolverError
 from p2l_engine.routing.pacer import BudgetPacer
 from p2l_engine.routing.problem import Problem, Resource, Row, Share, of_models
+from p2l_engine.routing.program import SolverError
 from p2l_engine.routing.solve import Policies, solve, solve_chunk
-from p2l_engine.routing.values import LazyWinRates, Objective, check_objective, compute, tie_parameters
+from p2l_engine.routing.values import ArrayValues, LazyWinRates, Objective, check_objective, compute, tie_parameters
 
 __all__ = [
     "BudgetPacer",
@@ -115,10 +115,11 @@ def solve_batch_budget(
     """
     if solver not in ("dual", "highs"):
         raise ValueError(f"solver: expected 'dual' or 'highs', got {solver!r}")
-    m = v.shape[1]
+    values = v if isinstance(v, LazyWinRates) else ArrayValues(v)
+    m = values.shape[1]
     lower, upper = _shares("min_share", min_share, m, 0.0), _shares("max_share", max_share, m, 1.0)
     shares = [Share(j, float(upper[j]), float(lower[j])) for j in range(m) if upper[j] < 1 or lower[j] > 0]
-    problem = Problem(v, costs, budget, "batch", shares=shares)
+    problem = Problem(values, costs, budget, "batch", shares=shares)
     return _like(solve(problem, "highs" if solver == "highs" else "auto"), v)
 
 

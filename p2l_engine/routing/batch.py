@@ -9,44 +9,51 @@ import numpy as np
 import numpy.typing as npt
 
 from p2l_engine.routing.arrays import Float64
-from p2l_engine.routing.highs import tidy
-from p2l_engine.routing.problem import Row
+from p2l_engine.routing.rounding import ordered
+from p2l_engine.routing.surplus import Surplus
 from p2l_engine.routing.values import ArrayValues, Values
 
 Mask = npt.NDArray[np.bool_]
 Indices = npt.NDArray[np.intp]
 
+ROUNDING = 1e-15  # relative: of the places where a group's models change
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """Prompts under batch rows; weights [N]: how many equal prompts each stands for."""
+    """Prompts under batch rows, with their usable models [N, M] (None: all); weights [N]: how many equal prompts each stands
+    for."""
 
     values: Values
-    rows: tuple[Row, ...]
-    allowed: Mask | None
+    rows: tuple[Surplus, ...]
+    usable: Mask | None
     weights: Float64
 
     @classmethod
-    def of_all(cls, values: Values, rows: Sequence[Row], allowed: Mask | None) -> Batch:
-        """Every prompt with weight 1. Refuses values from an iterator, since they are read several times."""
-        if values.shape[0] is None:
-            values.take(slice(0))
-        return cls(values, tuple(rows), allowed, np.ones(values.shape[0] or 0))
+    def of_all(cls, values: Values, rows: Sequence[Surplus], usable: Mask | None) -> Batch:
+        """Every prompt with weight 1."""
+        return cls(values, tuple(rows), usable, np.ones(values.shape[0] or 0))
 
     def __len__(self) -> int:
         return len(self.weights)
 
     def of(self, prompts: Indices, weights: Float64 | None = None) -> Batch:
         """These prompts, with their values in memory."""
-        mask = None if self.allowed is None else np.ascontiguousarray(self.allowed[prompts])
+        mask = None if self.usable is None else self.usable[prompts]
         rows = tuple(row.of(prompts) for row in self.rows)
         return Batch(ArrayValues(self.values.take(prompts)), rows, mask, self.weights[prompts] if weights is None else weights)
 
     def used(self, prompts: Indices, choice: npt.NDArray[np.int32], weights: Float64) -> Float64:
-        """The weighted sum of what these prompts' chosen models use of each row, [K]."""
+        """The weighted sum of what these prompts' chosen models use of each row beyond the least, [K]."""
         counts = np.bincount(choice, weights, minlength=self.values.shape[1])
-        sums = (counts @ row.amounts if row.shared else weights @ row.amounts[prompts, choice] for row in self.rows)
-        return np.array([float(total) for total in sums])
+        sums = []
+        for row in self.rows:
+            if row.row.shared:
+                above = 0.0 if len(row.least) == 1 else weights @ (row.least[prompts] - row.base)
+                sums.append(float(counts @ (row.row.amounts - row.base) - above))
+            else:
+                sums.append(float(weights @ (row.row.amounts[prompts, choice] - row.least[prompts])))
+        return np.array(sums)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,6 +67,9 @@ class Groups:
     def spread(self, indices: npt.NDArray[np.int32], probabilities: Float64) -> tuple[npt.NDArray[np.int32], Float64]:
         """From the groups' policies [G, W] to those of the prompts [N, W], in the prompts' order within a group. A prompt gets
         a single model where possible; of a group that mixes j models, at most j - 1 prompts are mixed."""
+        # By rising probability: the last one, whose amounts are small, takes the rounding of the others.
+        rising = np.argsort(probabilities, axis=1, kind="stable")
+        indices, probabilities = np.take_along_axis(indices, rising, 1), np.take_along_axis(probabilities, rising, 1)
         order = np.argsort(self.group, kind="stable")
         starts = np.concatenate([[0], np.cumsum(self.sizes)[:-1]])
         place = np.empty(len(self.group))
@@ -68,8 +78,8 @@ class Groups:
         ends[:, -1] = self.sizes
         ends, begins = ends[self.group], np.concatenate([np.zeros((len(ends), 1)), ends[:, :-1]], axis=1)[self.group]
         shares = np.clip(np.minimum(ends, place[:, None] + 1) - np.maximum(begins, place[:, None]), 0.0, 1.0)
-        order_in = np.argsort(-shares, axis=1, kind="stable")
-        return tidy(np.take_along_axis(indices[self.group], order_in, 1), np.take_along_axis(shares, order_in, 1))
+        shares[shares <= ROUNDING * ends] = 0.0
+        return ordered(indices[self.group], shares / shares.sum(axis=1, keepdims=True))
 
 
 def equal_prompts(batch: Batch) -> Groups | None:
@@ -84,11 +94,11 @@ def equal_prompts(batch: Batch) -> Groups | None:
     for v in batch.values.chunks():
         some = slice(start, start + len(v))
         key = v @ mixers[0]
-        if batch.allowed is not None:
-            key = key + batch.allowed[some] @ mixers[1]
+        if batch.usable is not None:
+            key = key + batch.usable[some] @ mixers[1]
         for mixer, row in zip(mixers[2:], batch.rows, strict=True):
-            if not row.shared:
-                key = key + row.of(some).amounts @ mixer
+            if not row.row.shared:
+                key = key + row.row.of(some).amounts @ mixer
         keys.append(key)
         start += len(v)
     _, first, group, sizes = np.unique(np.concatenate(keys), return_index=True, return_inverse=True, return_counts=True)
@@ -101,9 +111,9 @@ def equal_prompts(batch: Batch) -> Groups | None:
         of = first[group[some]]
         if not (v == batch.values.take(of)).all():
             return None
-        if batch.allowed is not None and (batch.allowed[some] != batch.allowed[of]).any():
+        if batch.usable is not None and (batch.usable[some] != batch.usable[of]).any():
             return None
-        if any((row.amounts[some] != row.amounts[of]).any() for row in batch.rows if not row.shared):
+        if any((row.amounts[some] != row.amounts[of]).any() for row in (beyond.row for beyond in batch.rows) if not row.shared):
             return None
         start += len(v)
     return Groups(first, sizes.astype(np.float64), group)

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 
 from p2l_engine.errors import Infeasible, InfeasibleBudget
-from p2l_engine.routing import dual, highs
+from p2l_engine.routing import dual, highs, surplus
 from p2l_engine.routing.problem import Problem, Row, expected
+from p2l_engine.routing.program import SolverError, TimeLimit
+from p2l_engine.routing.surplus import NoPolicy
 from p2l_engine.routing.values import ArrayValues
 
 # The least mean use of another row's amounts that the rows allow (0 without another row); None: the rows are infeasible.
@@ -59,12 +61,18 @@ def over_batch(problem: Problem) -> Infeasible:
 
 
 def _of_dual(problem: Problem, n: int, m: int) -> Least:
+    block = _of_block(problem.batch_rows, (), problem.mask, n, m)
+
     def least(some: Sequence[Row], target: Row | None) -> float | None:
-        goal = np.zeros(m) if target is None else -target.amounts / dual.unit(target)
+        goal = np.zeros(m) if target is None else -target.amounts
         try:
             found = dual.solve(ArrayValues(np.broadcast_to(goal, (n, m))), some, problem.mask)
-        except highs.NoPolicy:
+        except NoPolicy:
             return None
+        except TimeLimit:
+            raise
+        except SolverError:
+            return block(some, target)
         return 0.0 if target is None else float(expected(target.amounts, found.indices, found.probabilities).mean())
 
     return least
@@ -72,10 +80,12 @@ def _of_dual(problem: Problem, n: int, m: int) -> Least:
 
 def _of_block(batch: Sequence[Row], prompt: Sequence[Row], mask: Any, n: int, m: int) -> Least:
     def least(some: Sequence[Row], target: Row | None) -> float | None:
-        goal = np.zeros((n, m)) if target is None else -np.broadcast_to(target.amounts, (n, m)) / dual.unit(target)
+        goal = np.broadcast_to(np.zeros(m) if target is None else -target.amounts, (n, m))
         try:
-            x = highs.solve_block(goal, [row for row in some if row in prompt], [row for row in some if row in batch], mask).x
-        except highs.NoPolicy:
+            reduced = surplus.reduce([row for row in some if row in prompt], [row for row in some if row in batch], mask, n, m)
+            over = [reduced.over[k] for k in reduced.binding()]
+            x = highs.solve_block(goal, reduced.usable, reduced.each, over).x
+        except NoPolicy:
             return None
         return 0.0 if target is None else float((np.broadcast_to(target.amounts, (n, m)) * x).sum() / n)
 

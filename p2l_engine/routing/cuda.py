@@ -13,7 +13,8 @@ from p2l_engine.kernels import bt_score as root
 from p2l_engine.kernels import budget_lp as lp
 from p2l_engine.kernels import win_rates as rates
 from p2l_engine.routing import arrays
-from p2l_engine.routing.solve import SLACK, Policies
+from p2l_engine.routing.rounding import SLACK
+from p2l_engine.routing.solve import Policies
 
 
 def win_rates(theta: Tensor, q: object) -> Tensor:
@@ -30,7 +31,7 @@ def solve_budget(v: Tensor, costs: object, budget: object) -> Policies:
     amounts = torch.from_numpy(arrays.costs(costs, _shape(w))).to(w.device)
     limits = torch.from_numpy(arrays.budgets(budget, len(w))).to(w.device)
     smallest = amounts.expand_as(w).amin(1)
-    limits = torch.where((limits < smallest) & (limits >= smallest * (1 - SLACK)), smallest, limits)
+    limits = _reached(limits, smallest)
     with torch.cuda.device_of(w):
         indices, probabilities, value, cost = lp.budget_lp(w, amounts, limits)
     short = limits < smallest
@@ -60,10 +61,18 @@ def policies(
     limits, the budget was infeasible.
     """
     smallest = costs.min()
-    limits = torch.where((limits < smallest) & (limits >= smallest * (1 - SLACK)), smallest, limits)
+    limits = _reached(limits, smallest)
     indices, probabilities, value, cost = lp.budget_lp(v.index_select(1, columns), costs, limits)
     score = root.bt_score(theta, q, value.clamp(0.0, 1.0))
     return indices, probabilities, value, cost, score, torch.isfinite(theta).all(1)
+
+
+def _reached(limits: Tensor, smallest: Tensor) -> Tensor:
+    """The budgets [N], raised to the smallest feasible ones where they are short of them by a rounding."""
+    highest = limits
+    for _ in range(SLACK):
+        highest = torch.nextafter(highest, torch.full_like(highest, torch.inf))
+    return torch.where((limits < smallest) & (highest >= smallest), smallest, limits)
 
 
 def _finite(name: str, given: Tensor) -> Tensor:

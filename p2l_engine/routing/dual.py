@@ -3,7 +3,7 @@
 Given dual prices of the K rows, one pass in C finds every prompt's best model (the pricing step), and the sum of their reduced
 values is an upper bound on the optimum (weak duality). Nearly all prompts clearly prefer one model; only those whose best two
 are nearly level decide how the rows are met. So HiGHS solves LPs over these few, the others fixed at their best model, and its
-dual prices start the next pass:
+dual prices start the next pass (rows are given by their surplus):
 
 1. The window of undecided prompts starts as the whole batch. An LP over a sample of it, weighted up to the whole window, moves
    the dual prices; the window shrinks around them each round, and widens if it cannot meet the rows. Dual prices that do not
@@ -25,20 +25,21 @@ import numpy as np
 import numpy.typing as npt
 
 from p2l_engine.native import routing as native
-from p2l_engine.routing import highs
+from p2l_engine.routing import highs, surplus
 from p2l_engine.routing.arrays import Float64
 from p2l_engine.routing.batch import Batch, equal_prompts
-from p2l_engine.routing.highs import NoPolicy, SolverError
 from p2l_engine.routing.problem import Row
+from p2l_engine.routing.program import SolverError, TimeLimit
+from p2l_engine.routing.surplus import NoPolicy
 from p2l_engine.routing.values import Values
 
 Mask = npt.NDArray[np.bool_]
 Indices = npt.NDArray[np.intp]
 
 GAP = 1e-9  # policies within it count as optimal; relative where the mean value exceeds 1
-ROUNDING = 1e-9  # relative: how far a row may be exceeded
-ROUNDS = 60
-PENALTY = 10.0  # the first penalty of exceeding a row by its bound, in units of the values' range
+ROUNDING = 1e-9  # relative: how far a row may be exceeded before its penalty rises
+ROUNDS = 40
+PENALTY = 10.0  # the first penalty of exceeding a row by what its bound leaves, in units of the values' range
 OPEN = 1500  # prompts of an LP: HiGHS takes tenths of a second, and its time grows faster than their number
 SHRINK = 3  # the factor by which the window shrinks
 NOISE = 1e-7  # of the values' range: breaks ties between models that many prompts value alike
@@ -84,43 +85,58 @@ def solve(
 ) -> Optimum:
     """The best policies under the rows (amounts.p <= bound in the mean), to a gap of ``gap``.
 
-    At most K prompts are mixed for K binding rows. Raises NoPolicy when no policy satisfies the rows, SolverError (with the gap
-    that was reached) at the time limit or when rounding keeps the gap open.
+    At most K prompts are mixed for K binding rows. Raises NoPolicy when no policy satisfies the rows, TimeLimit (with the gap
+    that was reached), and SolverError when rounding keeps the gap open.
     """
     deadline = np.inf if time_limit is None else time.monotonic() + time_limit
-    batch = Batch.of_all(values, rows, allowed)
+    n, m = values.shape
+    if n is None:
+        values.take(slice(0))  # refuses an iterator: the values are read several times
+    assert n is not None
+    reduced = surplus.reduce((), rows, allowed, n, m)
+    kept = list(reduced.binding())
+    usable = None if reduced.usable.all() else np.broadcast_to(reduced.usable, (n, m))
+    batch = Batch.of_all(values, [reduced.over[k] for k in kept], usable)
     groups = equal_prompts(batch)
     if groups is not None:
         batch = batch.of(groups.first, groups.sizes)
-    found, prices, reached = _sift(batch, deadline, gap)
+    found, of_kept, reached = _sift(batch, deadline, gap)
     indices, probabilities = _policies(found)
     if groups is not None:
         indices, probabilities = groups.spread(indices, probabilities)
-    return Optimum(indices, probabilities, prices, reached)
+    prices = np.zeros(len(rows))
+    prices[kept] = of_kept
+    return Optimum(indices, probabilities, surplus.complete(reduced, prices, values, allowed), reached)
 
 
 def price(batch: Batch, prices: Float64, noise: float = 0.0, weight: float = 1.0) -> Priced:
-    """The pricing pass over all prompts, by chunks: each one's best model by weight * v - sum_k prices[k] amounts_k."""
-    priced = list(zip(prices, batch.rows, strict=True))
-    shared = sum((p * row.amounts for p, row in priced if row.shared), np.zeros(batch.values.shape[1]))
+    """The pricing pass over all prompts, by chunks: each one's best usable model by weight * v - sum_k prices[k] amounts_k, of
+    amounts beyond the least."""
+    priced = [(p, row) for p, row in zip(prices, batch.rows, strict=True) if p]
+    shared = sum((p * (row.row.amounts - row.base) for p, row in priced if row.row.shared), np.zeros(batch.values.shape[1]))
     parts, start = [], 0
     for v in batch.values.chunks():
         some = slice(start, start + len(v))
         if weight != 1.0:
             v = v * weight
         for p, row in priced:
-            if p and not row.shared:
-                v = v - p * row.of(some).amounts
-        parts.append(native.best_models(v, shared, None if batch.allowed is None else batch.allowed[some], start, noise))
+            if not row.row.shared:
+                v = v - p * row.amounts(some)
+        usable = None if batch.usable is None else np.ascontiguousarray(batch.usable[some])
+        best, reduced, most, lead = native.best_models(v, shared, usable, start, noise)
+        for p, row in priced:
+            if row.row.shared and len(row.least) > 1:
+                above = p * (row.least[some] - row.base)
+                reduced, most = reduced + above, most + above
+        parts.append((best, reduced, most, lead))
         start += len(v)
-    best, reduced, most, lead = zip(*parts, strict=True)
-    return Priced(np.concatenate(best), np.concatenate(reduced), np.concatenate(most), np.concatenate(lead))
+    best, reduced, most, lead = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return Priced(best, reduced, most, lead)
 
 
 def _sift(batch: Batch, deadline: float, gap: float) -> tuple[Found, Float64, float]:
     n, total = len(batch), float(batch.weights.sum())
-    bounds = np.array([float(row.bound) for row in batch.rows])
-    units = np.array([unit(row) for row in batch.rows])
+    units = np.array([float(row.extra) for row in batch.rows])
     rng = np.random.default_rng(n)
     prices = best_prices = np.zeros(len(batch.rows))
     span = float(np.ptp(batch.values.take(slice(0, OPEN)))) or 1.0
@@ -130,11 +146,11 @@ def _sift(batch: Batch, deadline: float, gap: float) -> tuple[Found, Float64, fl
     exceeded = False
     for _ in range(ROUNDS):
         priced = price(batch, prices, noise)
-        value = float(batch.weights @ priced.most) / total + float(prices @ bounds)
+        value = float(batch.weights @ priced.most) / total + float(prices @ units)
         better = value < bound
         if better:
             bound, best_prices, best = value, prices, priced
-            if exceeded and _impossible(batch, prices, bounds):
+            if exceeded and _impossible(batch, prices, units):
                 raise NoPolicy
         if found is not None:
             reached = max(bound - found.value, 0.0)
@@ -143,9 +159,11 @@ def _sift(batch: Batch, deadline: float, gap: float) -> tuple[Found, Float64, fl
                     return found, best_prices, reached
                 # Optimal at this penalty: if the rows can be met, that takes a higher one.
                 if penalty > largest:
-                    raise NoPolicy
+                    break
                 penalty *= 100
-            window, limit, noise = min(n, 2 * window), 2 * limit, noise / 10
+            elif len(found.open) == n and not noise:  # an LP of the whole batch has no better one to follow
+                break
+            window, limit, noise = min(n, 2 * window), 2 * limit, (noise / 10 if 2 * limit < n else 0.0)
         else:
             # Infeasible: widen the window, or raise the penalty if it is whole. Feasible: shrink it.
             if exceeded and window == n:
@@ -153,7 +171,7 @@ def _sift(batch: Batch, deadline: float, gap: float) -> tuple[Found, Float64, fl
             window = min(n, SHRINK * window) if exceeded else max(min(n, limit), window // SHRINK)
         left = deadline - time.monotonic()
         if left < 0:
-            raise SolverError(f"batch rows: the time limit was reached at a gap of {reached:.3g}", reached)
+            raise TimeLimit(f"batch rows: the time limit was reached at a gap of {reached:.3g}", reached)
         near = np.argpartition(best.lead, window - 1)[:window] if window < n else np.arange(n)
         sampled = window > limit
         opened = _open(
@@ -162,7 +180,8 @@ def _sift(batch: Batch, deadline: float, gap: float) -> tuple[Found, Float64, fl
         improved, prices = _improve(batch, best_prices, best, opened, penalty / units, left)
         exceeded = bool((improved.excess > total * units * ROUNDING).any())
         found = None if sampled else improved
-    raise SolverError(f"batch rows: {ROUNDS} rounds left a gap of {reached:.3g}", reached)
+    unmet = " and rows unmet" if exceeded else ""
+    raise SolverError(f"the gap stayed at of {reached:.3g}{unmet}", reached)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -195,13 +214,13 @@ def _open(
         weights = batch.weights[prompts]
     v = batch.values.take(prompts)
     noisy = v + noise * native.noise_of(prompts, v.shape[1]) if noise else v
-    rows = [row.of(prompts) for row in batch.rows]
-    usable = np.ones(v.shape, bool) if batch.allowed is None else batch.allowed[prompts]
+    usable = np.ones(v.shape, bool) if batch.usable is None else batch.usable[prompts]
     if width == np.inf:
-        return Open(prompts, weights, v, noisy, native.undominated(noisy, [row.amounts for row in rows], usable))
+        own = [row.row.of(prompts).amounts for row in batch.rows]
+        return Open(prompts, weights, v, noisy, native.undominated(noisy, own, usable))
     reduced = np.where(usable, noisy, -np.inf)
-    for p, row in zip(prices, rows, strict=True):
-        reduced -= p * row.amounts
+    for p, row in zip(prices, batch.rows, strict=True):
+        reduced -= p * row.amounts(prompts)
     columns = usable & (reduced >= reduced.max(axis=1, keepdims=True) - width)
     if found is not None and sample is None:
         columns[np.searchsorted(prompts, found.open)] |= found.columns
@@ -221,19 +240,19 @@ def _improve(
     best = priced.best[opened.prompts]
     rest = batch.used(every, priced.best, batch.weights) - batch.used(opened.prompts, best, opened.weights)
     value = float(batch.weights @ priced.reduced - opened.weights @ priced.reduced[opened.prompts] + prices @ rest)
-    totals = np.array([total * float(row.bound) for row in batch.rows]) - rest
+    totals = np.array([total * float(row.extra) for row in batch.rows]) - rest
     rows = [row.of(opened.prompts) for row in batch.rows]
     limit = None if time_limit == np.inf else time_limit
-    solved = highs.solve_block(opened.noisy, (), rows, opened.columns, totals, penalty, opened.weights, limit)
+    solved = highs.solve_block(opened.noisy, opened.columns, (), rows, totals, penalty, opened.weights, limit)
     value += float((solved.x * opened.v).sum() - penalty @ solved.excess)
     return Found(priced.best, opened.prompts, opened.columns, solved.x, value / total, solved.excess), solved.prices
 
 
-def _impossible(batch: Batch, prices: Float64, bounds: Float64) -> bool:
+def _impossible(batch: Batch, prices: Float64, units: Float64) -> bool:
     """Whether these dual prices prove that no policy satisfies the rows: the least that any policy uses of the rows' weighted
-    sum exceeds the weighted sum of the bounds (Farkas)."""
+    sum exceeds the weighted sum of what the bounds leave (Farkas)."""
     least = -float(batch.weights @ price(batch, prices, weight=0.0).most) / float(batch.weights.sum())
-    return least - float(prices @ bounds) > ROUNDING * float(prices @ np.abs(bounds))
+    return least - float(prices @ units) > ROUNDING * float(prices @ units)
 
 
 def _policies(found: Found) -> tuple[npt.NDArray[np.int32], Float64]:
@@ -243,8 +262,3 @@ def _policies(found: Found) -> tuple[npt.NDArray[np.int32], Float64]:
     probabilities[:, 0] = 1.0
     indices[found.open], probabilities[found.open] = mixed, shares
     return indices, probabilities
-
-
-def unit(row: Row) -> float:
-    """The scale of a row: its bound, or its largest amount where the bound is 0."""
-    return abs(float(row.bound)) or float(np.abs(row.amounts).max()) or 1.0

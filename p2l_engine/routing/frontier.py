@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from p2l_engine.routing import arrays
+from p2l_engine.routing import arrays, rounding
 from p2l_engine.routing.arrays import Array, Float64
 from p2l_engine.routing.hulls import Hulls
 from p2l_engine.routing.problem import Problem
@@ -31,7 +31,9 @@ class Frontier:
 
     def at(self, budget: float | Array) -> Any:
         """The best mean value within a mean budget, [...] as budget: NaN below the smallest feasible one."""
-        value = np.interp(np.asarray(budget, float), self.cost, self.value, left=np.nan)
+        limit, smallest = np.asarray(budget, float), self.cost[0]
+        limit = np.where((limit < smallest) & (rounding.highest(limit) >= smallest), smallest, limit)
+        value = np.interp(limit, self.cost, self.value, left=np.nan)
         return value if value.ndim else float(value)
 
     def thinned(self, points: int = 1000) -> Frontier:
@@ -61,7 +63,9 @@ def frontier(v: Array | Values, costs: Array, allowed: Array | None = None) -> F
     cost = np.concatenate([[hulls.cost[first].sum()], hulls.cost[first].sum() + np.cumsum(extra_cost)[ends]])
     value = np.concatenate([[hulls.value[first].sum()], hulls.value[first].sum() + np.cumsum(extra_value)[ends]])
     n = len(hulls)
-    return Frontier(cost / n, value / n, np.concatenate([[np.inf], slope[ends]]), sums.cost / n, sums.value / n)
+    cost /= n
+    cost[0] = hulls.smallest
+    return Frontier(cost, value / n, np.concatenate([[np.inf], slope[ends]]), sums.cost / n, sums.value / n)
 
 
 class _ModelSums(Values):

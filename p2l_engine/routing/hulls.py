@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from p2l_engine.native import routing as native
+from p2l_engine.routing import rounding
 from p2l_engine.routing.arrays import Float64
 from p2l_engine.routing.values import Values
 
@@ -47,16 +48,45 @@ class Hulls:
     @property
     def smallest(self) -> float:
         """The smallest feasible mean amount: every prompt at its first vertex."""
-        return float(self.cost[self.offsets[:-1]].mean()) if len(self) else 0.0
+        return rounding.mean(self.cost[self.offsets[:-1]]) if len(self) else 0.0
 
     def within(self, bound: float) -> tuple[npt.NDArray[np.int32], Float64, Float64, Float64, float]:
         """The best policies of a mean amount <= bound, at least ``smallest``; at most one prompt is mixed.
 
         indices [N, 2], probabilities [N, 2], value [N], cost [N] and the dual price of the bound.
         """
-        slack = np.inf if bound == np.inf else len(self) * (bound - self.smallest)
-        price, left = native.select_steps(self.offsets, self.cost, self.value, max(slack, 0.0))
-        return (*native.take_steps(self.offsets, self.models, self.cost, self.value, price, left), price)
+        least = self.cost[self.offsets[:-1]]
+        slack = np.inf if bound == np.inf else float(len(self) * np.longdouble(bound) - least.sum(dtype=np.longdouble))
+        for _ in range(rounding.CORRECTIONS):
+            price, left = native.select_steps(self.offsets, self.cost, self.value, max(slack, 0.0))
+            found = native.take_steps(self.offsets, self.models, self.cost, self.value, price, left)
+            over = self._lowered(*found, bound)
+            if not over or slack <= 0:
+                break
+            slack -= over
+        return (*found, price)
+
+    def _lowered(
+        self, indices: npt.NDArray[np.int32], probabilities: Float64, value: Float64, cost: Float64, bound: float
+    ) -> float:
+        """Lowers the mixed prompt's share of its second vertex, in place, until the mean is within the bound: sums over many
+        prompts round. Returns the sum by which it still exceeds it."""
+        mixed = np.flatnonzero(probabilities[:, 1])
+        for _ in range(rounding.CORRECTIONS):
+            over = rounding.excess(cost, bound)
+            if not over or not len(mixed):
+                return over
+            i = int(mixed[0])
+            models = self.models[self.offsets[i] : self.offsets[i + 1]]
+            at = int(self.offsets[i]) + int(np.argmax(models == indices[i, 0]))
+            before, step = float(probabilities[i, 1]), float(self.cost[at + 1] - self.cost[at])
+            share = min(before - over / step, float(np.nextafter(before, 0.0)))
+            if share <= 0:
+                return over
+            probabilities[i] = 1 - share, share
+            cost[i] = self.cost[at] + share * step
+            value[i] = self.value[at] + share * (self.value[at + 1] - self.value[at])
+        return rounding.excess(cost, bound)
 
     def steps(self) -> tuple[Float64, Float64, Float64]:
         """Every step of every hull by falling slope: slope, extra amount, extra value."""

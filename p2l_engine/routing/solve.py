@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -10,16 +11,17 @@ import numpy as np
 import numpy.typing as npt
 
 from p2l_engine.native import routing as native
-from p2l_engine.routing import arrays, conflicts, dual, highs, realised
+from p2l_engine.routing import arrays, conflicts, dual, highs, realised, rounding, surplus
 from p2l_engine.routing.arrays import Array, Float64
-from p2l_engine.routing.highs import SolverError
 from p2l_engine.routing.hulls import Hulls
 from p2l_engine.routing.problem import Problem, Row, expected, of_models
+from p2l_engine.routing.program import SolverError, TimeLimit
+from p2l_engine.routing.surplus import NoPolicy
+from p2l_engine.routing.values import CHUNK
 
 Solver = Literal["auto", "frontier", "dual", "highs"]
 
-SLACK = 1e-12  # relative: a bound this close below the smallest feasible one counts as equal to it
-HIGHS_SLACK = 1e-6  # relative: how far HiGHS may exceed a row
+TOLERANCE = 1e-9  # relative: how far an LP's policies may exceed a row other than the budget
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,8 +79,12 @@ def solve(problem: Problem, solver: Solver = "auto", time_limit: float | None = 
 
     - ``frontier``: at most one row for each prompt; the upper concave hull, in C (paper, (6));
     - ``dual``: only rows over the batch. One row: the steps along all prompts' hulls by falling slope until it is used up,
-      exact; several: sifting on the dual prices, to a proven ``gap`` of 1e-9;
+      exact; several: sifting on the dual prices, to a proven ``gap`` of 1e-9. Where rounding keeps the gap open, the answer is
+      that of ``highs``, and ``why`` says so;
     - ``highs``: several rows for each prompt, or rows of both scopes; HiGHS. It takes every other problem too.
+
+    A policy's cost exceeds its budget by one rounding at most, whatever the solver (``rounding``); an LP's policies keep other
+    rows to 1e-9 of their bound, usually to rounding.
 
     time_limit: seconds, for ``dual`` with several rows and ``highs``. Raises SolverError beyond it, with the gap reached;
     Infeasible (InfeasibleBudget where the budget is one of the conflicting rows), with an irreducible infeasible subset of the
@@ -98,6 +104,8 @@ def solve(problem: Problem, solver: Solver = "auto", time_limit: float | None = 
         why = "chosen by the caller"
     if problem.values.shape[0] == 0:
         return _none(solver, why)
+    if solver != "frontier":  # which checks its row chunk by chunk
+        _check_each(problem)
     if solver == "frontier":
         return _frontier(problem, why)
     if solver == "dual" and len(batch) == 1:
@@ -146,33 +154,44 @@ def _none(solver: str, why: str) -> Policies:
 
 def solve_chunk(row: Row, v: Float64, mask: Any, start: int) -> tuple[npt.NDArray[np.int32], Float64, Float64, Float64]:
     """One row for each prompt of v [n, M], the first being prompt ``start``: indices, probabilities, value, amounts used."""
-    limits = np.broadcast_to(np.asarray(row.bound, np.float64), (len(v),))
-    limits = _feasible_limits(row, limits, mask, start)
-    indices, probabilities, value, cost, _ = native.solve_budget(v, row.amounts, limits, mask)
+    limits = np.ascontiguousarray(np.broadcast_to(np.asarray(row.bound, np.float64), (len(v),)))
+    _check_limits(row, limits, mask, start)
+    indices, probabilities, value, cost, _ = native.solve_budget(v, row.amounts, limits, rounding.highest(limits), mask)
     return indices, probabilities, value, cost
 
 
-def _feasible_limits(row: Row, limits: Float64, mask: Any, start: int) -> Float64:
-    """The prompts' bounds, raised to the least amount where they miss it only by rounding; Infeasible where by more."""
+def _check_limits(row: Row, limits: Float64, mask: Any, start: int) -> None:
+    """Raises Infeasible for the first prompt whose bound is below its least amount by more than a rounding."""
     amounts = row.amounts
     least = amounts.min(axis=-1) if mask is None else np.where(mask, amounts, np.inf).min(axis=1)
     if not (limits < least).any():
-        return np.ascontiguousarray(limits)
-    bad = limits < least * (1 - SLACK)
+        return
+    bad = rounding.highest(limits) < least
     if bad.any():
         i = int(np.argmax(bad))
         nearest = float(np.broadcast_to(least, limits.shape)[i])
         raise conflicts.infeasible([row], row, float(limits[i]), nearest, start + i, int(bad.sum()))
-    return np.asarray(np.maximum(limits, least), np.float64)
+
+
+def _check_each(problem: Problem) -> None:
+    """The same for every prompt row by itself: a more precise error than the LP's."""
+    n, start = problem.values.shape[0], 0
+    while problem.prompt_rows and n is not None and start < n:
+        some = slice(start, min(start + CHUNK, n))
+        for row in problem.prompt_rows:
+            own = row.of(some)
+            limits = np.broadcast_to(np.asarray(own.bound, np.float64), (some.stop - start,))
+            _check_limits(own, limits, None if problem.mask is None else problem.mask[some], start)
+        start = some.stop
 
 
 def _hulls(problem: Problem, why: str) -> Policies:
     row = problem.batch_rows[0]
     hulls = Hulls.of(problem.values, row.amounts, problem.mask)
     smallest = hulls.smallest
-    if smallest > row.bound + SLACK * abs(row.bound):
+    if smallest > rounding.highest(row.bound):
         raise conflicts.infeasible([row], row, row.bound, smallest)
-    indices, probabilities, value, cost, price = hulls.within(max(row.bound, smallest))
+    indices, probabilities, value, cost, price = hulls.within(row.bound)
     if row.name != "budget":
         cost = expected(problem.amounts, indices, probabilities)
     mixed = of_models(problem.amounts, indices)
@@ -180,35 +199,40 @@ def _hulls(problem: Problem, why: str) -> Policies:
 
 
 def _dual(problem: Problem, why: str, time_limit: float | None) -> Policies:
-    rows = problem.batch_rows
+    rows, begun = problem.batch_rows, time.monotonic()
     conflicts.check_shared(problem)
     try:
         found = dual.solve(problem.values, rows, problem.mask, time_limit)
-    except highs.NoPolicy:
+    except NoPolicy:
         raise conflicts.over_batch(problem) from None
+    except TimeLimit:
+        raise
+    except SolverError as error:
+        left = None if time_limit is None else time_limit - (time.monotonic() - begun)
+        return _highs(problem, f"{why}; sifting did not converge ({error}): HiGHS on the whole LP", left)
     return _measured(problem, found.indices, found.probabilities, "dual", why, _prices(rows, found.prices), found.gap)
 
 
 def _highs(problem: Problem, why: str, time_limit: float | None) -> Policies:
     prompt, batch = problem.prompt_rows, problem.batch_rows
     v = problem.values.take(slice(None))
-    if len(prompt) == 1 and not batch:  # raises a more precise error than the LP's
-        row = prompt[0].of(slice(None))
-        _feasible_limits(row, np.broadcast_to(np.asarray(row.bound, float), (len(v),)), problem.mask, 0)
+    prices = {}
     try:
         if batch:
-            solved = highs.solve_block(v, prompt, batch, problem.mask, time_limit=time_limit)
+            reduced = surplus.reduce(prompt, batch, problem.mask, *v.shape)
+            kept = reduced.binding()
+            over = [reduced.over[k] for k in kept]
+            solved = highs.solve_block(v, reduced.usable, reduced.each, over, time_limit=time_limit)
             indices, probabilities = highs.narrow(solved.x)
-            prices = _prices(batch, solved.prices)
+            of_rows = np.zeros(len(batch))
+            of_rows[list(kept)] = solved.prices
+            prices = _prices(batch, surplus.complete(reduced, of_rows, problem.values, problem.mask))
         else:
             indices, probabilities = highs.solve_prompts(v, prompt, problem.mask, time_limit=time_limit)
-            prices = {}
-    except highs.NoPolicy as none:
+    except NoPolicy as none:
         found = None if none.prompts is None else conflicts.of_prompts(problem, none.prompts)
         raise found or conflicts.over_batch(problem) from None
-    policies = _measured(problem, indices, probabilities, "highs", why, prices, 0.0)
-    _check_rows((prompt, batch), policies)
-    return policies
+    return _measured(problem, indices, probabilities, "highs", why, prices, 0.0)
 
 
 def _measured(
@@ -220,6 +244,14 @@ def _measured(
     prices: Mapping[str, float],
     gap: float,
 ) -> Policies:
+    usable = np.ones((1, problem.values.shape[1]), bool) if problem.mask is None else problem.mask
+    for row in problem.prompt_rows:
+        if row.name == "budget":
+            rounding.within_each(indices, probabilities, row.amounts, row.bound, usable)
+    for row in problem.batch_rows:
+        if row.name == "budget":
+            rounding.within_mean(indices, probabilities, row.amounts, row.bound, usable)
+    _check_rows(problem, indices, probabilities)
     value, start = np.empty(len(indices)), 0
     for v in problem.values.chunks():
         some = slice(start, start + len(v))
@@ -230,19 +262,20 @@ def _measured(
     return Policies(indices, probabilities, value, cost, solver, why, prices, gap, mixed)
 
 
-def _check_rows(rows: tuple[Sequence[Row], Sequence[Row]], policies: Policies) -> None:
-    """Raises SolverError where HiGHS's tolerances allow a row to be exceeded by more than rounding."""
-    for kind, some in zip(("prompt", "batch"), rows, strict=True):
-        for row in some:
-            use = expected(row.amounts, policies.indices, policies.probabilities)
-            excess = (use if kind == "prompt" else use.mean()) - row.bound
-            worst = float(np.max(excess / np.maximum(np.abs(row.bound), np.finfo(float).tiny)))
-            if worst > HIGHS_SLACK:
-                raise SolverError(
-                    f"{row.stated()}: HiGHS's policy exceeds it by a factor of {1 + worst!r}: its amounts, "
-                    f"{row.amounts.min():g} to {row.amounts.max():g}, span more than its tolerances can resolve; leave out "
-                    "the most expensive models"
-                )
+def _check_rows(problem: Problem, indices: npt.NDArray[np.int32], probabilities: Float64) -> None:
+    """Raises SolverError where an LP's tolerances let a row be exceeded by more than rounding."""
+    for row in (*problem.prompt_rows, *problem.batch_rows):
+        use = expected(row.amounts, indices, probabilities)
+        over = np.atleast_1d((use if row in problem.prompt_rows else use.mean()) - row.bound)
+        scale = np.maximum(np.abs(np.broadcast_to(row.bound, over.shape)), np.finfo(float).tiny)
+        finite = np.isfinite(over)
+        worst = float(np.max(over[finite] / scale[finite], initial=0.0))
+        if worst > TOLERANCE:
+            raise SolverError(
+                f"{row.stated()}: HiGHS's policy exceeds it by a factor of {1 + worst!r}: its amounts, "
+                f"{row.amounts.min():g} to {row.amounts.max():g}, span more than its tolerances can resolve; leave out "
+                "the most expensive models"
+            )
 
 
 def _prices(rows: Sequence[Row], prices: Float64) -> dict[str, float]:

@@ -1,0 +1,155 @@
+"""One LP through HiGHS, with rows that hold to rounding.
+
+HiGHS's tolerances are absolute: 1e-9. What they leave of the rows and of the objective is solved once more, magnified
+(iterative refinement: Gleixner, Steffy and Wolter, 2016, https://doi.org/10.1287/ijoc.2016.0692).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from p2l_engine.routing.arrays import Float64
+from p2l_engine.routing.surplus import NoPolicy
+
+if TYPE_CHECKING:
+    import highspy
+
+TOLERANCE = 1e-9  # HiGHS's feasibility tolerances
+MAGNIFIED = 2.0**20  # the scale of the second solution: rows hold to TOLERANCE / MAGNIFIED
+SMALLEST = 1e-14  # a smaller variable, or excess of a row, is the solver's rounding; relative to bounds above 1
+SMALLEST_PRICE = 1e-12  # the same of a variable's reduced value
+SMALLEST_COEFFICIENT = 1e-12  # HiGHS drops smaller ones; its default is 1e-9
+
+
+class SolverError(RuntimeError):
+    """A solver stopped without an optimum. ``gap``: how far its best policy may be from it (absolute), or None."""
+
+    def __init__(self, message: str, gap: float | None = None) -> None:
+        self.gap = gap
+        super().__init__(message)
+
+
+class TimeLimit(SolverError):
+    """The time limit was reached first."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Program:
+    """Maximise objective.y over 0 <= y <= most with rows.y = right, all of order 1.
+
+    The rows are sparse: counts of entries per row, their columns and values. leeway: how far below 0 each variable may go where
+    the rows cannot be met otherwise.
+    """
+
+    objective: Float64
+    most: Float64
+    counts: npt.NDArray[np.intp]
+    columns: npt.NDArray[np.intp]
+    values: Float64
+    right: Float64
+    leeway: Float64
+
+    def solve(self, what: str, time_limit: float | None = None) -> tuple[Float64, Float64]:
+        """y and the rows' dual prices. Raises NoPolicy; SolverError, which says ``what`` was to be solved; TimeLimit."""
+        highs = solver(time_limit)
+        highs.passModel(self._model(self.objective, np.zeros(len(self.most)), self.most, self.right))
+        solution = optimum(highs, what)
+        y = np.clip(np.asarray(solution.col_value), 0.0, self.most)
+        prices = np.asarray(solution.row_dual)
+        smallest = SMALLEST * float(np.max(self.right, initial=1.0))
+        for leeway in (0.0, self.leeway):
+            left, reduced = np.asarray(self.right - self._used(y), np.float64), self._reduced(prices)
+            gain = np.maximum(np.where(y < self.most, reduced, 0.0), np.where(y > smallest, -reduced, 0.0))
+            if np.abs(left).max(initial=0.0) <= smallest and gain.max(initial=0.0) <= SMALLEST_PRICE:
+                break
+            least, most = -leeway - y, self.most - y
+            objective = MAGNIFIED * np.clip(reduced, -1.0, 1.0)
+            basis = highs.getBasis()
+            highs.passModel(self._model(objective, MAGNIFIED * least, MAGNIFIED * most, MAGNIFIED * left))
+            highs.setBasis(basis)
+            try:
+                solution = optimum(highs, what)
+            except NoPolicy:
+                if leeway is self.leeway:
+                    raise
+                continue
+            y = np.clip(y + np.asarray(solution.col_value) / MAGNIFIED, 0.0, self.most)
+            prices = prices + np.asarray(solution.row_dual) / MAGNIFIED
+            break
+        return np.where(y <= smallest, 0.0, y), prices
+
+    def _reduced(self, prices: Float64) -> Float64:
+        """The objective less what each variable uses of the rows, at these prices."""
+        spent = np.repeat(prices, self.counts) * self.values
+        return np.asarray(self.objective - np.bincount(self.columns, spent, minlength=len(self.objective)))
+
+    def _used(self, y: Float64) -> Any:
+        """rows.y, in extended precision where the machine has it."""
+        used = np.zeros(len(self.counts), np.longdouble)
+        some = self.counts > 0
+        if some.any():
+            starts = (np.cumsum(self.counts) - self.counts)[some]
+            used[some] = np.add.reduceat(self.values.astype(np.longdouble) * y[self.columns], starts)
+        return used
+
+    def _model(self, objective: Float64, least: Float64, most: Float64, right: Float64) -> highspy.HighsLp:
+        import highspy
+
+        lp = highspy.HighsLp()
+        lp.num_col_, lp.num_row_ = len(self.objective), len(self.counts)
+        lp.col_cost_, lp.sense_ = objective, highspy.ObjSense.kMaximize
+        lp.col_lower_, lp.col_upper_ = least, most
+        lp.row_lower_ = lp.row_upper_ = right
+        lp.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
+        lp.a_matrix_.start_ = np.concatenate([[0], np.cumsum(self.counts)]).astype(np.int32)
+        lp.a_matrix_.index_ = self.columns.astype(np.int32)
+        lp.a_matrix_.value_ = self.values
+        return lp
+
+
+def solver(time_limit: float | None = None) -> highspy.Highs:
+    """A silent HiGHS on one thread; ``time_limit`` in seconds."""
+    import highspy
+
+    highs = highspy.Highs()
+    highs.setOptionValue("output_flag", False)
+    highs.setOptionValue("threads", 1)
+    highs.setOptionValue("primal_feasibility_tolerance", TOLERANCE)
+    highs.setOptionValue("dual_feasibility_tolerance", TOLERANCE)
+    highs.setOptionValue("small_matrix_value", SMALLEST_COEFFICIENT)
+    if time_limit is not None:
+        highs.setOptionValue("time_limit", max(time_limit, 0.0))
+    return highs
+
+
+def optimum(highs: highspy.Highs, what: str) -> Any:
+    """HiGHS's solution. Raises NoPolicy if infeasible, SolverError for any other status but optimal."""
+    import highspy
+
+    statuses = highspy.HighsModelStatus
+    highs.run()
+    status = highs.getModelStatus()
+    # A warm start, presolve or simplex can fail on badly scaled problems: try without them before raising.
+    for option, other, usual in (("presolve", "off", "choose"), ("solver", "ipm", "choose")):
+        if status in (statuses.kOptimal, statuses.kTimeLimit, statuses.kIterationLimit):
+            break
+        if option == "solver" and status in (statuses.kInfeasible, statuses.kUnboundedOrInfeasible):
+            break
+        highs.clearSolver()
+        highs.setOptionValue(option, other)
+        highs.run()
+        highs.setOptionValue(option, usual)
+        status = highs.getModelStatus()
+    if status in (statuses.kInfeasible, statuses.kUnboundedOrInfeasible):
+        raise NoPolicy
+    if status != statuses.kOptimal:
+        info = highs.getInfo()
+        gap = abs(float(info.primal_dual_objective_error)) if info.primal_solution_status == 2 else None  # type: ignore[attr-defined]
+        reached = "no feasible policy yet" if gap is None else f"relative primal-dual gap {gap:.3g}"
+        kind = TimeLimit if status == statuses.kTimeLimit else SolverError
+        raise kind(f"{what}: HiGHS stopped with status {highs.modelStatusToString(status)!r}, {reached}", gap)
+    return highs.getSolution()
