@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from p2l_engine.checkpoint import huggingface
 from p2l_engine.checkpoint.saving import write_json, write_tensors, write_whole
 from p2l_engine.train.config import TrainConfig
 from p2l_engine.train.model import P2LModel, bare, published_tensors
@@ -41,8 +42,8 @@ def write(
         write_json(work / "training_config.json", {"model_type": decoder.config.model_type} | kept | hashes | made_of)
         if config.lora is None:
             write_tensors(work / "model.safetensors", tensors)
-            decoder.config.save_pretrained(work)
-            tokenizer.save_pretrained(work)
+            huggingface.write_config(work, decoder.config)
+            huggingface.write_tokenizer(work, tokenizer)
             return
         write_tensors(work / "adapter_model.safetensors", tensors)
         adapter = {

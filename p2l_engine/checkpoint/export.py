@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from p2l_engine import checkpoint
-from p2l_engine.checkpoint import card, fingerprint
+from p2l_engine.checkpoint import card, fingerprint, huggingface
 from p2l_engine.checkpoint.saving import write_json, write_tensors, write_whole
 from p2l_engine.errors import CheckpointError
 from p2l_engine.jsonable import from_json
@@ -43,10 +43,8 @@ def export(source: str | Path | None, target: Path, evaluation: Path | None = No
         body = {f"model.{name}": weight for name, weight in loaded.weights.items()}
         write_tensors(work / "model.safetensors", body | checkpoint.head_weights(loaded.folder))
         theirs, tokenizer = loaded.transformers()
-        theirs.save_pretrained(work)
-        config = json.loads((work / "config.json").read_text(encoding="utf-8"))
-        write_json(work / "config.json", dict(sorted((config | {"dtype": "bfloat16"}).items())))
-        tokenizer.save_pretrained(work)
+        huggingface.write_config(work, theirs)
+        huggingface.write_tokenizer(work, tokenizer)
         write_json(work / "model_list.json", list(loaded.models))
         write_json(work / "training_config.json", {"model_type": loaded.config.model_type} | training)
         (work / "README.md").write_text(readme, encoding="utf-8")

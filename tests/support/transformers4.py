@@ -1,0 +1,118 @@
+"""An environment with transformers 4, and what lmarena/p2l's code does with a published folder in it.
+
+The packages lie in a folder of their own, which comes before the tests' own packages on the path of a new process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from p2l_engine.checkpoint.smollm2 import cache_folder
+from p2l_engine.tables.atomic import write_folder
+
+PACKAGES = ("transformers==4.57.6", "tokenizers==0.22.2", "huggingface-hub==0.36.2")  # 16 MB to download
+
+# Reads a job from standard input. {"folder": ..., "prompts": ...}: theta and eta in float32, all prompts in one padded batch.
+# {"configs": [...], "positions": ...}: cosines of RoPE at the last of so many positions. Writes the answers as JSON.
+READER = """
+import json, sys
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoTokenizer, LlamaModel, LlamaPreTrainedModel, Qwen2Model, Qwen2PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+assert transformers.__version__.startswith("4.57."), transformers.__version__
+KINDS = {"llama": (LlamaPreTrainedModel, LlamaModel), "qwen2": (Qwen2PreTrainedModel, Qwen2Model)}
+
+class Head(torch.nn.Module):
+    def __init__(self, hidden, models, head_type, factor, eta_downsize):
+        super().__init__()
+        inner = int(models // factor) if factor else 0
+        first = torch.nn.Linear(hidden, inner) if factor else None
+        def last(size):
+            return torch.nn.Sequential(first, torch.nn.Linear(inner, size)) if factor else torch.nn.Linear(hidden, size)
+        self.head = last(models)
+        if head_type == "rk":
+            self.eta_head = last(1) if eta_downsize else torch.nn.Linear(hidden, 1)
+
+def coefficients(folder, prompts):
+    models = json.loads((folder / "model_list.json").read_text())
+    training = json.loads((folder / "training_config.json").read_text())
+    base, body = KINDS[training["model_type"]]
+    class Published(base):
+        def __init__(self, config):
+            super().__init__(config)
+            self.model = body(config)
+            head_config = training.get("head_config") or {}
+            factor = training.get("linear_head_downsize_factor")
+            self.head = Head(config.hidden_size, len(models), training["head_type"], factor, head_config.get("eta_downsize"))
+            self.post_init()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model, loading = Published.from_pretrained(folder, torch_dtype=torch.float32, output_loading_info=True)
+    assert not any(loading.values()), loading
+    model.eval()
+    texts = []
+    for prompt in prompts:
+        turns = [prompt] if isinstance(prompt, str) else prompt
+        messages = [{"role": "user", "content": turn} for turn in turns]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
+        texts.append(text.replace(tokenizer.cls_token, "<cls>") + tokenizer.cls_token)
+    batch = tokenizer(texts, return_tensors="pt", max_length=8192, padding="longest", truncation=True)
+    with torch.no_grad():
+        states = model.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+        at_cls = states[batch["input_ids"] == tokenizer.cls_token_id]
+        eta = model.head.eta_head(at_cls).squeeze(-1).tolist() if training["head_type"] == "rk" else None
+        theta, config = model.head.head(at_cls).tolist(), AutoConfig.from_pretrained(folder)
+        return {"theta": theta, "eta": eta, "dtype": str(config.torch_dtype)}
+
+def cosines(folder, positions):
+    rope = LlamaRotaryEmbedding(AutoConfig.from_pretrained(folder))
+    return rope(torch.ones(1), torch.arange(positions)[None])[0][0, -1].tolist()
+
+answers = []
+for job in json.load(sys.stdin):
+    folder = Path(job["folder"])
+    answers.append(cosines(folder, job["positions"]) if "positions" in job else coefficients(folder, job["prompts"]))
+json.dump(answers, open(sys.argv[1], "w"))
+"""
+
+
+def environment() -> Path:
+    """The folder of the packages, installed on first use; skips where that is impossible."""
+    ready = cache_folder() / "tests" / PACKAGES[0].replace("==", "-")
+    if not ready.is_dir():
+        install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--disable-pip-version-check", *PACKAGES]
+
+        def fill(work: Path) -> None:
+            done = subprocess.run([*install, "--target", str(work)], capture_output=True, text=True, check=False)
+            if done.returncode:
+                pytest.skip(f"{', '.join(PACKAGES)} cannot be installed: {done.stderr.strip().splitlines()[-1]}")
+
+        write_folder(ready, fill, replace=False)
+    return ready
+
+
+def run(packages: Path, jobs: list[dict[str, Any]], tmp_path: Path) -> list[Any]:
+    """The answers of READER to these jobs, computed in one process."""
+    (tmp_path / "reader.py").write_text(READER)
+    done = subprocess.run(
+        [sys.executable, "reader.py", "answers.json"],
+        cwd=tmp_path,  # not the repository's root, whose kernels/ would be taken for the package of that name
+        env=os.environ | {"PYTHONPATH": str(packages), "HF_HUB_OFFLINE": "1"},
+        input=json.dumps(jobs),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    answers: list[Any] = json.loads((tmp_path / "answers.json").read_text())
+    return answers
