@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import CONFIG_MAPPING, AutoConfig
 
 from p2l_engine import Engine, checkpoint
-from p2l_engine.checkpoint import smollm2
+from p2l_engine.checkpoint import huggingface, smollm2
 from p2l_engine.errors import CheckpointError
 from tests.support import tiny
 
@@ -62,36 +63,6 @@ def test_downsized_heads(head_type, eta_downsize, tmp_path):
         theta, eta = head.split(head(hidden, None, 0.0).numpy())
         np.testing.assert_array_equal(theta, t)
         np.testing.assert_array_equal(eta, e)
-
-
-def adapter(folder, base, lora_rank=4):
-    """A LoRA adapter folder over ``base`` in peft's file format; returns the merged weights."""
-    folder.mkdir()
-    whole = load_file(base / "model.safetensors")
-    tensors, merged = {}, dict(whole)
-    for name, weight in whole.items():
-        if name.endswith("_proj.weight") and ".1." in name:
-            down, up = torch.randn(lora_rank, weight.shape[1]) * 0.1, torch.randn(weight.shape[0], lora_rank) * 0.1
-            stem = f"base_model.model.{name.removesuffix('.weight')}"
-            tensors |= {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
-            merged[name] = weight + 2.0 * up @ down
-        elif name.startswith("head."):
-            tensors[f"base_model.model.{name}"] = weight
-    save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "adapter_model.safetensors")
-    settings = {"peft_type": "LORA", "base_model_name_or_path": str(base), "r": lora_rank, "lora_alpha": 2 * lora_rank}
-    (folder / "adapter_config.json").write_text(json.dumps(settings))
-    for name in ("model_list.json", "training_config.json"):
-        (folder / name).write_text((base / name).read_text())
-    return merged
-
-
-def test_an_adapter_is_merged(tmp_path):
-    base = tiny.write(tmp_path / "base")
-    merged = adapter(tmp_path / "adapter", base)
-    same = tiny.write(tmp_path / "merged")
-    save_file({n: t.contiguous() for n, t in merged.items()}, same / "model.safetensors")
-    np.testing.assert_allclose(theta(tmp_path / "adapter")[0], theta(same)[0], atol=1e-5)
-    assert np.abs(theta(same)[0] - theta(base)[0]).max() > 1e-3
 
 
 def change_json(file, **values):
@@ -197,31 +168,43 @@ def test_a_missing_shard_is_named(tmp_path):
         checkpoint.load(folder)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"use_dora": True}, "use_dora: expected False, found True"),
-        ({"base_model_name_or_path": "./nowhere"}, "expected a folder or a hub name"),
-        ({"r": 5}, "of rank 5"),
-        ({"r": None}, "r: expected a int, found None"),
-        ({"base_model_name_or_path": None}, "base_model_name_or_path: expected a str, found None"),
-    ],
-)
-def test_a_broken_adapter_is_named(change, message, tmp_path):
-    base = tiny.write(tmp_path / "base")
-    adapter(tmp_path / "adapter", base)
-    change_json(tmp_path / "adapter" / "adapter_config.json", **change)
-    with pytest.raises(CheckpointError, match=message):
-        checkpoint.load(tmp_path / "adapter")
+@pytest.mark.parametrize("name", ["gemma3", "llava", "qwen2_vl", "qwen2_5_omni", "clip", "paligemma", "t5", "whisper"])
+def test_models_of_several_parts_are_refused(name, tmp_path):
+    folder = tiny.write(tmp_path)
+    (folder / "config.json").write_text(json.dumps(AutoConfig.for_model(name).to_dict()))
+    with pytest.raises(CheckpointError, match=f"config.json: expected one decoder of text, found .* '{name}'"):
+        checkpoint.load(folder)
 
 
-def test_an_adapter_for_another_shape_is_named(tmp_path):
-    base = tiny.write(tmp_path / "base")
-    adapter(tmp_path / "adapter", base)
-    file = tmp_path / "adapter" / "adapter_model.safetensors"
-    change_weights(file, **{f"base_model.model.{Q.removesuffix('.weight')}.lora_A.weight": torch.zeros(4, 47)})
-    with pytest.raises(CheckpointError, match=r"lora_A.weight: expected factors of \[48, 48\]"):
-        checkpoint.load(tmp_path / "adapter")
+def test_values_of_another_type_are_refused(tmp_path):
+    folder = tiny.write(tmp_path)
+    for key, value in {"hidden_size": "48", "vocab_size": None, "num_attention_heads": [6]}.items():
+        before = (folder / "config.json").read_text()
+        (folder / "config.json").write_text(json.dumps(json.loads(before) | {key: value}))
+        with pytest.raises(CheckpointError, match="config.json: "):
+            checkpoint.load(folder)
+        (folder / "config.json").write_text(before)
+
+
+@pytest.mark.slow
+def test_every_config_of_transformers_is_read_or_refused(tmp_path):
+    read = 0
+    for name in CONFIG_MAPPING:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": name}))
+        try:
+            config = huggingface.read_config(tmp_path)
+        except CheckpointError:
+            continue
+        assert all(isinstance(getattr(config, key), int) for key in ("hidden_size", "num_hidden_layers", "vocab_size"))
+        read += 1
+    assert read > 100
+
+
+@pytest.mark.parametrize("loss_type", ["bt_tie", "rk_reparam"])
+def test_feedback_models_by_names_with_underscores(loss_type, tmp_path):
+    head = "bt" if loss_type == "bt_tie" else "rk"
+    loaded = checkpoint.load(tiny.write(tmp_path, loss_type=loss_type, head_type=head))
+    assert loaded.feedback.name == loss_type.replace("_", "-")
 
 
 def test_an_unknown_name_is_refused():

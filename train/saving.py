@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def write(
         write_tensors(work / "adapter_model.safetensors", tensors)
         adapter = {
             "peft_type": "LORA",
-            "base_model_name_or_path": config.pretrain_model_name,
+            "base_model_name_or_path": _from(folder, config.pretrain_model_name),
             "r": config.lora.r,
             "lora_alpha": config.lora.alpha,
             "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
@@ -58,3 +59,9 @@ def write(
         write_json(work / "adapter_config.json", adapter)
 
     write_whole(folder, fill)
+
+
+def _from(folder: Path, backbone: str) -> str:
+    """The backbone's name; a relative path starts at the adapter's folder, not where training ran."""
+    path = Path(backbone)
+    return os.path.relpath(path.resolve(), folder.resolve()) if path.is_dir() and not path.is_absolute() else backbone

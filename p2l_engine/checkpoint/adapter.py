@@ -2,36 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from p2l_engine.backbone.weights import joined
+from p2l_engine.checkpoint.lora import Lora
 from p2l_engine.errors import CheckpointError
 
 NEW_ROWS = "model.embed_tokens.new_rows"  # of an adapter: embeddings of tokens that its backbone does not know
 PEFT_PREFIX = "base_model.model."
+SIDES = ("lora_A", "lora_B")
 
 
-def merge(folder: Path, weights: dict[str, Tensor], update: dict[str, Tensor], lora: dict[str, Any]) -> dict[str, Tensor]:
+def merge(folder: Path, weights: dict[str, Tensor], update: dict[str, Tensor], lora: Lora) -> dict[str, Tensor]:
     """W + scale B A in float32 for every pair of LoRA factors (Hu et al. 2021; peft's file format).
 
-    weights: the backbone's; update: the tensors of the adapter in ``folder``; lora: its adapter_config.json. Weights of one
-    product lie one below the other in the result. Raises CheckpointError for what is not supported or does not fit.
+    weights: the backbone's; update: the tensors of the adapter in ``folder``. Weights of one product lie one below the other in
+    the result. Raises CheckpointError for tensors that are not supported, that do not fit or that are missing.
     """
-    name = folder / "adapter_config.json"
-    wanted = {"peft_type": "LORA", "bias": "none", "use_dora": False, "use_rslora": False, "fan_in_fan_out": False}
-    for key, value in wanted.items():
-        if lora.get(key, value) != value:
-            raise CheckpointError(f"{name}: {key}: expected {value!r}, found {lora[key]!r}: not supported")
-    for key in ("rank_pattern", "alpha_pattern"):
-        if lora.get(key):
-            raise CheckpointError(f"{name}: {key}: expected none, found {lora[key]!r}: not supported")
-    rank = int(field(name, lora, "r", int))
-    scale = float(field(name, lora, "lora_alpha", int | float)) / rank
-    factors = _factors(folder, weights, update, rank)
+    factors = _factors(folder, weights, update, lora)
     merged = dict(weights)
     if NEW_ROWS in update:
         table, new = weights["embed_tokens.weight"], update[NEW_ROWS]
@@ -45,37 +37,60 @@ def merge(folder: Path, weights: dict[str, Tensor], update: dict[str, Tensor], l
         for target, part in zip(names, out.split(rows), strict=True):
             up, down = factors[target]
             torch.mm(up.float(), down.float(), out=product.resize_(0))
-            merged[target] = part.copy_(weights[target]).add_(product.mul_(scale))
+            merged[target] = part.copy_(weights[target]).add_(product.mul_(lora.scale_of(target.removesuffix(".weight"))))
     return merged
 
 
 def _factors(
-    folder: Path, weights: dict[str, Tensor], update: dict[str, Tensor], rank: int
+    folder: Path, weights: dict[str, Tensor], update: dict[str, Tensor], lora: Lora
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """LoRA's B and A for each weight that they change. Raises CheckpointError."""
-    factors = {}
-    for key, down in update.items():
-        if key.startswith("head.") or key == NEW_ROWS:
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in update.items():
+        side = next((side for side in SIDES if key.endswith(f".{side}.weight")), None)
+        if key == NEW_ROWS or (key.startswith("head.") and ".lora_" not in key):
             continue
-        if not key.endswith(".lora_A.weight"):
-            if not key.endswith(".lora_B.weight"):
-                raise CheckpointError(f"{folder}: adapter_model.safetensors: key {key} is neither LoRA nor head")
-            continue
-        target = key.removeprefix("model.").removesuffix(".lora_A.weight") + ".weight"
-        up = update.get(key.replace(".lora_A.", ".lora_B."))
-        if target not in weights or up is None:
-            raise CheckpointError(f"{folder}: adapter key {key}: found no {'lora_B' if up is None else target} for it")
-        if (up.shape[0], down.shape[1]) != tuple(weights[target].shape) or not up.shape[1] == down.shape[0] == rank:
+        if side is None:
+            raise CheckpointError(f"{folder}: adapter_model.safetensors: key {key} is neither LoRA nor head")
+        module = key.removeprefix("model.").removesuffix(f".{side}.weight")
+        if f"{module}.weight" not in weights:
+            raise CheckpointError(f"{folder}: adapter key {key}: found no {module}.weight in the backbone for it")
+        if side in found.setdefault(module, {}):
             raise CheckpointError(
-                f"{folder}: adapter key {key}: expected factors of {list(weights[target].shape)} of rank {rank}, "
+                f"{folder}: adapter key {key}: expected it once, found it with the prefix 'model.' and without"
+            )
+        found[module][side] = tensor
+    _check_targets(folder, weights, found, lora)
+    factors = {}
+    for module, of in found.items():
+        missing = [side for side in SIDES if side not in of]
+        if missing:
+            raise CheckpointError(f"{folder}: adapter: {module}: found no {missing[0]} for it")
+        down, up = (of[side] for side in SIDES)
+        weight, rank = weights[f"{module}.weight"], lora.rank_of(module)
+        expected = [rank, weight.shape[-1]], [weight.shape[0], rank]
+        if weight.ndim != 2 or [list(down.shape), list(up.shape)] != list(expected):
+            raise CheckpointError(
+                f"{folder}: adapter key {module}.lora_A.weight: expected factors of {list(weight.shape)} of rank {rank}, "
                 f"found {list(up.shape)} x {list(down.shape)}"
             )
-        factors[target] = (up, down)
+        factors[f"{module}.weight"] = (up, down)
     return factors
 
 
-def field(path: Path, values: dict[str, Any], key: str, kind: Any) -> Any:
-    value = values.get(key)
-    if not isinstance(value, kind) or isinstance(value, bool) or not value:
-        raise CheckpointError(f"{path}: {key}: expected a {getattr(kind, '__name__', 'number')}, found {value!r}")
-    return value
+def _check_targets(folder: Path, weights: Mapping[str, Tensor], found: Collection[str], lora: Lora) -> None:
+    """Checks that the adapter has factors for the modules that its settings name, and for no other."""
+    linear = (name.removesuffix(".weight") for name, weight in weights.items() if weight.ndim == 2 and "emb" not in name)
+    targets = lora.targets(linear)
+    lost = sorted((targets or set()) - set(found))
+    other = sorted(set(found) - targets) if targets is not None else []
+    if lost or not found:
+        which = f"none for {lost[0]} ({len(lost)} such)" if lost else "none"
+        raise CheckpointError(
+            f"{folder}: adapter_model.safetensors: expected factors for every target module, found {which}: were they gathered "
+            "from all processes when it was saved?"
+        )
+    if other:
+        raise CheckpointError(
+            f"{folder}: adapter: {other[0]} has factors ({len(other)} such), but target_modules leaves it out"
+        )

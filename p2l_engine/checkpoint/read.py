@@ -23,8 +23,9 @@ from p2l_engine.backbone.families import DecoderConfig
 from p2l_engine.backbone.head import Head
 from p2l_engine.backbone.rope import UnsupportedConfig
 from p2l_engine.checkpoint import smollm2
-from p2l_engine.checkpoint.adapter import NEW_ROWS, PEFT_PREFIX, field, merge
+from p2l_engine.checkpoint.adapter import NEW_ROWS, PEFT_PREFIX, merge
 from p2l_engine.checkpoint.files import read_json, read_tensors, read_weights
+from p2l_engine.checkpoint.lora import Lora, field
 from p2l_engine.checkpoint.tokenizer import NeedsTransformers, read_fast_tokenizer
 from p2l_engine.errors import CheckpointError
 from p2l_engine.feedback import NAMES, FeedbackModel, feedback_model
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEFAULT = Path(__file__).parent.parent / "default"
+HEADS = ("lm_head.", "head.")  # weights that are none of the bare decoder's
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +69,9 @@ def load(path_or_repo: str | Path | None = None) -> Checkpoint:
     feedback = _feedback(folder, training)
     adapter = folder / "adapter_config.json"
     if adapter.is_file():
-        lora = read_json(adapter, dict)
-        base = find(str(field(adapter, lora, "base_model_name_or_path", str)))
+        settings = read_json(adapter, dict)
+        base = _base(folder, field(adapter, settings, "base_model_name_or_path", str))
+        lora = Lora.read(adapter, settings)
         weights = decoder_weights(base)
         update = {n.removeprefix(PEFT_PREFIX): w for n, w in read_tensors(folder / "adapter_model.safetensors").items()}
         weights = merge(folder, weights, update, lora)
@@ -172,9 +175,15 @@ def find(path_or_repo: str | Path) -> Path:
         raise CheckpointError(f"checkpoint: {name!r} is no local folder, and the hub did not provide it: {first}") from error
 
 
+def _base(folder: Path, name: str) -> Path:
+    """The backbone that the adapter in ``folder`` names: a relative path starts there, else where the process runs."""
+    beside = folder / Path(name).expanduser()
+    return beside if beside.is_dir() else find(name)
+
+
 def decoder_weights(folder: Path) -> dict[str, Tensor]:
     """The bare decoder's weights of a folder that holds a decoder, a language model or a P2L checkpoint."""
-    return {n.removeprefix("model."): w for n, w in read_weights(folder).items() if not n.startswith(("lm_head.", "head."))}
+    return {n.removeprefix("model."): w for n, w in read_weights(folder).items() if not n.startswith(HEADS)}
 
 
 def head_weights(folder: Path) -> dict[str, Tensor]:
@@ -196,13 +205,14 @@ def _models(folder: Path) -> tuple[str, ...]:
 
 def _feedback(folder: Path, training: dict[str, Any]) -> FeedbackModel:
     loss, head = training.get("loss_type"), training.get("head_type")
-    if loss not in NAMES:
+    try:
+        feedback = feedback_model(str(loss))
+    except ValueError:
         raise CheckpointError(
             f"{folder / 'training_config.json'}: loss_type: expected one of {', '.join(NAMES)}, found {loss!r}"
-        )
+        ) from None
     if head not in ("bt", "rk"):
         raise CheckpointError(f"{folder / 'training_config.json'}: head_type: expected 'bt' or 'rk', found {head!r}")
-    feedback = feedback_model(loss)
     if feedback.has_eta and head == "bt":
         raise CheckpointError(
             f"{folder / 'training_config.json'}: loss_type {loss!r} needs a tie parameter, but head_type 'bt' has none"

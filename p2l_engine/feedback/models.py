@@ -131,8 +131,9 @@ NAMES = tuple(_BY_NAME)
 
 
 def feedback_model(name: str) -> FeedbackModel:
-    """The feedback model called bt, bt-tie, rk, rk-reparam, grk, bag (= grk), ols or poisson; ValueError for another name."""
+    """The feedback model called bt, bt-tie (bt_tie in some published configs), rk, rk-reparam, grk, bag (= grk), ols or
+    poisson; ValueError for another name."""
     try:
-        return _BY_NAME[name]
+        return _BY_NAME[name.replace("_", "-")]
     except KeyError:
         raise ValueError(f"feedback model: expected one of {', '.join(NAMES)}, got {name!r}") from None
