@@ -184,6 +184,14 @@ def test_a_missing_module_belongs_to_extras(module, found, requirements):
     [
         ("pyarrow", "p2l_engine.tables p2l_engine.cli.prompts", "leaderboard --prompts p.csv", "'batch' or 'ray' or 'train'"),
         ("matplotlib", "matplotlib.figure p2l_engine.cli.plots", "leaderboard hello --plot p.png", "'cli'"),
+        ("matplotlib", "matplotlib.figure p2l_engine.cli.plots", "frontier p.csv --plot p.png", "'cli'"),
+        ("matplotlib", "matplotlib.figure p2l_engine.evaluation.plots", "strengths p.csv --plot p.png", "'cli'"),
+        (
+            "matplotlib",
+            "matplotlib.figure p2l_engine.evaluation.plots p2l_engine.evaluation.html",
+            "eval --html p.html",
+            "'cli'",
+        ),
         ("pydantic", "p2l_engine.train.config", "train --config p.yaml", "'train'"),
         ("ray", "p2l_engine.batch.ray", "batch p.csv -o out --ray local", "'ray'"),
         ("typer", "p2l_engine.cli.app", "info", "'cli'"),
@@ -198,6 +206,8 @@ def test_a_missing_package_is_named_with_its_extra(package, importers, command, 
             monkeypatch.setattr(sys.modules[parent], last, sys.modules[name])
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
+    if package == "matplotlib":  # before the work is done
+        monkeypatch.setattr("p2l_engine.engine.Engine.from_pretrained", lambda *_: pytest.fail("the engine is loaded"))
     found = p2l_engine(*command.split(), *(() if "train" in command else ("--checkpoint", checkpoint)))
     assert found.status == 2
     assert f"this command needs the extra {extra}" in found.message

@@ -82,7 +82,6 @@ def evaluate(
     from p2l_engine.catalog import Catalog
     from p2l_engine.checkpoint.card import write as write_card
     from p2l_engine.cli.figures import show
-    from p2l_engine.evaluation import html as pages
     from p2l_engine.evaluation import report as reports
     from p2l_engine.evaluation import sources
     from p2l_engine.jsonable import to_json
@@ -91,6 +90,8 @@ def evaluate(
         raise typer.BadParameter(f"expected held-out or validation, got {part!r}", param_hint="--part")
     check_writable(html, "--html")
     check_writable(as_json, "--json")
+    if html:  # now: a missing package must not fail a command whose work is done
+        from p2l_engine.evaluation import html as pages
     engine = load_engine(checkpoint, device, dtype)
     swaps = swaps_of(replace, engine.models)
     check_model(reference, engine.models, "--reference")

@@ -55,6 +55,8 @@ def frontier(
     from p2l_engine.tables.storage import shown
 
     check_writable(plot, "--plot", PLOTS)
+    if plot is not None:  # now: a missing package must not fail a command whose work is done
+        from p2l_engine.cli.plots import frontier as draw
     batch = read_prompts(None, file, column)
     router = load_router(load_engine(checkpoint, device, dtype), catalog, leave_out)
     with progress(len(batch)) as advance:
@@ -72,8 +74,6 @@ def frontier(
     left_out = cut(len(best), len(singles))
     unit = router.catalog.unit
     if plot is not None:
-        from p2l_engine.cli.plots import frontier as draw
-
         title = f"{len(batch)} prompts of {PurePath(shown(file)).name}{left_out.replace('models', 'models named')}"
         draw(curve, v, router.costs, router.names, unit, title, plot, best)
         note(f"wrote {plot}")

@@ -58,6 +58,8 @@ def leaderboard(
     from p2l_engine.prompts.parse import user_turns
 
     check_writable(plot, "--plot", PLOTS)
+    if plot is not None:  # now: a missing package must not fail a command whose work is done
+        from p2l_engine.cli.plots import leaderboard as draw
     if prompts is not None:
         if prompt is not None or file is not None:
             raise typer.BadParameter("give one prompt or a file of prompts, not both", param_hint="--prompts")
@@ -81,8 +83,6 @@ def leaderboard(
     shown = board.standings[: limit(top, all_models)]
     left_out = cut(len(shown), len(board))
     if plot is not None:
-        from p2l_engine.cli.plots import leaderboard as draw
-
         draw(shown, short(title, 100) + left_out, plot)
         note(f"wrote {plot}")
     if as_json:

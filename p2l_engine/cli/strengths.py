@@ -63,14 +63,15 @@ def strengths(
     """Show what each model is good at, by category of prompts, and what changes when one model replaces another."""
     from p2l_engine.cli.figures import show_replacements, show_strengths
     from p2l_engine.cli.prompts import CATEGORY, PromptFile
-    from p2l_engine.evaluation import html as pages
-    from p2l_engine.evaluation import plots
     from p2l_engine.evaluation.report import ReportOptions, survey
     from p2l_engine.jsonable import to_json
 
     check_writable(plot, "--plot", PLOTS)
     check_writable(html, "--html")
     check_writable(as_json, "--json")
+    if plot or html:  # now: a missing package must not fail a command whose work is done
+        from p2l_engine.evaluation import html as pages
+        from p2l_engine.evaluation import plots
     given = PromptFile.read(file, column)
     categories, weights = given.categories(), given.weights()
     if cluster and categories is not None:
