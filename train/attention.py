@@ -1,4 +1,4 @@
-"""Attention within each prompt of a packed batch, for every architecture of transformers whose attention can be replaced."""
+"""Causal attention within each prompt of a packed batch, for decoders of transformers that have no other (``mixing.packs``)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from transformers import AttentionInterface
 from p2l_engine.backbone.packing import Packed
 
 NAME = "p2l_packed"
+IGNORED = ("position_ids", "is_causal")  # arguments of attention that are used before it, or checked
 
 
 def register() -> str:
@@ -29,21 +30,26 @@ def packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     packed: Packed | None = None,
-    **_: Any,
+    sliding_window: int | None = None,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [1, heads, T, size] -> [1, T, heads, size].
 
     In half precision on CUDA one call of torch.nn.attention.varlen, else one call of torch's fused attention for each run of
-    prompts of one length.
+    prompts of one length. Raises ValueError for what it does not compute: masks, windows within a prompt, attention to both
+    sides, and any other term (soft caps, sinks, biases).
     """
     if packed is None:
         raise ValueError("packed: expected the batch that the tokens come from, got None")
-    window = getattr(module, "sliding_window", None)
-    if window is not None and max(packed.lengths) > window:
-        raise ValueError(
-            f"max_length: expected at most the architecture's sliding window of {window} tokens, got a prompt of "
-            f"{max(packed.lengths)}"
-        )
+    terms = [name for name, value in others.items() if name not in IGNORED and value is not None and value is not False]
+    if attention_mask is not None:
+        terms.append("attention_mask")
+    if getattr(module, "is_causal", True) is False or others.get("is_causal") is False:
+        terms.append("attention to both sides")
+    if sliding_window is not None and packed.longest_own > sliding_window:
+        terms.append(f"a sliding window of {sliding_window} tokens for a prompt of {packed.longest_own}")
+    if terms:
+        raise ValueError(f"packed attention: expected plain causal attention, got {', '.join(terms)}")
     query, key = query.to(value.dtype), key.to(value.dtype)  # rotary tables may be wider
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         return _varlen(query, key, value, packed, scaling), None

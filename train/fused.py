@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from p2l_engine.backbone.families import FAMILIES
+from p2l_engine.backbone.families import DecoderConfig
 from p2l_engine.backbone.packing import Run
+from p2l_engine.backbone.rope import UnsupportedConfig
 from p2l_engine.native import decoder
 
 PROBABILITIES = 1 << 24  # of attention that are computed at once
@@ -168,13 +169,19 @@ def fuse(decoder: Any, dtype: torch.dtype) -> None:
         layer.fused_dtype = dtype
 
 
+def unfuse(decoder: Any) -> None:
+    """Undoes ``fuse``."""
+    for layer in decoder.layers:
+        del layer.forward, layer.fused_dtype
+
+
 def fusible(config: Any) -> bool:
-    """Whether the layers of a decoder with this transformers config can be fused."""
-    return (
-        config.model_type in FAMILIES  # all of them have Llama's layers
-        and config.hidden_act == "silu"
-        and not (getattr(config, "mlp_bias", False) or getattr(config, "use_sliding_window", False))
-    )
+    """Whether the layers of a decoder with this transformers config can be fused: those that inference packs, without biases in
+    the MLP."""
+    try:
+        return not DecoderConfig.read(config.to_dict()).mlp_bias
+    except UnsupportedConfig:
+        return False
 
 
 def layout_of(decoder: Any, positions: Tensor, runs: Sequence[Run]) -> Layout:

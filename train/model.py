@@ -12,15 +12,20 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedTokenizerBase
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from p2l_engine import checkpoint
+from p2l_engine.backbone import mixing
 from p2l_engine.backbone.packing import Packed
+from p2l_engine.backbone.unpacked import positions
 from p2l_engine.checkpoint import huggingface
 from p2l_engine.checkpoint.adapter import NEW_ROWS, PEFT_PREFIX
 from p2l_engine.engine import cpu
 from p2l_engine.feedback import feedback_model
-from p2l_engine.train import attention, fused
+from p2l_engine.train import fused
+from p2l_engine.train.agreement import Alone
 from p2l_engine.train.config import TrainConfig
+from p2l_engine.train.forward import Forward, Way
 
 logger = logging.getLogger(__name__)
 
@@ -63,19 +68,21 @@ def _wide(head: nn.Module, hidden: Tensor) -> Tensor:
 
 
 class P2LModel(nn.Module):
-    """``model`` (bare decoder) and ``head``, named as in published checkpoints; ``grown``: new rows of its embedding."""
+    """``model`` (bare decoder) and ``head``, named as in published checkpoints; ``hidden``: how the decoder computes a batch;
+    ``grown``: new rows of its embedding; ``context``: the tokens that it computes at most, None for any number."""
 
     def __init__(
         self,
         decoder: nn.Module,
         head: CoefficientHead,
+        hidden: Forward,
         loss_type: str,
         grown: int = 0,
-        fuse: bool = False,
         dropout: float = 0.0,
+        context: int | None = None,
     ) -> None:
         super().__init__()
-        self.model, self.head, self.grown, self.fused = decoder, head, grown, fuse
+        self.model, self.head, self.hidden, self.grown, self.context = decoder, head, hidden, grown, context
         self.feedback = feedback_model(loss_type)
         self.dropout = nn.Dropout(dropout)
 
@@ -89,12 +96,9 @@ class P2LModel(nn.Module):
     ) -> dict[str, Tensor]:
         """theta [N, M] and eta [N] of packed prompts; with votes (see ``batches.collate``) also ``loss``, the weighted sum of
         their negative log-likelihoods. One forward serves all votes of a prompt."""
-        positions = packed.positions.long()
-        kept = {"layout": fused.layout_of(bare(self.model), positions, packed.runs())} if self.fused else {"packed": packed}
-        ids = packed.tokens.long()[None]
-        hidden = self.model(input_ids=ids, position_ids=positions[None], use_cache=False, **kept).last_hidden_state
+        hidden = self.hidden(self.model, packed)
         with torch.autocast(hidden.device.type, enabled=False):
-            theta, eta = self.head(self.dropout(hidden[0].index_select(0, packed.last.long()).float()))
+            theta, eta = self.head(self.dropout(hidden.float()))
             outputs = {"theta": theta} | ({} if eta is None else {"eta": eta})
             if pairs is None or outcome is None or weight is None:
                 return outputs
@@ -123,7 +127,11 @@ def build(config: TrainConfig, n_models: int, fuse: bool = True) -> tuple[P2LMod
     computed = dtype_of(config)
     # Trained weights stay float32, whatever the products' dtype.
     dtype = computed if frozen else torch.float32
-    decoder = AutoModel.from_pretrained(folder, dtype=dtype, attn_implementation=attention.register(), trust_remote_code=False)
+    implementation = mixing.attention(huggingface.read_config(folder))
+    decoder = AutoModel.from_pretrained(folder, dtype=dtype, attn_implementation=implementation, trust_remote_code=False)
+    sharded = is_deepspeed_zero3_enabled()  # its weights are not here: nothing can be computed yet
+    context = None if sharded else positions(decoder)
+    alone = None if sharded else Alone(decoder, context)
     grown = len(tokenizer) - int(decoder.config.vocab_size)
     if grown > 0:
         # New tokens start as the end-of-sequence token, whose hidden state already summarises a whole turn.
@@ -131,7 +139,7 @@ def build(config: TrainConfig, n_models: int, fuse: bool = True) -> tuple[P2LMod
         table = decoder.get_input_embeddings().weight
         with torch.no_grad():
             table[-grown:] = table[int(tokenizer.eos_token_id)]
-    hidden = int(decoder.config.hidden_size)
+    width = int(decoder.config.hidden_size)
     if config.lora is not None:
         layers = range(config.lora.first_layer, int(decoder.config.num_hidden_layers))
         if not layers:
@@ -146,18 +154,28 @@ def build(config: TrainConfig, n_models: int, fuse: bool = True) -> tuple[P2LMod
     plain = bare(decoder)
     # The fused layers do not implement LoRA's dropout.
     fuse = fuse and not torch.cuda.is_available() and fused.fusible(plain.config) and not (config.lora and config.lora.dropout)
-    if fuse:
-        fused.fuse(plain, computed)
-    logger.info(
-        "backbone: %s, %s, %s layers", plain.config.model_type, str(computed).removeprefix("torch."),
-        "fused" if fuse else "transformers'",
-    )  # fmt: skip
+    ways: list[Way] = ["fused"] if fuse else []
+    ways += ["packed"] if mixing.packs(plain.config) else []
+    ways += ["padded"] if mixing.pads(plain.config) else []
+    if not (sharded or config.fsdp):  # a layer's weights are gathered equally often in all processes
+        ways.append("by length")
+    if not ways:
+        raise ValueError(
+            f"fsdp, deepspeed: {plain.config.model_type} is trained with prompts of one length at a time, which sharded "
+            "weights do not allow: leave them out"
+        )
+    if alone is None:
+        hidden = Forward(plain, ways[0], plain.config._attn_implementation)
+        logger.warning("backbone: weights that are sharded as they are read are not compared with what inference computes")
+    else:
+        hidden = alone.agreeing(decoder, plain, ways, computed if fuse else dtype)
+    logger.info("backbone: %s, %s, %s", plain.config.model_type, str(computed).removeprefix("torch."), hidden.way)
     if config.gradient_checkpointing:
         # Newer transformers call it the first, older ones the second.
         enable = getattr(plain, "activation_checkpointing_enable", None) or plain.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    head = CoefficientHead(hidden, n_models, config)
-    return P2LModel(decoder, head, config.loss_type, max(grown, 0), fuse, config.head_dropout), tokenizer
+    head = CoefficientHead(width, n_models, config)
+    return P2LModel(decoder, head, hidden, config.loss_type, max(grown, 0), config.head_dropout, context), tokenizer
 
 
 def dtype_of(config: TrainConfig) -> torch.dtype:

@@ -14,9 +14,10 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file
-from transformers import PretrainedConfig, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations.integration_utils import TensorBoardCallback
 
+from p2l_engine.backbone import mixing
 from p2l_engine.checkpoint.saving import replaceable
 from p2l_engine.prompts.encode import PromptEncoder
 from p2l_engine.prompts.tokenizer import TransformersTokenizer
@@ -75,7 +76,10 @@ def train(config: TrainConfig, max_steps: int = -1, if_present: IfPresent = "ref
     if truncated:
         logger.warning("%s prompts reach max_length = %d tokens: truncated from the left", f"{truncated:,}", config.max_length)
     validation_set = None if validation is None else PromptVotes(validation, encoder)
-    _check_context(bare(model.model).config, [dataset, *([] if validation_set is None else [validation_set])])
+    _check_context(
+        model.context or mixing.context(bare(model.model).config),
+        [dataset, *([] if validation_set is None else [validation_set])],
+    )
     logs = _tensorboard(config, folder, if_present, process.is_main_process)
     trainer = VoteTrainer(
         model=model,
@@ -107,8 +111,7 @@ def train(config: TrainConfig, max_steps: int = -1, if_present: IfPresent = "ref
     return folder
 
 
-def _check_context(config: PretrainedConfig, datasets: Sequence[PromptVotes]) -> None:
-    context = getattr(config, "max_position_embeddings", None)
+def _check_context(context: int | None, datasets: Sequence[PromptVotes]) -> None:
     too_long = sum(len(ids) > context for dataset in datasets for ids in dataset.ids) if context else 0
     if too_long:
         raise ValueError(

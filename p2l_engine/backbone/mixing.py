@@ -43,6 +43,16 @@ def window(config: PretrainedConfig) -> float:
     return float("inf") if found is None else int(found)
 
 
+def context(config: PretrainedConfig) -> int | None:
+    """The tokens that a decoder was made for; None where its config does not say. Those with tables of positions, see
+    ``unpacked.positions``, compute no more."""
+    values = config.to_dict()
+    found = values.get(config.attribute_map.get("max_position_embeddings", "max_position_embeddings")) or values.get(
+        "max_seq_len"
+    )
+    return None if found is None else int(found)
+
+
 def attention(config: PretrainedConfig) -> str | None:
     """The implementation of attention to ask transformers for; None: its own choice, where the tests compare it with eager."""
     return None if pads(config) else "eager"

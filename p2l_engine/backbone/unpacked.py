@@ -112,13 +112,11 @@ def positions(model: Any) -> int | None:
         raise CheckpointError(
             f"config.json: expected a decoder that token ids alone run, got model_type {model.config.model_type!r}: {error}"
         ) from error
-    config = model.config.to_dict()
-    name = model.config.attribute_map.get("max_position_embeddings", "max_position_embeddings")
-    most = config.get(name) or config.get("max_seq_len")
-    if not most or config.get("rope_parameters"):
+    most = mixing.context(model.config)
+    if most is None or getattr(model.config, "rope_parameters", None):
         return None
     if most > MAX_TOKENS:  # no prompt is as long
-        return int(most)
+        return most
     found = next((tokens for tokens in range(most + 1, most - 3, -1) if _computes(model, tokens)), None)
     if found is None:  # far fewer than the config says
         return bisect_left(range(2, most), True, key=lambda tokens: not _computes(model, tokens)) + 1
