@@ -202,8 +202,8 @@ def test_a_missing_package_is_named_with_its_extra(package, importers, command, 
     Path("p.csv").write_text("prompt\nhello\n")
     for name in [name for name in sys.modules if name.startswith(tuple(importers.split()))]:
         parent, _, last = name.rpartition(".")
-        if hasattr(sys.modules.get(parent), last):  # importing it again sets this: restored with the module
-            monkeypatch.setattr(sys.modules[parent], last, sys.modules[name])
+        if hasattr(sys.modules.get(parent), last):  # "from parent import last" would find it here
+            monkeypatch.delattr(sys.modules[parent], last)
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
     if package == "matplotlib":  # before the work is done
