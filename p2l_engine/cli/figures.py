@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from p2l_engine.cli.table import LEAST, flat, print_table, shortened
+from p2l_engine.cli.inputs import flat
+from p2l_engine.cli.table import LEAST, print_table, shortened
 from p2l_engine.cli.top import cut
 from p2l_engine.reports import (
     BaseReport,

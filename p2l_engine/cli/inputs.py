@@ -158,7 +158,12 @@ def shares_of(given: list[str] | None, option: str) -> Shares:
     return {name: share for name, share in numbers_of(given, option).items()}
 
 
+def flat(text: str) -> str:
+    """The text on one line."""
+    return " ".join(text.split())
+
+
 def short(text: str, width: int) -> str:
     """The text on one line, cut to ``width`` characters."""
-    flat = " ".join(text.split())
-    return flat if len(flat) <= width else flat[: width - 1] + "…"
+    text = flat(text)
+    return text if len(text) <= width else text[: width - 1] + "…"

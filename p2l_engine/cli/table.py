@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from p2l_engine.cli.inputs import flat
+
 LEAST = 23  # characters of a name: two of them, three numbers and the space between fit 80 columns
 NAMES = ("model", "category", "best model", "one model for all")  # headings of columns of names
 
@@ -31,11 +33,6 @@ def shortened(name: str, width: int) -> str:
     """A name on one line of at most ``width`` characters: its middle is left out, as versions and sizes are at the end."""
     name, half = flat(name), width // 2
     return name if len(name) <= width else f"{name[:half]}…{name[half + 1 - width :]}"
-
-
-def flat(text: str) -> str:
-    """The text on one line."""
-    return " ".join(text.split())
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int, dense: bool) -> Table:
