@@ -34,6 +34,12 @@ def sums_of(c, **options):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_one_model_cannot_be_compared(name):
+    with pytest.raises(ValueError, match=r"models: expected at least two, which votes can compare, got \['m0'\]"):
+        Leaderboard.over(coefficients(name, 6, 1), bootstrap=3)
+
+
+@pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10**6), m=st.integers(2, 9), spread=st.sampled_from([0.1, 1.0, 10.0, 50.0, 200.0, 400.0]))
 def test_probabilities_are_the_feedback_models(name, seed, m, spread):

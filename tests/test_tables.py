@@ -162,6 +162,7 @@ odd_text = st.one_of(
     st.sampled_from(
         ["", " ", "NA", "null", "nan", "007", "1e3", "true", "[]", "[1]", '["a", 1]', '["a"', "2024-01-01", "\x1c"]
     ),
+    st.lists(st.none() | st.text("a1", max_size=2), min_size=1, max_size=3).map(json.dumps),
 )
 
 
@@ -171,8 +172,8 @@ def oracle(text):
         found = json.loads(text) if text.startswith("[") else text
     except ValueError:
         return (text,)
-    if isinstance(found, list) and all(isinstance(turn, str) for turn in found):
-        return tuple(found) or None
+    if isinstance(found, list) and all(isinstance(turn, str | None) for turn in found):
+        return None if not found or None in found else tuple(found)
     return (text,)
 
 

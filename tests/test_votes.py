@@ -70,6 +70,9 @@ def test_votes_are_grouped_by_prompt(kind, tmp_path):
         (("[]", "x", "y", "tie"), "prompt: expected at least one user turn"),
         (("  \n", "x", "y", "tie"), "prompt: empty"),
         ((None, "x", "y", "tie"), "prompt: expected a prompt, got nothing"),
+        (('["hi", null]', "x", "y", "tie"), "prompt: message 1: expected a user turn of type str, or a message, got NoneType"),
+        (("[null]", "x", "y", "tie"), "prompt: message 0: expected a user turn"),
+        (('[null, {"role": "user", "content": "hi"}]', "x", "y", "tie"), "prompt: message 0: expected a user turn"),
     ],
 )
 def test_rows_that_cannot_be_used_are_counted_by_reason(row, reason, tmp_path):
@@ -122,6 +125,86 @@ def test_soft_preferences_become_weighted_votes(column, first, tmp_path):
     assert votes.weight.tolist() == [0.75, 0.25, 1.0]
     with pytest.raises(ValueError, match=r"preference: expected a probability in \[0, 1\] .the first is row 0: got 1.5"):
         read(parquet(tmp_path / "w.parquet", [("p", "x", "y", 1.5)], (*NAMES[:3], column)))
+
+
+@pytest.mark.parametrize("ending", [".csv", ".jsonl", ".parquet"])
+def test_votes_of_one_column_for_each_outcome(ending, tmp_path):
+    """As in Kaggle's data of Chatbot Arena, whose prompts are JSON."""
+    path, one_hot = tmp_path / f"v{ending}", ("winner_model_a", "winner_model_b", "winner_tie")
+    rows = [('["p1"]', "x", "y", 1, 0, 0), ('["p1"]', "y", "z", 0, 1, 0), ('["p2", "more"]', "x", "z", 0, 0, 1)]
+    given = table(rows, (*NAMES[:3], *one_hot))
+    if ending == ".parquet":
+        pq.write_table(given, path)
+    elif ending == ".csv":
+        pa.csv.write_csv(given, path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in given.to_pylist()))
+    votes, dropped = read(str(path))
+    assert votes.prompts == (("p1",), ("p2", "more"))
+    assert votes.outcome.tolist() == [Outcome.A, Outcome.B, Outcome.TIE]
+    assert not len(dropped)
+    assert read(str(path), feedback=feedback_model("bt"))[1].ties == 1
+
+
+FLAGS = [(0, 0), (1, 1), (0.0, 0), (1.0, 1), ("0", 0), ("1", 1), (False, 0), (True, 1), ("True", 1), ("false", 0)]
+NO_FLAGS = [(cell, None) for cell in (None, 2, 0.5, "x", "", [1])]
+
+
+@given(rows=st.lists(st.tuples(*[st.sampled_from(FLAGS * 3 + NO_FLAGS)] * 3), min_size=1, max_size=20))
+def test_only_a_1_beside_two_0_is_a_vote(rows, tmp_path):
+    names = ("winner_model_a", "winner_model_b", "winner_tie")
+    lines = [
+        {"prompt": f"{i}", "model_a": "x", "model_b": "y"} | {name: cell for name, (cell, _) in zip(names, row, strict=True)}
+        for i, row in enumerate(rows)
+    ]
+    path = tmp_path / "v.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = [[flag for _, flag in row] for row in rows]
+    expected = {(f"{i}",): of.index(1) for i, of in enumerate(flags) if sorted(of, key=str) == [0, 0, 1]}
+    if not expected:
+        with pytest.raises(ValueError, match="winner_model_a, winner_model_b, winner_tie: expected a 1 and two 0"):
+            read(str(path))
+        return
+    votes, dropped = read(str(path), max_dropped=1)
+    assert dict(zip(votes.prompts, votes.outcome.tolist(), strict=True)) == expected
+    assert len(dropped) == len(rows) - len(expected)
+
+
+def test_a_column_of_the_three_that_is_missing_is_named(tmp_path):
+    path = parquet(tmp_path / "v.parquet", [("p", "x", "y", 1)], (*NAMES[:3], "winner_model_a"))
+    with pytest.raises(ValueError, match="expected the columns winner_model_b, winner_tie; got"):
+        read(path)
+    path = parquet(tmp_path / "v.parquet", ROWS, winner_model_a=[1] * 4, winner_model_b=[0] * 4, winner_tie=[0] * 4)
+    assert Outcome.TIE in read(path)[0].outcome  # the column winner comes first
+
+
+def test_the_votes_of_fastchats_logs(tmp_path):
+    winners = {"leftvote": Outcome.A, "rightvote": Outcome.B, "tievote": Outcome.TIE, "bothbad_vote": Outcome.BOTH_BAD}
+    path = parquet(tmp_path / "v.parquet", [("p", "x", "y", vote) for vote in winners], (*NAMES[:3], "type"))
+    votes, _ = read(path, columns={"winner": "type"})
+    assert votes.outcome.tolist() == list(winners.values())
+
+
+@pytest.mark.slow
+def test_data_sets_that_were_saved_to_disk_are_read(tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    given = Dataset.from_list(table(ROWS).to_pylist())
+    given.select([2, 0, 1]).save_to_disk(tmp_path / "one")
+    DatasetDict({"train": given, "test": given.select([0])}).save_to_disk(tmp_path / "split")
+    for name, rows in {"one": [ROWS[i] for i in (2, 0, 1)], "split": ROWS}.items():
+        found, expected = read(str(tmp_path / name))[0], read(parquet(tmp_path / "v.parquet", rows))[0]
+        assert (found.prompts, found.models) == (expected.prompts, expected.models)
+        np.testing.assert_array_equal(found.outcome, expected.outcome)
+    DatasetDict({"test": given}).save_to_disk(tmp_path / "other")
+    with pytest.raises(ValueError, match="other: expected a data set, or its split train, saved by datasets"):
+        read(str(tmp_path / "other"))
+
+
+def test_weights_are_left_out_on_request(tmp_path):
+    path = parquet(tmp_path / "v.parquet", ROWS, weight=[3.0, 1.0, 0.0, 2.0])
+    assert sorted(read(path)[0].weight) == [0.0, 1.0, 2.0, 3.0]
+    assert read(path, weighted=False)[0].weight.tolist() == [1.0] * 4
 
 
 def test_of_two_label_columns_one_is_read_and_the_other_named(tmp_path, caplog):

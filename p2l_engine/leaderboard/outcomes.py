@@ -62,6 +62,8 @@ class OutcomeSums:
             raise ValueError(f"feedback: expected a model of votes, got {self.feedback.name!r}")
         if isinstance(self.bootstrap, bool) or not isinstance(self.bootstrap, int | np.integer) or self.bootstrap < 0:
             raise ValueError(f"bootstrap: expected a number of samples >= 0, got {self.bootstrap!r}")
+        if len(self.models) < 2:
+            raise ValueError(f"models: expected at least two, which votes can compare, got {list(self.models)}")
         self.sums = np.zeros((1 + self.bootstrap, len(self.feedback.outcomes), pair_count(len(self.models))))
         self.weight = np.zeros(1 + self.bootstrap)
         self._streams = frozenset([self.stream])

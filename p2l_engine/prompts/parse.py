@@ -58,14 +58,14 @@ def cell_turns(cell: object, plain_text: bool = False) -> tuple[str, ...]:
 
 
 def _listed_in(text: str) -> list[object] | None:
-    """The turns or messages that a text lists as JSON, if it does."""
+    """The turns or messages that a text lists as JSON, if it does. A null among them is a turn that is missing: no prompt."""
     if not text.startswith("["):
         return None
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):  # no JSON, a number of thousands of digits, or lists nested without end
         return None
-    return found if isinstance(found, list) and all(isinstance(item, str | dict) for item in found) else None
+    return found if isinstance(found, list) and all(isinstance(item, str | dict | None) for item in found) else None
 
 
 def parse_batch(prompts: Sequence[Prompt]) -> list[Turns]:

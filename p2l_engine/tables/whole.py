@@ -7,13 +7,18 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from p2l_engine.tables.chunked import reader_of
 from p2l_engine.tables.find import find_each
 from p2l_engine.tables.jsonl import not_an_object
 from p2l_engine.tables.rows import AT_ONCE, InvalidRow, ValueRows, readable, row_dicts
 from p2l_engine.tables.storage import File, shown
+
+if TYPE_CHECKING:
+    from pyarrow import Table as ArrowTable
+
+SAVED = ("state.json", "dataset_dict.json")  # in folders that datasets' save_to_disk wrote
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +84,8 @@ def _text(value: int | float) -> str:
 
 def read_table(path: str | Path | Sequence[str | Path], names: Collection[str], bare: str | None = None) -> Table:
     """The columns ``names``, as far as there are such, of files, folders, globs and URIs (see ``find``), of the split ``train``
-    of a hub data set, or of several of these one after the other, each file once.
+    of a hub data set or of a folder that datasets' ``save_to_disk`` wrote, or of several of these one after the other, each
+    file once.
 
     bare: the column for values of jsonl lines that are no object; without it, these rows are invalid. Raises ValueError where
     a file is missing or cannot be read, or if a quote of a csv file is not closed.
@@ -137,14 +143,19 @@ def _is_text(value: Any) -> bool:
 
 
 def _parts(paths: Sequence[str], names: Collection[str]) -> list[tuple[str, Iterator[ValueRows]]]:
-    """Each file, and each hub data set, with its values."""
-    hub = {path: [(path, _hub_values(path, names))] for path in paths if _is_hub_name(path)}
-    others = list(dict.fromkeys(path for path in paths if path not in hub))
-    found = hub | {
+    """Each file, and each data set, with its values."""
+    sets = {path: [(path, _saved_values(path, names))] for path in paths if _is_saved(path)}
+    sets |= {path: [(path, _hub_values(path, names))] for path in paths if _is_hub_name(path)}
+    others = list(dict.fromkeys(path for path in paths if path not in sets))
+    found = sets | {
         path: [(file.shown, _values(file, names)) for file in files]
         for path, files in zip(others, find_each(others), strict=True)
     }
     return [part for path in dict.fromkeys(paths) for part in found[path]]
+
+
+def _is_saved(path: str) -> bool:
+    return any((Path(path).expanduser() / name).is_file() for name in SAVED)
 
 
 def _is_hub_name(path: str) -> bool:
@@ -162,12 +173,28 @@ def _values(file: File, names: Collection[str]) -> Iterator[ValueRows]:
 def _hub_values(path: str, names: Collection[str]) -> Iterator[ValueRows]:
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
-    from pyarrow import Table as ArrowTable
 
     try:
-        table = load_dataset(path, split="train").data.table
+        found = load_dataset(path, split="train")
     except (DatasetNotFoundError, OSError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"{path}: no such file or folder, and the hub provided no data set: {first}") from error
+    yield from _data_set_values(found.data.table, names)
+
+
+def _saved_values(path: str, names: Collection[str]) -> Iterator[ValueRows]:
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        found = load_from_disk(Path(path).expanduser())
+        part = found["train"] if isinstance(found, DatasetDict) else found
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{path}: expected a data set, or its split train, saved by datasets: {error}") from error
+    yield from _data_set_values(part.data.table, names)
+
+
+def _data_set_values(table: ArrowTable, names: Collection[str]) -> Iterator[ValueRows]:
+    import pyarrow as pa
+
     for batch in table.to_batches(AT_ONCE):
-        yield ValueRows(table.column_names, row_dicts(ArrowTable.from_batches([batch]), names))
+        yield ValueRows(table.column_names, row_dicts(pa.Table.from_batches([batch]), names))

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from datetime import UTC, date, datetime
 from decimal import Decimal
-from typing import Any
+from typing import Any, NamedTuple
 
 from p2l_engine.feedback import Outcome
 
@@ -17,8 +17,25 @@ WINNERS = {
     "tie (bothbad)": Outcome.BOTH_BAD,
     "both_bad": Outcome.BOTH_BAD,
     "bothbad": Outcome.BOTH_BAD,
+    # FastChat's logs
+    "leftvote": Outcome.A,
+    "rightvote": Outcome.B,
+    "tievote": Outcome.TIE,
+    "bothbad_vote": Outcome.BOTH_BAD,
 }
 PREFERENCES = ("preference_a", "preference_b")
+# One column for each outcome, with a 1 in one of them (Kaggle's data of Chatbot Arena).
+ONE_HOT = {"winner_model_a": Outcome.A, "winner_model_b": Outcome.B, "winner_tie": Outcome.TIE}
+LABELS = ("winner", *PREFERENCES, *ONE_HOT)
+
+Shares = list[tuple[float, float]]  # outcomes (or values) and their shares
+
+
+class Label(NamedTuple):
+    """The columns that say what a voter said, and how their cells are parsed."""
+
+    columns: tuple[str, ...]
+    parse: Callable[..., Shares]
 
 
 class Unusable(ValueError):
@@ -40,31 +57,40 @@ def number(value: Any) -> float | None:
     return found if math.isfinite(found) else None
 
 
-def feedback_of(found: set[str], values: bool) -> tuple[str, Callable[[Any], list[tuple[float, float]]]]:
-    """The label column and its parser, which returns outcomes and their shares."""
+def label_of(found: set[str], values: bool) -> Label | None:
+    """The first of the labels that a table with these columns has; None where it has none."""
     if values:
-        return ("value" if "value" in found else "score"), _value
+        return next((Label((name,), _value) for name in ("value", "score") if name in found), None)
     if "winner" in found:
-        return "winner", _winner
+        return Label(("winner",), _winner)
     if "preference_a" in found:
-        return "preference_a", lambda p: _preference(p, Outcome.A, Outcome.B)
-    return "preference_b", lambda p: _preference(p, Outcome.B, Outcome.A)
+        return Label(("preference_a",), lambda p: _preference(p, Outcome.A, Outcome.B))
+    if "preference_b" in found:
+        return Label(("preference_b",), lambda p: _preference(p, Outcome.B, Outcome.A))
+    return Label(tuple(ONE_HOT), _one_hot) if found >= set(ONE_HOT) else None
 
 
-def _winner(value: Any) -> list[tuple[float, float]]:
+def _winner(value: Any) -> Shares:
     if not isinstance(value, str) or value not in WINNERS:
         raise Unusable(f"winner: expected one of {', '.join(WINNERS)}", value)
     return [(WINNERS[value], 1.0)]
 
 
-def _preference(value: Any, better: Outcome, other: Outcome) -> list[tuple[float, float]]:
+def _one_hot(*cells: Any) -> Shares:
+    flags = [{"true": 1.0, "false": 0.0}.get(str(cell).lower(), number(cell)) for cell in cells]
+    if sorted(flags, key=str) != [0, 0, 1]:
+        raise Unusable(f"{', '.join(ONE_HOT)}: expected a 1 and two 0", list(cells))
+    return [(list(ONE_HOT.values())[flags.index(1)], 1.0)]
+
+
+def _preference(value: Any, better: Outcome, other: Outcome) -> Shares:
     p = number(value)
     if p is None or not 0 <= p <= 1:
         raise Unusable("preference: expected a probability in [0, 1]", value)
     return [(better, p), (other, 1.0 - p)]
 
 
-def _value(value: Any) -> list[tuple[float, float]]:
+def _value(value: Any) -> Shares:
     found = number(value)
     if found is None:
         raise Unusable("value: expected a finite number", value)

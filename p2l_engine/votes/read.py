@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
@@ -16,13 +16,12 @@ from p2l_engine.feedback import FeedbackModel, Outcome
 from p2l_engine.prompts.parse import cell_turns
 from p2l_engine.tables.limits import MAX_DROPPED
 from p2l_engine.tables.whole import Table, read_table
-from p2l_engine.votes.cells import PREFERENCES, Unusable, feedback_of, seconds_of, weight_of
+from p2l_engine.votes.cells import LABELS, ONE_HOT, Label, Unusable, label_of, seconds_of, weight_of
 from p2l_engine.votes.scores import SCORES, from_scores, score_matrix
 from p2l_engine.votes.votes import Votes
 
 PROMPTS = ("prompt", "conversation", "conversation_a")
-COLUMNS = {"model_a", "model_b", "model", "winner", "value", "score", "weight", "timestamp", "category", "task"}
-COLUMNS |= {*PROMPTS, *PREFERENCES}
+COLUMNS = {"model_a", "model_b", "model", "value", "score", "weight", "timestamp", "category", "task", *PROMPTS, *LABELS}
 
 logger = logging.getLogger(__name__)
 
@@ -58,29 +57,32 @@ def read(
     columns: Mapping[str, str] | None = None,
     max_dropped: float = MAX_DROPPED,
     leave_out: Mapping[str, Sequence[Any]] | None = None,
+    weighted: bool = True,
 ) -> tuple[Votes, Dropped]:
     """Votes of parquet, jsonl or csv files, folders and globs of them, URIs, a hub data set's name (its split ``train``), or
     several of these read as one, each file once; and which rows were skipped.
 
     A row has a prompt (the column prompt, conversation or conversation_a: text, a list of user turns, a list of messages, or
-    such a list as JSON), model_a, model_b, and winner (model_a, model_b, tie, tie (bothbad), both_bad), or preference_a or
-    preference_b, the probability in [0, 1] that a or b is the better one, which becomes two votes of that weight; and
-    optionally weight (>= 0), timestamp (seconds since 1970, or ISO 8601) and category. Or it has prompt, model and score: all
-    scores together become votes, see ``from_scores``, and a column task is a category too. For a feedback model of values (ols,
-    poisson): prompt, value (or score), and either model or model_a and model_b. Numbers may be written as text.
+    such a list as JSON), model_a, model_b, and winner (model_a, model_b, tie, tie (bothbad), both_bad, or FastChat's leftvote,
+    rightvote, tievote, bothbad_vote), or winner_model_a, winner_model_b and winner_tie, a 1 in one of them and 0 in the others,
+    or preference_a or preference_b, the probability in [0, 1] that a or b is the better one, which becomes two votes of that
+    weight; and optionally weight (>= 0), timestamp (seconds since 1970, or ISO 8601) and category. Or it has prompt, model and
+    score: all scores together become votes, see ``from_scores``, and a column task is a category too. For a feedback model of
+    values (ols, poisson): prompt, value (or score), and either model or model_a and model_b. Numbers may be written as text.
 
     models: the columns of the votes (for validation data); by default the sorted names in the file. feedback: models of
     values read values; bt skips ties. columns: the file's own name for some of the names above. leave_out: values of the
-    file's columns; rows that have one are not read. Raises ValueError if columns are missing, if no row can be used, or if more
-    than the share ``max_dropped`` of the rows cannot.
+    file's columns; rows that have one are not read. weighted: False leaves the column weight out. Raises ValueError if columns
+    are missing, if no row can be used, or if more than the share ``max_dropped`` of the rows cannot.
     """
-    return votes_of(vote_table(path, columns, leave_out), models, feedback, max_dropped)
+    return votes_of(vote_table(path, columns, leave_out, weighted), models, feedback, max_dropped)
 
 
 def vote_table(
     path: str | Path | Sequence[str | Path],
     columns: Mapping[str, str] | None = None,
     leave_out: Mapping[str, Sequence[Any]] | None = None,
+    weighted: bool = True,
 ) -> Table:
     """The table that votes are made of: the columns that ``read`` knows, under their names there, without the rows to leave
     out."""
@@ -93,13 +95,16 @@ def vote_table(
     for ours, theirs in (columns or {}).items():
         if theirs not in table.names:
             raise ValueError(f"{table.shown}: columns: expected one of {list(table.names)} for {ours!r}, got {theirs!r}")
-    return table.renamed(columns or {})
+    table = table.renamed(columns or {})
+    if not weighted:
+        table = replace(table, names=tuple(name for name in table.names if name != "weight"))
+    return table
 
 
 def has_scores(table: Table) -> bool:
     """Whether votes of this table, unless they are values, are made from every model's scores."""
     found = set(table.names)
-    return set(SCORES) <= found and not found & {"winner", *PREFERENCES}
+    return set(SCORES) <= found and not found & {*LABELS}
 
 
 def votes_of(
@@ -118,20 +123,22 @@ def votes_of(
         return _of_model(votes, feedback, path, dropped), dropped
     prompt = next((name for name in PROMPTS if name in found), None)
     missing = [] if prompt else ["prompt"]
+    label = label_of(found, values)
     if values:
         pair = {"model_a", "model_b"} <= found
         missing += [] if pair or "model" in found else ["model, or model_a and model_b"]
-        missing += [] if found & {"value", "score"} else ["value"]
+        missing += [] if label else ["value"]
     else:
         pair = True
         missing += [name for name in ("model_a", "model_b") if name not in found]
-        missing += [] if found & {"winner", *PREFERENCES} else ["winner, preference_a or preference_b (or model and score)"]
-    if missing or prompt is None:
+        partly = [name for name in ONE_HOT if name not in found] if found & {*ONE_HOT} else []
+        missing += [] if label else partly or ["winner, preference_a or preference_b (or model and score)"]
+    if missing or prompt is None or label is None:
         raise ValueError(f"{path}: expected the columns {', '.join(missing)}; got {sorted(found)}")
-    label = feedback_of(found, values)
-    ignored = sorted(({"winner", *PREFERENCES} & found) - {label[0]})
+    ignored = [name for name in LABELS if name in found and name not in label.columns]
     if ignored and not values:
-        logger.warning("%s: votes are read from the column %s, and not from %s", path, label[0], " and ".join(ignored))
+        read_from = " and ".join(label.columns)
+        logger.warning("%s: votes are read from the column %s, and not from %s", path, read_from, " and ".join(ignored))
     rows = _Rows(table, prompt, pair, label, models)
     dropped = rows.read()
     if not rows.votes:
@@ -195,15 +202,16 @@ class _Rows:
         table: Table,
         prompt: str,
         pair: bool,
-        label: tuple[str, Callable[[Any], list[tuple[float, float]]]],
+        label: Label,
         models: tuple[str, ...] | None,
     ) -> None:
-        names = {"prompt": prompt, "a": "model_a" if pair else "model", "label": label[0]}
+        names = {"prompt": prompt, "a": "model_a" if pair else "model"}
         names |= {"b": "model_b"} if pair else {}
         names |= {name: name for name in ("weight", "timestamp", "category") if name in table.names}
         self.table = table
         self.columns = {ours: table.columns[theirs] for ours, theirs in names.items()}
-        self.parse, self.pair, self.models = label[1], pair, models
+        self.labels = [table.columns[name] for name in label.columns]
+        self.parse, self.pair, self.models = label.parse, pair, models
         self.prompts: dict[tuple[str, ...], int] = {}
         self.category: list[str] = []
         self.votes: list[tuple[int, str, str, float, float, float]] = []
@@ -229,7 +237,7 @@ class _Rows:
         b = self._model(column["b"][i], "model_b") if self.pair else ""
         if a == b:
             raise Unusable("a model against itself")
-        parsed = self.parse(column["label"][i])
+        parsed = self.parse(*(cells[i] for cells in self.labels))
         weight = weight_of(column["weight"][i]) if "weight" in column else 1.0
         time = seconds_of(column["timestamp"][i]) if "timestamp" in column else 0.0
         prompt = self._prompt(column["prompt"][i])
