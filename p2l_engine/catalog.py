@@ -56,7 +56,7 @@ class Catalog:
         Either ``models: {name: {cost, provider?}}``, where instead of ``cost`` (per request) there may be prices in dollars
         per million tokens and the expected tokens of a request (usd_per_m_in, usd_per_m_out, tokens_in, tokens_out), and
         ``unit`` names the unit of the costs; or the layout of lmarena/p2l's router, ``model_configs: {name: {cost, type,
-        temp, ...}}``, whose other settings become the provider's.
+        temp, ...}}``, whose other settings become the provider's, and beside it the router's ``name``, which is not used.
         """
         try:
             text = Path(path).read_text(encoding="utf-8")
@@ -77,15 +77,14 @@ class Catalog:
         """The same from a mapping; ``where`` is the start of error messages."""
         top = _mapping(where, values)
         if "model_configs" in top:
-            _known(where, top, ("model_configs",))
+            _known(where, top, ("model_configs", "name"))
+            _text(f"{where}: name", top.get("name", ""))
             entries = _mapping(f"{where}: model_configs", top["model_configs"])
             return cls(tuple(_p2l_model(f"{where}: model_configs.{name}", name, entry) for name, entry in entries.items()))
         _known(where, top, ("models", "unit"))
         if "models" not in top:
             raise CatalogError(f"{where}: expected the key 'models' (or lmarena/p2l's 'model_configs'), got {sorted(top)}")
-        unit = top.get("unit", DEFAULT_UNIT)
-        if not isinstance(unit, str):
-            raise CatalogError(f"{where}: unit: expected text, got {unit!r}")
+        unit = _text(f"{where}: unit", top.get("unit", DEFAULT_UNIT))
         entries = _mapping(f"{where}: models", top["models"])
         return cls(tuple(_model(f"{where}: models.{name}", name, entry) for name, entry in entries.items()), unit)
 
@@ -120,6 +119,12 @@ def _known(where: str, values: Mapping[str, Any], keys: tuple[str, ...]) -> None
             near = difflib.get_close_matches(key, keys, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise CatalogError(f"{where}: unknown key {key!r}, expected {', '.join(keys)}{hint}")
+
+
+def _text(where: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise CatalogError(f"{where}: expected text, got {value!r}")
+    return value
 
 
 def _amount(where: str, value: object) -> float:

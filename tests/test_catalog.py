@@ -44,8 +44,11 @@ def test_the_layout_of_lmarena_p2l(tmp_path):
             top_p: 1.0
             cost: 0.0044
             extra_fields: {reasoning_effort: high}
-        """,
+          o1-mini:
+            {api_key: <your-api-key>, base_url: null, cost: 16.48, name: o1-mini, system_prompt: null, temp: 1.0, type: openai}
+        name: test-router""",
     )
+    assert catalog.names == ("gpt-4o", "o1-mini")
     assert catalog.models[0].cost == 0.0044
     assert catalog.models[0].provider["name"] == "gpt-4o-2024-08-06"
     assert "cost" not in catalog.models[0].provider
@@ -73,6 +76,9 @@ def test_the_layout_of_lmarena_p2l(tmp_path):
         ("models: {1: {cost: 1}}", "expected keys of text, got 1; quote it"),
         ("models: {a: {cost: 1}", "expected YAML"),
         ("model_configs: {a: {type: openai}}", "model_configs.a: expected 'cost'"),
+        ("model_configs: {a: {cost: 1}}\nname: [x]", "name: expected text, got .'x'."),
+        ("model_configs: {a: {cost: 1}}\nnames: x", "unknown key 'names', expected model_configs, name; did you mean 'name'"),
+        ("models: {a: {cost: 1}}\nname: x", "unknown key 'name', expected models, unit"),
         ("model_configs: {a: {cost: 1, tempo: 2}}", "unknown key 'tempo', .*did you mean 'temp'"),
         ("unit: 3\nmodels: {a: {cost: 1}}", "unit: expected text, got 3"),
     ],

@@ -12,6 +12,14 @@ from p2l_engine.feedback import feedback_model
 from p2l_engine.tables.limits import MAX_DROPPED
 from p2l_engine.unique_keys import UniqueKeys
 
+# Keys of published configs with another name here.
+SYNONYMS = {"deepspeed_config_path": "deepspeed", "data_path": "train_data_path"}
+# Keys of published configs that mean nothing here.
+WITHOUT_MEANING = {
+    "reweight_scale": "a step is the weighted mean over its votes, whatever the scale of the weights",
+    "repo_id": "nothing is uploaded; p2l-engine export writes the folder to upload",
+}
+
 
 class Lora(BaseModel):
     """LoRA adapters on all linear layers of the decoder blocks ``first_layer`` (counted from 0) and above."""
@@ -24,6 +32,11 @@ class Lora(BaseModel):
     first_layer: Annotated[int, Field(ge=0)] = 0
 
 
+def _known_feedback(name: str) -> str:
+    feedback_model(name)
+    return name.replace("_", "-")
+
+
 class TrainConfig(BaseModel):
     """The settings of one training run. ``load`` reads them from YAML; unknown keys are errors."""
 
@@ -32,8 +45,12 @@ class TrainConfig(BaseModel):
     # Keys of published configs.
     proj_name: Annotated[str, Field(pattern=r"^[^/\\.][^/\\]*$")]  # name of the checkpoint folder
     pretrain_model_name: str
+    model_type: Annotated[str | None, Field(exclude=True)] = None  # checked against the backbone's, which the checkpoint keeps
     train_data_path: str | list[str]  # a file, folder or hub data set, or a list of them
     val_data_path: str | None = None
+    load_train_data_from_disk: bool = False  # true: they are folders here, and never data sets of the hub
+    load_val_data_from_disk: bool = False
+    weighted_loss: bool = True  # false: each vote counts 1, whatever the column weight says
     output_dir: str = "runs"
     learning_rate: Annotated[float, Field(gt=0)]
     adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
@@ -46,7 +63,8 @@ class TrainConfig(BaseModel):
     cls_token_if_none: str = "<|cls|>"
     pad_token_if_none: str = "<|pad|>"
     head_type: Literal["bt", "rk"]
-    loss_type: Annotated[str, AfterValidator(lambda name: feedback_model(name) and name)]  # a feedback model
+    loss_type: Annotated[str, AfterValidator(_known_feedback)]  # a feedback model
+    init_type: Literal["zeros", "reset_params", "he_unif", "xavier_unif", "tiny_normal"] = "zeros"  # of the head's last layers
     linear_head_downsize_factor: Annotated[float, Field(gt=0)] | None = None
     head_config: dict[str, Any] = {}
     train_head_only: bool = False
@@ -84,8 +102,19 @@ class TrainConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _renamed(cls, values: Any) -> Any:
-        if isinstance(values, dict) and "islands" in values:
+        if not isinstance(values, dict):
+            return values
+        if "islands" in values:
             raise ValueError("islands: renamed to disconnected_models (with the same values)")
+        for key, why in WITHOUT_MEANING.items():
+            if values.get(key) is not None:
+                raise ValueError(f"{key}: has no meaning here, leave it out: {why}")
+        values = {key: value for key, value in values.items() if key not in WITHOUT_MEANING}
+        for theirs, ours in SYNONYMS.items():
+            if theirs in values and ours in values:
+                raise ValueError(f"{theirs}, {ours}: expected one of them, got both; they mean the same")
+            if theirs in values:
+                values[ours] = values.pop(theirs)
         return values
 
     @model_validator(mode="after")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import numpy as np
 
@@ -53,9 +54,13 @@ def _largest_component(parts: Splits, others: tuple[tuple[str, ...], ...]) -> Sp
 
 
 def _read(config: TrainConfig, path: str | list[str], models: tuple[str, ...] | None = None) -> Votes:
-    feedback = feedback_model(config.loss_type)
-    leave_out = config.leave_out if path == config.train_data_path else None  # validation data are read whole
-    votes, dropped = read(path, models, feedback, config.columns, config.max_dropped, leave_out)
+    feedback, training = feedback_model(config.loss_type), path == config.train_data_path
+    key = "load_train_data_from_disk" if training else "load_val_data_from_disk"
+    missing = [one for one in ([path] if isinstance(path, str) else path) if not Path(one).expanduser().is_dir()]
+    if getattr(config, key) and missing:
+        raise ValueError(f"{key}: expected a folder, found none at {missing[0]}")
+    leave_out = config.leave_out if training else None  # validation data are read whole
+    votes, dropped = read(path, models, feedback, config.columns, config.max_dropped, leave_out, config.weighted_loss)
     for line in dropped.lines():
         logger.warning("%s: left out %s", path, line)
     return votes

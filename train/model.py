@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -20,7 +22,9 @@ from p2l_engine.backbone.packing import Packed
 from p2l_engine.backbone.unpacked import positions
 from p2l_engine.checkpoint import huggingface
 from p2l_engine.checkpoint.adapter import NEW_ROWS, PEFT_PREFIX
+from p2l_engine.checkpoint.read import HEADS
 from p2l_engine.engine import cpu
+from p2l_engine.errors import CheckpointError
 from p2l_engine.feedback import feedback_model
 from p2l_engine.train import fused
 from p2l_engine.train.agreement import Alone
@@ -28,6 +32,16 @@ from p2l_engine.train.config import TrainConfig
 from p2l_engine.train.forward import Forward, Way
 
 logger = logging.getLogger(__name__)
+
+
+# How the head's layers start, by the names of published configs: as nn.Linear does, or as nn.init's functions do.
+INITS: dict[str, Callable[[Tensor], Any]] = {
+    "zeros": lambda weight: None,
+    "reset_params": lambda weight: None,
+    "he_unif": lambda weight: nn.init.kaiming_uniform_(weight, nonlinearity="sigmoid"),
+    "xavier_unif": nn.init.xavier_uniform_,
+    "tiny_normal": nn.init.kaiming_normal_,
+}
 
 
 class CoefficientHead(nn.Module):
@@ -48,7 +62,10 @@ class CoefficientHead(nn.Module):
             self.eta_head = None
         for module in self.modules():
             if isinstance(module, nn.Linear):
+                INITS[config.init_type](module.weight)
                 nn.init.zeros_(module.bias)
+        if config.init_type != "zeros":
+            return
         # The last layers start at zero: every model equal, the loss at its constant predictor's.
         for last in (self.head, self.eta_head):
             layer = last[-1] if isinstance(last, nn.Sequential) else last
@@ -127,8 +144,7 @@ def build(config: TrainConfig, n_models: int, fuse: bool = True) -> tuple[P2LMod
     computed = dtype_of(config)
     # Trained weights stay float32, whatever the products' dtype.
     dtype = computed if frozen else torch.float32
-    implementation = mixing.attention(huggingface.read_config(folder))
-    decoder = AutoModel.from_pretrained(folder, dtype=dtype, attn_implementation=implementation, trust_remote_code=False)
+    decoder = _decoder(folder, dtype, config.model_type)
     sharded = is_deepspeed_zero3_enabled()  # its weights are not here: nothing can be computed yet
     context = None if sharded else positions(decoder)
     alone = None if sharded else Alone(decoder, context)
@@ -137,6 +153,8 @@ def build(config: TrainConfig, n_models: int, fuse: bool = True) -> tuple[P2LMod
         # New tokens start as the end-of-sequence token, whose hidden state already summarises a whole turn.
         decoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         table = decoder.get_input_embeddings().weight
+        if tokenizer.eos_token_id is None:
+            raise CheckpointError(f"{folder}: expected a tokenizer with an end-of-sequence token, from which new ones start")
         with torch.no_grad():
             table[-grown:] = table[int(tokenizer.eos_token_id)]
     width = int(decoder.config.hidden_size)
@@ -176,6 +194,32 @@ def build(config: TrainConfig, n_models: int, fuse: bool = True) -> tuple[P2LMod
         enable({"use_reentrant": False})
     head = CoefficientHead(width, n_models, config)
     return P2LModel(decoder, head, hidden, config.loss_type, max(grown, 0), config.head_dropout, context), tokenizer
+
+
+def _decoder(folder: Path, dtype: torch.dtype, model_type: str | None) -> Any:
+    """The backbone in ``folder``. Raises CheckpointError unless its files hold all of its weights and no others, but for heads:
+    transformers makes up those that are missing, at random; ValueError where it is no ``model_type``."""
+    described = huggingface.read_config(folder)
+    found = described.model_type
+    if model_type not in (None, found):
+        raise ValueError(f"model_type: expected {found!r}, which {folder} is, or no such key, got {model_type!r}")
+    try:
+        decoder, report = AutoModel.from_pretrained(
+            folder, dtype=dtype, attn_implementation=mixing.attention(described), trust_remote_code=False,
+            ignore_mismatched_sizes=True, output_loading_info=True,
+        )  # fmt: skip
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: transformers cannot load the backbone: {error}") from error
+    wrong = [f"no {name}" for name in sorted(report["missing_keys"])]
+    wrong += [f"{name} of shape {[*theirs]} instead of {[*ours]}" for name, theirs, ours in sorted(report["mismatched_keys"])]
+    wrong += [f"{name}, which it does not know" for name in sorted(report["unexpected_keys"]) if not name.startswith(HEADS)]
+    wrong += report["error_msgs"]
+    if wrong:
+        raise CheckpointError(
+            f"{folder}: expected the weights that config.json describes, found {'; '.join(wrong[:3])} ({len(wrong)} such); "
+            "are files missing, or does config.json belong to another model?"
+        )
+    return decoder
 
 
 def dtype_of(config: TrainConfig) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import shutil
@@ -53,6 +54,7 @@ def train(config: TrainConfig, max_steps: int = -1, if_present: IfPresent = "ref
     set_seed(config.seed)
     if max_steps == 0 or max_steps < -1:
         raise ValueError(f"max_steps: expected at least 1, or -1 for the config's epochs, got {max_steps}")
+    _check_deepspeed(config)
     parts = data.load(config)
     training, validation, held_out = parts
     inputs = resumption.inputs_of(config, parts, max_steps)
@@ -133,6 +135,13 @@ def _tensorboard(config: TrainConfig, folder: Path, if_present: IfPresent, main:
         shutil.rmtree(logs, ignore_errors=True)
     logger.info("tensorboard --logdir %s", logs)
     return [TensorBoardCallback(SummaryWriter(str(logs)))]
+
+
+def _check_deepspeed(config: TrainConfig) -> None:
+    if config.deepspeed and importlib.util.find_spec("deepspeed") is None:
+        raise ValueError(
+            "deepspeed (or deepspeed_config_path): the package is not installed: pip install deepspeed, or leave the key out"
+        )
 
 
 def _arguments(config: TrainConfig, state: Path, max_steps: int, prompts: int, has_validation: bool) -> TrainingArguments:

@@ -16,7 +16,7 @@ from p2l_engine.engine import Engine
 from p2l_engine.evaluation.report import Scores
 from p2l_engine.tables.limits import MAX_DROPPED
 from p2l_engine.tables.whole import Table
-from p2l_engine.votes import Dropped, Votes, check_apart, prompts_hash, read, score_matrix, split
+from p2l_engine.votes import Dropped, Votes, check_apart, prompts_hash, score_matrix, split
 from p2l_engine.votes.read import has_scores, vote_table, votes_of
 
 logger = logging.getLogger(__name__)
@@ -44,12 +44,14 @@ def of_config(engine: Engine, part: Part, costs: Catalog | None) -> Sources:
     if not path:
         raise ValueError(f"{engine.folder}: its training config has no train_data_path: give votes to evaluate on (--votes)")
     columns, max_dropped = config.get("columns"), config.get("max_dropped", MAX_DROPPED)
-    table = vote_table(path, columns, config.get("leave_out"))
+    weighted = config.get("weighted_loss", True)
+    table = vote_table(path, columns, config.get("leave_out"), weighted)
     votes, dropped = votes_of(table, None, engine.feedback, max_dropped)
     if config.get("val_data_path"):
         if part != "validation":
             raise ValueError(f"{engine.folder}: trained with val_data_path, nothing was held out: use the part 'validation'")
-        held_out, dropped = read(config["val_data_path"], votes.models, engine.feedback, columns, max_dropped)
+        validation = vote_table(config["val_data_path"], columns, None, weighted)
+        held_out, dropped = votes_of(validation, votes.models, engine.feedback, max_dropped)
         _check_unseen(config, part, held_out, config["val_data_path"], engine.folder)
         return Sources(held_out.among(engine.models), votes.among(engine.models), None, config, dropped)
     parts = split(
