@@ -6,6 +6,7 @@ import json
 import os
 import signal
 
+import numpy as np
 import pytest
 import yaml
 from safetensors.torch import load_file, save_file
@@ -16,6 +17,7 @@ from p2l_engine.errors import CheckpointError
 from p2l_engine.evaluation import sources
 from p2l_engine.evaluation.report import evaluate
 from p2l_engine.jsonable import to_json
+from p2l_engine.train.config import TrainConfig
 from p2l_engine.train.progress import ProgressBar
 from p2l_engine.train.run import train
 from p2l_engine.train.trainer import VoteTrainer
@@ -156,3 +158,15 @@ def test_a_card_is_not_made_with_figures_of_another_checkpoint(config, tmp_path)
     with pytest.raises(CheckpointError, match="no card can be made of .*KeyError: 'held_out.votes'"):
         export(one, tmp_path / "wrong", tmp_path / "broken.json")
     assert not (tmp_path / "wrong").exists()
+
+
+def test_an_adapter_finds_its_backbone_from_everywhere(tmp_path, monkeypatch):
+    """The backbone was given by a path relative to where training ran; the folder that holds both may move."""
+    values = settings(tmp_path / "here", lora={"r": 2}).model_dump()
+    monkeypatch.chdir(tmp_path / "here")
+    folder = train(TrainConfig.model_validate(values | {"pretrain_model_name": "base", "output_dir": "runs"}), 1)
+    expected = Engine.from_pretrained(folder, device="cpu").coefficients(["a"]).theta
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").rename(tmp_path / "there")
+    found = Engine.from_pretrained(tmp_path / "there" / folder, device="cpu").coefficients(["a"]).theta
+    np.testing.assert_array_equal(found, expected)

@@ -150,11 +150,11 @@ def build(config: TrainConfig, n_models: int, fuse: bool = True) -> tuple[P2LMod
     alone = None if sharded else Alone(decoder, context)
     grown = len(tokenizer) - int(decoder.config.vocab_size)
     if grown > 0:
+        if tokenizer.eos_token_id is None:
+            raise CheckpointError(f"{folder}: expected a tokenizer with an end-of-sequence token, from which new ones start")
         # New tokens start as the end-of-sequence token, whose hidden state already summarises a whole turn.
         decoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         table = decoder.get_input_embeddings().weight
-        if tokenizer.eos_token_id is None:
-            raise CheckpointError(f"{folder}: expected a tokenizer with an end-of-sequence token, from which new ones start")
         with torch.no_grad():
             table[-grown:] = table[int(tokenizer.eos_token_id)]
     width = int(decoder.config.hidden_size)

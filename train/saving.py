@@ -47,12 +47,14 @@ def write(
             huggingface.write_tokenizer(work, tokenizer)
             return
         write_tensors(work / "adapter_model.safetensors", tensors)
+        adapted = (name.split(".lora_A.")[0] for name in tensors if ".lora_A." in name)
         adapter = {
             "peft_type": "LORA",
             "base_model_name_or_path": _from(folder, config.pretrain_model_name),
             "r": config.lora.r,
             "lora_alpha": config.lora.alpha,
-            "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+            # With their parents: the experts of a mixture may have modules of the same last names.
+            "target_modules": sorted({".".join(name.split(".")[-2:]) for name in adapted}),
             "layers_to_transform": list(range(config.lora.first_layer, int(decoder.config.num_hidden_layers))),
             "bias": "none",
         }

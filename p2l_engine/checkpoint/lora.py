@@ -56,12 +56,13 @@ class Lora:
     @classmethod
     def read(cls, path: Path, values: Mapping[str, Any]) -> Lora:
         """From the content of the file ``path``. Raises CheckpointError for what is missing, wrong or not known to be exact."""
-        for key in values.keys() - WITHOUT_EFFECT - READ_HERE:
+        for key, value in values.items():
             accepted = ACCEPTED.get(key, OFF)
-            if not any(type(values[key]) is type(one) and values[key] == one for one in accepted):
-                expected = "it to be off" if accepted is OFF else f"one of {list(accepted)}"
-                remedy = REMEDIES.get(key, "merge the adapter into the backbone with what made it")
-                raise CheckpointError(f"{path}: {key}: expected {expected}, found {values[key]!r:.80}: not supported; {remedy}")
+            if key in WITHOUT_EFFECT | READ_HERE or any(type(value) is type(one) and value == one for one in accepted):
+                continue
+            expected = "it to be off" if accepted is OFF else f"one of {list(accepted)}"
+            remedy = REMEDIES.get(key, "merge the adapter into the backbone with what made it")
+            raise CheckpointError(f"{path}: {key}: expected {expected}, found {value!r:.80}: not supported; {remedy}")
         stabilised = values.get("use_rslora") or False
         if not isinstance(stabilised, bool):
             raise CheckpointError(f"{path}: use_rslora: expected true or false, found {stabilised!r}")
