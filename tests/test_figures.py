@@ -11,7 +11,7 @@ from rich.console import Console
 
 from p2l_engine import checkpoint, routing
 from p2l_engine.cli import figures, plots
-from p2l_engine.cli.route import _decisions_table
+from p2l_engine.cli.route import decisions_table
 from p2l_engine.cli.table import print_table
 from p2l_engine.cli.top import cut
 from p2l_engine.decision import Decision
@@ -94,7 +94,7 @@ def test_decisions_fit_the_terminal_and_no_cell_has_more_than_four_lines(width):
     decisions = [mixed, Decision(names[2], {names[2]: 1.0}, 123.4, 1.0, 0.5, "")]
     console = Console(width=width, file=io.StringIO())
     prompts = ["Prove that the square root of 2 is irrational. " * 3, ["two", "[bold]turns"]]
-    console.print(_decisions_table(prompts, decisions, "USD per million output tokens", width))
+    console.print(decisions_table(prompts, decisions, "USD per million output tokens", width))
     lines = console.file.getvalue().splitlines()
     assert max(map(len, lines)) <= width
     rows = [i for i, line in enumerate(lines) if line.rstrip().endswith(("-1.25", "0.50"))]

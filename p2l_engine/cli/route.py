@@ -69,7 +69,7 @@ def route(
         for prompt, decision in zip(batch, decisions, strict=True):
             print(json.dumps({"prompt": prompt, **_fields(decision)}))
         return
-    out().print(_decisions_table(batch, decisions, router.catalog.unit, out().width))
+    out().print(decisions_table(batch, decisions, router.catalog.unit, out().width))
     mean = sum(decision.expected_cost for decision in decisions) / len(decisions)
     out().print(f"mean expected cost {mean:.4g} {router.catalog.unit}", style="dim", markup=False)
 
@@ -80,7 +80,7 @@ def _fields(decision: Decision) -> dict[str, Any]:
     return fields | {"score": decision.score if math.isfinite(decision.score) else None}
 
 
-def _decisions_table(batch: Sequence[Prompt], decisions: Sequence[Decision], unit: str, width: int) -> Table:
+def decisions_table(batch: Sequence[Prompt], decisions: Sequence[Decision], unit: str, width: int) -> Table:
     """For each prompt the chosen model, and below it, where the policy mixes two or more, their probabilities."""
     from rich import box
     from rich.table import Table

@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib import rc_context
@@ -17,7 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from p2l_engine import plotting
-from p2l_engine.plotting import BLUE, DIVERGING, GREY, ORANGE, SEQUENTIAL, TOP, YELLOW
+from p2l_engine.evaluation import heatmaps
+from p2l_engine.plotting import BLUE, GREY, ORANGE, TOP, YELLOW
 from p2l_engine.reports import (
     BaseReport,
     BudgetRow,
@@ -25,15 +25,10 @@ from p2l_engine.reports import (
     Calibration,
     CategoryFigures,
     Evaluation,
-    Figures,
     Growth,
     Leaderboards,
     Replacement,
-    Strengths,
 )
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 PREDICTORS = {"p2l": (BLUE, "o"), "category": (YELLOW, "s"), "marginal": (ORANGE, "^"), "constant": (GREY, "x")}
 ROUTERS = {
@@ -55,18 +50,18 @@ def plots_of(report: BaseReport, top: int | None = TOP) -> dict[str, Callable[[F
             found["categories"] = partial(_categories, of=report.votes.categories)
     found["leaderboards"] = partial(_leaderboards, boards=boards, top=top)
     if boards.categories:
-        found["ranks"] = partial(_ranks, boards=boards, top=top)
+        found["ranks"] = partial(heatmaps.ranks, boards=boards, top=top)
     if isinstance(report, Evaluation):
         if report.growth is not None:
             found["growth"] = partial(_growth, overall=report.growth)
         if report.routing is not None and report.routing.budgets is not None and report.routing.budgets.rows:
             found["budgets"] = partial(_budgets, budgets=report.routing.budgets)
     if report.choices:
-        found["choices"] = partial(_choices, report=report, top=top)
+        found["choices"] = partial(heatmaps.choices, report=report, top=top)
     if report.strengths is not None and report.strengths.categories:
-        found["strengths"] = partial(_strengths, report=report, top=top)
-        if _reliabilities(report.strengths):
-            found["reliability"] = partial(_reliability, report=report, top=top)
+        found["strengths"] = partial(heatmaps.strengths, report=report, top=top)
+        if heatmaps.reliabilities(report.strengths):
+            found["reliability"] = partial(heatmaps.reliability, report=report, top=top)
     return found
 
 
@@ -164,7 +159,7 @@ def _leaderboards(figure: Figure, boards: Leaderboards, top: int | None) -> None
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.margins(y=0.02)
-    axes.set_xlabel(f"coefficient, with 95% intervals over prompts{_cut(len(names), len(boards.aggregated))}")
+    axes.set_xlabel(f"coefficient, with 95% intervals over prompts{heatmaps.cut(len(names), len(boards.aggregated))}")
     axes.legend(frameon=False)
 
 
@@ -183,7 +178,7 @@ def _growth(figure: Figure, overall: Growth) -> None:
             axes.axhline(growth.marginal_of_training, color=ORANGE, linestyle="--", label="marginal, of the training votes")
         _log_scale(axes)
         axes.set_ylim(bottom=0)
-        axes.set_title(_short(name), fontsize=9)
+        axes.set_title(heatmaps.short(name), fontsize=9)
     for axes in panels[len(of) :]:
         axes.remove()
     figure.supxlabel("prompts", fontsize=9)
@@ -221,75 +216,3 @@ def _log_scale(axes: Axes) -> None:
 
 def _curve(rows: Sequence[BudgetRow], name: str) -> tuple[list[float], list[float]]:
     return [row.routers[name].mean_cost for row in rows], [row.routers[name].mean_score for row in rows]
-
-
-def _ranks(figure: Figure, boards: Leaderboards, top: int | None) -> None:
-    assert boards.categories is not None
-    models = [standing.model for standing in boards.aggregated[:top]]
-    rank = {name: {standing.model: standing.rank for standing in standings} for name, standings in boards.categories.items()}
-    values = np.array([[of[model] for of in rank.values()] for model in models], np.float64)
-    label = f"rank within the category{_cut(len(models), len(boards.aggregated))}"
-    _heat(figure, values, models, list(rank), label, f"{SEQUENTIAL}_r", 1, max(len(boards.aggregated), 2))
-
-
-def _choices(figure: Figure, report: BaseReport, top: int | None) -> None:
-    assert report.choices is not None
-    models, share = report.checkpoint.models, np.array(list(report.choices.values())).T
-    ordered = np.argsort(-share.mean(1), kind="stable").tolist()
-    chosen = ([m for m in ordered if share[m].mean() >= 0.01] or ordered)[:top]  # 1% as in the paper
-    label = "share of the category's prompts, % (models of at least 1% over all categories)"
-    _heat(figure, 100 * share[chosen], [models[m] for m in chosen], list(report.choices), label, SEQUENTIAL, 0, 100)
-
-
-def _strengths(figure: Figure, report: BaseReport, top: int | None) -> None:
-    assert report.strengths is not None
-    of = report.strengths
-    values = {name: entry.win_rate for name, entry in of.categories.items()}
-    _by_model(figure, report, values, f"win rate against {of.reference}, %", DIVERGING, top)
-
-
-def _reliability(figure: Figure, report: BaseReport, top: int | None) -> None:
-    values = _reliabilities(report.strengths)
-    _by_model(figure, report, values, "reliability: sigmoid of the coefficient, %", SEQUENTIAL, top)
-
-
-def _reliabilities(strengths: Strengths | None) -> dict[str, Figures]:
-    entries = {} if strengths is None else strengths.categories
-    return {name: entry.reliability for name, entry in entries.items() if entry.reliability is not None}
-
-
-def _by_model(figure: Figure, report: BaseReport, of: Mapping[str, Figures], label: str, colours: str, top: int | None) -> None:
-    every = report.ranked(next(iter(of.values())))
-    values = np.array([[100 * figures[model].value for figures in of.values()] for model in every[:top]])
-    _heat(figure, values, every[:top], list(of), f"{label}{_cut(len(values), len(every))}", colours, 0, 100)
-
-
-def _cut(shown: int, total: int) -> str:
-    return "" if shown == total else f" (the first {shown} of {total} models)"
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= 28 else f"{name[:13]}…{name[-14:]}"
-
-
-def _heat(
-    figure: Figure,
-    values: NDArray[np.float64],
-    rows: Sequence[str],
-    columns: Sequence[str],
-    label: str,
-    colours: str,
-    low: float,
-    high: float,
-) -> None:
-    """A coloured table of values [rows, columns], each printed in its cell."""
-    figure.set_size_inches(2.8 + max(0.42 * len(columns), 2.4), 2.2 + 0.27 * len(rows))
-    axes = figure.subplots()
-    image = axes.imshow(values, cmap=colours, vmin=low, vmax=high, aspect="auto")
-    for i, row in enumerate(values):
-        for j, value in enumerate(row):
-            dark = np.dot(image.to_rgba(value)[:3], (0.299, 0.587, 0.114)) < 0.5
-            axes.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=7, color="white" if dark else "black")
-    axes.set_yticks(range(len(rows)), rows)
-    axes.set_xticks(range(len(columns)), [_short(name) for name in columns], rotation=40, ha="right")
-    figure.suptitle(label, fontsize=9, x=0.01, ha="left")
