@@ -8,6 +8,7 @@ import io
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -378,6 +379,13 @@ def test_paths_are_not_looked_up_on_the_hub(name, monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: pytest.fail("asks the hub"))
     with pytest.raises(ValueError, match="no such file or folder|expected files that match"):
         read_table(name, ["prompt"])
+
+
+@pytest.mark.parametrize("name", ["squad", "lmarena-ai/arena-human-preference-55k", "org/votes-v1.5"])
+def test_names_of_the_hub_are_looked_up(name, monkeypatch):
+    table = pa.table({"prompt": ["a", "b"], "n": [1, 2]})
+    monkeypatch.setattr("datasets.load_dataset", lambda path, split: mock.Mock(data=mock.Mock(table=table)))
+    assert read_table([name, name], ["prompt"]).columns == {"prompt": ["a", "b"]}  # once
 
 
 def test_each_format_has_a_reader():

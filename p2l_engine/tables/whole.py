@@ -162,7 +162,7 @@ def _is_hub_name(path: str) -> bool:
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path):
         return False
     local = Path(path)
-    return not (local.exists() or local.suffix)
+    return not (local.exists() or re.search(r"\.[A-Za-z]\w*$", path))
 
 
 def _values(file: File, names: Collection[str]) -> Iterator[ValueRows]:
