@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from p2l_engine.errors import PromptError
 from p2l_engine.prompts.encode import MAX_TOKENS, PromptEncoder
 from p2l_engine.prompts.parse import user_turns
-from p2l_engine.prompts.tokenizer import TransformersTokenizer
+from p2l_engine.prompts.tokenizer import FastTokenizer, TransformersTokenizer
 from tests.support import tiny
 
 
@@ -131,6 +132,80 @@ def test_other_users_of_the_tokenizer_change_nothing():
     tokenizer(["a", "bb"], padding=True, truncation=True, max_length=6)
     tokenizer(["a"], split_special_tokens=True)
     assert [ids.tolist() for ids in encoder.encode(texts)] == before
+
+
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "{{ '[INST] ' + m['content'] + ' [/INST]' }}{% endfor %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "{{ '<start_of_turn>' + message['role'] + '\n' + (message['content'] | trim) + '<end_of_turn>\n' }}{% endfor %}"
+)
+PICKY = "{% for m in messages %}{{ raise_exception('no x') if 'x' in m['content'] else m['content'] }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        (MISTRAL, "<|im_start|>[INST] one\n\ntwo\n\nthree [/INST]<|cls|>"),
+        (GEMMA, "<|im_start|><start_of_turn>user\none\n\ntwo\n\nthree<end_of_turn>\n<|cls|>"),
+        (tiny.TEMPLATE, "".join(f"<|im_start|>user\n{turn}<|im_end|>\n" for turn in ("one", "two", "three")) + "<|cls|>"),
+        (PICKY, "onetwothree<|cls|>"),
+    ],
+)
+def test_turns_are_joined_where_the_template_demands_alternating_roles(template, text):
+    encoder = encoder_of(template=template)
+    assert encoder.text(["one", "two", "three"]) == text
+    assert encoder.tokenizer.template.joins == (template in (MISTRAL, GEMMA))
+    assert [len(ids) for ids in encoder.encode(["one", ["one", "two", "three"]])][1] > 0
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        PICKY,
+        "{{ (messages[0]['content'] | replace('x', '') | length) // (messages[0]['content'].count('x') - 1) }}",  # 0 for an x
+        "{{ [1, 2][messages[0]['content'].count('x') * 9].y }}",  # undefined
+        "{{ messages[0]['content'].index('a') }}",  # ValueError
+    ],
+)
+@given(data=st.data())
+@settings(max_examples=20)
+def test_a_prompt_that_the_template_refuses_is_named_and_fails_no_other(template, data):
+    encoder = encoder_of(template=template)
+    prompts = data.draw(st.lists(st.sampled_from(["x", "ab", "a", "abab", "xa", "\u00e9"]), min_size=1, max_size=6))
+    refused = {}
+    for i, prompt in enumerate(prompts):
+        try:
+            encoder.text([prompt])
+        except ValueError as error:
+            refused[i] = str(error)
+    found, problems = encoder.encode_each(prompts, 10)
+    assert problems == {10 + i: why for i, why in refused.items()}
+    cls = encoder.tokenizer.id_of(encoder.cls_token)
+    for i, prompt in enumerate(prompts):
+        assert found[i].tolist() == ([cls] if i in refused else encoder.encode([prompt])[0].tolist())
+        assert encoder.problem([prompt]) == refused.get(i)
+    if refused:
+        with pytest.raises(PromptError, match="chat template cannot be rendered") as caught:
+            encoder.encode(prompts)
+        assert caught.value.index == min(refused)
+
+
+def test_a_prompt_that_the_tokenizer_refuses_is_named():
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel({"hello": 0, "you": 1}, unk_token="<unk>"))  # which it lacks
+    core.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    core.add_special_tokens(["<|cls|>"])
+    encoder = PromptEncoder(FastTokenizer(core, "{{ messages[0]['content'] }}", {"cls_token": "<|cls|>"}))
+    assert encoder.encode(["hello you"])[0].tolist() == [0, 1, 2]
+    with pytest.raises(PromptError, match=r"prompts\[1\]: the tokenizer cannot encode it: .*UNK"):
+        encoder.encode(["hello", "what", "you", "why"])
+    found, problems = encoder.encode_each(["hello", "what", "you", "why"])
+    assert [ids.tolist() for ids in found] == [[0, 2], [2], [1, 2], [2]]
+    assert list(problems) == [1, 3]
 
 
 def test_the_prefix_is_what_all_prompts_start_with():

@@ -95,7 +95,9 @@ def both(folder, model_type="llama", training=TRAINING):
 def same(ours, theirs, prompts=PROMPTS):
     for prompt in prompts:
         turns = [prompt] if isinstance(prompt, str) else prompt
-        assert ours.text(turns) == theirs.text(turns)
+        messages = [{"role": "user", "content": turn} for turn in turns]
+        rendered = theirs.tokenizer._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
+        assert ours.text(turns) == theirs.text(turns) == rendered.replace(theirs.cls_token, "<cls>") + theirs.cls_token
     for one, other in zip(ours.encode(prompts), theirs.encode(prompts), strict=True):
         assert one.tolist() == other.tolist()
     assert ours.encode(prompts[:1])[0].tolist() == theirs.encode(prompts[:1])[0].tolist()

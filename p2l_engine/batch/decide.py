@@ -61,7 +61,10 @@ class Decider:
         routable = block.references != NO_REFERENCE
         not_finite = np.flatnonzero(routable)[~np.isfinite(self.take(block.references[routable])).all(axis=1)]
         for row in not_finite.tolist():
-            routable[row], reasons[row] = False, "the backbone gave coefficients that are not finite"
+            turns = block.block.prompts[row]
+            assert not isinstance(turns, Unroutable)
+            why = self.router.engine.encoder.problem(turns)
+            routable[row], reasons[row] = False, why or "the backbone gave coefficients that are not finite"
         return routable, reasons
 
     def decide(self, block: DeduplicatedBlock, policies: Policies | None = None) -> DecidedBlock:

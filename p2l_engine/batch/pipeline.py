@@ -210,6 +210,10 @@ class Pipeline:
         name, output = part_name(block.block.number), self.job.output
         with self.recorder.timed("deciding"):
             decided = self.decider.decide(block, policies)
+        if self.config.strict:
+            for row, why in enumerate(decided.table.column("error").to_pylist()):
+                if why is not None:
+                    raise ValueError(f"row {block.block.first + row} of all inputs: {why}")
         self.recorder.add(routed=decided.routed, spend=decided.spend, parts=1)
         with self.recorder.timed("writing"):
             metadata = {"p2l.unit": self.router.catalog.unit, "p2l.models": "\n".join(self.router.engine.models)}

@@ -29,6 +29,7 @@ def info(checkpoint: Checkpoint = None, device: Device = None, dtype: Dtype = No
         "native core": f"{binding.isa()}, up to {binding.max_threads()} threads",
         "backbone": f"{engine.backbone.name}, {engine.n_parameters / 1e6:.0f} M parameters",
         "checkpoint": str(engine.folder),
+        "consecutive user turns": "joined by blank lines" if engine.encoder.tokenizer.template.joins else "one message each",
         "feedback model": engine.feedback.name,
         f"{len(engine.models)} models": "\n".join(engine.models),
     }

@@ -109,7 +109,8 @@ class Engine:
         """The coefficients of each prompt, in order. An empty batch gives empty arrays.
 
         ``progress`` is called with the number of prompts that each forward pass has finished. Raises PromptError, which
-        names the index of a prompt that cannot be read; TypeError when ``prompts`` is a single string.
+        names the index of a prompt that cannot be read or that the chat template refuses; TypeError when ``prompts`` is a
+        single string.
         """
         turns = parse_batch(prompts)
         if len(turns) == 1:
@@ -221,8 +222,13 @@ class Engine:
         TypeError as ``coefficients`` does.
         """
         turns = parse_batch(prompts)
-        chunks = (turns[start : start + PROMPTS_PER_CHUNK] for start in range(0, len(turns), PROMPTS_PER_CHUNK))
-        tokens = prefetch(self.encoder.encode, chunks) if len(turns) > PROMPTS_PER_CHUNK else map(self.encoder.encode, chunks)
+        rows = range(len(turns))
+        chunks = (rows[start : start + PROMPTS_PER_CHUNK] for start in range(0, len(turns), PROMPTS_PER_CHUNK))
+
+        def encode(chunk: range) -> list[Tokens]:
+            return self.encoder.encode(turns[chunk.start : chunk.stop], chunk.start)
+
+        tokens = prefetch(encode, chunks) if len(turns) > PROMPTS_PER_CHUNK else map(encode, chunks)
         for batch in self._in_flight(tokens, stage):
             yield batch.wait()
 
@@ -230,13 +236,20 @@ class Engine:
         """The outputs of each chunk of prompts, in order; every chunk has at least one prompt.
 
         For endless streams: a thread draws and tokenises at most two chunks in advance. Prompts of different chunks never share
-        a batch, so equal chunks give bit-identical outputs (on one machine, with the same number of threads). The caller checks
-        that outputs are finite. Raises PromptError with the prompt's index within its chunk.
+        a batch, so equal chunks give bit-identical outputs (on one machine, with the same number of threads). Outputs are NaN
+        for prompts that the template or the tokenizer refuses (``encoder.problem`` says why); the caller checks that outputs
+        are finite. Raises PromptError, with the index within its chunk, for a prompt that cannot be parsed.
         """
         sizes: deque[int] = deque()
+        refused: deque[list[int]] = deque()  # of each chunk
+
+        def encode(chunk: Sequence[Prompt]) -> list[Tokens]:
+            tokens, problems = self.encoder.encode_each(chunk)
+            refused.append(list(problems))
+            return tokens
 
         def counted() -> Iterator[list[Tokens] | None]:
-            for tokens in prefetch(self.encoder.encode, chunks):
+            for tokens in prefetch(encode, chunks):
                 if tokens is not None:
                     sizes.append(len(tokens))
                 yield tokens
@@ -249,6 +262,7 @@ class Engine:
             out[rows - before] = part
             found, computed = found + len(rows), computed + sum(batch.packed.lengths)
             if found == sizes[0]:
+                out[refused.popleft()] = np.nan
                 yield Outputs(out, computed)
                 before, found, computed = before + sizes.popleft(), 0, 0
 

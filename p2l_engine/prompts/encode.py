@@ -1,7 +1,8 @@
 """Prompts to token ids: the text that published P2L models were trained on.
 
 The text is the tokenizer's chat template over the user turns, without a generation prompt, then the CLS token. A CLS token in
-the user's own text becomes "<cls>". The token ids are truncated from the left (lmarena/p2l).
+the user's own text becomes "<cls>". The token ids are truncated from the left (lmarena/p2l). Turns of a template that refuses
+consecutive user messages are joined by blank lines.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-from jinja2 import TemplateError
 
+from p2l_engine.errors import PromptError
 from p2l_engine.prompts.parse import Prompt, user_turns
 from p2l_engine.prompts.tokenizer import ChatTokenizer
+
+_Ids = npt.NDArray[np.int32]
 
 MAX_TOKENS = 8192  # of which the last is the CLS token
 
@@ -35,16 +38,56 @@ class PromptEncoder:
     def text(self, turns: Sequence[str]) -> str:
         """The text that the P2L model sees for these user turns. Raises ValueError where the template cannot be rendered."""
         try:
-            rendered = self.tokenizer.render(turns)
-        except (TemplateError, TypeError) as error:
+            rendered = self.tokenizer.template.render(turns)
+        except Exception as error:  # a template is a program: it may raise anything
             raise ValueError(f"the tokenizer's chat template cannot be rendered: {error}") from error
         return rendered.replace(self.cls_token, "<cls>") + self.cls_token
 
-    def encode(self, prompts: Sequence[Prompt]) -> list[npt.NDArray[np.int32]]:
-        """Token ids of each prompt, the last of them the CLS token; at most ``max_tokens`` each. Raises PromptError."""
-        return self._tokens([self.text(user_turns(prompt, i)) for i, prompt in enumerate(prompts)])
+    def encode(self, prompts: Sequence[Prompt], first: int = 0) -> list[_Ids]:
+        """Token ids of each prompt, the last of them the CLS token; at most ``max_tokens`` each.
 
-    def prefix(self) -> npt.NDArray[np.int32]:
+        first: the index of the first prompt in its batch. Raises PromptError, with the index in the batch.
+        """
+        found, problems = self.encode_each(prompts, first)
+        for index, problem in problems.items():
+            raise PromptError(index, problem)
+        return found
+
+    def encode_each(self, prompts: Sequence[Prompt], first: int = 0) -> tuple[list[_Ids], dict[int, str]]:
+        """As ``encode``, but prompts that the template or the tokenizer refuses do not fail the others.
+
+        Returns the token ids of each prompt, the CLS token alone for one that is refused, and the reasons by index in the
+        batch. Raises PromptError for a prompt that cannot be parsed.
+        """
+        texts: list[str] = []
+        problems: dict[int, str] = {}
+        for i, prompt in enumerate(prompts, first):
+            try:
+                texts.append(self.text(user_turns(prompt, i)))
+            except PromptError:
+                raise
+            except ValueError as error:
+                problems[i] = str(error)
+                texts.append(self.cls_token)
+        try:
+            return self._tokens(texts), problems
+        except Exception as error:
+            if type(error) is not Exception:  # the tokenizers library raises no other
+                raise
+        found: list[_Ids] = []
+        for i, text in enumerate(texts, first):
+            try:
+                found += self._tokens([text])
+            except Exception as error:
+                problems.setdefault(i, f"the tokenizer cannot encode it: {error}")
+                found.append(np.array([self.tokenizer.id_of(self.cls_token)], np.int32))
+        return found, dict(sorted(problems.items()))
+
+    def problem(self, turns: Sequence[str]) -> str | None:
+        """Why user turns have no tokens, if they have none."""
+        return self.encode_each([turns])[1].get(0)
+
+    def prefix(self) -> _Ids:
         """The tokens that every prompt starts with: the chat template's text before the first user turn.
 
         Found as those that very different turns have in common. A prompt may still lack them, where it is truncated, or where
@@ -58,7 +101,7 @@ class PromptEncoder:
         same = np.logical_and.reduce([ids[:shortest] == probes[0][:shortest] for ids in probes])
         return probes[0][: shortest if same.all() else int(same.argmin())]
 
-    def _tokens(self, texts: list[str]) -> list[npt.NDArray[np.int32]]:
+    def _tokens(self, texts: list[str]) -> list[_Ids]:
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens: expected one at least, got {self.max_tokens}")
         if not texts:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from typing import Any, NoReturn
 
 from jinja2 import Template, TemplateError, nodes, pass_eval_context
@@ -21,14 +22,34 @@ class ChatTemplate:
     variables: what it may read besides the messages: the tokenizer's special tokens by name (``bos_token``, ...).
     """
 
-    def __init__(self, source: str, variables: Mapping[str, str]) -> None:
+    def __init__(self, source: str, variables: Mapping[str, Any]) -> None:
         self.source, self.variables = source, dict(variables)
-        self._compiled: Template | None = None
 
     def render(self, turns: Sequence[str]) -> str:
-        """The text of user turns. Raises jinja2's TemplateError, and TypeError, where the template cannot be rendered."""
-        if self._compiled is None:
-            self._compiled = _environment().from_string(self.source)
+        """The text of user turns, one message each, or joined to one by blank lines where the template ``joins``.
+
+        Raises jinja2's TemplateError, and whatever else a template can raise, where it cannot be rendered.
+        """
+        return self._render(["\n\n".join(turns)] if len(turns) > 1 and self.joins else turns)
+
+    @cached_property
+    def joins(self) -> bool:
+        """Whether the template refuses consecutive user messages, as those do that demand alternating roles."""
+        try:
+            self._render(["a"])
+        except Exception:  # refuses any message: nothing would be gained
+            return False
+        try:
+            self._render(["a", "b"])
+        except TemplateError:
+            return True
+        return False
+
+    @cached_property
+    def _compiled(self) -> Template:
+        return _environment().from_string(self.source)
+
+    def _render(self, turns: Sequence[str]) -> str:
         messages = [{"role": "user", "content": str.__str__(turn)} for turn in turns]  # never a subclass with own methods
         return self._compiled.render(
             messages=messages, tools=None, documents=None, add_generation_prompt=False, **self.variables

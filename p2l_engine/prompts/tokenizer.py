@@ -19,8 +19,8 @@ class ChatTokenizer(Protocol):
     @property
     def special_tokens(self) -> Mapping[str, str]: ...
 
-    def render(self, turns: Sequence[str]) -> str:
-        """The chat template over user turns. Raises jinja2's TemplateError, and TypeError."""
+    @property
+    def template(self) -> ChatTemplate: ...
 
     def ids(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
         """Token ids of texts, none added."""
@@ -41,11 +41,7 @@ class FastTokenizer:
 
     def __init__(self, backend: tokenizers.Tokenizer, template: str, special_tokens: Mapping[str, str]) -> None:
         self.special_tokens = dict(special_tokens)
-        self._backend, self._template = backend, ChatTemplate(template, special_tokens)
-
-    def render(self, turns: Sequence[str]) -> str:
-        """See ChatTokenizer."""
-        return self._template.render(turns)
+        self._backend, self.template = backend, ChatTemplate(template, special_tokens)
 
     def ids(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
         """See ChatTokenizer."""
@@ -80,17 +76,13 @@ class TransformersTokenizer:
         if not tokenizer.chat_template:
             raise ValueError("tokenizer: expected a chat template, got none; a P2L checkpoint's tokenizer has one")
         self._tokenizer, self._own = tokenizer, _copied_backend(tokenizer)
+        self.template = ChatTemplate(tokenizer.get_chat_template(), tokenizer.special_tokens_map)
 
     @property
     def special_tokens(self) -> Mapping[str, str]:
         """See ChatTokenizer."""
         found = self._tokenizer.special_tokens_map
         return {name: str(token) for name, token in found.items() if name != "additional_special_tokens"}
-
-    def render(self, turns: Sequence[str]) -> str:
-        """See ChatTokenizer."""
-        messages = [{"role": "user", "content": turn} for turn in turns]
-        return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False))
 
     def ids(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
         """See ChatTokenizer."""
