@@ -47,7 +47,7 @@ def called(folder, monkeypatch):
 
 @pytest.mark.slow
 def test_strengths_by_category_are_means_of_win_rates(called, folder):
-    more = ("--reference", "beta", "--replace", "alpha:beta", "--html", "r.html", "--plot", "r.png")
+    more = ("--dtype", "float32", "--reference", "beta", "--replace", "alpha:beta", "--html", "r.html", "--plot", "r.png")
     reports = {}
     for name in ("p.parquet", "p.csv"):
         status, out, err = called(name, *more, "--json", "r.json")
