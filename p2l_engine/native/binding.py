@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 from p2l_engine._native import ffi, lib
@@ -20,7 +21,10 @@ _pool_lost = False  # they do not survive a fork: in the child, a parallel regio
 
 def _after_fork() -> None:
     global _pool_lost
-    _pool_lost = _pool_started
+    torch = sys.modules.get("torch")
+    _pool_lost = _pool_started or torch is not None  # torch's threads are of the same pool
+    if torch is not None:
+        torch.set_num_threads(1)
 
 
 if hasattr(os, "register_at_fork"):
@@ -40,7 +44,7 @@ def max_threads() -> int:
 def threads(work: int, per_thread: int, most: int | None = None) -> int:
     """Threads for ``work`` units: one per ``per_thread`` of them, at most ``most`` (None: ``max_threads``), at least 1.
 
-    Always 1 in a forked child of a process whose OpenMP threads were running.
+    Always 1 in a forked child of a process whose OpenMP threads were running, or that had loaded torch, which runs such threads.
     """
     global _pool_started
     if _pool_lost or work < 2 * per_thread:

@@ -147,10 +147,10 @@ def _widest(x: Float64, width: int) -> tuple[Int32, Float64]:
     """x [n, M] as policies over each prompt's ``width`` largest entries."""
     m = x.shape[1]
     top = np.argsort(-x, axis=1, kind="stable")[:, : min(width, m)]
-    top = np.pad(top, ((0, 0), (0, width - top.shape[1])), mode="edge").astype(np.int32)
-    probabilities = np.take_along_axis(x, top, 1)
+    models: Int32 = np.pad(top, ((0, 0), (0, width - top.shape[1])), mode="edge").astype(np.int32)
+    probabilities = np.take_along_axis(x, models, 1)
     probabilities[:, m:] = 0.0
-    return ordered(top, probabilities / probabilities.sum(axis=1, keepdims=True))
+    return ordered(models, probabilities / probabilities.sum(axis=1, keepdims=True))
 
 
 def narrow(x: Float64) -> tuple[Int32, Float64]:

@@ -61,7 +61,7 @@ class Surplus:
         leaves nothing, or there is no bound."""
         with np.errstate(invalid="ignore"):  # of an infinite bound
             slack = np.spacing(np.abs(np.asarray(self.row.bound, np.float64)))
-        least = self.least if np.ndim(self.extra) else np.abs(self.least).max()
+        least: Any = self.least if np.ndim(self.extra) else np.abs(self.least).max()
         slack = np.nan_to_num(slack) + np.spacing(np.abs(least))
         return np.divide(slack, self.extra, out=np.zeros(np.shape(self.extra)), where=np.asarray(self.extra) > 0)
 
