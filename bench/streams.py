@@ -1,13 +1,23 @@
 """What a mean budget over a stream loses to hindsight: python -m bench.streams.
 
-24 random streams of 10,000 prompts whose mix shifts halfway, each under a budget that binds in both halves, routed by the pacer
-with a price learned on past traffic and without one. Mean cost: its distance from the budget; lost: points of win rate below
-the batch budget's optimum in hindsight.
+Streams of 10,000 prompts of each kind of bench/traffic.py, routed by the pacer and by dual mirror descent
+(bench/mirror_descent.py), both with the price of past traffic at first and with the pacer's first price. Off the budget: the
+mean cost's distance from it, on the stream where that is greatest; lost: points of win rate below the batch budget's optimum
+in hindsight, mean and worst of the streams; more on: on how many of them the pacer loses more. Ahead: the most that dual
+mirror descent had spent beyond the budget of the prompts so far, in budgets; for the pacer it is 100 (``allowance``).
+
+Dual mirror descent's step is tuned in its favour: of steps that span two orders, and both mirror maps, the one that loses
+least on all of these streams together. It is told the number of prompts, and the cheapest costs of those to come.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import itertools
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -15,61 +25,93 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from bench.mirror_descent import Mirror, mirror_descent
 from bench.setting import positive
+from bench.traffic import KINDS, Stream, streams
 from p2l_engine import routing
 from p2l_engine.routing import BudgetPacer
 
-Float64 = npt.NDArray[np.float64]
+STEPS: tuple[tuple[Mirror, float], ...] = (
+    ("Euclidean", 0.03), ("Euclidean", 0.1), ("Euclidean", 0.3), ("Euclidean", 1.0), ("Euclidean", 3.0),
+    ("entropy", 0.3), ("entropy", 1.0), ("entropy", 3.0),
+)  # fmt: skip
 
 
-def stream(seed: int, n: int, shift: bool = True) -> tuple[Float64, Float64, Float64]:
-    """Win rates [n, M] of n prompts over models of costs that span two orders; halfway the expensive models get better or
-    worse.
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One router on one stream. ahead: the most that it had spent beyond the budget of the prompts so far, in budgets."""
 
-    Also win rates of 3,000 prompts of past traffic, and the costs [M].
-    """
-    rng = np.random.default_rng(seed)
-    m = int(rng.integers(3, 30))
-    costs = np.exp(rng.normal(size=m))
-    strength = 0.4 * np.log(costs) + 0.3 * rng.normal(size=m)
-    theta = rng.normal(size=(n, m)) + strength
-    if shift:
-        theta[n // 2 :] += strength * rng.uniform(-0.7, 1)
-    past = rng.normal(size=(3000, m)) + strength
-    q = np.full(m, 1 / m)
-    return routing.win_rates(theta, q), routing.win_rates(past, q), costs
+    kind: str
+    number: int
+    first_price: str
+    router: str
+    off_percent: float
+    lost_points: float
+    ahead: float
+
+
+def measure(kind: str, number: int, stream: Stream, steps: Sequence[tuple[Mirror, float]] = STEPS) -> list[Run]:
+    """The pacer, and dual mirror descent with each step, on one stream."""
+    v, costs, budget = stream.v, stream.costs, stream.budget
+    best = float(routing.solve_batch_budget(v, costs, budget).value.mean())
+    binds = stream.past_costs.min() <= budget
+    past = routing.solve_batch_budget(stream.past, stream.past_costs, budget).prices["budget"] if binds else 0.0
+    runs = []
+
+    def add(first_price: str, router: str, chosen: Sequence[int] | npt.NDArray[np.intp]) -> None:
+        paid = costs[np.arange(len(v)), chosen] / budget
+        ahead = float((np.cumsum(paid) - np.arange(1, len(v) + 1)).max(initial=0.0))
+        lost = 100 * (best - float(v[np.arange(len(v)), chosen].mean()))
+        runs.append(Run(kind, number, first_price, router, 100 * (float(paid.mean()) - 1), lost, ahead))
+
+    for first_price, price in (("past", past), ("none", None)):
+        pacer = BudgetPacer(budget, price)
+        start = pacer.price
+        add(first_price, "pacer", [pacer.choose(*prompt) for prompt in zip(v, costs, strict=True)])
+        for mirror, step in steps:
+            add(first_price, f"{mirror} {step}", mirror_descent(v, costs, budget, start, step, mirror))
+    return runs
+
+
+def tuned(runs: Sequence[Run]) -> str:
+    """The step of dual mirror descent that loses least on all streams."""
+    names = [f"{mirror} {step}" for mirror, step in STEPS]
+    return min(names, key=lambda name: float(np.mean([run.lost_points for run in runs if run.router == name])))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.streams", description=__doc__.splitlines()[0])
-    parser.add_argument("--streams", type=positive, default=24, help="number of streams")
+    parser.add_argument("--streams", type=positive, default=8, help="number of streams of each kind")
     parser.add_argument("--prompts", type=positive, default=10_000, help="prompts of a stream")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="kinds of streams")
+    parser.add_argument("--csv", type=Path, help="also write a row for each stream and router here")
     arguments = parser.parse_args()
-    n, console = arguments.prompts, Console()
-    off: dict[str, list[float]] = {"learned on past traffic": [], "none": []}
-    lost: dict[str, list[float]] = {name: [] for name in off}
-    for seed in track(range(arguments.streams), "streams", console=console, transient=True):
-        v, past, costs = stream(seed, n)
-        unbounded = min(costs[half.argmax(1)].mean() for half in (v[: n // 2], v[n // 2 :]))
-        budget = float(costs.min() + 0.4 * (unbounded - costs.min()))
-        best = float(routing.solve_batch_budget(v, costs, budget).value.mean())
-        for name, pacer in zip(off, (BudgetPacer.learned(past, costs, budget), BudgetPacer(budget)), strict=True):
-            chosen = np.array([pacer.choose(row, costs) for row in v])
-            off[name].append(100 * abs(pacer.mean_cost / budget - 1))
-            lost[name].append(100 * (best - float(v[np.arange(len(v)), chosen].mean())))
-    table = Table(title=f"{arguments.streams} streams of {n:,} prompts", title_justify="left")
-    for column in (
-        "price at first",
-        "mean cost off the budget, %: median",
-        "worst",
-        "points of win rate lost: median",
-        "worst",
-    ):
-        table.add_column(column, justify="left" if column == "price at first" else "right")
-    for name in off:
-        figures = (np.median(off[name]), max(off[name]), np.median(lost[name]), max(lost[name]))
-        table.add_row(name, *(f"{figure:.3f}" for figure in figures))
+    console, runs = Console(), []
+    for kind in track(arguments.kinds, "streams", console=console, transient=True):
+        for number, stream in enumerate(streams(kind, arguments.streams, arguments.prompts)):
+            runs += measure(kind, number, stream)
+    peer = tuned(runs)
+    runs = [run for run in runs if run.router in ("pacer", peer)]
+    title = f"{arguments.streams} streams of {arguments.prompts:,} prompts of each kind; dual mirror descent: {peer} / sqrt(n)"
+    table = Table(title=title, title_justify="left")
+    figures = ("off, %: pacer", "peer", "lost: pacer", "peer", "worst: pacer", "peer", "more on", "ahead: peer")
+    for column in ("stream", "price", *figures):
+        table.add_column(column, justify="left" if column in ("stream", "price") else "right")
+    for kind, first_price in itertools.product(arguments.kinds, ("past", "none")):
+        some = [run for run in runs if (run.kind, run.first_price) == (kind, first_price)]
+        pacer, other = ([run for run in some if run.router == router] for router in ("pacer", peer))
+        off = [f"{max((run.off_percent for run in own), key=abs):+.2f}" for own in (pacer, other)]
+        mean = [f"{np.mean([run.lost_points for run in own]):.3f}" for own in (pacer, other)]
+        worst = [f"{max(run.lost_points for run in own):.3f}" for own in (pacer, other)]
+        more = sum(a.lost_points > b.lost_points for a, b in zip(pacer, other, strict=True))
+        ahead = f"{max(run.ahead for run in other):.0f}"
+        table.add_row(kind, first_price, *off, *mean, *worst, str(more), ahead, end_section=first_price == "none")
     console.print(table)
+    if arguments.csv:
+        with arguments.csv.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(asdict(runs[0])))
+            writer.writeheader()
+            writer.writerows({k: f"{x:.6g}" if isinstance(x, float) else x for k, x in asdict(run).items()} for run in runs)
 
 
 if __name__ == "__main__":

@@ -28,8 +28,10 @@ from bench import (
     streams,
     subjects,
     throughput,
+    traffic,
     training,
 )
+from bench.mirror_descent import mirror_descent
 from p2l_engine.backbone.families import DecoderConfig
 from p2l_engine.backbone.weights import expected_shapes
 from p2l_engine.prompts.encode import PromptEncoder
@@ -178,9 +180,22 @@ def test_stages_over_many_prompts_add_up(stage):
     assert sum(parts) == pytest.approx(figures["end to end"])
 
 
-def test_streams_run_to_the_end(monkeypatch, capsys):
-    run(monkeypatch, streams, "--streams", 2, "--prompts", 60)
+def test_streams_run_to_the_end(monkeypatch, capsys, tmp_path):
+    run(monkeypatch, streams, "--streams", 2, "--prompts", 60, "--csv", tmp_path / "rows.csv")
     assert "2 streams of 60 prompts" in capsys.readouterr().out
+    rows = list(csv.DictReader((tmp_path / "rows.csv").open()))
+    assert len(rows) == len(traffic.KINDS) * 2 * 2 * 2  # streams, first prices, routers
+    peer = [row for row in rows if row["router"] != "pacer"]
+    assert all(float(row["off_percent"]) < 1e-9 for row in peer if row["kind"] not in ("Pareto", "spikes of costs"))
+    assert all(float(row["lost_points"]) > -1e-9 for row in peer)
+
+
+def test_mirror_descent_follows_its_paper():
+    v, costs = np.array([[0.5, 0.9]] * 4), np.array([[0.1, 1.5]] * 4)
+    # 0.4 against 1.4 at prices 0.2, 0.2 + 0.5 / 2 = 0.45, 0.45 - 0.9 / 2 = 0; at last 4 - 1.5 - 0.1 - 1.5 are left.
+    assert mirror_descent(v, costs, 1.0, 0.2, 1.0, "Euclidean").tolist() == [1, 0, 1, 0]
+    # At 0.2 and 0.2 exp(0.5 / 2) = 0.257; then 4 - 2 * 1.5 are left.
+    assert mirror_descent(v, costs, 1.0, 0.2, 1.0, "entropy").tolist() == [1, 1, 0, 0]
 
 
 def test_leaderboards_run_to_the_end(tmp_path, monkeypatch):

@@ -36,26 +36,26 @@ class BudgetPacer:
 
     At the best price in hindsight this is the optimum under the batch budget, except for one mixed prompt (the Lagrangian of
     ``solve_batch_budget``). The credit is the budget of all prompts so far less their cost. The price is a learned level near
-    credit 0, falls to 0 as the credit grows to the budget of 0.3 horizons, and rises without bound as the debt grows to
-    ``allowance``, the budget of 0.2 horizons. The level follows slowly; not where no other price would change the choice.
+    credit 0; it falls to 0 as the credit grows to horizon / 5 budgets, and rises without bound as the debt grows to as much.
+    The level follows slowly; not where no other price would change the choice.
 
     Exactly, whatever the stream:
 
-    - ``spent <= budget * count + allowance`` after a choice, or the cheapest allowed model was chosen. What ``settle`` adds
-      counts as spent.
-    - Credit beyond 0.3 horizons is kept in reserve and returns at 3/4 of the budget per prompt. However much was saved
-      before, n prompts cost no more than the budget of 1.75 n + horizon / 2, settlements aside, as long as an allowed model
-      fits into credit and allowance.
+    - ``spent <= budget * count + allowance`` after a choice, or the cheapest allowed model was chosen. ``allowance`` is
+      horizon / 5 budgets. What ``settle`` adds counts as spent.
+    - Credit beyond horizon / 5 budgets is kept in reserve and returns at one budget per prompt. However much was saved before,
+      n prompts cost no more than 2 n + 2/5 horizon budgets, settlements aside, as long as an allowed model fits into credit
+      and allowance.
     - No chosen model has an allowed alternative of no less win rate and no greater cost that is better in one of them. Ties:
       the higher win rate, then the lower cost, then the lower index.
 
-    A model that costs more than the budget of horizon / 2 + 1 prompts is chosen only where it is the cheapest. Deterministic:
-    the same stream gives the same choices. Thread-safe.
+    A model that costs more than 2/5 horizon + 1 budgets is chosen only where it is the cheapest. Deterministic: the same
+    stream gives the same choices. Thread-safe.
 
     budget: mean cost per prompt, > 0. price: win rate per unit of cost (``solve_batch_budget(...).prices["budget"]`` of past
-    traffic, or ``BudgetPacer.learned``). horizon: a number of prompts >= 10, the scale of the credit: the mean of n prompts is
-    off the budget by no more than 0.2 horizon / n upwards, 0.3 downwards, unless even the cheapest models cost more, or the
-    best less. A larger one loses less win rate.
+    traffic, or ``BudgetPacer.learned``). horizon: a number of prompts from 10 to 10^9, the scale of the credit: the mean of n
+    prompts is off the budget by at most horizon / (5 n) of it, unless even the cheapest models cost more, or the best less. A
+    larger one loses less win rate.
     """
 
     def __init__(self, budget: float, price: float | None = None, horizon: int = 500) -> None:
@@ -69,7 +69,7 @@ class BudgetPacer:
         if price:
             self._level = min(max(math.log(price) + math.log(self.budget), self._level), EXTREME)
         self._income = _units(self.budget)
-        self._debt_limit, self._credit_limit = self._income * horizon // 5, self._income * horizon * 3 // 10
+        self._limit = self._income * horizon // 5  # of the credit, and of the debt
         self._credit = self._reserve = self._spent = self._count = 0
         self._warned = False
         self._lock, self._saving = threading.Lock(), threading.Lock()
@@ -92,7 +92,7 @@ class BudgetPacer:
             w, x = w[models], x[models]
         lowest, highest = float(x[x.argmin()]), float(x[x.argmax()])
         with self._lock:
-            limit, response = self._credit + self._income + self._debt_limit, self._response()
+            limit, response = self._credit + self._income + self._limit, self._response()
             if response == math.inf or _units(lowest) > limit:
                 k, settled = _best(-x, w, x), True
             else:
@@ -126,7 +126,7 @@ class BudgetPacer:
     @property
     def allowance(self) -> float:
         """How much may be spent beyond the budget of the prompts so far while something cheaper is allowed."""
-        return _amount(self._debt_limit)
+        return _amount(self._limit)
 
     @property
     def count(self) -> int:
@@ -186,19 +186,19 @@ class BudgetPacer:
         self._level, self._count = min(max(state["level"], -EXTREME), EXTREME), count
         self._spent, self._reserve = sum(map(_units, state["spent"])), sum(map(_units, state["reserve"]))
         self._credit = count * self._income - self._spent - self._reserve
-        if self._reserve < 0 or self._credit > self._credit_limit:
+        if self._reserve < 0 or self._credit > self._limit:
             raise ValueError(f"reserve: expected the credit beyond its limit after {count} prompts, got {state['reserve']!r}")
 
     def _response(self) -> float:
-        """The price as a multiple of the learned one: 1 at credit 0, between 0 at its limit and infinity at the debt's."""
-        if self._credit <= -self._debt_limit:
+        """The price as a multiple of the learned one: 1 at credit 0, 0 at its limit, infinite at the debt's."""
+        if self._credit <= -self._limit:
             return math.inf
-        z = self._credit / (self._credit_limit if self._credit > 0 else self._debt_limit)
+        z = self._credit / self._limit
         z *= LINEAR + (1 - LINEAR) * z * z
         return (1 - z) / (1 + z) if z > -1 else math.inf
 
     def _learn(self, response: float) -> None:
-        rate = max(0.5 / self.horizon, 2 / (self._count + 100))  # fast at first, when the price is a guess
+        rate = max(0.5 / self.horizon, 1 / (self._count + 100))  # fast at first, when the price is a guess
         step = rate * math.log(max(response, 1e-9))
         self._level = min(max(self._level + min(max(step, -FASTEST), FASTEST), -EXTREME), EXTREME)
 
@@ -206,7 +206,7 @@ class BudgetPacer:
         self._count += 1
         self._spent += _units(cost)
         self._gain(self._income - _units(cost))
-        returned = min(self._reserve, self._income * 3 // 4, self._credit_limit - self._credit)
+        returned = min(self._reserve, self._income, self._limit - self._credit)
         self._reserve -= returned
         self._credit += returned
         if self._credit < -10 * self.horizon * self._income and not self._warned:
@@ -220,7 +220,7 @@ class BudgetPacer:
     def _gain(self, credit: int) -> None:
         """Adds to the credit. The reserve takes what exceeds the credit's limit, and pays debt beyond the allowance."""
         self._credit += credit
-        kept = max(0, self._credit - self._credit_limit) - min(self._reserve, max(0, -self._debt_limit - self._credit))
+        kept = max(0, self._credit - self._limit) - min(self._reserve, max(0, -self._limit - self._credit))
         self._reserve += kept
         self._credit -= kept
 
