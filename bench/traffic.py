@@ -9,6 +9,7 @@ Each starts from random win rates over 3 to 12 models that are the better the mo
 - worthless half: in the first half all models win equally often.
 - costs rise, fall: by 20 times from the first prompt to the last; the cheapest model always costs less than the budget.
 - sorted up, down: by the stakes, the lowest first, last.
+- faint half: the first half has a hundredth of the stakes.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from p2l_engine import routing
 Float64 = npt.NDArray[np.float64]
 KINDS = (
     "stationary", "shift", "blocks", "Pareto", "spikes of stakes", "spikes of costs", "worthless half", "costs rise",
-    "costs fall", "sorted up", "sorted down",
+    "costs fall", "sorted up", "sorted down", "faint half",
 )  # fmt: skip
 
 
@@ -90,6 +91,8 @@ def _draw(kind: str, rng: np.random.Generator, n: int) -> Stream | None:
         costs[bursts] *= 5
     elif kind == "worthless half":
         v[: n // 2] = 0.5
+    elif kind == "faint half":
+        v[: n // 2] = _flattened(v[: n // 2], 0.01)
     elif drifting:
         costs *= 20 ** ((t if kind == "costs rise" else t[::-1]) / n)[:, None]
     elif kind in ("sorted up", "sorted down"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -97,6 +98,8 @@ class Chooser:
         price = pacer.price
         k = pacer.choose(v[0], self.costs)
         why = f"highest win rate less cost at {price:.4g} per {self.catalog.unit}: a mean budget of {pacer.budget:g}"
+        if price == math.inf:
+            why = f"lowest cost: a mean budget of {pacer.budget:g} was overspent by {pacer.allowance:g} or more"
         name = self.names[k]
         score = native.bt_score(theta, self.q, self._bt_value(theta, v, np.array([[k]]), np.ones((1, 1))))
         return Decision(name, {name: 1.0}, float(self.costs[k]), float(v[0, k]), float(score[0]), why)

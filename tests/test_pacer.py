@@ -40,7 +40,8 @@ def test_the_mean_holds_within_one_percent_when_the_mix_shifts(seed):
 def test_streams_lose_no_more_than_under_dual_mirror_descent(kind):
     """In the mean of eight streams, with the mirror map and the step that lose least on all kinds together.
 
-    Sorted down: the peer gains by spending ahead at first, when the stakes are highest; the pacer pays that back.
+    Sorted down, the peer gains by spending ahead at first, when the stakes are highest; the pacer pays that back. With a faint
+    half, it gains by saving more than the pacer may: had the stream ended there, that would have been lost.
     """
     runs = [run for i, one in enumerate(streams(kind, 8, 10_000)) for run in measure(kind, i, one, [("entropy", 1.0)])]
     assert all(run.off_percent <= 1 for run in runs if run.router == "pacer")
@@ -49,7 +50,7 @@ def test_streams_lose_no_more_than_under_dual_mirror_descent(kind):
         lost = {"pacer": 0.0, "entropy 1.0": 0.0}
         for run in runs:
             lost[run.router] += run.lost_points if run.first_price == first_price else 0.0
-        most = {"stationary": 0.5, "sorted down": 1.3}.get(kind, 1.0)
+        most = {"stationary": 0.5, "sorted down": 1.3, "faint half": 1.25}.get(kind, 1.0)
         assert lost["pacer"] <= most * lost["entropy 1.0"]
 
 

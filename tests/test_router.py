@@ -148,6 +148,11 @@ def test_a_pacer_holds_the_mean_over_a_stream(router):
     assert decisions[0].score == pytest.approx(
         router.engine.coefficients(PROMPTS[:1]).theta[0, MODELS.index(decisions[0].model)], abs=1e-4
     )
+    assert decisions[-1].why.startswith("highest win rate less cost at ")
+    pacer.settle(1000.0)
+    overspent = router.route("hi", pacer=pacer)
+    assert overspent.expected_cost == min(COSTS)
+    assert overspent.why == "lowest cost: a mean budget of 2 was overspent by 8 or more"
     with pytest.raises(ValueError, match="budget: expected None with a pacer"):
         router.route("hi", budget=1.0, pacer=pacer)
 
