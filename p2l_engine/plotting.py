@@ -1,4 +1,4 @@
-"""What all plots share: colours that colour-blind readers can tell apart (Okabe and Ito's), and files. Needs matplotlib."""
+"""Shared by all plots: colours that colour-blind readers can tell apart (Okabe and Ito's), and files. Needs matplotlib."""
 
 from __future__ import annotations
 

@@ -290,7 +290,7 @@ class Evaluation(BaseReport):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Survey(BaseReport):
-    """What a checkpoint says of prompts without votes. weighted: whether the prompts have weights."""
+    """What a checkpoint predicts for prompts without votes. weighted: whether the prompts have weights."""
 
     prompts: int
     weighted: bool

@@ -1,4 +1,4 @@
-"""What commands share: options and their checks, the engine and the router."""
+"""Options that several commands have, and their checks; how commands load the engine and the router."""
 
 from __future__ import annotations
 

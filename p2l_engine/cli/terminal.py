@@ -1,4 +1,4 @@
-"""What commands write to the terminal: tables on stdout; notes, logs and errors on stderr."""
+"""Output to the terminal: tables on stdout; notes, logs and errors on stderr."""
 
 from __future__ import annotations
 

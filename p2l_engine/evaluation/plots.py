@@ -40,7 +40,7 @@ VERDICTS = {"better": (BLUE, "^"), "worse": (ORANGE, "v"), "unclear": (GREY, "o"
 
 
 def plots_of(report: BaseReport, top: int | None = TOP) -> dict[str, Callable[[Figure], None]]:
-    """What draws each plot that the report has the figures for, by name. top: models in a plot (None: all)."""
+    """The function that draws each plot for which the report has figures, by name. top: models in a plot (None: all)."""
     boards = report.leaderboards
     found: dict[str, Callable[[Figure], None]] = {}
     if isinstance(report, Evaluation):

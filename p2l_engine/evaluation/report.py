@@ -123,8 +123,8 @@ def survey(
     options: ReportOptions | None = None,
     advance: Advance | None = None,
 ) -> Survey:
-    """What needs no votes (the paper's 3.4): leaderboards over the prompts, strengths, choices and replacements; by category
-    where there are categories [N]. weights [N] >= 0: of the prompts. Raises ValueError for ols and poisson models."""
+    """All figures that need no votes (the paper's 3.4): leaderboards over the prompts, strengths, choices and replacements; by
+    category where there are categories [N]. weights [N] >= 0: of the prompts. Raises ValueError for ols and poisson models."""
     options = options or ReportOptions()
     if engine.feedback.of_values:
         raise ValueError(f"checkpoint: expected a feedback model that compares models, got {engine.feedback.name!r}")

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class ChatTokenizer(Protocol):
-    """What prompts are encoded with. special_tokens: texts by name, ``cls_token`` among them."""
+    """A tokenizer with a chat template. special_tokens: texts by name, ``cls_token`` among them."""
 
     @property
     def special_tokens(self) -> Mapping[str, str]: ...

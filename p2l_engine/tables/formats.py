@@ -16,7 +16,7 @@ COMPRESSED = {".gz": "gzip", ".zst": "zstd"}  # endings and pyarrow's names
 
 
 class Reader(Protocol):
-    """What a format's module offers."""
+    """The functions of a format's module."""
 
     def schema(self, file: File, column: str, keep: Sequence[str] | None) -> pa.Schema | None:
         """Reads the head of the file. The kept columns' types, or None where only the rows tell. Raises ValueError if a column

@@ -1,4 +1,4 @@
-"""A few rows of a file, and what the formats' readers have in common."""
+"""A few rows of a file, and checks that the readers of all formats share."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ class ValueRows(NamedTuple):
 
 @contextmanager
 def readable(file: File, row: int | None = None) -> Iterator[None]:
-    """Turns what libraries raise where a file is damaged, or not what its ending says, into a ValueError. row: the last one
-    read."""
+    """Turns the exceptions of files that are damaged, or not of the format that their ending says, into a ValueError. row: the
+    last one read."""
     try:
         yield
     except unreadable() as error:
@@ -57,7 +57,7 @@ def readable(file: File, row: int | None = None) -> Iterator[None]:
 
 
 def unreadable() -> tuple[type[Exception], ...]:
-    """What is raised where a file cannot be read."""
+    """The exceptions that libraries raise for files that cannot be read."""
     arrow = sys.modules.get("pyarrow")  # where it was not imported, nothing raises its exceptions
     return (OSError, OverflowError, UnicodeDecodeError, *((arrow.ArrowException,) if arrow else ()))
 
