@@ -103,6 +103,14 @@ def test_errors_have_no_traceback(arguments, text, message, checkpoint):
     assert "Traceback" not in err
 
 
+def test_an_error_is_one_line(checkpoint, tmp_path):
+    (tmp_path / "catalog.yaml").write_text("models: [\n")
+    ended = p2l_engine("route", "hi", "--checkpoint", str(checkpoint), "--catalog", str(tmp_path / "catalog.yaml"))
+    assert ended.status == 2
+    assert ended.err.startswith(f"error: catalog {tmp_path}/catalog.yaml: expected YAML: while parsing a flow node")
+    assert len(ended.err.splitlines()) == 1
+
+
 @pytest.mark.parametrize("device", ["meta", "cuda:99"])
 def test_an_absent_device_is_an_error(device, checkpoint):
     status, _, err = run("info", "--checkpoint", str(checkpoint), "--device", device)

@@ -74,5 +74,5 @@ def options(
 ) -> None:
     """Prompt-to-Leaderboard: predicts which chat models answer a prompt best, and chooses one within a budget.
 
-    Exit status: 0 if all went well, 2 after an error (one line on standard error), 130 after Ctrl-C.
+    Exit status: 0 if all went well, 2 after an error (written to standard error), 130 after Ctrl-C.
     """

@@ -36,7 +36,7 @@ def note(text: str, warning: bool = False) -> None:
 
 def error_line(text: str) -> None:
     """The line that a command ends with when it fails. Works without rich, which may be what is missing."""
-    print(f"error: {text}", file=sys.stderr)
+    print("error:", " ".join(line.strip() for line in text.splitlines() if line.strip()), file=sys.stderr)
 
 
 @contextmanager
