@@ -17,7 +17,8 @@ from p2l_engine.evaluation.report import Scores
 from p2l_engine.tables.limits import MAX_DROPPED
 from p2l_engine.tables.whole import Table
 from p2l_engine.votes import Dropped, Votes, check_apart, prompts_hash, score_matrix, split
-from p2l_engine.votes.read import has_scores, vote_table, votes_of
+from p2l_engine.votes.columns import has_scores, vote_table
+from p2l_engine.votes.read import votes_of
 
 logger = logging.getLogger(__name__)
 
