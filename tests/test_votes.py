@@ -241,6 +241,24 @@ def test_files_that_are_not_there_or_broken_are_named(tmp_path):
         read(str(tmp_path / "empty"))
 
 
+def test_categories_of_scores_and_of_votes_are_the_same(tmp_path):
+    """Of a prompt's rows the first one counts; without a category it is "none"."""
+    kinds = {"p": ("x", "y"), "q": ("", "z"), "r": (None, None), "s": (3, "3")}
+    scores = [{"prompt": p, "model": m, "score": i, "task": kinds[p][i]} for p in kinds for i, m in enumerate("ab")]
+    votes = [
+        {"prompt": p, "model_a": "a", "model_b": "b", "winner": "tie", "category": kind} for p in kinds for kind in kinds[p]
+    ]
+    for name, rows in (("scores", scores), ("votes", votes)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        found, _ = read(tmp_path / f"{name}.jsonl")
+        assert dict(zip(found.prompts, found.category, strict=True)) == {
+            ("p",): "x",
+            ("q",): "none",
+            ("r",): "none",
+            ("s",): "3",
+        }
+
+
 def test_scores_become_every_pair(tmp_path):
     scores = np.array([[1.0, 0.0, 1.0], [0.2, 0.2, 0.6]])
     votes = from_scores((("a",), ("b",)), ("x", "y", "z"), scores)

@@ -32,7 +32,7 @@ Shares = list[tuple[float, float]]  # outcomes (or values) and their shares
 
 
 class Label(NamedTuple):
-    """The columns that say what a voter said, and how their cells are parsed."""
+    """The label columns, and how their cells are parsed."""
 
     columns: tuple[str, ...]
     parse: Callable[..., Shares]
@@ -103,6 +103,11 @@ def weight_of(value: Any) -> float:
     if found is None or found < 0:
         raise Unusable("weight: expected a finite number >= 0", value)
     return found
+
+
+def category_of(value: Any) -> str:
+    """A prompt's category; "none" for prompts without."""
+    return "none" if value in (None, "") else str(value)
 
 
 def seconds_of(value: Any) -> float:

@@ -14,7 +14,7 @@ from p2l_engine.feedback import FeedbackModel, Outcome
 from p2l_engine.prompts.parse import cell_turns
 from p2l_engine.tables.limits import MAX_DROPPED
 from p2l_engine.tables.whole import Table
-from p2l_engine.votes.cells import LABELS, ONE_HOT, Label, Unusable, label_of, seconds_of, weight_of
+from p2l_engine.votes.cells import LABELS, ONE_HOT, Label, Unusable, category_of, label_of, seconds_of, weight_of
 from p2l_engine.votes.columns import PROMPTS, has_scores, vote_table
 from p2l_engine.votes.scores import from_scores, score_matrix
 from p2l_engine.votes.votes import Votes
@@ -84,8 +84,10 @@ def votes_of(
         votes = from_scores(*score_matrix(table), wanted=models)
         category = next((name for name in ("category", "task") if name in found), None)
         if category is not None:
-            of = dict(zip(map(cell_turns, table.columns["prompt"]), table.columns[category], strict=True))
-            votes = replace(votes, category=tuple(str(of[prompt]) for prompt in votes.prompts))
+            of: dict[tuple[str, ...], str] = {}
+            for turns, cell in zip(map(cell_turns, table.columns["prompt"]), table.columns[category], strict=True):
+                of.setdefault(turns, category_of(cell))
+            votes = replace(votes, category=tuple(of[turns] for turns in votes.prompts))
         dropped = Dropped(len(table))
         return _of_model(votes, feedback, path, dropped), dropped
     prompt = next((name for name in PROMPTS if name in found), None)
@@ -179,8 +181,7 @@ class _Rows:
         prompt = self._prompt(column["prompt"][i])
         place = self.prompts.setdefault(prompt, len(self.prompts))
         if place == len(self.category):
-            category = column["category"][i] if "category" in column else None
-            self.category.append("none" if category in (None, "") else str(category))
+            self.category.append(category_of(column["category"][i] if "category" in column else None))
         self.votes += [(place, a, b, outcome, weight * share, time) for outcome, share in parsed if share > 0]
 
     def _model(self, name: Any, column: str) -> str:
