@@ -338,6 +338,26 @@ def test_rows_keep_their_numbers_among_invalid_ones(lengths, batch, piece, tmp_p
     assert [chunk.first for chunk in chunks] == [sum(len(c.prompts) for c in chunks[:i]) for i in range(len(chunks))]
 
 
+@pytest.mark.parametrize("offset", [0, 1])
+def test_line_breaks_at_the_end_of_a_piece_are_kept(offset, tmp_path):
+    """Wherever Arrow's pieces of a megabyte end, between "\\r" and "\\n" as well."""
+    prompt = "a" * offset + "\r\n" * 600_000 + "\r"
+    path = write(tmp_path / "in.csv", [{"prompt": prompt, "n": "1"}] * 2)
+    assert read_table(path, ["prompt"]).columns["prompt"] == [prompt] * 2
+    assert [cell for chunk in read_rows(find([path]), "prompt") for cell in chunk.prompts] == [prompt] * 2
+
+
+@given(texts=st.lists(st.text('\r\n"a', min_size=1, max_size=60), min_size=1, max_size=8), piece=st.integers(24, 64))
+@example(texts=["\r\n" * 40] * 2, piece=24)
+@example(texts=["\r\n" * 40] * 2, piece=25)
+@settings(max_examples=60)
+def test_pieces_of_any_size_give_the_same_values(texts, piece, tmp_path):
+    path = write(tmp_path / "in.csv", [{"prompt": text, "n": text} for text in texts])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tables_csv, "PIECE", piece)
+        assert read_table(path, ["prompt", "n"]).columns == {"prompt": texts, "n": texts}
+
+
 def test_a_long_row_after_invalid_ones(tmp_path):
     """The file is read again in larger pieces, and rows keep their numbers."""
     long = "x" * (5 << 20)

@@ -174,22 +174,27 @@ class _Parser:
 
 
 class _WithLastLine(io.RawIOBase):
-    """A stream, and then one more line: where Arrow does not find it as a row, the file ends within quotes."""
+    """A stream, and then one more line: where Arrow does not find it as a row, the file ends within quotes.
+
+    No piece ends between "\\r" and "\\n": Arrow skips the line feed at the beginning of the next piece, also within quotes,
+    where it belongs to the value.
+    """
 
     def __init__(self, stream: Any, line: str) -> None:
-        self.stream, self.line = stream, line.encode()
+        self.stream, self.line, self.held = stream, line.encode(), b""
 
     def readable(self) -> bool:
         return True
 
     def read(self, size: int) -> bytes:  # type: ignore[override]
-        data = bytearray()
+        data = bytearray(self.held)
         while len(data) < size and (more := self.stream.read(size - len(data))):
             data += more
         rest = size - len(data)  # only at the end of the file; in the same piece, as Arrow needs a row beside the header
         data += self.line[:rest]
         self.line = self.line[rest:]
-        return bytes(data)
+        self.held = b"\r" if data.endswith(b"\r") else b""  # never the end: the last line has none
+        return bytes(data[:-1] if self.held else data)
 
 
 def _unclosed(number: int, text: str) -> str:
