@@ -148,6 +148,8 @@ def test_files_that_are_no_tables_are_named(reader, tmp_path):
         ("in.csv.gz", b"\x1f\x8b", "in.csv.gz: cannot be read: "),
         ("in.csv", b"prompt,prompt\na,b\n", "in.csv: expected columns of different names, got prompt twice"),
         ("in.csv", b"text,n\na,b\n", "in.csv: expected the columns "),
+        ("in.csv", b'prompt,"n\na,b\n', "in.csv: cannot be read: a quote in the column names is not closed"),
+        ("in.csv", b'prompt,"n', "in.csv: cannot be read: a quote in the column names is not closed"),
         ("none.csv", None, "none.csv: no such file or folder"),
     ):
         if data is not None:

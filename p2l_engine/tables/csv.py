@@ -72,6 +72,8 @@ def _header(file: File) -> list[str]:
     header, following = next(lines, None), next(lines, None)
     if header is None:
         raise pa.ArrowInvalid("expected a line of column names, got nothing")
+    if following is None and len(head) < HEADER and head.count(b'"') % 2:
+        raise pa.ArrowInvalid("a quote in the column names is not closed by the end of the file")
     if following is None and len(head) == HEADER:
         raise pa.ArrowInvalid(f"expected column names within {HEADER:,} bytes: is a quote not closed?")
     if "\ufffd" in "".join(header):
