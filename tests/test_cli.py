@@ -9,7 +9,9 @@ import sys
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import typer
 
+from p2l_engine.cli.inputs import swaps_of
 from p2l_engine.prompts import user_turns
 from tests.support import tiny
 from tests.support.command import p2l_engine
@@ -101,6 +103,14 @@ def test_errors_have_no_traceback(arguments, text, message, checkpoint):
     assert status == 2
     assert message in " ".join(err.split())
     assert "Traceback" not in err
+
+
+def test_replacements_of_names_with_colons():
+    names = ["a", "a:b", "b:c", "c", "d"]
+    assert swaps_of(["a:d", "a:b:d", "d:b:c"], names) == [("a", "d"), ("a:b", "d"), ("d", "b:c")]
+    for wrong, message in (("a:b:c", "expected one reading"), ("a", "expected OLD:NEW"), ("a:a", "expected OLD:NEW")):
+        with pytest.raises(typer.BadParameter, match=message):
+            swaps_of([wrong], names)
 
 
 def test_an_error_is_one_line(checkpoint, tmp_path):

@@ -120,10 +120,12 @@ def swaps_of(given: Sequence[str] | None, models: Sequence[str]) -> list[tuple[s
     """Pairs (old, new) from "OLD:NEW" strings; names may contain colons. Raises typer.BadParameter."""
 
     def swap(text: str) -> tuple[str, str]:
-        for old in models:
-            if text.startswith(f"{old}:") and text.removeprefix(f"{old}:") in set(models) - {old}:
-                return old, text.removeprefix(f"{old}:")
-        raise typer.BadParameter(f"expected OLD:NEW, two of {', '.join(models)}, got {text!r}", param_hint="--replace")
+        found = [(old, new) for old in models for new in models if old != new and f"{old}:{new}" == text]
+        if len(found) > 1:
+            raise typer.BadParameter(f"expected one reading, got {text!r}, which may be {found}", param_hint="--replace")
+        if not found:
+            raise typer.BadParameter(f"expected OLD:NEW, two of {', '.join(models)}, got {text!r}", param_hint="--replace")
+        return found[0]
 
     return [swap(text) for text in given or []]
 
