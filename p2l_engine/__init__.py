@@ -20,12 +20,20 @@ if TYPE_CHECKING:
     from p2l_engine.constraints import Constraints
     from p2l_engine.decision import Decision
     from p2l_engine.engine import Engine
-    from p2l_engine.errors import CatalogError, CheckpointError, Infeasible, InfeasibleBudget, PromptError
+    from p2l_engine.errors import (
+        CatalogError,
+        CheckpointError,
+        Infeasible,
+        InfeasibleBudget,
+        PromptError,
+        SpendLimitReached,
+        UnknownReservation,
+    )
     from p2l_engine.feedback import FeedbackModel
     from p2l_engine.leaderboard import Leaderboard
     from p2l_engine.prompts.parse import Prompt
     from p2l_engine.router import Router
-    from p2l_engine.routing import BudgetPacer, Policies, Problem, Resource, Share, SolverError
+    from p2l_engine.routing import BudgetPacer, Limit, Policies, Problem, Resource, Share, SolverError, SpendLimit
 
 __version__ = "0.1.0"
 __all__ = [
@@ -43,6 +51,7 @@ __all__ = [
     "Infeasible",
     "InfeasibleBudget",
     "Leaderboard",
+    "Limit",
     "Policies",
     "Problem",
     "Prompt",
@@ -51,6 +60,9 @@ __all__ = [
     "Router",
     "Share",
     "SolverError",
+    "SpendLimit",
+    "SpendLimitReached",
+    "UnknownReservation",
     "routing",
 ]
 
@@ -61,12 +73,20 @@ _MODULES = {
     "constraints": ("Constraints",),
     "decision": ("Decision",),
     "engine": ("Engine",),
-    "errors": ("CatalogError", "CheckpointError", "Infeasible", "InfeasibleBudget", "PromptError"),
+    "errors": (
+        "CatalogError",
+        "CheckpointError",
+        "Infeasible",
+        "InfeasibleBudget",
+        "PromptError",
+        "SpendLimitReached",
+        "UnknownReservation",
+    ),
     "feedback": ("FeedbackModel",),
     "leaderboard": ("Leaderboard",),
     "prompts.parse": ("Prompt",),
     "router": ("Router",),
-    "routing": ("BudgetPacer", "Policies", "Problem", "Resource", "Share", "SolverError"),
+    "routing": ("BudgetPacer", "Limit", "Policies", "Problem", "Resource", "Share", "SolverError", "SpendLimit"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

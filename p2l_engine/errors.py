@@ -1,8 +1,10 @@
-"""The project's own errors. All are ValueErrors: the caller's input is at fault, and the message names the remedy."""
+"""The project's own errors; the message names the remedy. They are ValueErrors where the caller's input is at fault."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
+from decimal import Decimal
 
 
 class Infeasible(ValueError):
@@ -62,3 +64,28 @@ class CheckpointError(ValueError):
 
 class CatalogError(ValueError):
     """A catalog that cannot be read, or that does not match the checkpoint's models."""
+
+
+class SpendLimitReached(RuntimeError):
+    """A reservation that does not fit into a spend limit; nothing was reserved.
+
+    Attributes: ``limits`` (the names of those it does not fit into), ``worst_case`` (what was asked for), ``left`` (the largest
+    reservation that would fit now), ``frees_at`` (when this one will fit at the latest if nothing else is reserved, in UTC;
+    None where it never will by itself).
+    """
+
+    def __init__(self, limits: Sequence[str], worst_case: Decimal, left: Decimal, frees_at: datetime | None) -> None:
+        self.limits, self.worst_case, self.left, self.frees_at = tuple(limits), worst_case, left, frees_at
+        when = (
+            f"it will fit at {frees_at.isoformat()} at the latest if nothing else is reserved"
+            if frees_at
+            else "it will not fit by itself: raise the limit, or settle or release what is reserved"
+        )
+        super().__init__(f"{worst_case:f} does not fit into {' and '.join(self.limits)}, {left:f} is left; {when}")
+
+
+class UnknownReservation(LookupError):
+    """A token that is of no reservation, or of one that was settled or released before."""
+
+    def __init__(self, token: object) -> None:
+        super().__init__(f"token: expected one of reserve() that is neither settled nor released yet, got {token!r}")

@@ -1,0 +1,108 @@
+"""A database that processes share: an SQLite file in WAL mode, or PostgreSQL by its URL."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import time
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import URL, Connection, Engine, MetaData, QueuePool, Table, create_engine, event, make_url, text
+from sqlalchemy.dialects import postgresql, sqlite
+
+CONNECTIONS = 8  # of one process to PostgreSQL
+CREATING = 7_526_083_148  # an advisory lock of PostgreSQL: no two processes create tables at once
+
+_of_parents: list[Engine] = []  # a forked child must neither use nor close its parent's connections
+
+
+class Database:
+    """Transactions on an SQLite file or a PostgreSQL server; tables that are missing are created.
+
+    address: a path, or a URL of SQLAlchemy (``postgresql+psycopg://...``). fsync: whether an SQLite transaction waits until the
+    disk has it; PostgreSQL has its own setting, which is left alone. timeout: seconds to wait for a lock or a connection.
+    Raises ValueError for other databases and files in folders that do not exist; SQLAlchemyError where there is no connection.
+    """
+
+    def __init__(self, address: str | Path, tables: MetaData, fsync: bool, timeout: float) -> None:
+        self._url, self._fsync, self._timeout = _url(address), fsync, timeout
+        self.is_sqlite = self._url.get_backend_name() == "sqlite"
+        self._engine, self._pid = self._connect(), os.getpid()
+        with self.begin() as connection:
+            if not self.is_sqlite:
+                connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": CREATING})
+            tables.create_all(connection)
+
+    def begin(self) -> AbstractContextManager[Connection]:
+        """A transaction: committed at the end of the block, rolled back by an exception."""
+        if self._pid != os.getpid():
+            _of_parents.append(self._engine)
+            self._engine, self._pid = self._connect(), os.getpid()
+        return self._engine.begin()
+
+    def insert_missing(self, table: Table, rows: list[dict[str, Any]]) -> None:
+        """Inserts the rows whose primary key is not there yet, in a transaction of its own."""
+        insert = sqlite.insert(table) if self.is_sqlite else postgresql.insert(table)
+        with self.begin() as connection:
+            connection.execute(insert.on_conflict_do_nothing(), rows)
+
+    def close(self) -> None:
+        """Closes the connections; a later transaction opens one again."""
+        if self._pid == os.getpid():
+            self._engine.dispose()
+
+    def _connect(self) -> Engine:
+        options: dict[str, Any] = {
+            "hide_parameters": True,
+            "poolclass": QueuePool,
+            "pool_timeout": self._timeout,
+            "max_overflow": 0,
+        }
+        if self.is_sqlite:
+            # One connection: a process's threads queue for it in memory, not for the file's lock, where waiting is polling.
+            arguments = {"timeout": self._timeout, "isolation_level": None, "check_same_thread": False}
+            engine = create_engine(self._url, pool_size=1, connect_args=arguments, **options)
+            event.listen(engine, "connect", self._prepare)
+            event.listen(engine, "begin", _begin_immediate)
+            return engine
+        arguments = {"options": f"-c lock_timeout={int(self._timeout * 1000)}"}
+        return create_engine(
+            self._url, pool_size=CONNECTIONS, isolation_level="READ COMMITTED", connect_args=arguments, **options
+        )
+
+    def _prepare(self, connection: Any, _: object) -> None:
+        deadline = time.monotonic() + self._timeout
+        while True:
+            try:
+                (mode,) = connection.execute("PRAGMA journal_mode=WAL").fetchone()
+                break
+            except sqlite3.OperationalError:  # SQLite does not wait for other processes here
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
+        if mode != "wal":
+            raise ValueError(
+                f"store: expected a file on a local disk, got {self._url.database!r}, where SQLite's journal mode "
+                f"is {mode!r}, not 'wal'"
+            )
+        connection.execute(f"PRAGMA synchronous={'FULL' if self._fsync else 'NORMAL'}")
+
+
+def _begin_immediate(connection: Connection) -> None:
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def _url(address: str | Path) -> URL:
+    if isinstance(address, str) and "://" in address:
+        url = make_url(address)
+        if url.get_backend_name() not in ("sqlite", "postgresql"):
+            raise ValueError(f"store: expected a path, or a URL of sqlite or postgresql, got one of {url.drivername!r}")
+        if url.get_backend_name() == "postgresql" or not url.database:
+            return url
+        address = url.database
+    path = Path(address).absolute()
+    if not path.parent.is_dir():
+        raise ValueError(f"store: expected a file in a folder that exists, got {path}")
+    return URL.create("sqlite+pysqlite", database=str(path))
