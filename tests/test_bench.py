@@ -25,6 +25,7 @@ from bench import (
     real_budgets,
     setting,
     solvers,
+    spend_limits,
     streams,
     subjects,
     throughput,
@@ -255,6 +256,15 @@ def test_training_runs_to_the_end(tmp_path, monkeypatch):
     rows = list(csv.DictReader(table.open()))
     assert [row["row"].split(", ")[-1] for row in rows] == ["fused layers", "transformers' layers", "fused layers"]
     assert all(float(row["votes_per_second"]) > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_spend_limits_are_timed(tmp_path, monkeypatch):
+    monkeypatch.setattr(spend_limits, "READY", 0.1)
+    run(monkeypatch, spend_limits, "--requests", 64, "--csv", tmp_path / "rows.csv")
+    rows = list(csv.DictReader((tmp_path / "rows.csv").open()))
+    assert [(row["processes"], row["threads"]) for row in rows] == 2 * [("1", "1"), ("1", "16"), ("4", "16")]
+    assert all(float(row["requests_per_second"]) > 0 for row in rows)
 
 
 def test_a_learning_curve_is_drawn(tmp_path):

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from p2l_engine.routing import Limit, SpendLimit, SpendLimitReached, UnknownReservation
-from tests.support import postgres
+from tests.support import postgres, spenders
 
 NOON = datetime(2026, 3, 15, 12, tzinfo=UTC).timestamp()
 HOUR, DAY = 3600.0, 86400.0
@@ -521,6 +521,35 @@ def test_a_killed_process_forgets_nothing(store):
         (left_over,) = limit.reservations()
         limit.release(left_over.token)
         assert limit.balances()[0].left == Decimal("0.75")
+
+
+@pytest.mark.slow
+def test_eight_killed_processes_of_64_threads_spend_the_limit_and_no_more(store, tmp_path, seed):
+    limit, bills = Decimal(3), tmp_path / "bills"
+    arguments = [sys.executable, "-m", "tests.support.spenders", store, bills, str(limit), str(seed)]
+    ended = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert f"kills {spenders.KILLS}" in ended.stdout
+    billed = {token: spenders.units(int(amount)) for token, amount in map(str.split, bills.read_text().splitlines())}
+    assert sum(billed.values()) <= limit
+    limits = [Limit(limit), Limit(limit, each_key=True)]
+    with SpendLimit(limits, store, lifetime=None) as spending:
+        left_over = spending.reservations()
+        balances = spending.balances("key")
+        known = sum(billed[token] for token in billed.keys() - {reservation.token for reservation in left_over})
+        for balance in balances:
+            assert balance.spent == known  # to the billionth
+            assert balance.reserved == sum(reservation.worst_case for reservation in left_over)
+        # Whatever is counted for requests that died is known to be theirs; what they cost may be settled later.
+        for reservation in left_over:
+            spending.settle(reservation.token, billed.get(reservation.token, 0))
+        assert spending.balances("key")[0].spent == sum(billed.values())
+        worst = spenders.units(spenders.MOST)
+        while spending.balances("key")[0].left >= worst:
+            spending.settle(spending.reserve(worst, "key"), worst)
+        assert limit - worst < spending.balances("key")[0].spent <= limit
+    notices = [line for line in ended.stdout.splitlines() if line.startswith("notice")]
+    assert 0 < len(set(notices)) == len(notices) <= 6
 
 
 @pytest.mark.slow

@@ -67,10 +67,14 @@ class Database:
             event.listen(engine, "connect", self._prepare)
             event.listen(engine, "begin", _begin_immediate)
             return engine
-        arguments = {"options": f"-c lock_timeout={int(self._timeout * 1000)}"}
-        return create_engine(
-            self._url, pool_size=CONNECTIONS, isolation_level="READ COMMITTED", connect_args=arguments, **options
-        )
+        own = self._url.query.get("options", "")
+        arguments = {"options": f"{own if isinstance(own, str) else ' '.join(own)} -c lock_timeout={int(self._timeout * 1000)}"}
+        options |= {"pool_size": CONNECTIONS, "isolation_level": "READ COMMITTED", "connect_args": arguments}
+        try:
+            return create_engine(self._url, **options)
+        except ModuleNotFoundError as error:
+            remedy = "pip install 'p2l-engine[postgres]', and name its driver in the URL: postgresql+psycopg://..."
+            raise ModuleNotFoundError(f"store: {error}: {remedy}", name=error.name) from None
 
     def _prepare(self, connection: Any, _: object) -> None:
         deadline = time.monotonic() + self._timeout

@@ -45,7 +45,7 @@ def server() -> Iterator[str]:
     try:
         run("initdb", "-U", "p2l", "-A", "trust", "-E", "UTF8", "--no-sync")
         # Its own settings apart from fsync: the tests do not cut the power.
-        run("pg_ctl", "start", "-w", "-o", f"-k {place} -c listen_addresses='' -c fsync=off")
+        run("pg_ctl", "start", "-w", "-o", f"-k {place} -c listen_addresses='' -c fsync=off -c max_connections=300")
         try:
             yield f"postgresql+psycopg://p2l@/postgres?host={place}"
         finally:
