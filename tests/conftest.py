@@ -145,6 +145,15 @@ def default_engine():
     return Engine.from_pretrained()
 
 
+@pytest.fixture(scope="session")
+def postgres_url():
+    """The URL of a PostgreSQL database; skips where the server is not installed. Tests of the group postgres share it."""
+    from tests.support import postgres
+
+    with postgres.server() as url:
+        yield url
+
+
 @pytest.fixture
 def data():
     """The folder of real votes and scores; skips where a clone has none."""

@@ -9,10 +9,12 @@ from pathlib import Path
 from zoneinfo import ZoneInfo
 
 import hypothesis
+import pytest
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
 from p2l_engine.routing import Limit, SpendLimit, SpendLimitReached, UnknownReservation
+from tests.support import postgres
 
 MICRO = 10**6
 ROLLING = 7000  # seconds: steps of 7 s
@@ -123,7 +125,9 @@ def billionths_up(amount):
 
 
 class LedgerMachine(RuleBasedStateMachine):
-    """Two processes on one store, each with a clock of its own."""
+    """Two processes on one store, each with a clock of its own. url: of PostgreSQL; None: an SQLite file."""
+
+    url = None
 
     @initialize(
         lifetime=st.sampled_from([None, 3600, 3 * 86_400]), skew=st.sampled_from([0, 0, -7200 * MICRO, -86_400 * MICRO])
@@ -138,7 +142,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def open(self, which):
         return SpendLimit(
             LIMITS,
-            Path(self.folder.name) / "a",
+            self.url or Path(self.folder.name) / "a",
             lifetime=self.lifetime,
             clock=lambda: Fraction(self.clock + self.skew[which], MICRO),
             on_notice=lambda notice: self.told.append((notice.level, notice.amount)),
@@ -235,7 +239,17 @@ class LedgerMachine(RuleBasedStateMachine):
             for limit in self.limits:
                 limit.close()
             self.folder.cleanup()
+            if self.url:
+                postgres.empty(self.url)
 
 
-TestLedger = LedgerMachine.TestCase
-TestLedger.settings = hypothesis.settings(max_examples=12, stateful_step_count=40)
+@pytest.mark.slow
+def test_sqlite_is_the_model():
+    run_state_machine_as_test(LedgerMachine, settings=hypothesis.settings(max_examples=25, stateful_step_count=40))
+
+
+@pytest.mark.store
+@pytest.mark.xdist_group("postgres")
+def test_postgres_is_the_model(postgres_url):
+    machine = type("PostgresMachine", (LedgerMachine,), {"url": postgres_url})
+    run_state_machine_as_test(machine, settings=hypothesis.settings(max_examples=10, stateful_step_count=40))

@@ -37,12 +37,6 @@ def clock():
     return Clock()
 
 
-@pytest.fixture(scope="module")
-def postgres_url():
-    with postgres.server() as url:
-        yield url
-
-
 @pytest.fixture(params=["sqlite", pytest.param("postgres", marks=[pytest.mark.store, pytest.mark.xdist_group("postgres")])])
 def store(request, tmp_path):
     """An empty store."""
@@ -51,11 +45,7 @@ def store(request, tmp_path):
         return
     url = request.getfixturevalue("postgres_url")
     yield url
-    import psycopg
-
-    with psycopg.connect(url.replace("+psycopg", ""), autocommit=True) as connection:
-        connection.execute("DROP SCHEMA public CASCADE")
-        connection.execute("CREATE SCHEMA public")
+    postgres.empty(url)
 
 
 @pytest.fixture

@@ -133,16 +133,18 @@ def _frontier(problem: Problem, why: str) -> Policies:
     for v in values.chunks():
         some = slice(start, start + len(v))
         mask = None if problem.mask is None else problem.mask[some]
-        indices, probabilities, value, cost = solve_chunk(row.of(some), v, mask, start)
+        own = row.of(some)
+        indices, probabilities, value, cost = solve_chunk(own, v, mask, start)
+        costs = own.amounts if row.name == "budget" else Row("cost", problem.amounts, np.inf).of(some).amounts
+        mixed = of_models(costs, indices)
         if row.name != "budget":
-            costs = problem.amounts if problem.amounts.ndim == 1 else problem.amounts[some]
-            cost = expected(costs, indices, probabilities)
-        parts.append((indices, probabilities, value, cost))
+            cost = np.asarray((probabilities * mixed).sum(axis=1))
+        parts.append((indices, probabilities, value, cost, mixed))
         start += len(v)
     if not parts:
         return _none("frontier", why)
-    indices, probabilities, value, cost = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return Policies(indices, probabilities, value, cost, "frontier", why, mixed_costs=of_models(problem.amounts, indices))
+    *columns, mixed = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return Policies(*columns, solver="frontier", why=why, mixed_costs=mixed)
 
 
 def _none(solver: str, why: str) -> Policies:

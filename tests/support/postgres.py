@@ -52,3 +52,12 @@ def server() -> Iterator[str]:
             run("pg_ctl", "stop", "-w", "-m", "immediate")
     finally:
         shutil.rmtree(place)
+
+
+def empty(url: str) -> None:
+    """Drops everything in the database."""
+    import psycopg
+
+    with psycopg.connect(url.replace("+psycopg", ""), autocommit=True) as connection:
+        connection.execute("DROP SCHEMA public CASCADE")
+        connection.execute("CREATE SCHEMA public")
