@@ -222,8 +222,8 @@ def test_bad_arguments_are_named(tmp_path):
         (dict(levels=[0.5, 1.5]), "levels: expected shares"),
         (dict(levels=[0]), "levels: expected shares"),
         (dict(timeout=0), "timeout: expected seconds > 0"),
-        (dict(store="mysql://a/b"), "store: expected a path, or a URL of sqlite or postgresql"),
-        (dict(store="sqlite://"), "store: expected a file on a local disk"),
+        (dict(store="mysql://a/b"), "store: expected a path, sqlite:///PATH without options, or a URL of post"),
+        (dict(store="sqlite://"), "store: expected a file in a folder that exists"),
         (dict(store=tmp_path / "none" / "a"), "store: expected a file in a folder that exists"),
         (dict(clock=lambda: float("nan")), "clock: expected seconds since 1970, got nan"),
         (dict(clock=lambda: -1), "clock: expected seconds since 1970, got -1"),
@@ -490,6 +490,39 @@ def test_a_store_that_is_locked_grants_nothing(tmp_path):
         limit.reserve(0.5)
     other.execute("ROLLBACK")
     limit.reserve(0.5)
+
+
+def test_files_that_are_no_stores(tmp_path):
+    from sqlalchemy.exc import DatabaseError, OperationalError
+
+    (tmp_path / "text").write_text("no database " * 100)
+    with pytest.raises(DatabaseError, match="not a database"):
+        SpendLimit(Limit(1), tmp_path / "text")
+    other = sqlite3.connect(tmp_path / "busy", isolation_level=None)
+    other.execute("CREATE TABLE a (b)")
+    other.execute("BEGIN EXCLUSIVE")  # its journal mode cannot be changed now
+    with pytest.raises(OperationalError, match="locked"):
+        SpendLimit(Limit(1), tmp_path / "busy", timeout=0.1)
+    other.execute("ROLLBACK")
+    SpendLimit(Limit(1), tmp_path / "busy").reserve(1)
+    for address in (tmp_path, f"sqlite:///{tmp_path}/a?mode=ro", "sqlite+aiosqlite:///a"):
+        with pytest.raises(ValueError, match="store: expected a"):
+            SpendLimit(Limit(1), address)
+
+
+@pytest.mark.store
+@pytest.mark.xdist_group("postgres")
+def test_postgres_keeps_its_settings(postgres_url):
+    with pytest.raises(ValueError, match="fsync: expected False for PostgreSQL"):
+        SpendLimit(Limit(1), postgres_url, fsync=True)
+    with (
+        SpendLimit(Limit(1), f"{postgres_url}&options=-c%20work_mem=9MB", timeout=7) as limit,
+        limit._ledger.database.begin() as connection,
+    ):
+        for name, value in (("work_mem", "9MB"), ("lock_timeout", "7s"), ("transaction_isolation", "read committed")):
+            assert connection.exec_driver_sql(f"SHOW {name}").scalar() == value
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'p2l-engine\[postgres\]'"):
+        SpendLimit(Limit(1), "postgresql+pg8000://a/b")
 
 
 KILLED = """

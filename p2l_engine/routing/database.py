@@ -22,7 +22,7 @@ class Database:
     """Transactions on an SQLite file or a PostgreSQL server; tables that are missing are created.
 
     address: a path, or a URL of SQLAlchemy (``postgresql+psycopg://...``). fsync: whether an SQLite transaction waits until the
-    disk has it; PostgreSQL has its own setting, which is left alone. timeout: seconds to wait for a lock or a connection.
+    disk has it; PostgreSQL has its own setting. timeout: seconds to wait for a lock or a connection.
     Raises ValueError for other databases and files in folders that do not exist; SQLAlchemyError where there is no connection.
     """
 
@@ -67,8 +67,11 @@ class Database:
             event.listen(engine, "connect", self._prepare)
             event.listen(engine, "begin", _begin_immediate)
             return engine
+        if self._fsync:
+            raise ValueError("fsync: expected False for PostgreSQL, whose own synchronous_commit decides, got True")
         own = self._url.query.get("options", "")
-        arguments = {"options": f"{own if isinstance(own, str) else ' '.join(own)} -c lock_timeout={int(self._timeout * 1000)}"}
+        waits = max(1, int(self._timeout * 1000))
+        arguments = {"options": f"{own if isinstance(own, str) else ' '.join(own)} -c lock_timeout={waits}"}
         options |= {"pool_size": CONNECTIONS, "isolation_level": "READ COMMITTED", "connect_args": arguments}
         try:
             return create_engine(self._url, **options)
@@ -82,8 +85,8 @@ class Database:
             try:
                 (mode,) = connection.execute("PRAGMA journal_mode=WAL").fetchone()
                 break
-            except sqlite3.OperationalError:  # SQLite does not wait for other processes here
-                if time.monotonic() > deadline:
+            except sqlite3.OperationalError as error:  # SQLite does not wait for other processes here
+                if "locked" not in str(error) or time.monotonic() > deadline:
                     raise
                 time.sleep(0.01)
         if mode != "wal":
@@ -101,12 +104,13 @@ def _begin_immediate(connection: Connection) -> None:
 def _url(address: str | Path) -> URL:
     if isinstance(address, str) and "://" in address:
         url = make_url(address)
-        if url.get_backend_name() not in ("sqlite", "postgresql"):
-            raise ValueError(f"store: expected a path, or a URL of sqlite or postgresql, got one of {url.drivername!r}")
-        if url.get_backend_name() == "postgresql" or not url.database:
+        if url.get_backend_name() == "postgresql":
             return url
-        address = url.database
+        if url.drivername not in ("sqlite", "sqlite+pysqlite") or url.query:
+            shown = url.render_as_string(hide_password=True)
+            raise ValueError(f"store: expected a path, sqlite:///PATH without options, or a URL of postgresql, got {shown!r}")
+        address = url.database or ""
     path = Path(address).absolute()
-    if not path.parent.is_dir():
+    if not path.parent.is_dir() or path.is_dir():
         raise ValueError(f"store: expected a file in a folder that exists, got {path}")
     return URL.create("sqlite+pysqlite", database=str(path))

@@ -37,7 +37,7 @@ class SpendLimit:
     store: an SQLite file, or the URL of a PostgreSQL database (``postgresql+psycopg://...``; extra ``postgres``). All threads,
     processes and machines that use one store share its limits; a limit's account is found again by its window and key, so that
     its amount may change. Nothing is forgotten when a process is killed. fsync: whether SQLite waits for the disk at each
-    reservation; otherwise a power cut, not a crash of a process, may forget the last moments.
+    transaction; otherwise a power cut may forget the last moments. PostgreSQL has its own setting.
 
     lifetime: how long a reservation counts that is neither settled nor released, a timedelta: longer than any request lasts, so
     that only those of dead processes expire. Their requests may have cost money that nobody reports. A settlement after the
