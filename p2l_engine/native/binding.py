@@ -44,7 +44,7 @@ def max_threads() -> int:
 def threads(work: int, per_thread: int, most: int | None = None) -> int:
     """Threads for ``work`` units: one per ``per_thread`` of them, at most ``most`` (None: ``max_threads``), at least 1.
 
-    Always 1 in a forked child of a process whose OpenMP threads were running, or that had loaded torch, which runs some.
+    Always 1 in a forked child of a process whose OpenMP threads were running, or that had loaded torch, which starts them too.
     """
     global _pool_started
     if _pool_lost or work < 2 * per_thread:

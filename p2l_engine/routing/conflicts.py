@@ -9,6 +9,7 @@ import numpy as np
 
 from p2l_engine.errors import Infeasible, InfeasibleBudget
 from p2l_engine.routing import dual, highs, surplus
+from p2l_engine.routing.arrays import Float64
 from p2l_engine.routing.problem import Problem, Row, expected
 from p2l_engine.routing.program import SolverError, TimeLimit
 from p2l_engine.routing.surplus import NoPolicy
@@ -49,6 +50,17 @@ def of_prompts(problem: Problem, prompts: range) -> Infeasible | None:
     return None
 
 
+def of_prompt(problem: Problem, row: Row, bound: float, nearest: float, index: int, count: int) -> Infeasible:
+    """The error for a prompt whose bound of ``row`` alone is below its least amount, ``nearest``; the first of ``count``."""
+    others = [other.of(slice(index, index + 1)) for other in problem.prompt_rows if other is not row]
+    if others:
+        own, mask = row.of(slice(index, index + 1)), None if problem.mask is None else problem.mask[index : index + 1]
+        return infeasible(
+            [own], own, bound, _of_block((), (*others, own), mask, 1, problem.values.shape[1])(others, own), index, count
+        )
+    return infeasible([row], row, bound, nearest, index, count)
+
+
 def over_batch(problem: Problem) -> Infeasible:
     """The error for rows that are infeasible over the whole batch, or already for one of its prompts."""
     n, m = problem.values.shape
@@ -64,7 +76,7 @@ def _of_dual(problem: Problem, n: int, m: int) -> Least:
     block = _of_block(problem.batch_rows, (), problem.mask, n, m)
 
     def least(some: Sequence[Row], target: Row | None) -> float | None:
-        goal = np.zeros(m) if target is None else -target.amounts
+        goal = np.zeros(m) if target is None else target.amounts.min() - target.amounts
         try:
             found = dual.solve(ArrayValues(np.broadcast_to(goal, (n, m))), some, problem.mask)
         except NoPolicy:
@@ -73,7 +85,7 @@ def _of_dual(problem: Problem, n: int, m: int) -> Least:
             raise
         except SolverError:
             return block(some, target)
-        return 0.0 if target is None else float(expected(target.amounts, found.indices, found.probabilities).mean())
+        return 0.0 if target is None else _above(expected(target.amounts, found.indices, found.probabilities))
 
     return least
 
@@ -87,9 +99,15 @@ def _of_block(batch: Sequence[Row], prompt: Sequence[Row], mask: Any, n: int, m:
             x = highs.solve_block(goal, reduced.usable, reduced.each, over).x
         except NoPolicy:
             return None
-        return 0.0 if target is None else float((np.broadcast_to(target.amounts, (n, m)) * x).sum() / n)
+        return 0.0 if target is None else _above((np.broadcast_to(target.amounts, (n, m)) * x).sum(axis=1))
 
     return least
+
+
+def _above(use: Float64) -> float:
+    """The mean of a policy's use, rounded up: a bound that it keeps to."""
+    mean = use.sum(dtype=np.longdouble) / len(use)
+    return float(np.nextafter(float(mean), np.inf)) if float(mean) < mean else float(mean)
 
 
 def _explained(rows: Sequence[Row], movable: Sequence[Row], least: Least, index: int | None) -> Infeasible:

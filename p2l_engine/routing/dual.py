@@ -36,7 +36,8 @@ from p2l_engine.routing.values import Values
 Mask = npt.NDArray[np.bool_]
 Indices = npt.NDArray[np.intp]
 
-GAP = 1e-9  # policies within it count as optimal; relative where the mean value exceeds 1
+GAP = 1e-9  # policies within it count as optimal; of the values' range
+VALUE_ROUNDING = 1e-14  # relative: how well mean values are known
 ROUNDING = 1e-9  # relative: how far a row may be exceeded before its penalty rises
 ROUNDS = 40
 PENALTY = 10.0  # the first penalty of exceeding a row by what its bound leaves, in units of the values' range
@@ -83,7 +84,7 @@ class Found:
 def solve(
     values: Values, rows: Sequence[Row], allowed: Mask | None = None, time_limit: float | None = None, gap: float = GAP
 ) -> Optimum:
-    """The best policies under the rows (amounts.p <= bound in the mean), to a gap of ``gap``.
+    """The best policies under the rows (amounts.p <= bound in the mean), to a gap of ``gap`` times the values' range.
 
     At most K prompts are mixed for K binding rows. Raises NoPolicy when no policy satisfies the rows, TimeLimit (with the gap
     that was reached), and SolverError when rounding keeps the gap open.
@@ -137,6 +138,7 @@ def price(batch: Batch, prices: Float64, noise: float = 0.0, weight: float = 1.0
 def _sift(batch: Batch, deadline: float, gap: float) -> tuple[Found, Float64, float]:
     n, total = len(batch), float(batch.weights.sum())
     units = np.array([float(row.extra) for row in batch.rows])
+    slack = units * np.array([max(ROUNDING, float(row.rounding)) for row in batch.rows])
     rng = np.random.default_rng(n)
     prices = best_prices = np.zeros(len(batch.rows))
     span = float(np.ptp(batch.values.take(slice(0, OPEN)))) or 1.0
@@ -150,11 +152,11 @@ def _sift(batch: Batch, deadline: float, gap: float) -> tuple[Found, Float64, fl
         better = value < bound
         if better:
             bound, best_prices, best = value, prices, priced
-            if exceeded and _impossible(batch, prices, units):
+            if exceeded and _impossible(batch, prices, units + slack):
                 raise NoPolicy
         if found is not None:
             reached = max(bound - found.value, 0.0)
-            if reached <= gap * max(1.0, abs(found.value)):
+            if reached <= gap * span + VALUE_ROUNDING * abs(found.value):
                 if not exceeded:
                     return found, best_prices, reached
                 # Optimal at this penalty: if the rows can be met, that takes a higher one.
@@ -178,7 +180,7 @@ def _sift(batch: Batch, deadline: float, gap: float) -> tuple[Found, Float64, fl
             batch, best_prices, best, near, found, rng.choice(near, limit, replace=False) if sampled else None, noise
         )
         improved, prices = _improve(batch, best_prices, best, opened, penalty / units, left)
-        exceeded = bool((improved.excess > total * units * ROUNDING).any())
+        exceeded = bool((improved.excess > total * slack).any())
         found = None if sampled else improved
     unmet = " and rows unmet" if exceeded else ""
     raise SolverError(f"the gap stayed at of {reached:.3g}{unmet}", reached)
@@ -248,11 +250,11 @@ def _improve(
     return Found(priced.best, opened.prompts, opened.columns, solved.x, value / total, solved.excess), solved.prices
 
 
-def _impossible(batch: Batch, prices: Float64, units: Float64) -> bool:
+def _impossible(batch: Batch, prices: Float64, most: Float64) -> bool:
     """Whether these dual prices prove that no policy satisfies the rows: the least that any policy uses of the rows' weighted
-    sum exceeds the weighted sum of what the bounds leave (Farkas)."""
+    sum exceeds the weighted sum of what it may use at most (Farkas)."""
     least = -float(batch.weights @ price(batch, prices, weight=0.0).most) / float(batch.weights.sum())
-    return least - float(prices @ units) > ROUNDING * float(prices @ units)
+    return least > float(prices @ most)
 
 
 def _policies(found: Found) -> tuple[npt.NDArray[np.int32], Float64]:

@@ -6,6 +6,7 @@ HiGHS's tolerances are absolute: 1e-9. What they leave of the rows and of the ob
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -55,31 +56,33 @@ class Program:
 
     def solve(self, what: str, time_limit: float | None = None) -> tuple[Float64, Float64]:
         """y and the rows' dual prices. Raises NoPolicy; SolverError, which says ``what`` was to be solved; TimeLimit."""
-        highs = solver(time_limit)
-        highs.passModel(self._model(self.objective, np.zeros(len(self.most)), self.most, self.right))
-        solution = optimum(highs, what)
-        y = np.clip(np.asarray(solution.col_value), 0.0, self.most)
-        prices = np.asarray(solution.row_dual)
-        smallest = SMALLEST * float(np.max(self.right, initial=1.0))
-        for leeway in (0.0, self.leeway):
-            left, reduced = np.asarray(self.right - self._used(y), np.float64), self._reduced(prices)
-            gain = np.maximum(np.where(y < self.most, reduced, 0.0), np.where(y > smallest, -reduced, 0.0))
-            if np.abs(left).max(initial=0.0) <= smallest and gain.max(initial=0.0) <= SMALLEST_PRICE:
-                break
-            least, most = -leeway - y, self.most - y
-            objective = MAGNIFIED * np.clip(reduced, -1.0, 1.0)
-            basis = highs.getBasis()
-            highs.passModel(self._model(objective, MAGNIFIED * least, MAGNIFIED * most, MAGNIFIED * left))
-            highs.setBasis(basis)
+        deadline = None if time_limit is None else time.monotonic() + time_limit
+        for leeway in (np.zeros(len(self.leeway)), self.leeway):
+            highs = solver(None if deadline is None else deadline - time.monotonic())
             try:
-                solution = optimum(highs, what)
+                return self._solve(highs, what, -leeway)
             except NoPolicy:
                 if leeway is self.leeway:
                     raise
-                continue
-            y = np.clip(y + np.asarray(solution.col_value) / MAGNIFIED, 0.0, self.most)
+        raise AssertionError
+
+    def _solve(self, highs: highspy.Highs, what: str, least: Float64) -> tuple[Float64, Float64]:
+        highs.passModel(self._model(self.objective, least, self.most, self.right))
+        solution = optimum(highs, what)
+        y = np.clip(np.asarray(solution.col_value), least, self.most)
+        prices = np.asarray(solution.row_dual)
+        smallest = SMALLEST * float(np.max(self.right, initial=1.0))
+        left, reduced = np.asarray(self.right - self._used(y), np.float64), self._reduced(prices)
+        gain = np.maximum(np.where(y < self.most, reduced, 0.0), np.where(y > least + smallest, -reduced, 0.0))
+        if np.abs(left).max(initial=0.0) > smallest or gain.max(initial=0.0) > SMALLEST_PRICE:
+            objective = MAGNIFIED * np.clip(reduced, -1.0, 1.0)
+            basis = highs.getBasis()
+            highs.passModel(self._model(objective, MAGNIFIED * (least - y), MAGNIFIED * (self.most - y), MAGNIFIED * left))
+            highs.setBasis(basis)
+            solution = optimum(highs, what)
+            y = y + np.asarray(solution.col_value) / MAGNIFIED
             prices = prices + np.asarray(solution.row_dual) / MAGNIFIED
-            break
+        y = np.clip(y, 0.0, self.most)
         return np.where(y <= smallest, 0.0, y), prices
 
     def _reduced(self, prices: Float64) -> Float64:

@@ -17,7 +17,6 @@ from p2l_engine.routing.hulls import Hulls
 from p2l_engine.routing.problem import Problem, Row, expected, of_models
 from p2l_engine.routing.program import SolverError, TimeLimit
 from p2l_engine.routing.surplus import NoPolicy
-from p2l_engine.routing.values import CHUNK
 
 Solver = Literal["auto", "frontier", "dual", "highs"]
 
@@ -157,34 +156,36 @@ def _none(solver: str, why: str) -> Policies:
 def solve_chunk(row: Row, v: Float64, mask: Any, start: int) -> tuple[npt.NDArray[np.int32], Float64, Float64, Float64]:
     """One row for each prompt of v [n, M], the first being prompt ``start``: indices, probabilities, value, amounts used."""
     limits = np.ascontiguousarray(np.broadcast_to(np.asarray(row.bound, np.float64), (len(v),)))
-    _check_limits(row, limits, mask, start)
+    short = _short(row, limits, mask)
+    if short is not None:
+        i, nearest, count = short
+        raise conflicts.infeasible([row], row, float(limits[i]), nearest, start + i, count)
     indices, probabilities, value, cost, _ = native.solve_budget(v, row.amounts, limits, rounding.highest(limits), mask)
     return indices, probabilities, value, cost
 
 
-def _check_limits(row: Row, limits: Float64, mask: Any, start: int) -> None:
-    """Raises Infeasible for the first prompt whose bound is below its least amount by more than a rounding."""
+def _short(row: Row, limits: Float64, mask: Any) -> tuple[int, float, int] | None:
+    """The first prompt whose bound is below its least amount by more than a rounding, that amount, and how many there are."""
     amounts = row.amounts
     least = amounts.min(axis=-1) if mask is None else np.where(mask, amounts, np.inf).min(axis=1)
     if not (limits < least).any():
-        return
+        return None
     bad = rounding.highest(limits) < least
-    if bad.any():
-        i = int(np.argmax(bad))
-        nearest = float(np.broadcast_to(least, limits.shape)[i])
-        raise conflicts.infeasible([row], row, float(limits[i]), nearest, start + i, int(bad.sum()))
+    i = int(np.argmax(bad))
+    return (i, float(np.broadcast_to(least, limits.shape)[i]), int(bad.sum())) if bad[i] else None
 
 
 def _check_each(problem: Problem) -> None:
-    """The same for every prompt row by itself: a more precise error than the LP's."""
-    n, start = problem.values.shape[0], 0
-    while problem.prompt_rows and n is not None and start < n:
-        some = slice(start, min(start + CHUNK, n))
-        for row in problem.prompt_rows:
-            own = row.of(some)
-            limits = np.broadcast_to(np.asarray(own.bound, np.float64), (some.stop - start,))
-            _check_limits(own, limits, None if problem.mask is None else problem.mask[some], start)
-        start = some.stop
+    """Raises Infeasible for a prompt that one of its rows alone rules out: a more precise error than the LP's."""
+    n = problem.values.shape[0]
+    if n is None:
+        return
+    for row in problem.prompt_rows:
+        bounds = np.broadcast_to(np.asarray(row.bound, np.float64), (n,))
+        short = _short(row, bounds, problem.mask)
+        if short is not None:
+            i, nearest, count = short
+            raise conflicts.of_prompt(problem, row, float(bounds[i]), nearest, i, count)
 
 
 def _hulls(problem: Problem, why: str) -> Policies:

@@ -23,6 +23,7 @@ from p2l_engine.routing.values import CHUNK, Values
 
 Mask = npt.NDArray[np.bool_]
 
+ROUNDINGS = 8  # in units of the last place: how well an LP knows whether a row can be met
 LEAST_BOUGHT = 1e-12  # a share below this is not worth a column
 
 
@@ -57,12 +58,12 @@ class Surplus:
 
     @property
     def rounding(self) -> Any:
-        """The rounding of the bound and of the least use, as a part of what the bound leaves (a number, or [N]): 0 where it
-        leaves nothing, or there is no bound."""
+        """The rounding of an LP's products and sums, as a part of what the bound leaves (a number, or [N]): 0 where it leaves
+        nothing, or there is no bound."""
         with np.errstate(invalid="ignore"):  # of an infinite bound
             slack = np.spacing(np.abs(np.asarray(self.row.bound, np.float64)))
         least: Any = self.least if np.ndim(self.extra) else np.abs(self.least).max()
-        slack = np.nan_to_num(slack) + np.spacing(np.abs(least))
+        slack = ROUNDINGS * (np.nan_to_num(slack) + np.spacing(np.abs(least)))
         return np.divide(slack, self.extra, out=np.zeros(np.shape(self.extra)), where=np.asarray(self.extra) > 0)
 
     @property
