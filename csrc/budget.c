@@ -54,6 +54,12 @@ int64_t p2l_upper_hull(const double *costs, const double *v, const uint8_t *allo
     return size;
 }
 
+/* 1 when a policy of a share of b costs more than the limit, however it is summed up. */
+static inline int exceeds(double a, double b, double share, double limit) {
+    const double rest = 1 - share;
+    return rest * a + share * b > limit || (long double)rest * a + (long double)share * b > limit;
+}
+
 static int64_t solve_range(const double *v, const double *costs, int costs_per_prompt, const double *budget,
                            const double *highest, const uint8_t *allowed, int64_t first, int64_t last, int64_t n_models,
                            int32_t *indices, double *probabilities, double *value, double *cost) {
@@ -77,8 +83,7 @@ static int64_t solve_range(const double *v, const double *costs, int costs_per_p
         if (beyond < size && c[a] < limit) {
             b = hull[beyond];
             share = (limit - c[a]) / (c[b] - c[a]);
-            /* Rounded down, so that the policy's cost, as anybody sums it up, keeps to the budget. */
-            for (double by = DBL_EPSILON; share > 0 && (1 - share) * c[a] + share * c[b] > limit; by *= 2)
+            for (double by = DBL_EPSILON; share > 0 && exceeds(c[a], c[b], share, limit); by *= 2)
                 share = by < 1 ? share - share * by : 0;
             if (share == 0) b = a;
         }

@@ -25,14 +25,10 @@ def is_tensor(value: object) -> TypeGuard[Tensor]:
 
 def to_float64(name: str, value: object) -> Float64:
     """A contiguous float64 copy or view of ``value``; TypeError unless it is an array of numbers."""
-    if is_tensor(value):
-        value = value.detach().cpu().double().numpy()
-    if np.asarray(value).dtype.kind not in "fiub":
-        raise TypeError(f"{name}: expected an array of real numbers, got {np.asarray(value).dtype} in {type(value).__name__}")
-    try:
-        return np.asarray(value, dtype=np.float64, order="C")
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{name}: expected an array of numbers, got {type(value).__name__} ({error})") from None
+    array = to_numpy(value.double() if is_tensor(value) else value, name)
+    if array.dtype.kind not in "fiub":
+        raise TypeError(f"{name}: expected an array of real numbers, got {array.dtype} in {type(value).__name__}")
+    return np.asarray(array, dtype=np.float64, order="C")
 
 
 def like(result: npt.NDArray[Any], given: object) -> Any:
@@ -40,9 +36,14 @@ def like(result: npt.NDArray[Any], given: object) -> Any:
     return sys.modules["torch"].from_numpy(result).to(given.device) if is_tensor(given) else result
 
 
-def to_numpy(value: object) -> npt.NDArray[Any]:
-    """``value`` as a numpy array of its own dtype; memmaps stay on disk."""
-    return value.detach().cpu().numpy() if is_tensor(value) else np.asanyarray(value)
+def to_numpy(value: object, name: str = "value") -> npt.NDArray[Any]:
+    """``value`` as a numpy array of its own dtype; memmaps stay on disk. TypeError for nested lists of different lengths."""
+    if is_tensor(value):
+        return value.detach().cpu().numpy()
+    try:
+        return np.asanyarray(value)
+    except ValueError as error:
+        raise TypeError(f"{name}: expected an array of numbers, got {type(value).__name__} ({error})") from None
 
 
 def finite(name: str, array: Float64, start: int = 0) -> Float64:
@@ -65,7 +66,7 @@ def check_matrix(name: str, array: npt.NDArray[Any]) -> None:
 def amounts(name: str, value: object, shape: tuple[int | None, int]) -> npt.NDArray[Any]:
     """What each model uses of a resource, finite and >= 0: [M] as float64, or [N, M] in its own dtype (memmaps stay on
     disk)."""
-    array = to_numpy(value)
+    array = to_numpy(value, name)
     if array.ndim < 2:
         array = to_float64(name, array)
     elif array.dtype.kind not in "fiub":

@@ -148,14 +148,13 @@ def _scope(name: str, scope: str) -> Scope:
 
 
 def _row(name: str, amounts: Float64, bound: Any, scope: Scope, shape: tuple[int | None, int]) -> Row:
+    given = arrays.to_numpy(bound, name)
+    if given.ndim == 0:
+        return Row(name, amounts, float(arrays.budgets(bound, 1, name)[0]))
     if scope == "batch":
-        if np.ndim(bound):
-            raise ValueError(f"{name}: expected one number in scope 'batch', got shape {list(np.shape(bound))}")
-        return Row(name, amounts, float(arrays.budgets(bound, 1, name)[0]))
-    if np.ndim(bound) == 0:
-        return Row(name, amounts, float(arrays.budgets(bound, 1, name)[0]))
+        raise ValueError(f"{name}: expected one number in scope 'batch', got shape {list(given.shape)}")
     if shape[0] is None:
-        raise ValueError(f"{name}: expected one number for prompts from an iterator, got shape {list(np.shape(bound))}")
+        raise ValueError(f"{name}: expected one number for prompts from an iterator, got shape {list(given.shape)}")
     return Row(name, amounts, arrays.budgets(bound, shape[0], name))
 
 
@@ -182,7 +181,7 @@ def _share_rows(i: int, share: Share, m: int) -> list[Row]:
 def _allowed(allowed: Any, shape: tuple[int | None, int]) -> npt.NDArray[np.bool_] | None:
     if allowed is None:
         return None
-    mask = arrays.to_numpy(allowed)
+    mask = arrays.to_numpy(allowed, "allowed")
     if mask.dtype != np.bool_:
         raise TypeError(f"allowed: expected bools, got {mask.dtype}")
     if mask.shape == (shape[1],) and shape[0] is not None:

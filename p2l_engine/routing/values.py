@@ -36,7 +36,7 @@ class ArrayValues(Values):
     """Values given as an array, a memmap or a tensor [N, M]."""
 
     def __init__(self, v: Array) -> None:
-        self.v = arrays.to_numpy(v)
+        self.v = arrays.to_numpy(v, "v")
         arrays.check_matrix("v", self.v)
         self.shape = (int(self.v.shape[0]), int(self.v.shape[1]))
 
@@ -71,7 +71,7 @@ class LazyWinRates(Values):
         self.theta: Any = None
         self._iterator: Iterator[Array] | None = None
         if isinstance(theta, np.ndarray) or arrays.is_tensor(theta):
-            self.theta = arrays.to_numpy(theta)
+            self.theta = arrays.to_numpy(theta, "theta")
             arrays.check_matrix("theta", self.theta)
             self.shape = (int(self.theta.shape[0]), int(self.theta.shape[1]))
         elif not isinstance(theta, Iterable):
@@ -80,7 +80,7 @@ class LazyWinRates(Values):
             self._iterator = iter(theta)
             if eta is not None:
                 raise ValueError("eta: expected theta as an array or memmap where there is eta, got an iterator")
-            self.shape = (None, len(arrays.to_numpy(q)))
+            self.shape = (None, len(arrays.to_numpy(q, "q")))
         n, m = self.shape
         self.q = arrays.opponents(q, (1 if n is None else n, m))
         self.eta = None if eta is None else tie_parameters(eta, n)

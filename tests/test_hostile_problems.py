@@ -1,0 +1,424 @@
+"""Routing problems at the edges, against exact rationals: bounds of 0 and 1, tight, infinite and negative ones, amounts many
+orders of magnitude apart, equal prompts, masks."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from scipy.optimize import linprog
+
+from p2l_engine import routing
+from p2l_engine.routing import (
+    Infeasible,
+    InfeasibleBudget,
+    LazyWinRates,
+    Policies,
+    Problem,
+    Resource,
+    Share,
+    SolverError,
+    dual,
+    highs,
+    rounding,
+    solve,
+)
+from p2l_engine.routing.values import ArrayValues
+from tests.support import exact, reference
+
+V3 = np.array([[0.5, 0.9, 0.3], [0.6, 0.7, 0.3], [0.4, 0.8, 0.3]])
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+def amounts(rng, n, m):
+    """Amounts [M] or [N, M]: usual ones, small integers, twenty-four orders of magnitude, or equal but for 1e-9; some are 0."""
+    shape = (n, m) if rng.random() < 0.3 else (m,)
+    kind = rng.integers(5)
+    if kind == 0:
+        a = rng.exponential(size=shape)
+    elif kind == 1:
+        a = rng.integers(0, 3, shape).astype(float)
+    elif kind == 2:
+        a = 10.0 ** rng.uniform(-12, 12, shape)
+    elif kind == 3:
+        a = 10.0 ** rng.integers(-6, 7, shape)
+    else:
+        a = 1 + rng.random(shape) * 1e-9
+    return a * (rng.random(shape) < 0.6) if rng.random() < 0.3 else a
+
+
+def bound(rng, a, allowed, batch):
+    """A bound: 0, the least or the most use, just above the least, in between, or anything from 1e-12 to 1e12."""
+    shown = np.where(allowed, a, np.nan)
+    least, most = np.nanmin(shown, axis=1), np.nanmax(shown, axis=1)
+    if batch:
+        least, most = least.mean(), most.mean()
+    chosen = (
+        least,
+        0 * least,
+        least + (most - least) * 10.0 ** rng.uniform(-12, 0),
+        (least + most) / 2,
+        0 * least + 10.0 ** rng.uniform(-12, 12),
+        least + (most - least) * rng.random(),
+        most,
+        np.minimum(most, least * (1 + rng.random())),
+    )[rng.integers(8)]
+    if batch:
+        return float(chosen)
+    chosen = np.array(chosen)
+    if rng.random() < 0.4:
+        chosen[rng.random(len(chosen)) < 0.4] = np.inf
+    return float(chosen.max()) if rng.random() < 0.3 else chosen
+
+
+def hostile(seed, n, m, batch_only=False) -> Problem:
+    """A problem at the edges, feasible or not."""
+    rng = np.random.default_rng(seed)
+    v = rng.random((n, m)) if rng.random() < 0.5 else rng.integers(0, 3, (n, m)) / 2
+    if rng.random() < 0.3:
+        v = np.repeat(v[: max(1, n // 7)], 8, axis=0)[:n]
+        n = len(v)
+    allowed = np.ones((n, m), bool)
+    if rng.random() < 0.4:
+        allowed = rng.random((n, m)) < 0.6
+        allowed[np.arange(n), rng.integers(0, m, n)] = True
+
+    def row():
+        a, batch = amounts(rng, n, m), batch_only or rng.random() < 0.6
+        return a, bound(rng, a, allowed, batch), "batch" if batch else "prompt"
+
+    costs, budget, scope = row()
+    if rng.random() < 0.2:
+        budget = None
+    resources = [Resource(f"resource {i}", *row()) for i in range(rng.integers(0, 3))]
+    shares = []
+    for group in np.array_split(rng.permutation(m), rng.integers(1, m + 1))[: rng.integers(0, 4)]:
+        most = float(rng.choice([0, 1, rng.random(), 0.5, 1]))
+        shares.append(Share(group, most, float(rng.choice([0, 0, 0, most, most * rng.random()]))))
+    return Problem(v, costs, budget, scope, resources, shares, None if allowed.all() else allowed)
+
+
+def check(problem: Problem, policies: Policies) -> None:
+    """Rows hold: the budget to rounding, of the cost and of its sum; the others to 1e-9."""
+    p, indices = policies.probabilities, policies.indices
+    assert (p >= 0).all()
+    np.testing.assert_allclose(p.sum(1), 1, atol=1e-15)
+    assert (indices[p == 0] == np.broadcast_to(indices[:, :1], p.shape)[p == 0]).all()
+    if problem.mask is not None:
+        assert np.take_along_axis(problem.mask, indices, 1)[p > 0].all()
+    for row in (*problem.prompt_rows, *problem.batch_rows):
+        use = routing.problem.expected(row.amounts, indices, p)
+        use = use.mean() if row in problem.batch_rows else use
+        assert (use <= row.bound + 1e-9 * np.abs(row.bound)).all(), row.name
+        if row.name == "budget":
+            cost = policies.cost if np.ndim(use) else policies.cost.mean()
+            assert (cost <= np.nextafter(row.bound, np.inf)).all()
+            assert (use <= row.bound * (1 + 4e-16) + 5e-324).all()
+
+
+def answers(problem: Problem) -> list[Policies | Infeasible]:
+    found: list[Policies | Infeasible] = []
+    for solver in ("auto", "highs"):
+        try:
+            found.append(solve(problem, solver))
+        except Infeasible as error:
+            found.append(error)
+    return found
+
+
+def test_the_oracle_is_linprog(rng):
+    for _ in range(30):
+        n, m = rng.integers(1, 6), rng.integers(1, 8)
+        a, b, c = rng.integers(-3, 4, (m, n)), rng.integers(-2, 6, m), rng.integers(-3, 4, n)
+        box = np.vstack([a, np.eye(n, dtype=int)])
+        ends = np.append(b, np.full(n, 9))
+        expected = linprog(-c, box, ends)
+        ours = exact.maximum(
+            *([Fraction(int(x)) for x in c], [[Fraction(int(x)) for x in r] for r in box], [*map(Fraction, ends)])
+        )
+        assert (ours is None) == (expected.status == 2)
+        if ours is not None:
+            assert float(ours) == pytest.approx(-expected.fun)
+
+
+@settings(max_examples=150)
+@given(SEEDS, st.integers(1, 5), st.integers(1, 5))
+def test_small_problems_equal_exact_rationals(seed, n, m):
+    problem = hostile(seed, n, m)
+    best = exact.optimum(problem)
+    for answer in answers(problem):
+        if isinstance(answer, Infeasible):  # within rounding of it, either answer is right
+            assert best is None or exact.optimum(problem, -1e-12) is None
+            continue
+        check(problem, answer)
+        if best is None:
+            assert exact.optimum(problem, 1e-9) is not None
+            continue
+        assert answer.value.mean() == pytest.approx(best, abs=2e-9)
+        assert answer.gap <= 1e-9
+        assert all(0 <= price < np.inf for price in answer.prices.values())
+
+
+@settings(max_examples=8)
+@given(SEEDS, st.integers(200, 2000), st.integers(2, 7))
+def test_thousands_of_prompts_are_optimal_by_weak_duality(seed, n, m):
+    """The dual prices prove it, whatever solver found them: no policies are worth more than
+    mean max_m (v - prices . amounts) + prices . bounds."""
+    problem = hostile(seed, n, m, batch_only=True)
+    for answer in answers(problem):
+        if isinstance(answer, Infeasible):
+            continue
+        check(problem, answer)
+        v = problem.values.take(slice(None)).astype(np.longdouble)
+        total = np.longdouble(0)
+        for row in problem.batch_rows:
+            v = v - answer.prices[row.name] * (row.amounts - np.longdouble(row.bound))
+            total += answer.prices[row.name] * abs(row.bound)
+        if problem.mask is not None:
+            v[~problem.mask] = -np.inf
+        assert float(v.max(1).mean()) <= answer.value.mean() + 1e-8 + 1e-15 * float(total)
+
+
+@pytest.mark.parametrize("solver", ["dual", "highs"])
+def test_a_share_of_zero_bars_a_model(solver):
+    p = routing.solve_batch_budget(V3.tolist(), [0.1, 1, 0.2], 0.5, max_share=[0.5, 0, 1], solver=solver)
+    assert p.value.mean() == pytest.approx(13 / 30, abs=1e-15)
+    assert p.solver == solver
+    assert not (p.indices[p.probabilities > 0] == 1).any()
+    # One more unit of model 1's share replaces model 2, or model 0, by it where that is worth most: 0.9 - 0.3.
+    assert p.prices["max_share of model 1"] >= 0.5 - 1e-12
+
+
+@pytest.mark.parametrize("solver", ["auto", "highs"])
+def test_a_budget_of_zero_leaves_the_free_models(solver, rng):
+    v = rng.random((3000, 4))
+    p = solve(Problem(v, [0, 0, 1, 2], 0, "batch", shares=[Share(0, 0.5)]), solver)
+    gain = np.sort(v[:, 0] - v[:, 1])[::-1]
+    assert p.value.mean() == pytest.approx(v[:, 1].mean() + gain[:1500].clip(0).sum() / 3000, rel=1e-12)
+    assert (p.cost == 0).all()
+
+
+@settings(max_examples=60)
+@given(SEEDS, st.integers(1, 40), st.integers(2, 6), st.sampled_from([0.0, 1.0]))
+def test_prices_at_the_edge_are_slopes(seed, n, m, share):
+    """Where a bound leaves nothing, its price is still what more of it adds at most."""
+    rng = np.random.default_rng(seed)
+    v, costs = rng.random((n, m)), rng.integers(0, 3, m).astype(float)
+
+    def best(budget, share):
+        shares = [Share(0, at_most=share)] if share < 1 else []
+        return solve(Problem(v, costs, budget, "batch", shares=[*shares, Share(m - 1, 0.7)]))
+
+    try:
+        p = best(float(costs.min()), share)
+    except Infeasible:
+        return
+    for more in (0.01, 0.1, 1.0):
+        gain = best(float(costs.min()) + more, share).value.mean() - p.value.mean()
+        assert gain <= p.prices["budget"] * more + 1e-9
+        if share == 0:
+            gain = best(float(costs.min()), share + more).value.mean() - p.value.mean()
+            assert gain <= p.prices["max_share of model 0"] * more + 1e-9
+
+
+class TestBoundsOfPrompts:
+    """A bound for each prompt, beside other rows of the prompts."""
+
+    v = np.array([[0.5, 0.9], [0.6, 0.7]])
+
+    def test_a_prompt_whose_rows_conflict_is_named(self):
+        problem = Problem(self.v, [1, 2], np.array([1, 3]), resources=[Resource("s", [2, 1], 1)])
+        with pytest.raises(InfeasibleBudget, match="budget 1 is infeasible for prompt 0 beside s <= 1") as e:
+            solve(problem)
+        assert (e.value.index, e.value.smallest) == (0, 2.0)
+
+    @pytest.mark.parametrize(
+        ("budget", "index"), [([np.inf, -1], 1), ([-1, np.inf], 0), ([2, -1e-300], 1), ([-np.finfo(float).max, 2], 0)]
+    )
+    @pytest.mark.parametrize("solver", ["auto", "highs"])
+    @pytest.mark.parametrize("beside", [True, False])
+    def test_a_negative_bound_is_infeasible_for_that_prompt(self, budget, index, solver, beside):
+        rows = [Resource("s", [2, 1], 3)] if beside else []
+        for shares in ([], [Share(0, 0.9)]):
+            with pytest.raises(InfeasibleBudget) as e:
+                solve(Problem(self.v, [0, 2], np.array(budget, float), resources=rows, shares=shares), solver)
+            assert (e.value.index, e.value.budget, e.value.smallest) == (index, budget[index], 0.0)
+
+    def test_an_infinite_bound_leaves_the_other_prompts_bounded(self):
+        p = solve(Problem(self.v, [1, 2], np.array([np.inf, 1.25]), resources=[Resource("s", [2, 1], 3)]))
+        np.testing.assert_allclose(p.cost, [2, 1.25], rtol=1e-15)
+
+    @settings(max_examples=100)
+    @given(SEEDS, st.integers(1, 12), st.integers(1, 5))
+    def test_the_first_infeasible_prompt_is_named(self, seed, n, m):
+        rng = np.random.default_rng(seed)
+        costs = rng.integers(0, 4, m).astype(float)
+        budget = rng.choice([np.inf, -1.0, -1e-9, 0.0, 1.0, 2.5, 4.0], n)
+        problem = Problem(rng.random((n, m)), costs, budget, resources=[Resource("s", rng.random(m), 1.0)])
+        short = np.flatnonzero(budget < costs.min())
+        if len(short):
+            with pytest.raises(InfeasibleBudget) as e:
+                solve(problem)
+            assert e.value.index == short[0]
+            assert e.value.budget == budget[short[0]]
+            return
+        best = exact.optimum(problem)
+        assert best is not None
+        p = solve(problem)
+        check(problem, p)
+        assert p.value.mean() == pytest.approx(best, abs=1e-9)
+
+
+class TestRounding:
+    """A cost exceeds its budget by one rounding at most; so does a budget fall short of the least cost."""
+
+    @settings(max_examples=300)
+    @given(SEEDS, st.integers(1, 6), st.integers(1, 9), st.sampled_from([1, 1e-12, 1e12]))
+    def test_one_budget_for_each_prompt(self, seed, n, m, unit):
+        rng = np.random.default_rng(seed)
+        v, costs = rng.random((n, m)), unit * rng.choice([rng.random((n, m)), 10.0 ** rng.uniform(-9, 9, (n, m))])
+        least = costs.min(1)
+        budget = least + (costs.max(1) - least) * rng.random(n) ** 4
+        p = routing.solve_budget(v, costs, budget)
+        _, _, value, _ = reference.solve_budget(v, costs, budget)
+        np.testing.assert_allclose(p.value, value, rtol=1e-12)
+        for i in range(n):
+            used = sum(
+                Fraction(float(a)) * Fraction(float(b)) for a, b in zip(p.probabilities[i], costs[i, p.indices[i]], strict=True)
+            )
+            assert used <= Fraction(float(np.nextafter(budget[i], np.inf)))
+        assert (p.cost <= np.nextafter(budget, np.inf)).all()
+        assert ((p.probabilities * np.take_along_axis(costs, p.indices, 1)).sum(1) <= np.nextafter(budget, np.inf)).all()
+        assert (routing.solve_budget(v, costs, np.nextafter(least, 0)).cost == least).all()
+        with pytest.raises(InfeasibleBudget) as e:
+            routing.solve_budget(v, costs, np.nextafter(np.nextafter(least, 0), 0))
+        assert e.value.smallest == least[0]
+
+    @settings(max_examples=100)
+    @given(SEEDS, st.integers(1, 3000), st.integers(1, 5), st.floats(0, 1))
+    @example(0, 3000, 3, 0.0)
+    def test_one_budget_over_the_batch(self, seed, n, m, loose):
+        rng = np.random.default_rng(seed)
+        v, costs = (
+            rng.random((n, m)),
+            rng.choice([rng.random((n, m)), 10.0 ** rng.uniform(-9, 9, (n, m)), np.full((n, m), 0.1)]),
+        )
+        least = costs.min(1).mean()
+        for budget in (least, float(Fraction(math.fsum(costs.min(1))) / n), least + loose**4 * (costs.max(1).mean() - least)):
+            p = routing.solve_batch_budget(v, costs, budget)
+            exactly = sum(map(Fraction, p.cost)) / n
+            assert p.cost.mean() <= np.nextafter(budget, np.inf) or p.cost.mean() == least
+            assert exactly <= Fraction(float(np.nextafter(budget, np.inf))) or (p.cost == costs.min(1)).all()
+            assert (np.count_nonzero(p.probabilities, axis=1) > 1).sum() <= 1
+            curve = routing.frontier(v, costs)  # which may be steep at the least budget
+            worst = curve.at(budget * (1 - 1e-13)) if budget * (1 - 1e-13) > curve.cost[0] else curve.value[0]
+            assert worst - 1e-9 <= p.value.mean() <= curve.at(budget * (1 + 1e-13)) + 1e-9
+        with pytest.raises(InfeasibleBudget) as e:
+            routing.solve_batch_budget(v, costs, least * (1 - 1e-14))
+        assert routing.solve_batch_budget(v, costs, e.value.smallest).cost.mean() == pytest.approx(least, rel=1e-14)
+
+    def test_policies_are_lowered_by_roundings_alone(self, rng):
+        n, m = 200, 6
+        costs, usable = rng.exponential(size=(n, m)), np.ones((1, m), bool)
+        indices = np.argsort(rng.random((n, m)), axis=1)[:, :3].astype(np.int32)
+        probabilities = rng.dirichlet(np.ones(3), n)
+        before = routing.problem.expected(costs, indices, probabilities)
+        bounds = before * (1 - rng.choice([0, 1e-15, 1e-10], n))
+        bounds = np.maximum(bounds, costs.min(1))
+        changed = probabilities.copy()
+        rounding.within_each(models := indices.copy(), changed, costs, bounds, usable)
+        assert (routing.problem.expected(costs, models, changed) <= np.nextafter(bounds, np.inf)).all()
+        np.testing.assert_allclose(routing.problem.expected(costs, models, changed), before, rtol=1e-9)
+        np.testing.assert_allclose(changed.sum(1), 1, atol=1e-15)
+        changed = probabilities.copy()
+        rounding.within_mean(models := indices.copy(), changed, costs, float(before.mean() * (1 - 1e-13)), usable)
+        assert (changed != probabilities).any(axis=1).sum() <= 1 or (models != indices).any(axis=1).sum() <= 1
+        assert routing.problem.expected(costs, models, changed).mean() <= np.nextafter(before.mean() * (1 - 1e-13), np.inf)
+
+
+def test_the_curve_starts_at_the_smallest_budget(rng):
+    for n in (1, 2, 7, 1000):
+        v, costs = rng.random((n, 3)), np.array([0.1, 0.2, 0.3])
+        for curve, smallest in ((routing.frontier(v, costs), 0.1), (routing.frontier(v, np.tile(costs, (n, 1))), 0.1)):
+            best = routing.solve_batch_budget(v, costs, smallest).value.mean()
+            assert curve.at(smallest) == pytest.approx(best, rel=1e-15)
+            assert curve.at([curve.cost[0], 0.05])[0] == pytest.approx(best, rel=1e-15)
+            assert np.isnan(curve.at([curve.cost[0], 0.05])[1])
+
+
+def test_lists_of_lists_are_arrays():
+    v, costs, q = V3.tolist(), [0.1, 1.0, 0.2], [1 / 3] * 3
+    same = [
+        (routing.win_rates(v, q), routing.win_rates(V3, np.array(q))),
+        (routing.bt_score(v, q, [0.5, 0.5, 0.5]), routing.bt_score(V3, np.array(q), np.full(3, 0.5))),
+        (routing.frontier(v, costs).value, routing.frontier(V3, np.array(costs)).value),
+    ]
+    for solver in ("frontier", "highs"):
+        of_lists = routing.solve_budget(v, costs, [0.5, 0.5, 0.6], solver=solver)
+        same.append((of_lists.value, routing.solve_budget(V3, np.array(costs), np.array([0.5, 0.5, 0.6]), solver=solver).value))
+    for solver in ("dual", "highs"):
+        of_lists = routing.solve_batch_budget(v, costs, 0.5, [0.9] * 3, [0.1, 0, 0], solver)
+        same.append(
+            (
+                of_lists.value,
+                routing.solve_batch_budget(V3, np.array(costs), 0.5, np.full(3, 0.9), np.array([0.1, 0, 0]), solver).value,
+            )
+        )
+    for of_lists, of_arrays in same:
+        np.testing.assert_array_equal(of_lists, of_arrays)
+    for ragged in ([[0.1], [0.2, 0.3]], [[0.1, "x"]], 0.5, "text"):
+        with pytest.raises((TypeError, ValueError), match="^v: expected"):
+            routing.solve_batch_budget(ragged, [1.0, 2.0], 1.0)
+        with pytest.raises((TypeError, ValueError), match="^v: expected"):
+            routing.solve_budget(ragged, [1.0, 2.0], 1.0)
+
+
+class TestSiftingThatDoesNotConverge:
+    """The answer is HiGHS's then, at no more LPs than a solution takes."""
+
+    def problem(self, rng, n=3000):
+        v, costs = rng.random((n, 5)), rng.exponential(size=5)
+        shares = [Share(int(costs.argmin()), 0.2), Share([1, 2], at_least=0.1)]
+        return Problem(v, costs, float(np.median(costs)), "batch", shares=shares)
+
+    def test_highs_answers_and_why_says_so(self, rng, monkeypatch):
+        problem = self.problem(rng)
+        expected = solve(problem)
+        assert expected.solver == "dual"
+        monkeypatch.setattr(dual, "GAP", -1.0)
+        monkeypatch.setattr(dual, "VALUE_ROUNDING", 0.0)
+        monkeypatch.setattr(dual.solve, "__defaults__", (None, None, -1.0))
+        answer = solve(problem)
+        assert answer.solver == "highs"
+        assert "sifting did not converge (the gap stayed at" in answer.why
+        assert answer.why.endswith("HiGHS on the whole LP")
+        assert answer.value.mean() == pytest.approx(expected.value.mean(), abs=1e-9)
+
+    @pytest.mark.parametrize("n", [1, 50, 3000, 6000])
+    def test_it_ends_after_one_lp_of_the_whole_batch(self, rng, monkeypatch, n):
+        problem, sizes, real = self.problem(rng, n), [], highs.solve_block
+
+        def counted(v, *rest, **named):
+            sizes.append(len(v))
+            return real(v, *rest, **named)
+
+        monkeypatch.setattr(highs, "solve_block", counted)
+        monkeypatch.setattr(dual, "VALUE_ROUNDING", 0.0)
+        with pytest.raises(SolverError, match="the gap stayed at"):
+            dual.solve(problem.values, problem.batch_rows, gap=-1.0)
+        assert sizes.count(n) == 1
+        assert sum(sizes) <= 3 * n + 10 * dual.OPEN
+
+    def test_a_time_limit_is_no_reason_for_highs(self, rng):
+        with pytest.raises(SolverError, match="time limit"):
+            solve(self.problem(rng), time_limit=0.0)
+
+    def test_iterators_are_refused(self):
+        lazy = LazyWinRates(iter([np.zeros((3, 2))]), np.full(2, 0.5))
+        with pytest.raises(ValueError, match="takes several passes"):
+            solve(Problem(lazy, [1.0, 2.0], 1.5, "batch", shares=[Share(0, 0.5)]))
+        assert isinstance(ArrayValues([[0.5]]).shape, tuple)
