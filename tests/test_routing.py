@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -263,22 +259,3 @@ def test_bad_rates_and_solvers_are_named():
         routing.solve_budget(np.zeros((1, 2)), np.ones(2), 1.0, solver="simplex")
     with pytest.raises(ValueError, match="max_share of model 0 = 0.3 and .* cannot hold together"):
         routing.solve_batch_budget(np.zeros((1, 3)), np.ones(3), None, max_share=np.full(3, 0.3))
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_a_forked_child_does_not_wait_for_its_parents_threads():
-    """In a process of its own, with two threads: OpenMP's threads do not survive a fork."""
-    code = """
-import os
-import numpy as np
-from p2l_engine import routing
-theta, q = np.random.default_rng(0).normal(size=(400, 20)), np.full(20, 0.05)
-v = routing.win_rates(theta, q)
-pid = os.fork()
-if pid == 0:
-    os._exit(0 if (routing.win_rates(theta, q) == v).all() else 1)
-raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-"""
-    environment = os.environ | {"OMP_NUM_THREADS": "2"}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=1200)

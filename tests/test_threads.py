@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -51,3 +56,14 @@ def test_gradients_of_training(tmp_path):
     for several in found[1:]:
         for name, gradient in found[0].items():
             torch.testing.assert_close(several[name], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()), msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize("how", ["arrays", "arrays busy", "arrays torch", "engine", "engine busy"])
+def test_a_forked_child_does_not_wait_for_its_parents_threads(how):
+    """OpenMP's threads, the native core's and torch's, do not survive a fork: the child gets the same answers on one thread."""
+    command = [sys.executable, "-m", "tests.support.forked", *how.split()]
+    subprocess.run(
+        command, cwd=Path(__file__).parent.parent, env=os.environ | {"OMP_NUM_THREADS": "2"}, check=True, timeout=1200
+    )
