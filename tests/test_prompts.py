@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import datetime, time
+
 import pytest
 import tokenizers
 from hypothesis import given, settings
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from p2l_engine.errors import PromptError
 from p2l_engine.prompts.encode import MAX_TOKENS, PromptEncoder
 from p2l_engine.prompts.parse import user_turns
+from p2l_engine.prompts.template import ChatTemplate
 from p2l_engine.prompts.tokenizer import FastTokenizer, TransformersTokenizer
 from tests.support import tiny
 
@@ -206,6 +209,32 @@ def test_a_prompt_that_the_tokenizer_refuses_is_named():
     found, problems = encoder.encode_each(["hello", "what", "you", "why"])
     assert [ids.tolist() for ids in found] == [[0, 2], [2], [1, 2], [2]]
     assert list(problems) == [1, 3]
+
+
+CLOCK = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y, %H:%M') }}{% endif %} " + tiny.TEMPLATE
+
+
+@given(shown=st.datetimes(), whole=st.booleans())
+@settings(max_examples=20)
+def test_a_template_with_a_clock_writes_the_date_that_it_is_given(shown, whole):
+    given_ = shown.date() if whole else shown
+    expected = (datetime.combine(given_, time()) if whole else shown).strftime("%d %b %Y, %H:%M")
+    for date in (given_, given_.isoformat(), str(given_)):
+        assert ChatTemplate(CLOCK, {}, date).render(["hi"]).startswith(f"{expected} <|im_start|>")
+
+
+def test_a_template_with_a_clock_needs_a_date():
+    tokenizer = tiny.tokenizer(template=CLOCK)
+    encoder = PromptEncoder(TransformersTokenizer(tokenizer))
+    with pytest.raises(PromptError, match=r"prompts\[0\]: .*reads the clock .*: give the date .*--date 2026-01-31"):
+        encoder.encode(["hi"])
+    assert len(encoder.prefix()) == 0
+    assert not encoder.tokenizer.template.joins
+    pinned = PromptEncoder(TransformersTokenizer(tokenizer, "2026-01-31"))
+    assert pinned.text(["hi"]).startswith("31 Jan 2026, 00:00 ")
+    assert TransformersTokenizer(tiny.tokenizer(), "2026-01-31").template.date is None  # which it does not read
+    with pytest.raises(ValueError, match="date: expected a date like 2026-01-31, got 'yesterday'"):
+        ChatTemplate(CLOCK, {}, "yesterday")
 
 
 def test_the_prefix_is_what_all_prompts_start_with():

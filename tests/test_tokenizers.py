@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+from datetime import datetime
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from jinja2 import TemplateError
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
 
 from p2l_engine import checkpoint
 from p2l_engine.checkpoint import huggingface
@@ -27,7 +30,7 @@ PROMPTS = [
     "\u00a0x",
 ]  # fmt: skip
 MASK = {"__type": "AddedToken", "content": "<|endoftext|>", "lstrip": False, "normalized": False, "special": True}
-TRAINING = {"cls_token_if_none": "<|cls|>"}
+TRAINING = {"cls_token_if_none": "<|cls|>", "date": "2026-01-31"}  # the date where a template reads the clock
 QWEN = (
     "{%- if messages[0]['role'] == 'system' %}\n    {{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}\n"
     "{%- else %}\n    {{- '<|im_start|>system\\nYou are Qwen, created by Alibaba Cloud.<|im_end|>\\n' }}\n{%- endif %}\n"
@@ -89,14 +92,17 @@ def write(folder, class_name="PreTrainedTokenizerFast", model_type="llama", temp
 def both(folder, model_type="llama", training=TRAINING):
     """The encoders of our tokenizer and of transformers'."""
     ours = read_fast_tokenizer(folder, model_type, training)
-    return PromptEncoder(ours), PromptEncoder(TransformersTokenizer(huggingface.read_tokenizer(folder, training)))
+    theirs = TransformersTokenizer(huggingface.read_tokenizer(folder, training), training.get("date"))
+    return PromptEncoder(ours), PromptEncoder(theirs)
 
 
 def same(ours, theirs, prompts=PROMPTS):
     for prompt in prompts:
         turns = [prompt] if isinstance(prompt, str) else prompt
         messages = [{"role": "user", "content": turn} for turn in turns]
-        rendered = theirs.tokenizer._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(chat_template_utils, "datetime", SimpleNamespace(now=lambda: datetime(2026, 1, 31)))
+            rendered = theirs.tokenizer._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
         assert ours.text(turns) == theirs.text(turns) == rendered.replace(theirs.cls_token, "<cls>") + theirs.cls_token
     for one, other in zip(ours.encode(prompts), theirs.encode(prompts), strict=True):
         assert one.tolist() == other.tolist()

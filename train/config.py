@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from p2l_engine.feedback import feedback_model
 from p2l_engine.tables.limits import MAX_DROPPED
@@ -19,6 +20,11 @@ WITHOUT_MEANING = {
     "reweight_scale": "a step is the weighted mean over its votes, whatever the scale of the weights",
     "repo_id": "nothing is uploaded; p2l-engine export writes the folder to upload",
 }
+
+
+def _iso(value: Any) -> Any:
+    """YAML reads 2026-01-31 as a date; another text must be one."""
+    return value if value is None else datetime.fromisoformat(str(value)).isoformat()
 
 
 class Lora(BaseModel):
@@ -60,6 +66,7 @@ class TrainConfig(BaseModel):
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     max_length: Annotated[int, Field(gt=1)] = 8192  # tokens; longer prompts are truncated from the left
     chat_template: str | None = None
+    date: Annotated[str | None, BeforeValidator(_iso)] = None  # what the clock shows to a chat template that reads it
     cls_token_if_none: str = "<|cls|>"
     pad_token_if_none: str = "<|pad|>"
     head_type: Literal["bt", "rk"]

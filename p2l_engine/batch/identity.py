@@ -33,6 +33,7 @@ def identity(config: BatchConfig, router: Router, files: Sequence[File], compute
         "bytes_per_part": BYTES,
         "checkpoint": _checkpoint(engine),
         "compute": compute,
+        "date": engine.date,
         "catalog": {model.name: model.cost for model in router.catalog.models},
         "unit": router.catalog.unit,
         "opponents": router.q.tolist(),

@@ -96,7 +96,7 @@ class Cluster:
         self.compute = compute_signature(kind, dtype, tokens)
         if checkpoint is not None and Path(checkpoint).exists():
             checkpoint = str(Path(checkpoint).resolve())  # workers run in other working directories
-        self._arguments = (checkpoint, kind, dtype, tokens, fingerprint.of_folder(engine.folder))
+        self._arguments = (checkpoint, kind, dtype, tokens, engine.date, fingerprint.of_folder(engine.folder))
 
     def close(self) -> None:
         """Ends the cluster or connection, if this object started it."""
@@ -198,9 +198,15 @@ class _Compute:
     """The head's outputs for each row's prompts, as float32 bytes."""
 
     def __init__(
-        self, checkpoint: str | None, device: str, dtype: torch.dtype, tokens_per_batch: int, expected: Mapping[str, Any]
+        self,
+        checkpoint: str | None,
+        device: str,
+        dtype: torch.dtype,
+        tokens_per_batch: int,
+        date: str | None,
+        expected: Mapping[str, Any],
     ) -> None:
-        self.arguments, self.expected = (checkpoint, device, dtype, tokens_per_batch), expected
+        self.arguments, self.expected = (checkpoint, device, dtype, tokens_per_batch, date), expected
 
     @cached_property  # not in the constructor: Ray returns its errors only as text
     def engine(self) -> Engine:

@@ -32,7 +32,7 @@ class Route:
     All arguments can be pickled; the checkpoint is loaded where the object is made, once per worker. checkpoint: a folder, a
     hub name, or None for the built-in default. catalog: a catalog, its file, or None for the checkpoint's own. column,
     plain_text: as in ``BatchConfig``. budget: upper bound on each row's expected cost. price: instead of a budget, see
-    ``BatchConfig``. coefficients: also return theta and eta, in this type. device, dtype, tokens_per_batch:
+    ``BatchConfig``. coefficients: also return theta and eta, in this type. device, dtype, tokens_per_batch, date:
     as in ``Engine.from_pretrained``. opponents, objective, seed, unmatched: as in ``Router``. Raises
     what those raise; ValueError for options out of range; InfeasibleBudget for a budget below the cheapest model.
     """
@@ -54,9 +54,10 @@ class Route:
         device: str | None = None,
         dtype: str | None = None,
         tokens_per_batch: int | None = None,
+        date: str | None = None,
     ) -> None:
         check_decision_options(budget, price, coefficients)
-        engine = Engine.from_pretrained(checkpoint, device, dtype, tokens_per_batch)
+        engine = Engine.from_pretrained(checkpoint, device, dtype, tokens_per_batch, date)
         if not isinstance(catalog, Catalog):
             catalog = Catalog.from_yaml(engine.folder / "catalog.yaml" if catalog is None else catalog)
         self.router = Router(engine, catalog, opponents, seed, unmatched, objective)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from datetime import date as Date
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,14 +59,19 @@ class Checkpoint:
     transformers: Callable[[], tuple[PretrainedConfig, PreTrainedTokenizerBase]]
 
 
-def load(path_or_repo: str | Path | None = None) -> Checkpoint:
+def load(path_or_repo: str | Path | None = None, date: str | Date | None = None) -> Checkpoint:
     """Reads a checkpoint: a local folder, else a hub repository's name; None is the built-in default.
 
-    Raises CheckpointError, which names what is missing or has a wrong shape, with the expected and the found value.
+    date: what the clock shows to a chat template that reads it; None: the ``date`` of training_config.json.
+
+    Raises ValueError for text that is no date and for a date that the template does not read; CheckpointError, which names
+    what is missing or has a wrong shape, with the expected and the found value.
     """
     folder = DEFAULT if path_or_repo is None else find(path_or_repo)
     models = _models(folder)
     training = read_json(folder / "training_config.json", dict)
+    if date is not None:
+        training["date"] = str(date)
     feedback = _feedback(folder, training)
     adapter = folder / "adapter_config.json"
     if adapter.is_file():
@@ -88,6 +94,10 @@ def load(path_or_repo: str | Path | None = None) -> Checkpoint:
         raise CheckpointError(f"{folder}: expected the tokenizer's tokenizer.json, found none")
     words = folder if (folder / "tokenizer.json").is_file() else base
     tokenizer = read_tokenizer(words, training, config.model_type)
+    if date is not None and tokenizer.template.date is None:
+        raise ValueError(
+            f"date: expected none, because the chat template of {words} does not read the clock, got {str(date)!r}"
+        )
     if len(tokenizer) > int(config.vocab_size):
         raise CheckpointError(
             f"{folder}: the tokenizer has {len(tokenizer)} tokens, but the backbone's vocab_size is {config.vocab_size}: "
@@ -133,7 +143,7 @@ def read_config(folder: Path) -> DecoderConfig | PretrainedConfig:
 
 
 def read_tokenizer(folder: Path, training: Mapping[str, Any], model_type: str) -> ChatTokenizer:
-    """The tokenizer, with the chat template and the CLS token that ``training`` (a training config) gives it.
+    """The tokenizer, with the chat template, date and CLS token that ``training`` (a training config) gives it.
 
     model_type: of the backbone's config. It is read by transformers where that is needed, which is logged. Raises
     CheckpointError where it cannot be read, or has no CLS token or no chat template.
@@ -144,7 +154,7 @@ def read_tokenizer(folder: Path, training: Mapping[str, Any], model_type: str) -
         logger.info("transformers reads the tokenizer of %s: %s", folder, reason)
     from p2l_engine.checkpoint import huggingface
 
-    return TransformersTokenizer(huggingface.read_tokenizer(folder, training))
+    return TransformersTokenizer(huggingface.read_tokenizer(folder, training), training.get("date"))
 
 
 def with_vocabulary(config: DecoderConfig | PretrainedConfig, size: int) -> DecoderConfig | PretrainedConfig:

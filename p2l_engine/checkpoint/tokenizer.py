@@ -52,7 +52,7 @@ class NeedsTransformers(Exception):
 
 
 def read_fast_tokenizer(folder: Path, model_type: str, training: Mapping[str, Any]) -> FastTokenizer:
-    """The tokenizer of a folder, with the chat template and the CLS token that ``training`` (a training config) gives it.
+    """The tokenizer of a folder, with the chat template, date and CLS token that ``training`` (a training config) gives it.
 
     model_type: of the backbone's config. Raises NeedsTransformers; CheckpointError where tokenizer.json cannot be read or there
     is no CLS token or no chat template.
@@ -89,7 +89,7 @@ def read_fast_tokenizer(folder: Path, model_type: str, training: Mapping[str, An
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = bool(config.get("split_special_tokens"))
-    return FastTokenizer(backend, template, special)
+    return FastTokenizer(backend, template, special, training.get("date"))
 
 
 def _class_of(config: Mapping[str, Any], model_type: str) -> str:

@@ -16,6 +16,7 @@ from p2l_engine.cli.inputs import (
     CatalogFile,
     Checkpoint,
     Column,
+    Date,
     Device,
     Dtype,
     LeaveOut,
@@ -166,6 +167,7 @@ def batch(
     checkpoint: Checkpoint = None,
     device: Device = None,
     dtype: Dtype = None,
+    date: Date = None,
 ) -> None:
     """Route files of prompts of any size. After an interruption, the same command continues the run."""
     shares, least = shares_of(max_share, "--max-share"), shares_of(min_share, "--min-share")
@@ -191,7 +193,7 @@ def batch(
         state=state,
         rows_per_part=rows_per_part,
     )
-    engine = load_engine(checkpoint, device if ray is None else "cpu", dtype, tokens_per_batch)
+    engine = load_engine(checkpoint, device if ray is None else "cpu", dtype, date, tokens_per_batch)
     router = load_router(engine, catalog, leave_out, seed, opponents)
     with (
         interruptible("; the same command continues the run"),

@@ -13,6 +13,7 @@ from p2l_engine.cli.inputs import (
     CatalogFile,
     Checkpoint,
     Column,
+    Date,
     Device,
     Dtype,
     check_model,
@@ -77,6 +78,7 @@ def evaluate(
     checkpoint: Checkpoint = None,
     device: Device = None,
     dtype: Dtype = None,
+    date: Date = None,
 ) -> None:
     """Evaluate a checkpoint on votes: accuracy, calibration, leaderboards, routing, strengths and weaknesses."""
     from p2l_engine.catalog import Catalog
@@ -92,7 +94,7 @@ def evaluate(
     check_writable(as_json, "--json")
     if html:  # now: a missing package must not fail a command whose work is done
         from p2l_engine.evaluation import html as pages
-    engine = load_engine(checkpoint, device, dtype)
+    engine = load_engine(checkpoint, device, dtype, date)
     swaps = swaps_of(replace, engine.models)
     check_model(reference, engine.models, "--reference")
     if votes is None and training is not None:

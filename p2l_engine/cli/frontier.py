@@ -14,6 +14,7 @@ from p2l_engine.cli.inputs import (
     CatalogFile,
     Checkpoint,
     Column,
+    Date,
     Device,
     Dtype,
     LeaveOut,
@@ -45,6 +46,7 @@ def frontier(
     checkpoint: Checkpoint = None,
     device: Device = None,
     dtype: Dtype = None,
+    date: Date = None,
 ) -> None:
     """Show the win rate that each mean budget over these prompts buys, and that of each single model."""
     import numpy as np
@@ -58,7 +60,7 @@ def frontier(
     if plot is not None:  # now: a missing package must not fail a command whose work is done
         from p2l_engine.cli.plots import frontier as draw
     batch = read_prompts(None, file, column)
-    router = load_router(load_engine(checkpoint, device, dtype), catalog, leave_out)
+    router = load_router(load_engine(checkpoint, device, dtype, date), catalog, leave_out)
     with progress(len(batch)) as advance:
         v = router.win_rates(router.engine.coefficients(batch, advance))
     curve = routing.frontier(v, router.costs)

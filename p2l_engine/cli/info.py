@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from p2l_engine.cli.inputs import Checkpoint, Device, Dtype, load_engine
+from p2l_engine.cli.inputs import Checkpoint, Date, Device, Dtype, load_engine
 from p2l_engine.cli.terminal import out
 
 
-def info(checkpoint: Checkpoint = None, device: Device = None, dtype: Dtype = None) -> None:
+def info(checkpoint: Checkpoint = None, device: Device = None, dtype: Dtype = None, date: Date = None) -> None:
     """Show versions, the device, and what the checkpoint holds."""
     from importlib.metadata import version
 
@@ -17,7 +17,7 @@ def info(checkpoint: Checkpoint = None, device: Device = None, dtype: Dtype = No
     from p2l_engine import __version__
     from p2l_engine.native import binding
 
-    engine = load_engine(checkpoint, device, dtype)
+    engine = load_engine(checkpoint, device, dtype, date)
     table = Table(show_header=False)
     rows = {
         "p2l-engine": __version__,

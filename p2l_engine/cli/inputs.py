@@ -57,6 +57,14 @@ Dtype = Annotated[
         rich_help_panel=ENGINE,
     ),
 ]
+Date = Annotated[
+    str | None,
+    typer.Option(
+        help="The date that a chat template which reads the clock writes, such as 2026-01-31. Default: that of the training.",
+        show_default=False,
+        rich_help_panel=ENGINE,
+    ),
+]
 CatalogFile = Annotated[
     Path | None,
     typer.Option(
@@ -76,12 +84,18 @@ LeaveOut = Annotated[
 ]
 
 
-def load_engine(checkpoint: str | None, device: str | None, dtype: str | None, tokens_per_batch: int | None = None) -> Engine:
-    """Raises ValueError for a device or dtype that cannot be used, CheckpointError."""
+def load_engine(
+    checkpoint: str | None,
+    device: str | None,
+    dtype: str | None,
+    date: str | None = None,
+    tokens_per_batch: int | None = None,
+) -> Engine:
+    """Raises ValueError for a device, dtype or date that cannot be used, CheckpointError."""
     with status("loading the checkpoint"):
         from p2l_engine.engine import Engine
 
-        return Engine.from_pretrained(checkpoint, device, dtype, tokens_per_batch)
+        return Engine.from_pretrained(checkpoint, device, dtype, tokens_per_batch, date)
 
 
 def load_router(

@@ -13,6 +13,7 @@ from p2l_engine.cli.inputs import (
     PROMPT_FILE,
     Checkpoint,
     Column,
+    Date,
     Device,
     Dtype,
     check_writable,
@@ -49,6 +50,7 @@ def leaderboard(
     checkpoint: Checkpoint = None,
     device: Device = None,
     dtype: Dtype = None,
+    date: Date = None,
 ) -> None:
     """Show the leaderboard of one prompt, or of a set of prompts."""
     from p2l_engine.cli.prompts import PromptFile, check_no_column, read_stdin, read_text
@@ -65,7 +67,7 @@ def leaderboard(
             raise typer.BadParameter("give one prompt or a file of prompts, not both", param_hint="--prompts")
         given = PromptFile.read(prompts, column)
         batch, weights = given.prompts, given.weights()
-        engine = load_engine(checkpoint, device, dtype)
+        engine = load_engine(checkpoint, device, dtype, date)
         with progress(len(batch)) as advance:
             c = engine.coefficients(batch, advance)
         board = Leaderboard.over(c, weights, bootstrap=200 if bootstrap is None else bootstrap)
@@ -78,7 +80,7 @@ def leaderboard(
         check_no_column(column)
         text = prompt if prompt is not None else read_text(file) if file is not None else read_stdin()
         user_turns(text)
-        board = Leaderboard.of(load_engine(checkpoint, device, dtype).coefficients([text]))
+        board = Leaderboard.of(load_engine(checkpoint, device, dtype, date).coefficients([text]))
         title = text
     shown = board.standings[: limit(top, all_models)]
     left_out = cut(len(shown), len(board))

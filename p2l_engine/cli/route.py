@@ -15,6 +15,7 @@ from p2l_engine.cli.inputs import (
     CatalogFile,
     Checkpoint,
     Column,
+    Date,
     Device,
     Dtype,
     LeaveOut,
@@ -56,13 +57,14 @@ def route(
     checkpoint: Checkpoint = None,
     device: Device = None,
     dtype: Dtype = None,
+    date: Date = None,
 ) -> None:
     """Choose the best model for each prompt, within a budget."""
     from p2l_engine.cli.prompts import read_prompts
 
     batch = read_prompts(prompts, file, column)
     shares = shares_of(max_share, "--max-share")
-    router = load_router(load_engine(checkpoint, device, dtype), catalog, leave_out, seed)
+    router = load_router(load_engine(checkpoint, device, dtype, date), catalog, leave_out, seed)
     with progress(len(batch)) as advance:
         decisions = router.route_batch(batch, budget, budget_scope.value, shares, progress=advance)
     if as_json:

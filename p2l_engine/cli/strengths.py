@@ -12,6 +12,7 @@ from p2l_engine.cli.inputs import (
     PROMPT_FILE,
     Checkpoint,
     Column,
+    Date,
     Device,
     Dtype,
     check_model,
@@ -59,6 +60,7 @@ def strengths(
     checkpoint: Checkpoint = None,
     device: Device = None,
     dtype: Dtype = None,
+    date: Date = None,
 ) -> None:
     """Show what each model is good at, by category of prompts, and what changes when one model replaces another."""
     from p2l_engine.cli.figures import show_replacements, show_strengths
@@ -76,7 +78,7 @@ def strengths(
     categories, weights = given.categories(), given.weights()
     if cluster and categories is not None:
         raise typer.BadParameter("these prompts have categories already", param_hint="--cluster")
-    engine = load_engine(checkpoint, device, dtype)
+    engine = load_engine(checkpoint, device, dtype, date)
     swaps = swaps_of(replace, engine.models)
     for name in (reference, *(model or [])):
         check_model(name, engine.models, "--reference, --model")

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from datetime import date as Date
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from p2l_engine.engine.compile_watch import CompileWatch
 from p2l_engine.engine.device import as_device, as_dtype
 from p2l_engine.engine.graphs import Graphs
 from p2l_engine.engine.pipeline import InFlightBatch, in_flight_batches, prefetch
+from p2l_engine.errors import CheckpointError
 from p2l_engine.prompts.encode import MAX_TOKENS, PromptEncoder
 from p2l_engine.prompts.parse import Prompt, parse_batch
 
@@ -76,6 +78,10 @@ class Engine:
             )
             most = positions
         self.encoder = PromptEncoder(loaded.tokenizer, most)
+        try:
+            self.encoder.text(["a"])
+        except ValueError as error:
+            raise CheckpointError(f"{self.folder}: {error}") from error
         self.head = loaded.head.to(self.device)
         self.n_parameters = sum(weight.numel() for weight in loaded.weights.values())
         self._graphs: Graphs | None = None
@@ -85,6 +91,12 @@ class Engine:
             with CompileWatch.paused(), self._on_device():
                 self.backbone.share(prefix if len(prefix) >= LEAST_PREFIX else None)
 
+    @property
+    def date(self) -> str | None:
+        """What the clock shows to the chat template, in ISO 8601; None where it reads none."""
+        shown = self.encoder.tokenizer.template.date
+        return None if shown is None else shown.isoformat()
+
     @classmethod
     def from_pretrained(
         cls,
@@ -92,18 +104,20 @@ class Engine:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         tokens_per_batch: int | None = None,
+        date: str | Date | None = None,
     ) -> Engine:
         """Reads a checkpoint: a folder, a hub name, or None for the built-in default.
 
         device: "cpu", "cuda", "cuda:1" or a torch.device; None: CUDA where there is one, else the CPU. dtype: "float32",
         "bfloat16", "bf16", ... or a torch.dtype; None: bfloat16 on CUDA and on CPUs that multiply it in hardware (AMX,
         AVX512-BF16), else float32. tokens_per_batch: at most in a forward pass, where a shared prefix counts as an eighth of
-        its tokens (a longer prompt gets a pass of its own); None: 4,096 on a CPU, 32,768 on CUDA. Raises CheckpointError, and
-        ValueError for a device or dtype that cannot be used.
+        its tokens (a longer prompt gets a pass of its own); None: 4,096 on a CPU, 32,768 on CUDA. date: what the clock shows to
+        a chat template that reads it, such as "2026-01-31"; None: as in training, if its config has a date; such a template
+        without a date is refused. Raises CheckpointError, and ValueError for a device, dtype or date that cannot be used.
         """
         place = as_device(device)
         kind = as_dtype(dtype, place)  # checked before the checkpoint is read
-        return cls(checkpoint.load(path_or_repo), place, kind, tokens_per_batch)
+        return cls(checkpoint.load(path_or_repo, date), place, kind, tokens_per_batch)
 
     def coefficients(self, prompts: Sequence[Prompt], progress: Callable[[int], object] | None = None) -> Coefficients:
         """The coefficients of each prompt, in order. An empty batch gives empty arrays.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from datetime import date as Date
 from datetime import datetime
 from functools import cached_property
 from typing import Any, NoReturn
@@ -19,11 +20,15 @@ from jinja2.utils import Namespace
 class ChatTemplate:
     """A chat template over user turns, without a generation prompt.
 
-    variables: what it may read besides the messages: the tokenizer's special tokens by name (``bos_token``, ...).
+    variables: what it may read besides the messages: the tokenizer's special tokens by name (``bos_token``, ...). date: what
+    the clock shows to a template that reads it (``strftime_now``): a date or time, or its text in ISO 8601; None: such a
+    template cannot be rendered, because coefficients would change from day to day. Raises ValueError for other text.
     """
 
-    def __init__(self, source: str, variables: Mapping[str, Any]) -> None:
+    def __init__(self, source: str, variables: Mapping[str, Any], date: str | Date | None = None) -> None:
         self.source, self.variables = source, dict(variables)
+        shown = None if date is None else _moment(date)
+        self.date = shown if "strftime_now" in source else None
 
     def render(self, turns: Sequence[str]) -> str:
         """The text of user turns, one message each, or joined to one by blank lines where the template ``joins``.
@@ -47,7 +52,7 @@ class ChatTemplate:
 
     @cached_property
     def _compiled(self) -> Template:
-        return _environment().from_string(self.source)
+        return _environment(self.date).from_string(self.source)
 
     def _render(self, turns: Sequence[str]) -> str:
         messages = [{"role": "user", "content": str.__str__(turn)} for turn in turns]  # never a subclass with own methods
@@ -56,12 +61,12 @@ class ChatTemplate:
         )
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
+def _environment(date: datetime | None) -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
     environment.filters["tojson"] = _to_json
     environment.globals |= {
         "raise_exception": _raise_exception,
-        "strftime_now": lambda form: datetime.now().strftime(form),
+        "strftime_now": lambda form: _strftime(date, form),
         "dict": _Dict(),
         "namespace": _Namespace,
     }
@@ -110,6 +115,23 @@ class _Namespace(Namespace):
 def _check_attribute(name: object) -> None:
     if isinstance(name, str) and name.startswith("_"):
         raise SecurityError(f"a chat template cannot set the attribute {name!r} of a namespace")
+
+
+def _moment(date: str | Date) -> datetime:
+    """Midnight, where no time is given."""
+    try:
+        return datetime.fromisoformat(str(date))
+    except ValueError:
+        raise ValueError(f"date: expected a date like 2026-01-31, got {date!r}") from None
+
+
+def _strftime(date: datetime | None, form: str) -> str:
+    if date is None:
+        raise TemplateError(
+            "it reads the clock (strftime_now), so that coefficients would change from day to day: give the date that it shall "
+            "write (date='2026-01-31', --date 2026-01-31, or date: in the training config)"
+        )
+    return date.strftime(form)
 
 
 def _raise_exception(message: str) -> NoReturn:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import date as Date
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -37,11 +38,20 @@ class ChatTokenizer(Protocol):
 
 
 class FastTokenizer:
-    """A tokenizer built on the tokenizers library, without transformers. It owns ``backend``, which nothing else may change."""
+    """A tokenizer built on the tokenizers library, without transformers. It owns ``backend``, which nothing else may change.
 
-    def __init__(self, backend: tokenizers.Tokenizer, template: str, special_tokens: Mapping[str, str]) -> None:
+    date: see ChatTemplate.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        template: str,
+        special_tokens: Mapping[str, str],
+        date: str | Date | None = None,
+    ) -> None:
         self.special_tokens = dict(special_tokens)
-        self._backend, self.template = backend, ChatTemplate(template, special_tokens)
+        self._backend, self.template = backend, ChatTemplate(template, special_tokens, date)
 
     def ids(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
         """See ChatTokenizer."""
@@ -65,18 +75,18 @@ class FastTokenizer:
 
 class TransformersTokenizer:
     """A tokenizer of transformers. Where it is built on the tokenizers library, a copy of that is used: calls of the original
-    change its truncation and padding.
+    change its truncation and padding. date: see ChatTemplate.
 
     Raises ValueError where it has no CLS token or no chat template.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, date: str | Date | None = None) -> None:
         if not tokenizer.cls_token:
             raise ValueError("tokenizer: expected a CLS token, got none; a P2L checkpoint's tokenizer names one")
         if not tokenizer.chat_template:
             raise ValueError("tokenizer: expected a chat template, got none; a P2L checkpoint's tokenizer has one")
         self._tokenizer, self._own = tokenizer, _copied_backend(tokenizer)
-        self.template = ChatTemplate(tokenizer.get_chat_template(), tokenizer.special_tokens_map)
+        self.template = ChatTemplate(tokenizer.get_chat_template(), tokenizer.special_tokens_map, date)
 
     @property
     def special_tokens(self) -> Mapping[str, str]:
