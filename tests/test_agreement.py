@@ -87,6 +87,18 @@ def test_gradients_are_those_of_each_prompt_alone(name, tmp_path, seed, rng):
             torch.testing.assert_close(one.grad, mine.grad, rtol=1e-3, atol=1e-4 * float(mine.grad.abs().max()), msg=what)
 
 
+def test_gradient_checkpointing_changes_no_gradient(tmp_path, seed, rng):
+    backbone(tmp_path, "llama longrope", seed)
+    packed, found = Packed.of(families.drawn(rng, LENGTHS)), []
+    for checkpointing in (False, True):
+        model, _ = build(settings(tmp_path, gradient_checkpointing=checkpointing), 3)
+        model.train()
+        model.hidden(model.model, packed).square().sum().backward()
+        found.append([parameter.grad for parameter in model.model.parameters()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize("how", [{"lora": {"r": 4}}, {"train_head_only": True}, {"gradient_checkpointing": True}])
 def test_every_kind_of_training_is_checked(how, tmp_path, seed):
     backbone(tmp_path, "mistral", seed)

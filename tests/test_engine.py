@@ -20,7 +20,7 @@ from p2l_engine.backbone.packing import Packed, batches
 from p2l_engine.engine import as_device, as_dtype, cpu
 from p2l_engine.engine.compile_watch import CompileWatch
 from p2l_engine.errors import PromptError
-from tests.support import tiny
+from tests.support import families, tiny
 
 PROMPTS = [
     "a",
@@ -108,6 +108,16 @@ def test_a_rope_that_changes_with_length_sees_one_prompt(tmp_path):
     np.testing.assert_allclose(engine.coefficients(PROMPTS).theta, alone, atol=1e-4)
     for prompt, theta in zip(PROMPTS, alone, strict=True):
         np.testing.assert_allclose(engine.coefficients([prompt]).theta[0], theta, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name", ["gemma2", "gpt2", "gpt_oss", "lfm2", "mamba", "mistral", "modernbert", "phi3 longrope", "qwen3", "rwkv"]
+)
+def test_other_architectures_equal_transformers(name, tmp_path):
+    folder = tiny.write(tmp_path, families.config(name))
+    engine = Engine.from_pretrained(folder, device="cpu", dtype=torch.float32)
+    alone = np.concatenate([tiny.reference_theta(folder, [prompt], engine.encoder.max_tokens)[0] for prompt in PROMPTS])
+    np.testing.assert_allclose(engine.coefficients(PROMPTS).theta, alone, atol=1e-4)
 
 
 def test_a_backbone_that_sees_both_sides_is_not_packed(tmp_path):

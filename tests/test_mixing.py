@@ -68,6 +68,9 @@ def test_any_neighbours_and_any_history(name, data):
         ("bert", {"max_position_embeddings": 16}, 16),
         ("roberta", {"max_position_embeddings": 16, "pad_token_id": 1}, 14),  # its first two rows are for padding
         ("roberta", {"max_position_embeddings": 16, "pad_token_id": 7}, 8),
+        ("codegen", {"n_positions": 16, "n_ctx": 16}, 16),
+        ("gptj", {"n_positions": 16}, 16),
+        ("mpt", {"max_seq_len": 16}, 16),
         ("qwen3", {"max_position_embeddings": 16}, None),
         ("falcon alibi", {}, None),
         ("mamba", {}, None),

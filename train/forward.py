@@ -14,6 +14,24 @@ from p2l_engine.train import attention, fused
 Way = Literal["fused", "packed", "padded", "by length"]
 
 
+def ways(config: Any, fuse: bool, sharded: bool) -> list[Way]:
+    """The ways in which a decoder of this config may be computed, the fastest first. fuse: whether its layers may be fused.
+
+    sharded: whether processes gather the layers' weights from each other: equally often in all of them, and so once a batch.
+    Raises ValueError where no way is left.
+    """
+    found: list[Way] = ["fused"] if fuse and fused.fusible(config) else []
+    found += ["packed"] if mixing.packs(config) else []
+    found += ["padded"] if mixing.pads(config) else []
+    found += [] if sharded else ["by length"]
+    if not found:
+        raise ValueError(
+            f"fsdp, deepspeed: {config.model_type} is trained with prompts of one length at a time, which sharded weights "
+            "do not allow: leave them out"
+        )
+    return found
+
+
 class Forward:
     """The hidden state of each prompt's last token [N, D], by a decoder of transformers, bare or within wrappers.
 

@@ -26,10 +26,9 @@ from p2l_engine.checkpoint.read import HEADS
 from p2l_engine.engine import cpu
 from p2l_engine.errors import CheckpointError
 from p2l_engine.feedback import feedback_model
-from p2l_engine.train import fused
 from p2l_engine.train.agreement import Alone
 from p2l_engine.train.config import TrainConfig
-from p2l_engine.train.forward import Forward, Way
+from p2l_engine.train.forward import Forward, ways
 
 logger = logging.getLogger(__name__)
 
@@ -171,22 +170,13 @@ def build(config: TrainConfig, n_models: int, fuse: bool = True) -> tuple[P2LMod
         decoder.requires_grad_(False)
     plain = bare(decoder)
     # The fused layers do not implement LoRA's dropout.
-    fuse = fuse and not torch.cuda.is_available() and fused.fusible(plain.config) and not (config.lora and config.lora.dropout)
-    ways: list[Way] = ["fused"] if fuse else []
-    ways += ["packed"] if mixing.packs(plain.config) else []
-    ways += ["padded"] if mixing.pads(plain.config) else []
-    if not (sharded or config.fsdp):  # a layer's weights are gathered equally often in all processes
-        ways.append("by length")
-    if not ways:
-        raise ValueError(
-            f"fsdp, deepspeed: {plain.config.model_type} is trained with prompts of one length at a time, which sharded "
-            "weights do not allow: leave them out"
-        )
+    fuse = fuse and not torch.cuda.is_available() and not (config.lora and config.lora.dropout)
+    found = ways(plain.config, fuse, sharded or config.fsdp)
     if alone is None:
-        hidden = Forward(plain, ways[0], plain.config._attn_implementation)
+        hidden = Forward(plain, found[0], plain.config._attn_implementation)
         logger.warning("backbone: weights that are sharded as they are read are not compared with what inference computes")
     else:
-        hidden = alone.agreeing(decoder, plain, ways, computed if fuse else dtype)
+        hidden = alone.agreeing(decoder, plain, found, computed if found[0] == "fused" else dtype)
     logger.info("backbone: %s, %s, %s", plain.config.model_type, str(computed).removeprefix("torch."), hidden.way)
     if config.gradient_checkpointing:
         # Newer transformers call it the first, older ones the second.

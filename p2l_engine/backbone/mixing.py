@@ -22,8 +22,10 @@ PACKED = frozenset({
     "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "starcoder2",
 })  # fmt: skip
 PADDED = PACKED | {
-    "bamba", "deepseek_v3", "falcon_h1", "gemma2", "gpt_oss", "granitemoehybrid", "jamba", "lfm2", "llama4_text", "mamba",
-    "mamba2", "modernbert", "modernbert-decoder", "nemotron", "qwen3_next", "recurrent_gemma", "stablelm",
+    "bamba", "bert", "bitnet", "bloom", "codegen", "deepseek_v3", "falcon_h1", "gemma2", "gpt_bigcode", "gpt_neo", "gpt_oss",
+    "gptj", "granitemoehybrid", "hunyuan_v1_dense", "jamba", "lfm2", "llama4_text", "mamba", "mamba2", "ministral3",
+    "modernbert", "modernbert-decoder", "mpt", "nanochat", "nemotron", "persimmon", "phimoe", "qwen3_next", "recurrent_gemma",
+    "stablelm", "vaultgemma",
 }  # fmt: skip
 
 

@@ -67,6 +67,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "starcoder2": ("Starcoder2", SIZES | {"sliding_window": WINDOW}),
     # Other terms in attention: soft caps, sinks.
     "gemma2": ("Gemma2", SIZES | {"sliding_window": WINDOW, "head_dim": 12, "query_pre_attn_scalar": 12}),
+    "vaultgemma": ("VaultGemma", SIZES | {"sliding_window": WINDOW, "head_dim": 12}),
     "gpt_oss": ("GptOss", SIZES | EXPERTS | {"sliding_window": WINDOW, "head_dim": 12, "layer_types": MIXED}),
     # Both sides.
     "bert": ("Bert", UNGROUPED),
@@ -132,18 +133,34 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "v_head_dim": 12, "first_k_dense_replace": 1,
         },
     ),
+    "bitnet": ("BitNet", SIZES),
+    "bloom": ("Bloom", {"vocab_size": 300, "hidden_size": 48, "n_layer": 2, "n_head": 4}),
+    "codegen": ("CodeGen", GPT2 | {"n_ctx": 512, "rotary_dim": 8}),
     "ernie4_5": ("Ernie4_5", SIZES),
     "gemma": ("Gemma", SIZES | {"head_dim": 12}),
     "glm4": ("Glm4", SIZES | {"head_dim": 12}),
     "gpt2": ("GPT2", GPT2),
+    "gpt_bigcode": ("GPTBigCode", GPT2),
+    "gpt_neo": (
+        "GPTNeo",
+        {
+            "vocab_size": 300, "hidden_size": 48, "num_layers": 2, "num_heads": 4,
+            "attention_types": [[["global", "local"], 1]], "window_size": WINDOW, "max_position_embeddings": 512,
+        },
+    ),
+    "gptj": ("GPTJ", GPT2 | {"rotary_dim": 8}),
     "gpt_neox": ("GPTNeoX", UNGROUPED),
     "granite": ("Granite", SIZES),
     "helium": ("Helium", SIZES | {"head_dim": 12}),
+    "hunyuan_v1_dense": ("HunYuanDenseV1", SIZES | {"head_dim": 12}),
     "llama": ("Llama", SIZES),
+    "ministral3": ("Ministral3", SIZES | {"head_dim": 12}),
     "modernbert-decoder": (
         "ModernBertDecoder",
         UNGROUPED | {"local_attention": WINDOW, "cls_token_id": 1, "sep_token_id": 2},
     ),
+    "mpt": ("Mpt", {"vocab_size": 300, "d_model": 48, "n_layers": 2, "n_heads": 4, "max_seq_len": 512}),
+    "nanochat": ("NanoChat", SIZES),
     "nemotron": ("Nemotron", SIZES),
     "olmo": ("Olmo", SIZES),
     "olmo2": ("Olmo2", SIZES),
@@ -155,7 +172,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "word_embed_proj_dim": 48, "max_position_embeddings": 512, "pad_token_id": 0,
         },
     ),
+    "persimmon": ("Persimmon", UNGROUPED),
     "phi": ("Phi", SIZES),
+    "phimoe": ("Phimoe", SIZES | EXPERTS),
     "qwen2_moe": (
         "Qwen2Moe",
         SIZES | {
