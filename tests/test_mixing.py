@@ -91,7 +91,7 @@ def test_the_longest_prompt_is_found(name, changes, expected, rng):
 
 def test_a_decoder_that_needs_more_than_tokens_is_refused():
     config = T5Config(vocab_size=300, d_model=48, d_kv=12, d_ff=80, num_layers=1, num_heads=4)
-    with pytest.raises(CheckpointError, match="expected a decoder that token ids alone run, got model_type 't5'"):
+    with pytest.raises(CheckpointError, match="expected a decoder that token ids alone run in float32, got model_type 't5'"):
         backbone.build(config, families.weights(config), torch.device("cpu"), torch.float32)
 
 

@@ -110,7 +110,8 @@ def positions(model: Any) -> int | None:
             model(input_ids=_tokens(model, 2), use_cache=False).last_hidden_state  # noqa: B018
     except Exception as error:  # whatever a model raises for inputs that it lacks
         raise CheckpointError(
-            f"config.json: expected a decoder that token ids alone run, got model_type {model.config.model_type!r}: {error}"
+            f"config.json: expected a decoder that token ids alone run in {str(model.dtype).removeprefix('torch.')}, got "
+            f"model_type {model.config.model_type!r}: {error}"
         ) from error
     most = mixing.context(model.config)
     if most is None or getattr(model.config, "rope_parameters", None):
