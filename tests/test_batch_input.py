@@ -132,7 +132,7 @@ def test_csv_files_that_are_not_what_they_seem_are_named(router, tmp_path):
         (b'id,prompt\n1,a\n2,"b\n3,c\n4,d\n', "row 1: a quote is not closed by the end of the file: 2,b"),
         (b'id,prompt\n1,a\n2,"b\nhalf of th', "row 1: a quote is not closed"),
         (b'"id,prompt\n' + b"1,a\n" * 100_000, "expected column names within 131,072 bytes: is a quote not closed"),
-        (b'"id,prompt\n' + b"1,a\n" * 1000, r"expected the columns prompt; it has id,prompt\n1,a[^\0]{,1000} \.\.\.$"),
+        (b'"id,prompt\n' + b"1,a\n" * 1000, "a quote in the column names is not closed by the end of the file"),
         (b"n\xe9,prompt\n1,a", "expected column names in UTF-8"),
         (b"id,prompt\n" + b"1,a\n" * 600 + b"\xe9,c\n", "row 600: column 'id': expected UTF-8 text: .*; leave the column out"),
     ):

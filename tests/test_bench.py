@@ -144,8 +144,8 @@ def test_mistakes_are_errors_of_one_line(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
-        "batch", "demo", "kernels", "latency", "leaderboards", "learning_curve", "real_budgets", "seeds", "solvers", "startup",
-        "streams", "throughput", "training",
+        "batch", "demo", "kernels", "latency", "leaderboards", "learning_curve", "real_budgets", "seeds", "solvers",
+        "spend_limits", "startup", "streams", "throughput", "training",
     ],
 )  # fmt: skip
 def test_every_benchmark_has_help(name, monkeypatch, capsys):
