@@ -61,10 +61,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """For parallel workers: tests that share a costly fixture go to one of them, and the slow ones come first."""
-    if not config.pluginmanager.hasplugin("xdist"):  # which registers the mark
-        return
     for item in items:
         group = _shared_fixture(item)
         if group is not None and item.get_closest_marker("xdist_group") is None:
