@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from p2l_engine.errors import Infeasible, InfeasibleBudget
 from p2l_engine.routing import dual, highs, surplus
@@ -85,7 +86,7 @@ def _of_dual(problem: Problem, n: int, m: int) -> Least:
             raise
         except SolverError:
             return block(some, target)
-        return 0.0 if target is None else _above(expected(target.amounts, found.indices, found.probabilities))
+        return 0.0 if target is None else _above(target, found.indices, found.probabilities)
 
     return least
 
@@ -96,18 +97,20 @@ def _of_block(batch: Sequence[Row], prompt: Sequence[Row], mask: Any, n: int, m:
         try:
             reduced = surplus.reduce([row for row in some if row in prompt], [row for row in some if row in batch], mask, n, m)
             over = [reduced.over[k] for k in reduced.binding()]
-            x = highs.solve_block(goal, reduced.usable, reduced.each, over).x
+            indices, probabilities = highs.narrow(highs.solve_block(goal, reduced.usable, reduced.each, over).x)
         except NoPolicy:
             return None
-        return 0.0 if target is None else _above((np.broadcast_to(target.amounts, (n, m)) * x).sum(axis=1))
+        return 0.0 if target is None else _above(target, indices, probabilities)
 
     return least
 
 
-def _above(use: Float64) -> float:
-    """The mean of a policy's use, rounded up: a bound that it keeps to."""
-    mean = use.sum(dtype=np.longdouble) / len(use)
-    return float(np.nextafter(float(mean), np.inf)) if float(mean) < mean else float(mean)
+def _above(row: Row, indices: npt.NDArray[np.int32], probabilities: Float64) -> float:
+    """The mean of what policies use of a row, rounded up: a bound that they keep to, whatever the rounding of their shares."""
+    use = expected(row.amounts, indices, probabilities)
+    mean = float(use.sum(dtype=np.longdouble) / len(use))
+    mixed = bool((probabilities.max(axis=1) < 1).any())
+    return mean + mixed * surplus.ROUNDINGS * float(np.spacing(abs(mean)))
 
 
 def _explained(rows: Sequence[Row], movable: Sequence[Row], least: Least, index: int | None) -> Infeasible:

@@ -157,10 +157,9 @@ def _extra(row: Row, least: Float64, n: int, each: bool) -> Any:
             i = int(np.argmax(short))
             raise NoPolicy(range(i, i + 1))
         return np.maximum(bound - least, 0.0)
-    bound = float(row.bound)
-    if rounding.mean(least) > rounding.highest(bound):
+    if rounding.mean(least) > rounding.highest(row.bound):
         raise NoPolicy
-    return max(float(np.longdouble(bound) - least.sum(dtype=np.longdouble) / len(least)), 0.0)
+    return max(float(np.longdouble(row.bound) - least.sum(dtype=np.longdouble) / len(least)), 0.0)
 
 
 def _admitted(surplus: Surplus, usable: Mask, n: int) -> Mask:
