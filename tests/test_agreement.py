@@ -6,10 +6,12 @@ import pytest
 import torch
 from transformers import AutoModel
 
+from p2l_engine import Engine
 from p2l_engine.backbone.packing import Packed
 from p2l_engine.train import agreement, attention, fused
 from p2l_engine.train.config import TrainConfig
 from p2l_engine.train.model import build
+from p2l_engine.train.saving import write
 from tests.support import families, tiny
 
 LENGTHS = [1, 2, 3, 7, 9, 9, 14, 21, 40]  # sorted, as batches are; some beyond the windows of the tiny decoders
@@ -85,6 +87,28 @@ def test_gradients_are_those_of_each_prompt_alone(name, tmp_path, seed, rng):
     for (what, mine), one in zip(alone.named_parameters(), model.model.parameters(), strict=True):
         if mine.grad is not None and one.grad is not None:
             torch.testing.assert_close(one.grad, mine.grad, rtol=1e-3, atol=1e-4 * float(mine.grad.abs().max()), msg=what)
+
+
+@pytest.mark.parametrize(
+    "name", ["falcon_h1", "gemma2", "gpt2", "gpt_oss", "lfm2", "llama dynamic", "mistral", "modernbert", "rwkv"]
+)
+def test_the_engine_gives_the_coefficients_of_the_model_in_training(name, tmp_path, seed):
+    backbone(tmp_path / "base", name, seed)
+    config = settings(tmp_path / "base")
+    model, tokenizer = build(config, 3)
+    with torch.no_grad():
+        for what, parameter in model.named_parameters():
+            if what.startswith("head."):
+                parameter.normal_(std=0.3)
+            parameter.copy_(parameter.bfloat16().float())  # what the file keeps
+    write(tmp_path / "made", model, model.state_dict(), tokenizer, ("x", "y", "z"), config)
+    engine = Engine.from_pretrained(tmp_path / "made", device="cpu", dtype=torch.float32)
+    prompts = ["a", "b", "hello", "how are you?", "x" * 60, ["two", "turns"]]
+    tokens = sorted(engine.encoder.encode(prompts), key=len)
+    with torch.no_grad():
+        together = model(Packed.of(tokens))["theta"]
+    alone = torch.cat([torch.from_numpy(engine.forward([ids])[:, :3].copy()) for ids in tokens])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-4 * float(alone.abs().max()))
 
 
 def test_gradient_checkpointing_changes_no_gradient(tmp_path, seed, rng):

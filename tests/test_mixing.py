@@ -95,6 +95,16 @@ def test_a_decoder_that_needs_more_than_tokens_is_refused():
         backbone.build(config, families.weights(config), torch.device("cpu"), torch.float32)
 
 
+def test_a_rope_of_one_kind_of_layer_counts():
+    ropes = {"sliding_attention": families.rope("default"), "full_attention": families.rope("dynamic", factor=2.0)}
+    config = families.config("gemma3_text", rope_parameters=ropes, max_position_embeddings=16)
+    assert mixing.rope_of_length(config)
+    assert not mixing.packs(config)
+    assert not mixing.pads(config)
+    older = families.config("llama", rope_scaling={"type": "dynamic", "factor": 2.0})
+    assert mixing.rope_of_length(older)
+
+
 def test_threads_share_a_decoder_with_state(seed, rng):
     config, weights, decoder = built("llama dynamic", seed)
     prompts = families.drawn(rng, [40, 3, 30, 17, 5, 25] * 4)
