@@ -480,7 +480,7 @@ def test_sqlite_writes_ahead(tmp_path, fsync, mode):
 
 
 def test_a_store_that_is_locked_grants_nothing(tmp_path):
-    from sqlalchemy.exc import OperationalError
+    from sqlalchemy.exc import OperationalError, TimeoutError
 
     limit = SpendLimit(Limit(1), tmp_path / "a", timeout=0.1)
     limit.reserve(0.5)
@@ -490,6 +490,9 @@ def test_a_store_that_is_locked_grants_nothing(tmp_path):
         limit.reserve(0.5)
     other.execute("ROLLBACK")
     limit.reserve(0.5)
+    first = limit._ledger.database.begin()
+    with first, ThreadPoolExecutor(1) as pool, pytest.raises(TimeoutError, match="other transactions took longer than 0.1 s"):
+        pool.submit(limit.reserve, 0).result()
 
 
 def test_files_that_are_no_stores(tmp_path):
@@ -548,11 +551,11 @@ def test_a_killed_process_forgets_nothing(store):
 
 @pytest.mark.slow
 def test_eight_killed_processes_of_64_threads_spend_the_limit_and_no_more(store, tmp_path, seed):
-    limit, bills = Decimal(3), tmp_path / "bills"
-    arguments = [sys.executable, "-m", "tests.support.spenders", store, bills, str(limit), str(seed)]
+    limit, kills = (Decimal("1.5"), 6) if "postgres" in store else (Decimal(3), 15)
+    bills = tmp_path / "bills"
+    arguments = [sys.executable, "-m", "tests.support.spenders", store, bills, str(limit), str(kills), str(seed)]
     ended = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
-    assert f"kills {spenders.KILLS}" in ended.stdout
     billed = {token: spenders.units(int(amount)) for token, amount in map(str.split, bills.read_text().splitlines())}
     assert sum(billed.values()) <= limit
     limits = [Limit(limit), Limit(limit, each_key=True)]

@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import URL, Connection, Engine, MetaData, QueuePool, Table, create_engine, event, make_url, text
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import TimeoutError
+
+from p2l_engine.routing.turns import Turns
 
 CONNECTIONS = 8  # of one process to PostgreSQL
 CREATING = 7_526_083_148  # an advisory lock of PostgreSQL: no two processes create tables at once
@@ -29,18 +33,28 @@ class Database:
     def __init__(self, address: str | Path, tables: MetaData, fsync: bool, timeout: float) -> None:
         self._url, self._fsync, self._timeout = _url(address), fsync, timeout
         self.is_sqlite = self._url.get_backend_name() == "sqlite"
-        self._engine, self._pid = self._connect(), os.getpid()
+        # Threads take turns in memory: neither SQLite's lock, which is polled, nor SQLAlchemy's pool serves them in order.
+        self._connections = 1 if self.is_sqlite else CONNECTIONS
+        self._start()
         with self.begin() as connection:
             if not self.is_sqlite:
                 connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": CREATING})
             tables.create_all(connection)
 
-    def begin(self) -> AbstractContextManager[Connection]:
+    @contextmanager
+    def begin(self) -> Iterator[Connection]:
         """A transaction: committed at the end of the block, rolled back by an exception."""
         if self._pid != os.getpid():
             _of_parents.append(self._engine)
-            self._engine, self._pid = self._connect(), os.getpid()
-        return self._engine.begin()
+            self._start()
+        turns = self._turns
+        if not turns.acquire(self._timeout):
+            raise TimeoutError(f"store: this process's other transactions took longer than {self._timeout:g} s")
+        try:
+            with self._engine.begin() as connection:
+                yield connection
+        finally:
+            turns.release()
 
     def insert_missing(self, table: Table, rows: list[dict[str, Any]]) -> None:
         """Inserts the rows whose primary key is not there yet, in a transaction of its own."""
@@ -53,17 +67,19 @@ class Database:
         if self._pid == os.getpid():
             self._engine.dispose()
 
+    def _start(self) -> None:
+        self._engine, self._turns, self._pid = self._connect(), Turns(self._connections), os.getpid()
+
     def _connect(self) -> Engine:
         options: dict[str, Any] = {
             "hide_parameters": True,
             "poolclass": QueuePool,
-            "pool_timeout": self._timeout,
+            "pool_size": self._connections,
             "max_overflow": 0,
         }
         if self.is_sqlite:
-            # One connection: a process's threads queue for it in memory, not for the file's lock, where waiting is polling.
             arguments = {"timeout": self._timeout, "isolation_level": None, "check_same_thread": False}
-            engine = create_engine(self._url, pool_size=1, connect_args=arguments, **options)
+            engine = create_engine(self._url, connect_args=arguments, **options)
             event.listen(engine, "connect", self._prepare)
             event.listen(engine, "begin", _begin_immediate)
             return engine
@@ -72,7 +88,7 @@ class Database:
         own = self._url.query.get("options", "")
         waits = max(1, int(self._timeout * 1000))
         arguments = {"options": f"{own if isinstance(own, str) else ' '.join(own)} -c lock_timeout={waits}"}
-        options |= {"pool_size": CONNECTIONS, "isolation_level": "READ COMMITTED", "connect_args": arguments}
+        options |= {"isolation_level": "READ COMMITTED", "connect_args": arguments}
         try:
             return create_engine(self._url, **options)
         except ModuleNotFoundError as error:

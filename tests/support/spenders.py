@@ -1,6 +1,6 @@
 """Processes of many threads that spend under one limit and are killed at random, for tests/test_spend_limit.py.
 
-    python -m tests.support.spenders STORE BILLS LIMIT SEED
+    python -m tests.support.spenders STORE BILLS LIMIT KILLS SEED
 
 BILLS gets a line for each request that was made, as its provider would bill it: the token and billionths.
 """
@@ -18,7 +18,7 @@ from decimal import Decimal
 
 from p2l_engine.routing import Limit, SpendLimit, SpendLimitReached
 
-PROCESSES, THREADS, KILLS = 8, 64, 25
+PROCESSES, THREADS = 8, 64
 LEAST, MOST = 500_000, 2_000_000  # billionths: the worst cases of requests
 
 
@@ -56,10 +56,10 @@ def spend(store, bills, limit, seed):
         list(pool.map(requests, range(THREADS)))
 
 
-def main(store, bills, limit, seed):
+def main(store, bills, limit, kills, seed):
     rng = random.Random(seed)
     file = os.open(bills, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    kills, alive, started = 0, set(), 0
+    alive, started, next_kill = set(), 0, 0
 
     def start():
         nonlocal started
@@ -76,20 +76,18 @@ def main(store, bills, limit, seed):
 
     for _ in range(PROCESSES):
         start()
-    while alive:
-        time.sleep(rng.uniform(0, 0.2))
-        while alive and (ended := os.waitpid(-1, os.WNOHANG))[0]:
-            alive.remove(ended[0])
-            assert os.waitstatus_to_exitcode(ended[1]) == 0, ended
-        if kills < KILLS and alive:
-            victim = rng.choice(sorted(alive))
-            os.kill(victim, signal.SIGKILL)
-            status = os.waitstatus_to_exitcode(os.waitpid(victim, 0)[1])
-            assert status in (0, -signal.SIGKILL), status
-            alive.remove(victim)
-            kills += 1
-            start()
-    print("kills", kills)
+    for _ in range(int(kills)):
+        next_kill += rng.randint(500, 3500)  # bytes of bills: by progress, however fast the machine is
+        while os.path.getsize(bills) < next_kill:
+            assert not os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT), "a process ended before the last kill"
+            time.sleep(0.001)
+        victim = rng.choice(sorted(alive))
+        os.kill(victim, signal.SIGKILL)
+        assert os.waitstatus_to_exitcode(os.waitpid(victim, 0)[1]) == -signal.SIGKILL
+        alive.remove(victim)
+        start()
+    for pid in alive:
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 if __name__ == "__main__":
