@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-import secrets
+import os
 from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
 from fractions import Fraction
@@ -87,7 +87,7 @@ class SpendLimit:
         fit.
         """
         worst = money.round_up("worst_case", worst_case)
-        token, notices = secrets.token_hex(16), list[Notice]()
+        token, notices = os.urandom(16).hex(), list[Notice]()
         with self._ledger.accounts(self._windows(key)) as books:
             lefts = {name: amount - books.accounts[name].used for name, amount in self._amounts(books).items()}
             refused = [name for name, left in lefts.items() if left < worst]
