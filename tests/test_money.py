@@ -10,7 +10,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2l_engine.routing import money
+from p2l_engine.spending import money
 
 amounts = st.one_of(
     st.floats(0, 9e9),

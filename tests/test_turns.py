@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from p2l_engine.routing.turns import Turns
+from p2l_engine.spending.turns import Turns
 
 
 def test_threads_get_it_in_the_order_in_which_they_came():

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2l_engine.routing.windows import EPOCH, Window, to_datetime
+from p2l_engine.spending.windows import EPOCH, Window, to_datetime
 
 MICROSECOND = timedelta(microseconds=1)
 ZONES = sorted(available_timezones() - {"localtime", "Factory"})

@@ -19,14 +19,14 @@ from p2l_engine.native import routing as native
 from p2l_engine.routing import arrays
 from p2l_engine.routing.arrays import Array
 from p2l_engine.routing.frontier import Frontier, frontier
-from p2l_engine.routing.limit import Limit
 from p2l_engine.routing.pacer import BudgetPacer
 from p2l_engine.routing.problem import Problem, Resource, Row, Share, of_models
 from p2l_engine.routing.program import SolverError
 from p2l_engine.routing.solve import Policies, solve, solve_chunk
-from p2l_engine.routing.spend_limit import SpendLimit
-from p2l_engine.routing.spend_records import Balance, Notice, Reservation, Settlement
 from p2l_engine.routing.values import ArrayValues, LazyWinRates, Objective, check_objective, compute, tie_parameters
+from p2l_engine.spending.limit import Limit
+from p2l_engine.spending.records import Balance, Notice, Reservation, Settlement
+from p2l_engine.spending.spend_limit import SpendLimit
 
 __all__ = [
     "Balance",

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from p2l_engine.errors import SpendLimitReached, UnknownReservation
-from p2l_engine.routing import money
-from p2l_engine.routing.limit import Limit, check_key
-from p2l_engine.routing.money import Money
-from p2l_engine.routing.spend_records import Balance, Notice, Reservation, Settlement
-from p2l_engine.routing.windows import LONGEST, Window, to_datetime
+from p2l_engine.spending import money
+from p2l_engine.spending.limit import Limit, check_key
+from p2l_engine.spending.money import Money
+from p2l_engine.spending.records import Balance, Notice, Reservation, Settlement
+from p2l_engine.spending.windows import LONGEST, Window, to_datetime
 
 if TYPE_CHECKING:
-    from p2l_engine.routing.ledger import Account, Books, Ledger
+    from p2l_engine.spending.ledger import Account, Books, Ledger
 
 logger = logging.getLogger(__name__)
 
@@ -202,9 +202,9 @@ class SpendLimit:
 
 def _open(store: str | Path, fsync: bool, clock: Callable[[], float] | None, timeout: float) -> Ledger:
     # Here: routing is imported where there is no database.
-    from p2l_engine.routing.database import Database
-    from p2l_engine.routing.ledger import Ledger
-    from p2l_engine.routing.ledger_tables import TABLES
+    from p2l_engine.spending.database import Database
+    from p2l_engine.spending.ledger import Ledger
+    from p2l_engine.spending.ledger_tables import TABLES
 
     return Ledger(Database(store, TABLES, fsync, timeout), clock)
 

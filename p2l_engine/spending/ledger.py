@@ -14,9 +14,9 @@ from typing import Any
 
 from sqlalchemy import Connection, Select, Table, insert, update
 
-from p2l_engine.routing import ledger_tables as sql
-from p2l_engine.routing.database import Database
-from p2l_engine.routing.windows import Window
+from p2l_engine.spending import ledger_tables as sql
+from p2l_engine.spending.database import Database
+from p2l_engine.spending.windows import Window
 
 BEFORE_ALL = -(2**62)  # the start of an account's window before its first transaction
 

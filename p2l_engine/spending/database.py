@@ -14,7 +14,7 @@ from sqlalchemy import URL, Connection, Engine, MetaData, QueuePool, Table, crea
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import TimeoutError
 
-from p2l_engine.routing.turns import Turns
+from p2l_engine.spending.turns import Turns
 
 CONNECTIONS = 8  # of one process to PostgreSQL
 CREATING = 7_526_083_148  # an advisory lock of PostgreSQL: no two processes create tables at once

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Literal
 
-from p2l_engine.routing import money
-from p2l_engine.routing.money import Money
-from p2l_engine.routing.windows import Window
+from p2l_engine.spending import money
+from p2l_engine.spending.money import Money
+from p2l_engine.spending.windows import Window
 
 
 @dataclass(frozen=True, slots=True)
