@@ -62,7 +62,7 @@ class Constraints:
         for argument, key, given in (("max_share", "at_most", self.max_share), ("min_share", "at_least", self.min_share)):
             if given is not None and not isinstance(given, Mapping):
                 raise TypeError(f"{argument}: expected a mapping of names to shares, got {type(given).__name__}")
-            for some, share in (given or {}).items():
+            for some, share in dict[Any, Any](given or {}).items():
                 group = (some,) if isinstance(some, str) else some
                 if not isinstance(group, tuple):
                     raise TypeError(f"{argument}: expected a model's name, or a tuple of names, got {some!r}")
@@ -71,9 +71,10 @@ class Constraints:
                     raise ValueError(f"{argument}: expected models of the catalog, got {', '.join(unknown)}")
                 if isinstance(share, bool) or not isinstance(share, Real):
                     raise TypeError(f"{argument} of {', '.join(group)}: expected a share in [0, 1], got {share!r}")
-                if not 0 <= share <= 1:
+                value = float(share)
+                if not 0 <= value <= 1:
                     raise ValueError(f"{argument} of {', '.join(group)}: expected a share in [0, 1], got {share!r}")
-                bounds.setdefault(group, {})[key] = float(share)
+                bounds.setdefault(group, {})[key] = value
         return [Share([names.index(n) for n in group], name=", ".join(group), **bound) for group, bound in bounds.items()]
 
 
