@@ -12,11 +12,14 @@ from p2l_engine.errors import Infeasible, InfeasibleBudget
 from p2l_engine.routing import dual, highs, surplus
 from p2l_engine.routing.arrays import Float64
 from p2l_engine.routing.problem import Problem, Row, expected
-from p2l_engine.routing.program import SolverError, TimeLimit
+from p2l_engine.routing.program import SolverError
 from p2l_engine.routing.surplus import NoPolicy
 from p2l_engine.routing.values import ArrayValues
 
-# The least mean use of another row's amounts that the rows allow (0 without another row); None: the rows are infeasible.
+ROUNDS = 15  # of sifting: an explanation is not to take longer than a solution
+
+# The least mean use of another row's amounts that the rows allow (0 without another row); None: the rows are infeasible; NaN:
+# not known, for batches whose whole LP would take too long.
 Least = Callable[[Sequence[Row], Row | None], float | None]
 
 
@@ -37,7 +40,7 @@ def check_shared(problem: Problem) -> None:
     if problem.mask is None and all(row.shared for row in rows):
         least = _of_block(rows, (), None, 1, problem.values.shape[1])
         if least(rows, None) is None:
-            raise _explained(rows, rows, least, None)
+            raise _explained(rows, rows, rows, least, None)
 
 
 def of_prompts(problem: Problem, prompts: range) -> Infeasible | None:
@@ -47,7 +50,7 @@ def of_prompts(problem: Problem, prompts: range) -> Infeasible | None:
         mask = None if problem.mask is None else problem.mask[i : i + 1]
         least = _of_block((), rows, mask, 1, problem.values.shape[1])
         if least(rows, None) is None:
-            return _explained(rows, rows, least, i)
+            return _explained(rows, rows, rows, least, i)
     return None
 
 
@@ -69,8 +72,31 @@ def over_batch(problem: Problem) -> Infeasible:
     if problem.prompt_rows:
         rows = (*problem.prompt_rows, *problem.batch_rows)
         least = _of_block(problem.batch_rows, problem.prompt_rows, problem.mask, n, m)
-        return of_prompts(problem, range(n)) or _explained(rows, problem.batch_rows, least, None)
-    return _explained(problem.batch_rows, problem.batch_rows, _of_dual(problem, n, m), None)
+        return of_prompts(problem, range(n)) or _explained(rows, rows, problem.batch_rows, least, None)
+    return _explained(_proven(problem, n, m), problem.batch_rows, problem.batch_rows, _of_dual(problem, n, m), None)
+
+
+def _proven(problem: Problem, n: int, m: int) -> Sequence[Row]:
+    """As few of the batch rows as their surplus proves infeasible, at no LP; all of them where it does not."""
+
+    def infeasible(some: Sequence[Row]) -> bool:
+        try:
+            surplus.reduce((), some, problem.mask, n, m)
+        except NoPolicy:
+            return True
+        return False
+
+    return _filtered(problem.batch_rows, infeasible) if infeasible(problem.batch_rows) else problem.batch_rows
+
+
+def _filtered(rows: Sequence[Row], infeasible: Callable[[Sequence[Row]], bool]) -> list[Row]:
+    """The deletion filter: none of the rows that it leaves can be left out."""
+    subset = list(rows)
+    for row in rows:
+        rest = [other for other in subset if other is not row]
+        if infeasible(rest):
+            subset = rest
+    return subset
 
 
 def _of_dual(problem: Problem, n: int, m: int) -> Least:
@@ -79,13 +105,11 @@ def _of_dual(problem: Problem, n: int, m: int) -> Least:
     def least(some: Sequence[Row], target: Row | None) -> float | None:
         goal = np.zeros(m) if target is None else target.amounts.min() - target.amounts
         try:
-            found = dual.solve(ArrayValues(np.broadcast_to(goal, (n, m))), some, problem.mask)
+            found = dual.solve(ArrayValues(np.broadcast_to(goal, (n, m))), some, problem.mask, rounds=ROUNDS)
         except NoPolicy:
             return None
-        except TimeLimit:
-            raise
         except SolverError:
-            return block(some, target)
+            return block(some, target) if n <= dual.OPEN else np.nan
         return 0.0 if target is None else _above(target, found.indices, found.probabilities)
 
     return least
@@ -113,16 +137,14 @@ def _above(row: Row, indices: npt.NDArray[np.int32], probabilities: Float64) -> 
     return mean + mixed * surplus.ROUNDINGS * float(np.spacing(abs(mean)))
 
 
-def _explained(rows: Sequence[Row], movable: Sequence[Row], least: Least, index: int | None) -> Infeasible:
-    """An irreducible infeasible subset, by deletion filter, and the nearest bound of one movable row that makes all
+def _explained(
+    conflicting: Sequence[Row], rows: Sequence[Row], movable: Sequence[Row], least: Least, index: int | None
+) -> Infeasible:
+    """An irreducible infeasible subset of the conflicting rows, and the nearest bound of one movable row that makes all rows
     feasible."""
-    subset = list(rows)
-    for row in rows:
-        rest = [other for other in subset if other is not row]
-        if least(rest, None) is None:
-            subset = rest
+    subset = _filtered(conflicting, lambda some: least(some, None) is None)
     for row in sorted(subset, key=lambda row: row.name != "budget"):
         nearest = least([other for other in rows if other is not row], row) if row in movable else None
-        if nearest is not None:
+        if nearest is not None and not np.isnan(nearest):
             return infeasible(subset, row, float(np.min(row.bound)), nearest, index)
     return infeasible(subset, subset[-1], float(np.min(subset[-1].bound)), None, index)

@@ -82,7 +82,12 @@ class Found:
 
 
 def solve(
-    values: Values, rows: Sequence[Row], allowed: Mask | None = None, time_limit: float | None = None, gap: float = GAP
+    values: Values,
+    rows: Sequence[Row],
+    allowed: Mask | None = None,
+    time_limit: float | None = None,
+    gap: float = GAP,
+    rounds: int = ROUNDS,
 ) -> Optimum:
     """The best policies under the rows (amounts.p <= bound in the mean), to a gap of ``gap`` times the values' range.
 
@@ -101,7 +106,7 @@ def solve(
     groups = equal_prompts(batch)
     if groups is not None:
         batch = batch.of(groups.first, groups.sizes)
-    found, of_kept, reached = _sift(batch, deadline, gap)
+    found, of_kept, reached = _sift(batch, deadline, gap, rounds)
     indices, probabilities = _policies(found)
     if groups is not None:
         indices, probabilities = groups.spread(indices, probabilities)
@@ -135,7 +140,7 @@ def price(batch: Batch, prices: Float64, noise: float = 0.0, weight: float = 1.0
     return Priced(best, reduced, most, lead)
 
 
-def _sift(batch: Batch, deadline: float, gap: float) -> tuple[Found, Float64, float]:
+def _sift(batch: Batch, deadline: float, gap: float, rounds: int) -> tuple[Found, Float64, float]:
     n, total = len(batch), float(batch.weights.sum())
     units = np.array([float(row.extra) for row in batch.rows])
     slack = units * np.array([max(ROUNDING, float(row.rounding)) for row in batch.rows])
@@ -146,7 +151,7 @@ def _sift(batch: Batch, deadline: float, gap: float) -> tuple[Found, Float64, fl
     bound, reached, penalty, window, limit = np.inf, np.inf, PENALTY * span, SHRINK * n, OPEN
     found: Found | None = None
     exceeded = False
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         priced = price(batch, prices, noise)
         value = float(batch.weights @ priced.most) / total + float(prices @ units)
         better = value < bound
@@ -245,9 +250,14 @@ def _improve(
     totals = np.array([total * float(row.extra) for row in batch.rows]) - rest
     rows = [row.of(opened.prompts) for row in batch.rows]
     limit = None if time_limit == np.inf else time_limit
-    solved = highs.solve_block(opened.noisy, opened.columns, (), rows, totals, penalty, opened.weights, limit)
-    value += float((solved.x * opened.v).sum() - penalty @ solved.excess)
-    return Found(priced.best, opened.prompts, opened.columns, solved.x, value / total, solved.excess), solved.prices
+    left, spent = np.maximum(totals, 0.0), np.maximum(-totals, 0.0)  # what the others exceed a row by is no matter of this LP
+    try:
+        solved = highs.solve_block(opened.noisy, opened.columns, (), rows, left, penalty, opened.weights, limit)
+    except NoPolicy:  # elastic rows can always be met
+        raise SolverError(f"HiGHS called an elastic LP of {len(opened.prompts)} prompts infeasible") from None
+    excess = solved.excess + spent
+    value += float((solved.x * opened.v).sum() - penalty @ excess)
+    return Found(priced.best, opened.prompts, opened.columns, solved.x, value / total, excess), solved.prices
 
 
 def _impossible(batch: Batch, prices: Float64, most: Float64) -> bool:

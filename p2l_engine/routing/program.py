@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1e-9  # HiGHS's feasibility tolerances
 MAGNIFIED = 2.0**20  # the scale of the second solution: rows hold to TOLERANCE / MAGNIFIED
+FEW_ROWS = 500
 SMALLEST = 1e-14  # a smaller variable, or excess of a row, is the solver's rounding; relative to bounds above 1
 SMALLEST_PRICE = 1e-12  # the same of a variable's reduced value
 SMALLEST_COEFFICIENT = 1e-12  # HiGHS drops smaller ones; its default is 1e-9
@@ -137,8 +138,9 @@ def optimum(highs: highspy.Highs, what: str) -> Any:
     statuses = highspy.HighsModelStatus
     highs.run()
     status = highs.getModelStatus()
-    # The simplex method can fail on badly scaled problems: try presolve, then interior points, before raising.
-    for option, other, usual in (("presolve", "on", "off"), ("solver", "ipm", "choose")):
+    # The simplex method can fail on badly scaled problems: try presolve, then, where that is cheap, interior points.
+    others = (("presolve", "on", "off"), ("solver", "ipm", "choose"))
+    for option, other, usual in others if highs.getNumRow() <= FEW_ROWS else others[:1]:
         if status in (statuses.kOptimal, statuses.kTimeLimit, statuses.kIterationLimit):
             break
         if option == "solver" and status in (statuses.kInfeasible, statuses.kUnboundedOrInfeasible):
