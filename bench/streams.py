@@ -4,10 +4,12 @@ Streams of 10,000 prompts of each kind of bench/traffic.py, routed by the pacer 
 (bench/mirror_descent.py), both with the price of past traffic at first and with the pacer's first price. Off the budget: the
 mean cost's distance from it, on the stream where that is greatest; lost: points of win rate below the batch budget's optimum
 in hindsight, mean and worst of the streams; more on: on how many of them the pacer loses more. Ahead: the most that dual
-mirror descent had spent beyond the budget of the prompts so far, in budgets; for the pacer it is 100 (``allowance``).
+mirror descent had spent beyond the budget of the prompts so far, in budgets; the pacer is never ahead by more than 100 while
+something cheaper is allowed.
 
 Dual mirror descent's step is tuned in its favour: of steps that span two orders, and both mirror maps, the one that loses
-least on all of these streams together. It is told the number of prompts, and the cheapest costs of those to come.
+least on all of these streams together (their geometric mean, so that all kinds count alike). It is told the number of
+prompts, and the cheapest costs of those to come.
 """
 
 from __future__ import annotations
@@ -74,9 +76,12 @@ def measure(kind: str, number: int, stream: Stream, steps: Sequence[tuple[Mirror
 
 
 def tuned(runs: Sequence[Run]) -> str:
-    """The step of dual mirror descent that loses least on all streams."""
-    names = [f"{mirror} {step}" for mirror, step in STEPS]
-    return min(names, key=lambda name: float(np.mean([run.lost_points for run in runs if run.router == name])))
+    """The step of dual mirror descent that loses least on these streams: the geometric mean, where all kinds count alike."""
+    losses: dict[str, list[float]] = {f"{mirror} {step}": [] for mirror, step in STEPS}
+    for run in runs:
+        if run.router in losses:
+            losses[run.router].append(np.log(max(run.lost_points, 1e-3)))
+    return min(losses, key=lambda name: float(np.mean(losses[name])))
 
 
 def main() -> None:
