@@ -1,10 +1,12 @@
 /* The outcome probabilities of every pair of models, from exp(theta), with divisions only. */
 #include "p2l_native.h"
 
-/* One prompt: out [outcomes, M (M - 1) / 2], pairs i < j in row-major order. */
+/* One prompt: out [outcomes, M (M - 1) / 2], pairs i < j in row-major order. Ties are sums of positive terms (see
+ * p2l_engine/feedback/formulas.py), not what is left of 1: nothing cancels. */
 P2L_CLONES static void outcomes_of(const double *restrict e, double lambda, double ground, int64_t outcomes, int64_t m,
                                    double *restrict out) {
     const int64_t pairs = m * (m - 1) / 2;
+    const double excess = lambda - 1;  /* at least 1e-6, so that its last digits do not matter */
     double *first = out, *second = out + pairs, *tie = out + 2 * pairs, *bad = out + 3 * pairs;
     for (int64_t i = 0, start = 0; i + 1 < m; start += m - 1 - i, i++) {
         const double a = e[i];
@@ -19,10 +21,10 @@ P2L_CLONES static void outcomes_of(const double *restrict e, double lambda, doub
         } else if (outcomes == 3) {
 #pragma omp simd
             for (int64_t j = i + 1; j < m; j++) {
-                A[j] = a / (a + lambda * e[j] + ground);
-                B[j] = e[j] / (e[j] + lambda * a + ground);
-                const double rest = 1 - A[j] - B[j];
-                T[j] = rest > 0 ? rest : 0;
+                const double beats = 1 / (a + lambda * e[j] + ground), loses = 1 / (e[j] + lambda * a + ground);
+                A[j] = a * beats;
+                B[j] = e[j] * loses;
+                T[j] = excess * (lambda + 1) * (A[j] * B[j]) + ground * (lambda * (a + e[j]) + ground) * beats * loses;
             }
         } else {
 #pragma omp simd
@@ -30,8 +32,7 @@ P2L_CLONES static void outcomes_of(const double *restrict e, double lambda, doub
                 A[j] = a / (a + lambda * e[j] + ground);
                 B[j] = e[j] / (e[j] + lambda * a + ground);
                 D[j] = 1 / (1 + a + e[j]);
-                const double rest = 1 - A[j] - B[j] - D[j];
-                T[j] = rest > 0 ? rest : 0;
+                T[j] = excess * (A[j] * B[j]) * ((2 + (lambda + 1) * (a + e[j])) * D[j]);
             }
         }
     }

@@ -6,7 +6,7 @@ whatever the others do, so that prompts can be drawn as they arrive, in parts; t
 
 from __future__ import annotations
 
-from typing import Any
+import math
 
 import numpy as np
 import numpy.typing as npt
@@ -38,7 +38,48 @@ def shares(counts: Float64, weights: npt.ArrayLike | None = None) -> Float64:
     return found
 
 
-def interval(samples: npt.NDArray[Any], level: float = LEVEL) -> tuple[Float64, Float64]:
-    """The ends of the interval of values [B, ...] at ``level``: their quantiles over the first axis."""
-    low, high = np.quantile(samples, [(1 - level) / 2, (1 + level) / 2], axis=0)
-    return low, high
+def effective(weights: npt.ArrayLike) -> float:
+    """How many prompts of equal weight say as much about a mean as prompts of these weights [n]: (sum w)^2 / sum w^2 (Kish)."""
+    w = np.asarray(weights, np.float64)
+    w = w / (w.max(initial=0.0) or 1.0)
+    return float(w.sum() ** 2 / ((w**2).sum() or 1.0))
+
+
+def interval(
+    value: npt.ArrayLike, deviations: npt.ArrayLike, prompts: npt.ArrayLike, level: float = LEVEL
+) -> tuple[Float64, Float64]:
+    """The ends of Student's interval at ``level`` of values [...] whose bootstrap samples are ``deviations`` [B, ...] away.
+
+    prompts [...]: how many (effective) prompts a value is computed from. Of n prompts, a sample's variance is (n - 1) / n of
+    the sampling variance, of which n - 1 degrees of freedom are known, and B in B samples: 1 / df = 1 / (n - 1) + 1 / B.
+    Infinite where there are fewer than two prompts, or no sample. Raises ValueError for a level outside (0, 1).
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"level: expected a probability between 0 and 1, got {level!r}")
+    centre, away = np.asarray(value, np.float64), np.asarray(deviations, np.float64)
+    n = np.broadcast_to(np.asarray(prompts, np.float64), centre.shape)
+    known = (n >= 2) & (len(away) > 0)
+    free = 1 / (1 / np.where(known, n - 1, 1.0) + 1 / max(len(away), 1))
+    spread = np.sqrt((away**2).sum(0) / max(len(away), 1) * n / np.where(known, n - 1, 1.0))
+    half = np.where(known, student(level, free) * spread, np.inf)
+    return centre - half, centre + half
+
+
+def student(level: float, freedom: npt.ArrayLike) -> Float64:
+    """t [...] with P(-t < T < t) = level for Student's T with these degrees of freedom >= 1/2; to 1e-9 from 1 on.
+
+    With T = sqrt(df) tan(u) the density of u is proportional to cos(u)^(df - 1): bisection on Gauss-Legendre integrals of it.
+    """
+    df = np.atleast_1d(np.asarray(freedom, np.float64))
+    different, place = np.unique(df, return_inverse=True)
+    nodes, weights = np.polynomial.legendre.leggauss(80)
+    found = []
+    for of in different.tolist():
+        area = level * math.sqrt(math.pi) / 2 * math.exp(math.lgamma(of / 2) - math.lgamma((of + 1) / 2))
+        low, high = 0.0, min(math.pi / 2, 40 / math.sqrt(of))  # no T of many degrees of freedom is beyond 40
+        for _ in range(60):
+            u = (low + high) / 2
+            found_area = u / 2 * float(weights @ np.cos(u / 2 * (nodes + 1)) ** (of - 1))
+            low, high = (u, high) if found_area < area else (low, u)
+        found.append(math.sqrt(of) * math.tan(low))
+    return np.array(found)[place].reshape(np.shape(freedom))

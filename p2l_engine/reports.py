@@ -87,7 +87,8 @@ class ValueFigures:
 @dataclass(frozen=True, slots=True)
 class Standing:
     """One line of a leaderboard: rank from 1, the model, its coefficient, its win rate against the opponents (None for models
-    of values, ols and poisson), and, where they were computed, the ends of the coefficient's bootstrap interval."""
+    of values, ols and poisson), and the ends of the coefficient's bootstrap interval: None where none were computed, and where
+    nothing bounds the coefficient (a single prompt; a model that always wins has no upper end)."""
 
     rank: int
     model: str
@@ -95,6 +96,13 @@ class Standing:
     win_rate: float | None = field(metadata=NULL)
     low: float | None = field(default=None, metadata=NULL)
     high: float | None = field(default=None, metadata=NULL)
+
+    @property
+    def interval(self) -> str:
+        """In words; empty where it has no end."""
+        if self.low is None or self.high is None:
+            return "" if self.low is self.high else f"up to {self.high:.3f}" if self.low is None else f"from {self.low:.3f}"
+        return f"{self.low:.3f} to {self.high:.3f}"
 
 
 @dataclass(frozen=True, slots=True)

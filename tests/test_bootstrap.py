@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy import stats
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from p2l_engine.bootstrap import interval, poisson, shares, with_replacement
+from p2l_engine.bootstrap import effective, interval, poisson, shares, student, with_replacement
 from p2l_engine.leaderboard.connected import components
 
 
@@ -39,11 +40,37 @@ def test_shares_leave_out_samples_without_weight():
         shares(counts, [0, 0, 0])
 
 
-def test_intervals_are_quantiles(rng):
-    samples = rng.normal(size=(500, 3))
-    low, high = interval(samples, 0.8)
-    np.testing.assert_array_equal(low, np.quantile(samples, (1 - 0.8) / 2, axis=0))
-    np.testing.assert_array_equal(high, np.quantile(samples, (1 + 0.8) / 2, axis=0))
+def test_students_quantiles_are_scipys():
+    for level in (0.5, 0.8, 0.95, 0.999):
+        df = np.array([1.0, 1.5, 2.0, 3.7, 9.0, 57.3, 199.0, 1e4, 1e6])
+        np.testing.assert_allclose(student(level, df), stats.t.ppf((1 + level) / 2, df), rtol=1e-7)
+    assert student(0.95, 0.5) == pytest.approx(stats.t.ppf(0.975, 0.5), rel=0.2)  # one sample of the bootstrap
+    assert student(0.95, np.full((2, 3), 4.0)).shape == (2, 3)
+
+
+def test_the_interval_of_a_mean_is_students(rng):
+    x = rng.normal(size=12)
+    deviations = (poisson(12, 200_000, rng) - 1) @ (x - x.mean()) / 12
+    low, high = interval(x.mean(), deviations, 12)
+    half = stats.t.ppf(0.975, 11) * x.std(ddof=1) / np.sqrt(12)
+    assert (low, high) == (pytest.approx(x.mean() - half, abs=0.01), pytest.approx(x.mean() + half, abs=0.01))
+
+
+def test_intervals_without_knowledge_are_infinite():
+    low, high = interval([1.0, 2.0, 3.0], np.ones((5, 3)), [1.0, 1.9, 2.0])
+    assert low.tolist()[:2] == [-np.inf, -np.inf]
+    assert high.tolist()[:2] == [np.inf, np.inf]
+    assert np.isfinite([low[2], high[2]]).all()
+    assert interval(0.0, np.ones(0), 10)[1] == np.inf
+    with pytest.raises(ValueError, match="level: expected a probability"):
+        interval(0.0, np.ones(3), 10, level=1.0)
+
+
+def test_equal_weights_count_each_prompt():
+    assert effective(np.full(7, 1e200)) == pytest.approx(7)
+    assert effective([3, 0, 0]) == 1
+    assert effective([0, 0]) == 0
+    assert effective([1, 2]) == pytest.approx(9 / 5)
 
 
 @pytest.mark.parametrize("connection", ["weak", "strong"])

@@ -38,7 +38,7 @@ def survey(models: int, categories: int) -> Survey:
     names = tuple(f"vendor-{i:03d}-llama-3.3-nemotron-super-49b-v1" for i in range(models))
     kinds = [f"abstract algebra, integral, proof, theorem ({i})" for i in range(categories)]
     theta = np.linspace(2, -2, models)
-    board = Leaderboard.ranked(names, theta, samples=[theta - 0.1, theta + 0.1]).standings
+    board = Leaderboard.ranked(names, theta, ends=(theta - 0.1, theta + 0.1)).standings
     rates = {name: Figure(float(rate), 0.0, 1.0) for name, rate in zip(names, np.linspace(1, 0, models), strict=True)}
     of = Strengths(names[models // 2], {kind: CategoryStrengths(10, rates, rates) for kind in kinds})
     worse = [Preference(kind, 10, 0.25, 0.2, 0.3, "worse") for kind in kinds]

@@ -591,3 +591,49 @@ def test_marginal_leaderboards_of_outcomes_that_never_come(name, outcomes, rng):
     for _ in range(30):
         size = 10.0 ** rng.uniform(-4, 0)
         assert loss(found.theta + size * rng.normal(size=4), found.eta + size * rng.normal()) >= best - 1e-9 * abs(best)
+
+
+@pytest.mark.parametrize("name", ["bt", "bt-tie", "rk", "grk"])
+@settings(max_examples=5, deadline=None)
+@given(seed=st.integers(0, 10**6), won=st.booleans(), few=st.integers(1, 4))
+def test_a_model_that_always_wins_moves_nobody(name, seed, won, few):
+    """Its interval has no upper end, and everybody else's is as it was without it."""
+    rng, feedback, n = np.random.default_rng(seed), feedback_model(name), 150
+    a = rng.integers(0, 3, n)
+    b = (a + rng.integers(1, 3, n)) % 3
+    outcome = rng.integers(0, 2 if name == "bt" else 4, n)
+    outcome[:6], a[:6], b[:6] = [0, 1] * 3, [0, 0, 0, 0, 1, 1], [1, 1, 2, 2, 2, 2]
+    more = np.full(few, 0 if won else 1)
+    columns = (np.append(a, [3] * few), np.append(b, rng.integers(0, 3, few)), np.append(outcome, more))
+    both = Votes.make([(str(i),) for i in range(n + few)], list("wxyz"), np.arange(n + few), *columns)
+    without = Votes.make([(str(i),) for i in range(n)], list("wxyz"), np.arange(n), a, b, outcome)
+    found, before = (
+        {standing.model: standing for standing in marginal_leaderboard(feedback, votes, bootstrap=400, seed=seed)}
+        for votes in (both, without)
+    )
+    for model in "wxy":
+        assert found[model].coefficient == pytest.approx(before[model].coefficient, abs=0.05)
+        width = before[model].high - before[model].low
+        assert found[model].high - found[model].low == pytest.approx(width, rel=0.3)
+    end, other = (found["z"].low, found["z"].high) if won else (found["z"].high, found["z"].low)
+    assert other is None
+    assert end is not None
+    assert (end < found["z"].coefficient) == won
+    assert before["z"].interval == ""  # no vote, nothing known
+
+
+def test_the_lower_end_of_three_wins_is_clopper_and_pearsons():
+    """Three wins of three against a model of coefficient 0: p >= 0.025^(1/3) with 97.5% certainty."""
+    n = 400
+    a, b = np.append(np.zeros(n, int), [2] * 3), np.append(np.ones(n, int), [0, 0, 1])
+    outcome = np.append(np.arange(n) % 2, [0] * 3)
+    votes = Votes.make([(str(i),) for i in range(n + 3)], list("xyz"), np.arange(n + 3), a, b, outcome)
+    of = {standing.model: standing for standing in marginal_leaderboard(feedback_model("bt"), votes, bootstrap=100)}
+    assert of["z"].low == pytest.approx(logit(0.025 ** (1 / 3)), abs=1e-3)
+    assert (of["z"].high, of["z"].interval) == (None, "from -0.883")
+    assert of["x"].coefficient == pytest.approx(0, abs=1e-3)
+    # Ten times the same votes on the same prompts are no more prompts.
+    often = Votes.make(votes.prompts, votes.models, *(np.repeat(x, 10) for x in (votes.prompt, votes.a, votes.b, votes.outcome)))
+    again = {standing.model: standing for standing in marginal_leaderboard(feedback_model("bt"), often, bootstrap=100)}
+    assert again["z"].low == pytest.approx(of["z"].low, abs=1e-3)
+    assert again["x"].high == pytest.approx(of["x"].high, abs=1e-3)

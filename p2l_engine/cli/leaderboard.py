@@ -87,18 +87,18 @@ def leaderboard(
     if plot is not None:
         draw(shown, short(title, 100) + left_out, plot)
         note(f"wrote {plot}")
+    bounded = any(standing.interval for standing in board)
     if as_json:
         for standing in board:
             fields = to_json(standing)
-            if standing.low is None:
+            if not bounded:
                 del fields["low"], fields["high"]
             print(json.dumps(fields))
         return
-    has_intervals = any(standing.low is not None for standing in shown)
     rows = []
     for standing in shown:
         rate = "" if standing.win_rate is None else f"{standing.win_rate:.1%}"
-        interval = [f"{standing.low:.3f} to {standing.high:.3f}"] if has_intervals else []
+        interval = [standing.interval] if bounded else []
         rows.append((str(standing.rank), standing.model, f"{standing.coefficient:.3f}", rate, *interval))
-    columns = ("rank", "model", "coefficient", "win rate", *(["95% interval"] if has_intervals else []))
+    columns = ("rank", "model", "coefficient", "win rate", *(["95% interval"] if bounded else []))
     print_table(short(title, 90) + left_out, columns, rows, out())

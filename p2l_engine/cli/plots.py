@@ -16,19 +16,16 @@ from p2l_engine.routing.arrays import Float64
 
 
 def leaderboard(standings: Sequence[Standing], title: str, path: str | Path) -> None:
-    """A bar chart of coefficients, with their intervals if all have one, and of win rates, from best to worst."""
+    """A bar chart of coefficients, with the ends that their intervals have, and of win rates, from best to worst."""
     names = [standing.model for standing in standings]
     figure = Figure(figsize=(11, 1.2 + 0.32 * len(names)), layout="constrained")
     rates = [100 * standing.win_rate for standing in standings if standing.win_rate is not None]
     panels = [([standing.coefficient for standing in standings], "coefficient")]
     panels += [(rates, "win rate against the opponents, %")] if rates else []
     left, *rest = np.atleast_1d(figure.subplots(1, len(panels), sharey=True)).tolist()
-    ends = [
-        (standing.coefficient - standing.low, standing.high - standing.coefficient)
-        for standing in standings
-        if standing.low is not None and standing.high is not None
-    ]
-    spread = np.clip(np.array(ends), 0, None).T if len(ends) == len(names) else None
+    ends = np.array([(standing.low, standing.high) for standing in standings], np.float64)
+    away = np.abs(ends - np.array([[standing.coefficient] for standing in standings]))
+    spread = np.nan_to_num(away).T if np.isfinite(ends).any() else None
     for axes, (values, label) in zip((left, *rest), panels, strict=True):
         more = {"xerr": spread, "ecolor": GREY} if axes is left else {}
         bars = axes.barh(names, values, color=BLUE if axes is left else YELLOW, **more)

@@ -9,15 +9,27 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from p2l_engine.evaluation.resampled import Resampled
+from p2l_engine.evaluation.calibration import BINS, bin_of, calibration_error, hits
+from p2l_engine.evaluation.resampled import ANY, Range, Resampled
 from p2l_engine.feedback import FeedbackModel, Outcome
 from p2l_engine.reports import Calibration, Figure
 from p2l_engine.votes import Votes
 
 Float64 = npt.NDArray[np.float64]
-Int64 = npt.NDArray[np.int64]
 
-BINS = 15
+RANGES: dict[str, Range] = {
+    "log_loss": (0.0, np.inf),
+    "cross_entropy": (0.0, np.inf),
+    "brier": (0.0, 2.0),
+    "tie_bias": (-1.0, 1.0),
+    "bad_bias": (-1.0, 1.0),
+}
+RANGES_OF_VALUES: dict[str, Range] = {
+    "squared_error": (0.0, np.inf),
+    "absolute_error": (0.0, np.inf),
+    "explained": (-np.inf, 1.0),
+    "rank_correlation": (-1.0, 1.0),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +69,7 @@ def figures(prediction: Prediction, votes: Votes, bootstrap: int = 200, seed: in
 
     log_loss: mean negative log-likelihood of a vote. cross_entropy, squared_error, accuracy_2: of decided votes only, of the
     probability of A given A or B. accuracy_3: A, B, or a tie of either kind. accuracy_4: all four. brier: squared distance of
-    all probabilities from the outcome. ece: expected calibration error of the likeliest outcome's probability, 15 bins.
+    all probabilities from the outcome. ece: expected calibration error of the likeliest outcome's probability.
     tie_bias, bad_bias: predicted share minus observed share. tie_auc, bad_auc: area under the ROC curve.
     """
     p, y, weight = prediction.probabilities, votes.outcome.astype(np.int64), votes.weight
@@ -74,21 +86,24 @@ def figures(prediction: Prediction, votes: Votes, bootstrap: int = 200, seed: in
         "log_loss": (prediction.loss, every),
         "cross_entropy": (-np.where(won > 0, np.log(of_a), np.log(of_b)) * decided, decided),
         "squared_error": ((of_a - won) ** 2 * decided, decided),
-        "accuracy_2": (_hits(p[:, :2], np.minimum(y, 1)) * decided, decided),
+        "accuracy_2": (hits(p[:, :2], np.minimum(y, 1)) * decided, decided),
     }
     if prediction.known > 2:
-        ratios["accuracy_3"] = (_hits(three, np.minimum(y, 2)), every)
+        ratios["accuracy_3"] = (hits(three, np.minimum(y, 2)), every)
         ratios["tie_bias"] = (three[:, 2] - (y >= Outcome.TIE), every)
     if prediction.known > 3:
-        ratios["accuracy_4"] = (_hits(p, y), every)
+        ratios["accuracy_4"] = (hits(p, y), every)
         ratios["tie_bias"] = (p[:, 2] - (y == Outcome.TIE), every)
         ratios["bad_bias"] = (p[:, 3] - (y == Outcome.BOTH_BAD), every)
     if prediction.known > 2 or bool(decided.all()):
         ratios["brier"] = (((p[:, : prediction.known] - np.eye(prediction.known)[came]) ** 2).sum(1), every)
     resampled = Resampled.of(votes, bootstrap, seed)
-    found = {name: resampled.ratio(top * weight, bottom * weight) for name, (top, bottom) in ratios.items()}
+    found = {
+        name: resampled.ratio(top * weight, bottom * weight, RANGES.get(name, (0.0, 1.0)))
+        for name, (top, bottom) in ratios.items()
+    }
     if prediction.known > 2 or bool(decided.all()):
-        found["ece"] = resampled.figure(_calibration_error(p, came, weight, resampled))
+        found["ece"] = calibration_error(p.max(1), hits(p, came), weight, resampled)
     for name, outcome in (("tie_auc", Outcome.TIE), ("bad_auc", Outcome.BOTH_BAD)):
         if prediction.known > outcome:
             found[name] = resampled.auc(p[:, outcome], came == outcome)
@@ -114,7 +129,7 @@ def of_values(predicted: Float64, loss: Float64, votes: Votes, bootstrap: int = 
         "bias": resampled.mean(predicted - value),
         "rank_correlation": resampled.rank_correlation(predicted, value),
     }
-    found = {name: resampled.figure(values) for name, values in of.items()}
+    found = {name: resampled.figure(values, RANGES_OF_VALUES.get(name, ANY)) for name, values in of.items()}
     return {name: figure for name, figure in found.items() if figure is not None}
 
 
@@ -124,46 +139,22 @@ def calibration(prediction: Prediction, votes: Votes, bins: int = BINS, bootstra
     if prediction.known == 2:  # models without ties predict decided votes only
         of_votes = np.where(came <= Outcome.B, of_votes, 0.0)
     came = np.minimum(came, prediction.known - 1)
-    top, hit = p.max(1), _hits(p, came)
-    bin_of = _bin(top, bins)
-    weight, confidence, hits = (np.bincount(bin_of, x, bins) for x in (of_votes, of_votes * top, of_votes * hit))
+    top, hit = p.max(1), hits(p, came)
+    place = bin_of(top, bins)
+    weight, confidence, right = (np.bincount(place, x, bins) for x in (of_votes, of_votes * top, of_votes * hit))
     some = weight > 0
     resampled = Resampled.of(votes, bootstrap, seed)
-    in_bin = [of_votes * (bin_of == k) for k in np.flatnonzero(some)]
-    ends = [resampled.ratio(hit * of_bin, of_bin) for of_bin in in_bin]
+    in_bin = [of_votes * (place == k) for k in np.flatnonzero(some)]
+    ends = [resampled.ratio(hit * of_bin, of_bin, (0.0, 1.0)) for of_bin in in_bin]
     return Calibration(
         tuple((confidence[some] / weight[some]).tolist()),
-        tuple((hits[some] / weight[some]).tolist()),
+        tuple((right[some] / weight[some]).tolist()),
         tuple(weight[some].tolist()),
-        # No sample holds a prompt of the bin: anything is possible.
-        tuple(0.0 if of_bin is None else of_bin.low for of_bin in ends),
-        tuple(1.0 if of_bin is None else of_bin.high for of_bin in ends),
+        tuple(0.0 if end is None else end.low for end in ends),
+        tuple(1.0 if end is None else end.high for end in ends),
     )
 
 
 def difference(one: Prediction, other: Prediction, votes: Votes, bootstrap: int = 200, seed: int = 0) -> Figure | None:
     """The mean, over votes, of ``other``'s loss minus ``one``'s: positive where ``one`` predicts better."""
     return Resampled.of(votes, bootstrap, seed).ratio((other.loss - one.loss) * votes.weight, votes.weight)
-
-
-def _calibration_error(p: Float64, came: Int64, weight: Float64, resampled: Resampled) -> Float64:
-    top, hit = p.max(1), _hits(p, came)
-    bin_of = _bin(top, BINS)
-    gaps, total = np.zeros(len(resampled.counts)), resampled.sums(weight)
-    for k in np.unique(bin_of):
-        gaps += np.abs(resampled.sums((top - hit) * weight * (bin_of == k)))
-    result: Float64 = gaps / np.where(total > 0, total, np.nan)
-    return result
-
-
-def _bin(p: Float64, bins: int) -> Int64:
-    return np.minimum((p * bins).astype(np.int64), bins - 1)
-
-
-def _hits(p: Float64, y: Int64) -> Float64:
-    """Whether the likeliest outcome came; equally likely ones share the hit, so that a constant predictor is right by
-    chance."""
-    best = p.max(1, keepdims=True)
-    level = p >= best * (1 - 1e-12)
-    hits: Float64 = level[np.arange(len(y)), y] / level.sum(1)
-    return hits

@@ -154,7 +154,7 @@ def _leaderboards(figure: Figure, boards: Leaderboards, top: int | None) -> None
         x = np.array([of[model].coefficient for model in names])
         ends = np.array([[of[model].low, of[model].high] for model in names], np.float64)
         y = np.arange(len(names)) + 0.2 * (i - 0.5)
-        spread = np.abs(ends - x[:, None]).T if np.isfinite(ends).all() else None
+        spread = np.nan_to_num(np.abs(ends - x[:, None])).T if np.isfinite(ends).any() else None
         axes.errorbar(x, y, xerr=spread, fmt=marker, color=colour, label=name)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()

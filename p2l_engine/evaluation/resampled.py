@@ -6,11 +6,14 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import rankdata
 
-from p2l_engine.bootstrap import interval, with_replacement
+from p2l_engine.bootstrap import effective, interval, with_replacement
 from p2l_engine.reports import Figure
 from p2l_engine.votes import Votes
 
 Float64 = npt.NDArray[np.float64]
+Range = tuple[float, float]
+
+ANY: Range = (-np.inf, np.inf)
 
 
 class Resampled:
@@ -48,18 +51,25 @@ class Resampled:
         result: Float64 = covariance / np.sqrt(np.where(spread > 1e-12, spread, np.nan))
         return result
 
-    def ratio(self, top: Float64, bottom: Float64) -> Figure | None:
+    def prompts(self, column: Float64 | None = None) -> float:
+        """How many prompts of equal weight the full set amounts to, by a column [V] summed over each; None: the weights."""
+        of_votes = self.votes.weight if column is None else column
+        return effective(np.bincount(self.votes.prompt, of_votes, len(self.votes.prompts)) * self.counts[0])
+
+    def ratio(self, top: Float64, bottom: Float64, within: Range = ANY) -> Figure | None:
         """The sum of one column [V] over the sum of another."""
         over, under = self.sums(top), self.sums(bottom)
-        return self.figure(np.where(under > 0, over / np.where(under > 0, under, 1), np.nan))
+        return self.figure(np.where(under > 0, over / np.where(under > 0, under, 1), np.nan), within, self.prompts(bottom))
 
-    def figure(self, values: Float64) -> Figure | None:
-        """Values [1 + B] as a figure. Samples of NaN are left out; None where the full set is NaN, or every sample."""
+    def figure(self, values: Float64, within: Range = ANY, prompts: float | None = None) -> Figure | None:
+        """Values [1 + B] as a figure, its interval cut off at the ends of the range ``within``. prompts: None for all. Samples
+        of NaN are left out; None where the full set is NaN, or where too few prompts or samples leave an end infinite."""
         samples = values[1:][~np.isnan(values[1:])]
-        if np.isnan(values[0]) or not len(samples):
+        if np.isnan(values[0]):
             return None
-        low, high = interval(samples)
-        return Figure(float(values[0]), float(low), float(high))
+        low, high = interval(values[0], samples - values[0], self.prompts() if prompts is None else prompts)
+        ends = max(float(low), within[0]), min(float(high), within[1])
+        return Figure(float(values[0]), *ends) if np.isfinite(ends).all() else None
 
     def auc(self, score: Float64, positive: npt.NDArray[np.bool_]) -> Figure | None:
         """The area under the ROC curve. Sorts once for all samples: about twenty times as fast as sklearn on each."""
@@ -71,7 +81,7 @@ class Resampled:
             pairs = yes.sum() * no.sum()
             if pairs > 0:
                 values[i] = yes @ (no.cumsum() - no / 2) / pairs
-        return self.figure(values)
+        return self.figure(values, (0.0, 1.0))
 
 
 def _ranks(values: Float64, some: npt.NDArray[np.bool_]) -> Float64:

@@ -2,7 +2,8 @@
 
 Each function turns the coefficients of two models on one prompt, and the prompt's tie parameter eta, into log-probabilities of
 the outcomes that its feedback model knows, in their order. Everything is computed in log space from sums of positive terms, so
-that nothing cancels and nothing overflows for coefficients of +-50 and more. Inputs broadcast.
+that nothing cancels and nothing overflows for coefficients of +-50 and more. Inputs broadcast. ``ground`` is the coefficient of
+the fictitious bad model, 0 (phi_g = 1) except to differentiate by it; models without one ignore it.
 
 The parametrisation of eta is that of published checkpoints (lmarena/p2l, p2l/model.py): grk and rk-reparam use
 lambda = exp(eta) + 1 + 1e-6, rk uses softplus(eta - 22.5, beta = 0.1) clamped to at least 0.02.
@@ -29,10 +30,12 @@ def log_lambda(eta: Tensor, grounded: bool) -> Tensor:
     return F.softplus(eta - 22.5, beta=0.1).clamp_min(RK_LEAST_LOG_LAMBDA)
 
 
-def log_probabilities(name: str, theta_a: Tensor, theta_b: Tensor, eta: Tensor | None) -> Tensor:
+def log_probabilities(name: str, theta_a: Tensor, theta_b: Tensor, eta: Tensor | None, ground: Tensor | None = None) -> Tensor:
     """See ``FeedbackModel.log_probabilities``; of the model called ``name``, which needs eta or ignores it."""
     wide = torch.promote_types(theta_a.dtype, torch.float32)
-    known = _votes[name](theta_a.to(wide), theta_b.to(wide), None if eta is None else eta.to(wide))
+    a, b = theta_a.to(wide), theta_b.to(wide)
+    bad = torch.zeros_like(a) if ground is None else ground.to(wide)
+    known = _votes[name](a, b, None if eta is None else eta.to(wide), bad)
     never = torch.full_like(known[0], -math.inf)
     return torch.stack([*known, *[never] * (len(Outcome) - len(known))], dim=-1)
 
@@ -48,12 +51,12 @@ def log_density(name: str, linear: Tensor, value: Tensor) -> Tensor:
     return _values[name](linear, value)
 
 
-def _bt(a: Tensor, b: Tensor, eta: Tensor | None) -> tuple[Tensor, ...]:
+def _bt(a: Tensor, b: Tensor, eta: Tensor | None, ground: Tensor) -> tuple[Tensor, ...]:
     """P(A) = sigmoid(a - b) (paper, 2.1)."""
     return F.logsigmoid(a - b), F.logsigmoid(b - a)
 
 
-def _rk(a: Tensor, b: Tensor, eta: Tensor | None) -> tuple[Tensor, ...]:
+def _rk(a: Tensor, b: Tensor, eta: Tensor | None, ground: Tensor) -> tuple[Tensor, ...]:
     """P(A) = sigmoid(a - b - t), P(B) = sigmoid(b - a - t), t = clamp(softplus(eta - 22.5, 0.1), 0.02) (paper, 2.2).
 
     The rest is a tie: 1 - P(A) - P(B) = (exp(2t) - 1) P(A) P(B).
@@ -64,43 +67,42 @@ def _rk(a: Tensor, b: Tensor, eta: Tensor | None) -> tuple[Tensor, ...]:
     return win, lose, 2 * t + torch.log(-torch.expm1(-2 * t)) + win + lose
 
 
-def _grounded_terms(a: Tensor, b: Tensor, eta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """a, b, log lambda and the logs of phi_A + lambda phi_B + 1 and phi_B + lambda phi_A + 1, all of one shape."""
-    a, b, eta = torch.broadcast_tensors(a, b, eta)
+def _grounded_terms(a: Tensor, b: Tensor, eta: Tensor, ground: Tensor) -> tuple[Tensor, ...]:
+    """a, b, eta, the ground g, log lambda and the logs of phi_A + lambda phi_B + phi_g and phi_B + lambda phi_A + phi_g, all of
+    one shape."""
+    a, b, eta, ground = torch.broadcast_tensors(a, b, eta, ground)
     handicap = log_lambda(eta, grounded=True)
-    zero = torch.zeros_like(a)
-    beats = torch.logsumexp(torch.stack([a, handicap + b, zero]), 0)
-    loses = torch.logsumexp(torch.stack([b, handicap + a, zero]), 0)
-    return a, b, handicap, beats, loses
+    beats = torch.logsumexp(torch.stack([a, handicap + b, ground]), 0)
+    loses = torch.logsumexp(torch.stack([b, handicap + a, ground]), 0)
+    return a, b, eta, ground, handicap, beats, loses
 
 
-def _rk_reparam(a: Tensor, b: Tensor, eta: Tensor | None) -> tuple[Tensor, ...]:
+def _rk_reparam(a: Tensor, b: Tensor, eta: Tensor | None, ground: Tensor) -> tuple[Tensor, ...]:
     """P(A) = phi_A / (phi_A + lambda phi_B + 1), likewise P(B), phi = exp(theta); the rest is a tie.
 
     1 - P(A) - P(B) has the numerator (lambda^2 - 1) phi_A phi_B + lambda (phi_A + phi_B) + 1: no term is negative.
     """
     assert eta is not None
-    a, b, handicap, beats, loses = _grounded_terms(a, b, eta)
-    log_excess = torch.logaddexp(eta.expand_as(a), torch.full_like(a, LOG_EPSILON))  # log(lambda - 1)
+    a, b, eta, ground, handicap, beats, loses = _grounded_terms(a, b, eta, ground)
+    log_excess = torch.logaddexp(eta, torch.full_like(a, LOG_EPSILON))  # log(lambda - 1)
     log_lambda_plus_1 = torch.logaddexp(handicap, torch.zeros_like(a))
-    terms = [log_excess + log_lambda_plus_1 + a + b, handicap + a, handicap + b, torch.zeros_like(a)]
+    terms = [log_excess + log_lambda_plus_1 + a + b, handicap + a + ground, handicap + b + ground, 2 * ground]
     return a - beats, b - loses, torch.logsumexp(torch.stack(terms), 0) - beats - loses
 
 
-def _grk(a: Tensor, b: Tensor, eta: Tensor | None) -> tuple[Tensor, ...]:
+def _grk(a: Tensor, b: Tensor, eta: Tensor | None, ground: Tensor) -> tuple[Tensor, ...]:
     """The grounded Rao-Kupper model (paper, 2.2): as rk-reparam, and P(bad) = 1 / (1 + phi_A + phi_B).
 
     What is left for the tie has the numerator (lambda - 1) phi_A phi_B (2 + (lambda + 1)(phi_A + phi_B)) over the product
     of the three denominators.
     """
     assert eta is not None
-    a, b, handicap, beats, loses = _grounded_terms(a, b, eta)
-    zero = torch.zeros_like(a)
-    log_excess = torch.logaddexp(eta.expand_as(a), torch.full_like(a, LOG_EPSILON))
+    a, b, eta, ground, handicap, beats, loses = _grounded_terms(a, b, eta, ground)
+    log_excess = torch.logaddexp(eta, torch.full_like(a, LOG_EPSILON))
     log_sum = torch.logaddexp(a, b)
-    bad = -torch.logaddexp(log_sum, zero)
-    log_bracket = torch.logaddexp(zero + math.log(2), torch.logaddexp(handicap, zero) + log_sum)
-    return a - beats, b - loses, a + b + log_excess + log_bracket - beats - loses + bad, bad
+    bad = ground - torch.logaddexp(log_sum, ground)
+    log_bracket = torch.logaddexp(ground + math.log(2), torch.logaddexp(handicap, torch.zeros_like(a)) + log_sum)
+    return a - beats, b - loses, a + b + log_excess + log_bracket - beats - loses + bad - ground, bad
 
 
 def _ols(mean: Tensor, value: Tensor) -> Tensor:
@@ -114,7 +116,7 @@ def _poisson(log_rate: Tensor, value: Tensor) -> Tensor:
     return value * log_rate - log_rate.exp() - torch.lgamma(value + 1)
 
 
-_votes: dict[str, Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, ...]]] = {
+_votes: dict[str, Callable[[Tensor, Tensor, Tensor | None, Tensor], tuple[Tensor, ...]]] = {
     "bt": _bt,
     "bt-tie": _bt,
     "rk": _rk,

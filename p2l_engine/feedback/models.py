@@ -68,11 +68,13 @@ class FeedbackModel:
 
         return formulas.log_lambda(eta, self.grounded)
 
-    def log_probabilities(self, theta_a: Tensor, theta_b: Tensor, eta: Tensor | None = None) -> Tensor:
+    def log_probabilities(
+        self, theta_a: Tensor, theta_b: Tensor, eta: Tensor | None = None, ground: Tensor | None = None
+    ) -> Tensor:
         """log P of A, B, tie, both bad: [..., 4] float32 or wider; -inf for an outcome that this model does not know.
 
-        The arguments broadcast. A model without "both bad" counts it as a tie, so its TIE is either. Raises ValueError for
-        models of values, and where eta is missing.
+        ground: the coefficient of the grounded models' fictitious bad model, None: 0. The arguments broadcast. A model without
+        "both bad" counts it as a tie, so its TIE is either. Raises ValueError for models of values, and where eta is missing.
         """
         if self.of_values:
             raise ValueError(f"feedback model: {self.name!r} observes values and gives no probabilities of votes")
@@ -80,7 +82,7 @@ class FeedbackModel:
             raise ValueError(f"eta: the feedback model {self.name!r} needs its tie parameter, got None")
         from p2l_engine.feedback import formulas
 
-        return formulas.log_probabilities(self.name, theta_a, theta_b, eta if self.has_eta else None)
+        return formulas.log_probabilities(self.name, theta_a, theta_b, eta if self.has_eta else None, ground)
 
     def probabilities(self, theta_a: Tensor, theta_b: Tensor, eta: Tensor | None = None) -> Tensor:
         """P of A, B, tie, both bad: [..., 4], summing to 1."""

@@ -13,12 +13,22 @@ def components(edges: npt.NDArray[np.bool_], connection: Literal["weak", "strong
 
     weak: there is a path whatever the edges' directions; strong: there is one in both directions.
     """
-    edges = edges | edges.T if connection == "weak" else edges
+    reaches = _closure(edges | edges.T if connection == "weak" else edges)
+    first = (reaches & reaches.T).argmax(1)
+    return np.unique(first, return_inverse=True)[1]
+
+
+def reachable(edges: npt.NDArray[np.bool_], start: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """Whether there is a path along the edges [M, M] from some node of ``start`` [M] to each node [M]."""
+    found: npt.NDArray[np.bool_] = _closure(edges)[start].any(0)
+    return found
+
+
+def _closure(edges: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """[M, M]: whether there is a path from the row's node to the column's, of any length, or of none."""
     reaches = edges | np.eye(len(edges), dtype=bool)
     while True:  # paths of twice the length each time
         further = reaches.astype(np.float32) @ reaches.astype(np.float32) > 0
         if (further == reaches).all():
-            break
+            return reaches
         reaches = further
-    first = (reaches & reaches.T).argmax(1)
-    return np.unique(first, return_inverse=True)[1]

@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+import math
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from p2l_engine.feedback import FeedbackModel
 from p2l_engine.leaderboard.connected import components
+from p2l_engine.leaderboard.losses import Loss, Quadratic
+from p2l_engine.leaderboard.network import IndefiniteError
 from p2l_engine.leaderboard.outcomes import pair_count, pairs
 
 Float64 = npt.NDArray[np.float64]
 
-TOLERANCE = 1e-10  # of the gradient, for a mean weight of 1 a pair
-STALLED = 1e-8  # of the gradient, where rounding keeps loss and gradient from getting smaller
-ITERATIONS = 200
-SMALL_STEP = 0.1
+TOLERANCE = 1e-11  # of a step, relative to 1 + the largest coefficient
+STALLED = 1e-5  # the same, where rounding keeps steps from getting smaller
+ITERATIONS = 300
+LONGEST = 10.0  # step: far from the optimum the quadratic model is poor
+LEAST_ETA = -50.0  # below it lambda - 1 = exp(eta) + 1e-6 is 1e-6 to the last bit
+LOST = 1e-290  # of a pair's weight: what a model's outcomes weigh where its coefficient has left the range of float64
+SATURATED = 1e-4  # outcomes rarer than that make Newton's steps short, so that a start is worth its time
+START = 30  # iterations at most, with
+HALVINGS = 12  # of a step of at most
+FARTHEST = 100.0
+TETHER = 1e-8  # the start's least ridge: what log-ratios hardly depend on does not run away
+FLAT_ETA = -14.0  # where exp(eta) is below the 1e-6 that is added to it, and says little
 
 
 class Fit(NamedTuple):
-    """theta [M], of mean 0 where only differences count; eta, or None; loss: the mean negative log-likelihood; iterations."""
+    """theta [M], of mean 0 where only differences count; eta, or None; loss: the mean negative log-likelihood, without ridge;
+    iterations."""
 
     theta: Float64
     eta: float | None
@@ -35,15 +44,16 @@ def fit(
     feedback: FeedbackModel,
     outcomes: npt.ArrayLike,
     n_models: int,
-    start: Fit | None = None,
     ridge: float = 0.0,
 ) -> Fit:
     """The coefficients under which ``outcomes`` are likeliest: the paper's (3), for any feedback model of votes.
 
     outcomes [K, M (M - 1) / 2]: how often (or with what weight) each outcome came for each pair, in the order of
-    ``leaderboard.pairs``. start: a fit to begin from. ridge: the penalty on theta^2 and eta^2, in units of the mean weight of a
-    pair; it bounds models that always win. Raises ValueError for outcomes that are negative, not finite or all 0, and, without
-    a ridge, where models are unconnected or unbounded; ArithmeticError where Newton's method does not converge.
+    ``leaderboard.pairs``. ridge: the penalty on theta^2 and eta^2, in units of the mean weight of a pair; it bounds models that
+    always win. Where the optimum is a whole line, as for two models under rk-reparam, or as far as float64 holds the outcomes,
+    the fit is one of its points. An eta of -50 means that lambda is as small as it gets. Raises ValueError for outcomes that
+    are negative, not finite or all 0, and, without a ridge, where models are unconnected or unbounded; ArithmeticError, which
+    names the coefficients, where there is no optimum within float64.
     """
     counts = np.asarray(outcomes, np.float64)
     if counts.shape != (len(feedback.outcomes), pair_count(n_models)):
@@ -55,34 +65,23 @@ def fit(
         raise ValueError("outcomes: expected finite numbers >= 0, not all of them 0")
     if not ridge and not feedback.grounded:
         _check_bounded(counts, n_models)
-    problem = _problem(feedback, counts, n_models)
-    total = counts.sum()
-    mean = total / pair_count(n_models)
-    x = np.zeros(problem.size)
-    if start is not None:
-        x[:n_models] = start.theta
-        if start.eta is not None:
-            x[n_models:] = max(start.eta, feedback.least_eta)
-    free = not feedback.grounded  # then theta is known up to a shift
-    penalty = ridge * mean
-    value, gradient, curvature = problem(x, penalty)
-    last = np.inf, np.inf
-    for iteration in range(ITERATIONS):
-        gradient, curvature = _free(feedback, x, gradient, curvature)
-        state = value, float(np.abs(gradient).max())
-        stalled = state[0] == last[0] and state[1] >= last[1]
-        if state[1] <= (STALLED if stalled else TOLERANCE) * mean:
-            theta = x[:n_models] - (x[:n_models].mean() if free else 0.0)
-            return Fit(theta, float(x[n_models]) if problem.size > n_models else None, float(value / total), iteration)
-        if stalled:
-            break
-        last = state
-        step = _step(curvature, gradient, n_models if free and not penalty else 0)
-        x, value, gradient, curvature = _along(problem, x, step, value, gradient, penalty, curvature, feedback.least_eta)
-    raise ArithmeticError(
-        f"fit: no optimum after {iteration + 1} iterations (gradient {np.abs(gradient).max():.1e}): as where nothing ties, "
-        "or nothing is bad; give a ridge, such as 1e-6"
-    )
+    return _Newton(feedback, counts, n_models, ridge).run()
+
+
+def deviations(
+    feedback: FeedbackModel, outcomes: npt.ArrayLike, samples: npt.ArrayLike, whole: Fit, ridge: float = 0.0
+) -> Float64:
+    """[M, B]: by how much theta moves, to first order, when ``samples`` [B, K, M (M - 1) / 2] are added to the ``outcomes``
+    that ``whole`` was fitted to with this ridge: one linear system for all samples."""
+    counts, n_models = np.asarray(outcomes, np.float64), len(whole.theta)
+    newton = _Newton(feedback, counts, n_models, ridge)
+    x = newton.point(whole)
+    here = newton.at(x)
+    gradients = newton.scale * newton.loss.gradients(x, np.asarray(samples, np.float64))[: len(here.gradient)]
+    try:
+        return here.response(gradients)[:n_models]
+    except IndefiniteError:  # rounding, at an optimum
+        return newton.loss.at(x, expected=True, free=here.slope is not None).response(gradients)[:n_models]
 
 
 def _check_bounded(counts: Float64, n_models: int) -> None:
@@ -99,175 +98,129 @@ def _check_bounded(counts: Float64, n_models: int) -> None:
                          "bound; give a ridge, such as 1e-6")  # fmt: skip
 
 
-def refit(feedback: FeedbackModel, samples: npt.ArrayLike, n_models: int, whole: Fit, ridge: float = 0.0) -> list[Fit]:
-    """The fits of many samples [B, K, M (M - 1) / 2], such as bootstrap samples, of what ``whole`` was fitted to.
+class _Newton:
+    """Newton's method with a line search on one loss, counts scaled to a mean weight of 1 a pair."""
 
-    Each is one Newton step from the optimum ``whole``, with an error of the order of the step squared; where the step is above
-    SMALL_STEP, the fit continues to the sample's own optimum.
-    """
-    found: list[Fit] = []
-    start = np.append(whole.theta, [] if whole.eta is None else [whole.eta])
-    parts = None
-    for counts in np.asarray(samples, np.float64):
-        problem = _problem(feedback, counts, n_models)
-        if isinstance(problem, _Ties):  # what depends only on the point is the same for all samples
-            parts = problem.parts(start) if parts is None else parts
-            value, gradient, curvature = problem.summed(problem.counts, *parts)
-        else:
-            value, gradient, curvature = problem.at(start)
-        penalty = ridge * counts.sum() / pair_count(n_models)
-        gradient, curvature = gradient + penalty * start, curvature + penalty * np.eye(problem.size)
-        gradient, curvature = _free(feedback, start, gradient, curvature)
-        step = _step(curvature, gradient, 0 if feedback.grounded or penalty else n_models)
-        if np.abs(step).max() > SMALL_STEP:
-            found.append(fit(feedback, counts, n_models, whole, ridge))
-            continue
-        x = _onto(start + step, n_models, feedback.least_eta)
-        theta = x[:n_models] - (0.0 if feedback.grounded else x[:n_models].mean())
-        found.append(Fit(theta, None if whole.eta is None else float(x[n_models]), value / counts.sum(), 1))
-    return found
+    def __init__(self, feedback: FeedbackModel, counts: Float64, n_models: int, ridge: float) -> None:
+        self.scale = pair_count(n_models) / float(counts.sum())
+        self.counts = counts * self.scale
+        self.loss = Loss(feedback, self.counts, n_models, ridge)
+        self.least_eta = max(feedback.least_eta, LEAST_ETA)
 
+    def point(self, of: Fit) -> Float64:
+        """x [size] of a fit."""
+        return self._onto(np.append(of.theta, [] if of.eta is None else [of.eta]))
 
-def _problem(feedback: FeedbackModel, counts: Float64, n_models: int) -> _Problem:
-    return _Ties(feedback, counts, n_models) if feedback.has_eta else _Logistic(counts, n_models)
+    def at(self, x: Float64) -> Quadratic:
+        """The loss near x; without eta if it is at its lower bound and would go further (where rk's loss has a kink)."""
+        found = self.loss.at(x)
+        if found.slope is not None and x[-1] <= self.least_eta and found.slope >= 0:
+            return self.loss.at(x, free=False)
+        return found
 
-
-def _step(curvature: Float64, gradient: Float64, shift: int) -> Float64:
-    """Newton's step, damped where the Hessian is not positive definite; ``shift`` > 0 fixes the mean of the first ``shift``
-    entries."""
-    scale = float(np.abs(np.diag(curvature)).max()) or 1.0
-    if shift:
-        curvature = curvature.copy()
-        curvature[:shift, :shift] += scale / shift
-    damping = 0.0
-    while True:
-        try:
-            factor = np.linalg.cholesky(curvature + damping * np.eye(len(curvature)))
-        except np.linalg.LinAlgError:
-            damping = max(4 * damping, 1e-10 * scale)
-            if damping > 1e6 * scale:
-                raise ArithmeticError("fit: the Hessian is singular at every damping; give a ridge, such as 1e-6") from None
-            continue
-        return -np.linalg.solve(factor.T, np.linalg.solve(factor, gradient))
-
-
-def _along(
-    problem: _Problem,
-    x: Float64,
-    step: Float64,
-    value: float,
-    gradient: Float64,
-    penalty: float,
-    curvature: Float64,
-    least_eta: float,
-) -> tuple[Float64, float, Float64, Float64]:
-    """Backtracking line search: the first of shorter and shorter steps that lowers the loss enough (Armijo)."""
-    longest = np.abs(step).max()
-    length = min(1.0, 10.0 / longest) if longest > 0 else 1.0  # far from the optimum the quadratic model is poor
-    for _ in range(60):
-        to = _onto(x + length * step, problem.n_models, least_eta)
-        there = problem(to, penalty)
-        # At the optimum the loss is flat up to rounding: there a smaller gradient is progress.
-        flat = abs(there[0] - value) <= 1e-12 * abs(value) and np.abs(there[1]).max() < np.abs(gradient).max()
-        if there[0] <= value + 1e-4 * float(gradient @ (to - x)) or flat:
-            return to, *there
-        length /= 2
-    return x, value, gradient, curvature
-
-
-def _free(feedback: FeedbackModel, x: Float64, gradient: Float64, curvature: Float64) -> tuple[Float64, Float64]:
-    """Gradient and Hessian with eta frozen if it is at its active lower bound, where rk's loss has a kink."""
-    if not feedback.has_eta or x[-1] > feedback.least_eta or gradient[-1] < 0:
-        return gradient, curvature
-    gradient, curvature = gradient.copy(), curvature.copy()
-    gradient[-1] = curvature[-1] = curvature[:, -1] = 0.0
-    curvature[-1, -1] = float(np.abs(np.diag(curvature)).max()) or 1.0
-    return gradient, curvature
-
-
-def _onto(x: Float64, n_models: int, least_eta: float) -> Float64:
-    x[n_models:] = np.maximum(x[n_models:], least_eta)
-    return x
-
-
-class _Problem(ABC):
-    """Loss, gradient and Hessian at x [size]: theta, and eta where there is one."""
-
-    size: int
-    n_models: int
-
-    def __call__(self, x: Float64, penalty: float) -> tuple[float, Float64, Float64]:
-        value, gradient, curvature = self.at(x)
-        return value + penalty / 2 * float(x @ x), gradient + penalty * x, curvature + penalty * np.eye(self.size)
-
-    @abstractmethod
-    def at(self, x: Float64) -> tuple[float, Float64, Float64]:
-        """Loss, gradient and Hessian without the penalty."""
-
-
-class _Logistic(_Problem):
-    """bt and bt-tie: -sum of A log s(d) + B log s(-d), d = theta_a - theta_b; the Hessian is a graph's Laplacian."""
-
-    def __init__(self, counts: Float64, n_models: int) -> None:
-        self.size = self.n_models = n_models
-        self.a, self.b = pairs(n_models)
-        self.first, self.second = counts[0], counts[1]
-
-    def at(self, x: Float64) -> tuple[float, Float64, Float64]:
-        d = x[self.a] - x[self.b]
-        both = self.first + self.second
-        value = float((self.first * np.logaddexp(0, -d) + self.second * np.logaddexp(0, d)).sum())
-        p = np.exp(-np.logaddexp(0, -d))
-        slope, bend = both * p - self.first, both * p * (1 - p)
-        gradient: Any = np.bincount(self.a, slope, self.size) - np.bincount(self.b, slope, self.size)
-        curvature = np.zeros((self.size, self.size))
-        curvature[self.a, self.b] = curvature[self.b, self.a] = -bend
-        np.fill_diagonal(curvature, -curvature.sum(1))
-        return value, gradient, curvature
-
-
-class _Ties(_Problem):
-    """rk, rk-reparam and grk: a pair's loss depends on theta_a, theta_b and eta, and is differentiated by torch."""
-
-    def __init__(self, feedback: FeedbackModel, counts: Float64, n_models: int) -> None:
-        self.size, self.n_models = n_models + 1, n_models
-        self.entries = np.stack([*pairs(n_models), np.full(pair_count(n_models), n_models)], 1)
-        self.counts = counts.T
-        self.feedback = feedback
-
-    def at(self, x: Float64) -> tuple[float, Float64, Float64]:
-        value, slope, bend = self.parts(x)
-        return self.summed(self.counts, value, slope, bend)
-
-    def parts(self, x: Float64) -> tuple[Float64, Float64, Float64]:
-        """For each pair and outcome: -log P [.., K], its gradient [.., K, 3] and its Hessian [.., K, 3, 3]."""
-        outcomes, pairs = len(self.feedback.outcomes), len(self.entries)
-        # A row for each outcome and pair. A row's loss depends on that row alone, so that the gradient of their sum holds each
-        # row's gradient: four calls of autograd, however many outcomes there are.
-        with torch.inference_mode(False), torch.enable_grad():
-            local = torch.from_numpy(x[self.entries]).repeat(outcomes, 1).requires_grad_()
-            log_p = self.feedback.log_probabilities(*local.unbind(1)).view(outcomes, pairs, -1)
-            losses = -torch.cat([log_p[k, :, k] for k in range(outcomes)])
-            slope = _gradient(losses, local, create_graph=True)
-            bend = torch.stack([_gradient(of, local) for of in slope.unbind(1)], 1)
-        return (
-            losses.detach().view(outcomes, pairs).T.numpy(),
-            slope.detach().view(outcomes, pairs, 3).transpose(0, 1).numpy(),
-            bend.detach().view(outcomes, pairs, 3, 3).transpose(0, 1).numpy(),
+    def run(self) -> Fit:
+        x = self._start()
+        here, shortest, still, most = self.at(x), np.inf, 0, self._farthest()
+        for iteration in range(ITERATIONS):
+            self._check_in_range(here)
+            step = self._step(here, x)
+            length = float(np.abs(step).max()) / (1 + float(np.abs(x).max()))
+            promised = -float(here.gradient @ step[: len(here.gradient)])
+            still = still + 1 if length >= shortest / 2 else 0
+            nothing = still > 2 and abs(promised) <= here.noise
+            if length <= TOLERANCE or (still and length <= STALLED):
+                return self._fit(x, iteration)
+            if nothing and float(np.abs(x).max()) > most:
+                break
+            shortest = min(shortest, length)
+            x, here = self._along(x, step, here)
+        if nothing and not self._some_never_came():  # what would hold the rest is below the outcomes' rounding
+            return self._fit(x, iteration)
+        raise ArithmeticError(
+            f"fit: no optimum after {iteration + 1} iterations: {self._moving(step)}; give a ridge, such as 1e-6"
         )
 
-    def summed(self, counts: Float64, value: Float64, slope: Float64, bend: Float64) -> tuple[float, Float64, Float64]:
-        """Loss, gradient and Hessian over all pairs with counts [M (M - 1) / 2, K]."""
-        size, entries = self.size, self.entries
-        rows = (entries[:, :, None] * size + entries[:, None, :]).ravel()
-        gradient: Any = np.bincount(entries.ravel(), np.einsum("pk,pki->pi", counts, slope).ravel(), size)
-        curvature: Any = np.bincount(rows, np.einsum("pk,pkij->pij", counts, bend).ravel(), size * size).reshape(size, size)
-        return float((counts * value).sum()), gradient, curvature
+    def _fit(self, x: Float64, iterations: int) -> Fit:
+        m, feedback = self.loss.n_models, self.loss.feedback
+        theta = x[:m] - (0.0 if feedback.grounded else x[:m].mean())
+        plain = Loss(feedback, self.counts, m).at(x).value
+        return Fit(theta, float(x[m]) if feedback.has_eta else None, plain / float(self.counts.sum()), iterations)
 
+    def _step(self, here: Quadratic, x: Float64) -> Float64:
+        step = self._newton(here, x)
+        if here.slope is not None and x[-1] <= self.least_eta and step[-1] < 0:
+            step = self._newton(self.loss.at(x, free=False), x)
+        step[self.loss.n_models :] = step[self.loss.n_models :].clip(-LONGEST, LONGEST)
+        return step
 
-def _gradient(each: Tensor, local: Tensor, create_graph: bool = False) -> Tensor:
-    """The gradient of each entry in its own row of ``local``; zero where the entry does not depend on it."""
-    if not each.requires_grad:
-        return torch.zeros_like(local)
-    (found,) = torch.autograd.grad(each.sum(), local, retain_graph=True, create_graph=create_graph, materialize_grads=True)
-    return found
+    def _newton(self, here: Quadratic, x: Float64) -> Float64:
+        try:
+            step = here.step()
+        except IndefiniteError:  # far from the optimum: Fisher scoring
+            step = self.loss.at(x, expected=True, free=here.slope is not None).step()
+        return np.append(step, np.zeros(len(x) - len(step)))
+
+    def _along(self, x: Float64, step: Float64, here: Quadratic) -> tuple[Float64, Quadratic]:
+        """The first of shorter and shorter steps that lowers the loss enough (Armijo), as far as rounding shows."""
+        longest = float(np.abs(step).max())
+        length = min(1.0, LONGEST / longest) if longest > 0 else 1.0
+        for _ in range(60):
+            to = self._onto(x + length * step)
+            there = self.at(to)
+            promised = float(here.gradient @ (to - x)[: len(here.gradient)])
+            if there.value <= here.value + 1e-4 * min(promised, 0.0) + here.noise:
+                return to, there
+            length /= 2
+        return x, here
+
+    def _some_never_came(self) -> bool:
+        return bool(((self.counts == 0) & (self.counts.sum(0) > 0)).any())
+
+    def _farthest(self) -> float:
+        """Farther than any chain of models, each beaten as rarely as the rarest outcome that came."""
+        share = self.counts / np.maximum(self.counts.sum(0), np.finfo(float).tiny)
+        return 40.0 - self.loss.n_models * math.log(float(share[share > 0].min()))
+
+    def _start(self) -> Float64:
+        """0; for saturated outcomes where their log-ratios would have it, if the loss is lower there."""
+        zero, share = self._onto(np.zeros(self.loss.size)), self.counts / np.maximum(self.counts.sum(0), np.finfo(float).tiny)
+        if not ((share > 0) & (share < SATURATED)).any():
+            return zero
+        x = self._by_log_ratios(zero, max(self.loss.ridge, TETHER))
+        x = self._by_log_ratios(x, self.loss.ridge)
+        return x if self.loss.at(x).value <= self.loss.at(zero).value else zero
+
+    def _by_log_ratios(self, x: Float64, ridge: float) -> Float64:
+        loss = Loss(self.loss.feedback, self.counts, self.loss.n_models, ridge)
+        here = loss.toward(x)
+        for _ in range(START):
+            step = here.step()
+            length = min(1.0, FARTHEST / max(float(np.abs(step).max()), 1e-300))
+            if length * float(np.abs(step).max()) <= TOLERANCE * (1 + float(np.abs(x).max())):
+                break
+            for _ in range(HALVINGS):
+                to = self._onto(x + length * step, FLAT_ETA)
+                there = loss.toward(to)
+                if there.value < here.value:
+                    break
+                length /= 2
+            x, here = to, there
+        return x
+
+    def _onto(self, x: Float64, least: float = LEAST_ETA) -> Float64:
+        x[self.loss.n_models :] = np.maximum(x[self.loss.n_models :], max(self.least_eta, least))
+        return x
+
+    def _check_in_range(self, here: Quadratic) -> None:
+        m = self.loss.n_models
+        held = np.abs(here.weights[:m]).sum(1) > LOST
+        lost = np.append(~held, [here.slope is not None and abs(here.bend) <= LOST])
+        if lost.any():
+            raise ArithmeticError(f"fit: no optimum: {self._moving(lost)}; give a ridge, such as 1e-6")
+
+    def _moving(self, step: npt.NDArray[np.generic]) -> str:
+        m = self.loss.n_models
+        size = np.abs(np.asarray(step, np.float64))
+        at = np.flatnonzero(size >= 0.5 * size.max())
+        names = [f"theta[{i}]" if i < m else "eta" for i in at.tolist()]
+        return f"the outcomes give no bound to {', '.join(names[:5])}{' and others' if len(names) > 5 else ''}"

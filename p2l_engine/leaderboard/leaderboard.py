@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from p2l_engine import routing
-from p2l_engine.bootstrap import LEVEL, interval, poisson, shares
+from p2l_engine.bootstrap import LEVEL, effective, interval, poisson, shares
 from p2l_engine.coefficients import Coefficients
-from p2l_engine.leaderboard.fit import fit, refit
+from p2l_engine.leaderboard.fit import deviations, fit
 from p2l_engine.leaderboard.outcomes import OutcomeSums, pair_count, pairs
 from p2l_engine.reports import Standing
 
@@ -62,12 +63,17 @@ class Leaderboard:
         pair_weights [M, M], symmetric, >= 0: how often each pair meets (the paper's P_X); None: equally often. Where the sums
         hold bootstrap samples, standings have intervals at ``level``.
         """
-        means = sums.means
-        if pair_weights is not None:
-            means = means * _pair_weights(pair_weights, len(sums.models))
-        whole = fit(sums.feedback, means[0], len(sums.models))
-        samples = refit(sums.feedback, means[1:], len(sums.models), whole)
-        return cls.ranked(sums.models, whole.theta, samples=[sample.theta for sample in samples], level=level, eta=whole.eta)
+        if not sums.weight[0] > 0:
+            raise ValueError("weights: expected some prompts of a weight above 0")
+        of_pairs = 1.0 if pair_weights is None else _pair_weights(pair_weights, len(sums.models))
+        means = sums.sums[0] / sums.weight[0] * of_pairs
+        whole = fit(sums.feedback, means, len(sums.models))
+        if not sums.bootstrap:
+            return cls.ranked(sums.models, whole.theta, eta=whole.eta)
+        # Poisson(1) - 1 times each prompt's score, which is a sum over all prompts of 0: no sample is normalised, or empty.
+        away = deviations(sums.feedback, means, (sums.sums[1:] - sums.sums[0]) / sums.weight[0] * of_pairs, whole)
+        ends = interval(whole.theta, away.T, (sums.weight[0] / sums.length) ** 2, level)
+        return cls.ranked(sums.models, whole.theta, ends=ends, eta=whole.eta)
 
     @classmethod
     def ranked(
@@ -75,30 +81,33 @@ class Leaderboard:
         models: Sequence[str],
         theta: Float64,
         opponents: npt.NDArray[Any] | None = None,
-        samples: Sequence[Float64] = (),
-        level: float = LEVEL,
+        ends: tuple[Float64, Float64] | None = None,
         eta: float | None = None,
         wins: bool = True,
     ) -> Leaderboard:
-        """From coefficients theta [M]; opponents [M] as in ``of``; samples: bootstrap coefficients [M], for the intervals;
-        wins: whether theta gives win rates. Raises ValueError for a level outside (0, 1)."""
-        if not 0 < level < 1:
-            raise ValueError(f"level: expected a probability between 0 and 1, got {level!r}")
+        """From coefficients theta [M]; opponents [M] as in ``of``; ends: the coefficients' intervals', each [M], infinite where
+        nothing bounds a coefficient; wins: whether theta gives win rates."""
         q = np.full(len(theta), 1.0 / len(theta)) if opponents is None else opponents
         v = routing.win_rates(theta[None], q)[0].tolist() if wins else [None] * len(theta)
-        low = high = [None] * len(theta)
-        if len(samples):
-            low, high = (ends.tolist() for ends in interval(np.stack(samples), level))
+        none = np.full(len(theta), np.nan)
+        low, high = ([x if math.isfinite(x) else None for x in of.tolist()] for of in ends or (none, none))
         order = np.argsort(-theta, kind="stable")
         standings = (Standing(r + 1, models[m], float(theta[m]), v[m], low[m], high[m]) for r, m in enumerate(order))
         return cls(tuple(standings), eta)
 
     @classmethod
     def _of_values(cls, c: Coefficients, weights: npt.ArrayLike | None, bootstrap: int, seed: int, level: float) -> Leaderboard:
-        theta, rng = c.theta.astype(np.float64), np.random.default_rng(seed)
-        share = shares(np.concatenate([np.ones((1, len(theta))), poisson(len(theta), bootstrap, rng)]), weights)
-        means = np.log(share @ np.exp(theta)) if c.feedback.counts else share @ theta
-        return cls.ranked(c.models, means[0], samples=list(means[1:]), level=level, wins=False)
+        theta = c.theta.astype(np.float64)
+        share = shares(np.ones((1, len(theta))), weights)[0]
+        x = np.exp(theta) if c.feedback.counts else theta
+        mean = share @ x
+        # The logarithm's deviations are the relative ones of its argument.
+        away, found = (x / mean - 1, np.log(mean)) if c.feedback.counts else (x - mean, mean)
+        if not bootstrap:
+            return cls.ranked(c.models, found, wins=False)
+        times = poisson(len(theta), bootstrap, np.random.default_rng(seed)) - 1
+        ends = interval(found, (times * share) @ away, effective(share), level)
+        return cls.ranked(c.models, found, ends=ends, wins=False)
 
     @property
     def best(self) -> str:

@@ -6,14 +6,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from p2l_engine.bootstrap import LEVEL, poisson
+from p2l_engine.bootstrap import LEVEL, effective, interval, poisson
 from p2l_engine.feedback import FeedbackModel, Outcome
-from p2l_engine.leaderboard.fit import Fit, fit, refit
+from p2l_engine.leaderboard.bounds import Bounds, bounds
+from p2l_engine.leaderboard.fit import Fit, deviations, fit
 from p2l_engine.leaderboard.leaderboard import Leaderboard
 from p2l_engine.leaderboard.outcomes import pair_count, pairs
 from p2l_engine.votes.votes import Votes
 
 RIDGE = 1e-6  # bounds models that always win
+FAR = 700.0  # coefficients whose probabilities are 0 and 1
 
 
 def outcome_counts(
@@ -92,8 +94,63 @@ def category_fits(feedback: FeedbackModel, votes: Votes, marginal: Fit) -> dict[
 def marginal_leaderboard(
     feedback: FeedbackModel, votes: Votes, bootstrap: int = 0, seed: int = 0, level: float = LEVEL
 ) -> Leaderboard:
-    """``marginal_fit`` as a Leaderboard, with intervals over prompts at ``level`` from ``bootstrap`` samples (0: none)."""
-    whole, rng = marginal_fit(feedback, votes), np.random.default_rng(seed)
-    times = poisson(len(votes.prompts), bootstrap, rng)
-    samples = refit(feedback, [outcome_counts(feedback, votes, each) for each in times], len(votes.models), whole, RIDGE)
-    return Leaderboard.ranked(votes.models, whole.theta, samples=[s.theta for s in samples], level=level, eta=whole.eta)
+    """``marginal_fit`` as a Leaderboard, with intervals over prompts at ``level`` from ``bootstrap`` samples (0: none).
+
+    A model's interval knows as many prompts as have votes on it. A model that always won has no upper end, and one that always
+    lost no lower end: only the ridge holds its coefficient. Its other end is where votes on as many prompts as it has, on
+    models that are bounded, are all won (or lost) with probability (1 - level) / 2. Where only differences count, coefficients
+    have the mean 0 over the models that are bounded, so that no other one moves them.
+    """
+    m, whole = len(votes.models), marginal_fit(feedback, votes)
+    counts = outcome_counts(feedback, votes)
+    held = bounds(feedback, counts, m)
+    shift = whole.theta[held.anchor].mean() if not feedback.grounded and held.anchor.sum() > 1 else 0.0
+    theta = whole.theta - shift
+    if not bootstrap:
+        return Leaderboard.ranked(votes.models, theta, eta=whole.eta)
+    times = poisson(len(votes.prompts), bootstrap, np.random.default_rng(seed)) - 1
+    away = deviations(feedback, counts, [outcome_counts(feedback, votes, each) for each in times], whole, RIDGE)
+    if not feedback.grounded and held.anchor.any():
+        away = away - away[held.anchor].mean(0)
+    on = _weight_on(votes)
+    low, high = interval(theta, away.T, [effective(each) for each in on], level)
+    for i in np.flatnonzero(~held.anchor):
+        low[i], high[i] = -np.inf, np.inf
+        if held.above[i] != held.below[i] and held.anchor.sum() > (not feedback.grounded):
+            share = np.divide(1.0, on[i], out=np.zeros(len(on[i])), where=on[i] > 0)  # a prompt counts once
+            end = _one_sided(feedback, outcome_counts(feedback, votes, share), whole, held, int(i), (1 - level) / 2) - shift
+            low[i], high[i] = (end, np.inf) if held.below[i] else (-np.inf, end)
+    return Leaderboard.ranked(votes.models, theta, ends=(low, high), eta=whole.eta)
+
+
+def _weight_on(votes: Votes) -> npt.NDArray[np.float64]:
+    """[M, P]: the weight of the votes on each model and prompt."""
+    m, p = len(votes.models), len(votes.prompts)
+    on: npt.NDArray[np.float64] = sum(np.bincount(of * p + votes.prompt, votes.weight, m * p) for of in (votes.a, votes.b))
+    return on.reshape(m, p)
+
+
+def _one_sided(
+    feedback: FeedbackModel, counts: npt.NDArray[np.float64], whole: Fit, held: Bounds, model: int, chance: float
+) -> float:
+    """The coefficient at which the model's outcomes against bounded models are ``chance`` times as likely as at infinity;
+    infinite where it has none."""
+    a, b = pairs(len(whole.theta))
+    some = ((a == model) & held.anchor[b]) | ((b == model) & held.anchor[a])
+    sign = 1.0 if held.below[model] else -1.0
+    eta = None if whole.eta is None else torch.tensor(whole.eta, dtype=torch.float64)
+
+    def likelihood(at: float) -> float:
+        theta = torch.from_numpy(np.where(np.arange(len(whole.theta)) == model, at, whole.theta))
+        log_p = feedback.log_probabilities(theta[a[some]], theta[b[some]], eta).numpy().T
+        return float((counts[:, some] * log_p[: len(counts)]).sum())
+
+    if not counts[:, some].any():
+        return -sign * np.inf
+    most, near, far = likelihood(sign * FAR), sign * FAR, -sign * FAR
+    if likelihood(far) > most + np.log(chance):
+        return -sign * np.inf
+    for _ in range(60):
+        middle = (near + far) / 2
+        near, far = (middle, far) if likelihood(middle) > most + np.log(chance) else (near, middle)
+    return near
