@@ -9,6 +9,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.stats import norm, poisson, spearmanr
 from sklearn.metrics import roc_auc_score
 
@@ -16,6 +18,7 @@ from p2l_engine import Engine
 from p2l_engine.bootstrap import interval
 from p2l_engine.coefficients import Coefficients
 from p2l_engine.evaluation import clusters, features, html, routed, strengths
+from p2l_engine.evaluation.calibration import BINS, bin_of, calibration_error, hits
 from p2l_engine.evaluation.growth import growth
 from p2l_engine.evaluation.metrics import Prediction, calibration, difference, figures
 from p2l_engine.evaluation.predictors import compare, predictions, value_figures
@@ -112,6 +115,48 @@ def test_the_truth_is_calibrated_and_beats_the_marginal():
     # An overconfident copy is not.
     sharp = Coefficients(3 * c.theta, c.eta, c.models, c.feedback)
     assert figures(Prediction.of(c.feedback, sharp.theta, sharp.eta, votes), votes, bootstrap=5)["ece"].value > 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sharper", "n", "each"), [(1.0, 100, 10), (1.0, 300, 20), (1.5, 100, 10)])
+def test_the_calibration_errors_interval_covers_the_true_error(sharper, n, each):
+    """450 times for 95%: of a calibrated predictor, whose error is 0, and of an overconfident one."""
+    simulator, found = Simulator.of("grk", 5), []
+    many = simulator.prompts(5000, seed=77)
+    true = 0.0 if sharper == 1 else plain_error(sharpened(simulator.truth(many), simulator.votes(many, 60, seed=5), sharper))
+    for seed in range(150):
+        prompts = simulator.prompts(n, seed=1000 + seed)
+        prediction, votes = sharpened(simulator.truth(prompts), simulator.votes(prompts, each, seed=seed), sharper)
+        top, hit = prediction.probabilities.max(1), hits(prediction.probabilities, votes.outcome.astype(np.int64))
+        error = calibration_error(top, hit, votes.weight, Resampled.of(votes, 200, seed))
+        assert 0 <= error.low <= error.value <= error.high <= 1
+        found.append((error.value, error.low <= true <= error.high))
+    values, covered = np.array(found).T
+    assert 0.88 <= covered.mean() <= 1.0
+    assert np.median(values) == pytest.approx(true, abs=0.015)
+
+
+def sharpened(c, votes, times):
+    return Prediction.of(c.feedback, times * c.theta.astype(np.float64), c.eta, votes), votes
+
+
+def plain_error(of):
+    prediction, votes = of
+    top, hit = prediction.probabilities.max(1), hits(prediction.probabilities, votes.outcome.astype(np.int64))
+    return np.abs(np.bincount(bin_of(top, BINS), top - hit, BINS)).sum() / len(votes)
+
+
+@given(seed=st.integers(0, 10**6), n=st.integers(1, 40), each=st.integers(1, 4))
+@settings(max_examples=12, deadline=None)
+def test_the_calibration_errors_interval_holds_its_estimate(seed, n, each):
+    simulator = Simulator.of("grk", 3, seed=seed % 7)
+    prompts = simulator.prompts(n, seed=seed)
+    c, votes = simulator.truth(prompts), simulator.votes(prompts, each, seed=seed)
+    weight = np.random.default_rng(seed).random(len(votes)) ** 3
+    votes = Votes.make(votes.prompts, votes.models, votes.prompt, votes.a, votes.b, votes.outcome, weight)
+    error = figures(Prediction.of(c.feedback, c.theta, c.eta, votes), votes, bootstrap=30)["ece"]
+    assert 0 <= error.low <= error.value <= error.high <= 1
+    assert figures(Prediction.constant(4, len(votes)), votes, bootstrap=30)["ece"].value == pytest.approx(0, abs=1e-12)
 
 
 def test_a_bin_that_no_sample_holds_has_the_widest_interval():
