@@ -96,8 +96,8 @@ def main() -> None:
     if arguments.csv:
         with arguments.csv.open("w", newline="") as file:
             writer = csv.writer(file)
-            times = (f"{call}_p{percentile}_ms" for call in ("reserve", "settle") for percentile in (50, 99))
-            writer.writerow(("store", "processes", "threads", "requests_per_second", *times, "machine"))
+            names = (f"{call}_p{percentile}_ms" for call in ("reserve", "settle") for percentile in (50, 99))
+            writer.writerow(("store", "processes", "threads", "requests_per_second", *names, "machine"))
             writer.writerows((*row, machine()) for row in rows)
 
 

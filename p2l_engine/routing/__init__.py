@@ -105,8 +105,8 @@ def solve_budget(
     # Services call this for every prompt: straight to the hull.
     w = arrays.matrix("v", v)
     row = Row("budget", arrays.costs(costs, w.shape), arrays.budgets(budget, len(w)))
-    indices, *columns = solve_chunk(row, w, None, 0)
-    return _like(Policies(indices, *columns, mixed_costs=of_models(row.amounts, indices)), v)
+    indices, probabilities, value, cost = solve_chunk(row, w, None, 0)
+    return _like(Policies(indices, probabilities, value, cost, mixed_costs=of_models(row.amounts, indices)), v)
 
 
 def solve_batch_budget(

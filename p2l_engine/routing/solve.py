@@ -142,8 +142,8 @@ def _frontier(problem: Problem, why: str) -> Policies:
         start += len(v)
     if not parts:
         return _none("frontier", why)
-    *columns, mixed = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return Policies(*columns, solver="frontier", why=why, mixed_costs=mixed)
+    indices, probabilities, value, cost, mixed = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return Policies(indices, probabilities, value, cost, "frontier", why, mixed_costs=mixed)
 
 
 def _none(solver: str, why: str) -> Policies:

@@ -77,6 +77,7 @@ class Database:
             "pool_size": self._connections,
             "max_overflow": 0,
         }
+        arguments: dict[str, Any]
         if self.is_sqlite:
             arguments = {"timeout": self._timeout, "isolation_level": None, "check_same_thread": False}
             engine = create_engine(self._url, connect_args=arguments, **options)

@@ -55,7 +55,7 @@ class Ledger:
     @contextmanager
     def accounts(self, windows: Mapping[str, Window]) -> Iterator[Books]:
         """A transaction on these accounts, which are up to date and locked until it ends; missing ones are made."""
-        empty = {"start": BEFORE_ALL, "seen": 0, "spent": 0, "held": 0, "due": None, "notices": {}}
+        empty: dict[str, Any] = {"start": BEFORE_ALL, "seen": 0, "spent": 0, "held": 0, "due": None, "notices": {}}
         for _ in range(2):
             with self.database.begin() as connection:
                 rows = self._lock(connection, sql.BY_NAME, {"names": list(windows)})
@@ -115,7 +115,7 @@ class Books:
             account.held -= sum(hold.worst for hold in expired if hold.start == account.start)
             self._connection.execute(sql.EXPIRE, which)
             if account.window.kind == "rolling":
-                account.spent -= int(self._connection.scalar(sql.OLD_STEPS, which))
+                account.spent -= int(self._connection.scalar(sql.OLD_STEPS, which) or 0)
                 self._connection.execute(sql.DROP_STEPS, which)
             account.due = self._connection.scalar(sql.DUE, which)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from sqlalchemy import (
     JSON,
     BigInteger,
+    BindParameter,
     Boolean,
     Column,
     Index,
@@ -68,7 +69,7 @@ PAST = Table(
 
 # Statements, built once: SQLAlchemy takes longer to build one than SQLite to run it. Except in SAVE, no parameter of
 # an update has a column's name: it would set that column.
-ONE = bindparam("of")
+ONE: BindParameter[str] = bindparam("of")
 LOCKED = select(ACCOUNT).order_by(ACCOUNT.c.name).with_for_update()
 BY_NAME = LOCKED.where(ACCOUNT.c.name.in_(bindparam("names", expanding=True)))
 BY_TOKEN = LOCKED.where(ACCOUNT.c.name.in_(select(HOLD.c.account).where(HOLD.c.token == bindparam("token"))))
@@ -81,7 +82,7 @@ GONE = (HOLD.c.account == ONE) & (HOLD.c.leaves <= bindparam("now"))
 EXPIRED = select(HOLD.c.start, HOLD.c.worst).where(GONE)
 EXPIRE = update(HOLD).where(GONE).values(leaves=None, expired=True)
 OLD = (STEP.c.account == ONE) & (STEP.c.leaves <= bindparam("now"))
-OLD_STEPS = select(func.coalesce(func.sum(STEP.c.amount), 0)).where(OLD)
+OLD_STEPS = select(func.sum(STEP.c.amount)).where(OLD)
 DROP_STEPS = delete(STEP).where(OLD)
 # What leaves an account by itself: the sum up to each time.
 LEAVING = union_all(

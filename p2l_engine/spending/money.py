@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from decimal import Decimal
 from fractions import Fraction
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -37,7 +37,7 @@ def shown(billionths: int) -> str:
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
-def _ratio(name: str, amount: Money) -> tuple[int, int]:
+def _ratio(name: str, amount: Any) -> tuple[int, int]:
     """The amount as a fraction. A float is the shortest decimal that prints as it: 0.1 is one tenth."""
     number = isinstance(amount, int | float | Decimal | Fraction | np.integer | np.floating) and not isinstance(amount, bool)
     if isinstance(amount, Decimal):
@@ -49,4 +49,5 @@ def _ratio(name: str, amount: Money) -> tuple[int, int]:
         return Decimal(str(amount)).as_integer_ratio()
     if isinstance(amount, Decimal) and amount.adjusted() < -30:
         return int(amount > 0), 10**30  # rounds like it
-    return (int(amount) if isinstance(amount, np.integer) else amount).as_integer_ratio()
+    exact = Fraction(int(amount)) if isinstance(amount, int | np.integer) else Fraction(amount)
+    return exact.numerator, exact.denominator
