@@ -17,6 +17,7 @@ import yaml
 from bench import (
     batch,
     batch_budgets,
+    coverage,
     demo,
     kernels,
     latency,
@@ -271,3 +272,11 @@ def test_a_learning_curve_is_drawn(tmp_path):
     rows = [(0.5, 10, 30, "p2l", "log_loss", 1.2, 1.1, 1.3), (1.0, 20, 60, "p2l", "log_loss", 1.0, 0.9, 1.1)]
     learning_curve.draw(rows, tmp_path / "curve.svg")
     assert "<svg" in (tmp_path / "curve.svg").read_text()
+
+
+@pytest.mark.slow
+def test_coverage_runs_to_the_end(tmp_path, monkeypatch):
+    run(monkeypatch, coverage, "--prompts", 5, 6, "--repeats", 2, "--population", 500, "--csv", tmp_path / "rows.csv")
+    rows = list(csv.DictReader((tmp_path / "rows.csv").open()))
+    assert len({row["what"] for row in rows}) == len(rows) / 2 == 9
+    assert all(0 <= float(row["covered"]) <= 1 for row in rows)
