@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1e-9  # HiGHS's feasibility tolerances
 MAGNIFIED = 2.0**20  # the scale of the second solution: rows hold to TOLERANCE / MAGNIFIED
-FEW_ROWS = 500
+FEW_ROWS = 500  # up to which interior points take less than a second
 SMALLEST = 1e-14  # a smaller variable, or excess of a row, is the solver's rounding; relative to bounds above 1
 SMALLEST_PRICE = 1e-12  # the same of a variable's reduced value
 SMALLEST_COEFFICIENT = 1e-12  # HiGHS drops smaller ones; its default is 1e-9
