@@ -20,15 +20,14 @@ def components(edges: npt.NDArray[np.bool_], connection: Literal["weak", "strong
 
 def reachable(edges: npt.NDArray[np.bool_], start: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
     """Whether there is a path along the edges [M, M] from some node of ``start`` [M] to each node [M]."""
-    found: npt.NDArray[np.bool_] = _closure(edges)[start].any(0)
-    return found
+    return np.asarray(_closure(edges)[start].any(0))
 
 
 def _closure(edges: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
     """[M, M]: whether there is a path from the row's node to the column's, of any length, or of none."""
-    reaches = edges | np.eye(len(edges), dtype=bool)
+    reaches: npt.NDArray[np.bool_] = edges | np.eye(len(edges), dtype=np.bool_)
     while True:  # paths of twice the length each time
-        further = reaches.astype(np.float32) @ reaches.astype(np.float32) > 0
+        further = np.asarray(reaches.astype(np.float32) @ reaches.astype(np.float32) > 0)
         if (further == reaches).all():
             return reaches
         reaches = further

@@ -152,10 +152,10 @@ def optimum(highs: highspy.Highs, what: str) -> Any:
         status = highs.getModelStatus()
     if status in (statuses.kInfeasible, statuses.kUnboundedOrInfeasible):
         raise NoPolicy
-    info = highs.getInfo()
+    info: Any = highs.getInfo()  # its type lacks some fields
     # Unknown: optimal, but for tolerances that no double meets where variables are eleven orders apart. Callers check the rows.
     if status != statuses.kOptimal and not (status == statuses.kUnknown and info.primal_dual_objective_error <= TOLERANCE):
-        gap = abs(float(info.primal_dual_objective_error)) if info.primal_solution_status == 2 else None  # type: ignore[attr-defined]
+        gap = abs(float(info.primal_dual_objective_error)) if info.primal_solution_status == 2 else None
         reached = "no feasible policy yet" if gap is None else f"relative primal-dual gap {gap:.3g}"
         kind = TimeLimit if status == statuses.kTimeLimit else SolverError
         raise kind(f"{what}: HiGHS stopped with status {highs.modelStatusToString(status)!r}, {reached}", gap)
