@@ -79,6 +79,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=positive, nargs="+", default=[5, 10, 20, 50, 1000], help="prompts of a sample")
     parser.add_argument("--repeats", type=positive, default=400, help="samples")
     parser.add_argument("--population", type=positive, default=200_000, help="prompts that the truth is computed from")
+    parser.add_argument("--what", default="", help="only what has this in its name, such as 'leaderboard, bt'")
     parser.add_argument("--csv", type=Path, help="also write the rows here")
     arguments = parser.parse_args()
     console, rows = Console(), []
@@ -86,12 +87,14 @@ def main() -> None:
     for column in ("what", *(f"{n:,} prompts" for n in arguments.prompts)):
         shown.add_column(column, justify="left" if column == "what" else "right")
     for what, sample in samplers(arguments.population):
+        if arguments.what not in what:
+            continue
         found = [measure(what, n, max(2, arguments.repeats), sample) for n in arguments.prompts]
         shown.add_row(what, *(f"{row.covered:.3f}" for row in found))
         console.print(f"{what}: {', '.join(f'{row.covered:.3f}' for row in found)}")
         rows += found
     console.print(shown)
-    if arguments.csv:
+    if arguments.csv and rows:
         write_rows(arguments.csv, rows, torch.device("cpu"))
 
 

@@ -20,14 +20,14 @@ def components(edges: npt.NDArray[np.bool_], connection: Literal["weak", "strong
 
 def reachable(edges: npt.NDArray[np.bool_], start: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
     """Whether there is a path along the edges [M, M] from some node of ``start`` [M] to each node [M]."""
-    return np.asarray(_closure(edges)[start].any(0))
+    return np.asarray(_closure(edges)[start].any(axis=0), np.bool_)
 
 
 def _closure(edges: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
     """[M, M]: whether there is a path from the row's node to the column's, of any length, or of none."""
-    reaches: npt.NDArray[np.bool_] = edges | np.eye(len(edges), dtype=np.bool_)
+    reaches = edges | np.eye(len(edges), dtype=bool)
     while True:  # paths of twice the length each time
-        further = np.asarray(reaches.astype(np.float32) @ reaches.astype(np.float32) > 0)
+        further = reaches.astype(np.float32) @ reaches.astype(np.float32) > 0
         if (further == reaches).all():
             return reaches
         reaches = further

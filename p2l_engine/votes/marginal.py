@@ -126,8 +126,8 @@ def marginal_leaderboard(
 def _weight_on(votes: Votes) -> npt.NDArray[np.float64]:
     """[M, P]: the weight of the votes on each model and prompt."""
     m, p = len(votes.models), len(votes.prompts)
-    on = [np.bincount(of * p + votes.prompt, votes.weight, m * p) for of in (votes.a, votes.b)]
-    return np.asarray(on[0] + on[1], np.float64).reshape(m, p)
+    first, second = (np.bincount(of * p + votes.prompt, votes.weight, m * p) for of in (votes.a, votes.b))
+    return np.asarray(first + second, np.float64).reshape(m, p)
 
 
 def _one_sided(
