@@ -48,7 +48,7 @@ class Router(Chooser):
         super().__init__(engine.models, engine.feedback, catalog, opponents, seed, unmatched, objective)
         self.engine = engine
         self._batcher = Batcher(engine, wait)
-        # Stops the batcher's thread with the router. Calls keep their router alive, so none is in flight then, and the join
+        # Stops the batcher's thread with the router. Calls keep their router alive, so none is running then, and the join
         # returns at once; at the interpreter's exit it lets the last calls finish.
         weakref.finalize(self, self._batcher.close)
 
@@ -76,7 +76,7 @@ class Router(Chooser):
         return time.perf_counter() - start
 
     def close(self) -> None:
-        """Finishes the calls in flight and takes no more; ``route_batch`` still works."""
+        """Finishes the running calls and takes no more; ``route_batch`` still works."""
         self._batcher.close()
 
     def __enter__(self) -> Router:

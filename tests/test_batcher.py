@@ -133,7 +133,7 @@ def test_a_cancelled_call_takes_nothing_from_the_others():
     assert engine.entered.wait(60)
     dropped, kept = batcher.submit("bb", length), batcher.submit("ccc", length)
     assert dropped.cancel()
-    assert not first.cancel()  # in flight
+    assert not first.cancel()  # it is running
     engine.gate.set()
     assert (first.result(60), kept.result(60)) == (1, 3)
     with pytest.raises(CancelledError):

@@ -232,7 +232,7 @@ class Engine:
 
         stage: hidden [n, D] and the rows of the n prompts -> tensors [n, ...] on the engine's device; it must not wait for the
         device. Yields the rows, and the tensors as arrays. Every prompt comes once; a batch holds prompts of similar length.
-        A thread tokenises the next chunk meanwhile, and on a GPU several batches are in flight. Raises PromptError, and
+        A thread tokenises the next chunk meanwhile, and on a GPU several batches run at once. Raises PromptError, and
         TypeError as ``coefficients`` does.
         """
         turns = parse_batch(prompts)

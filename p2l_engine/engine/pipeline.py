@@ -71,7 +71,7 @@ def in_flight_batches(
     """Launches each chunk's prompts in batches of similar length, and yields the batches in the order of their launch.
 
     Up to ``most_in_flight`` batches are launched before the first is yielded. None in place of a chunk says that the next one
-    is not ready: all batches in flight are yielded first.
+    is not ready: all pending batches are yielded first.
     """
     in_flight: deque[InFlightBatch] = deque()
     start = 0

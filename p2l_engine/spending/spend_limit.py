@@ -40,7 +40,7 @@ class SpendLimit:
     transaction; otherwise a power cut may forget the last moments. PostgreSQL has its own setting.
 
     lifetime: how long a reservation counts that is neither settled nor released, a timedelta: longer than any request lasts, so
-    that only those of dead processes expire. Their requests may have cost money that nobody reports. A settlement after the
+    that only those of dead processes expire. Their requests may have cost money that is never reported. A settlement after the
     expiry is still counted, and may exceed the limit by what was spent meanwhile. None: reservations never expire, and limits
     hold whatever dies.
 
