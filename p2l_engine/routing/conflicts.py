@@ -77,7 +77,7 @@ def over_batch(problem: Problem) -> Infeasible:
 
 
 def _proven(problem: Problem, n: int, m: int) -> Sequence[Row]:
-    """As few of the batch rows as their surplus proves infeasible, at no LP; all of them where it does not."""
+    """As few of the batch rows as their surplus proves infeasible, without an LP; all of them where it does not."""
 
     def infeasible(some: Sequence[Row]) -> bool:
         try:

@@ -188,7 +188,7 @@ def _sift(batch: Batch, deadline: float, gap: float, rounds: int) -> tuple[Found
         exceeded = bool((improved.excess > total * slack).any())
         found = None if sampled else improved
     unmet = " and rows unmet" if exceeded else ""
-    raise SolverError(f"the gap stayed at of {reached:.3g}{unmet}", reached)
+    raise SolverError(f"the gap stayed at {reached:.3g}{unmet}", reached)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -250,7 +250,7 @@ def _improve(
     totals = np.array([total * float(row.extra) for row in batch.rows]) - rest
     rows = [row.of(opened.prompts) for row in batch.rows]
     limit = None if time_limit == np.inf else time_limit
-    left, spent = np.maximum(totals, 0.0), np.maximum(-totals, 0.0)  # what the others exceed a row by is no matter of this LP
+    left, spent = np.maximum(totals, 0.0), np.maximum(-totals, 0.0)  # no choice here mends what the others exceed
     try:
         solved = highs.solve_block(opened.noisy, opened.columns, (), rows, left, penalty, opened.weights, limit)
     except NoPolicy:  # elastic rows can always be met

@@ -120,9 +120,9 @@ def complete(reduced: Reduced, prices: Float64, values: Values, allowed: Mask | 
             ratios = np.stack([np.where(a > 0, a / row.extra, 0.0) for a, row in zip(amounts, reduced.over, strict=True)])
             first = ratios.argmax(axis=0)
             for k, a in enumerate(amounts):
-                dear = barred & (first == k) & (ratios[k] * LEAST_BOUGHT > 0.5) & (gain > 0)
-                if dear.any():
-                    raised[k] = max(raised[k], prices[k] + float((gain[dear] / a[dear]).max()))
+                preferred = barred & (first == k) & (ratios[k] * LEAST_BOUGHT > 0.5) & (gain > 0)
+                if preferred.any():
+                    raised[k] = max(raised[k], prices[k] + float((gain[preferred] / a[preferred]).max()))
     return raised
 
 

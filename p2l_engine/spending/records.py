@@ -51,8 +51,8 @@ class Balance:
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """One that is neither settled nor released: its request is running, or its process died. limits: those that it was made in; late:
-    whether it no longer counts towards one of them (see ``Settlement``)."""
+    """One that is neither settled nor released: its request is running, or its process died. limits: those that it was made in;
+    late: whether it no longer counts towards one of them (see ``Settlement``)."""
 
     token: str
     limits: tuple[str, ...]
