@@ -83,7 +83,11 @@ def test_what_does_not_fit_is_refused():
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.lists(st.tuples(st.integers(1, 9), st.booleans()), min_size=1, max_size=8), st.integers(0, 4), st.integers(0, 6))
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.booleans()), min_size=1, max_size=8),
+    st.integers(0, 4),
+    st.none() | st.tuples(st.integers(0, 6), st.integers(1, 5)),
+)
 def test_packing_puts_every_token_and_key_in_its_place(shapes, p, extra):
     prefix = np.arange(100, 100 + p, dtype=np.int32) if p else None
     prompts = [
@@ -91,11 +95,12 @@ def test_packing_puts_every_token_and_key_in_its_place(shapes, p, extra):
         for i, (n, begins) in enumerate(shapes, 1)
     ]
     shared = [p if begins else 0 for _, begins in shapes]
-    fill = sum(map(len, prompts)) - sum(shared) + extra if extra else 0
+    size = (sum(map(len, prompts)) - sum(shared), len(prompts))
+    fill = (size[0] + extra[0], size[1] + extra[1]) if extra else None
     packed = Packed.of(prompts, prefix, fill)
-    assert packed.shared[: len(prompts)] == tuple(shared)
-    assert len(packed) == len(prompts) + bool(fill)
-    assert len(packed.tokens) == (fill or sum(map(len, prompts)) - sum(shared))
+    assert packed.shared == (*shared, *[p] * (len(packed) - len(prompts)))
+    assert (len(packed.tokens), len(packed)) == (fill or size)
+    assert len(packed.sources) == len(packed.tokens) + sum(packed.shared)
     keys = np.concatenate([packed.tokens.numpy(), prefix if prefix is not None else []])[packed.sources.numpy()]
     if prefix is not None:  # row -1 - s of the prefix
         negative = packed.sources.numpy() < 0

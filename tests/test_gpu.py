@@ -13,7 +13,7 @@ from bench import subjects
 from bench.peers import Transformers
 from p2l_engine import Engine
 from p2l_engine.backbone.packing import Packed
-from p2l_engine.engine.graphs import BUCKETS
+from p2l_engine.engine.graphs import BUCKETS, Graphs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")]
 
@@ -41,23 +41,57 @@ def test_theta_is_that_of_transformers(pair):
     assert (theirs.max(1) - chosen < 5e-2 * scale).mean() >= 0.99
 
 
+def same_as_eager(engine, prompts, graphs=None):
+    """Whether a graph ran the prompts; if so, its outputs are those of an eager pass."""
+    graphed = (graphs or engine._graphs).run(prompts)
+    if graphed is None:
+        return False
+    with torch.inference_mode():
+        eager = engine.outputs(engine.backbone(Packed.of(prompts, engine.backbone.prefix).to(CUDA))).cpu().numpy()
+    # Products of other widths round otherwise: 0.4% of a deviation on average, 7% at most.
+    np.testing.assert_allclose(graphed.outputs, eager, atol=0.15 * eager.std())
+    assert np.abs(graphed.outputs - eager).mean() < 2e-2 * eager.std()
+    return True
+
+
 def test_a_graph_gives_what_an_eager_pass_gives(pair, rng):
     engine, _ = pair
     prefix = engine.backbone.prefix
-    for own in sorted({1, 2, 3, *BUCKETS, *(b + 1 for b in BUCKETS), *(b - 1 for b in BUCKETS)}):
-        ids = np.concatenate([prefix, rng.integers(0, 8000, own)]).astype(np.int32)
-        graphed = engine._graphs.run(ids)
-        assert (graphed is None) == (own > BUCKETS[-1])
-        if graphed is not None:
-            with torch.inference_mode():
-                eager = engine.outputs(engine.backbone(Packed.of([ids], prefix).to(CUDA))).cpu().numpy()[0]
-            # Products of other widths round otherwise: 0.4% of a deviation on average, 7% at most.
-            np.testing.assert_allclose(graphed, eager, atol=0.15 * eager.std())
-            assert np.abs(graphed - eager).mean() < 2e-2 * eager.std()
-    for own in (1, 5, BUCKETS[-1] - len(prefix)):  # not behind the prefix
+
+    def prompts(*lengths):
+        return [np.concatenate([prefix, rng.integers(0, 8000, own)]).astype(np.int32) for own in lengths]
+
+    longest = max(b.longest for b in BUCKETS)
+    lengths = sorted({1, 2, 3, *(b.longest + d for b in BUCKETS for d in (-1, 0, 1))})
+    for own in lengths:
+        assert same_as_eager(engine, prompts(own)) == (own <= longest)
+    for b in BUCKETS:
+        most = b.prompts - 1
+        for n in {1, 2, most // 2, most} - {0}:
+            each = min(b.tokens // n, b.longest)
+            assert same_as_eager(engine, prompts(*[each] * n))
+            assert same_as_eager(engine, prompts(*rng.integers(1, each + 1, n)))
+    assert same_as_eager(engine, prompts(*[1] * engine._graphs.most_prompts))
+    assert not same_as_eager(engine, prompts(*[1] * (engine._graphs.most_prompts + 1)))
+    assert not same_as_eager(engine, prompts(1000, 1000, 1000, 1000, 97))
+    for own in (1, 5, longest - len(prefix)):  # not behind the prefix
         ids = np.arange(own + len(prefix), dtype=np.int32)
-        assert engine._graphs.run(ids) is None
+        assert engine._graphs.run([ids]) is None
+        assert engine._graphs.run([*prompts(7), ids]) is None
         assert np.isfinite(engine.forward([ids])).all()
+
+
+def test_graphs_without_a_shared_prefix(pair, rng):
+    engine, _ = pair
+    decoder = engine.backbone
+    prefix, kv = decoder.prefix, decoder.prefix_kv
+    decoder.share(None)
+    try:
+        graphs = Graphs(lambda packed: engine.outputs(decoder(packed)), None, CUDA, decoder.rope(0))
+        for lengths in ([1], [5, 5], [64], [3, 30, 300], [1] * graphs.most_prompts):
+            assert same_as_eager(engine, [rng.integers(0, 8000, n).astype(np.int32) for n in lengths], graphs)
+    finally:
+        decoder.prefix, decoder.prefix_kv = prefix, kv  # the tensors that the engine's graphs read
 
 
 def test_nothing_compiles_after_the_warm_up(pair, caplog):

@@ -52,18 +52,20 @@ class Packed:
     longest: int
 
     @classmethod
-    def of(cls, prompts: Sequence[Tokens], prefix: Tokens | None = None, fill: int = 0, pin: bool = False) -> Packed:
+    def of(
+        cls, prompts: Sequence[Tokens], prefix: Tokens | None = None, fill: tuple[int, int] | None = None, pin: bool = False
+    ) -> Packed:
         """Packs prompts of at least one token each, without the prefix where a prompt starts with it and continues.
 
-        fill: pads the batch to this many tokens with one more prompt, so that all such batches have the same sizes. pin: use
-        page-locked memory, from which ``to`` copies asynchronously.
+        fill: pads the batch to this many tokens and prompts, with one more prompt at least, so that all such batches have the
+        same sizes if all prompts share the prefix. pin: use page-locked memory, from which ``to`` copies asynchronously.
         """
         p = 0 if prefix is None else len(prefix)
         shares = [shared_with(ids, prefix) for ids in prompts]
         own = [ids[s:] for ids, s in zip(prompts, shares, strict=True)]
         if fill:
-            own.append(np.zeros(fill - sum(map(len, own)), np.int32))
-            shares.append(0)
+            own += np.array_split(np.zeros(fill[0] - sum(map(len, own)), np.int32), fill[1] - len(own))
+            shares += [p] * (fill[1] - len(shares))
         lengths, shared = np.array([len(ids) for ids in own]), np.array(shares)
         starts, before = np.concatenate([[0], lengths.cumsum()]), np.concatenate([[0], shared.cumsum()])
         total, keys = int(starts[-1]), int(starts[-1] + before[-1])

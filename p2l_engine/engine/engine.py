@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import date as Date
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +25,7 @@ from p2l_engine.engine import cpu
 from p2l_engine.engine.compile_watch import CompileWatch
 from p2l_engine.engine.device import as_device, as_dtype
 from p2l_engine.engine.graphs import Graphs
-from p2l_engine.engine.pipeline import InFlightBatch, in_flight_batches, prefetch
+from p2l_engine.engine.pipeline import InFlightBatch, Outputs, in_flight_batches, prefetch
 from p2l_engine.errors import CheckpointError
 from p2l_engine.prompts.encode import MAX_TOKENS, PromptEncoder
 from p2l_engine.prompts.parse import Prompt, parse_batch
@@ -39,14 +39,6 @@ LEAST_PREFIX = 8  # tokens: sharing a shorter prefix costs more than it saves
 Stage = Callable[[Tensor, npt.NDArray[np.intp]], tuple[Tensor, ...]]
 
 logger = logging.getLogger(__name__)
-
-
-class Outputs(NamedTuple):
-    """The head's outputs [n, K] float32 for n prompts (see ``Head.split``), and the number of tokens that were computed for
-    them, without those of a shared prefix."""
-
-    outputs: npt.NDArray[np.float32]
-    tokens: int
 
 
 class Engine:
@@ -133,14 +125,14 @@ class Engine:
                 progress(1)
             return self.coefficients_of(out)
         out = np.empty((len(turns), self.head.width), np.float32)
-        for rows, (part,) in self.stream(turns, lambda hidden, _: (self.outputs(hidden),)):
+        for rows, (part,) in self.stream(turns):
             out[rows] = part
             if progress is not None:
                 progress(len(rows))
         return self.coefficients_of(out)
 
     def forward(self, tokens: Sequence[Tokens]) -> npt.NDArray[np.float32]:
-        """The outputs [n, K] of tokenised prompts, in one batch; a single prompt runs in a CUDA graph where one fits it.
+        """The outputs [n, K] of tokenised prompts, in one batch; a short one runs in a CUDA graph.
 
         tokens: as ``encoder.encode`` returns them, at least one token each. Raises ValueError for a prompt without tokens, or
         with more than the backbone has positions.
@@ -154,12 +146,7 @@ class Engine:
                 raise ValueError(
                     f"tokens[{i}]: expected at most {self.backbone.positions} tokens, the backbone's positions, got {len(ids)}"
                 )
-        if self._graphs is not None and len(tokens) == 1:
-            out = self._graphs.run(tokens[0])
-            if out is not None:
-                return out[None]
-        every = np.arange(len(tokens))
-        (outputs,) = self._launch(every, list(tokens), lambda hidden, _: (self.outputs(hidden),)).wait()[1]
+        (outputs,) = self._launch(np.arange(len(tokens)), list(tokens)).wait()[1]
         return np.asarray(outputs)
 
     def outputs(self, hidden: Tensor) -> Tensor:
@@ -226,14 +213,14 @@ class Engine:
         return time.perf_counter() - start
 
     def stream(
-        self, prompts: Sequence[Prompt], stage: Stage
+        self, prompts: Sequence[Prompt], stage: Stage | None = None
     ) -> Iterator[tuple[npt.NDArray[np.intp], tuple[npt.NDArray[Any], ...]]]:
         """The results of ``stage`` on the prompts' hidden states, batch by batch.
 
         stage: hidden [n, D] and the rows of the n prompts -> tensors [n, ...] on the engine's device; it must not wait for the
-        device. Yields the rows, and the tensors as arrays. Every prompt comes once; a batch holds prompts of similar length.
-        A thread tokenises the next chunk meanwhile, and on a GPU several batches run at once. Raises PromptError, and
-        TypeError as ``coefficients`` does.
+        device. None: the head's outputs [n, K]. Yields the rows, and the tensors as arrays. Every prompt comes once; a batch
+        holds prompts of similar length. A thread tokenises the next chunk meanwhile, and on a GPU several batches run at once.
+        Raises PromptError, and TypeError as ``coefficients`` does.
         """
         turns = parse_batch(prompts)
         rows = range(len(turns))
@@ -269,18 +256,18 @@ class Engine:
                 yield tokens
 
         found = before = computed = 0
-        for batch in self._in_flight(counted(), lambda hidden, _: (self.outputs(hidden),)):
+        for batch in self._in_flight(counted(), None):
             rows, (part,) = batch.wait()
             if not found:
                 out = np.empty((sizes[0], part.shape[1]), np.float32)
             out[rows - before] = part
-            found, computed = found + len(rows), computed + sum(batch.packed.lengths)
+            found, computed = found + len(rows), computed + batch.tokens
             if found == sizes[0]:
                 out[refused.popleft()] = np.nan
                 yield Outputs(out, computed)
                 before, found, computed = before + sizes.popleft(), 0, 0
 
-    def _in_flight(self, chunks: Iterable[list[Tokens] | None], stage: Stage) -> Iterator[InFlightBatch]:
+    def _in_flight(self, chunks: Iterable[list[Tokens] | None], stage: Stage | None) -> Iterator[InFlightBatch]:
         return in_flight_batches(
             chunks,
             lambda rows, tokens: self._launch(rows, tokens, stage),
@@ -289,17 +276,21 @@ class Engine:
             BATCHES_IN_FLIGHT if self.device.type == "cuda" else 0,
         )
 
-    def _launch(self, rows: npt.NDArray[np.intp], tokens: list[Tokens], stage: Stage) -> InFlightBatch:
+    def _launch(self, rows: npt.NDArray[np.intp], tokens: list[Tokens], stage: Stage | None = None) -> InFlightBatch:
+        if stage is None and self._graphs is not None and (done := self._graphs.run(tokens)) is not None:
+            return InFlightBatch(rows, done.tokens, (torch.from_numpy(done.outputs),))
         on_gpu = self.device.type == "cuda"
         packed = Packed.of(tokens, self.backbone.prefix, pin=on_gpu)
+        computed = sum(packed.lengths)
         with torch.inference_mode(), self._on_device():
-            results = stage(self.backbone(packed.to(self.device)), rows)
+            hidden = self.backbone(packed.to(self.device))
+            results = (self.outputs(hidden),) if stage is None else stage(hidden, rows)
             if not on_gpu:
-                return InFlightBatch(rows, packed, results, None)
+                return InFlightBatch(rows, computed, results)
             copies = tuple(torch.empty(r.shape, dtype=r.dtype, pin_memory=True).copy_(r, non_blocking=True) for r in results)
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(self.device))
-        return InFlightBatch(rows, packed, copies, event)
+        return InFlightBatch(rows, computed, copies, packed, event)
 
     def _on_device(self) -> AbstractContextManager[object]:
         """Makes the engine's device the thread's current one, which Triton and new streams use."""

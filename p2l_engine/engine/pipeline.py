@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,14 +21,27 @@ Chunk = TypeVar("Chunk", bound=Sequence[Any])
 PREFETCHED_CHUNKS = 2
 
 
+class Outputs(NamedTuple):
+    """The head's outputs [n, K] float32 for n prompts (see ``Head.split``), and the number of tokens that were computed for
+    them, without those of a shared prefix."""
+
+    outputs: npt.NDArray[np.float32]
+    tokens: int
+
+
 @dataclass(frozen=True, slots=True)
 class InFlightBatch:
-    """A batch that the device may still be computing. It holds the tokens' page-locked memory until the copy is done."""
+    """A batch that the device may still be computing.
+
+    tokens: that are computed for it, without those of a shared prefix; held: the tokens' page-locked memory, until the copy is
+    done; event: None if the results are there.
+    """
 
     rows: Rows
-    packed: Packed
+    tokens: int
     results: tuple[Tensor, ...]
-    event: torch.cuda.Event | None
+    held: Packed | None = None
+    event: torch.cuda.Event | None = None
 
     def wait(self) -> tuple[Rows, tuple[npt.NDArray[Any], ...]]:
         """The rows of the prompts and their results, once the device has finished."""
