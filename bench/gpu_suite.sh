@@ -4,8 +4,8 @@
 #
 #   bench/gpu_suite.sh [FOLDER_OF_WHEELS] [FOLDER_OF_RESULTS]        (defaults: .whl, bench/results/gpu)
 #
-# Needs python3 with torch, triton, transformers, setuptools, wheel and pytest, a C compiler, and wheels of cffi, pycparser and
-# highspy. Installs into a folder of its own, not into that python3. Seven files of results at most.
+# Needs python3 with torch, triton, transformers, setuptools, wheel and pytest, a C compiler, and wheels of cffi, pycparser,
+# highspy and sqlalchemy. Installs into a folder of its own, not into that python3. Seven files of results at most.
 set -u -o pipefail
 cd "$(dirname "$0")/.."
 wheels=${1:-.whl}
@@ -41,11 +41,12 @@ step install 60 python3 -m pip install -q --no-index --no-deps --no-build-isolat
 rm -rf build
 python3 -c "import p2l_engine.kernels, p2l_engine._native; print(p2l_engine.__file__)" || { echo "== no package to test"; exit 1; }
 pytest=(python3 -m pytest -rfE --tb=short --no-header -p no:cacheprovider --import-mode=importlib)
-step "tests of the kernels" 90 "${pytest[@]}" tests/test_kernels.py -k gpu
-step throughput 200 python3 -m bench.throughput --model smollm2-135m qwen2.5-0.5b qwen2.5-1.5b qwen2.5-7b --csv "$results/throughput.csv"
-step latency 120 python3 -m bench.latency --model smollm2-135m qwen2.5-0.5b qwen2.5-1.5b qwen2.5-7b \
+step "tests of the kernels" 100 "${pytest[@]}" tests/test_kernels.py -k gpu
+step throughput 230 python3 -m bench.throughput --model smollm2-135m qwen2.5-0.5b qwen2.5-1.5b qwen2.5-7b --peer-count 2000 \
+    --rounds 2 --csv "$results/throughput.csv"
+step latency 60 python3 -m bench.latency --model smollm2-135m qwen2.5-0.5b qwen2.5-1.5b qwen2.5-7b \
     --calls 100 --callers 1 8 64 --csv "$results/latency.csv"
-step "tests of the engine" 100 "${pytest[@]}" tests/test_gpu.py
+step "tests of the engine" 60 "${pytest[@]}" tests/test_gpu.py
 step kernels 40 python3 -m bench.kernels --csv "$results/kernels.csv"
 rm -rf "$site"
 echo "== all: $((SECONDS - started)) s, exit $failed"

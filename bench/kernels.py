@@ -1,6 +1,7 @@
 """Each Triton kernel compared with its torch reference implementation on a GPU, with its bandwidth: python -m bench.kernels.
 
 Shapes are those of a batch of 32,768 tokens and 330 prompts at the smallest backbone (135M) and the largest (7B), 130 models.
+The reference of attention is torch's varlen_attn, on 330 prompts of 99 tokens, and on 16 of 2,048.
 Bytes: what has to be read and written once. Medians of Triton's own do_bench, which empties the L2 cache between runs.
 """
 
@@ -10,7 +11,9 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -19,6 +22,7 @@ from torch import Tensor
 
 from bench.setting import write_rows
 from p2l_engine.kernels import (
+    attention,
     bt_score,
     budget_lp,
     pool_head,
@@ -79,6 +83,7 @@ def decoder(d: int, inner: int, heads: int, kv_heads: int, size: int) -> list[Ro
     cos, sin = angles.cos(), angles.sin()
     own = torch.arange(TOKENS, dtype=torch.int32, device="cuda")
     positions = own % 100
+    q, kv = qkv[:, : heads * size].view(TOKENS, heads, size), _half(TOKENS, 2, kv_heads, size)
     return [
         _row("rms_norm", f"{TOKENS} x {d}", 4 * _bytes(x),
              lambda: rms_norm.rms_norm(x, weight, 1e-5, delta), lambda: rms_norm.rms_norm_reference(x, weight, 1e-5, delta)),
@@ -87,7 +92,23 @@ def decoder(d: int, inner: int, heads: int, kv_heads: int, size: int) -> list[Ro
         _row("rotary", f"{TOKENS} x ({heads} + 2 x {kv_heads}) x {size}", 2 * _bytes(qkv),
              lambda: rotary.rotary(qkv, heads, kv_heads, cos, sin, positions, own),
              lambda: rotary.rotary_reference(qkv, heads, kv_heads, cos, sin, positions, own)),
+        *(attend(q, kv, prompts, length) for prompts, length in ((PROMPTS, TOKENS // PROMPTS), (TOKENS // 2048, 2048))),
     ]  # fmt: skip
+
+
+def attend(q: Tensor, kv: Tensor, prompts: int, length: int) -> Row:
+    """Attention of equal prompts, whose tokens are the first of q [T, heads, size] and kv [T, 2, kv heads, size]."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    tokens, (_, heads, size), kv_heads = prompts * length, q.shape, kv.shape[2]
+    q, kv = q[:tokens], kv[:tokens]
+    starts = torch.arange(0, tokens + 1, length, dtype=torch.int32, device="cuda")
+    grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+    return _row(
+        "attention", f"{prompts} x {length} x ({heads} + 2 x {kv_heads}) x {size}", 2 * _bytes(q) + _bytes(kv),
+        lambda: attention.attention(q, kv, starts, starts, length),
+        lambda: varlen_attn(q, kv[:, 0], kv[:, 1], starts, starts, length, length, window_size=(-1, 0), **grouped),
+    )  # fmt: skip
 
 
 def after(d: int) -> list[Row]:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from p2l_engine.kernels import (
+    attention,
     bt_score,
     budget_lp,
     pool_head,
@@ -73,12 +74,27 @@ COMPILED = {
         },
         4,
     ),
+    "attention": (
+        attention._attention_kernel,
+        [BF, "i64", BF, "*i32", "*i32", BF, "fp32", "i32"],
+        {
+            "KEYS": 4, "GROUP": 7, "SIZE": 128, "LAST": False, "BLOCK_Q": attention.ROWS // 8, "BLOCK_GROUP": 8,
+            "BLOCK_SIZE": 128, "BLOCK_KEYS": 32,
+        },
+        4,
+    ),
     "pool_head": (
         pool_head._pool_head_kernel,
+        [BF, "i64", BF, FP, FP, FP, "i32", "fp32"],
+        {"N_COLUMNS": 3584, "HAS_NORM": True, "BLOCK_K": pool_head.BLOCK_K, "BLOCK_D": pool_head.BLOCK_D},
+        4,
+    ),
+    "pool_head, many": (
+        pool_head._pool_head_tiles_kernel,
         [BF, "i64", BF, FP, FP, FP, "i32", "i32", "fp32"],
         {
             "N_COLUMNS": 3584, "HAS_NORM": True,
-            "BLOCK_N": pool_head.BLOCK_N, "BLOCK_K": pool_head.BLOCK_K, "BLOCK_D": pool_head.BLOCK_D,
+            "BLOCK_N": pool_head.BLOCK_N_MANY, "BLOCK_K": pool_head.BLOCK_K_MANY, "BLOCK_D": pool_head.BLOCK_D_MANY,
         },
         4,
     ),

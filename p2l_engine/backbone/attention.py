@@ -1,14 +1,10 @@
-"""Causal attention within each prompt of a packed batch, by torch's own kernels.
+"""Causal attention within each prompt of a packed batch, by torch's own kernels: on CPUs, and in float32 on GPUs.
 
 Queries q [T, heads, size], or [N, heads, size] of the last tokens only; keys and values kv [R, 2, kv heads, size]. A query sees
 the keys up to its own token. A prompt has as many keys as queries, plus those of the shared prefix.
 """
 
 from __future__ import annotations
-
-import inspect
-from functools import cache
-from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -39,24 +35,3 @@ def over_runs(q: Tensor, kv: Tensor, packed: Packed, last: bool, out: Tensor) ->
         out[row : row + rows].view(count, queries, -1, size).copy_(a[:, :, dummies:].transpose(1, 2))
         row, key = row + rows, key + count * keys
     return out
-
-
-@cache
-def _names_grouped_heads() -> bool:
-    """Whether this torch's varlen_attn has the argument ``enable_gqa``; without it, grouped heads always work."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    return "enable_gqa" in inspect.signature(varlen_attn).parameters
-
-
-def varlen(q: Tensor, kv: Tensor, packed: Packed, last: bool) -> Tensor:
-    """All prompts in one call (torch.nn.attention.varlen): CUDA, half precision. [T or N, heads * size]."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    named = _names_grouped_heads() and q.shape[1] != kv.shape[2]
-    n = len(packed)
-    starts = torch.arange(n + 1, dtype=torch.int32, device=q.device) if last else packed.starts
-    options: dict[str, Any] = {"window_size": (-1, -1) if last else (-1, 0)} | ({"enable_gqa": True} if named else {})
-    longest_q = 1 if last else packed.longest_own
-    a: Any = varlen_attn(q, kv[:, 0], kv[:, 1], starts, packed.key_starts, longest_q, packed.longest, **options)
-    return cast(Tensor, a.flatten(1))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from p2l_engine.backbone import attention
+from p2l_engine.backbone.attention import over_runs
 from p2l_engine.backbone.packing import Packed
 from p2l_engine.backbone.weights import Linear
+from p2l_engine.kernels.attention import attention
 from p2l_engine.kernels.rms_norm import rms_norm
 from p2l_engine.kernels.rotary import rotary
 from p2l_engine.kernels.swiglu import swiglu
@@ -26,6 +27,6 @@ class GpuOperations:
 
     def attend(self, q: Tensor, kv: Tensor, packed: Packed, last: bool = False) -> Tensor:
         """See ``attention``."""
-        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-            return attention.varlen(q, kv, packed, last)
-        return attention.over_runs(q, kv, packed, last, q.new_empty(len(q), q.shape[1] * q.shape[2]))
+        if q.dtype in (torch.bfloat16, torch.float16):
+            return attention(q, kv, packed.starts, packed.key_starts, packed.longest_own, last)
+        return over_runs(q, kv, packed, last, q.new_empty(len(q), q.shape[1] * q.shape[2]))

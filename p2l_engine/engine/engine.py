@@ -178,6 +178,10 @@ class Engine:
             self.coefficients(["a" * n for n in (1, 3, 40, 700)])
             self.coefficients(["a"] * 33)
             if self.device.type == "cuda":
+                from p2l_engine.kernels.pool_head import VARIANTS
+
+                for n in VARIANTS:
+                    self.outputs(torch.zeros((n, self.head.weight.shape[1]), dtype=self.dtype, device=self.device))
                 self._fused_up_to = self._fusing_pays()
                 halves = self.dtype in (torch.bfloat16, torch.float16)  # else attention is a call for each length: no one graph
                 if isinstance(self.backbone, PackedDecoder) and halves:

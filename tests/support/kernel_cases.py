@@ -30,6 +30,7 @@ from p2l_engine.backbone.packing import Packed
 from p2l_engine.catalog import CatalogModel
 from p2l_engine.constraints import UNCONSTRAINED, Constraints
 from p2l_engine.kernels import (
+    attention,
     bt_score,
     budget_lp,
     pool_head,
@@ -114,6 +115,26 @@ def case_rotary(device: str) -> None:
             close(got, exact, *near)
 
 
+def case_attention(device: str) -> None:
+    shapes = ((9, 3, 64), (14, 2, 64), (28, 4, 128), (6, 6, 20), (5, 1, 8))
+    floats = {torch.float16: (5e-3, 5e-3), torch.bfloat16: (3e-2, 2e-2)}
+    if device == "cpu":
+        del floats[torch.bfloat16]  # the interpreter cannot multiply it
+    for (heads, keys, size), n, (dtype, near), last in itertools.product(shapes, (1, 5), floats.items(), (False, True)):
+        own = torch.randint(0, 100, (n,)) if n > 1 else torch.tensor([130])
+        shared = torch.randint(0, 2, (n,)) * 22
+        starts = torch.cat([torch.zeros(1), own.cumsum(0)]).int().to(device)
+        key_starts = torch.cat([torch.zeros(1), (own + shared).cumsum(0)]).int().to(device)
+        rows = n if last else int(own.sum())
+        q = torch.randn(rows, heads * size + 24, device=device).to(dtype)[:, : heads * size].view(rows, heads, size)
+        kv = (2 * torch.randn(int((own + shared).sum()), 2, keys, size, device=device)).to(dtype)
+        given = (starts, key_starts, int(own.max()) + 70, last)
+        with poisoned():
+            got = attention.attention(q, kv, *given)
+        there = (own + shared > 0).to(device) if last else slice(None)  # the output of a prompt without keys means nothing
+        close(got[there], attention.attention_reference(q.double(), kv.double(), *given)[there], *near)
+
+
 def head_inputs(n: int, k: int, d: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """hidden [N, D], every second row of a larger tensor; weight [K, D], bias [K] and norm [D]."""
     hidden = torch.randn(2 * n, d, device=device).to(dtype)[::2]
@@ -122,7 +143,8 @@ def head_inputs(n: int, k: int, d: int, dtype: torch.dtype, device: str) -> tupl
 
 
 def case_pool_head(device: str) -> None:
-    for (n, m, d), dtype in itertools.product(SHAPES, FLOATS):
+    variants = [(n, m, 123) for n, m in itertools.product((*pool_head.VARIANTS[1:], pool_head.MANY + 1), (3, 34))]
+    for (n, m, d), dtype in zip([*SHAPES[::2], *variants], itertools.cycle(FLOATS)):
         hidden, weight, bias, norm = head_inputs(n, m, d, dtype, device)
         for given in (norm, None):
             expected = pool_head.pool_head_reference(hidden, weight.double(), bias.double(), given, 1e-5)
