@@ -13,6 +13,7 @@ from p2l_engine.train.config import TrainConfig
 from p2l_engine.train.model import build
 from p2l_engine.train.saving import write
 from tests.support import families, tiny
+from tests.support.cases import slow_but
 
 LENGTHS = [1, 2, 3, 7, 9, 9, 14, 21, 40]  # sorted, as batches are; some beyond the windows of the tiny decoders
 WAYS = {
@@ -53,7 +54,7 @@ def settings(folder, **changes):
     return TrainConfig.model_validate(values | changes)
 
 
-@pytest.mark.parametrize("name", families.FAMILIES)
+@pytest.mark.parametrize("name", slow_but(WAYS, families.FAMILIES))
 def test_training_computes_each_prompt_as_it_is_alone(name, tmp_path, seed, rng):
     config, weights = backbone(tmp_path, name, seed)
     model, _ = build(settings(tmp_path), 3)

@@ -20,6 +20,7 @@ from p2l_engine.batch.report import Recorder
 from p2l_engine.tables.find import find
 from p2l_engine.tables.storage import Location
 from tests.support.batch_files import PROMPTS, assert_routed_as, contents, output, write
+from tests.support.cases import slow_but
 
 KINDS = [".parquet", ".csv", ".csv.gz", ".csv.zst", ".jsonl", ".jsonl.gz", ".jsonl.zst"]
 
@@ -122,7 +123,7 @@ def test_json_lists_are_turns_unless_plain_text(router, short_window, tmp_path):
         assert_routed_as(rows, router.route_batch([first, *([text] for text in prompts[1:])]))
 
 
-@pytest.mark.parametrize("kind", [".parquet", ".csv", ".csv.gz", ".jsonl"])
+@pytest.mark.parametrize("kind", slow_but((".csv",), [".parquet", ".csv", ".csv.gz", ".jsonl"]))
 def test_a_prompt_of_12_mb_among_short_ones(kind, router, short_window, tmp_path):
     prompts = ["word " * 2_400_000 if i == 700 else f"question {i}" for i in range(1500)]
     given = write(tmp_path / f"in{kind}", prompts, note=[i / 2 for i in range(1500)])

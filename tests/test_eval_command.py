@@ -103,6 +103,7 @@ def test_each_file_is_read_once(called, folder, monkeypatch):
     assert names == list(map(str, expected))
 
 
+@pytest.mark.slow
 def test_votes_are_named_as_in_other_commands(called, folder):
     (folder / "halves").mkdir()
     table = pq.read_table(folder / "held-out.parquet")

@@ -275,6 +275,7 @@ def test_the_leaderboard_comes_near_with_more_prompts():
     assert report.categories is None
 
 
+@pytest.mark.slow
 def test_the_leaderboard_comes_near_that_of_each_category():
     c, votes = simulated(n=200, each=10)
     names = ["large"] * 120 + ["also large"] * 60 + ["small"] * 20

@@ -20,6 +20,7 @@ from p2l_engine.feedback import feedback_model, formulas
 from p2l_engine.leaderboard import fit, pair_count, pairs
 from p2l_engine.leaderboard.bounds import bounds
 from p2l_engine.leaderboard.network import eliminate, solve_flows, solve_nodes
+from tests.support.cases import slow_but
 
 NAMES = ("bt", "bt-tie", "rk", "rk-reparam", "grk")
 
@@ -103,7 +104,7 @@ def negative_log_likelihood(feedback, counts, x, m):
 KINDS = [(0,), (1,), (2,), (3,), (0, 1), (0, 2), (0, 3), (2, 3), (0, 1, 2), (0, 1, 2, 3)]
 
 
-@pytest.mark.parametrize("kinds", KINDS)
+@pytest.mark.parametrize("kinds", slow_but(KINDS[1::2], KINDS))
 @pytest.mark.parametrize("name", NAMES)
 def test_votes_of_some_outcomes_only_have_an_optimum_with_a_ridge(name, kinds, rng):
     feedback = feedback_model(name)
@@ -132,7 +133,7 @@ def test_votes_that_are_all_ties_converge():
         fit(feedback_model("rk-reparam"), counts, 4)
 
 
-@pytest.mark.parametrize("kinds", KINDS[:-1])
+@pytest.mark.parametrize("kinds", slow_but(KINDS[2:8:2], KINDS[:-1]))
 @pytest.mark.parametrize("name", NAMES)
 def test_without_a_ridge_there_is_an_optimum_or_a_reason_soon(name, kinds, rng):
     feedback = feedback_model(name)

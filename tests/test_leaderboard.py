@@ -16,6 +16,7 @@ from p2l_engine.feedback import feedback_model
 from p2l_engine.leaderboard import OutcomeSums, fit, pair_count, pairs
 from p2l_engine.leaderboard.fit import deviations
 from p2l_engine.leaderboard.outcomes import probabilities
+from tests.support.cases import slow_but
 
 NAMES = ("bt", "bt-tie", "rk", "rk-reparam", "grk")
 
@@ -147,7 +148,7 @@ def test_intervals_cover_as_often_as_they_say(name, n, weighted):
     assert 0.92 < np.mean(covered) < 0.98
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", slow_but(("bt", "grk"), NAMES))
 def test_deviations_are_those_of_the_samples_own_optima_to_first_order(name):
     c = coefficients(name, 400, 6, seed=2)
     sums = sums_of(c, bootstrap=20)

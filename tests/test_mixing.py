@@ -18,7 +18,12 @@ from p2l_engine.backbone.packing import Packed
 from p2l_engine.backbone.unpacked import unchanged
 from p2l_engine.errors import CheckpointError
 from tests.support import families
+from tests.support.cases import slow_but
 
+OF_EACH_KIND = (
+    "bert", "falcon_h1", "gemma2", "gpt2", "gpt_oss", "lfm2", "llama dynamic", "llama longrope", "llama4_text", "mamba",
+    "mistral", "mixtral", "modernbert", "rwkv",
+)  # fmt: skip
 LENGTHS = [40, 3, 21, 9, 9, 14, 1, 7, 2]  # of which some are beyond the windows, and the context, of the tiny decoders
 
 
@@ -34,7 +39,7 @@ def test_every_listed_model_type_is_tested():
     assert mixing.PADDED - tested == set()
 
 
-@pytest.mark.parametrize("name", families.FAMILIES)
+@pytest.mark.parametrize("name", slow_but(OF_EACH_KIND, families.FAMILIES))
 def test_neighbours_and_history_do_not_matter(name, seed, rng):
     config, weights, decoder = built(name, seed)
     prompts = families.drawn(rng, LENGTHS)

@@ -22,6 +22,7 @@ from tests.support.training import settings
 PROMPTS = ["", "hello", *("x" * n for n in range(100, 900, 100))]  # long enough for several threads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [2, 3])
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
