@@ -234,6 +234,42 @@ def test_lines_of_jsonl_are_prompts_for_commands(tmp_path):
         PromptFile.read(tmp_path / "empty.jsonl")
 
 
+TWICE = "expected each key of an object once"
+
+
+@by_each
+@pytest.mark.parametrize(
+    ("prompt", "key"),
+    [
+        ('"a", "prompt": "b"', "prompt"),
+        ('"a", "other": 1, "other": 1', "other"),
+        ('"a", "oth\\u0065r": 1, "other": 2', "other"),  # the same key, written otherwise
+        ('[{"role": "user", "role": "assistant", "content": "a"}]', "role"),
+        ('"[{\\"role\\": \\"user\\", \\"content\\": \\"a\\", \\"content\\": \\"b\\"}]"', "content"),
+    ],
+)
+def test_an_object_that_names_a_key_twice_is_an_invalid_row(reader, prompt, key, tmp_path):
+    rows = rows_for(reader, "fine")
+    line = json.dumps({"prompt": "PROMPT"} | {name: value for name, value in rows[0].items() if name != "prompt"})
+    file = tmp_path / "in.jsonl"
+    file.write_text("\n".join([*map(json.dumps, rows), line.replace('"PROMPT"', prompt)]))
+    with pytest.raises(ValueError, match=TWICE if reader is by_votes else f"{TWICE}[:,] got '{key}' twice"):  # votes count
+        reader(str(file))
+
+
+@given(
+    prompts=st.lists(
+        st.sampled_from(['"a"', '"a", "prompt": "a"', '"a", "x": {"k": 1, "k": 2}', '"a:", "x": {"k": {"k": 1}}']), min_size=1
+    )
+)
+@settings(deadline=None, max_examples=30)
+def test_rows_that_name_a_key_twice_are_counted_by_reason(prompts, tmp_path):
+    (tmp_path / "in.jsonl").write_text("".join(f'{{"prompt": {prompt}, "model_a": "x"}}\n' for prompt in ['"a"', *prompts]))
+    table = read_table(str(tmp_path / "in.jsonl"), ("prompt", "model_a"))
+    twice = [i for i, prompt in enumerate(prompts, 1) if prompt.count('"k": 1, "k"') or prompt.count('"prompt"')]
+    assert [row for row, invalid in table.invalid.items() if invalid.reason == TWICE] == twice == list(table.invalid)
+
+
 def test_text_and_jsonl_files_need_no_pyarrow(tmp_path, monkeypatch):
     (tmp_path / "in.txt").write_text('\ufeffone\r\n \n["two"]\n', encoding="utf-8")
     (tmp_path / "in.jsonl").write_text('{"prompt": "one"}')

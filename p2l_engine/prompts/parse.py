@@ -6,11 +6,11 @@ content is text, or a list of {"type": "text", "text"} parts, which become lines
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from p2l_engine.errors import PromptError
+from p2l_engine.strict_json import DuplicateKeyError, parsed
 
 Prompt = str | Sequence[str] | Sequence[Mapping[str, Any]]
 
@@ -58,11 +58,14 @@ def cell_turns(cell: object, plain_text: bool = False) -> tuple[str, ...]:
 
 
 def _listed_in(text: str) -> list[object] | None:
-    """The turns or messages that a text lists as JSON, if it does. A null among them is a turn that is missing: no prompt."""
+    """The turns or messages that a text lists as JSON, if it does. A null among them is a turn that is missing: no prompt.
+    Raises ValueError for a key that is named twice."""
     if not text.startswith("["):
         return None
     try:
-        found = json.loads(text)
+        found = parsed(text)
+    except DuplicateKeyError as error:
+        raise ValueError(f"prompt: expected each key of an object once, {error}") from None
     except (ValueError, RecursionError):  # no JSON, a number of thousands of digits, or lists nested without end
         return None
     return found if isinstance(found, list) and all(isinstance(item, str | dict | None) for item in found) else None

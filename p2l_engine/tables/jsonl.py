@@ -7,6 +7,7 @@ import logging
 from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from p2l_engine.strict_json import DuplicateKeyError, parsed
 from p2l_engine.tables.rows import AT_ONCE, AT_ONCE_BYTES, InvalidRow, Rows, ValueRows, wanted_columns
 from p2l_engine.tables.storage import File
 
@@ -103,9 +104,11 @@ def _lines(file: File) -> Iterator[tuple[list[bytes], float]]:
 def _parsed(line: bytes) -> Any:
     """A line's JSON value, or an ``InvalidRow``."""
     try:
-        return json.loads(line.decode("utf-8-sig"))
+        return parsed(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         return InvalidRow("expected UTF-8 text", str(error), line[:60].decode(errors="replace"))
+    except DuplicateKeyError as error:
+        return InvalidRow("expected each key of an object once", str(error), line[:60].decode(errors="replace"))
     except (ValueError, RecursionError) as error:
         return InvalidRow("expected a line of JSON", str(error), line[:60].decode(errors="replace"))
 

@@ -1,0 +1,30 @@
+"""JSON whose objects name each key once."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+
+class DuplicateKeyError(ValueError):
+    """An object names a key twice: readers differ in which value they keep (RFC 8259, section 4)."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"got {key!r} twice")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise DuplicateKeyError(next(name for i, name in enumerate(names) if name in names[:i]))
+    return found
+
+
+_decoder = json.JSONDecoder(object_pairs_hook=_unique)
+
+
+def parsed(text: str) -> Any:
+    """A JSON text's value. Raises ValueError where it is no JSON, its subclass DuplicateKeyError for an object, at any depth,
+    that names a key twice, and RecursionError."""
+    return _decoder.decode(text)
