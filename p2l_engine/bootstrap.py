@@ -11,6 +11,8 @@ import math
 import numpy as np
 import numpy.typing as npt
 
+from p2l_engine.arguments import probability
+
 Float64 = npt.NDArray[np.float64]
 
 LEVEL = 0.95  # of intervals
@@ -30,7 +32,10 @@ def poisson(n: int, samples: int, rng: np.random.Generator) -> npt.NDArray[np.in
 def shares(counts: Float64, weights: npt.ArrayLike | None = None) -> Float64:
     """Counts [1 + B, n], times the prompts' weights [n], as shares that sum to 1 in each row. Samples that weigh nothing are
     left out. Raises ValueError where the full set, row 0, weighs nothing."""
-    weighted = counts if weights is None else counts * np.asarray(weights, np.float64)
+    try:
+        weighted = counts if weights is None else counts * np.asarray(weights, np.float64)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"weights: expected {counts.shape[1]} numbers, got {weights!r:.80} ({error})") from None
     total = weighted.sum(1, keepdims=True)
     if not total[0, 0] > 0:
         raise ValueError("weights: expected some prompts of a weight above 0")
@@ -54,8 +59,7 @@ def interval(
     the sampling variance, of which n - 1 degrees of freedom are known, and B in B samples: 1 / df = 1 / (n - 1) + 1 / B.
     Infinite where there are fewer than two prompts, or no sample. Raises ValueError for a level outside (0, 1).
     """
-    if not 0 < level < 1:
-        raise ValueError(f"level: expected a probability between 0 and 1, got {level!r}")
+    level = probability("level", level)
     centre, away = np.asarray(value, np.float64), np.asarray(deviations, np.float64)
     n = np.broadcast_to(np.asarray(prompts, np.float64), centre.shape)
     known = (n >= 2) & (len(away) > 0)

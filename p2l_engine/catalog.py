@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from p2l_engine import arguments
 from p2l_engine.errors import CatalogError
 
 PRICES = ("usd_per_m_in", "usd_per_m_out", "tokens_in", "tokens_out")
@@ -40,8 +40,16 @@ class Catalog:
     unit: str = DEFAULT_UNIT
 
     def __post_init__(self) -> None:
+        given: object = self.models
+        if isinstance(given, str | bytes) or not isinstance(given, Sequence):
+            raise CatalogError(f"catalog: models: expected a sequence of CatalogModel, got {given!r:.80}")
         if not self.models:
-            raise CatalogError("catalog: expected at least one model, got none")
+            raise CatalogError("catalog: models: expected at least one model, got none")
+        _text("catalog: unit", self.unit)
+        for i, model in enumerate(self.models):
+            if not isinstance(model, CatalogModel):
+                raise CatalogError(f"catalog: models[{i}]: expected a CatalogModel, got {model!r:.80}")
+            _text(f"catalog: models[{i}].name", model.name)
         names = [model.name for model in self.models]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
@@ -59,7 +67,7 @@ class Catalog:
         temp, ...}}``, whose other settings become the provider's, and beside it the router's ``name``, which is not used.
         """
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = arguments.path("path", path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise CatalogError(f"catalog {path}: cannot be read: {error}") from None
         import yaml
@@ -100,7 +108,7 @@ class Catalog:
 
     def only(self, names: Iterable[str]) -> Catalog:
         """The catalog without the models that are not named."""
-        wanted = set(names)
+        wanted = set(arguments.several("names", names, "names of models"))
         return Catalog(tuple(model for model in self.models if model.name in wanted), self.unit)
 
 
@@ -128,10 +136,10 @@ def _text(where: str, value: object) -> str:
 
 
 def _amount(where: str, value: object) -> float:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value < 0:  # type: ignore[arg-type, operator]
-        raise CatalogError(f"{where}: expected a finite number >= 0, got {value!r}")
-    return float(value)  # type: ignore[arg-type]
+    try:
+        return arguments.finite_number(where, value, "a finite number >= 0", lambda amount: amount >= 0)
+    except ValueError as error:
+        raise CatalogError(str(error)) from None
 
 
 def _model(where: str, name: str, entry: object) -> CatalogModel:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from p2l_engine import routing
+from p2l_engine.arguments import finite_number
 from p2l_engine.catalog import Catalog
 from p2l_engine.coefficients import Coefficients
 from p2l_engine.constraints import UNCONSTRAINED, Constraints
@@ -167,8 +168,10 @@ def _weights(opponents: Opponents, models: tuple[str, ...]) -> npt.NDArray[np.fl
             raise ValueError(f"opponents: expected 'uniform', a mapping or weights, got {opponents!r}")
         return np.full(len(models), 1.0 / len(models))
     if isinstance(opponents, Mapping):
-        unknown = sorted(set(opponents) - set(models))
+        unknown = sorted(set(opponents) - set(models), key=str)
         if unknown:
-            raise ValueError(f"opponents: the checkpoint does not know {', '.join(unknown)}; it knows {', '.join(models)}")
-        opponents = [float(opponents.get(name, 0.0)) for name in models]
+            raise ValueError(
+                f"opponents: the checkpoint does not know {', '.join(map(str, unknown))}; it knows {', '.join(models)}"
+            )
+        opponents = [finite_number(f"opponents of {name}", opponents.get(name, 0.0), "a weight >= 0") for name in models]
     return arrays.opponents(opponents, (1, len(models)), "opponents").reshape(len(models))

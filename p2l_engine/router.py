@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from p2l_engine import routing
+from p2l_engine.arguments import callback, instance
 from p2l_engine.catalog import Catalog
 from p2l_engine.chooser import Chooser, Opponents
 from p2l_engine.coefficients import Coefficients
@@ -45,6 +46,7 @@ class Router(Chooser):
         objective: Objective = "bt",
         wait: float = WAIT,
     ) -> None:
+        instance("engine", engine, Engine)
         super().__init__(engine.models, engine.feedback, catalog, opponents, seed, unmatched, objective)
         self.engine = engine
         self._batcher = Batcher(engine, wait)
@@ -90,6 +92,7 @@ class Router(Chooser):
         if pacer is None:
             constraints = Constraints(budget)
             return lambda coefficients: self.decide(coefficients, [turns], constraints)[0]
+        instance("pacer", pacer, BudgetPacer)
         if budget is not None:
             raise ValueError(f"budget: expected None with a pacer, which has its own, got {budget!r}")
         return lambda coefficients: self.pace(coefficients, pacer)
@@ -112,6 +115,7 @@ class Router(Chooser):
         TypeError for constraints that are wrong.
         """
         constraints = Constraints(budget, budget_scope, max_share, min_share, resources, allowed)
+        callback("progress", progress)
         turns = parse_batch(prompts)
         fits = self.objective == "bt" and len(self.models) <= routing.MAX_MODELS_ON_GPU
         if constraints.only_prompt_budgets and fits and self.engine.device.type == "cuda":

@@ -119,7 +119,7 @@ def test_weights_of_prompts_and_pairs():
     with pytest.raises(ValueError, match="some prompts of a weight above 0"):
         Leaderboard.over(bt, weights=np.zeros(6))
     for wrong in (-1, 1.5, True):
-        with pytest.raises(ValueError, match="bootstrap: expected a number of samples >= 0"):
+        with pytest.raises(ValueError, match="bootstrap: expected a whole number of at least 0"):
             Leaderboard.over(bt, bootstrap=wrong)
 
 

@@ -320,7 +320,7 @@ def test_settled_differences_of_any_size_cancel_exactly(differences, random):
         ({"budget": True}, "budget: expected a number > 0, got True"),
         ({"budget": 1.0, "price": -1}, "price: expected a number >= 0"),
         ({"budget": 1.0, "price": math.inf}, "price: expected a number >= 0"),
-        ({"budget": 1.0, "horizon": 5}, "horizon: expected a whole number of prompts from 10 to 10\\^9, got 5"),
+        ({"budget": 1.0, "horizon": 5}, "horizon: expected a whole number from 10 to 1000000000, got 5"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):

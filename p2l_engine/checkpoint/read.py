@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from p2l_engine import arguments
 from p2l_engine.backbone.families import DecoderConfig
 from p2l_engine.backbone.head import Head
 from p2l_engine.backbone.rope import UnsupportedConfig
@@ -67,6 +68,8 @@ def load(path_or_repo: str | Path | None = None, date: str | Date | None = None)
     Raises ValueError for text that is no date and for a date that the template does not read; CheckpointError, which names
     what is missing or has a wrong shape, with the expected and the found value.
     """
+    if path_or_repo is not None:
+        arguments.path("path_or_repo", path_or_repo)
     folder = DEFAULT if path_or_repo is None else find(path_or_repo)
     models = _models(folder)
     training = read_json(folder / "training_config.json", dict)

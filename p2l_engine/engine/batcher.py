@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import Generic, TypeVar
 
+from p2l_engine.arguments import finite_number
 from p2l_engine.coefficients import Coefficients
 from p2l_engine.engine import Engine
 from p2l_engine.prompts.parse import Prompt
@@ -46,9 +47,7 @@ class Batcher:
     """
 
     def __init__(self, engine: Engine, wait: float = WAIT) -> None:
-        if isinstance(wait, bool) or not isinstance(wait, int | float) or not 0 <= wait < float("inf"):
-            raise ValueError(f"wait: expected seconds >= 0, got {wait!r}")
-        self.engine, self.wait = engine, float(wait)
+        self.engine, self.wait = engine, finite_number("wait", wait, "seconds >= 0", lambda seconds: seconds >= 0)
         self._closed = False
         self._start()
         _all.add(self)

@@ -29,7 +29,7 @@ def parse_device(device: str | torch.device) -> torch.device:
     """``as_device``, for a device that may be another machine's. Raises ValueError for any but cpu, cuda and cuda:N."""
     try:
         found = torch.device(device.lower() if isinstance(device, str) else device)
-    except (RuntimeError, TypeError):
+    except (RuntimeError, TypeError, ValueError, OverflowError):
         raise ValueError(f"device: expected cpu, cuda or cuda:N, got {device!r}") from None
     if found.type not in DEVICES:
         raise ValueError(f"device: expected cpu or cuda, got {str(found)!r}")

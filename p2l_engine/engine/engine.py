@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from p2l_engine import backbone, checkpoint
+from p2l_engine.arguments import callback, instance, whole_number
 from p2l_engine.backbone import PackedDecoder
 from p2l_engine.backbone.packing import Packed, Tokens
 from p2l_engine.checkpoint import Checkpoint
@@ -52,18 +53,17 @@ class Engine:
         tokens_per_batch: int | None = None,
         max_tokens: int | None = None,
     ) -> None:
+        instance("loaded", loaded, Checkpoint)
         self.device = as_device(device)
         self.tokens_per_batch = TOKENS_PER_BATCH[self.device.type] if tokens_per_batch is None else tokens_per_batch
-        if self.tokens_per_batch < 1:
-            raise ValueError(f"tokens_per_batch: expected at least 1, got {tokens_per_batch!r}")
-        if max_tokens is not None and max_tokens < 1:
-            raise ValueError(f"max_tokens: expected at least 1, got {max_tokens!r}")
+        self.tokens_per_batch = whole_number("tokens_per_batch", self.tokens_per_batch, 1)
+        most = MAX_TOKENS if max_tokens is None else whole_number("max_tokens", max_tokens, 1)
         if self.device.type == "cpu":
             cpu.limit_threads()
         self.dtype = as_dtype(dtype, self.device)
         self.models, self.feedback, self.folder = loaded.models, loaded.feedback, loaded.folder
         self.backbone = backbone.build(loaded.config, loaded.weights, self.device, self.dtype)
-        most, positions = MAX_TOKENS if max_tokens is None else max_tokens, self.backbone.positions
+        positions = self.backbone.positions
         if positions is not None and positions < most:
             logger.warning(
                 "the backbone has %d positions: longer prompts are truncated from the left to %d tokens", *[positions] * 2
@@ -108,7 +108,9 @@ class Engine:
         without a date is refused. Raises CheckpointError, and ValueError for a device, dtype or date that cannot be used.
         """
         place = as_device(device)
-        kind = as_dtype(dtype, place)  # checked before the checkpoint is read
+        kind = as_dtype(dtype, place)
+        if tokens_per_batch is not None:
+            whole_number("tokens_per_batch", tokens_per_batch, 1)  # all checked before the checkpoint is read
         return cls(checkpoint.load(path_or_repo, date), place, kind, tokens_per_batch)
 
     def coefficients(self, prompts: Sequence[Prompt], progress: Callable[[int], object] | None = None) -> Coefficients:
@@ -118,6 +120,7 @@ class Engine:
         names the index of a prompt that cannot be read or that the chat template refuses; TypeError when ``prompts`` is a
         single string.
         """
+        callback("progress", progress)
         turns = parse_batch(prompts)
         if len(turns) == 1:
             out = self.forward(self.encoder.encode(turns))

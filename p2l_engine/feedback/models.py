@@ -137,5 +137,5 @@ def feedback_model(name: str) -> FeedbackModel:
     poisson; ValueError for another name."""
     try:
         return _BY_NAME[name.replace("_", "-")]
-    except KeyError:
+    except (KeyError, AttributeError, TypeError):
         raise ValueError(f"feedback model: expected one of {', '.join(NAMES)}, got {name!r}") from None

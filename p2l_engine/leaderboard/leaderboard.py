@@ -11,11 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from p2l_engine import routing
+from p2l_engine.arguments import instance, probability, whole_number
 from p2l_engine.bootstrap import LEVEL, effective, interval, poisson, shares
 from p2l_engine.coefficients import Coefficients
 from p2l_engine.leaderboard.fit import deviations, fit
 from p2l_engine.leaderboard.outcomes import OutcomeSums, pair_count, pairs
 from p2l_engine.reports import Standing
+from p2l_engine.routing import arrays
 
 Float64 = npt.NDArray[np.float64]
 
@@ -30,8 +32,12 @@ class Leaderboard:
     @classmethod
     def of(cls, coefficients: Coefficients, index: int = 0, opponents: npt.NDArray[Any] | None = None) -> Leaderboard:
         """The leaderboard of prompt ``index``. opponents [M] sums to 1; None: uniform over the models."""
+        if isinstance(index, bool) or not isinstance(index, int | np.integer):
+            raise TypeError(f"index: expected the number of a prompt, got {index!r}")
         if not -len(coefficients) <= index < len(coefficients):
             raise IndexError(f"index: expected a prompt of {len(coefficients)}, got {index}")
+        if opponents is not None:
+            opponents = arrays.opponents(opponents, (1, len(coefficients.models)), "opponents")
         theta = coefficients.theta[index].astype(np.float64)
         return cls.ranked(coefficients.models, theta, opponents, wins=not coefficients.feedback.of_values)
 
@@ -48,6 +54,10 @@ class Leaderboard:
         """The leaderboard over a set of prompts (paper, 2.1.1, (3)): what infinitely many votes on these prompts would give.
         For ols the mean of theta, for poisson the log of the mean rate. weights [N]: of the prompts; the others as in
         ``fitted``."""
+        instance("coefficients", coefficients, Coefficients)
+        whole_number("bootstrap", bootstrap, 0)
+        whole_number("seed", seed, 0)
+        probability("level", level)
         if coefficients.feedback.of_values:
             if pair_weights is not None:
                 raise ValueError(f"pair_weights: {coefficients.feedback.name} compares no pairs")
@@ -127,7 +137,7 @@ class Leaderboard:
 
 
 def _pair_weights(weights: npt.ArrayLike, m: int) -> Float64:
-    whole = np.asarray(weights, np.float64)
+    whole = arrays.to_float64("pair_weights", weights)
     if whole.shape != (m, m) or not (np.isfinite(whole).all() and (whole >= 0).all() and np.array_equal(whole, whole.T)):
         raise ValueError(f"pair_weights: expected [{m}, {m}] finite numbers >= 0, symmetric, got shape {list(whole.shape)}")
     of_pairs: Float64 = whole[pairs(m)]

@@ -14,10 +14,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from p2l_engine.arguments import whole_number
 from p2l_engine.bootstrap import poisson
 from p2l_engine.coefficients import Coefficients
 from p2l_engine.feedback import FeedbackModel
 from p2l_engine.native import routing as native
+from p2l_engine.routing import arrays
 
 Float64 = npt.NDArray[np.float64]
 
@@ -63,8 +65,8 @@ class OutcomeSums:
     def __post_init__(self) -> None:
         if self.feedback.of_values:
             raise ValueError(f"feedback: expected a model of votes, got {self.feedback.name!r}")
-        if isinstance(self.bootstrap, bool) or not isinstance(self.bootstrap, int | np.integer) or self.bootstrap < 0:
-            raise ValueError(f"bootstrap: expected a number of samples >= 0, got {self.bootstrap!r}")
+        whole_number("bootstrap", self.bootstrap, 0)
+        whole_number("seed", self.seed, 0)
         if len(self.models) < 2:
             raise ValueError(f"models: expected at least two, which votes can compare, got {list(self.models)}")
         self.sums = np.zeros((1 + self.bootstrap, len(self.feedback.outcomes), pair_count(len(self.models))))
@@ -81,7 +83,7 @@ class OutcomeSums:
                 f"{list(coefficients.models)}"
             )
         n, m = coefficients.theta.shape
-        each = np.ones(n) if weights is None else np.asarray(weights, np.float64)
+        each = np.ones(n) if weights is None else arrays.to_float64("weights", weights)
         if each.shape != (n,) or not (np.isfinite(each).all() and (each >= 0).all()):
             raise ValueError(f"weights: expected {n} finite numbers >= 0, got shape {list(each.shape)}")
         if not np.isfinite(coefficients.theta).all():

@@ -49,6 +49,8 @@ def to_numpy(value: object, name: str = "value") -> npt.NDArray[Any]:
 def finite(name: str, array: Float64, start: int = 0) -> Float64:
     """``array``; ValueError with the first entry that is NaN or infinite. ``start``: the number of its first row."""
     if not np.isfinite(array).all():
+        if not array.ndim:
+            raise ValueError(f"{name}: expected a finite number, got {array}")
         place = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
         shown = [place[0] + start, *place[1:]]
         raise ValueError(f"{name}{shown}: expected a finite number, got {array[place]}")

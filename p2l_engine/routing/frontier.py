@@ -51,6 +51,8 @@ def frontier(v: Array | Values, costs: Array, allowed: Array | None = None) -> F
     Sums the steps of all prompts' hulls by falling slope: O(N M) for the hulls and one sort of their steps. The same optima as
     ``solve_batch_budget``'s (paper, (6) over a batch).
     """
+    if costs is None:
+        raise ValueError("costs: expected the models' costs, got None")
     problem = Problem(v, costs, allowed=allowed)
     sums = _ModelSums(problem)
     hulls = Hulls.of(sums, problem.amounts, problem.mask)

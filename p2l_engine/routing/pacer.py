@@ -12,6 +12,8 @@ from typing import Any, Self
 
 import numpy as np
 
+from p2l_engine import arguments
+from p2l_engine.arguments import finite_number, whole_number
 from p2l_engine.routing import arrays
 from p2l_engine.routing.arrays import Array, Float64
 from p2l_engine.routing.problem import Problem
@@ -60,11 +62,9 @@ class BudgetPacer:
 
     def __init__(self, budget: float, price: float | None = None, horizon: int = 500) -> None:
         self.budget = _positive("budget", budget)
-        if isinstance(horizon, bool) or not isinstance(horizon, int) or not 10 <= horizon <= 10**9:
-            raise ValueError(f"horizon: expected a whole number of prompts from 10 to 10^9, got {horizon!r}")
-        if price is not None and not (isinstance(price, int | float) and 0 <= price < math.inf):
-            raise ValueError(f"price: expected a number >= 0, or None, got {price!r}")
-        self.horizon = horizon
+        if price is not None:
+            price = finite_number("price", price, "a number >= 0, or None", lambda x: x >= 0)
+        self.horizon = whole_number("horizon", horizon, 10, 10**9)
         self._level = math.log(FIRST_PRICE if price is None else LEAST_PRICE)  # log of the learned price of one budget
         if price:
             self._level = min(max(math.log(price) + math.log(self.budget), self._level), EXTREME)
@@ -110,11 +110,10 @@ class BudgetPacer:
 
     def settle(self, difference: float) -> None:
         """Adds what a prompt really cost beyond the cost given to ``choose`` (negative: less)."""
-        if not math.isfinite(difference):
-            raise ValueError(f"difference: expected a finite amount, got {difference!r}")
+        units = _units(finite_number("difference", difference, "a finite amount"))
         with self._lock:
-            self._spent += _units(float(difference))
-            self._gain(-_units(float(difference)))
+            self._spent += units
+            self._gain(-units)
 
     @property
     def price(self) -> float:
@@ -151,7 +150,7 @@ class BudgetPacer:
                 state: dict[str, Any] = {"version": VERSION, "budget": self.budget, "horizon": self.horizon}
                 state |= {"level": self._level, "count": self._count}
                 state |= {"spent": _summands(self._spent), "reserve": _summands(self._reserve)}
-            write_file(path, json.dumps(state) + "\n")
+            write_file(arguments.path("path", path), json.dumps(state) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -159,7 +158,7 @@ class BudgetPacer:
         with the arguments of a new pacer that continues at its price."""
         expected = f"{path}: expected the state of a BudgetPacer, version {VERSION}"
         try:
-            state = json.loads(Path(path).read_text(encoding="utf-8"))
+            state = json.loads(arguments.path("path", path).read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{expected}, got no JSON: {error}") from None
         if isinstance(state, dict) and "version" not in state and {"budget", "learned", "credit"} <= set(state):
@@ -272,6 +271,4 @@ def _summands(units: int) -> list[float]:
 
 
 def _positive(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float | np.floating) or not 0 < value < math.inf:
-        raise ValueError(f"{name}: expected a number > 0, got {value!r}")
-    return float(value)
+    return finite_number(name, value, "a number > 0", lambda x: x > 0)

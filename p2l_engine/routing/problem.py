@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from p2l_engine.arguments import finite_number, several
 from p2l_engine.routing import arrays
 from p2l_engine.routing.arrays import Array, Float64
 from p2l_engine.routing.values import ArrayValues, Values
@@ -105,7 +106,7 @@ class Problem:
                 raise ValueError("costs: expected the models' costs where there is a budget, got None")
             rows[self.budget_scope].append(_row("budget", costs, self.budget, self.budget_scope, shape))
         names = {"budget"}
-        for i, resource in enumerate(self.resources):
+        for i, resource in enumerate(several("resources", self.resources, "Resource")):
             if not isinstance(resource, Resource):
                 raise TypeError(f"resources[{i}]: expected a Resource, got {type(resource).__name__}")
             if resource.name in names:
@@ -114,7 +115,7 @@ class Problem:
             amounts = arrays.amounts(resource.name, resource.amounts, shape)
             scope = _scope(f"resources[{i}].scope", resource.scope)
             rows[scope].append(_row(resource.name, amounts, resource.bound, scope, shape))
-        for i, share in enumerate(self.shares):
+        for i, share in enumerate(several("shares", self.shares, "Share")):
             if not isinstance(share, Share):
                 raise TypeError(f"shares[{i}]: expected a Share, got {type(share).__name__}")
             rows["batch"] += _share_rows(i, share, shape[1])
@@ -163,8 +164,7 @@ def _share_rows(i: int, share: Share, m: int) -> list[Row]:
     if columns.ndim != 1 or columns.size == 0 or columns.dtype.kind not in "iu" or columns.min() < 0 or columns.max() >= m:
         raise ValueError(f"shares[{i}].models: expected columns in 0..{m - 1}, got {share.models!r}")
     for name, bound in (("at_most", share.at_most), ("at_least", share.at_least)):
-        if isinstance(bound, bool | str) or not 0 <= bound <= 1:
-            raise ValueError(f"shares[{i}].{name}: expected a share in [0, 1], got {bound!r}")
+        finite_number(f"shares[{i}].{name}", bound, "a share in [0, 1]", lambda x: 0 <= x <= 1)
     if share.at_least > share.at_most:
         raise ValueError(f"shares[{i}]: expected at_least <= at_most, got {share.at_least:g} > {share.at_most:g}")
     label = share.name or (f"model {columns[0]}" if len(columns) == 1 else f"models {', '.join(map(str, columns))}")

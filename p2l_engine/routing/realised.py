@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from p2l_engine.arguments import probability
 from p2l_engine.routing import arrays
 from p2l_engine.routing.arrays import Array, Float64
 
@@ -35,8 +36,7 @@ def total_bound(costs: Float64, probabilities: Float64, delta: float, draws: Arr
     Boucheron, Lugosi, Massart, Concentration Inequalities (2013), exercise 2.3, theorems 2.10 and 2.8. A shared draw's standard
     deviation, excess and range are at most the sums of its prompts'.
     """
-    if isinstance(delta, bool) or not 0 < delta < 1:
-        raise ValueError(f"delta: expected a probability between 0 and 1, got {delta!r}")
+    delta = probability("delta", delta)
     if not len(costs):
         return 0.0
     used = probabilities > 0

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from p2l_engine.arguments import finite_number
 from p2l_engine.native import routing as native
 from p2l_engine.routing import arrays, conflicts, dual, highs, realised, rounding, surplus
 from p2l_engine.routing.arrays import Array, Float64
@@ -91,6 +92,8 @@ def solve(problem: Problem, solver: Solver = "auto", time_limit: float | None = 
     """
     if not isinstance(problem, Problem):
         raise TypeError(f"problem: expected a Problem, got {type(problem).__name__}")
+    if time_limit is not None:
+        time_limit = finite_number("time_limit", time_limit, "seconds >= 0, or None", lambda seconds: seconds >= 0)
     prompt, batch = problem.prompt_rows, problem.batch_rows
     best, why = _choose(len(prompt), len(batch))
     if solver not in ("auto", "frontier", "dual", "highs"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -74,7 +74,7 @@ class LazyWinRates(Values):
             self.theta = arrays.to_numpy(theta, "theta")
             arrays.check_matrix("theta", self.theta)
             self.shape = (int(self.theta.shape[0]), int(self.theta.shape[1]))
-        elif not isinstance(theta, Iterable):
+        elif isinstance(theta, str | bytes | Mapping) or not isinstance(theta, Iterable):
             raise TypeError(f"theta: expected an array, a memmap or an iterator of chunks, got {type(theta).__name__}")
         else:
             self._iterator = iter(theta)
