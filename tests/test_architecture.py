@@ -36,14 +36,12 @@ def room_of(module):
     return module.split(".")[1]
 
 
-def imports(file, top=False):
-    """The project's modules that a file imports. top: without those that are imported within functions, or for types alone."""
+def imports(file, types=True):
+    """The project's modules that a file imports, on first use too. types: also those that are imported for types alone."""
     found, queue = set(), [ast.parse(file.read_text(encoding="utf-8"))]
     while queue:
         node = queue.pop()
-        if top and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            continue
-        if top and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+        if not types and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             continue
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
@@ -80,10 +78,20 @@ def test_nothing_imports_a_room_that_it_may_not():
         assert room not in rooms or [other for other in sorted(others) if not may(room, other)] == [], module
 
 
-def test_modules_that_import_each_other_do_so_on_first_use():
-    graph = {name: imports(file, top=True) - {name} for name, file in MODULES.items() if name != "p2l_engine"}
+def test_no_modules_import_each_other():
+    graph = {name: imports(file, types=False) - {name} for name, file in MODULES.items() if name != "p2l_engine"}
     graph = {name: {other for other in found if not name.startswith(f"{other}.")} for name, found in graph.items()}
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+def test_every_class_has_a_name_of_its_own():
+    names = [
+        node.name
+        for file in MODULES.values()
+        for node in ast.parse(file.read_text("utf-8")).body
+        if isinstance(node, ast.ClassDef)
+    ]
+    assert {name for name in names if names.count(name) > 1} == set()
 
 
 def test_no_test_imports_another():

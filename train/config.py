@@ -27,7 +27,7 @@ def _iso(value: Any) -> Any:
     return value if value is None else datetime.fromisoformat(str(value)).isoformat()
 
 
-class Lora(BaseModel):
+class LoraOptions(BaseModel):
     """LoRA adapters on all linear layers of the decoder blocks ``first_layer`` (counted from 0) and above."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -78,7 +78,7 @@ class TrainConfig(BaseModel):
     # Keys of this project: training,
     license: str | None = None  # of the weights, for the model card
     description: str | None = None  # Markdown, for the model card
-    lora: Lora | None = None
+    lora: LoraOptions | None = None
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0

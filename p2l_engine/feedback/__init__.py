@@ -4,6 +4,7 @@
 A new model is an entry in the one and a function in the other.
 """
 
-from p2l_engine.feedback.models import NAMES, FeedbackModel, Outcome, feedback_model
+from p2l_engine.feedback.models import NAMES, FeedbackModel, feedback_model
+from p2l_engine.feedback.outcome import Outcome
 
 __all__ = ["NAMES", "FeedbackModel", "Outcome", "feedback_model"]

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from p2l_engine.feedback.models import RK_LEAST_LOG_LAMBDA, Outcome
+from p2l_engine.feedback.outcome import RK_LEAST_LOG_LAMBDA, Outcome
 
 LOG_EPSILON = math.log(1e-6)
 

@@ -4,22 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import TYPE_CHECKING
+
+from p2l_engine.feedback.outcome import RK_LEAST_LOG_LAMBDA, Outcome
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-RK_LEAST_LOG_LAMBDA = 0.02  # the published code clamps rk's log lambda to at least this
-
-
-class Outcome(IntEnum):
-    """What a voter says of the answers of models A and B; the last axis of every outcome tensor."""
-
-    A = 0
-    B = 1
-    TIE = 2
-    BOTH_BAD = 3
 
 
 @dataclass(frozen=True, slots=True)

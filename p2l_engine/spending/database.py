@@ -14,7 +14,7 @@ from sqlalchemy import URL, Connection, Engine, MetaData, QueuePool, Table, crea
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import TimeoutError
 
-from p2l_engine.spending.turns import Turns
+from p2l_engine.spending.fair_semaphore import FairSemaphore
 
 CONNECTIONS = 8  # of one process to PostgreSQL
 CREATING = 7_526_083_148  # an advisory lock of PostgreSQL: no two processes create tables at once
@@ -68,7 +68,7 @@ class Database:
             self._engine.dispose()
 
     def _start(self) -> None:
-        self._engine, self._turns, self._pid = self._connect(), Turns(self._connections), os.getpid()
+        self._engine, self._turns, self._pid = self._connect(), FairSemaphore(self._connections), os.getpid()
 
     def _connect(self) -> Engine:
         options: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Turns: first come, first served."""
+"""FairSemaphore: first come, first served."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from p2l_engine.spending.turns import Turns
+from p2l_engine.spending.fair_semaphore import FairSemaphore
 
 
 def test_threads_get_it_in_the_order_in_which_they_came():
-    turns, order, threads = Turns(1), [], []
+    turns, order, threads = FairSemaphore(1), [], []
     assert turns.acquire(0)
 
     def take(i):
@@ -35,7 +35,7 @@ def test_threads_get_it_in_the_order_in_which_they_came():
 
 @pytest.mark.parametrize("places", [1, 3])
 def test_so_many_threads_have_it_at_a_time(places):
-    turns, inside, seen = Turns(places), [], []
+    turns, inside, seen = FairSemaphore(places), [], []
 
     def work(i):
         for _ in range(50):

@@ -6,7 +6,7 @@ import threading
 from collections import deque
 
 
-class Turns:
+class FairSemaphore:
     """threading's own lets a thread that comes back at once pass all that wait: under load, some wait for ever.
 
     places: how many threads may have a turn at a time.
