@@ -20,9 +20,10 @@ from p2l_engine.routing import arrays
 from p2l_engine.routing.arrays import Array
 from p2l_engine.routing.frontier import Frontier, frontier
 from p2l_engine.routing.pacer import BudgetPacer
+from p2l_engine.routing.policies import Policies
 from p2l_engine.routing.problem import Problem, Resource, Row, Share, of_models
 from p2l_engine.routing.program import SolverError
-from p2l_engine.routing.solve import Policies, solve, solve_chunk
+from p2l_engine.routing.solve import solve, solve_chunk
 from p2l_engine.routing.values import ArrayValues, LazyWinRates, Objective, check_objective, compute, tie_parameters
 from p2l_engine.spending.limit import Limit
 from p2l_engine.spending.records import Balance, Notice, Reservation, Settlement

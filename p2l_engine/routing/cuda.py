@@ -13,8 +13,8 @@ from p2l_engine.kernels import bt_score as root
 from p2l_engine.kernels import budget_lp as lp
 from p2l_engine.kernels import win_rates as rates
 from p2l_engine.routing import arrays
+from p2l_engine.routing.policies import Policies
 from p2l_engine.routing.rounding import SLACK
-from p2l_engine.routing.solve import Policies
 
 
 def win_rates(theta: Tensor, q: object) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import sys
 import threading
 from pathlib import Path
 from typing import Any, Self
@@ -14,7 +13,7 @@ import numpy as np
 
 from p2l_engine import arguments
 from p2l_engine.arguments import finite_number, whole_number
-from p2l_engine.routing import arrays
+from p2l_engine.routing import arrays, exact
 from p2l_engine.routing.arrays import Array, Float64
 from p2l_engine.routing.problem import Problem
 from p2l_engine.routing.solve import solve
@@ -24,8 +23,6 @@ from p2l_engine.tables.atomic import write_file
 logger = logging.getLogger(__name__)
 
 VERSION = 2  # of the saved state
-UNIT = 1 << 1074  # amounts are whole multiples of 1 / UNIT, the smallest float: sums are exact
-MOST = int(sys.float_info.max) * UNIT
 FIRST_PRICE = 0.05  # of one budget, without a learned price: extra cost of one budget must add 5 points of win rate
 LEAST_PRICE = 1e-3  # of one budget: the price where the budget did not bind in the past
 EXTREME = 300.0  # bounds the log of the learned price: far beyond any win rate, and exp stays finite
@@ -68,7 +65,7 @@ class BudgetPacer:
         self._level = math.log(FIRST_PRICE if price is None else LEAST_PRICE)  # log of the learned price of one budget
         if price:
             self._level = min(max(math.log(price) + math.log(self.budget), self._level), EXTREME)
-        self._income = _units(self.budget)
+        self._income = exact.units(self.budget)
         self._limit = self._income * horizon // 5  # of the credit, and of the debt
         self._credit = self._reserve = self._spent = self._count = 0
         self._warned = False
@@ -93,11 +90,11 @@ class BudgetPacer:
         lowest, highest = float(x[x.argmin()]), float(x[x.argmax()])
         with self._lock:
             limit, response = self._credit + self._income + self._limit, self._response()
-            if response == math.inf or _units(lowest) > limit:
+            if response == math.inf or exact.units(lowest) > limit:
                 k, settled = _best(-x, w, x), True
             else:
-                if _units(highest) > limit:
-                    within = np.flatnonzero(x <= _at_most(limit))
+                if exact.units(highest) > limit:
+                    within = np.flatnonzero(x <= exact.at_most(limit))
                     models = within if models is None else models[within]
                     w, x = w[within], x[within]
                 k = _best(w - math.exp(self._level) * response * (x / self.budget), w, x)
@@ -110,10 +107,10 @@ class BudgetPacer:
 
     def settle(self, difference: float) -> None:
         """Adds what a prompt really cost beyond the cost given to ``choose`` (negative: less)."""
-        units = _units(finite_number("difference", difference, "a finite amount"))
+        more = exact.units(finite_number("difference", difference, "a finite amount"))
         with self._lock:
-            self._spent += units
-            self._gain(-units)
+            self._spent += more
+            self._gain(-more)
 
     @property
     def price(self) -> float:
@@ -125,7 +122,7 @@ class BudgetPacer:
     @property
     def allowance(self) -> float:
         """How much may be spent beyond the budget of the prompts so far while something cheaper is allowed."""
-        return _amount(self._limit)
+        return exact.amount(self._limit)
 
     @property
     def count(self) -> int:
@@ -135,13 +132,13 @@ class BudgetPacer:
     @property
     def spent(self) -> float:
         """Their cost."""
-        return _amount(self._spent)
+        return exact.amount(self._spent)
 
     @property
     def mean_cost(self) -> float:
         """Cost per prompt so far; NaN before the first."""
         with self._lock:
-            return _amount(self._spent) / self._count if self._count else math.nan
+            return exact.amount(self._spent) / self._count if self._count else math.nan
 
     def save(self, path: str | Path) -> None:
         """Writes the state as JSON, atomically. Of several threads that save, the last writes the newest state."""
@@ -149,7 +146,7 @@ class BudgetPacer:
             with self._lock:
                 state: dict[str, Any] = {"version": VERSION, "budget": self.budget, "horizon": self.horizon}
                 state |= {"level": self._level, "count": self._count}
-                state |= {"spent": _summands(self._spent), "reserve": _summands(self._reserve)}
+                state |= {"spent": exact.summands(self._spent), "reserve": exact.summands(self._reserve)}
             write_file(arguments.path("path", path), json.dumps(state) + "\n")
 
     @classmethod
@@ -183,7 +180,7 @@ class BudgetPacer:
             if not isinstance(value, list) or not all(isinstance(part, float) and math.isfinite(part) for part in value):
                 raise ValueError(f"{name}: expected finite numbers, got {value!r}")
         self._level, self._count = min(max(state["level"], -EXTREME), EXTREME), count
-        self._spent, self._reserve = sum(map(_units, state["spent"])), sum(map(_units, state["reserve"]))
+        self._spent, self._reserve = sum(map(exact.units, state["spent"])), sum(map(exact.units, state["reserve"]))
         self._credit = count * self._income - self._spent - self._reserve
         if self._reserve < 0 or self._credit > self._limit:
             raise ValueError(f"reserve: expected the credit beyond its limit after {count} prompts, got {state['reserve']!r}")
@@ -203,8 +200,8 @@ class BudgetPacer:
 
     def _pay(self, cost: float) -> None:
         self._count += 1
-        self._spent += _units(cost)
-        self._gain(self._income - _units(cost))
+        self._spent += exact.units(cost)
+        self._gain(self._income - exact.units(cost))
         returned = min(self._reserve, self._income, self._limit - self._credit)
         self._reserve -= returned
         self._credit += returned
@@ -213,7 +210,7 @@ class BudgetPacer:
             logger.warning(
                 "BudgetPacer: %d prompts cost %.4g on average for a budget of %.4g, though the cheapest models were chosen: "
                 "the budget may be infeasible for this traffic",
-                self._count, _amount(self._spent) / self._count, self.budget,
+                self._count, exact.amount(self._spent) / self._count, self.budget,
             )  # fmt: skip
 
     def _gain(self, credit: int) -> None:
@@ -242,32 +239,6 @@ def _best(scores: Float64, w: Float64, x: Float64) -> int:
         return k
     tied = np.flatnonzero(scores == scores[k])
     return int(tied[np.lexsort((x[tied], -w[tied]))[0]])
-
-
-def _units(amount: float) -> int:
-    """An amount in whole multiples of 1 / UNIT; exact."""
-    numerator, denominator = amount.as_integer_ratio()
-    return numerator * (UNIT // denominator)
-
-
-def _amount(units: int) -> float:
-    """The nearest finite amount."""
-    return min(max(units, -MOST), MOST) / UNIT
-
-
-def _at_most(units: int) -> float:
-    """The largest amount of no more than that."""
-    amount = _amount(units)
-    return amount if _units(amount) <= units else math.nextafter(amount, -math.inf)
-
-
-def _summands(units: int) -> list[float]:
-    """Amounts whose exact sum it is."""
-    parts = []
-    while units:
-        parts.append(_amount(units))
-        units -= _units(parts[-1])
-    return parts
 
 
 def _positive(name: str, value: object) -> float:
