@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import logging
 from collections.abc import Collection, Iterator, Sequence
@@ -104,7 +105,7 @@ def _lines(file: File) -> Iterator[tuple[list[bytes], float]]:
 def _parsed(line: bytes) -> Any:
     """A line's JSON value, or an ``InvalidRow``."""
     try:
-        return parsed(line.decode("utf-8-sig"))
+        return parsed(line.removeprefix(codecs.BOM_UTF8).decode())
     except UnicodeDecodeError as error:
         return InvalidRow("expected UTF-8 text", str(error), line[:60].decode(errors="replace"))
     except DuplicateKeyError as error:
