@@ -183,6 +183,36 @@ def test_thousands_of_prompts_are_optimal_by_weak_duality(seed, n, m):
         assert float(v.max(1).mean()) <= answer.value.mean() + 1e-8 + 1e-15 * float(total)
 
 
+@settings(max_examples=15)
+@given(SEEDS, st.integers(50, 600), st.integers(3, 8))
+@example(1, 2156, 6)
+@example(49, 648, 5)
+def test_rows_of_both_scopes_nine_orders_apart_are_decided(seed, n, m):
+    """HiGHS ends with an optimum, or with a proof that there is none: the prompts use more than the batch may, whatever they do."""
+    rng = np.random.default_rng(seed)
+
+    def drawn():
+        return 10.0 ** rng.uniform(-4.5, 4.5, (n, m) if rng.random() < 0.5 else m)
+
+    own, shared = drawn(), drawn()
+    every = [np.broadcast_to(a, (n, m)) for a in (own, shared)]
+    bounds = np.exp(rng.uniform(np.log(every[0].min(1)), np.log(every[0].max(1))))
+    bound = float(np.exp(rng.uniform(np.log(every[1].min(1).mean()), np.log(every[1].max(1).mean()))))
+    least = -solve(Problem(-every[1], own, bounds)).value.mean()
+    problem = Problem(rng.random((n, m)), own, bounds, resources=[Resource("seconds", shared, bound, "batch")])
+    if least > bound:
+        with pytest.raises(Infeasible):
+            solve(problem)
+        return
+    policies = solve(problem)
+    check(problem, policies)
+    # By weak duality at the row's price: every prompt at its best for itself.
+    price = policies.prices["seconds"]
+    most = solve(Problem(problem.value - price * every[1], own, bounds)).value.mean() + price * bound
+    assert policies.value.mean() <= most + 1e-9
+    assert policies.value.mean() >= most - 1e-7
+
+
 @pytest.mark.parametrize("solver", ["dual", "highs"])
 def test_a_share_of_zero_bars_a_model(solver):
     p = routing.solve_batch_budget(V3.tolist(), [0.1, 1, 0.2], 0.5, max_share=[0.5, 0, 1], solver=solver)

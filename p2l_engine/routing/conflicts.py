@@ -44,14 +44,34 @@ def check_shared(problem: Problem) -> None:
 
 
 def of_prompts(problem: Problem, prompts: range) -> Infeasible | None:
-    """The error for the first of these prompts whose own rows are infeasible, if any."""
-    for i in prompts:
-        rows = [row.of(slice(i, i + 1)) for row in problem.prompt_rows]
-        mask = None if problem.mask is None else problem.mask[i : i + 1]
-        least = _of_block((), rows, mask, 1, problem.values.shape[1])
+    """The error for the first of these prompts whose own rows are infeasible, if any. Each row alone holds."""
+    if len(problem.prompt_rows) < 2:
+        return None
+    for start in range(prompts.start, prompts.stop, highs.BLOCK):
+        some = slice(start, min(start + highs.BLOCK, prompts.stop))
+        if _holds(problem, some):
+            continue
+        while some.stop - some.start > 1:  # halves, of which the first that conflicts has the first such prompt
+            middle = (some.start + some.stop) // 2
+            first = slice(some.start, middle)
+            some = slice(middle, some.stop) if _holds(problem, first) else first
+        rows, least = _own(problem, some)
         if least(rows, None) is None:
-            return _explained(rows, rows, rows, least, i)
+            return _explained(rows, rows, rows, least, some.start)
     return None
+
+
+def _holds(problem: Problem, some: slice) -> bool:
+    """Whether these prompts' own rows are feasible."""
+    rows, least = _own(problem, some)
+    return least(rows, None) is not None
+
+
+def _own(problem: Problem, some: slice) -> tuple[list[Row], Least]:
+    """The rows of some prompts, and what decides them."""
+    rows = [row.of(some) for row in problem.prompt_rows]
+    mask = None if problem.mask is None else problem.mask[some]
+    return rows, _of_block((), rows, mask, some.stop - some.start, problem.values.shape[1])
 
 
 def of_prompt(problem: Problem, row: Row, bound: float, nearest: float, index: int, count: int) -> Infeasible:

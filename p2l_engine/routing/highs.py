@@ -26,6 +26,7 @@ Int32 = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.bool_]
 
 BLOCK = 64  # prompts per LP where they share no rows
+LOOSELY = 2.0  # times a bound: far from the tolerances
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,6 +64,11 @@ def solve_block(
     ratios = [_ratios(row, usable)[who, which] for row in (*each, *over)]
     factors = np.maximum.reduce([np.ones(len(who)), *ratios])
     elastic = 0 if penalty is None else len(over)
+    # What a row allows of a model alone, loosely: HiGHS then finds conflicts in its presolve, where its simplex method may fail.
+    most, hard = ones[who], [np.ones(1)] * len(each) + ([] if elastic else list(totals / units))
+    with np.errstate(divide="ignore", over="ignore"):
+        for bound, row in zip(hard, ratios, strict=False):
+            most = np.minimum(most, np.where(row > 0, LOOSELY * bound / row, np.inf))
     # Columns: the models', the excess of elastic rows, and what each row leaves of its bound.
     slack = len(who) + elastic
     counts, columns, values = [np.bincount(who, minlength=n)], [np.arange(len(who))], [1 / factors]
@@ -85,7 +91,7 @@ def solve_block(
     penalties = np.zeros(0) if penalty is None else -penalty / size * units
     program = Program(
         np.concatenate([loss / size / factors, penalties, np.zeros(n * len(each) + len(over))]),
-        np.concatenate([factors * ones[who], np.full(slack + len(over) - len(who), np.inf)]),
+        np.concatenate([factors * most, np.full(slack + len(over) - len(who), np.inf)]),
         np.concatenate(counts),
         np.concatenate(columns),
         np.concatenate(values),
@@ -97,6 +103,7 @@ def solve_block(
                 [n * row.rounding for row in over],
             ]
         ),
+        bool(over) and not elastic,
     )
     y, prices = program.solve(f"LP of {n} prompts", time_limit)
     x = np.zeros((n, m))

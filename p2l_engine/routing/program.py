@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1e-9  # HiGHS's feasibility tolerances
 MAGNIFIED = 2.0**20  # the scale of the second solution: rows hold to TOLERANCE / MAGNIFIED
+WIDE = 1e-6  # smaller coefficients slow the simplex method down a hundredfold where rows conflict: interior points come first
 FEW_ROWS = 500  # up to which interior points take less than a second
 SMALLEST = 1e-14  # a smaller variable, or excess of a row, is the solver's rounding; relative to bounds above 1
 SMALLEST_PRICE = 1e-12  # the same of a variable's reduced value
@@ -44,7 +45,7 @@ class Program:
     """Maximise objective.y over 0 <= y <= most with rows.y = right, all of order 1.
 
     The rows are sparse: counts of entries per row, their columns and values. leeway: how far below 0 each variable may go where
-    the rows cannot be met otherwise.
+    the rows cannot be met otherwise. presolve: whether HiGHS looks for conflicts first.
     """
 
     objective: Float64
@@ -54,12 +55,15 @@ class Program:
     values: Float64
     right: Float64
     leeway: Float64
+    presolve: bool = False
 
     def solve(self, what: str, time_limit: float | None = None) -> tuple[Float64, Float64]:
         """y and the rows' dual prices. Raises NoPolicy; SolverError, which says ``what`` was to be solved; TimeLimit."""
         deadline = None if time_limit is None else time.monotonic() + time_limit
         for leeway in (np.zeros(len(self.leeway)), self.leeway):
-            highs = solver(None if deadline is None else deadline - time.monotonic())
+            highs = solver(None if deadline is None else deadline - time.monotonic(), self.presolve)
+            if self.presolve and np.abs(self.values).min(initial=1.0) < WIDE:
+                highs.setOptionValue("solver", "ipm")
             try:
                 return self._solve(highs, what, -leeway)
             except NoPolicy:
@@ -115,14 +119,18 @@ class Program:
         return lp
 
 
-def solver(time_limit: float | None = None) -> highspy.Highs:
-    """A silent HiGHS on one thread; ``time_limit`` in seconds."""
+def solver(time_limit: float | None = None, presolve: bool = False) -> highspy.Highs:
+    """A silent HiGHS on one thread; ``time_limit`` in seconds.
+
+    presolve: feasible LPs take a third longer with it; most others are found to be infeasible within milliseconds, where the
+    simplex method may take seconds or fail.
+    """
     import highspy
 
     highs = highspy.Highs()
     highs.setOptionValue("output_flag", False)
     highs.setOptionValue("threads", 1)
-    highs.setOptionValue("presolve", "off")  # these LPs leave it little to do: without it they take three quarters of the time
+    highs.setOptionValue("presolve", "on" if presolve else "off")
     highs.setOptionValue("primal_feasibility_tolerance", TOLERANCE)
     highs.setOptionValue("dual_feasibility_tolerance", TOLERANCE)
     highs.setOptionValue("small_matrix_value", SMALLEST_COEFFICIENT)
@@ -138,12 +146,17 @@ def optimum(highs: highspy.Highs, what: str) -> Any:
     statuses = highspy.HighsModelStatus
     highs.run()
     status = highs.getModelStatus()
-    # The simplex method can fail on badly scaled problems: try presolve, then, where that is cheap, interior points.
-    others = (("presolve", "on", "off"), ("solver", "ipm", "choose"))
-    for option, other, usual in others if highs.getNumRow() <= FEW_ROWS else others[:1]:
+    # The simplex method can fail on badly scaled problems, and then calls them infeasible too: try presolve, or without it, then,
+    # where that is cheap, interior points. A conflict that presolve finds is one.
+    _, presolve = highs.getOptionValue("presolve")
+    _, method = highs.getOptionValue("solver")
+    others = [("presolve", "on", "off"), *([("solver", "ipm", "choose")] if highs.getNumRow() <= FEW_ROWS else [])]
+    if presolve == "on":
+        others = [("solver", "choose" if method == "ipm" else "ipm", method), ("presolve", "off", "on")]
+    for option, other, usual in others:
         if status in (statuses.kOptimal, statuses.kTimeLimit, statuses.kIterationLimit):
             break
-        if option == "solver" and status in (statuses.kInfeasible, statuses.kUnboundedOrInfeasible):
+        if (option == "solver" or presolve == "on") and status in (statuses.kInfeasible, statuses.kUnboundedOrInfeasible):
             break
         highs.clearSolver()
         highs.setOptionValue(option, other)
