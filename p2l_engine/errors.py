@@ -7,6 +7,12 @@ from datetime import datetime
 from decimal import Decimal
 
 
+def exactly(number: float) -> str:
+    """A number with as few digits as tell it from all others: messages compare nearly equal ones."""
+    short = f"{number:g}"
+    return short if float(short) == number else repr(float(number))
+
+
 class Infeasible(ValueError):
     """No policy satisfies all rows of a routing problem.
 
@@ -39,13 +45,13 @@ class InfeasibleBudget(Infeasible):
     def __init__(
         self, budget: float, smallest: float, index: int | None = None, count: int = 1, rows: Sequence[str] = ()
     ) -> None:
-        super().__init__(rows or [f"budget <= {budget:g}"], "budget", budget, smallest, index, count)
+        super().__init__(rows or [f"budget <= {exactly(budget)}"], "budget", budget, smallest, index, count)
         self.budget, self.smallest = budget, smallest
         where = "over the batch" if index is None else f"for prompt {index}"
         more = f" (and {count - 1} more prompts)" if count > 1 else ""
         beside = f" beside {' and '.join(row for row in rows if not row.startswith('budget '))}" if len(rows) > 1 else ""
         self.args = (
-            f"budget {budget:g} is infeasible {where}{more}{beside}: the cheapest policy costs {smallest!r}; "
+            f"budget {exactly(budget)} is infeasible {where}{more}{beside}: the cheapest policy costs {smallest!r}; "
             f"raise the budget to at least {smallest!r}",
         )
 

@@ -188,7 +188,7 @@ def test_thousands_of_prompts_are_optimal_by_weak_duality(seed, n, m):
 @example(1, 2156, 6)
 @example(49, 648, 5)
 def test_rows_of_both_scopes_nine_orders_apart_are_decided(seed, n, m):
-    """HiGHS ends with an optimum, or with a proof that there is none: the prompts use more than the batch may, whatever they do."""
+    """HiGHS ends with an optimum, or with Infeasible where the prompts use more than the batch may, whatever they do."""
     rng = np.random.default_rng(seed)
 
     def drawn():
@@ -327,6 +327,16 @@ def test_the_smallest_budget_that_an_error_names_is_the_smallest(seed, n, m, uni
             best(smallest * (1 - 1e-8))
     except Infeasible:
         return
+
+
+def test_errors_show_every_digit_of_the_bounds_that_they_compare():
+    v, budget = V3[:1], 1.0000000000000002
+    with pytest.raises(InfeasibleBudget, match=r"budget 1\.0000000000000002 is infeasible.*costs 1\.000000000000001;"):
+        routing.solve_budget(v, [1.000000000000001] * 3, budget)
+    with pytest.raises(Infeasible, match=r"seconds <= 1\.0000000000000002 .* 'seconds' is 1\.000000000000001$"):
+        solve(Problem(v, resources=[Resource("seconds", [1.000000000000001] * 3, budget)]))
+    with pytest.raises(ValueError, match=r"at_least <= at_most, got 0\.30000000000000004 > 0\.3$"):
+        Problem(v, shares=[Share(0, 0.3, 0.1 + 0.2)])
 
 
 class TestRounding:

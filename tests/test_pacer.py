@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
+import signal
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
@@ -17,7 +20,8 @@ from hypothesis import strategies as st
 from bench.streams import measure
 from bench.traffic import KINDS, stream, streams
 from p2l_engine import routing
-from p2l_engine.routing import BudgetPacer
+from p2l_engine.routing import BudgetPacer, exact
+from p2l_engine.routing import pacer as pacer_module
 from tests.support.cases import slow_but
 
 
@@ -143,6 +147,51 @@ def test_the_last_of_many_threads_saves_the_newest_state(tmp_path):
         list(pool.map(work, range(8)))
     assert BudgetPacer.load(path).count == pacer.count == 40
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_forked_children_of_busy_threads_go_on(tmp_path, monkeypatch):
+    """Each finds a pacer between two prompts, and no lock that is held for ever."""
+    pacer, parent, done, writing = BudgetPacer(1.0), os.getpid(), threading.Event(), threading.Event()
+    write = pacer_module.write_file
+
+    def write_slowly(path, text):
+        if os.getpid() == parent:
+            writing.set()
+            done.wait()
+        write(path, text)
+
+    def choose():
+        while not done.is_set():
+            pacer.choose([0.5, 0.9], [0.25, 2.0])
+
+    def child(path):
+        signal.alarm(20)  # ends a child that hangs
+        balanced = Fraction(pacer.spent) + Fraction(pacer._credit + pacer._reserve, exact.UNIT) == pacer.count
+        pacer.choose([0.5, 0.9], [0.25, 2.0])
+        pacer.save(path)
+        return balanced and BudgetPacer.load(path).count == pacer.count
+
+    monkeypatch.setattr(pacer_module, "write_file", write_slowly)
+    threads = [threading.Thread(target=work) for work in (lambda: pacer.save(tmp_path / "parent"), choose, choose)]
+    for thread in threads:
+        thread.start()
+    statuses = []
+    try:
+        writing.wait()
+        for i in range(4):
+            process = os.fork()
+            if process == 0:
+                right = False
+                try:
+                    right = child(tmp_path / str(i))
+                finally:
+                    os._exit(not right)
+            statuses.append(os.waitpid(process, 0)[1])
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+    assert statuses == [0] * 4
 
 
 def test_threads_lose_nothing():

@@ -64,7 +64,7 @@ def solve_block(
     ratios = [_ratios(row, usable)[who, which] for row in (*each, *over)]
     factors = np.maximum.reduce([np.ones(len(who)), *ratios])
     elastic = 0 if penalty is None else len(over)
-    # What a row allows of a model alone, loosely: HiGHS then finds conflicts in its presolve, where its simplex method may fail.
+    # What a row allows of a model alone, loosely: HiGHS then finds conflicts in presolve, where its simplex method may fail.
     most, hard = ones[who], [np.ones(1)] * len(each) + ([] if elastic else list(totals / units))
     with np.errstate(divide="ignore", over="ignore"):
         for bound, row in zip(hard, ratios, strict=False):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import threading
 from pathlib import Path
 from typing import Any, Self
@@ -29,6 +30,21 @@ EXTREME = 300.0  # bounds the log of the learned price: far beyond any win rate,
 LINEAR = 0.1  # share of the price's response that is linear in the credit; the rest is cubic: flat near 0, steep at the ends
 FASTEST = 0.05  # the largest change of the log of the learned price per prompt
 
+# One lock for all pacers: each holds it for microseconds, and forks wait for it. So a forked child finds every pacer between
+# two prompts, and no lock that another thread holds.
+_choosing = threading.Lock()
+_saving = threading.Lock()  # for the length of a write
+
+
+def _after_fork() -> None:
+    global _saving
+    _saving = threading.Lock()
+    _choosing.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_choosing.acquire, after_in_parent=_choosing.release, after_in_child=_after_fork)
+
 
 class BudgetPacer:
     """Routes each prompt by the argmax of v - price * cost, and adapts the price so that the mean cost meets the budget.
@@ -49,7 +65,7 @@ class BudgetPacer:
       the higher win rate, then the lower cost, then the lower index.
 
     A model that costs more than 2/5 horizon + 1 budgets is chosen only where it is the cheapest. Deterministic: the same
-    stream gives the same choices. Thread-safe.
+    stream gives the same choices. Thread-safe; a forked child goes on with a copy.
 
     budget: mean cost per prompt, > 0. price: win rate per unit of cost (``solve_batch_budget(...).prices["budget"]`` of past
     traffic, or ``BudgetPacer.learned``). horizon: a number of prompts from 10 to 10^9, the scale of the credit: the mean of n
@@ -69,7 +85,6 @@ class BudgetPacer:
         self._limit = self._income * horizon // 5  # of the credit, and of the debt
         self._credit = self._reserve = self._spent = self._count = 0
         self._warned = False
-        self._lock, self._saving = threading.Lock(), threading.Lock()
 
     @classmethod
     def learned(cls, v: Array | Values, costs: Array, budget: float, horizon: int = 500, allowed: Array | None = None) -> Self:
@@ -88,7 +103,7 @@ class BudgetPacer:
             models = np.flatnonzero(mask)
             w, x = w[models], x[models]
         lowest, highest = float(x[x.argmin()]), float(x[x.argmax()])
-        with self._lock:
+        with _choosing:
             limit, response = self._credit + self._income + self._limit, self._response()
             if response == math.inf or exact.units(lowest) > limit:
                 k, settled = _best(-x, w, x), True
@@ -108,7 +123,7 @@ class BudgetPacer:
     def settle(self, difference: float) -> None:
         """Adds what a prompt really cost beyond the cost given to ``choose`` (negative: less)."""
         more = exact.units(finite_number("difference", difference, "a finite amount"))
-        with self._lock:
+        with _choosing:
             self._spent += more
             self._gain(-more)
 
@@ -116,7 +131,7 @@ class BudgetPacer:
     def price(self) -> float:
         """The current price: the win rate that one unit of cost must add. Infinite where the debt is ``allowance``: only the
         cheapest models are chosen."""
-        with self._lock:
+        with _choosing:
             return math.exp(self._level) * self._response() / self.budget
 
     @property
@@ -137,13 +152,13 @@ class BudgetPacer:
     @property
     def mean_cost(self) -> float:
         """Cost per prompt so far; NaN before the first."""
-        with self._lock:
+        with _choosing:
             return exact.amount(self._spent) / self._count if self._count else math.nan
 
     def save(self, path: str | Path) -> None:
         """Writes the state as JSON, atomically. Of several threads that save, the last writes the newest state."""
-        with self._saving:
-            with self._lock:
+        with _saving:
+            with _choosing:
                 state: dict[str, Any] = {"version": VERSION, "budget": self.budget, "horizon": self.horizon}
                 state |= {"level": self._level, "count": self._count}
                 state |= {"spent": exact.summands(self._spent), "reserve": exact.summands(self._reserve)}

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from p2l_engine.arguments import finite_number, several
+from p2l_engine.errors import exactly
 from p2l_engine.routing import arrays
 from p2l_engine.routing.arrays import Array, Float64
 from p2l_engine.routing.values import ArrayValues, Values
@@ -66,7 +67,7 @@ class Row:
     def stated(self) -> str:
         """The row as the user wrote it; with the tightest bound where prompts have their own."""
         bound = float(np.min(self.bound)) * (-1.0 if self.negated else 1.0)
-        return f"{self.name} {'= ' if 'share of ' in self.name else '<= '}{bound:g}"
+        return f"{self.name} {'= ' if 'share of ' in self.name else '<= '}{exactly(bound)}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -166,7 +167,7 @@ def _share_rows(i: int, share: Share, m: int) -> list[Row]:
     for name, bound in (("at_most", share.at_most), ("at_least", share.at_least)):
         finite_number(f"shares[{i}].{name}", bound, "a share in [0, 1]", lambda x: 0 <= x <= 1)
     if share.at_least > share.at_most:
-        raise ValueError(f"shares[{i}]: expected at_least <= at_most, got {share.at_least:g} > {share.at_most:g}")
+        raise ValueError(f"shares[{i}]: expected at_least <= at_most, got {exactly(share.at_least)} > {exactly(share.at_most)}")
     label = share.name or (f"model {columns[0]}" if len(columns) == 1 else f"models {', '.join(map(str, columns))}")
     member = np.zeros(m)
     member[columns] = 1.0

@@ -146,8 +146,8 @@ def optimum(highs: highspy.Highs, what: str) -> Any:
     statuses = highspy.HighsModelStatus
     highs.run()
     status = highs.getModelStatus()
-    # The simplex method can fail on badly scaled problems, and then calls them infeasible too: try presolve, or without it, then,
-    # where that is cheap, interior points. A conflict that presolve finds is one.
+    # The simplex method can fail on badly scaled problems, and may call them infeasible: try presolve, then, if that is cheap,
+    # interior points. With presolve from the start, a conflict is one.
     _, presolve = highs.getOptionValue("presolve")
     _, method = highs.getOptionValue("solver")
     others = [("presolve", "on", "off"), *([("solver", "ipm", "choose")] if highs.getNumRow() <= FEW_ROWS else [])]
