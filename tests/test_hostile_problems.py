@@ -329,6 +329,51 @@ def test_the_smallest_budget_that_an_error_names_is_the_smallest(seed, n, m, uni
         return
 
 
+@settings(max_examples=30)
+@given(SEEDS, st.integers(2, 90), st.integers(2, 6), st.booleans())
+def test_conflicts_of_both_scopes_are_explained_by_few_lps(seed, n, m, shared):
+    """What all prompts share conflicts as it does for one of them; of whom prompts conflict alone, the first is named."""
+    rng = np.random.default_rng(seed)
+    bounds = np.full(n, rng.random()) if shared else rng.random(n)
+    amounts = rng.random((3, m))
+
+    def problem(some):
+        resources = [Resource("b", amounts[1], 0.6), Resource("c", amounts[2], bound, "batch")]
+        return Problem(np.zeros((len(some), m)), amounts[0], bounds[some], "prompt", resources, [Share(0, at_least=0.4)])
+
+    bound, sizes, real = float(rng.random()), [], highs.solve_block
+
+    def counted(v, *rest, **named):
+        sizes.append(len(v))
+        return real(v, *rest, **named)
+
+    def error(some):
+        try:
+            solve(problem(some))
+        except Infeasible as found:
+            return found
+        return None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(highs, "solve_block", counted)
+        found = error(np.arange(n))
+    if found is None:
+        return
+    if found.index is not None:
+        beside = [Resource("b", amounts[1], 0.6)]
+        alone = [exact.optimum(Problem(np.zeros((1, m)), amounts[0], b, resources=beside)) for b in bounds]
+        # A prompt that one of its rows alone rules out comes before those whose rows conflict.
+        assert alone[found.index] is None
+        assert found.index == alone.index(None) or len(found.rows) == 1
+    elif shared:
+        one = error(np.arange(1))
+        assert one is not None
+        assert (one.rows, one.row) == (found.rows, found.row)
+        assert found.nearest == pytest.approx(one.nearest, rel=1e-9)
+        assert sizes.count(n) <= 1 + (n <= highs.BLOCK)
+        assert sum(sizes) <= 2 * n + 10
+
+
 def test_errors_show_every_digit_of_the_bounds_that_they_compare():
     v, budget = V3[:1], 1.0000000000000002
     with pytest.raises(InfeasibleBudget, match=r"budget 1\.0000000000000002 is infeasible.*costs 1\.000000000000001;"):

@@ -90,9 +90,14 @@ def over_batch(problem: Problem) -> Infeasible:
     n, m = problem.values.shape
     assert n is not None
     if problem.prompt_rows:
-        rows = (*problem.prompt_rows, *problem.batch_rows)
-        least = _of_block(problem.batch_rows, problem.prompt_rows, problem.mask, n, m)
-        return of_prompts(problem, range(n)) or _explained(rows, rows, problem.batch_rows, least, None)
+        if conflict := of_prompts(problem, range(n)):
+            return conflict
+        each = problem.prompt_rows
+        if problem.mask is None and all(row.shared and np.ptp(row.bound) == 0 for row in (*each, *problem.batch_rows)):
+            # Rows that are the same for all prompts hold for some policies if they hold for the mean of these.
+            each, n = tuple(Row(row.name, row.amounts, float(np.ravel(row.bound)[0])) for row in each), 1
+        rows, least = (*each, *problem.batch_rows), _of_block(problem.batch_rows, each, problem.mask, n, m)
+        return _explained(rows, rows, problem.batch_rows, least, None)
     return _explained(_proven(problem, n, m), problem.batch_rows, problem.batch_rows, _of_dual(problem, n, m), None)
 
 
@@ -137,11 +142,19 @@ def _of_dual(problem: Problem, n: int, m: int) -> Least:
 
 def _of_block(batch: Sequence[Row], prompt: Sequence[Row], mask: Any, n: int, m: int) -> Least:
     def least(some: Sequence[Row], target: Row | None) -> float | None:
-        goal = np.broadcast_to(np.zeros(m) if target is None else -target.amounts, (n, m))
+        each, over = [row for row in some if row in prompt], [row for row in some if row in batch]
+        goal = np.ascontiguousarray(np.broadcast_to(np.zeros(m) if target is None else -target.amounts, (n, m)))
         try:
-            reduced = surplus.reduce([row for row in some if row in prompt], [row for row in some if row in batch], mask, n, m)
-            over = [reduced.over[k] for k in reduced.binding()]
-            indices, probabilities = highs.narrow(highs.solve_block(goal, reduced.usable, reduced.each, over).x)
+            reduced = surplus.reduce(each, over, mask, n, m)
+            binding = [reduced.over[k] for k in reduced.binding()]
+            if target is None and len(each) + len(binding) < 2:  # its surplus says that it holds
+                return 0.0
+            if binding:
+                solved = highs.solve_block(goal, reduced.usable, reduced.each, binding)
+                indices, probabilities = highs.narrow(solved.x)
+            else:
+                usable = np.ascontiguousarray(np.broadcast_to(reduced.usable, (n, m)))
+                indices, probabilities = highs.solve_prompts(goal, each, usable)
         except NoPolicy:
             return None
         return 0.0 if target is None else _above(target, indices, probabilities)

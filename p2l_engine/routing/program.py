@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 TOLERANCE = 1e-9  # HiGHS's feasibility tolerances
 MAGNIFIED = 2.0**20  # the scale of the second solution: rows hold to TOLERANCE / MAGNIFIED
 WIDE = 1e-6  # smaller coefficients slow the simplex method down a hundredfold where rows conflict: interior points come first
+MANY_ROWS = 10_000  # from here on interior points take no longer, and a tenth of the time where rows conflict
 FEW_ROWS = 500  # up to which interior points take less than a second
 SMALLEST = 1e-14  # a smaller variable, or excess of a row, is the solver's rounding; relative to bounds above 1
 SMALLEST_PRICE = 1e-12  # the same of a variable's reduced value
@@ -62,7 +63,7 @@ class Program:
         deadline = None if time_limit is None else time.monotonic() + time_limit
         for leeway in (np.zeros(len(self.leeway)), self.leeway):
             highs = solver(None if deadline is None else deadline - time.monotonic(), self.presolve)
-            if self.presolve and np.abs(self.values).min(initial=1.0) < WIDE:
+            if self.presolve and (len(self.counts) > MANY_ROWS or np.abs(self.values).min(initial=1.0) < WIDE):
                 highs.setOptionValue("solver", "ipm")
             try:
                 return self._solve(highs, what, -leeway)
@@ -84,6 +85,7 @@ class Program:
             basis = highs.getBasis()
             highs.passModel(self._model(objective, MAGNIFIED * (least - y), MAGNIFIED * (self.most - y), MAGNIFIED * left))
             highs.setBasis(basis)
+            highs.setOptionValue("solver", "choose")
             solution = optimum(highs, what)
             y = y + np.asarray(solution.col_value) / MAGNIFIED
             prices = prices + np.asarray(solution.row_dual) / MAGNIFIED
@@ -149,7 +151,7 @@ def optimum(highs: highspy.Highs, what: str) -> Any:
     # The simplex method can fail on badly scaled problems, and may call them infeasible: try presolve, then, if that is cheap,
     # interior points. With presolve from the start, a conflict is one.
     _, presolve = highs.getOptionValue("presolve")
-    _, method = highs.getOptionValue("solver")
+    method = str(highs.getOptionValue("solver")[1])
     others = [("presolve", "on", "off"), *([("solver", "ipm", "choose")] if highs.getNumRow() <= FEW_ROWS else [])]
     if presolve == "on":
         others = [("solver", "choose" if method == "ipm" else "ipm", method), ("presolve", "off", "on")]
