@@ -29,7 +29,11 @@ static void merge_sort_by_cost(int32_t *order, int32_t *scratch, const double *c
 
 /* 1 when b lies on or below the chord from a to c: b is then no vertex of the upper hull. Costs rise from a to c. */
 static inline int below_chord(const double *costs, const double *v, int32_t a, int32_t b, int32_t c) {
-    return (v[b] - v[a]) * (costs[c] - costs[a]) <= (v[c] - v[a]) * (costs[b] - costs[a]);
+    const double left = (v[b] - v[a]) * (costs[c] - costs[a]), right = (v[c] - v[a]) * (costs[b] - costs[a]);
+    if (left != right || (left >= DBL_MIN && left <= DBL_MAX)) return left <= right;
+    /* Both products over- or underflow: a long double has a wider exponent (on x86 and AArch64). */
+    return ((long double)v[b] - v[a]) * ((long double)costs[c] - costs[a]) <=
+           ((long double)v[c] - v[a]) * ((long double)costs[b] - costs[a]);
 }
 
 void p2l_sort_models(int32_t *order, int32_t *scratch, const double *costs, int64_t n_models) {

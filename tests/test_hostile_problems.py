@@ -384,6 +384,25 @@ def test_errors_show_every_digit_of_the_bounds_that_they_compare():
         Problem(v, shares=[Share(0, 0.3, 0.1 + 0.2)])
 
 
+@settings(max_examples=60)
+@given(
+    SEEDS, st.integers(2, 6), st.sampled_from([1, 1e-160, 1e-200, 1e-300, 1e200, 1e300]), st.sampled_from([1, 1e-160, 1e200])
+)
+@example(0, 3, 1e-300, 1e-160)
+def test_hulls_of_amounts_and_values_of_any_size(seed, m, unit, size):
+    """Products of their differences over- and underflow in double precision."""
+    rng = np.random.default_rng(seed)
+    v, costs = size * rng.random((2, m)), unit * rng.integers(0, 9, m)
+    budget = float(costs.min() + (unit if rng.random() < 0.5 else 2 * unit))
+    problem = Problem(v, costs, np.full(2, budget))
+    assert solve(problem).value.mean() == pytest.approx(exact.optimum(problem), rel=1e-9, abs=0)
+
+
+def test_subnormal_costs_keep_their_hull():
+    p = routing.solve_budget([[0.9479343365723717, 0.07433303507802758, 0.9698367140781307]], [1.5e-323, 0.0, 2e-323], 5e-324)
+    assert p.value[0] == pytest.approx(0.07433303507802758 * 2 / 3 + 0.9479343365723717 / 3, rel=1e-12)
+
+
 class TestRounding:
     """A cost exceeds its budget by one rounding at most; so does a budget fall short of the least cost."""
 
