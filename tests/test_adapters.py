@@ -112,8 +112,12 @@ settings_of_peft = st.fixed_dictionaries(
         "lora_dropout": st.sampled_from([0.0, 0.3]),
     },
     optional={
-        "rank_pattern": st.dictionaries(st.sampled_from(["q_proj", "mlp.up_proj", "1.mlp.down_proj"]), st.integers(1, 5)),
-        "alpha_pattern": st.dictionaries(st.sampled_from(["o_proj", "self_attn.v_proj", "0.mlp.up_proj"]), st.integers(1, 9)),
+        "rank_pattern": st.dictionaries(
+            st.sampled_from(["q_proj", "mlp.up_proj", "1.mlp.down_proj", "k.proj", "mlp.gate.proj"]), st.integers(1, 5)
+        ),
+        "alpha_pattern": st.dictionaries(
+            st.sampled_from(["o_proj", "self_attn.v_proj", "0.mlp.up_proj", "q.proj", "1..lp.gate_proj"]), st.integers(1, 9)
+        ),
         "exclude_modules": st.sampled_from([["k_proj"], ["layers.1.mlp.up_proj"], r".*layers\.2\.self_attn.*"]),
     },
 )  # fmt: skip
@@ -128,6 +132,13 @@ def test_what_peft_saves_is_merged_as_peft_does(values, base, tmp_path_factory):
         values = {k: v for k, v in values.items() if k != "rank_pattern"} | {"r": 4}
     folder = tmp_path_factory.mktemp("adapter")
     assert_merged(folder, by_peft(base, folder, LoraConfig(**values)))
+
+
+def test_dots_of_patterns_stand_for_any_character_as_in_peft(base, tmp_path):
+    config = LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"], alpha_pattern={"q.proj": 1}, rank_pattern={"mlp.u._proj": 2}
+    )
+    assert_merged(tmp_path / "adapter", by_peft(base, tmp_path / "adapter", config))
 
 
 @pytest.mark.parametrize("name", ["pissa", "pissa_niter_4", "olora"])

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedTokenizerFast
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from p2l_engine import Engine, checkpoint
 from p2l_engine.backbone.families import DecoderConfig
@@ -243,6 +244,38 @@ def test_configs_are_written_in_the_spellings_of_transformers_4_and_5(theta, fac
     expected = DecoderConfig.read(config.to_dict())
     for other in ({"rope_theta", "rope_scaling"}, {"rope_parameters"}, set()):  # each spelling says all, and both agree
         assert DecoderConfig.read({key: value for key, value in written.items() if key not in other}) == expected
+
+
+@settings(max_examples=20)
+@given(
+    kind=st.sampled_from(["llama3", "yarn", "longrope"]),
+    beside=st.sampled_from([16, 40, None]),
+    within=st.sampled_from([16, 48, None]),
+    seed=st.integers(0, 10**6),
+)
+def test_the_length_beside_rope_wins_as_in_the_model(kind, beside, within, seed, tmp_path_factory):
+    """Configs of transformers 4 have RoPE's original length beside it, in it, or both: written again, they mean the same."""
+    source, target = (tmp_path_factory.mktemp(name) for name in ("source", "target"))
+    rng = np.random.default_rng(seed)
+    rope = {"rope_type": kind, "factor": 4.0}
+    rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if kind == "llama3" else {}
+    rope |= {f"{name}_factor": rng.uniform(1, 4, 4).tolist() for name in ("short", "long")} if kind == "longrope" else {}
+    rope |= {} if within is None else {"original_max_position_embeddings": within}
+    values = {key: value for key, value in tiny.config().to_dict().items() if key != "rope_parameters"}
+    values |= {"max_position_embeddings": 64, "rope_theta": 500.0, "rope_scaling": rope}
+    values |= {} if beside is None else {"original_max_position_embeddings": beside}
+    (source / "config.json").write_text(json.dumps(values))
+    huggingface.write_config(target, huggingface.read_config(source))
+    for positions in (3, 20, 45, 70):
+        cosines = [
+            LlamaRotaryEmbedding(AutoConfig.from_pretrained(folder))(torch.ones(1), torch.arange(positions)[None])[0]
+            for folder in (source, target)
+        ]
+        torch.testing.assert_close(cosines[0], cosines[1], rtol=0, atol=0)
+    written = json.loads((target / "config.json").read_text())
+    assert written["rope_scaling"]["original_max_position_embeddings"] == (beside or within or 64)
+    assert written["rope_parameters"]["original_max_position_embeddings"] == (beside or within or 64)
+    assert written.get("original_max_position_embeddings", beside) == (beside or within or 64 if kind == "longrope" else beside)
 
 
 def test_tokenizers_are_written_for_transformers_4_and_5(tmp_path):

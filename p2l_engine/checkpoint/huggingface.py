@@ -27,6 +27,8 @@ def read_config(folder: Path) -> PretrainedConfig:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # each config's class checks its values in its own way
         raise CheckpointError(f"{path}: transformers cannot read it: {error}") from error
+    if getattr(config, "rope_parameters", None):  # models do this when they are made: the lengths beside RoPE's own win
+        config.standardize_rope_params()
     # Parts without tokens of their own, such as attn_config, are groups of settings.
     parts = [name for name in sorted(config.sub_configs) if hasattr(getattr(config, name, None), "vocab_size")]
     parts += ["encoder", "decoder"] if config.is_encoder_decoder else []

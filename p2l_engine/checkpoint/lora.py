@@ -86,7 +86,8 @@ class Lora:
         return alpha / (math.sqrt(rank) if self.stabilised else rank)
 
     def _own(self, pattern: Mapping[str, float], module: str, default: float) -> float:
-        found = {value for name, value in pattern.items() if _ends_with(module, name)}
+        # Regular expressions for ends of names, in every version of peft: a dot stands for any character.
+        found = {value for name, value in pattern.items() if re.fullmatch(rf".*\.{name}", f".model.{module}")}
         if len(found) > 1:
             raise CheckpointError(f"{self.path}: rank_pattern, alpha_pattern: expected one value for {module}, found several")
         return found.pop() if found else default
