@@ -70,7 +70,15 @@ def checkpoint(name: str, n_models: int, device: torch.device, dtype: torch.dtyp
     head = Head(torch.randn(n_models + 1, config.hidden_size) / config.hidden_size**0.5, torch.zeros(n_models + 1), n_models)
     names = tuple(f"model-{i}" for i in range(n_models))
     return Checkpoint(
-        Path(name), config, TransformersTokenizer(words), names, feedback_model("grk"), weights, head, lambda: (theirs, words)
+        Path(name),
+        Path(name),
+        config,
+        TransformersTokenizer(words),
+        names,
+        feedback_model("grk"),
+        weights,
+        head,
+        lambda: (theirs, words),
     )
 
 

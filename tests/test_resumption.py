@@ -14,9 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
-from p2l_engine import Router
+from p2l_engine import Engine, Router
 from p2l_engine.batch import BatchConfig, run
+from tests.support import tiny
 from tests.support.batch_files import PROMPTS, contents, write
 from tests.support.catalogs import COSTS, catalog
 from tests.support.tiny import MODELS
@@ -177,6 +180,46 @@ def test_damaged_files_are_named(router, tmp_path, caplog):
         run(router, BatchConfig([given], str(tmp_path / "again"), column="nonsense", **options))
     run(router, BatchConfig([given], str(tmp_path / "again"), **options))
     assert contents(tmp_path / "again") == contents(tmp_path / "whole")
+
+
+def test_a_run_of_an_adapter_is_refused_where_its_backbone_changed(tmp_path):
+    base = tiny.write(tmp_path / "base")
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    head = {f"base_model.model.{n}": w for n, w in load_file(base / "model.safetensors").items() if n.startswith("head.")}
+    query = "base_model.model.model.layers.1.self_attn.q_proj"
+    factors = {f"{query}.lora_{side}.weight": torch.ones(shape) for side, shape in {"A": (2, 48), "B": (48, 2)}.items()}
+    save_file(head | factors, folder / "adapter_model.safetensors")
+    adapter = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "base_model_name_or_path": "../base"}
+    (folder / "adapter_config.json").write_text(json.dumps(adapter))
+    for name in ("model_list.json", "training_config.json"):
+        shutil.copy(base / name, folder)
+    config = BatchConfig([write(tmp_path / "in.parquet", PROMPTS[:9])], str(tmp_path / "out"))
+
+    def again():
+        run(Router(Engine.from_pretrained(folder, device="cpu", dtype=torch.float32), catalog(), seed=3), config)
+
+    again()
+    (base / "notes.txt").touch()
+    os.utime(base / "model.safetensors", ns=(0, 0))  # fetched anew
+    (base / "notes.txt").unlink()
+    again()
+    weights = load_file(base / "model.safetensors")
+    for name, changed in {
+        "model.safetensors": lambda: save_file({n: w + 1e-3 for n, w in weights.items()}, base / "model.safetensors"),
+        "config.json": lambda: (base / "config.json").write_text(
+            (base / "config.json").read_text().replace("10000.0", "20000.0")
+        ),
+        "tokenizer_config.json": lambda: (base / "tokenizer_config.json").write_text(
+            (base / "tokenizer_config.json").read_text() + " "
+        ),
+    }.items():
+        kept = (base / name).read_bytes()
+        changed()
+        with pytest.raises(ValueError, match=f"checkpoint: backbone/{name}; use the same"):
+            again()
+        (base / name).write_bytes(kept)
+    again()
 
 
 def test_runs_of_earlier_versions_are_refused_and_can_be_replaced(router, tmp_path):

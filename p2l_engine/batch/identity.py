@@ -72,7 +72,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def _checkpoint(engine: Engine) -> dict[str, list[str | int]]:
-    """Digests, and for weights also the modification time, which detects a change between the samples."""
-    digests = fingerprint.of_folder(engine.folder)
-    times = {name: (engine.folder / name).stat().st_mtime_ns for name in digests if name.endswith(".safetensors")}
+    """Digests, and for weights also the modification time, which detects a change between the samples; none for an adapter's
+    backbone, which may be downloaded or converted anew."""
+    digests = fingerprint.of_checkpoint(engine.folder, engine.base)
+    times = {file.name: file.stat().st_mtime_ns for file in engine.folder.glob("*.safetensors")}
     return {name: [digest, times.get(name, 0)] for name, digest in digests.items()}

@@ -96,7 +96,7 @@ class Cluster:
         self.compute = compute_signature(kind, dtype, tokens)
         if checkpoint is not None and Path(checkpoint).exists():
             checkpoint = str(Path(checkpoint).resolve())  # workers run in other working directories
-        self._arguments = (checkpoint, kind, dtype, tokens, engine.date, fingerprint.of_folder(engine.folder))
+        self._arguments = (checkpoint, kind, dtype, tokens, engine.date, fingerprint.of_checkpoint(engine.folder, engine.base))
 
     def close(self) -> None:
         """Ends the cluster or connection, if this object started it."""
@@ -211,7 +211,7 @@ class _Compute:
     @cached_property  # not in the constructor: Ray returns its errors only as text
     def engine(self) -> Engine:
         engine = Engine.from_pretrained(*self.arguments)
-        found = fingerprint.of_folder(engine.folder)
+        found = fingerprint.of_checkpoint(engine.folder, engine.base)
         if found != self.expected:
             different = [name for name in {**found, **self.expected} if found.get(name) != self.expected.get(name)]
             raise ValueError(

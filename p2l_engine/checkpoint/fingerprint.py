@@ -17,6 +17,12 @@ def of_folder(folder: Path) -> dict[str, str]:
     return {file.name: of_file(file) for file in files if file.name not in NOT_COMPUTED_WITH}
 
 
+def of_checkpoint(folder: Path, base: Path) -> dict[str, str]:
+    """``of_folder``, and of an adapter's backbone in the folder ``base``, whose names start with "backbone/"."""
+    of_base = {} if base == folder else of_folder(base)
+    return of_folder(folder) | {f"backbone/{name}": found for name, found in of_base.items()}
+
+
 def of_backbone(folder: Path) -> str:
     """One fingerprint for a decoder's config and weights."""
     files = [file for file in (*sorted(folder.glob("*.safetensors")), folder / "config.json") if file.is_file()]

@@ -46,11 +46,14 @@ HEADS = ("lm_head.", "head.")  # weights that are none of the bare decoder's
 class Checkpoint:
     """A P2L checkpoint in memory, on the CPU, in the dtypes that its files hold (adapters merged in float32).
 
+    base: the folder of the backbone, which is another one for adapters.
+
     weights: the bare decoder's, without the prefix ``model.``. models: the M names in column order. transformers: reads the
     backbone's config and the tokenizer as transformers' objects, each time that it is called.
     """
 
     folder: Path
+    base: Path
     config: DecoderConfig | PretrainedConfig
     tokenizer: ChatTokenizer
     models: tuple[str, ...]
@@ -111,7 +114,7 @@ def load(path_or_repo: str | Path | None = None, date: str | Date | None = None)
         hidden=int(config.hidden_size), n_models=len(models), training=training, where=str(folder),
     )  # fmt: skip
     transformers = partial(as_transformers, base, words, training, int(config.vocab_size))
-    return Checkpoint(folder, config, tokenizer, models, feedback, weights, head, transformers)
+    return Checkpoint(folder, base, config, tokenizer, models, feedback, weights, head, transformers)
 
 
 def as_transformers(

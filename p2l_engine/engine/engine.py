@@ -61,7 +61,8 @@ class Engine:
         if self.device.type == "cpu":
             cpu.limit_threads()
         self.dtype = as_dtype(dtype, self.device)
-        self.models, self.feedback, self.folder = loaded.models, loaded.feedback, loaded.folder
+        self.models, self.feedback = loaded.models, loaded.feedback
+        self.folder, self.base = loaded.folder, loaded.base
         self.backbone = backbone.build(loaded.config, loaded.weights, self.device, self.dtype)
         positions = self.backbone.positions
         if positions is not None and positions < most:

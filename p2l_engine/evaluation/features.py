@@ -63,7 +63,7 @@ def frozen(base: str, training: Mapping[str, Any]) -> Checkpoint:
     decoder = checkpoint.with_vocabulary(decoder, len(table) + grown)
     transformers = partial(checkpoint.as_transformers, folder, folder, training, len(table) + grown)
     head = Head(torch.zeros(1, int(decoder.hidden_size)), torch.zeros(1), 1)
-    return Checkpoint(folder, decoder, tokenizer, ("none",), feedback_model("bt"), weights, head, transformers)
+    return Checkpoint(folder, folder, decoder, tokenizer, ("none",), feedback_model("bt"), weights, head, transformers)
 
 
 def probes(training: Float64, scores: Float64, test: Float64, seed: int = 0) -> dict[str, Float64]:
