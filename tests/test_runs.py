@@ -81,6 +81,7 @@ def test_two_processes_give_the_weights_of_one(config, tmp_path):
     uneven = uneven.model_copy(update={"output_dir": str(tmp_path / "one")})
     assert largest_difference(weights(uneven, 6), two["uneven"]) < 1e-5
     assert two["sharded"].startswith("fsdp: expected several processes on GPUs")
+    assert not list((tmp_path / "sharded").glob("*.run"))
 
 
 def test_sharding_in_one_process_is_refused(config):

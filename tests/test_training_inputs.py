@@ -99,7 +99,32 @@ def test_prompts_beyond_the_context_are_refused(tmp_path):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"max_position_embeddings": 6}))
     with pytest.raises(ValueError, match=r"max_length: \d+ prompts have more tokens than .* of 6 .*: set max_length: 6"):
         train(config, 2)
-    assert train(config.model_copy(update={"max_length": 6}), 2, "restart").is_dir()
+    assert train(config.model_copy(update={"max_length": 6}), 2).is_dir()
+
+
+REFUSED = {
+    "lora.first_layer": {"lora": {"r": 2, "first_layer": 9}},
+    "linear_head_downsize_factor": {"linear_head_downsize_factor": 9},
+    "model_type": {"model_type": "qwen2"},
+    "max_length": {"max_length": 8192},
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_a_refused_run_leaves_nothing_and_keeps_what_was_there(message, tmp_path):
+    config = settings(tmp_path, max_length=6)
+    file = tmp_path / "base" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"max_position_embeddings": 6}))
+    refused = TrainConfig.model_validate(config.model_dump() | REFUSED[message])
+    for if_present in ("refuse", "resume", "restart"):
+        with pytest.raises(ValueError, match=message):
+            train(refused, 2, if_present)
+        assert not list((tmp_path / "out").glob("*"))
+    interrupt(config.model_copy(update={"save_steps": 5}), at=7)
+    before = sorted(path.name for path in (tmp_path / "out" / "trial.run").rglob("*"))
+    with pytest.raises(ValueError, match=message):
+        train(refused, 2, "restart")
+    assert sorted(path.name for path in (tmp_path / "out" / "trial.run").rglob("*")) == before
 
 
 @pytest.mark.parametrize("steps", [0, -2])

@@ -35,24 +35,33 @@ def inputs_of(config: TrainConfig, parts: Splits, max_steps: int) -> dict[str, A
     }
 
 
-def prepare(state: Path, config: TrainConfig, inputs: dict[str, Any], if_present: IfPresent) -> str | None:
-    """Makes the folder of the run's states; returns the one to resume from, or None to start.
+def last_state(state: Path, config: TrainConfig, inputs: dict[str, Any], if_present: IfPresent) -> str | None:
+    """The run's state to resume from, in its folder ``state``; None to start.
 
     Raises ValueError where ``state`` exists and if_present is "refuse", or belongs to a run of another config or other inputs.
     """
-    # Through JSON, so that it compares equal when it is read again.
-    run = json.loads(json.dumps({"config": config.model_dump(), **inputs, "processes": os.environ.get("WORLD_SIZE", "1")}))
-    if state.exists():
-        if if_present == "refuse":
-            raise ValueError(f"{state}: a run of this name exists already: --resume continues it, --restart deletes it")
-        if if_present == "resume":
-            return _resume(state, run)
-        shutil.rmtree(state)
-    elif if_present == "resume":
+    if state.exists() and if_present == "refuse":
+        raise ValueError(f"{state}: a run of this name exists already: --resume continues it, --restart deletes it")
+    if state.exists() and if_present == "resume":
+        return _resume(state, _run(config, inputs))
+    if if_present == "resume":
         logger.info("%s: no state to resume from: starting", state)
-    state.mkdir(parents=True, exist_ok=True)
-    write_json(state / RUN, run)
     return None
+
+
+def begin(state: Path, config: TrainConfig, inputs: dict[str, Any]) -> None:
+    """Makes the folder of the run's states, in place of any other: last, so that a run that is refused leaves none, and the
+    states of the one before as they were."""
+    shutil.rmtree(state, ignore_errors=True)
+    state.mkdir(parents=True)
+    write_json(state / RUN, _run(config, inputs))
+
+
+def _run(config: TrainConfig, inputs: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of a run; through JSON, so that it compares equal when it is read again."""
+    kept = {"config": config.model_dump(), **inputs, "processes": os.environ.get("WORLD_SIZE", "1")}
+    run: dict[str, Any] = json.loads(json.dumps(kept))
+    return run
 
 
 def check_finished(folder: Path, config: TrainConfig, inputs: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def train(config: TrainConfig, max_steps: int = -1, if_present: IfPresent = "ref
         raise ValueError(f"{folder}: exists already; --restart replaces it if it is a checkpoint, and never another folder")
     if arguments.n_gpu > 1:
         raise ValueError(f"got {arguments.n_gpu} GPUs: start one process per GPU (torchrun), or set CUDA_VISIBLE_DEVICES")
-    resume_from = [resumption.prepare(state, config, inputs, if_present) if process.is_main_process else None]
+    resume_from = [resumption.last_state(state, config, inputs, if_present) if process.is_main_process else None]
     last = broadcast_object_list(resume_from)[0]
     model, tokenizer = build(config, len(training.models))
     encoder = PromptEncoder(TransformersTokenizer(tokenizer, config.date), config.max_length)
@@ -97,8 +98,12 @@ def train(config: TrainConfig, max_steps: int = -1, if_present: IfPresent = "ref
     got = trainer.accelerator.distributed_type.value
     wanted = "FSDP" if config.fsdp else "DEEPSPEED" if config.deepspeed else got
     if got != wanted:
+        with suppress(OSError):  # the Trainer has made it
+            state.rmdir()
         raise ValueError(f"{wanted.lower()}: expected several processes on GPUs (torchrun), got {got} on {arguments.device}")
     logger.info("device: %s, processes: %d (%s)", arguments.device, arguments.world_size, got)
+    if last is None and process.is_main_process:
+        resumption.begin(state, config, inputs)
     if last is not None and resumption.is_last(Path(last)):
         model.load_state_dict(load_file(Path(last) / "model.safetensors"))  # all steps are done, only the checkpoint is missing
     else:
