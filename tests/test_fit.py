@@ -19,6 +19,7 @@ from p2l_engine.coefficients import Coefficients
 from p2l_engine.feedback import feedback_model, formulas
 from p2l_engine.leaderboard import fit, pair_count, pairs
 from p2l_engine.leaderboard.bounds import bounds
+from p2l_engine.leaderboard.losses import Loss
 from p2l_engine.leaderboard.network import eliminate, solve_flows, solve_nodes
 from tests.support.cases import slow_but
 
@@ -131,6 +132,33 @@ def test_votes_that_are_all_ties_converge():
     assert found.theta == pytest.approx(0, abs=1e-4)
     with pytest.raises(ArithmeticError, match="the outcomes give no bound to .*; give a ridge, such as 1e-6"):
         fit(feedback_model("rk-reparam"), counts, 4)
+
+
+@settings(max_examples=6, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    name=st.sampled_from(NAMES),
+    never=st.sampled_from([0.0, 0.5]),
+    scale=st.sampled_from([-200, 0, 150]),
+)
+def test_wild_weights_have_an_optimum_or_a_reason_in_few_evaluations(seed, name, never, scale):
+    """Weights over ten orders of magnitude, half of them 0 or none. Searches along a step ended in thousands of evaluations."""
+    rng, feedback = np.random.default_rng(seed), feedback_model(name)
+    shape = (len(feedback.outcomes), pair_count(4))
+    counts = np.exp(rng.normal(0, 6, shape)) * (rng.random(shape) >= never) * 10.0**scale
+    counts[0, 0] += 10.0**scale
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+        for method in ("value", "distance"):
+            plain = getattr(Loss, method)
+            patch.setattr(Loss, method, lambda self, x, plain=plain: calls.append(1) or plain(self, x))
+        for ridge in (0.0, 1e-6):
+            try:
+                fit(feedback, counts, 4, ridge=ridge)
+            except (ValueError, ArithmeticError) as error:
+                assert not ridge
+                assert "give a ridge" in str(error) or "connect all models" in str(error)
+    assert len(calls) < 1500
 
 
 @pytest.mark.parametrize("kinds", slow_but(KINDS[2:8:2], KINDS[:-1]))

@@ -120,7 +120,7 @@ class _Newton:
 
     def run(self) -> Fit:
         x = self._start()
-        here, shortest, still, most = self.at(x), np.inf, 0, self._farthest()
+        here, shortest, still, stuck, most = self.at(x), np.inf, 0, 0, self._farthest()
         for iteration in range(ITERATIONS):
             self._check_in_range(here)
             step = self._step(here, x)
@@ -133,7 +133,11 @@ class _Newton:
             if nothing and float(np.abs(x).max()) > most:
                 break
             shortest = min(shortest, length)
-            x, here = self._along(x, step, here)
+            to = self._along(x, step, here)
+            stuck = stuck + 1 if float(np.abs(to - x).max()) <= TOLERANCE * (1 + float(np.abs(x).max())) else 0
+            if stuck > 2:  # no part of such a step lowers the loss
+                break
+            x, here = to, self.at(to)
         if nothing and not self._some_never_came():  # what would hold the rest is below the outcomes' rounding
             return self._fit(x, iteration)
         raise ArithmeticError(
@@ -160,18 +164,17 @@ class _Newton:
             step = self.loss.at(x, expected=True, free=here.slope is not None).step()
         return np.append(step, np.zeros(len(x) - len(step)))
 
-    def _along(self, x: Float64, step: Float64, here: Quadratic) -> tuple[Float64, Quadratic]:
+    def _along(self, x: Float64, step: Float64, here: Quadratic) -> Float64:
         """The first of shorter and shorter steps that lowers the loss enough (Armijo), as far as rounding shows."""
         longest = float(np.abs(step).max())
         length = min(1.0, LONGEST / longest) if longest > 0 else 1.0
         for _ in range(60):
             to = self._onto(x + length * step)
-            there = self.at(to)
             promised = float(here.gradient @ (to - x)[: len(here.gradient)])
-            if there.value <= here.value + 1e-4 * min(promised, 0.0) + here.noise:
-                return to, there
+            if self.loss.value(to) <= here.value + 1e-4 * min(promised, 0.0) + here.noise:
+                return to
             length /= 2
-        return x, here
+        return x
 
     def _some_never_came(self) -> bool:
         return bool(((self.counts == 0) & (self.counts.sum(0) > 0)).any())
@@ -200,11 +203,12 @@ class _Newton:
                 break
             for _ in range(HALVINGS):
                 to = self._onto(x + length * step, FLAT_ETA)
-                there = loss.toward(to)
-                if there.value < here.value:
+                if loss.distance(to) < here.value:
                     break
                 length /= 2
-            x, here = to, there
+            else:  # as near as it gets
+                break
+            x, here = to, loss.toward(to)
         return x
 
     def _onto(self, x: Float64, least: float = LEAST_ETA) -> Float64:

@@ -110,18 +110,30 @@ class Loss:
             second = second - np.einsum("pk,pkij->pij", excess, bend)
         return self._quadratic(x, self.counts * -log_p, first, second, free, expected)
 
+    def value(self, x: Float64) -> float:
+        """Of the loss at x, without derivatives."""
+        return float((self.counts * -self._log_probabilities(x)).sum()) + self.ridge / 2 * float(x @ x)
+
+    def distance(self, x: Float64) -> float:
+        """The value of ``toward`` x, without derivatives."""
+        return float((self._apart(self._log_probabilities(x)) ** 2).sum() / 2) + self.ridge / 2 * float(x @ x)
+
     def toward(self, x: Float64) -> Quadratic:
         """Near x, half the squares of the log-ratios of probabilities less those of counts, for outcomes that came. Where
         counts are what some x expects, the optimum is this x, and Gauss and Newton's steps reach it however saturated."""
         log_p, slope, _ = self._derivatives(x)
-        likeliest = self.counts.argmax(1)
-        came = self.counts > 0
-        log_counts = np.log(np.where(came, self.counts, 1.0))
-        apart = np.where(came, _less((log_p - log_counts)[:, :, None], likeliest)[:, :, 0], 0.0)
-        slope = np.where(came[:, :, None], _less(slope, likeliest), 0.0)
+        apart = self._apart(log_p)
+        slope = np.where(self.counts[:, :, None] > 0, _less(slope, self.counts.argmax(1)), 0.0)
         first = np.einsum("pk,pki->pi", apart, slope)
         second = np.einsum("pki,pkj->pij", slope, slope)
         return self._quadratic(x, apart**2 / 2, first, second, True, True)
+
+    def _apart(self, log_p: Float64) -> Float64:
+        """[P, K]: the log-ratios of probabilities less those of counts, to the outcome that came most; 0 for those that never
+        came."""
+        came = self.counts > 0
+        log_counts = np.log(np.where(came, self.counts, 1.0))
+        return np.where(came, _less((log_p - log_counts)[:, :, None], self.counts.argmax(1))[:, :, 0], 0.0)
 
     def gradients(self, x: Float64, samples: Float64) -> Float64:
         """[size, B]: for each of the counts [B, K, M (M - 1) / 2], without the ridge."""
@@ -162,6 +174,14 @@ class Loss:
         table[:m, m] = np.bincount(self.a, edges[:, 1], m) + np.bincount(self.b, edges[:, 2], m)
         table[m, :m] = sign * table[:m, m]
         return table
+
+    def _log_probabilities(self, x: Float64) -> Float64:
+        """log P [P, K] of each pair's outcomes."""
+        theta = torch.from_numpy(x[: self.n_models])
+        eta = torch.tensor(x[-1], dtype=torch.float64) if self.feedback.has_eta else None
+        with torch.inference_mode():
+            found = self.feedback.log_probabilities(theta[self.a], theta[self.b], eta)
+        return found[:, : len(self.feedback.outcomes)].numpy()
 
     def _derivatives(self, x: Float64) -> tuple[Float64, Float64, Float64]:
         """log P [P, K] of each pair's outcomes, its gradient [P, K, 4] and its Hessian [P, K, 4, 4] by a, b, ground and eta."""
