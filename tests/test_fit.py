@@ -10,7 +10,7 @@ import mpmath
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
@@ -177,6 +177,24 @@ def test_without_a_ridge_there_is_an_optimum_or_a_reason_soon(name, kinds, rng):
         bounded = fit(feedback, counts, 4, ridge=1e-9)
         assert found.loss <= bounded.loss + 1e-9
     assert time.process_time() - start < 5
+
+
+@settings(max_examples=8, deadline=None)
+@given(name=st.sampled_from(NAMES[2:]), seed=st.integers(0, 10**6))
+@example("rk", -1)
+def test_a_far_tie_parameter_leaves_steps_that_lower_the_loss(name, seed):
+    """One pair whose outcomes weigh orders of magnitude apart: eta's step is cut, and the others' must fit the cut one."""
+    feedback, rng = feedback_model(name), np.random.default_rng(abs(seed))
+    counts = np.zeros((len(feedback.outcomes), 6))
+    counts[:, 0] = 10.0 ** rng.uniform(-60, 0, len(counts))
+    if seed < 0:
+        counts[:, 0] = [1.31500046e33, 1.37900337e98, 2.95879399e70]
+    found = fit(feedback, counts, 4, ridge=1e-6)
+    x = np.append(found.theta, found.eta)
+    ridge = 1e-6 * counts.sum() / 6 / 2
+    whole = lambda x: (negative_log_likelihood(feedback, counts, x, 4) + ridge * x @ x) / counts.sum()  # noqa: E731
+    for _ in range(30):
+        assert whole(x + 10.0 ** rng.uniform(-4, 0) * rng.normal(size=len(x))) >= whole(x) - 1e-12
 
 
 def test_the_ridge_is_not_part_of_the_loss():

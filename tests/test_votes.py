@@ -641,3 +641,14 @@ def test_the_lower_end_of_three_wins_is_clopper_and_pearsons():
     again = {standing.model: standing for standing in marginal_leaderboard(feedback_model("bt"), often, bootstrap=100)}
     assert again["z"].low == pytest.approx(of["z"].low, abs=1e-3)
     assert again["x"].high == pytest.approx(of["x"].high, abs=1e-3)
+
+
+def test_intervals_hold_the_estimate_whatever_the_votes_weigh():
+    """Votes that weigh less than the ridge leave a coefficient near 0, where their interval does not reach."""
+    for name in ("bt", "grk"):
+        weight = np.array([1.0, 1.0, 1e-12, 1e-12])
+        pairs = (np.array([0, 0, 2, 2]), np.array([1, 1, 0, 1]))
+        votes = Votes.make([(str(i),) for i in range(4)], ("x", "y", "z"), np.arange(4), *pairs, np.array([0, 1, 0, 0]), weight)
+        for standing in marginal_leaderboard(feedback_model(name), votes, bootstrap=20):
+            assert standing.low is None or standing.low <= standing.coefficient
+            assert standing.high is None or standing.high >= standing.coefficient

@@ -154,14 +154,13 @@ class _Newton:
         step = self._newton(here, x)
         if here.slope is not None and x[-1] <= self.least_eta and step[-1] < 0:
             step = self._newton(self.loss.at(x, free=False), x)
-        step[self.loss.n_models :] = step[self.loss.n_models :].clip(-LONGEST, LONGEST)
         return step
 
     def _newton(self, here: Quadratic, x: Float64) -> Float64:
         try:
-            step = here.step()
+            step = here.step(LONGEST)
         except IndefiniteError:  # far from the optimum: Fisher scoring
-            step = self.loss.at(x, expected=True, free=here.slope is not None).step()
+            step = self.loss.at(x, expected=True, free=here.slope is not None).step(LONGEST)
         return np.append(step, np.zeros(len(x) - len(step)))
 
     def _along(self, x: Float64, step: Float64, here: Quadratic) -> Float64:

@@ -48,14 +48,15 @@ class Quadratic:
         """[M], or [M + 1] with eta."""
         return np.append(self.flows.sum(1)[:-1], [] if self.slope is None else [self.slope])
 
-    def step(self) -> Float64:
-        """Newton's step. Raises IndefiniteError where the loss has no minimum of second order."""
+    def step(self, farthest: float = np.inf) -> Float64:
+        """Newton's step, or the best one that moves eta no farther than this. Raises IndefiniteError where the loss has no
+        minimum of second order."""
         stars = eliminate(self.weights, self.semidefinite)
         x = -solve_flows(stars, self.flows)
         if self.slope is None:
             return self._centred(x[:-1])
         along = solve_flows(stars, self.cross)
-        eta = self._eta(along, self.slope + self._across(x))
+        eta = min(max(self._eta(along, self.slope + self._across(x)), -farthest), farthest)
         return np.append(self._centred((x - along * eta)[:-1]), eta)
 
     def response(self, gradients: Float64) -> Float64:

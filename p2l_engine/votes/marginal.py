@@ -119,7 +119,8 @@ def marginal_leaderboard(
         if held.above[i] != held.below[i] and held.anchor.sum() > (not feedback.grounded):
             share = np.divide(1.0, on[i], out=np.zeros(len(on[i])), where=on[i] > 0)  # a prompt counts once
             end = _one_sided(feedback, outcome_counts(feedback, votes, share), whole, held, int(i), (1 - level) / 2) - shift
-            low[i], high[i] = (end, np.inf) if held.below[i] else (-np.inf, end)
+            # Votes that weigh less than the ridge leave the coefficient near 0, on the other side of this end.
+            low[i], high[i] = (min(end, theta[i]), np.inf) if held.below[i] else (-np.inf, max(end, theta[i]))
     return Leaderboard.ranked(votes.models, theta, ends=(low, high), eta=whole.eta)
 
 
