@@ -28,7 +28,7 @@ from p2l_engine.batch.job import Job
 from p2l_engine.batch.manifest import part_name, parts
 from p2l_engine.batch.report import Recorder, Report
 from p2l_engine.batch.spill import Spill
-from p2l_engine.engine.engine import Outputs
+from p2l_engine.engine.pipeline import Outputs
 from p2l_engine.router import Router
 from p2l_engine.routing import Policies
 from p2l_engine.tables.storage import File

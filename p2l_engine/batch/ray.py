@@ -34,7 +34,8 @@ from p2l_engine.batch.worker import Route
 from p2l_engine.checkpoint import fingerprint
 from p2l_engine.engine import Engine
 from p2l_engine.engine.device import as_dtype, parse_device
-from p2l_engine.engine.engine import TOKENS_PER_BATCH, Outputs
+from p2l_engine.engine.engine import TOKENS_PER_BATCH
+from p2l_engine.engine.pipeline import Outputs
 from p2l_engine.tables.storage import File
 
 __all__ = ["Cluster", "Route"]
