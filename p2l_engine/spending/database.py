@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from typing import Any
 
 from sqlalchemy import URL, Connection, Engine, MetaData, QueuePool, Table, create_engine, event, make_url, text
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import TimeoutError
+from sqlalchemy.exc import OperationalError, TimeoutError
 
 from p2l_engine.spending.fair_semaphore import FairSemaphore
 
@@ -79,10 +80,10 @@ class Database:
         }
         arguments: dict[str, Any]
         if self.is_sqlite:
-            arguments = {"timeout": self._timeout, "isolation_level": None, "check_same_thread": False}
+            arguments = {"timeout": 0, "isolation_level": None, "check_same_thread": False}
             engine = create_engine(self._url, connect_args=arguments, **options)
             event.listen(engine, "connect", self._prepare)
-            event.listen(engine, "begin", _begin_immediate)
+            event.listen(engine, "begin", self._begin_immediate)
             return engine
         if self._fsync:
             raise ValueError("fsync: expected False for PostgreSQL, whose own synchronous_commit decides, got True")
@@ -95,6 +96,18 @@ class Database:
         except ModuleNotFoundError as error:
             remedy = "pip install 'p2l-engine[postgres]', and name its driver in the URL: postgresql+psycopg://..."
             raise ModuleNotFoundError(f"store: {error}: {remedy}", name=error.name) from None
+
+    def _begin_immediate(self, connection: Connection) -> None:
+        """Waits by short sleeps of random length: SQLite's own, of up to 100 ms, starve beside a process that is busy."""
+        deadline = time.monotonic() + self._timeout
+        while True:
+            try:
+                connection.exec_driver_sql("BEGIN IMMEDIATE")
+                return
+            except OperationalError as error:
+                if "locked" not in str(error.orig) or time.monotonic() > deadline:
+                    raise
+                time.sleep(random.uniform(0.0002, 0.002))
 
     def _prepare(self, connection: Any, _: object) -> None:
         deadline = time.monotonic() + self._timeout
@@ -112,10 +125,6 @@ class Database:
                 f"is {mode!r}, not 'wal'"
             )
         connection.execute(f"PRAGMA synchronous={'FULL' if self._fsync else 'NORMAL'}")
-
-
-def _begin_immediate(connection: Connection) -> None:
-    connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 def _url(address: str | Path) -> URL:
