@@ -7,6 +7,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -582,3 +583,39 @@ def test_eight_killed_processes_of_64_threads_spend_the_limit_and_no_more(store,
 def test_routing_loads_no_database():
     code = "import sys; from p2l_engine import routing, SpendLimit; assert not {'sqlalchemy', 'sqlite3'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.slow
+def test_a_process_that_is_always_busy_lets_others_pass(tmp_path):
+    """Six threads that never pause, and a process of one thread: it gets its turn before fifty of theirs."""
+    store, turns = tmp_path / "spend.sqlite", 30
+    limit, started, done, made = SpendLimit(Limit(10**6), store), threading.Event(), threading.Event(), []
+
+    def work():
+        while not done.is_set():
+            limit.release(limit.reserve(1))
+            made.append(1)
+            started.set()
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    other = f"""
+from p2l_engine.routing import Limit, SpendLimit
+limit = SpendLimit(Limit(10**6), {str(store)!r})
+print(flush=True)
+for _ in range({turns}): limit.reserve(1)
+"""
+    for thread in threads:
+        thread.start()
+    try:
+        started.wait()
+        with subprocess.Popen([sys.executable, "-c", other], stdout=subprocess.PIPE) as process:
+            process.stdout.readline()
+            before = len(made)
+            assert process.wait() == 0
+        after = len(made)
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+    print(f"{(after - before) / turns:.1f} turns of the busy process for each of the other's")
+    assert after - before < 50 * turns
