@@ -428,3 +428,22 @@ def test_a_group_is_spread_over_whole_prompts(rng):
     np.testing.assert_allclose(sums, policies * groups.sizes[:, None])
     for group, mixed in enumerate((policies > 0).sum(1)):
         assert ((dense[groups.group == group] > 0).sum(1) > 1).sum() <= mixed - 1
+
+
+@pytest.mark.parametrize("solver", ["dual", "highs"])
+@pytest.mark.parametrize(("unit", "budget"), [(1e290, 0.3), (1e290, 1e18), (1e290, 0.0), (1e-300, 0.3)])
+def test_batch_budgets_of_any_unit(solver, unit, budget, rng):
+    v, costs = rng.random((200, 4)), rng.random((200, 4))
+    costs[:, 0] = 0
+    given = routing.solve_batch_budget(v, costs * unit, budget * unit, solver=solver)
+    assert given.value.mean() == pytest.approx(
+        routing.solve_batch_budget(v, costs, budget, solver=solver).value.mean(), abs=1e-9
+    )
+    assert given.cost.mean() <= budget * unit * (1 + 1e-12)
+
+
+def test_amounts_whose_sums_overflow_are_refused(rng):
+    costs = rng.random((500, 5)) * 1e307
+    with pytest.raises(ValueError, match=r"budget: expected amounts of at most 1e\+290 in scope 'batch'"):
+        routing.solve_batch_budget(rng.random((500, 5)), costs, 3e306)
+    routing.solve_budget(rng.random((500, 5)), costs, 1e307)  # a budget for each prompt sums nothing

@@ -15,6 +15,7 @@ from p2l_engine.routing import arrays
 from p2l_engine.routing.arrays import Array, Float64
 from p2l_engine.routing.values import ArrayValues, Values
 
+LARGEST = 1e290  # amount in a row over the batch: sums over a batch stay finite
 Scope = Literal["prompt", "batch"]
 
 
@@ -151,6 +152,11 @@ def _scope(name: str, scope: str) -> Scope:
 
 def _row(name: str, amounts: Float64, bound: Any, scope: Scope, shape: tuple[int | None, int]) -> Row:
     given = arrays.to_numpy(bound, name)
+    if scope == "batch" and (most := amounts.max(initial=0.0)) > LARGEST:
+        raise ValueError(
+            f"{name}: expected amounts of at most {LARGEST:g} in scope 'batch', so that their sums are finite, got "
+            f"{most:g}; choose a larger unit"
+        )
     if given.ndim == 0:
         return Row(name, amounts, float(arrays.budgets(bound, 1, name)[0]))
     if scope == "batch":
