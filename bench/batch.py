@@ -118,7 +118,7 @@ def main() -> None:
         else:
             device = torch.device("cpu")
             engine = Engine(subjects.checkpoint("tiny", 9, device, torch.float32), device)
-            engine.folder, prompts = Path(work), str(Path(work) / "prompts.parquet")
+            engine.folder, engine.base, prompts = Path(work), Path(work), str(Path(work) / "prompts.parquet")
             catalog = Catalog(tuple(CatalogModel(name, 0.1 * (i + 1)) for i, name in enumerate(engine.models)))
             short_prompts(arguments.short, Path(prompts))
         report, backbone, gib = bench(Router(engine, catalog), prompts, console)
