@@ -123,6 +123,7 @@ def test_json_lists_are_turns_unless_plain_text(router, short_window, tmp_path):
         assert_routed_as(rows, router.route_batch([first, *([text] for text in prompts[1:])]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", slow_but((".csv",), [".parquet", ".csv", ".csv.gz", ".jsonl"]))
 def test_a_prompt_of_12_mb_among_short_ones(kind, router, short_window, tmp_path):
     prompts = ["word " * 2_400_000 if i == 700 else f"question {i}" for i in range(1500)]

@@ -66,6 +66,7 @@ def test_theta_is_that_of_transformers_and_peft(default_engine):
         np.testing.assert_allclose(theta, expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_it_knows_its_held_out_prompts(data):
     kept = json.loads((checkpoint.DEFAULT / "training_config.json").read_text())
     config = TrainConfig.load(CONFIG).model_copy(update={"train_data_path": str(data / "routing_scores.parquet")})

@@ -88,6 +88,7 @@ def test_scores_are_evaluated_under_budgets_and_by_category(called, folder):
     assert "<td>task 1</td><td>10</td>" in page
 
 
+@pytest.mark.slow
 def test_each_file_is_read_once(called, folder, monkeypatch):
     read, names = parquet.values, []
 

@@ -134,6 +134,7 @@ def test_votes_that_are_all_ties_converge():
         fit(feedback_model("rk-reparam"), counts, 4)
 
 
+@pytest.mark.slow
 @settings(max_examples=6, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
@@ -179,6 +180,7 @@ def test_without_a_ridge_there_is_an_optimum_or_a_reason_soon(name, kinds, rng):
     assert time.process_time() - start < 5
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None)
 @given(name=st.sampled_from(NAMES[2:]), seed=st.integers(0, 10**6))
 @example("rk", -1)

@@ -183,6 +183,7 @@ def test_thousands_of_prompts_are_optimal_by_weak_duality(seed, n, m):
         assert float(v.max(1).mean()) <= answer.value.mean() + 1e-8 + 1e-15 * float(total)
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(SEEDS, st.integers(50, 600), st.integers(3, 8))
 @example(1, 2156, 6)
@@ -329,6 +330,7 @@ def test_the_smallest_budget_that_an_error_names_is_the_smallest(seed, n, m, uni
         return
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(SEEDS, st.integers(2, 90), st.integers(2, 6), st.booleans())
 def test_conflicts_of_both_scopes_are_explained_by_few_lps(seed, n, m, shared):

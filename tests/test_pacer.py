@@ -149,6 +149,7 @@ def test_the_last_of_many_threads_saves_the_newest_state(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.slow
 def test_forked_children_of_busy_threads_go_on(tmp_path, monkeypatch):
     """Each finds a pacer between two prompts, and no lock that is held for ever."""
     pacer, parent, done, writing = BudgetPacer(1.0), os.getpid(), threading.Event(), threading.Event()

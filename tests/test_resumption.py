@@ -105,6 +105,7 @@ def test_a_run_of_other_inputs_or_options_is_refused_and_says_what_changed(route
     assert len(list((tmp_path / "out").glob("part-*"))) == 3
 
 
+@pytest.mark.slow
 def test_damaged_files_are_named(router, tmp_path, caplog):
     given, options = write(tmp_path / "in.parquet"), {"budget": 1.5, "rows_per_part": 32}
     run(router, BatchConfig([given], str(tmp_path / "whole"), **options))

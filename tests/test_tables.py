@@ -396,6 +396,7 @@ def test_pieces_of_any_size_give_the_same_values(texts, piece, tmp_path):
         assert read_table(path, ["prompt", "n"]).columns == {"prompt": texts, "n": texts}
 
 
+@pytest.mark.slow
 def test_a_long_row_after_invalid_ones(tmp_path):
     """The file is read again in larger pieces, and rows keep their numbers."""
     long = "x" * (5 << 20)

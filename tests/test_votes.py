@@ -444,6 +444,7 @@ def test_counts_are_the_likelihood(name):
     assert outcome_counts(feedback, votes).sum() == pytest.approx(len(votes))
 
 
+@pytest.mark.slow
 def test_real_votes_are_read(data):
     assert len(read(str(data / "votes_llm_judge.parquet"))[0]) == 55_183
     human, dropped = read(str(data / "votes_human.parquet"))
