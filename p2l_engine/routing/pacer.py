@@ -117,7 +117,13 @@ class BudgetPacer:
                 settled = w[k] == w[w.argmax()] if self._credit > 0 else x[k] == lowest
             if not settled:
                 self._learn(response)
-            self._pay(float(x[k]))
+            overspent = self._pay(float(x[k]))
+        if overspent:  # without the lock, which a handler of the warning may need
+            logger.warning(
+                "BudgetPacer: %d prompts cost %.4g on average for a budget of %.4g, though the cheapest models were chosen: "
+                "the budget may be infeasible for this traffic",
+                self._count, self.mean_cost, self.budget,
+            )  # fmt: skip
         return k if models is None else int(models[k])
 
     def settle(self, difference: float) -> None:
@@ -213,20 +219,18 @@ class BudgetPacer:
         step = rate * math.log(max(response, 1e-9))
         self._level = min(max(self._level + min(max(step, -FASTEST), FASTEST), -EXTREME), EXTREME)
 
-    def _pay(self, cost: float) -> None:
+    def _pay(self, cost: float) -> bool:
+        """Counts a prompt; true once, when the cheapest models cost far more than the budget."""
         self._count += 1
         self._spent += exact.units(cost)
         self._gain(self._income - exact.units(cost))
         returned = min(self._reserve, self._income, self._limit - self._credit)
         self._reserve -= returned
         self._credit += returned
-        if self._credit < -10 * self.horizon * self._income and not self._warned:
-            self._warned = True
-            logger.warning(
-                "BudgetPacer: %d prompts cost %.4g on average for a budget of %.4g, though the cheapest models were chosen: "
-                "the budget may be infeasible for this traffic",
-                self._count, exact.amount(self._spent) / self._count, self.budget,
-            )  # fmt: skip
+        if self._warned or self._credit >= -10 * self.horizon * self._income:
+            return False
+        self._warned = True
+        return True
 
     def _gain(self, credit: int) -> None:
         """Adds to the credit. The reserve takes what exceeds the credit's limit, and pays debt beyond the allowance."""
