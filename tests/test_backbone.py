@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from p2l_engine import Engine
 from p2l_engine.backbone.on_cpu import CpuOperations
 from p2l_engine.backbone.packing import Packed
+from p2l_engine.engine.graphs import BUCKETS, bucket_of
 from p2l_engine.kernels import rms_norm, rotary, swiglu
 from tests.support import tiny
 from tests.support.kernel_cases import FLOATS, close
@@ -120,6 +121,26 @@ def test_packing_puts_every_token_and_key_in_its_place(shapes, p, extra):
     assert (copy.longest_own, copy.longest) == (packed.longest_own, packed.longest)
     assert all(torch.equal(getattr(copy, n), getattr(packed, n)) for n in ("tokens", "sources", "last", "key_starts"))
     assert all(getattr(packed, n).data_ptr() % 16 == packed.tokens.data_ptr() % 16 for n in ("sources", "last", "starts"))
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.lists(st.integers(1, 1100), min_size=1, max_size=12) | st.lists(st.integers(1, 90), min_size=1, max_size=70),
+    st.booleans(),
+)
+def test_a_graphs_bucket_is_the_smallest_that_holds_the_prompts(lengths, sharing):
+    prefix = np.arange(9, dtype=np.int32) if sharing else None
+    prompts = [np.concatenate([np.arange(9 * sharing), np.zeros(n)]).astype(np.int32) for n in lengths]
+    fits = [b for b in BUCKETS if sum(lengths) <= b.tokens and len(lengths) < b.prompts and max(lengths) <= b.longest]
+    bucket = bucket_of(prompts, prefix)
+    assert bucket == min(fits, default=None)
+    if bucket is not None:  # all batches of a bucket have the sizes that its graph was captured with
+        packed = Packed.of(prompts, prefix, bucket[:2])
+        assert (len(packed.tokens), len(packed)) == bucket[:2]
+        assert len(packed.sources) == bucket.tokens + bucket.prompts * (9 * sharing)
+        assert packed.lengths[: len(lengths)] == tuple(lengths)
+    if sharing:
+        assert bucket_of([*prompts, np.ones(3, np.int32)], prefix) is None
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

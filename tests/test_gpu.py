@@ -13,7 +13,7 @@ from bench import subjects
 from bench.peers import Transformers
 from p2l_engine import Engine
 from p2l_engine.backbone.packing import Packed
-from p2l_engine.engine.graphs import BUCKETS, Graphs
+from p2l_engine.engine.graphs import BUCKETS, MOST_PROMPTS, Graphs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")]
 
@@ -71,8 +71,8 @@ def test_a_graph_gives_what_an_eager_pass_gives(pair, rng):
             each = min(b.tokens // n, b.longest)
             assert same_as_eager(engine, prompts(*[each] * n))
             assert same_as_eager(engine, prompts(*rng.integers(1, each + 1, n)))
-    assert same_as_eager(engine, prompts(*[1] * engine._graphs.most_prompts))
-    assert not same_as_eager(engine, prompts(*[1] * (engine._graphs.most_prompts + 1)))
+    assert same_as_eager(engine, prompts(*[1] * MOST_PROMPTS))
+    assert not same_as_eager(engine, prompts(*[1] * (MOST_PROMPTS + 1)))
     assert not same_as_eager(engine, prompts(1000, 1000, 1000, 1000, 97))
     for own in (1, 5, longest - len(prefix)):  # not behind the prefix
         ids = np.arange(own + len(prefix), dtype=np.int32)
@@ -88,7 +88,7 @@ def test_graphs_without_a_shared_prefix(pair, rng):
     decoder.share(None)
     try:
         graphs = Graphs(lambda packed: engine.outputs(decoder(packed)), None, CUDA, decoder.rope(0))
-        for lengths in ([1], [5, 5], [64], [3, 30, 300], [1] * graphs.most_prompts):
+        for lengths in ([1], [5, 5], [64], [3, 30, 300], [1] * MOST_PROMPTS):
             assert same_as_eager(engine, [rng.integers(0, 8000, n).astype(np.int32) for n in lengths], graphs)
     finally:
         decoder.prefix, decoder.prefix_kv = prefix, kv  # the tensors that the engine's graphs read

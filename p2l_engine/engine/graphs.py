@@ -35,6 +35,21 @@ class Bucket(NamedTuple):
 BUCKETS = tuple(Bucket(t, min(max(2, t // 16), 64), min(t, 1024)) for t in (16, 32, 64, 128, 256, 512, 1024, 2048, 4096))
 
 
+MOST_PROMPTS = max(bucket.prompts for bucket in BUCKETS) - 1
+
+
+def bucket_of(prompts: Sequence[Tokens], prefix: Tokens | None) -> Bucket | None:
+    """The smallest bucket that holds the prompts; None if they are too many or too long, or one lacks the shared prefix."""
+    if len(prompts) > MOST_PROMPTS:
+        return None
+    shared = [shared_with(ids, prefix) for ids in prompts]
+    if prefix is not None and not all(shared):
+        return None
+    own = [len(ids) - s for ids, s in zip(prompts, shared, strict=True)]
+    total, longest = sum(own), max(own)
+    return next((b for b in BUCKETS if total <= b.tokens and len(own) < b.prompts and longest <= b.longest), None)
+
+
 @dataclass(frozen=True, slots=True)
 class _Captured:
     graph: torch.cuda.CUDAGraph
@@ -50,8 +65,6 @@ class Graphs:
     keep: tensors that the passes read besides their input; graphs hold only their addresses, so a reference is kept here.
     """
 
-    most_prompts = max(bucket.prompts for bucket in BUCKETS) - 1
-
     def __init__(self, forward: Callable[[Packed], Tensor], prefix: Tokens | None, device: torch.device, keep: object) -> None:
         self.prefix, self.device, self._keep = prefix, device, keep
         self._lock = threading.Lock()
@@ -65,8 +78,8 @@ class Graphs:
             self._captured[bucket] = captured
 
     def run(self, prompts: Sequence[Tokens]) -> Outputs | None:
-        """None if no graph fits the prompts: they are too many or too long, or one lacks the shared prefix."""
-        bucket = self._bucket(prompts)
+        """None if no graph fits the prompts (``bucket_of``)."""
+        bucket = bucket_of(prompts, self.prefix)
         if bucket is None:
             return None
         packed = Packed.of(prompts, self.prefix, bucket[:2])
@@ -78,16 +91,6 @@ class Graphs:
             captured.host_out.copy_(captured.out, non_blocking=True)
             torch.cuda.current_stream(self.device).synchronize()
             return Outputs(np.array(captured.host_out[: len(prompts)].numpy()), sum(packed.lengths[: len(prompts)]))
-
-    def _bucket(self, prompts: Sequence[Tokens]) -> Bucket | None:
-        if len(prompts) > self.most_prompts:
-            return None
-        shared = [shared_with(ids, self.prefix) for ids in prompts]
-        if self.prefix is not None and not all(shared):
-            return None
-        own = [len(ids) - s for ids, s in zip(prompts, shared, strict=True)]
-        total, longest = sum(own), max(own)
-        return next((b for b in BUCKETS if total <= b.tokens and len(own) < b.prompts and longest <= b.longest), None)
 
     def _capture(self, forward: Callable[[Packed], Tensor], bucket: Bucket, pool: Any) -> _Captured:
         prefix = np.zeros(0, np.int32) if self.prefix is None else self.prefix
