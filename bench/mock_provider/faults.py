@@ -1,0 +1,367 @@
+"""What goes wrong: rules that choose requests, and what each fault does to the reply.
+
+The names are the keys of FAULTS, each described by its function, and "refuse", which closes new connections at once.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, fields
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from itertools import chain, repeat
+
+import orjson
+
+from bench.mock_provider.api import Call
+from bench.mock_provider.reply import Reply
+
+
+@dataclass(slots=True)
+class Rule:
+    """Which requests a fault meets, and the fault's settings.
+
+    model, api ("chat", "responses", "messages"): None for any. probability: of each request that matches. skip: so many of them
+    pass first. times: no more than so many are met, None for no limit.
+
+    tokens: sent before it happens. seconds: how long. status: HTTP status. code: OpenAI's code of the error, instead of the
+    usual one. retry_after: seconds, for the header of that name; retry_date: as an HTTP date. half: the cut leaves half an
+    event. size: bytes. Settings that a fault does not use have no effect.
+    """
+
+    fault: str
+    model: str | None = None
+    api: str | None = None
+    probability: float = 1.0
+    skip: int = 0
+    times: int | None = None
+    tokens: int = 3
+    seconds: float = 1.0
+    status: int | None = None
+    code: str | None = None
+    retry_after: float | None = None
+    retry_date: bool = False
+    half: bool = False
+    size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.fault not in FAULTS and self.fault != "refuse":
+            raise ValueError(f"fault: expected one of {', '.join(sorted([*FAULTS, 'refuse']))}, got {self.fault!r}")
+        if self.fault == "refuse" and (self.model is not None or self.api is not None):
+            raise ValueError("model and api: expected None for the fault refuse, since no request has come yet")
+
+    @classmethod
+    def read(cls, settings: object) -> Rule:
+        """Raises ValueError."""
+        names = {entry.name for entry in fields(cls)}
+        if not isinstance(settings, dict) or "fault" not in settings or not settings.keys() <= names:
+            raise ValueError(f"rule: expected an object with a fault and any of {', '.join(sorted(names))}, got {settings!r}")
+        return cls(**settings)
+
+
+@dataclass(slots=True)
+class Rules:
+    """Rules in order; the first one that meets a request counts. seed: of those with a probability."""
+
+    seed: int = 0
+    rules: list[Rule] = field(default_factory=list)
+    _random: random.Random = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._random = random.Random(self.seed)
+
+    def refuses(self) -> bool:
+        """Whether a new connection is refused."""
+        return any(self._meets(rule) for rule in self.rules if rule.fault == "refuse")
+
+    def match(self, model: str, api: str) -> Rule | None:
+        """The rule that meets a request."""
+        for rule in self.rules:
+            if rule.fault != "refuse" and rule.model in (None, model) and rule.api in (None, api) and self._meets(rule):
+                return rule
+        return None
+
+    def _meets(self, rule: Rule) -> bool:
+        if rule.times == 0 or (rule.probability < 1 and self._random.random() >= rule.probability):
+            return False
+        if rule.skip:
+            rule.skip -= 1
+            return False
+        if rule.times is not None:
+            rule.times -= 1
+        return True
+
+
+def harm(reply: Reply, rule: Rule) -> None:
+    """Does a rule's fault to a usual reply."""
+    assert reply.call is not None
+    reply.fault = rule.fault
+    FAULTS[rule.fault](reply, reply.call, rule)
+
+
+# no answer
+
+
+def _close(reply: Reply, call: Call, rule: Rule) -> None:
+    """The connection closes before the headers."""
+    _nothing(reply).end = "close"
+
+
+def _reset(reply: Reply, call: Call, rule: Rule) -> None:
+    """The connection is reset before the headers."""
+    _nothing(reply).end = "reset"
+
+
+def _silent(reply: Reply, call: Call, rule: Rule) -> None:
+    """The socket stays open and nothing comes."""
+    _nothing(reply).end = "hang"
+
+
+def _headers_only(reply: Reply, call: Call, rule: Rule) -> None:
+    """The headers come, and nothing of the body."""
+    reply.pieces, reply.end, reply.charged = [], "hang", False
+
+
+def _nothing(reply: Reply) -> Reply:
+    reply.status, reply.pieces, reply.charged = None, [], False
+    return reply
+
+
+# late or incomplete answers
+
+
+def _slow_first_byte(reply: Reply, call: Call, rule: Rule) -> None:
+    """The headers come after seconds."""
+    reply.delay = rule.seconds
+
+
+def _slow_tokens(reply: Reply, call: Call, rule: Rule) -> None:
+    """Seconds before each token of a stream."""
+    reply.gap = rule.seconds
+
+
+def _stall(reply: Reply, call: Call, rule: Rule) -> None:
+    """A stream stops after tokens, an answer at once in its middle; the socket stays open."""
+    _cut_short(reply, call, rule).end = "hang"
+
+
+def _cut(reply: Reply, call: Call, rule: Rule) -> None:
+    """A stream ends after tokens, properly for HTTP but without its last event; an answer at once ends in its middle."""
+    _cut_short(reply, call, rule)
+    if not call.stream:
+        reply.length = sum(map(len, reply.pieces))
+
+
+def _cut_close(reply: Reply, call: Call, rule: Rule) -> None:
+    """As cut, but the connection closes within the body."""
+    _cut_short(reply, call, rule).end = "close"
+
+
+def _cut_reset(reply: Reply, call: Call, rule: Rule) -> None:
+    """As cut, but the connection is reset within the body."""
+    _cut_short(reply, call, rule).end = "reset"
+
+
+def _cut_short(reply: Reply, call: Call, rule: Rule) -> Reply:
+    pieces = list(reply.pieces)
+    kept = pieces[: rule.tokens + 1] if call.stream else [pieces[0][: len(pieces[0]) // 2]]
+    if call.stream and rule.half and len(kept) < len(pieces):
+        following = pieces[len(kept)]
+        kept[-1] += following[: len(following) // 2]
+    reply.pieces, reply.broken = kept, True
+    return reply
+
+
+def _error_event(reply: Reply, call: Call, rule: Rule) -> None:
+    """A stream ends in an error event after tokens; otherwise as status."""
+    if not call.stream:
+        return _status(reply, call, rule)
+    _cut_short(reply, call, rule)
+    reply.pieces = [*reply.pieces, call.api.error_event(rule.status or 500)]
+    return None
+
+
+# errors
+
+
+def _status(reply: Reply, call: Call, rule: Rule) -> None:
+    """An error with that status (500) and the provider's body for it."""
+    status = rule.status or 500
+    message = None if rule.code is None else "You exceeded your limit, please check your plan."
+    _whole(reply, status, b"application/json", orjson.dumps(call.api.error(status, message, None, rule.code)))
+    if rule.retry_after is not None:
+        value = f"{rule.retry_after:g}"
+        if rule.retry_date:
+            value = format_datetime(datetime.now(UTC) + timedelta(seconds=rule.retry_after), usegmt=True)
+        reply.headers.append((b"retry-after", value.encode()))
+
+
+def _context_length(reply: Reply, call: Call, rule: Rule) -> None:
+    """400: the prompt is longer than the model's context of size tokens (1)."""
+    most = rule.size or 1
+    _whole(reply, 400, b"application/json", orjson.dumps(call.api.too_long(max(call.tokens_in, most + 1), most)))
+
+
+def _html(reply: Reply, call: Call, rule: Rule) -> None:
+    """A page of HTML with that status (200)."""
+    page = b"<!DOCTYPE html>\n<html><head><title>Just a moment</title></head><body><h1>Bad gateway</h1></body></html>\n"
+    _whole(reply, rule.status or 200, b"text/html; charset=utf-8", page)
+
+
+def _invalid_json(reply: Reply, call: Call, rule: Rule) -> None:
+    """200 with a body, or the data of each event, that is no JSON."""
+    if call.stream:
+        reply.pieces = [b'data: {"id": "chatcmpl-1", "choices": [{\n\n'] * 3
+        reply.charged = False
+    else:
+        _whole(reply, rule.status or 200, b"application/json", b'{"id": "chatcmpl-1", "choices": [{"index": 0, "message"')
+
+
+def _invalid_utf8(reply: Reply, call: Call, rule: Rule) -> None:
+    """The first token, or the middle of an answer at once, has a byte that UTF-8 never has."""
+    pieces = list(reply.pieces)
+    place = 1 if call.stream else 0
+    middle = pieces[place].rindex(b'"')
+    pieces[place] = pieces[place][:middle] + b"\xff" + pieces[place][middle:]
+    reply.pieces, reply.length = pieces, reply.length + 1
+
+
+def _error_body(reply: Reply, call: Call, rule: Rule) -> None:
+    """200 with the body of an error."""
+    _whole(reply, 200, b"application/json", orjson.dumps(call.api.error(rule.status or 500)))
+
+
+def _first_event_error(reply: Reply, call: Call, rule: Rule) -> None:
+    """A stream whose first event is an error, and the only one; otherwise as status."""
+    if not call.stream:
+        return _status(reply, call, rule)
+    reply.pieces, reply.charged = [call.api.error_event(rule.status or 500)], False
+    return None
+
+
+def _whole(reply: Reply, status: int, content_type: bytes, body: bytes) -> None:
+    """Instead of the answer, and charged for nothing."""
+    reply.status, reply.content_type, reply.pieces = status, content_type, [body]
+    reply.framing, reply.length, reply.charged = "length", len(body), False
+
+
+# unusual answers
+
+
+def _as_it_is(reply: Reply, call: Call, rule: Rule) -> None:
+    """What the answer contains is unusual: each API writes its own."""
+
+
+def _split(reply: Reply, call: Call, rule: Rule) -> None:
+    """Size bytes (1) are written at once, within events and characters too."""
+    reply.split = rule.size or 1
+
+
+def _burst(reply: Reply, call: Call, rule: Rule) -> None:
+    """All events of a stream are written at once, whatever the pace of tokens."""
+    reply.gap = 0.0
+
+
+def _crlf(reply: Reply, call: Call, rule: Rule) -> None:
+    """The lines of events end in CR LF."""
+    if call.stream:
+        reply.pieces = [piece.replace(b"\n", b"\r\n") for piece in reply.pieces]
+
+
+def _comments(reply: Reply, call: Call, rule: Rule) -> None:
+    """A comment before each event."""
+    if call.stream:
+        reply.pieces = [b": ping\n\n" + piece for piece in reply.pieces]
+
+
+def _gzip(reply: Reply, call: Call, rule: Rule) -> None:
+    """The body is compressed although the client asked for identity."""
+    packer = zlib.compressobj(wbits=31)
+    pieces = [packer.compress(piece) + packer.flush(zlib.Z_SYNC_FLUSH) for piece in reply.pieces]
+    pieces[-1] += packer.flush()
+    reply.pieces, reply.length = pieces, sum(map(len, pieces))
+    reply.headers.append((b"content-encoding", b"gzip"))
+
+
+def _endless(reply: Reply, call: Call, rule: Rule) -> None:
+    """A body without end (size bytes): one line of JSON, or one event."""
+    start = b'data: {"id":"' if call.stream else b'{"id":"'
+    block = b"x" * 65536
+    blocks: Iterable[bytes] = repeat(block) if rule.size is None else repeat(block, -(-rule.size // len(block)))
+    reply.pieces, reply.framing, reply.charged = chain([start], blocks), "chunked", False
+
+
+def _endless_events(reply: Reply, call: Call, rule: Rule) -> None:
+    """A stream whose tokens have no end; otherwise as endless."""
+    if not call.stream:
+        return _endless(reply, call, rule)
+    head, *words, _ = reply.pieces
+    block = b"".join(words)
+
+    def events() -> Iterator[bytes]:
+        yield head
+        yield from repeat(block)
+
+    reply.pieces, reply.charged = events(), False
+    return None
+
+
+def _chunked(reply: Reply, call: Call, rule: Rule) -> None:
+    """The body comes in HTTP chunks."""
+    reply.framing = "chunked"
+
+
+def _content_length(reply: Reply, call: Call, rule: Rule) -> None:
+    """The headers state the body's length, of a stream too."""
+    reply.framing, reply.length = "length", sum(map(len, reply.pieces))
+
+
+def _until_close(reply: Reply, call: Call, rule: Rule) -> None:
+    """The body ends where the connection closes."""
+    reply.framing = "close"
+
+
+def _large_headers(reply: Reply, call: Call, rule: Rule) -> None:
+    """A header of size bytes (1 MiB)."""
+    reply.headers.append((b"x-filler", b"x" * (rule.size or 2**20)))
+
+
+QUIRKS = frozenset({"empty_choices", "usage_with_choices", "no_usage"})
+"""Faults of what an answer contains."""
+
+FAULTS: dict[str, Callable[[Reply, Call, Rule], None]] = {
+    "close": _close,
+    "reset": _reset,
+    "silent": _silent,
+    "headers_only": _headers_only,
+    "slow_first_byte": _slow_first_byte,
+    "slow_tokens": _slow_tokens,
+    "stall": _stall,
+    "cut": _cut,
+    "cut_close": _cut_close,
+    "cut_reset": _cut_reset,
+    "error_event": _error_event,
+    "status": _status,
+    "context_length": _context_length,
+    "html": _html,
+    "invalid_json": _invalid_json,
+    "invalid_utf8": _invalid_utf8,
+    "error_body": _error_body,
+    "first_event_error": _first_event_error,
+    "empty_choices": _as_it_is,
+    "usage_with_choices": _as_it_is,
+    "no_usage": _as_it_is,
+    "split": _split,
+    "burst": _burst,
+    "crlf": _crlf,
+    "comments": _comments,
+    "gzip": _gzip,
+    "endless": _endless,
+    "endless_events": _endless_events,
+    "chunked": _chunked,
+    "content_length": _content_length,
+    "until_close": _until_close,
+    "large_headers": _large_headers,
+}
