@@ -35,6 +35,18 @@ train = [
 batch = ["pyarrow>=20", "fsspec>=2025.3"]
 ray = [*batch, "ray[data]>=2.55,<2.64"]
 postgres = ["psycopg[binary]>=3.2"]
+serve = [
+    *cli,
+    *default,
+    "starlette>=1.0",
+    "uvicorn>=0.30",
+    "uvloop>=0.21; platform_system != 'Windows'",
+    "httptools>=0.6",
+    "aiohttp>=3.12",
+    "orjson>=3.10",
+    "prometheus-client>=0.22",
+    "pydantic>=2.11",
+]
 bench = ["cvxpy>=1.6", "scipy>=1.15", "rich>=14", "threadpoolctl>=3.5"]
 # Servers for the tests, of S3's kind and of Google's; moto[server] pulls much more.
 stores = ["moto[s3]>=5.1", "flask>=3", "flask-cors>=5", "gcp-storage-emulator>=2026.7"]
@@ -46,6 +58,8 @@ test = [
     "psutil>=6",
     "pyspark[sql]>=4",
     "tensorboard>=2.20",
+    "openai>=2",
+    "anthropic>=0.70",
     *stores,
 ]
 lint = ["ruff>=0.12", "mypy>=1.17", "types-cffi", "types-PyYAML"]
@@ -78,8 +92,9 @@ setup(
         "batch": batch,
         "ray": ray,
         "postgres": postgres,
+        "serve": serve,
         "bench": bench,
-        "test": [*default, *cli, *train, *ray, *postgres, *bench, *test],
+        "test": [*default, *cli, *train, *ray, *postgres, *serve, *bench, *test],
         "lint": lint,
     },
     entry_points={"console_scripts": ["p2l-engine=p2l_engine.cli:main"]},

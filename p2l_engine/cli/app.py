@@ -16,6 +16,7 @@ from p2l_engine.cli.frontier import frontier
 from p2l_engine.cli.info import info
 from p2l_engine.cli.leaderboard import leaderboard
 from p2l_engine.cli.route import route
+from p2l_engine.cli.serve import serve
 from p2l_engine.cli.strengths import strengths
 from p2l_engine.cli.terminal import interruptible
 from p2l_engine.cli.train import train
@@ -49,6 +50,7 @@ app = typer.Typer(cls=Commands, no_args_is_help=True, rich_markup_mode=None)
 for name, command in (
     ("route", route),
     ("batch", batch),
+    ("serve", serve),
     ("leaderboard", leaderboard),
     ("strengths", strengths),
     ("frontier", frontier),

@@ -1,0 +1,134 @@
+"""What the router must know of a request, whichever API it came by."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from p2l_engine.prompts.parse import Turns
+from p2l_engine.serve.settings import ApiName, Capability
+
+AUTO = "auto"
+
+
+class BadRequest(ValueError):
+    """A body that is not what its API expects. param: the field; status: of the answer."""
+
+    def __init__(self, message: str, param: str | None = None, status: int = 400, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message, self.param, self.status, self.code = message, param, status, code
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One request, read.
+
+    turns: the user's turns; where there are none, the instructions. texts: the text of each message in order, instructions and
+    tools first, from which tokens are counted. images: how many there are. needs: what a model must accept. max_tokens: the
+    caller's bound on the output. session: what identifies the conversation where no header does.
+    """
+
+    api: ApiName
+    body: dict[str, Any]
+    model: str
+    stream: bool
+    turns: Turns
+    texts: tuple[bytes, ...]
+    images: int
+    needs: frozenset[Capability]
+    max_tokens: int | None
+    session: str
+    outputs: int = 1  # how many answers are wanted, each of up to max_tokens
+    previous: str | None = None  # the id of the answer that this request continues at its provider
+
+
+class Contents:
+    """Collects what an API's messages contain, message by message."""
+
+    def __init__(self) -> None:
+        self.turns, self.instructions, self.others = list[str](), list[str](), list[str]()
+        self.texts = list[bytes]()
+        self.images = 0
+        self.needs: set[Capability] = {"text"}
+        self._sources = b""
+
+    def message(self, role: str, text: str, extra: bytes = b"") -> None:
+        """A message's text for counting; extra: what else it holds, as JSON."""
+        self.texts.append(f"{role}\n{text}".encode() + extra + self._sources)
+        self._sources = b""
+
+    def image(self, source: object) -> str:
+        """Notes an image of the message that is read; returns what stands for it in the text."""
+        self.images += 1
+        self.needs.add("image")
+        self._sources += digest([repr(source).encode()])[:12].encode()  # tells this message from one with another image
+        return "[image]"
+
+    def of_user(self) -> Turns:
+        """What P2L reads: the user's turns; without any, the instructions, or whatever else was said."""
+        return Turns(self.turns or self.instructions or self.others or [""])
+
+    def session(self) -> str:
+        """What stays the same throughout a conversation: instructions, tools and the first turn."""
+        return digest([part.encode() for part in (*self.instructions, "\0", *self.turns[:1])])
+
+
+def digest(parts: Sequence[bytes]) -> str:
+    """A hash of texts, in hex; it tells ["ab", "c"] from ["a", "bc"]."""
+    found = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        found.update(len(part).to_bytes(8, "little"))
+        found.update(part)
+    return found.hexdigest()
+
+
+def text_field(body: dict[str, Any], name: str, default: str | None = None) -> str:
+    """A field of text. Raises BadRequest."""
+    value = body.get(name, default)
+    if not isinstance(value, str):
+        raise BadRequest(f"{name}: expected text, got {_kind(value)}", name)
+    return value
+
+
+def flag_field(body: dict[str, Any], name: str) -> bool:
+    """A field that is true or false; null and absent are false. Raises BadRequest."""
+    value = body.get(name)
+    if value is None:
+        return False
+    if not isinstance(value, bool):
+        raise BadRequest(f"{name}: expected true or false, got {_kind(value)}", name)
+    return value
+
+
+def count_field(body: dict[str, Any], *names: str) -> int | None:
+    """The first of these fields that is there, a whole number of at least 1; null is absent. Raises BadRequest."""
+    for name in names:
+        value = body.get(name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise BadRequest(f"{name}: expected a whole number of at least 1, got {value!r:.40}", name)
+        return value
+    return None
+
+
+def list_field(body: dict[str, Any], name: str, required: bool = False) -> list[Any]:
+    """A field that is a list of objects; null and absent are empty. Raises BadRequest."""
+    value = body.get(name)
+    if value is None and not required:
+        return []
+    if not isinstance(value, list):
+        raise BadRequest(f"{name}: expected a list of objects, got {_kind(value) if name in body else 'nothing'}", name)
+    if required and not value:
+        raise BadRequest(f"{name}: expected at least one message, got none", name)
+    for i, item in enumerate(value):
+        if not isinstance(item, dict):
+            raise BadRequest(f"{name}[{i}]: expected an object, got {_kind(item)}", f"{name}[{i}]")
+    return value
+
+
+def _kind(value: object) -> str:
+    names = {"dict": "an object", "list": "a list", "str": "text", "NoneType": "null", "bool": "true or false"}
+    return names.get(type(value).__name__, "a number")

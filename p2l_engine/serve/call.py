@@ -1,0 +1,218 @@
+"""One request under way: what it may cost at each model, which one takes it, and what became of it."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from p2l_engine import routing
+from p2l_engine.coefficients import Coefficients
+from p2l_engine.routing import BudgetPacer, Objective
+from p2l_engine.serve import choice
+from p2l_engine.serve.api import Api, Usage
+from p2l_engine.serve.ask import AUTO, Ask
+from p2l_engine.serve.choice import Float64, Mask, Pick
+from p2l_engine.serve.options import Options
+from p2l_engine.serve.plan import Plan
+from p2l_engine.serve.record import Attempt, Record
+from p2l_engine.serve.settings import Key
+from p2l_engine.serve.tokens import Counted
+
+FALLBACKS = 4  # that a decision names
+
+
+@dataclass(eq=False)
+class Call:
+    """See the module. headers: the client's; secret: its key; counted: the request's tokens; mask: the models that may take it,
+    reasons: why the others may not."""
+
+    plan: Plan
+    api: Api
+    ask: Ask
+    options: Options
+    key: Key | None
+    session: str
+    headers: Mapping[str, str]
+    secret: str | None
+    counted: Counted
+    api_name: str
+    began: float = field(default_factory=time.perf_counter)
+    started: float = field(default_factory=time.time)
+    deadline: float = 0.0  # on the monotonic clock
+    id: str = field(default_factory=lambda: f"dec_{os.urandom(16).hex()}")
+    mask: Mask = field(default_factory=lambda: np.zeros(0, bool))
+    reasons: dict[str, str] = field(default_factory=dict)
+    coefficients: Coefficients | None = None
+    turns_hash: str = ""
+    rates: Float64 = field(default_factory=lambda: np.zeros(0))
+    costs: Float64 = field(default_factory=lambda: np.zeros(0))
+    cached: tuple[int, ...] = ()
+    tokens_out: Float64 = field(default_factory=lambda: np.zeros(0))
+    pacer: BudgetPacer | None = None
+    first: Pick | None = None
+    now: Pick | None = None
+    paid: float | None = None  # what the pacer counted for it, USD; None: it is none of the pacer's
+    spent_before: float = 0.0  # expected cost of failed attempts that may be billed, USD
+    attempts: list[Attempt] = field(default_factory=list)
+    stages: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.deadline = time.monotonic() + self.plan.serve.timeouts.total
+
+    @property
+    def tokens_in(self) -> int:
+        """Its input tokens, images included, by the P2L tokenizer."""
+        return self.counted.total + self.ask.images * self.plan.serve.tokens_per_image
+
+    @property
+    def most_tokens_in(self) -> int:
+        """The most input tokens that a provider may count."""
+        return int(np.ceil(self.tokens_in * self.plan.serve.token_margin)) + 16
+
+    @property
+    def pinned(self) -> bool:
+        """Whether the caller named a model."""
+        return self.ask.model != AUTO
+
+    @property
+    def objective(self) -> Objective:
+        """What is maximised."""
+        return self.options.objective or self.plan.serve.objective
+
+    def mark(self, stage: str) -> None:
+        """Notes when a stage ended, in milliseconds since the request came."""
+        self.stages[stage] = round(1000 * (time.perf_counter() - self.began), 3)
+
+    def score(self, coefficients: Coefficients) -> None:
+        """Takes the prompt's coefficients: win rates [K] of the models that the checkpoint knows."""
+        self.coefficients = coefficients
+        self.rates = np.zeros(len(self.plan.names))
+        self.rates[self.plan.columns] = self.plan.choosers[self.objective].win_rates(coefficients)[0]
+
+    def choose(self, mask: Mask, count: bool = True) -> Pick:
+        """The choice among the models of a mask. count: whether the pacer pays for it. Raises InfeasibleBudget."""
+        if self.pinned:
+            k = int(np.flatnonzero(mask)[0])
+            rate = math.nan if self.coefficients is None else float(self.rates[k])
+            return Pick(k, {k: 1.0}, rate, float(self.costs[k]), "named by the caller")
+        if self.options.budget is None and self.pacer is not None:
+            if count:
+                chosen = choice.paced(self.rates, self.costs, mask, self.pacer)
+                self.paid = chosen.cost
+                return chosen
+            return choice.choose(self.rates, self.costs, mask, self._draw, price=self.pacer.price)
+        return choice.choose(self.rates, self.costs, mask, self._draw, self.budget_left)
+
+    def fallbacks(self, most: int = FALLBACKS) -> list[str]:
+        """The models that would follow if each before failed."""
+        if self.first is None or self.pinned:
+            return []
+        price = None if self.options.budget is not None or self.pacer is None else self.pacer.price
+        found = choice.fallbacks(
+            self.rates, self.costs, self.mask, self.first.model, self._draw, self.options.budget, price, most
+        )
+        return [self.plan.names[k] for k in found]
+
+    @property
+    def budget_left(self) -> float | None:
+        """What this request's own budget has left after attempts that may be billed."""
+        return None if self.options.budget is None else max(self.options.budget - self.spent_before, 0.0)
+
+    def bradley_terry_score(self, chosen: Pick) -> float:
+        """The router's own coefficient for this prompt (paper, Algorithm 1)."""
+        if self.coefficients is None:
+            return math.nan
+        chooser = self.plan.choosers["bt"]
+        rates = self.rates
+        if self.objective != "bt":
+            rates = np.zeros(len(self.plan.names))
+            rates[self.plan.columns] = chooser.win_rates(self.coefficients)[0]
+        value = min(max(sum(p * rates[k] for k, p in chosen.policy.items()), 0.0), 1.0)
+        return float(routing.bt_score(self.coefficients.theta, chooser.q, np.array([value]))[0])
+
+    def worst(self, k: int) -> Fraction:
+        """The most that model k can cost."""
+        return self.plan.prices.worst(k, self.most_tokens_in, self.ask.max_tokens, self.ask.outputs)
+
+    def estimated(self, characters: int) -> Usage:
+        """Usage where the provider reports none: the tokens of the request, and one for every three characters written."""
+        return Usage(self.tokens_in, -(-characters // 3))
+
+    def record(
+        self, status: int, outcome: str, model: str | None, usage: Usage | None, cost: Fraction | None, estimated: bool
+    ) -> Record:
+        """The log's row."""
+        names, first = self.plan.names, self.first
+        self.mark("total")
+        return Record(
+            id=self.id,
+            time=self.started,
+            key=self.key.id if self.key else None,
+            session=self.session,
+            turns_hash=self.turns_hash,
+            turns=tuple(self.ask.turns) if self.plan.serve.log_prompts else None,
+            api=self.api_name,
+            asked=self.ask.model,
+            chosen=names[first.model] if first else "",
+            model=model or "",
+            policy={names[k]: p for k, p in first.policy.items()} if first else {},
+            propensity=first.propensity if first else 1.0,
+            candidates=tuple(names[k] for k in np.flatnonzero(self.mask)),
+            win_rate=first.rate if first else math.nan,
+            score=self.bradley_terry_score(first) if first else math.nan,
+            budget=self.options.budget,
+            expected_cost=first.cost if first else 0.0,
+            cost=None if cost is None else float(cost),
+            estimated=estimated,
+            tokens_in=usage.tokens_in if usage else None,
+            tokens_cached=usage.cached if usage else None,
+            tokens_out=usage.tokens_out if usage else None,
+            streamed=self.ask.stream,
+            status=status,
+            outcome=outcome,
+            attempts=tuple(self.attempts),
+            latency=self.stages,
+        )
+
+    def explained(self) -> dict[str, Any]:
+        """Every model of the catalog, and the frontier of this prompt."""
+        names, theta = self.plan.names, self.coefficients
+        columns = {int(k): names[k] for k in self.plan.columns}
+        coefficient = {}
+        if theta is not None:
+            coefficient = {k: float(theta.theta[0, theta.models.index(name)]) for k, name in columns.items()}
+        rows = [
+            {
+                "model": name,
+                "win_rate": float(self.rates[k]) if k in columns else None,
+                "expected_cost": float(self.costs[k]),
+                "tokens_cached": self.cached[k],
+                "tokens_out": float(self.tokens_out[k]),
+                "coefficient": coefficient.get(k),
+                "allowed": bool(self.mask[k]),
+                "why_not": self.reasons.get(name),
+            }
+            for k, name in enumerate(names)
+        ]
+        rows.sort(key=lambda row: -1.0 if row["win_rate"] is None else row["win_rate"], reverse=True)
+        return {"candidates": rows, "frontier": self._frontier()}
+
+    def _frontier(self) -> list[dict[str, Any]]:
+        """The best policies of this prompt at every budget: models at the vertices, mixes of two neighbours between them."""
+        models = np.flatnonzero(self.mask)
+        curve = routing.frontier(self.rates[None, models], self.costs[models])
+        found = []
+        for cost, rate in zip(curve.cost.tolist(), curve.value.tolist(), strict=True):
+            k = int(models[np.argmin(np.abs(self.costs[models] - cost) + np.abs(self.rates[models] - rate))])
+            found.append({"model": self.plan.names[k], "cost": float(self.costs[k]), "win_rate": float(self.rates[k])})
+        return found
+
+    def _draw(self, indices: Any, probabilities: Any) -> int:
+        return self.plan.choosers[self.objective].draw(self.ask.turns, indices, probabilities)

@@ -1,0 +1,158 @@
+"""OpenAI's Chat Completions API."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+
+from p2l_engine.serve.api import Usage, count, error_text, mapping, openai_error
+from p2l_engine.serve.ask import Ask, BadRequest, Contents, count_field, flag_field, list_field, text_field
+from p2l_engine.serve.events import data_of
+from p2l_engine.serve.settings import ApiName, Provider
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+
+
+class ChatStream:
+    """A stream of chat.completion.chunk objects. See ``api.Stream``."""
+
+    def __init__(self, usage_wanted: bool) -> None:
+        self.usage: Usage | None = None
+        self.characters = 0
+        self.ended = False
+        self.error: str | None = None
+        self._usage_wanted = usage_wanted
+
+    def read(self, event: bytes) -> bool:
+        """Drops the event that has only the usage where the client did not ask for it."""
+        data = data_of(event)
+        if not data:
+            return True
+        if data.strip() == b"[DONE]":
+            self.ended = True
+            return True
+        try:
+            chunk = orjson.loads(data)
+        except orjson.JSONDecodeError:
+            self.error = "an event that is no JSON"
+            return False
+        self.error = error_text(chunk)
+        if self.error is not None:
+            return False
+        chunk = mapping(chunk)
+        choices = chunk.get("choices")
+        for choice in choices if isinstance(choices, list) else ():
+            delta = mapping(mapping(choice).get("delta"))
+            for field in ("content", "reasoning_content", "refusal"):
+                if isinstance(text := delta.get(field), str):
+                    self.characters += len(text)
+            for call in delta.get("tool_calls") or ():
+                self.characters += len(str(mapping(mapping(call).get("function")).get("arguments") or ""))
+        found = usage_of(chunk)
+        self.usage = found or self.usage
+        return not (found and not choices) or self._usage_wanted
+
+
+class Chat:
+    """See ``api.Api``."""
+
+    name: ApiName = "chat"
+    path = "/chat/completions"
+
+    def ask(self, body: dict[str, Any]) -> Ask:
+        reader = Contents()
+        if tools := [*list_field(body, "tools"), *list_field(body, "functions")]:
+            reader.needs.add("tools")
+            reader.message("tools", "", orjson.dumps(tools))
+        for i, message in enumerate(list_field(body, "messages", required=True)):
+            _message(reader, message, f"messages[{i}]")
+        if mapping(body.get("response_format")).get("type") == "json_schema":
+            reader.needs.add("json_schema")
+            reader.message("schema", "", orjson.dumps(body["response_format"]))
+        if body.get("audio") or "audio" in (body.get("modalities") or ()):
+            reader.needs.add("audio")
+        return Ask(
+            self.name, body, text_field(body, "model"), flag_field(body, "stream"), reader.of_user(), tuple(reader.texts),
+            reader.images, frozenset(reader.needs), count_field(body, "max_completion_tokens", "max_tokens"), reader.session(),
+            count_field(body, "n") or 1,
+        )  # fmt: skip
+
+    def outgoing(self, ask: Ask, provider: Provider) -> dict[str, Any]:
+        body = {**ask.body, "model": provider.model}
+        body.pop("p2l", None)
+        if ask.stream and provider.stream_usage:
+            body["stream_options"] = {**mapping(body.get("stream_options")), "include_usage": True}
+        return body
+
+    def headers(self, key: str | None, given: dict[str, str]) -> dict[str, str]:
+        return {} if key is None else {"authorization": f"Bearer {key}"}
+
+    def usage(self, answer: dict[str, Any]) -> Usage | None:
+        return usage_of(answer)
+
+    def fault(self, answer: object) -> str | None:
+        if (error := error_text(answer)) is not None:
+            return error
+        choices = mapping(answer).get("choices")
+        return None if isinstance(choices, list) and choices else "an answer without choices"
+
+    def stream(self, ask: Ask) -> ChatStream:
+        return ChatStream(bool(mapping(ask.body.get("stream_options")).get("include_usage")))
+
+    def error(self, status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+        return openai_error(status, message, param, code)
+
+    def error_event(self, message: str) -> bytes:
+        return b"data: " + orjson.dumps(openai_error(502, message, None, "upstream_error")) + b"\n\n"
+
+
+def usage_of(answer: dict[str, Any]) -> Usage | None:
+    """The usage that an answer or a chunk reports."""
+    usage = answer.get("usage")
+    if not isinstance(usage, dict) or not (count(usage.get("prompt_tokens")) or count(usage.get("completion_tokens"))):
+        return None
+    cached = count(mapping(usage.get("prompt_tokens_details")).get("cached_tokens"))
+    return Usage(count(usage.get("prompt_tokens")), count(usage.get("completion_tokens")), cached)
+
+
+def _message(reader: Contents, message: dict[str, Any], where: str) -> None:
+    role = message.get("role")
+    if role not in ROLES:
+        raise BadRequest(f"{where}.role: expected one of {', '.join(ROLES)}, got {role!r:.40}", f"{where}.role")
+    text = _content(reader, message.get("content"), f"{where}.content")
+    extra = b""
+    if message.get("tool_calls") or message.get("function_call") or role in ("tool", "function"):
+        reader.needs.add("tools")
+        extra = orjson.dumps([message.get("tool_calls"), message.get("function_call"), message.get("tool_call_id")])
+    if role == "user":
+        reader.turns.append(text)
+    else:
+        (reader.instructions if role in ("system", "developer") else reader.others).append(text)
+    reader.message(role, text, extra)
+
+
+def _content(reader: Contents, content: object, where: str) -> str:
+    """A message's text; images and other parts are noted by their kind."""
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise BadRequest(f"{where}: expected text, a list of parts or null, got {type(content).__name__}", where)
+    parts = []
+    for i, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if not isinstance(kind, str):
+            raise BadRequest(f"{where}[{i}]: expected a part with a 'type'", f"{where}[{i}]")
+        if kind in ("text", "refusal"):
+            if not isinstance(text := part.get(kind), str):
+                raise BadRequest(f"{where}[{i}].{kind}: expected text", f"{where}[{i}].{kind}")
+            parts.append(text)
+        elif kind in ("image_url", "file"):
+            parts.append(reader.image(part.get(kind)))
+        else:
+            if kind == "input_audio":
+                reader.needs.add("audio")
+            parts.append(f"[{kind[:40]}]")
+    return "\n".join(parts)

@@ -1,0 +1,181 @@
+"""Anthropic's Messages API."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+
+from p2l_engine.serve.api import Usage, count, error_text, mapping
+from p2l_engine.serve.ask import Ask, BadRequest, Contents, count_field, flag_field, list_field, text_field
+from p2l_engine.serve.events import data_of
+from p2l_engine.serve.settings import ApiName, Provider
+
+VERSION = "2023-06-01"  # of the API, where the client names none
+FORWARDED = ("anthropic-version", "anthropic-beta")
+KINDS = {
+    400: "invalid_request_error", 401: "authentication_error", 402: "billing_error", 403: "permission_error",
+    404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error", 504: "timeout_error",
+}  # fmt: skip
+
+
+class MessagesStream:
+    """A stream of typed events. See ``api.Stream``."""
+
+    def __init__(self) -> None:
+        self.usage: Usage | None = None
+        self.characters = 0
+        self.ended = False
+        self.error: str | None = None
+
+    def read(self, event: bytes) -> bool:
+        data = data_of(event)
+        if not data:
+            return True
+        try:
+            found = mapping(orjson.loads(data))
+        except orjson.JSONDecodeError:
+            self.error = "an event that is no JSON"
+            return False
+        kind = found.get("type")
+        if kind == "error" or found.get("error"):
+            self.error = error_text(found) or "an error without a message"
+            return False
+        if kind == "content_block_delta":
+            delta = mapping(found.get("delta"))
+            texts = (delta.get(name) for name in ("text", "partial_json", "thinking"))
+            self.characters += sum(len(text) for text in texts if isinstance(text, str))
+        elif kind == "message_start":
+            self._add(mapping(found.get("message")))
+        elif kind == "message_delta":
+            self._add(found)
+        elif kind == "message_stop":
+            self.ended = True
+        return True
+
+    def _add(self, found: dict[str, Any]) -> None:
+        """Usage comes in two parts: the input first, the output, and what changed of the input, last."""
+        part, before = usage_of(found), self.usage
+        if part is None or before is None:
+            self.usage = part or before
+            return
+        input_too = part.tokens_in > 0
+        newer = part if input_too else before
+        self.usage = Usage(newer.tokens_in, max(part.tokens_out, before.tokens_out), newer.cached, newer.written)
+
+
+class Messages:
+    """See ``api.Api``."""
+
+    name: ApiName = "messages"
+    path = "/messages"
+
+    def ask(self, body: dict[str, Any]) -> Ask:
+        if (most := count_field(body, "max_tokens")) is None:
+            raise BadRequest("max_tokens: expected a whole number of at least 1, got nothing", "max_tokens")
+        return self._ask(body, most)
+
+    def ask_to_count(self, body: dict[str, Any]) -> Ask:
+        """The same for counting tokens, where max_tokens is not asked for."""
+        return self._ask(body, None)
+
+    def _ask(self, body: dict[str, Any], most: int | None) -> Ask:
+        reader = Contents()
+        if body.get("system") is not None:
+            text = _content(reader, body["system"], "system")[0]
+            reader.instructions.append(text)
+            reader.message("system", text)
+        if tools := list_field(body, "tools"):
+            reader.needs.add("tools")
+            reader.message("tools", "", orjson.dumps(tools))
+        for i, message in enumerate(list_field(body, "messages", required=True)):
+            _message(reader, message, f"messages[{i}]")
+        schema = body.get("output_format") or mapping(body.get("output_config")).get("format")
+        if mapping(schema).get("type") == "json_schema":
+            reader.needs.add("json_schema")
+            reader.message("schema", "", orjson.dumps(schema))
+        return Ask(
+            self.name, body, text_field(body, "model"), flag_field(body, "stream"), reader.of_user(), tuple(reader.texts),
+            reader.images, frozenset(reader.needs), most, reader.session(),
+        )  # fmt: skip
+
+    def outgoing(self, ask: Ask, provider: Provider) -> dict[str, Any]:
+        body = {**ask.body, "model": provider.model}
+        body.pop("p2l", None)
+        return body
+
+    def headers(self, key: str | None, given: dict[str, str]) -> dict[str, str]:
+        found = {name: given[name] for name in FORWARDED if name in given}
+        found.setdefault("anthropic-version", VERSION)
+        return found if key is None else {**found, "x-api-key": key}
+
+    def usage(self, answer: dict[str, Any]) -> Usage | None:
+        return usage_of(answer)
+
+    def fault(self, answer: object) -> str | None:
+        if (error := error_text(answer)) is not None:
+            return error
+        return None if isinstance(mapping(answer).get("content"), list) else "an answer without content"
+
+    def stream(self, ask: Ask) -> MessagesStream:
+        return MessagesStream()
+
+    def error(self, status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+        kind = KINDS.get(status) or ("api_error" if status >= 500 else "invalid_request_error")
+        return {"type": "error", "error": {"type": kind, "message": message}}
+
+    def error_event(self, message: str) -> bytes:
+        return b"event: error\ndata: " + orjson.dumps(self.error(502, message)) + b"\n\n"
+
+
+def usage_of(answer: dict[str, Any]) -> Usage | None:
+    """The usage that an answer reports. input_tokens leaves out what the prompt cache gave and took."""
+    usage = answer.get("usage")
+    if not isinstance(usage, dict):
+        return None
+    cached, written = count(usage.get("cache_read_input_tokens")), count(usage.get("cache_creation_input_tokens"))
+    found = Usage(count(usage.get("input_tokens")) + cached + written, count(usage.get("output_tokens")), cached, written)
+    return found if found.tokens_in or found.tokens_out else None
+
+
+def _message(reader: Contents, message: dict[str, Any], where: str) -> None:
+    role = message.get("role")
+    if role not in ("user", "assistant", "system"):
+        raise BadRequest(f"{where}.role: expected user or assistant, got {role!r:.40}", f"{where}.role")
+    text, extra, said = _content(reader, message.get("content"), f"{where}.content")
+    if role == "user" and said:
+        reader.turns.append(text)
+    elif role != "user":
+        (reader.others if role == "assistant" else reader.instructions).append(text)
+    reader.message(role, text, extra)
+
+
+def _content(reader: Contents, content: object, where: str) -> tuple[str, bytes, bool]:
+    """The text, what else there is as JSON, and whether somebody said something: a tool's result is not a turn."""
+    if isinstance(content, str):
+        return content, b"", True
+    if not isinstance(content, list):
+        raise BadRequest(f"{where}: expected text or a list of blocks, got {type(content).__name__}", where)
+    parts, extra, said = [], b"", False
+    for i, block in enumerate(content):
+        kind = block.get("type") if isinstance(block, dict) else None
+        if not isinstance(kind, str):
+            raise BadRequest(f"{where}[{i}]: expected a block with a 'type'", f"{where}[{i}]")
+        if kind == "text":
+            if not isinstance(text := block.get("text"), str):
+                raise BadRequest(f"{where}[{i}].text: expected text", f"{where}[{i}].text")
+            parts.append(text)
+            said = True
+        elif kind in ("image", "document"):
+            parts.append(reader.image(block.get("source")))
+            said = True
+        elif kind == "tool_result":
+            reader.needs.add("tools")
+            inner = block.get("content")
+            text, more, _ = ("", b"", False) if inner is None else _content(reader, inner, f"{where}[{i}].content")
+            extra += str(block.get("tool_use_id")).encode() + text.encode() + more
+        else:
+            if kind == "tool_use":
+                reader.needs.add("tools")
+            extra += orjson.dumps(block)
+    return "\n".join(parts), extra, said

@@ -1,0 +1,69 @@
+"""Prometheus metrics. Labels are bounded: models of the catalog, or ``other``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from p2l_engine.serve.record import Record
+from p2l_engine.serve.scorer import Scorer
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+
+
+class Metrics:
+    """One registry for each server."""
+
+    def __init__(self, scorer: Scorer, names: Sequence[str]) -> None:
+        self.names = frozenset(names)
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "p2l_requests",
+            "Requests by API, model, outcome and status",
+            ("api", "model", "outcome", "status"),
+            registry=self.registry,
+        )
+        self.attempts = Counter(
+            "p2l_attempts", "Upstream requests by model and error", ("model", "error"), registry=self.registry
+        )
+        self.cost = Counter("p2l_cost_usd", "Money spent, USD", ("model", "estimated"), registry=self.registry)
+        self.tokens = Counter("p2l_tokens", "Tokens that providers counted", ("model", "kind"), registry=self.registry)
+        self.own = Histogram(
+            "p2l_decision_seconds", "From the request to the decision", buckets=SECONDS, registry=self.registry
+        )
+        self.first_byte = Histogram(
+            "p2l_first_byte_seconds", "From the request to the answer's first byte", buckets=SECONDS, registry=self.registry
+        )
+        self.total = Histogram(
+            "p2l_request_seconds", "From the request to the answer's end", buckets=SECONDS, registry=self.registry
+        )
+        for name, text, value in (
+            ("p2l_coefficient_cache_hits", "Prompts whose coefficients were cached", lambda: scorer.hits),
+            ("p2l_coefficient_cache_misses", "Prompts that the engine computed", lambda: scorer.misses),
+            ("p2l_engine_waiting", "Prompts that wait for the engine", lambda: scorer.waiting),
+        ):
+            Gauge(name, text, registry=self.registry).set_function(value)
+
+    def add(self, record: Record) -> None:
+        """Counts a finished request."""
+        model = self._bounded(record.model or record.chosen)
+        self.requests.labels(record.api, model, record.outcome, str(record.status)).inc()
+        for attempt in record.attempts:
+            self.attempts.labels(self._bounded(attempt.model), attempt.error or "none").inc()
+        if record.cost:
+            self.cost.labels(model, str(record.estimated).lower()).inc(record.cost)
+        for kind, tokens in (("in", record.tokens_in), ("cached", record.tokens_cached), ("out", record.tokens_out)):
+            if tokens:
+                self.tokens.labels(model, kind).inc(tokens)
+        stages = record.latency
+        for stage, histogram in (("choose", self.own), ("first_byte", self.first_byte), ("total", self.total)):
+            if stage in stages:
+                histogram.observe(stages[stage] / 1000)
+
+    def text(self) -> bytes:
+        """The exposition format."""
+        return generate_latest(self.registry)
+
+    def _bounded(self, model: str) -> str:
+        return model if model in self.names else "other"

@@ -1,0 +1,199 @@
+"""A server from start to end: its parts are made, the configuration is watched, and everything is settled before it stops."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+
+from p2l_engine.catalog import Catalog
+from p2l_engine.engine.batcher import Batcher
+from p2l_engine.routing import SpendLimit
+from p2l_engine.serve import settings
+from p2l_engine.serve.app import Server, application
+from p2l_engine.serve.expectations import Expectations
+from p2l_engine.serve.gate import Gate
+from p2l_engine.serve.health import Health
+from p2l_engine.serve.plan import Plan, make
+from p2l_engine.serve.purse import Purse
+from p2l_engine.serve.record import Record
+from p2l_engine.serve.scorer import Scorer
+from p2l_engine.serve.service import Service, pacer_of
+from p2l_engine.serve.sessions import SessionMemory
+from p2l_engine.serve.settings import Config, ConfigError
+from p2l_engine.serve.tokens import TokenCounter
+from p2l_engine.serve.upstream import Upstream
+
+logger = logging.getLogger(__name__)
+
+EVERY = 1.0  # seconds between looks at the configuration file
+SWEEP = 60.0  # seconds between sweeps of what dead processes have reserved
+GRACE = 30  # seconds that running requests get when the server stops
+
+
+class Runtime:
+    """Makes the application for an engine and a configuration. file: where that came from, to be read again when it changes.
+
+    add: takes the record of each decision. engine: of the checkpoint that the configuration names.
+    """
+
+    def __init__(
+        self, config: Config, engine: Any, file: Path | None = None, add: Callable[[Record], None] | None = None
+    ) -> None:
+        self.file, self.engine, self.add = file, engine, add
+        self.plan = make(config, engine.models, engine.feedback)
+        self.server: Server | None = None
+        self._reading = asyncio.Lock()
+
+    def application(self) -> Starlette:
+        """The ASGI application; its lifespan makes the parts that belong to an event loop."""
+        self.server = Server(self._service(), self.add)
+        app = application(self.server)
+        app.router.lifespan_context = self._lifespan
+        return app
+
+    def _service(self) -> Service:
+        plan, serve = self.plan, self.plan.serve
+        batcher = Batcher(self.engine)
+        tokenizer = self.engine.encoder.tokenizer
+        return Service(
+            plan,
+            Scorer(batcher, serve.queue.most, serve.queue.cached),
+            TokenCounter(lambda text: len(tokenizer.ids([text])[0])),
+            Upstream(),
+            Purse(_spend_limit(plan), serve.timeouts.total),
+            SessionMemory(serve.sessions.cache_seconds, serve.sessions.most),
+            Health(serve.cooldown),
+            Gate(serve.keys),
+            pacer_of(plan),
+            Expectations(plan.config.models),
+        )
+
+    @asynccontextmanager
+    async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        assert self.server is not None
+        service = self.server.service
+        service.upstream.open()
+        tasks = [asyncio.create_task(self._sweep())]
+        if self.file is not None:
+            tasks.append(asyncio.create_task(self._watch()))
+            if threading.current_thread() is threading.main_thread():
+                loop = asyncio.get_running_loop()
+                loop.add_signal_handler(signal.SIGHUP, lambda: tasks.append(asyncio.create_task(self._reload())))
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await service.upstream.close()
+            await service.purse.drain()
+            service.purse.close()
+            await asyncio.to_thread(service.scorer.close)
+
+    async def reload(self) -> bool:
+        """Reads the configuration file again. A file that cannot be used keeps the present one and is logged."""
+        assert self.server is not None
+        assert self.file is not None
+        async with self._reading:
+            before = self.plan
+            try:
+                config = await asyncio.to_thread(settings.load, self.file)
+                for name, old, new in (
+                    ("checkpoint", before.config.checkpoint, config.checkpoint),
+                    ("serve.store", before.serve.store, config.serve.store),
+                ):
+                    if old != new:
+                        raise ConfigError(f"{self.file}: {name}: was {old!r}, is {new!r}: this needs a restart")
+                plan = make(config, self.engine.models, self.engine.feedback)
+                limit = await asyncio.to_thread(_spend_limit, plan)
+            except (ConfigError, ValueError) as error:
+                logger.error("the configuration was not changed: %s", error)
+                return False
+            service = self.server.service
+            service.adopt(plan)
+            service.purse.limit, self.plan = limit, plan
+            self.server.metrics.names = frozenset(plan.names)
+            logger.warning("the configuration was read again: %d models", len(plan.names))
+            return True
+
+    async def _reload(self) -> None:
+        await self.reload()
+
+    async def _watch(self) -> None:
+        """Reads the file again when it has changed."""
+        seen = await asyncio.to_thread(_stamp, self.file)
+        while True:
+            await asyncio.sleep(EVERY)
+            now = await asyncio.to_thread(_stamp, self.file)
+            if now != seen and now is not None:  # a file that is just being replaced is not there for a moment
+                seen = now
+                await self.reload()
+
+    async def _sweep(self) -> None:
+        assert self.server is not None
+        while True:
+            try:
+                await self.server.service.purse.sweep()
+            except Exception:
+                logger.exception("the store of spend limits cannot be reached")
+            await asyncio.sleep(SWEEP)
+
+
+class GracefulServer(uvicorn.Server):
+    """Says that it is not ready any more as soon as it is told to stop."""
+
+    def __init__(self, config: uvicorn.Config, server: Server) -> None:
+        super().__init__(config)
+        self._server = server
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        """See uvicorn.Server."""
+        self._server.ready = False
+        super().handle_exit(sig, frame)
+
+
+def run(runtime: Runtime, host: str, port: int, grace: int = GRACE) -> None:
+    """Serves until SIGTERM or Ctrl-C; requests that run then get ``grace`` seconds."""
+    app = runtime.application()
+    assert runtime.server is not None
+    config = uvicorn.Config(
+        app, host, port, loop="uvloop", http="httptools", ws="none", access_log=False, log_config=None, server_header=False,
+        timeout_graceful_shutdown=grace, lifespan="on", proxy_headers=False,
+    )  # fmt: skip
+    GracefulServer(config, runtime.server).run()
+
+
+def decisions_only(engine: Any) -> Config:
+    """The configuration of a server without a file: the checkpoint's own catalog, at one price for each request."""
+    file = engine.folder / "catalog.yaml"
+    if not file.is_file():
+        raise ConfigError(f"the checkpoint has no catalog.yaml: give a configuration with --config ({file} not found)")
+    catalog = Catalog.from_yaml(file)
+    accepts = ["text", "image", "audio", "tools", "json_schema"]  # nothing is sent
+    models = {model.name: {"cost": model.cost, "accepts": accepts} for model in catalog.models}
+    return settings.parse({"models": models, "unit": catalog.unit}, str(file))
+
+
+def _spend_limit(plan: Plan) -> SpendLimit | None:
+    serve = plan.serve
+    if not serve.limits or serve.store is None:
+        return None
+    # Reservations never expire by themselves: those of dead processes are swept, and counted in full.
+    return SpendLimit([entry.limit for entry in serve.limits], serve.store, lifetime=None)
+
+
+def _stamp(file: Path | None) -> tuple[int, int, int] | None:
+    try:
+        found = Path(str(file)).stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino

@@ -1,0 +1,218 @@
+"""What a running server holds, and how it decides: from a body to a call with a mask, costs and a choice."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from p2l_engine.errors import InfeasibleBudget, PromptError, SpendLimitReached
+from p2l_engine.routing import BudgetPacer
+from p2l_engine.serve.api import Api
+from p2l_engine.serve.ask import BadRequest
+from p2l_engine.serve.call import Call
+from p2l_engine.serve.choice import Mask, Pick
+from p2l_engine.serve.expectations import Expectations
+from p2l_engine.serve.gate import Gate, secret_of
+from p2l_engine.serve.health import Health
+from p2l_engine.serve.options import options_of, session_of
+from p2l_engine.serve.plan import Plan, carry_over
+from p2l_engine.serve.purse import Purse
+from p2l_engine.serve.scorer import Scorer
+from p2l_engine.serve.sessions import SessionMemory
+from p2l_engine.serve.settings import Key
+from p2l_engine.serve.tokens import TokenCounter
+from p2l_engine.serve.upstream import Upstream
+
+
+class Refused(Exception):
+    """A request that is answered with an error. retry_after: seconds."""
+
+    def __init__(
+        self, status: int, message: str, param: str | None = None, code: str | None = None, retry_after: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code, self.retry_after = status, message, param, code, retry_after
+
+
+@dataclass(eq=False)
+class Service:
+    """The parts of a running server. plan, gate, pacer and expectations follow the configuration; ``adopt`` swaps them."""
+
+    plan: Plan
+    scorer: Scorer
+    counter: TokenCounter
+    upstream: Upstream
+    purse: Purse
+    sessions: SessionMemory
+    health: Health
+    gate: Gate
+    pacer: BudgetPacer | None
+    expectations: Expectations
+
+    def adopt(self, plan: Plan) -> None:
+        """Replaces the configuration, at once: requests under way keep theirs. What was learned is carried over."""
+        before, serve = self.plan, plan.serve
+        carry_over(before, plan)
+        self.gate = Gate(serve.keys)
+        if (serve.budget, serve.horizon) != (before.serve.budget, before.serve.horizon):
+            self.pacer = pacer_of(plan)
+        self.expectations = Expectations(plan.config.models, self.expectations)
+        self.health.cooldown = serve.cooldown
+        self.scorer.most, self.scorer.kept = serve.queue.most, serve.queue.cached
+        self.sessions.seconds, self.sessions.most = serve.sessions.cache_seconds, serve.sessions.most
+        self.plan = plan
+
+    async def call(self, api: Api, body: Mapping[str, Any], headers: Mapping[str, str], key: Key | None, name: str) -> Call:
+        """Reads a request. Raises BadRequest."""
+        began = time.perf_counter()
+        body = dict(body)
+        if name == "route":  # the decision alone needs neither
+            body.setdefault("model", "auto")
+            if api.name == "messages":
+                body.setdefault("max_tokens", 1)
+        options = options_of(body, headers)
+        if name == "route":
+            options = replace(options, dry_run=True)
+        ask = api.ask(body)
+        if ask.model != "auto" and ask.model not in self.plan.index:
+            raise BadRequest(
+                f"model: expected 'auto' or a model of the catalog, got {ask.model!r:.80}", "model", 404, "model_not_found"
+            )
+        for model in sorted(options.models or ()):
+            if model not in self.plan.index:
+                raise BadRequest(f"p2l.models: expected models of the catalog, got {model!r:.80}", "p2l.models")
+        session = session_of(options, body, headers, key, ask.session)
+        counted = await self.counter.counted(ask.texts)
+        call = Call(self.plan, api, ask, options, key, session, headers, secret_of(headers), counted, name, began)
+        call.pacer = self.pacer
+        call.mark("parse")
+        return call
+
+    async def decide(self, call: Call) -> Pick:
+        """Masks, prices and chooses. Raises Refused."""
+        plan = call.plan
+        self._mask(call)
+        if not call.mask.any():
+            raise self._nobody(call)
+        if not call.pinned or call.options.explain or call.options.dry_run:
+            try:
+                coefficients, call.turns_hash = await self.scorer.coefficients(call.ask.turns)
+            except PromptError as error:
+                raise Refused(400, error.problem, "messages") from None
+            call.score(coefficients)
+        else:
+            call.rates = np.zeros(len(plan.names))
+        call.mark("coefficients")
+        call.cached = self._cached(call)
+        call.tokens_out = self.expectations.tokens_out(call.ask.max_tokens, call.ask.outputs)
+        call.costs = plan.prices.expected(call.tokens_in, np.array(call.cached, float), call.tokens_out)
+        call.first = call.now = self.chosen(call, call.mask, count=not call.options.dry_run)
+        call.mark("choose")
+        return call.first
+
+    def chosen(self, call: Call, mask: Mask, count: bool) -> Pick:
+        """The choice among the models of a mask. count: whether the pacer pays for it. Raises Refused."""
+        try:
+            return call.choose(mask, count)
+        except InfeasibleBudget as error:
+            raise Refused(402, str(error).replace(" for prompt 0", ""), "p2l.budget", "budget_infeasible") from None
+
+    async def reserve(self, call: Call, mask: Mask) -> tuple[Pick, str | None]:
+        """Reserves the worst case of the call's model; where it does not fit, of another that does, by configuration.
+
+        Returns the choice and the reservation's token. Raises Refused.
+        """
+        assert call.now is not None, "decide() comes first"
+        chosen, mask = call.now, mask.copy()
+        while True:
+            try:
+                token = await self.purse.reserve(call.worst(chosen.model), call.key.id if call.key else None)
+                return chosen, token
+            except SpendLimitReached as refused:
+                left = float(refused.left)
+                retry = None if refused.frees_at is None else max(refused.frees_at.timestamp() - time.time(), 1.0)
+                mask[chosen.model] = False
+                for k in np.flatnonzero(mask).tolist():
+                    fits = (
+                        float(call.worst(k)) <= left if call.plan.serve.over_limit == "cheaper" else call.plan.prices.is_free(k)
+                    )
+                    mask[k] = fits
+                if call.pinned or call.plan.serve.over_limit == "refuse" or not mask.any():
+                    limits = " and ".join(refused.limits)
+                    message = f"this request may cost {float(refused.worst_case):g} USD, and {left:g} USD are left of {limits}"
+                    raise Refused(402, message, None, "spend_limit", retry) from None
+                chosen = call.now = self.chosen(call, mask, count=False)
+
+    def _mask(self, call: Call) -> None:
+        """Which models may take the request, and why others may not."""
+        plan, ask, allowed = call.plan, call.ask, np.ones(len(call.plan.names), bool)
+        own = None if call.key is None or call.key.models is None else frozenset(call.key.models)
+        routed = np.zeros(len(plan.names), bool)
+        routed[plan.columns] = True
+        needed, decision_only = call.most_tokens_in + (ask.max_tokens or 1), call.api_name == "route"
+        keeper = None if ask.previous is None else self.sessions.of_answer(ask.previous)
+        if ask.previous is not None and keeper is None and not call.pinned:
+            raise Refused(
+                400,
+                "previous_response_id: not known to this server; send the whole input, or name the model",
+                "previous_response_id",
+            )
+        speaks = plan.speaks(ask.api)
+        for k, (name, model) in enumerate(zip(plan.names, plan.models, strict=True)):
+            missing = sorted(ask.needs - set(model.accepts))
+            group = [d for d in plan.deployments[k] if d.provider.api == ask.api]
+            if (call.pinned and name != ask.model) or (keeper is not None and not call.pinned and name != keeper):
+                why = "another model was named"
+            elif own is not None and name not in own:
+                why = "not among the models of this key"
+            elif call.options.models is not None and name not in call.options.models:
+                why = "not among the models that the caller allows"
+            elif not call.pinned and not routed[k]:
+                why = "not known to the checkpoint"
+            elif not speaks[k] and not (decision_only and not plan.deployments[k]):
+                why = f"no deployment of it speaks the {ask.api} API"
+            elif missing:
+                why = f"does not accept {', '.join(missing)}"
+            elif model.context is not None and needed > model.context:
+                why = f"{needed} tokens, answer and margin included, do not fit into its context of {model.context}"
+            elif ask.max_tokens is not None and model.max_output is not None and ask.max_tokens > model.max_output:
+                why = f"writes at most {model.max_output} tokens"
+            elif group and not any(map(self.health.is_up, group)):
+                why = DOWN
+            else:
+                continue
+            allowed[k], call.reasons[name] = False, why
+        call.mask = allowed
+
+    def _nobody(self, call: Call) -> Refused:
+        """The error where no model may take the request."""
+        down = [name for name, why in call.reasons.items() if why == DOWN]
+        if down:
+            return Refused(503, "all models that could answer are down", None, "unavailable", self.seconds_down(call, down))
+        shown = "; ".join(f"{name}: {why}" for name, why in list(call.reasons.items())[:8] if why != "another model was named")
+        too_long = any("do not fit into its context" in why for why in call.reasons.values())
+        return Refused(400, f"no model can take this request: {shown}", None, "context_length_exceeded" if too_long else None)
+
+    def seconds_down(self, call: Call, names: list[str]) -> float:
+        """Until the first of these models may be tried again."""
+        groups = [call.plan.deployments[call.plan.index[name]] for name in names]
+        return max(1.0, math.ceil(min(self.health.seconds_left(d) for group in groups for d in group)))
+
+    def _cached(self, call: Call) -> tuple[int, ...]:
+        found = self.sessions.cached(call.session, call.counted, call.plan.names)
+        return tuple(
+            tokens if tokens >= model.cached_from else 0 for tokens, model in zip(found, call.plan.models, strict=True)
+        )
+
+
+DOWN = "all its deployments failed lately"
+
+
+def pacer_of(plan: Plan) -> BudgetPacer | None:
+    """A pacer for the configured mean budget; None without one."""
+    return None if plan.serve.budget is None else BudgetPacer(plan.serve.budget, horizon=plan.serve.horizon)

@@ -1,0 +1,64 @@
+"""Which models still hold the beginning of a conversation in their prompt cache."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from p2l_engine.serve.tokens import Counted
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What a model read last of a session: the hashes of its messages, and when."""
+
+    chain: tuple[bytes, ...]
+    at: float
+
+
+class SessionMemory:
+    """The last request of each session to each model. seconds: how long providers keep a prefix; most: sessions kept."""
+
+    def __init__(self, seconds: float, most: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.seconds, self.most, self._clock = seconds, most, clock
+        self._held: OrderedDict[str, dict[str, Held]] = OrderedDict()
+        self._of_answers: OrderedDict[str, str] = OrderedDict()
+
+    def cached(self, session: str, counted: Counted, models: Sequence[str]) -> list[int]:
+        """The tokens of this request that each model has in its cache."""
+        held = self._held.get(session)
+        if not held:
+            return [0] * len(models)
+        oldest = self._clock() - self.seconds
+        return [
+            _shared(found.chain, counted) if (found := held.get(name)) is not None and found.at >= oldest else 0
+            for name in models
+        ]
+
+    def remember(self, session: str, model: str, counted: Counted) -> None:
+        """The model has read this request."""
+        held = self._held.setdefault(session, {})
+        held[model] = Held(counted.chain, self._clock())
+        self._held.move_to_end(session)
+        while len(self._held) > self.most:
+            self._held.popitem(last=False)
+
+    def remember_answer(self, answer_id: str, model: str) -> None:
+        """The model's provider keeps the answer of this id, which a later request may continue."""
+        self._of_answers[answer_id] = model
+        while len(self._of_answers) > self.most:
+            self._of_answers.popitem(last=False)
+
+    def of_answer(self, answer_id: str) -> str | None:
+        """The model that gave an answer; None where it is not known."""
+        return self._of_answers.get(answer_id)
+
+
+def _shared(chain: Sequence[bytes], counted: Counted) -> int:
+    """The tokens of the messages that both begin with."""
+    n = min(len(chain), len(counted.chain))
+    while n and chain[n - 1] != counted.chain[n - 1]:
+        n -= 1
+    return counted.ends[n - 1] if n else 0

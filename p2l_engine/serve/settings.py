@@ -1,0 +1,288 @@
+"""The server's configuration: serve.yaml, checked. Nothing here opens a connection or loads a checkpoint."""
+
+from __future__ import annotations
+
+import difflib
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from p2l_engine.routing import Limit, Objective
+from p2l_engine.unique_keys import UniqueKeys
+
+ApiName = Literal["chat", "responses", "messages"]
+Capability = Literal["text", "image", "audio", "tools", "json_schema"]
+Price = Annotated[float, Field(ge=0)]
+Seconds = Annotated[float, Field(gt=0)]
+Tokens = Annotated[int, Field(gt=0)]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names each key, what was expected and what came."""
+
+
+class Section(BaseModel):
+    """A section of the file. Unknown keys are errors that name the nearest key."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, values: Any) -> Any:
+        for key in values if isinstance(values, dict) else ():
+            if key not in cls.model_fields:
+                near = difflib.get_close_matches(str(key), cls.model_fields, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; expected {', '.join(cls.model_fields)}"
+                raise ValueError(f"unknown key {key!r}{hint}")
+        return values
+
+
+def _base_url(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query or parts.fragment:
+        raise ValueError("expected http(s)://HOST/PATH without user name, query or fragment")
+    return url.rstrip("/")
+
+
+class Provider(Section):
+    """One deployment of a model: where requests for it are sent.
+
+    weight: its share of the model's requests, relative to the model's other deployments. api_key_env: the environment variable
+    that holds its key. forward_client_key: send it the key that the client sent, instead. stream_usage: whether it reports
+    usage in streams of the chat API when asked to.
+    """
+
+    base_url: Annotated[str, AfterValidator(_base_url)]
+    model: str
+    api: ApiName = "chat"
+    api_key_env: str | None = None
+    forward_client_key: bool = False
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    name: str | None = None
+    stream_usage: bool = True
+
+    @model_validator(mode="after")
+    def _one_key(self) -> Self:
+        if self.forward_client_key and self.api_key_env:
+            raise ValueError("expected api_key_env or forward_client_key, got both")
+        return self
+
+
+class Model(Section):
+    """A chat model. Either ``cost``, a flat price in USD for each request, or prices in USD per million tokens with the
+    expected tokens of a request.
+
+    cached_from: tokens, below which its provider caches no prompt. context: its context window in tokens, None: unbounded.
+    max_output: the most tokens that it writes. accepts: what a request may contain. provider: its deployment, or a list;
+    empty: decisions only.
+    """
+
+    cost: Price | None = None
+    usd_per_m_in: Price | None = None
+    usd_per_m_out: Price | None = None
+    usd_per_m_cached: Price | None = None
+    usd_per_m_cache_write: Price | None = None
+    tokens_in: Annotated[float, Field(gt=0)] | None = None
+    tokens_out: Annotated[float, Field(gt=0)] | None = None
+    cached_from: Tokens = 1_024
+    context: Tokens | None = None
+    max_output: Tokens | None = None
+    accepts: tuple[Capability, ...] = ("text",)
+    provider: tuple[Provider, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _listed(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("provider"), dict):
+            return {**values, "provider": [values["provider"]]}
+        return values
+
+    @model_validator(mode="after")
+    def _priced(self) -> Self:
+        prices = ("usd_per_m_in", "usd_per_m_out", "tokens_in", "tokens_out")
+        given = [name for name in (*prices, "usd_per_m_cached", "usd_per_m_cache_write") if getattr(self, name) is not None]
+        if self.cost is not None and given:
+            raise ValueError(f"expected either cost or prices, got cost and {', '.join(given)}")
+        if self.cost is None and (missing := [name for name in prices if getattr(self, name) is None]):
+            raise ValueError(f"expected 'cost', or {', '.join(prices)}; missing {', '.join(missing)}")
+        return self
+
+
+class LimitEntry(Section):
+    """A hard limit on money really spent, as ``routing.Limit``. window: total, day, month, or seconds."""
+
+    amount: Price
+    window: Literal["total", "day", "month"] | Seconds = "total"
+    zone: str | None = None
+    key: str | None = None
+    each_key: bool = False
+
+    @property
+    def limit(self) -> Limit:
+        """The limit. Raises ValueError."""
+        window = self.window if isinstance(self.window, str) else timedelta(seconds=self.window)
+        return Limit(self.amount, window, self.zone, self.key, self.each_key)
+
+    @model_validator(mode="after")
+    def _valid(self) -> Self:
+        assert self.limit
+        return self
+
+
+class Key(Section):
+    """A caller's key. sha256: the hex digest of the secret. models: those that it may use; None: all."""
+
+    id: Annotated[str, Field(pattern=r"^[\w.-]{1,64}$")]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$")]
+    models: tuple[str, ...] | None = None
+
+
+class Timeouts(Section):
+    """Seconds. total: the deadline of a request with all its attempts."""
+
+    connect: Seconds = 5.0
+    first_byte: Seconds = 60.0
+    idle: Seconds = 30.0
+    total: Seconds = 600.0
+
+
+class Retries(Section):
+    """attempts: upstream requests for one request, at most. backoff: seconds before the first retry of the same model, doubled
+    each time up to most, with jitter."""
+
+    attempts: Annotated[int, Field(ge=1, le=20)] = 4
+    backoff: Seconds = 0.2
+    most: Seconds = 5.0
+
+
+class Cooldown(Section):
+    """How long a deployment that failed is left out: seconds after the first failure, doubled by each further one, up to
+    most."""
+
+    seconds: Seconds = 2.0
+    most: Seconds = 60.0
+
+
+class Sessions(Section):
+    """cache_seconds: how long a provider keeps a prompt's prefix. most: how many sessions are remembered."""
+
+    cache_seconds: Seconds = 300.0
+    most: Tokens = 10_000
+
+
+class AnswerCache(Section):
+    """Exact answers to equal requests. store: memory, an SQLite file, or redis://HOST:PORT."""
+
+    store: str = "memory"
+    seconds: Seconds = 3600.0
+    most_mb: Annotated[float, Field(gt=0)] = 64.0
+
+
+class Queue(Section):
+    """most: prompts that may wait for the engine; beyond, requests are refused with 503. cached: prompts whose coefficients are
+    kept."""
+
+    most: Tokens = 64
+    cached: Tokens = 10_000
+
+
+class Serve(Section):
+    """How the server behaves. Amounts in USD."""
+
+    budget: Annotated[float, Field(gt=0)] | None = None  # mean over the requests that bring no budget of their own
+    horizon: Annotated[int, Field(ge=10)] = 500  # of the pacer that holds it
+    objective: Objective = "bt"
+    opponents: Literal["uniform"] | dict[str, Price] = "uniform"
+    seed: int = 0
+    limits: tuple[LimitEntry, ...] = ()
+    over_limit: Literal["cheaper", "free", "refuse"] = "cheaper"
+    keys: tuple[Key, ...] = ()
+    timeouts: Timeouts = Timeouts()
+    retries: Retries = Retries()
+    cooldown: Cooldown = Cooldown()
+    sessions: Sessions = Sessions()
+    queue: Queue = Queue()
+    cache: AnswerCache | None = None
+    store: str | None = None  # an SQLite file, or the URL of a PostgreSQL database; None: nothing is kept
+    log_prompts: bool = False
+    retention_days: Annotated[float, Field(gt=0)] | None = None
+    token_margin: Annotated[float, Field(ge=1)] = 1.25  # providers' token counts over the P2L tokenizer's, at most
+    tokens_per_image: Tokens = 1_600
+    body_mb: Annotated[float, Field(gt=0)] = 20.0
+    answer_mb: Annotated[float, Field(gt=0)] = 64.0
+    page: bool = True
+
+
+class Config(Section):
+    """The whole file."""
+
+    models: dict[str, Model]
+    checkpoint: str | None = None
+    unit: str = "USD"  # another one only where no model has a provider: decisions need no currency
+    serve: Serve = Serve()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not self.models:
+            raise ValueError("models: expected at least one model, got none")
+        ids = [key.id for key in self.serve.keys]
+        if len(set(ids)) < len(ids):
+            raise ValueError("serve.keys: expected each id once")
+        for key in self.serve.keys:
+            if unknown := sorted(set(key.models or ()) - set(self.models)):
+                raise ValueError(f"serve.keys.{key.id}.models: expected names under models, got {', '.join(unknown)}")
+        for entry in self.serve.limits:
+            if entry.key is not None and entry.key not in ids:
+                raise ValueError(f"serve.limits: expected the id of a key, got {entry.key!r}")
+            if entry.each_key and not ids:
+                raise ValueError("serve.limits: each_key needs serve.keys")
+        if self.serve.limits and self.serve.store is None:
+            raise ValueError("serve.limits: need serve.store, a file such as serve.sqlite, which keeps what was spent")
+        unbounded = [
+            name for name, model in self.models.items() if model.provider and model.cost is None and not model.max_output
+        ]
+        if self.serve.limits and unbounded:
+            raise ValueError(
+                f"serve.limits: need max_output of every model, to reserve its worst case; missing: {', '.join(unbounded)}"
+            )
+        names = [provider.name for model in self.models.values() for provider in model.provider if provider.name]
+        if len(set(names)) < len(names):
+            raise ValueError("models: expected each provider's name once")
+        if self.unit != "USD" and any(model.provider for model in self.models.values()):
+            raise ValueError(f"unit: expected USD, in which providers are paid, got {self.unit!r}")
+        if "auto" in self.models:
+            raise ValueError("models: 'auto' is the name under which requests are routed; name the model otherwise")
+        return self
+
+
+def load(path: Path) -> Config:
+    """Reads serve.yaml. Raises ConfigError."""
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), UniqueKeys)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: expected YAML: {error}") from None
+    return parse(values, str(path))
+
+
+def parse(values: object, where: str = "configuration") -> Config:
+    """The same from a mapping. ``where`` is the start of error messages."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: expected a mapping of keys to values, got {type(values).__name__}")
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: " + "; ".join(_line(e) for e in error.errors())) from None
+
+
+def _line(error: Any) -> str:
+    place = ".".join(map(str, error["loc"]))
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":  # this module's own: it says what came, where that helps
+        return f"{place}: {message}" if place else message
+    return f"{place}: {message}, got {error['input']!r:.80}"
