@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+ID = re.compile(r"dec_[0-9a-f]{32}")
+LABEL = 200  # characters of a label at most
 Preference = Literal["this", "other", "tie", "both_bad"]
 PREFERENCES: tuple[Preference, ...] = get_args(Preference)
 
@@ -55,7 +58,10 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Feedback:
-    """What somebody said about a decision: a score, a preference against another decision, or a label."""
+    """What somebody said about a decision: a score, a preference against another decision, or a label.
+
+    Raises ValueError for anything else; its message repeats nothing of a text.
+    """
 
     decision: str  # the decision's id
     time: float  # seconds since 1970, UTC
@@ -63,3 +69,28 @@ class Feedback:
     against: str | None = None  # id of another decision; with preference
     preference: Preference | None = None
     label: str | None = None  # up to 200 characters
+
+    def __post_init__(self) -> None:
+        check_id(self.decision, "id")
+        given = [self.score is not None, self.preference is not None or self.against is not None, self.label is not None]
+        if sum(given) != 1:
+            raise ValueError("feedback: expected one of score, label, or preference with against")
+        if self.score is not None:
+            number = isinstance(self.score, int | float) and not isinstance(self.score, bool)
+            if not (number and 0 <= self.score <= 1):
+                raise ValueError("score: expected a number in [0, 1]")
+        elif self.label is not None:
+            if not (isinstance(self.label, str) and 0 < len(self.label) <= LABEL):
+                raise ValueError(f"label: expected a text of 1 to {LABEL} characters")
+        else:
+            if self.preference not in PREFERENCES:
+                raise ValueError(f"preference: expected one of {', '.join(PREFERENCES)}")
+            check_id(self.against, "against")
+            if self.against == self.decision:
+                raise ValueError("against: expected the id of another decision, got the same")
+
+
+def check_id(id: object, name: str) -> None:
+    """Raises ValueError unless it has the form of a decision's id."""
+    if not (isinstance(id, str) and ID.fullmatch(id)):
+        raise ValueError(f"{name}: expected the id of a decision, 'dec_' and 32 hex digits")
