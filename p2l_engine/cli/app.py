@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from p2l_engine import __version__
+from p2l_engine.cli import log
 from p2l_engine.cli.batch import batch
 from p2l_engine.cli.evaluate import evaluate
 from p2l_engine.cli.export import export
@@ -60,6 +61,11 @@ for name, command in (
     ("info", info),
 ):
     app.command(name, cls=Command)(command)
+of_log = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Show, export or delete what a server has logged.")
+of_log.command("show", cls=Command)(log.show)
+of_log.command("export", cls=Command)(log.export)
+of_log.command("delete", cls=Command)(log.delete)
+app.add_typer(of_log, name="log")
 
 
 def _print_version(wanted: bool) -> None:

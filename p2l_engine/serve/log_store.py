@@ -14,7 +14,7 @@ from p2l_engine.serve.log_rows import escaped, feedback_of, feedback_row, record
 from p2l_engine.serve.record import Feedback, Record
 from p2l_engine.spending.database import Database
 
-PAGE = 500  # decisions that one transaction reads or deletes: others wait for it
+PAGE = 200  # decisions that one transaction reads or deletes: others wait for it
 
 
 @dataclass(frozen=True, slots=True)
