@@ -51,6 +51,7 @@ bench = ["cvxpy>=1.6", "scipy>=1.15", "rich>=14", "threadpoolctl>=3.5"]
 # Servers for the tests, of S3's kind and of Google's; moto[server] pulls much more.
 stores = ["moto[s3]>=5.1", "flask>=3", "flask-cors>=5", "gcp-storage-emulator>=2026.7"]
 test = [
+    "playwright>=1.55",  # drives the distribution's Chromium; it brings no browser of its own
     "pytest>=8.4",
     "pytest-xdist>=3.6",
     "hypothesis>=6.130",
@@ -81,6 +82,7 @@ setup(
     package_data={
         "p2l_engine": ["py.typed", "default/*"],
         "p2l_engine.evaluation": ["*.j2"],
+        "p2l_engine.serve": ["page.html"],
         "p2l_engine.train": ["configs/*.yaml"],
     },
     cffi_modules=["csrc/build.py:ffi"],
