@@ -25,7 +25,9 @@ from p2l_engine.serve.apis import APIS, shaped_like
 from p2l_engine.serve.ask import BadRequest
 from p2l_engine.serve.call import Call
 from p2l_engine.serve.gate import Unauthorized
+from p2l_engine.serve.log import DecisionLog
 from p2l_engine.serve.metrics import Metrics
+from p2l_engine.serve.page import page
 from p2l_engine.serve.record import Record
 from p2l_engine.serve.relay import Relay, respond
 from p2l_engine.serve.scorer import Overloaded
@@ -35,6 +37,7 @@ from p2l_engine.serve.settings import Key
 logger = logging.getLogger(__name__)
 
 RECENT = 50
+FEEDBACK = ("score", "against", "preference", "label")
 MOST_PROMPTS = 1_000  # of one request for coefficients
 JSON = "application/json"
 
@@ -48,23 +51,25 @@ class TooLarge(BadRequest):
 
 
 class Server:
-    """One server's state beside the service: what happened lately."""
+    """One server's state beside the service: what happened lately. log: where decisions are kept; watch: is shown each, too."""
 
-    def __init__(self, service: Service, add: Callable[[Record], None] | None = None) -> None:
-        self.service = service
+    def __init__(self, service: Service, log: DecisionLog | None, watch: Callable[[Record], None] | None = None) -> None:
+        self.service, self.log = service, log
         self.metrics = Metrics(service.scorer, service.plan.names)
         self.recent: deque[Record] = deque(maxlen=RECENT)
         self.started = time.time()
         self.running = 0
         self.ready = True
-        self._add = add
+        self._watch = watch
 
     def finished(self, record: Record) -> None:
         """Takes the record of every decision."""
         self.recent.appendleft(record)
         self.metrics.add(record)
-        if self._add is not None:
-            self._add(record)
+        if self.log is not None:
+            self.log.add(record)
+        if self._watch is not None:
+            self._watch(record)
 
 
 class Endpoint:
@@ -159,8 +164,31 @@ class Predict(Endpoint):
         await _answer(send, {"coefs": coefficients.theta[0].tolist(), "eta": eta})
 
 
-def application(server: Server, extra: list[BaseRoute] | None = None) -> Starlette:
-    """The whole application. extra: routes that other parts bring (the log's feedback, the page)."""
+class GiveFeedback(Endpoint):
+    """What somebody thinks of a decision: see ``DecisionLog.feedback``."""
+
+    async def handle(self, api: Api, body: dict[str, Any], headers: Mapping[str, str], key: Key | None, send: Send) -> None:
+        log = self.server.log
+        if log is None:
+            raise Refused(404, "this server keeps no log: name a file under serve.store")
+        if not isinstance(body.get("id"), str) or not set(body) <= {"id", *FEEDBACK}:
+            raise BadRequest(
+                f"expected 'id' and one of score, label, or preference with against; got {', '.join(sorted(body))}"[:300]
+            )
+        given = {name: body[name] for name in FEEDBACK if body.get(name) is not None}
+        try:
+            await asyncio.to_thread(lambda: log.feedback(body["id"], key.id if key else None, **given))
+        except ValueError as error:
+            raise BadRequest(str(error)) from None
+        except LookupError as error:
+            raise Refused(404, str(error)) from None
+        except TimeoutError as error:
+            raise Refused(503, str(error), retry_after=5) from None
+        await _answer(send, {"id": body["id"], "stored": True})
+
+
+def application(server: Server) -> Starlette:
+    """The whole application."""
     routes: list[BaseRoute] = [
         Route("/v1/chat/completions", Completion(server, APIS["chat"]), methods=["POST"]),
         Route("/v1/responses", Completion(server, APIS["responses"]), methods=["POST"]),
@@ -168,6 +196,7 @@ def application(server: Server, extra: list[BaseRoute] | None = None) -> Starlet
         Route("/v1/messages/count_tokens", CountTokens(server, APIS["messages"]), methods=["POST"]),
         Route("/v1/route", Decide(server, None), methods=["POST"]),
         Route("/v1/coefficients", CoefficientsOf(server, None), methods=["POST"]),
+        Route("/v1/feedback", GiveFeedback(server, None), methods=["POST"]),
         Route("/predict", Predict(server, None), methods=["POST"]),
         Route("/models", _get(server, _p2l_models)),
         Route("/v1/models", _get(server, _models)),
@@ -175,8 +204,9 @@ def application(server: Server, extra: list[BaseRoute] | None = None) -> Starlet
         Route("/metrics", _get(server, lambda server, key: server.metrics.text())),
         Route("/healthz", _healthz),
         Route("/readyz", _readyz(server)),
-        *(extra or []),
     ]
+    if server.service.plan.serve.page:
+        routes.append(Route("/", _page))
     return Starlette(routes=routes, exception_handlers={404: _not_found, 405: _wrong_method, Exception: _failed})
 
 
@@ -298,6 +328,13 @@ def _shown(record: Record) -> dict[str, Any]:
 
 def _finite(value: float) -> float | None:
     return value if np.isfinite(value) else None
+
+
+async def _page(request: Request) -> Response:
+    body, headers = page()
+    if request.headers.get("if-none-match") == headers["etag"]:
+        return Response(status_code=304, headers=headers)
+    return Response(body, headers=headers)
 
 
 async def _healthz(request: Request) -> Response:

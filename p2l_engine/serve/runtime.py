@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from p2l_engine.serve.app import Server, application
 from p2l_engine.serve.expectations import Expectations
 from p2l_engine.serve.gate import Gate
 from p2l_engine.serve.health import Health
+from p2l_engine.serve.log import DecisionLog
 from p2l_engine.serve.plan import Plan, make
 from p2l_engine.serve.purse import Purse
 from p2l_engine.serve.record import Record
@@ -42,20 +44,20 @@ GRACE = 30  # seconds that running requests get when the server stops
 class Runtime:
     """Makes the application for an engine and a configuration. file: where that came from, to be read again when it changes.
 
-    add: takes the record of each decision. engine: of the checkpoint that the configuration names.
+    watch: is shown the record of each decision. engine: of the checkpoint that the configuration names.
     """
 
     def __init__(
-        self, config: Config, engine: Any, file: Path | None = None, add: Callable[[Record], None] | None = None
+        self, config: Config, engine: Any, file: Path | None = None, watch: Callable[[Record], None] | None = None
     ) -> None:
-        self.file, self.engine, self.add = file, engine, add
+        self.file, self.engine, self.watch = file, engine, watch
         self.plan = make(config, engine.models, engine.feedback)
         self.server: Server | None = None
         self._reading = asyncio.Lock()
 
     def application(self) -> Starlette:
         """The ASGI application; its lifespan makes the parts that belong to an event loop."""
-        self.server = Server(self._service(), self.add)
+        self.server = Server(self._service(), _log(self.plan), self.watch)
         app = application(self.server)
         app.router.lifespan_context = self._lifespan
         return app
@@ -98,6 +100,8 @@ class Runtime:
             await service.purse.drain()
             service.purse.close()
             await asyncio.to_thread(service.scorer.close)
+            if self.server.log is not None:
+                await asyncio.to_thread(self.server.log.close)
 
     async def reload(self) -> bool:
         """Reads the configuration file again. A file that cannot be used keeps the present one and is logged."""
@@ -181,6 +185,13 @@ def decisions_only(engine: Any) -> Config:
     accepts = ["text", "image", "audio", "tools", "json_schema"]  # nothing is sent
     models = {model.name: {"cost": model.cost, "accepts": accepts} for model in catalog.models}
     return settings.parse({"models": models, "unit": catalog.unit}, str(file))
+
+
+def _log(plan: Plan) -> DecisionLog | None:
+    serve = plan.serve
+    if serve.store is None:
+        return None
+    return DecisionLog(serve.store, retention=None if serve.retention_days is None else timedelta(days=serve.retention_days))
 
 
 def _spend_limit(plan: Plan) -> SpendLimit | None:

@@ -91,7 +91,7 @@ class Serving:
 async def serving(config: dict[str, Any], engine: Any = None, **options: Any) -> AsyncIterator[Serving]:
     """Starts a server and stops it."""
     records = list[Record]()
-    runtime = Runtime(settings.parse(config), engine or FixedEngine(), add=records.append, **options)
+    runtime = Runtime(settings.parse(config), engine or FixedEngine(), watch=records.append, **options)
     web = uvicorn.Server(
         uvicorn.Config(runtime.application(), port=0, log_level="warning", http="httptools", ws="none", lifespan="on")
     )
