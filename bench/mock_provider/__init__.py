@@ -17,7 +17,7 @@ costs nothing.
 """
 
 from bench.mock_provider.bill import Bill, Entry, Price
-from bench.mock_provider.faults import FAULTS, Rule
+from bench.mock_provider.faults import FAULTS, Rule, Rules
 from bench.mock_provider.provider import MockProvider, Received
 
-__all__ = ["FAULTS", "Bill", "Entry", "MockProvider", "Price", "Received", "Rule"]
+__all__ = ["FAULTS", "Bill", "Entry", "MockProvider", "Price", "Received", "Rule", "Rules"]

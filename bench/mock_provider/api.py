@@ -96,6 +96,14 @@ class Api(ABC):
     def schema(self, body: Json) -> Any:
         """The JSON schema that the answer must have, None for plain text."""
 
+    def user(self, body: Json) -> str | None:
+        """Whom the request names as its user."""
+        return body.get("user")
+
+    def copies(self, body: Json) -> object:
+        """How many answers are asked for."""
+        return 1
+
     def streams_usage(self, body: Json) -> bool:
         """Whether a stream ends with its usage."""
         return True
@@ -145,7 +153,7 @@ def prefixes(messages: Iterable[tuple[str, Any]]) -> tuple[list[int], list[int]]
     for count, (role, content) in enumerate(messages, 1):
         text = text_of(content)
         key = hash((key, role, text))
-        size += len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+        size += len(text) if text.isascii() else len(text.encode())
         keys.append(key)
         tokens.append(-(-size // 4) + 4 * count)
     return keys, tokens

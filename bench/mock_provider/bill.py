@@ -27,6 +27,7 @@ class Entry(NamedTuple):
 
     end: "answered"; "left": the client went away before the end; "cut": the provider broke off after the first byte;
     "failed": an error before the first token. usage_told: whether the client was sent these counts.
+    user: whom the request named, in ``user`` or, in Anthropic's API, ``metadata.user_id``.
     """
 
     id: int
@@ -40,6 +41,7 @@ class Entry(NamedTuple):
     end: str
     usage_told: bool
     fault: str | None
+    user: str | None
 
 
 class Bill:

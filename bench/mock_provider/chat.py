@@ -65,6 +65,9 @@ class Chat(Api):
     def schema(self, body: Json) -> Any:
         return _schema(body.get("response_format"))
 
+    def copies(self, body: Json) -> object:
+        return body.get("n") or 1
+
     def streams_usage(self, body: Json) -> bool:
         return bool((body.get("stream_options") or {}).get("include_usage"))
 

@@ -152,10 +152,13 @@ class Connection(asyncio.Protocol):
         self._reply = None
         self._answers.ended(reply, self._written, left=False)
         if reply.end == "reset":
-            linger = struct.pack("ii", 1, 0)  # closing sends a reset
-            self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-            self.transport.abort()
-        elif reply.end == "close" or not self._keep_alive:
+            self._timer = self._loop.call_later(0.01, self._reset)  # what was written must leave first
+        elif reply.end in ("leave", "close") or not self._keep_alive:
             self.transport.close()
         elif self._waiting:
             self._start(*self._waiting.popleft())
+
+    def _reset(self) -> None:
+        linger = struct.pack("ii", 1, 0)  # to close is to reset
+        self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        self.transport.abort()

@@ -12,11 +12,14 @@ from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from itertools import chain, repeat
+from typing import get_type_hints
 
 import orjson
 
 from bench.mock_provider.api import Call
 from bench.mock_provider.reply import Reply
+
+_NUMBERS = ("probability", "seconds", "retry_after")  # JSON may have them without a point
 
 
 @dataclass(slots=True)
@@ -28,7 +31,7 @@ class Rule:
 
     tokens: sent before it happens. seconds: how long. status: HTTP status. code: OpenAI's code of the error, instead of the
     usual one. retry_after: seconds, for the header of that name; retry_date: as an HTTP date. half: the cut leaves half an
-    event. size: bytes. Settings that a fault does not use have no effect.
+    event. size: bytes. location: a URL. Settings that a fault does not use have no effect.
     """
 
     fault: str
@@ -45,6 +48,7 @@ class Rule:
     retry_date: bool = False
     half: bool = False
     size: int | None = None
+    location: str | None = None
 
     def __post_init__(self) -> None:
         if self.fault not in FAULTS and self.fault != "refuse":
@@ -58,6 +62,10 @@ class Rule:
         names = {entry.name for entry in fields(cls)}
         if not isinstance(settings, dict) or "fault" not in settings or not settings.keys() <= names:
             raise ValueError(f"rule: expected an object with a fault and any of {', '.join(sorted(names))}, got {settings!r}")
+        kinds = get_type_hints(cls)
+        for name, value in settings.items():
+            if not isinstance(float(value) if type(value) is int and name in _NUMBERS else value, kinds[name]):
+                raise ValueError(f"{name}: expected {kinds[name]}, got {value!r}")
         return cls(**settings)
 
 
@@ -166,10 +174,13 @@ def _cut_reset(reply: Reply, call: Call, rule: Rule) -> None:
 
 def _cut_short(reply: Reply, call: Call, rule: Rule) -> Reply:
     pieces = list(reply.pieces)
-    kept = pieces[: rule.tokens + 1] if call.stream else [pieces[0][: len(pieces[0]) // 2]]
-    if call.stream and rule.half and len(kept) < len(pieces):
-        following = pieces[len(kept)]
-        kept[-1] += following[: len(following) // 2]
+    if call.stream:
+        kept = pieces[: min(rule.tokens + 1, len(pieces) - 1)]
+        if rule.half:
+            following = pieces[len(kept)]
+            kept[-1] += following[: len(following) // 2]
+    else:
+        kept = [pieces[0][: len(pieces[0]) // 2]]
     reply.pieces, reply.broken = kept, True
     return reply
 
@@ -178,8 +189,8 @@ def _error_event(reply: Reply, call: Call, rule: Rule) -> None:
     """A stream ends in an error event after tokens; otherwise as status."""
     if not call.stream:
         return _status(reply, call, rule)
-    _cut_short(reply, call, rule)
-    reply.pieces = [*reply.pieces, call.api.error_event(rule.status or 500)]
+    *kept, last = _cut_short(reply, call, rule).pieces
+    reply.pieces = [*kept, last + call.api.error_event(rule.status or 500)]
     return None
 
 
@@ -231,6 +242,12 @@ def _invalid_utf8(reply: Reply, call: Call, rule: Rule) -> None:
 def _error_body(reply: Reply, call: Call, rule: Rule) -> None:
     """200 with the body of an error."""
     _whole(reply, 200, b"application/json", orjson.dumps(call.api.error(rule.status or 500)))
+
+
+def _redirect(reply: Reply, call: Call, rule: Rule) -> None:
+    """A redirection (307) to location; without one, to a path of the provider's own."""
+    _whole(reply, rule.status or 307, b"text/plain", b"")
+    reply.headers.append((b"location", (rule.location or "/v1/elsewhere").encode()))
 
 
 def _first_event_error(reply: Reply, call: Call, rule: Rule) -> None:
@@ -323,6 +340,11 @@ def _until_close(reply: Reply, call: Call, rule: Rule) -> None:
     reply.framing = "close"
 
 
+def _leave(reply: Reply, call: Call, rule: Rule) -> None:
+    """The connection closes after the answer, although the headers did not say so."""
+    reply.end = "leave"
+
+
 def _large_headers(reply: Reply, call: Call, rule: Rule) -> None:
     """A header of size bytes (1 MiB)."""
     reply.headers.append((b"x-filler", b"x" * (rule.size or 2**20)))
@@ -349,6 +371,7 @@ FAULTS: dict[str, Callable[[Reply, Call, Rule], None]] = {
     "invalid_json": _invalid_json,
     "invalid_utf8": _invalid_utf8,
     "error_body": _error_body,
+    "redirect": _redirect,
     "first_event_error": _first_event_error,
     "empty_choices": _as_it_is,
     "usage_with_choices": _as_it_is,
@@ -363,5 +386,6 @@ FAULTS: dict[str, Callable[[Reply, Call, Rule], None]] = {
     "chunked": _chunked,
     "content_length": _content_length,
     "until_close": _until_close,
+    "leave": _leave,
     "large_headers": _large_headers,
 }

@@ -52,6 +52,9 @@ class Messages(Api):
         form = (body.get("output_config") or {}).get("format") or {}
         return form.get("schema") if form.get("type") == "json_schema" else None
 
+    def user(self, body: Json) -> str | None:
+        return (body.get("metadata") or {}).get("user_id")
+
     def whole(self, call: Call) -> Json:
         block: Json = {"type": "text", "text": call.text, "citations": None}
         if call.tool is not None:  # arguments that the limit cut are no JSON

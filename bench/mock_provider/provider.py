@@ -116,9 +116,12 @@ class MockProvider:
     def reply(self, method: bytes, target: bytes, headers: Headers, body: bytes) -> Reply:
         path, _, query = target.decode("latin-1").partition("?")
         api = APIS.get(path)
-        if api is None:
-            return self._control(method, path, query, body)
+        if path in _OWN:
+            return self._own(method, path, query, body)
         self._count += 1
+        if api is None:
+            self.requests.append(Received(self._count, path, headers, body, None))
+            return Reply.json(404, {"error": f"no {path} here: expected one of {', '.join([*APIS, *_OWN])}"})
         parsed: Any = None
         try:
             parsed = orjson.loads(body)
@@ -127,7 +130,7 @@ class MockProvider:
             reply = Reply.json(400, api.error(400))
         except BadRequest as error:
             reply = Reply.json(error.status, api.error(error.status, str(error), error.param, error.code))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             reply = Reply.json(400, api.error(400, f"The request has a field of the wrong type: {error!r}"))
         known = parsed if isinstance(parsed, dict) else body
         self.requests.append(Received(self._count, path, headers, known, reply.fault))
@@ -169,6 +172,9 @@ class MockProvider:
         cap = api.cap(body)
         if cap is not None and (not isinstance(cap, int) or cap < 1):
             raise BadRequest(f"The maximum number of output tokens must be an integer of at least 1, got {cap!r}.")
+        copies = api.copies(body)
+        if not isinstance(copies, int) or not 1 <= copies <= 128:
+            raise BadRequest(f"The number of answers must be an integer from 1 to 128, got {copies!r}.", param="n")
         tool, schema = _tool(api, body, last=messages[-1][0])
         if body.get("tools"):
             messages.insert(0, ("tools", orjson.dumps(body["tools"]).decode()))
@@ -190,27 +196,26 @@ class MockProvider:
             words=words[:cap],
             tool=tool,
             capped=cap is not None and cap < len(words),
-            copies=body.get("n") or 1,
+            copies=copies,
             created=int(time.time()),
             quirks=quirks,
         )
 
     # requests to the mock itself
 
-    def _control(self, method: bytes, path: str, query: str, body: bytes) -> Reply:
-        options = dict(parse_qsl(query))
-        if (method, path) == (b"GET", "/_bill"):
-            return Reply.json(200, self.bill.json())
-        if (method, path) == (b"GET", "/_requests"):
-            last = int(options.get("last", 100))
-            return Reply.json(200, {"requests": [found.json() for found in list(self.requests)[-last:]]})
-        if (method, path) == (b"POST", "/_control"):
-            try:
-                self.control(orjson.loads(body))
-            except ValueError as error:
-                return Reply.json(400, {"error": str(error)})
-            return Reply.json(200, {})
-        return Reply.json(404, {"error": f"no {method.decode()} {path} here: expected one of {', '.join([*APIS, *_OWN])}"})
+    def _own(self, method: bytes, path: str, query: str, body: bytes) -> Reply:
+        if method != (b"POST" if path == "/_control" else b"GET"):
+            return Reply.json(405, {"error": "expected POST to /_control, GET of /_bill and /_requests"})
+        try:
+            if path == "/_bill":
+                return Reply.json(200, self.bill.json())
+            if path == "/_requests":
+                first = len(self.requests) - int(dict(parse_qsl(query)).get("last", 100))
+                return Reply.json(200, {"requests": [found.json() for found in list(self.requests)[max(first, 0) :]]})
+            self.control(orjson.loads(body))
+        except ValueError as error:
+            return Reply.json(400, {"error": str(error)})
+        return Reply.json(200, {})
 
     def control(self, settings: object) -> None:
         """Changes settings while the provider runs.

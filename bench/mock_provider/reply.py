@@ -22,9 +22,10 @@ class Reply:
     pieces: the body. Of a stream: what comes before the first token, one piece for each token, what comes after the last.
     status: None sends no headers at all. length: the content-length that the headers state. framing: how the body's end is
     marked. delay: seconds before the headers. gap: seconds before each token. split: bytes that are written at once, 0 for
-    whole pieces. end: "keep": the body ends as it should; "close": the connection closes where it is; "reset": likewise, by a
-    TCP reset; "hang": nothing more comes. call: what was asked; None where the request could not be read. charged: whether it
-    costs anything, by the tokens that were sent. broken: whether a fault keeps the answer from being complete.
+    whole pieces. end: "keep": the body ends as it should; "leave": likewise, and the connection closes although the headers
+    did not say so; "close": the connection closes where it is; "reset": likewise, by a TCP reset; "hang": nothing more comes.
+    call: what was asked; None where the request could not be read. charged: whether it costs anything, by the tokens that were
+    sent. broken: whether a fault keeps the answer from being complete.
     """
 
     status: int | None
@@ -36,7 +37,7 @@ class Reply:
     delay: float = 0.0
     gap: float = 0.0
     split: int = 0
-    end: Literal["keep", "close", "reset", "hang"] = "keep"
+    end: Literal["keep", "leave", "close", "reset", "hang"] = "keep"
     call: Call | None = None
     charged: bool = True
     broken: bool = False
@@ -63,15 +64,22 @@ class Reply:
         call = self.call
         if call is None:
             return None
-        status = self.status if written else None
-        if not self.charged or not written:
-            end = "left" if left else "failed"
-            return Entry(call.id, call.api.name, call.model, 0, 0, 0, call.stream, status, end, False, self.fault)
-        tokens_out = min(written - 1, call.tokens_out) if call.stream else call.tokens_out
-        end = "cut" if self.broken else "left" if left else "answered"
-        told = end == "answered" and call.usage_told
-        counts = call.tokens_in, call.tokens_cached, tokens_out
-        return Entry(call.id, call.api.name, call.model, *counts, call.stream, status, end, told, self.fault)
+        sent = self.charged and written > 0
+        end = "left" if left else "failed" if not sent else "cut" if self.broken else "answered"
+        return Entry(
+            id=call.id,
+            api=call.api.name,
+            model=call.model,
+            tokens_in=call.tokens_in if sent else 0,
+            tokens_cached=call.tokens_cached if sent else 0,
+            tokens_out=(min(written - 1, call.tokens_out) if call.stream else call.tokens_out) if sent else 0,
+            streamed=call.stream,
+            status=self.status if written else None,
+            end=end,
+            usage_told=end == "answered" and call.usage_told,
+            fault=self.fault,
+            user=call.api.user(call.body),
+        )
 
     def head(self, keep_alive: bool) -> bytes:
         """Status line and headers."""
@@ -93,7 +101,7 @@ class Reply:
     @property
     def last(self) -> bytes:
         """What marks the end of the body."""
-        return b"0\r\n\r\n" if self.framing == "chunked" and self.end == "keep" else b""
+        return b"0\r\n\r\n" if self.framing == "chunked" and self.end in ("keep", "leave") else b""
 
     @property
     def at_once(self) -> list[bytes] | None:
