@@ -17,7 +17,8 @@ costs nothing.
 """
 
 from bench.mock_provider.bill import Bill, Entry, Price
-from bench.mock_provider.faults import FAULTS, Rule, Rules
+from bench.mock_provider.faults import FAULTS
 from bench.mock_provider.provider import MockProvider, Received
+from bench.mock_provider.rules import Rule, Rules
 
 __all__ = ["FAULTS", "Bill", "Entry", "MockProvider", "Price", "Received", "Rule", "Rules"]

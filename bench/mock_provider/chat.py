@@ -86,7 +86,7 @@ class Chat(Api):
             "service_tier": "default",
             "system_fingerprint": "fp_mock",
         }
-        return {**found, "usage": _usage(call)} if call.usage_told else found
+        return {**found, "usage": _usage(call, call.tokens_out)} if call.usage_told else found
 
     def events(self, call: Call) -> Events:
         asked = call.usage_told
@@ -96,7 +96,7 @@ class Chat(Api):
             b'"system_fingerprint":"fp_mock","choices":[' % (call.id, call.created, model)
         )
         end = b'],"usage":null}\n\n' if asked else b"]}\n\n"
-        usage = orjson.dumps(_usage(call))
+        usage = orjson.dumps(_usage(call, call.tokens_out))
 
         def chunk(index: int, delta: bytes, finish_reason: bytes = b"null") -> bytes:
             choice = b'{"index":%d,"delta":%b,"logprobs":null,"finish_reason":%b}' % (index, delta, finish_reason)
@@ -113,6 +113,9 @@ class Chat(Api):
             around = b'{"content":\0}' if call.tool is None else b'{"tool_calls":[{"index":0,"function":{"arguments":\0}}]}'
             before, after = chunk(index, around).split(b"\0")
             words += [before + encoded(word) + after for word in call.words]
+        if asked and "usage_in_every_chunk" in call.quirks:
+            so_far = [b'"usage":' + orjson.dumps(_usage(call, count)) for count in range(1, len(words) + 1)]
+            words = [word.replace(b'"usage":null', found) for word, found in zip(words, so_far, strict=True)]
         finished = [chunk(index, b"{}", b'"%b"' % _finish_reason(call).encode()) for index in range(call.copies)]
         if asked and "usage_with_choices" in call.quirks:
             finished[-1] = finished[-1].replace(b'"usage":null', b'"usage":' + usage)
@@ -148,11 +151,11 @@ def _finish_reason(call: Call) -> str:
     return "length" if call.capped else "stop" if call.tool is None else "tool_calls"
 
 
-def _usage(call: Call) -> Json:
+def _usage(call: Call, tokens_out: int) -> Json:
     return {
         "prompt_tokens": call.tokens_in,
-        "completion_tokens": call.tokens_out,
-        "total_tokens": call.tokens_in + call.tokens_out,
+        "completion_tokens": tokens_out,
+        "total_tokens": call.tokens_in + tokens_out,
         "prompt_tokens_details": {"cached_tokens": call.tokens_cached, "audio_tokens": 0},
         "completion_tokens_details": {
             "reasoning_tokens": 0,

@@ -1,113 +1,24 @@
-"""What goes wrong: rules that choose requests, and what each fault does to the reply.
+"""What each fault does to a reply.
 
-The names are the keys of FAULTS, each described by its function, and "refuse", which closes new connections at once.
+The names are the keys of FAULTS, each described by its function. One more, "refuse", closes new connections at once.
 """
 
 from __future__ import annotations
 
-import random
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from itertools import chain, repeat
-from typing import get_type_hints
+from typing import TYPE_CHECKING
 
 import orjson
 
 from bench.mock_provider.api import Call
 from bench.mock_provider.reply import Reply
 
-_NUMBERS = ("probability", "seconds", "retry_after")  # JSON may have them without a point
-
-
-@dataclass(slots=True)
-class Rule:
-    """Which requests a fault meets, and the fault's settings.
-
-    model, api ("chat", "responses", "messages"): None for any. probability: of each request that matches. skip: so many of them
-    pass first. times: no more than so many are met, None for no limit.
-
-    tokens: sent before it happens. seconds: how long. status: HTTP status. code: OpenAI's code of the error, instead of the
-    usual one. retry_after: seconds, for the header of that name; retry_date: as an HTTP date. half: the cut leaves half an
-    event. size: bytes. location: a URL. Settings that a fault does not use have no effect.
-    """
-
-    fault: str
-    model: str | None = None
-    api: str | None = None
-    probability: float = 1.0
-    skip: int = 0
-    times: int | None = None
-    tokens: int = 3
-    seconds: float = 1.0
-    status: int | None = None
-    code: str | None = None
-    retry_after: float | None = None
-    retry_date: bool = False
-    half: bool = False
-    size: int | None = None
-    location: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.fault not in FAULTS and self.fault != "refuse":
-            raise ValueError(f"fault: expected one of {', '.join(sorted([*FAULTS, 'refuse']))}, got {self.fault!r}")
-        if self.fault == "refuse" and (self.model is not None or self.api is not None):
-            raise ValueError("model and api: expected None for the fault refuse, since no request has come yet")
-
-    @classmethod
-    def read(cls, settings: object) -> Rule:
-        """Raises ValueError."""
-        names = {entry.name for entry in fields(cls)}
-        if not isinstance(settings, dict) or "fault" not in settings or not settings.keys() <= names:
-            raise ValueError(f"rule: expected an object with a fault and any of {', '.join(sorted(names))}, got {settings!r}")
-        kinds = get_type_hints(cls)
-        for name, value in settings.items():
-            if not isinstance(float(value) if type(value) is int and name in _NUMBERS else value, kinds[name]):
-                raise ValueError(f"{name}: expected {kinds[name]}, got {value!r}")
-        return cls(**settings)
-
-
-@dataclass(slots=True)
-class Rules:
-    """Rules in order; the first one that meets a request counts. seed: of those with a probability."""
-
-    seed: int = 0
-    rules: list[Rule] = field(default_factory=list)
-    _random: random.Random = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._random = random.Random(self.seed)
-
-    def refuses(self) -> bool:
-        """Whether a new connection is refused."""
-        return any(self._meets(rule) for rule in self.rules if rule.fault == "refuse")
-
-    def match(self, model: str, api: str) -> Rule | None:
-        """The rule that meets a request."""
-        for rule in self.rules:
-            if rule.fault != "refuse" and rule.model in (None, model) and rule.api in (None, api) and self._meets(rule):
-                return rule
-        return None
-
-    def _meets(self, rule: Rule) -> bool:
-        if rule.times == 0 or (rule.probability < 1 and self._random.random() >= rule.probability):
-            return False
-        if rule.skip:
-            rule.skip -= 1
-            return False
-        if rule.times is not None:
-            rule.times -= 1
-        return True
-
-
-def harm(reply: Reply, rule: Rule) -> None:
-    """Does a rule's fault to a usual reply."""
-    assert reply.call is not None
-    reply.fault = rule.fault
-    FAULTS[rule.fault](reply, reply.call, rule)
-
+if TYPE_CHECKING:
+    from bench.mock_provider.rules import Rule
 
 # no answer
 
@@ -268,7 +179,12 @@ def _whole(reply: Reply, status: int, content_type: bytes, body: bytes) -> None:
 
 
 def _as_it_is(reply: Reply, call: Call, rule: Rule) -> None:
-    """What the answer contains is unusual: each API writes its own."""
+    """What the answer contains is unusual, and each API writes its own.
+
+    empty_choices: an answer at once has no choices, output or content; a stream of chat begins with a chunk without choices.
+    usage_with_choices, usage_in_every_chunk: in a stream of chat, usage is on the last chunk with choices, or on each chunk as
+    it is so far. no_usage: nothing states the usage.
+    """
 
 
 def _split(reply: Reply, call: Call, rule: Rule) -> None:
@@ -291,6 +207,18 @@ def _comments(reply: Reply, call: Call, rule: Rule) -> None:
     """A comment before each event."""
     if call.stream:
         reply.pieces = [b": ping\n\n" + piece for piece in reply.pieces]
+
+
+def _no_space(reply: Reply, call: Call, rule: Rule) -> None:
+    """No space between the name and the value of an event's fields."""
+    if call.stream:
+        reply.pieces = [piece.replace(b"event: ", b"event:").replace(b"data: ", b"data:") for piece in reply.pieces]
+
+
+def _no_done(reply: Reply, call: Call, rule: Rule) -> None:
+    """A stream of chat ends without data: [DONE]; nothing else is missing."""
+    if call.stream:
+        reply.pieces = [piece.removesuffix(b"data: [DONE]\n\n") for piece in reply.pieces]
 
 
 def _gzip(reply: Reply, call: Call, rule: Rule) -> None:
@@ -350,7 +278,7 @@ def _large_headers(reply: Reply, call: Call, rule: Rule) -> None:
     reply.headers.append((b"x-filler", b"x" * (rule.size or 2**20)))
 
 
-QUIRKS = frozenset({"empty_choices", "usage_with_choices", "no_usage"})
+QUIRKS = frozenset({"empty_choices", "usage_with_choices", "usage_in_every_chunk", "no_usage"})
 """Faults of what an answer contains."""
 
 FAULTS: dict[str, Callable[[Reply, Call, Rule], None]] = {
@@ -376,10 +304,13 @@ FAULTS: dict[str, Callable[[Reply, Call, Rule], None]] = {
     "empty_choices": _as_it_is,
     "usage_with_choices": _as_it_is,
     "no_usage": _as_it_is,
+    "usage_in_every_chunk": _as_it_is,
     "split": _split,
     "burst": _burst,
     "crlf": _crlf,
     "comments": _comments,
+    "no_space": _no_space,
+    "no_done": _no_done,
     "gzip": _gzip,
     "endless": _endless,
     "endless_events": _endless_events,

@@ -18,11 +18,12 @@ from bench.mock_provider.api import Api, BadRequest, Call, Json, prefixes
 from bench.mock_provider.bill import Bill, Price
 from bench.mock_provider.chat import Chat
 from bench.mock_provider.connection import Connection, Headers
-from bench.mock_provider.faults import QUIRKS, Rule, Rules, harm
+from bench.mock_provider.faults import QUIRKS
 from bench.mock_provider.messages import Messages
 from bench.mock_provider.prompt_cache import PromptCache
 from bench.mock_provider.reply import Reply
 from bench.mock_provider.responses import Responses
+from bench.mock_provider.rules import Rule, Rules, harm
 from bench.mock_provider.text import example, sentences, tokens_of
 
 APIS: dict[str, Api] = {api.path: api for api in (Chat(), Responses(), Messages())}
