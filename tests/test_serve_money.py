@@ -147,7 +147,7 @@ def test_each_key_has_its_own_limit_and_models(tmp_path):
 
     found, records, sent = asyncio.run(one())
     assert [status for status, _, _ in found] == [401, 401, 200, 200, 400]
-    assert [(record.key, record.model) for record in records] == [("team", "large"), ("trial", "small")]
+    assert [(record.key, record.model) for record in records] == [("team", "large"), ("trial", "small"), ("trial", "")]
     assert not any(
         "secret" in text for text in (*sent, *(str(record) for record in records), *(str(answer) for answer in found))
     )

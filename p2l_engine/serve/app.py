@@ -23,7 +23,6 @@ from p2l_engine.prompts.parse import user_turns
 from p2l_engine.serve.api import Api
 from p2l_engine.serve.apis import APIS, shaped_like
 from p2l_engine.serve.ask import BadRequest
-from p2l_engine.serve.call import Call
 from p2l_engine.serve.gate import Unauthorized
 from p2l_engine.serve.log import DecisionLog
 from p2l_engine.serve.metrics import Metrics
@@ -107,26 +106,16 @@ class Endpoint:
 
 
 class Completion(Endpoint):
-    """Routes a request and relays its answer."""
+    """Routes a request and relays its answer; or, by the name ``route``, tells the decision alone for a body of any API."""
+
+    def __init__(self, server: Server, api: Api | None, name: str | None = None) -> None:
+        super().__init__(server, api)
+        self.name = name
 
     async def handle(self, api: Api, body: dict[str, Any], headers: Mapping[str, str], key: Key | None, send: Send) -> None:
         service = self.server.service
-        call = await service.call(api, body, headers, key, api.name)
-        await service.decide(call)
-        if call.options.dry_run:
-            await _answer(send, decision(call))
-            return
+        call = await service.call(api, body, headers, key, self.name or api.name)
         await Relay(service, call, self.server.finished).answer(send)
-
-
-class Decide(Endpoint):
-    """The decision alone, for a body of any of the APIs."""
-
-    async def handle(self, api: Api, body: dict[str, Any], headers: Mapping[str, str], key: Key | None, send: Send) -> None:
-        call = await self.server.service.call(api, body, headers, key, "route")
-        await self.server.service.decide(call)
-        self.server.finished(call.record(200, "decision", None, None, None, False))
-        await _answer(send, decision(call))
 
 
 class CountTokens(Endpoint):
@@ -194,7 +183,7 @@ def application(server: Server) -> Starlette:
         Route("/v1/responses", Completion(server, APIS["responses"]), methods=["POST"]),
         Route("/v1/messages", Completion(server, APIS["messages"]), methods=["POST"]),
         Route("/v1/messages/count_tokens", CountTokens(server, APIS["messages"]), methods=["POST"]),
-        Route("/v1/route", Decide(server, None), methods=["POST"]),
+        Route("/v1/route", Completion(server, None, "route"), methods=["POST"]),
         Route("/v1/coefficients", CoefficientsOf(server, None), methods=["POST"]),
         Route("/v1/feedback", GiveFeedback(server, None), methods=["POST"]),
         Route("/predict", Predict(server, None), methods=["POST"]),
@@ -208,26 +197,6 @@ def application(server: Server) -> Starlette:
     if server.service.plan.serve.page:
         routes.append(Route("/", _page))
     return Starlette(routes=routes, exception_handlers={404: _not_found, 405: _wrong_method, Exception: _failed})
-
-
-def decision(call: Call) -> dict[str, Any]:
-    """A decision as JSON."""
-    first, names = call.first, call.plan.names
-    assert first is not None
-    found = {
-        "id": call.id,
-        "model": names[first.model],
-        "fallbacks": call.fallbacks(),
-        "policy": {names[k]: p for k, p in first.policy.items()},
-        "propensity": first.propensity,
-        "expected_cost": first.cost,
-        "win_rate": first.rate,
-        "score": call.bradley_terry_score(first),
-        "why": first.why,
-        "tokens_in": call.tokens_in,
-        "unit": call.plan.config.unit,
-    }
-    return found | (call.explained() if call.options.explain else {})
 
 
 def _get(server: Server, answer: Callable[[Server, Key | None], Any]) -> Callable[[Request], Awaitable[Response]]:

@@ -181,6 +181,26 @@ class Call:
             latency=self.stages,
         )
 
+    def decision(self) -> dict[str, Any]:
+        """The decision as JSON."""
+        first, names = self.first, self.plan.names
+        assert first is not None, "decide() comes first"
+        score = self.bradley_terry_score(first)
+        found = {
+            "id": self.id,
+            "model": names[first.model],
+            "fallbacks": self.fallbacks(),
+            "policy": {names[k]: p for k, p in first.policy.items()},
+            "propensity": first.propensity,
+            "expected_cost": first.cost,
+            "win_rate": first.rate,
+            "score": score if math.isfinite(score) else None,
+            "why": first.why,
+            "tokens_in": self.tokens_in,
+            "unit": self.plan.config.unit,
+        }
+        return found | (self.explained() if self.options.explain else {})
+
     def explained(self) -> dict[str, Any]:
         """Every model of the catalog, and the frontier of this prompt."""
         names, theta = self.plan.names, self.coefficients

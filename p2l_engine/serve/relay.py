@@ -19,6 +19,7 @@ from p2l_engine.serve.call import Call
 from p2l_engine.serve.choice import Pick
 from p2l_engine.serve.health import Deployment
 from p2l_engine.serve.record import Attempt, Record
+from p2l_engine.serve.scorer import Overloaded
 from p2l_engine.serve.service import Refused, Service
 from p2l_engine.serve.upstream import Opened, StreamCut, UpstreamFailed, Whole
 
@@ -52,6 +53,11 @@ class Relay:
         """Sends the whole response. Every way out settles the reservation and writes the record once."""
         call = self.call
         try:
+            await self._decide()
+            if call.options.dry_run:
+                self._finish(200, "decision")
+                await respond(send, 200, orjson.dumps(call.decision()), self.headers())
+                return
             found = await self._attempts()
             call.mark("first_byte")
             if isinstance(found, Whole):
@@ -87,6 +93,13 @@ class Relay:
         if retry_after is not None:
             found.append((b"retry-after", str(math.ceil(retry_after)).encode()))
         return found
+
+    async def _decide(self) -> None:
+        """Raises Refused."""
+        try:
+            await self.service.decide(self.call)
+        except Overloaded as error:
+            raise Refused(503, str(error), None, "overloaded", error.retry_after) from None
 
     async def _attempts(self) -> Whole | Opened:
         """Tries deployments until one answers. Raises Refused, PassedOn."""
@@ -259,7 +272,7 @@ class Relay:
         self.token = None
         if call.pacer is not None and call.paid is not None:
             call.pacer.settle(float(cost) - call.paid)
-        self.finished(call.record(status, outcome, name, usage, cost, estimated))
+        self.finished(call.record(status, outcome, name, usage, None if outcome == "decision" else cost, estimated))
 
 
 async def respond(send: Send, status: int, body: bytes, headers: list[tuple[bytes, bytes]], kind: bytes = JSON) -> None:
