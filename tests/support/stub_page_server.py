@@ -7,7 +7,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -82,6 +82,7 @@ class Stub:
 
     url: str = ""
     candidates: tuple[Candidate, ...] = NINE
+    others: dict[str, tuple[Candidate, ...]] = field(default_factory=dict)  # for these prompts
     key: str | None = None  # asked for where it is not None
     budget: float | None = 0.004  # that of the server's own decision
     delays: dict[str, float] = field(default_factory=dict)  # seconds, for prompts with this text in them
@@ -258,10 +259,10 @@ def app(stub: Stub) -> Starlette:
     async def route(request: Request) -> Response:
         body = await request.json()
         stub.asked.append(body)
+        text = body["messages"][0]["content"]
         answer = refused(request)
         if answer is None:
-            answer = JSONResponse(stub.ranking())
-        text = body["messages"][0]["content"]
+            answer = JSONResponse(replace(stub, candidates=stub.others.get(text, stub.candidates)).ranking())
         await asyncio.sleep(max((seconds for part, seconds in stub.delays.items() if part in text), default=0))
         return answer
 
