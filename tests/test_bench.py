@@ -145,7 +145,7 @@ def test_mistakes_are_errors_of_one_line(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
-        "batch", "coverage", "demo", "kernels", "latency", "leaderboards", "learning_curve", "real_budgets", "seeds", "solvers",
+        "batch", "coverage", "demo", "kernels", "latency", "leaderboards", "learning_curve", "real_budgets", "seeds", "serve_demo", "solvers",
         "spend_limits", "startup", "streams", "throughput", "training",
     ],
 )  # fmt: skip

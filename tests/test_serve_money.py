@@ -47,26 +47,28 @@ def limited(tmp_path, amount: float, **serve: Any) -> dict[str, Any]:
 
 def test_the_ledger_is_the_providers_bill(tmp_path):
     async def one():
-        async with MockProvider(PRICES, tokens_out={"large": 31, "medium": 47, "small": 13}) as provider:
-            async with serving(config_for(provider, **limited(tmp_path, 100)), FixedEngine(theta=None)) as server:
-                async with aiohttp.ClientSession() as client:
-                    bodies = [
-                        (
+        async with (
+            MockProvider(PRICES, tokens_out={"large": 31, "medium": 47, "small": 13}) as provider,
+            serving(config_for(provider, **limited(tmp_path, 100)), FixedEngine(theta=None)) as server,
+        ):
+            async with aiohttp.ClientSession() as client:
+                bodies = [
+                    (
+                        api,
+                        body_for(
                             api,
-                            body_for(
-                                api,
-                                f"question {i} " * (i % 7 + 1),
-                                max_tokens=900 - i,
-                                max_output_tokens=None,
-                                stream=i % 2 == 0,
-                            ),
-                        )
-                        for i in range(40)
-                        for api in APIS
-                    ]
-                    answers = await asyncio.gather(*(send(client, server.url, api, body) for api, body in bodies))
-                await server.service.purse.drain()
-                return answers, server.records, spent(server), provider.bill.total
+                            f"question {i} " * (i % 7 + 1),
+                            max_tokens=900 - i,
+                            max_output_tokens=None,
+                            stream=i % 2 == 0,
+                        ),
+                    )
+                    for i in range(40)
+                    for api in APIS
+                ]
+                answers = await asyncio.gather(*(send(client, server.url, api, body) for api, body in bodies))
+            await server.service.purse.drain()
+            return answers, server.records, spent(server), provider.bill.total
 
     answers, records, ledger, bill = asyncio.run(one())
     assert {status for status, _, _ in answers} == {200}
@@ -78,24 +80,27 @@ def test_the_ledger_is_the_providers_bill(tmp_path):
 
 def test_concurrent_clients_never_exceed_a_hard_limit(tmp_path):
     async def one():
-        async with MockProvider(PRICES, per_token=0.001) as provider:
-            async with serving(config_for(provider, **limited(tmp_path, 0.05))) as server, aiohttp.ClientSession() as client:
-                most = 0.0
+        async with (
+            MockProvider(PRICES, per_token=0.001) as provider,
+            serving(config_for(provider, **limited(tmp_path, 0.05))) as server,
+            aiohttp.ClientSession() as client,
+        ):
+            most = 0.0
 
-                async def caller(i: int) -> list[int]:
-                    nonlocal most
-                    statuses = []
-                    for j in range(6):
-                        status, _, _ = await send(
-                            client, server.url, "chat", body_for("chat", f"{i} {j}", max_tokens=200, stream=j % 2 == 0)
-                        )
-                        statuses.append(status)
-                        most = max(most, float(provider.bill.total))
-                    return statuses
+            async def caller(i: int) -> list[int]:
+                nonlocal most
+                statuses = []
+                for j in range(6):
+                    status, _, _ = await send(
+                        client, server.url, "chat", body_for("chat", f"{i} {j}", max_tokens=200, stream=j % 2 == 0)
+                    )
+                    statuses.append(status)
+                    most = max(most, float(provider.bill.total))
+                return statuses
 
-                found = await asyncio.gather(*(caller(i) for i in range(64)))
-                await server.service.purse.drain()
-                return [status for statuses in found for status in statuses], most, spent(server), provider.bill.total
+            found = await asyncio.gather(*(caller(i) for i in range(64)))
+            await server.service.purse.drain()
+            return [status for statuses in found for status in statuses], most, spent(server), provider.bill.total
 
     statuses, most, ledger, bill = asyncio.run(one())
     assert most <= 0.05
