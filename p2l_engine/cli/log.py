@@ -68,7 +68,7 @@ def delete(
     which = Selection(None, _seconds(before, "--before"), key)
     with _opened(store) as log, status("deleting"):
         found = log.delete(which)
-    out().print(f"deleted {found.decisions:,} decisions and {found.feedback:,} pieces of feedback", highlight=False)
+    out().print(f"deleted: {found.decisions:,} decisions, {found.feedback:,} pieces of feedback", highlight=False)
 
 
 def show(
@@ -83,8 +83,8 @@ def show(
     if not records:
         note("the log is empty")
         return
-    columns = ("time (UTC)", "id", "model", "win rate", "USD", "ms", "outcome")
-    print_table(f"{len(records):,} decisions", columns, [_row(record) for record in records], out(), dense=True)
+    columns = ("time (UTC)", "dec_", "model", "win", "USD", "ms", "outcome")
+    print_table("the last decisions", columns, [_row(record) for record in records], out(), dense=True)
 
 
 def _row(record: Record) -> tuple[str, ...]:
@@ -93,12 +93,12 @@ def _row(record: Record) -> tuple[str, ...]:
     total = record.latency.get("total")
     return (
         f"{datetime.fromtimestamp(record.time, UTC):%m-%d %H:%M:%S}",
-        record.id[:12],
+        record.id[4:12],
         record.model,
         f"{record.win_rate:.2f}",
         f"{about}{cost:.2g}",
-        "" if total is None else f"{total:,.0f}",
-        f"{record.status} {record.outcome}",
+        "" if total is None else f"{total:.0f}",
+        record.outcome if record.status == 200 else f"{record.outcome} {record.status}",
     )
 
 
@@ -135,6 +135,6 @@ def _seconds(text: str | None, option: str) -> float | None:
 
 def _print_reasons(reasons: Counter[str], what: str) -> None:
     if reasons:
-        note(f"{reasons.total():,} {what}:", warning=True)
+        note(f"{what}: {reasons.total():,}", warning=True)
     for reason, count in reasons.most_common():
         note(f"{count:9,}  {reason}", warning=True)
