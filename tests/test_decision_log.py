@@ -14,12 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import hypothesis
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import strategies as st
 from sqlalchemy import create_engine, text
+from sqlalchemy.exc import SQLAlchemyError
 
 from p2l_engine.feedback.models import feedback_model
 from p2l_engine.serve import log as logs
@@ -27,12 +29,13 @@ from p2l_engine.serve import log_store
 from p2l_engine.serve.log import DecisionLog
 from p2l_engine.serve.log_export import export
 from p2l_engine.serve.log_rows import escaped, record_of, row_of, unescaped
-from p2l_engine.serve.log_store import LogStore, Selection
+from p2l_engine.serve.log_store import Deleted, LogStore, Selection
 from p2l_engine.serve.record import Attempt, Record
 from p2l_engine.votes import read
 from tests.support import postgres, tiny
 from tests.support.command import p2l_engine
 from tests.support.records import START, new_id, record
+from tests.support.training import largest_file, settings, weights
 
 ALL = Selection()
 
@@ -279,6 +282,40 @@ def test_a_second_failure_is_reported_again(sqlite, caplog, monkeypatch):
                 assert not log.flush(0.3)
             assert log.flush()
     assert [("fails" in line.message) for line in caplog.records] == [True, False] * 2
+
+
+def test_a_retention_that_fails_is_reported_once(sqlite, caplog, monkeypatch):
+    monkeypatch.setattr(logs, "LONGEST_PAUSE", 0.02)
+    calls = []
+
+    def delete_page(self, which):
+        calls.append(which)
+        if len(calls) < 5:
+            raise SQLAlchemyError("a secret")
+        return Deleted(0, 0)
+
+    monkeypatch.setattr(LogStore, "delete_page", delete_page)
+    with DecisionLog(sqlite, retention=timedelta(days=1)) as log:
+        _wait(lambda: len(calls) > 2)
+        assert log.flush()
+        _wait(lambda: len(calls) > 4)
+        assert log.flush()
+    assert [("store fails (SQLAlchemyError)" in line.message) for line in caplog.records] == [True, False]
+
+
+def test_a_full_disk(sqlite, caplog, monkeypatch):
+    monkeypatch.setattr(logs, "LONGEST_PAUSE", 0.1)
+    with DecisionLog(sqlite) as log:
+        log.add(record(0))
+        assert log.flush()
+        with largest_file(Path(f"{sqlite}-wal").stat().st_size):
+            for number in range(1, 9):
+                log.add(record(number, turns=("x" * 5000,)))
+            assert not log.flush(0.5)
+        assert log.flush()
+        assert log.dropped == 0
+    assert [each.id for each in stored(sqlite)] == [new_id(number) for number in range(9)]
+    assert "the log's store fails (OperationalError: " in caplog.records[0].message
 
 
 def test_a_store_that_another_program_locks(sqlite):
@@ -695,8 +732,6 @@ def test_commands_read_the_export(sqlite, tmp_path, checkpoint):
 
 @pytest.mark.slow
 def test_train_reads_the_export(sqlite, tmp_path):
-    from tests.support.training import settings, weights
-
     with DecisionLog(sqlite) as log:
         for number in range(0, 64, 2):
             compare(log, number, "alpha", "beta", ("this", "other", "tie", "both_bad")[number // 2 % 4], (f"prompt {number}",))

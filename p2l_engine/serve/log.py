@@ -18,8 +18,8 @@ from p2l_engine.serve.record import Feedback, Preference, Record, check_id
 
 RECORDS = 10_000  # that wait in memory at most,
 CHARACTERS = 32 << 20  # or this many of prompts
-BATCH = 200  # records that one transaction writes
-PAUSE = 0.05  # seconds between two looks at the queue
+BATCH = 50  # records that one transaction writes: preparing more would hold up the event loop
+PAUSE = 0.02  # seconds between two looks at the queue
 LONGEST_PAUSE = 5.0  # while the store fails
 HOUR = 3600.0
 
@@ -178,17 +178,18 @@ class DecisionLog:
                 return
 
     def _drain(self) -> None:
+        wrote = False
         while self._queue or self._rows or self._flushed:
             while self._queue and len(self._rows) < BATCH:
                 self._take(self._queue.popleft())
             if self._rows:
                 self._store.add(self._rows)
+                wrote = True
             self._rows = []
             while self._flushed:
                 self._flushed.pop().set()
-        if self._failing or self._full:
-            logger.warning("the log's queue is written; %d records were dropped so far", self.dropped)
-        self._pause, self._failing, self._full = PAUSE, False, False
+        if wrote:
+            self._succeeds()
 
     def _take(self, item: Record | threading.Event) -> None:
         if isinstance(item, threading.Event):
@@ -206,15 +207,22 @@ class DecisionLog:
         if self._retention is None or time.monotonic() < self._retained + HOUR:
             return
         deleted = self._store.delete_page(Selection(until=time.time() - self._retention))
+        self._succeeds()
         if deleted.decisions < PAGE:
             self._retained = time.monotonic()
         else:
             self._wake.set()
 
+    def _succeeds(self) -> None:
+        """The store works, and the queue was empty just now."""
+        if self._failing or self._full:
+            logger.warning("the log's queue is written; %d records were dropped so far", self.dropped)
+        self._pause, self._failing, self._full = PAUSE, False, False
+
     def _fails(self, error: Exception) -> None:
         if not self._failing:
             # Other errors may repeat values.
             why = f": {error.orig}".splitlines()[0] if isinstance(error, OperationalError) else ""
-            logger.error("the log's store fails (%s%s): records wait in memory", type(error).__name__, why)
+            logger.error("the log's store fails (%s%s): records wait in memory until it works", type(error).__name__, why)
             self._failing, self._pause = True, PAUSE
         self._pause = min(2 * self._pause, LONGEST_PAUSE)

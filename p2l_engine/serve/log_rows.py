@@ -98,14 +98,17 @@ def _whole(value: int) -> int:
 
 
 def _json(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=_fields)  # it escapes NUL
-    return json.dumps(value, default=_fields) if _SURROGATE.search(text) else text
+    text = _TO_JSON.encode(value)  # it escapes NUL
+    return text if text.isascii() or not _SURROGATE.search(text) else json.dumps(value, default=_fields)
 
 
 def _fields(value: object) -> object:
     if isinstance(value, Attempt):
         return {name: getattr(value, name) for name in Attempt.__slots__}
     return float(value)  # type: ignore[arg-type]  # numbers of numpy; a TypeError for all else
+
+
+_TO_JSON = json.JSONEncoder(ensure_ascii=False, default=_fields)
 
 
 def _tuple(text: str) -> tuple[Any, ...]:

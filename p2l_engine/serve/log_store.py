@@ -49,10 +49,12 @@ class LogStore:
             if not sql.check_layout(connection):
                 self._database.close()
                 raise ValueError("store: expected a log of decisions, found none")
+            self._insert = sql.InsertMissing(connection.dialect)
 
     def add(self, rows: list[dict[str, Any]]) -> None:
         """Inserts rows of ``log_rows.row_of`` in one transaction, without those whose id is there."""
-        self._database.insert_missing(sql.DECISION, rows)
+        with self._database.begin() as connection:
+            self._insert(connection, rows)
 
     def get(self, ids: Sequence[str]) -> dict[str, Record]:
         """The decisions of these ids that there are."""

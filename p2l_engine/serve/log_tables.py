@@ -10,6 +10,7 @@ from sqlalchemy import (
     Boolean,
     Column,
     Connection,
+    Dialect,
     Double,
     Index,
     Integer,
@@ -24,6 +25,7 @@ from sqlalchemy import (
     or_,
     select,
 )
+from sqlalchemy.dialects import postgresql, sqlite
 
 VERSION = 1  # of the tables; one more whenever a column changes
 TABLES = MetaData()
@@ -75,6 +77,21 @@ FEEDBACK = Table(
     Index("log_feedback_decision", "decision"),
     Index("log_feedback_against", "against"),
 )
+
+
+class InsertMissing:
+    """Inserts the decisions whose id is not there yet. The statement goes to the driver as text: SQLAlchemy takes longer to
+    look at each value than the database to write it."""
+
+    def __init__(self, dialect: Dialect) -> None:
+        made = sqlite.insert(DECISION) if dialect.name == "sqlite" else postgresql.insert(DECISION)
+        compiled: Any = made.on_conflict_do_nothing().compile(dialect=dialect)
+        self._text, self._order = str(compiled), compiled.positiontup  # None where the driver takes values by name
+
+    def __call__(self, connection: Connection, rows: list[dict[str, Any]]) -> None:
+        values: Any = rows if self._order is None else [tuple(row[name] for name in self._order) for row in rows]
+        connection.exec_driver_sql(self._text, values)
+
 
 # Every transaction locks rows in this order, so that none waits for another in a circle.
 ORDER = (DECISION.c.time, DECISION.c.id)
