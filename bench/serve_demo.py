@@ -2,7 +2,8 @@
 
     python -m bench.serve_demo [--port 8000]
 
-Writes its configuration to build/serve-demo/serve.yaml, which is an example to copy. The mock provider answers in made-up sentences.
+Writes its configuration to build/serve-demo/serve.yaml, which is an example to copy. The mock provider answers in made-up
+sentences.
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ def main() -> None:
         assert provider.stdout is not None
         address = provider.stdout.readline().split()[-1]
         file = FOLDER / "serve.yaml"
-        file.write_text(yaml.safe_dump(configuration(Catalog.from_yaml(engine.folder / "catalog.yaml"), address), sort_keys=False))
+        values = configuration(Catalog.from_yaml(engine.folder / "catalog.yaml"), address)
+        file.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
         url = f"http://127.0.0.1:{port}"
         threading.Thread(target=ask, args=(url,), daemon=True).start()
         print(f"open {url}  (Ctrl-C stops it; the configuration: {file})\n")

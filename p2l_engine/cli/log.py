@@ -95,7 +95,7 @@ def _row(record: Record) -> tuple[str, ...]:
         f"{datetime.fromtimestamp(record.time, UTC):%m-%d %H:%M:%S}",
         record.id[4:12],
         record.model,
-        f"{record.win_rate:.2f}",
+        "" if record.win_rate is None else f"{record.win_rate:.2f}",
         f"{about}{cost:.2g}",
         "" if total is None else f"{total:.0f}",
         record.outcome if record.status == 200 else f"{record.outcome} {record.status}",

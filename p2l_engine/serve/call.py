@@ -127,8 +127,7 @@ class Call:
 
     def bradley_terry_score(self, chosen: Pick) -> float:
         """The router's own coefficient for this prompt (paper, Algorithm 1)."""
-        if self.coefficients is None:
-            return math.nan
+        assert self.coefficients is not None, "score() comes first"
         chooser = self.plan.choosers["bt"]
         rates = self.rates
         if self.objective != "bt":
@@ -165,8 +164,8 @@ class Call:
             policy={names[k]: p for k, p in first.policy.items()} if first else {},
             propensity=first.propensity if first else 1.0,
             candidates=tuple(names[k] for k in np.flatnonzero(self.mask)),
-            win_rate=first.rate if first else math.nan,
-            score=self.bradley_terry_score(first) if first else math.nan,
+            win_rate=first.rate if first and self.coefficients else None,
+            score=self.bradley_terry_score(first) if first and self.coefficients else None,
             budget=self.options.budget,
             expected_cost=first.cost if first else 0.0,
             cost=None if cost is None else float(cost),
@@ -185,7 +184,7 @@ class Call:
         """The decision as JSON."""
         first, names = self.first, self.plan.names
         assert first is not None, "decide() comes first"
-        score = self.bradley_terry_score(first)
+        score = self.bradley_terry_score(first) if self.coefficients else math.nan
         found = {
             "id": self.id,
             "model": names[first.model],

@@ -126,7 +126,7 @@ _WRITE: dict[str, Callable[[Any], Any]] = {
     "estimated": bool, "tokens_in": _whole, "tokens_cached": _whole, "tokens_out": _whole, "streamed": bool,
     "status": _whole, "outcome": _text, "attempts": _json, "latency": _json,
 }  # fmt: skip
-_OPTIONAL = {"key", "turns", "budget", "cost", "tokens_in", "tokens_cached", "tokens_out"}
+_OPTIONAL = {"key", "turns", "win_rate", "score", "budget", "cost", "tokens_in", "tokens_cached", "tokens_out"}
 _READ: dict[str, Callable[[Any], Any]] = {
     **{name: unescaped for name, write in _WRITE.items() if write in (_text, _key)},
     "policy": json.loads, "latency": json.loads, "turns": _tuple, "candidates": _tuple, "attempts": _attempts,

@@ -40,8 +40,8 @@ class Record:
     policy: dict[str, float]
     propensity: float  # of chosen, in (0, 1]
     candidates: tuple[str, ...]  # models that could take the request
-    win_rate: float  # of the policy
-    score: float  # of the policy; may be infinite
+    win_rate: float | None  # of the policy; None: a named model, for which nothing was computed
+    score: float | None  # of the policy; may be infinite
     budget: float | None  # of this request, USD; None: none of its own
     expected_cost: float  # USD
     cost: float | None  # USD, really spent; None: nothing known to be spent
