@@ -145,8 +145,8 @@ def test_mistakes_are_errors_of_one_line(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
-        "batch", "coverage", "demo", "kernels", "latency", "leaderboards", "learning_curve", "real_budgets", "seeds", "serve_demo",
-        "solvers", "spend_limits", "startup", "streams", "throughput", "training",
+        "batch", "coverage", "demo", "kernels", "latency", "leaderboards", "learning_curve", "real_budgets", "seeds",
+        "serve_demo", "solvers", "spend_limits", "startup", "streams", "throughput", "training",
     ],
 )  # fmt: skip
 def test_every_benchmark_has_help(name, monkeypatch, capsys):

@@ -14,17 +14,20 @@ import numpy as np
 
 from p2l_engine import routing
 from p2l_engine.coefficients import Coefficients
+from p2l_engine.errors import InfeasibleBudget
 from p2l_engine.routing import BudgetPacer, Objective
 from p2l_engine.serve import choice
 from p2l_engine.serve.api import Api, Usage
 from p2l_engine.serve.ask import AUTO, Ask
 from p2l_engine.serve.choice import Float64, Mask, Pick
+from p2l_engine.serve.health import Deployment
 from p2l_engine.serve.options import Options
 from p2l_engine.serve.plan import Plan
 from p2l_engine.serve.record import Attempt, Record
 from p2l_engine.serve.settings import Key
 from p2l_engine.serve.tokens import Counted
 
+MOST = Fraction(10**9)  # USD: more than any limit
 FALLBACKS = 4  # that a decision names
 
 
@@ -55,6 +58,7 @@ class Call:
     costs: Float64 = field(default_factory=lambda: np.zeros(0))
     cached: tuple[int, ...] = ()
     tokens_out: Float64 = field(default_factory=lambda: np.zeros(0))
+    keeper: str | None = None  # the deployment that keeps the answer which this request continues
     pacer: BudgetPacer | None = None
     first: Pick | None = None
     now: Pick | None = None
@@ -100,6 +104,8 @@ class Call:
         """The choice among the models of a mask. count: whether the pacer pays for it. Raises InfeasibleBudget."""
         if self.pinned:
             k = int(np.flatnonzero(mask)[0])
+            if self.budget_left is not None and self.costs[k] > self.budget_left:
+                raise InfeasibleBudget(self.budget_left, float(self.costs[k]))
             rate = math.nan if self.coefficients is None else float(self.rates[k])
             return Pick(k, {k: 1.0}, rate, float(self.costs[k]), "named by the caller")
         if self.options.budget is None and self.pacer is not None:
@@ -137,8 +143,13 @@ class Call:
         return float(routing.bt_score(self.coefficients.theta, chooser.q, np.array([value]))[0])
 
     def worst(self, k: int) -> Fraction:
-        """The most that model k can cost."""
-        return self.plan.prices.worst(k, self.most_tokens_in, self.ask.max_tokens, self.ask.outputs)
+        """The most that model k can cost, as far as it can be counted."""
+        return min(self.plan.prices.worst(k, self.most_tokens_in, self.ask.max_tokens, self.ask.outputs), MOST)
+
+    def deployments(self, k: int) -> list[Deployment]:
+        """Where model k takes requests of this API."""
+        found = [d for d in self.plan.deployments[k] if d.provider.api == self.ask.api]
+        return found if self.keeper is None else [d for d in found if d.name == self.keeper]
 
     def estimated(self, characters: int) -> Usage:
         """Usage where the provider reports none: the tokens of the request, and one for every three characters written."""

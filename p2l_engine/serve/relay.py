@@ -71,13 +71,17 @@ class Relay:
         except PassedOn as passed:
             self._finish(passed.status, "refused")
             await respond(send, passed.status, passed.body, self.headers())
+        except Exception:
+            self._finish(500, "failed", *self._seen())
+            raise
         finally:
             if self.opened is not None:
                 self.opened.close()
-            if not self.done:  # the client left, or the server stops
-                usage = self.opened.reader.usage if self.opened is not None else None
-                written = self.opened.reader.characters if self.opened is not None else None
-                self._finish(499, "left", usage, written)
+            self._finish(499, "left", *self._seen())  # unless it has ended: the client left, or the server stops
+
+    def _seen(self) -> tuple[Usage | None, int | None]:
+        """The usage and the characters of a stream so far."""
+        return (None, None) if self.opened is None else (self.opened.reader.usage, self.opened.reader.characters)
 
     def headers(self, retry_after: float | None = None) -> list[tuple[bytes, bytes]]:
         """What every response says of its decision."""
@@ -97,7 +101,10 @@ class Relay:
     async def _decide(self) -> None:
         """Raises Refused."""
         try:
-            await self.service.decide(self.call)
+            async with asyncio.timeout(self.call.deadline - time.monotonic()):
+                await self.service.decide(self.call)
+        except TimeoutError:
+            raise Refused(504, "the decision took longer than the request may last", None, "timeout") from None
         except Overloaded as error:
             raise Refused(503, str(error), None, "overloaded", error.retry_after) from None
 
@@ -109,7 +116,7 @@ class Relay:
         chosen, self.token = await service.reserve(call, mask)
         call.mark("reserve")
         while True:
-            self.deployment = self._pick(chosen, tried, rounds > 0)
+            self.deployment = self._pick(chosen, tried)
             start, self.sending = time.perf_counter(), True
             try:
                 found = await service.upstream.send(
@@ -151,16 +158,14 @@ class Relay:
                     await self._wait(failure, rounds, deadline)
             chosen, self.token = await service.reserve(call, mask)
 
-    def _pick(self, chosen: Pick, tried: set[str], again: bool) -> Deployment:
+    def _pick(self, chosen: Pick, tried: set[str]) -> Deployment:
         """A deployment of the model that was not tried yet."""
-        group = [d for d in self._of(chosen.model) if d.name not in tried]
-        return self.service.health.pick(group) or (group[0] if again or group else self._of(chosen.model)[0])
-
-    def _of(self, k: int) -> list[Deployment]:
-        return [d for d in self.call.plan.deployments[k] if d.provider.api == self.call.ask.api]
+        every = self.call.deployments(chosen.model)
+        group = [d for d in every if d.name not in tried]
+        return self.service.health.pick(group) or (group or every)[0]
 
     def _others(self, k: int, tried: set[str]) -> bool:
-        return any(d.name not in tried and self.service.health.is_up(d) for d in self._of(k))
+        return any(d.name not in tried and self.service.health.is_up(d) for d in self.call.deployments(k))
 
     def _wider(self, k: int) -> Any:
         """The models whose context window is larger than that of model k."""
@@ -253,9 +258,11 @@ class Relay:
     ) -> None:
         """Settles, learns and logs, once. written: characters of the answer; None: nothing came."""
         service, call, now = self.service, self.call, self.call.now
+        if self.done:
+            return
         self.done = True
         cost, estimated, name = self.lost, self.lost > 0, None
-        if self.sending and now is not None:
+        if self.sending and now is not None and self.deployment is not None:
             name, estimated = call.plan.names[now.model], estimated or usage is None or outcome != "answered"
             if usage is None and written is not None:
                 usage = call.estimated(written)
@@ -266,7 +273,7 @@ class Relay:
                 service.expectations.add(now.model, usage.tokens_out, call.ask.outputs)
                 service.sessions.remember(call.session, name, call.counted)
                 if answer_id is not None and call.ask.api == "responses":
-                    service.sessions.remember_answer(answer_id, name)
+                    service.sessions.remember_answer(answer_id, self.deployment.name)
         else:
             service.purse.settle(self.token, Fraction(0))
         self.token = None

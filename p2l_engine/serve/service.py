@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from sqlalchemy.exc import SQLAlchemyError
 
 from p2l_engine.errors import InfeasibleBudget, PromptError, SpendLimitReached
 from p2l_engine.routing import BudgetPacer
@@ -27,6 +29,8 @@ from p2l_engine.serve.sessions import SessionMemory
 from p2l_engine.serve.settings import Key
 from p2l_engine.serve.tokens import TokenCounter
 from p2l_engine.serve.upstream import Upstream
+
+logger = logging.getLogger(__name__)
 
 
 class Refused(Exception):
@@ -133,6 +137,9 @@ class Service:
             try:
                 token = await self.purse.reserve(call.worst(chosen.model), call.key.id if call.key else None)
                 return chosen, token
+            except SQLAlchemyError as error:  # no money is spent that cannot be counted
+                logger.error("the store of spend limits cannot be reached: %s", type(error).__name__)
+                raise Refused(503, "what may be spent cannot be looked up; try again", None, "unavailable", 5.0) from None
             except SpendLimitReached as refused:
                 left = float(refused.left)
                 retry = None if refused.frees_at is None else max(refused.frees_at.timestamp() - time.time(), 1.0)
@@ -155,8 +162,8 @@ class Service:
         routed = np.zeros(len(plan.names), bool)
         routed[plan.columns] = True
         needed, decision_only = call.most_tokens_in + (ask.max_tokens or 1), call.api_name == "route"
-        keeper = None if ask.previous is None else self.sessions.of_answer(ask.previous)
-        if ask.previous is not None and keeper is None and not call.pinned:
+        call.keeper = None if ask.previous is None else self.sessions.of_answer(ask.previous)
+        if ask.previous is not None and call.keeper is None and not call.pinned:
             raise Refused(
                 400,
                 "previous_response_id: not known to this server; send the whole input, or name the model",
@@ -165,9 +172,11 @@ class Service:
         speaks = plan.speaks(ask.api)
         for k, (name, model) in enumerate(zip(plan.names, plan.models, strict=True)):
             missing = sorted(ask.needs - set(model.accepts))
-            group = [d for d in plan.deployments[k] if d.provider.api == ask.api]
-            if (call.pinned and name != ask.model) or (keeper is not None and not call.pinned and name != keeper):
+            group = call.deployments(k)
+            if call.pinned and name != ask.model:
                 why = "another model was named"
+            elif call.keeper is not None and not group:
+                why = "another model keeps the answer that this request continues"
             elif own is not None and name not in own:
                 why = "not among the models of this key"
             elif call.options.models is not None and name not in call.options.models:

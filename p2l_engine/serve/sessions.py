@@ -45,14 +45,14 @@ class SessionMemory:
         while len(self._held) > self.most:
             self._held.popitem(last=False)
 
-    def remember_answer(self, answer_id: str, model: str) -> None:
-        """The model's provider keeps the answer of this id, which a later request may continue."""
-        self._of_answers[answer_id] = model
+    def remember_answer(self, answer_id: str, deployment: str) -> None:
+        """The deployment keeps the answer of this id, which a later request may continue."""
+        self._of_answers[answer_id] = deployment
         while len(self._of_answers) > self.most:
             self._of_answers.popitem(last=False)
 
     def of_answer(self, answer_id: str) -> str | None:
-        """The model that gave an answer; None where it is not known."""
+        """The deployment that gave an answer; None where it is not known."""
         return self._of_answers.get(answer_id)
 
 

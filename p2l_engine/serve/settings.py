@@ -254,6 +254,8 @@ class Config(Section):
             raise ValueError("models: expected each provider's name once")
         if self.unit != "USD" and any(model.provider for model in self.models.values()):
             raise ValueError(f"unit: expected USD, in which providers are paid, got {self.unit!r}")
+        if unprintable := [name for name in self.models if not name.isprintable() or not name]:
+            raise ValueError(f"models: expected names of printable characters, got {unprintable[0]!r}")
         if "auto" in self.models:
             raise ValueError("models: 'auto' is the name under which requests are routed; name the model otherwise")
         return self
