@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import orjson
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
@@ -171,8 +172,9 @@ class GiveFeedback(Endpoint):
             raise BadRequest(str(error)) from None
         except LookupError as error:
             raise Refused(404, str(error)) from None
-        except TimeoutError as error:
-            raise Refused(503, str(error), retry_after=5) from None
+        except (TimeoutError, SQLAlchemyError) as error:
+            logger.error("feedback cannot be stored: %s", type(error).__name__)
+            raise Refused(503, "feedback cannot be stored now; try again", retry_after=5) from None
         await _answer(send, {"id": body["id"], "stored": True})
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.applications import Starlette
 
 from p2l_engine.catalog import Catalog
@@ -119,7 +120,7 @@ class Runtime:
                         raise ConfigError(f"{self.file}: {name}: was {old!r}, is {new!r}: this needs a restart")
                 plan = make(config, self.engine.models, self.engine.feedback)
                 limit = await asyncio.to_thread(_spend_limit, plan)
-            except (ConfigError, ValueError) as error:
+            except (ValueError, SQLAlchemyError) as error:
                 logger.error("the configuration was not changed: %s", error)
                 return False
             service = self.server.service
@@ -162,7 +163,9 @@ class GracefulServer(uvicorn.Server):
     def handle_exit(self, sig: int, frame: Any) -> None:
         """See uvicorn.Server."""
         self._server.ready = False
-        super().handle_exit(sig, frame)
+        # Not uvicorn's own, which raises the signal again at the end: a server that was told to stop has ended well.
+        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.should_exit = True
 
 
 def run(runtime: Runtime, host: str, port: int, grace: int = GRACE) -> None:
