@@ -146,8 +146,9 @@ def test_an_escaped_text_comes_back(given):
 
 
 @hypothesis.settings(max_examples=30)
-@hypothesis.given(st.lists(records, max_size=5, unique_by=lambda each: each.id))
+@hypothesis.given(given=st.lists(records, max_size=5))
 def test_hostile_records_come_back(store, given):
+    given = [replace(each, id=new_id()) for each in given]  # examples share the store
     opened = LogStore(store)
     for each in given:
         opened.add([row_of(each)])
