@@ -18,6 +18,7 @@ from bench.mock_provider import MockProvider
 from p2l_engine.serve import settings
 from p2l_engine.serve.plan import make
 from p2l_engine.serve.settings import ConfigError
+from p2l_engine.serve.traces import Traces
 from tests.support.serving import PRICES, FixedEngine, config_for, serving
 
 CHAT = {"model": "auto", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 60}
@@ -243,3 +244,32 @@ def test_sigterm_lets_running_requests_finish(tmp_path):
     rest, code = asyncio.run(one())
     assert b"[DONE]" in rest
     assert code == 0
+
+
+def test_a_trace_goes_through_the_server():
+    sdk = pytest.importorskip("opentelemetry.sdk.trace", reason="opentelemetry-sdk is not installed (extra otel)")
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    spans = InMemorySpanExporter()
+    tracers = sdk.TracerProvider()
+    tracers.add_span_processor(SimpleSpanProcessor(spans))
+    parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
+    async def one():
+        async with MockProvider(PRICES) as provider, serving(config_for(provider)) as server, aiohttp.ClientSession() as client:
+            server.runtime.server.traces = Traces(tracers)
+            provider.fail("status", status=500, model="large")
+            headers = {"traceparent": parent}
+            async with client.post(f"{server.url}/v1/chat/completions", json=CHAT, headers=headers) as response:
+                await response.read()
+            return [request.headers["traceparent"] for request in provider.requests]
+
+    sent = asyncio.run(one())
+    failed, answered, request = spans.get_finished_spans()
+    assert request.attributes["p2l.model"] == "medium"
+    assert request.attributes["p2l.cost"] > 0
+    assert [failed.attributes["p2l.model"], answered.attributes["p2l.model"]] == ["large", "medium"]
+    assert failed.parent.span_id == answered.parent.span_id == request.context.span_id
+    assert f"{request.context.trace_id:032x}" == parent.split("-")[1] == sent[0].split("-")[1]
+    assert sent[1].split("-")[2] == f"{request.context.span_id:016x}"

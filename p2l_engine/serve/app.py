@@ -33,6 +33,7 @@ from p2l_engine.serve.relay import Relay, respond
 from p2l_engine.serve.scorer import Overloaded
 from p2l_engine.serve.service import Refused, Service
 from p2l_engine.serve.settings import Key
+from p2l_engine.serve.traces import Traces
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ class Server:
         self.metrics = Metrics(service.scorer, service.plan.names)
         self.recent: deque[Record] = deque(maxlen=RECENT)
         self.started = time.time()
+        self.traces: Traces | None = None
         self.running = 0
         self.ready = True
         self._watch = watch
@@ -116,7 +118,18 @@ class Completion(Endpoint):
     async def handle(self, api: Api, body: dict[str, Any], headers: Mapping[str, str], key: Key | None, send: Send) -> None:
         service = self.server.service
         call = await service.call(api, body, headers, key, self.name or api.name)
-        await Relay(service, call, self.server.finished).answer(send)
+        traces = self.server.traces
+        if traces is None:
+            await Relay(service, call, self.server.finished).answer(send)
+            return
+        span = traces.begin(headers)
+        call.trace = traces.outgoing(span)
+
+        def finished(record: Record) -> None:
+            traces.end(span, record)
+            self.server.finished(record)
+
+        await Relay(service, call, finished).answer(send)
 
 
 class CountTokens(Endpoint):

@@ -58,6 +58,7 @@ class Call:
     costs: Float64 = field(default_factory=lambda: np.zeros(0))
     cached: tuple[int, ...] = ()
     tokens_out: Float64 = field(default_factory=lambda: np.zeros(0))
+    trace: dict[str, str] = field(default_factory=dict)  # headers under which providers continue a trace
     keeper: str | None = None  # the deployment that keeps the answer which this request continues
     pacer: BudgetPacer | None = None
     first: Pick | None = None

@@ -120,7 +120,7 @@ class Relay:
             start, self.sending = time.perf_counter(), True
             try:
                 found = await service.upstream.send(
-                    self.deployment, call.api, call.ask, call.plan.serve, deadline, call.headers, call.secret
+                    self.deployment, call.api, call.ask, call.plan.serve, deadline, call.headers, call.secret, call.trace
                 )
             except UpstreamFailed as failed:
                 failure = failed
