@@ -45,8 +45,10 @@ serve = [
     "aiohttp>=3.12",
     "orjson>=3.10",
     "prometheus-client>=0.22",
+    "pyarrow>=20",
     "pydantic>=2.11",
 ]
+otel = ["opentelemetry-sdk>=1.30", "opentelemetry-exporter-otlp-proto-http>=1.30"]
 bench = ["cvxpy>=1.6", "scipy>=1.15", "rich>=14", "threadpoolctl>=3.5"]
 # Servers for the tests, of S3's kind and of Google's; moto[server] pulls much more.
 stores = ["moto[s3]>=5.1", "flask>=3", "flask-cors>=5", "gcp-storage-emulator>=2026.7"]
@@ -95,8 +97,9 @@ setup(
         "ray": ray,
         "postgres": postgres,
         "serve": serve,
+        "otel": otel,
         "bench": bench,
-        "test": [*default, *cli, *train, *ray, *postgres, *serve, *bench, *test],
+        "test": [*default, *cli, *train, *ray, *postgres, *serve, *otel, *bench, *test],
         "lint": lint,
     },
     entry_points={"console_scripts": ["p2l-engine=p2l_engine.cli:main"]},

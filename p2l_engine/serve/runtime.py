@@ -33,6 +33,7 @@ from p2l_engine.serve.service import Service, pacer_of
 from p2l_engine.serve.sessions import SessionMemory
 from p2l_engine.serve.settings import Config, ConfigError
 from p2l_engine.serve.tokens import TokenCounter
+from p2l_engine.serve.traces import Traces
 from p2l_engine.serve.upstream import Upstream
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,8 @@ class Runtime:
     def application(self) -> Starlette:
         """The ASGI application; its lifespan makes the parts that belong to an event loop."""
         self.server = Server(self._service(), _log(self.plan), self.watch)
+        if self.plan.serve.traces:
+            self.server.traces = Traces()
         app = application(self.server)
         app.router.lifespan_context = self._lifespan
         return app
@@ -103,6 +106,8 @@ class Runtime:
             await asyncio.to_thread(service.scorer.close)
             if self.server.log is not None:
                 await asyncio.to_thread(self.server.log.close)
+            if self.server.traces is not None:
+                await asyncio.to_thread(self.server.traces.close)
 
     async def reload(self) -> bool:
         """Reads the configuration file again. A file that cannot be used keeps the present one and is logged."""

@@ -215,6 +215,7 @@ class Serve(Section):
     body_mb: Annotated[float, Field(gt=0)] = 20.0
     answer_mb: Annotated[float, Field(gt=0)] = 64.0
     page: bool = True
+    traces: bool = False  # spans for OpenTelemetry, exported as the environment variables OTEL_... say
 
 
 class Config(Section):

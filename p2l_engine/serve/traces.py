@@ -9,6 +9,10 @@ from typing import Any
 from p2l_engine import __version__
 from p2l_engine.serve.record import Record
 
+ATTRIBUTES = (
+    "id", "api", "asked", "chosen", "model", "outcome", "status", "propensity", "win_rate", "expected_cost", "cost",
+    "tokens_in", "tokens_cached", "tokens_out", "streamed",
+)  # fmt: skip
 SECOND = 10**9  # in nanoseconds, in which spans are timed
 
 
@@ -43,22 +47,7 @@ class Traces:
 
     def end(self, span: Any, record: Record) -> None:
         """Writes what became of the request. No prompt and no key is in it."""
-        names = (
-            "id",
-            "api",
-            "asked",
-            "chosen",
-            "model",
-            "outcome",
-            "status",
-            "propensity",
-            "expected_cost",
-            "cost",
-            "tokens_in",
-        )
-        values = {
-            f"p2l.{name}": getattr(record, name) for name in (*names, "tokens_cached", "tokens_out", "win_rate", "streamed")
-        }
+        values = {f"p2l.{name}": getattr(record, name) for name in ATTRIBUTES}
         span.set_attributes({name: value for name, value in values.items() if value is not None})
         if record.status >= 500:
             span.set_status(self._trace.StatusCode.ERROR, record.outcome)

@@ -173,16 +173,22 @@ class Upstream:
         deadline: float,
         given: Mapping[str, str],
         key: str | None,
+        trace: Mapping[str, str],
     ) -> Whole | Opened:
         """Sends a request and returns its answer, or its stream once the first event is there.
 
         deadline: of the request, on the monotonic clock; given: the client's headers; key: its secret, for deployments that
-        take it. Raises UpstreamFailed.
+        take it; trace: headers of its trace. Raises UpstreamFailed.
         """
         assert self._session is not None, "open() comes first"
         provider = deployment.provider
         secret = key if provider.forward_client_key else deployment.key
-        headers = {"content-type": "application/json", "accept-encoding": "identity", **api.headers(secret, dict(given))}
+        headers = {
+            "content-type": "application/json",
+            "accept-encoding": "identity",
+            **trace,
+            **api.headers(secret, dict(given)),
+        }
         body = orjson.dumps(api.outgoing(ask, provider))
         timeouts = serve.timeouts
         until = min(time.monotonic() + timeouts.first_byte, deadline)
