@@ -241,7 +241,7 @@ class TestRanking:
         assert opened.text("#chosen") == answer["model"]
         assert opened.text("#why") == answer["why"]
         assert "1,312 tokens" in opened.text("#facts")
-        assert "610 out, 1,024 cached" in " ".join(opened.text("#board .cost >> nth=1").split())
+        assert opened.text("#board .cost >> nth=1").split("\n") == ["$0.0138", "610 out", "1,024 cached"]
 
     def test_asks_once_for_a_decision_and_keeps_the_prompt_out_of_addresses(self, opened):
         opened = opened()
@@ -269,9 +269,12 @@ class TestRanking:
             "another one",
         ]
 
-    def test_an_older_answer_never_overwrites_a_newer_one(self, opened):
+    @pytest.mark.parametrize("aborts", [True, False])
+    def test_an_older_answer_never_overwrites_a_newer_one(self, opened, aborts):
         one, two = (Candidate("old", 0.0, 0.001),), (Candidate("new", 0.0, 0.001),)
         opened = opened(Stub(others={"slow": one, "fast": two}, delays={"slow": 1.0}))
+        if not aborts:  # as if the answer had arrived just before
+            opened.run("() => { const real = fetch; window.fetch = (path, o) => real(path, { ...o, signal: undefined }); }")
         opened.page.fill("#prompt", "slow")
         opened.page.press("#prompt", "Control+Enter")
         opened.page.wait_for_timeout(100)
@@ -290,6 +293,21 @@ class TestRanking:
         assert opened.page.get_attribute("#results", "aria-busy") == "true"
         opened.settled()
         assert re.fullmatch(r"9 models ranked in [\d,]+ ms", opened.text("#progress"))
+
+    @pytest.mark.parametrize(
+        ("unit", "short", "long"),
+        [
+            ("USD", "$0.0138", "$0.004"),
+            ("USD per million output tokens", "$0.0138", "$0.004 per million output tokens"),
+            ("EUR", "0.0138", "0.004 EUR"),
+        ],
+    )
+    def test_other_units(self, opened, unit, short, long):
+        opened = opened(Stub(unit=unit))
+        opened.rank()
+        assert opened.text("#board .cost >> nth=1").split()[0] == short
+        assert opened.text("#mixture-cost") == long
+        assert opened.text("#unit") == opened.text("#cost-unit") == unit
 
     def test_an_empty_prompt_shows_nothing_and_asks_nothing(self, opened):
         opened = opened()
@@ -489,6 +507,15 @@ class TestBudget:
             for budget in [*rng.uniform(0, costs.max(), 3), *rng.choice(costs, 3), costs.max() * 2]:
                 opened.run("(budget) => setBudget(budget)", float(budget))
                 assert_optimal(opened, max(float(budget), float(costs.min())))
+
+    @pytest.mark.parametrize(("factor", "logarithmic"), [(20, False), (21, True)])
+    def test_costs_that_span_orders_of_magnitude_are_logarithmic(self, opened, factor, logarithmic):
+        opened = opened(Stub(candidates=(Candidate("a", 0.0, 0.001), Candidate("b", 1.0, 0.001 * factor)), budget=None))
+        opened.rank()
+        assert ("(logarithmic)" in opened.text("#chart")) == logarithmic
+        middle = opened.run("state.scale.cost(0.5)")
+        assert (middle < 0.4 * 0.001 * factor) == logarithmic
+        assert opened.run("(cost) => state.scale.at(cost)", middle) == pytest.approx(0.5)
 
     def test_the_chart_is_the_frontier(self, opened):
         opened = opened()
@@ -706,16 +733,30 @@ class TestLive:
         gaps = np.diff(opened.stub.polls)
         assert len(gaps) >= 2
         assert gaps.min() > 1.9
+        polls = self.next_poll(opened)
+        opened.page.wait_for_timeout(200)
         opened.run(HIDE, True)
-        opened.page.wait_for_timeout(500)
-        polls = len(opened.stub.polls)
         opened.page.wait_for_timeout(3000)
         assert len(opened.stub.polls) == polls
         opened.run(HIDE, False)
-        deadline = time.monotonic() + 10
+        assert self.next_poll(opened) == polls + 1
+
+    def test_leaves_what_has_not_changed_as_it_is(self, opened):
+        opened = opened(Stub(recent=Stub().status()["recent"]))
+        opened.page.locator("#live-view").wait_for()
+        opened.run("() => { window.row = document.querySelector('#recent tbody tr'); }")  # somebody selects text in it
+        self.next_poll(opened)
+        self.next_poll(opened)
+        assert opened.run("window.row.isConnected")
+
+    @staticmethod
+    def next_poll(opened):
+        """Waits until the page has asked for the status again; how often it has by then."""
+        polls, deadline = len(opened.stub.polls), time.monotonic() + 20
         while len(opened.stub.polls) == polls and time.monotonic() < deadline:
-            opened.page.wait_for_timeout(50)
+            opened.page.wait_for_timeout(20)
         assert len(opened.stub.polls) > polls
+        return len(opened.stub.polls)
 
 
 # ---- For everybody ----
