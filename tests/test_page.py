@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import re
 import time
@@ -23,7 +24,6 @@ PROMPT = "Prove that there are infinitely many primes of the form 4k + 3."
 
 browser_test = [
     pytest.mark.slow,
-    pytest.mark.xdist_group("browser"),
     pytest.mark.skipif(not Path(CHROMIUM).exists(), reason=f"no {CHROMIUM}: apt-get install --no-install-recommends chromium"),
 ]
 
@@ -110,7 +110,7 @@ def chromium():
 class Opened:
     """A page, the stub that answers it, and what it did that nobody should see."""
 
-    def __init__(self, page, stub):
+    def __init__(self, page, stub, clock):
         self.page, self.stub, self.complaints, self.hosts = page, stub, [], set()
         page.on("console", lambda message: message.type in ("error", "warning") and self.complaints.append(message.text))
         page.on("pageerror", lambda error: self.complaints.append(str(error)))
@@ -119,6 +119,9 @@ class Opened:
             "window.violations = [];"
             "document.addEventListener('securitypolicyviolation', (e) => window.violations.push(e.violatedDirective));"
         )
+        if clock:
+            page.clock.install()
+            page.clock.pause_at("2100-01-01")
         page.goto(stub.url)
 
     def rank(self, text=PROMPT):
@@ -155,19 +158,20 @@ class Opened:
 
 
 @pytest.fixture
-def opened(chromium, request):
-    """Opens the page of a stub: opened(stub, viewport=..., ...). At the end it checks what holds for every page."""
-    import contextlib
+def opened(chromium):
+    """Opens the page of a stub, and checks at the end what holds for every page.
 
+    faults: the test makes some on purpose. clock: the page's timers stand still, and the test moves them on.
+    """
     with contextlib.ExitStack() as stack:
         pages = []
 
-        def open_page(stub=None, faults=False, **options):
+        def open_page(stub=None, faults=False, clock=False, **options):
             stub = stack.enter_context(serve(stub or Stub()))
             context = chromium.new_context(**{"viewport": WIDE, "reduced_motion": "reduce", **options})
             stack.callback(context.close)
             context.set_default_timeout(20_000)
-            pages.append((Opened(context.new_page(), stub), faults))
+            pages.append((Opened(context.new_page(), stub, clock), faults))
             return pages[-1][0]
 
         yield open_page
@@ -251,8 +255,14 @@ class TestRanking:
         assert not any("sesame" in request["address"] for request in opened.stub.headers)
 
     def test_typing_asks_once_after_a_pause(self, opened):
-        opened = opened()
-        opened.page.locator("#prompt").press_sequentially("twelve keys.", delay=5)
+        opened = opened(clock=True)
+        opened.page.locator("#prompt").press_sequentially("twelve")
+        opened.page.clock.run_for(500)
+        opened.page.locator("#prompt").press_sequentially(" keys.")
+        opened.page.clock.run_for(500)
+        opened.page.wait_for_timeout(300)
+        assert opened.stub.asked == []
+        opened.page.clock.run_for(200)
         opened.page.locator("#results").wait_for()
         opened.settled()
         assert [body["messages"][0]["content"] for body in opened.stub.asked] == ["twelve keys."]
@@ -272,25 +282,28 @@ class TestRanking:
     @pytest.mark.parametrize("aborts", [True, False])
     def test_an_older_answer_never_overwrites_a_newer_one(self, opened, aborts):
         one, two = (Candidate("old", 0.0, 0.001),), (Candidate("new", 0.0, 0.001),)
-        opened = opened(Stub(others={"slow": one, "fast": two}, delays={"slow": 1.0}))
+        opened = opened(Stub(others={"slow": one, "fast": two}, held={"slow"}))
         if not aborts:  # as if the answer had arrived just before
             opened.run("() => { const real = fetch; window.fetch = (path, o) => real(path, { ...o, signal: undefined }); }")
         opened.page.fill("#prompt", "slow")
         opened.page.press("#prompt", "Control+Enter")
-        opened.page.wait_for_timeout(100)
+        while not opened.stub.asked:
+            opened.page.wait_for_timeout(10)
         opened.rank("fast")
         assert opened.names() == ["new"]
-        opened.page.wait_for_timeout(1500)
+        opened.stub.held.clear()
+        opened.page.wait_for_timeout(300)
         assert opened.names() == ["new"]
         assert [body["messages"][0]["content"] for body in opened.stub.asked] == ["slow", "fast"]
 
     def test_says_that_it_waits(self, opened):
-        opened = opened(Stub(delays={"slow": 0.8}))
+        opened = opened(Stub(held={"slow"}))
         opened.rank()
         opened.page.fill("#prompt", "slow")
         opened.page.press("#prompt", "Control+Enter")
         assert opened.text("#progress") == "Ranking the models"
         assert opened.page.get_attribute("#results", "aria-busy") == "true"
+        opened.stub.held.clear()
         opened.settled()
         assert re.fullmatch(r"9 models ranked in [\d,]+ ms", opened.text("#progress"))
 
@@ -310,10 +323,11 @@ class TestRanking:
         assert opened.text("#unit") == opened.text("#cost-unit") == unit
 
     def test_an_empty_prompt_shows_nothing_and_asks_nothing(self, opened):
-        opened = opened()
+        opened = opened(clock=True)
         opened.page.press("#prompt", "Control+Enter")
         opened.page.fill("#prompt", "  \n ")
-        opened.page.wait_for_timeout(900)
+        opened.page.clock.run_for(5000)
+        opened.page.wait_for_timeout(300)
         assert opened.stub.asked == []
         opened.rank()
         opened.page.fill("#prompt", "")
@@ -728,35 +742,37 @@ class TestLive:
         assert opened.run("document.activeElement.tagName") == "SUMMARY"
 
     def test_looks_every_two_seconds_and_not_while_hidden(self, opened):
-        opened = opened()
-        opened.page.wait_for_timeout(6500)
-        gaps = np.diff(opened.stub.polls)
-        assert len(gaps) >= 2
-        assert gaps.min() > 1.9
-        polls = self.next_poll(opened)
-        opened.page.wait_for_timeout(200)
+        opened = opened(clock=True)
+        self.polled(opened, 1)
+        for count in (2, 3):
+            opened.page.clock.run_for(1900)
+            opened.page.wait_for_timeout(200)
+            self.polled(opened, count - 1)
+            opened.page.clock.run_for(100)
+            self.polled(opened, count)
         opened.run(HIDE, True)
-        opened.page.wait_for_timeout(3000)
-        assert len(opened.stub.polls) == polls
+        opened.page.clock.run_for(20_000)
+        opened.page.wait_for_timeout(200)
+        self.polled(opened, 3)
         opened.run(HIDE, False)
-        assert self.next_poll(opened) == polls + 1
+        self.polled(opened, 4)
 
     def test_leaves_what_has_not_changed_as_it_is(self, opened):
-        opened = opened(Stub(recent=Stub().status()["recent"]))
-        opened.page.locator("#live-view").wait_for()
+        opened = opened(Stub(recent=Stub().status()["recent"]), clock=True)
+        self.polled(opened, 1)
         opened.run("() => { window.row = document.querySelector('#recent tbody tr'); }")  # somebody selects text in it
-        self.next_poll(opened)
-        self.next_poll(opened)
+        opened.page.clock.run_for(2000)
+        self.polled(opened, 2)
         assert opened.run("window.row.isConnected")
 
     @staticmethod
-    def next_poll(opened):
-        """Waits until the page has asked for the status again; how often it has by then."""
-        polls, deadline = len(opened.stub.polls), time.monotonic() + 20
-        while len(opened.stub.polls) == polls and time.monotonic() < deadline:
-            opened.page.wait_for_timeout(20)
-        assert len(opened.stub.polls) > polls
-        return len(opened.stub.polls)
+    def polled(opened, count):
+        """Waits until the page has read the status this often, and no more."""
+        deadline = time.monotonic() + 20
+        while len(opened.stub.polls) < count or opened.run("live.asking"):
+            assert time.monotonic() < deadline
+            opened.page.wait_for_timeout(10)
+        assert len(opened.stub.polls) == count
 
 
 # ---- For everybody ----
