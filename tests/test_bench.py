@@ -145,7 +145,8 @@ def test_mistakes_are_errors_of_one_line(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
-        "batch", "coverage", "demo", "kernels", "latency", "leaderboards", "learning_curve", "real_budgets", "seeds",
+        "batch", "coverage", "demo", "kernels", "latency", "leaderboards", "learning_curve", "published_server", "real_budgets",
+        "screenshots", "seeds", "serving",
         "serve_demo", "solvers", "spend_limits", "startup", "streams", "throughput", "training",
     ],
 )  # fmt: skip

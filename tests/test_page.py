@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import hashlib
+import queue
 import re
+import threading
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +17,10 @@ import numpy as np
 import pytest
 from playwright import sync_api as playwright
 
+from bench.mock_provider import MockProvider
+from p2l_engine import routing
 from p2l_engine.serve.page import page as page_file
+from tests.support.serving import PRICES, config_for, serving
 from tests.support.stub_page_server import HOSTILE, NINE, Candidate, Stub, many, serve
 
 CHROMIUM = "/usr/bin/chromium"
@@ -724,8 +730,13 @@ class TestLive:
     def test_unusual_amounts(self, opened):
         limit = {"limit": "none at all", "amount": 0.0, "spent": 0.0, "reserved": 0.0, "left": 0.0, "ends": None}
         over = {"limit": "over", "amount": 1.0, "spent": 1.5, "reserved": 0.2, "left": 0.0, "ends": None}
-        opened = opened(Stub(limits=[limit, over]))
+        unbounded = {"limit": "a day", "amount": None, "spent": 3.5, "reserved": 0.0, "left": None, "ends": None}
+        pacer = {"budget": 0.002, "mean_cost": None, "count": 0}
+        opened = opened(Stub(limits=[limit, over, unbounded], pacer=pacer))
         opened.page.locator("#live-view").wait_for()
+        assert opened.text("#spending .meter >> nth=2").split("\n")[:2] == ["a day", "$3.50"]
+        assert "$0 of $0.002" in opened.text("#spending .meter >> nth=3")
+        assert opened.page.get_by_role("meter").count() == 3
         assert "NaN" not in opened.run("$('spending').outerHTML")
         assert [meter.get_attribute("aria-valuenow") for meter in opened.page.get_by_role("meter").all()][:2] == ["0", "1"]
         assert opened.text("#spending").count("used up") == 2
@@ -773,6 +784,70 @@ class TestLive:
             assert time.monotonic() < deadline
             opened.page.wait_for_timeout(10)
         assert len(opened.stub.polls) == count
+
+
+# ---- The real server ----
+
+
+class TestServer:
+    """The page in front of the server itself, with a mock provider behind it."""
+
+    pytestmark = browser_test
+
+    @pytest.fixture
+    def server(self):
+        """Its address, and its engine; a thread runs it. It asks for the key k1, and one of its models is down."""
+        ready, stop = queue.Queue(), asyncio.Event()
+
+        async def run():
+            loop = asyncio.get_running_loop()
+            async with MockProvider({name: price[:2] for name, price in PRICES.items()}) as provider:
+                provider.fail("status", model="medium", status=503)
+                keys = [{"id": "team", "sha256": hashlib.sha256(b"k1").hexdigest()}]
+                async with serving(config_for(provider, budget=0.0002, keys=keys)) as running:
+                    ready.put((running.url, loop))
+                    await stop.wait()
+
+        thread = threading.Thread(target=asyncio.run, args=(run(),))
+        thread.start()
+        url, loop = ready.get(timeout=60)
+        yield url
+        loop.call_soon_threadsafe(stop.set)
+        thread.join()
+
+    def test_a_key_a_request_a_ranking_and_a_budget(self, chromium, server):
+        context = chromium.new_context(viewport=WIDE, reduced_motion="reduce")
+        page = context.new_page()
+        answers = []
+        page.on("response", lambda response: response.url.endswith("/v1/route") and answers.append(response))
+        page.on("pageerror", lambda error: answers.append(error))
+        page.goto(server)
+        page.fill("#key", "k1")
+        page.press("#key", "Enter")
+        page.locator("#connection[data-state=live]").wait_for()
+        sent = context.request.post(
+            f"{server}/v1/chat/completions",
+            headers={"authorization": "Bearer k1"},
+            data={"model": "medium", "messages": [{"role": "user", "content": "hello"}]},
+        )
+        assert sent.status == 503
+        page.get_by_text("failed (503)").wait_for()
+        page.fill("#prompt", PROMPT)
+        page.press("#prompt", "Control+Enter")
+        page.locator("#results[aria-busy=false]").wait_for()
+        answer = answers[-1].json()
+        assert page.locator("#board tbody .name").all_text_contents() == [row["model"] for row in answer["candidates"]]
+        assert [row["model"] for row in answer["candidates"]] == ["large", "medium", "small"]
+        assert page.locator("#chosen").inner_text() == answer["model"]
+        assert page.locator(".reason").count() == sum(not row["allowed"] for row in answer["candidates"]) == 1
+        allowed = [row for row in answer["candidates"] if row["allowed"]]
+        v, costs = (np.array([row[name] for row in allowed]) for name in ("win_rate", "expected_cost"))
+        for budget in (costs.min(), costs.mean(), costs.max()):
+            page.evaluate("(budget) => setBudget(budget)", float(budget))
+            best = routing.solve_budget(v[None], costs, float(budget), solver="highs")
+            assert page.evaluate("state.mixture.winRate") == pytest.approx(float(best.value[0]), rel=1e-9)
+        assert not any(isinstance(answer, Exception) for answer in answers)
+        context.close()
 
 
 # ---- For everybody ----
