@@ -109,7 +109,9 @@ class Responses:
         return openai_error(status, message, param, code)
 
     def error_event(self, message: str) -> bytes:
-        found = {"type": "error", "code": "upstream_error", "message": message, "param": None, "sequence_number": 0}
+        # The fields as documented, and once more in an object, which is where OpenAI's SDKs look for an error to raise.
+        error = {"code": "upstream_error", "message": message, "param": None}
+        found = {"type": "error", **error, "sequence_number": 0, "error": {"type": "server_error", **error}}
         return b"event: error\ndata: " + orjson.dumps(found) + b"\n\n"
 
 
