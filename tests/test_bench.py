@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib
+import os
 import sys
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from bench import (
     leaderboards,
     learning_curve,
     real_budgets,
+    serving,
     setting,
     solvers,
     spend_limits,
@@ -33,6 +35,7 @@ from bench import (
     traffic,
     training,
 )
+from bench.load import generator, servers
 from bench.mirror_descent import mirror_descent
 from p2l_engine.backbone.families import DecoderConfig
 from p2l_engine.backbone.weights import expected_shapes
@@ -146,8 +149,7 @@ def test_mistakes_are_errors_of_one_line(monkeypatch, capsys, tmp_path):
     "name",
     [
         "batch", "coverage", "demo", "kernels", "latency", "leaderboards", "learning_curve", "published_server", "real_budgets",
-        "screenshots", "seeds", "serving",
-        "serve_demo", "solvers", "spend_limits", "startup", "streams", "throughput", "training",
+        "screenshots", "seeds", "serve_demo", "serving", "solvers", "spend_limits", "startup", "streams", "throughput", "training",
     ],
 )  # fmt: skip
 def test_every_benchmark_has_help(name, monkeypatch, capsys):
@@ -267,6 +269,47 @@ def test_spend_limits_are_timed(tmp_path, monkeypatch):
     rows = list(csv.DictReader((tmp_path / "rows.csv").open()))
     assert [(row["processes"], row["threads"]) for row in rows] == 2 * [("1", "1"), ("1", "16"), ("4", "16")]
     assert all(float(row["requests_per_second"]) > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_serving_runs_to_the_end(tmp_path, monkeypatch):
+    cpus = os.sched_getaffinity(0)
+    sizes = ("--rates", 20, "--seconds", 0.5, "--turns", 1)
+    try:
+        run(monkeypatch, serving, *sizes, "--only", "p2l-engine", "published design", "--csv", tmp_path / "rows.csv")
+    finally:
+        os.sched_setaffinity(0, cpus)
+    head, *lines = (tmp_path / "rows.csv").read_text().splitlines()
+    assert head.startswith("# ")
+    rows = list(csv.DictReader(lines))
+    assert [(row["subject"], row["streamed"]) for row in rows[:2]] == [("direct", "False"), ("p2l-engine", "False")]
+    assert all(row["answered"] == row["requests"] == "10" for row in rows if row["subject"] == "p2l-engine")
+    assert {row["subject"] for row in rows} == {"direct", "p2l-engine", "published design"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_requests_are_timed_from_when_they_are_due(tmp_path, stream):
+    with servers.provider(tmp_path, ["small"], first_byte=0.05) as mock:
+        job = generator.Job("127.0.0.1", mock.port, "small", ("a", "b"), 200.0, 40, stream)
+        timed = generator.run(job)
+        missing = generator.run(generator.Job("127.0.0.1", mock.port, "other", ("a",), 200.0, 3, stream))
+    assert timed.statuses == {"200": 40}
+    assert len(timed.first) == len(timed.end) == timed.sent == 40
+    assert (timed.first >= 0.05).all()  # never less, however busy the machine is
+    assert (timed.end >= timed.first).all()
+    assert (timed.late >= 0).all()
+    assert missing.statuses == {"404": 3}
+
+
+def test_a_compromised_release_is_refused(tmp_path):
+    packages = tmp_path / "lib" / "python3.11" / "site-packages"
+    packages.mkdir(parents=True)
+    with pytest.raises(ValueError, match="expected an environment"):
+        servers.litellm_version(tmp_path)
+    (packages / "litellm-1.82.7.dist-info").mkdir()
+    with pytest.raises(ValueError, match="compromised"):
+        servers.litellm_version(tmp_path)
 
 
 def test_a_learning_curve_is_drawn(tmp_path):
