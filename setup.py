@@ -35,6 +35,7 @@ train = [
 batch = ["pyarrow>=20", "fsspec>=2025.3"]
 ray = [*batch, "ray[data]>=2.55,<2.64"]
 postgres = ["psycopg[binary]>=3.2"]
+redis = ["redis>=5.1"]  # the server's cache of answers
 serve = [
     *cli,
     *default,
@@ -96,10 +97,11 @@ setup(
         "batch": batch,
         "ray": ray,
         "postgres": postgres,
+        "redis": redis,
         "serve": serve,
         "otel": otel,
         "bench": bench,
-        "test": [*default, *cli, *train, *ray, *postgres, *serve, *otel, *bench, *test],
+        "test": [*default, *cli, *train, *ray, *postgres, *redis, *serve, *otel, *bench, *test],
         "lint": lint,
     },
     entry_points={"console_scripts": ["p2l-engine=p2l_engine.cli:main"]},

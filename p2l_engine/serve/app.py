@@ -21,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 from p2l_engine import __version__
 from p2l_engine.errors import PromptError
 from p2l_engine.prompts.parse import user_turns
+from p2l_engine.serve.answers import Answers
 from p2l_engine.serve.api import Api
 from p2l_engine.serve.apis import APIS, shaped_like
 from p2l_engine.serve.ask import BadRequest
@@ -30,6 +31,7 @@ from p2l_engine.serve.metrics import Metrics
 from p2l_engine.serve.page import page
 from p2l_engine.serve.record import Record
 from p2l_engine.serve.relay import Relay, respond
+from p2l_engine.serve.replay import Keeper
 from p2l_engine.serve.scorer import Overloaded
 from p2l_engine.serve.service import Refused, Service
 from p2l_engine.serve.settings import Key
@@ -52,11 +54,18 @@ class TooLarge(BadRequest):
 
 
 class Server:
-    """One server's state beside the service: what happened lately. log: where decisions are kept; watch: is shown each, too."""
+    """One server's state beside the service: what happened lately. log: where decisions are kept; watch: is shown each, too;
+    answers: the cache of answers."""
 
-    def __init__(self, service: Service, log: DecisionLog | None, watch: Callable[[Record], None] | None = None) -> None:
-        self.service, self.log = service, log
-        self.metrics = Metrics(service.scorer, service.plan.names)
+    def __init__(
+        self,
+        service: Service,
+        log: DecisionLog | None,
+        watch: Callable[[Record], None] | None = None,
+        answers: Answers | None = None,
+    ) -> None:
+        self.service, self.log, self.answers = service, log, answers
+        self.metrics = Metrics(service.scorer, service.plan.names, answers)
         self.recent: deque[Record] = deque(maxlen=RECENT)
         self.started = time.time()
         self.traces: Traces | None = None
@@ -118,9 +127,9 @@ class Completion(Endpoint):
     async def handle(self, api: Api, body: dict[str, Any], headers: Mapping[str, str], key: Key | None, send: Send) -> None:
         service = self.server.service
         call = await service.call(api, body, headers, key, self.name or api.name)
-        traces = self.server.traces
+        keeper, traces = Keeper(self.server.answers, call), self.server.traces
         if traces is None:
-            await Relay(service, call, self.server.finished).answer(send)
+            await Relay(service, call, self.server.finished, keeper).answer(send)
             return
         span = traces.begin(headers)
         call.trace = traces.outgoing(span)
@@ -129,7 +138,7 @@ class Completion(Endpoint):
             traces.end(span, record)
             self.server.finished(record)
 
-        await Relay(service, call, finished).answer(send)
+        await Relay(service, call, finished, keeper).answer(send)
 
 
 class CountTokens(Endpoint):
@@ -272,6 +281,7 @@ async def _status(server: Server, key: Key | None) -> Any:
         if pacer is None
         else {"budget": pacer.budget, "mean_cost": _finite(pacer.mean_cost), "count": pacer.count},
         "coefficient_cache": {"hits": service.scorer.hits, "misses": service.scorer.misses},
+        "answer_cache": None if server.answers is None else {"hits": server.answers.hits, "misses": server.answers.misses},
         "recent": [_shown(record) for record in server.recent if key is None or record.key == key.id],
     }
 

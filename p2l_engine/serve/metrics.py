@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from p2l_engine.serve.answers import Answers
 from p2l_engine.serve.record import Record
 from p2l_engine.serve.scorer import Scorer
 
@@ -15,7 +16,7 @@ SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 1
 class Metrics:
     """One registry for each server."""
 
-    def __init__(self, scorer: Scorer, names: Sequence[str]) -> None:
+    def __init__(self, scorer: Scorer, names: Sequence[str], answers: Answers | None = None) -> None:
         self.names = frozenset(names)
         self.registry = CollectorRegistry()
         self.requests = Counter(
@@ -38,11 +39,19 @@ class Metrics:
         self.total = Histogram(
             "p2l_request_seconds", "From the request to the answer's end", buckets=SECONDS, registry=self.registry
         )
-        for name, text, value in (
+        gauges: list[tuple[str, str, Callable[[], float]]] = [
             ("p2l_coefficient_cache_hits", "Prompts whose coefficients were cached", lambda: scorer.hits),
             ("p2l_coefficient_cache_misses", "Prompts that the engine computed", lambda: scorer.misses),
             ("p2l_engine_waiting", "Prompts that wait for the engine", lambda: scorer.waiting),
-        ):
+        ]
+        if answers is not None:
+            gauges += [
+                ("p2l_answer_cache_hits", "Requests answered from the cache of answers", lambda: answers.hits),
+                ("p2l_answer_cache_misses", "Requests whose answer was not in the cache", lambda: answers.misses),
+                ("p2l_answer_cache_failures", "Failures of the cache's store", lambda: answers.failures),
+                ("p2l_answer_cache_saved_usd", "Expected cost of the requests answered from it", lambda: answers.saved),
+            ]
+        for name, text, value in gauges:
             Gauge(name, text, registry=self.registry).set_function(value)
 
     def add(self, record: Record) -> None:
@@ -54,7 +63,7 @@ class Metrics:
         if record.cost:
             self.cost.labels(model, str(record.estimated).lower()).inc(record.cost)
         for kind, tokens in (("in", record.tokens_in), ("cached", record.tokens_cached), ("out", record.tokens_out)):
-            if tokens:
+            if tokens and record.outcome != "cached":  # those were counted when the answer was new
                 self.tokens.labels(model, kind).inc(tokens)
         stages = record.latency
         for stage, histogram in (("choose", self.own), ("first_byte", self.first_byte), ("total", self.total)):

@@ -14,17 +14,24 @@ from typing import Any
 import numpy as np
 import orjson
 
+from p2l_engine.serve.answers import CachedAnswer
 from p2l_engine.serve.api import Usage
 from p2l_engine.serve.call import Call
 from p2l_engine.serve.choice import Pick
 from p2l_engine.serve.health import Deployment
 from p2l_engine.serve.record import Attempt, Record
+from p2l_engine.serve.replay import Keeper, replayed
 from p2l_engine.serve.scorer import Overloaded
 from p2l_engine.serve.service import Refused, Service
 from p2l_engine.serve.upstream import Opened, StreamCut, UpstreamFailed, Whole
 
 Send = Callable[[dict[str, Any]], Awaitable[None]]
-JSON, EVENTS = b"application/json", b"text/event-stream; charset=utf-8"
+JSON = b"application/json"
+STREAM_HEADERS = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+)
 
 
 class PassedOn(Exception):
@@ -37,11 +44,12 @@ class PassedOn(Exception):
 
 @dataclass(eq=False)
 class Relay:
-    """Answers one call. finished: takes its record."""
+    """Answers one call. finished: takes its record; keeper: knows what the cache of answers has, and wants, of it."""
 
     service: Service
     call: Call
     finished: Callable[[Record], None]
+    keeper: Keeper
     lost: Fraction = Fraction(0)  # worst cases of attempts that may be billed
     token: str | None = None
     deployment: Deployment | None = None
@@ -53,6 +61,9 @@ class Relay:
         """Sends the whole response. Every way out settles the reservation and writes the record once."""
         call = self.call
         try:
+            if (stored := await self.keeper.stored()) is not None:
+                await self._replay(stored, send)
+                return
             await self._decide()
             if call.options.dry_run:
                 self._finish(200, "decision")
@@ -94,9 +105,23 @@ class Relay:
             ]
             if not math.isnan(now.rate):  # a named model's is not computed
                 found.append((b"x-p2l-win-rate", f"{now.rate:.6g}".encode()))
+        if self.keeper.state is not None:
+            found.append((b"x-p2l-cache", self.keeper.state.encode()))
         if retry_after is not None:
             found.append((b"retry-after", str(math.ceil(retry_after)).encode()))
         return found
+
+    async def _replay(self, stored: CachedAnswer, send: Send) -> None:
+        """Answers with what an equal request got."""
+        self.done = True
+        replayed(self.call, stored, self.finished)
+        if stored.answer_id is not None and self.call.ask.api == "responses":
+            self.service.sessions.remember_answer(stored.answer_id, stored.model)
+        if stored.streamed:
+            await send({"type": "http.response.start", "status": 200, "headers": [*STREAM_HEADERS, *self.headers()]})
+            await send({"type": "http.response.body", "body": stored.body, "more_body": False})
+        else:
+            await respond(send, 200, stored.body, self.headers())
 
     async def _decide(self) -> None:
         """Raises Refused."""
@@ -221,23 +246,20 @@ class Relay:
     async def _whole(self, found: Whole, send: Send) -> None:
         # Counted before it is sent: a client that leaves now has cost what it cost.
         answer_id = found.answer.get("id")
-        self._finish(200, "answered", found.usage, _characters(found), answer_id if isinstance(answer_id, str) else None)
+        answer_id = answer_id if isinstance(answer_id, str) else None
+        self._finish(200, "answered", found.usage, _characters(found), answer_id)
+        self.keeper.keep(found, answer_id)
         extra = [(name.encode(), value.encode("latin-1", "replace")) for name, value in found.headers.items()]
         await respond(send, 200, found.body, [*self.headers(), *extra])
 
     async def _stream(self, opened: Opened, send: Send) -> None:
         extra = [(name.encode(), value.encode("latin-1", "replace")) for name, value in opened.headers.items()]
-        headers = [
-            (b"content-type", EVENTS),
-            (b"cache-control", b"no-cache"),
-            (b"x-accel-buffering", b"no"),
-            *self.headers(),
-            *extra,
-        ]
+        headers = [*STREAM_HEADERS, *self.headers(), *extra]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         last = b""
         try:
             async for data in opened.events():
+                self.keeper.add(data)
                 await send({"type": "http.response.body", "body": data, "more_body": True})
             outcome = "answered"
         except StreamCut as cut:
@@ -247,6 +269,8 @@ class Relay:
             self._reword_last(cut.error)
         answer_id = getattr(opened.reader, "answer_id", None)
         self._finish(200, outcome, opened.reader.usage, opened.reader.characters, answer_id)
+        if outcome == "answered":
+            self.keeper.keep(opened, answer_id)
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
     def _reword_last(self, error: str) -> None:

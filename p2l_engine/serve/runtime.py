@@ -20,6 +20,7 @@ from p2l_engine.catalog import Catalog
 from p2l_engine.engine.batcher import Batcher
 from p2l_engine.routing import SpendLimit
 from p2l_engine.serve import settings
+from p2l_engine.serve.answers import open_answers
 from p2l_engine.serve.app import Server, application
 from p2l_engine.serve.expectations import Expectations
 from p2l_engine.serve.gate import Gate
@@ -59,7 +60,9 @@ class Runtime:
 
     def application(self) -> Starlette:
         """The ASGI application; its lifespan makes the parts that belong to an event loop."""
-        self.server = Server(self._service(), _log(self.plan), self.watch)
+        cache = self.plan.serve.cache
+        answers = None if cache is None else open_answers(cache)
+        self.server = Server(self._service(), _log(self.plan), self.watch, answers)
         if self.plan.serve.traces:
             self.server.traces = Traces()
         app = application(self.server)
@@ -104,6 +107,8 @@ class Runtime:
             await service.purse.drain()
             service.purse.close()
             await asyncio.to_thread(service.scorer.close)
+            if self.server.answers is not None:
+                await self.server.answers.close()
             if self.server.log is not None:
                 await asyncio.to_thread(self.server.log.close)
             if self.server.traces is not None:
@@ -120,6 +125,7 @@ class Runtime:
                 for name, old, new in (
                     ("checkpoint", before.config.checkpoint, config.checkpoint),
                     ("serve.store", before.serve.store, config.serve.store),
+                    ("serve.cache", before.serve.cache, config.serve.cache),
                 ):
                     if old != new:
                         raise ConfigError(f"{self.file}: {name}: was {old!r}, is {new!r}: this needs a restart")

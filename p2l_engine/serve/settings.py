@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -46,6 +47,12 @@ def _base_url(url: str) -> str:
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query or parts.fragment:
         raise ValueError("expected http(s)://HOST/PATH without user name, query or fragment")
     return url.rstrip("/")
+
+
+def _answer_store(store: str) -> str:
+    if not store or ("://" in store and not re.fullmatch(r"rediss?://([\w.-]+|\[[\da-fA-F:]+\])(:\d{1,5})?(/\d+)?", store)):
+        raise ValueError("expected memory, a file, or redis://HOST:PORT[/DB], with a password under password_env")
+    return store
 
 
 class Provider(Section):
@@ -175,9 +182,14 @@ class Sessions(Section):
 
 
 class AnswerCache(Section):
-    """Exact answers to equal requests. store: memory, an SQLite file, or redis://HOST:PORT."""
+    """Exact answers to equal requests. store: memory, an SQLite file of its own, or redis://HOST:PORT[/DB] (rediss: by TLS).
 
-    store: str = "memory"
+    password_env: the environment variable that holds redis's password. seconds: that an answer is kept. most_mb: of all
+    answers, of which the largest may take an eighth; redis bounds its memory itself.
+    """
+
+    store: Annotated[str, AfterValidator(_answer_store)] = "memory"
+    password_env: str | None = None
     seconds: Seconds = 3600.0
     most_mb: Annotated[float, Field(gt=0)] = 64.0
 
