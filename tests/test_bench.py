@@ -149,7 +149,8 @@ def test_mistakes_are_errors_of_one_line(monkeypatch, capsys, tmp_path):
     "name",
     [
         "batch", "coverage", "demo", "kernels", "latency", "leaderboards", "learning_curve", "published_server", "real_budgets",
-        "screenshots", "seeds", "serve_demo", "serving", "solvers", "spend_limits", "startup", "streams", "throughput", "training",
+        "screenshots", "seeds", "serve_demo", "serving", "solvers", "spend_limits", "startup", "streams", "throughput",
+        "training",
     ],
 )  # fmt: skip
 def test_every_benchmark_has_help(name, monkeypatch, capsys):

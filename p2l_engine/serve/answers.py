@@ -39,7 +39,7 @@ MAGIC = b"P2A1"  # the format of an entry
 @dataclass(frozen=True, slots=True)
 class CachedAnswer:
     """A complete answer of status 200. body: its bytes, or those of its events, as the client saw them. expected_cost: USD, of
-    the request that it first answered; win_rate and score may be NaN. answer_id: under which its provider keeps it."""
+    the request that it first answered; win_rate and score may be NaN. answer_id: under which its deployment keeps it."""
 
     body: bytes
     streamed: bool
@@ -48,6 +48,7 @@ class CachedAnswer:
     expected_cost: float
     win_rate: float
     score: float
+    deployment: str
     answer_id: str | None = None
 
 

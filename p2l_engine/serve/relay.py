@@ -116,7 +116,7 @@ class Relay:
         self.done = True
         replayed(self.call, stored, self.finished)
         if stored.answer_id is not None and self.call.ask.api == "responses":
-            self.service.sessions.remember_answer(stored.answer_id, stored.model)
+            self.service.sessions.remember_answer(stored.answer_id, stored.deployment)
         if stored.streamed:
             await send({"type": "http.response.start", "status": 200, "headers": [*STREAM_HEADERS, *self.headers()]})
             await send({"type": "http.response.body", "body": stored.body, "more_body": False})
@@ -248,7 +248,7 @@ class Relay:
         answer_id = found.answer.get("id")
         answer_id = answer_id if isinstance(answer_id, str) else None
         self._finish(200, "answered", found.usage, _characters(found), answer_id)
-        self.keeper.keep(found, answer_id)
+        self.keeper.keep(found, answer_id, self.deployment.name if self.deployment else "")
         extra = [(name.encode(), value.encode("latin-1", "replace")) for name, value in found.headers.items()]
         await respond(send, 200, found.body, [*self.headers(), *extra])
 
@@ -270,7 +270,7 @@ class Relay:
         answer_id = getattr(opened.reader, "answer_id", None)
         self._finish(200, outcome, opened.reader.usage, opened.reader.characters, answer_id)
         if outcome == "answered":
-            self.keeper.keep(opened, answer_id)
+            self.keeper.keep(opened, answer_id, self.deployment.name if self.deployment else "")
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
     def _reword_last(self, error: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
@@ -63,7 +64,7 @@ class Keeper:
         else:
             self._parts.append(data)
 
-    def keep(self, found: Whole | Opened, answer_id: str | None) -> None:
+    def keep(self, found: Whole | Opened, answer_id: str | None, deployment: str) -> None:
         """The answer is complete. That of a fallback is not kept: the model that was chosen may answer the next request."""
         call = self._call
         if self._answers is None or self._key is None or call.first is None or call.now is None:
@@ -80,7 +81,7 @@ class Keeper:
             self._key,
             CachedAnswer(
                 body, isinstance(found, Opened), call.plan.names[call.now.model], usage, call.now.cost, call.now.rate,
-                call.bradley_terry_score(call.first), answer_id,
+                call.bradley_terry_score(call.first) if call.coefficients else math.nan, deployment, answer_id,
             ),
         )  # fmt: skip
 
@@ -92,4 +93,5 @@ def replayed(call: Call, answer: CachedAnswer, finished: Callable[[Record], None
     call.turns_hash = digest([turn.encode() for turn in call.ask.turns])
     call.mark("first_byte")
     record = call.record(200, "cached", answer.model, answer.usage, Fraction(0), False)
-    finished(replace(record, candidates=(answer.model,), score=answer.score))
+    rate, score = (None if math.isnan(number) else number for number in (answer.win_rate, answer.score))
+    finished(replace(record, candidates=(answer.model,), win_rate=rate, score=score))
