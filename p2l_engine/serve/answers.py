@@ -38,18 +38,21 @@ MAGIC = b"P2A1"  # the format of an entry
 
 @dataclass(frozen=True, slots=True)
 class CachedAnswer:
-    """A complete answer of status 200. body: its bytes, or those of its events, as the client saw them. expected_cost: USD, of
-    the request that it first answered; win_rate and score may be NaN. answer_id: under which its deployment keeps it."""
+    """A complete answer of status 200.
+
+    body: its bytes, or those of its events, as the client saw them. expected_cost: USD, of the request that it first answered.
+    win_rate, score: None where that one named its model. deployment: which keeps the answer under answer_id.
+    """
 
     body: bytes
     streamed: bool
     model: str
+    deployment: str
     usage: Usage | None
     expected_cost: float
-    win_rate: float
-    score: float
-    deployment: str
-    answer_id: str | None = None
+    win_rate: float | None
+    score: float | None
+    answer_id: str | None
 
 
 class Answers:

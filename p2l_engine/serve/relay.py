@@ -248,7 +248,7 @@ class Relay:
         answer_id = found.answer.get("id")
         answer_id = answer_id if isinstance(answer_id, str) else None
         self._finish(200, "answered", found.usage, _characters(found), answer_id)
-        self.keeper.keep(found, answer_id, self.deployment.name if self.deployment else "")
+        self.keeper.keep(found, answer_id, self.call.attempts[-1].deployment)
         extra = [(name.encode(), value.encode("latin-1", "replace")) for name, value in found.headers.items()]
         await respond(send, 200, found.body, [*self.headers(), *extra])
 
@@ -270,7 +270,7 @@ class Relay:
         answer_id = getattr(opened.reader, "answer_id", None)
         self._finish(200, outcome, opened.reader.usage, opened.reader.characters, answer_id)
         if outcome == "answered":
-            self.keeper.keep(opened, answer_id, self.deployment.name if self.deployment else "")
+            self.keeper.keep(opened, answer_id, self.call.attempts[-1].deployment)
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
     def _reword_last(self, error: str) -> None:

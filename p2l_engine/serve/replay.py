@@ -77,21 +77,20 @@ class Keeper:
             body, usage = found.body, found.usage
         else:
             body, usage = b"".join(self._parts), found.reader.usage
-        self._answers.put(
-            self._key,
-            CachedAnswer(
-                body, isinstance(found, Opened), call.plan.names[call.now.model], usage, call.now.cost, call.now.rate,
-                call.bradley_terry_score(call.first) if call.coefficients else math.nan, deployment, answer_id,
-            ),
+        routed = call.coefficients is not None
+        answer = CachedAnswer(
+            body, isinstance(found, Opened), call.plan.names[call.now.model], deployment, usage, call.now.cost,
+            call.now.rate if routed else None, call.bradley_terry_score(call.first) if routed else None, answer_id,
         )  # fmt: skip
+        self._answers.put(self._key, answer)
 
 
 def replayed(call: Call, answer: CachedAnswer, finished: Callable[[Record], None]) -> None:
     """Makes a stored answer the call's: its choice costs nothing. finished: takes its record."""
     k = call.plan.index[answer.model]
-    call.first = call.now = Pick(k, {k: 1.0}, answer.win_rate, 0.0, "an equal request was answered before")
+    rate = math.nan if answer.win_rate is None else answer.win_rate
+    call.first = call.now = Pick(k, {k: 1.0}, rate, 0.0, "an equal request was answered before")
     call.turns_hash = digest([turn.encode() for turn in call.ask.turns])
     call.mark("first_byte")
     record = call.record(200, "cached", answer.model, answer.usage, Fraction(0), False)
-    rate, score = (None if math.isnan(number) else number for number in (answer.win_rate, answer.score))
-    finished(replace(record, candidates=(answer.model,), win_rate=rate, score=score))
+    finished(replace(record, candidates=(answer.model,), win_rate=answer.win_rate, score=answer.score))
