@@ -152,9 +152,12 @@ class Call:
         found = [d for d in self.plan.deployments[k] if d.provider.api == self.ask.api]
         return found if self.keeper is None else [d for d in found if d.name == self.keeper]
 
-    def estimated(self, characters: int) -> Usage:
-        """Usage where the provider reports none: the tokens of the request, and one for every three characters written."""
-        return Usage(self.tokens_in, -(-characters // 3))
+    def estimated(self, characters: int, reported: Usage | None) -> Usage:
+        """Usage where the provider has not reported all: the request's tokens, and one for every three characters written."""
+        out = -(-characters // 3)
+        if reported is None:
+            return Usage(self.tokens_in, out)
+        return Usage(reported.tokens_in or self.tokens_in, max(reported.tokens_out, out), reported.cached, reported.written)
 
     def record(
         self, status: int, outcome: str, model: str | None, usage: Usage | None, cost: Fraction | None, estimated: bool

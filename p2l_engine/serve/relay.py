@@ -1,29 +1,26 @@
-"""A decided request to its answer: attempts, fallbacks within the money that is left, and bytes passed through."""
+"""A request to its response: bytes are passed through, money is settled, and the record is written once."""
 
 from __future__ import annotations
 
 import asyncio
 import math
-import random
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-import numpy as np
 import orjson
 
 from p2l_engine.serve.answers import CachedAnswer
 from p2l_engine.serve.api import Usage
+from p2l_engine.serve.attempts import Attempts, PassedOn
 from p2l_engine.serve.call import Call
-from p2l_engine.serve.choice import Pick
-from p2l_engine.serve.health import Deployment
-from p2l_engine.serve.record import Attempt, Record
+from p2l_engine.serve.record import Record
 from p2l_engine.serve.replay import Keeper, replayed
 from p2l_engine.serve.scorer import Overloaded
 from p2l_engine.serve.service import Refused, Service
-from p2l_engine.serve.upstream import Opened, StreamCut, UpstreamFailed, Whole
+from p2l_engine.serve.upstream import Opened, StreamCut, Whole
 
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 JSON = b"application/json"
@@ -34,14 +31,6 @@ STREAM_HEADERS = (
 )
 
 
-class PassedOn(Exception):
-    """The provider refused the request itself: its own error goes to the client."""
-
-    def __init__(self, status: int, body: bytes) -> None:
-        super().__init__(status)
-        self.status, self.body = status, body
-
-
 @dataclass(eq=False)
 class Relay:
     """Answers one call. finished: takes its record; keeper: knows what the cache of answers has, and wants, of it."""
@@ -50,12 +39,11 @@ class Relay:
     call: Call
     finished: Callable[[Record], None]
     keeper: Keeper
-    lost: Fraction = Fraction(0)  # worst cases of attempts that may be billed
-    token: str | None = None
-    deployment: Deployment | None = None
     opened: Opened | None = None
-    sending: bool = False  # whether a deployment may be at work
     done: bool = False
+
+    def __post_init__(self) -> None:
+        self._attempts = Attempts(self.service, self.call)
 
     async def answer(self, send: Send) -> None:
         """Sends the whole response. Every way out settles the reservation and writes the record once."""
@@ -69,11 +57,12 @@ class Relay:
                 self._finish(200, "decision")
                 await respond(send, 200, orjson.dumps(call.decision()), self.headers())
                 return
-            found = await self._attempts()
+            found = await self._attempts.answer()
             call.mark("first_byte")
             if isinstance(found, Whole):
                 await self._whole(found, send)
             else:
+                self.opened = found
                 await self._stream(found, send)
         except Refused as refused:
             self._finish(refused.status, "refused" if refused.status < 500 else "failed")
@@ -133,116 +122,6 @@ class Relay:
         except Overloaded as error:
             raise Refused(503, str(error), None, "overloaded", error.retry_after) from None
 
-    async def _attempts(self) -> Whole | Opened:
-        """Tries deployments until one answers. Raises Refused, PassedOn."""
-        service, call = self.service, self.call
-        retries, deadline = call.plan.serve.retries, call.deadline
-        mask, tried, widened, rounds = call.mask.copy(), set[str](), False, 0
-        chosen, self.token = await service.reserve(call, mask)
-        call.mark("reserve")
-        while True:
-            self.deployment = self._pick(chosen, tried)
-            start, self.sending = time.perf_counter(), True
-            try:
-                found = await service.upstream.send(
-                    self.deployment, call.api, call.ask, call.plan.serve, deadline, call.headers, call.secret, call.trace
-                )
-            except UpstreamFailed as failed:
-                failure = failed
-            else:
-                self._note(200, None, start)  # still at work, if it streams
-                service.health.answered(self.deployment)
-                if isinstance(found, Opened):
-                    self.opened = found
-                return found
-            self._note(failure.status, failure.error, start)
-            self._give_up(failure, chosen)
-            tried.add(self.deployment.name)
-            if failure.blame == "request":
-                raise PassedOn(failure.status or 400, self._error_of(failure))
-            if failure.blame == "context":
-                mask &= self._wider(chosen.model)
-                if widened or not mask.any():
-                    raise PassedOn(failure.status if failure.status and failure.status != 200 else 400, self._error_of(failure))
-                widened = True
-            if len(call.attempts) >= retries.attempts or time.monotonic() >= deadline:
-                raise self._unavailable(failure)
-            if failure.blame == "deployment" and self._others(chosen.model, tried):
-                pass  # the same model, elsewhere
-            else:
-                mask[chosen.model] = False
-                if mask.any():
-                    try:
-                        chosen = call.now = service.chosen(call, mask, count=False)
-                    except Refused:  # what is left of the budget affords none
-                        raise self._unavailable(failure) from None
-                else:
-                    mask[chosen.model] = True
-                    rounds += 1
-                    tried.clear()
-                    await self._wait(failure, rounds, deadline)
-            chosen, self.token = await service.reserve(call, mask)
-
-    def _pick(self, chosen: Pick, tried: set[str]) -> Deployment:
-        """A deployment of the model that was not tried yet."""
-        every = self.call.deployments(chosen.model)
-        group = [d for d in every if d.name not in tried]
-        return self.service.health.pick(group) or (group or every)[0]
-
-    def _others(self, k: int, tried: set[str]) -> bool:
-        return any(d.name not in tried and self.service.health.is_up(d) for d in self.call.deployments(k))
-
-    def _wider(self, k: int) -> Any:
-        """The models whose context window is larger than that of model k."""
-        windows = np.array([math.inf if model.context is None else model.context for model in self.call.plan.models])
-        return windows > windows[k]
-
-    def _give_up(self, failure: UpstreamFailed, chosen: Pick) -> None:
-        """After a failed attempt: the deployment's health, and what the attempt may have cost."""
-        call, deployment = self.call, self.deployment
-        assert deployment is not None
-        if failure.blame == "deployment":
-            self.service.health.failed(deployment, failure.retry_after)
-        else:
-            self.service.health.answered(deployment)
-        amount = call.worst(chosen.model) if failure.sent else Fraction(0)
-        if failure.sent:
-            self.lost += amount
-            call.spent_before += float(call.costs[chosen.model])
-        self.service.purse.settle(self.token, amount)
-        self.token, self.sending = None, False
-
-    def _error_of(self, failure: UpstreamFailed) -> bytes:
-        if failure.body is not None:
-            return failure.body
-        code = "context_length_exceeded" if failure.blame == "context" else None
-        return orjson.dumps(self.call.api.error(failure.status or 400, failure.message, None, code))
-
-    def _unavailable(self, failure: UpstreamFailed) -> Refused:
-        """The error after the last attempt."""
-        call = self.call
-        if failure.error == "deadline" or time.monotonic() >= call.deadline:
-            return Refused(504, f"no model answered in time: {failure.message}", None, "timeout")
-        names = sorted({attempt.model for attempt in call.attempts})
-        seconds = max(self.service.seconds_down(call, names), failure.retry_after or 0.0)
-        return Refused(
-            503, f"no model answered after {len(call.attempts)} attempts: {failure.message}", None, "unavailable", seconds
-        )
-
-    async def _wait(self, failure: UpstreamFailed, rounds: int, deadline: float) -> None:
-        """Before the only model is tried again. Raises Refused where that would take too long."""
-        retries = self.call.plan.serve.retries
-        seconds = min(retries.backoff * 2 ** (rounds - 1), retries.most) * random.uniform(0.5, 1.0)
-        seconds = max(seconds, failure.retry_after or 0.0)
-        if seconds > retries.most or time.monotonic() + seconds >= deadline:
-            raise self._unavailable(failure)
-        await asyncio.sleep(seconds)
-
-    def _note(self, status: int | None, error: str | None, start: float) -> None:
-        assert self.deployment is not None
-        seconds = round(time.perf_counter() - start, 6)
-        self.call.attempts.append(Attempt(self.deployment.model, self.deployment.name, status, error, seconds))
-
     async def _whole(self, found: Whole, send: Send) -> None:
         # Counted before it is sent: a client that leaves now has cost what it cost.
         answer_id = found.answer.get("id")
@@ -263,19 +142,13 @@ class Relay:
                 await send({"type": "http.response.body", "body": data, "more_body": True})
             outcome = "answered"
         except StreamCut as cut:
-            assert self.deployment is not None
-            self.service.health.failed(self.deployment)
+            self._attempts.cut(cut.error)
             last, outcome = self.call.api.error_event(f"the answer was cut off: {cut.message}"), "cut"
-            self._reword_last(cut.error)
         answer_id = getattr(opened.reader, "answer_id", None)
         self._finish(200, outcome, opened.reader.usage, opened.reader.characters, answer_id)
         if outcome == "answered":
             self.keeper.keep(opened, answer_id, self.call.attempts[-1].deployment)
         await send({"type": "http.response.body", "body": last, "more_body": False})
-
-    def _reword_last(self, error: str) -> None:
-        last = self.call.attempts[-1]
-        self.call.attempts[-1] = Attempt(last.model, last.deployment, last.status, error, last.seconds)
 
     def _finish(
         self, status: int, outcome: str, usage: Usage | None = None, written: int | None = None, answer_id: str | None = None
@@ -285,25 +158,35 @@ class Relay:
         if self.done:
             return
         self.done = True
-        cost, estimated, name = self.lost, self.lost > 0, None
-        if self.sending and now is not None and self.deployment is not None:
-            name, estimated = call.plan.names[now.model], estimated or usage is None or outcome != "answered"
-            if usage is None and written is not None:
-                usage = call.estimated(written)
-            own = call.worst(now.model) if usage is None else call.plan.prices.cost(now.model, usage)
-            cost += own
-            service.purse.settle(self.token, own)
-            if outcome == "answered" and usage is not None:
-                service.expectations.add(now.model, usage.tokens_out, call.ask.outputs)
+        attempts = self._attempts
+        cost, estimated, name = attempts.lost, attempts.lost > 0, None
+        if attempts.sending and now is not None and attempts.deployment is not None:
+            name = call.plan.names[now.model]
+            usage, own, reported = self._paid(now.model, outcome, usage, written)
+            cost, estimated = cost + own, estimated or not reported
+            service.purse.settle(attempts.token, own)
+            if outcome == "answered":
                 service.sessions.remember(call.session, name, call.counted)
+                if reported and usage is not None:
+                    service.expectations.add(now.model, usage.tokens_out, call.ask.outputs)
                 if answer_id is not None and call.ask.api == "responses":
-                    service.sessions.remember_answer(answer_id, self.deployment.name)
+                    service.sessions.remember_answer(answer_id, attempts.deployment.name)
         else:
-            service.purse.settle(self.token, Fraction(0))
-        self.token = None
+            service.purse.settle(attempts.token, Fraction(0))
+        attempts.token = None
         if call.pacer is not None and call.paid is not None:
             call.pacer.settle(float(cost) - call.paid)
         self.finished(call.record(status, outcome, name, usage, None if outcome == "decision" else cost, estimated))
+
+    def _paid(self, k: int, outcome: str, usage: Usage | None, written: int | None) -> tuple[Usage | None, Fraction, bool]:
+        """Usage and cost of the attempt that model k answered, and whether the provider has reported them."""
+        call = self.call
+        if usage is not None and outcome == "answered":
+            return usage, call.plan.prices.cost(k, usage), True
+        if written is None:  # the client left: it may be answered in full
+            return usage, call.worst(k), False
+        found = call.estimated(written, usage)
+        return found, min(call.plan.prices.cost(k, found), call.worst(k)), False
 
 
 async def respond(send: Send, status: int, body: bytes, headers: list[tuple[bytes, bytes]], kind: bytes = JSON) -> None:

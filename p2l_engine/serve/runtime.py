@@ -21,7 +21,7 @@ from p2l_engine.engine.batcher import Batcher
 from p2l_engine.routing import SpendLimit
 from p2l_engine.serve import settings
 from p2l_engine.serve.answers import open_answers
-from p2l_engine.serve.app import Server, application
+from p2l_engine.serve.app import application
 from p2l_engine.serve.expectations import Expectations
 from p2l_engine.serve.gate import Gate
 from p2l_engine.serve.health import Health
@@ -30,6 +30,7 @@ from p2l_engine.serve.plan import Plan, make
 from p2l_engine.serve.purse import Purse
 from p2l_engine.serve.record import Record
 from p2l_engine.serve.scorer import Scorer
+from p2l_engine.serve.server import Server
 from p2l_engine.serve.service import Service, pacer_of
 from p2l_engine.serve.sessions import SessionMemory
 from p2l_engine.serve.settings import Config, ConfigError

@@ -1,0 +1,137 @@
+"""A path that takes a JSON object: the body is read, errors are answered in the API's own format, and the work stops when the
+client leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+from starlette.types import Receive, Scope, Send
+
+from p2l_engine.serve.api import Api
+from p2l_engine.serve.apis import APIS, shaped_like
+from p2l_engine.serve.ask import BadRequest
+from p2l_engine.serve.gate import Unauthorized
+from p2l_engine.serve.relay import respond
+from p2l_engine.serve.scorer import Overloaded
+from p2l_engine.serve.server import Server
+from p2l_engine.serve.service import Refused
+from p2l_engine.serve.settings import Key
+
+
+class ClientLeft(Exception):
+    """The client closed its connection before it had sent everything."""
+
+
+class TooLarge(BadRequest):
+    """A body beyond the limit."""
+
+
+class Endpoint:
+    """An ASGI application for one path. api: of its bodies; None: they show it."""
+
+    def __init__(self, server: Server, api: Api | None) -> None:
+        self.server, self.api = server, api
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        api = self.api or APIS["chat"]
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        self.server.running += 1
+        try:
+            key = self.server.service.gate.caller(headers)
+            body = _object(await _body(receive, headers, int(self.server.service.plan.serve.body_mb * 2**20)))
+            api = self.api or shaped_like(body)
+            await _until_left(self.handle(api, body, headers, key, send), receive)
+        except ClientLeft:
+            return
+        except Unauthorized as error:
+            await _refuse(send, api, 401, str(error))
+        except BadRequest as error:
+            await _refuse(send, api, error.status, error.message, error.param, error.code)
+        except Refused as error:
+            await _refuse(send, api, error.status, error.message, error.param, error.code, error.retry_after)
+        except Overloaded as error:
+            await _refuse(send, api, 503, str(error), None, "overloaded", error.retry_after)
+        finally:
+            self.server.running -= 1
+
+    async def handle(self, api: Api, body: dict[str, Any], headers: Mapping[str, str], key: Key | None, send: Send) -> None:
+        """Answers one request."""
+        raise NotImplementedError
+
+
+async def _refuse(
+    send: Send,
+    api: Api,
+    status: int,
+    message: str,
+    param: str | None = None,
+    code: str | None = None,
+    after: float | None = None,
+) -> None:
+    headers = [] if after is None else [(b"retry-after", str(math.ceil(after)).encode())]
+    await respond(send, status, orjson.dumps(api.error(status, message, param, code)), headers)
+
+
+async def answer(send: Send, found: Any) -> None:
+    """A whole answer of status 200."""
+    await respond(send, 200, as_json(found), [])
+
+
+def as_json(found: Any) -> bytes:
+    """Any object, arrays of numpy among them."""
+    return orjson.dumps(found, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS)
+
+
+def _object(body: bytes) -> dict[str, Any]:
+    try:
+        found = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise BadRequest(f"expected a body of JSON in UTF-8: {error}") from None
+    if not isinstance(found, dict):
+        raise BadRequest(f"expected a JSON object, got {type(found).__name__}")
+    return found
+
+
+async def _body(receive: Receive, headers: Mapping[str, str], most: int) -> bytes:
+    """The request's body. Raises TooLarge, ClientLeft."""
+    length = headers.get("content-length", "0")
+    parts, size = list[bytes](), 0
+    if length.isdigit() and int(length) > most:
+        raise TooLarge(f"expected a body of at most {most} bytes, got {length}", status=413)
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientLeft
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > most:
+            raise TooLarge(f"expected a body of at most {most} bytes, got more", status=413)
+        if not message.get("more_body"):
+            return b"".join(parts)
+
+
+async def _until_left(work: Any, receive: Receive) -> None:
+    """Runs ``work``; cancels it when the client leaves."""
+    task, left = asyncio.ensure_future(work), asyncio.ensure_future(_left(receive))
+    try:
+        await asyncio.wait((task, left), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            task.cancel()
+        await task
+    except asyncio.CancelledError:
+        if not left.done():  # the server stops, not the client
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            raise
+        raise ClientLeft from None
+    finally:
+        left.cancel()
+
+
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
