@@ -1,0 +1,315 @@
+"""A plugin for the LiteLLM proxy: requests for the model ``auto`` go to the model that P2L chooses.
+
+This file imports nothing of p2l_engine, and litellm only where LiteLLM asks for the callback, so that it can be copied next to
+the proxy's ``config.yaml``. ``callbacks: p2l_router.router`` takes its settings from the environment (``SETTINGS``); another
+module may call ``callback(...)`` instead. See docs/gateways.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fnmatch
+import logging
+import os
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+import aiohttp
+
+logger = logging.getLogger("p2l_engine.litellm")
+
+# The environment variable of each setting.
+SETTINGS = {"url": "P2L_URL", "key": "P2L_KEY", "fallback": "P2L_FALLBACK", "alias": "P2L_ALIAS", "timeout": "P2L_TIMEOUT"}
+# The calls that P2L can choose a model for.
+CALLS = frozenset({"completion", "acompletion", "responses", "aresponses", "anthropic_messages", "aanthropic_messages"})
+# What of a request a decision depends on.
+READ = (
+    "messages", "input", "instructions", "system", "tools", "functions", "response_format", "text", "output_config",
+    "output_format", "modalities", "audio", "n", "max_tokens", "max_completion_tokens", "max_output_tokens", "prompt_cache_key",
+    "previous_response_id",
+)  # fmt: skip
+# The headers that tell which conversation a request belongs to, beside those that begin with x-p2l-.
+SESSION_HEADERS = (
+    "x-session-id", "x-conversation-id", "x-openwebui-chat-id", "x-librechat-conversation-id", "x-claude-code-session-id",
+)  # fmt: skip
+REFUSED = (400, 402)  # what the router says of the request itself; any other error is the router's own
+EVERY_MODEL = frozenset({"*", "all-proxy-models", "all-team-models"})
+
+
+class Decides(Protocol):
+    """A ``p2l_engine.Router``, in the same process."""
+
+    names: Any
+
+    async def aroute(self, prompt: Any, budget: float | None = None) -> Any:
+        """The decision for one prompt, with its ``model``."""
+
+    def route_batch(self, prompts: Any, budget: float | None = None, *, allowed: Any = None) -> Any:
+        """The decisions for several; allowed: [N, K] booleans over ``names``."""
+
+
+class Refusal(Exception):
+    """The request itself cannot be routed; it is answered with this status. status: HTTP."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class RouterFailed(Exception):
+    """No decision could be had from the router."""
+
+
+class ModelChoice:
+    """Sets the model of LiteLLM's requests.
+
+    url: of a running p2l-engine server, without /v1; key: one of its keys. router: decides in this process instead. alias: the
+    model name whose requests are routed; others are left alone. fallback: the model that takes requests while the router fails,
+    which is logged once for each outage; None: they are refused with 503. names: {P2L's name: LiteLLM's ``model_name``} of
+    models that LiteLLM calls otherwise. timeout: seconds that a decision may take. pause: seconds after a failure in which the
+    router is not asked. fallbacks: whether LiteLLM is told which models come next, where the request does not say so itself.
+    Raises ValueError.
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        key: str | None = None,
+        *,
+        router: Decides | None = None,
+        alias: str = "auto",
+        fallback: str | None = None,
+        names: Mapping[str, str] | None = None,
+        timeout: float = 2.0,
+        pause: float = 5.0,
+        fallbacks: bool = True,
+    ) -> None:
+        if (url is None) == (router is None):
+            raise ValueError("expected the url of a p2l-engine server (P2L_URL) or a router, and not both")
+        if fallback == alias:
+            raise ValueError(f"fallback: expected a model of LiteLLM's, got the alias {alias!r} itself")
+        self.url, self.key, self.router = None if url is None else url.rstrip("/"), key, router
+        self.alias, self.fallback, self.names = alias, fallback, dict(names or {})
+        self.timeout, self.pause, self.fallbacks = timeout, pause, fallbacks
+        self._asked_again_at, self._failing = 0.0, False
+        self._session: aiohttp.ClientSession | None = None
+        self._known = list[str]()
+
+    async def set_model(self, data: dict[str, Any], call_type: str, own: Iterable[str] = ()) -> None:
+        """Replaces the alias in a request by a model, and notes the decision in its metadata under ``p2l``.
+
+        own: the models of the caller's key, patterns among them; with none but the alias, any. Raises Refusal.
+        """
+        if data.get("model") != self.alias or call_type not in CALLS:
+            return
+        own = [] if set(own) <= {self.alias} or EVERY_MODEL & set(own) else list(own)
+        wishes = data.pop("p2l", None)  # no provider knows it
+        try:
+            decision = await self._decision(data, wishes if isinstance(wishes, dict) else {}, own)
+        except RouterFailed as failed:
+            if self._asked_again_at <= time.monotonic():
+                self._asked_again_at = time.monotonic() + self.pause
+            if self.fallback is None or not _permitted(self.fallback, own):
+                raise Refusal(503, f"the router of {self.alias!r} is not available: {failed}") from None
+            if not self._failing:
+                logger.warning("the router failed (%s): requests for %r go to %r", failed, self.alias, self.fallback)
+            self._failing, decision = True, {"model": self.fallback, "fallbacks": [], "why": "the router failed"}
+        else:
+            if self._failing:
+                logger.warning("the router decides again: requests for %r are routed", self.alias)
+            self._failing = False
+        data["model"] = decision["model"]
+        if self.fallbacks and decision["fallbacks"]:
+            data.setdefault("fallbacks", decision["fallbacks"])
+        metadata_of(data)["p2l"] = decision
+
+    async def close(self) -> None:
+        """Closes the connections to the router."""
+        if self._session is not None:
+            await self._session.close()
+
+    async def _decision(self, data: Mapping[str, Any], wishes: dict[str, Any], own: list[str]) -> dict[str, Any]:
+        if self._asked_again_at > time.monotonic():
+            raise RouterFailed("it failed a moment ago")
+        headers, allowed = _headers(data), None
+        if "models" not in wishes and "x-p2l-models" in headers:
+            wishes = {**wishes, "models": [name.strip() for name in headers["x-p2l-models"].split(",")]}
+        wished = wishes.get("models")
+        if own or wished is not None:
+            known = await self._models() if self.router is None else list(self.router.names)
+            allowed = [name for name in known if _permitted(self._theirs(name), own)]
+            if not allowed:
+                raise Refusal(400, f"{self.alias}: the router knows none of the models that this key may use")
+            allowed = [name for name in allowed if not isinstance(wished, list) or name in wished]
+            if not allowed:
+                raise Refusal(400, "p2l.models: expected models that the router knows and this key may use")
+            wishes = {**wishes, "models": allowed}
+        if self.router is not None:
+            return await self._in_process(self.router, data, wishes.get("budget"), allowed)
+        body = {name: data[name] for name in READ if data.get(name) is not None}
+        metadata = data.get("metadata")
+        if isinstance(metadata, dict) and isinstance(metadata.get("user_id"), str):
+            body["metadata"] = {"user_id": metadata["user_id"]}
+        found = await self._ask("POST", "/v1/route", {**body, "model": "auto", "p2l": wishes}, headers)
+        model, after = found.get("model"), found.get("fallbacks")
+        if not isinstance(model, str) or not model:
+            raise RouterFailed("its answer names no model")
+        after = [self._theirs(name) for name in after if isinstance(name, str)] if isinstance(after, list) else []
+        kept = ("id", "policy", "propensity", "expected_cost", "win_rate", "why")
+        return {"model": self._theirs(model), "fallbacks": after, **{name: found[name] for name in kept if name in found}}
+
+    async def _in_process(
+        self, router: Decides, data: Mapping[str, Any], budget: float | None, allowed: list[str] | None
+    ) -> dict[str, Any]:
+        turns = _turns(data)
+        try:
+            if allowed is None:
+                work = router.aroute(turns, budget)
+            else:
+                import numpy as np  # as p2l_engine does
+
+                mask = np.array([[name in allowed for name in router.names]])
+                work = asyncio.to_thread(lambda: router.route_batch([turns], budget, allowed=mask)[0])
+            found = await asyncio.wait_for(work, self.timeout)
+        except TimeoutError:
+            raise RouterFailed(f"no decision within {self.timeout:g} s") from None
+        except ValueError as error:  # text that is no Unicode; a budget below the cheapest model
+            raise Refusal(402 if type(error).__name__ == "InfeasibleBudget" else 400, str(error)) from None
+        except Exception as error:
+            raise RouterFailed(f"{type(error).__name__}: {error}") from error
+        kept = {name: getattr(found, name) for name in ("policy", "expected_cost", "win_rate", "why")}
+        return {"model": self._theirs(found.model), "fallbacks": [], **kept}
+
+    async def _models(self) -> list[str]:
+        """The router's models, asked for once."""
+        if not self._known:
+            entries = (await self._ask("GET", "/v1/models")).get("data")
+            entries = entries if isinstance(entries, list) else []
+            self._known = [entry["id"] for entry in entries if isinstance(entry, dict) and entry.get("id") != "auto"]
+        return self._known
+
+    async def _ask(
+        self, method: str, path: str, body: dict[str, Any] | None = None, headers: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
+        """The router's answer. Raises Refusal, RouterFailed."""
+        if self._session is None or self._session.closed:
+            self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=self.timeout))
+        own = {} if self.key is None else {"authorization": f"Bearer {self.key}"}
+        try:
+            async with self._session.request(
+                method, f"{self.url}{path}", json=body, headers={**(headers or {}), **own}
+            ) as answer:
+                found, status = await answer.json(content_type=None), answer.status
+        except TimeoutError:
+            raise RouterFailed(f"no answer within {self.timeout:g} s") from None
+        except (aiohttp.ClientError, OSError, ValueError, TypeError) as error:
+            raise RouterFailed(f"{type(error).__name__}: {error}") from None
+        found = found if isinstance(found, dict) else {}
+        if status == 200:
+            return found
+        problem = found.get("error")
+        message = str(problem.get("message") if isinstance(problem, dict) else f"status {status}")[:500]
+        if status in REFUSED:
+            raise Refusal(status, message)
+        raise RouterFailed(f"{path} answered {status}: {message}")
+
+    def _theirs(self, name: str) -> str:
+        return self.names.get(name, name)
+
+
+def metadata_of(data: dict[str, Any]) -> dict[str, Any]:
+    """Where LiteLLM keeps what it notes of a request; the API's own ``metadata`` is the caller's."""
+    name = "litellm_metadata" if isinstance(data.get("litellm_metadata"), dict) else "metadata"
+    if not isinstance(data.get(name), dict):
+        data[name] = {}
+    found: dict[str, Any] = data[name]
+    return found
+
+
+def _turns(data: Mapping[str, Any]) -> list[str]:
+    """The user's turns, or what else was said where there are none; parts of messages that are no text by their kind."""
+    given = data.get("messages") or data.get("input") or ""
+    if isinstance(given, str):
+        return [given]
+    user, other = list[str](), [str(data[name]) for name in ("system", "instructions") if data.get(name)]
+    for message in given:
+        parts = message.get("content") if isinstance(message, dict) else None
+        parts = [{"text": parts}] if isinstance(parts, str) else parts if isinstance(parts, list) else []
+        parts = [part for part in parts if isinstance(part, dict) and part.get("type") != "tool_result"]
+        text = "\n".join(str(part.get("text") or f"[{part.get('type')}]") for part in parts)
+        if parts:
+            (user if message.get("role") == "user" else other).append(text)
+    return user or other or [""]
+
+
+def _permitted(name: str, own: list[str]) -> bool:
+    """Whether one of a key's models, or of their patterns, is this one; without any, every model is."""
+    return not own or any(fnmatch.fnmatchcase(name, pattern) for pattern in own)
+
+
+def _headers(data: Mapping[str, Any]) -> dict[str, str]:
+    """Of the client's headers, those that the router reads."""
+    request = data.get("proxy_server_request")
+    given = request.get("headers") if isinstance(request, dict) else None
+    lower = {str(name).lower(): str(value) for name, value in given.items()} if isinstance(given, dict) else {}
+    found = {name: value for name, value in lower.items() if name.startswith("x-p2l-") or name in SESSION_HEADERS}
+    session = data.get("litellm_session_id") or lower.get("x-litellm-session-id")
+    if session:
+        found.setdefault("x-p2l-session", str(session))
+    return found
+
+
+def callback(choice: ModelChoice | None = None, **settings: Any) -> Any:
+    """A LiteLLM callback: an instance of ``litellm.integrations.custom_logger.CustomLogger``.
+
+    settings: those of ``ModelChoice``; without any, those of the environment. Raises ValueError.
+    """
+    from litellm.integrations.custom_logger import CustomLogger
+
+    chosen = choice or ModelChoice(**(settings or from_environment(os.environ)))
+
+    class P2LRouter(CustomLogger):  # type: ignore[misc]
+        """Chooses before each call, and says so in the answer's headers."""
+
+        async def async_pre_call_hook(
+            self, user_api_key_dict: Any, cache: Any, data: dict[str, Any], call_type: str
+        ) -> dict[str, Any]:
+            from fastapi import HTTPException
+
+            own = getattr(user_api_key_dict, "models", None) or getattr(user_api_key_dict, "team_models", None) or ()
+            try:
+                await chosen.set_model(data, getattr(call_type, "value", call_type), own)
+            except Refusal as refusal:
+                raise HTTPException(refusal.status, {"error": str(refusal)}) from None
+            return data
+
+        async def async_post_call_response_headers_hook(
+            self, data: dict[str, Any], user_api_key_dict: Any, response: Any, request_headers: Any = None, **more: Any
+        ) -> dict[str, str] | None:
+            decision = metadata_of(data).get("p2l")
+            if not isinstance(decision, dict):
+                return None
+            shown = {"x-p2l-model": decision["model"], "x-p2l-decision": decision.get("id")}
+            return {name: str(value) for name, value in shown.items() if value is not None}
+
+    return P2LRouter()
+
+
+def from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    """The settings that environment variables give. Raises ValueError."""
+    found: dict[str, Any] = {name: environment[variable] for name, variable in SETTINGS.items() if environment.get(variable)}
+    if "timeout" in found:
+        try:
+            found["timeout"] = float(found["timeout"])
+        except ValueError:
+            raise ValueError(f"P2L_TIMEOUT: expected seconds, got {found['timeout']!r}") from None
+    return found
+
+
+def __getattr__(name: str) -> Any:
+    """``router``: the callback with the environment's settings, made on first use."""
+    if name != "router":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()["router"] = found = callback()
+    return found

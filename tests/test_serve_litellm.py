@@ -1,0 +1,433 @@
+"""The LiteLLM plugin: what it asks the router, what it does when that fails, and the whole of it in a real LiteLLM proxy."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import aiohttp
+import openai
+import pytest
+import yaml
+
+from bench.mock_provider import MockProvider
+from p2l_engine.serve import litellm as plugin
+from p2l_engine.serve.gate import Gate
+from p2l_engine.serve.litellm import ModelChoice, Refusal
+from p2l_engine.serve.settings import Key
+from tests.support.serving import PRICES, FixedEngine, config_for, serving
+
+HELLO = [{"role": "user", "content": "Hello, who are you?"}]
+RELEASE = "1.108.7"  # never 1.82.7 or 1.82.8, which were compromised
+SECRET = "sk-p2l-test"
+KEYS = [{"id": "litellm", "sha256": hashlib.sha256(SECRET.encode()).hexdigest()}]
+
+
+def chosen(data, own=(), call_type="acompletion", key=None, url=None, engine=None, serve=None, **settings):
+    """A request after the plugin has seen it, and the server's records."""
+
+    async def run():
+        async with MockProvider(PRICES) as provider, serving(config_for(provider, **(serve or {})), engine) as server:
+            choice = ModelChoice(url or server.url, key, **settings)
+            try:
+                await choice.set_model(data, call_type, own)
+            finally:
+                await choice.close()
+            return data, server.records
+
+    return asyncio.run(run())
+
+
+def test_the_alias_becomes_the_model_that_the_router_chose():
+    data = {"model": "auto", "messages": HELLO, "temperature": 0, "metadata": {"user_api_key": object()}}
+    found, (record,) = chosen(data)
+    assert found["model"] == record.chosen == "large"
+    assert found["fallbacks"] == ["medium", "small"]
+    assert found["messages"] is HELLO
+    assert found["metadata"]["p2l"]["id"] == record.id
+    assert found["metadata"]["p2l"]["policy"] == {"large": 1.0}
+    assert (record.api, record.outcome) == ("route", "decision")
+
+
+def test_other_models_and_other_calls_are_left_alone():
+    for data, call_type in (
+        ({"model": "small", "messages": HELLO}, "acompletion"),
+        ({"model": "auto", "input": "x"}, "aembedding"),
+    ):
+        before = dict(data)
+        assert chosen(data, call_type=call_type) == (before, [])
+
+
+@pytest.mark.parametrize(
+    ("body", "call_type"),
+    [
+        ({"input": [{"type": "message", "role": "user", "content": "Hello"}], "instructions": "Be kind."}, "aresponses"),
+        ({"messages": HELLO, "system": [{"type": "text", "text": "Be kind."}], "max_tokens": 9}, "anthropic_messages"),
+        ({"messages": HELLO, "tools": [{"type": "function", "function": {"name": "f"}}]}, "acompletion"),
+    ],
+)
+def test_requests_of_all_three_apis_are_routed(body, call_type):
+    found, records = chosen({"model": "auto", **body}, call_type=call_type)
+    assert found["model"] == "large"
+    assert len(records) == 1
+
+
+def test_what_a_request_needs_decides_who_may_take_it():
+    image = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]}]
+
+    async def run():
+        config = config_for("http://127.0.0.1:1/v1", {"large": {"accepts": ["text"]}})
+        async with serving(config) as server:
+            choice, data = ModelChoice(server.url), {"model": "auto", "messages": image}
+            await choice.set_model(data, "acompletion")
+            await choice.close()
+            return data["model"]
+
+    assert asyncio.run(run()) == "medium"
+
+
+def test_the_callers_wishes_reach_the_router_and_no_provider():
+    data = {"model": "auto", "messages": HELLO, "p2l": {"budget": 0.0002}, "fallbacks": ["mine"]}
+    data["proxy_server_request"] = {"headers": {"X-P2L-Models": "small,medium", "Authorization": "Bearer sk-1", "X-Other": "1"}}
+    data["litellm_session_id"] = "session 1"
+    found, (record,) = chosen(data)
+    assert "p2l" not in found
+    assert found["fallbacks"] == ["mine"]
+    assert record.budget == 0.0002
+    assert set(record.candidates) == {"small", "medium"}
+    _, (other,) = chosen({"model": "auto", "messages": [*HELLO, *HELLO], "litellm_session_id": "session 1"})
+    assert other.session == record.session
+
+
+@pytest.mark.parametrize(
+    ("own", "model"),
+    [
+        (["auto", "small"], "small"),
+        (["auto", "cheap-*", "small"], "cheap-medium"),
+        (["auto"], "large"),
+        (["all-proxy-models"], "large"),
+        ([], "large"),
+    ],
+)
+def test_a_key_of_litellms_never_gets_a_model_that_it_may_not_use(own, model):
+    found, _ = chosen({"model": "auto", "messages": HELLO}, own, names={"medium": "cheap-medium"})
+    assert found["model"] == model
+    if "small" in own:
+        assert set(found.get("fallbacks", [])) <= {"small", "cheap-medium"}
+
+
+def test_a_key_that_may_use_no_model_of_the_router_is_refused():
+    with pytest.raises(Refusal, match="none of the models that this key may use") as caught:
+        chosen({"model": "auto", "messages": HELLO}, ["auto", "gpt-9"])
+    assert caught.value.status == 400
+    with pytest.raises(Refusal, match="p2l.models"):
+        chosen({"model": "auto", "messages": HELLO, "p2l": {"models": ["large"]}}, ["auto", "small"])
+
+
+def test_what_the_router_refuses_is_the_callers_error():
+    with pytest.raises(Refusal, match="budget") as caught:
+        chosen({"model": "auto", "messages": HELLO, "p2l": {"budget": 1e-12}}, fallback="small")
+    assert caught.value.status == 402
+    with pytest.raises(Refusal, match="messages") as caught:
+        chosen({"model": "auto", "messages": []}, fallback="small")
+    assert caught.value.status == 400
+
+
+@pytest.mark.parametrize("failure", ["closed", "key", "slow", "other"])
+def test_a_router_that_fails_is_said_once_and_the_fallback_takes_over(failure, caplog):
+    settings = {
+        "closed": {"url": "http://127.0.0.1:1"},
+        "key": {"key": "sk-wrong", "serve": {"keys": KEYS}},
+        "slow": {"engine": FixedEngine(seconds=0.5), "timeout": 0.1},
+        "other": {},  # a server of another kind
+    }[failure]
+
+    async def run(engine=None, serve=None, url=None, **more):
+        async with MockProvider(PRICES) as provider, serving(config_for(provider, **(serve or {})), engine) as server:
+            at = provider.url if failure == "other" else url or server.url
+            choice = ModelChoice(at, fallback="small", pause=0.0, **more)
+            found = [{"model": "auto", "messages": HELLO} for _ in range(3)]
+            for data in found:
+                await choice.set_model(data, "acompletion")
+            choice.url, choice.key, choice.timeout = server.url, SECRET, 30.0
+            await choice.close()  # the timeout is the connections'
+            found.append({"model": "auto", "messages": HELLO})
+            await choice.set_model(found[-1], "acompletion")
+            await choice.close()
+            return found
+
+    with caplog.at_level(logging.WARNING, "p2l_engine.litellm"):
+        found = asyncio.run(run(**settings))
+    assert [data["model"] for data in found] == ["small"] * 3 + ["large"]
+    assert ["failed" in message for message in caplog.messages] == [True, False]
+    assert "small" in caplog.messages[0]
+    assert SECRET not in caplog.text
+
+
+def test_a_router_that_failed_is_left_alone_for_a_while():
+    async def run():
+        choice = ModelChoice("http://127.0.0.1:1", fallback="small", pause=0.3)
+        async with MockProvider(PRICES) as provider, serving(config_for(provider)) as server:
+            found = []
+            for wait in (0.0, 0.0, 0.4):
+                await asyncio.sleep(wait)
+                data = {"model": "auto", "messages": HELLO}
+                await choice.set_model(data, "acompletion")
+                found.append(data["model"])
+                choice.url = server.url
+            await choice.close()
+            return found
+
+    assert asyncio.run(run()) == ["small", "small", "large"]
+
+
+def test_without_a_fallback_or_with_one_that_the_key_may_not_use_requests_are_refused():
+    for settings, own in (({}, ()), ({"fallback": "large"}, ["auto", "small"])):
+        with pytest.raises(Refusal, match="not available") as caught:
+            chosen({"model": "auto", "messages": HELLO}, own, url="http://127.0.0.1:1", **settings)
+        assert caught.value.status == 503
+
+
+def test_settings_come_from_the_environment_and_are_checked():
+    environment = {
+        "P2L_URL": "http://p2l:8000/",
+        "P2L_KEY": "k",
+        "P2L_FALLBACK": "small",
+        "P2L_TIMEOUT": "0.5",
+        "P2L_ALIAS": "",
+    }
+    choice = ModelChoice(**plugin.from_environment(environment))
+    assert (choice.url, choice.key, choice.fallback, choice.timeout) == ("http://p2l:8000", "k", "small", 0.5)
+    assert choice.alias == "auto"
+    with pytest.raises(ValueError, match="P2L_TIMEOUT: expected seconds, got 'soon'"):
+        plugin.from_environment({"P2L_TIMEOUT": "soon"})
+    with pytest.raises(ValueError, match="expected the url"):
+        ModelChoice()
+    with pytest.raises(ValueError, match="the alias 'auto' itself"):
+        ModelChoice("http://p2l", fallback="auto")
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        plugin.nothing  # noqa: B018
+
+
+def test_the_file_stands_alone():
+    """It can be copied into an environment without p2l_engine, and loads no litellm before it is asked for a callback."""
+    program = (
+        "import importlib.util, sys; sys.modules['p2l_engine'] = sys.modules['litellm'] = None;"
+        f"spec = importlib.util.spec_from_file_location('p2l_router', {plugin.__file__!r});"
+        "module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module);"
+        "module.ModelChoice('http://127.0.0.1:1')"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+# in process
+
+
+def in_process(router, data, own=(), **settings):
+    choice = ModelChoice(router=router, timeout=30, **settings)
+    asyncio.run(choice.set_model(data, "acompletion", own))
+    return data
+
+
+def test_a_router_in_this_process_decides(router):
+    parts = [{"type": "text", "text": "Hello"}, {"type": "image_url", "image_url": {"url": "x"}}]
+    messages = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": None},
+    ]
+    found = in_process(router, {"model": "auto", "messages": messages})
+    expected = router.route(["Hello\n[image_url]"])
+    assert found["model"] == expected.model
+    assert found["metadata"]["p2l"]["policy"] == expected.policy
+    assert in_process(router, {"model": "auto", "messages": messages[:1]})["model"] == router.route("Be kind.").model
+    for name in router.names:
+        assert in_process(router, {"model": "auto", "messages": messages}, ["auto", name])["model"] == name
+
+
+def test_a_router_in_this_process_keeps_budgets(router):
+    cheapest = min(router.costs)
+    decision = in_process(router, {"model": "auto", "messages": HELLO, "p2l": {"budget": cheapest * 1.5}})["metadata"]["p2l"]
+    assert decision["expected_cost"] <= cheapest * 1.5 * (1 + 1e-9)
+    with pytest.raises(Refusal, match="budget") as caught:
+        in_process(router, {"model": "auto", "messages": HELLO, "p2l": {"budget": cheapest / 2}})
+    assert caught.value.status == 402
+
+
+def test_a_router_in_this_process_that_breaks_falls_back(caplog):
+    async def broken(prompt, budget=None):
+        raise RuntimeError("the engine is gone")
+
+    router = SimpleNamespace(names=("a",), aroute=broken)
+    assert in_process(router, {"model": "auto", "messages": HELLO}, fallback="small")["model"] == "small"
+    assert "RuntimeError: the engine is gone" in caplog.text
+
+
+# a real LiteLLM proxy
+
+
+@pytest.fixture(scope="session")
+def litellm_python():
+    """The Python of an environment with LiteLLM's proxy.
+
+    P2L_LITELLM names the environment's folder; without it, pip makes one, once, in the user's cache. Skips where that cannot
+    be done.
+    """
+    given = os.environ.get("P2L_LITELLM")
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    folder = Path(given) if given else cache / "p2l-engine" / f"litellm-{RELEASE}"
+    python = folder / "bin" / "python"
+    if not (folder / "bin" / "litellm").exists():
+        if given:
+            pytest.skip(f"P2L_LITELLM: {given} has no bin/litellm")
+        make_environment(folder)
+    return python
+
+
+def make_environment(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    commands = (
+        [sys.executable, "-m", "venv", str(folder)],
+        [str(folder / "bin" / "python"), "-m", "pip", "install", "-q", f"litellm[proxy]=={RELEASE}"],
+    )
+    for command in commands:
+        try:
+            ended = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            pytest.skip(f"no environment with LiteLLM could be made: {error}")
+        if ended.returncode:
+            shutil.rmtree(folder, ignore_errors=True)
+            pytest.skip(f"no environment with LiteLLM could be made: {ended.stderr.strip()[-300:]}")
+
+
+class Proxy:
+    """A LiteLLM proxy in a process of its own, before a mock provider. url: without /v1; log: what it printed."""
+
+    def __init__(self, python: Path, folder: Path, provider: str, router: str, **settings: str) -> None:
+        self.python, self.folder, self.settings = python, folder, settings
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        shutil.copy(plugin.__file__, folder / "p2l_router.py")
+        models = [
+            {"model_name": name, "litellm_params": {"model": f"openai/{name}", "api_base": f"{provider}/v1", "api_key": "sk-x"}}
+            for name in PRICES
+        ]
+        own = {"P2L_URL": router, "P2L_KEY": SECRET, "P2L_FALLBACK": "small", **settings}
+        config = {
+            "model_list": [*models, {**models[-1], "model_name": "auto"}],
+            "environment_variables": own,
+            "litellm_settings": {"callbacks": "p2l_router.router", "num_retries": 0},
+            "general_settings": {"master_key": "sk-master"},
+        }
+        (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "log").read_text(encoding="utf-8", errors="replace")
+
+    async def __aenter__(self) -> Proxy:
+        outside = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_TELEMETRY": "False", "NO_PROXY": "127.0.0.1"}
+        command = ["-m", "litellm.proxy.proxy_cli", "--config", "config.yaml", "--port", str(self.port), "--host", "127.0.0.1"]
+        with (self.folder / "log").open("wb") as log:
+            self._process = await asyncio.create_subprocess_exec(
+                str(self.python), *command, cwd=self.folder, stdout=log, stderr=log, env={**os.environ, **outside}
+            )
+        async with aiohttp.ClientSession() as client:
+            while True:
+                assert self._process.returncode is None, self.log
+                try:
+                    async with client.get(f"{self.url}/health/liveliness") as answer:
+                        if answer.status == 200:
+                            return self
+                except aiohttp.ClientError:
+                    await asyncio.sleep(0.2)
+
+    async def __aexit__(self, *_: object) -> None:
+        self._process.terminate()
+        await self._process.wait()
+
+
+@asynccontextmanager
+async def proxied(python, folder, engine=None):
+    """A client of LiteLLM's proxy, the proxy, the router that it asks, and the provider that it sends requests to."""
+    async with (
+        MockProvider(PRICES) as provider,
+        serving(config_for(provider, keys=KEYS), engine) as server,
+        Proxy(python, folder, provider.url, server.url) as proxy,
+        openai.AsyncOpenAI(base_url=f"{proxy.url}/v1", api_key="sk-master", max_retries=0) as client,
+    ):
+        yield client, proxy, server, provider
+
+
+def sent(provider) -> list[str]:
+    """The models of the requests that the provider got."""
+    return [request.body["model"] for request in provider.requests if request.path.endswith(("/completions", "/responses"))]
+
+
+@pytest.mark.slow
+def test_a_litellm_proxy_sends_each_request_where_the_router_says(litellm_python, tmp_path):
+    async def run():
+        async with proxied(litellm_python, tmp_path, FixedEngine(theta=None)) as (client, proxy, server, provider):
+            found, create = [], client.chat.completions.create
+            for i in range(12):
+                messages = [{"role": "user", "content": f"Question {i}?"}]
+                raw = await client.chat.completions.with_raw_response.create(model="auto", messages=messages, stream=i % 2 == 1)
+                if i % 2:
+                    text = "".join([c.choices[0].delta.content or "" async for c in raw.parse() if c.choices])
+                else:
+                    text = raw.parse().choices[0].message.content
+                found.append((raw.headers.get("x-p2l-model"), raw.headers.get("x-p2l-decision"), len(text.split())))
+            await create(model="medium", messages=HELLO)
+            await create(model="auto", messages=HELLO, extra_body={"p2l": {"models": ["small"]}})
+            with pytest.raises(openai.APIStatusError) as caught:
+                await create(model="auto", messages=HELLO, extra_body={"p2l": {"budget": 1e-12}})
+            models = [model.id async for model in client.models.list()]
+            bodies = [request.body for request in provider.requests if isinstance(request.body, dict)]
+            return found, caught.value, models, server.records, sent(provider), bodies, proxy.log
+
+    found, error, models, records, to, bodies, log = asyncio.run(asyncio.wait_for(run(), 120))
+    assert found == [(record.chosen, record.id, 50) for record in records[:12]], log
+    assert to == [record.chosen for record in records[:12]] + ["medium", "small"]
+    assert len(set(to[:12])) > 1
+    assert len(records) == 13  # none for the model that was named, none for the budget that was refused
+    assert error.status_code == 402
+    assert not any({"p2l", "fallbacks"} & set(body) for body in bodies)
+    assert set(models) == {"auto", *PRICES}
+    assert SECRET not in log
+
+
+@pytest.mark.slow
+def test_a_litellm_proxy_falls_back_in_the_routers_order_and_without_the_router(litellm_python, tmp_path):
+    async def run():
+        async with proxied(litellm_python, tmp_path) as (client, proxy, server, provider):
+
+            async def ask():
+                raw = await client.chat.completions.with_raw_response.create(model="auto", messages=HELLO)
+                return raw.headers["x-p2l-model"], sent(provider)[-1]
+
+            found = [await ask()]
+            provider.fail("status", model="large", status=500)
+            found.append(await ask())
+            provider.rules.rules.clear()
+            server.service.gate = Gate([Key(id="other", sha256="0" * 64)])
+            found += [await ask() for _ in range(3)]
+            await client.responses.create(model="auto", input="Hello")
+            return found, provider.requests[-1], proxy.log
+
+    found, last, log = asyncio.run(asyncio.wait_for(run(), 120))
+    assert found == [("large", "large"), ("large", "medium"), *[("small", "small")] * 3], log
+    assert (last.path, last.body["model"]) == ("/v1/responses", "small")
+    assert log.count("the router failed (/v1/route answered 401") == 1
+    assert SECRET not in log
