@@ -401,7 +401,7 @@ def test_a_litellm_proxy_sends_each_request_where_the_router_says(litellm_python
     assert found == [(record.chosen, record.id, 50) for record in records[:12]], log
     assert to == [record.chosen for record in records[:12]] + ["medium", "small"]
     assert len(set(to[:12])) > 1
-    assert len(records) == 13  # none for the model that was named, none for the budget that was refused
+    assert [record.outcome for record in records] == ["decision"] * 13 + ["refused"]  # none for the model that was named
     assert error.status_code == 402
     assert not any({"p2l", "fallbacks"} & set(body) for body in bodies)
     assert set(models) == {"auto", *PRICES}

@@ -15,6 +15,7 @@ from starlette.types import Send
 
 from p2l_engine.errors import PromptError
 from p2l_engine.prompts.parse import user_turns
+from p2l_engine.serve import selector
 from p2l_engine.serve.api import Api
 from p2l_engine.serve.apis import APIS
 from p2l_engine.serve.ask import BadRequest
@@ -145,6 +146,7 @@ def application(server: Server) -> Starlette:
         Route("/healthz", healthz),
         Route("/readyz", readyz(server)),
     ]
+    routes += selector.routes(server)
     if server.service.plan.serve.page:
         routes.append(Route("/", front_page))
     return Starlette(routes=routes, exception_handlers={404: not_found, 405: wrong_method, Exception: failed})

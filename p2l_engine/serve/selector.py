@@ -20,7 +20,7 @@ from p2l_engine.serve.scorer import Overloaded
 from p2l_engine.serve.service import Refused
 
 if TYPE_CHECKING:
-    from p2l_engine.serve.app import Server
+    from p2l_engine.serve.server import Server
 
 # What semantic-router sends as the query: the name of the decision that matched, and the models that it may choose from.
 QUERY = re.compile(r"\ATask: (?P<task>.*)\nAvailable models: (?P<models>[^\n]*)\Z", re.S)
