@@ -26,6 +26,7 @@ from bench import (
     learning_curve,
     real_budgets,
     serving,
+    serving_faults,
     setting,
     solvers,
     spend_limits,
@@ -35,8 +36,9 @@ from bench import (
     traffic,
     training,
 )
-from bench.load import generator, servers
+from bench.load import callers, generator, request, servers
 from bench.mirror_descent import mirror_descent
+from bench.mock_provider import FAULTS, Rule
 from p2l_engine.backbone.families import DecoderConfig
 from p2l_engine.backbone.weights import expected_shapes
 from p2l_engine.prompts.encode import PromptEncoder
@@ -149,8 +151,8 @@ def test_mistakes_are_errors_of_one_line(monkeypatch, capsys, tmp_path):
     "name",
     [
         "batch", "coverage", "demo", "kernels", "latency", "leaderboards", "learning_curve", "published_server", "real_budgets",
-        "screenshots", "seeds", "serve_demo", "serving", "solvers", "spend_limits", "startup", "streams", "throughput",
-        "training",
+        "screenshots", "seeds", "serve_demo", "serving", "serving_faults", "solvers", "spend_limits", "startup", "streams",
+        "throughput", "training",
     ],
 )  # fmt: skip
 def test_every_benchmark_has_help(name, monkeypatch, capsys):
@@ -286,6 +288,48 @@ def test_serving_runs_to_the_end(tmp_path, monkeypatch):
     assert [(row["subject"], row["streamed"]) for row in rows[:2]] == [("direct", "False"), ("p2l-engine", "False")]
     assert all(row["answered"] == row["requests"] == "10" for row in rows if row["subject"] == "p2l-engine")
     assert {row["subject"] for row in rows} == {"direct", "p2l-engine", "published design"}
+
+
+@pytest.mark.slow
+def test_a_server_under_faults(monkeypatch, capsys):
+    monkeypatch.setattr(serving_faults, "WARM", 300)
+    run(monkeypatch, serving_faults, "--requests", 600, "--settle", 0)
+    out = capsys.readouterr().out
+    assert "600 requests: " in out
+    assert "nothing was wrong" in out
+
+
+def test_the_rules_of_a_run_with_faults_meet_the_share_that_is_asked_for():
+    rules = list(serving_faults.rules(0.25))
+    passed = 1.0
+    for rule in rules:
+        assert Rule.read(rule).probability == rule["probability"]
+        passed *= 1 if rule["fault"] == "refuse" else 1 - rule["probability"]
+    weights = [weight for weight, rule in serving_faults.FAULTS if rule["fault"] != "refuse"]
+    assert 1 - passed == pytest.approx(0.25 * sum(weights) / sum(weight for weight, _ in serving_faults.FAULTS))
+    assert {rule["fault"] for _, rule in serving_faults.FAULTS} == {*FAULTS, "refuse"}
+
+
+@pytest.mark.parametrize(
+    ("api", "body", "end"),
+    [
+        ("chat", b'data: {"choices": []}\n\ndata: [DONE]\n\n', "answered"),
+        ("chat", b'data:{"choices": []}\r\n\r\ndata:[DONE]\r\n\r\n', "answered"),
+        ("chat", b'data: {"choices": [{"finish_reason": "stop"}]}\n\n', "answered"),
+        ("chat", b'data: {"choices": [{"finish_reason": null}]}\n\n', "broken"),
+        ("chat", b'data: {"error": {"message": "x"}}\n\n', "cut"),
+        ("chat", b'data: {"choices": [{"fin', "broken"),
+        ("responses", b'event: response.completed\ndata: {"type": "response.completed"}\n\n', "answered"),
+        ("responses", b'event: response.created\ndata: {"type": "response.created"}\n\n', "broken"),
+        ("messages", b'event: message_stop\ndata: {"type": "message_stop"}\n\n', "answered"),
+        ("messages", b'event: error\ndata: {"type": "error", "error": {"message": "x"}}\n\n', "cut"),
+    ],
+)
+def test_how_a_stream_ended(api, body, end):
+    answer = request.Answer(0.0, lambda answer: None, whole=True)
+    answer.came(body)
+    answer.ended(200)
+    assert callers.how_it_ended(answer, api, stream=True).split(":")[0] == end
 
 
 @pytest.mark.slow

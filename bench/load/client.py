@@ -10,8 +10,6 @@ import httptools
 
 from bench.load.request import Answer
 
-DONE = (b"data: [DONE]\n\n", b"\n\n")
-
 
 class Pool:
     """Connections to one server, opened when no other is free. open: all of them."""
@@ -86,12 +84,8 @@ class Connection(asyncio.Protocol):
             self._answer.retry_after = value.decode("latin-1")
 
     def on_body(self, body: bytes) -> None:
-        answer = self._answer
-        assert answer is not None
-        if not answer.first:
-            answer.first = time.perf_counter()
-        answer.last = body
-        answer.size += len(body)
+        if self._answer is not None:
+            self._answer.came(body)
 
     def on_message_complete(self) -> None:
         answer, self._answer = self._answer, None

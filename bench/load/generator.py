@@ -122,7 +122,7 @@ def _timed(job: Job, answers: list[Answer], cpu: float, wall: float) -> Timed:
     good, refused = list[Answer](), list[Answer]()
     for answer in answers:
         status = str(answer.status) if answer.status else answer.error or "no answer in time"
-        if answer.status == 200 and job.stream and ENDS[job.api] not in answer.last:
+        if answer.status == 200 and job.stream and not (answer.parts and ENDS[job.api] in answer.parts[-1]):
             status = "200, cut off"
         statuses[status] += 1
         if status == "200":

@@ -51,13 +51,12 @@ class Process:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.stop()
-        self._output.close()
 
     @property
     def log(self) -> str:
-        """Its standard output and error so far."""
-        self._output.seek(0)
-        return self._output.read().decode("utf-8", "replace")
+        """Its standard output and error so far, after its end too."""
+        file = self._output.fileno()  # whose position is the process's
+        return os.pread(file, os.fstat(file).st_size, 0).decode("utf-8", "replace")
 
     def stop(self) -> None:
         """SIGTERM, and SIGKILL where that does not help."""

@@ -30,16 +30,25 @@ def wire(host: str, api: str, body: dict[str, Any]) -> bytes:
 
 class Answer:
     """Times are those of ``time.perf_counter``. due: when the request should have been sent; first: byte of the body. status: 0
-    where there was none, and ``error`` says why. last: the last piece of the body."""
+    where there was none, and ``error`` says why. parts: the last piece of the body, or the ``whole`` of it."""
 
-    __slots__ = ("_done", "due", "end", "error", "first", "last", "retry_after", "sent", "size", "status")
+    __slots__ = ("_done", "_whole", "due", "end", "error", "first", "parts", "retry_after", "sent", "status")
 
-    def __init__(self, due: float, done: Callable[[Answer], None]) -> None:
-        self.due, self._done = due, done
+    def __init__(self, due: float, done: Callable[[Answer], object], whole: bool = False) -> None:
+        self.due, self._done, self._whole = due, done, whole
         self.sent = self.first = self.end = 0.0
-        self.status = self.size = 0
-        self.error, self.last = "", b""
+        self.status, self.error = 0, ""
+        self.parts = list[bytes]()
         self.retry_after: str | None = None
+
+    def came(self, part: bytes) -> None:
+        """A piece of the body."""
+        if not self.parts:
+            self.first = time.perf_counter()
+        if self._whole or not self.parts:
+            self.parts.append(part)
+        else:
+            self.parts[0] = part
 
     def ended(self, status: int) -> None:
         """The whole answer is there."""

@@ -37,7 +37,11 @@ class Subject:
 
 def prices(models: Sequence[str]) -> dict[str, tuple[float, float, float]]:
     """USD for a million tokens of each model, each a little dearer than the one before."""
-    return {name: (PRICES[0] * (1 + i), PRICES[1] * (1 + i), PRICES[2] * (1 + i)) for i, name in enumerate(models)}
+    usd_in, usd_out, usd_cached = PRICES
+    return {  # rounded: a ledger counts in billionths
+        name: (round(usd_in * times, 3), round(usd_out * times, 3), round(usd_cached * times, 3))
+        for times, name in enumerate(models, 1)
+    }
 
 
 @contextlib.contextmanager
