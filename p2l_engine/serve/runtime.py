@@ -33,7 +33,8 @@ from p2l_engine.serve.scorer import Scorer
 from p2l_engine.serve.server import Server
 from p2l_engine.serve.service import Service, pacer_of
 from p2l_engine.serve.sessions import SessionMemory
-from p2l_engine.serve.settings import Config, ConfigError
+from p2l_engine.serve.settings import Config, ConfigError, Serve
+from p2l_engine.serve.shared_sessions import SharedSessions
 from p2l_engine.serve.tokens import TokenCounter
 from p2l_engine.serve.traces import Traces
 from p2l_engine.serve.upstream import Upstream
@@ -80,7 +81,7 @@ class Runtime:
             TokenCounter(lambda text: len(tokenizer.ids([text])[0])),
             Upstream(),
             Purse(_spend_limit(plan), serve.timeouts.total),
-            SessionMemory(serve.sessions.cache_seconds, serve.sessions.most),
+            _sessions(serve),
             Health(serve.cooldown),
             Gate(serve.keys),
             pacer_of(plan),
@@ -92,6 +93,7 @@ class Runtime:
         assert self.server is not None
         service = self.server.service
         service.upstream.open()
+        service.sessions.open()
         tasks = [asyncio.create_task(self._sweep())]
         if self.file is not None:
             tasks.append(asyncio.create_task(self._watch()))
@@ -105,6 +107,7 @@ class Runtime:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await service.upstream.close()
+            await service.sessions.close()
             await service.purse.drain()
             service.purse.close()
             await asyncio.to_thread(service.scorer.close)
@@ -207,6 +210,13 @@ def _log(plan: Plan) -> DecisionLog | None:
     if serve.store is None:
         return None
     return DecisionLog(serve.store, retention=None if serve.retention_days is None else timedelta(days=serve.retention_days))
+
+
+def _sessions(serve: Serve) -> SessionMemory:
+    seconds, most = serve.sessions.cache_seconds, serve.sessions.most
+    if serve.store is not None and serve.store.startswith("postgresql"):
+        return SharedSessions(serve.store, seconds, most)
+    return SessionMemory(seconds, most)
 
 
 def _spend_limit(plan: Plan) -> SpendLimit | None:

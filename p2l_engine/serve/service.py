@@ -100,6 +100,7 @@ class Service:
     async def decide(self, call: Call) -> Pick:
         """Masks, prices and chooses. Raises Refused."""
         plan = call.plan
+        await self.sessions.find_answer(call.ask.previous)
         self._mask(call)
         if not call.mask.any():
             raise self._nobody(call)

@@ -26,6 +26,12 @@ class SessionMemory:
         self._held: OrderedDict[str, dict[str, Held]] = OrderedDict()
         self._of_answers: OrderedDict[str, str] = OrderedDict()
 
+    def open(self) -> None:
+        """Begins what needs the running loop."""
+
+    async def close(self) -> None:
+        """Ends it."""
+
     def cached(self, session: str, counted: Counted, models: Sequence[str]) -> list[int]:
         """The tokens of this request that each model has in its cache."""
         held = self._held.get(session)
@@ -39,8 +45,13 @@ class SessionMemory:
 
     def remember(self, session: str, model: str, counted: Counted) -> None:
         """The model has read this request."""
-        held = self._held.setdefault(session, {})
-        held[model] = Held(counted.chain, self._clock())
+        self.learn(session, model, Held(counted.chain, self._clock()))
+
+    def learn(self, session: str, model: str, held: Held) -> None:
+        """What a model has read; an older request than the one that is known changes nothing."""
+        models = self._held.setdefault(session, {})
+        if model not in models or models[model].at <= held.at:
+            models[model] = held
         self._held.move_to_end(session)
         while len(self._held) > self.most:
             self._held.popitem(last=False)
@@ -50,6 +61,9 @@ class SessionMemory:
         self._of_answers[answer_id] = deployment
         while len(self._of_answers) > self.most:
             self._of_answers.popitem(last=False)
+
+    async def find_answer(self, answer_id: str | None) -> None:
+        """Looks for an answer where others may have noted it; ``of_answer`` knows it then."""
 
     def of_answer(self, answer_id: str) -> str | None:
         """The deployment that gave an answer; None where it is not known."""
