@@ -53,7 +53,7 @@ class Ended:
     """A request and how it ended.
 
     end: "answered", "cut" (an error within the stream), "error STATUS", "left", "refused" (rubbish that was), "broken: WHY" for
-    what no client could understand, and "closed: WHY after END" for a connection that was not made, or closed without an answer;
+    what no client could understand, and "closed: WHY after END" for a connection not made, or closed without an answer;
     END is that of the caller's request before. seconds: that it took.
     """
 
