@@ -235,9 +235,9 @@ def _its_log(log: str, console: Console) -> list[str]:
 
 def books(store: Path, entries: list[dict[str, Any]]) -> Books:
     """Reads the server's store and compares it with the provider's bill."""
+    from p2l_engine.apis.ask import digest
+    from p2l_engine.decision_log.store import LogStore, Selection
     from p2l_engine.routing import Limit, SpendLimit
-    from p2l_engine.serve.ask import digest
-    from p2l_engine.serve.log_store import LogStore, Selection
 
     found = Books()
     with SpendLimit([Limit(1e6)], str(store), lifetime=None) as limit:

@@ -23,14 +23,14 @@ from hypothesis import strategies as st
 from sqlalchemy import create_engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
+from p2l_engine.decision_log import log as logs
+from p2l_engine.decision_log import store as log_store
+from p2l_engine.decision_log.export import export
+from p2l_engine.decision_log.log import DecisionLog
+from p2l_engine.decision_log.record import Attempt, Record
+from p2l_engine.decision_log.rows import escaped, record_of, row_of, unescaped
+from p2l_engine.decision_log.store import Deleted, LogStore, Selection
 from p2l_engine.feedback.models import feedback_model
-from p2l_engine.serve import log as logs
-from p2l_engine.serve import log_store
-from p2l_engine.serve.log import DecisionLog
-from p2l_engine.serve.log_export import export
-from p2l_engine.serve.log_rows import escaped, record_of, row_of, unescaped
-from p2l_engine.serve.log_store import Deleted, LogStore, Selection
-from p2l_engine.serve.record import Attempt, Record
 from p2l_engine.votes import read
 from tests.support import postgres, tiny
 from tests.support.command import p2l_engine

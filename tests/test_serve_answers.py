@@ -21,10 +21,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.mock_provider import MockProvider
+from p2l_engine.apis.api import Usage
 from p2l_engine.serve import answers as answers_module
 from p2l_engine.serve.answer_stores import OVERHEAD, InFile, InMemory, InRedis
 from p2l_engine.serve.answers import Answers, CachedAnswer, decode, encode, key_of, open_answers
-from p2l_engine.serve.api import Usage
 from p2l_engine.serve.settings import AnswerCache, ConfigError, parse
 from tests.support import redis_server
 from tests.support.serving import APIS, PRICES, FixedEngine, config_for, serving

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.mock_provider import MockProvider
+from p2l_engine.apis.api import Usage
 from p2l_engine.routing import Problem, solve
 from p2l_engine.serve import settings
-from p2l_engine.serve.api import Usage
 from p2l_engine.serve.choice import choose
 from p2l_engine.serve.prices import Prices
 from tests.support.serving import APIS, PRICES, FixedEngine, config_for, serving

@@ -14,8 +14,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from bench.mock_provider import MockProvider
-from p2l_engine.serve.apis import APIS, shaped_like
-from p2l_engine.serve.ask import BadRequest
+from p2l_engine.apis.ask import BadRequest
+from p2l_engine.apis.registry import APIS, shaped_like
 from p2l_engine.serve.options import options_of, session_of
 from tests.support.serving import PRICES, FixedEngine, config_for, serving
 

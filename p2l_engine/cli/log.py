@@ -15,8 +15,8 @@ import typer
 from p2l_engine.cli.terminal import note, out, status
 
 if TYPE_CHECKING:
-    from p2l_engine.serve.log_store import LogStore
-    from p2l_engine.serve.record import Record
+    from p2l_engine.decision_log.record import Record
+    from p2l_engine.decision_log.store import LogStore
 
 Store = Annotated[
     str,
@@ -40,8 +40,8 @@ def export(
     key: Key = None,
 ) -> None:
     """Write the log's decisions, feedback, votes and scores as parquet files."""
-    from p2l_engine.serve.log_export import export as write
-    from p2l_engine.serve.log_store import Selection
+    from p2l_engine.decision_log.export import export as write
+    from p2l_engine.decision_log.store import Selection
 
     which = Selection(_seconds(since, "--since"), _seconds(until, "--until"), key)
     with _opened(store) as log, status("reading the log"):
@@ -61,7 +61,7 @@ def delete(
     ] = None,
 ) -> None:
     """Delete the decisions of a key, or before a time, with their feedback. Asks nothing."""
-    from p2l_engine.serve.log_store import Selection
+    from p2l_engine.decision_log.store import Selection
 
     if key is None and before is None:
         raise typer.BadParameter("expected one of them, or both", param_hint="--key, --before")
@@ -107,7 +107,7 @@ def _opened(store: str) -> Iterator[LogStore]:
     """The log, which must be there. The database's errors are raised as OSError."""
     from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-    from p2l_engine.serve.log_store import LogStore
+    from p2l_engine.decision_log.store import LogStore
 
     try:
         log = LogStore(store, create=False)

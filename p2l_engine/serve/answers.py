@@ -19,9 +19,9 @@ from typing import Any
 import orjson
 from sqlalchemy.exc import SQLAlchemyError
 
+from p2l_engine.apis.api import Usage
+from p2l_engine.apis.ask import digest
 from p2l_engine.serve.answer_stores import AnswerStore, InFile, InMemory, InRedis
-from p2l_engine.serve.api import Usage
-from p2l_engine.serve.ask import digest
 from p2l_engine.serve.call import Call
 from p2l_engine.serve.plan import Plan
 from p2l_engine.serve.settings import AnswerCache, ConfigError

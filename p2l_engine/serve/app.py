@@ -13,14 +13,14 @@ from starlette.applications import Starlette
 from starlette.routing import BaseRoute, Route
 from starlette.types import Send
 
+from p2l_engine.apis.api import Api
+from p2l_engine.apis.ask import BadRequest
+from p2l_engine.apis.registry import APIS
+from p2l_engine.decision_log.record import Record
 from p2l_engine.errors import PromptError
 from p2l_engine.prompts.parse import user_turns
 from p2l_engine.serve import selector
-from p2l_engine.serve.api import Api
-from p2l_engine.serve.apis import APIS
-from p2l_engine.serve.ask import BadRequest
 from p2l_engine.serve.endpoint import Endpoint, answer
-from p2l_engine.serve.record import Record
 from p2l_engine.serve.relay import Relay
 from p2l_engine.serve.replay import Keeper
 from p2l_engine.serve.server import Server

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import orjson
 
+from p2l_engine.decision_log.record import Attempt
 from p2l_engine.serve.call import Call
 from p2l_engine.serve.choice import Pick
 from p2l_engine.serve.health import Deployment
-from p2l_engine.serve.record import Attempt
 from p2l_engine.serve.service import Refused, Service
 from p2l_engine.serve.upstream import Opened, UpstreamFailed, Whole
 

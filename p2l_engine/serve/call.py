@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 
 from p2l_engine import routing
+from p2l_engine.apis.api import Api, Usage
+from p2l_engine.apis.ask import AUTO, Ask
 from p2l_engine.coefficients import Coefficients
+from p2l_engine.decision_log.record import Attempt, Record
 from p2l_engine.errors import InfeasibleBudget
 from p2l_engine.routing import BudgetPacer, Objective
 from p2l_engine.serve import choice
-from p2l_engine.serve.api import Api, Usage
-from p2l_engine.serve.ask import AUTO, Ask
 from p2l_engine.serve.choice import Float64, Mask, Pick
 from p2l_engine.serve.health import Deployment
 from p2l_engine.serve.options import Options
 from p2l_engine.serve.plan import Plan
-from p2l_engine.serve.record import Attempt, Record
 from p2l_engine.serve.settings import Key
 from p2l_engine.serve.tokens import Counted
 

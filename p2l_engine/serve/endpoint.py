@@ -11,9 +11,9 @@ from typing import Any
 import orjson
 from starlette.types import Receive, Scope, Send
 
-from p2l_engine.serve.api import Api
-from p2l_engine.serve.apis import APIS, shaped_like
-from p2l_engine.serve.ask import BadRequest
+from p2l_engine.apis.api import Api
+from p2l_engine.apis.ask import BadRequest
+from p2l_engine.apis.registry import APIS, shaped_like
 from p2l_engine.serve.gate import Unauthorized
 from p2l_engine.serve.relay import respond
 from p2l_engine.serve.scorer import Overloaded

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from p2l_engine.decision_log.record import Record
 from p2l_engine.serve.answers import Answers
-from p2l_engine.serve.record import Record
 from p2l_engine.serve.scorer import Scorer
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)

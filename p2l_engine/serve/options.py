@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from p2l_engine.apis.ask import BadRequest, digest
 from p2l_engine.routing import Objective
-from p2l_engine.serve.ask import BadRequest, digest
 from p2l_engine.serve.settings import Key
 
 FIELDS = ("budget", "models", "session", "objective", "dry_run", "explain")

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from p2l_engine.apis.ask import ApiName
 from p2l_engine.catalog import Catalog, CatalogModel
 from p2l_engine.chooser import Chooser
 from p2l_engine.feedback import FeedbackModel
 from p2l_engine.routing import Objective
 from p2l_engine.serve.health import Deployment
 from p2l_engine.serve.prices import Prices
-from p2l_engine.serve.settings import ApiName, Config, ConfigError, Model, Serve
+from p2l_engine.serve.settings import Config, ConfigError, Model, Serve
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ from fractions import Fraction
 import numpy as np
 import numpy.typing as npt
 
-from p2l_engine.serve.api import Usage
+from p2l_engine.apis.api import Usage
 from p2l_engine.serve.settings import Model
 
 Float64 = npt.NDArray[np.float64]

@@ -12,11 +12,11 @@ from typing import Any
 
 import orjson
 
+from p2l_engine.apis.api import Usage
+from p2l_engine.decision_log.record import Record
 from p2l_engine.serve.answers import CachedAnswer
-from p2l_engine.serve.api import Usage
 from p2l_engine.serve.attempts import Attempts, PassedOn
 from p2l_engine.serve.call import Call
-from p2l_engine.serve.record import Record
 from p2l_engine.serve.replay import Keeper, replayed
 from p2l_engine.serve.scorer import Overloaded
 from p2l_engine.serve.service import Refused, Service

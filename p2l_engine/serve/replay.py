@@ -8,11 +8,11 @@ from dataclasses import replace
 from fractions import Fraction
 from typing import Literal
 
+from p2l_engine.apis.ask import digest
+from p2l_engine.decision_log.record import Record
 from p2l_engine.serve.answers import Answers, CachedAnswer, key_of_call
-from p2l_engine.serve.ask import digest
 from p2l_engine.serve.call import Call
 from p2l_engine.serve.choice import Pick
-from p2l_engine.serve.record import Record
 from p2l_engine.serve.upstream import Opened, Whole
 
 # What a provider keeps between requests, or works at after it has answered: an equal request would get another answer.

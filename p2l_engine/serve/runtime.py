@@ -17,6 +17,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from starlette.applications import Starlette
 
 from p2l_engine.catalog import Catalog
+from p2l_engine.decision_log.log import DecisionLog
+from p2l_engine.decision_log.record import Record
 from p2l_engine.engine.batcher import Batcher
 from p2l_engine.routing import SpendLimit
 from p2l_engine.serve import settings
@@ -25,10 +27,8 @@ from p2l_engine.serve.app import application
 from p2l_engine.serve.expectations import Expectations
 from p2l_engine.serve.gate import Gate
 from p2l_engine.serve.health import Health
-from p2l_engine.serve.log import DecisionLog
 from p2l_engine.serve.plan import Plan, make
 from p2l_engine.serve.purse import Purse
-from p2l_engine.serve.record import Record
 from p2l_engine.serve.scorer import Scorer
 from p2l_engine.serve.server import Server
 from p2l_engine.serve.service import Service, pacer_of

@@ -8,10 +8,10 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 
+from p2l_engine.apis.ask import digest
 from p2l_engine.coefficients import Coefficients
 from p2l_engine.engine.batcher import Batcher
 from p2l_engine.prompts.parse import Turns
-from p2l_engine.serve.ask import digest
 
 FIRST_GUESS = 0.05  # seconds that a prompt takes the engine, before any was computed
 

@@ -13,8 +13,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from p2l_engine.serve.apis import APIS
-from p2l_engine.serve.ask import BadRequest
+from p2l_engine.apis.ask import BadRequest
+from p2l_engine.apis.registry import APIS
 from p2l_engine.serve.gate import Unauthorized
 from p2l_engine.serve.scorer import Overloaded
 from p2l_engine.serve.service import Refused

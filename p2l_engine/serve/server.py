@@ -6,10 +6,10 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from p2l_engine.decision_log.log import DecisionLog
+from p2l_engine.decision_log.record import Record
 from p2l_engine.serve.answers import Answers
-from p2l_engine.serve.log import DecisionLog
 from p2l_engine.serve.metrics import Metrics
-from p2l_engine.serve.record import Record
 from p2l_engine.serve.service import Service
 from p2l_engine.serve.traces import Traces
 

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from sqlalchemy.exc import SQLAlchemyError
 
+from p2l_engine.apis.api import Api
+from p2l_engine.apis.ask import BadRequest
 from p2l_engine.errors import InfeasibleBudget, PromptError, SpendLimitReached
 from p2l_engine.routing import BudgetPacer
-from p2l_engine.serve.api import Api
-from p2l_engine.serve.ask import BadRequest
 from p2l_engine.serve.call import Call
 from p2l_engine.serve.choice import Mask, Pick
 from p2l_engine.serve.expectations import Expectations

@@ -12,11 +12,10 @@ from urllib.parse import urlsplit
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from p2l_engine.apis.ask import ApiName, Capability
 from p2l_engine.routing import Limit, Objective
 from p2l_engine.unique_keys import UniqueKeys
 
-ApiName = Literal["chat", "responses", "messages"]
-Capability = Literal["text", "image", "audio", "tools", "json_schema"]
 Price = Annotated[float, Field(ge=0)]
 Seconds = Annotated[float, Field(gt=0)]
 Tokens = Annotated[int, Field(gt=0)]

@@ -12,11 +12,11 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from p2l_engine import __version__
-from p2l_engine.serve.apis import APIS
+from p2l_engine.apis.registry import APIS
+from p2l_engine.decision_log.record import Record
 from p2l_engine.serve.endpoint import as_json
 from p2l_engine.serve.gate import Unauthorized
 from p2l_engine.serve.page import page
-from p2l_engine.serve.record import Record
 from p2l_engine.serve.server import Server
 from p2l_engine.serve.settings import Key
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from p2l_engine import __version__
-from p2l_engine.serve.record import Record
+from p2l_engine.decision_log.record import Record
 
 ATTRIBUTES = (
     "id", "api", "asked", "chosen", "model", "outcome", "status", "propensity", "win_rate", "expected_cost", "cost",

@@ -14,9 +14,9 @@ from typing import Any, Literal
 import aiohttp
 import orjson
 
-from p2l_engine.serve.api import Api, Stream, Usage, error_text, mapping
-from p2l_engine.serve.ask import Ask
-from p2l_engine.serve.events import EventTooLong, Splitter, data_of
+from p2l_engine.apis.api import Api, Stream, Usage, error_text, mapping
+from p2l_engine.apis.ask import Ask
+from p2l_engine.apis.events import EventTooLong, Splitter, data_of
 from p2l_engine.serve.health import Deployment
 from p2l_engine.serve.settings import Serve
 
@@ -189,7 +189,7 @@ class Upstream:
             **trace,
             **api.headers(secret, dict(given)),
         }
-        body = orjson.dumps(api.outgoing(ask, provider))
+        body = orjson.dumps(api.outgoing(ask, provider.model, provider.stream_usage))
         timeouts = serve.timeouts
         until = min(time.monotonic() + timeouts.first_byte, deadline)
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=timeouts.connect)

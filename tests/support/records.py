@@ -11,8 +11,8 @@ import sys
 import uuid
 from typing import Any
 
-from p2l_engine.serve.log import DecisionLog
-from p2l_engine.serve.record import Attempt, Record
+from p2l_engine.decision_log.log import DecisionLog
+from p2l_engine.decision_log.record import Attempt, Record
 
 START = 1_800_000_000.0
 

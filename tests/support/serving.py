@@ -13,9 +13,9 @@ import uvicorn
 
 from bench.mock_provider import MockProvider
 from p2l_engine.coefficients import Coefficients
+from p2l_engine.decision_log.record import Record
 from p2l_engine.feedback import feedback_model
 from p2l_engine.serve import settings
-from p2l_engine.serve.record import Record
 from p2l_engine.serve.runtime import Runtime
 
 PRICES = {"large": (3.0, 15.0, 0.3), "medium": (0.5, 1.5, 0.05), "small": (0.1, 0.4, 0.1)}

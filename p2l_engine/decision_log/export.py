@@ -12,8 +12,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from p2l_engine.serve.log_store import LogStore, Selection
-from p2l_engine.serve.record import Attempt, Feedback, Preference, Record
+from p2l_engine.decision_log.record import Attempt, Feedback, Preference, Record
+from p2l_engine.decision_log.store import LogStore, Selection
 from p2l_engine.tables.atomic import write_folder
 
 ROWS, CHARACTERS = 10_000, 32 << 20  # of a row group, which ends early where prompts are long

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from p2l_engine.serve.record import Attempt, Feedback, Record, check_id
+from p2l_engine.decision_log.record import Attempt, Feedback, Record, check_id
 
 KEY = 200  # characters of a key's id at most: it is in an index
 LATEST = 2.5e11  # seconds since 1970: the year 9892

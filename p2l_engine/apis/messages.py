@@ -6,10 +6,9 @@ from typing import Any
 
 import orjson
 
-from p2l_engine.serve.api import Usage, count, error_text, mapping
-from p2l_engine.serve.ask import Ask, BadRequest, Contents, count_field, flag_field, list_field, text_field
-from p2l_engine.serve.events import data_of
-from p2l_engine.serve.settings import ApiName, Provider
+from p2l_engine.apis.api import Usage, count, error_text, mapping
+from p2l_engine.apis.ask import ApiName, Ask, BadRequest, Contents, count_field, flag_field, list_field, text_field
+from p2l_engine.apis.events import data_of
 
 VERSION = "2023-06-01"  # of the API, where the client names none
 FORWARDED = ("anthropic-version", "anthropic-beta")
@@ -99,8 +98,8 @@ class Messages:
             reader.images, frozenset(reader.needs), most, reader.session(),
         )  # fmt: skip
 
-    def outgoing(self, ask: Ask, provider: Provider) -> dict[str, Any]:
-        body = {**ask.body, "model": provider.model}
+    def outgoing(self, ask: Ask, model: str, stream_usage: bool) -> dict[str, Any]:
+        body = {**ask.body, "model": model}
         body.pop("p2l", None)
         return body
 

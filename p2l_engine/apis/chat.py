@@ -6,10 +6,9 @@ from typing import Any
 
 import orjson
 
-from p2l_engine.serve.api import Usage, count, error_text, mapping, openai_error
-from p2l_engine.serve.ask import Ask, BadRequest, Contents, count_field, flag_field, list_field, text_field
-from p2l_engine.serve.events import data_of
-from p2l_engine.serve.settings import ApiName, Provider
+from p2l_engine.apis.api import Usage, count, error_text, mapping, openai_error
+from p2l_engine.apis.ask import ApiName, Ask, BadRequest, Contents, count_field, flag_field, list_field, text_field
+from p2l_engine.apis.events import data_of
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
@@ -78,10 +77,10 @@ class Chat:
             count_field(body, "n") or 1,
         )  # fmt: skip
 
-    def outgoing(self, ask: Ask, provider: Provider) -> dict[str, Any]:
-        body = {**ask.body, "model": provider.model}
+    def outgoing(self, ask: Ask, model: str, stream_usage: bool) -> dict[str, Any]:
+        body = {**ask.body, "model": model}
         body.pop("p2l", None)
-        if ask.stream and provider.stream_usage:
+        if ask.stream and stream_usage:
             body["stream_options"] = {**mapping(body.get("stream_options")), "include_usage": True}
         return body
 

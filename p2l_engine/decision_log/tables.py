@@ -1,4 +1,4 @@
-"""The tables of the log and the statements on them. Texts hold no NUL and valid Unicode only: see ``log_rows``."""
+"""The tables of the log and the statements on them. Texts hold no NUL and valid Unicode only: see ``rows``."""
 
 from __future__ import annotations
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from p2l_engine.serve.api import Api
-from p2l_engine.serve.chat import Chat
-from p2l_engine.serve.messages import Messages
-from p2l_engine.serve.responses import Responses
-from p2l_engine.serve.settings import ApiName
+from p2l_engine.apis.api import Api
+from p2l_engine.apis.ask import ApiName
+from p2l_engine.apis.chat import Chat
+from p2l_engine.apis.messages import Messages
+from p2l_engine.apis.responses import Responses
 
 APIS: dict[ApiName, Api] = {api.name: api for api in (Chat(), Responses(), Messages())}
 

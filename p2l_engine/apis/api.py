@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from p2l_engine.serve.ask import Ask
-from p2l_engine.serve.settings import ApiName, Provider
+from p2l_engine.apis.ask import ApiName, Ask
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +44,9 @@ class Api(Protocol):
     def ask(self, body: dict[str, Any]) -> Ask:
         """Reads a request. Raises BadRequest."""
 
-    def outgoing(self, ask: Ask, provider: Provider) -> dict[str, Any]:
-        """The body for a deployment: as it came, except for what the deployment needs."""
+    def outgoing(self, ask: Ask, model: str, stream_usage: bool) -> dict[str, Any]:
+        """The body for a deployment: as it came, except for what the deployment needs. model: its name there; stream_usage:
+        whether it reports usage in streams when asked to."""
 
     def headers(self, key: str | None, given: dict[str, str]) -> dict[str, str]:
         """The headers for a deployment: its key, and those of the client's that the API defines."""

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import MetaData, Select, make_url, select, tuple_
 
-from p2l_engine.serve import log_tables as sql
-from p2l_engine.serve.log_rows import escaped, feedback_of, feedback_row, record_of
-from p2l_engine.serve.record import Feedback, Record
+from p2l_engine.decision_log import tables as sql
+from p2l_engine.decision_log.record import Feedback, Record
+from p2l_engine.decision_log.rows import escaped, feedback_of, feedback_row, record_of
 from p2l_engine.spending.database import Database
 
 PAGE = 200  # decisions that one transaction reads or deletes: others wait for it
@@ -52,7 +52,7 @@ class LogStore:
             self._insert = sql.InsertMissing(connection.dialect)
 
     def add(self, rows: list[dict[str, Any]]) -> None:
-        """Inserts rows of ``log_rows.row_of`` in one transaction, without those whose id is there."""
+        """Inserts rows of ``rows.row_of`` in one transaction, without those whose id is there."""
         with self._database.begin() as connection:
             self._insert(connection, rows)
 

@@ -12,9 +12,9 @@ from typing import Any, Self
 
 from sqlalchemy.exc import OperationalError
 
-from p2l_engine.serve.log_rows import row_of
-from p2l_engine.serve.log_store import PAGE, Deleted, LogStore, Selection
-from p2l_engine.serve.record import Feedback, Preference, Record, check_id
+from p2l_engine.decision_log.record import Feedback, Preference, Record, check_id
+from p2l_engine.decision_log.rows import row_of
+from p2l_engine.decision_log.store import PAGE, Deleted, LogStore, Selection
 
 RECORDS = 10_000  # that wait in memory at most,
 CHARACTERS = 32 << 20  # or this many of prompts

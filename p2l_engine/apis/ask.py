@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from p2l_engine.prompts.parse import Turns
-from p2l_engine.serve.settings import ApiName, Capability
 
 AUTO = "auto"
+ApiName = Literal["chat", "responses", "messages"]
+Capability = Literal["text", "image", "audio", "tools", "json_schema"]
 
 
 class BadRequest(ValueError):

@@ -1,0 +1,1 @@
+"""The log of a server's decisions, and what people said about them."""
