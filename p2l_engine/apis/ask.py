@@ -12,6 +12,16 @@ from p2l_engine.prompts.parse import Turns
 AUTO = "auto"
 ApiName = Literal["chat", "responses", "messages"]
 Capability = Literal["text", "image", "audio", "tools", "json_schema"]
+# How text begins and ends that agents put into their users' messages, and that nobody said: Claude Code, Codex CLI, Cline.
+AGENTS_OWN = (
+    ("<system-reminder>", "</system-reminder>"),
+    ("<local-command-caveat>", "</local-command-caveat>"),
+    ("<local-command-stdout>", "</local-command-stdout>"),
+    ("# AGENTS.md instructions for ", "</INSTRUCTIONS>"),
+    ("<user_instructions>", "</user_instructions>"),
+    ("<environment_context>", "</environment_context>"),
+    ("<environment_details>", "</environment_details>"),
+)
 
 
 class BadRequest(ValueError):
@@ -54,11 +64,20 @@ class Contents:
         self.images = 0
         self.needs: set[Capability] = {"text"}
         self._sources = b""
+        self._opening: list[str] | None = None  # the instructions before the first turn
 
     def message(self, role: str, text: str, extra: bytes = b"") -> None:
         """A message's text for counting; extra: what else it holds, as JSON."""
         self.texts.append(f"{role}\n{text}".encode() + extra + self._sources)
         self._sources = b""
+
+    def turn(self, text: str) -> None:
+        """What a user's message says; where an agent alone speaks, it is no turn."""
+        said = without(text, AGENTS_OWN)
+        if said is text or (said := said.strip()):
+            if self._opening is None:
+                self._opening = list(self.instructions)
+            self.turns.append(said)
 
     def image(self, source: object) -> str:
         """Notes an image of the message that is read; returns what stands for it in the text."""
@@ -72,8 +91,21 @@ class Contents:
         return Turns(self.turns or self.instructions or self.others or [""])
 
     def session(self) -> str:
-        """What stays the same throughout a conversation: instructions, tools and the first turn."""
-        return digest([part.encode() for part in (*self.instructions, "\0", *self.turns[:1])])
+        """What stays the same throughout a conversation: the instructions at its beginning and the first turn."""
+        opening = self.instructions if self._opening is None else self._opening
+        return digest([part.encode() for part in (*opening, "\0", *self.turns[:1])])
+
+
+def without(text: str, marks: Sequence[tuple[str, str]]) -> str:
+    """A text without what stands between these marks; the same object where there is none of it."""
+    for begin, end in marks:
+        kept, at = list[str](), 0
+        while (start := text.find(begin, at)) >= 0 and (stop := text.find(end, start)) >= 0:
+            kept.append(text[at:start])
+            at = stop + len(end)
+        if at:
+            text = "".join([*kept, text[at:]])
+    return text
 
 
 def digest(parts: Sequence[bytes]) -> str:

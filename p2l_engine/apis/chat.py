@@ -125,7 +125,7 @@ def _message(reader: Contents, message: dict[str, Any], where: str) -> None:
         reader.needs.add("tools")
         extra = orjson.dumps([message.get("tool_calls"), message.get("function_call"), message.get("tool_call_id")])
     if role == "user":
-        reader.turns.append(text)
+        reader.turn(text)
     else:
         (reader.instructions if role in ("system", "developer") else reader.others).append(text)
     reader.message(role, text, extra)

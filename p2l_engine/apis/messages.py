@@ -143,7 +143,7 @@ def _message(reader: Contents, message: dict[str, Any], where: str) -> None:
         raise BadRequest(f"{where}.role: expected user or assistant, got {role!r:.40}", f"{where}.role")
     text, extra, said = _content(reader, message.get("content"), f"{where}.content")
     if role == "user" and said:
-        reader.turns.append(text)
+        reader.turn(text)
     elif role != "user":
         (reader.others if role == "assistant" else reader.instructions).append(text)
     reader.message(role, text, extra)

@@ -68,7 +68,7 @@ class Responses:
         previous = None if body.get("previous_response_id") is None else text_field(body, "previous_response_id")
         given = body.get("input")
         if isinstance(given, str):
-            reader.turns.append(given)
+            reader.turn(given)
             reader.message("user", given)
         else:
             for i, item in enumerate(list_field(body, "input", required=True)):
@@ -138,7 +138,7 @@ def _item(reader: Contents, item: dict[str, Any], where: str) -> None:
         raise BadRequest(f"{where}.role: expected system, developer, user or assistant, got {role!r:.40}", f"{where}.role")
     text = _content(reader, item.get("content"), f"{where}.content")
     if role == "user":
-        reader.turns.append(text)
+        reader.turn(text)
     else:
         (reader.others if role == "assistant" else reader.instructions).append(text)
     reader.message(role, text)

@@ -15,8 +15,9 @@ FIELDS = ("budget", "models", "session", "objective", "dry_run", "explain")
 # Where agents and chat interfaces say which conversation a request belongs to.
 SESSION_HEADERS = (
     "x-session-id", "session_id", "x-conversation-id", "conversation_id", "x-openwebui-chat-id", "x-librechat-conversation-id",
-    "x-thread-id", "helicone-session-id", "x-claude-code-session-id",
+    "x-thread-id", "helicone-session-id", "x-claude-code-session-id", "thread-id", "session-id",
 )  # fmt: skip
+SESSION_FIELDS = ("prompt_cache_key", "chat_id", "conversation_id", "session_id")  # the same in bodies
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +76,9 @@ def session_of(options: Options, body: Mapping[str, Any], headers: Mapping[str, 
         metadata = body.get("metadata")
         user = metadata.get("user_id") if isinstance(metadata, dict) else None
         # Claude Code names its session there, other clients the user alone.
-        named = user if isinstance(user, str) and "session" in user else body.get("prompt_cache_key")
-    name = named if isinstance(named, str) else otherwise
+        given = [user] if isinstance(user, str) and "session" in user else [body.get(name) for name in SESSION_FIELDS]
+        named = next((name for name in given if isinstance(name, str) and name), None)
+    name = otherwise if named is None else named
     return digest([(key.id if key else "").encode(), name.encode("utf-8", "replace")])
 
 

@@ -18,12 +18,18 @@ class Held:
     at: float
 
 
+BRANCHES = 8  # of a session at each model: an agent's own conversation and those of its helpers, a chat and its title
+
+
 class SessionMemory:
-    """The last request of each session to each model. seconds: how long providers keep a prefix; most: sessions kept."""
+    """The last requests of each session to each model, one for each branch of the conversation.
+
+    seconds: how long providers keep a prefix. most: sessions kept.
+    """
 
     def __init__(self, seconds: float, most: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.seconds, self.most, self._clock = seconds, most, clock
-        self._held: OrderedDict[str, dict[str, Held]] = OrderedDict()
+        self._held: OrderedDict[str, dict[str, list[Held]]] = OrderedDict()
         self._of_answers: OrderedDict[str, str] = OrderedDict()
 
     def open(self) -> None:
@@ -39,7 +45,7 @@ class SessionMemory:
             return [0] * len(models)
         oldest = self._clock() - self.seconds
         return [
-            _shared(found.chain, counted) if (found := held.get(name)) is not None and found.at >= oldest else 0
+            max((_shared(branch.chain, counted) for branch in held.get(name, ()) if branch.at >= oldest), default=0)
             for name in models
         ]
 
@@ -48,10 +54,12 @@ class SessionMemory:
         self.learn(session, model, Held(counted.chain, self._clock()))
 
     def learn(self, session: str, model: str, held: Held) -> None:
-        """What a model has read; an older request than the one that is known changes nothing."""
+        """What a model has read. It replaces what it continues; a request that a later one continues changes nothing."""
         models = self._held.setdefault(session, {})
-        if model not in models or models[model].at <= held.at:
-            models[model] = held
+        branches = models.get(model, [])
+        if not any(branch.at > held.at and _continues(branch.chain, held.chain) for branch in branches):
+            others = [branch for branch in branches if not _continues(held.chain, branch.chain)]
+            models[model] = sorted([held, *others], key=lambda branch: -branch.at)[:BRANCHES]
         self._held.move_to_end(session)
         while len(self._held) > self.most:
             self._held.popitem(last=False)
@@ -68,6 +76,11 @@ class SessionMemory:
     def of_answer(self, answer_id: str) -> str | None:
         """The deployment that gave an answer; None where it is not known."""
         return self._of_answers.get(answer_id)
+
+
+def _continues(chain: Sequence[bytes], earlier: Sequence[bytes]) -> bool:
+    """Whether a request begins with all messages of an earlier one."""
+    return not earlier or (len(chain) >= len(earlier) and chain[len(earlier) - 1] == earlier[-1])
 
 
 def _shared(chain: Sequence[bytes], counted: Counted) -> int:
