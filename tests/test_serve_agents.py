@@ -5,6 +5,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import re
+import tomllib
+from pathlib import Path
 
 import aiohttp
 import pytest
@@ -192,3 +196,92 @@ def test_the_shapes_are_json():
     for make in agents.SHAPES:
         for body in make().steps:
             assert json.loads(json.dumps(body)) == body
+
+
+# the programs themselves, with the settings of docs/clients.md
+
+
+def block(language, marker):
+    """The page's block that contains the marker."""
+    page = Path(__file__).resolve().parents[1] / "docs" / "clients.md"
+    found = re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S)
+    return next(text for text in found if marker in text)
+
+
+def run_program(variable, home, command, environment, faults=()):
+    """Runs a program that an environment variable names, in a home of its own: what it printed, and the server's records.
+
+    command and environment: functions of the server's address.
+    """
+    program = os.environ.get(variable)
+    if program is None:
+        pytest.skip(f"{variable}: names no program")
+    work = home / "work"
+    work.mkdir()
+
+    async def run():
+        patient = {"connect": 1, "first_byte": 10, "idle": 2, "total": 60}
+        async with (
+            MockProvider(PRICES) as provider,
+            serving(config_for(provider, LARGE, timeouts=patient, log_prompts=True)) as server,
+        ):
+            for fault in faults:
+                provider.fail(**fault)
+            base = {"PATH": os.environ["PATH"], "HOME": str(home), "LANG": "C.UTF-8", "TERM": "xterm"}
+            process = await asyncio.create_subprocess_exec(
+                program, *command, cwd=work, env={**base, **environment(server.url)}, stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+            )  # fmt: skip
+            try:
+                printed, _ = await asyncio.wait_for(process.communicate(), 100)
+            finally:
+                if process.returncode is None:
+                    process.kill()
+            return process.returncode, printed.decode(), server.records
+
+    return asyncio.run(run())
+
+
+BROKEN = [(), ({"fault": "cut_reset", "tokens": 5, "times": 1},), ({"fault": "status", "status": 500, "times": 2},)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("faults", BROKEN, ids=["calm", "cut", "errors"])
+def test_claude_code(tmp_path, faults):
+    """P2L_CLAUDE_CODE is its program, of the npm package @anthropic-ai/claude-code."""
+
+    def environment(url):
+        lines = re.findall(r"^export (\w+)=('.*?'|\S+)", block("sh", "ANTHROPIC_BASE_URL"), re.M)
+        return {name: value.strip("'").replace("http://localhost:8000", url) for name, value in lines}
+
+    command = ["-p", "What is in a.txt?", "--max-turns", "3", "--disallowedTools", "Agent", "Task"]
+    status, printed, records = run_program("P2L_CLAUDE_CODE", tmp_path, command, environment, faults)
+    assert status == 0, printed
+    answered = [record for record in records if record.outcome == "answered"]
+    assert len(answered) >= 2  # the call of a tool, and the answer
+    assert {record.turns for record in records} == {("What is in a.txt?",)}
+    assert len({record.session for record in records}) == len({record.turns_hash for record in records}) == 1
+    assert {record.budget for record in records} == {0.05}
+    assert answered[-1].tokens_cached > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("faults", BROKEN, ids=["calm", "cut", "errors"])
+def test_codex_cli(tmp_path, faults):
+    """P2L_CODEX is its program, of the npm package @openai/codex."""
+
+    def environment(url):
+        (tmp_path / ".codex").mkdir()
+        text = block("toml", "model_provider").replace("http://localhost:8000", url)
+        (tmp_path / ".codex" / "config.toml").write_text(text, encoding="utf-8")
+        return {tomllib.loads(text)["model_providers"]["p2l"]["env_key"]: "sk-p2l"}
+
+    command = ["exec", "--skip-git-repo-check", "-s", "read-only", "What is in a.txt?"]
+    status, printed, records = run_program("P2L_CODEX", tmp_path, command, environment, faults)
+    assert status == 0, printed
+    answered = [record for record in records if record.outcome == "answered"]
+    assert len(answered) >= 2
+    assert {record.turns for record in records} == {("What is in a.txt?",)}
+    assert len({record.session for record in records}) == 1
+    assert {record.budget for record in records} == {0.05}
+    assert answered[-1].tokens_cached > 0

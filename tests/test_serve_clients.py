@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -14,9 +15,11 @@ from typing import Literal
 import anthropic
 import openai
 import pytest
+import yaml
 from pydantic import BaseModel
 
 from bench.mock_provider import MockProvider
+from p2l_engine.serve import settings
 from tests.support.serving import APIS, PRICES, config_for, serving
 
 HELLO = [{"role": "user", "content": "Hello, who are you?"}]
@@ -604,3 +607,56 @@ def test_curl_shows_a_stream_as_it_comes(curl):
     assert data[-1][0] == b"data: [DONE]"
     assert len(data) == 1 + 20 + 1 + 1
     assert not any(ended for _, ended in data[:15])  # the request was still under way
+
+
+# what docs/clients.md shows
+
+
+def blocks(language):
+    page = Path(__file__).resolve().parents[1] / "docs" / "clients.md"
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S)
+
+
+def there(block, server):
+    """A block of the page with this server's address and key."""
+    return block.replace("http://localhost:8000", server.url).replace("sk-p2l", SECRET)
+
+
+def test_the_pages_configuration_is_valid():
+    for block in blocks("yaml"):
+        values = yaml.safe_load(block)
+        if "models" in values:
+            assert [provider.api for provider in settings.parse(values).models["large"].provider] == list(APIS)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_pages_python_runs(number, capsys):
+    async def test(server, provider):
+        code = compile(there(blocks("python")[number], server), "docs/clients.md", "exec")
+        await asyncio.to_thread(exec, code, {})
+        return [record.outcome for record in server.records]
+
+    assert served(test, keys=KEYS) == ["answered"] * (2 - number)
+    assert len(capsys.readouterr().out.split()) >= 50
+
+
+@pytest.mark.slow
+def test_the_pages_curl_runs(curl):
+    async def test(server, provider):
+        return [await output("sh", "-c", there(block, server)) for block in blocks("sh") if block.startswith("curl")]
+
+    whole, stream = served(test, keys=KEYS)
+    assert json.loads(whole)["choices"][0]["finish_reason"] == "stop"
+    assert "x-p2l-decision: dec_" in stream
+    assert "event: message_stop" in stream
+
+
+@pytest.mark.slow
+def test_the_pages_javascript_runs(node):
+    async def test(server, provider):
+        (block,) = blocks("js")
+        (node / "page.mjs").write_text(there(block, server), encoding="utf-8")
+        return await output("node", "page.mjs", cwd=node)
+
+    model, *text = served(test, keys=KEYS).split()
+    assert (model, len(text)) == ("large", 50)

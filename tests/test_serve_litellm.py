@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import logging
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -218,6 +219,24 @@ def test_settings_come_from_the_environment_and_are_checked():
         plugin.nothing  # noqa: B018
 
 
+def test_the_pages_server_decides_without_providers():
+    async def run():
+        choices = []
+        async with serving(yaml.safe_load(blocks()[1])) as server:
+            choice = ModelChoice(server.url)
+            tools = [{"type": "function", "function": {"name": "f"}}]
+            for more in ({}, {"tools": tools}, {"messages": HELLO * 3, "n": 2}):
+                data = {"model": "auto", "messages": HELLO, **more}
+                await choice.set_model(data, "acompletion")
+                choices.append((data["model"], data.get("fallbacks")))
+            await choice.close()
+        return choices
+
+    assert asyncio.run(run()) == [
+        ("large", ["medium", "small"]), ("large", ["medium"]), ("large", ["medium", "small"]),
+    ]  # fmt: skip
+
+
 def test_the_file_stands_alone():
     """It can be copied into an environment without p2l_engine, and loads no litellm before it is asked for a callback."""
     program = (
@@ -310,28 +329,27 @@ def make_environment(folder: Path) -> None:
             pytest.skip(f"no environment with LiteLLM could be made: {ended.stderr.strip()[-300:]}")
 
 
-class Proxy:
-    """A LiteLLM proxy in a process of its own, before a mock provider. url: without /v1; log: what it printed."""
+def blocks():
+    """The configurations that docs/gateways.md shows."""
+    page = Path(__file__).resolve().parents[1] / "docs" / "gateways.md"
+    return re.findall(r"^```yaml\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S)
 
-    def __init__(self, python: Path, folder: Path, provider: str, router: str, **settings: str) -> None:
-        self.python, self.folder, self.settings = python, folder, settings
+
+class Proxy:
+    """A LiteLLM proxy in a process of its own, with the configuration of docs/gateways.md.
+
+    provider, router: addresses, without /v1. url: the proxy's. log: what it printed.
+    """
+
+    def __init__(self, python: Path, folder: Path, provider: str, router: str) -> None:
+        self.python, self.folder = python, folder
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         shutil.copy(plugin.__file__, folder / "p2l_router.py")
-        models = [
-            {"model_name": name, "litellm_params": {"model": f"openai/{name}", "api_base": f"{provider}/v1", "api_key": "sk-x"}}
-            for name in PRICES
-        ]
-        own = {"P2L_URL": router, "P2L_KEY": SECRET, "P2L_FALLBACK": "small", **settings}
-        config = {
-            "model_list": [*models, {**models[-1], "model_name": "auto"}],
-            "environment_variables": own,
-            "litellm_settings": {"callbacks": "p2l_router.router", "num_retries": 0},
-            "general_settings": {"master_key": "sk-master"},
-        }
-        (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+        text = blocks()[0].replace("http://127.0.0.1:9000", provider).replace("http://127.0.0.1:8000", router)
+        (folder / "config.yaml").write_text(text.replace("sk-p2l", SECRET), encoding="utf-8")
 
     @property
     def log(self) -> str:
@@ -366,7 +384,7 @@ async def proxied(python, folder, engine=None):
         MockProvider(PRICES) as provider,
         serving(config_for(provider, keys=KEYS), engine) as server,
         Proxy(python, folder, provider.url, server.url) as proxy,
-        openai.AsyncOpenAI(base_url=f"{proxy.url}/v1", api_key="sk-master", max_retries=0) as client,
+        openai.AsyncOpenAI(base_url=f"{proxy.url}/v1", api_key="sk-litellm", max_retries=0) as client,
     ):
         yield client, proxy, server, provider
 
