@@ -130,6 +130,35 @@ def test_a_helpers_requests_do_not_forget_what_the_agents_own_conversation_has_i
     assert records[3].expected_cost < records[0].expected_cost
 
 
+@pytest.mark.xfail(
+    strict=True, reason="which provider wrote the reasoning of a conversation is not asked when a model is chosen"
+)
+@pytest.mark.parametrize("make", [agents.codex_cli, agents.claude_code])
+def test_encrypted_reasoning_goes_back_to_the_provider_that_wrote_it(make):
+    """No other provider can read it: OpenAI refuses it with 400, and the agent stops."""
+    shape = make()
+    name = "input" if "input" in shape.steps[0] else "messages"
+
+    async def run():
+        async with MockProvider(PRICES) as one, MockProvider(PRICES) as other:
+            config = config_for(one, LARGE)
+            for model in ("medium", "small"):
+                for provider in config["models"][model]["provider"]:
+                    provider["base_url"] = f"{other.url}/v1"
+            async with (
+                serving(config, FixedEngine(theta=None)) as server,
+                aiohttp.ClientSession(headers=shape.headers) as client,
+            ):
+                for i in range(8):  # as many turns as it takes to want another model
+                    body = shape.steps[min(i, 1)]
+                    said = [*body[name], *({"role": "user", "content": f"And {k}?"} for k in range(1, i))]
+                    async with client.post(server.url + shape.path, json={**body, name: said}) as answer:
+                        await answer.read()
+                return [record.model == "large" for record in server.records]
+
+    assert len(set(asyncio.run(run()))) == 1
+
+
 def test_a_session_remembers_the_last_branches():
     counter, memory = TokenCounter(lambda text: 10), SessionMemory(300, 10)
 

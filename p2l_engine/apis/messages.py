@@ -11,6 +11,7 @@ from p2l_engine.apis.ask import ApiName, Ask, BadRequest, Contents, count_field,
 from p2l_engine.apis.events import data_of
 
 VERSION = "2023-06-01"  # of the API, where the client names none
+THREAD_NOT_FOUND = "thread_not_found"  # at which Anthropic's SDKs send the whole conversation again
 FORWARDED = ("anthropic-version", "anthropic-beta")
 KINDS = {
     400: "invalid_request_error", 401: "authentication_error", 402: "billing_error", 403: "permission_error",
@@ -79,6 +80,9 @@ class Messages:
         return self._ask(body, None)
 
     def _ask(self, body: dict[str, Any], most: int | None) -> Ask:
+        if mapping(body.get("thread")).get("type") == "continue":
+            # What is in the thread is not known here: not whose turn it is, nor how much it costs, nor who may read it.
+            raise BadRequest("thread: kept by one provider alone; send the whole conversation", "thread", 404, THREAD_NOT_FOUND)
         reader = Contents()
         if body.get("system") is not None:
             text = _content(reader, body["system"], "system")[0]
@@ -121,7 +125,10 @@ class Messages:
 
     def error(self, status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
         kind = KINDS.get(status) or ("api_error" if status >= 500 else "invalid_request_error")
-        return {"type": "error", "error": {"type": kind, "message": message}}
+        error: dict[str, Any] = {"type": kind, "message": message}
+        if code == THREAD_NOT_FOUND:
+            error["details"] = {"error_code": code}
+        return {"type": "error", "error": error}
 
     def error_event(self, message: str) -> bytes:
         return b"event: error\ndata: " + orjson.dumps(self.error(502, message)) + b"\n\n"
