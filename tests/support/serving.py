@@ -92,18 +92,16 @@ async def serving(config: dict[str, Any], engine: Any = None, **options: Any) ->
     """Starts a server and stops it."""
     records = list[Record]()
     runtime = Runtime(settings.parse(config), engine or FixedEngine(), watch=records.append, **options)
-    web = uvicorn.Server(
-        uvicorn.Config(runtime.application(), port=0, log_level="warning", http="httptools", ws="none", lifespan="on")
-    )
-    web.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
-    task = asyncio.create_task(web._serve())
-    while not web.started:
-        if task.done():
-            task.result()
-            raise RuntimeError("the server did not start; its log says why")
-        await asyncio.sleep(0.005)
+    own = uvicorn.Config(runtime.application(), port=0, log_level="warning", http="httptools", ws="none", lifespan="on")
+    own.load()
+    web = uvicorn.Server(own)
+    web.lifespan = own.lifespan_class(own)
+    await web.startup()
+    if web.should_exit:
+        raise RuntimeError("the server did not start; its log says why")
+    ticks = asyncio.create_task(web.main_loop())  # its end is not waited for, which takes a tenth of a second
     try:
         yield Serving(runtime, web.servers[0].sockets[0].getsockname()[1], records)
     finally:
-        web.should_exit = True
-        await task
+        ticks.cancel()
+        await web.shutdown()
