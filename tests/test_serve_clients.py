@@ -219,6 +219,21 @@ def test_a_response_is_continued_by_the_model_that_gave_it():
     assert served(test) == ("small", "small", True)
 
 
+@pytest.mark.xfail(strict=True, reason="what the provider keeps of a conversation is not part of the worst case")
+def test_the_worst_case_of_a_continued_response_has_the_conversation_before_it(tmp_path):
+    """The provider bills all of it as input again."""
+
+    async def test(server, provider):
+        async with openai_client(server) as client:
+            long = {"model": "large", "input": "word " * 32_000, "max_output_tokens": 10}  # 0.12 of 0.2 USD
+            first = await client.responses.create(**long)
+            with pytest.raises(openai.APIStatusError) as caught:
+                await client.responses.create(model="large", input="And?", previous_response_id=first.id, max_output_tokens=10)
+            return caught.value.status_code
+
+    assert served(test, limits=[{"amount": 0.2}], store=str(tmp_path / "serve.sqlite")) == 402
+
+
 def test_the_callers_wishes_come_in_the_body_or_in_headers():
     async def test(server, provider):
         async with openai_client(server) as client:

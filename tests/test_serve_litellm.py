@@ -138,9 +138,13 @@ def test_what_the_router_refuses_is_the_callers_error():
     with pytest.raises(Refusal, match="budget") as caught:
         chosen({"model": "auto", "messages": HELLO, "p2l": {"budget": 1e-12}}, fallback="small")
     assert caught.value.status == 402
-    with pytest.raises(Refusal, match="messages") as caught:
-        chosen({"model": "auto", "messages": []}, fallback="small")
-    assert caught.value.status == 400
+    for match, body in {
+        "messages": {"messages": []},
+        "previous_response_id": {"input": "x", "previous_response_id": "r"},
+    }.items():
+        with pytest.raises(Refusal, match=match) as caught:
+            chosen({"model": "auto", **body}, fallback="small", call_type="aresponses")
+        assert caught.value.status == 400
 
 
 @pytest.mark.parametrize("failure", ["closed", "key", "slow", "other"])
