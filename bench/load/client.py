@@ -37,6 +37,7 @@ class Pool:
 
     def close(self) -> None:
         """Closes all connections; what is still awaited has failed."""
+        self.free.clear()
         for connection in list(self.open):
             connection.transport.abort()
 
@@ -91,7 +92,7 @@ class Connection(asyncio.Protocol):
         answer, self._answer = self._answer, None
         assert answer is not None
         answer.ended(self._parser.get_status_code())
-        if self._parser.should_keep_alive():
+        if self._parser.should_keep_alive() and not self.transport.is_closing():
             self._pool.free.append(self)
         else:
             self.transport.close()
