@@ -30,11 +30,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from bench import subjects
 from bench.load import servers
-from bench.load.checkpoint import write_tiny
+from bench.load.checkpoint import use
 from bench.load.generator import Job, Timed, run
 from bench.load.process import Process
+from bench.load.prompts import New
 from bench.load.servers import Subject
 from bench.machine import machine
 from bench.setting import positive
@@ -189,11 +189,11 @@ def main() -> None:
     streams = {"no": [False], "yes": [True], "both": [False, True]}[arguments.streams]
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder = Path(name)
-        checkpoint, models = _checkpoint(arguments.checkpoint, folder)
+        checkpoint, models = use(arguments.checkpoint, folder)
         mock = stack.enter_context(servers.provider(folder, models, per_token=arguments.per_token))
         pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(1))
         running = list(_start(arguments, folder, checkpoint, models, mock, stack))
-        bench = Bench(pool, mock, arguments.seconds, arguments.turns, _Prompts())
+        bench = Bench(pool, mock, arguments.seconds, arguments.turns, New())
         for kind in ("cached", "new") if arguments.coefficients == "both" else (arguments.coefficients,):
             rates = arguments.new_rates if kind == "new" and arguments.new_rates else arguments.rates
             for row in bench.rows(running, kind, rates, streams):
@@ -219,16 +219,6 @@ def _rest(subject: Subject, most: float = 30.0) -> None:
         before = now
 
 
-def _checkpoint(given: str | None, folder: Path) -> tuple[str | None, tuple[str, ...]]:
-    """What ``--checkpoint`` of the commands takes, and the models that it ranks."""
-    if given is None:
-        return str(folder / "tiny"), write_tiny(folder / "tiny")
-    from p2l_engine import checkpoint
-
-    path = None if given == "default" else given
-    return path, checkpoint.load(path).models
-
-
 def _start(
     arguments: argparse.Namespace,
     folder: Path,
@@ -249,17 +239,6 @@ def _start(
         yield stack.enter_context(servers.litellm(folder, arguments.litellm, mock.port, models))
     if PEERS[3] in wanted:
         yield stack.enter_context(servers.published(folder, checkpoint, mock.port, models))
-
-
-class _Prompts:
-    """Prompts that differ from all before."""
-
-    def __init__(self) -> None:
-        self._seed = 0
-
-    def __call__(self, count: int) -> tuple[str, ...]:
-        self._seed += 1
-        return tuple(f"{self._seed}.{i} {text}" for i, text in enumerate(subjects.prompts(count, self._seed)))
 
 
 def _line(row: Row) -> str:

@@ -24,6 +24,7 @@ from bench import (
     latency,
     leaderboards,
     learning_curve,
+    overload,
     real_budgets,
     serving,
     serving_faults,
@@ -150,8 +151,9 @@ def test_mistakes_are_errors_of_one_line(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
-        "batch", "coverage", "demo", "kernels", "latency", "leaderboards", "learning_curve", "published_server", "real_budgets",
-        "screenshots", "seeds", "serve_demo", "serving", "serving_faults", "solvers", "spend_limits", "startup", "streams",
+        "batch", "coverage", "demo", "kernels", "latency", "leaderboards", "learning_curve", "overload", "published_server",
+        "real_budgets", "screenshots", "seeds", "serve_demo", "serving", "serving_faults", "solvers", "spend_limits",
+        "startup", "streams",
         "throughput", "training",
     ],
 )  # fmt: skip
@@ -297,6 +299,20 @@ def test_a_server_under_faults(monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "600 requests: " in out
     assert "nothing was wrong" in out
+
+
+@pytest.mark.slow
+def test_overload_runs_to_the_end(tmp_path, monkeypatch, capsys):
+    cpus = os.sched_getaffinity(0)
+    try:
+        run(monkeypatch, overload, "--rated", 20, "--times", 2, "--seconds", 1, "--queue", 1, "--csv", tmp_path / "rows.csv")
+    finally:
+        os.sched_setaffinity(0, cpus)
+    assert "times its value at the rated load" in capsys.readouterr().out
+    rows = list(csv.DictReader((tmp_path / "rows.csv").read_text().splitlines()[1:]))
+    assert [int(row["requests"]) for row in rows] == [20, 40, 20]
+    assert all(int(row["served"]) + int(row["refused"]) == int(row["requests"]) for row in rows)
+    assert {row["without_retry_after"] for row in rows} == {"0"}
 
 
 def test_the_rules_of_a_run_with_faults_meet_the_share_that_is_asked_for():

@@ -29,3 +29,14 @@ def write_tiny(folder: Path, models: int = MODELS) -> tuple[str, ...]:
     training = {"model_type": config.model_type, "head_type": "rk", "loss_type": "grk"}
     (folder / "training_config.json").write_text(json.dumps(training), encoding="utf-8")
     return found.models
+
+
+def use(given: str | None, folder: Path) -> tuple[str | None, tuple[str, ...]]:
+    """What ``--checkpoint`` of the commands takes, and the models that it ranks: a tiny one in ``folder`` where none is given,
+    and the default one for "default"."""
+    if given is None:
+        return str(folder / "tiny"), write_tiny(folder / "tiny")
+    from p2l_engine import checkpoint
+
+    path = None if given == "default" else given
+    return path, checkpoint.load(path).models
