@@ -92,6 +92,7 @@ async def _caller(crowd: Crowd, numbers: Iterator[int], found: list[Ended]) -> N
         done, _ = await asyncio.wait([ended], timeout=crowd.wait if leaves is None else leaves)
         if not done:
             pool.close()
+            pool = Pool(crowd.host, crowd.port)
             end = "broken: no answer in time" if leaves is None else "left"
         else:
             end = how_it_ended(answer, api, stream, rubbish)

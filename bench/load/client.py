@@ -12,12 +12,13 @@ from bench.load.request import Answer
 
 
 class Pool:
-    """Connections to one server, opened when no other is free. open: all of them."""
+    """Connections to one server, opened when no other is free. open: all of them; left: whether they were closed from here."""
 
     def __init__(self, host: str, port: int) -> None:
         self.host, self.port = host, port
         self.free: list[Connection] = []
         self.open: set[Connection] = set()
+        self.left = False
         self._opening: set[asyncio.Future[None]] = set()
 
     def send(self, data: bytes, answer: Answer) -> None:
@@ -36,8 +37,9 @@ class Pool:
             answer.failed(f"connect: {type(error).__name__}")
 
     def close(self) -> None:
-        """Closes all connections; what is still awaited has failed."""
+        """Closes all connections, for good; what is still awaited has failed."""
         self.free.clear()
+        self.left = True
         for connection in list(self.open):
             connection.transport.abort()
 
@@ -68,7 +70,7 @@ class Connection(asyncio.Protocol):
         if self in self._pool.free:
             self._pool.free.remove(self)
         if self._answer is not None:
-            self._answer.failed("closed")
+            self._answer.failed("no answer in time" if self._pool.left else "closed")
             self._answer = None
 
     def data_received(self, data: bytes) -> None:
