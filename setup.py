@@ -50,6 +50,7 @@ serve = [
     "pydantic>=2.11",
 ]
 otel = ["opentelemetry-sdk>=1.30", "opentelemetry-exporter-otlp-proto-http>=1.30"]
+serve_ray = [*serve, *ray, "ray[serve]>=2.55,<2.64"]
 bench = ["cvxpy>=1.6", "scipy>=1.15", "rich>=14", "threadpoolctl>=3.5"]
 # Servers for the tests, of S3's kind and of Google's; moto[server] pulls much more.
 stores = ["moto[s3]>=5.1", "flask>=3", "flask-cors>=5", "gcp-storage-emulator>=2026.7"]
@@ -99,9 +100,10 @@ setup(
         "postgres": postgres,
         "redis": redis,
         "serve": serve,
+        "serve-ray": serve_ray,
         "otel": otel,
         "bench": bench,
-        "test": [*default, *cli, *train, *ray, *postgres, *redis, *serve, *otel, *bench, *test],
+        "test": [*default, *cli, *train, *ray, *postgres, *redis, *serve, *serve_ray, *otel, *bench, *test],
         "lint": lint,
     },
     entry_points={"console_scripts": ["p2l-engine=p2l_engine.cli:main"]},

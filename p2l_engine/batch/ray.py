@@ -71,7 +71,7 @@ class Cluster:
         of_workers = None if device is None else parse_device(device)
         self._owns_connection = not ray.is_initialized()
         if self._owns_connection:
-            _check_address(address)
+            check_address(address)
             ray.init(address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         # Ray Data raises what it logs as an error, and Ray's own log files have everything.
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
@@ -151,8 +151,8 @@ def cpus_per_worker(cpus: Sequence[int], workers: int) -> int:
     return max(n for n in range(1, max(cpus) + 1) if sum(node // n for node in cpus) >= workers)
 
 
-def _check_address(address: str) -> None:
-    """Fails at once where no server answers: Ray itself retries for minutes."""
+def check_address(address: str) -> None:
+    """Fails at once where no server answers: Ray itself retries for minutes. Raises ValueError, ConnectionError."""
     if address in ("local", "auto"):
         return
     host, _, port = address.rpartition(":")

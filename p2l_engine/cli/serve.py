@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from p2l_engine.serve.settings import Config
 
 
+CLUSTER = "Ray"  # the heading in the help
+
+
 def serve(
     config: Annotated[
         Path | None,
@@ -29,6 +32,32 @@ def serve(
         bool, typer.Option("--log-prompts", help="Keep the text of prompts in the log of decisions.")
     ] = False,
     grace: Annotated[int, typer.Option(help="Seconds that running requests get when the server stops.", min=0)] = 30,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            help="Run on a Ray cluster: auto, HOST:PORT, or local to start one on this machine.",
+            show_default=False,
+            rich_help_panel=CLUSTER,
+        ),
+    ] = None,
+    ray_engines: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Replicas of the engine. Default: one for each GPU, or one for each node if there is no GPU.",
+            show_default=False,
+            rich_help_panel=CLUSTER,
+        ),
+    ] = None,
+    ray_fronts: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Replicas of the server in front of them. Default: one for each node.",
+            show_default=False,
+            rich_help_panel=CLUSTER,
+        ),
+    ] = None,
     checkpoint: Checkpoint = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -40,7 +69,10 @@ def serve(
     found = None if config is None else settings.load(config)
     if found is not None and found.checkpoint is not None and checkpoint is not None:
         raise typer.BadParameter(f"{config} names one too; give it in one place", param_hint="--checkpoint")
-    engine = load_engine(checkpoint or (found.checkpoint if found else None), device, dtype, date)
+    if ray is None and (ray_engines or ray_fronts):
+        raise typer.BadParameter("needs --ray", param_hint="--ray-engines" if ray_engines else "--ray-fronts")
+    checkpoint = checkpoint or (found.checkpoint if found else None)
+    engine = load_engine(checkpoint, device if ray is None else "cpu", dtype, date)
     from p2l_engine.serve.runtime import Runtime, decisions_only, run
 
     found = found or decisions_only(engine)
@@ -50,14 +82,28 @@ def serve(
     if check:
         print("\n".join(runtime.plan.lines()))
         return
-    with status("warming up"):
-        engine.warmup()
+    if ray is None:
+        with status("warming up"):
+            engine.warmup()
     logging.basicConfig(level=logging.WARNING, handlers=[LogLines()])
     for line in runtime.plan.notes:
         note(line)
     _say_how_open(found, host)
-    note(f"http://{host}:{port}  (Ctrl-C stops it)")
-    run(runtime, host, port, grace)
+    if ray is None:
+        note(f"http://{host}:{port}  (Ctrl-C stops it)")
+        run(runtime, host, port, grace)
+        return
+    from p2l_engine.serve.cluster import ServeCluster, interrupted_by_sigterm, until_stopped
+
+    cluster = ServeCluster(
+        found, engine, checkpoint, ray, host, port,
+        engines=ray_engines, fronts=ray_fronts, device=device, dtype=dtype, grace=grace,
+    )  # fmt: skip
+    with cluster, interrupted_by_sigterm():
+        with status("starting on the cluster"):
+            cluster.start()
+        note(f"http://{host}:{port}, {cluster.engines} engines, {cluster.fronts} fronts  (Ctrl-C stops it)")
+        until_stopped()
 
 
 def _say_how_open(config: Config, host: str) -> None:

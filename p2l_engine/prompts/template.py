@@ -50,6 +50,10 @@ class ChatTemplate:
             return True
         return False
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: a compiled template cannot be, and is made again."""
+        return {name: value for name, value in self.__dict__.items() if name != "_compiled"}
+
     @cached_property
     def _compiled(self) -> Template:
         return _environment(self.date).from_string(self.source)

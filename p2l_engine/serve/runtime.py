@@ -29,7 +29,7 @@ from p2l_engine.serve.gate import Gate
 from p2l_engine.serve.health import Health
 from p2l_engine.serve.plan import Plan, make
 from p2l_engine.serve.purse import Purse
-from p2l_engine.serve.scorer import Scorer
+from p2l_engine.serve.scorer import Computer, Scorer
 from p2l_engine.serve.server import Server
 from p2l_engine.serve.service import Service, pacer_of
 from p2l_engine.serve.sessions import SessionMemory
@@ -49,13 +49,19 @@ GRACE = 30  # seconds that running requests get when the server stops
 class Runtime:
     """Makes the application for an engine and a configuration. file: where that came from, to be read again when it changes.
 
-    watch: is shown the record of each decision. engine: of the checkpoint that the configuration names.
+    watch: is shown the record of each decision. engine: of the checkpoint that the configuration names. computer: computes
+    coefficients in its place; then it is asked for its models, its feedback model and its tokenizer alone.
     """
 
     def __init__(
-        self, config: Config, engine: Any, file: Path | None = None, watch: Callable[[Record], None] | None = None
+        self,
+        config: Config,
+        engine: Any,
+        file: Path | None = None,
+        watch: Callable[[Record], None] | None = None,
+        computer: Computer | None = None,
     ) -> None:
-        self.file, self.engine, self.watch = file, engine, watch
+        self.file, self.engine, self.watch, self.computer = file, engine, watch, computer
         self.plan = make(config, engine.models, engine.feedback)
         self.server: Server | None = None
         self._reading = asyncio.Lock()
@@ -73,11 +79,10 @@ class Runtime:
 
     def _service(self) -> Service:
         plan, serve = self.plan, self.plan.serve
-        batcher = Batcher(self.engine)
         tokenizer = self.engine.encoder.tokenizer
         return Service(
             plan,
-            Scorer(batcher, serve.queue.most, serve.queue.cached),
+            Scorer(self.computer or Batcher(self.engine), serve.queue.most, serve.queue.cached),
             TokenCounter(lambda text: len(tokenizer.ids([text])[0])),
             Upstream(),
             Purse(_spend_limit(plan), serve.timeouts.total),

@@ -6,12 +6,15 @@ import asyncio
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Protocol, TypeVar
 
 from p2l_engine.apis.ask import digest
 from p2l_engine.coefficients import Coefficients
-from p2l_engine.engine.batcher import Batcher
 from p2l_engine.prompts.parse import Turns
+
+R = TypeVar("R")
 
 FIRST_GUESS = 0.05  # seconds that a prompt takes the engine, before any was computed
 
@@ -24,13 +27,23 @@ class Overloaded(RuntimeError):
         self.retry_after = retry_after
 
 
+class Computer(Protocol):
+    """Computes coefficients outside the event loop: ``engine.batcher.Batcher``, or engines elsewhere."""
+
+    def submit(self, prompt: Turns, finish: Callable[[Coefficients], R], /) -> Future[R]:
+        """``finish`` of a prompt's coefficients; the future raises PromptError."""
+
+    def close(self) -> None:
+        """Finishes what has begun."""
+
+
 class Scorer:
     """most: prompts that may wait for the engine; kept: prompts whose coefficients are remembered."""
 
-    def __init__(self, batcher: Batcher, most: int, kept: int) -> None:
+    def __init__(self, computer: Computer, most: int, kept: int) -> None:
         self.most, self.kept = most, kept
         self.hits = self.misses = 0
-        self._batcher = batcher
+        self._computer = computer
         self._known: OrderedDict[str, Coefficients] = OrderedDict()
         self._waiting: dict[str, asyncio.Future[Coefficients]] = {}
         self._seconds = FIRST_GUESS  # that a prompt takes, as a running mean
@@ -42,7 +55,7 @@ class Scorer:
 
     def close(self) -> None:
         """Finishes what the engine has begun."""
-        self._batcher.close()
+        self._computer.close()
 
     async def coefficients(self, turns: Turns) -> tuple[Coefficients, str]:
         """The coefficients of one prompt, and the hash of its turns. Requests for the same turns share one computation.
@@ -76,7 +89,7 @@ class Scorer:
     async def _compute(self, key: str, turns: Turns) -> Coefficients:
         began, ahead = time.perf_counter(), len(self._waiting) + 1
         try:
-            found = await asyncio.wrap_future(self._batcher.submit(turns, lambda coefficients: coefficients))
+            found = await asyncio.wrap_future(self._computer.submit(turns, lambda coefficients: coefficients))
         finally:
             del self._waiting[key]
         self._seconds += 0.1 * ((time.perf_counter() - began) / ahead - self._seconds)

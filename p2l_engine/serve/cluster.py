@@ -1,0 +1,270 @@
+"""A server on more than one machine: Ray Serve runs replicas of the engine, and of the server in front of them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import ray
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from starlette.applications import Starlette
+
+from p2l_engine.batch.ray import check_address, cpus_per_worker
+from p2l_engine.checkpoint import fingerprint
+from p2l_engine.coefficients import Coefficients
+from p2l_engine.engine import Engine
+from p2l_engine.engine.device import parse_device
+from p2l_engine.errors import PromptError
+from p2l_engine.feedback import FeedbackModel
+from p2l_engine.prompts.parse import Turns
+from p2l_engine.prompts.tokenizer import ChatTokenizer
+from p2l_engine.serve.runtime import Runtime
+from p2l_engine.serve.service import Refused
+from p2l_engine.serve.settings import Config, ConfigError
+
+logger = logging.getLogger(__name__)
+
+R = TypeVar("R")
+# A prompt's theta [M] and eta, or what is wrong with it.
+Row = tuple[npt.NDArray[np.float32], float | None] | str
+
+NAME = "p2l-engine"  # of the application on the cluster
+BATCH = 64  # prompts that a replica computes together
+WAIT = 0.001  # seconds that it waits for others
+UNDER_WAY = 1_000  # requests at a front: most of them wait for a provider
+TRIES = (0.0, 0.2, 1.0)  # seconds before each try where a replica died
+RETRY_AFTER = 5.0  # seconds, where no replica answers
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointFacts:
+    """What a front must know of a checkpoint, without its weights. It stands in for an engine in ``Runtime``."""
+
+    models: tuple[str, ...]
+    feedback: FeedbackModel
+    tokenizer: ChatTokenizer
+
+    @property
+    def encoder(self) -> CheckpointFacts:
+        """Where an engine has its tokenizer."""
+        return self
+
+
+class EngineReplica:
+    """An engine on one GPU or some CPUs of the cluster; calls that come at once are one batch.
+
+    arguments: of ``Engine.from_pretrained``. expected: the fingerprint of the checkpoint, which must be the same on all
+    machines; ValueError where it is not.
+    """
+
+    def __init__(self, arguments: tuple[Any, ...], expected: Mapping[str, Any]) -> None:
+        self.engine = Engine.from_pretrained(*arguments)
+        found = fingerprint.of_checkpoint(self.engine.folder, self.engine.base)
+        if found != expected:
+            different = [name for name in {**found, **expected} if found.get(name) != expected.get(name)]
+            raise ValueError(f"checkpoint: {self.engine.folder} differs from the server's: {', '.join(different)}")
+        self.engine.warmup()
+
+    @serve.batch(max_batch_size=BATCH, batch_wait_timeout_s=WAIT)
+    async def coefficients(self, prompts: list[Turns]) -> list[Row]:
+        """A row for each prompt."""
+        return await asyncio.to_thread(self._rows, prompts)
+
+    def _rows(self, prompts: Sequence[Turns]) -> list[Row]:
+        try:
+            found = self.engine.coefficients(prompts)
+        except PromptError as error:
+            if len(prompts) == 1:
+                return [error.problem]
+            return [row for prompt in prompts for row in self._rows([prompt])]
+        eta = [None] * len(prompts) if found.eta is None else found.eta.tolist()
+        return list(zip(found.theta, eta, strict=True))
+
+
+class RemoteEngines:
+    """The cluster's engines as a front's ``Computer``. handle: of their deployment."""
+
+    def __init__(self, handle: Any, facts: CheckpointFacts) -> None:
+        self._handle, self._facts = handle, facts
+        self._asking: set[asyncio.Task[None]] = set()
+
+    def submit(self, prompt: Turns, finish: Callable[[Coefficients], R], /) -> Future[R]:
+        """See ``scorer.Computer``. Where no replica answers, the future raises Refused."""
+        done: Future[R] = Future()
+        task = asyncio.get_running_loop().create_task(self._ask(prompt, finish, done))
+        self._asking.add(task)
+        task.add_done_callback(self._asking.discard)
+        return done
+
+    def close(self) -> None:
+        """Nothing: replicas end with their deployment."""
+
+    async def _ask(self, prompt: Turns, finish: Callable[[Coefficients], R], done: Future[R]) -> None:
+        try:
+            row = await self._row(prompt)
+            if isinstance(row, str):
+                raise PromptError(0, row)
+            theta, eta = row
+            facts = self._facts
+            found = Coefficients(
+                theta[None], None if eta is None else np.array([eta], np.float32), facts.models, facts.feedback
+            )
+            done.set_result(finish(found))
+        except Exception as error:
+            done.set_exception(error)
+
+    async def _row(self, prompt: Turns) -> Row:
+        for seconds in TRIES:
+            await asyncio.sleep(seconds)
+            try:
+                found: Row = await self._handle.coefficients.remote(prompt)
+                return found
+            except (RayError, RayServeException) as error:
+                logger.warning("a replica of the engine failed (%s)", type(error).__name__)
+        raise Refused(503, "no replica of the engine answers", None, "unavailable", RETRY_AFTER)
+
+
+class ServeCluster:
+    """A server on a Ray cluster, from ``start`` to the end of a ``with``.
+
+    engine: of the checkpoint; it computes nothing here. checkpoint: a folder that exists on every node, or a hub name; None for
+    the built-in default. address: "local" starts a cluster on this machine; otherwise "auto" or HOST:PORT of a cluster of
+    which this machine is a node. host, port: where each node listens. engines: replicas; None for one per GPU or, without GPUs,
+    one per node. fronts: replicas of the server; None for one per node. grace: seconds that requests get at the end.
+    Raises ConfigError where the configuration needs one machine; ValueError; ConnectionError where no cluster answers.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        engine: Engine,
+        checkpoint: str | None,
+        address: str = "local",
+        host: str = "127.0.0.1",
+        port: int = 8000,
+        *,
+        engines: int | None = None,
+        fronts: int | None = None,
+        device: str | None = None,
+        dtype: str | None = None,
+        grace: float = 30.0,
+    ) -> None:
+        _check_shared(config, address)
+        kind = None if device is None else parse_device(device).type
+        self._owns_connection = not ray.is_initialized()
+        if self._owns_connection:
+            check_address(address)
+            ray.init(address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        self._started = False
+        with ExitStack() as undo:
+            undo.callback(self.close)
+            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            gpus, cpus = ([int(node.get(what, 0)) for node in nodes] for what in ("GPU", "CPU"))
+            kind = kind or ("cuda" if sum(gpus) else "cpu")
+            devices = sum(gpus if kind == "cuda" else cpus)
+            self.engines = (sum(gpus) if kind == "cuda" else sum(n > 0 for n in cpus)) if engines is None else engines
+            self.fronts = len(nodes) if fronts is None else fronts
+            if not 1 <= self.engines <= devices:
+                raise ValueError(f"engines: expected 1 to {devices}, the number of {kind} devices, got {self.engines}")
+            if self.fronts < 1:
+                raise ValueError(f"fronts: expected at least 1, got {self.fronts}")
+            if serve.status().proxies:
+                raise ValueError(f"address: the cluster at {address} runs Ray Serve already, whose address and port are fixed")
+            undo.pop_all()
+        if checkpoint is not None and Path(checkpoint).exists():
+            checkpoint = str(Path(checkpoint).resolve())  # replicas run in other working directories
+        arguments = (checkpoint, kind, dtype, engine.tokens_per_batch, engine.date)
+        expected = fingerprint.of_checkpoint(engine.folder, engine.base)
+        resources = {"num_gpus": 1, "num_cpus": 1} if kind == "cuda" else {"num_cpus": _cpus(cpus, self.engines)}
+        of_engines = serve.deployment(num_replicas=self.engines, ray_actor_options=resources, max_ongoing_requests=4 * BATCH)
+        of_fronts = serve.deployment(
+            name="Front",
+            num_replicas=self.fronts,
+            ray_actor_options={"num_cpus": 0},
+            max_ongoing_requests=UNDER_WAY,
+            graceful_shutdown_timeout_s=grace,
+        )
+        facts = CheckpointFacts(engine.models, engine.feedback, engine.encoder.tokenizer)
+        front = of_fronts(serve.ingress(_application(config, facts))())
+        self._application = front.bind(of_engines(EngineReplica).bind(arguments, expected))
+        self._http = {"host": host, "port": port}
+
+    def start(self) -> None:
+        """Returns when all replicas are ready. Raises RuntimeError where they cannot start."""
+        self._started = True
+        quiet = {"log_level": "WARNING"}
+        serve.start(proxy_location="EveryNode", http_options=self._http, logging_config=quiet)
+        serve.run(self._application, name=NAME, logging_config=quiet)
+
+    def close(self) -> None:
+        """Ends the server, and the cluster if this object started it."""
+        if self._started and ray.is_initialized():
+            serve.shutdown()
+        if self._owns_connection:
+            ray.shutdown()
+
+    def __enter__(self) -> ServeCluster:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+@contextmanager
+def interrupted_by_sigterm() -> Iterator[None]:
+    """SIGTERM is as Ctrl-C. Ray sets its own handler when it connects, which ends the process at once."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def until_stopped() -> None:
+    """Waits for SIGTERM or Ctrl-C."""
+    with suppress(KeyboardInterrupt):
+        threading.Event().wait()
+
+
+def _application(config: Config, facts: CheckpointFacts) -> Callable[[], Starlette]:
+    """Makes a front's application, on its machine."""
+
+    def build() -> Starlette:
+        engines = serve.get_deployment_handle(EngineReplica.__name__, app_name=NAME)
+        return Runtime(config, facts, computer=RemoteEngines(engines, facts)).application()
+
+    return build
+
+
+def _check_shared(config: Config, address: str) -> None:
+    """Raises ConfigError for files, which machines do not share."""
+    if address == "local":
+        return
+    store, cache = config.serve.store, config.serve.cache
+    if store is not None and not store.startswith("postgresql"):
+        raise ConfigError(f"serve.store: on a cluster, expected the URL of a PostgreSQL database, got {store!r}")
+    if cache is not None and cache.store != "memory" and "://" not in cache.store:
+        raise ConfigError(f"serve.cache.store: on a cluster, expected memory or redis://HOST:PORT, got {cache.store!r}")
+
+
+def _cpus(cpus: Sequence[int], engines: int) -> int:
+    """Of each engine; one of its CPUs is left to the rest of the server."""
+    return max(1, cpus_per_worker(cpus, engines) - 1)
