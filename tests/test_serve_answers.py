@@ -304,6 +304,43 @@ def test_a_file_keeps_the_newest_and_no_more_bytes_than_it_may(tmp_path):
     asyncio.run(one())
 
 
+def test_processes_may_share_a_file(tmp_path):
+    """Two caches stand for two processes: each has connections of its own."""
+
+    async def one():
+        cache = AnswerCache(store=str(tmp_path / "a.sqlite"), most_mb=0.1)
+        first, second = open_answers(cache), open_answers(cache)
+        for i in range(100):
+            (first, second)[i % 2].put(str(i), replace(ANSWER, body=bytes(2_000)))
+        await asyncio.gather(first.drain(), second.drain())
+        found = [i for i in range(100) if await first.get(str(i)) is not None]
+        assert [i for i in range(100) if await second.get(str(i)) is not None] == found
+        assert 30 <= len(found) <= 48
+        assert (first.failures, second.failures) == (0, 0)
+        await first.close()
+        await second.close()
+
+    asyncio.run(one())
+
+
+@pytest.mark.store
+@pytest.mark.xdist_group("redis")
+def test_redis_may_ask_for_a_password(caplog):
+    async def one(url: str, environment: dict[str, str]) -> tuple[Any, int]:
+        found = open_answers(AnswerCache(store=url, password_env="REDIS_PASSWORD"), environment)
+        found.put("a", ANSWER)
+        await found.drain()
+        answer = await found.get("a")
+        await found.close()
+        return answer, found.failures
+
+    with redis_server.server("--requirepass", "right-one") as locked:
+        assert asyncio.run(one(locked.url, {"REDIS_PASSWORD": "right-one"})) == (ANSWER, 0)
+        assert asyncio.run(one(locked.url, {"REDIS_PASSWORD": "wrong-one"})) == (None, 1)
+    assert "fails (AuthenticationError)" in caplog.text
+    assert "wrong-one" not in caplog.text
+
+
 class Failing:
     """A store that fails, or never answers, while it is told to."""
 
@@ -445,7 +482,7 @@ def test_stores_that_cannot_be_opened_say_why(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize("api", ["chat", *(pytest.param(api, marks=pytest.mark.slow) for api in APIS[1:])])
 @pytest.mark.parametrize("kind", STORES)
 def test_an_equal_request_gets_the_same_bytes_at_no_cost(kind, api, stream, place, tmp_path):
     engine = FixedEngine()
@@ -619,8 +656,14 @@ def test_clients_whose_own_keys_are_passed_on_share_nothing():
 @pytest.mark.parametrize(
     "change",
     [
-        {"models": {"large": {"usd_per_m_in": 4.0}}}, {"models": {"small": None}}, {"objective": "half-ties"}, {"budget": 1.0},
-        {"opponents": {"large": 1.0}}, {"timeouts": {"idle": 9}},
+        {"models": {"large": {"usd_per_m_in": 4.0}}},
+        *(
+            pytest.param(change, marks=pytest.mark.slow)
+            for change in (
+                {"models": {"small": None}}, {"objective": "half-ties"}, {"budget": 1.0}, {"opponents": {"large": 1.0}},
+                {"timeouts": {"idle": 9}},
+            )
+        ),
     ],
     ids=lambda change: next(iter(change)),
 )  # fmt: skip

@@ -14,6 +14,7 @@ from typing import Any
 
 import aiohttp
 import numpy as np
+import psutil
 import pytest
 import yaml
 
@@ -144,6 +145,13 @@ def test_fronts_share_engines_limits_and_sessions(serve_cluster, engine, url):
             refused = await asyncio.gather(*(post("/v1/responses", {**large, "user": str(i)}) for i in range(16)))
             assert {status for status, _, _ in refused} == {200, 402}
             assert float(provider.bill.total) <= 0.05
+
+            # An engine that is killed takes nothing with it.
+            killed = [p for p in psutil.Process().children(recursive=True) if "EngineReplica" in " ".join(p.cmdline())]
+            assert len(killed) == 2
+            killed[0].kill()
+            decided = await asyncio.gather(*(post("/v1/route", {"input": f"new {i}"}) for i in range(20)))
+            assert {status for status, _, _ in decided} == {200}
 
             status, _, data = await post("/v1/responses", {"model": "unknown", "input": "x"})
             assert (status, json.loads(data)["error"]["code"]) == (404, "model_not_found")

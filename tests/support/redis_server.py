@@ -16,8 +16,8 @@ import pytest
 class RedisServer:
     """A server that can be stopped, killed and started again. url: redis://127.0.0.1:PORT/0."""
 
-    def __init__(self, folder: str) -> None:
-        self._folder = folder
+    def __init__(self, folder: str, *options: str) -> None:
+        self._folder, self._options = folder, options
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -26,7 +26,7 @@ class RedisServer:
 
     def start(self) -> None:
         options = ["--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--dir", self._folder]
-        self.process = subprocess.Popen(["redis-server", *options], stdout=subprocess.DEVNULL)
+        self.process = subprocess.Popen(["redis-server", *options, *self._options], stdout=subprocess.DEVNULL)
         for _ in range(1000):
             assert self.process.poll() is None, "redis-server ended at once"
             try:
@@ -43,13 +43,13 @@ class RedisServer:
 
 
 @contextmanager
-def server() -> Iterator[RedisServer]:
-    """Skips where the package is not installed."""
+def server(*options: str) -> Iterator[RedisServer]:
+    """options: of its command line. Skips where the package is not installed."""
     if shutil.which("redis-server") is None:
         pytest.skip("redis is not installed (Debian's package redis-server)")
     pytest.importorskip("redis", reason="the Python package redis is not installed (extra redis)")
     folder = tempfile.mkdtemp(prefix="p2l-redis-")
-    found = RedisServer(folder)
+    found = RedisServer(folder, *options)
     try:
         found.start()
         yield found
