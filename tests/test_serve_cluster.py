@@ -19,6 +19,7 @@ import pytest
 import yaml
 
 from bench.mock_provider import MockProvider
+from p2l_engine import cli
 from p2l_engine.errors import PromptError
 from p2l_engine.serve import settings
 from p2l_engine.serve.service import Refused
@@ -251,6 +252,23 @@ def test_a_prompt_that_is_refused_fails_alone(serve_cluster, engine, monkeypatch
     rows = replica._rows([["one"], ["bad"], ["two"], ["bad"]])
     assert rows[1] == rows[3] == "the template refuses it"
     np.testing.assert_allclose([rows[0][0], rows[2][0]], whole(["one", "two"]).theta, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--ray", "local"], "error: --ray: needs fastapi: pip install 'p2l-engine[serve-ray]'"),
+        (["--ray-fronts", "2"], "needs --ray"),
+    ],
+)
+def test_what_the_command_refuses(options, message, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    for name in [name for name in sys.modules if name.startswith(("ray.serve", "p2l_engine.serve.cluster"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr("sys.argv", ["p2l-engine", "serve", *options])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert (ended.value.code, message in capsys.readouterr().err) == (2, True)
 
 
 def test_a_tokenizer_travels_to_other_machines(engine):

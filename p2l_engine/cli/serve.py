@@ -71,6 +71,11 @@ def serve(
         raise typer.BadParameter(f"{config} names one too; give it in one place", param_hint="--checkpoint")
     if ray is None and (ray_engines or ray_fronts):
         raise typer.BadParameter("needs --ray", param_hint="--ray-engines" if ray_engines else "--ray-fronts")
+    if ray is not None:
+        try:
+            import p2l_engine.serve.cluster  # noqa: F401 (fails before the checkpoint is loaded)
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(f"--ray: needs {error.name}: pip install 'p2l-engine[serve-ray]'") from None
     checkpoint = checkpoint or (found.checkpoint if found else None)
     engine = load_engine(checkpoint, device if ray is None else "cpu", dtype, date)
     from p2l_engine.serve.runtime import Runtime, decisions_only, run

@@ -145,7 +145,7 @@ class InRedis:
             from redis.backoff import NoBackoff
         except ModuleNotFoundError as error:
             remedy = "pip install 'p2l-engine[redis]'"
-            raise ModuleNotFoundError(f"serve.cache.store: {error}: {remedy}", name=error.name) from None
+            raise ModuleNotFoundError(f"serve.cache.store: {error}: {remedy}") from None
         self._lifetime = max(1, int(1000 * seconds))  # milliseconds
         options: dict[str, Any] = {"password": password, "socket_timeout": timeout, "socket_connect_timeout": timeout}
         # Without retries: a request does not wait for a store that is away.
