@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.mock_provider import MockProvider
-from p2l_engine.serve.ask import AGENTS_OWN, Contents, without
+from p2l_engine.apis.ask import AGENTS_OWN, Contents, without
 from p2l_engine.serve.sessions import BRANCHES, SessionMemory
 from p2l_engine.serve.tokens import TokenCounter
 from tests.support import agents
