@@ -262,7 +262,7 @@ def run_program(variable, home, command, environment, faults=()):
                 stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
             )  # fmt: skip
             try:
-                printed, _ = await asyncio.wait_for(process.communicate(), 100)
+                printed, _ = await asyncio.wait_for(process.communicate(), 300)
             finally:
                 if process.returncode is None:
                     process.kill()

@@ -45,7 +45,7 @@ def served(test, models=None, **serve):
 
     async def run():
         async with MockProvider(PRICES) as provider, serving(config_for(provider, models, **serve)) as server:
-            return await asyncio.wait_for(test(server, provider), 60)
+            return await asyncio.wait_for(test(server, provider), 300)
 
     return asyncio.run(run())
 
@@ -596,9 +596,9 @@ def node(tmp_path_factory):
     folder = tmp_path_factory.mktemp("node")
     command = ["npm", "install", "--no-audit", "--no-fund", "--ignore-scripts", NODE_PACKAGE]
     try:
-        ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+        ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
     except subprocess.TimeoutExpired:
-        pytest.skip(f"npm cannot install {NODE_PACKAGE}: no answer in two minutes")
+        pytest.skip(f"npm cannot install {NODE_PACKAGE}: no answer in five minutes")
     if ended.returncode:
         pytest.skip(f"npm cannot install {NODE_PACKAGE}: {ended.stderr.strip()[-200:]}")
     return folder

@@ -399,13 +399,15 @@ def sent(provider) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_litellm_proxy_sends_each_request_where_the_router_says(litellm_python, tmp_path):
+def test_a_litellm_proxy_goes_where_the_router_says_and_on_without_it(litellm_python, tmp_path):
+    """One proxy, since it takes half a minute to start: decisions, wishes, refusals, fallbacks, and a router that fails."""
+
     async def run():
         async with proxied(litellm_python, tmp_path, FixedEngine(theta=None)) as (client, proxy, server, provider):
-            found, create = [], client.chat.completions.create
+            found, create, raw_create = [], client.chat.completions.create, client.chat.completions.with_raw_response.create
             for i in range(12):
                 messages = [{"role": "user", "content": f"Question {i}?"}]
-                raw = await client.chat.completions.with_raw_response.create(model="auto", messages=messages, stream=i % 2 == 1)
+                raw = await raw_create(model="auto", messages=messages, stream=i % 2 == 1)
                 if i % 2:
                     text = "".join([c.choices[0].delta.content or "" async for c in raw.parse() if c.choices])
                 else:
@@ -415,41 +417,39 @@ def test_a_litellm_proxy_sends_each_request_where_the_router_says(litellm_python
             await create(model="auto", messages=HELLO, extra_body={"p2l": {"models": ["small"]}})
             with pytest.raises(openai.APIStatusError) as caught:
                 await create(model="auto", messages=HELLO, extra_body={"p2l": {"budget": 1e-12}})
-            models = [model.id async for model in client.models.list()]
-            bodies = [request.body for request in provider.requests if isinstance(request.body, dict)]
-            return found, caught.value, models, server.records, sent(provider), bodies, proxy.log
+            models = {model.id async for model in client.models.list()}
+            records, to = list(server.records), sent(provider)
 
-    found, error, models, records, to, bodies, log = asyncio.run(asyncio.wait_for(run(), 120))
+            limited = {"models": ["large", "medium"]}
+            await create(model="auto", messages=HELLO, extra_body={"p2l": limited})
+            best = server.records[-1].chosen
+            provider.fail("status", model=best, status=500)
+            raw = await raw_create(model="auto", messages=HELLO, extra_body={"p2l": limited})
+            fallen = raw.headers["x-p2l-model"], sent(provider)[-1], best
+            provider.rules.rules.clear()
+
+            server.service.gate = Gate([Key(id="other", sha256="0" * 64)])
+            without = []
+            for _ in range(3):
+                raw = await raw_create(model="auto", messages=HELLO)
+                without.append((raw.headers["x-p2l-model"], sent(provider)[-1]))
+            await client.responses.create(model="auto", input="Hello")
+            bodies = [request.body for request in provider.requests if isinstance(request.body, dict)]
+            return found, caught.value, models, records, to, fallen, without, provider.requests[-1], bodies, proxy.log
+
+    found, error, models, records, to, fallen, without, last, bodies, log = asyncio.run(run())
     assert found == [(record.chosen, record.id, 50) for record in records[:12]], log
     assert to == [record.chosen for record in records[:12]] + ["medium", "small"]
     assert len(set(to[:12])) > 1
-    assert [record.outcome for record in records] == ["decision"] * 13 + ["refused"]  # none for the model that was named
+    assert len(records) == 14  # none for the model that was named
+    assert records[-1].outcome == "refused"  # the budget
     assert error.status_code == 402
-    assert not any({"p2l", "fallbacks"} & set(body) for body in bodies)
-    assert set(models) == {"auto", *PRICES}
-    assert SECRET not in log
-
-
-@pytest.mark.slow
-def test_a_litellm_proxy_falls_back_in_the_routers_order_and_without_the_router(litellm_python, tmp_path):
-    async def run():
-        async with proxied(litellm_python, tmp_path) as (client, proxy, server, provider):
-
-            async def ask():
-                raw = await client.chat.completions.with_raw_response.create(model="auto", messages=HELLO)
-                return raw.headers["x-p2l-model"], sent(provider)[-1]
-
-            found = [await ask()]
-            provider.fail("status", model="large", status=500)
-            found.append(await ask())
-            provider.rules.rules.clear()
-            server.service.gate = Gate([Key(id="other", sha256="0" * 64)])
-            found += [await ask() for _ in range(3)]
-            await client.responses.create(model="auto", input="Hello")
-            return found, provider.requests[-1], proxy.log
-
-    found, last, log = asyncio.run(asyncio.wait_for(run(), 120))
-    assert found == [("large", "large"), ("large", "medium"), *[("small", "small")] * 3], log
+    assert models == {"auto", *PRICES}
+    chosen_one, answered, best = fallen
+    assert chosen_one == best
+    assert {best, answered} == {"large", "medium"}  # the router's next one
+    assert without == [("small", "small")] * 3
     assert (last.path, last.body["model"]) == ("/v1/responses", "small")
     assert log.count("the router failed (/v1/route answered 401") == 1
+    assert not any({"p2l", "fallbacks"} & set(body) for body in bodies)
     assert SECRET not in log
