@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--rubbish", type=float, default=0.03, help="share of requests that are none")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log", type=Path, help="write the server's log here")
-    parser.add_argument("--settle", type=float, default=45.0, help="seconds that idle connections may stay open; 0: any")
+    parser.add_argument("--settle", type=float, default=70.0, help="seconds that idle connections may stay open; 0: any")
     arguments = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 160)
     with tempfile.TemporaryDirectory() as name:
