@@ -130,9 +130,6 @@ def test_a_helpers_requests_do_not_forget_what_the_agents_own_conversation_has_i
     assert records[3].expected_cost < records[0].expected_cost
 
 
-@pytest.mark.xfail(
-    strict=True, reason="which provider wrote the reasoning of a conversation is not asked when a model is chosen"
-)
 @pytest.mark.parametrize("make", [agents.codex_cli, agents.claude_code])
 def test_encrypted_reasoning_goes_back_to_the_provider_that_wrote_it(make):
     """No other provider can read it: OpenAI refuses it with 400, and the agent stops."""

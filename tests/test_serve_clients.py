@@ -219,7 +219,6 @@ def test_a_response_is_continued_by_the_model_that_gave_it():
     assert served(test) == ("small", "small", True)
 
 
-@pytest.mark.xfail(strict=True, reason="what the provider keeps of a conversation is not part of the worst case")
 def test_the_worst_case_of_a_continued_response_has_the_conversation_before_it(tmp_path):
     """The provider bills all of it as input again."""
 
@@ -261,7 +260,6 @@ def test_both_sdks_list_the_models():
     assert served(test) == (["auto", *PRICES],) * 2
 
 
-@pytest.mark.xfail(strict=True, reason="GET /v1/models/NAME is not there, and the list lacks Anthropic's fields")
 def test_both_sdks_know_each_model():
     async def test(server, provider):
         async with openai_client(server) as client, anthropic_client(server) as other:

@@ -14,6 +14,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from bench.mock_provider import MockProvider
 from p2l_engine.serve import shared_sessions
+from p2l_engine.serve.sessions import KeptAnswer
 from p2l_engine.serve.shared_sessions import SharedSessions
 from p2l_engine.serve.tokens import Counted
 from tests.support import postgres
@@ -89,14 +90,14 @@ def test_sessions_are_kept_as_long_as_providers_keep_a_prefix(url):
 def test_an_answer_of_another_server_is_found(url):
     async def one():
         async with opened(url) as a, opened(url) as b:
-            a.remember_answer("resp_1", "small-responses")
-            assert a.of_answer("resp_1") == "small-responses"
+            a.remember_answer("resp_1", KeptAnswer("small-responses", 7))
+            assert a.of_answer("resp_1") == KeptAnswer("small-responses", 7)
             await b.find_answer("resp_1")
-            assert b.of_answer("resp_1") == "small-responses"
+            assert b.of_answer("resp_1") == KeptAnswer("small-responses", 7)
             for strange in ("unknown", "a\0b", "\ud800", "x" * 1000, None):
                 await b.find_answer(strange)
                 if strange is not None:
-                    a.remember_answer(strange, "x")
+                    a.remember_answer(strange, KeptAnswer("x", 1))
             await until(lambda: not a._answers)
             assert not a._failing
             assert not b._failing

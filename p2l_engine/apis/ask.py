@@ -53,6 +53,7 @@ class Ask:
     session: str
     outputs: int = 1  # how many answers are wanted, each of up to max_tokens
     previous: str | None = None  # the id of the answer that this request continues at its provider
+    sealed: bool = False  # whether it has encrypted reasoning, which only the provider that wrote it can read
 
 
 class Contents:
@@ -63,6 +64,7 @@ class Contents:
         self.texts = list[bytes]()
         self.images = 0
         self.needs: set[Capability] = {"text"}
+        self.sealed = False
         self._sources = b""
         self._opening: list[str] | None = None  # the instructions before the first turn
 

@@ -100,6 +100,7 @@ class Messages:
         return Ask(
             self.name, body, text_field(body, "model"), flag_field(body, "stream"), reader.of_user(), tuple(reader.texts),
             reader.images, frozenset(reader.needs), most, reader.session(),
+            sealed=reader.sealed,
         )  # fmt: skip
 
     def outgoing(self, ask: Ask, model: str, stream_usage: bool) -> dict[str, Any]:
@@ -183,5 +184,6 @@ def _content(reader: Contents, content: object, where: str) -> tuple[str, bytes,
         else:
             if kind == "tool_use":
                 reader.needs.add("tools")
+            reader.sealed |= kind == "redacted_thinking" or (kind == "thinking" and bool(block.get("signature")))
             extra += orjson.dumps(block)
     return "\n".join(parts), extra, said

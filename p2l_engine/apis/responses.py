@@ -80,6 +80,7 @@ class Responses:
         return Ask(
             self.name, body, text_field(body, "model"), flag_field(body, "stream"), reader.of_user(), tuple(reader.texts),
             reader.images, frozenset(reader.needs), count_field(body, "max_output_tokens"), reader.session(), 1, previous,
+            reader.sealed,
         )  # fmt: skip
 
     def outgoing(self, ask: Ask, model: str, stream_usage: bool) -> dict[str, Any]:
@@ -131,6 +132,7 @@ def _item(reader: Contents, item: dict[str, Any], where: str) -> None:
     if kind != "message":
         if "call" in kind:
             reader.needs.add("tools")
+        reader.sealed |= bool(item.get("encrypted_content"))
         reader.message(kind, "", orjson.dumps(item))
         return
     role = item.get("role")

@@ -24,6 +24,7 @@ from p2l_engine.serve.choice import Float64, Mask, Pick
 from p2l_engine.serve.health import Deployment
 from p2l_engine.serve.options import Options
 from p2l_engine.serve.plan import Plan
+from p2l_engine.serve.sessions import KeptAnswer
 from p2l_engine.serve.settings import Key
 from p2l_engine.serve.tokens import Counted
 
@@ -59,7 +60,8 @@ class Call:
     cached: tuple[int, ...] = ()
     tokens_out: Float64 = field(default_factory=lambda: np.zeros(0))
     trace: dict[str, str] = field(default_factory=dict)  # headers under which providers continue a trace
-    keeper: str | None = None  # the deployment that keeps the answer which this request continues
+    kept: KeptAnswer | None = None  # the answer that this request continues
+    homes: frozenset[str] | None = None  # base URLs of the providers that can read its encrypted reasoning; None: all
     pacer: BudgetPacer | None = None
     first: Pick | None = None
     now: Pick | None = None
@@ -73,8 +75,9 @@ class Call:
 
     @property
     def tokens_in(self) -> int:
-        """Its input tokens, images included, by the P2L tokenizer."""
-        return self.counted.total + self.ask.images * self.plan.serve.tokens_per_image
+        """Its input tokens by the P2L tokenizer; images, and the conversation that a provider keeps, included."""
+        kept = 0 if self.kept is None else self.kept.tokens
+        return self.counted.total + self.ask.images * self.plan.serve.tokens_per_image + kept
 
     @property
     def most_tokens_in(self) -> int:
@@ -150,7 +153,9 @@ class Call:
     def deployments(self, k: int) -> list[Deployment]:
         """Where model k takes requests of this API."""
         found = [d for d in self.plan.deployments[k] if d.provider.api == self.ask.api]
-        return found if self.keeper is None else [d for d in found if d.name == self.keeper]
+        if self.kept is not None:
+            found = [d for d in found if d.name == self.kept.deployment]
+        return found if self.homes is None else [d for d in found if d.provider.base_url in self.homes]
 
     def estimated(self, characters: int, reported: Usage | None) -> Usage:
         """Usage where the provider has not reported all: the request's tokens, and one for every three characters written."""

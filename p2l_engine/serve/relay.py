@@ -20,6 +20,7 @@ from p2l_engine.serve.call import Call
 from p2l_engine.serve.replay import Keeper, replayed
 from p2l_engine.serve.scorer import Overloaded
 from p2l_engine.serve.service import Refused, Service
+from p2l_engine.serve.sessions import KeptAnswer
 from p2l_engine.serve.upstream import Opened, StreamCut, Whole
 
 Send = Callable[[dict[str, Any]], Awaitable[None]]
@@ -105,7 +106,7 @@ class Relay:
         self.done = True
         replayed(self.call, stored, self.finished)
         if stored.answer_id is not None and self.call.ask.api == "responses":
-            self.service.sessions.remember_answer(stored.answer_id, stored.deployment)
+            self._remember(stored.answer_id, stored.deployment, stored.usage)
         if stored.streamed:
             await send({"type": "http.response.start", "status": 200, "headers": [*STREAM_HEADERS, *self.headers()]})
             await send({"type": "http.response.body", "body": stored.body, "more_body": False})
@@ -170,13 +171,18 @@ class Relay:
                 if reported and usage is not None:
                     service.expectations.add(now.model, usage.tokens_out, call.ask.outputs)
                 if answer_id is not None and call.ask.api == "responses":
-                    service.sessions.remember_answer(answer_id, attempts.deployment.name)
+                    self._remember(answer_id, attempts.deployment.name, usage)
         else:
             service.purse.settle(attempts.token, Fraction(0))
         attempts.token = None
         if call.pacer is not None and call.paid is not None:
             call.pacer.settle(float(cost) - call.paid)
         self.finished(call.record(status, outcome, name, usage, None if outcome == "decision" else cost, estimated))
+
+    def _remember(self, answer_id: str, deployment: str, usage: Usage | None) -> None:
+        """The deployment keeps this answer, and the conversation before it."""
+        tokens = self.call.most_tokens_in if usage is None else usage.tokens_in + usage.tokens_out
+        self.service.sessions.remember_answer(answer_id, KeptAnswer(deployment, tokens))
 
     def _paid(self, k: int, outcome: str, usage: Usage | None, written: int | None) -> tuple[Usage | None, Fraction, bool]:
         """Usage and cost of the attempt that model k answered, and whether the provider has reported them."""

@@ -162,22 +162,18 @@ class Service:
         own = None if call.key is None or call.key.models is None else frozenset(call.key.models)
         routed = np.zeros(len(plan.names), bool)
         routed[plan.columns] = True
+        self._look_up(call)
         needed, decision_only = call.most_tokens_in + (ask.max_tokens or 1), call.api_name == "route"
-        call.keeper = None if ask.previous is None else self.sessions.of_answer(ask.previous)
-        if ask.previous is not None and call.keeper is None and not call.pinned:
-            raise Refused(
-                400,
-                "previous_response_id: not known to this server; send the whole input, or name the model",
-                "previous_response_id",
-            )
         speaks = plan.speaks(ask.api)
         for k, (name, model) in enumerate(zip(plan.names, plan.models, strict=True)):
             missing = sorted(ask.needs - set(model.accepts))
             group = call.deployments(k)
             if call.pinned and name != ask.model:
                 why = "another model was named"
-            elif call.keeper is not None and not group:
+            elif call.kept is not None and not group:
                 why = "another model keeps the answer that this request continues"
+            elif call.homes is not None and not group:
+                why = "its provider cannot read the reasoning that another one has encrypted"
             elif own is not None and name not in own:
                 why = "not among the models of this key"
             elif call.options.models is not None and name not in call.options.models:
@@ -198,6 +194,19 @@ class Service:
                 continue
             allowed[k], call.reasons[name] = False, why
         call.mask = allowed
+
+    def _look_up(self, call: Call) -> None:
+        """What the session says of a request: who keeps the answer that it continues, who wrote its reasoning."""
+        ask = call.ask
+        if ask.previous is not None:
+            call.kept = self.sessions.of_answer(ask.previous)
+            # A named model may know the answer all the same; but what it costs to read it again is not known.
+            if call.kept is None and not (call.pinned and self.purse.limit is None):
+                message = "previous_response_id: not known to this server; send the whole input"
+                raise Refused(400, message, "previous_response_id")
+        if ask.sealed and not call.pinned and (last := self.sessions.last(call.session)) in call.plan.index:
+            group = call.plan.deployments[call.plan.index[last]]
+            call.homes = frozenset(d.provider.base_url for d in group) or None
 
     def _nobody(self, call: Call) -> Refused:
         """The error where no model may take the request."""

@@ -18,6 +18,14 @@ class Held:
     at: float
 
 
+@dataclass(frozen=True, slots=True)
+class KeptAnswer:
+    """An answer that its deployment keeps, and that a later request may continue. tokens: of the conversation up to it."""
+
+    deployment: str
+    tokens: int
+
+
 BRANCHES = 8  # of a session at each model: an agent's own conversation and those of its helpers, a chat and its title
 
 
@@ -30,7 +38,7 @@ class SessionMemory:
     def __init__(self, seconds: float, most: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.seconds, self.most, self._clock = seconds, most, clock
         self._held: OrderedDict[str, dict[str, list[Held]]] = OrderedDict()
-        self._of_answers: OrderedDict[str, str] = OrderedDict()
+        self._of_answers: OrderedDict[str, KeptAnswer] = OrderedDict()
 
     def open(self) -> None:
         """Begins what needs the running loop."""
@@ -64,17 +72,22 @@ class SessionMemory:
         while len(self._held) > self.most:
             self._held.popitem(last=False)
 
-    def remember_answer(self, answer_id: str, deployment: str) -> None:
-        """The deployment keeps the answer of this id, which a later request may continue."""
-        self._of_answers[answer_id] = deployment
+    def last(self, session: str) -> str | None:
+        """The model that has read this session's latest request; None where it is not known."""
+        held = self._held.get(session, {})
+        return max(held, key=lambda name: held[name][0].at, default=None)
+
+    def remember_answer(self, answer_id: str, kept: KeptAnswer) -> None:
+        """A deployment keeps the answer of this id."""
+        self._of_answers[answer_id] = kept
         while len(self._of_answers) > self.most:
             self._of_answers.popitem(last=False)
 
     async def find_answer(self, answer_id: str | None) -> None:
         """Looks for an answer where others may have noted it; ``of_answer`` knows it then."""
 
-    def of_answer(self, answer_id: str) -> str | None:
-        """The deployment that gave an answer; None where it is not known."""
+    def of_answer(self, answer_id: str) -> KeptAnswer | None:
+        """Where an answer is kept; None where it is not known."""
         return self._of_answers.get(answer_id)
 
 

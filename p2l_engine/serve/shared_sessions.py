@@ -12,10 +12,10 @@ from contextlib import suppress
 from operator import itemgetter
 from typing import Any
 
-from sqlalchemy import Column, Double, Index, LargeBinary, MetaData, Table, Text, bindparam, delete, func, select
+from sqlalchemy import BigInteger, Column, Double, Index, LargeBinary, MetaData, Table, Text, bindparam, delete, func, select
 from sqlalchemy.dialects.postgresql import insert
 
-from p2l_engine.serve.sessions import Held, SessionMemory
+from p2l_engine.serve.sessions import Held, KeptAnswer, SessionMemory
 from p2l_engine.serve.tokens import Counted
 from p2l_engine.spending.database import Database
 
@@ -50,6 +50,7 @@ KEPT = Table(
     TABLES,
     Column("id", Text, primary_key=True),
     Column("deployment", Text, nullable=False),
+    Column("tokens", BigInteger, nullable=False),
     Column("at", Double, nullable=False),
 )
 Index("kept_answer_at", KEPT.c.at)
@@ -64,7 +65,7 @@ PUT_PREFIX = _PREFIXES.on_conflict_do_update(
 )
 _KEPT = insert(KEPT).values(at=CLOCK)
 PUT_KEPT = _KEPT.on_conflict_do_update(
-    index_elements=["id"], set_={name: _KEPT.excluded[name] for name in ("deployment", "at")}
+    index_elements=["id"], set_={name: _KEPT.excluded[name] for name in ("deployment", "tokens", "at")}
 )
 NEWER = (
     select(PREFIX, CLOCK.label("now"))
@@ -74,7 +75,7 @@ NEWER = (
     .order_by(PREFIX.c.at.desc())
     .limit(bindparam("most"))
 )
-KEPT_BY = select(KEPT.c.deployment).where(KEPT.c.id == bindparam("of"))
+KEPT_BY = select(KEPT.c.deployment, KEPT.c.tokens).where(KEPT.c.id == bindparam("of"))
 DELETE_PREFIXES = delete(PREFIX).where(PREFIX.c.at <= CLOCK - bindparam("seconds"))
 DELETE_KEPT = delete(KEPT).where(KEPT.c.at <= CLOCK - bindparam("seconds"))
 
@@ -93,7 +94,7 @@ class SharedSessions(SessionMemory):
         self._threads = ThreadPoolExecutor(2, "p2l-sessions")
         self._own = os.urandom(8).hex()
         self._prefixes: dict[tuple[str, str], Held] = {}  # to be written
-        self._answers: dict[str, str] = {}
+        self._answers: dict[str, KeptAnswer] = {}
         self._changed = asyncio.Event()
         self._since, self._pruned = 0.0, -PRUNE
         self._failing, self._closing = False, False
@@ -116,10 +117,10 @@ class SharedSessions(SessionMemory):
             self._prefixes[session, model] = Held(counted.chain, self._clock())
             self._changed.set()
 
-    def remember_answer(self, answer_id: str, deployment: str) -> None:
-        super().remember_answer(answer_id, deployment)
+    def remember_answer(self, answer_id: str, kept: KeptAnswer) -> None:
+        super().remember_answer(answer_id, kept)
         if len(self._answers) < self.most and _storable(answer_id):
-            self._answers[answer_id] = deployment
+            self._answers[answer_id] = kept
             self._changed.set()
 
     async def find_answer(self, answer_id: str | None) -> None:
@@ -129,9 +130,9 @@ class SharedSessions(SessionMemory):
             async with asyncio.timeout(PATIENCE):
                 for seconds in ASKS:
                     await asyncio.sleep(seconds)
-                    found = await self._in_thread(lambda connection: connection.scalar(KEPT_BY, {"of": answer_id}))
+                    found = await self._in_thread(lambda connection: connection.execute(KEPT_BY, {"of": answer_id}).first())
                     if found is not None:
-                        super().remember_answer(answer_id, found)
+                        super().remember_answer(answer_id, KeptAnswer(*found))
                         return
         except Exception as error:
             self._fails(error)
@@ -177,7 +178,8 @@ class SharedSessions(SessionMemory):
             if rows:
                 connection.execute(PUT_PREFIX, rows)
             if answers:
-                connection.execute(PUT_KEPT, [{"id": of, "deployment": name} for of, name in sorted(answers.items())])
+                found = sorted(answers.items(), key=itemgetter(0))
+                connection.execute(PUT_KEPT, [{"id": of, "deployment": k.deployment, "tokens": k.tokens} for of, k in found])
 
         try:
             await self._in_thread(write)

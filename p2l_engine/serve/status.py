@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,8 @@ def told(server: Server, answer: Callable[[Server, Key | None], Any]) -> Callabl
         found = answer(server, key)
         if asyncio.iscoroutine(found):
             found = await found
+        if found is None:
+            return _error(404, "no such model")
         if isinstance(found, bytes):
             return PlainTextResponse(found, media_type="text/plain; version=0.0.4")
         return Response(as_json(found), media_type=JSON)
@@ -42,12 +45,31 @@ def told(server: Server, answer: Callable[[Server, Key | None], Any]) -> Callabl
 
 
 def models(server: Server, key: Key | None) -> Any:
-    """OpenAI's list of models."""
+    """The list of models, with the fields of OpenAI's and of Anthropic's."""
     own = server.service.plan.names if key is None or key.models is None else key.models
-    entries = [
-        {"id": name, "object": "model", "created": int(server.started), "owned_by": "p2l-engine"} for name in ("auto", *own)
-    ]
-    return {"object": "list", "data": entries}
+    entries = [_model(name, server) for name in ("auto", *own)]
+    pages = {"has_more": False, "first_id": entries[0]["id"], "last_id": entries[-1]["id"]}
+    return {"object": "list", "data": entries, **pages}
+
+
+def model(server: Server) -> Callable[[Request], Awaitable[Response]]:
+    """One model of the list."""
+
+    async def handler(request: Request) -> Response:
+        name = request.path_params["name"]
+
+        def found(server: Server, key: Key | None) -> Any:
+            return next((entry for entry in models(server, key)["data"] if entry["id"] == name), None)
+
+        return await told(server, found)(request)
+
+    return handler
+
+
+def _model(name: str, server: Server) -> dict[str, Any]:
+    made = datetime.fromtimestamp(int(server.started), UTC).isoformat().replace("+00:00", "Z")
+    openai = {"object": "model", "created": int(server.started), "owned_by": "p2l-engine"}
+    return {"id": name, "type": "model", "display_name": name, "created_at": made, **openai}
 
 
 def p2l_models(server: Server, key: Key | None) -> Any:
