@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from bench import (
+    answer_cache,
     batch,
     batch_budgets,
     coverage,
@@ -151,10 +152,9 @@ def test_mistakes_are_errors_of_one_line(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
-        "batch", "coverage", "demo", "kernels", "latency", "leaderboards", "learning_curve", "overload", "published_server",
-        "real_budgets", "screenshots", "seeds", "serve_demo", "serving", "serving_faults", "solvers", "spend_limits",
-        "startup", "streams",
-        "throughput", "training",
+        "answer_cache", "batch", "coverage", "demo", "kernels", "latency", "leaderboards", "learning_curve", "overload",
+        "published_server", "real_budgets", "screenshots", "seeds", "serve_demo", "serving", "serving_faults", "solvers",
+        "spend_limits", "startup", "streams", "throughput", "training",
     ],
 )  # fmt: skip
 def test_every_benchmark_has_help(name, monkeypatch, capsys):
@@ -188,6 +188,16 @@ def test_stages_over_many_prompts_add_up(stage):
     figures = getattr(batch_budgets, stage)(50, 4)
     parts = [seconds for part, seconds in figures.items() if part not in ("end to end", "gap")]
     assert sum(parts) == pytest.approx(figures["end to end"])
+
+
+@pytest.mark.slow
+def test_the_cache_of_answers_runs_to_the_end(monkeypatch, tmp_path):
+    run(monkeypatch, answer_cache, "--requests", 60, "--rate", 60, "--csv", tmp_path / "rows.csv")
+    rows = list(csv.DictReader((tmp_path / "rows.csv").open()))
+    assert [(row["store"], row["stream"]) for row in rows] == [
+        (store, stream) for store in ("none", "memory", "SQLite") for stream in ("False", "True")
+    ]
+    assert [float(row["hits"]) for row in rows[:4]] == [0, 0, 1, 1]
 
 
 def test_streams_run_to_the_end(monkeypatch, capsys, tmp_path):
