@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("--times", type=float, default=10.0, help="the rated load (10)")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each rate; a third of it while the rated load is sought")
     parser.add_argument("--queue", type=positive, help="serve.queue.most; the default without it")
+    parser.add_argument("--words", type=positive, help="of each prompt at most; without it, as long as Chatbot Arena's")
     parser.add_argument("--csv", type=Path, help="also write the rows here")
     arguments = parser.parse_args()
     if hasattr(os, "sched_setaffinity"):
@@ -77,7 +78,7 @@ def main() -> None:
             config["serve"]["queue"] = {"most": arguments.queue}
         server = stack.enter_context(servers.ours("overload", folder, config, checkpoint))
         pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(1))
-        prompts = New()
+        prompts = New(arguments.words)
 
         def measure(what: str, rate: float, seconds: float) -> Row:
             count, before = max(10, round(rate * seconds)), server.cpu()

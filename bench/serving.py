@@ -177,6 +177,7 @@ def main() -> None:
     parser.add_argument("--turns", type=positive, default=2)
     parser.add_argument("--litellm", type=Path, metavar="ENVIRONMENT", help="with LiteLLM's proxy of this virtual environment")
     parser.add_argument("--only", nargs="+", choices=PEERS, help="these servers alone")
+    parser.add_argument("--words", type=positive, help="of each prompt at most; without it, as long as Chatbot Arena's")
     parser.add_argument("--csv", type=Path, help="also write the rows here")
     arguments = parser.parse_args()
     if hasattr(os, "sched_setaffinity"):
@@ -193,7 +194,7 @@ def main() -> None:
         mock = stack.enter_context(servers.provider(folder, models, per_token=arguments.per_token))
         pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(1))
         running = list(_start(arguments, folder, checkpoint, models, mock, stack))
-        bench = Bench(pool, mock, arguments.seconds, arguments.turns, New())
+        bench = Bench(pool, mock, arguments.seconds, arguments.turns, New(arguments.words))
         for kind in ("cached", "new") if arguments.coefficients == "both" else (arguments.coefficients,):
             rates = arguments.new_rates if kind == "new" and arguments.new_rates else arguments.rates
             for row in bench.rows(running, kind, rates, streams):

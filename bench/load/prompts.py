@@ -6,11 +6,12 @@ from bench import subjects
 
 
 class New:
-    """Called with a count, makes so many prompts."""
+    """Called with a count, makes so many prompts. words: of each, at most; None for no limit."""
 
-    def __init__(self) -> None:
-        self._seed = 0
+    def __init__(self, words: int | None = None) -> None:
+        self._words, self._seed = words, 0
 
     def __call__(self, count: int) -> tuple[str, ...]:
         self._seed += 1
-        return tuple(f"{self._seed}.{i} {text}" for i, text in enumerate(subjects.prompts(count, self._seed)))
+        texts = (" ".join(text.split(" ")[: self._words]) for text in subjects.prompts(count, self._seed))
+        return tuple(f"{self._seed}.{i} {text}" for i, text in enumerate(texts))
