@@ -273,3 +273,33 @@ def test_a_trace_goes_through_the_server():
     assert failed.parent.span_id == answered.parent.span_id == request.context.span_id
     assert f"{request.context.trace_id:032x}" == parent.split("-")[1] == sent[0].split("-")[1]
     assert sent[1].split("-")[2] == f"{request.context.span_id:016x}"
+
+
+def test_pages_of_other_origins_may_ask_where_they_are_named():
+    async def one(cors):
+        async with (
+            MockProvider(PRICES) as provider,
+            serving(config_for(provider, cors=cors)) as server,
+            aiohttp.ClientSession() as client,
+        ):
+            url = f"{server.url}/v1/chat/completions"
+            headers = {"origin": "https://chat.example.com", "access-control-request-method": "POST"}
+            async with client.options(url, headers=headers) as response:
+                asked = response.headers.get("access-control-allow-origin")
+            async with client.post(url, json=CHAT, headers=headers) as response:
+                return asked, response.headers.get("access-control-allow-origin"), (await response.json())["model"]
+
+    assert asyncio.run(one(["https://chat.example.com"])) == (*["https://chat.example.com"] * 2, "large")
+    assert asyncio.run(one(["https://other.example.com"]))[:2] == (None, None)
+    assert asyncio.run(one([])) == (None, None, "large")
+
+
+def test_a_look_at_a_decision_is_not_logged():
+    async def one():
+        async with MockProvider(PRICES) as provider, serving(config_for(provider)) as server, aiohttp.ClientSession() as client:
+            for options in ({"explain": True}, {}):
+                async with client.post(f"{server.url}/v1/route", json={**CHAT, "p2l": options}) as response:
+                    assert ("frontier" in await response.json()) == bool(options)
+            return server.records
+
+    assert [record.outcome for record in asyncio.run(one())] == ["decision"]

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import BaseRoute, Route
 from starlette.types import Send
 
@@ -151,7 +153,14 @@ def application(server: Server) -> Starlette:
     routes += selector.routes(server)
     if server.service.plan.serve.page:
         routes.append(Route("/", front_page))
-    return Starlette(routes=routes, exception_handlers={404: not_found, 405: wrong_method, Exception: failed})
+    cors = server.service.plan.serve.cors
+    shown = ["x-p2l-decision", "x-p2l-model", "x-p2l-expected-cost", "x-p2l-win-rate", "x-p2l-attempts", "x-p2l-cache"]
+    allowing = Middleware(CORSMiddleware, allow_origins=cors, allow_methods=["*"], allow_headers=["*"], expose_headers=shown)
+    return Starlette(
+        routes=routes,
+        middleware=[allowing] if cors else [],
+        exception_handlers={404: not_found, 405: wrong_method, Exception: failed},
+    )
 
 
 def _turns(prompt: object, index: int) -> Any:

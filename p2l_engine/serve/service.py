@@ -204,7 +204,8 @@ class Service:
             if call.kept is None and not (call.pinned and self.purse.limit is None):
                 message = "previous_response_id: not known to this server; send the whole input"
                 raise Refused(400, message, "previous_response_id")
-        if ask.sealed and not call.pinned and (last := self.sessions.last(call.session)) in call.plan.index:
+        last = self.sessions.last(call.session) if ask.sealed and not call.pinned else None
+        if last is not None and last in call.plan.index:
             group = call.plan.deployments[call.plan.index[last]]
             call.homes = frozenset(d.provider.base_url for d in group) or None
 

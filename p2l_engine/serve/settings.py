@@ -226,6 +226,7 @@ class Serve(Section):
     body_mb: Annotated[float, Field(gt=0)] = 20.0
     answer_mb: Annotated[float, Field(gt=0)] = 64.0
     page: bool = True
+    cors: tuple[str, ...] = ()  # origins of other web pages that may ask, such as https://chat.example.com
     traces: bool = False  # spans for OpenTelemetry, exported as the environment variables OTEL_... say
 
 
