@@ -367,7 +367,7 @@ def test_requests_are_timed_from_when_they_are_due(tmp_path, stream):
         missing = generator.run(generator.Job("127.0.0.1", mock.port, "other", ("a",), 200.0, 3, stream))
     assert timed.statuses == {"200": 40}
     assert len(timed.first) == len(timed.end) == timed.sent == 40
-    assert (timed.first >= 0.05).all()  # never less, however busy the machine is
+    assert (timed.first >= 0.048).all()  # however busy the machine is; the provider's timers count milliseconds
     assert (timed.end >= timed.first).all()
     assert (timed.late >= 0).all()
     assert missing.statuses == {"404": 3}
