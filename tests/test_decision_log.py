@@ -37,6 +37,8 @@ from tests.support.command import p2l_engine
 from tests.support.records import START, new_id, record
 from tests.support.training import largest_file, settings, weights
 
+pytestmark = pytest.mark.slow  # many cases: all together take longer than the fast tests may
+
 ALL = Selection()
 
 texts = st.text(st.characters(exclude_categories=()), max_size=12)  # NUL and halves of surrogate pairs too

@@ -20,6 +20,8 @@ import uvloop
 from bench.mock_provider import FAULTS, Rule, Rules
 from tests.support.mock_provider import APIS, TOOL, body, official, parsed, post, same, served, text, usual, wire
 
+pytestmark = pytest.mark.slow  # many cases: all together take longer than the fast tests may
+
 LOOPS = [asyncio.new_event_loop, uvloop.new_event_loop]
 
 

@@ -29,6 +29,8 @@ from p2l_engine.serve.settings import AnswerCache, ConfigError, parse
 from tests.support import redis_server
 from tests.support.serving import APIS, PRICES, FixedEngine, config_for, serving
 
+pytestmark = pytest.mark.slow  # many cases: all together take longer than the fast tests may
+
 PATHS = {"chat": "/v1/chat/completions", "responses": "/v1/responses", "messages": "/v1/messages"}
 STORES = ["memory", "file", pytest.param("redis", marks=[pytest.mark.store, pytest.mark.xdist_group("redis")])]
 ANSWER = CachedAnswer(b"data: 1\n\n", True, "small", "small-chat", Usage(10, 20, 3), 0.25, 0.5, 1.5, "resp_1")

@@ -22,6 +22,8 @@ from bench.mock_provider import MockProvider
 from p2l_engine.serve import settings
 from tests.support.serving import APIS, PRICES, config_for, serving
 
+pytestmark = pytest.mark.slow  # many cases: all together take longer than the fast tests may
+
 HELLO = [{"role": "user", "content": "Hello, who are you?"}]
 WEATHER = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="

@@ -10,6 +10,7 @@ import orjson
 import pytest
 
 from bench.mock_provider import MockProvider
+from tests.support.cases import slow_but
 from tests.support.serving import APIS, PRICES, config_for, serving
 
 PATHS = {"chat": "/v1/chat/completions", "responses": "/v1/responses", "messages": "/v1/messages"}
@@ -57,6 +58,7 @@ def error_in(api: str, body: bytes) -> dict[str, Any]:
     return found["error"]
 
 
+FAST = [{"fault": "status", "status": 500}, {"fault": "close"}, {"fault": "html"}]
 NO_ANSWER = [
     *({"fault": "status", "status": status} for status in (401, 403, 404, 408, 429, 500, 502, 503, 529)),
     *({"fault": name} for name in ("close", "reset", "silent", "headers_only", "html", "invalid_json", "error_body")),
@@ -68,7 +70,11 @@ NO_ANSWER = [
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("api", ALL)
-@pytest.mark.parametrize("fault", NO_ANSWER, ids=lambda fault: "-".join(map(str, fault.values())))
+@pytest.mark.parametrize(
+    "fault",
+    slow_but(FAST, NO_ANSWER),
+    ids=lambda fault: "-".join(map(str, fault.values())),
+)
 def test_a_model_that_does_not_answer_is_replaced_by_the_next_best(fault, api, stream):
     if fault["fault"] == "empty_choices" and (stream or api != "chat"):
         return  # legal there
@@ -85,7 +91,9 @@ def test_a_model_that_does_not_answer_is_replaced_by_the_next_best(fault, api, s
 
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("api", ALL)
-@pytest.mark.parametrize("fault", ["cut", "cut_close", "cut_reset", "stall", "error_event", "endless_events"])
+@pytest.mark.parametrize(
+    "fault", slow_but({"cut"}, ["cut", "cut_close", "cut_reset", "stall", "error_event", "endless_events"])
+)
 def test_a_stream_that_breaks_off_ends_in_an_error_event(fault, api, half):
     status, headers, body, record, *_ = run(api, True, [{"fault": fault, "model": "large", "tokens": 5, "half": half}])
     assert (status, headers["x-p2l-model"], record.outcome) == (200, "large", "cut")

@@ -27,6 +27,8 @@ from p2l_engine.serve.litellm import ModelChoice, Refusal
 from p2l_engine.serve.settings import Key
 from tests.support.serving import PRICES, FixedEngine, config_for, serving
 
+pytestmark = pytest.mark.slow  # many cases: all together take longer than the fast tests may
+
 HELLO = [{"role": "user", "content": "Hello, who are you?"}]
 RELEASE = "1.108.7"  # never 1.82.7 or 1.82.8, which were compromised
 SECRET = "sk-p2l-test"

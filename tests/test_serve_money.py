@@ -78,6 +78,7 @@ def test_the_ledger_is_the_providers_bill(tmp_path):
     assert sum(record.cost for record in records) == pytest.approx(float(bill), abs=1e-12)
 
 
+@pytest.mark.slow
 def test_concurrent_clients_never_exceed_a_hard_limit(tmp_path):
     async def one():
         async with (
