@@ -53,10 +53,13 @@ def choose(
             else f"highest win rate less cost at {price:.4g} per USD"
         )
         return Pick(int(models[k]), {int(models[k]): 1.0}, float(v[k]), float(x[k]), why)
+    if budget is None:  # the LP's answer too
+        k = _best(v, v, x)
+        return Pick(int(models[k]), {int(models[k]): 1.0}, float(v[k]), float(x[k]), "highest win rate (no budget)")
     policies = routing.solve_budget(v[None], x, budget)
     (indices,), (probabilities,) = policies.indices.tolist(), policies.probabilities.tolist()
     policy = {int(models[i]): p for i, p in zip(indices, probabilities, strict=True) if p > 0}
-    bound = "no budget" if budget is None else f"a budget of {budget:g} USD"
+    bound = f"a budget of {budget:g} USD"
     why = f"highest win rate ({bound})" if len(policy) == 1 else f"highest win rate within {bound}: a mix of {len(policy)}"
     return Pick(draw(list(policy), list(policy.values())), policy, float(policies.value[0]), float(policies.cost[0]), why)
 
