@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 from p2l_engine.apis.ask import ApiName, Ask
 
+UNREADABLE = "an event that is no JSON"  # the error of a stream whose rest was not read
+
 
 @dataclass(frozen=True, slots=True)
 class Usage:

@@ -6,7 +6,7 @@ from typing import Any
 
 import orjson
 
-from p2l_engine.apis.api import Usage, count, error_text, mapping, openai_error
+from p2l_engine.apis.api import UNREADABLE, Usage, count, error_text, mapping, openai_error
 from p2l_engine.apis.ask import ApiName, Ask, BadRequest, Contents, count_field, flag_field, list_field, text_field
 from p2l_engine.apis.events import data_of
 
@@ -34,7 +34,7 @@ class ChatStream:
         try:
             chunk = orjson.loads(data)
         except orjson.JSONDecodeError:
-            self.error = "an event that is no JSON"
+            self.error = UNREADABLE
             return False
         self.error = error_text(chunk)
         if self.error is not None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import orjson
 
-from p2l_engine.apis.api import Usage, count, error_text, mapping
+from p2l_engine.apis.api import UNREADABLE, Usage, count, error_text, mapping
 from p2l_engine.apis.ask import ApiName, Ask, BadRequest, Contents, count_field, flag_field, list_field, text_field
 from p2l_engine.apis.events import data_of
 
@@ -35,7 +35,7 @@ class MessagesStream:
         try:
             found = mapping(orjson.loads(data))
         except orjson.JSONDecodeError:
-            self.error = "an event that is no JSON"
+            self.error = UNREADABLE
             return False
         kind = found.get("type")
         if kind == "error" or found.get("error"):

@@ -6,7 +6,7 @@ from typing import Any
 
 import orjson
 
-from p2l_engine.apis.api import Usage, count, error_text, mapping, openai_error
+from p2l_engine.apis.api import UNREADABLE, Usage, count, error_text, mapping, openai_error
 from p2l_engine.apis.ask import ApiName, Ask, BadRequest, Contents, count_field, flag_field, list_field, text_field
 from p2l_engine.apis.events import data_of
 
@@ -30,7 +30,7 @@ class ResponsesStream:
         try:
             found = mapping(orjson.loads(data))
         except orjson.JSONDecodeError:
-            self.error = "an event that is no JSON"
+            self.error = UNREADABLE
             return False
         kind = str(found.get("type"))
         if kind == "error" or kind == "response.failed" or found.get("error"):

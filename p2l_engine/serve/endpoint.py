@@ -4,12 +4,13 @@ client leaves."""
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any
 
 import orjson
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from p2l_engine.apis.api import Api
 from p2l_engine.apis.ask import BadRequest
@@ -20,6 +21,8 @@ from p2l_engine.serve.scorer import Overloaded
 from p2l_engine.serve.server import Server
 from p2l_engine.serve.service import Refused
 from p2l_engine.serve.settings import Key
+
+logger = logging.getLogger(__name__)
 
 
 class ClientLeft(Exception):
@@ -40,11 +43,18 @@ class Endpoint:
         api = self.api or APIS["chat"]
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         self.server.running += 1
+        begun = False
+
+        async def sending(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
         try:
             key = self.server.service.gate.caller(headers)
             body = _object(await _body(receive, headers, int(self.server.service.plan.serve.body_mb * 2**20)))
             api = self.api or shaped_like(body)
-            await _until_left(self.handle(api, body, headers, key, send), receive)
+            await _until_left(self.handle(api, body, headers, key, sending), receive)
         except ClientLeft:
             return
         except Unauthorized as error:
@@ -55,6 +65,11 @@ class Endpoint:
             await _refuse(send, api, error.status, error.message, error.param, error.code, error.retry_after)
         except Overloaded as error:
             await _refuse(send, api, 503, str(error), None, "overloaded", error.retry_after)
+        except Exception:
+            logger.exception("a request to %s failed", scope["path"])
+            if begun:  # the connection is closed: the client sees that the answer is not whole
+                raise
+            await _refuse(send, api, 500, "an internal error; the server's log has it")
         finally:
             self.server.running -= 1
 

@@ -136,17 +136,17 @@ class Relay:
         extra = [(name.encode(), value.encode("latin-1", "replace")) for name, value in opened.headers.items()]
         headers = [*STREAM_HEADERS, *self.headers(), *extra]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        last = b""
+        last, outcome, written = b"", "answered", True
         try:
             async for data in opened.events():
                 self.keeper.add(data)
                 await send({"type": "http.response.body", "body": data, "more_body": True})
-            outcome = "answered"
         except StreamCut as cut:
             self._attempts.cut(cut.error)
             last, outcome = self.call.api.error_event(f"the answer was cut off: {cut.message}"), "cut"
+            written = cut.error != "unreadable"  # what followed was not read, and may be billed
         answer_id = getattr(opened.reader, "answer_id", None)
-        self._finish(200, outcome, opened.reader.usage, opened.reader.characters, answer_id)
+        self._finish(200, outcome, opened.reader.usage, opened.reader.characters if written else None, answer_id)
         if outcome == "answered":
             self.keeper.keep(opened, answer_id, self.call.attempts[-1].deployment)
         await send({"type": "http.response.body", "body": last, "more_body": False})

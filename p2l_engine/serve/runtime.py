@@ -82,7 +82,7 @@ class Runtime:
         tokenizer = self.engine.encoder.tokenizer
         return Service(
             plan,
-            Scorer(self.computer or Batcher(self.engine), serve.queue.most, serve.queue.cached),
+            Scorer(self.computer or Batcher(self.engine), serve.queue.seconds, serve.queue.most, serve.queue.cached),
             TokenCounter(lambda text: len(tokenizer.ids([text])[0])),
             Upstream(),
             Purse(_spend_limit(plan), serve.timeouts.total),

@@ -16,6 +16,8 @@ from p2l_engine.prompts.parse import Turns
 
 R = TypeVar("R")
 
+ALWAYS = 4  # prompts that may wait, however long they take
+TOGETHER = 16  # prompts of a batch that wait at a time
 FIRST_GUESS = 0.05  # seconds that a prompt takes the engine, before any was computed
 
 
@@ -38,10 +40,11 @@ class Computer(Protocol):
 
 
 class Scorer:
-    """most: prompts that may wait for the engine; kept: prompts whose coefficients are remembered."""
+    """patience: seconds that a prompt may have to wait for the engine, most: prompts that may wait; kept: prompts whose
+    coefficients are remembered."""
 
-    def __init__(self, computer: Computer, most: int, kept: int) -> None:
-        self.most, self.kept = most, kept
+    def __init__(self, computer: Computer, patience: float, most: int, kept: int) -> None:
+        self.patience, self.most, self.kept = patience, most, kept
         self.hits = self.misses = 0
         self._computer = computer
         self._known: OrderedDict[str, Coefficients] = OrderedDict()
@@ -57,12 +60,19 @@ class Scorer:
         """Finishes what the engine has begun."""
         self._computer.close()
 
-    async def coefficients(self, turns: Turns) -> tuple[Coefficients, str]:
+    def admit(self, turns: Turns) -> None:
+        """Raises Overloaded where these turns would find the queue full: before anything else is done for them."""
+        if self._waiting:
+            key = _key(turns)
+            if key not in self._known and key not in self._waiting:
+                self._check()
+
+    async def coefficients(self, turns: Turns, admitted: bool = False) -> tuple[Coefficients, str]:
         """The coefficients of one prompt, and the hash of its turns. Requests for the same turns share one computation.
 
-        Raises Overloaded, at once; PromptError.
+        admitted: past the queue's bounds. Raises Overloaded, at once; PromptError.
         """
-        key = digest([turn.encode() for turn in turns])
+        key = _key(turns)
         if (found := self._known.get(key)) is not None:
             self.hits += 1
             self._known.move_to_end(key)
@@ -70,8 +80,8 @@ class Scorer:
         self.misses += 1
         future = self._waiting.get(key)
         if future is None:
-            if len(self._waiting) >= self.most:
-                raise Overloaded(max(1.0, math.ceil(self._seconds * len(self._waiting))))
+            if not admitted:
+                self._check()
             future = asyncio.ensure_future(self._compute(key, turns))
             future.add_done_callback(_observed)
             self._waiting[key] = future
@@ -79,12 +89,19 @@ class Scorer:
         return await asyncio.shield(future), key
 
     async def batch(self, prompts: Sequence[Turns]) -> list[Coefficients]:
-        """The coefficients of several prompts. Raises as ``coefficients``."""
-        new = {digest([turn.encode() for turn in turns]) for turns in prompts} - self._known.keys() - self._waiting.keys()
-        if len(self._waiting) + len(new) > self.most:
-            raise Overloaded(max(1.0, math.ceil(self._seconds * (len(self._waiting) + len(new)))))
-        found = await asyncio.gather(*(self.coefficients(turns) for turns in prompts))
+        """The coefficients of several prompts, some at a time: single requests get their turn in between. Raises Overloaded
+        where the queue is full at the beginning; PromptError."""
+        self._check()
+        found = list[tuple[Coefficients, str]]()
+        for start in range(0, len(prompts), TOGETHER):
+            found += await asyncio.gather(*(self.coefficients(turns, True) for turns in prompts[start : start + TOGETHER]))
         return [coefficients for coefficients, _ in found]
+
+    def _check(self) -> None:
+        """Raises Overloaded where a prompt would have to wait too long."""
+        ahead = len(self._waiting)
+        if ahead >= self.most or (ahead >= ALWAYS and ahead * self._seconds > self.patience):
+            raise Overloaded(max(1.0, math.ceil(self._seconds * ahead)))
 
     async def _compute(self, key: str, turns: Turns) -> Coefficients:
         began, ahead = time.perf_counter(), len(self._waiting) + 1
@@ -97,6 +114,10 @@ class Scorer:
         while len(self._known) > self.kept:
             self._known.popitem(last=False)
         return found
+
+
+def _key(turns: Turns) -> str:
+    return digest([turn.encode() for turn in turns])
 
 
 def _observed(future: asyncio.Future[Coefficients]) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from sqlalchemy.exc import SQLAlchemyError
 
 from p2l_engine.apis.api import Api
-from p2l_engine.apis.ask import BadRequest
+from p2l_engine.apis.ask import AUTO, BadRequest
 from p2l_engine.errors import InfeasibleBudget, PromptError, SpendLimitReached
 from p2l_engine.routing import BudgetPacer
 from p2l_engine.serve.call import Call
@@ -67,7 +67,7 @@ class Service:
             self.pacer = pacer_of(plan)
         self.expectations = Expectations(plan.config.models, self.expectations)
         self.health.cooldown = serve.cooldown
-        self.scorer.most, self.scorer.kept = serve.queue.most, serve.queue.cached
+        self.scorer.patience, self.scorer.most, self.scorer.kept = serve.queue.seconds, serve.queue.most, serve.queue.cached
         self.sessions.seconds, self.sessions.most = serve.sessions.cache_seconds, serve.sessions.most
         self.plan = plan
 
@@ -83,13 +83,15 @@ class Service:
         if name == "route":
             options = replace(options, dry_run=True)
         ask = api.ask(body)
-        if ask.model != "auto" and ask.model not in self.plan.index:
+        if ask.model != AUTO and ask.model not in self.plan.index:
             raise BadRequest(
                 f"model: expected 'auto' or a model of the catalog, got {ask.model!r:.80}", "model", 404, "model_not_found"
             )
         for model in sorted(options.models or ()):
             if model not in self.plan.index:
                 raise BadRequest(f"p2l.models: expected models of the catalog, got {model!r:.80}", "p2l.models")
+        if ask.model == AUTO:
+            self.scorer.admit(ask.turns)
         session = session_of(options, body, headers, key, ask.session)
         counted = await self.counter.counted(ask.texts)
         call = Call(self.plan, api, ask, options, key, session, headers, secret_of(headers), counted, name, began)
@@ -133,6 +135,8 @@ class Service:
         Returns the choice and the reservation's token. Raises Refused.
         """
         assert call.now is not None, "decide() comes first"
+        if self.purse.limit is None:
+            return call.now, None
         chosen, mask = call.now, mask.copy()
         while True:
             try:

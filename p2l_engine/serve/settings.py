@@ -194,9 +194,10 @@ class AnswerCache(Section):
 
 
 class Queue(Section):
-    """most: prompts that may wait for the engine; beyond, requests are refused with 503. cached: prompts whose coefficients are
-    kept."""
+    """seconds: that a prompt may have to wait for the engine, as far as can be foreseen; beyond, requests are refused with 503.
+    most: prompts that may wait, however fast the engine is. cached: prompts whose coefficients are kept."""
 
+    seconds: Seconds = 0.5
     most: Tokens = 64
     cached: Tokens = 10_000
 

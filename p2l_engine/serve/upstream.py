@@ -14,7 +14,7 @@ from typing import Any, Literal
 import aiohttp
 import orjson
 
-from p2l_engine.apis.api import Api, Stream, Usage, error_text, mapping
+from p2l_engine.apis.api import UNREADABLE, Api, Stream, Usage, error_text, mapping
 from p2l_engine.apis.ask import Ask
 from p2l_engine.apis.events import EventTooLong, Splitter, data_of
 from p2l_engine.serve.health import Deployment
@@ -89,7 +89,7 @@ class Opened:
             try:
                 self._first += await self._next(until)
                 if self.reader.error is not None and not self._begun:
-                    raise StreamCut("error", self.reader.error)
+                    raise StreamCut("unreadable" if self.reader.error == UNREADABLE else "error", self.reader.error)
             except StreamCut as cut:
                 blame: Blame = "context" if TOO_LONG.search(cut.message) else "deployment"
                 raise UpstreamFailed(cut.error, cut.message, blame, status=200, sent=cut.error != "error") from None
@@ -99,7 +99,7 @@ class Opened:
         yield self._first
         while not self.reader.ended:
             if self.reader.error is not None:
-                raise StreamCut("error", self.reader.error)
+                raise StreamCut("unreadable" if self.reader.error == UNREADABLE else "error", self.reader.error)
             if found := await self._next(min(time.monotonic() + self._idle, self._deadline)):
                 yield found
         # What follows the last event, so that the connection can be used again.
@@ -143,7 +143,7 @@ class Opened:
         except EventTooLong as error:
             raise StreamCut("size", str(error)) from None
         if self.reader.error is not None and not seen:
-            raise StreamCut("error", self.reader.error)
+            raise StreamCut("unreadable" if self.reader.error == UNREADABLE else "error", self.reader.error)
         return b"".join(seen)  # what came before an error still reaches the client
 
 

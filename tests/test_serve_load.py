@@ -1,0 +1,82 @@
+"""The server beyond its load, and errors of its own."""
+
+from __future__ import annotations
+
+import asyncio
+
+import aiohttp
+import pytest
+
+from bench.mock_provider import MockProvider
+from tests.support.serving import PRICES, FixedEngine, config_for, serving
+
+PATHS = {"chat": "/v1/chat/completions", "responses": "/v1/responses", "messages": "/v1/messages"}
+
+
+def body_for(api, stream, text="What is 17 * 23?", model="auto"):
+    body = {"model": model, "stream": stream}
+    if api == "responses":
+        return body | {"input": text, "max_output_tokens": 60}
+    return body | {"messages": [{"role": "user", "content": text}], "max_tokens": 60}
+
+
+@pytest.mark.parametrize("api", PATHS)
+def test_an_estimate_is_not_below_what_was_sent(api):
+    """The event that cannot be read comes in one piece with later ones, which the provider bills."""
+
+    async def one():
+        async with MockProvider(PRICES) as provider, serving(config_for(provider)) as server:
+            provider.fail("invalid_utf8")
+            async with aiohttp.ClientSession() as client, client.post(server.url + PATHS[api], json=body_for(api, True)) as r:
+                await r.read()
+            return server.records[-1], provider.bill.total
+
+    record, bill = asyncio.run(one())
+    assert record.estimated
+    assert record.cost >= float(bill)
+
+
+def test_requests_beyond_the_queue_are_refused_before_they_are_tokenised():
+    async def one():
+        async with MockProvider(PRICES) as provider:
+            config = config_for(provider, queue={"most": 2})
+            async with serving(config, FixedEngine(seconds=0.5)) as server, aiohttp.ClientSession() as client:
+                counted, counter = [], server.service.counter
+                original = counter.counted
+
+                async def counting(texts):
+                    counted.append(texts)
+                    return await original(texts)
+
+                counter.counted = counting
+
+                async def ask(i):
+                    async with client.post(server.url + PATHS["chat"], json=body_for("chat", False, f"question {i}")) as r:
+                        return r.status, r.headers.get("retry-after")
+
+                found = await asyncio.gather(*(ask(i) for i in range(40)))
+                return found, len(counted)
+
+    found, counted = asyncio.run(one())
+    refused = [after for status, after in found if status == 503]
+    assert len(refused) >= 30
+    assert None not in refused
+    assert counted <= 40 - len(refused) + 2
+
+
+@pytest.mark.parametrize("api", PATHS)
+def test_an_internal_error_is_in_the_apis_own_format(api):
+    async def one():
+        async with MockProvider(PRICES) as provider, serving(config_for(provider)) as server, aiohttp.ClientSession() as client:
+
+            async def broken(*arguments, **options):
+                raise ZeroDivisionError
+
+            server.service.upstream.send = broken
+            async with client.post(server.url + PATHS[api], json=body_for(api, False)) as r:
+                return r.status, await r.json()
+
+    status, body = asyncio.run(one())
+    assert status == 500
+    assert ("type" in body) == (api == "messages")
+    assert body["error"]["message"]
