@@ -18,7 +18,6 @@ R = TypeVar("R")
 
 ALWAYS = 4  # prompts that may wait, however long they take
 TOGETHER = 16  # prompts of a batch that wait at a time
-FIRST_GUESS = 0.05  # seconds that a prompt takes the engine, before any was computed
 
 
 class Overloaded(RuntimeError):
@@ -49,7 +48,7 @@ class Scorer:
         self._computer = computer
         self._known: OrderedDict[str, Coefficients] = OrderedDict()
         self._waiting: dict[str, asyncio.Future[Coefficients]] = {}
-        self._seconds = FIRST_GUESS  # that a prompt takes, as a running mean
+        self._seconds = 0.0  # that a prompt takes, as a running mean; 0: none was computed yet
 
     @property
     def waiting(self) -> int:
@@ -109,7 +108,8 @@ class Scorer:
             found = await asyncio.wrap_future(self._computer.submit(turns, lambda coefficients: coefficients))
         finally:
             del self._waiting[key]
-        self._seconds += 0.1 * ((time.perf_counter() - began) / ahead - self._seconds)
+        seconds = (time.perf_counter() - began) / ahead
+        self._seconds = self._seconds + 0.1 * (seconds - self._seconds) if self._seconds else seconds
         self._known[key] = found
         while len(self._known) > self.kept:
             self._known.popitem(last=False)
