@@ -271,7 +271,7 @@ def test_text_files_of_prompts_need_no_extra(checkpoint, tmp_path):
     command = [sys.executable, "-c", script, str(checkpoint), *files]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout.splitlines()[-1] == "[0, 0, 2]", done.stderr
-    assert "this command needs the extra 'batch' or 'ray' or 'train': pip install 'p2l-engine[batch]'" in done.stderr
+    assert "this command needs the extra 'batch': pip install 'p2l-engine[batch]'" in done.stderr
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet", "jsonl"])

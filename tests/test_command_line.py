@@ -182,7 +182,7 @@ def test_a_missing_module_belongs_to_extras(module, found, requirements):
 @pytest.mark.parametrize(
     ("package", "importers", "command", "extra"),
     [
-        ("pyarrow", "p2l_engine.tables p2l_engine.cli.prompts", "leaderboard --prompts p.csv", "'batch' or 'ray' or 'train'"),
+        ("pyarrow", "p2l_engine.tables p2l_engine.cli.prompts", "leaderboard --prompts p.csv", "'batch'"),
         ("matplotlib", "matplotlib.figure p2l_engine.cli.plots", "leaderboard hello --plot p.png", "'cli'"),
         ("matplotlib", "matplotlib.figure p2l_engine.cli.plots", "frontier p.csv --plot p.png", "'cli'"),
         ("matplotlib", "matplotlib.figure p2l_engine.evaluation.plots", "strengths p.csv --plot p.png", "'cli'"),

@@ -28,9 +28,9 @@ def extras_of(module: str) -> list[str]:
 
 
 def hint(module: str | None) -> str:
-    """What to install where ``module`` is missing, to put behind an error's message; empty where no extra brings it."""
+    """What to install where ``module`` is missing, the smallest extra, to put behind an error's message; empty where no extra
+    brings it."""
     extras = extras_of(module or "")
     if not extras:
         return ""
-    names = " or ".join(repr(extra) for extra in extras)
-    return f": this command needs the extra {names}: pip install 'p2l-engine[{extras[0]}]'"
+    return f": this command needs the extra {extras[0]!r}: pip install 'p2l-engine[{extras[0]}]'"
