@@ -248,3 +248,18 @@ def test_coefficients_are_computed_once_for_equal_turns_and_refused_beyond_the_q
     statuses = [status for status, _ in many]
     assert statuses.count(200) == 3
     assert statuses.count(503) == 9
+
+
+def test_the_score_of_a_single_model_is_its_coefficient_and_that_of_a_mix_lies_between():
+    async def one():
+        async with MockProvider(PRICES) as provider, serving(config_for(provider)) as server:
+            found = []
+            for options in ({}, {"budget": 0.0003}, {"models": ["small"]}):
+                status, body = await post(server.url, "/v1/route", orjson.dumps({**CHAT, "p2l": options}))
+                found.append((status, len(body["policy"]), body["score"]))
+            return found
+
+    (_, one_model, best), (_, mixed, between), (_, _, small) = asyncio.run(one())
+    assert (one_model, best, small) == (1, 2.0, 0.0)
+    assert mixed == 2
+    assert 1.0 < between < 2.0

@@ -135,9 +135,13 @@ class Call:
         """What this request's own budget has left after attempts that may be billed."""
         return None if self.options.budget is None else max(self.options.budget - self.spent_before, 0.0)
 
-    def bradley_terry_score(self, chosen: Pick) -> float:
-        """The router's own coefficient for this prompt (paper, Algorithm 1)."""
-        assert self.coefficients is not None, "score() comes first"
+    def bradley_terry_score(self, chosen: Pick) -> float | None:
+        """The router's own coefficient for this prompt (paper, Algorithm 1); None where nothing is known."""
+        if self.coefficients is None:
+            return None
+        if len(chosen.policy) == 1:  # a single model's is its own: it wins as often as itself
+            known, name = self.coefficients.models, self.plan.names[chosen.model]
+            return float(self.coefficients.theta[0, known.index(name)]) if name in known else None
         chooser = self.plan.choosers["bt"]
         rates = self.rates
         if self.objective != "bt":
@@ -185,7 +189,7 @@ class Call:
             propensity=first.propensity if first else 1.0,
             candidates=tuple(names[k] for k in np.flatnonzero(self.mask)),
             win_rate=first.rate if first and self.coefficients else None,
-            score=self.bradley_terry_score(first) if first and self.coefficients else None,
+            score=self.bradley_terry_score(first) if first else None,
             budget=self.options.budget,
             expected_cost=first.cost if first else 0.0,
             cost=None if cost is None else float(cost),
@@ -204,7 +208,7 @@ class Call:
         """The decision as JSON."""
         first, names = self.first, self.plan.names
         assert first is not None, "decide() comes first"
-        score = self.bradley_terry_score(first) if self.coefficients else math.nan
+        score = self.bradley_terry_score(first)
         found = {
             "id": self.id,
             "model": names[first.model],
@@ -213,7 +217,7 @@ class Call:
             "propensity": first.propensity,
             "expected_cost": first.cost,
             "win_rate": first.rate,
-            "score": score if math.isfinite(score) else None,
+            "score": score if score is not None and math.isfinite(score) else None,
             "why": first.why,
             "tokens_in": self.tokens_in,
             "unit": self.plan.config.unit,

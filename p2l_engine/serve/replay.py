@@ -80,7 +80,7 @@ class Keeper:
         routed = call.coefficients is not None
         answer = CachedAnswer(
             body, isinstance(found, Opened), call.plan.names[call.now.model], deployment, usage, call.now.cost,
-            call.now.rate if routed else None, call.bradley_terry_score(call.first) if routed else None, answer_id,
+            call.now.rate if routed else None, call.bradley_terry_score(call.first), answer_id,
         )  # fmt: skip
         self._answers.put(self._key, answer)
 
