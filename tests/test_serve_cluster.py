@@ -75,7 +75,12 @@ def test_fronts_share_engines_limits_and_sessions(serve_cluster, engine, url):
 
     async def one() -> None:
         async with MockProvider(prices) as provider:
-            made = config(engine.models, f"{provider.url}/v1", store=url, limits=[{"amount": 0.05}], over_limit="refuse")
+            serve = {
+                "limits": [{"amount": 0.05}],
+                "over_limit": "refuse",
+                "queue": {"seconds": 60},
+            }  # a new replica takes seconds
+            made = config(engine.models, f"{provider.url}/v1", store=url, **serve)
 
             def start() -> Any:
                 return serve_cluster.ServeCluster(

@@ -109,7 +109,8 @@ class Scorer:
         finally:
             del self._waiting[key]
         seconds = (time.perf_counter() - began) / ahead
-        self._seconds = self._seconds + 0.1 * (seconds - self._seconds) if self._seconds else seconds
+        # Bounded: a prompt that waited for a replica to be replaced says little about the next.
+        self._seconds += 0.1 * (min(seconds, 3 * self._seconds) - self._seconds) if self._seconds else seconds
         self._known[key] = found
         while len(self._known) > self.kept:
             self._known.popitem(last=False)

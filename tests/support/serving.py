@@ -68,7 +68,11 @@ def config_for(provider: MockProvider | str, models: dict[str, Any] | None = Non
         }  # fmt: skip
         if models is not None and name in models:
             entries[name] |= models[name] or {}
-    quick = {"timeouts": {"connect": 1, "first_byte": 2, "idle": 1, "total": 10}, "retries": {"backoff": 0.01}}
+    quick = {
+        "queue": {"seconds": 60},
+        "timeouts": {"connect": 1, "first_byte": 2, "idle": 1, "total": 10},
+        "retries": {"backoff": 0.01},
+    }
     return {
         "models": {k: v for k, v in entries.items() if models is None or models.get(k, {}) is not None},
         "serve": quick | serve,
