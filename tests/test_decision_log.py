@@ -540,7 +540,7 @@ def test_nothing_of_a_deleted_prompt_is_left_in_the_file(tmp_path):
     with DecisionLog(tmp_path / "serve.sqlite") as log:
         for number in range(50):
             log.add(record(number, turns=("a secret prompt" * 100,)))
-        log.delete(key="nobody")
+        log.delete(key="unknown")
         assert any(b"a secret prompt" in file.read_bytes() for file in tmp_path.iterdir())
         log.delete(before=datetime.now(UTC) + timedelta(days=3650))
     assert not any(b"a secret prompt" in file.read_bytes() for file in tmp_path.iterdir())

@@ -114,7 +114,7 @@ def chromium():
 
 
 class Opened:
-    """A page, the stub that answers it, and what it did that nobody should see."""
+    """A page, the stub that answers it, and what it must not do."""
 
     def __init__(self, page, stub, clock):
         self.page, self.stub, self.complaints, self.hosts = page, stub, [], set()
@@ -355,7 +355,7 @@ class TestRanking:
         opened.page.fill("#filter", "GPT")
         assert opened.names() == ["gpt-5.2", "gpt-5-mini"]
         assert opened.texts("#board tbody .rank") == ["2", "6"]
-        opened.page.fill("#filter", "nobody")
+        opened.page.fill("#filter", "no such model")
         assert opened.names() == []
         assert opened.page.locator("#board-empty").is_visible()
 

@@ -86,5 +86,5 @@ def test_a_limit_holds_when_the_server_is_killed(tmp_path):
             left_by_the_dead = len(limit.reservations())
     assert bills == sorted(bills)
     assert statuses["402"] > 0  # the money ran out
-    assert left_by_the_dead > 0  # what requests that nobody can settle may have cost is still held
+    assert left_by_the_dead > 0  # requests of dead processes may have been billed: their reservations are held
     assert bills[-1] <= Fraction(balance.spent + balance.reserved) <= AMOUNT

@@ -160,7 +160,7 @@ def test_a_database_that_is_away_costs_sharing_alone(url, caplog, monkeypatch):
         "the store of sessions works again",
     ]
     with pytest.raises(SQLAlchemyError):
-        SharedSessions("postgresql+psycopg://nobody@/x?host=/nowhere", 1, 1)
+        SharedSessions("postgresql+psycopg://unknown@/x?host=/nowhere", 1, 1)
 
 
 def test_a_conversation_goes_on_at_another_server(url):

@@ -37,6 +37,16 @@ class Stream(Protocol):
         """Takes a complete event; returns whether the client should see it."""
 
 
+class Progress:
+    """What every ``Stream`` begins with."""
+
+    def __init__(self) -> None:
+        self.usage: Usage | None = None
+        self.characters = 0
+        self.ended = False
+        self.error: str | None = None
+
+
 class Api(Protocol):
     """An API of chat models. name: as in the configuration; path: below a provider's base_url."""
 
@@ -67,6 +77,18 @@ class Api(Protocol):
 
     def error_event(self, message: str) -> bytes:
         """An event that ends a stream which cannot go on."""
+
+
+def forwarded(ask: Ask, model: str) -> dict[str, Any]:
+    """A request's body as it came, but for the model's name, without the field that is the router's own."""
+    body = {**ask.body, "model": model}
+    body.pop("p2l", None)
+    return body
+
+
+def bearer(key: str | None) -> dict[str, str]:
+    """The header with a key of OpenAI's APIs."""
+    return {} if key is None else {"authorization": f"Bearer {key}"}
 
 
 def count(value: object) -> int:

@@ -12,7 +12,7 @@ from p2l_engine.prompts.parse import Turns
 AUTO = "auto"
 ApiName = Literal["chat", "responses", "messages"]
 Capability = Literal["text", "image", "audio", "tools", "json_schema"]
-# How text begins and ends that agents put into their users' messages, and that nobody said: Claude Code, Codex CLI, Cline.
+# How text begins and ends that agents put into their users' messages: Claude Code, Codex CLI, Cline. The user did not write it.
 AGENTS_OWN = (
     ("<system-reminder>", "</system-reminder>"),
     ("<local-command-caveat>", "</local-command-caveat>"),

@@ -6,21 +6,18 @@ from typing import Any
 
 import orjson
 
-from p2l_engine.apis.api import UNREADABLE, Usage, count, error_text, mapping, openai_error
+from p2l_engine.apis.api import UNREADABLE, Progress, Usage, bearer, count, error_text, forwarded, mapping, openai_error
 from p2l_engine.apis.ask import ApiName, Ask, BadRequest, Contents, count_field, flag_field, list_field, text_field
 from p2l_engine.apis.events import data_of
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 
-class ChatStream:
+class ChatStream(Progress):
     """A stream of chat.completion.chunk objects. See ``api.Stream``."""
 
     def __init__(self, usage_wanted: bool) -> None:
-        self.usage: Usage | None = None
-        self.characters = 0
-        self.ended = False
-        self.error: str | None = None
+        super().__init__()
         self._usage_wanted = usage_wanted
 
     def read(self, event: bytes) -> bool:
@@ -78,14 +75,13 @@ class Chat:
         )  # fmt: skip
 
     def outgoing(self, ask: Ask, model: str, stream_usage: bool) -> dict[str, Any]:
-        body = {**ask.body, "model": model}
-        body.pop("p2l", None)
+        body = forwarded(ask, model)
         if ask.stream and stream_usage:
             body["stream_options"] = {**mapping(body.get("stream_options")), "include_usage": True}
         return body
 
     def headers(self, key: str | None, given: dict[str, str]) -> dict[str, str]:
-        return {} if key is None else {"authorization": f"Bearer {key}"}
+        return bearer(key)
 
     def usage(self, answer: dict[str, Any]) -> Usage | None:
         return usage_of(answer)

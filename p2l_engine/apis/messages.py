@@ -6,7 +6,7 @@ from typing import Any
 
 import orjson
 
-from p2l_engine.apis.api import UNREADABLE, Usage, count, error_text, mapping
+from p2l_engine.apis.api import UNREADABLE, Progress, Usage, count, error_text, forwarded, mapping
 from p2l_engine.apis.ask import ApiName, Ask, BadRequest, Contents, count_field, flag_field, list_field, text_field
 from p2l_engine.apis.events import data_of
 
@@ -19,14 +19,8 @@ KINDS = {
 }  # fmt: skip
 
 
-class MessagesStream:
+class MessagesStream(Progress):
     """A stream of typed events. See ``api.Stream``."""
-
-    def __init__(self) -> None:
-        self.usage: Usage | None = None
-        self.characters = 0
-        self.ended = False
-        self.error: str | None = None
 
     def read(self, event: bytes) -> bool:
         data = data_of(event)
@@ -104,9 +98,7 @@ class Messages:
         )  # fmt: skip
 
     def outgoing(self, ask: Ask, model: str, stream_usage: bool) -> dict[str, Any]:
-        body = {**ask.body, "model": model}
-        body.pop("p2l", None)
-        return body
+        return forwarded(ask, model)
 
     def headers(self, key: str | None, given: dict[str, str]) -> dict[str, str]:
         found = {name: given[name] for name in FORWARDED if name in given}

@@ -6,21 +6,18 @@ from typing import Any
 
 import orjson
 
-from p2l_engine.apis.api import UNREADABLE, Usage, count, error_text, mapping, openai_error
+from p2l_engine.apis.api import UNREADABLE, Progress, Usage, bearer, count, error_text, forwarded, mapping, openai_error
 from p2l_engine.apis.ask import ApiName, Ask, BadRequest, Contents, count_field, flag_field, list_field, text_field
 from p2l_engine.apis.events import data_of
 
 LAST = ("response.completed", "response.incomplete")  # the events that end a complete answer
 
 
-class ResponsesStream:
+class ResponsesStream(Progress):
     """A stream of typed events. See ``api.Stream``. answer_id: of the answer, which later requests may continue."""
 
     def __init__(self) -> None:
-        self.usage: Usage | None = None
-        self.characters = 0
-        self.ended = False
-        self.error: str | None = None
+        super().__init__()
         self.answer_id: str | None = None
 
     def read(self, event: bytes) -> bool:
@@ -84,12 +81,10 @@ class Responses:
         )  # fmt: skip
 
     def outgoing(self, ask: Ask, model: str, stream_usage: bool) -> dict[str, Any]:
-        body = {**ask.body, "model": model}
-        body.pop("p2l", None)
-        return body
+        return forwarded(ask, model)
 
     def headers(self, key: str | None, given: dict[str, str]) -> dict[str, str]:
-        return {} if key is None else {"authorization": f"Bearer {key}"}
+        return bearer(key)
 
     def usage(self, answer: dict[str, Any]) -> Usage | None:
         return usage_of(answer)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,7 +34,7 @@ class TooLarge(BadRequest):
     """A body beyond the limit."""
 
 
-class Endpoint:
+class Endpoint(ABC):
     """An ASGI application for one path. api: of its bodies; None: they show it."""
 
     def __init__(self, server: Server, api: Api | None) -> None:
@@ -65,7 +66,7 @@ class Endpoint:
             await _refuse(send, api, error.status, error.message, error.param, error.code, error.retry_after)
         except Overloaded as error:
             await _refuse(send, api, 503, str(error), None, "overloaded", error.retry_after)
-        except Exception:
+        except Exception:  # whatever it is, the client gets an error of its API, and the log all of it
             logger.exception("a request to %s failed", scope["path"])
             if begun:  # the connection is closed: the client sees that the answer is not whole
                 raise
@@ -73,9 +74,9 @@ class Endpoint:
         finally:
             self.server.running -= 1
 
+    @abstractmethod
     async def handle(self, api: Api, body: dict[str, Any], headers: Mapping[str, str], key: Key | None, send: Send) -> None:
         """Answers one request."""
-        raise NotImplementedError
 
 
 async def _refuse(

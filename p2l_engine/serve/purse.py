@@ -8,6 +8,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from p2l_engine.errors import UnknownReservation
 from p2l_engine.routing import SpendLimit
 
@@ -44,7 +46,7 @@ class Purse:
             return
         task = asyncio.get_running_loop().create_task(self._settle(token, amount))
         self._settling.add(task)
-        task.add_done_callback(self._settling.discard)
+        task.add_done_callback(self._settled)
 
     async def sweep(self) -> int:
         """Counts in full what dead processes had reserved: their requests may have been answered. Returns how many."""
@@ -69,7 +71,7 @@ class Purse:
     async def drain(self) -> None:
         """Waits until everything is settled."""
         while self._settling:
-            await asyncio.gather(*self._settling)
+            await asyncio.gather(*self._settling, return_exceptions=True)  # each is logged by itself
 
     def close(self) -> None:
         """Ends the threads; what is not settled then stays reserved."""
@@ -78,6 +80,11 @@ class Purse:
         self._threads.shutdown(wait=True)
         if self.limit is not None:
             self.limit.close()
+
+    def _settled(self, task: asyncio.Task[None]) -> None:
+        self._settling.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("a settlement failed; its reservation counts in full", exc_info=error)
 
     def _given_back(self, reserving: asyncio.Future[str]) -> None:
         if not reserving.cancelled() and reserving.exception() is None:
@@ -93,7 +100,7 @@ class Purse:
             except UnknownReservation:
                 logger.warning("a reservation was settled by another process, in full")
                 return
-            except Exception:
+            except SQLAlchemyError:
                 if seconds is None:
                     logger.exception("a settlement could not be stored; its reservation counts in full")
                     return

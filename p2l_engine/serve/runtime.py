@@ -6,7 +6,7 @@ import asyncio
 import logging
 import signal
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -99,12 +99,12 @@ class Runtime:
         service = self.server.service
         service.upstream.open()
         service.sessions.open()
-        tasks = [asyncio.create_task(self._sweep())]
+        tasks = [_background(self._sweep())]
         if self.file is not None:
-            tasks.append(asyncio.create_task(self._watch()))
+            tasks.append(_background(self._watch()))
             if threading.current_thread() is threading.main_thread():
                 loop = asyncio.get_running_loop()
-                loop.add_signal_handler(signal.SIGHUP, lambda: tasks.append(asyncio.create_task(self._reload())))
+                loop.add_signal_handler(signal.SIGHUP, lambda: tasks.append(_background(self._reload())))
         try:
             yield
         finally:
@@ -168,8 +168,8 @@ class Runtime:
         while True:
             try:
                 await self.server.service.purse.sweep()
-            except Exception:
-                logger.exception("the store of spend limits cannot be reached")
+            except SQLAlchemyError as error:
+                logger.error("reservations of dead processes are not counted yet: the store fails (%s)", type(error).__name__)
             await asyncio.sleep(SWEEP)
 
 
@@ -230,6 +230,18 @@ def _spend_limit(plan: Plan) -> SpendLimit | None:
         return None
     # Reservations never expire by themselves: those of dead processes are swept, and counted in full.
     return SpendLimit([entry.limit for entry in serve.limits], serve.store, lifetime=None)
+
+
+def _background(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    """A task whose failure is logged when it happens."""
+    task = asyncio.create_task(work)
+    task.add_done_callback(_log_failure)
+    return task
+
+
+def _log_failure(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.error("a task of the server failed", exc_info=error)
 
 
 def _stamp(file: Path | None) -> tuple[int, int, int] | None:

@@ -122,6 +122,6 @@ def _key(turns: Turns) -> str:
 
 
 def _observed(future: asyncio.Future[Coefficients]) -> None:
-    """An error that nobody waits for any more is no news."""
+    """Marks an error as seen, for the case that all clients have left: asyncio would log it."""
     if not future.cancelled():
         future.exception()

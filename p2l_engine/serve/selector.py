@@ -34,7 +34,7 @@ def routes(server: Server) -> list[BaseRoute]:
         try:
             return Response(orjson.dumps(await _selected(server, request)), media_type="application/json")
         except ClientDisconnect:
-            return Response(status_code=400)  # which nobody reads
+            return Response(status_code=400)  # the client is gone
         except Unauthorized as error:
             return _error(401, str(error))
         except BadRequest as error:
