@@ -36,6 +36,23 @@ BODIES = {
     },
 }
 
+CALLS = [{"function": {"arguments": "{}", "name": "f"}, "index": 0}]
+EVENTS = {
+    "chat": {
+        "choices": [{"index": 0, "delta": {"content": "a", "tool_calls": CALLS}}],
+        "usage": {"prompt_tokens": 1, "completion_tokens": 1, "prompt_tokens_details": {"cached_tokens": 1}},
+        "error": None,
+    },
+    "responses": {
+        "type": "response.completed",
+        "response": {"id": "r", "output": [{"type": "message"}], "usage": {"input_tokens": 1, "output_tokens": 2}},
+    },
+    "messages": {
+        "type": "message_start",
+        "message": {"content": [{"type": "text"}], "usage": {"input_tokens": 1, "output_tokens": 1}},
+    },
+}
+
 
 def turns(api: str, **body: Any) -> list[str]:
     return list(APIS[api].ask({"model": "auto", "max_tokens": 9} | body).turns)
@@ -131,6 +148,7 @@ def test_any_value_in_any_place_is_read_or_refused(data):
     for key in way:
         place = place[key]
     place[last] = data.draw(JSON)
+    shaped_like(body)
     try:
         found = APIS[name].ask(body)
     except BadRequest as error:
@@ -138,7 +156,44 @@ def test_any_value_in_any_place_is_read_or_refused(data):
         return
     assert found.turns
     assert all(isinstance(turn, str) for turn in found.turns)
-    shaped_like(body)
+
+
+FIELDS = {
+    "chat": "audio frequency_penalty function_call functions logit_bias logprobs max_completion_tokens max_tokens metadata "
+    "modalities n parallel_tool_calls prediction prompt_cache_key reasoning_effort response_format seed service_tier stop "
+    "store stream stream_options tool_choice tools top_logprobs user verbosity web_search_options plugins best_of",
+    "responses": "background conversation include instructions max_output_tokens max_tool_calls metadata prompt reasoning "
+    "previous_response_id prompt_cache_key service_tier store stream stream_options text tool_choice tools truncation user",
+    "messages": "cache_control container context_management inference_geo max_tokens mcp_servers metadata output_config "
+    "output_format service_tier speed stop_sequences stream system thinking tool_choice tools thread",
+}
+
+
+@given(st.data())
+def test_any_value_of_any_field_is_read_or_refused(data):
+    name = data.draw(st.sampled_from(sorted(BODIES)))
+    known = FIELDS[name].split()
+    body = BODIES[name] | data.draw(st.dictionaries(st.sampled_from(known), JSON, min_size=1, max_size=3))
+    try:
+        APIS[name].ask(body)
+    except BadRequest as error:
+        assert 400 <= error.status < 500
+
+
+@given(st.data())
+def test_any_event_of_a_provider_is_read(data):
+    """What a provider writes is no more to be relied on than what a client does."""
+    name = data.draw(st.sampled_from(sorted(BODIES)))
+    event = copy.deepcopy(EVENTS[name])
+    *way, last = data.draw(st.sampled_from([path for path in everything(event) if path]))
+    place: Any = event
+    for key in way:
+        place = place[key]
+    place[last] = data.draw(JSON)
+    APIS[name].stream(APIS[name].ask(BODIES[name])).read(b"data: " + orjson.dumps(event) + b"\n\n")
+    if isinstance(event, dict):
+        APIS[name].usage(event)
+        APIS[name].fault(event)
 
 
 @given(JSON)
@@ -162,6 +217,10 @@ HOSTILE = {
     "invalid UTF-8": b'{"model": "auto", "messages": [{"role": "user", "content": "\xff"}]}',
     "half a surrogate pair": b'{"model": "auto", "messages": [{"role": "user", "content": "\\ud800"}]}',
     "deep": b'{"model": "auto", "messages": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    "deeper than can be written": b'{"model": "auto", "messages": [{"role": "user", "content": "a"}], "input": "a", '
+    b'"max_tokens": 9, "x": ' + b"[" * 300 + b"]" * 300 + b"}",
+    "deep tools": b'{"model": "auto", "messages": [{"role": "user", "content": "a"}], "input": "a", "max_tokens": 9, "tools": '
+    b'[{"a": ' + b'{"a": ' * 260 + b"1" + b"}" * 260 + b"}]}",
     "too large": b'{"model": "auto", "messages": [{"role": "user", "content": "' + b"a" * 2_000_000 + b'"}]}',
     "a number of a million digits": b'{"model": "auto", "max_tokens": ' + b"1" * 1_000_000 + b"}",
     "no model": b'{"messages": [{"role": "user", "content": "a"}]}',

@@ -101,6 +101,11 @@ def mapping(value: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def sequence(value: object) -> list[Any]:
+    """The value if it is a list, else an empty one."""
+    return value if isinstance(value, list) else []
+
+
 def error_text(answer: object) -> str | None:
     """The message of an error's body, in any of the shapes that providers use; None where it is none."""
     error = mapping(answer).get("error")

@@ -6,7 +6,18 @@ from typing import Any
 
 import orjson
 
-from p2l_engine.apis.api import UNREADABLE, Progress, Usage, bearer, count, error_text, forwarded, mapping, openai_error
+from p2l_engine.apis.api import (
+    UNREADABLE,
+    Progress,
+    Usage,
+    bearer,
+    count,
+    error_text,
+    forwarded,
+    mapping,
+    openai_error,
+    sequence,
+)
 from p2l_engine.apis.ask import ApiName, Ask, BadRequest, Contents, count_field, flag_field, list_field, text_field
 from p2l_engine.apis.events import data_of
 
@@ -38,12 +49,12 @@ class ChatStream(Progress):
             return False
         chunk = mapping(chunk)
         choices = chunk.get("choices")
-        for choice in choices if isinstance(choices, list) else ():
+        for choice in sequence(choices):
             delta = mapping(mapping(choice).get("delta"))
             for field in ("content", "reasoning_content", "refusal"):
                 if isinstance(text := delta.get(field), str):
                     self.characters += len(text)
-            for call in delta.get("tool_calls") or ():
+            for call in sequence(delta.get("tool_calls")):
                 self.characters += len(str(mapping(mapping(call).get("function")).get("arguments") or ""))
         found = usage_of(chunk)
         self.usage = found or self.usage
@@ -66,7 +77,7 @@ class Chat:
         if mapping(body.get("response_format")).get("type") == "json_schema":
             reader.needs.add("json_schema")
             reader.message("schema", "", orjson.dumps(body["response_format"]))
-        if body.get("audio") or "audio" in (body.get("modalities") or ()):
+        if body.get("audio") or "audio" in sequence(body.get("modalities")):
             reader.needs.add("audio")
         return Ask(
             self.name, body, text_field(body, "model"), flag_field(body, "stream"), reader.of_user(), tuple(reader.texts),

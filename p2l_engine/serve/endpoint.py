@@ -26,6 +26,9 @@ from p2l_engine.serve.settings import Key
 logger = logging.getLogger(__name__)
 
 
+DEEPEST = 250  # levels of JSON: orjson reads more than it writes
+
+
 class ClientLeft(Exception):
     """The client closed its connection before it had sent everything."""
 
@@ -109,6 +112,11 @@ def _object(body: bytes) -> dict[str, Any]:
         raise BadRequest(f"expected a body of JSON in UTF-8: {error}") from None
     if not isinstance(found, dict):
         raise BadRequest(f"expected a JSON object, got {type(found).__name__}")
+    if body.count(b"{") + body.count(b"[") > DEEPEST:
+        try:
+            orjson.dumps(found)
+        except orjson.JSONEncodeError:
+            raise BadRequest(f"expected JSON nested at most {DEEPEST} levels deep, got a deeper one") from None
     return found
 
 
