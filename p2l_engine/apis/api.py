@@ -13,23 +13,27 @@ UNREADABLE = "an event that is no JSON"  # the error of a stream whose rest was 
 @dataclass(frozen=True, slots=True)
 class Usage:
     """Tokens that a provider counted. tokens_in: all of the input; of these, cached ones were read from its prompt cache and
-    written ones were written to it, at prices of their own."""
+    written ones were written to it, and of these lasting ones for an hour, at prices of their own. reasoning: output that was
+    not shown. calls: of tools that the provider runs."""
 
     tokens_in: int
     tokens_out: int
     cached: int = 0
     written: int = 0
+    lasting: int = 0
+    reasoning: int = 0
+    calls: int = 0
 
 
 class Stream(Protocol):
     """Reads the events of one streamed answer, in order.
 
-    usage: what was reported so far. characters: of text written so far. ended: whether the event came that ends a complete
+    usage: what was reported so far. written: bytes of text so far. ended: whether the event came that ends a complete
     answer. error: what the provider said went wrong.
     """
 
     usage: Usage | None
-    characters: int
+    written: int
     ended: bool
     error: str | None
 
@@ -42,7 +46,7 @@ class Progress:
 
     def __init__(self) -> None:
         self.usage: Usage | None = None
-        self.characters = 0
+        self.written = 0
         self.ended = False
         self.error: str | None = None
 
@@ -94,6 +98,11 @@ def bearer(key: str | None) -> dict[str, str]:
 def count(value: object) -> int:
     """A number of tokens as providers write it; anything else is 0."""
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
+
+
+def size(text: object) -> int:
+    """The bytes of a text; of anything else, none."""
+    return 0 if not isinstance(text, str) else len(text) if text.isascii() else len(text.encode())
 
 
 def mapping(value: object) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from p2l_engine.apis.extras import NOTHING, Extras
 from p2l_engine.prompts.parse import Turns
 
 AUTO = "auto"
@@ -24,6 +25,9 @@ AGENTS_OWN = (
 )
 
 
+PAGE = 70_000  # characters of a page in a document's Base64
+
+
 class BadRequest(ValueError):
     """A body that is not what its API expects. param: the field; status: of the answer."""
 
@@ -37,8 +41,9 @@ class Ask:
     """One request, read.
 
     turns: the user's turns; where there are none, the instructions. texts: the text of each message in order, instructions and
-    tools first, from which tokens are counted. images: how many there are. needs: what a model must accept. max_tokens: the
-    caller's bound on the output. session: what identifies the conversation where no header does.
+    tools first, from which tokens are counted. images: how many there are; a document is as many as it may have pages. needs:
+    what a model must accept. max_tokens: the caller's bound on the output. session: what identifies the conversation where no
+    header does.
     """
 
     api: ApiName
@@ -53,7 +58,8 @@ class Ask:
     session: str
     outputs: int = 1  # how many answers are wanted, each of up to max_tokens
     previous: str | None = None  # the id of the answer that this request continues at its provider
-    sealed: bool = False  # whether it has encrypted reasoning, which only the provider that wrote it can read
+    sealed: bool = False  # whether it has what only the provider that wrote it can read: encrypted reasoning, references
+    extras: Extras = NOTHING
 
 
 class Contents:
@@ -64,7 +70,8 @@ class Contents:
         self.texts = list[bytes]()
         self.images = 0
         self.needs: set[Capability] = {"text"}
-        self.sealed = False
+        self.sealed = self.lasting = False
+        self.unseen = list[str]()
         self._sources = b""
         self._opening: list[str] | None = None  # the instructions before the first turn
 
@@ -87,6 +94,13 @@ class Contents:
         self.needs.add("image")
         self._sources += digest([repr(source).encode()])[:12].encode()  # tells this message from one with another image
         return "[image]"
+
+    def document(self, source: object) -> str:
+        """Notes a document, whose tokens its provider alone can count: about those of an image for each of its pages."""
+        size = len(repr(source)) if isinstance(source, dict | str) else 0
+        self.images += size // PAGE
+        self.unseen.append("a document")
+        return self.image(source)
 
     def of_user(self) -> Turns:
         """What P2L reads: the user's turns; without any, the instructions, or whatever else was said."""
@@ -137,16 +151,18 @@ def flag_field(body: dict[str, Any], name: str) -> bool:
     return value
 
 
-def count_field(body: dict[str, Any], *names: str) -> int | None:
-    """The first of these fields that is there, a whole number of at least 1; null is absent. Raises BadRequest."""
+def count_field(body: dict[str, Any], *names: str, least: int = 1) -> int | None:
+    """The largest of these fields, each a whole number of at least ``least``; null is absent. A provider may know any of them.
+    Raises BadRequest."""
+    found = None
     for name in names:
         value = body.get(name)
         if value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise BadRequest(f"{name}: expected a whole number of at least 1, got {value!r:.40}", name)
-        return value
-    return None
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise BadRequest(f"{name}: expected a whole number of at least {least}, got {value!r:.40}", name)
+        found = value if found is None else max(found, value)
+    return found
 
 
 def list_field(body: dict[str, Any], name: str, required: bool = False) -> list[Any]:

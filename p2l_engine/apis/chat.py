@@ -17,11 +17,16 @@ from p2l_engine.apis.api import (
     mapping,
     openai_error,
     sequence,
+    size,
 )
 from p2l_engine.apis.ask import ApiName, Ask, BadRequest, Contents, count_field, flag_field, list_field, text_field
 from p2l_engine.apis.events import data_of
+from p2l_engine.apis.extras import Extras, size_of_fields, tier_of
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+COUNTED = ("messages", "tools", "functions", "response_format", "prediction")
+OF_MESSAGES = frozenset(("role", "content", "tool_calls", "function_call", "tool_call_id"))
+SEARCHES = ("web_search_options", "search_parameters", "plugins")  # fields by which a provider runs tools of its own
 
 
 class ChatStream(Progress):
@@ -51,11 +56,10 @@ class ChatStream(Progress):
         choices = chunk.get("choices")
         for choice in sequence(choices):
             delta = mapping(mapping(choice).get("delta"))
-            for field in ("content", "reasoning_content", "refusal"):
-                if isinstance(text := delta.get(field), str):
-                    self.characters += len(text)
-            for call in sequence(delta.get("tool_calls")):
-                self.characters += len(str(mapping(mapping(call).get("function")).get("arguments") or ""))
+            self.written += size(delta.get("content")) + size(delta.get("refusal"))
+            self.written += size(delta.get("reasoning_content")) or size(delta.get("reasoning"))
+            for call in (delta.get("function_call"), *sequence(delta.get("tool_calls"))):
+                self.written += size(mapping(mapping(call).get("function", call)).get("arguments"))
         found = usage_of(chunk)
         self.usage = found or self.usage
         return not (found and not choices) or self._usage_wanted
@@ -79,10 +83,17 @@ class Chat:
             reader.message("schema", "", orjson.dumps(body["response_format"]))
         if body.get("audio") or "audio" in sequence(body.get("modalities")):
             reader.needs.add("audio")
+        hosted = [str(tool["type"]) for tool in tools if tool.get("type") not in (None, "function", "custom")]
+        effort = body.get("reasoning_effort") or mapping(body.get("reasoning")).get("effort")
+        extras = Extras(
+            tuple(reader.unseen), size_of_fields(body, COUNTED), len(orjson.dumps(body.get("prediction") or "")) - 2,
+            (*hosted, *(name for name in SEARCHES if body.get(name) is not None)), None,
+            tier_of(body.get("service_tier")), effort not in (None, "none"),
+        )  # fmt: skip
         return Ask(
             self.name, body, text_field(body, "model"), flag_field(body, "stream"), reader.of_user(), tuple(reader.texts),
             reader.images, frozenset(reader.needs), count_field(body, "max_completion_tokens", "max_tokens"), reader.session(),
-            count_field(body, "n") or 1,
+            count_field(body, "n", "best_of") or 1, sealed=reader.sealed, extras=extras,
         )  # fmt: skip
 
     def outgoing(self, ask: Ask, model: str, stream_usage: bool) -> dict[str, Any]:
@@ -119,7 +130,11 @@ def usage_of(answer: dict[str, Any]) -> Usage | None:
     if not isinstance(usage, dict) or not (count(usage.get("prompt_tokens")) or count(usage.get("completion_tokens"))):
         return None
     cached = count(mapping(usage.get("prompt_tokens_details")).get("cached_tokens"))
-    return Usage(count(usage.get("prompt_tokens")), count(usage.get("completion_tokens")), cached)
+    cached = cached or count(usage.get("prompt_cache_hit_tokens"))  # DeepSeek's
+    given, out = count(usage.get("prompt_tokens")), count(usage.get("completion_tokens"))
+    reasoning = count(mapping(usage.get("completion_tokens_details")).get("reasoning_tokens"))
+    # Some providers leave reasoning out of completion_tokens, and bill it.
+    return Usage(given, max(out, count(usage.get("total_tokens")) - given), cached, reasoning=reasoning)
 
 
 def _message(reader: Contents, message: dict[str, Any], where: str) -> None:
@@ -131,6 +146,8 @@ def _message(reader: Contents, message: dict[str, Any], where: str) -> None:
     if message.get("tool_calls") or message.get("function_call") or role in ("tool", "function"):
         reader.needs.add("tools")
         extra = orjson.dumps([message.get("tool_calls"), message.get("function_call"), message.get("tool_call_id")])
+    if len(message) > 2 and (others := {name: value for name, value in message.items() if value and name not in OF_MESSAGES}):
+        extra += orjson.dumps(others)
     if role == "user":
         reader.turn(text)
     else:
@@ -155,10 +172,14 @@ def _content(reader: Contents, content: object, where: str) -> str:
             if not isinstance(text := part.get(kind), str):
                 raise BadRequest(f"{where}[{i}].{kind}: expected text", f"{where}[{i}].{kind}")
             parts.append(text)
-        elif kind in ("image_url", "file"):
+        elif kind == "image_url":
             parts.append(reader.image(part.get(kind)))
+        elif kind == "file":
+            parts.append(reader.document(part.get(kind)))
         else:
             if kind == "input_audio":
                 reader.needs.add("audio")
-            parts.append(f"[{kind[:40]}]")
+            reader.unseen.append(kind[:40])
+            text = part.get("text")
+            parts.append(text if isinstance(text, str) else f"[{kind[:40]}]")
     return "\n".join(parts)

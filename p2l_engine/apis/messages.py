@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import orjson
 
-from p2l_engine.apis.api import UNREADABLE, Progress, Usage, count, error_text, forwarded, mapping
+from p2l_engine.apis.api import UNREADABLE, Progress, Usage, count, error_text, forwarded, mapping, sequence, size
 from p2l_engine.apis.ask import ApiName, Ask, BadRequest, Contents, count_field, flag_field, list_field, text_field
 from p2l_engine.apis.events import data_of
+from p2l_engine.apis.extras import Extras, size_of_fields, tier_of
 
 VERSION = "2023-06-01"  # of the API, where the client names none
 THREAD_NOT_FOUND = "thread_not_found"  # at which Anthropic's SDKs send the whole conversation again
+COUNTED = ("messages", "system", "tools", "output_format", "output_config")
+CLIENTS = ("custom", "bash_", "text_editor_", "computer_", "memory_")  # how the types of tools begin that the client runs
 FORWARDED = ("anthropic-version", "anthropic-beta")
 KINDS = {
     400: "invalid_request_error", 401: "authentication_error", 402: "billing_error", 403: "permission_error",
@@ -38,7 +42,7 @@ class MessagesStream(Progress):
         if kind == "content_block_delta":
             delta = mapping(found.get("delta"))
             texts = (delta.get(name) for name in ("text", "partial_json", "thinking"))
-            self.characters += sum(len(text) for text in texts if isinstance(text, str))
+            self.written += sum(map(size, texts))
         elif kind == "message_start":
             self._add(mapping(found.get("message")))
         elif kind == "message_delta":
@@ -55,7 +59,8 @@ class MessagesStream(Progress):
             return
         input_too = part.tokens_in > 0
         newer = part if input_too else before
-        self.usage = Usage(newer.tokens_in, max(part.tokens_out, before.tokens_out), newer.cached, newer.written)
+        out, calls = max(part.tokens_out, before.tokens_out), max(part.calls, before.calls)
+        self.usage = Usage(newer.tokens_in, out, newer.cached, newer.written, newer.lasting, 0, calls)
 
 
 class Messages:
@@ -65,8 +70,8 @@ class Messages:
     path = "/messages"
 
     def ask(self, body: dict[str, Any]) -> Ask:
-        if (most := count_field(body, "max_tokens")) is None:
-            raise BadRequest("max_tokens: expected a whole number of at least 1, got nothing", "max_tokens")
+        if (most := count_field(body, "max_tokens", least=0)) is None:  # 0 fills the prompt cache and writes nothing
+            raise BadRequest("max_tokens: expected a whole number of at least 0, got nothing", "max_tokens")
         return self._ask(body, most)
 
     def ask_to_count(self, body: dict[str, Any]) -> Ask:
@@ -91,10 +96,16 @@ class Messages:
         if mapping(schema).get("type") == "json_schema":
             reader.needs.add("json_schema")
             reader.message("schema", "", orjson.dumps(schema))
+        extras = Extras(
+            tuple(reader.unseen), size_of_fields(body, COUNTED), 0, *_hosted(body, tools),
+            tier_of(body.get("service_tier"), body.get("speed")),
+            mapping(body.get("thinking")).get("type") not in (None, "disabled"),
+            reader.lasting or any(map(_lasts, [body, *tools])),
+        )  # fmt: skip
         return Ask(
             self.name, body, text_field(body, "model"), flag_field(body, "stream"), reader.of_user(), tuple(reader.texts),
             reader.images, frozenset(reader.needs), most, reader.session(),
-            sealed=reader.sealed,
+            sealed=reader.sealed, extras=extras,
         )  # fmt: skip
 
     def outgoing(self, ask: Ask, model: str, stream_usage: bool) -> dict[str, Any]:
@@ -132,9 +143,34 @@ def usage_of(answer: dict[str, Any]) -> Usage | None:
     usage = answer.get("usage")
     if not isinstance(usage, dict):
         return None
-    cached, written = count(usage.get("cache_read_input_tokens")), count(usage.get("cache_creation_input_tokens"))
-    found = Usage(count(usage.get("input_tokens")) + cached + written, count(usage.get("output_tokens")), cached, written)
+    # Where the provider has read the input several times, the sum is what it bills.
+    rounds = [mapping(part) for part in sequence(usage.get("iterations"))]
+
+    def total(name: str, of: Callable[[dict[str, Any]], object] | None = None) -> int:
+        read = of or (lambda part: part.get(name))
+        return max(count(read(usage)), sum(count(read(part)) for part in rounds))
+
+    cached, written = total("cache_read_input_tokens"), total("cache_creation_input_tokens")
+    lasting = total("", lambda part: mapping(part.get("cache_creation")).get("ephemeral_1h_input_tokens"))
+    calls = sum(map(count, mapping(usage.get("server_tool_use")).values()))
+    found = Usage(
+        total("input_tokens") + cached + written, total("output_tokens"), cached, written, min(lasting, written), 0, calls
+    )
     return found if found.tokens_in or found.tokens_out else None
+
+
+def _hosted(body: dict[str, Any], tools: list[Any]) -> tuple[tuple[str, ...], int | None]:
+    """The tools that the provider runs, and how often at most; None: any number of times."""
+    own = [tool for tool in tools if isinstance(tool.get("type"), str) and not tool["type"].startswith(CLIENTS)]
+    edits = sequence(mapping(body.get("context_management")).get("edits"))
+    others = [name for name in ("mcp_servers", "container") if body.get(name)]
+    others += [kind for edit in edits if (kind := str(mapping(edit).get("type"))).startswith("compact")]
+    uses = [count(tool.get("max_uses")) for tool in own]
+    return (*(tool["type"] for tool in own), *others), sum(uses) if all(uses) and not others else None
+
+
+def _lasts(block: dict[str, Any]) -> bool:
+    return mapping(block.get("cache_control")).get("ttl") == "1h"
 
 
 def _message(reader: Contents, message: dict[str, Any], where: str) -> None:
@@ -160,13 +196,25 @@ def _content(reader: Contents, content: object, where: str) -> tuple[str, bytes,
         kind = block.get("type") if isinstance(block, dict) else None
         if not isinstance(kind, str):
             raise BadRequest(f"{where}[{i}]: expected a block with a 'type'", f"{where}[{i}]")
+        reader.lasting |= _lasts(block)
         if kind == "text":
             if not isinstance(text := block.get("text"), str):
                 raise BadRequest(f"{where}[{i}].text: expected text", f"{where}[{i}].text")
             parts.append(text)
             said = True
-        elif kind in ("image", "document"):
+        elif kind == "image":
             parts.append(reader.image(block.get("source")))
+            said = True
+        elif kind == "document":
+            source = mapping(block.get("source"))
+            if source.get("type") == "text" and isinstance(text := source.get("data"), str):
+                parts.append(text)
+            elif source.get("type") == "content" and (inner := source.get("content")) is not None:
+                text, more, _ = _content(reader, inner, f"{where}[{i}].source.content")
+                parts.append(text)
+                extra += more
+            else:
+                parts.append(reader.document(source))
             said = True
         elif kind == "tool_result":
             reader.needs.add("tools")
@@ -177,5 +225,7 @@ def _content(reader: Contents, content: object, where: str) -> tuple[str, bytes,
             if kind == "tool_use":
                 reader.needs.add("tools")
             reader.sealed |= kind == "redacted_thinking" or (kind == "thinking" and bool(block.get("signature")))
+            if kind == "container_upload":
+                reader.unseen.append(kind)
             extra += orjson.dumps(block)
     return "\n".join(parts), extra, said

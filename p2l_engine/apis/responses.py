@@ -6,10 +6,28 @@ from typing import Any
 
 import orjson
 
-from p2l_engine.apis.api import UNREADABLE, Progress, Usage, bearer, count, error_text, forwarded, mapping, openai_error
-from p2l_engine.apis.ask import ApiName, Ask, BadRequest, Contents, count_field, flag_field, list_field, text_field
+from p2l_engine.apis.api import (
+    UNREADABLE,
+    Progress,
+    Usage,
+    bearer,
+    count,
+    error_text,
+    forwarded,
+    mapping,
+    openai_error,
+    sequence,
+    size,
+)
+from p2l_engine.apis.ask import AUTO, ApiName, Ask, BadRequest, Contents, count_field, flag_field, list_field, text_field
 from p2l_engine.apis.events import data_of
+from p2l_engine.apis.extras import Extras, size_of_fields, tier_of
 
+COUNTED = ("input", "instructions", "tools", "text", "prompt")
+# Tools that the client runs, and the items of their calls; all others run at the provider.
+CLIENTS = ("function", "custom", "namespace", "local_shell", "apply_patch", "computer_use_preview", "computer")
+CLIENTS_CALLS = ("function_call", "custom_tool_call", "local_shell_call", "apply_patch_call", "computer_call")
+LARGE = 4_096  # bytes of an item that may hold an image
 LAST = ("response.completed", "response.incomplete")  # the events that end a complete answer
 
 
@@ -35,7 +53,7 @@ class ResponsesStream(Progress):
             self.error = error_text(found) or error_text(response) or str(found.get("message") or kind)[:500]
             return False
         if kind.endswith(".delta"):
-            self.characters += len(delta) if isinstance(delta := found.get("delta"), str) else 0
+            self.written += size(found.get("delta"))
         elif kind in LAST or kind == "response.created":
             response = mapping(found.get("response"))
             self.answer_id = response.get("id") if isinstance(response.get("id"), str) else self.answer_id
@@ -70,14 +88,23 @@ class Responses:
         else:
             for i, item in enumerate(list_field(body, "input", required=True)):
                 _item(reader, item, f"input[{i}]")
+        if body.get("prompt") is not None:
+            if text_field(body, "model") == AUTO:
+                raise BadRequest("prompt: is kept by one provider alone; name the model, or send the whole input", "prompt")
+            reader.unseen.append("a stored prompt")
         schema = mapping(mapping(body.get("text")).get("format"))
         if schema.get("type") == "json_schema":
             reader.needs.add("json_schema")
             reader.message("schema", "", orjson.dumps(schema))
+        hosted = tuple(str(tool.get("type")) for tool in tools if tool.get("type") not in CLIENTS)
+        extras = Extras(
+            tuple(reader.unseen), size_of_fields(body, COUNTED), 0, hosted, count_field(body, "max_tool_calls"),
+            tier_of(body.get("service_tier")), mapping(body.get("reasoning")).get("effort") not in (None, "none"),
+        )  # fmt: skip
         return Ask(
             self.name, body, text_field(body, "model"), flag_field(body, "stream"), reader.of_user(), tuple(reader.texts),
             reader.images, frozenset(reader.needs), count_field(body, "max_output_tokens"), reader.session(), 1, previous,
-            reader.sealed,
+            reader.sealed, extras,
         )  # fmt: skip
 
     def outgoing(self, ask: Ask, model: str, stream_usage: bool) -> dict[str, Any]:
@@ -116,7 +143,10 @@ def usage_of(answer: dict[str, Any]) -> Usage | None:
     if not isinstance(usage, dict) or not (count(usage.get("input_tokens")) or count(usage.get("output_tokens"))):
         return None
     cached = count(mapping(usage.get("input_tokens_details")).get("cached_tokens"))
-    return Usage(count(usage.get("input_tokens")), count(usage.get("output_tokens")), cached)
+    reasoning = count(mapping(usage.get("output_tokens_details")).get("reasoning_tokens"))
+    kinds = [str(mapping(item).get("type")) for item in sequence(answer.get("output"))]
+    calls = sum(kind.endswith("_call") and kind not in CLIENTS_CALLS for kind in kinds)
+    return Usage(count(usage.get("input_tokens")), count(usage.get("output_tokens")), cached, reasoning=reasoning, calls=calls)
 
 
 def _item(reader: Contents, item: dict[str, Any], where: str) -> None:
@@ -127,8 +157,13 @@ def _item(reader: Contents, item: dict[str, Any], where: str) -> None:
     if kind != "message":
         if "call" in kind:
             reader.needs.add("tools")
-        reader.sealed |= bool(item.get("encrypted_content"))
-        reader.message(kind, "", orjson.dumps(item))
+        reader.sealed |= bool(item.get("encrypted_content")) or kind == "item_reference"
+        if kind == "item_reference":
+            reader.unseen.append("an item that is referred to")
+        data = orjson.dumps(item)
+        if len(data) > LARGE:
+            data = orjson.dumps(_without_media(reader, item))
+        reader.message(kind, "", data)
         return
     role = item.get("role")
     if role not in ("system", "developer", "user", "assistant"):
@@ -158,10 +193,27 @@ def _content(reader: Contents, content: object, where: str) -> str:
             if not isinstance(text, str):
                 raise BadRequest(f"{where}[{i}].text: expected text", f"{where}[{i}].text")
             parts.append(text)
-        elif kind in ("input_image", "input_file"):
+        elif kind == "input_image":
             parts.append(reader.image(part))
+        elif kind == "input_file":
+            parts.append(reader.document(part))
         else:
             if kind == "input_audio":
                 reader.needs.add("audio")
+            reader.unseen.append(kind[:40])
             parts.append(f"[{kind[:40]}]")
     return "\n".join(parts)
+
+
+def _without_media(reader: Contents, value: Any, kind: object = None) -> Any:
+    """An item of the input whose images and documents are noted instead."""
+    if isinstance(value, dict):
+        kind = value.get("type")
+        if kind == "input_file":
+            return reader.document(value)
+        return {name: _without_media(reader, inner, kind) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_media(reader, inner, kind) for inner in value]
+    if isinstance(value, str) and (value.startswith("data:image/") or kind == "image_generation_call") and len(value) > LARGE:
+        return reader.image(value)
+    return value

@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
@@ -151,8 +151,52 @@ class Call:
         return float(routing.bt_score(self.coefficients.theta, chooser.q, np.array([value]))[0])
 
     def worst(self, k: int) -> Fraction:
-        """The most that model k can cost, as far as it can be counted."""
-        return min(self.plan.prices.worst(k, self.most_tokens_in, self.ask.max_tokens, self.ask.outputs), MOST)
+        """The most that model k can cost. What ``unbounded`` names is left out."""
+        ask, extras, window = self.ask, self.ask.extras, self.plan.models[k].context
+        tokens_in, calls = self.most_tokens_in + extras.fields, self.most_calls(k)
+        if window is not None and (extras.unseen or calls):
+            tokens_in = max(tokens_in, window)
+        # Each call of a tool that runs at the provider is another round.
+        found = self.plan.prices.worst(
+            k, tokens_in * (calls + 1), ask.max_tokens, ask.outputs * (calls + 1), extras.lasting, extras.predicted, calls
+        )
+        return min(found * self.factor(k), MOST)
+
+    def cost(self, k: int, usage: Usage) -> Fraction:
+        """What model k has cost. The chat API does not tell how often its provider's tools were called."""
+        if self.ask.api == "chat" and self.ask.extras.tools:
+            usage = replace(usage, calls=self.most_calls(k))
+        return self.plan.prices.cost(k, usage) * self.factor(k)
+
+    def factor(self, k: int) -> Fraction:
+        """How many times its usual prices model k costs at the tier that was asked for."""
+        tier = self.ask.extras.tier
+        return Fraction(1) if tier is None else Fraction(str(self.plan.models[k].tiers.get(tier, 1)))
+
+    def most_calls(self, k: int) -> int:
+        """Of tools that model k's provider runs."""
+        bounds = [most for most in (self.ask.extras.calls, self.plan.models[k].max_tool_calls) if most is not None]
+        return min(bounds, default=0) if self.ask.extras.tools else 0
+
+    def unbounded(self, k: int) -> str | None:
+        """Why no bound is known on what model k can cost; None where one is."""
+        model, extras = self.plan.models[k], self.ask.extras
+        if extras.tier is not None and extras.tier not in model.tiers:
+            return f"its price at {extras.tier[:40]!r} is not stated: tiers"
+        if extras.tools:
+            missing = [name for name in ("usd_per_tool_call", "max_tool_calls", "context") if getattr(model, name) is None]
+            if extras.calls is not None and "max_tool_calls" in missing:
+                missing.remove("max_tool_calls")
+            if missing and model.cost is None:
+                return f"what {extras.tools[0][:40]} may cost, which its provider runs, is not stated: {', '.join(missing)}"
+        if extras.unseen and model.context is None and model.cost is None:
+            return f"how many tokens {extras.unseen[0]} has is not known here, and its context is not stated"
+        return None
+
+    def hides(self, k: int) -> bool:
+        """Whether model k may have written more than a stream has shown."""
+        asked = self.ask.extras.reasons or bool(self.ask.extras.tools)
+        return asked or self.plan.models[k].reasons or any(d.reasons for d in self.plan.deployments[k])
 
     def deployments(self, k: int) -> list[Deployment]:
         """Where model k takes requests of this API."""
@@ -161,12 +205,12 @@ class Call:
             found = [d for d in found if d.name == self.kept.deployment]
         return found if self.homes is None else [d for d in found if d.provider.base_url in self.homes]
 
-    def estimated(self, characters: int, reported: Usage | None) -> Usage:
-        """Usage where the provider has not reported all: the request's tokens, and one for every three characters written."""
-        out = -(-characters // 3)
+    def estimated(self, written: int, reported: Usage | None) -> Usage:
+        """Usage where the provider has not reported all: the request's tokens, and one for every three bytes written."""
+        out = -(-written // 3)
         if reported is None:
             return Usage(self.tokens_in, out)
-        return Usage(reported.tokens_in or self.tokens_in, max(reported.tokens_out, out), reported.cached, reported.written)
+        return replace(reported, tokens_in=reported.tokens_in or self.tokens_in, tokens_out=max(reported.tokens_out, out))
 
     def record(
         self, status: int, outcome: str, model: str | None, usage: Usage | None, cost: Fraction | None, estimated: bool

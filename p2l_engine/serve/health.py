@@ -12,7 +12,8 @@ from p2l_engine.serve.settings import Cooldown, Provider
 
 @dataclass(eq=False)
 class Deployment:
-    """A place where a model runs. key: its secret, from the environment. failures: in a row; until: when it is tried again."""
+    """A place where a model runs. key: its secret, from the environment. failures: in a row; until: when it is tried again.
+    reasons: whether it has reported output that it did not show."""
 
     name: str
     model: str
@@ -20,6 +21,7 @@ class Deployment:
     key: str | None = None
     failures: int = 0
     until: float = 0.0
+    reasons: bool = False
 
     def __repr__(self) -> str:
         return f"Deployment({self.name!r})"

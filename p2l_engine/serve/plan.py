@@ -93,7 +93,7 @@ def carry_over(before: Plan, after: Plan) -> None:
     for deployment in (d for group in after.deployments for d in group):
         old = states.get(deployment.name)
         if old is not None and old.provider == deployment.provider:
-            deployment.failures, deployment.until = old.failures, old.until
+            deployment.failures, deployment.until, deployment.reasons = old.failures, old.until, old.reasons
 
 
 def _deployments(name: str, model: Model, environment: Mapping[str, str]) -> tuple[Deployment, ...]:

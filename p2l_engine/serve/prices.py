@@ -26,6 +26,8 @@ class Prices:
         self._out = [_exact(model.usd_per_m_out or 0) / MILLION for model in entries]
         self._cached = [_exact(_or(model.usd_per_m_cached, model.usd_per_m_in)) / MILLION for model in entries]
         self._written = [_exact(_or(model.usd_per_m_cache_write, model.usd_per_m_in)) / MILLION for model in entries]
+        self._lasting = [_exact(_hour(model)) / MILLION for model in entries]
+        self._call = [_exact(model.usd_per_tool_call or 0) for model in entries]
         self.flat, self.per_in, self.per_out, self.per_cached = map(_floats, (self._flat, self._in, self._out, self._cached))
         self.max_output = [model.max_output for model in entries]
 
@@ -36,22 +38,42 @@ class Prices:
     def cost(self, k: int, usage: Usage) -> Fraction:
         """What a request cost at model k."""
         plain = max(usage.tokens_in - usage.cached - usage.written, 0)
-        parts = plain * self._in[k] + usage.cached * self._cached[k] + usage.written * self._written[k]
+        parts = plain * self._in[k] + usage.cached * self._cached[k] + (usage.written - usage.lasting) * self._written[k]
+        parts += usage.lasting * self._lasting[k] + usage.calls * self._call[k]
         return self._flat[k] + parts + usage.tokens_out * self._out[k]
 
-    def worst(self, k: int, tokens_in: int, max_tokens: int | None, outputs: int) -> Fraction:
-        """The most that a request can cost at model k; tokens_in is a bound too."""
+    def worst(
+        self,
+        k: int,
+        tokens_in: int,
+        max_tokens: int | None,
+        outputs: int,
+        lasting: bool = False,
+        predicted: int = 0,
+        calls: int = 0,
+    ) -> Fraction:
+        """The most that a request can cost at model k. tokens_in and calls are bounds too; lasting: whether it writes to the
+        cache for an hour; predicted: output tokens that may be billed beside max_tokens."""
         limits = [most for most in (max_tokens, self.max_output[k]) if most is not None]
-        dearest = max(self._in[k], self._cached[k], self._written[k])
-        return self._flat[k] + tokens_in * dearest + (min(limits) if limits else 0) * outputs * self._out[k]
+        dearest = max(self._in[k], self._cached[k], self._written[k], self._lasting[k] if lasting else 0)
+        out = (min(limits) if limits else 0) * outputs + predicted
+        return self._flat[k] + tokens_in * dearest + out * self._out[k] + calls * self._call[k]
 
     def is_free(self, k: int) -> bool:
         """Whether model k costs nothing."""
-        return not (self._flat[k] or self._in[k] or self._out[k] or self._cached[k] or self._written[k])
+        prices = (self._flat, self._in, self._out, self._cached, self._written, self._call)
+        return not any(price[k] for price in prices)
 
 
 def _exact(amount: float) -> Fraction:
     return Fraction(Decimal(str(amount)))
+
+
+def _hour(model: Model) -> float:
+    """Where it is not stated, twice the price of input, as Anthropic's is; not where writing costs nothing of its own."""
+    if model.usd_per_m_cache_write_1h is not None or model.usd_per_m_cache_write is None:
+        return _or(model.usd_per_m_cache_write_1h, model.usd_per_m_in)
+    return max(2 * (model.usd_per_m_in or 0.0), model.usd_per_m_cache_write)
 
 
 def _or(amount: float | None, other: float | None) -> float:

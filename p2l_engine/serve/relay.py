@@ -81,8 +81,8 @@ class Relay:
             self._finish(499, "left", *self._seen())  # unless it has ended: the client left, or the server stops
 
     def _seen(self) -> tuple[Usage | None, int | None]:
-        """The usage and the characters of a stream so far."""
-        return (None, None) if self.opened is None else (self.opened.reader.usage, self.opened.reader.characters)
+        """The usage and the bytes of text of a stream so far."""
+        return (None, None) if self.opened is None else (self.opened.reader.usage, self.opened.reader.written)
 
     def headers(self, retry_after: float | None = None) -> list[tuple[bytes, bytes]]:
         """What every response says of its decision."""
@@ -127,7 +127,7 @@ class Relay:
         # Counted before it is sent: a client that leaves now has cost what it cost.
         answer_id = found.answer.get("id")
         answer_id = answer_id if isinstance(answer_id, str) else None
-        self._finish(200, "answered", found.usage, _characters(found), answer_id)
+        self._finish(200, "answered", found.usage, _written(found), answer_id)
         self.keeper.keep(found, answer_id, self.call.attempts[-1].deployment)
         extra = [(name.encode(), value.encode("latin-1", "replace")) for name, value in found.headers.items()]
         await respond(send, 200, found.body, [*self.headers(), *extra])
@@ -146,7 +146,7 @@ class Relay:
             last, outcome = self.call.api.error_event(f"the answer was cut off: {cut.message}"), "cut"
             written = cut.error != "unreadable"  # what followed was not read, and may be billed
         answer_id = getattr(opened.reader, "answer_id", None)
-        self._finish(200, outcome, opened.reader.usage, opened.reader.characters if written else None, answer_id)
+        self._finish(200, outcome, opened.reader.usage, opened.reader.written if written else None, answer_id)
         if outcome == "answered":
             self.keeper.keep(opened, answer_id, self.call.attempts[-1].deployment)
         await send({"type": "http.response.body", "body": last, "more_body": False})
@@ -154,7 +154,7 @@ class Relay:
     def _finish(
         self, status: int, outcome: str, usage: Usage | None = None, written: int | None = None, answer_id: str | None = None
     ) -> None:
-        """Settles, learns and logs, once. written: characters of the answer; None: nothing came."""
+        """Settles, learns and logs, once. written: bytes of the answer; None: nothing came."""
         service, call, now = self.service, self.call, self.call.now
         if self.done:
             return
@@ -165,10 +165,11 @@ class Relay:
             name = call.plan.names[now.model]
             usage, own, reported = self._paid(now.model, outcome, usage, written)
             cost, estimated = cost + own, estimated or not reported
+            attempts.deployment.reasons |= usage is not None and usage.reasoning > 0
             service.purse.settle(attempts.token, own)
             if outcome == "answered":
                 service.sessions.remember(call.session, name, call.counted)
-                if reported and usage is not None:
+                if reported and usage is not None and call.ask.max_tokens != 0:
                     service.expectations.add(now.model, usage.tokens_out, call.ask.outputs)
                 if answer_id is not None and call.ask.api == "responses":
                     self._remember(answer_id, attempts.deployment.name, usage)
@@ -190,11 +191,11 @@ class Relay:
         """Usage and cost of the attempt that model k answered, and whether the provider has reported them."""
         call = self.call
         if usage is not None and outcome == "answered":
-            return usage, call.plan.prices.cost(k, usage), True
-        if written is None:  # the client left: it may be answered in full
+            return usage, call.cost(k, usage), True
+        if written is None or call.hides(k):  # it may have been answered in full
             return usage, call.worst(k), False
         found = call.estimated(written, usage)
-        return found, min(call.plan.prices.cost(k, found), call.worst(k)), False
+        return found, min(call.cost(k, found), call.worst(k)), False
 
 
 async def respond(send: Send, status: int, body: bytes, headers: list[tuple[bytes, bytes]], kind: bytes = JSON) -> None:
@@ -204,6 +205,6 @@ async def respond(send: Send, status: int, body: bytes, headers: list[tuple[byte
     await send({"type": "http.response.body", "body": body, "more_body": False})
 
 
-def _characters(found: Whole) -> int | None:
+def _written(found: Whole) -> int | None:
     """What an answer without usage may have written: its whole body, at most."""
     return len(found.body) if found.usage is None else None

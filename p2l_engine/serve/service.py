@@ -118,6 +118,8 @@ class Service:
         call.cached = self._cached(call)
         call.tokens_out = self.expectations.tokens_out(call.ask.max_tokens, call.ask.outputs)
         call.costs = plan.prices.expected(call.tokens_in, np.array(call.cached, float), call.tokens_out)
+        if call.ask.extras.tier is not None:
+            call.costs = call.costs * [float(call.factor(k)) for k in range(len(plan.names))]
         call.first = call.now = self.chosen(call, call.mask, count=not call.options.dry_run)
         call.mark("choose")
         return call.first
@@ -192,6 +194,8 @@ class Service:
                 why = f"{needed} tokens, answer and margin included, do not fit into its context of {model.context}"
             elif ask.max_tokens is not None and model.max_output is not None and ask.max_tokens > model.max_output:
                 why = f"writes at most {model.max_output} tokens"
+            elif self.purse.limit is not None and (unbounded := call.unbounded(k)) is not None:
+                why = unbounded
             elif group and not any(map(self.health.is_up, group)):
                 why = DOWN
             else:

@@ -84,7 +84,9 @@ class Model(Section):
 
     cached_from: tokens, below which its provider caches no prompt. context: its context window in tokens, None: unbounded.
     max_output: the most tokens that it writes. accepts: what a request may contain. provider: its deployment, or a list;
-    empty: decisions only.
+    empty: decisions only. usd_per_tool_call, max_tool_calls: price and greatest number, in one request, of calls of tools that
+    its provider runs, such as web search. tiers: by service tier or speed, how many times the usual prices it costs. reasons:
+    whether it may write, and bill, what its streams do not show.
     """
 
     cost: Price | None = None
@@ -94,6 +96,11 @@ class Model(Section):
     usd_per_m_cache_write: Price | None = None
     tokens_in: Annotated[float, Field(gt=0)] | None = None
     tokens_out: Annotated[float, Field(gt=0)] | None = None
+    usd_per_m_cache_write_1h: Price | None = None
+    usd_per_tool_call: Price | None = None
+    max_tool_calls: Tokens | None = None
+    tiers: dict[str, Annotated[float, Field(gt=0)]] = {}
+    reasons: bool = False
     cached_from: Tokens = 1_024
     context: Tokens | None = None
     max_output: Tokens | None = None
@@ -110,7 +117,8 @@ class Model(Section):
     @model_validator(mode="after")
     def _priced(self) -> Self:
         prices = ("usd_per_m_in", "usd_per_m_out", "tokens_in", "tokens_out")
-        given = [name for name in (*prices, "usd_per_m_cached", "usd_per_m_cache_write") if getattr(self, name) is not None]
+        more = ("usd_per_m_cached", "usd_per_m_cache_write", "usd_per_m_cache_write_1h")
+        given = [name for name in (*prices, *more) if getattr(self, name) is not None]
         if self.cost is not None and given:
             raise ValueError(f"expected either cost or prices, got cost and {', '.join(given)}")
         if self.cost is None and (missing := [name for name in prices if getattr(self, name) is None]):
