@@ -49,6 +49,7 @@ serve = [
     "pyarrow>=20",
     "pydantic>=2.11",
 ]
+tiktoken = ["tiktoken>=0.9"]  # OpenAI's tokenizers
 otel = ["opentelemetry-sdk>=1.30", "opentelemetry-exporter-otlp-proto-http>=1.30"]
 serve_ray = [*serve, *ray, "ray[serve]>=2.55,<2.64"]
 bench = ["cvxpy>=1.6", "scipy>=1.15", "rich>=14", "threadpoolctl>=3.5"]
@@ -102,8 +103,9 @@ setup(
         "serve": serve,
         "serve-ray": serve_ray,
         "otel": otel,
+        "tiktoken": tiktoken,
         "bench": bench,
-        "test": [*default, *cli, *train, *ray, *postgres, *redis, *serve, *serve_ray, *otel, *bench, *test],
+        "test": [*default, *cli, *train, *ray, *postgres, *redis, *serve, *serve_ray, *otel, *tiktoken, *bench, *test],
         "lint": lint,
     },
     entry_points={"console_scripts": ["p2l-engine=p2l_engine.cli:main"]},

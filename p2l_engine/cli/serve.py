@@ -85,13 +85,13 @@ def serve(
         found = found.model_copy(update={"serve": found.serve.model_copy(update={"log_prompts": True})})
     runtime = Runtime(found, engine, config)
     if check:
-        print("\n".join(runtime.plan.lines()))
+        print("\n".join([*runtime.plan.lines(), *runtime.notes]))
         return
     if ray is None:
         with status("warming up"):
             engine.warmup()
     logging.basicConfig(level=logging.WARNING, handlers=[LogLines()])
-    for line in runtime.plan.notes:
+    for line in (*runtime.plan.notes, *runtime.notes):
         note(line)
     _say_how_open(found, host)
     if ray is None:

@@ -36,6 +36,10 @@ class ChatTokenizer(Protocol):
     def longest_token(self) -> int:
         """Characters of the longest token."""
 
+    @property
+    def added_tokens(self) -> Sequence[str]:
+        """Texts that are one token wherever they are, such as special tokens."""
+
 
 class FastTokenizer:
     """A tokenizer built on the tokenizers library, without transformers. It owns ``backend``, which nothing else may change.
@@ -71,6 +75,11 @@ class FastTokenizer:
     def longest_token(self) -> int:
         """See ChatTokenizer."""
         return max(map(len, self._backend.get_vocab(with_added_tokens=True)))
+
+    @property
+    def added_tokens(self) -> Sequence[str]:
+        """See ChatTokenizer."""
+        return [token.content for token in self._backend.get_added_tokens_decoder().values()]
 
 
 class TransformersTokenizer:
@@ -115,6 +124,11 @@ class TransformersTokenizer:
     def longest_token(self) -> int:
         """See ChatTokenizer."""
         return max(map(len, self._tokenizer.get_vocab()))
+
+    @property
+    def added_tokens(self) -> Sequence[str]:
+        """See ChatTokenizer."""
+        return [str(token) for token in self._tokenizer.added_tokens_decoder.values()]
 
 
 def _copied_backend(tokenizer: PreTrainedTokenizerBase) -> Any:

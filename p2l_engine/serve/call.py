@@ -29,6 +29,7 @@ from p2l_engine.serve.settings import Key
 from p2l_engine.serve.tokens import Counted
 
 MOST = Fraction(10**9)  # USD: more than any limit
+OWN_MARGIN = 1.05  # of a provider's own tokenizer: for how it writes tools and messages
 FALLBACKS = 4  # that a decision names
 
 
@@ -59,6 +60,7 @@ class Call:
     costs: Float64 = field(default_factory=lambda: np.zeros(0))
     cached: tuple[int, ...] = ()
     tokens_out: Float64 = field(default_factory=lambda: np.zeros(0))
+    own: dict[int, Counted] = field(default_factory=dict)  # counted, of models, by their provider's tokenizer
     trace: dict[str, str] = field(default_factory=dict)  # headers under which providers continue a trace
     kept: KeptAnswer | None = None  # the answer that this request continues
     homes: frozenset[str] | None = None  # base URLs of the providers that can read its encrypted reasoning; None: all
@@ -73,16 +75,17 @@ class Call:
     def __post_init__(self) -> None:
         self.deadline = time.monotonic() + self.plan.serve.timeouts.total
 
-    @property
-    def tokens_in(self) -> int:
-        """Its input tokens by the P2L tokenizer; images, and the conversation that a provider keeps, included."""
+    def tokens_in(self, k: int | None = None) -> int:
+        """Its input tokens by model k's own tokenizer where it is known, else by P2L's; images, and the conversation that a
+        provider keeps, included."""
         kept = 0 if self.kept is None else self.kept.tokens
-        return self.counted.total + self.ask.images * self.plan.serve.tokens_per_image + kept
+        counted = self.counted if k is None else self.own.get(k, self.counted)
+        return counted.total + self.ask.images * self.plan.serve.tokens_per_image + kept
 
-    @property
-    def most_tokens_in(self) -> int:
-        """The most input tokens that a provider may count."""
-        return int(np.ceil(self.tokens_in * self.plan.serve.token_margin)) + 16
+    def most_tokens_in(self, k: int | None = None) -> int:
+        """The most input tokens that a provider, or model k's, may count."""
+        margin = self.plan.serve.token_margin if k is None or k not in self.own else OWN_MARGIN
+        return math.ceil(self.tokens_in(k) * margin) + 16
 
     @property
     def pinned(self) -> bool:
@@ -153,7 +156,7 @@ class Call:
     def worst(self, k: int) -> Fraction:
         """The most that model k can cost. What ``unbounded`` names is left out."""
         ask, extras, window = self.ask, self.ask.extras, self.plan.models[k].context
-        tokens_in, calls = self.most_tokens_in + extras.fields, self.most_calls(k)
+        tokens_in, calls = self.most_tokens_in(k) + extras.fields, self.most_calls(k)
         if window is not None and (extras.unseen or calls):
             tokens_in = max(tokens_in, window)
         # Each call of a tool that runs at the provider is another round.
@@ -205,12 +208,12 @@ class Call:
             found = [d for d in found if d.name == self.kept.deployment]
         return found if self.homes is None else [d for d in found if d.provider.base_url in self.homes]
 
-    def estimated(self, written: int, reported: Usage | None) -> Usage:
+    def estimated(self, k: int, written: int, reported: Usage | None) -> Usage:
         """Usage where the provider has not reported all: the request's tokens, and one for every three bytes written."""
         out = -(-written // 3)
         if reported is None:
-            return Usage(self.tokens_in, out)
-        return replace(reported, tokens_in=reported.tokens_in or self.tokens_in, tokens_out=max(reported.tokens_out, out))
+            return Usage(self.tokens_in(k), out)
+        return replace(reported, tokens_in=reported.tokens_in or self.tokens_in(k), tokens_out=max(reported.tokens_out, out))
 
     def record(
         self, status: int, outcome: str, model: str | None, usage: Usage | None, cost: Fraction | None, estimated: bool
@@ -263,7 +266,7 @@ class Call:
             "win_rate": first.rate,
             "score": score if score is not None and math.isfinite(score) else None,
             "why": first.why,
-            "tokens_in": self.tokens_in,
+            "tokens_in": self.tokens_in(first.model),
             "unit": self.plan.config.unit,
         }
         return found | (self.explained() if self.options.explain else {})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,8 +32,9 @@ class Prices:
         self.flat, self.per_in, self.per_out, self.per_cached = map(_floats, (self._flat, self._in, self._out, self._cached))
         self.max_output = [model.max_output for model in entries]
 
-    def expected(self, tokens_in: float, cached: Float64, tokens_out: Float64) -> Float64:
-        """The expected cost [K] of a request of these input tokens, of which cached [K] are read from a model's cache."""
+    def expected(self, tokens_in: float | npt.NDArray[Any], cached: Float64, tokens_out: Float64) -> Float64:
+        """The expected cost [K] of a request. tokens_in: its input tokens, at all models or [K], of which cached [K] are read
+        from a model's cache."""
         return self.flat + (tokens_in - cached) * self.per_in + cached * self.per_cached + tokens_out * self.per_out
 
     def cost(self, k: int, usage: Usage) -> Fraction:

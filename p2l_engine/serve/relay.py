@@ -184,7 +184,7 @@ class Relay:
 
     def _remember(self, answer_id: str, deployment: str, usage: Usage | None) -> None:
         """The deployment keeps this answer, and the conversation before it."""
-        tokens = self.call.most_tokens_in if usage is None else usage.tokens_in + usage.tokens_out
+        tokens = self.call.most_tokens_in() if usage is None else usage.tokens_in + usage.tokens_out
         self.service.sessions.remember_answer(answer_id, KeptAnswer(deployment, tokens))
 
     def _paid(self, k: int, outcome: str, usage: Usage | None, written: int | None) -> tuple[Usage | None, Fraction, bool]:
@@ -194,7 +194,7 @@ class Relay:
             return usage, call.cost(k, usage), True
         if written is None or call.hides(k):  # it may have been answered in full
             return usage, call.worst(k), False
-        found = call.estimated(written, usage)
+        found = call.estimated(k, written, usage)
         return found, min(call.cost(k, found), call.worst(k)), False
 
 

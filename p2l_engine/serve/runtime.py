@@ -24,6 +24,7 @@ from p2l_engine.routing import SpendLimit
 from p2l_engine.serve import settings
 from p2l_engine.serve.answers import open_answers
 from p2l_engine.serve.app import application
+from p2l_engine.serve.encodings import counters
 from p2l_engine.serve.expectations import Expectations
 from p2l_engine.serve.gate import Gate
 from p2l_engine.serve.health import Health
@@ -35,7 +36,7 @@ from p2l_engine.serve.service import Service, pacer_of
 from p2l_engine.serve.sessions import SessionMemory
 from p2l_engine.serve.settings import Config, ConfigError, Serve
 from p2l_engine.serve.shared_sessions import SharedSessions
-from p2l_engine.serve.tokens import TokenCounter
+from p2l_engine.serve.tokens import TokenCounter, as_text
 from p2l_engine.serve.traces import Traces
 from p2l_engine.serve.upstream import Upstream
 
@@ -63,6 +64,7 @@ class Runtime:
     ) -> None:
         self.file, self.engine, self.watch, self.computer = file, engine, watch, computer
         self.plan = make(config, engine.models, engine.feedback)
+        self.counters, self.notes = counters(config.models)
         self.server: Server | None = None
         self._reading = asyncio.Lock()
 
@@ -79,11 +81,10 @@ class Runtime:
 
     def _service(self) -> Service:
         plan, serve = self.plan, self.plan.serve
-        tokenizer = self.engine.encoder.tokenizer
         return Service(
             plan,
             Scorer(self.computer or Batcher(self.engine), serve.queue.seconds, serve.queue.most, serve.queue.cached),
-            TokenCounter(lambda text: len(tokenizer.ids([text])[0])),
+            TokenCounter(as_text(self.engine.encoder.tokenizer)),
             Upstream(),
             Purse(_spend_limit(plan), serve.timeouts.total),
             _sessions(serve),
@@ -91,6 +92,7 @@ class Runtime:
             Gate(serve.keys),
             pacer_of(plan),
             Expectations(plan.config.models),
+            self.counters,
         )
 
     @asynccontextmanager
@@ -140,14 +142,18 @@ class Runtime:
                         raise ConfigError(f"{self.file}: {name}: was {old!r}, is {new!r}: this needs a restart")
                 plan = make(config, self.engine.models, self.engine.feedback)
                 limit = await asyncio.to_thread(_spend_limit, plan)
+                found, notes = await asyncio.to_thread(counters, config.models)
             except (ValueError, SQLAlchemyError) as error:
                 logger.error("the configuration was not changed: %s", error)
                 return False
             service = self.server.service
             service.adopt(plan)
+            service.own_counters, self.notes = found, notes
             service.purse.limit, self.plan = limit, plan
             self.server.metrics.names = frozenset(plan.names)
             logger.warning("the configuration was read again: %d models", len(plan.names))
+            for line in notes:
+                logger.warning("%s", line)
             return True
 
     async def _reload(self) -> None:

@@ -57,6 +57,7 @@ class Service:
     gate: Gate
     pacer: BudgetPacer | None
     expectations: Expectations
+    own_counters: Mapping[str, TokenCounter]  # by model, where its provider's tokens are known
 
     def adopt(self, plan: Plan) -> None:
         """Replaces the configuration, at once: requests under way keep theirs. What was learned is carried over."""
@@ -95,6 +96,9 @@ class Service:
         session = session_of(options, body, headers, key, ask.session)
         counted = await self.counter.counted(ask.texts)
         call = Call(self.plan, api, ask, options, key, session, headers, secret_of(headers), counted, name, began)
+        for model, counter in self.own_counters.items():
+            if (k := call.plan.index.get(model)) is not None and ask.model in (AUTO, model):
+                call.own[k] = await counter.counted(ask.texts)
         call.pacer = self.pacer
         call.mark("parse")
         return call
@@ -117,7 +121,8 @@ class Service:
         call.mark("coefficients")
         call.cached = self._cached(call)
         call.tokens_out = self.expectations.tokens_out(call.ask.max_tokens, call.ask.outputs)
-        call.costs = plan.prices.expected(call.tokens_in, np.array(call.cached, float), call.tokens_out)
+        tokens_in = np.array([call.tokens_in(k) for k in range(len(plan.names))]) if call.own else call.tokens_in()
+        call.costs = plan.prices.expected(tokens_in, np.array(call.cached, float), call.tokens_out)
         if call.ask.extras.tier is not None:
             call.costs = call.costs * [float(call.factor(k)) for k in range(len(plan.names))]
         call.first = call.now = self.chosen(call, call.mask, count=not call.options.dry_run)
@@ -169,9 +174,10 @@ class Service:
         routed = np.zeros(len(plan.names), bool)
         routed[plan.columns] = True
         self._look_up(call)
-        needed, decision_only = call.most_tokens_in + (ask.max_tokens or 1), call.api_name == "route"
+        usual, decision_only = call.most_tokens_in() + (ask.max_tokens or 1), call.api_name == "route"
         speaks = plan.speaks(ask.api)
         for k, (name, model) in enumerate(zip(plan.names, plan.models, strict=True)):
+            needed = usual if k not in call.own else call.most_tokens_in(k) + (ask.max_tokens or 1)
             missing = sorted(ask.needs - set(model.accepts))
             group = call.deployments(k)
             if call.pinned and name != ask.model:
@@ -233,6 +239,9 @@ class Service:
 
     def _cached(self, call: Call) -> tuple[int, ...]:
         found = self.sessions.cached(call.session, call.counted, call.plan.names)
+        for k, counted in call.own.items():
+            if found[k]:
+                (found[k],) = self.sessions.cached(call.session, counted, call.plan.names[k : k + 1])
         return tuple(
             tokens if tokens >= model.cached_from else 0 for tokens, model in zip(found, call.plan.models, strict=True)
         )

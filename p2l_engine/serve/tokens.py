@@ -1,4 +1,4 @@
-"""How many tokens a request has, by the P2L tokenizer: counted once for each message, since conversations repeat them."""
+"""How many tokens a request has by a tokenizer: counted once for each message, since conversations repeat them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+from p2l_engine.prompts.tokenizer import ChatTokenizer
 
 KEPT = 50_000  # messages whose counts are remembered
 AT_ONCE = 4_000  # bytes that are tokenised in the event loop: less than half a millisecond
@@ -24,6 +26,17 @@ class Counted:
     def total(self) -> int:
         """Of all messages."""
         return self.ends[-1] if self.ends else 0
+
+
+def as_text(tokenizer: ChatTokenizer) -> Callable[[str], int]:
+    """Counts the tokens of a text by the P2L tokenizer. Its special tokens are text to a provider: each counts as its bytes, of
+    which a token has one at least."""
+    longer = {token: len(token.encode()) - 1 for token in tokenizer.added_tokens}
+
+    def count(text: str) -> int:
+        return len(tokenizer.ids([text])[0]) + sum(text.count(token) * more for token, more in longer.items() if token in text)
+
+    return count
 
 
 class TokenCounter:

@@ -24,6 +24,8 @@ BEST = (2.0, 1.0, 0.0)  # their coefficients, for every prompt
 
 
 class _Tokenizer:
+    added_tokens = ()
+
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         return [[0] * -(-len(text.encode()) // 4) for text in texts]
 
