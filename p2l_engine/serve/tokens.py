@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,10 +32,14 @@ class Counted:
 def as_text(tokenizer: ChatTokenizer) -> Callable[[str], int]:
     """Counts the tokens of a text by the P2L tokenizer. Its special tokens are text to a provider: each counts as its bytes, of
     which a token has one at least."""
-    longer = {token: len(token.encode()) - 1 for token in tokenizer.added_tokens}
+    tokens = sorted(tokenizer.added_tokens, key=len, reverse=True)  # of two that begin alike, the longer one
+    special, begins = re.compile("|".join(map(re.escape, tokens))), {token[:1] for token in tokens}
 
     def count(text: str) -> int:
-        return len(tokenizer.ids([text])[0]) + sum(text.count(token) * more for token, more in longer.items() if token in text)
+        found = len(tokenizer.ids([text])[0])
+        if any(begin in text for begin in begins):
+            found += sum(len(token.encode()) - 1 for token in special.findall(text))
+        return found
 
     return count
 
