@@ -251,3 +251,89 @@ def test_several_deployments_share_a_model_by_weight_and_stand_in_for_each_other
     assert to_bad > to_good > 3
     assert {(status, headers["x-p2l-model"]) for status, headers, _ in answers} == {(200, "large")}
     assert sum(int(headers["x-p2l-attempts"]) for _, headers, _ in answers) == 11  # the bad one is tried once, then cools down
+
+
+PROBLEMS = {401: "key", 402: "credit", 403: "key", 404: "model or the path"}
+
+
+@pytest.mark.parametrize("status", PROBLEMS)
+def test_a_deployment_that_is_configured_wrongly_is_named_once_and_left_out(status, caplog):
+    async def one():
+        async with MockProvider(PRICES) as provider, serving(config_for(provider, **QUICK)) as server:
+            rule = provider.fail("status", model="large", status=status)
+            deployment = server.runtime.plan.deployments[0][0]
+            answers = []
+            for i in range(4):
+                answers.append(await ask(server.url, "chat", body_for("chat", i % 2 == 0)))
+                deployment.until = 0.0  # it is tried again
+            named = await ask(server.url, "chat", body_for("chat", False, "large"))
+            async with aiohttp.ClientSession() as client, client.get(server.url + "/v1/status") as response:
+                shown = await response.json()
+            provider.rules.rules.remove(rule)
+            deployment.until = 0.0
+            healed = await ask(server.url, "chat", body_for("chat", False))
+            return answers, named, shown, healed, deployment
+
+    answers, named, shown, healed, deployment = asyncio.run(one())
+    assert {(found, headers["x-p2l-model"], headers["x-p2l-attempts"]) for found, headers, _ in answers} == {
+        (200, "medium", "2")
+    }
+    assert (named[0], named[1]["x-p2l-attempts"]) == (503, "1")  # to try again changes nothing
+    assert PROBLEMS[status].encode() in named[2]
+    assert PROBLEMS[status] in shown["models"][0]["deployments"][0]["problem"]
+    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert "large-chat" in line
+    assert PROBLEMS[status] in line
+    assert (healed[0], healed[1]["x-p2l-model"], deployment.problem) == (200, "large", None)
+
+
+def test_what_a_provider_says_of_its_key_reaches_nobody(caplog):
+    async def one():
+        async with MockProvider(PRICES) as provider, serving(config_for(provider, **QUICK)) as server:
+            provider.fail("status", status=401)
+            return await ask(server.url, "chat", body_for("chat", False, "large"))
+
+    _, _, body = asyncio.run(one())
+    assert b"sk-" not in body
+    assert "sk-" not in caplog.text
+
+
+@pytest.mark.parametrize("status", [401, 402, 403, 429])
+def test_a_clients_own_key_leaves_no_deployment_out(status):
+    async def one():
+        async with MockProvider(PRICES) as provider:
+            config = config_for(provider, **QUICK)
+            for entry in config["models"].values():
+                for deployment in entry["provider"]:
+                    deployment["forward_client_key"] = True
+            async with serving(config) as server:
+                provider.fail("status", status=status, times=1, retry_after=7)
+                refused = await ask(server.url, "chat", body_for("chat", False), authorization="Bearer sk-bad")
+                health, plan = server.service.health, server.runtime.plan
+                up = all(health.is_up(deployment) for group in plan.deployments for deployment in group)
+                return refused, up, await ask(server.url, "chat", body_for("chat", False), authorization="Bearer sk-good")
+
+    (found, headers, body), up, good = asyncio.run(one())
+    assert (found, headers["x-p2l-attempts"], headers.get("retry-after", "7")) == (status, "1", "7")
+    assert error_in("chat", body)
+    assert up
+    assert (good[0], good[1]["x-p2l-model"]) == (200, "large")
+
+
+def test_a_stored_answer_that_is_gone_leaves_no_deployment_out():
+    async def one():
+        async with MockProvider(PRICES) as provider, serving(config_for(provider, **QUICK)) as server:
+            provider.fail("status", status=404, code="previous_response_not_found")
+            bodies = [
+                body_for("responses", False, "large") | {"previous_response_id": "resp_0"},
+                body_for("responses", False, "large") | {"input": [{"type": "item_reference", "id": "msg_0"}]},
+                body_for("responses", False, "large")
+                | {"input": [{"role": "user", "content": [{"type": "input_image", "file_id": "file-0"}]}]},
+            ]
+            found = [await ask(server.url, "responses", body) for body in bodies]
+            health, plan = server.service.health, server.runtime.plan
+            return found, all(health.is_up(deployment) for group in plan.deployments for deployment in group)
+
+    found, up = asyncio.run(one())
+    assert [status for status, *_ in found] == [404] * 3
+    assert up

@@ -92,6 +92,7 @@ class Contents:
         """Notes an image of the message that is read; returns what stands for it in the text."""
         self.images += 1
         self.needs.add("image")
+        self.sealed |= isinstance(source, dict) and source.get("file_id") is not None
         self._sources += digest([repr(source).encode()])[:12].encode()  # tells this message from one with another image
         return "[image]"
 

@@ -88,7 +88,7 @@ class Chat:
         extras = Extras(
             tuple(reader.unseen), size_of_fields(body, COUNTED), len(orjson.dumps(body.get("prediction") or "")) - 2,
             (*hosted, *(name for name in SEARCHES if body.get(name) is not None)), None,
-            tier_of(body.get("service_tier")), effort not in (None, "none"),
+            tier_of(body.get("service_tier"), "models" if body.get("models") else None), effort not in (None, "none"),
         )  # fmt: skip
         return Ask(
             self.name, body, text_field(body, "model"), flag_field(body, "stream"), reader.of_user(), tuple(reader.texts),

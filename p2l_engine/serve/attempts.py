@@ -22,11 +22,11 @@ from p2l_engine.serve.upstream import Opened, UpstreamFailed, Whole
 
 
 class PassedOn(Exception):
-    """The provider refused the request itself: its own error goes to the client."""
+    """The provider refused the request itself: its own error goes to the client. retry_after: seconds."""
 
-    def __init__(self, status: int, body: bytes) -> None:
+    def __init__(self, status: int, body: bytes, retry_after: float | None = None) -> None:
         super().__init__(status)
-        self.status, self.body = status, body
+        self.status, self.body, self.retry_after = status, body, retry_after
 
 
 @dataclass(eq=False)
@@ -65,7 +65,7 @@ class Attempts:
             self._give_up(failure, chosen)
             tried.add(self.deployment.name)
             if failure.blame == "request":
-                raise PassedOn(failure.status or 400, self._error_of(failure))
+                raise PassedOn(failure.status or 400, self._error_of(failure), failure.retry_after)
             if failure.blame == "context":
                 mask &= self._wider(chosen.model)
                 if widened or not mask.any():
@@ -73,7 +73,7 @@ class Attempts:
                 widened = True
             if len(call.attempts) >= retries.attempts or time.monotonic() >= deadline:
                 raise self._unavailable(failure)
-            if failure.blame == "deployment" and self._others(chosen.model, tried):
+            if failure.blame in ("deployment", "configuration") and self._others(chosen.model, tried):
                 pass  # the same model, elsewhere
             else:
                 mask[chosen.model] = False
@@ -82,6 +82,8 @@ class Attempts:
                         chosen = call.now = service.chosen(call, mask, count=False)
                     except Refused:  # what is left of the budget affords none
                         raise self._unavailable(failure) from None
+                elif failure.blame == "configuration":  # to try again changes nothing
+                    raise self._unavailable(failure)
                 else:
                     mask[chosen.model] = True
                     rounds += 1
@@ -109,6 +111,8 @@ class Attempts:
         assert deployment is not None
         if failure.blame == "deployment":
             self.service.health.failed(deployment, failure.retry_after)
+        elif failure.blame == "configuration":
+            self.service.health.misconfigured(deployment, failure.message)
         else:
             self.service.health.answered(deployment)
         amount = call.worst(chosen.model) if failure.sent else Fraction(0)

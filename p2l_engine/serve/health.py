@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,11 +10,13 @@ from random import Random
 
 from p2l_engine.serve.settings import Cooldown, Provider
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(eq=False)
 class Deployment:
     """A place where a model runs. key: its secret, from the environment. failures: in a row; until: when it is tried again.
-    reasons: whether it has reported output that it did not show."""
+    reasons: whether it has reported output that it did not show. problem: why it cannot answer as it is configured."""
 
     name: str
     model: str
@@ -22,6 +25,7 @@ class Deployment:
     failures: int = 0
     until: float = 0.0
     reasons: bool = False
+    problem: str | None = None
 
     def __repr__(self) -> str:
         return f"Deployment({self.name!r})"
@@ -41,9 +45,18 @@ class Health:
             seconds = max(seconds, min(retry_after, self.cooldown.most))
         deployment.until = max(deployment.until, self._clock() + seconds)
 
+    def misconfigured(self, deployment: Deployment, problem: str) -> None:
+        """A failure that will not pass by itself: said once, until it answers."""
+        self.failed(deployment)
+        if problem != deployment.problem:
+            logger.error("the deployment %s of %s cannot answer: %s", deployment.name, deployment.model, problem)
+        deployment.problem = problem
+
     def answered(self, deployment: Deployment) -> None:
         """It answered, whether the client liked it or not."""
-        deployment.failures, deployment.until = 0, 0.0
+        if deployment.problem is not None:
+            logger.warning("the deployment %s of %s answers again", deployment.name, deployment.model)
+        deployment.failures, deployment.until, deployment.problem = 0, 0.0, None
 
     def is_up(self, deployment: Deployment) -> bool:
         """Whether it may be tried now."""

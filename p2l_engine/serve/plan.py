@@ -94,6 +94,7 @@ def carry_over(before: Plan, after: Plan) -> None:
         old = states.get(deployment.name)
         if old is not None and old.provider == deployment.provider:
             deployment.failures, deployment.until, deployment.reasons = old.failures, old.until, old.reasons
+            deployment.problem = old.problem
 
 
 def _deployments(name: str, model: Model, environment: Mapping[str, str]) -> tuple[Deployment, ...]:

@@ -71,7 +71,7 @@ class Relay:
             await respond(send, refused.status, orjson.dumps(body), self.headers(refused.retry_after))
         except PassedOn as passed:
             self._finish(passed.status, "refused")
-            await respond(send, passed.status, passed.body, self.headers())
+            await respond(send, passed.status, passed.body, self.headers(passed.retry_after))
         except Exception:
             self._finish(500, "failed", *self._seen())
             raise

@@ -90,6 +90,7 @@ async def status(server: Server, key: Key | None) -> Any:
                     "state": "ok" if health.is_up(d) else "cooling",
                     "seconds_left": round(health.seconds_left(d), 1),
                     "failures": d.failures,
+                    "problem": d.problem,
                 }
                 for d in group
             ],

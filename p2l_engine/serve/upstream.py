@@ -18,11 +18,21 @@ from p2l_engine.apis.api import UNREADABLE, Api, Stream, Usage, error_text, mapp
 from p2l_engine.apis.ask import Ask
 from p2l_engine.apis.events import EventTooLong, Splitter, data_of
 from p2l_engine.serve.health import Deployment
-from p2l_engine.serve.settings import Serve
+from p2l_engine.serve.settings import Provider, Serve
 
-# Whose fault a failure is. deployment: it is left out for a while; request: no other model would answer it either; context: a
-# model with a larger window would.
-Blame = Literal["deployment", "request", "context"]
+# Whose fault a failure is. deployment: it is left out for a while; configuration: so too, since it answers no request as it is
+# configured; request: no other model would answer it either; context: a model with a larger window would.
+Blame = Literal["deployment", "configuration", "request", "context"]
+PROBLEMS = {
+    401: "its provider refuses the key that is configured",
+    402: "its provider's account has no credit left",
+    403: "its provider refuses the key that is configured, or this use of it",
+    404: "its provider does not know the model or the path that is configured",
+}
+# Of a client's own key, where that is passed on.
+OF_THE_KEY = frozenset({401, 402, 403, 429})
+# That say more than their status.
+CODES = {"model_not_found": 404, "DeploymentNotFound": 404, "invalid_api_key": 401, "insufficient_quota": 402}
 OF_THE_REQUEST = frozenset({400, 405, 406, 410, 411, 412, 413, 414, 415, 416, 417, 422, 431, 451})
 TOO_LONG = re.compile(
     r"context[ _](length|window)|maximum context|(prompt|input) is too long|too many (input )?tokens|exceeds? .{0,40}tokens",
@@ -213,7 +223,7 @@ class Upstream:
         keep = False
         try:
             if response.status != 200:
-                raise await _refused(response, min(time.monotonic() + timeouts.idle, deadline))
+                raise await _refused(response, min(time.monotonic() + timeouts.idle, deadline), ask, provider)
             if ask.stream and "json" not in response.content_type and "html" not in response.content_type:
                 opened = Opened(response, api.stream(ask), serve, deadline)
                 await opened.begin(until)
@@ -260,7 +270,7 @@ async def _whole(response: aiohttp.ClientResponse, api: Api, serve: Serve, deadl
     return Whole(body, _kept(response), api.usage(answer), answer)
 
 
-async def _refused(response: aiohttp.ClientResponse, until: float) -> UpstreamFailed:
+async def _refused(response: aiohttp.ClientResponse, until: float, ask: Ask, provider: Provider) -> UpstreamFailed:
     """What an answer of another status than 200 says."""
     body, status = b"", response.status
     try:
@@ -277,9 +287,16 @@ async def _refused(response: aiohttp.ClientResponse, until: float) -> UpstreamFa
     code = mapping(mapping(answer).get("error")).get("code")
     if status in (400, 413, 422) and (code == "context_length_exceeded" or TOO_LONG.search(message)):
         return UpstreamFailed("context", message, "context", status, body=body if answer is not None else None)
-    if status in OF_THE_REQUEST:
-        return UpstreamFailed("http", message, "request", status, body=body if answer is not None else None)
-    return UpstreamFailed("http", message, "deployment", status, _retry_after(response.headers.get("retry-after")))
+    wait, code = _retry_after(response.headers.get("retry-after")), CODES.get(code if isinstance(code, str) else "")
+    own_key = provider.forward_client_key and (status in OF_THE_KEY or code in OF_THE_KEY)
+    # What a provider keeps may be gone, or another's.
+    kept = ask.previous is not None or ask.sealed or bool(ask.extras.unseen or ask.extras.tools)
+    stored = status == 404 and code is None and kept and provider.model not in message
+    if own_key or stored or (status in OF_THE_REQUEST and code is None):
+        return UpstreamFailed("http", message, "request", status, wait, body if answer is not None else None)
+    if (problem := PROBLEMS.get(code or status)) is not None:  # the provider's own words may have a part of the key
+        return UpstreamFailed("http", problem, "configuration", status, wait)
+    return UpstreamFailed("http", message, "deployment", status, wait)
 
 
 def _retry_after(header: str | None) -> float | None:
