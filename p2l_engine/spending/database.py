@@ -13,7 +13,7 @@ from typing import Any
 
 from sqlalchemy import URL, Connection, Engine, MetaData, QueuePool, Table, create_engine, event, make_url, text
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import OperationalError, TimeoutError
+from sqlalchemy.exc import InterfaceError, OperationalError, TimeoutError
 
 from p2l_engine.spending.fair_semaphore import FairSemaphore
 
@@ -62,6 +62,11 @@ class Database:
         insert = sqlite.insert(table) if self.is_sqlite else postgresql.insert(table)
         with self.begin() as connection:
             connection.execute(insert.on_conflict_do_nothing(), rows)
+
+    @staticmethod
+    def has_failed(error: Exception) -> bool:
+        """Whether an error is the database's own (it cannot be reached, is locked or full), whatever it was asked."""
+        return isinstance(error, OperationalError | InterfaceError | TimeoutError)
 
     def close(self) -> None:
         """Closes the connections; a later transaction opens one again."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from sqlalchemy import (
     JSON,
     BigInteger,
@@ -12,6 +14,7 @@ from sqlalchemy import (
     MetaData,
     Table,
     Text,
+    Update,
     bindparam,
     cast,
     delete,
@@ -71,13 +74,15 @@ PAST = Table(
 # an update has a column's name: it would set that column.
 ONE: BindParameter[str] = bindparam("of")
 LOCKED = select(ACCOUNT).order_by(ACCOUNT.c.name).with_for_update()
-BY_NAME = LOCKED.where(ACCOUNT.c.name.in_(bindparam("names", expanding=True)))
-BY_TOKEN = LOCKED.where(ACCOUNT.c.name.in_(select(HOLD.c.account).where(HOLD.c.token == bindparam("token"))))
+OF_TOKENS = HOLD.c.token.in_(bindparam("tokens", expanding=True))
+NAMED = ACCOUNT.c.name.in_(bindparam("names", expanding=True))
+HOLDING = ACCOUNT.c.name.in_(select(HOLD.c.account).where(OF_TOKENS))
+BY_NAME, BY_TOKEN, BY_BOTH = LOCKED.where(NAMED), LOCKED.where(HOLDING), LOCKED.where(NAMED | HOLDING)
 SERVER_TIME = cast(func.extract("epoch", func.clock_timestamp()) * 1_000_000, BigInteger)
 SAVE = update(ACCOUNT).where(ACCOUNT.c.name == bindparam("of"))
 RESERVE = insert(HOLD)
-HOLDS = select(HOLD).where(HOLD.c.token == bindparam("token"))
-CLOSE = delete(HOLD).where(HOLD.c.token == bindparam("token"))
+HOLDS = select(HOLD).where(OF_TOKENS)
+CLOSE = delete(HOLD).where(HOLD.c.token == bindparam("of"))
 GONE = (HOLD.c.account == ONE) & (HOLD.c.leaves <= bindparam("now"))
 EXPIRED = select(HOLD.c.start, HOLD.c.worst).where(GONE)
 EXPIRE = update(HOLD).where(GONE).values(leaves=None, expired=True)
@@ -97,3 +102,19 @@ SUMS = (
 )
 FREES = select(func.min(SUMS.c.leaves)).where(SUMS.c.total >= bindparam("needed"))
 OPEN = select(HOLD).order_by(HOLD.c.made, HOLD.c.token, HOLD.c.account)
+
+
+class Sums(NamedTuple):
+    """A table of sums of each account. by: the column that tells them apart; add: adds ``more`` to the sum of ``at``."""
+
+    table: Table
+    by: str
+    add: Update
+
+
+def _sums(table: Table, by: str) -> Sums:
+    which = (table.c.account == ONE, table.c[by] == bindparam("at"))
+    return Sums(table, by, update(table).where(*which).values(amount=table.c.amount + bindparam("more")))
+
+
+PAST_SUMS, STEP_SUMS = _sums(PAST, "start"), _sums(STEP, "leaves")

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from fractions import Fraction
 from itertools import groupby
@@ -14,13 +15,15 @@ from typing import TYPE_CHECKING, Self
 
 from p2l_engine.errors import SpendLimitReached, UnknownReservation
 from p2l_engine.spending import money
+from p2l_engine.spending.calls import Reserve, Settle
 from p2l_engine.spending.limit import Limit, check_key
 from p2l_engine.spending.money import Money
 from p2l_engine.spending.records import Balance, Notice, Reservation, Settlement
 from p2l_engine.spending.windows import LONGEST, Window, to_datetime
 
 if TYPE_CHECKING:
-    from p2l_engine.spending.ledger import Account, Books, Ledger
+    from p2l_engine.spending.books import Account, Books, Locked
+    from p2l_engine.spending.ledger import Ledger
 
 logger = logging.getLogger(__name__)
 
@@ -86,42 +89,35 @@ class SpendLimit:
         key: whose request it is; an id, not a secret: errors and notices show it. Raises SpendLimitReached where it does not
         fit.
         """
-        worst = money.round_up("worst_case", worst_case)
-        token, notices = os.urandom(16).hex(), list[Notice]()
-        with self._ledger.accounts(self._windows(key)) as books:
-            lefts = {name: amount - books.accounts[name].used for name, amount in self._amounts(books).items()}
-            refused = [name for name, left in lefts.items() if left < worst]
-            times = [self._fits_at(books, name, worst) for name in refused]
-            if not refused:
-                books.hold(token, worst, self._lifetime)
-                notices = self._reached(books)
-        if refused:
-            never = None in times
-            left = money.units(max(min(lefts.values()), 0))
-            raise SpendLimitReached(refused, money.units(worst), left, None if never else max(filter(None, times)))
-        self._announce(notices)
-        return token
+        (answer,) = self.together([Reserve(worst_case, key)])
+        if isinstance(answer, Exception):
+            raise answer
+        assert isinstance(answer, str)
+        return answer
 
     def settle(self, token: str, actual: Money) -> Settlement:
         """Replaces a reservation by what the request really cost, which is counted in full even where it is more.
 
         Any process may settle, in any order. Raises UnknownReservation for a token that was settled or released before.
         """
-        spent = money.round_up("actual", actual)
-        with self._ledger.reservation(token) as books:
-            found = books.settle(token, spent)
-            notices = self._reached(books)
-            over = tuple(name for name, amount in self._amounts(books).items() if books.accounts[name].used > amount)
-        if found is None:
-            raise UnknownReservation(token)
-        worst, late = found
-        if spent > worst or over:
-            logger.warning(
-                "SpendLimit: a request cost %s, %s was reserved%s%s", money.shown(spent), money.shown(worst),
-                " (expired)" if late else "", f"; exceeded: {' and '.join(over)}" if over else "",
-            )  # fmt: skip
-        self._announce(notices)
-        return Settlement(money.units(spent), money.units(worst), money.units(max(spent - worst, 0)), late, over)
+        (answer,) = self.together([Settle(token, actual)])
+        if isinstance(answer, Exception):
+            raise answer
+        assert isinstance(answer, Settlement)
+        return answer
+
+    def together(self, calls: Sequence[Reserve | Settle]) -> list[str | Settlement | Exception]:
+        """What ``reserve`` and ``settle`` return, or raise, for these calls one after the other, in one transaction: a call is
+        granted, refused or fails by itself. Where the store fails, all calls have its error, and nothing was changed."""
+        answers = dict[int, str | Settlement | Exception]()
+        entries = dict[int, _Entry]()
+        for i, call in enumerate(calls):
+            try:
+                entries[i] = self._entry(call)
+            except ValueError as error:
+                answers[i] = error
+        answers |= zip(entries, self._made(list(entries.values())), strict=True)
+        return [answers[i] for i in range(len(calls))]
 
     def release(self, token: str) -> None:
         """Gives back a reservation whose request cost nothing. Raises UnknownReservation like ``settle``."""
@@ -129,7 +125,9 @@ class SpendLimit:
 
     def balances(self, key: str | None = None) -> tuple[Balance, ...]:
         """The limits that hold for a key, in their current windows."""
-        with self._ledger.accounts(self._windows(key)) as books:
+        windows = self._windows(key)
+        with self._ledger.transaction(windows) as locked:
+            books = locked.books(windows)
             amounts, now = self._amounts(books), books.now
         found = []
         for name, account in books.accounts.items():
@@ -158,6 +156,62 @@ class SpendLimit:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _entry(self, call: Reserve | Settle) -> _Entry:
+        """Raises ValueError for bad arguments."""
+        if isinstance(call, Reserve):
+            return _Entry(money.round_up("worst_case", call.worst_case), None, self._windows(call.key))
+        return _Entry(money.round_up("actual", call.actual), call.token, {})
+
+    def _made(self, entries: Sequence[_Entry]) -> list[str | Settlement | Exception]:
+        """Makes entries, in one transaction unless one of them is wrong; then each has one of its own."""
+        windows = {name: window for entry in entries for name, window in entry.windows.items()}
+        tokens = [entry.token for entry in entries if entry.token is not None]
+        if not entries:
+            return []
+        try:
+            with self._ledger.transaction(windows, tokens) as locked:
+                made = [self._make(entry, locked) for entry in entries]
+        except Exception as error:
+            if len(entries) == 1 or self._ledger.database.has_failed(error):
+                return [error] * len(entries)
+            return [self._made([entry])[0] for entry in entries]
+        for _, notices, warning in made:
+            if warning:
+                logger.warning("SpendLimit: %s", warning)
+            self._announce(notices)
+        return [answer for answer, _, _ in made]
+
+    def _make(self, entry: _Entry, locked: Locked) -> tuple[str | Settlement | Exception, list[Notice], str]:
+        """Answer, notices and warning of one call, told once the transaction is committed."""
+        return self._reserve(entry, locked) if entry.token is None else self._settle(entry.token, entry.amount, locked)
+
+    def _reserve(self, entry: _Entry, locked: Locked) -> tuple[str | Exception, list[Notice], str]:
+        books, worst = locked.books(entry.windows), entry.amount
+        lefts = {name: amount - books.accounts[name].used for name, amount in self._amounts(books).items()}
+        if refused := [name for name, left in lefts.items() if left < worst]:
+            times = [self._fits_at(books, name, worst) for name in refused]
+            never, left = None in times, money.units(max(min(lefts.values()), 0))
+            frees_at = None if never else max(filter(None, times))
+            return SpendLimitReached(refused, money.units(worst), left, frees_at), [], ""
+        token = os.urandom(16).hex()
+        books.hold(token, worst, self._lifetime)
+        return token, self._reached(books), ""
+
+    def _settle(self, token: str, spent: int, locked: Locked) -> tuple[Settlement | Exception, list[Notice], str]:
+        books = locked.books_of(token)
+        found = books.settle(token, spent)
+        if found is None:
+            return UnknownReservation(token), [], ""
+        worst, late = found
+        notices = self._reached(books)
+        over = tuple(name for name, amount in self._amounts(books).items() if books.accounts[name].used > amount)
+        warning = ""
+        if spent > worst or over:
+            warning = f"a request cost {money.shown(spent)}, {money.shown(worst)} was reserved{' (expired)' if late else ''}"
+            warning += f"; exceeded: {' and '.join(over)}" if over else ""
+        beyond = money.units(max(spent - worst, 0))
+        return Settlement(money.units(spent), money.units(worst), beyond, late, over), notices, warning
 
     def _windows(self, key: str | None) -> dict[str, Window]:
         """The accounts that a key's reservations count towards. Without a limit, what is spent is kept all the same."""
@@ -198,6 +252,15 @@ class SpendLimit:
                 self._notify(notice)
             except Exception:  # the money is reserved: its token must reach the caller
                 logger.exception("SpendLimit: on_notice failed for %s", notice)
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A call whose arguments are right. amount: billionths; token: of a reservation to settle; None reserves in ``windows``."""
+
+    amount: int
+    token: str | None
+    windows: dict[str, Window]
 
 
 def _open(store: str | Path, fsync: bool, clock: Callable[[], float] | None, timeout: float) -> Ledger:
