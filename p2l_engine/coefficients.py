@@ -14,12 +14,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Coefficients:
-    """theta [N, M] float32; eta [N] float32, or None for feedback models without ties; the M models' names."""
+    """theta [N, M] float32; eta [N] float32, or None for feedback models without ties; the M models' names.
+
+    deviation [N, M] float32 >= 0: the posterior standard deviation of theta; None where the checkpoint has no uncertainty.
+    """
 
     theta: npt.NDArray[np.float32]
     eta: npt.NDArray[np.float32] | None
     models: tuple[str, ...]
     feedback: FeedbackModel
+    deviation: npt.NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         return len(self.theta)
@@ -30,4 +34,5 @@ class Coefficients:
 
     def rows(self, some: slice | npt.NDArray[np.integer[Any]]) -> Coefficients:
         """The coefficients of these prompts."""
-        return Coefficients(self.theta[some], None if self.eta is None else self.eta[some], self.models, self.feedback)
+        eta, deviation = (None if part is None else part[some] for part in (self.eta, self.deviation))
+        return Coefficients(self.theta[some], eta, self.models, self.feedback, deviation)

@@ -45,10 +45,7 @@ class Head:
             from p2l_engine.kernels.pool_head import pool_head  # needs Triton
 
             return pool_head(hidden, self.weight, self.bias, norm, eps)
-        hidden = hidden.float()
-        if norm is not None:
-            hidden = F.rms_norm(hidden, norm.shape, norm.float(), eps)
-        return F.linear(hidden, self.weight, self.bias)
+        return F.linear(after_norm(hidden, norm, eps), self.weight, self.bias)
 
     def to(self, device: torch.device) -> Head:
         """The same head on another device."""
@@ -80,6 +77,12 @@ class Head:
         whole = [_product(layers(name, shapes)) for name, shapes in (("head", wide), ("eta_head", eta)) if shapes]
         weight, bias = (torch.cat(parts).float() for parts in zip(*whole, strict=True))
         return cls(weight, bias, n_models)
+
+
+def after_norm(hidden: Tensor, norm: Tensor | None, eps: float) -> Tensor:
+    """hidden [N, D] -> float32, through the final norm (norm [D], eps) where there is one."""
+    wide = hidden.float()
+    return wide if norm is None else F.rms_norm(wide, norm.shape, norm.float(), eps)
 
 
 def _product(layers: tuple[Layer, ...]) -> Layer:

@@ -19,7 +19,7 @@ from p2l_engine.routing.arrays import Float64
 from p2l_engine.routing.values import Values
 
 POLICY = pa.list_(pa.struct([("model", pa.string()), ("probability", pa.float64())]))
-OUTPUT_COLUMNS = ("model", "policy", "expected_cost", "win_rate", "score", "theta", "eta", "error")
+OUTPUT_COLUMNS = ("model", "policy", "expected_cost", "win_rate", "score", "theta", "eta", "deviation", "error")
 
 
 class DecidedBlock(NamedTuple):
@@ -33,8 +33,8 @@ class DecidedBlock(NamedTuple):
 class Decider:
     """Decides blocks whose coefficients have been computed.
 
-    take: from references [n] to the head's outputs [n, K]. budget: per prompt. budget, price, coefficients: as in
-    ``BatchConfig``; coefficients is the type in which theta and eta are written, None to leave them out.
+    take: from references [n] to the engine's outputs [n, K]. budget: per prompt. budget, price, coefficients: as in
+    ``BatchConfig``; coefficients is the type in which theta, eta and deviation are written, None to leave them out.
     """
 
     def __init__(
@@ -51,9 +51,7 @@ class Decider:
 
     def coefficients(self, references: npt.NDArray[np.int64]) -> Coefficients:
         """Coefficients of references [n], which may hold numbers that are not finite."""
-        engine, outputs = self.router.engine, self.take(references)
-        theta, eta = engine.head.split(outputs)
-        return Coefficients(np.ascontiguousarray(theta), None if eta is None else eta.copy(), engine.models, engine.feedback)
+        return self.router.engine.split(self.take(references))
 
     def routable(self, block: DeduplicatedBlock) -> tuple[npt.NDArray[np.bool_], list[str | None]]:
         """Whether each row can be routed [rows], and the reason where it cannot."""
@@ -123,11 +121,17 @@ class Decider:
         }
         if self.written_type:
             dtype = np.dtype(self.written_type)
-            flat = pa.array(coefficients.theta.astype(dtype).ravel())
-            columns["theta"] = pa.FixedSizeListArray.from_arrays(flat, coefficients.theta.shape[1])
+            columns["theta"] = _lists(coefficients.theta.astype(dtype))
             if coefficients.eta is not None:
                 columns["eta"] = pa.array(coefficients.eta.astype(dtype))
+            if coefficients.deviation is not None:
+                columns["deviation"] = _lists(coefficients.deviation.astype(dtype))
         return columns
+
+
+def _lists(rows: npt.NDArray[np.floating[Any]]) -> pa.FixedSizeListArray:
+    """A matrix [n, M] as n lists."""
+    return pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), rows.shape[1])
 
 
 def at_price(v: Float64, costs: Float64, price: float) -> Policies:

@@ -57,7 +57,7 @@ def _run(router: Router, job: Job, restart: bool, progress: Callable[[Report], o
         if job.config.strict and report.routed < report.rows:
             raise ValueError(f"{job.output.shown}: {report.rows - report.routed:,} of its {report.rows:,} rows have an error")
         return report
-    pipeline = Pipeline(router, job, Spill(state, router.engine.head.width), progress, workers)
+    pipeline = Pipeline(router, job, Spill(state, router.engine.width), progress, workers)
     with pipeline.recorder.timed("all"):
         pipeline.compute()
         if job.config.over_batch:

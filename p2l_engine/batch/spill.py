@@ -16,7 +16,7 @@ MAX_MAPPED = 64  # memory-mapped files
 
 
 class Spill:
-    """The head's outputs, float32 [n, K], of each block's new prompts, in a local folder.
+    """The engine's outputs, float32 [n, K], of each block's new prompts, in a local folder.
 
     ``write``, ``has`` and ``present`` may be called from any thread, ``take`` only from one thread at a time.
     """

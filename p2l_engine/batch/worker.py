@@ -67,7 +67,7 @@ class Route:
 
     def __call__(self, batch: Columns) -> dict[str, npt.NDArray[Any]]:
         """The columns of the batch [n] and those of ``p2l-engine batch``: model, policy (a list of {model, probability} per
-        row), expected_cost, win_rate, score, optionally theta [n, M] and eta [n], and error.
+        row), expected_cost, win_rate, score, optionally theta [n, M], eta [n] and deviation [n, M], and error.
 
         In a row that cannot be routed, error says why, numbers are NaN and other values None. Raises ValueError where the batch
         has no column of prompts, or a column with a name of the result's.
@@ -80,7 +80,7 @@ class Route:
         prompts = [turns_of(_without_arrays(prompt), self.plain_text) for prompt in batch[self.column]]
         block = Deduplicator().add(Block(0, 0, prompts, pa.table({})))
         engine, new = self.router.engine, block.new_prompts
-        outputs = next(engine.outputs_of([new])).outputs if new else np.empty((0, engine.head.width), np.float32)
+        outputs = next(engine.outputs_of([new])).outputs if new else np.empty((0, engine.width), np.float32)
         decider = Decider(
             self.router, lambda references: outputs[locate(references)[1]], self.budget, self.price, self.coefficients
         )

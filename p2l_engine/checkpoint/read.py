@@ -4,8 +4,9 @@ Published layout (lmarena/p2l): config.json, model.safetensors or shards with th
 (the M names in column order) and training_config.json (model_type, head_type, loss_type, optionally
 linear_head_downsize_factor and head_config). Weights: ``model.*`` of transformers' bare decoder, ``head.head.*`` and, for rk
 heads, ``head.eta_head.*``. An adapter folder holds, instead of model.safetensors, peft's adapter_config.json, which names the
-backbone, and adapter_model.safetensors: LoRA factors, the whole head, and embeddings of new tokens. Weights are read with
-safetensors only: nothing in a checkpoint is ever executed.
+backbone, and adapter_model.safetensors: LoRA factors, the whole head, and embeddings of new tokens. A checkpoint that was
+adapted to votes also has the posterior of its head's rows (``backbone.uncertainty``). Weights are read with safetensors only:
+nothing in a checkpoint is ever executed.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from p2l_engine import arguments
 from p2l_engine.backbone.families import DecoderConfig
 from p2l_engine.backbone.head import Head
 from p2l_engine.backbone.rope import UnsupportedConfig
+from p2l_engine.backbone.uncertainty import FILE, Uncertainty
 from p2l_engine.checkpoint import smollm2
 from p2l_engine.checkpoint.adapter import NEW_ROWS, PEFT_PREFIX, merge
 from p2l_engine.checkpoint.files import read_json, read_tensors, read_weights
@@ -49,7 +51,8 @@ class Checkpoint:
     base: the folder of the backbone, which is another one for adapters.
 
     weights: the bare decoder's, without the prefix ``model.``. models: the M names in column order. transformers: reads the
-    backbone's config and the tokenizer as transformers' objects, each time that it is called.
+    backbone's config and the tokenizer as transformers' objects, each time that it is called. uncertainty: the posterior of the
+    head's rows, None where the folder has none.
     """
 
     folder: Path
@@ -61,6 +64,7 @@ class Checkpoint:
     weights: dict[str, Tensor]
     head: Head
     transformers: Callable[[], tuple[PretrainedConfig, PreTrainedTokenizerBase]]
+    uncertainty: Uncertainty | None = None
 
 
 def load(path_or_repo: str | Path | None = None, date: str | Date | None = None) -> Checkpoint:
@@ -114,7 +118,8 @@ def load(path_or_repo: str | Path | None = None, date: str | Date | None = None)
         hidden=int(config.hidden_size), n_models=len(models), training=training, where=str(folder),
     )  # fmt: skip
     transformers = partial(as_transformers, base, words, training, int(config.vocab_size))
-    return Checkpoint(folder, base, config, tokenizer, models, feedback, weights, head, transformers)
+    uncertainty = Uncertainty.read(folder / FILE, int(config.hidden_size), models) if (folder / FILE).exists() else None
+    return Checkpoint(folder, base, config, tokenizer, models, feedback, weights, head, transformers, uncertainty)
 
 
 def as_transformers(

@@ -19,6 +19,7 @@ from torch import Tensor
 from p2l_engine import backbone, checkpoint
 from p2l_engine.arguments import callback, instance, whole_number
 from p2l_engine.backbone import PackedDecoder
+from p2l_engine.backbone.head import after_norm
 from p2l_engine.backbone.packing import Packed, Tokens
 from p2l_engine.checkpoint import Checkpoint
 from p2l_engine.coefficients import Coefficients
@@ -76,6 +77,8 @@ class Engine:
         except ValueError as error:
             raise CheckpointError(f"{self.folder}: {error}") from error
         self.head = loaded.head.to(self.device)
+        self.uncertainty = None if loaded.uncertainty is None else loaded.uncertainty.to(self.device)
+        self.width = self.head.width + (0 if self.uncertainty is None else len(self.models))  # outputs of a prompt
         self.n_parameters = sum(weight.numel() for weight in loaded.weights.values())
         self._graphs: Graphs | None = None
         self._fused_up_to = 0  # prompts: what the warm-up finds
@@ -128,7 +131,7 @@ class Engine:
             if progress is not None:
                 progress(1)
             return self.coefficients_of(out)
-        out = np.empty((len(turns), self.head.width), np.float32)
+        out = np.empty((len(turns), self.width), np.float32)
         for rows, (part,) in self.stream(turns):
             out[rows] = part
             if progress is not None:
@@ -142,7 +145,7 @@ class Engine:
         with more than the backbone has positions.
         """
         if not len(tokens):
-            return np.empty((0, self.head.width), np.float32)
+            return np.empty((0, self.width), np.float32)
         for i, ids in enumerate(tokens):
             if not len(ids):
                 raise ValueError(f"tokens[{i}]: expected one token at least, got none")
@@ -154,11 +157,16 @@ class Engine:
         return np.asarray(outputs)
 
     def outputs(self, hidden: Tensor) -> Tensor:
-        """The head's outputs [n, K] float32 for hidden states [n, D] of this engine's backbone (see ``Head.split``)."""
-        return self.head(hidden, self.backbone.norm, self.backbone.eps)
+        """The outputs [n, K] float32 for hidden states [n, D] of this engine's backbone: the head's (see ``Head.split``), then
+        the M deviations of theta where the checkpoint has an uncertainty. K is ``width``."""
+        norm, eps = self.backbone.norm, self.backbone.eps
+        out = self.head(hidden, norm, eps)
+        if self.uncertainty is None:
+            return out
+        return torch.cat([out, self.uncertainty.deviation(after_norm(hidden, norm, eps))], 1)
 
     def outputs_and_win_rates(self, hidden: Tensor, q: Tensor, fused: bool | None = None) -> tuple[Tensor, Tensor]:
-        """``outputs`` and the win rates v [n, M] float32 against q [M] float32, computed on the device by Triton kernels.
+        """The head's outputs, without deviations, and the win rates v [n, M] float32 against q [M] float32, by Triton kernels.
 
         fused: in one launch (True) or two (False); None: whichever the warm-up measured to be faster for n prompts.
         """
@@ -226,7 +234,7 @@ class Engine:
         """The results of ``stage`` on the prompts' hidden states, batch by batch.
 
         stage: hidden [n, D] and the rows of the n prompts -> tensors [n, ...] on the engine's device; it must not wait for the
-        device. None: the head's outputs [n, K]. Yields the rows, and the tensors as arrays. Every prompt comes once; a batch
+        device. None: ``outputs`` [n, K]. Yields the rows, and the tensors as arrays. Every prompt comes once; a batch
         holds prompts of similar length. A thread tokenises the next chunk meanwhile, and on a GPU several batches run at once.
         Raises PromptError, and TypeError as ``coefficients`` does.
         """
@@ -312,5 +320,11 @@ class Engine:
                 f"prompts[{int(np.argmax(bad))}]: the backbone gave coefficients that are not finite ({int(bad.sum())} such "
                 f"prompts) in {self.dtype}; are the checkpoint's weights sound?"
             )
+        return self.split(out)
+
+    def split(self, out: npt.NDArray[np.float32]) -> Coefficients:
+        """Outputs [n, K] as coefficients, which may hold numbers that are not finite."""
         theta, eta = self.head.split(out)
-        return Coefficients(np.ascontiguousarray(theta), None if eta is None else eta.copy(), self.models, self.feedback)
+        deviation = None if self.uncertainty is None else np.ascontiguousarray(out[:, self.head.width :])
+        eta = None if eta is None else eta.copy()
+        return Coefficients(np.ascontiguousarray(theta), eta, self.models, self.feedback, deviation)

@@ -22,7 +22,7 @@ PREFETCHED_CHUNKS = 2
 
 
 class Outputs(NamedTuple):
-    """The head's outputs [n, K] float32 for n prompts (see ``Head.split``), and the number of tokens that were computed for
+    """The outputs [n, K] float32 of n prompts (see ``Engine.outputs``), and the number of tokens that were computed for
     them, without those of a shared prefix."""
 
     outputs: npt.NDArray[np.float32]

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from sklearn.linear_model import RidgeCV
 from sklearn.neighbors import NearestNeighbors
 from sklearn.neural_network import MLPRegressor
@@ -17,7 +16,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from p2l_engine import checkpoint
-from p2l_engine.backbone.head import Head
+from p2l_engine.backbone.head import Head, after_norm
 from p2l_engine.checkpoint import Checkpoint
 from p2l_engine.coefficients import Coefficients
 from p2l_engine.engine import Engine
@@ -38,11 +37,10 @@ def hidden_states(
     norm, eps = engine.backbone.norm, engine.backbone.eps
 
     def stage(hidden: Tensor, _: object) -> tuple[Tensor, Tensor]:
-        wide = hidden.float()
-        return wide if norm is None else F.rms_norm(wide, norm.shape, norm.float(), eps), engine.outputs(hidden)
+        return after_norm(hidden, norm, eps), engine.outputs(hidden)
 
     states = np.empty((len(prompts), engine.head.weight.shape[1]), np.float32)
-    out = np.empty((len(prompts), engine.head.width), np.float32)
+    out = np.empty((len(prompts), engine.width), np.float32)
     for rows, (hidden, outputs) in engine.stream(prompts, stage):
         states[rows], out[rows] = hidden, outputs
         if advance is not None:

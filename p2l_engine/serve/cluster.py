@@ -38,8 +38,8 @@ from p2l_engine.serve.settings import Config, ConfigError
 logger = logging.getLogger(__name__)
 
 R = TypeVar("R")
-# A prompt's theta [M] and eta, or what is wrong with it.
-Row = tuple[npt.NDArray[np.float32], float | None] | str
+# A prompt's theta [M], eta and deviation [M], or what is wrong with it.
+Row = tuple[npt.NDArray[np.float32], float | None, npt.NDArray[np.float32] | None] | str
 
 NAME = "p2l-engine"  # of the application on the cluster
 BATCH = 64  # prompts that a replica computes together
@@ -90,8 +90,9 @@ class EngineReplica:
             if len(prompts) == 1:
                 return [error.problem]
             return [row for prompt in prompts for row in self._rows([prompt])]
-        eta = [None] * len(prompts) if found.eta is None else found.eta.tolist()
-        return list(zip(found.theta, eta, strict=True))
+        none = [None] * len(prompts)
+        eta = none if found.eta is None else found.eta.tolist()
+        return list(zip(found.theta, eta, none if found.deviation is None else found.deviation, strict=True))
 
 
 class RemoteEngines:
@@ -117,10 +118,14 @@ class RemoteEngines:
             row = await self._row(prompt)
             if isinstance(row, str):
                 raise PromptError(0, row)
-            theta, eta = row
+            theta, eta, deviation = row
             facts = self._facts
             found = Coefficients(
-                theta[None], None if eta is None else np.array([eta], np.float32), facts.models, facts.feedback
+                theta[None],
+                None if eta is None else np.array([eta], np.float32),
+                facts.models,
+                facts.feedback,
+                None if deviation is None else deviation[None],
             )
             done.set_result(finish(found))
         except Exception as error:
