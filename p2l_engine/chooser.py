@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -16,14 +17,16 @@ from p2l_engine.coefficients import Coefficients
 from p2l_engine.constraints import UNCONSTRAINED, Constraints
 from p2l_engine.decision import Decision, Draws
 from p2l_engine.errors import CatalogError
+from p2l_engine.exploration import DRAWN, Explored, explore, posteriors
 from p2l_engine.feedback import FeedbackModel
 from p2l_engine.native import routing as native
 from p2l_engine.prompts.parse import Prompt, user_turns
-from p2l_engine.routing import BudgetPacer, Objective, Policies, arrays
+from p2l_engine.routing import BudgetPacer, Objective, Policies, arrays, thompson
 from p2l_engine.routing.arrays import Float64
 from p2l_engine.routing.problem import expected
 from p2l_engine.routing.values import Values, compute
 
+Explore = Literal["thompson"]
 Opponents = Literal["uniform"] | Mapping[str, float] | Sequence[float] | npt.NDArray[np.floating[Any]]
 
 
@@ -36,6 +39,8 @@ class Chooser:
     unmatched: what to do with models of the catalog that the checkpoint does not know, and the reverse: "error", or "leave_out"
     of the choice (models left out still count as opponents). objective: what is maximised, as in ``routing.win_rates``;
     decisions' win rates are of that kind, their scores are always Bradley-Terry.
+    explore: "thompson" chooses by a draw of each prompt's coefficients from their posterior (Thompson 1933; Chapelle and Li
+    2011), under the same constraints, so that models of few votes get the traffic that they may deserve; None: by the means.
 
     Attributes: ``catalog`` and its K ``names`` and ``costs`` [K] that may be chosen; ``q`` [M], the opponents' weights. Raises
     CatalogError and ValueError.
@@ -50,6 +55,7 @@ class Chooser:
         seed: int = 0,
         unmatched: Literal["error", "leave_out"] = "error",
         objective: Objective = "bt",
+        explore: Explore | None = None,
     ) -> None:
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"seed: expected an integer, got {seed!r}")
@@ -62,7 +68,10 @@ class Chooser:
             raise ValueError(f"objective: expected 'bt', 'half-ties' or 'not-bad', got {objective!r}")
         if objective == "half-ties" and feedback.rao_kupper and not feedback.has_eta:
             objective = "bt"  # the same for Bradley-Terry
+        if explore not in (None, "thompson"):
+            raise ValueError(f"explore: expected 'thompson' or None, got {explore!r}")
         self.models, self.feedback, self.seed, self.objective = tuple(models), feedback, seed, objective
+        self.explore: Explore | None = explore
         self.catalog = _matched(catalog, self.models, unmatched)
         self.q = _weights(opponents, self.models)
         self.names, self.costs = self.catalog.names, self.catalog.costs
@@ -70,12 +79,19 @@ class Chooser:
         self._draws = Draws(seed, self.names)
 
     def decide(
-        self, coefficients: Coefficients, prompts: Sequence[Prompt], constraints: Constraints = UNCONSTRAINED
+        self,
+        coefficients: Coefficients,
+        prompts: Sequence[Prompt],
+        constraints: Constraints = UNCONSTRAINED,
+        draws: Sequence[str | None] | None = None,
     ) -> list[Decision]:
         """The decisions for prompts whose coefficients are known, in order.
 
-        Raises PromptError, InfeasibleBudget and Infeasible; ValueError for coefficients of other models or another number of
-        prompts, and for constraints that are wrong.
+        draws: a text for each prompt, such as a request's id: equal prompts with different texts are drawn independently; None:
+        all alike. Where the router explores, propensities under constraints over the batch are those at the dual prices of
+        this batch's draws. Raises PromptError, InfeasibleBudget and Infeasible; ValueError for coefficients of other models or
+        another number of prompts, for constraints that are wrong, and for exploring without a deviation, or with several
+        bounds for each prompt.
         """
         if coefficients.models != self.models or len(coefficients) != len(prompts):
             raise ValueError(
@@ -83,27 +99,53 @@ class Chooser:
                 f"rows over {len(coefficients.models)} models"
             )
         theta = arrays.matrix("theta", coefficients.theta)
-        v = self._rates(theta, coefficients)
-        policies = self.solve(v, constraints)
-        scores = self._scores(theta, policies, v)
+        v = self._rates(theta, coefficients.eta)
         turns = [user_turns(prompt, i) for i, prompt in enumerate(prompts)]
+        tokens = _tokens(draws, len(turns))
+        explored = self._explored(coefficients, theta, turns, tokens, constraints) if self.explore and turns else None
+        policies = self.solve(v, constraints) if explored is None else explored.policies
+        if explored is not None:
+            policies = replace(policies, value=expected(v, policies.indices, policies.probabilities))
+        scores = self._scores(theta, policies, v)
         bound = "no budget" if constraints.budget is None else f"budget per {constraints.budget_scope}"
         columns = (policies.indices, policies.probabilities, policies.cost, policies.value, scores)
-        rows = zip(turns, *(column.tolist() for column in columns), strict=True)
-        return [self._draws.decide(user, bound, *row) for user, *row in rows]
+        rows = zip(turns, *(column.tolist() for column in columns), tokens, strict=True)
+        decisions = [self._draws.decide(user, bound, *row) for user, *row in rows]
+        if explored is None:
+            return decisions
+        models = [self.names.index(decision.model) for decision in decisions]
+        return [explored.with_propensity(i, k, decision) for i, (k, decision) in enumerate(zip(models, decisions, strict=True))]
 
-    def pace(self, coefficients: Coefficients, pacer: BudgetPacer) -> Decision:
-        """The decision for one prompt of a stream, under the pacer's mean budget."""
+    def pace(
+        self, coefficients: Coefficients, pacer: BudgetPacer, prompt: Prompt | None = None, draw: str | None = None
+    ) -> Decision:
+        """The decision for one prompt of a stream, under the pacer's mean budget. prompt and draw: what a router that explores
+        draws by, as in ``decide``; the propensity is the one at the pacer's price at this moment."""
         theta = arrays.matrix("theta", coefficients.theta)
-        v = self._rates(theta, coefficients)
-        price = pacer.price
-        k = pacer.choose(v[0], self.costs)
+        v = self._rates(theta, coefficients.eta)
+        posterior = None
+        if self.explore is not None:
+            if prompt is None:
+                raise ValueError(
+                    "prompt: expected the prompt of these coefficients, by which a router that explores draws, got None"
+                )
+            turns, tokens = [user_turns(prompt)], _tokens([draw], 1)
+            (posterior,) = posteriors(theta, coefficients.deviation, self._draws, turns, tokens)
+        rates = v if posterior is None else self._rates(posterior.drawn[None], coefficients.eta)
+        choice = pacer.choose_at(rates[0], self.costs)
+        k, price = choice.model, choice.price
         why = f"highest win rate less cost at {price:.4g} per {self.catalog.unit}: a mean budget of {pacer.budget:g}"
         if price == math.inf:
             why = f"lowest cost: a mean budget of {pacer.budget:g} was overspent by {pacer.allowance:g} or more"
         name = self.names[k]
         score = native.bt_score(theta, self.q, self._bt_value(theta, v, np.array([[k]]), np.ones((1, 1))))
-        return Decision(name, {name: 1.0}, float(self.costs[k]), float(v[0, k]), float(score[0]), why)
+        decision = Decision(name, {name: 1.0}, float(self.costs[k]), float(v[0, k]), float(score[0]), why, 1.0)
+        if posterior is None:
+            return decision
+        found = posterior.propensity(
+            1.0, lambda drawn: (thompson.paced(self._rates(drawn, coefficients.eta), self.costs, choice) == k).astype(float)
+        )
+        return replace(decision, why=f"{why}; {DRAWN}", propensity=found.value, propensity_error=found.error)
 
     def solve(self, v: Float64 | Values, constraints: Constraints = UNCONSTRAINED) -> Policies:
         """The best policies over the K models of ``names``, from ``win_rates`` v [N, K]. Raises Infeasible,
@@ -116,7 +158,7 @@ class Chooser:
 
     def win_rates(self, coefficients: Coefficients) -> Float64:
         """What is maximised, [N, K]: the win rates of the K models of ``names`` against the opponents."""
-        return self._rates(arrays.matrix("theta", coefficients.theta), coefficients)
+        return self._rates(arrays.matrix("theta", coefficients.theta), coefficients.eta)
 
     def scores(self, coefficients: Coefficients, policies: Policies, v: Float64) -> Float64:
         """The Bradley-Terry score [N] of each prompt's policy; v [N, K] are the same coefficients' ``win_rates``."""
@@ -126,9 +168,25 @@ class Chooser:
         """The index in ``names`` of the model that a prompt of these user turns gets under a mixed policy."""
         return self._draws.draw(turns, indices, probabilities)
 
-    def _rates(self, theta: Float64, coefficients: Coefficients) -> Float64:
-        eta = None if coefficients.eta is None else arrays.to_float64("eta", coefficients.eta)
-        return compute(theta, self.q, self.objective, eta, coefficients.feedback.name)[:, self._columns]
+    def _explored(
+        self,
+        coefficients: Coefficients,
+        theta: Float64,
+        turns: Sequence[Sequence[str]],
+        tokens: Sequence[str | None],
+        constraints: Constraints,
+    ) -> Explored:
+        eta = coefficients.eta
+        believed = posteriors(theta, coefficients.deviation, self._draws, turns, tokens)
+        return explore(
+            believed, constraints, self.names, self.costs, self._columns,
+            lambda drawn, some: self._rates(drawn, None if eta is None else eta[some]),
+        )  # fmt: skip
+
+    def _rates(self, theta: Float64, eta: npt.NDArray[np.float32] | None) -> Float64:
+        """Win rates [N, K] of theta [N, M]; eta [N], or [1] for all."""
+        ties = None if eta is None else np.array(np.broadcast_to(arrays.to_float64("eta", eta), len(theta)))
+        return compute(theta, self.q, self.objective, ties, self.feedback.name)[:, self._columns]
 
     def _scores(self, theta: Float64, policies: Policies, v: Float64) -> Float64:
         value = self._bt_value(theta, v, policies.indices, policies.probabilities, policies.value)
@@ -142,6 +200,18 @@ class Chooser:
             rates = v if self.objective == "bt" else native.win_rates(theta, self.q)[:, self._columns]
             value = expected(rates, indices, probabilities)
         return np.asarray(value.clip(0.0, 1.0))
+
+
+def _tokens(draws: Sequence[str | None] | None, count: int) -> Sequence[str | None]:
+    """The texts that prompts are drawn by, one for each, checked."""
+    if draws is None:
+        return [None] * count
+    if isinstance(draws, str) or len(draws) != count:
+        raise ValueError(f"draws: expected a text for each of {count} prompts, got {draws!r:.80}")
+    for i, draw in enumerate(draws):
+        if draw is not None and not isinstance(draw, str):
+            raise TypeError(f"draws[{i}]: expected a text or None, got {draw!r:.80}")
+    return draws
 
 
 def _matched(catalog: Catalog, models: tuple[str, ...], unmatched: str) -> Catalog:

@@ -7,6 +7,8 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 
 @dataclass(frozen=True, slots=True)
 class Decision:
@@ -14,6 +16,10 @@ class Decision:
 
     model: the chosen one, drawn from policy {name: probability}. expected_cost (the catalog's unit), win_rate (against the
     opponents, in [0, 1]) and score (Bradley-Terry coefficient on the leaderboard's scale) are the policy's, before the draw.
+
+    propensity: the probability with which the model was chosen, in (0, 1]. A router that explores chose the policy for a draw
+    of the coefficients: the propensity is over both draws, with an upper bound on its standard error, 0 where it is exact
+    (``routing.thompson``); win_rate and score are the policy's at the mean coefficients.
     """
 
     model: str
@@ -22,10 +28,15 @@ class Decision:
     win_rate: float
     score: float
     why: str
+    propensity: float
+    propensity_error: float = 0.0
 
 
 class Draws:
-    """Draws from mixed policies over ``names``: the same seed and user turns give the same draw in every batch."""
+    """Draws from mixed policies over ``names``: the same seed, user turns and token give the same draw in every batch.
+
+    token: text of the caller's that makes draws for equal prompts independent, such as a request's id; None: all are alike.
+    """
 
     def __init__(self, seed: int, names: Sequence[str]) -> None:
         self.names = names
@@ -40,29 +51,36 @@ class Draws:
         cost: float,
         value: float,
         score: float,
+        token: str | None = None,
     ) -> Decision:
         """The decision for a prompt whose policy mixes names[indices]; ``bound``: the budget's description, for its ``why``."""
-        chosen = self.names[self.draw(turns, indices, probabilities)]
+        chosen = self.names[self.draw(turns, indices, probabilities, token)]
         policy = {self.names[i]: p for i, p in zip(indices, probabilities, strict=True) if p > 0}
         if len(policy) == 1:
             why = f"highest win rate ({bound})"
         else:
             mix = ", ".join(f"{name} {p:.3f}" for name, p in policy.items())
             why = f"highest win rate within the {bound}: a mix of {mix}; drawn by prompt and seed"
-        return Decision(chosen, policy, cost, value, score, why)
+        return Decision(chosen, policy, cost, value, score, why, policy[chosen])
 
-    def draw(self, turns: Sequence[str], indices: Sequence[int], probabilities: Sequence[float]) -> int:
+    def draw(
+        self, turns: Sequence[str], indices: Sequence[int], probabilities: Sequence[float], token: str | None = None
+    ) -> int:
         """The drawn index: the one whose interval of [0, 1), in the policy's order, contains this prompt's number."""
         policy = [(i, p) for i, p in zip(indices, probabilities, strict=True) if p > 0]
         if len(policy) > 1:
-            uniform = self._uniform(turns)
+            uniform = (int.from_bytes(self._digest(turns, token), "little") >> 11) / 2.0**53  # in [0, 1)
             for i, probability in policy:
                 if uniform < probability:
                     return i
                 uniform -= probability
         return policy[-1][0]  # a single model; or rounding leaves the sum of the probabilities below 1
 
-    def _uniform(self, turns: Sequence[str]) -> float:
-        """A number in [0, 1), a hash of the seed and the user turns."""
-        digest = hashlib.blake2b(json.dumps(turns).encode(), digest_size=8, key=self._salt).digest()
-        return (int.from_bytes(digest, "little") >> 11) / 2.0**53
+    def generator(self, turns: Sequence[str], token: str | None = None) -> np.random.Generator:
+        """A generator for this prompt's draws of coefficients, independent of ``draw``."""
+        return np.random.Generator(np.random.PCG64(int.from_bytes(self._digest(turns, token, 16), "little")))
+
+    def _digest(self, turns: Sequence[str], token: str | None, size: int = 8) -> bytes:
+        """A hash of the seed, the user turns and the token. Hashes of different sizes are independent."""
+        text = json.dumps(turns if token is None else [token, turns])
+        return hashlib.blake2b(text.encode(), digest_size=size, key=self._salt).digest()

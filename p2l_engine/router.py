@@ -15,7 +15,7 @@ import torch
 from p2l_engine import routing
 from p2l_engine.arguments import callback, instance
 from p2l_engine.catalog import Catalog
-from p2l_engine.chooser import Chooser, Opponents
+from p2l_engine.chooser import Chooser, Explore, Opponents
 from p2l_engine.coefficients import Coefficients
 from p2l_engine.constraints import Budget, Constraints, Shares
 from p2l_engine.decision import Decision
@@ -23,6 +23,7 @@ from p2l_engine.engine import Engine
 from p2l_engine.engine.batcher import WAIT, Batcher
 from p2l_engine.engine.compile_watch import CompileWatch
 from p2l_engine.errors import InfeasibleBudget
+from p2l_engine.exploration import NO_UNCERTAINTY
 from p2l_engine.prompts.parse import Prompt, Turns, parse_batch, user_turns
 from p2l_engine.routing import BudgetPacer, Objective, Resource, arrays
 from p2l_engine.routing.problem import Scope
@@ -31,9 +32,10 @@ from p2l_engine.routing.problem import Scope
 class Router(Chooser):
     """A Chooser with an engine: chooses, for each prompt, the policy of highest win rate within the budget.
 
-    opponents, seed, unmatched and objective: as for ``Chooser``. Safe to call from many threads, and from asyncio by
+    opponents, seed, unmatched, objective and explore: as for ``Chooser``. Safe to call from many threads, and from asyncio by
     ``aroute``: calls that arrive together become one batch. wait: seconds that a call may wait for others while several keep
-    coming; a call that finds the engine idle never waits. Raises CatalogError and ValueError.
+    coming; a call that finds the engine idle never waits. Raises CatalogError; ValueError, also where a checkpoint without
+    uncertainty is to explore.
     """
 
     def __init__(
@@ -45,28 +47,36 @@ class Router(Chooser):
         unmatched: Literal["error", "leave_out"] = "error",
         objective: Objective = "bt",
         wait: float = WAIT,
+        explore: Explore | None = None,
     ) -> None:
         instance("engine", engine, Engine)
-        super().__init__(engine.models, engine.feedback, catalog, opponents, seed, unmatched, objective)
+        super().__init__(engine.models, engine.feedback, catalog, opponents, seed, unmatched, objective, explore)
+        if explore is not None and engine.uncertainty is None:
+            raise ValueError(NO_UNCERTAINTY)
         self.engine = engine
         self._batcher = Batcher(engine, wait)
         # Stops the batcher's thread with the router. Calls keep their router alive, so none is running then, and the join
         # returns at once; at the interpreter's exit it lets the last calls finish.
         weakref.finalize(self, self._batcher.close)
 
-    def route(self, prompt: Prompt, budget: float | None = None, pacer: BudgetPacer | None = None) -> Decision:
+    def route(
+        self, prompt: Prompt, budget: float | None = None, pacer: BudgetPacer | None = None, draw: str | None = None
+    ) -> Decision:
         """The decision for one prompt. Raises PromptError, InfeasibleBudget.
 
         budget: an upper bound on the policy's expected cost, in the catalog's unit; None: no budget. pacer: instead of a
-        budget, a mean budget over the stream of prompts that the pacer sees.
+        budget, a mean budget over the stream of prompts that the pacer sees. draw: a text, such as the request's id: calls
+        with the same prompt and different texts are drawn independently; None: alike.
         """
         turns = user_turns(prompt)
-        return self._batcher.run(turns, self._finish(turns, budget, pacer))
+        return self._batcher.run(turns, self._finish(turns, budget, pacer, draw))
 
-    async def aroute(self, prompt: Prompt, budget: float | None = None, pacer: BudgetPacer | None = None) -> Decision:
+    async def aroute(
+        self, prompt: Prompt, budget: float | None = None, pacer: BudgetPacer | None = None, draw: str | None = None
+    ) -> Decision:
         """``route`` for asyncio: does not block the event loop. Cancelling a task does not affect the others."""
         turns = user_turns(prompt)
-        return await asyncio.wrap_future(self._batcher.submit(turns, self._finish(turns, budget, pacer)))
+        return await asyncio.wrap_future(self._batcher.submit(turns, self._finish(turns, budget, pacer, draw)))
 
     def warmup(self) -> float:
         """``Engine.warmup``, and the same for the router's own steps. Returns the seconds it took."""
@@ -87,15 +97,17 @@ class Router(Chooser):
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _finish(self, turns: Turns, budget: float | None, pacer: BudgetPacer | None) -> Callable[[Coefficients], Decision]:
+    def _finish(
+        self, turns: Turns, budget: float | None, pacer: BudgetPacer | None, draw: str | None
+    ) -> Callable[[Coefficients], Decision]:
         """What turns one prompt's coefficients into its decision."""
         if pacer is None:
             constraints = Constraints(budget)
-            return lambda coefficients: self.decide(coefficients, [turns], constraints)[0]
+            return lambda coefficients: self.decide(coefficients, [turns], constraints, [draw])[0]
         instance("pacer", pacer, BudgetPacer)
         if budget is not None:
             raise ValueError(f"budget: expected None with a pacer, which has its own, got {budget!r}")
-        return lambda coefficients: self.pace(coefficients, pacer)
+        return lambda coefficients: self.pace(coefficients, pacer, turns, draw)
 
     def route_batch(
         self,
@@ -107,20 +119,27 @@ class Router(Chooser):
         resources: Sequence[Resource] = (),
         allowed: npt.NDArray[np.bool_] | None = None,
         progress: Callable[[int], object] | None = None,
+        draws: Sequence[str | None] | None = None,
     ) -> list[Decision]:
         """The decisions for a batch, in order; the same as ``route``'s unless a constraint is over the batch.
 
         The constraints are those of ``Constraints``, over the K models of ``names``. progress: called with the number of
-        prompts that each forward pass has finished. Raises PromptError, InfeasibleBudget and Infeasible; ValueError and
-        TypeError for constraints that are wrong.
+        prompts that each forward pass has finished. draws: as in ``decide``. Raises PromptError, InfeasibleBudget and
+        Infeasible; ValueError and TypeError for arguments that are wrong.
         """
         constraints = Constraints(budget, budget_scope, max_share, min_share, resources, allowed)
         callback("progress", progress)
         turns = parse_batch(prompts)
         fits = self.objective == "bt" and len(self.models) <= routing.MAX_MODELS_ON_GPU
-        if constraints.only_prompt_budgets and fits and self.engine.device.type == "cuda":
+        if (
+            self.explore is None
+            and draws is None
+            and constraints.only_prompt_budgets
+            and fits
+            and self.engine.device.type == "cuda"
+        ):
             return self._route_on_gpu(turns, constraints, progress)
-        return self.decide(self.engine.coefficients(turns, progress), turns, constraints)
+        return self.decide(self.engine.coefficients(turns, progress), turns, constraints, draws)
 
     def _route_on_gpu(
         self, turns: Sequence[Turns], constraints: Constraints, progress: Callable[[int], object] | None

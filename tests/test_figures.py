@@ -90,8 +90,8 @@ def test_titles_say_what_is_left_out_and_all_shows_all():
 @pytest.mark.parametrize("width", [80, 100, 160])
 def test_decisions_fit_the_terminal_and_no_cell_has_more_than_four_lines(width):
     names = [f"vendor-{i:03d}-llama-3.3-nemotron-super-49b-v1" for i in range(3)]
-    mixed = Decision(names[0], {names[0]: 0.857, names[1]: 0.143}, 0.2857, 0.663, -1.25, "")
-    decisions = [mixed, Decision(names[2], {names[2]: 1.0}, 123.4, 1.0, 0.5, "")]
+    mixed = Decision(names[0], {names[0]: 0.857, names[1]: 0.143}, 0.2857, 0.663, -1.25, "", 0.857)
+    decisions = [mixed, Decision(names[2], {names[2]: 1.0}, 123.4, 1.0, 0.5, "", 1.0)]
     console = Console(width=width, file=io.StringIO())
     prompts = ["Prove that the square root of 2 is irrational. " * 3, ["two", "[bold]turns"]]
     console.print(decisions_table(prompts, decisions, "USD per million output tokens", width))

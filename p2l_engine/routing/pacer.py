@@ -8,7 +8,7 @@ import math
 import os
 import threading
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -44,6 +44,15 @@ def _after_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_choosing.acquire, after_in_parent=_choosing.release, after_in_child=_after_fork)
+
+
+class PacedChoice(NamedTuple):
+    """What a pacer chose, and at what price: the win rate that one unit of cost had to add; infinite: the cheapest was taken.
+    limit: on the cost, in units of ``exact``."""
+
+    model: int
+    price: float
+    limit: int
 
 
 class BudgetPacer:
@@ -94,6 +103,10 @@ class BudgetPacer:
 
     def choose(self, v: Array, costs: Array, allowed: Array | None = None) -> int:
         """The model for the next prompt: v [M] its win rates, costs [M] >= 0, allowed [M] bool or None."""
+        return self.choose_at(v, costs, allowed).model
+
+    def choose_at(self, v: Array, costs: Array, allowed: Array | None = None) -> PacedChoice:
+        """``choose``, with the price at which it chose."""
         w, x = _checked(v, costs)
         models = None
         if allowed is not None:
@@ -105,14 +118,15 @@ class BudgetPacer:
         lowest, highest = float(x[x.argmin()]), float(x[x.argmax()])
         with _choosing:
             limit, response = self._credit + self._income + self._limit, self._response()
+            price = math.exp(self._level) * response
             if response == math.inf or exact.units(lowest) > limit:
-                k, settled = _best(-x, w, x), True
+                k, settled, price = _best(-x, w, x), True, math.inf
             else:
                 if exact.units(highest) > limit:
                     within = np.flatnonzero(x <= exact.at_most(limit))
                     models = within if models is None else models[within]
                     w, x = w[within], x[within]
-                k = _best(w - math.exp(self._level) * response * (x / self.budget), w, x)
+                k = _best(w - price * (x / self.budget), w, x)
                 # Where no lower, or no higher, price would change the choice, learning would only wind the price up.
                 settled = w[k] == w[w.argmax()] if self._credit > 0 else x[k] == lowest
             if not settled:
@@ -124,7 +138,7 @@ class BudgetPacer:
                 "the budget may be infeasible for this traffic",
                 self._count, self.mean_cost, self.budget,
             )  # fmt: skip
-        return k if models is None else int(models[k])
+        return PacedChoice(k if models is None else int(models[k]), price / self.budget, limit)
 
     def settle(self, difference: float) -> None:
         """Adds what a prompt really cost beyond the cost given to ``choose`` (negative: less)."""
