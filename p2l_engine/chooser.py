@@ -24,6 +24,7 @@ from p2l_engine.prompts.parse import Prompt, user_turns
 from p2l_engine.routing import BudgetPacer, Objective, Policies, arrays, thompson
 from p2l_engine.routing.arrays import Float64
 from p2l_engine.routing.problem import expected
+from p2l_engine.routing.thompson import Posterior
 from p2l_engine.routing.values import Values, compute
 
 Explore = Literal["thompson"]
@@ -129,8 +130,7 @@ class Chooser:
                 raise ValueError(
                     "prompt: expected the prompt of these coefficients, by which a router that explores draws, got None"
                 )
-            turns, tokens = [user_turns(prompt)], _tokens([draw], 1)
-            (posterior,) = posteriors(theta, coefficients.deviation, self._draws, turns, tokens)
+            posterior = self.posterior(coefficients, prompt, draw)
         rates = v if posterior is None else self._rates(posterior.drawn[None], coefficients.eta)
         choice = pacer.choose_at(rates[0], self.costs)
         k, price = choice.model, choice.price
@@ -143,9 +143,15 @@ class Chooser:
         if posterior is None:
             return decision
         found = posterior.propensity(
-            1.0, lambda drawn: (thompson.paced(self._rates(drawn, coefficients.eta), self.costs, choice) == k).astype(float)
+            1.0, lambda drawn: thompson.paced(self._rates(drawn, coefficients.eta), self.costs, price, choice.most) == k
         )
         return replace(decision, why=f"{why}; {DRAWN}", propensity=found.value, propensity_error=found.error)
+
+    def posterior(self, coefficients: Coefficients, prompt: Prompt, draw: str | None = None) -> Posterior:
+        """What is believed of one prompt's coefficients, and the draw from it; ``draw`` as in ``decide``. Raises PromptError;
+        ValueError where the coefficients have no deviation."""
+        theta, turns = arrays.matrix("theta", coefficients.theta), [user_turns(prompt)]
+        return posteriors(theta, coefficients.deviation, self._draws, turns, _tokens([draw], 1))[0]
 
     def solve(self, v: Float64 | Values, constraints: Constraints = UNCONSTRAINED) -> Policies:
         """The best policies over the K models of ``names``, from ``win_rates`` v [N, K]. Raises Infeasible,

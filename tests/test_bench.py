@@ -21,6 +21,7 @@ from bench import (
     batch_budgets,
     coverage,
     demo,
+    exploration,
     kernels,
     latency,
     leaderboards,
@@ -152,9 +153,9 @@ def test_mistakes_are_errors_of_one_line(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
-        "answer_cache", "batch", "coverage", "demo", "kernels", "latency", "leaderboards", "learning_curve", "overload",
-        "published_server", "real_budgets", "screenshots", "seeds", "serve_demo", "serving", "serving_faults", "solvers",
-        "spend_limits", "startup", "streams", "throughput", "training",
+        "answer_cache", "batch", "coverage", "demo", "exploration", "kernels", "latency", "leaderboards", "learning_curve",
+        "overload", "published_server", "real_budgets", "screenshots", "seeds", "serve_demo", "serving", "serving_faults",
+        "solvers", "spend_limits", "startup", "streams", "throughput", "training",
     ],
 )  # fmt: skip
 def test_every_benchmark_has_help(name, monkeypatch, capsys):
@@ -387,6 +388,17 @@ def test_a_learning_curve_is_drawn(tmp_path):
     rows = [(0.5, 10, 30, "p2l", "log_loss", 1.2, 1.1, 1.3), (1.0, 20, 60, "p2l", "log_loss", 1.0, 0.9, 1.1)]
     learning_curve.draw(rows, tmp_path / "curve.svg")
     assert "<svg" in (tmp_path / "curve.svg").read_text()
+
+
+def test_exploration_runs_to_the_end(tmp_path, monkeypatch):
+    few = ("--prompts", 600, "--worlds", 2, "--known", 100)
+    run(monkeypatch, exploration, *few, "--csv", tmp_path / "rows.csv", "--plot", tmp_path / "regret.svg")
+    rows = list(csv.DictReader((tmp_path / "rows.csv").open()))
+    assert [row["router"] for row in rows[::50]] == ["thompson", "greedy", "epsilon", "share"]
+    regret = [float(row["regret"]) for row in rows[:50]]
+    assert regret == sorted(regret)  # no policy beats the best one
+    assert regret[0] > 0
+    assert "<svg" in (tmp_path / "regret.svg").read_text()
 
 
 @pytest.mark.slow

@@ -164,7 +164,7 @@ def test_paced_rows_are_what_the_pacer_chooses(data):
         pacer = BudgetPacer(1.0)  # an allowance of 100
         pacer.settle(spent)
         choice = pacer.choose_at(v, costs)
-        assert thompson.paced(v[None], costs, choice).tolist() == [choice.model]
+        assert thompson.paced(v[None], costs, choice.price, choice.most).tolist() == [choice.model]
 
 
 @given(st.data())

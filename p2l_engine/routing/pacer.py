@@ -54,6 +54,11 @@ class PacedChoice(NamedTuple):
     price: float
     limit: int
 
+    @property
+    def most(self) -> float:
+        """The highest cost that it could afford."""
+        return exact.at_most(self.limit)
+
 
 class BudgetPacer:
     """Routes each prompt by the argmax of v - price * cost, and adapts the price so that the mean cost meets the budget.

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from p2l_engine.routing import exact
 from p2l_engine.routing.arrays import Float64
-from p2l_engine.routing.pacer import PacedChoice
 from p2l_engine.routing.problem import Problem, Row
 from p2l_engine.routing.solve import solve_chunk
 
@@ -24,7 +22,7 @@ COEFFICIENTS = 32_000  # drawn for a prompt at most, unless these are fewer draw
 BEYOND = 8.5  # standard deviations: a probability of 1e-17
 NEGLIGIBLE = 1e-9  # of theta: float32 knows theta to 6e-8
 
-Chances = Callable[[Float64], Float64]
+Chances = Callable[[Float64], npt.NDArray[Any]]  # theta [S, M] -> the model's probability under each draw [S]
 
 
 class Propensity(NamedTuple):
@@ -111,9 +109,9 @@ def propensity_of_order(
     return Propensity(p * first + (1 - p) * second)
 
 
-def paced(v: Float64, costs: Float64, choice: PacedChoice) -> npt.NDArray[np.intp]:
-    """What the pacer would have chosen [S] for each of S rows of win rates v [S, M] where it made this choice."""
-    price, usable = choice.price, costs <= exact.at_most(choice.limit)
+def paced(v: Float64, costs: Float64, price: float, most: float = math.inf) -> npt.NDArray[np.intp]:
+    """What a pacer chooses [S] for each of S rows of win rates v [S, M], at its price and the highest cost it can afford."""
+    usable = costs <= most
     if price == math.inf or not usable.any():
         price, usable = 0.0, costs == costs.min()
     models = np.flatnonzero(usable)
