@@ -38,16 +38,22 @@ def replaceable(folder: Path) -> bool:
     return folder.is_dir() and (not any(folder.iterdir()) or (folder / "training_config.json").is_file())
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes tensors as bfloat16, in the order of their names: the same weights give the same bytes. Raises FloatingPointError
-    for weights that are not finite, OSError where they cannot be written."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = torch.bfloat16) -> None:
+    """Writes tensors in this dtype (None: each in its own), in the order of their names: the same weights give the same bytes.
+    Raises FloatingPointError for weights that are not finite, OSError where they cannot be written."""
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise FloatingPointError(f"{len(broken)} of {len(tensors)} weights are not finite, {broken[0]} first: not written")
-    narrow = {name: tensors[name].detach().to("cpu", torch.bfloat16).contiguous() for name in sorted(tensors)}
-    # Cloned: a layer that theta and eta share is stored under both names, which safetensors refuses for shared memory.
+    ready = {name: tensors[name].detach().to("cpu", dtype).contiguous() for name in sorted(tensors)}
+    stored: set[int] = set()
+    for name, tensor in ready.items():
+        storage = tensor.untyped_storage().data_ptr()
+        if storage in stored:
+            # A layer that theta and eta share is stored under both names, which safetensors refuses for shared memory.
+            ready[name] = tensor.clone()
+        stored.add(storage)
     try:
-        save_file({name: tensor.clone() for name, tensor in narrow.items()}, path, metadata={"format": "pt"})
+        save_file(ready, path, metadata={"format": "pt"})
     except SafetensorError as error:  # a full disk, among others
         raise OSError(f"{path.name}: {error}") from error
     path.chmod(0o644)
