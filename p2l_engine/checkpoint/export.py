@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from p2l_engine import checkpoint
+from p2l_engine.backbone.theta_map import FILE as MAP_FILE
 from p2l_engine.checkpoint import card, fingerprint, huggingface
 from p2l_engine.checkpoint.saving import write_json, write_tensors, write_whole
 from p2l_engine.errors import CheckpointError
@@ -26,6 +27,12 @@ def export(source: str | Path | None, target: Path, evaluation: Path | None = No
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target}: expected a folder that does not exist yet, or an empty one")
     loaded = checkpoint.load(source)
+    if loaded.theta_map is not None:
+        raise CheckpointError(
+            f"{loaded.folder}: {MAP_FILE}: a monotone map of theta, which lmarena/p2l's code cannot read: calibrate the "
+            "checkpoint it came from with linear maps alone (p2l-engine calibrate --map temperature --map offsets --map both), "
+            "and export that"
+        )
     training = json.loads((loaded.folder / "training_config.json").read_text(encoding="utf-8"))
     path = evaluation or loaded.folder / "evaluation.json"
     figures = _figures(path, must_exist=evaluation is not None)

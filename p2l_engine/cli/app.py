@@ -11,6 +11,7 @@ from typer.core import TyperCommand, TyperGroup
 from p2l_engine import __version__
 from p2l_engine.cli import log
 from p2l_engine.cli.batch import batch
+from p2l_engine.cli.calibrate import calibrate
 from p2l_engine.cli.evaluate import evaluate
 from p2l_engine.cli.export import export
 from p2l_engine.cli.frontier import frontier
@@ -57,6 +58,7 @@ for name, command in (
     ("frontier", frontier),
     ("eval", evaluate),
     ("train", train),
+    ("calibrate", calibrate),
     ("export", export),
     ("info", info),
 ):

@@ -1,4 +1,4 @@
-"""The plots of ``p2l-engine leaderboard`` and ``p2l-engine frontier``. Needs the extra ``cli`` (matplotlib)."""
+"""The plots of ``p2l-engine leaderboard``, ``frontier`` and ``calibrate``. Needs the extra ``cli`` (matplotlib)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from p2l_engine import routing
 from p2l_engine.plotting import BLUE, GREY, ORANGE, YELLOW, save
-from p2l_engine.reports import Standing
+from p2l_engine.reports import Calibration, Standing
 from p2l_engine.routing import Frontier
 from p2l_engine.routing.arrays import Float64
 
@@ -81,4 +81,29 @@ def frontier(
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     figure.suptitle(title, fontsize=10, x=0.01, ha="left", parse_math=False)
+    save(figure, path)
+
+
+def reliability(before: Calibration, after: Calibration, values: bool, path: str | Path) -> None:
+    """How often the likeliest outcome came (or the mean value) by what was predicted, before and after a calibration, with 95%
+    intervals over prompts; the size of a point is its share of the votes."""
+    figure = Figure(figsize=(9, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2, sharex=True, sharey=True)
+    ends = [of for curve in (before, after) for of in (curve.predicted, curve.came)]
+    low, high = (0.0, 1.0) if not values else (min(map(min, ends)), max(map(max, ends)))
+    for axes, curve, colour, title in ((left, before, ORANGE, "before"), (right, after, BLUE, "after")):
+        axes.plot([low, high], [low, high], color=GREY, linewidth=0.8, zorder=0)
+        came, share = np.array(curve.came), np.array(curve.weight) / sum(curve.weight)
+        if curve.low is not None and curve.high is not None:
+            spread = np.maximum([came - curve.low, curve.high - came], 0)
+            axes.errorbar(curve.predicted, came, yerr=spread, fmt="none", color=colour, linewidth=1)
+        axes.scatter(curve.predicted, came, s=12 + 600 * share, color=colour, alpha=0.7)
+        axes.set_title(title, fontsize=10, loc="left")
+        axes.set_xlabel("predicted value" if values else "probability of the likeliest outcome")
+        axes.spines[["top", "right"]].set_visible(False)
+    left.set_ylabel("mean value" if values else "how often it came")
+    if not values:
+        least = min(min(curve.predicted) for curve in (before, after))
+        left.set_xlim(max(0.0, least - 0.05), 1.02)
+        left.set_ylim(-0.02, 1.05)
     save(figure, path)

@@ -78,6 +78,7 @@ class Engine:
             raise CheckpointError(f"{self.folder}: {error}") from error
         self.head = loaded.head.to(self.device)
         self.uncertainty = None if loaded.uncertainty is None else loaded.uncertainty.to(self.device)
+        self.theta_map = None if loaded.theta_map is None else loaded.theta_map.to(self.device)
         self.width = self.head.width + (0 if self.uncertainty is None else len(self.models))  # outputs of a prompt
         self.n_parameters = sum(weight.numel() for weight in loaded.weights.values())
         self._graphs: Graphs | None = None
@@ -157,13 +158,18 @@ class Engine:
         return np.asarray(outputs)
 
     def outputs(self, hidden: Tensor) -> Tensor:
-        """The outputs [n, K] float32 for hidden states [n, D] of this engine's backbone: the head's (see ``Head.split``), then
-        the M deviations of theta where the checkpoint has an uncertainty. K is ``width``."""
+        """The outputs [n, K] float32 for hidden states [n, D] of this engine's backbone: the head's (see ``Head.split``), its
+        theta through the checkpoint's map where it has one, then the M deviations of theta where the checkpoint has an
+        uncertainty. K is ``width``."""
         norm, eps = self.backbone.norm, self.backbone.eps
-        out = self.head(hidden, norm, eps)
+        out, slope = self.head(hidden, norm, eps), None
+        if self.theta_map is not None:
+            theta, slope = self.theta_map.with_slope(out[:, : self.head.n_models])
+            out[:, : self.head.n_models] = theta
         if self.uncertainty is None:
             return out
-        return torch.cat([out, self.uncertainty.deviation(after_norm(hidden, norm, eps))], 1)
+        deviation = self.uncertainty.deviation(after_norm(hidden, norm, eps))
+        return torch.cat([out, deviation if slope is None else deviation * slope], 1)
 
     def outputs_and_win_rates(self, hidden: Tensor, q: Tensor, fused: bool | None = None) -> tuple[Tensor, Tensor]:
         """The head's outputs, without deviations, and the win rates v [n, M] float32 against q [M] float32, by Triton kernels.
@@ -175,6 +181,9 @@ class Engine:
         from p2l_engine.kernels.win_rates import win_rates
 
         head, norm, eps = self.head, self.backbone.norm, self.backbone.eps
+        if self.theta_map is not None:
+            out = self.outputs(hidden)[:, : head.width]
+            return out, win_rates(head.split(out)[0].contiguous(), q)
         if fused or (fused is None and len(hidden) <= self._fused_up_to):
             return pool_head_win_rates(hidden, head.weight, head.bias, q, norm, eps)
         out = pool_head(hidden, head.weight, head.bias, norm, eps)

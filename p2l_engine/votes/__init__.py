@@ -5,7 +5,7 @@ Needs the extra ``train`` (pyarrow; datasets for hub names).
 
 from p2l_engine.votes.read import Dropped, read
 from p2l_engine.votes.scores import from_scores, score_matrix
-from p2l_engine.votes.splits import Splits, check_apart, prompts_hash, split
+from p2l_engine.votes.splits import Splits, check_apart, conversations, folds, prompts_hash, split
 from p2l_engine.votes.summary import Summary
 from p2l_engine.votes.votes import Votes
 
@@ -15,6 +15,8 @@ __all__ = [
     "Summary",
     "Votes",
     "check_apart",
+    "conversations",
+    "folds",
     "from_scores",
     "prompts_hash",
     "read",

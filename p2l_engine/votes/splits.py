@@ -54,6 +54,28 @@ def split(
     return Splits(rest.of(training), rest.of(chosen_on) if chosen_on else None, votes.of(last) if last else None)
 
 
+def conversations(votes: Votes) -> Integers:
+    """[P]: which conversation each prompt is of, numbered in order: prompts with the same first turn, see ``split``."""
+    number: dict[str, int] = {}
+    return np.array([number.setdefault(_opening(prompt), len(number)) for prompt in votes.prompts], np.int64)
+
+
+def folds(votes: Votes, count: int, seed: int = 0) -> Integers:
+    """[P]: which of ``count`` parts, from 0, each prompt is in, at random; conversations stay whole, and the parts have about
+    as many prompts each. Raises ValueError where there are fewer conversations than parts."""
+    of = conversations(votes)
+    sizes = np.bincount(of)
+    if not 1 <= count <= len(sizes):
+        raise ValueError(f"count: expected 1 to {len(sizes)} parts, as there are {len(sizes)} conversations, got {count}")
+    order = np.random.default_rng([seed, 2]).permutation(len(sizes))
+    part, filled = np.zeros(len(sizes), np.int64), np.zeros(count, np.int64)
+    for conversation in order[np.argsort(-sizes[order], kind="stable")]:
+        part[conversation] = filled.argmin()
+        filled[part[conversation]] += sizes[conversation]
+    found: Integers = part[of]
+    return found
+
+
 def prompts_hash(votes: Votes) -> str:
     """SHA-256 of the set of prompts, by which a checkpoint recognises its held-out prompts."""
     return hashlib.sha256(json.dumps(sorted(votes.prompts)).encode()).hexdigest()
@@ -89,10 +111,9 @@ def _cut(votes: Votes, share: float, by: str, seed: int, name: str) -> tuple[lis
     count = int(n * share)
     if not count:
         return list(range(n)), []
-    conversations: dict[str, list[int]] = {}
-    for i, prompt in enumerate(votes.prompts):
-        conversations.setdefault(_opening(prompt), []).append(i)
-    groups = list(conversations.values())
+    of = conversations(votes)
+    by_conversation = np.argsort(of, kind="stable")
+    groups: list[list[int]] = [g.tolist() for g in np.split(by_conversation, np.cumsum(np.bincount(of))[:-1])]
     if by == "prompt":
         order: Integers = np.random.default_rng(seed).permutation(len(groups))
     elif votes.timestamp is None:
