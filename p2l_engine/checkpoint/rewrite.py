@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +29,15 @@ def rewrite(
     head: Head,
     models: Sequence[str] | None = None,
     training: Mapping[str, Any] | None = None,
-    files: Mapping[str, bytes | None] | None = None,
+    files: Mapping[str, bytes | Callable[[Path], object] | None] | None = None,
 ) -> None:
     """Writes ``source`` to the folder ``target`` with this head, its weights in float32, whatever their dtype was.
 
     head: for the hidden states of the same backbone, with a tie parameter where the source has one; one layer, also where the
     source's head has two. models: the names of its columns, None: the source's. training: entries of training_config.json that
-    are added or replaced. files: contents of files by name, None for a file of the source that is left out; README.md and
-    evaluation.json, which describe the old head, are left out unless they are given. An adapter stays an adapter over the same
-    backbone. The folder is written whole or not at all.
+    are added or replaced. files: contents of files by name, or functions that write them, None for a file of the source that is
+    left out; README.md and evaluation.json, which describe the old head, are left out unless they are given. An adapter stays an
+    adapter over the same backbone. The folder is written whole or not at all.
 
     Raises ValueError where ``target`` is neither missing nor an empty folder, or lies in the source's folder, or where head and
     models do not fit; FloatingPointError for weights that are not finite; OSError where the folder cannot be written.
@@ -68,7 +68,9 @@ def rewrite(
         for name, value in own.items():
             write_json(work / name, value)
         for name, data in given.items():
-            if data is not None:
+            if callable(data):
+                data(work / name)
+            elif data is not None:
                 write_file(work / name, data)
 
     write_whole(target, fill)
