@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,9 @@ def write(source: Checkpoint, target: Path, found: CoefficientMap, report: Calib
     """Writes ``source`` with the map ``found`` behind all that it has, so that calibrating again composes. Raises what
     ``checkpoint.rewrite`` raises."""
     head, theta_map = applied(source, found)
-    files: dict[str, bytes | None] = {MAP_FILE: None if theta_map is None else theta_map.contents()}
+    files: dict[str, bytes | Callable[[Path], object] | None] = {MAP_FILE: None if theta_map is None else theta_map.contents()}
     if source.uncertainty is not None and source.theta_map is None and found.scale != 1:
-        scaled = replace(source.uncertainty, basis=source.uncertainty.basis * found.scale)
-        with tempfile.TemporaryDirectory() as folder:
-            scaled.write(Path(folder) / UNCERTAINTY_FILE)
-            files[UNCERTAINTY_FILE] = (Path(folder) / UNCERTAINTY_FILE).read_bytes()
+        files[UNCERTAINTY_FILE] = replace(source.uncertainty, basis=source.uncertainty.basis * found.scale).write
     training = read_json(source.folder / "training_config.json", dict)
     rewrite(source, target, head, training={"calibrations": [*training.get("calibrations", []), _entry(report)]}, files=files)
 
