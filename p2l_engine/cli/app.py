@@ -17,6 +17,7 @@ from p2l_engine.cli.export import export
 from p2l_engine.cli.frontier import frontier
 from p2l_engine.cli.info import info
 from p2l_engine.cli.leaderboard import leaderboard
+from p2l_engine.cli.replay import replay
 from p2l_engine.cli.route import route
 from p2l_engine.cli.serve import serve
 from p2l_engine.cli.strengths import strengths
@@ -57,6 +58,7 @@ for name, command in (
     ("strengths", strengths),
     ("frontier", frontier),
     ("eval", evaluate),
+    ("replay", replay),
     ("train", train),
     ("calibrate", calibrate),
     ("export", export),

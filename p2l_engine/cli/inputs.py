@@ -34,6 +34,13 @@ class BudgetScope(StrEnum):
     BATCH = "batch"
 
 
+class RewardKind(StrEnum):
+    """Which feedback on a decision counts."""
+
+    SCORE = "score"
+    PREFERENCE = "preference"
+
+
 Column = Annotated[
     str, typer.Option("--column", help="Column of a table, or key of its jsonl objects, that holds the prompts.")
 ]

@@ -1,0 +1,44 @@
+"""Finds out what a log is, and reads it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from p2l_engine.replay.decisions import read_decisions
+from p2l_engine.replay.logged import LoggedDecisions, ScoreMatrix
+from p2l_engine.replay.matrix import read_matrix, wide_models
+from p2l_engine.replay.rewards import Reward
+from p2l_engine.tables.rows import listed
+from p2l_engine.tables.whole import read_table
+
+DECISIONS, FEEDBACK = "decisions.parquet", "feedback.parquet"  # of an export
+
+
+def read_log(
+    path: str | Path,
+    feedback: str | Path | None = None,
+    scores: str | Path | None = None,
+    reward: Reward | None = None,
+) -> LoggedDecisions | ScoreMatrix:
+    """The folder of a log's export (with its feedback), the output of a batch run, a table of choices with propensities, or a
+    matrix of scores. feedback, scores: files with the rewards; reward: which kind of feedback counts (None: scores where there
+    are any). Raises ValueError for anything else, naming what is missing."""
+    folder = Path(path)
+    if (folder / DECISIONS).is_file():
+        if feedback is None and scores is None and (folder / FEEDBACK).is_file():
+            feedback = folder / FEEDBACK
+        return read_decisions(folder / DECISIONS, feedback, scores, reward)
+    names = read_table([str(path)], ()).names
+    if wide_models(list(names)):
+        return read_matrix(path, list(names))
+    chose = "chosen" in names or "model" in names
+    if chose and ("propensity" in names or "policy" in names):
+        return read_decisions(path, feedback, scores, reward)
+    if {"prompt", "model", "score"} <= set(names) and "chosen" not in names:
+        return read_matrix(path, list(names))
+    if chose:
+        return read_decisions(path, feedback, scores, reward)  # which says what is missing
+    raise ValueError(
+        f"{path}: expected a log's export, a batch run's output, a table with the columns model and propensity, or a matrix of "
+        f"scores (prompt, model, score); it has the columns {listed(names)}"
+    )

@@ -1,0 +1,365 @@
+"""What replay reads: exports of a log, batch runs with scores, tables and matrices; and what it refuses to read."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from p2l_engine.decision_log.export import export
+from p2l_engine.decision_log.record import Feedback
+from p2l_engine.decision_log.rows import row_of
+from p2l_engine.decision_log.store import LogStore, Selection
+from p2l_engine.replay.logged import LoggedDecisions, ScoreMatrix
+from p2l_engine.replay.policies import PolicySpec, read_policies
+from p2l_engine.replay.read import read_log
+from tests.support.command import p2l_engine
+from tests.support.records import START, new_id, record
+
+POLICY = {"alpha": 0.75, "beta": 0.25}
+
+
+def exported(folder, records, feedback=()):
+    store = LogStore(str(folder / "log.sqlite"))
+    store.add([row_of(record) for record in records])
+    for said in feedback:
+        store.add_feedback(said, None)
+    export(store, folder / "log", Selection(None, None, None))
+    store.close()
+    return folder / "log"
+
+
+def table(path, **columns):
+    """A file of these columns, in the format of its name."""
+    n = len(next(iter(columns.values())))
+    rows = [{name: values[i] for name, values in columns.items()} for i in range(n)]
+    if path.suffix == ".parquet":
+        pq.write_table(pa.table(columns), path)
+    elif path.suffix == ".csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(columns))
+            writer.writeheader()
+            writer.writerows(
+                {name: json.dumps(of) if isinstance(of, dict | list) else of for name, of in row.items()} for row in rows
+            )
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def entries(**policy):
+    """A policy as a cell has it."""
+    return [{"model": model, "probability": p} for model, p in policy.items()]
+
+
+def policies(folder, **entries):
+    path = folder / "policies.yaml"
+    path.write_text(yaml.safe_dump({"policies": entries}))
+    return path
+
+
+def two_models(n, rng):
+    """Choices between alpha and beta, 0.75 to 0.25, and scores."""
+    model = np.where(rng.random(n) < 0.75, "alpha", "beta")
+    return model.tolist(), np.where(model == "alpha", 0.75, 0.25).tolist(), (rng.random(n) < 0.5).astype(float).tolist()
+
+
+def test_an_export_of_the_servers_log_is_read(tmp_path):
+    records = [
+        record(0, turns=("a",), turns_hash="x", session="s"),
+        record(1, turns=("b",), turns_hash="y", session="s", chosen="beta", model="alpha", propensity=0.25, cost=None),
+        record(2, turns_hash="y", asked="beta", chosen="beta", propensity=1.0, policy={"beta": 1.0}),
+        record(3, chosen="", model="", outcome="refused", policy={}, propensity=1.0),
+        record(4, turns_hash="z", session="t", chosen="beta", model="beta", policy={"beta": 1.0}, propensity=1.0, cost=None),
+    ]
+    said = [
+        Feedback(new_id(0), START + 9, score=0.2),
+        Feedback(new_id(0), START + 5, score=0.9),
+        Feedback(new_id(1), START + 6, score=1.0),
+        Feedback(new_id(2), START + 6, score=1.0),
+        Feedback(new_id(1), START + 7, label="good"),
+        Feedback(new_id(0), START + 8, against=new_id(4), preference="this"),
+    ]
+    log = read_log(exported(tmp_path, records, said))
+    assert isinstance(log, LoggedDecisions)
+    assert log.models == ("alpha", "beta")
+    assert log.chosen.tolist() == [0, 1, 1]  # what was drawn, not what answered
+    assert log.propensity.tolist() == [0.75, 0.25, 1.0]
+    assert log.known.all()
+    assert log.logged.of(np.zeros(3, int)).tolist() == [0.75, 0.75, 0.0]
+    np.testing.assert_array_equal(log.reward, [0.2, 1.0, np.nan])  # the newest counts
+    np.testing.assert_array_equal(log.cost, [0.0015, np.nan, 0.002])  # a mixed policy's expected cost is of no one model
+    assert log.real.tolist() == [True, False, False]
+    assert log.texts == [("a",), ("b",), None]
+    assert log.session.tolist() == [0, 0, 1]
+    assert log.left_out == {
+        "rows without a chosen model": 1,
+        "rows on which the caller named the model": 1,
+        "scores that a newer one of the same decision replaces": 1,
+        "labels": 1,
+        "feedback of the kind preference": 1,
+        "feedback on decisions that were left out": 1,
+    }
+
+
+def test_preferences_are_win_rates_against_the_logs_choices(tmp_path):
+    names = ["beta", "alpha"] * 4
+    records = [
+        record(i, turns_hash="x" if i < 6 else "y", chosen=name, propensity=POLICY[name]) for i, name in enumerate(names)
+    ]
+    records.append(record(8, turns_hash="y", asked="beta", chosen="beta", propensity=1.0, policy={"beta": 1.0}))
+    said = [
+        Feedback(new_id(0), START, against=new_id(1), preference="this"),
+        Feedback(new_id(0), START, against=new_id(3), preference="other"),
+        Feedback(new_id(2), START, against=new_id(3), preference="tie"),
+        Feedback(new_id(4), START, against=new_id(5), preference="both_bad"),
+        Feedback(new_id(4), START, against=new_id(7), preference="this"),  # different prompts
+        Feedback(new_id(6), START, against=new_id(8), preference="this"),
+    ]
+    log = read_log(exported(tmp_path, records, said))
+    assert log.of == "preference"
+    np.testing.assert_array_equal(log.reward, [0.5, 0.0, 0.5, 0.75, 0.5, 0.5, np.nan, np.nan])
+    assert log.left_out["preferences between answers to different prompts"] == 1
+    assert log.left_out["preferences against decisions that are not in the log, or were left out"] == 1
+
+
+@pytest.mark.parametrize("ending", [".parquet", ".csv", ".jsonl"])
+def test_a_table_of_choices_is_read_in_every_format(tmp_path, ending):
+    columns = {
+        "prompt": ["one", '["two", "turns"]', "one"],
+        "model": ["alpha", "beta", "beta"],
+        "propensity": [0.5, 0.25, 1.0],
+        "reward": [1.0, 0.0, 0.5],
+        "cost": [1.0, 2.0, 0.0],
+        "policy": [entries(alpha=0.5, beta=0.5), entries(alpha=0.75, beta=0.25), entries(beta=1.0)],
+        "candidates": [["alpha", "beta"], ["alpha", "beta"], ["beta"]],
+    }
+    log = read_log(table(tmp_path / f"log{ending}", **columns))
+    assert (log.chosen.tolist(), log.propensity.tolist()) == ([0, 1, 1], [0.5, 0.25, 1.0])
+    assert (log.reward.tolist(), log.cost.tolist(), log.real.all()) == ([1.0, 0.0, 0.5], [1.0, 2.0, 0.0], True)
+    assert log.prompt.tolist() == [0, 1, 0]
+    assert log.texts == [("one",), ("two", "turns")]
+    assert log.allowed.tolist() == [[True, True], [True, True], [False, True]]
+    assert log.logged.of(np.zeros(3, int)).tolist() == [0.5, 0.75, 0.0]
+
+
+def test_a_policy_may_be_an_object_of_probabilities(tmp_path):
+    log = read_log(table(tmp_path / "log.jsonl", model=["alpha", "beta"], policy=[POLICY, POLICY], reward=[1, 0.5]))
+    assert log.propensity.tolist() == [0.75, 0.25]
+    assert log.reward.tolist() == [1.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"propensity": [0.5, 0.0]}, r"row 1: propensity: expected a probability above 0 and up to 1, got 0 \(1 such rows\)"),
+        ({"propensity": [0.5, 1.5]}, "row 1: propensity: .* got 1.5"),
+        ({"propensity": [-0.5, 0.5]}, "row 0: propensity: .* got -0.5"),
+        ({"propensity": [0.5, float("nan")]}, "row 1: propensity: .* got nan"),
+        ({"propensity": [None, 0.5]}, "row 0 and 0 more have no propensity: how likely each choice was"),
+        ({"propensity": ["half", "0.5"]}, "propensity: expected numbers"),
+        ({"id": ["x", "x"]}, "expected every id once, got 'x' 2 times"),
+        ({"id": ["x", None]}, "row 1: id: expected text, got nothing"),
+        ({"model": [None, ""]}, "expected decisions of a policy, found none: 2 rows without a chosen model"),
+        ({"asked": ["alpha", "beta"]}, "found none: 2 rows on which the caller named the model"),
+        ({"cost": [1.0, -1.0]}, "cost: expected finite numbers >= 0, got -1"),
+        ({"reward": [1.0, float("inf")]}, "reward: expected finite numbers, got inf"),
+        ({"policy": [entries(alpha=0.5)] * 2}, "row 0: policy: expected probabilities that sum to 1, got 0.5"),
+        ({"policy": [entries(alpha=1.5)] * 2}, r"row 0: policy: expected a model and a probability in \[0, 1\]"),
+    ],
+)  # fmt: skip
+def test_a_log_that_is_wrong_is_refused(tmp_path, changes, message):
+    columns = {"model": ["alpha", "beta"], "propensity": [0.5, 0.5], "reward": [1.0, 0.0]} | changes
+    with pytest.raises(ValueError, match=message):
+        read_log(table(tmp_path / "log.parquet", **columns))
+
+
+def test_a_log_without_propensities_is_refused(tmp_path):
+    path = table(tmp_path / "log.csv", prompt=["a", "b"], chosen=["alpha", "beta"], score=[1, 0])
+    with pytest.raises(
+        ValueError, match=r"no propensities \(columns propensity or policy\): how likely .* log the probability"
+    ):
+        read_log(path)
+    path = table(tmp_path / "scores.csv", prompt=["a", "b"], model=["alpha", "beta"], score=[1, 0])
+    with pytest.raises(ValueError, match="2 are missing, such as that of beta on 'a', and the table has no propensities"):
+        read_log(path)
+    with pytest.raises(ValueError, match="expected a log's export, a batch run's output"):
+        read_log(table(tmp_path / "other.csv", x=[1]))
+    with pytest.raises(ValueError, match="has none"):
+        read_log(table(tmp_path / "empty.parquet", model=pa.array([], pa.string()), propensity=pa.array([], pa.float64())))
+
+
+def test_feedback_for_unknown_ids_is_counted_and_all_of_it_is_refused(tmp_path):
+    log = table(tmp_path / "log.parquet", id=["x", "y"], model=["alpha", "beta"], propensity=[0.5, 0.5])
+    found = read_log(log, table(tmp_path / "said.csv", decision=["x", "z"], score=[1, 0]))
+    assert found.left_out == {"feedback on decisions that the log does not have": 1}
+    np.testing.assert_array_equal(found.reward, [1.0, np.nan])
+    with pytest.raises(ValueError, match="none of its 1 rows is feedback on a decision of the log"):
+        read_log(log, table(tmp_path / "other.csv", decision=["z"], score=[1]))
+    with pytest.raises(ValueError, match="preference: expected one of this, other, tie, both_bad, got 'that'"):
+        read_log(log, table(tmp_path / "odd.jsonl", decision=["x"], against=["y"], preference=["that"]))
+    with pytest.raises(ValueError, match="score of x: expected a finite number"):
+        read_log(log, table(tmp_path / "nan.parquet", decision=["x"], score=[float("inf")]))
+
+
+def test_a_batch_run_is_joined_with_scores(tmp_path, router):
+    from p2l_engine.batch import BatchConfig, run
+
+    prompts = [f"prompt {i}" for i in range(12)]
+    table(tmp_path / "prompts.jsonl", prompt=prompts)
+    run(router, BatchConfig([tmp_path / "prompts.jsonl"], tmp_path / "out", keep=["prompt"], budget=2.5))
+    names = list(router.names)
+    scores = {"prompt": np.repeat(prompts, 5).tolist(), "model": names * 12, "score": np.arange(60) / 60}
+    log = read_log(tmp_path / "out", scores=table(tmp_path / "scores.parquet", **scores))
+    decided = router.route_batch(prompts, budget=2.5)
+    assert [log.models[k] for k in log.chosen] == [one.model for one in decided]
+    assert log.propensity.tolist() == pytest.approx([one.policy[one.model] for one in decided], abs=1e-6)
+    assert log.reward.tolist() == [(5 * i + names.index(one.model)) / 60 for i, one in enumerate(decided)]
+    mixed = [len(one.policy) > 1 for one in decided]
+    assert np.isnan(log.cost).tolist() == mixed
+    run(router, BatchConfig([tmp_path / "prompts.jsonl"], tmp_path / "without", budget=2.5))
+    with pytest.raises(ValueError, match="route with `batch --keep prompt`"):
+        read_log(tmp_path / "without", scores=tmp_path / "scores.parquet")
+    twice = table(tmp_path / "twice.csv", prompt=["prompt 1"] * 2, model=[decided[1].model] * 2, score=[1, 1])
+    with pytest.raises(ValueError, match="row 1: a second score of the same model on the same prompt"):
+        read_log(tmp_path / "out", scores=twice)
+
+
+def test_matrices_are_read_long_and_wide(tmp_path):
+    wide = {
+        "prompt": ["p", "q"],
+        "gpt|4": [0.5, 1.0],
+        "gpt|4|total_cost": [1.0, 2.0],
+        "b": [0.0, 1.0],
+        "b|total_cost": [0.5, 0.5],
+    }
+    found = read_log(table(tmp_path / "wide.csv", sample_id=["0", "1"], **wide))
+    assert isinstance(found, ScoreMatrix)
+    assert found.models == ("gpt|4", "b")
+    assert (found.scores.tolist(), found.costs.tolist()) == ([[0.5, 0.0], [1.0, 1.0]], [[1.0, 0.5], [2.0, 0.5]])
+    long = {"prompt": ["p", "q", "q", "p"], "model": ["b", "b", "a", "a"], "score": [1, 2, 3, 4]}
+    found = read_log(table(tmp_path / "long.jsonl", **long))
+    assert (found.models, found.texts, found.costs) == (("a", "b"), [("p",), ("q",)], None)
+    assert found.scores.tolist() == [[4.0, 1.0], [3.0, 2.0]]
+    with pytest.raises(ValueError, match="expected one score of each model on each prompt, got 2 of b on 'p'"):
+        read_log(table(tmp_path / "twice.csv", **{**long, "prompt": ["p", "p", "q", "p"]}))
+    with pytest.raises(ValueError, match="prompt 1: score: expected a finite number for each model"):
+        read_log(table(tmp_path / "nan.parquet", **{**wide, "b": [0.0, float("nan")]}))
+
+
+def test_a_file_of_policies_is_read(tmp_path):
+    found = read_policies(
+        policies(
+            tmp_path,
+            was="logged",
+            one={"always": "alpha"},
+            routed={"budget": 0.5, "budget_scope": "batch", "max_share": {"alpha": 0.25}, "models": ["alpha", "beta"]},
+            new={"catalog": "new.yaml", "checkpoint": "lmarena/p2l", "objective": "half-ties"},
+            plain=None,
+        )
+    )
+    assert found == (
+        PolicySpec("new", catalog=tmp_path / "new.yaml", checkpoint="lmarena/p2l", objective="half-ties"),
+        PolicySpec("one", always="alpha"),
+        PolicySpec("plain"),
+        PolicySpec("routed", budget=0.5, budget_scope="batch", models=("alpha", "beta"), max_share={"alpha": 0.25}),
+        PolicySpec("was", logged=True),
+    )
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"bugdet": 1}, "unknown key 'bugdet', expected .*; did you mean 'budget'"),
+        ("loged", "expected 'logged' or a mapping, got 'loged'; did you mean 'logged'"),
+        ({"always": "a", "budget": 1}, "expected 'always' alone or with 'catalog', got budget too"),
+        ({"budget": -1}, "budget: expected a number >= 0, got -1"),
+        ({"budget": True}, "budget: expected a number >= 0, got True"),
+        ({"budget": 1, "budget_scope": "bach"}, "budget_scope: expected 'prompt' or 'batch', got 'bach'"),
+        ({"budget_scope": "batch"}, "budget_scope: expected a budget beside it"),
+        ({"objective": "half-tie"}, "objective: expected .* got 'half-tie'; did you mean 'half-ties'"),
+        ({"models": "a"}, "models: expected a list of models, got 'a'"),
+        ({"models": ["a", "a"]}, "expected every model once, got a more than once"),
+        ({"max_share": {"a": 2}}, r"max_share.a: expected a share in \[0, 1\], got 2"),
+        (["a"], "expected a mapping, got list"),
+    ],
+)
+def test_a_policy_that_is_wrong_is_refused(tmp_path, entry, message):
+    with pytest.raises(ValueError, match=message):
+        read_policies(policies(tmp_path, x=entry))
+
+
+def test_files_of_no_policies_are_refused(tmp_path):
+    path = tmp_path / "policies.yaml"
+    for text, message in (
+        ("policies: {}", "expected at least one policy"),
+        ("policy: {}", "unknown key 'policy', expected policies; did you mean 'policies'"),
+        ("policies: {a: logged, a: logged}", "the key 'a' occurs twice"),
+        ("[", "expected YAML"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_policies(path)
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_policies(tmp_path / "none.yaml")
+
+
+def test_the_command_needs_no_engine_for_single_models(tmp_path, rng):
+    model, propensity, reward = two_models(400, rng)
+    log = table(tmp_path / "log.parquet", model=model, propensity=propensity, reward=reward, cost=[1.0] * 400)
+    spec = policies(tmp_path, was="logged", small={"always": "beta"}, big={"always": "alpha"})
+    ended = p2l_engine(
+        "replay", str(log), "--policy", str(spec), "--json", str(tmp_path / "out.json"), "--csv", str(tmp_path / "out.csv"),
+        "--plot", str(tmp_path / "out.svg"),
+    )  # fmt: skip
+    assert ended.status == 0, ended.err
+    assert "400 decisions, 400 with feedback; value: mean score, 95% intervals" in ended.out
+    assert "small" in ended.out
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert [of["verdict"] for of in report["policies"]] == ["judged"] * 3
+    rows = list(csv.DictReader((tmp_path / "out.csv").open()))
+    assert [(row["policy"], row["estimator"]) for row in rows] == [
+        (p, e) for p in ("big", "small", "was") for e in ("dr", "snips", "ips")
+    ]
+    assert float(rows[-1]["value"]) == pytest.approx(np.mean(reward))
+    assert "<svg" in (tmp_path / "out.svg").read_text()
+
+
+def test_the_command_names_what_it_refuses(tmp_path, rng):
+    log = table(tmp_path / "log.csv", model=["alpha"] * 50 + ["beta"], propensity=[1.0] * 51, reward=[1.0] * 51)
+    ended = p2l_engine("replay", str(log), "--policy", str(policies(tmp_path, small={"always": "beta"})))
+    assert ended.status == 0
+    assert "small: refused: the weights' mean is 0.0196 where 1 is expected" in ended.message
+    ended = p2l_engine("replay", str(log), "--policy", str(policies(tmp_path, small={"always": "betta"})))
+    assert ended.status == 2
+    assert "did you mean 'beta'?" in ended.message
+    ended = p2l_engine("replay", str(log), "--policy", str(policies(tmp_path, routed={"budget": 1.0})))
+    assert ended.status == 2
+    assert "which 51 of 51 prompts lack" in ended.message
+
+
+def test_the_command_routes_with_a_checkpoint(tmp_path, engine, rng):
+    from tests.support.catalogs import COSTS
+
+    models = list(engine.models)
+    catalog = tmp_path / "catalog.yaml"
+    catalog.write_text(yaml.safe_dump({"models": {name: {"cost": c} for name, c in zip(models, COSTS, strict=True)}}))
+    prompts = np.repeat([f"prompt {i}" for i in range(8)], 5).tolist()
+    scores = table(tmp_path / "scores.parquet", prompt=prompts, model=models * 8, score=rng.random(40).tolist())
+    spec = policies(tmp_path, small={"always": models[0]}, routed={"budget": 2.0}, all={})
+    out = tmp_path / "out.json"
+    ended = p2l_engine(
+        "replay", str(scores), "--policy", str(spec), "--checkpoint", str(engine.folder), "--catalog", str(catalog),
+        "--device", "cpu", "--json", str(out), "--plot", str(tmp_path / "out.png"),
+    )  # fmt: skip
+    assert ended.status == 0, ended.err
+    found = {of["name"]: of for of in json.loads(out.read_text())["policies"]}
+    assert {of["verdict"] for of in found.values()} == {"exact"}
+    assert found["routed"]["expected_cost"] <= 2.0 + 1e-9
+    assert found["small"]["shares"] == {models[0]: 1.0}
+    assert (tmp_path / "out.png").stat().st_size > 1000
