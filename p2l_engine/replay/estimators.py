@@ -1,8 +1,7 @@
 """Estimators of what a target policy earns, from rows that another policy chose, and their standard errors.
 
 weight [n]: the target's probability of the logged choice over the logging policy's. Each estimator returns the value and its
-influence [n]: by how much n times the value would change with one row, up to first order; influences sum to 0. Arrays of
-``fractions.Fraction`` give exact values.
+influence [n]: n times what each row adds to it, up to first order. Arrays of ``fractions.Fraction`` give exact values.
 
 - Inverse propensity (Horvitz and Thompson, 1952): unbiased; its spread grows with the weights.
 - Self-normalised (Hajek, 1971; Swaminathan and Joachims, 2015): consistent, and never outside the rewards' range.
@@ -32,12 +31,14 @@ def ips(weight: Any, reward: Any) -> Valued:
 
 
 def snips(weight: Any, reward: Any) -> Valued:
-    """Self-normalised: the rewards' mean under the weights. Raises ZeroDivisionError where all weights are 0."""
+    """Self-normalised: the rewards' mean under the weights. The influence is the jackknife's, n times what the value loses
+    without the row: heavy rows draw the value to themselves. Raises ZeroDivisionError where all weights are 0."""
     total = weight.sum()
     if total == 0:
         raise ZeroDivisionError("weight: expected some above 0: the target policy takes none of the logged choices")
     value = (weight * reward).sum() / total
-    return value, weight * (reward - value) * len(weight) / total
+    others = total - weight
+    return value, weight * (reward - value) * len(weight) / np.where(others == 0, total, others)
 
 
 def doubly_robust(weight: Any, reward: Any, predicted: Any, direct: Any) -> Valued:

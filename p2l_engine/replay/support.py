@@ -12,10 +12,9 @@ from p2l_engine.bootstrap import effective
 from p2l_engine.replay.estimators import Int64, standard_error
 from p2l_engine.replay.mixture import Float64, Mixture
 
-LEAST = 1e-4  # probability under which the log is said never to choose a model
-MASS = 0.01  # share of the policy's choices that may be of models that the log never chose there
+MASS = 0.01  # share of the policy's choices that may be of models that the log (almost) never chose there
 EFFECTIVE = 30.0  # effective rows at least
-HEAVIEST = 0.1  # of all weight, what one row may carry
+HEAVIEST = 0.05  # of all weight, what one row may carry: more, and the log chose that model there almost never
 ERRORS = 4.0  # standard errors that the mean weight may be away from what it should be
 
 
@@ -23,7 +22,7 @@ ERRORS = 4.0  # standard errors that the mean weight may be away from what it sh
 class Support:
     """taken: the mean probability of the logged choices under the policy. effective: (sum w)^2 / sum w^2 of the weights of rows
     with a reward. heaviest: the largest share of all weight that one of them has. largest: the largest weight. mean_weight:
-    over all rows. unsupported: models that the log never chose where the policy would, and their share of its choices."""
+    over all rows. unsupported: models that the log (almost) never chose where the policy would: their share of its choices."""
 
     taken: float
     effective: float
@@ -48,10 +47,10 @@ def judge(
 ) -> Support:
     """weight, probability [N]: of the logged choices, the latter under the target. judged [N]: rows with a reward. chosen [N].
     logged: the logging policy, where known [N] says that it is that of the draw. clusters: of all rows."""
-    lacking = _unsupported(target, chosen, logged, known, len(names))
+    of = weight[judged]
+    lacking = _unsupported(target, chosen, logged, known, len(names), HEAVIEST * len(of))
     missing = {names[k]: float(lacking[k]) for k in np.argsort(-lacking, kind="stable") if lacking[k] > 0}
     share = float(lacking.sum())
-    of = weight[judged]
     total = float(of.sum())
     size, heaviest = (effective(of), float(of.max() / total)) if total > 0 else (0.0, 0.0)
     mean = float(weight.mean())
@@ -60,8 +59,9 @@ def judge(
         some = ", ".join(f"{name} ({part:.1%})" for name, part in list(missing.items())[:5])
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         reasons.append(
-            f"{share:.1%} of its choices are of models that the log never chose on those rows (probability under {LEAST:g}): "
-            f"{some}{more}; log with exploration, or leave them out (models)"
+            f"{share:.1%} of its choices are of models that the log never chose on those rows, or so rarely that one such row "
+            f"would carry more than {HEAVIEST:.0%} of all weight: {some}{more}; log with exploration, or leave them out "
+            "(models)"
         )
     elif (away := _away(weight, 1 - share, clusters)) is not None:
         reasons.append(
@@ -73,7 +73,7 @@ def judge(
             f"effective sample size {size:.1f} of {len(of):,} rows with feedback, expected {EFFECTIVE:g} at least: the log "
             f"chose too rarely as the policy would ({_most(target, weight, chosen, names)})"
         )
-    elif heaviest > HEAVIEST:
+    elif heaviest > HEAVIEST and not (logged is not None and known.all()):  # else what could be drawn has been looked at
         worst = names[int(chosen[judged][int(of.argmax())])]
         reasons.append(
             f"one row of {worst} carries {heaviest:.0%} of all weight (its own is {float(of.max()):.3g}), expected at most "
@@ -95,13 +95,14 @@ def _unsupported(
     logged: Mixture | None,
     known: npt.NDArray[np.bool_],
     models: int,
+    most: float,
 ) -> Float64:
-    """The share of the target's choices, by model [U], that the log never chose there: by the logging policy where it is known,
-    elsewhere by whether the model was chosen anywhere."""
+    """The share of the target's choices, by model [U], that the log (almost) never chose there: those of weights above ``most``
+    by the logging policy where it is known, which depends on no draw; elsewhere those of models that were chosen nowhere."""
     ever = np.bincount(chosen, minlength=models) > 0
     lacks = ~ever[target.indices]
     if logged is not None:
-        lacks = np.where(known[:, None], logged.of(target.indices) < LEAST, lacks)
+        lacks = np.where(known[:, None], target.probabilities > most * logged.of(target.indices), lacks)
     weights = np.where(lacks, target.probabilities, 0.0)
     return np.bincount(target.indices.ravel(), weights.ravel(), models) / max(len(target), 1)
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from p2l_engine.catalog import Catalog
 from p2l_engine.chooser import Chooser
 from p2l_engine.coefficients import Coefficients
-from p2l_engine.constraints import Constraints
+from p2l_engine.constraints import Constraints, Shares
 from p2l_engine.errors import Infeasible
 from p2l_engine.replay.logged import Bools
 from p2l_engine.replay.mixture import Mixture
@@ -77,8 +77,9 @@ def routed(
     _, firsts, inverse = np.unique(cell, return_index=True, return_inverse=True)
     over_batch = (spec.budget is not None and spec.budget_scope == "batch") or bool(spec.max_share)
     rows = np.arange(len(prompt)) if over_batch else firsts
+    shares: Shares = {name: share for name, share in spec.max_share.items()}
     constraints = Constraints(
-        spec.budget, spec.budget_scope, max_share=dict(spec.max_share), allowed=None if mask is None else mask[which[rows]]
+        spec.budget, spec.budget_scope, max_share=shares, allowed=None if mask is None else mask[which[rows]]
     )
     try:
         policies = chooser.solve(np.ascontiguousarray(rates[prompt[rows]]), constraints)
