@@ -207,6 +207,34 @@ def test_feedback_for_unknown_ids_is_counted_and_all_of_it_is_refused(tmp_path):
         read_log(log, table(tmp_path / "nan.parquet", decision=["x"], score=[float("inf")]))
 
 
+def test_the_newest_score_counts_however_its_time_is_written(tmp_path):
+    log = table(tmp_path / "log.csv", id=["x"], model=["alpha"], propensity=[0.5])
+    for times in (["9", "10"], [9, 10], ["2026-01-09", "2026-01-10"], [None, None]):
+        said = table(tmp_path / "said.csv", decision=["x", "x"], score=[0, 1], time=times)
+        assert read_log(log, said).reward.tolist() == [1.0]
+
+
+def test_rewards_come_from_one_place(tmp_path):
+    own = table(tmp_path / "own.csv", id=["x"], model=["alpha"], propensity=[0.5], reward=[1])
+    other = table(tmp_path / "said.csv", decision=["x"], score=[1])
+    matrix = table(tmp_path / "matrix.csv", prompt=["a"], model=["alpha"], score=[1])
+    for log, changes, message in (
+        (own, {"feedback": other}, "has rewards of its own"),
+        (own, {"scores": other}, "has rewards of its own"),
+        (own, {"reward": "score"}, "reward: expected a file of feedback"),
+        (matrix, {"scores": other}, "a matrix of scores, which are its rewards"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_log(log, **changes)
+
+
+def test_prompts_are_known_by_hash_or_text(tmp_path):
+    columns = {"turns_hash": ["h", "h", None, None, ""], "prompt": [None, ["a"], ["b"], ["b"], None]}
+    log = read_log(table(tmp_path / "log.parquet", model=["alpha"] * 5, propensity=[0.5] * 5, **columns))
+    assert log.prompt.tolist() == [0, 0, 1, 1, 2]
+    assert log.texts == [("a",), ("b",), None]
+
+
 def test_a_batch_run_is_joined_with_scores(tmp_path, router):
     from p2l_engine.batch import BatchConfig, run
 

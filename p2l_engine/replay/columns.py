@@ -22,8 +22,17 @@ from p2l_engine.tables.whole import read_table
 POLICY = pa.list_(pa.struct([("model", pa.string()), ("probability", pa.float64())]))
 
 
-def read_columns(path: str | Path, names: Collection[str] | None = None) -> pa.Table:
-    """The columns ``names`` (None: all), as far as there are such, of a file, folder, glob or URI. Raises ValueError where it
+def column_names(path: str | Path) -> list[str]:
+    """The names of a file's columns (of a folder's or glob's first file). Raises ValueError where it cannot be read."""
+    file = find([path])[0]
+    if kind_of(file.location.path) != "parquet":
+        return list(read_table([path], ()).names)
+    with readable(file), file.location.system.open_input_file(file.location.path) as stream:
+        return list(pq.ParquetFile(stream).schema_arrow.names)
+
+
+def read_columns(path: str | Path, names: Collection[str]) -> pa.Table:
+    """The columns ``names``, as far as there are such, of a file, folder, glob or URI. Raises ValueError where it
     cannot be read, has no row, or has rows that are invalid."""
     files = find([path])
     if all(kind_of(file.location.path) == "parquet" for file in files):
@@ -31,15 +40,14 @@ def read_columns(path: str | Path, names: Collection[str] | None = None) -> pa.T
         for file in files:
             with readable(file), file.location.system.open_input_file(file.location.path) as stream:
                 opened = pq.ParquetFile(stream)
-                wanted = [name for name in opened.schema_arrow.names if names is None or name in names]
+                wanted = [name for name in opened.schema_arrow.names if name in names]
                 parts.append(opened.read(wanted))
         try:
             table = pa.concat_tables(parts, promote_options="permissive")
         except pa.ArrowException as error:
             raise ValueError(f"{path}: its files have columns of different types: {error}") from None
     else:
-        head = read_table([path], ()).names
-        found = read_table([path], [name for name in head if names is None or name in names])
+        found = read_table([path], names)
         for index, row in sorted(found.invalid.items()):
             raise ValueError(f"{found.located(index)}: {row.why}: {row.text}")
         table = pa.table({name: _array(name, values) for name, values in found.columns.items()})

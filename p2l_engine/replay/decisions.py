@@ -67,6 +67,10 @@ def read_decisions(
         models, chosen, propensity, logged, known, _allowed(candidates, models), own, cost, real, prompt, keys, of_prompts,
         _session(table, path), "score", left_out,
     )  # fmt: skip
+    if not np.isnan(own).all() and (scores is not None or feedback is not None):
+        raise ValueError(f"{path}: has rewards of its own (column reward or score): expected no feedback or scores beside them")
+    if feedback is None and reward is not None:
+        raise ValueError(f"{path}: reward: expected a file of feedback, of which {reward!r} is a kind, got none")
     if scores is not None:
         return _with(log, from_scores(scores, ids, used, log))
     if feedback is not None:
@@ -229,10 +233,10 @@ def _prompts(
     cells = table.column("prompt").combine_chunks() if "prompt" in table.column_names else pa.nulls(n)
     hashes = texts(table, "turns_hash", path) if "turns_hash" in table.column_names else pa.nulls(n, pa.string())
     hashes = pc.if_else(pc.equal(hashes, ""), None, hashes)
-    if hashes.null_count == n and pa.types.is_list(cells.type):
-        hashes = pa.array([None if turns is None else repr(turns) for turns in cells.to_pylist()], pa.string())
-    elif hashes.null_count == n:
-        hashes = pc.cast(cells, pa.string())
+    if hashes.null_count and cells.null_count < n:
+        listed = pa.types.is_list(cells.type) or pa.types.is_large_list(cells.type)
+        known = pa.array([None if of is None else repr(of) for of in cells.to_pylist()]) if listed else cells
+        hashes = pc.coalesce(hashes, pc.cast(known, pa.string()))
     alone = np.array(hashes.is_null().to_numpy(zero_copy_only=False), bool)
     own = ids if ids is not None else pa.array([f"row {row}" for row in rows])
     encoded = pc.if_else(hashes.is_null(), pc.binary_join_element_wise("\x00", own, ""), hashes).dictionary_encode()

@@ -40,9 +40,7 @@ class ExpectedScore:
         rates: npt.NDArray[np.floating[Any]] | None = None,
     ) -> ExpectedScore:
         """From rows with rewards [n], of models [n] on prompts [n] in folds [n]."""
-        v = np.zeros(len(reward)) if rates is None else rates[prompt, models].astype(np.float64)
-        known = np.isfinite(v)
-        reward, models, fold, v = reward[known], models[known], fold[known], v[known]
+        v = np.zeros(len(reward)) if rates is None else _rate(rates, prompt, models)
         cell = fold * n_models + models
 
         def sums(of: Float64) -> Float64:
@@ -71,5 +69,10 @@ class ExpectedScore:
         found = self.level[fold, models]
         if self.rates is None:
             return np.asarray(found)
-        v = self.rates[prompt, models].astype(np.float64)
-        return np.asarray(found + self.slope[fold] * np.where(np.isfinite(v), v, 0.5))
+        return np.asarray(found + self.slope[fold] * _rate(self.rates, prompt, models))
+
+
+def _rate(rates: npt.NDArray[np.floating[Any]], prompt: Integers, models: Integers) -> Float64:
+    """Win rates; of models that the checkpoint does not know, 1/2: their offset says the rest."""
+    v = rates[prompt, models].astype(np.float64)
+    return np.asarray(np.where(np.isfinite(v), v, 0.5))

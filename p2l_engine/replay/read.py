@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from p2l_engine.replay.columns import column_names
 from p2l_engine.replay.decisions import read_decisions
 from p2l_engine.replay.logged import LoggedDecisions, ScoreMatrix
 from p2l_engine.replay.matrix import read_matrix, wide_models
 from p2l_engine.replay.rewards import Reward
 from p2l_engine.tables.rows import listed
-from p2l_engine.tables.whole import read_table
 
 DECISIONS, FEEDBACK = "decisions.parquet", "feedback.parquet"  # of an export
 
@@ -28,14 +28,14 @@ def read_log(
         if feedback is None and scores is None and (folder / FEEDBACK).is_file():
             feedback = folder / FEEDBACK
         return read_decisions(folder / DECISIONS, feedback, scores, reward)
-    names = read_table([str(path)], ()).names
-    if wide_models(list(names)):
-        return read_matrix(path, list(names))
+    names = column_names(path)
     chose = "chosen" in names or "model" in names
     if chose and ("propensity" in names or "policy" in names):
         return read_decisions(path, feedback, scores, reward)
-    if {"prompt", "model", "score"} <= set(names) and "chosen" not in names:
-        return read_matrix(path, list(names))
+    if wide_models(names) or ({"prompt", "model", "score"} <= set(names) and "chosen" not in names):
+        if feedback is not None or scores is not None or reward is not None:
+            raise ValueError(f"{path}: a matrix of scores, which are its rewards: expected no feedback or scores beside it")
+        return read_matrix(path, names)
     if chose:
         return read_decisions(path, feedback, scores, reward)  # which says what is missing
     raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -44,7 +45,7 @@ def from_feedback(path: str | Path, ids: pa.Array, used: Int64, log: LoggedDecis
     """
     table = read_columns(path, FEEDBACK)
     required(table, path, "decision")
-    table = table.take(pc.sort_indices(table, [("time", "ascending")])) if "time" in table.column_names else table
+    table = _by_time(table)
     left_out = Counter[str]()
     row = _rows_of(table, "decision", path, ids)
     if (row < 0).all():
@@ -97,6 +98,19 @@ def from_scores(path: str | Path, ids: pa.Array | None, used: Int64, log: Logged
     if np.isnan(reward).all():
         raise ValueError(f"{path}: none of its {len(score):,} scores is of an answer in the log")
     return Rewarded(reward, "score", +left_out)
+
+
+def _by_time(table: pa.Table) -> pa.Table:
+    """The rows from old to new, in the file's order where their times are the same, or there are none."""
+    if "time" not in table.column_names:
+        return table
+    time = table.column("time")
+    if pa.types.is_string(time.type) or pa.types.is_large_string(time.type):
+        with suppress(pa.ArrowException):  # ISO 8601 sorts as text
+            time = pc.cast(time, pa.float64())
+    elif pa.types.is_null(time.type):
+        return table
+    return table.take(pc.sort_indices(pa.table({"time": time}), [("time", "ascending")]))
 
 
 def _joined(table: pa.Table, path: str | Path, score: Float64, log: LoggedDecisions, left_out: Counter[str]) -> Float64:

@@ -63,9 +63,9 @@ def judge(
             f"would carry more than {HEAVIEST:.0%} of all weight: {some}{more}; log with exploration, or leave them out "
             "(models)"
         )
-    elif (away := _away(weight, 1 - share, clusters)) is not None:
+    elif (away := _away(weight, 1 - share, 1.0, clusters)) is not None:
         reasons.append(
-            f"the weights' mean is {mean:.3g} where {1 - share:.3g} is expected, {away}: the propensities are not those of the "
+            f"the weights' mean is {mean:.3g} where 1 is expected, {away}: the propensities are not those of the "
             "draws, or the log (almost) never chose models that the policy needs"
         )
     if size < EFFECTIVE:
@@ -80,7 +80,11 @@ def judge(
             f"{HEAVIEST:.0%}"
         )
     warnings = []
-    if not reasons and not judged.all() and (away := _away(of, mean, [labels[judged] for labels in clusters])) is not None:
+    if (
+        not reasons
+        and not judged.all()
+        and (away := _away(of, mean, mean, [labels[judged] for labels in clusters])) is not None
+    ):
         warnings.append(
             f"among rows with feedback the weights' mean is {float(of.mean()):.3g}, among all {mean:.3g}, {away}: whether "
             "feedback came depends on the model, and the value may be wrong by that"
@@ -107,14 +111,15 @@ def _unsupported(
     return np.bincount(target.indices.ravel(), weights.ravel(), models) / max(len(target), 1)
 
 
-def _away(weight: Float64, expected: float, clusters: Sequence[Int64]) -> str | None:
-    """By how many standard errors the weights' mean is away from what is expected, if that is too many."""
+def _away(weight: Float64, low: float, high: float, clusters: Sequence[Int64]) -> str | None:
+    """By how many standard errors the weights' mean is below ``low`` or above ``high``, if that is too many."""
     mean = float(weight.mean())
     relabelled = [np.unique(labels, return_inverse=True)[1] for labels in clusters]
     error = standard_error(weight - mean, relabelled) if len(weight) > 1 else np.inf
-    if abs(mean - expected) <= MASS + ERRORS * error:
+    beyond = max(low - mean, mean - high)
+    if beyond <= MASS + ERRORS * error:
         return None
-    return f"{abs(mean - expected) / error:.1f} standard errors away" if error > 0 else "in every row"
+    return f"{beyond / error:.1f} standard errors away" if error > 0 else "in every row"
 
 
 def _most(target: Mixture, weight: Float64, chosen: npt.NDArray[np.int32], names: Sequence[str]) -> str:
