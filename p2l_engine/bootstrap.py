@@ -7,6 +7,7 @@ whatever the others do, so that prompts can be drawn as they arrive, in parts; t
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -76,7 +77,7 @@ def student(level: float, freedom: npt.ArrayLike) -> Float64:
     """
     df = np.atleast_1d(np.asarray(freedom, np.float64))
     different, place = np.unique(df, return_inverse=True)
-    nodes, weights = np.polynomial.legendre.leggauss(80)
+    nodes, weights = _legendre()
     found = []
     for of in different.tolist():
         area = level * math.sqrt(math.pi) / 2 * math.exp(math.lgamma(of / 2) - math.lgamma((of + 1) / 2))
@@ -87,3 +88,10 @@ def student(level: float, freedom: npt.ArrayLike) -> Float64:
             low, high = (u, high) if found_area < area else (low, u)
         found.append(math.sqrt(of) * math.tan(low))
     return np.array(found)[place].reshape(np.shape(freedom))
+
+
+@cache
+def _legendre() -> tuple[Float64, Float64]:
+    """Nodes and weights of the integrals: finding them takes longer than using them."""
+    nodes, weights = np.polynomial.legendre.leggauss(80)
+    return nodes, weights

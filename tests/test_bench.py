@@ -28,6 +28,7 @@ from bench import (
     learning_curve,
     overload,
     real_budgets,
+    replay_coverage,
     serving,
     serving_faults,
     setting,
@@ -407,3 +408,12 @@ def test_coverage_runs_to_the_end(tmp_path, monkeypatch):
     rows = list(csv.DictReader((tmp_path / "rows.csv").open()))
     assert len({row["what"] for row in rows}) == len(rows) / 2 == 9
     assert all(0 <= float(row["covered"]) <= 1 for row in rows)
+
+
+def test_coverage_of_replay_runs_to_the_end(tmp_path, monkeypatch):
+    sizes = ("--decisions", 200, "--repeats", 2, "--population", 500)
+    run(monkeypatch, replay_coverage, *sizes, "--csv", tmp_path / "rows.csv")
+    rows = list(csv.DictReader((tmp_path / "rows.csv").open()))
+    assert len(rows) == 3 * len(replay_coverage.PAIRS)
+    assert {row["estimator"] for row in rows} == {"dr", "snips", "ips"}
+    assert {row["refused"] for row in rows if "softmax" in row["pair"]} == {"1"}

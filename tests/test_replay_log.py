@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -298,6 +300,14 @@ def test_a_file_of_policies_is_read(tmp_path):
         PolicySpec("routed", budget=0.5, budget_scope="batch", models=("alpha", "beta"), max_share={"alpha": 0.25}),
         PolicySpec("was", logged=True),
     )
+
+
+def test_the_policies_in_the_docs_are_read(tmp_path):
+    page = (Path(__file__).resolve().parents[1] / "docs" / "replay.md").read_text(encoding="utf-8")
+    (tmp_path / "policies.yaml").write_text(re.findall(r"^```yaml\n(.*?)^```$", page, re.M | re.S)[0])
+    found = {spec.name: spec for spec in read_policies(tmp_path / "policies.yaml")}
+    assert found["on average"].max_share == {"o1": 0.1}
+    assert found["new"].objective == "half-ties"
 
 
 @pytest.mark.parametrize(
