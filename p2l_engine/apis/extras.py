@@ -37,6 +37,11 @@ class Extras:
     reasons: bool = False
     lasting: bool = False
 
+    @property
+    def may_be_unbounded(self) -> bool:
+        """Whether some models may not be able to tell what it costs at most."""
+        return self.tier is not None or bool(self.tools or self.unseen)
+
 
 NOTHING = Extras()
 

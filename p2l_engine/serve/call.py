@@ -102,10 +102,9 @@ class Call:
         self.stages[stage] = round(1000 * (time.perf_counter() - self.began), 3)
 
     def score(self, coefficients: Coefficients) -> None:
-        """Takes the prompt's coefficients: win rates [K] of the models that the checkpoint knows."""
+        """Takes the prompt's coefficients: win rates [K], 0 for models that the checkpoint does not know."""
         self.coefficients = coefficients
-        self.rates = np.zeros(len(self.plan.names))
-        self.rates[self.plan.columns] = self.plan.choosers[self.objective].win_rates(coefficients)[0]
+        self.rates = self.plan.win_rates.of(self.turns_hash, coefficients, self.objective)
 
     def choose(self, mask: Mask, count: bool = True) -> Pick:
         """The choice among the models of a mask. count: whether the pacer pays for it. Raises InfeasibleBudget."""
@@ -146,10 +145,7 @@ class Call:
             known, name = self.coefficients.models, self.plan.names[chosen.model]
             return float(self.coefficients.theta[0, known.index(name)]) if name in known else None
         chooser = self.plan.choosers["bt"]
-        rates = self.rates
-        if self.objective != "bt":
-            rates = np.zeros(len(self.plan.names))
-            rates[self.plan.columns] = chooser.win_rates(self.coefficients)[0]
+        rates = self.plan.win_rates.of(self.turns_hash, self.coefficients, "bt")
         value = min(max(sum(p * rates[k] for k, p in chosen.policy.items()), 0.0), 1.0)
         return float(routing.bt_score(self.coefficients.theta, chooser.q, np.array([value]))[0])
 

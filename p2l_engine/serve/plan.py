@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from p2l_engine.apis.ask import ApiName
 from p2l_engine.catalog import Catalog, CatalogModel
 from p2l_engine.chooser import Chooser
 from p2l_engine.feedback import FeedbackModel
@@ -17,6 +16,8 @@ from p2l_engine.routing import Objective
 from p2l_engine.serve.health import Deployment
 from p2l_engine.serve.prices import Prices
 from p2l_engine.serve.settings import Config, ConfigError, Model, Serve
+from p2l_engine.serve.takers import Takers
+from p2l_engine.serve.win_rates import WinRates
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,15 +37,13 @@ class Plan:
     deployments: tuple[tuple[Deployment, ...], ...]
     notes: tuple[str, ...]
     index: Mapping[str, int]
+    takers: Takers
+    win_rates: WinRates
 
     @property
     def serve(self) -> Serve:
         """The section ``serve`` of the configuration."""
         return self.config.serve
-
-    def speaks(self, api: ApiName) -> npt.NDArray[np.bool_]:
-        """Which models [K] have a deployment of that API."""
-        return np.array([any(d.provider.api == api for d in group) for group in self.deployments])
 
     def lines(self) -> list[str]:
         """The plan in words, for ``serve --check``."""
@@ -84,7 +83,10 @@ def make(config: Config, models: Sequence[str], feedback: FeedbackModel, environ
     deployments = tuple(_deployments(name, model, environment) for name, model in config.models.items())
     index = {name: k for k, name in enumerate(names)}
     columns = np.array([index[name] for name in choosers["bt"].names], np.intp)
-    return Plan(config, names, entries, columns, choosers, Prices(config.models), deployments, tuple(notes), index)
+    return Plan(
+        config, names, entries, columns, choosers, Prices(config.models), deployments, tuple(notes), index,
+        Takers(names, entries, deployments, columns), WinRates(choosers, columns, len(names), config.serve.queue.cached),
+    )  # fmt: skip
 
 
 def carry_over(before: Plan, after: Plan) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from fractions import Fraction
@@ -18,19 +19,24 @@ MILLION = 10**6
 
 
 class Prices:
-    """Prices of the K models, in USD. Fractions are exact: a price counts as the decimal that the file says."""
+    """Prices of the K models, in USD. They are exact: a price counts as the decimal that the file says, and is kept as a whole
+    number of the largest part of a dollar of which all prices are multiples."""
 
     def __init__(self, models: Mapping[str, Model]) -> None:
         entries = list(models.values())
-        self._flat = [_exact(model.cost or 0) for model in entries]
-        self._in = [_exact(model.usd_per_m_in or 0) / MILLION for model in entries]
-        self._out = [_exact(model.usd_per_m_out or 0) / MILLION for model in entries]
-        self._cached = [_exact(_or(model.usd_per_m_cached, model.usd_per_m_in)) / MILLION for model in entries]
-        self._written = [_exact(_or(model.usd_per_m_cache_write, model.usd_per_m_in)) / MILLION for model in entries]
-        self._lasting = [_exact(_hour(model)) / MILLION for model in entries]
-        self._call = [_exact(model.usd_per_tool_call or 0) for model in entries]
-        self.flat, self.per_in, self.per_out, self.per_cached = map(_floats, (self._flat, self._in, self._out, self._cached))
+        flat = [_exact(model.cost or 0) for model in entries]
+        per_in = [_exact(model.usd_per_m_in or 0) / MILLION for model in entries]
+        per_out = [_exact(model.usd_per_m_out or 0) / MILLION for model in entries]
+        cached = [_exact(_or(model.usd_per_m_cached, model.usd_per_m_in)) / MILLION for model in entries]
+        written = [_exact(_or(model.usd_per_m_cache_write, model.usd_per_m_in)) / MILLION for model in entries]
+        lasting = [_exact(_hour(model)) / MILLION for model in entries]
+        calls = [_exact(model.usd_per_tool_call or 0) for model in entries]
+        self.flat, self.per_in, self.per_out, self.per_cached = map(_floats, (flat, per_in, per_out, cached))
         self.max_output = [model.max_output for model in entries]
+        kinds = (flat, per_in, per_out, cached, written, lasting, calls)
+        self._parts = math.lcm(*(amount.denominator for amounts in kinds for amount in amounts))  # of a dollar
+        whole = ([int(amount * self._parts) for amount in amounts] for amounts in kinds)
+        self._flat, self._in, self._out, self._cached, self._written, self._lasting, self._call = whole
 
     def expected(self, tokens_in: float | npt.NDArray[Any], cached: Float64, tokens_out: Float64) -> Float64:
         """The expected cost [K] of a request. tokens_in: its input tokens, at all models or [K], of which cached [K] are read
@@ -42,7 +48,7 @@ class Prices:
         plain = max(usage.tokens_in - usage.cached - usage.written, 0)
         parts = plain * self._in[k] + usage.cached * self._cached[k] + (usage.written - usage.lasting) * self._written[k]
         parts += usage.lasting * self._lasting[k] + usage.calls * self._call[k]
-        return self._flat[k] + parts + usage.tokens_out * self._out[k]
+        return Fraction(self._flat[k] + parts + usage.tokens_out * self._out[k], self._parts)
 
     def worst(
         self,
@@ -59,7 +65,7 @@ class Prices:
         limits = [most for most in (max_tokens, self.max_output[k]) if most is not None]
         dearest = max(self._in[k], self._cached[k], self._written[k], self._lasting[k] if lasting else 0)
         out = (min(limits) if limits else 0) * outputs + predicted
-        return self._flat[k] + tokens_in * dearest + out * self._out[k] + calls * self._call[k]
+        return Fraction(self._flat[k] + tokens_in * dearest + out * self._out[k] + calls * self._call[k], self._parts)
 
     def is_free(self, k: int) -> bool:
         """Whether model k costs nothing."""

@@ -27,6 +27,7 @@ from p2l_engine.serve.purse import Purse
 from p2l_engine.serve.scorer import Scorer
 from p2l_engine.serve.sessions import SessionMemory
 from p2l_engine.serve.settings import Key
+from p2l_engine.serve.takers import DOWN, OTHER, Kind
 from p2l_engine.serve.tokens import TokenCounter
 from p2l_engine.serve.upstream import Upstream
 
@@ -169,45 +170,20 @@ class Service:
 
     def _mask(self, call: Call) -> None:
         """Which models may take the request, and why others may not."""
-        plan, ask, allowed = call.plan, call.ask, np.ones(len(call.plan.names), bool)
-        own = None if call.key is None or call.key.models is None else frozenset(call.key.models)
-        routed = np.zeros(len(plan.names), bool)
-        routed[plan.columns] = True
         self._look_up(call)
-        usual, decision_only = call.most_tokens_in() + (ask.max_tokens or 1), call.api_name == "route"
-        speaks = plan.speaks(ask.api)
-        for k, (name, model) in enumerate(zip(plan.names, plan.models, strict=True)):
-            needed = usual if k not in call.own else call.most_tokens_in(k) + (ask.max_tokens or 1)
-            missing = sorted(ask.needs - set(model.accepts))
-            group = call.deployments(k)
-            if call.pinned and name != ask.model:
-                why = "another model was named"
-            elif call.kept is not None and not group:
-                why = "another model keeps the answer that this request continues"
-            elif call.homes is not None and not group:
-                why = "its provider cannot read the reasoning that another one has encrypted"
-            elif own is not None and name not in own:
-                why = "not among the models of this key"
-            elif call.options.models is not None and name not in call.options.models:
-                why = "not among the models that the caller allows"
-            elif not call.pinned and not routed[k]:
-                why = "not known to the checkpoint"
-            elif not speaks[k] and not (decision_only and not plan.deployments[k]):
-                why = f"no deployment of it speaks the {ask.api} API"
-            elif missing:
-                why = f"does not accept {', '.join(missing)}"
-            elif model.context is not None and needed > model.context:
-                why = f"{needed} tokens, answer and margin included, do not fit into its context of {model.context}"
-            elif ask.max_tokens is not None and model.max_output is not None and ask.max_tokens > model.max_output:
-                why = f"writes at most {model.max_output} tokens"
-            elif self.purse.limit is not None and (unbounded := call.unbounded(k)) is not None:
-                why = unbounded
-            elif group and not any(map(self.health.is_up, group)):
-                why = DOWN
-            else:
-                continue
-            allowed[k], call.reasons[name] = False, why
-        call.mask = allowed
+        ask, key, kept = call.ask, call.key, call.kept
+        kind = Kind(
+            ask.api, ask.needs, call.api_name == "route", ask.model if call.pinned else None,
+            None if key is None or key.models is None else tuple(key.models), call.options.models,
+            None if kept is None else kept.deployment, call.homes,
+        )  # fmt: skip
+        answer = ask.max_tokens or 1
+        tokens = call.most_tokens_in() + answer
+        own = {k: call.most_tokens_in(k) + answer for k in call.own}
+        unbounded = call.unbounded if self.purse.limit is not None and ask.extras.may_be_unbounded else None
+        call.mask, call.reasons = call.plan.takers.of(
+            kind, tokens, ask.max_tokens, call.deployments, self.health.is_up, own, unbounded
+        )
 
     def _look_up(self, call: Call) -> None:
         """What the session says of a request: who keeps the answer that it continues, who wrote its reasoning."""
@@ -228,7 +204,7 @@ class Service:
         down = [name for name, why in call.reasons.items() if why == DOWN]
         if down:
             return Refused(503, "all models that could answer are down", None, "unavailable", self.seconds_down(call, down))
-        shown = "; ".join(f"{name}: {why}" for name, why in list(call.reasons.items())[:8] if why != "another model was named")
+        shown = "; ".join(f"{name}: {why}" for name, why in list(call.reasons.items())[:8] if why != OTHER)
         too_long = any("do not fit into its context" in why for why in call.reasons.values())
         return Refused(400, f"no model can take this request: {shown}", None, "context_length_exceeded" if too_long else None)
 
@@ -245,9 +221,6 @@ class Service:
         return tuple(
             tokens if tokens >= model.cached_from else 0 for tokens, model in zip(found, call.plan.models, strict=True)
         )
-
-
-DOWN = "all its deployments failed lately"
 
 
 def pacer_of(plan: Plan) -> BudgetPacer | None:
