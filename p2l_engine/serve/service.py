@@ -110,7 +110,7 @@ class Service:
         await self.sessions.find_answer(call.ask.previous)
         self._mask(call)
         if not call.mask.any():
-            raise self._nobody(call)
+            raise self._untakable(call)
         if not call.pinned or call.options.explain or call.options.dry_run:
             try:
                 coefficients, call.turns_hash = await self.scorer.coefficients(call.ask.turns)
@@ -199,7 +199,7 @@ class Service:
             group = call.plan.deployments[call.plan.index[last]]
             call.homes = frozenset(d.provider.base_url for d in group) or None
 
-    def _nobody(self, call: Call) -> Refused:
+    def _untakable(self, call: Call) -> Refused:
         """The error where no model may take the request."""
         down = [name for name, why in call.reasons.items() if why == DOWN]
         if down:
