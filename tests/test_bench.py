@@ -19,6 +19,7 @@ from bench import (
     answer_cache,
     batch,
     batch_budgets,
+    conversation_costs,
     coverage,
     demo,
     exploration,
@@ -40,6 +41,7 @@ from bench import (
     traffic,
     training,
 )
+from bench.conversation_costs import ROUTERS
 from bench.load import callers, generator, request, servers
 from bench.mirror_descent import mirror_descent
 from bench.mock_provider import FAULTS, Rule
@@ -154,9 +156,9 @@ def test_mistakes_are_errors_of_one_line(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
-        "answer_cache", "batch", "coverage", "demo", "exploration", "kernels", "latency", "leaderboards", "learning_curve",
-        "overload", "published_server", "real_budgets", "screenshots", "seeds", "serve_demo", "serving", "serving_faults",
-        "solvers", "spend_limits", "startup", "streams", "throughput", "training",
+        "answer_cache", "batch", "conversation_costs", "coverage", "demo", "exploration", "kernels", "latency", "leaderboards",
+        "learning_curve", "overload", "published_server", "real_budgets", "screenshots", "seeds", "serve_demo", "serving",
+        "serving_faults", "solvers", "spend_limits", "startup", "streams", "throughput", "training",
     ],
 )  # fmt: skip
 def test_every_benchmark_has_help(name, monkeypatch, capsys):
@@ -200,6 +202,21 @@ def test_the_cache_of_answers_runs_to_the_end(monkeypatch, tmp_path):
         (store, stream) for store in ("none", "memory", "SQLite") for stream in ("False", "True")
     ]
     assert [float(row["hits"]) for row in rows[:4]] == [0, 0, 1, 1]
+
+
+def test_conversations_cost_less_where_the_cache_is_priced(monkeypatch, tmp_path):
+    run(monkeypatch, conversation_costs, "--conversations", 4, "--prices", 0, 10, "--csv", tmp_path / "rows.csv")
+    rows = {(row["setting"], row["price"], row["router"]): row for row in csv.DictReader((tmp_path / "rows.csv").open())}
+    assert len(rows) == 2 * 2 * 3
+    for (_, price, router), row in rows.items():
+        assert (float(row["switches"]) == 0) == (router == "never switches")
+        assert float(row["objective"]) == pytest.approx(
+            float(row["win_rate"]) - float(price) * float(row["usd"]) / 20, abs=1e-5
+        )
+    priced, others = ([rows["large and small", "10", name] for name in names] for names in (ROUTERS[:1], ROUTERS[1:]))
+    assert all(float(priced[0]["objective"]) > float(row["objective"]) for row in others)
+    # Where money has no price, the cache changes nothing.
+    assert rows["two alike", "0", "priced"]["usd"] == rows["two alike", "0", "not priced"]["usd"]
 
 
 def test_streams_run_to_the_end(monkeypatch, capsys, tmp_path):
