@@ -9,9 +9,9 @@ cost.
 - never switches: it stays with its first choice.
 
 The provider bills all three alike: what a model read within the conversation is cached. The choice is the server's own code:
-its prices, its memory of sessions, its choice. A session begins with instructions and tools, and each turn adds a question and an
-answer; coefficients of the two models differ by a normal variable. The last column is what the priced router spends for the win
-rate of a row, at another price of money.
+its prices, its memory of sessions, its choice. A session begins with instructions and tools, and each turn adds a question and
+an answer; coefficients of the two models differ by a normal variable. The last column is what the priced router spends for the
+win rate of a row, at another price of money.
 """
 
 from __future__ import annotations

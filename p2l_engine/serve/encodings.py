@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from p2l_engine.serve.settings import Model
@@ -35,7 +36,7 @@ def counters(models: Mapping[str, Model], seconds: float = SECONDS) -> tuple[dic
     for encoding, names in by_encoding.items():
         shown = ", ".join(names)
         try:
-            counter = TokenCounter(_counting(_within(seconds, lambda name=encoding: tiktoken.get_encoding(name))))
+            counter = TokenCounter(_counting(_within(seconds, partial(tiktoken.get_encoding, encoding))))
         except Exception as error:  # of any library on the way to the file: the line says so
             why = f"tiktoken's {encoding} cannot be read ({type(error).__name__}; is it in TIKTOKEN_CACHE_DIR?)"
             lines.append(f"tokens of {shown}: counted by the P2L tokenizer, with its margin; {why}")
