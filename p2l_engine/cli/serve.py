@@ -81,9 +81,7 @@ def serve(
     from p2l_engine.serve.runtime import Runtime, decisions_only, run
 
     found = found or decisions_only(engine)
-    if log_prompts:
-        found = found.model_copy(update={"serve": found.serve.model_copy(update={"log_prompts": True})})
-    runtime = Runtime(found, engine, config)
+    runtime = Runtime(found, engine, config, log_prompts=log_prompts)
     if check:
         print("\n".join([*runtime.plan.lines(), *runtime.notes]))
         return
@@ -101,7 +99,7 @@ def serve(
     from p2l_engine.serve.cluster import ServeCluster, interrupted_by_sigterm, until_stopped
 
     cluster = ServeCluster(
-        found, engine, checkpoint, ray, host, port,
+        runtime.plan.config, engine, checkpoint, ray, host, port,
         engines=ray_engines, fronts=ray_fronts, device=device, dtype=dtype, grace=grace,
     )  # fmt: skip
     with cluster, interrupted_by_sigterm():

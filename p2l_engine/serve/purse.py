@@ -31,12 +31,17 @@ class Purse:
 
     def __init__(self, limit: SpendLimit | None, longest: float) -> None:
         self.limit, self._longest = limit, longest
+        self._held = set[str]()  # reservations of requests under way here: not of a dead process, whatever the clock says
         self._thread = ThreadPoolExecutor(1, "p2l-spending")
         self._waiting: list[tuple[Reserve | Settle, Callable[[Answer], None]]] = []
         self._unsettled = 0  # settlements that are not stored yet
         self._settled: asyncio.Event | None = None  # somebody waits until there are none
         self._busy = False
         self._lingering: asyncio.TimerHandle | None = None
+
+    def adopt(self, limit: SpendLimit | None, longest: float) -> None:
+        """Goes on with other limits on the same store."""
+        self.limit, self._longest = limit, max(self._longest, longest)
 
     async def reserve(self, worst: Fraction, key: str | None) -> str | None:
         """Reserves the most that a request can cost. Raises SpendLimitReached; SQLAlchemyError where the store is away."""
@@ -56,7 +61,9 @@ class Purse:
         self._waiting.append(entry)
         self._begin()
         try:
-            return await answered
+            token = await answered
+            self._held.add(token)
+            return token
         except asyncio.CancelledError:  # the client has left
             if entry in self._waiting:
                 self._waiting.remove(entry)
@@ -69,6 +76,7 @@ class Purse:
         if token is None or self.limit is None:
             return
         self._unsettled += 1
+        self._held.discard(token)
         self._try(Settle(token, amount), 0)
 
     async def sweep(self) -> int:
@@ -78,7 +86,8 @@ class Purse:
         limit, before = self.limit, time.time() - self._longest - MARGIN
 
         def count_in_full() -> int:
-            dead = [found for found in limit.reservations() if found.made.timestamp() < before]
+            old = [found for found in limit.reservations() if found.made.timestamp() < before]
+            dead = [found for found in old if found.token not in self._held]
             for reservation in dead:
                 try:
                     limit.settle(reservation.token, reservation.worst_case)

@@ -42,6 +42,7 @@ from p2l_engine.serve.upstream import Upstream
 
 logger = logging.getLogger(__name__)
 
+FIXED = ("store", "cache", "retention_days", "page", "cors", "traces")  # under serve: changes need a restart
 EVERY = 1.0  # seconds between looks at the configuration file
 SWEEP = 60.0  # seconds between sweeps of what dead processes have reserved
 GRACE = 30  # seconds that running requests get when the server stops
@@ -50,8 +51,9 @@ GRACE = 30  # seconds that running requests get when the server stops
 class Runtime:
     """Makes the application for an engine and a configuration. file: where that came from, to be read again when it changes.
 
-    watch: is shown the record of each decision. engine: of the checkpoint that the configuration names. computer: computes
-    coefficients in its place; then it is asked for its models, its feedback model and its tokenizer alone.
+    watch: is shown the record of each decision. log_prompts: keep the text of prompts whatever the file says. engine: of the
+    checkpoint that the configuration names. computer: computes coefficients in its place; then it is asked for its models, its
+    feedback model and its tokenizer alone.
     """
 
     def __init__(
@@ -61,7 +63,10 @@ class Runtime:
         file: Path | None = None,
         watch: Callable[[Record], None] | None = None,
         computer: Computer | None = None,
+        log_prompts: bool = False,
     ) -> None:
+        self._log_prompts = log_prompts
+        config = self._adapted(config)
         self.file, self.engine, self.watch, self.computer = file, engine, watch, computer
         self.plan = make(config, engine.models, engine.feedback)
         self.counters, self.notes = counters(config.models)
@@ -132,29 +137,49 @@ class Runtime:
         async with self._reading:
             before = self.plan
             try:
-                config = await asyncio.to_thread(settings.load, self.file)
-                for name, old, new in (
-                    ("checkpoint", before.config.checkpoint, config.checkpoint),
-                    ("serve.store", before.serve.store, config.serve.store),
-                    ("serve.cache", before.serve.cache, config.serve.cache),
-                ):
+                config = self._adapted(await asyncio.to_thread(settings.load, self.file))
+                pairs = [("checkpoint", before.config.checkpoint, config.checkpoint)]
+                pairs += [(f"serve.{name}", getattr(before.serve, name), getattr(config.serve, name)) for name in FIXED]
+                for name, old, new in pairs:
                     if old != new:
                         raise ConfigError(f"{self.file}: {name}: was {old!r}, is {new!r}: this needs a restart")
                 plan = make(config, self.engine.models, self.engine.feedback)
-                limit = await asyncio.to_thread(_spend_limit, plan)
+                was = limit = self.server.service.purse.limit
+                if plan.serve.limits != before.serve.limits:
+                    # Without limits too, where there were some: what is reserved must be settled.
+                    limit = await asyncio.to_thread(_spend_limit, plan, was is not None)
                 found, notes = await asyncio.to_thread(counters, config.models)
             except (ValueError, SQLAlchemyError) as error:
                 logger.error("the configuration was not changed: %s", error)
                 return False
+            except Exception:  # whatever it is, the server goes on, and looks at the file again when it changes
+                logger.exception("the configuration was not changed")
+                return False
             service = self.server.service
             service.adopt(plan)
             service.own_counters, self.notes = found, notes
-            service.purse.limit, self.plan = limit, plan
+            service.purse.adopt(limit, plan.serve.timeouts.total)
+            self.plan = plan
             self.server.metrics.names = frozenset(plan.names)
             logger.warning("the configuration was read again: %d models", len(plan.names))
             for line in notes:
                 logger.warning("%s", line)
+            if was is not None and was is not limit:
+                await asyncio.to_thread(was.close)
             return True
+
+    def _adapted(self, config: Config) -> Config:
+        """The configuration with what the command line says."""
+        if not self._log_prompts:
+            return config
+        return config.model_copy(update={"serve": config.serve.model_copy(update={"log_prompts": True})})
+
+    def _is_old(self) -> bool:
+        """Whether the file has changed since it was read, as while the checkpoint was loaded."""
+        try:
+            return self._adapted(settings.load(Path(str(self.file)))) != self.plan.config
+        except ConfigError:
+            return True  # reading it again says why
 
     async def _reload(self) -> None:
         await self.reload()
@@ -162,6 +187,8 @@ class Runtime:
     async def _watch(self) -> None:
         """Reads the file again when it has changed."""
         seen = await asyncio.to_thread(_stamp, self.file)
+        if await asyncio.to_thread(self._is_old):
+            await self.reload()
         while True:
             await asyncio.sleep(EVERY)
             now = await asyncio.to_thread(_stamp, self.file)
@@ -230,9 +257,10 @@ def _sessions(serve: Serve) -> SessionMemory:
     return SessionMemory(seconds, most)
 
 
-def _spend_limit(plan: Plan) -> SpendLimit | None:
+def _spend_limit(plan: Plan, always: bool = False) -> SpendLimit | None:
+    """always: also for no limit."""
     serve = plan.serve
-    if not serve.limits or serve.store is None:
+    if not (serve.limits or always) or serve.store is None:
         return None
     # Reservations never expire by themselves: those of dead processes are swept, and counted in full.
     return SpendLimit([entry.limit for entry in serve.limits], serve.store, lifetime=None)

@@ -289,8 +289,10 @@ def load(path: Path) -> Config:
         values = yaml.load(path.read_text(encoding="utf-8"), UniqueKeys)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
         raise ConfigError(f"{path}: expected YAML: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: expected YAML, got values that are nested too deeply") from None
     return parse(values, str(path))
 
 

@@ -1,0 +1,233 @@
+"""A configuration that is read again while requests run, and stores and clocks that misbehave meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+import yaml
+from sqlalchemy.exc import OperationalError
+
+from bench.mock_provider import MockProvider
+from p2l_engine.routing import SpendLimit
+from p2l_engine.serve import runtime as module
+from p2l_engine.serve import settings
+from tests.support.serving import PRICES, config_for, serving
+
+CHAT = {"model": "auto", "max_tokens": 60, "messages": [{"role": "user", "content": "hello"}]}
+PATH = "/v1/chat/completions"
+
+
+def limited(tmp_path: Path, provider: Any, amount: float | None = 100, **serve: Any) -> dict[str, Any]:
+    limits = [] if amount is None else [{"amount": amount}]
+    return config_for(provider, limits=limits, store=str(tmp_path / "serve.sqlite"), **serve)
+
+
+def write(file: Path, config: dict[str, Any] | str) -> None:
+    file.write_text(config if isinstance(config, str) else yaml.safe_dump(config), encoding="utf-8")
+
+
+async def ask(url: str, **fields: Any) -> int:
+    async with aiohttp.ClientSession() as client, client.post(url + PATH, json=CHAT | fields) as response:
+        await response.read()
+        return response.status
+
+
+@pytest.mark.parametrize("amounts", [(100, 50), (100, None), (None, 100), (100, 100), (100, None, 100)])
+@pytest.mark.parametrize("stream", [False, True])
+def test_requests_under_way_are_settled_across_reloads(amounts, stream, tmp_path):
+    """Also where the file has no limits any more, or has its first one."""
+
+    async def one() -> Any:
+        async with MockProvider(PRICES, tokens_out=8, per_token=0.01, first_byte=0.2) as provider:
+            file = tmp_path / "serve.yaml"
+            write(file, limited(tmp_path, provider, amounts[0]))
+            async with serving(limited(tmp_path, provider, amounts[0]), file=file) as server:
+                under_way = [asyncio.create_task(ask(server.url, stream=stream, n=i % 3 + 1)) for i in range(8)]
+                await asyncio.sleep(0.1)
+                for amount in amounts[1:]:
+                    write(file, limited(tmp_path, provider, amount))
+                    assert await server.runtime.reload()
+                statuses = await asyncio.gather(*under_way)
+                statuses.append(await ask(server.url))
+                await server.service.purse.drain()
+                return statuses, [record.cost for record in server.records], float(provider.bill.total)
+
+    statuses, costs, bill = asyncio.run(one())
+    assert statuses == [200] * 9
+    assert sum(costs) == pytest.approx(bill, abs=1e-12)
+    with SpendLimit([], tmp_path / "serve.sqlite") as ledger:
+        assert ledger.reservations() == ()
+
+
+def test_limits_that_did_not_change_keep_their_connections_and_others_are_closed(tmp_path, monkeypatch):
+    closed = list[SpendLimit]()
+    close = SpendLimit.close
+    monkeypatch.setattr(SpendLimit, "close", lambda limit: (closed.append(limit), close(limit))[1])
+
+    async def one() -> Any:
+        async with MockProvider(PRICES) as provider:
+            file = tmp_path / "serve.yaml"
+            write(file, limited(tmp_path, provider))
+            async with serving(limited(tmp_path, provider), file=file) as server:
+                first = server.service.purse.limit
+                await asyncio.gather(*(server.runtime.reload() for _ in range(5)))
+                kept = server.service.purse.limit is first, list(closed)
+                write(file, limited(tmp_path, provider, 7))
+                await asyncio.gather(*(server.runtime.reload() for _ in range(5)))
+                return kept, closed == [first], await ask(server.url)
+
+    assert asyncio.run(one()) == ((True, []), True, 200)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("page", False), ("cors", ["https://example.com"]), ("retention_days", 3), ("traces", True), ("store", None)],
+)
+def test_what_needs_a_restart_is_refused_by_name(name, value, tmp_path, caplog):
+    async def one() -> Any:
+        async with MockProvider(PRICES) as provider:
+            file = tmp_path / "serve.yaml"
+            store = str(tmp_path / "serve.sqlite")
+            write(file, config_for(provider, **{"store": store, name: value}))
+            async with serving(config_for(provider, store=store)) as server:
+                server.runtime.file = file
+                return await server.runtime.reload()
+
+    assert asyncio.run(one()) is False
+    assert f"serve.{name}: was" in caplog.text
+    assert "needs a restart" in caplog.text
+
+
+def test_prompts_are_logged_after_a_reload_where_the_command_line_says_so(tmp_path):
+    async def one() -> Any:
+        async with MockProvider(PRICES) as provider:
+            file = tmp_path / "serve.yaml"
+            write(file, config_for(provider))
+            async with serving(config_for(provider), file=file, log_prompts=True) as server:
+                await ask(server.url)
+                assert await server.runtime.reload()
+                await ask(server.url)
+                return [record.turns for record in server.records]
+
+    assert asyncio.run(one()) == [("hello",), ("hello",)]
+
+
+async def until(met: Any) -> None:
+    for _ in range(500):
+        if met():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("it did not happen within five seconds")
+
+
+def test_a_file_that_changed_while_the_server_started_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "EVERY", 0.01)
+
+    async def one() -> Any:
+        async with MockProvider(PRICES) as provider:
+            file = tmp_path / "serve.yaml"
+            config = config_for(provider)
+            write(file, config_for(provider, {"large": None}))
+            async with serving(config, file=file) as server:
+                await until(lambda: server.runtime.plan.names == ("medium", "small"))
+
+    asyncio.run(one())
+
+
+NESTED = "models: " + "[" * 1_500
+
+
+@pytest.mark.parametrize(
+    "bad", [NESTED, "models: {1: 2", "- a", "\x00", "models: {? [1]: 2}", "a: 2001-99-99", ""], ids=range(7)
+)
+def test_no_file_ends_the_watch(bad, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(module, "EVERY", 0.01)
+
+    async def one() -> Any:
+        async with MockProvider(PRICES) as provider:
+            file = tmp_path / "serve.yaml"
+            write(file, config_for(provider))
+            async with serving(config_for(provider), file=file) as server:
+                write(file, bad)
+                await until(lambda: "the configuration was not changed" in caplog.text)
+                status = await ask(server.url)
+                write(file, config_for(provider, {"large": None}))
+                await until(lambda: server.runtime.plan.names == ("medium", "small"))
+                return status
+
+    assert asyncio.run(one()) == 200
+    assert "a task of the server failed" not in caplog.text
+
+
+def test_an_error_that_was_not_foreseen_does_not_end_the_watch(tmp_path, monkeypatch, caplog):
+    load, broken = settings.load, [MemoryError("no more")]
+    monkeypatch.setattr(settings, "load", lambda path: load(path) if not broken else (_ for _ in ()).throw(broken.pop()))
+
+    async def one() -> Any:
+        async with MockProvider(PRICES) as provider:
+            file = tmp_path / "serve.yaml"
+            write(file, config_for(provider, {"large": None}))
+            async with serving(config_for(provider)) as server:
+                server.runtime.file = file
+                return await server.runtime.reload(), await server.runtime.reload()
+
+    assert asyncio.run(one()) == (False, True)
+
+
+@pytest.mark.parametrize("jump", [86_400.0, -86_400.0])
+def test_a_clock_that_jumps_counts_no_living_request_in_full(jump, tmp_path, monkeypatch):
+    async def one() -> Any:
+        async with MockProvider(PRICES, first_byte=0.3) as provider, serving(limited(tmp_path, provider)) as server:
+            under_way = asyncio.create_task(ask(server.url))
+            await until(lambda: server.service.purse.limit.reservations())
+            monkeypatch.setattr(time, "time", lambda now=time.time: now() + jump)
+            swept = await server.service.purse.sweep()
+            monkeypatch.undo()
+            status = await under_way
+            await server.service.purse.drain()
+            (balance,) = server.service.purse.limit.balances()
+            return swept, status, float(balance.spent), float(provider.bill.total)
+
+    swept, status, spent, bill = asyncio.run(one())
+    assert (swept, status) == (0, 200)
+    assert spent == pytest.approx(bill, abs=1e-12)
+
+
+def test_a_ledger_that_is_full_refuses_and_goes_on_when_there_is_room(tmp_path, monkeypatch):
+    full = False
+
+    def begin(self: Any, *arguments: Any, **options: Any) -> Any:
+        if full:
+            raise OperationalError("INSERT", {}, Exception("database or disk is full"))
+        return original(self, *arguments, **options)
+
+    from p2l_engine.spending.database import Database
+
+    original = Database.begin
+
+    async def one() -> Any:
+        nonlocal full
+        async with MockProvider(PRICES) as provider, serving(limited(tmp_path, provider)) as server:
+            monkeypatch.setattr(Database, "begin", begin)
+            found = [await ask(server.url)]
+            full = True
+            found += [await ask(server.url) for _ in range(3)]
+            sent = len(provider.requests)
+            full = False
+            found += [await ask(server.url)]
+            await server.service.purse.drain()
+            log = server.runtime.server.log
+            assert log is not None
+            await asyncio.to_thread(log.flush)
+            (balance,) = server.service.purse.limit.balances()
+            return found, sent, len(log.recent(10)), float(balance.spent + balance.reserved), float(provider.bill.total)
+
+    found, sent, logged, spent, bill = asyncio.run(one())
+    assert found == [200, 503, 503, 503, 200]
+    assert (sent, logged) == (1, 5)
+    assert spent == pytest.approx(bill, abs=1e-12)
