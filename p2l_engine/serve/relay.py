@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import time
 from collections.abc import Awaitable, Callable
@@ -25,6 +26,7 @@ from p2l_engine.serve.upstream import Opened, StreamCut, Whole
 
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 JSON = b"application/json"
+LAST_WORDS = 1.0  # seconds that a client may take for the event that ends its stream when the server stops
 STREAM_HEADERS = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -145,6 +147,12 @@ class Relay:
             self._attempts.cut(cut.error)
             last, outcome = self.call.api.error_event(f"the answer was cut off: {cut.message}"), "cut"
             written = cut.error != "unreadable"  # what followed was not read, and may be billed
+        except asyncio.CancelledError:  # the server stops, or the client has left, who does not see this
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LAST_WORDS):
+                    last = self.call.api.error_event("the answer was cut off: the server stops")
+                    await send({"type": "http.response.body", "body": last, "more_body": False})
+            raise
         answer_id = getattr(opened.reader, "answer_id", None)
         self._finish(200, outcome, opened.reader.usage, opened.reader.written if written else None, answer_id)
         if outcome == "answered":

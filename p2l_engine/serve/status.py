@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 import orjson
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from p2l_engine import __version__
 from p2l_engine.apis.registry import APIS
 from p2l_engine.decision_log.record import Record
+from p2l_engine.routing import SpendLimit
 from p2l_engine.serve.endpoint import as_json
 from p2l_engine.serve.gate import Unauthorized
 from p2l_engine.serve.page import page
@@ -22,6 +25,7 @@ from p2l_engine.serve.server import Server
 from p2l_engine.serve.settings import Key
 
 JSON = "application/json"
+logger = logging.getLogger(__name__)
 
 
 def told(server: Server, answer: Callable[[Server, Key | None], Any]) -> Callable[[Request], Awaitable[Response]]:
@@ -102,7 +106,7 @@ async def status(server: Server, key: Key | None) -> Any:
         "version": __version__,
         "started": server.started,
         "models": deployments,
-        "limits": [] if limit is None else await asyncio.to_thread(_balances, limit, key),
+        "limits": [] if limit is None else await asyncio.to_thread(_balances, limit, key),  # None: their store fails
         "pacer": None
         if pacer is None
         else {"budget": pacer.budget, "mean_cost": _finite(pacer.mean_cost), "count": pacer.count},
@@ -112,7 +116,12 @@ async def status(server: Server, key: Key | None) -> Any:
     }
 
 
-def _balances(limit: Any, key: Key | None) -> list[dict[str, Any]]:
+def _balances(limit: SpendLimit, key: Key | None) -> list[dict[str, Any]] | None:
+    try:
+        found = limit.balances(key.id if key else None)
+    except SQLAlchemyError as error:
+        logger.error("the store of spend limits cannot be reached: %s", type(error).__name__)
+        return None
     return [
         {
             "limit": balance.limit,
@@ -122,7 +131,7 @@ def _balances(limit: Any, key: Key | None) -> list[dict[str, Any]]:
             "left": None if balance.left is None else float(balance.left),
             "ends": None if balance.ends is None else balance.ends.isoformat(),
         }
-        for balance in limit.balances(key.id if key else None)
+        for balance in found
     ]
 
 
