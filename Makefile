@@ -8,6 +8,9 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 # Each worker takes about 1 GiB of memory and imports torch.
 WORKERS := -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 
+# The compiled tests are kept: to compile them takes each worker longer than to run a hundred of them.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo serve test test-fast lint clean help
 
 demo: $(VENV)/demo.stamp  ## Route a dozen real prompts with the default checkpoint.

@@ -5,6 +5,7 @@ Under pytest-xdist this module is also imported by the process that only hands o
 
 from __future__ import annotations
 
+import atexit
 import gc
 import importlib.util
 import os
@@ -63,17 +64,18 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection():
-    """The collector of cycles would go through a million objects of imported modules, again and again: a third of the time."""
+    """The collector of cycles would go through a million objects of imported modules, again and again: a third of the time.
+
+    pytest itself collects ten times before it ends: they stay frozen until the interpreter frees them, as C++ bindings expect.
+    """
     gc.disable()
     try:
         return (yield)
     finally:
         gc.freeze()
         gc.enable()
-
-
-def pytest_unconfigure() -> None:
-    gc.unfreeze()
+        atexit.register(gc.unfreeze)
+        atexit.register(gc.disable)  # the interpreter searches once in any case
 
 
 @pytest.hookimpl(tryfirst=True)
