@@ -10,18 +10,20 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-import transformers
 
 from bench.machine import cpu
-from bench.subjects import ARCHITECTURES
+
+if TYPE_CHECKING:
+    import torch
 
 
 def add_subjects(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments for the model, the device and the output."""
+    from bench.subjects import ARCHITECTURES
+
     parser.add_argument("--model", nargs="+", choices=ARCHITECTURES, help="architectures with random weights")
     parser.add_argument("--checkpoint", help="a checkpoint instead: folder, hub name, or 'default'")
     parser.add_argument("--models", type=positive, default=130, help="models that random heads rank")
@@ -59,6 +61,9 @@ def write_rows(path: Path, rows: Sequence[Any], device: torch.device) -> None:
 
 def setting(device: torch.device) -> str:
     """The device's name, its cores, and the versions that matter."""
+    import torch
+    import transformers
+
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
     if device.type == "cuda":
         import triton
@@ -69,6 +74,8 @@ def setting(device: torch.device) -> str:
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations a second of a square matrix product: 8,192 wide on a GPU, 2,048 on a CPU; the best of ten."""
+    import torch
+
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     out = torch.empty(n, n, device=device, dtype=dtype)
