@@ -25,7 +25,7 @@ from tests.support.cases import slow_but
 KINDS = [".parquet", ".csv", ".csv.gz", ".csv.zst", ".jsonl", ".jsonl.gz", ".jsonl.zst"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_but((".parquet", ".csv", ".jsonl.gz"), KINDS))
 def test_every_format_gives_the_routers_decisions(kind, router, tmp_path):
     config = BatchConfig([write(tmp_path / f"in{kind}")], str(tmp_path / "out"), budget=1.5, rows_per_part=32)
     report = run(router, config)

@@ -14,6 +14,7 @@ import typer
 from p2l_engine.cli.inputs import swaps_of
 from p2l_engine.prompts import user_turns
 from tests.support import tiny
+from tests.support.cases import slow_but
 from tests.support.command import p2l_engine
 
 CATALOG = "models:\n" + "".join(f"  {name}: {{cost: {i + 1}}}\n" for i, name in enumerate(tiny.MODELS))
@@ -274,7 +275,7 @@ def test_text_files_of_prompts_need_no_extra(checkpoint, tmp_path):
     assert "this command needs the extra 'batch': pip install 'p2l-engine[batch]'" in done.stderr
 
 
-@pytest.mark.parametrize("kind", ["csv", "parquet", "jsonl"])
+@pytest.mark.parametrize("kind", slow_but(("csv",), ["csv", "parquet", "jsonl"]))
 def test_prompts_are_read_from_the_column_that_is_named(kind, checkpoint, tmp_path):
     file, rows = tmp_path / f"questions.{kind}", [{"prompt": 7 * i, "question": f"prompt {i}"} for i in range(3)]
     if kind == "jsonl":

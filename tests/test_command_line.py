@@ -106,9 +106,9 @@ def test_an_ascii_terminal_is_enough():
     "command",
     [
         "route --file",
-        "leaderboard --bootstrap 2 --prompts",
+        pytest.param("leaderboard --bootstrap 2 --prompts", marks=pytest.mark.slow),
         "frontier",
-        "strengths --bootstrap 2",
+        pytest.param("strengths --bootstrap 2", marks=pytest.mark.slow),
         "batch -o out",
     ],
 )

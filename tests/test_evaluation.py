@@ -30,6 +30,7 @@ from p2l_engine.reports import Evaluation
 from p2l_engine.votes import Votes
 from p2l_engine.votes.marginal import category_fits, marginal_fit, marginal_values
 from tests.support import tiny
+from tests.support.cases import slow_but
 from tests.support.simulate import Simulator
 
 
@@ -179,7 +180,7 @@ def test_intervals_are_over_prompts():
     assert one.high - one.low == pytest.approx(ten.high - ten.low, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["bt", "bt-tie", "rk", "rk-reparam", "grk"])
+@pytest.mark.parametrize("name", slow_but(("bt", "grk"), ["bt", "bt-tie", "rk", "rk-reparam", "grk"]))
 def test_every_feedback_model_has_its_figures(name):
     c, votes = simulated(name)
     of = predictions(c, marginal_fit(c.feedback, votes), votes)
@@ -191,7 +192,7 @@ def test_every_feedback_model_has_its_figures(name):
     assert losses["p2l"] < losses["marginal"] < losses["constant"]
 
 
-@pytest.mark.parametrize("name", ["bt", "bt-tie", "rk", "rk-reparam", "grk"])
+@pytest.mark.parametrize("name", slow_but(("bt", "grk"), ["bt", "bt-tie", "rk", "rk-reparam", "grk"]))
 def test_a_leaderboard_for_each_category_is_the_one_of_its_votes(name):
     c, votes = simulated(name, n=400, each=20)
     votes = replace(votes, category=tuple("even" if i % 2 == 0 else "odd" for i in range(len(votes.prompts))))

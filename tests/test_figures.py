@@ -115,7 +115,7 @@ def test_tables_shorten_both_columns_of_names_alike():
         assert last.split() == ["2", "c" * 10, "d" * 30, "0.25"] if width > 80 else len(last) <= 80
 
 
-@pytest.mark.parametrize(("models", "categories"), [(130, 30), (9, 14), (2, 1)])
+@pytest.mark.parametrize(("models", "categories"), [pytest.param(130, 30, marks=pytest.mark.slow), (9, 14), (2, 1)])
 def test_names_are_shortened_only_where_there_is_no_room(models, categories):
     report = survey(models, categories)
     assert not any("…" in line for line in printed(report, width=240))

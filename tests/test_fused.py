@@ -12,6 +12,7 @@ from p2l_engine.backbone.packing import Packed
 from p2l_engine.train import fused
 from p2l_engine.train.attention import register
 from tests.support import tiny
+from tests.support.cases import slow_but
 
 LENGTHS = [1, 3, 3, 7, 20, 20, 20]
 
@@ -43,7 +44,7 @@ def batch(vocabulary):
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 @pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", slow_but([False], [False, True]))
 def test_outputs_and_gradients_are_transformers(family, lora, checkpointing):
     config = tiny.config(family=family, num_hidden_layers=3)
     plain, quick = models(config, lora)

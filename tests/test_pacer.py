@@ -25,7 +25,7 @@ from p2l_engine.routing import pacer as pacer_module
 from tests.support.cases import slow_but
 
 
-@pytest.mark.parametrize("seed", slow_but(range(3), range(10)))
+@pytest.mark.parametrize("seed", slow_but([1], range(10)))
 def test_the_mean_holds_within_one_percent_when_the_mix_shifts(seed):
     v, past, costs = stream(seed, 10_000)
     unbounded = min(costs[half.argmax(1)].mean() for half in (v[:5000], v[5000:]))

@@ -21,6 +21,7 @@ from p2l_engine import Engine, Router
 from p2l_engine.batch import BatchConfig, run
 from tests.support import tiny
 from tests.support.batch_files import PROMPTS, contents, write
+from tests.support.cases import slow_but
 from tests.support.catalogs import COSTS, catalog
 from tests.support.tiny import MODELS
 
@@ -249,7 +250,7 @@ def test_runs_of_earlier_versions_are_refused_and_can_be_replaced(router, tmp_pa
         assert contents(tmp_path / name) == contents(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("scope", ["prompt", "batch"])
+@pytest.mark.parametrize("scope", slow_but(("prompt",), ["prompt", "batch"]))
 def test_a_failure_of_any_write_loses_nothing(scope, router, tmp_path, monkeypatch):
     """Each write fails in turn; the resumed run produces byte-identical output."""
     given = write(tmp_path / "in.parquet")

@@ -17,6 +17,7 @@ from p2l_engine.train.config import TrainConfig
 from p2l_engine.train.run import train
 from p2l_engine.votes.marginal import marginal_fit
 from tests.support import tiny
+from tests.support.cases import slow_but
 from tests.support.simulate import Simulator
 
 WINNERS = ("model_a", "model_b", "tie", "tie (bothbad)")
@@ -85,7 +86,7 @@ def test_values_and_counts_are_learnt(name, tmp_path):
     assert np.abs(difference).mean() < 0.15
 
 
-@pytest.mark.parametrize("name", ["bt", "bt-tie", "rk", "rk-reparam", "grk"])
+@pytest.mark.parametrize("name", slow_but(("bt", "grk"), ["bt", "bt-tie", "rk", "rk-reparam", "grk"]))
 def test_aggregated_leaderboards_are_those_of_infinitely_many_votes(name):
     simulator = Simulator(feedback_model(name), 6, spread=0.7)
     prompts = simulator.prompts(60)

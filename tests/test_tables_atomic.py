@@ -25,6 +25,7 @@ def is_whole(text):
     return len(text) == 100_000 and len(set(text)) == 1
 
 
+@pytest.mark.slow
 def test_threads_and_processes_write_one_file(tmp_path):
     path = tmp_path / "state"
     write_file(path, "a" * 100_000)

@@ -15,6 +15,7 @@ from p2l_engine.tables.find import find
 from p2l_engine.tables.whole import read_table
 from tests.support import tiny
 from tests.support.batch_files import output
+from tests.support.cases import slow_but
 from tests.support.command import p2l_engine
 
 FORMATS = ("csv", "jsonl", "parquet", "csv.gz", "NDJSON")
@@ -168,7 +169,7 @@ def test_a_working_folder_that_looks_like_a_glob(tmp_path, monkeypatch):
         find(["missing.csv"])
 
 
-@pytest.mark.parametrize("command", ["route", "frontier", "leaderboard", "strengths", "batch"])
+@pytest.mark.parametrize("command", slow_but(("route", "batch"), ["route", "frontier", "leaderboard", "strengths", "batch"]))
 def test_every_command_refuses_the_same_files(command, checkpoint, tmp_path):
     options = {"route": ["route", "--file"], "leaderboard": ["leaderboard", "--prompts"]}.get(command, [command])
     more = ["--output", tmp_path / "out"] if command == "batch" else []
@@ -187,7 +188,7 @@ def test_every_command_refuses_the_same_files(command, checkpoint, tmp_path):
         assert message in done.message
 
 
-@pytest.mark.parametrize("command", ["route", "frontier", "leaderboard", "strengths"])
+@pytest.mark.parametrize("command", slow_but(("route", "frontier"), ["route", "frontier", "leaderboard", "strengths"]))
 def test_commands_read_uris_folders_and_globs(command, checkpoint, tmp_path):
     options = {"route": ["route", "--file"], "leaderboard": ["leaderboard", "--prompts"]}.get(command, [command])
     more = ["--bootstrap", 2] if command in ("leaderboard", "strengths") else []

@@ -572,7 +572,7 @@ def test_empty_prompts_have_no_scores(tmp_path):
         read(parquet(tmp_path / "s.parquet", rows, ("prompt", "model", "score")))
 
 
-@pytest.mark.parametrize("outcomes", [(0, 1), (0, 0), (0, 1, 1, 0, 2), (2, 2), (3, 3), (0, 3)])
+@pytest.mark.parametrize("outcomes", slow_but([(0, 1), (0, 3)], [(0, 1), (0, 0), (0, 1, 1, 0, 2), (2, 2), (3, 3), (0, 3)]))
 @pytest.mark.parametrize("name", ["rk", "rk-reparam", "grk"])
 def test_marginal_leaderboards_of_outcomes_that_never_come(name, outcomes, rng):
     """Without ties, rk's optimum is where its clamp begins: the loss has a kink there."""
@@ -596,7 +596,7 @@ def test_marginal_leaderboards_of_outcomes_that_never_come(name, outcomes, rng):
         assert loss(found.theta + size * rng.normal(size=4), found.eta + size * rng.normal()) >= best - 1e-9 * abs(best)
 
 
-@pytest.mark.parametrize("name", slow_but(("bt", "grk"), ["bt", "bt-tie", "rk", "grk"]))
+@pytest.mark.parametrize("name", slow_but(("bt",), ["bt", "bt-tie", "rk", "grk"]))
 @settings(max_examples=5, deadline=None)
 @given(seed=st.integers(0, 10**6), won=st.booleans(), few=st.integers(1, 4))
 def test_a_model_that_always_wins_moves_nobody(name, seed, won, few):
