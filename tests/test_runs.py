@@ -41,14 +41,17 @@ def whole(config, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [{}, {"lora": {"r": 4, "dropout": 0.1}}])
-def test_a_run_killed_in_step_13_and_resumed_gives_equal_weights(how, config, tmp_path):
-    config = config.model_copy(update={"lora": TrainConfig.model_validate(config.model_dump() | how).lora})
-    whole = weights(config.model_copy(update={"output_dir": str(tmp_path / "whole")}))
-    start(tmp_path, {"cut": config}, kill_at=13)
-    states = sorted(path.name for path in (tmp_path / "out" / "trial.run").glob("checkpoint-*"))
-    assert states == ["checkpoint-10", "checkpoint-5"]
-    assert largest_difference(whole, weights(config, if_present="resume")) == 0
+def test_a_run_killed_in_step_13_and_resumed_gives_equal_weights(config, tmp_path):
+    """All weights are trained, or an adapter."""
+    jobs = {}
+    for name, how in (("all", {}), ("lora", {"lora": {"r": 4, "dropout": 0.1}})):
+        jobs[name] = TrainConfig.model_validate(config.model_dump() | how | {"output_dir": str(tmp_path / name)})
+    start(tmp_path, jobs, kill_at=13)
+    for name, job in jobs.items():
+        states = sorted(path.name for path in (tmp_path / name / "trial.run").glob("checkpoint-*"))
+        assert states == ["checkpoint-10", "checkpoint-5"]
+        whole = weights(job.model_copy(update={"output_dir": str(tmp_path / f"whole {name}")}))
+        assert largest_difference(whole, weights(job, if_present="resume")) == 0
 
 
 @pytest.mark.slow
