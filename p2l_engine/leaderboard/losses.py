@@ -98,17 +98,8 @@ class Loss:
         """The loss near x. expected: with the Fisher information, which is never indefinite, in place of the Hessian; free:
         whether eta may move."""
         log_p, slope, bend = self._derivatives(x)
-        p, total = np.exp(log_p), self.counts.sum(1, keepdims=True)
-        likeliest = p.argmax(1)
-        slope, bend = _less(slope, likeliest), _less(bend, likeliest)
-        excess = self.counts - total * p
-        excess[np.arange(len(p)), likeliest] = 0.0
-        p[np.arange(len(p)), likeliest] = 0.0
-        first = -np.einsum("pk,pki->pi", excess, slope)
-        mean = np.einsum("pk,pki->pi", p, slope)
-        second = total[:, :, None] * (np.einsum("pk,pki,pkj->pij", p, slope, slope) - mean[:, :, None] * mean[:, None, :])
-        if not expected:
-            second = second - np.einsum("pk,pkij->pij", excess, bend)
+        first, fisher, away = sums_of_derivatives(self.counts, log_p, slope, bend)
+        second = fisher if expected else fisher - away
         return self._quadratic(x, self.counts * -log_p, first, second, free, expected)
 
     def value(self, x: Float64) -> float:
@@ -186,10 +177,31 @@ class Loss:
 
     def _derivatives(self, x: Float64) -> tuple[Float64, Float64, Float64]:
         """log P [P, K] of each pair's outcomes, its gradient [P, K, 4] and its Hessian [P, K, 4, 4] by a, b, ground and eta."""
-        d = x[self.a] - x[self.b]
-        if self.feedback.rao_kupper and not self.feedback.has_eta and not self.feedback.grounded:
-            return _bradley_terry(d)
-        return _differentiated(self.feedback, x, self.a, self.b)
+        eta = np.full(len(self.a), x[-1]) if self.feedback.has_eta else None
+        return pair_derivatives(self.feedback, x[self.a], x[self.b], eta)
+
+
+def pair_derivatives(feedback: FeedbackModel, a: Float64, b: Float64, eta: Float64 | None) -> tuple[Float64, Float64, Float64]:
+    """For P pairs of coefficients a, b [P] and tie parameters eta [P]: log P [P, K] of the K outcomes, its gradient [P, K, 4]
+    and its Hessian [P, K, 4, 4] by a, b, ground and eta."""
+    if feedback.rao_kupper and not feedback.has_eta and not feedback.grounded:
+        return _bradley_terry(a - b)
+    return _differentiated(feedback, a, b, eta)
+
+
+def sums_of_derivatives(counts: Float64, log_p: Float64, slope: Float64, bend: Float64) -> tuple[Float64, Float64, Float64]:
+    """For counts [P, K] and ``pair_derivatives``: the gradient [P, n] of the negative log-likelihood, its Fisher information
+    [P, n, n], and what is subtracted from this to give the Hessian."""
+    p, total = np.exp(log_p), counts.sum(1, keepdims=True)
+    likeliest = p.argmax(1)
+    slope, bend = _less(slope, likeliest), _less(bend, likeliest)
+    excess = counts - total * p
+    excess[np.arange(len(p)), likeliest] = 0.0
+    p[np.arange(len(p)), likeliest] = 0.0
+    first = -np.einsum("pk,pki->pi", excess, slope)
+    mean = np.einsum("pk,pki->pi", p, slope)
+    fisher = total[:, :, None] * (np.einsum("pk,pki,pkj->pij", p, slope, slope) - mean[:, :, None] * mean[:, None, :])
+    return first, fisher, np.einsum("pk,pkij->pij", excess, bend)
 
 
 def _less(values: Float64, likeliest: npt.NDArray[np.int64]) -> Float64:
@@ -219,19 +231,17 @@ def _bradley_terry(d: Float64) -> tuple[Float64, Float64, Float64]:
     return log_p, slope, bend
 
 
-def _differentiated(
-    feedback: FeedbackModel, x: Float64, a: npt.NDArray[np.int64], b: npt.NDArray[np.int64]
-) -> tuple[Float64, Float64, Float64]:
+def _differentiated(feedback: FeedbackModel, a: Float64, b: Float64, eta: Float64 | None) -> tuple[Float64, Float64, Float64]:
     """By torch, for any feedback model of votes."""
     outcomes, count = len(feedback.outcomes), len(a)
     zeros = np.zeros(count)
-    point = np.stack([x[a], x[b], zeros, np.full(count, x[-1]) if feedback.has_eta else zeros], 1)
+    point = np.stack([a, b, zeros, zeros if eta is None else eta], 1)
     # A row for each outcome and pair. A row's log-probability depends on that row alone, so that the gradient of their sum
     # holds each row's gradient: five calls of autograd, however many outcomes there are.
     with torch.inference_mode(False), torch.enable_grad():
         local = torch.from_numpy(point).repeat(outcomes, 1).requires_grad_()
-        first, second, ground, eta = local.unbind(1)
-        every = feedback.log_probabilities(first, second, eta if feedback.has_eta else None, ground).view(outcomes, count, -1)
+        first, second, ground, tie = local.unbind(1)
+        every = feedback.log_probabilities(first, second, tie if feedback.has_eta else None, ground).view(outcomes, count, -1)
         log_p = torch.cat([every[k, :, k] for k in range(outcomes)])
         slope = _gradient(log_p, local, create_graph=True)
         bend = torch.stack([_gradient(of, local) for of in slope.unbind(1)], 1)
