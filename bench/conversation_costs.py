@@ -101,8 +101,8 @@ def measure(conversations: int, turns: int, prices: Sequence[float], seed: int =
                 means = np.mean([conversation(models, router, price, one, messages) for one in rates], 0).tolist()
                 usd, won, switches, read, total = means
                 found.append(Row(setting, price, router, usd, won, won - price * usd / turns, switches, read / total))
-        curve = sorted((row.win_rate, row.usd) for row in found if row.router == "priced")
-        rows += [row._replace(usd_priced=float(np.interp(row.win_rate, *zip(*curve, strict=True)))) for row in found]
+        curve = np.array(sorted((row.win_rate, row.usd) for row in found if row.router == "priced"))
+        rows += [row._replace(usd_priced=float(np.interp(row.win_rate, curve[:, 0], curve[:, 1]))) for row in found]
     return rows
 
 
@@ -120,8 +120,13 @@ async def _messages(turns: int) -> list[Counted]:
 def _models(prices: Mapping[str, tuple[float, ...]], cached: bool) -> dict[str, settings.Model]:
     models = {}
     for name, (usd_in, usd_out, usd_cached) in prices.items():
-        known = {"usd_per_m_cached": usd_cached} if cached else {}
-        models[name] = settings.Model(usd_per_m_in=usd_in, usd_per_m_out=usd_out, tokens_in=1, tokens_out=ANSWER, **known)
+        models[name] = settings.Model(
+            usd_per_m_in=usd_in,
+            usd_per_m_out=usd_out,
+            usd_per_m_cached=usd_cached if cached else None,
+            tokens_in=1,
+            tokens_out=ANSWER,
+        )
     return models
 
 

@@ -246,7 +246,7 @@ def run_program(variable, home, command, environment, faults=()):
     work.mkdir()
 
     async def run():
-        patient = {"connect": 1, "first_byte": 10, "idle": 2, "total": 60}
+        patient = {"connect": 1, "first_byte": 10, "whole": 10, "idle": 2, "total": 60}
         async with (
             MockProvider(PRICES) as provider,
             serving(config_for(provider, LARGE, timeouts=patient, log_prompts=True)) as server,

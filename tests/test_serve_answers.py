@@ -704,7 +704,7 @@ def test_only_whole_answers_of_the_chosen_model_are_stored(fault, model):
         third = await ask(server.url, "chat", body_for("chat", stream=True, model=model))
         return [found[1]["x-p2l-cache"] for found in (first, second, third)], second, third
 
-    timeouts = {"connect": 1, "first_byte": 1, "idle": 0.2, "total": 5}
+    timeouts = {"connect": 1, "first_byte": 1, "whole": 1, "idle": 0.2, "total": 5}
     states, second, third = served(run, timeouts=timeouts)
     assert states == ["miss", "miss", "hit"]
     assert third[2] == second[2]

@@ -501,7 +501,7 @@ def test_a_stream_that_breaks_off_raises_after_what_came(api, fault):
 
         return await error_of(read()), "".join(said)
 
-    error, text = served(test, timeouts={"connect": 1, "first_byte": 1, "idle": 0.2, "total": 5})
+    error, text = served(test, timeouts={"connect": 1, "first_byte": 1, "whole": 1, "idle": 0.2, "total": 5})
     assert len(text.split()) == 5
     assert "cut off" in str(error)
     assert isinstance(error, anthropic.APIStatusError if api == "messages" else openai.APIError)

@@ -17,7 +17,11 @@ PATHS = {"chat": "/v1/chat/completions", "responses": "/v1/responses", "messages
 ENDS = {"chat": b"data: [DONE]", "responses": b"event: response.completed", "messages": b"event: message_stop"}
 # The other APIs share all code but their readers.
 ALL = [APIS[0], *(pytest.param(api, marks=pytest.mark.slow) for api in APIS[1:])]
-QUICK = {"timeouts": {"connect": 1, "first_byte": 0.25, "idle": 0.25, "total": 5}, "retries": {"backoff": 0.01}, "answer_mb": 1}
+QUICK = {
+    "timeouts": {"connect": 1, "first_byte": 0.25, "whole": 0.25, "idle": 0.25, "total": 5},
+    "retries": {"backoff": 0.01},
+    "answer_mb": 1,
+}
 
 
 def body_for(api: str, stream: bool, model: str = "auto", text: str = "What is 17 * 23?") -> dict[str, Any]:
@@ -211,7 +215,7 @@ def test_a_refused_connection_and_a_port_without_a_server_are_failures():
 def test_a_client_that_leaves_ends_the_request_upstream_within_a_second(fault, stream):
     async def one():
         async with MockProvider(PRICES) as provider:
-            patient = {"timeouts": {"connect": 1, "first_byte": 30, "idle": 30, "total": 60}}
+            patient = {"timeouts": {"connect": 1, "first_byte": 30, "whole": 30, "idle": 30, "total": 60}}
             async with serving(config_for(provider, **patient)) as server, aiohttp.ClientSession() as client:
                 provider.fail(fault, seconds=0.2)
                 with pytest.raises(TimeoutError):
@@ -337,3 +341,32 @@ def test_a_stored_answer_that_is_gone_leaves_no_deployment_out():
     found, up = asyncio.run(one())
     assert [status for status, *_ in found] == [404] * 3
     assert up
+
+
+def test_a_long_answer_that_is_no_stream_begins_late():
+    """A provider writes its status when the whole answer is there."""
+
+    async def one():
+        timeouts = {"timeouts": {"connect": 1, "first_byte": 0.2, "whole": 3, "idle": 1, "total": 10}}
+        async with MockProvider(PRICES) as provider, serving(config_for(provider, **{**QUICK, **timeouts})) as server:
+            provider.fail("slow_first_byte", model="large", seconds=0.5)
+            return [await ask(server.url, "chat", body_for("chat", stream)) for stream in (False, True)]
+
+    found = asyncio.run(one())
+    assert [(status, headers["x-p2l-model"]) for status, headers, _ in found] == [(200, "large"), (200, "medium")]
+
+
+def test_a_body_that_stalls_is_ended():
+    async def one():
+        async with MockProvider(PRICES) as provider, serving(config_for(provider, **QUICK)) as server:
+            host, port = server.url.removeprefix("http://").split(":")
+            reader, writer = await asyncio.open_connection(host, int(port))
+            writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 100\r\n\r\n{")
+            async with asyncio.timeout(5):
+                head = await reader.readuntil(b"\r\n\r\n")
+            writer.close()
+            return head, server.runtime.server.running
+
+    head, running = asyncio.run(one())
+    assert head.startswith(b"HTTP/1.1 408 ")
+    assert running == 0

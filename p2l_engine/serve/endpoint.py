@@ -56,7 +56,8 @@ class Endpoint(ABC):
 
         try:
             key = self.server.service.gate.caller(headers)
-            body = _object(await _body(receive, headers, int(self.server.service.plan.serve.body_mb * 2**20)))
+            serve = self.server.service.plan.serve
+            body = _object(await _body(receive, headers, int(serve.body_mb * 2**20), serve.timeouts.idle))
             api = self.api or shaped_like(body)
             await _until_left(self.handle(api, body, headers, key, sending), receive)
         except ClientLeft:
@@ -120,14 +121,18 @@ def _object(body: bytes) -> dict[str, Any]:
     return found
 
 
-async def _body(receive: Receive, headers: Mapping[str, str], most: int) -> bytes:
-    """The request's body. Raises TooLarge, ClientLeft."""
+async def _body(receive: Receive, headers: Mapping[str, str], most: int, idle: float) -> bytes:
+    """The request's body. idle: seconds that a piece may take. Raises TooLarge, ClientLeft, BadRequest."""
     length = headers.get("content-length", "0")
     parts, size = list[bytes](), 0
     if length.isdigit() and int(length) > most:
         raise TooLarge(f"expected a body of at most {most} bytes, got {length}", status=413)
     while True:
-        message = await receive()
+        try:
+            async with asyncio.timeout(idle):
+                message = await receive()
+        except TimeoutError:
+            raise BadRequest(f"expected a body without pauses of more than {idle:g} seconds", status=408) from None
         if message["type"] == "http.disconnect":
             raise ClientLeft
         parts.append(message.get("body", b""))

@@ -156,10 +156,12 @@ class Key(Section):
 
 
 class Timeouts(Section):
-    """Seconds. total: the deadline of a request with all its attempts."""
+    """Seconds. first_byte: until a stream begins; whole: until an answer that is no stream begins, which is when it is written;
+    idle: between two pieces, of a request's body too; total: the deadline of a request with all its attempts."""
 
     connect: Seconds = 5.0
     first_byte: Seconds = 60.0
+    whole: Seconds = 300.0
     idle: Seconds = 30.0
     total: Seconds = 600.0
 

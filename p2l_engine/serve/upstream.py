@@ -201,7 +201,7 @@ class Upstream:
         }
         body = orjson.dumps(api.outgoing(ask, provider.model, provider.stream_usage))
         timeouts = serve.timeouts
-        until = min(time.monotonic() + timeouts.first_byte, deadline)
+        until = min(time.monotonic() + (timeouts.first_byte if ask.stream else timeouts.whole), deadline)
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=timeouts.connect)
         sent = False
         try:

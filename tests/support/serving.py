@@ -72,7 +72,7 @@ def config_for(provider: MockProvider | str, models: dict[str, Any] | None = Non
             entries[name] |= models[name] or {}
     quick = {
         "queue": {"seconds": 60},
-        "timeouts": {"connect": 1, "first_byte": 2, "idle": 1, "total": 10},
+        "timeouts": {"connect": 1, "first_byte": 2, "whole": 2, "idle": 1, "total": 10},
         "retries": {"backoff": 0.01},
     }
     return {
