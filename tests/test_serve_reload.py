@@ -16,6 +16,7 @@ from bench.mock_provider import MockProvider
 from p2l_engine.routing import SpendLimit
 from p2l_engine.serve import runtime as module
 from p2l_engine.serve import settings
+from tests.support import postgres
 from tests.support.serving import PRICES, config_for, serving
 
 CHAT = {"model": "auto", "max_tokens": 60, "messages": [{"role": "user", "content": "hello"}]}
@@ -262,3 +263,38 @@ def test_a_stream_that_the_server_does_not_let_finish_ends_in_an_error_event(api
     assert b"the server stops" in rest.strip().split(b"\n\n")[-1]
     assert (record.outcome, record.estimated, reserved) == ("left", True, ())
     assert record.cost >= bill
+
+
+@pytest.mark.store
+@pytest.mark.slow
+@pytest.mark.xdist_group("postgres")
+def test_a_database_that_goes_away_refuses_and_loses_nothing(monkeypatch):
+    """Requests under way are answered and settled when it is back; the log is whole."""
+    monkeypatch.setattr("p2l_engine.serve.purse.RETRIES", (0.05, 0.5, 1.0, 1.0, 1.0, 5.0, 10.0, 20.0))
+
+    async def one(url: str) -> Any:
+        async with MockProvider(PRICES, first_byte=0.3, tokens_out=10) as provider:
+            config = config_for(provider, limits=[{"amount": 100}], store=url)
+            async with serving(config) as server:
+                found = [await ask(server.url)]
+                under_way = [asyncio.create_task(ask(server.url)) for _ in range(10)]
+                await until(lambda: len(provider.requests) == 11)
+                await asyncio.to_thread(postgres.control, url, "stop")
+                found += await asyncio.gather(*under_way)
+                found += [await ask(server.url) for _ in range(2)]
+                await asyncio.to_thread(postgres.control, url, "start")
+                await server.service.purse.drain()
+                for _ in range(20):  # a connection that broke may be noticed by the request that uses it
+                    found.append(await ask(server.url))
+                await server.service.purse.drain()
+                log = server.runtime.server.log
+                assert log is not None
+                assert await asyncio.to_thread(log.flush, 30)
+                (balance,) = server.service.purse.limit.balances()
+                return found, float(balance.spent), float(balance.reserved), float(provider.bill.total), len(log.recent(100))
+
+    with postgres.server() as url:
+        found, spent, reserved, bill, logged = asyncio.run(one(url))
+    assert found[:13] == [200] * 11 + [503] * 2
+    assert found[-10:] == [200] * 10
+    assert (spent, reserved, logged) == (pytest.approx(bill, abs=1e-12), 0, len(found))

@@ -54,6 +54,16 @@ def server() -> Iterator[str]:
         shutil.rmtree(place)
 
 
+def control(url: str, action: str) -> None:
+    """Stops the server, as a machine that fails does, or starts it again."""
+    place = url.partition("host=")[2]
+    options = ["-m", "immediate"] if action == "stop" else ["-o", f"-k {place} -c listen_addresses='' -c fsync=off"]
+    subprocess.run(
+        [f"{programs()}/pg_ctl", "-D", f"{place}/data", action, "-w", *options],
+        user="postgres" if os.getuid() == 0 else None, cwd="/", stdout=subprocess.DEVNULL, check=True,
+    )  # fmt: skip
+
+
 def empty(url: str) -> None:
     """Drops everything in the database."""
     import psycopg
