@@ -162,9 +162,11 @@ class Chooser:
             return routing.solve_budget(v, self.costs, constraints.limits)
         return routing.solve(constraints.problem(v, self.costs, self.names))
 
-    def win_rates(self, coefficients: Coefficients) -> Float64:
-        """What is maximised, [N, K]: the win rates of the K models of ``names`` against the opponents."""
-        return self._rates(arrays.matrix("theta", coefficients.theta), coefficients.eta)
+    def win_rates(self, coefficients: Coefficients, drawn: Float64 | None = None) -> Float64:
+        """What is maximised, [N, K]: the win rates of the K models of ``names`` against the opponents. drawn [S, M]: draws of
+        one prompt's theta, in place of its own; the result is [S, K]."""
+        theta = coefficients.theta if drawn is None else drawn
+        return self._rates(arrays.matrix("theta", theta), coefficients.eta)
 
     def scores(self, coefficients: Coefficients, policies: Policies, v: Float64) -> Float64:
         """The Bradley-Terry score [N] of each prompt's policy; v [N, K] are the same coefficients' ``win_rates``."""

@@ -232,6 +232,6 @@ def _json(value: object) -> bytes:
 def _configuration(plan: Plan) -> str:
     """A hash of everything in a configuration that may change which model answers, and how."""
     config = plan.config
-    chosen = config.serve.model_dump(mode="json", include={"budget", "horizon", "objective", "opponents", "seed"})
+    chosen = config.serve.model_dump(mode="json", include={"budget", "horizon", "objective", "opponents", "seed", "explore"})
     whole = config.model_dump(mode="json", include={"models", "checkpoint"})
     return digest([_json([whole, chosen, plan.choosers["bt"].models])])

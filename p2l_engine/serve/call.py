@@ -19,6 +19,7 @@ from p2l_engine.coefficients import Coefficients
 from p2l_engine.decision_log.record import Attempt, Record
 from p2l_engine.errors import InfeasibleBudget
 from p2l_engine.routing import BudgetPacer, Objective
+from p2l_engine.routing.thompson import Posterior
 from p2l_engine.serve import choice
 from p2l_engine.serve.choice import Float64, Mask, Pick
 from p2l_engine.serve.health import Deployment
@@ -57,6 +58,8 @@ class Call:
     coefficients: Coefficients | None = None
     turns_hash: str = ""
     rates: Float64 = field(default_factory=lambda: np.zeros(0))
+    posterior: Posterior | None = None  # where the server explores
+    drawn: Float64 = field(default_factory=lambda: np.zeros(0))  # win rates [K] of its draw; without exploration, the same
     costs: Float64 = field(default_factory=lambda: np.zeros(0))
     cached: tuple[int, ...] = ()
     tokens_out: Float64 = field(default_factory=lambda: np.zeros(0))
@@ -102,9 +105,20 @@ class Call:
         self.stages[stage] = round(1000 * (time.perf_counter() - self.began), 3)
 
     def score(self, coefficients: Coefficients) -> None:
-        """Takes the prompt's coefficients: win rates [K], 0 for models that the checkpoint does not know."""
+        """Takes the prompt's coefficients: win rates [K], 0 for models that the checkpoint does not know. Where the server
+        explores, a session keeps its draw while the user turns are the same."""
         self.coefficients = coefficients
-        self.rates = self.plan.win_rates.of(self.turns_hash, coefficients, self.objective)
+        self.rates = self.drawn = self.plan.win_rates.of(self.turns_hash, coefficients, self.objective)
+        if self.plan.serve.explore is not None and not self.pinned:
+            self.posterior = self.plan.choosers[self.objective].posterior(coefficients, self.ask.turns, self.session)
+            self.drawn = self._rates(coefficients, self.posterior.drawn[None])[0]
+
+    def _rates(self, coefficients: Coefficients, drawn: Float64) -> Float64:
+        """Win rates [S, K] of the plan's models, 0 for those that the checkpoint does not know, at draws [S, M] of theta."""
+        known = self.plan.choosers[self.objective].win_rates(coefficients, drawn)
+        found = np.zeros((len(known), len(self.plan.names)))
+        found[:, self.plan.columns] = known
+        return found
 
     def choose(self, mask: Mask, count: bool = True) -> Pick:
         """The choice among the models of a mask. count: whether the pacer pays for it. Raises InfeasibleBudget."""
@@ -116,11 +130,20 @@ class Call:
             return Pick(k, {k: 1.0}, rate, float(self.costs[k]), "named by the caller")
         if self.options.budget is None and self.pacer is not None:
             if count:
-                chosen = choice.paced(self.rates, self.costs, mask, self.pacer)
+                chosen = choice.paced(self.drawn, self.costs, mask, self.pacer)
                 self.paid = chosen.cost
-                return chosen
-            return choice.choose(self.rates, self.costs, mask, self._draw, price=self.pacer.price)
-        return choice.choose(self.rates, self.costs, mask, self._draw, self.budget_left)
+            else:
+                chosen = choice.choose(self.drawn, self.costs, mask, self._draw, price=self.pacer.price)
+        else:
+            chosen = choice.choose(self.drawn, self.costs, mask, self._draw, self.budget_left)
+        if self.posterior is None or self.coefficients is None:
+            return chosen
+        known, budget = self.coefficients, self.budget_left
+        found = self.posterior.propensity(
+            chosen.propensity,
+            lambda theta: choice.chances(chosen, self._rates(known, theta), self.costs, mask, budget),
+        )
+        return choice.explored(chosen, self.rates, found)
 
     def fallbacks(self, most: int = FALLBACKS) -> list[str]:
         """The models that would follow if each before failed."""
@@ -128,7 +151,7 @@ class Call:
             return []
         price = None if self.options.budget is not None or self.pacer is None else self.pacer.price
         found = choice.fallbacks(
-            self.rates, self.costs, self.mask, self.first.model, self._draw, self.options.budget, price, most
+            self.drawn, self.costs, self.mask, self.first.model, self._draw, self.options.budget, price, most
         )
         return [self.plan.names[k] for k in found]
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from p2l_engine import routing
-from p2l_engine.routing import BudgetPacer
+from p2l_engine.exploration import DRAWN
+from p2l_engine.routing import BudgetPacer, thompson
+from p2l_engine.routing.thompson import Propensity
 
 Float64 = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
@@ -18,18 +21,25 @@ Draw = Callable[[Sequence[int], Sequence[float]], int]
 
 @dataclass(frozen=True, slots=True)
 class Pick:
-    """A policy over the K models, and the model drawn from it. rate and cost are the policy's."""
+    """A policy over the K models, and the model drawn from it. rate and cost are the policy's.
+
+    price, most: the win rate per USD and the highest cost by which it was chosen; None: by a budget, or without one. explored:
+    the model's propensity where the policy is that of a draw of the coefficients.
+    """
 
     model: int
     policy: dict[int, float]
     rate: float
     cost: float
     why: str
+    price: float | None = None
+    most: float = math.inf
+    explored: Propensity | None = None
 
     @property
     def propensity(self) -> float:
         """The probability with which the model was drawn."""
-        return self.policy[self.model]
+        return self.policy[self.model] if self.explored is None else self.explored.value
 
 
 def choose(
@@ -52,7 +62,7 @@ def choose(
             if price == np.inf
             else f"highest win rate less cost at {price:.4g} per USD"
         )
-        return Pick(int(models[k]), {int(models[k]): 1.0}, float(v[k]), float(x[k]), why)
+        return Pick(int(models[k]), {int(models[k]): 1.0}, float(v[k]), float(x[k]), why, price)
     if budget is None:  # the LP's answer too
         k = _best(v, v, x)
         return Pick(int(models[k]), {int(models[k]): 1.0}, float(v[k]), float(x[k]), "highest win rate (no budget)")
@@ -66,10 +76,28 @@ def choose(
 
 def paced(rates: Float64, costs: Float64, allowed: Mask, pacer: BudgetPacer) -> Pick:
     """The pacer's choice, which it counts. See ``BudgetPacer.choose``."""
-    price = pacer.price
-    k = pacer.choose(rates, costs, allowed)
+    found = pacer.choose_at(rates, costs, allowed)
+    k, price = found.model, found.price
     why = f"highest win rate less cost at {price:.4g} per USD: a mean budget of {pacer.budget:g} USD"
-    return Pick(k, {k: 1.0}, float(rates[k]), float(costs[k]), why)
+    return Pick(k, {k: 1.0}, float(rates[k]), float(costs[k]), why, price, found.most)
+
+
+def chances(pick: Pick, rates: Float64, costs: Float64, allowed: Mask, budget: float | None) -> Float64:
+    """The probability [S] of the picked model under each of S rows of win rates [S, K], by the budget or the price by which it
+    was picked."""
+    models = np.flatnonzero(allowed)
+    v, x = np.ascontiguousarray(rates[:, models]), costs[models]
+    if pick.price is None and budget is not None:
+        policies = routing.solve_budget(v, x, budget)
+        return np.asarray((policies.probabilities * (models[policies.indices] == pick.model)).sum(axis=1))
+    best = thompson.paced(v, x, pick.price or 0.0, pick.most)
+    return np.asarray(models[best] == pick.model, np.float64)
+
+
+def explored(pick: Pick, rates: Float64, propensity: Propensity) -> Pick:
+    """The pick from a draw of the coefficients, with its propensity over it, and its win rate by rates [K] at their means."""
+    rate = sum(p * float(rates[k]) for k, p in pick.policy.items())
+    return replace(pick, rate=rate, why=f"{pick.why}; {DRAWN}", explored=propensity)
 
 
 def fallbacks(

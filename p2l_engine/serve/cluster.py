@@ -51,11 +51,13 @@ RETRY_AFTER = 5.0  # seconds, where no replica answers
 
 @dataclass(frozen=True, slots=True)
 class CheckpointFacts:
-    """What a front must know of a checkpoint, without its weights. It stands in for an engine in ``Runtime``."""
+    """What a front must know of a checkpoint, without its weights. It stands in for an engine in ``Runtime``. uncertainty: the
+    models that the checkpoint is uncertain of; None where it has no uncertainty."""
 
     models: tuple[str, ...]
     feedback: FeedbackModel
     tokenizer: ChatTokenizer
+    uncertainty: tuple[str, ...] | None = None
 
     @property
     def encoder(self) -> CheckpointFacts:
@@ -203,7 +205,8 @@ class ServeCluster:
             max_ongoing_requests=UNDER_WAY,
             graceful_shutdown_timeout_s=grace,
         )
-        facts = CheckpointFacts(engine.models, engine.feedback, engine.encoder.tokenizer)
+        uncertain = None if engine.uncertainty is None else engine.uncertainty.models
+        facts = CheckpointFacts(engine.models, engine.feedback, engine.encoder.tokenizer, uncertain)
         front = of_fronts(serve.ingress(_application(config, facts))())
         self._application = front.bind(of_engines(EngineReplica).bind(arguments, expected))
         self._http = {"host": host, "port": port}

@@ -20,6 +20,7 @@ from p2l_engine.catalog import Catalog
 from p2l_engine.decision_log.log import DecisionLog
 from p2l_engine.decision_log.record import Record
 from p2l_engine.engine.batcher import Batcher
+from p2l_engine.exploration import NO_UNCERTAINTY
 from p2l_engine.routing import SpendLimit
 from p2l_engine.serve import settings
 from p2l_engine.serve.answers import open_answers
@@ -53,7 +54,7 @@ class Runtime:
 
     watch: is shown the record of each decision. log_prompts: keep the text of prompts whatever the file says. engine: of the
     checkpoint that the configuration names. computer: computes coefficients in its place; then it is asked for its models, its
-    feedback model and its tokenizer alone.
+    feedback model, its tokenizer and whether it has an uncertainty alone.
     """
 
     def __init__(
@@ -68,10 +69,15 @@ class Runtime:
         self._log_prompts = log_prompts
         config = self._adapted(config)
         self.file, self.engine, self.watch, self.computer = file, engine, watch, computer
-        self.plan = make(config, engine.models, engine.feedback)
+        self.plan = self._plan(config)
         self.counters, self.notes = counters(config.models)
         self.server: Server | None = None
         self._reading = asyncio.Lock()
+
+    def _plan(self, config: Config) -> Plan:
+        if config.serve.explore is not None and self.engine.uncertainty is None:
+            raise ConfigError(f"serve.{NO_UNCERTAINTY}")
+        return make(config, self.engine.models, self.engine.feedback)
 
     def application(self) -> Starlette:
         """The ASGI application; its lifespan makes the parts that belong to an event loop."""
@@ -143,7 +149,7 @@ class Runtime:
                 for name, old, new in pairs:
                     if old != new:
                         raise ConfigError(f"{self.file}: {name}: was {old!r}, is {new!r}: this needs a restart")
-                plan = make(config, self.engine.models, self.engine.feedback)
+                plan = self._plan(config)
                 was = limit = self.server.service.purse.limit
                 if plan.serve.limits != before.serve.limits:
                     # Without limits too, where there were some: what is reserved must be settled.

@@ -118,7 +118,7 @@ class Service:
                 raise Refused(400, error.problem, "messages") from None
             call.score(coefficients)
         else:
-            call.rates = np.zeros(len(plan.names))
+            call.rates = call.drawn = np.zeros(len(plan.names))
         call.mark("coefficients")
         call.cached = self._cached(call)
         call.tokens_out = self.expectations.tokens_out(call.ask.max_tokens, call.ask.outputs)

@@ -220,6 +220,7 @@ class Serve(Section):
     objective: Objective = "bt"
     opponents: Literal["uniform"] | dict[str, Price] = "uniform"
     seed: int = 0
+    explore: Literal["thompson"] | None = None  # as Router's: by a draw of each prompt's coefficients
     limits: tuple[LimitEntry, ...] = ()
     over_limit: Literal["cheaper", "free", "refuse"] = "cheaper"
     keys: tuple[Key, ...] = ()

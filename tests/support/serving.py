@@ -35,13 +35,18 @@ class _Encoder:
 
 
 class FixedEngine:
-    """theta: the coefficients of every prompt, or None: drawn by the prompt's text. seconds: of a batch."""
+    """theta: the coefficients of every prompt, or None: drawn by the prompt's text. seconds: of a batch. deviation: of them."""
 
     encoder = _Encoder()
 
     def __init__(
-        self, models: Sequence[str] = tuple(PRICES), theta: Sequence[float] | None = BEST, seconds: float = 0.0
+        self,
+        models: Sequence[str] = tuple(PRICES),
+        theta: Sequence[float] | None = BEST,
+        seconds: float = 0.0,
+        deviation: Sequence[float] | None = None,
     ) -> None:
+        self.uncertainty = deviation
         self.models, self.feedback = tuple(models), feedback_model("bt")
         self.theta, self.seconds, self.batches = theta, seconds, list[int]()
 
@@ -51,7 +56,8 @@ class FixedEngine:
         time.sleep(self.seconds)
         self.batches.append(len(prompts))
         rows = [self.theta if self.theta is not None else self._drawn(turns) for turns in prompts]
-        return Coefficients(np.array(rows, np.float32), None, self.models, self.feedback)
+        deviation = None if self.uncertainty is None else np.array([self.uncertainty] * len(rows), np.float32)
+        return Coefficients(np.array(rows, np.float32), None, self.models, self.feedback, deviation)
 
     def _drawn(self, turns: Sequence[str]) -> Any:
         return np.random.default_rng(zlib.crc32("\0".join(turns).encode())).normal(size=len(self.models))
