@@ -42,7 +42,8 @@ def test_route_prints_a_table_and_json_lines(checkpoint):
     assert status == 0, err
     lines = [json.loads(line) for line in out.splitlines()]
     assert [line["prompt"] for line in lines] == ["one", "two"]
-    assert set(lines[0]) == {"prompt", "model", "policy", "expected_cost", "win_rate", "score", "why"}
+    fields = {"prompt", "model", "policy", "expected_cost", "win_rate", "score", "why", "propensity", "propensity_error"}
+    assert set(lines[0]) == fields
 
 
 def test_route_reads_jsonl(checkpoint, tmp_path):
