@@ -17,6 +17,7 @@ from p2l_engine import Engine, Router, checkpoint
 from p2l_engine.backbone import uncertainty
 from p2l_engine.backbone.uncertainty import FILE, Uncertainty
 from p2l_engine.batch import BatchConfig, Route, run
+from p2l_engine.checkpoint.export import export
 from p2l_engine.engine.batcher import Batcher
 from p2l_engine.errors import CheckpointError
 from p2l_engine.evaluation.features import hidden_states
@@ -151,6 +152,11 @@ def test_damaged_files_are_refused_or_read(tmp_path, data):
         assert str(tmp_path / FILE) in str(error)
     else:
         assert all(torch.isfinite(part).all() for part in (found.basis, found.factors))
+
+
+def test_an_export_keeps_it(folder, tmp_path):
+    export(folder, tmp_path / "exported")
+    assert (tmp_path / "exported" / FILE).read_bytes() == (folder / FILE).read_bytes()
 
 
 def test_a_damaged_file_is_a_damaged_checkpoint(folder, tmp_path):

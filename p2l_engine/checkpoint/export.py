@@ -8,6 +8,7 @@ from typing import Any
 
 from p2l_engine import checkpoint
 from p2l_engine.backbone.theta_map import FILE as MAP_FILE
+from p2l_engine.backbone.uncertainty import FILE
 from p2l_engine.checkpoint import card, fingerprint, huggingface
 from p2l_engine.checkpoint.saving import write_json, write_tensors, write_whole
 from p2l_engine.errors import CheckpointError
@@ -57,6 +58,8 @@ def export(source: str | Path | None, target: Path, evaluation: Path | None = No
         (work / "README.md").write_text(readme, encoding="utf-8")
         if figures is not None:
             write_json(work / "evaluation.json", figures)
+        if loaded.uncertainty is not None:  # which lmarena/p2l's code does not look for
+            loaded.uncertainty.write(work / FILE)
         catalog = loaded.folder / "catalog.yaml"
         if catalog.is_file():
             (work / "catalog.yaml").write_bytes(catalog.read_bytes())
