@@ -219,7 +219,7 @@ def test_a_replica_that_dies_is_replaced_by_another(serve_cluster, engine, monke
     monkeypatch.setattr(serve_cluster, "TRIES", (0.0, 0.0, 0.0))
     facts = serve_cluster.CheckpointFacts(engine.models, engine.feedback, engine.encoder.tokenizer)
     alone = engine.coefficients(["hello"])
-    row = (alone.theta[0], float(alone.eta[0]))
+    row = (alone.theta[0], float(alone.eta[0]), alone.theta[0] ** 2)
 
     def asked(*outcomes: Any) -> Any:
         async def one() -> Any:
@@ -232,6 +232,7 @@ def test_a_replica_that_dies_is_replaced_by_another(serve_cluster, engine, monke
         found = asked(*outcomes)
         np.testing.assert_array_equal(found.theta, alone.theta)
         np.testing.assert_array_equal(found.eta, alone.eta)
+        np.testing.assert_array_equal(found.deviation, alone.theta**2)
         assert (found.models, found.feedback) == (engine.models, engine.feedback)
     with pytest.raises(Refused) as refused:
         asked(ActorDiedError(), ActorDiedError(), ActorDiedError())
@@ -257,6 +258,7 @@ def test_a_prompt_that_is_refused_fails_alone(serve_cluster, engine, monkeypatch
     rows = replica._rows([["one"], ["bad"], ["two"], ["bad"]])
     assert rows[1] == rows[3] == "the template refuses it"
     np.testing.assert_allclose([rows[0][0], rows[2][0]], whole(["one", "two"]).theta, atol=1e-5)
+    assert rows[0][2] is None  # this checkpoint has no uncertainty
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,20 @@ def test_a_session_keeps_its_draw():
     assert len({d["model"] for d in found}) > 1
 
 
+def test_coefficients_come_with_their_deviation():
+    async def asked(deviation: Any) -> Any:
+        engine = FixedEngine(theta=THETA, deviation=deviation)
+        async with (
+            serving(config_for("http://127.0.0.1:1/v1"), engine) as server,
+            aiohttp.ClientSession() as http,
+            http.post(f"{server.url}/v1/coefficients", json={"prompts": ["one", "two"]}) as response,
+        ):
+            return await response.json()
+
+    assert "deviation" not in asyncio.run(asked(None))
+    np.testing.assert_allclose(asyncio.run(asked(UNCERTAIN))["deviation"], [UNCERTAIN, UNCERTAIN])
+
+
 def test_the_chances_of_a_pick_are_those_of_the_choice(rng):
     """Row by row, ``chances`` agrees with ``choose`` on the pick's own terms."""
     costs, allowed = np.array([3.0, 1.0, 2.0, 1.0]), np.array([True, True, False, True])

@@ -92,7 +92,10 @@ class CoefficientsOf(Endpoint):
         found = await self.server.service.scorer.batch(turns)
         theta = np.concatenate([one.theta for one in found])
         eta = None if found[0].eta is None else np.concatenate([one.eta for one in found if one.eta is not None])
-        await answer(send, {"models": found[0].models, "feedback": found[0].feedback.name, "theta": theta, "eta": eta})
+        value: dict[str, Any] = {"models": found[0].models, "feedback": found[0].feedback.name, "theta": theta, "eta": eta}
+        if found[0].deviation is not None:
+            value["deviation"] = np.concatenate([one.deviation for one in found if one.deviation is not None])
+        await answer(send, value)
 
 
 class Predict(Endpoint):
