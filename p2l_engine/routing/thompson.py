@@ -48,8 +48,8 @@ class Posterior:
         chances: the probability [S] of that model under each of S draws of theta [S, M]. The result is their mean over S fresh
         draws and the prompt's own, so it is at least own / (S + 1), never 0. It is exact in this sense: each of the S + 1 draws
         was equally likely to be the prompt's own, and given them all this is the model's probability. Inverse propensity
-        weights are therefore unbiased, whatever S is. As an estimate of the probability over all theta, its standard error is
-        at most sqrt(p (1 - p) / S), and its bias at most 1 / (S + 1).
+        weights are therefore unbiased, whatever S is, but for models that none of the draws would have chosen. As an estimate
+        of the probability over all theta, its standard error is at most sqrt(p (1 - p) / S), and its bias at most 1 / (S + 1).
         """
         if not len(self._uncertain):
             return Propensity(own)
