@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from enum import StrEnum
 from pathlib import Path, PurePath
 from typing import Annotated
 
@@ -24,6 +25,16 @@ from p2l_engine.cli.progress import progress
 from p2l_engine.cli.terminal import note, out
 from p2l_engine.cli.top import All, Top, cut, limit
 from p2l_engine.plotting import TOP
+
+OVER_TIME = "Over time"  # heading of options
+
+
+class Periods(StrEnum):
+    """How long a period is, in UTC; weeks are ISO 8601's."""
+
+    DAY = "day"
+    WEEK = "week"
+    MONTH = "month"
 
 
 def leaderboard(
@@ -47,6 +58,32 @@ def leaderboard(
     all_models: All = False,
     plot: Annotated[Path | None, typer.Option(help="Draw a bar chart into this file (.png, .svg, .pdf).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON lines instead of a table.")] = False,
+    period: Annotated[
+        Periods | None,
+        typer.Option(
+            help="With --prompts: a leaderboard for each day, week or month, by the column time or timestamp, and what "
+            "changed from one to the next. --prompts may be a folder that 'log export' wrote.",
+            show_default=False,
+            rich_help_panel=OVER_TIME,
+        ),
+    ] = None,
+    by: Annotated[
+        str | None,
+        typer.Option(
+            help="With --period: for each value of this column, such as key or session.",
+            show_default=False,
+            rich_help_panel=OVER_TIME,
+        ),
+    ] = None,
+    votes: Annotated[
+        str | None,
+        typer.Option(
+            help="With --period: votes with a timestamp, on which to test in each period whether the checkpoint is still "
+            "calibrated. Default: those of the log export.",
+            show_default=False,
+            rich_help_panel=OVER_TIME,
+        ),
+    ] = None,
     checkpoint: Checkpoint = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -60,6 +97,17 @@ def leaderboard(
     from p2l_engine.prompts.parse import user_turns
 
     check_writable(plot, "--plot", PLOTS)
+    if period is not None:
+        if prompts is None or prompt is not None or file is not None:
+            raise typer.BadParameter("needs --prompts, and no other prompts", param_hint="--period")
+        from p2l_engine.cli.traffic import over_time
+
+        engine = load_engine(checkpoint, device, dtype, date)
+        samples = 200 if bootstrap is None else bootstrap
+        over_time(engine, prompts, column, by, period.value, votes, samples, limit(top, all_models), plot, as_json)
+        return
+    if by is not None or votes is not None:
+        raise typer.BadParameter("needs --period", param_hint="--by, --votes")
     if plot is not None:  # now: a missing package must not fail a command whose work is done
         from p2l_engine.cli.plots import leaderboard as draw
     if prompts is not None:

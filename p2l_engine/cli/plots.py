@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from p2l_engine import routing
+from p2l_engine.leaderboard import Leaderboard
 from p2l_engine.plotting import BLUE, GREY, ORANGE, YELLOW, save
 from p2l_engine.reports import Calibration, Standing
 from p2l_engine.routing import Frontier
 from p2l_engine.routing.arrays import Float64
+
+COLOURS = 8  # models that lines in one panel can show
 
 
 def leaderboard(standings: Sequence[Standing], title: str, path: str | Path) -> None:
@@ -106,4 +109,34 @@ def reliability(before: Calibration, after: Calibration, values: bool, path: str
         least = min(min(curve.predicted) for curve in (before, after))
         left.set_xlim(max(0.0, least - 0.05), 1.02)
         left.set_ylim(-0.02, 1.05)
+    save(figure, path)
+
+
+def over_time(boards: Mapping[str, Mapping[str, Leaderboard]], top: int | None, path: str | Path) -> None:
+    """Coefficients by period with their intervals, a panel for each group; the models of each panel are those that lead
+    its last period, at most eight."""
+    columns = min(len(boards), 3)
+    lines = -(-len(boards) // columns)
+    figure = Figure(figsize=(max(5.0 * columns, 7.0), 3.4 * lines), layout="constrained")
+    panels = np.atleast_1d(figure.subplots(lines, columns, squeeze=False)).ravel().tolist()
+    for axes, (group, of) in zip(panels, boards.items(), strict=False):
+        periods = list(of)
+        models = [standing.model for standing in of[periods[-1]]][: min(top or COLOURS, COLOURS)]
+        for i, model in enumerate(models):
+            standings = [next(one for one in of[period] if one.model == model) for period in periods]
+            x = np.arange(len(periods)) + 0.05 * (i - len(models) / 2)
+            y = np.array([one.coefficient for one in standings])
+            ends = np.array([(one.low, one.high) for one in standings], np.float64)
+            spread = np.nan_to_num(np.maximum(np.abs(ends - y[:, None]), 0)).T
+            axes.errorbar(
+                x, y, yerr=spread, fmt="o-", color=f"C{i}", markersize=3.5, linewidth=1.2, elinewidth=0.8, label=model
+            )
+        axes.set_xticks(range(len(periods)), periods, rotation=30, ha="right", fontsize=8)
+        axes.set_title(group, fontsize=10, loc="left", parse_math=False)
+        axes.spines[["top", "right"]].set_visible(False)
+        for text in axes.legend(fontsize=7, frameon=False, bbox_to_anchor=(1, 1), loc="upper left").get_texts():
+            text.set_parse_math(False)
+    for axes in panels[len(boards) :]:
+        axes.set_visible(False)
+    panels[0].set_ylabel("coefficient, with 95% intervals over prompts")
     save(figure, path)
