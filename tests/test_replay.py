@@ -256,6 +256,17 @@ def test_few_rows_and_heavy_rows_are_refused(rng):
     assert "one row of c carries 8% of all weight" in found.reasons[0]
 
 
+def test_one_session_gives_no_interval(rng):
+    (found,) = replay(drawn(rng, 500, [0.3, 0.4, 0.3], session=np.zeros(500, np.int64)), [PolicySpec("x", always="b")]).policies
+    assert found.reasons == ("all rows with feedback are of one prompt or one session: no interval can be said",)
+    cost = np.full(500, np.nan)
+    cost[0] = 1.0
+    (found,) = replay(drawn(rng, 500, [0.3, 0.4, 0.3], cost=cost), [PolicySpec("x", always="b")]).policies
+    assert (found.verdict, found.cost) == ("judged", {})
+    with pytest.raises(ValueError, match="a matrix of two prompts at least, got 1"):
+        replay(ScoreMatrix(MODELS, [("x",)], np.ones((1, 3))), [PolicySpec("x", always="b")])
+
+
 def test_propensities_that_are_not_those_of_the_draws_are_refused(rng):
     log = drawn(rng, 2000, p=[0.2, 0.3, 0.5])
     wrong = log.__class__(**{**_fields(log), "propensity": np.full(2000, 0.9), "known": np.zeros(2000, bool)})

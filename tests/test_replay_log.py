@@ -130,6 +130,13 @@ def test_preferences_are_win_rates_against_the_logs_choices(tmp_path):
     assert log.left_out["preferences against decisions that are not in the log, or were left out"] == 1
 
 
+def test_an_export_without_feedback_is_said_to_have_none(tmp_path):
+    log = exported(tmp_path, [record(0), record(1)])
+    ended = p2l_engine("replay", str(log), "--policy", str(policies(tmp_path, was="logged")))
+    assert ended.status == 2
+    assert "the log's 2 decisions have no feedback" in ended.message
+
+
 @pytest.mark.parametrize("ending", [".parquet", ".csv", ".jsonl"])
 def test_a_table_of_choices_is_read_in_every_format(tmp_path, ending):
     columns = {
@@ -370,8 +377,13 @@ def test_the_command_needs_no_engine_for_single_models(tmp_path, rng):
 
 def test_the_command_names_what_it_refuses(tmp_path, rng):
     log = table(tmp_path / "log.csv", model=["alpha"] * 50 + ["beta"], propensity=[1.0] * 51, reward=[1.0] * 51)
-    ended = p2l_engine("replay", str(log), "--policy", str(policies(tmp_path, small={"always": "beta"})))
+    spec = policies(tmp_path, small={"always": "beta"})
+    ended = p2l_engine(
+        "replay", str(log), "--policy", str(spec), "--plot", str(tmp_path / "out.svg"), "--csv", str(tmp_path / "out.csv")
+    )
     assert ended.status == 0
+    (row,) = csv.DictReader((tmp_path / "out.csv").open())
+    assert (row["verdict"], row["value"], row["shares"]) == ("refused", "", "beta=1")
     assert "small: refused: the weights' mean is 0.0196 where 1 is expected" in ended.message
     ended = p2l_engine("replay", str(log), "--policy", str(policies(tmp_path, small={"always": "betta"})))
     assert ended.status == 2

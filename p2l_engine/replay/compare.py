@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -82,7 +83,7 @@ class _Scene:
     level: float
 
     def figures(self, reward: Float64, target: Target, weight: Float64, rates: npt.NDArray[np.floating[Any]] | None) -> Figures:
-        """By estimator, over the rows where the reward [N] is known."""
+        """By estimator, over the rows where the reward [N] is known; none where these are too few for an interval."""
         log, rows = self.log, np.flatnonzero(~np.isnan(reward))
         if not len(rows):
             return {}
@@ -98,7 +99,8 @@ class _Scene:
             "ips": ips(w, y),
         }
         clusters = [np.unique(labels[rows], return_inverse=True)[1] for labels in self.clusters]
-        return {name: figure(valued, w, clusters, self.level) for name, valued in found.items()}
+        figures = {name: figure(valued, w, clusters, self.level) for name, valued in found.items()}
+        return figures if all(math.isfinite(of.low) for of in figures.values()) else {}
 
 
 def _judged(spec: PolicySpec, scene: _Scene, checkpoints: Checkpoints | None, leave_out: bool) -> PolicyReplay:
@@ -130,6 +132,8 @@ def _exact(
 ) -> ReplayReport:
     """The values on the matrix's prompts are exact; their intervals are for prompts of the same kind."""
     n, found = len(matrix), []
+    if n < 2:
+        raise ValueError(f"expected a matrix of two prompts at least, got {n}")
     for spec in policies:
         try:
             if spec.logged:

@@ -25,7 +25,7 @@ def read_log(
     are any). Raises ValueError for anything else, naming what is missing."""
     folder = Path(path)
     if (folder / DECISIONS).is_file():
-        if feedback is None and scores is None and (folder / FEEDBACK).is_file():
+        if feedback is None and scores is None and _has_rows(folder / FEEDBACK):
             feedback = folder / FEEDBACK
         return read_decisions(folder / DECISIONS, feedback, scores, reward)
     names = column_names(path)
@@ -42,3 +42,10 @@ def read_log(
         f"{path}: expected a log's export, a batch run's output, a table with the columns model and propensity, or a matrix of "
         f"scores (prompt, model, score); it has the columns {listed(names)}"
     )
+
+
+def _has_rows(path: Path) -> bool:
+    """Whether somebody said something about the decisions of an export."""
+    import pyarrow.parquet as pq
+
+    return path.is_file() and pq.read_metadata(path).num_rows > 0

@@ -68,6 +68,8 @@ def judge(
             f"the weights' mean is {mean:.3g} where 1 is expected, {away}: the propensities are not those of the "
             "draws, or the log (almost) never chose models that the policy needs"
         )
+    if any(labels[judged].min() == labels[judged].max() for labels in clusters):
+        reasons.append("all rows with feedback are of one prompt or one session: no interval can be said")
     if size < EFFECTIVE:
         reasons.append(
             f"effective sample size {size:.1f} of {len(of):,} rows with feedback, expected {EFFECTIVE:g} at least: the log "
