@@ -363,7 +363,7 @@ def test_the_command_needs_no_engine_for_single_models(tmp_path, rng):
         "--plot", str(tmp_path / "out.svg"),
     )  # fmt: skip
     assert ended.status == 0, ended.err
-    assert "400 decisions, 400 with feedback; value: mean score, 95% intervals" in ended.out
+    assert "400 decisions, 400 with feedback; value: mean score; ± 95% intervals" in ended.out
     assert "small" in ended.out
     report = json.loads((tmp_path / "out.json").read_text())
     assert [of["verdict"] for of in report["policies"]] == ["judged"] * 3

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from p2l_engine.coefficients import Coefficients
     from p2l_engine.engine import Engine
     from p2l_engine.replay.report import PolicyReplay, ReplayReport
+    from p2l_engine.reports import Figure
 
 SHARES = 3  # models whose shares the table shows
 
@@ -107,13 +108,13 @@ def replay(
 def _show(report: ReplayReport) -> None:
     from p2l_engine.cli.table import print_table
 
-    exact = all(of.verdict == "exact" for of in report.policies)
-    rows = [_row(of) for of in report.policies]
+    exact = any(of.verdict == "exact" for of in report.policies)
     what = "mean score" if report.of == "score" else "win rate against the log's choices"
     kind = "prompts of a matrix" if exact else f"decisions, {report.with_reward:,} with feedback"
-    title = f"{report.rows:,} {kind}; value: {what}, {report.level:.0%} intervals"
-    columns = ("policy", "value", "interval", "cost", "interval", "eff. rows", "verdict", "shares")
-    print_table(title, columns, rows, out(), dense=True)
+    title = f"{report.rows:,} {kind}; value: {what}; ± {report.level:.0%} intervals"
+    columns = ("policy", "value", "cost", "effective", "verdict")
+    print_table(title, columns, [_row(of) for of in report.policies], out(), dense=True)
+    print_table("shares of its choices", ("policy", "model", "share"), _shares(report.policies), out(), dense=True)
     for of in report.policies:
         for reason in of.reasons:
             note(f"{of.name}: refused: {reason}", warning=True)
@@ -132,21 +133,25 @@ def _show(report: ReplayReport) -> None:
 
 
 def _row(of: PolicyReplay) -> tuple[str, ...]:
-    value, value_interval = _figure(of, "value", ".4f")
-    cost, cost_interval = _figure(of, "cost", ".4g")
-    if not cost and of.expected_cost is not None:
-        cost = f"~{of.expected_cost:.4g}"
-    effective = "" if of.effective_rows is None else f"{of.effective_rows:,.0f}"
-    shares = ", ".join(f"{name} {share:.0%}" for name, share in list(of.shares.items())[:SHARES])
-    if len(of.shares) > SHARES:
-        shares += f", {len(of.shares) - SHARES} more"
-    return of.name, value, value_interval, cost, cost_interval, effective, of.verdict, shares
-
-
-def _figure(of: PolicyReplay, what: str, form: str) -> tuple[str, str]:
     from p2l_engine.replay.report import shown_figure
 
-    figure = shown_figure(of.value if what == "value" else of.cost)
-    if figure is None:
-        return "", ""
-    return f"{figure.value:{form}}", f"{figure.low:{form}} to {figure.high:{form}}"
+    value, cost = shown_figure(of.value), shown_figure(of.cost)
+    expected = "" if of.expected_cost is None else f"~{of.expected_cost:.4g}"
+    effective = "" if of.effective_rows is None else f"{of.effective_rows:,.0f}"
+    return of.name, _text(value, ".4f"), _text(cost, ".4g") or expected, effective, of.verdict
+
+
+def _text(figure: Figure | None, form: str) -> str:
+    return "" if figure is None else f"{figure.value:{form}} ±{(figure.high - figure.low) / 2:.2g}"
+
+
+def _shares(policies: Sequence[PolicyReplay]) -> list[tuple[str, str, str]]:
+    """The largest shares of each policy."""
+    rows = []
+    for of in policies:
+        largest, rest = list(of.shares.items())[:SHARES], len(of.shares) - SHARES
+        found = [(name, f"{share:.1%}") for name, share in largest]
+        if rest > 0:
+            found.append((f"{rest} more", f"{max(1 - sum(share for _, share in largest), 0.0):.1%}"))
+        rows += [(of.name if i == 0 else "", *row) for i, row in enumerate(found)]
+    return rows

@@ -13,7 +13,7 @@ from rich.text import Text
 from p2l_engine.cli.inputs import flat
 
 LEAST = 23  # characters of a name: two of them, three numbers and the space between fit 80 columns
-NAMES = ("model", "category", "best model", "one model for all")  # headings of columns of names
+NAMES = ("model", "policy", "category", "best model", "one model for all")  # headings of columns of names
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], out: Console, dense: bool = False) -> None:
