@@ -112,6 +112,7 @@ def test_the_expectation_over_all_logs_is_the_true_value(world, n):
     assert expected == {"ips": truth, "dr": truth}
 
 
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.integers(0, 9), st.fractions(-3, 3, max_denominator=9)), min_size=1, max_size=8))
 def test_snips_is_ips_where_the_weights_have_mean_1(rows):
     total = sum(w for w, _ in rows)
@@ -129,10 +130,28 @@ def test_snips_is_ips_where_the_weights_have_mean_1(rows):
             assert influence[i] == len(w) * (value - snips(w[others], y[others])[0])
 
 
+@settings(max_examples=40)
 @given(st.lists(st.tuples(*[st.fractions(0, 3, max_denominator=9)] * 3), min_size=1, max_size=8))
 def test_doubly_robust_is_exact_where_the_rewards_model_is(rows):
     w, y, direct = (np.array(column, object) for column in zip(*rows, strict=True))
     assert doubly_robust(w, y, y, direct)[0] == sum(direct) / len(direct)
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 12), st.integers(1, 3), st.integers(1, 4))
+def test_rows_of_one_cell_share_their_mean_mixture(seed, n, width, models):
+    rng = np.random.default_rng(seed)
+    indices = rng.integers(0, models, (n, width)).astype(np.int32)
+    mixture = Mixture(indices, rng.dirichlet(np.ones(width), n) * (rng.random((n, 1)) < 0.9))
+    cells = np.unique(rng.integers(0, 4, n), return_inverse=True)[1]
+    mixture.probabilities[mixture.probabilities.sum(1) == 0, 0] = 1
+    firsts = np.unique(cells, return_index=True)[1]
+
+    def dense(of):
+        return of.of(np.tile(np.arange(models), (len(of), 1)))
+
+    expected = np.stack([dense(mixture)[cells == cell].mean(0) for cell in range(len(firsts))])
+    np.testing.assert_allclose(dense(mixture.averaged(cells, firsts)), expected, atol=1e-12)
 
 
 def test_the_standard_error_of_one_row_each_is_that_of_a_mean(rng):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Drawing
 
 from p2l_engine.plotting import BLUE, GREY, ORANGE, save
 from p2l_engine.replay.report import ReplayReport, shown_figure
 from p2l_engine.reports import Figure
+
+LABEL, NEAR = 7.0, (110.0, 13.0)  # pixels: from a point to its name's middle; names that are nearer than that overlap
 
 
 def plane(report: ReplayReport, path: str | Path) -> None:
@@ -31,24 +35,36 @@ def plane(report: ReplayReport, path: str | Path) -> None:
     if len(best) > 1:
         line = np.array([(points[i][1].value, points[i][2].value) for i in best])
         axes.step(line[:, 0], line[:, 1], where="post", color=ORANGE, linewidth=1.2, label="not beaten at this cost", zorder=1)
-    for i, (name, cost, value) in enumerate(points):
+    for i, (_, cost, value) in enumerate(points):
         label = None if i else f"policy, {report.level:.0%} interval"
         axes.errorbar(
             cost.value, value.value, xerr=_ends(cost), yerr=_ends(value), fmt="o", markersize=5,
             color=BLUE, ecolor=GREY, elinewidth=0.9, capsize=2, zorder=2, label=label,
         )  # fmt: skip
-        axes.annotate(name, (cost.value, value.value), xytext=(6, 5), textcoords="offset points", fontsize=8, parse_math=False)
     axes.margins(x=0.1, y=0.1)
     axes.set_xlabel("mean cost of a decision")
     axes.set_ylabel("mean score" if report.of == "score" else "win rate against the log's choices")
+    _label(axes, points)
     axes.spines[["top", "right"]].set_visible(False)
     if points:
         drawing.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
-    title = f"{report.rows:,} decisions, {report.with_reward:,} with feedback"
+    exact = any(of.verdict == "exact" for of in report.policies)
+    title = f"{report.rows:,} prompts" if exact else f"{report.rows:,} decisions, {report.with_reward:,} with feedback"
     if left_out:
         title += f"; not drawn: {', '.join(left_out)}"
     drawing.suptitle(title, fontsize=10, x=0.01, ha="left", parse_math=False, wrap=True)
     save(drawing, path)
+
+
+def _label(axes: Axes, points: Sequence[tuple[str, Figure, Figure]]) -> None:
+    """The policies' names, each above its point, or below it where an earlier one is in the way."""
+    taken: list[tuple[float, float]] = []
+    for name, cost, value in points:
+        x, y = axes.transData.transform((cost.value, value.value)).tolist()
+        above = not any(abs(x - a) < NEAR[0] and abs(y + LABEL - b) < NEAR[1] for a, b in taken)
+        taken.append((x, y + LABEL if above else y - 2 * LABEL))
+        place = {"xytext": (6, 5 if above else -11), "textcoords": "offset points", "fontsize": 8}
+        axes.annotate(name, (cost.value, value.value), parse_math=False, **place)
 
 
 def _frontier(points: list[tuple[float, float]]) -> list[int]:
