@@ -278,12 +278,19 @@ def test_few_rows_and_heavy_rows_are_refused(rng):
 def test_one_session_gives_no_interval(rng):
     (found,) = replay(drawn(rng, 500, [0.3, 0.4, 0.3], session=np.zeros(500, np.int64)), [PolicySpec("x", always="b")]).policies
     assert found.reasons == ("all rows with feedback are of one prompt or one session: no interval can be said",)
+
+
+def test_a_cost_that_is_known_too_rarely_or_by_model_is_none(rng):
     cost = np.full(500, np.nan)
     cost[0] = 1.0
     (found,) = replay(drawn(rng, 500, [0.3, 0.4, 0.3], cost=cost), [PolicySpec("x", always="b")]).policies
     assert (found.verdict, found.cost) == ("judged", {})
-    with pytest.raises(ValueError, match="a matrix of two prompts at least, got 1"):
-        replay(ScoreMatrix(MODELS, [("x",)], np.ones((1, 3))), [PolicySpec("x", always="b")])
+    assert "no cost: it is known for" in found.warnings[0]
+    log = drawn(rng, 500, [0.3, 0.4, 0.3])
+    partly = np.where((log.chosen == 1) & (rng.random(500) < 0.6), np.nan, log.cost)
+    (found,) = replay(log.__class__(**{**_fields(log), "cost": partly}), [PolicySpec("x", always="b")]).policies
+    assert found.cost == {}
+    assert "whether it is known depends on the model" in found.warnings[0]
 
 
 def test_propensities_that_are_not_those_of_the_draws_are_refused(rng):
@@ -354,6 +361,11 @@ def test_a_matrix_is_replayed_exactly(rng, spec):
     assert found.cost["exact"].value == pytest.approx(sum(p[i] @ costs[i] for i in range(60)) / 60, abs=1e-9)
     assert found.expected_cost == pytest.approx(float((p @ CATALOG.costs).mean()), abs=1e-9)
     assert sum(found.shares.values()) == pytest.approx(1)
+
+
+def test_a_matrix_of_one_prompt_is_refused():
+    with pytest.raises(ValueError, match="a matrix of two prompts at least, got 1"):
+        replay(ScoreMatrix(MODELS, [("x",)], np.ones((1, 3))), [PolicySpec("x", always="b")])
 
 
 def test_a_matrix_has_no_logging_policy_and_names_models_that_it_lacks(rng):

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from p2l_engine.bootstrap import LEVEL
+from p2l_engine.bootstrap import LEVEL, effective
 from p2l_engine.catalog import Catalog
 from p2l_engine.coefficients import Coefficients
 from p2l_engine.replay import target as targets
@@ -20,7 +20,7 @@ from p2l_engine.replay.logged import LoggedDecisions, ScoreMatrix, Turns
 from p2l_engine.replay.mixture import Float64, Mixture
 from p2l_engine.replay.policies import PolicySpec
 from p2l_engine.replay.report import PolicyReplay, ReplayReport
-from p2l_engine.replay.support import judge
+from p2l_engine.replay.support import EFFECTIVE, depends_on_choice, judge
 from p2l_engine.replay.target import CannotChoose, Target
 from p2l_engine.reports import Figures
 
@@ -117,14 +117,27 @@ def _judged(spec: PolicySpec, scene: _Scene, checkpoints: Checkpoints | None, le
     )  # fmt: skip
     value: Figures = {}
     cost: Figures = {}
+    why: tuple[str, ...] = ()
     if not support.reasons:
         value = scene.figures(log.reward, target, weight, scene.rates)
-        cost = scene.figures(log.cost, target, weight, None)
+        cost, why = _costs(scene, target, weight)
     return PolicyReplay(
         spec.name, "refused" if support.reasons else "judged", value, cost, target.expected_cost, _shares(target),
         support.effective, support.taken, support.heaviest, support.largest, support.mean_weight, support.unsupported,
-        support.reasons, support.warnings,
+        support.reasons, support.warnings + why,
     )  # fmt: skip
+
+
+def _costs(scene: _Scene, target: Target, weight: Float64) -> tuple[Figures, tuple[str, ...]]:
+    """The cost's figures; or none, and why."""
+    known = ~np.isnan(scene.log.cost)
+    if not known.any():
+        return {}, ()
+    if (size := effective(weight[known])) < EFFECTIVE:
+        return {}, (f"no cost: it is known for {size:.1f} effective rows, expected {EFFECTIVE:g} at least",)
+    if (uneven := depends_on_choice(weight, known, scene.clusters)) is not None:
+        return {}, (f"no cost: {uneven}: whether it is known depends on the model",)
+    return scene.figures(scene.log.cost, target, weight, None), ()
 
 
 def _exact(

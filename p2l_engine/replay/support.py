@@ -82,17 +82,21 @@ def judge(
             f"{HEAVIEST:.0%}"
         )
     warnings = []
-    if (
-        not reasons
-        and not judged.all()
-        and (away := _away(of, mean, mean, [labels[judged] for labels in clusters])) is not None
-    ):
-        warnings.append(
-            f"among rows with feedback the weights' mean is {float(of.mean()):.3g}, among all {mean:.3g}, {away}: whether "
-            "feedback came depends on the model, and the value may be wrong by that"
-        )
+    if not reasons and (uneven := depends_on_choice(weight, judged, clusters)) is not None:
+        warnings.append(f"{uneven}: whether feedback came depends on the model, and the value may be wrong by that")
     largest = float(of.max(initial=0.0))
     return Support(float(probability.mean()), size, heaviest, largest, mean, missing, tuple(reasons), tuple(warnings))
+
+
+def depends_on_choice(weight: Float64, known: npt.NDArray[np.bool_], clusters: Sequence[Int64]) -> str | None:
+    """Whether it depends on the choice on which rows something is known [N]: then the weights' mean differs among them."""
+    if known.all() or not known.any():
+        return None
+    of, mean = weight[known], float(weight.mean())
+    away = _away(of, mean, mean, [labels[known] for labels in clusters])
+    return (
+        None if away is None else f"among those rows the weights' mean is {float(of.mean()):.3g}, among all {mean:.3g}, {away}"
+    )
 
 
 def _unsupported(
