@@ -63,8 +63,9 @@ def _label(axes: Axes, points: Sequence[tuple[str, Figure, Figure]]) -> None:
         x, y = axes.transData.transform((cost.value, value.value)).tolist()
         above = not any(abs(x - a) < NEAR[0] and abs(y + LABEL - b) < NEAR[1] for a, b in taken)
         taken.append((x, y + LABEL if above else y - 2 * LABEL))
-        place = {"xytext": (6, 5 if above else -11), "textcoords": "offset points", "fontsize": 8}
-        axes.annotate(name, (cost.value, value.value), parse_math=False, **place)
+        beside = (6.0, 5.0 if above else -11.0)
+        where = (cost.value, value.value)
+        axes.annotate(name, where, xytext=beside, textcoords="offset points", fontsize=8, parse_math=False)
 
 
 def _frontier(points: list[tuple[float, float]]) -> list[int]:
