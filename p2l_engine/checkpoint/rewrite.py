@@ -36,8 +36,8 @@ def rewrite(
     head: for the hidden states of the same backbone, with a tie parameter where the source has one; one layer, also where the
     source's head has two. models: the names of its columns, None: the source's. training: entries of training_config.json that
     are added or replaced. files: contents of files by name, or functions that write them, None for a file of the source that is
-    left out; README.md and evaluation.json, which describe the old head, are left out unless they are given. An adapter stays an
-    adapter over the same backbone. The folder is written whole or not at all.
+    left out; README.md and evaluation.json, which describe the old head, are left out unless they are given. An adapter stays
+    an adapter over the same backbone. The folder is written whole or not at all.
 
     Raises ValueError where ``target`` is neither missing nor an empty folder, or lies in the source's folder, or where head and
     models do not fit; FloatingPointError for weights that are not finite; OSError where the folder cannot be written.

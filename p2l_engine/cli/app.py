@@ -10,6 +10,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from p2l_engine import __version__
 from p2l_engine.cli import log
+from p2l_engine.cli.adapt import adapt
 from p2l_engine.cli.batch import batch
 from p2l_engine.cli.calibrate import calibrate
 from p2l_engine.cli.evaluate import evaluate
@@ -60,6 +61,7 @@ for name, command in (
     ("eval", evaluate),
     ("replay", replay),
     ("train", train),
+    ("adapt", adapt),
     ("calibrate", calibrate),
     ("export", export),
     ("info", info),

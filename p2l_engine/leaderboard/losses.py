@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from p2l_engine.feedback import FeedbackModel
+from p2l_engine.feedback import FeedbackModel, Outcome
 from p2l_engine.leaderboard.network import SINGULAR, IndefiniteError, eliminate, solve_flows, solve_nodes
 from p2l_engine.leaderboard.outcomes import pair_count, pairs
 
@@ -241,7 +241,9 @@ def _differentiated(feedback: FeedbackModel, a: Float64, b: Float64, eta: Float6
     with torch.inference_mode(False), torch.enable_grad():
         local = torch.from_numpy(point).repeat(outcomes, 1).requires_grad_()
         first, second, ground, tie = local.unbind(1)
-        every = feedback.log_probabilities(first, second, tie if feedback.has_eta else None, ground).view(outcomes, count, -1)
+        every = feedback.log_probabilities(first, second, tie if feedback.has_eta else None, ground).view(
+            outcomes, count, len(Outcome)
+        )
         log_p = torch.cat([every[k, :, k] for k in range(outcomes)])
         slope = _gradient(log_p, local, create_graph=True)
         bend = torch.stack([_gradient(of, local) for of in slope.unbind(1)], 1)

@@ -20,11 +20,13 @@ SCORES = ("prompt", "model", "score")
 
 def score_matrix(
     source: str | Path | Sequence[str | Path] | Table,
+    complete: bool = True,
 ) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...], npt.NDArray[np.float64]]:
     """Prompts (sorted), models (sorted) and scores [P, M] of a table with the columns prompt, model, score, or of the files
     that ``source`` names.
 
-    Raises ValueError where a row is invalid, a model has no score, or two, on a prompt, or a prompt is empty.
+    complete: whether every model must have a score on every prompt; where not, missing scores are NaN. Raises ValueError where
+    a row is invalid, a model has no score (if complete), or two, on a prompt, or a prompt is empty.
     """
     table = (source if isinstance(source, Table) else read_table(source, SCORES)).with_numbers_as_text()
     path = table.shown
@@ -52,12 +54,12 @@ def score_matrix(
         of_prompt[model] = value
     prompts, models = tuple(sorted(rows)), tuple(sorted({m for row in rows.values() for m in row}))
     for prompt in prompts:
-        if len(rows[prompt]) != len(models):
+        if complete and len(rows[prompt]) != len(models):
             lacking = sorted(set(models) - set(rows[prompt]))
             raise ValueError(f"{path}: the prompt {prompt[0][:60]!r} has no score of {', '.join(lacking)}")
     if len(models) < 2:
         raise ValueError(f"{path}: expected scores of at least two models, got {', '.join(models) or 'none'}")
-    return prompts, models, np.array([[rows[p][m] for m in models] for p in prompts])
+    return prompts, models, np.array([[rows[p].get(m, np.nan) for m in models] for p in prompts])
 
 
 def from_scores(
@@ -66,8 +68,8 @@ def from_scores(
     scores: npt.NDArray[np.float64],
     wanted: tuple[str, ...] | None = None,
 ) -> Votes:
-    """One vote for every pair of models on every prompt: the higher score wins; equal scores are a tie if at least 0.5, else
-    both bad. scores [P, M]. wanted: the models' order."""
+    """One vote for every pair of models with scores on a prompt: the higher score wins; equal scores are a tie if at least 0.5,
+    else both bad. scores [P, M], NaN where there is none. wanted: the models' order."""
     if wanted is not None:
         if set(wanted) != set(models):
             raise ValueError(f"models: expected {sorted(wanted)}, got {sorted(models)}")
@@ -78,4 +80,5 @@ def from_scores(
     outcome = np.where(a > b, Outcome.A, np.where(a < b, Outcome.B, equal)).astype(np.int64)
     n = len(prompts)
     pairs = (np.tile(i, n).astype(np.int64), np.tile(j, n).astype(np.int64))
-    return Votes.make(prompts, models, np.repeat(np.arange(n), len(i)), *pairs, outcome.ravel())
+    votes = Votes.make(prompts, models, np.repeat(np.arange(n), len(i)), *pairs, outcome.ravel())
+    return votes if np.isfinite(scores).all() else votes.where(np.isfinite(a + b).ravel())

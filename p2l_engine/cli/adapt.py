@@ -1,0 +1,254 @@
+"""p2l-engine adapt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from p2l_engine.cli.inputs import PROMPT_FILE, Column, Date, Device, Dtype
+from p2l_engine.cli.progress import progress
+from p2l_engine.cli.terminal import note, out, status
+from p2l_engine.tables.limits import MAX_DROPPED
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from p2l_engine.engine import Engine
+    from p2l_engine.learning.adapt import Adapted
+    from p2l_engine.learning.new_models import Descriptions
+    from p2l_engine.votes import Votes
+
+LEARNING = "Learning"  # heading of options in the help
+
+
+def adapt(
+    checkpoint: Annotated[
+        str | None, typer.Argument(help="Checkpoint folder or name on the hub. Default: the built-in checkpoint.")
+    ] = None,
+    votes: Annotated[
+        str | None,
+        typer.Option(
+            help="Votes, or scores of several models, to learn from: a table (.parquet, .csv, .jsonl), a folder, glob or URI "
+            "of such files, or a data set on the hub. Models that the checkpoint lacks are added."
+        ),
+    ] = None,
+    target: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder to write; it must not exist yet, or be empty.")
+    ] = None,
+    models: Annotated[
+        Path | None,
+        typer.Option(
+            help="YAML file on the new models, 'models: {NAME: {like: KNOWN, prior_rating: NUMBER, cost: NUMBER}}', each key "
+            "if wanted, and 'ratings: {KNOWN: NUMBER}', which say what a rating means.",
+            rich_help_panel=LEARNING,
+        ),
+    ] = None,
+    drop: Annotated[
+        list[str] | None,
+        typer.Option(help="Retire this model: its row is left out; may be repeated.", rich_help_panel=LEARNING),
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Prompts that say how your prompts vary; few votes learn more with them: {PROMPT_FILE}.",
+            rich_help_panel=LEARNING,
+        ),
+    ] = None,
+    known_votes: Annotated[
+        float | None,
+        typer.Option(
+            min=1,
+            help="How many votes the row of a trained model counts for, against the new votes on it. Default: 36,000.",
+            show_default=False,
+            rich_help_panel=LEARNING,
+        ),
+    ] = None,
+    column: Column = "prompt",
+    max_dropped: Annotated[float, typer.Option(min=0, max=1, help="The share of rows that may be invalid.")] = MAX_DROPPED,
+    cache: Annotated[bool, typer.Option(help="Keep hidden states of prompts in the user's cache folder.")] = True,
+    device: Device = None,
+    dtype: Dtype = None,
+    date: Date = None,
+) -> None:
+    """Add models to a checkpoint, and update those that it has, from votes or scores; its backbone stays as it is."""
+    if target is None:
+        raise typer.BadParameter("expected a folder to write", param_hint="--output")
+    if votes is None and models is None and not drop:
+        raise typer.BadParameter("expected votes, descriptions of new models or a model to drop", param_hint="--votes")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise typer.BadParameter(
+            f"expected a folder that does not exist yet, or an empty one, got {target}", param_hint="--output"
+        )
+    from p2l_engine.learning.new_models import Descriptions
+
+    described = Descriptions() if models is None else Descriptions.read(models)
+    with status("loading"):
+        import numpy as np
+        import torch
+
+        from p2l_engine import checkpoint as checkpoints
+        from p2l_engine.engine import Engine
+        from p2l_engine.learning import hidden, names, write
+        from p2l_engine.learning.adapt import KNOWN_VOTES
+        from p2l_engine.learning.adapt import adapt as learn
+        from p2l_engine.votes import Votes, prompts_hash, read
+
+        loaded = checkpoints.load(checkpoint, date)
+    unknown = sorted(set(drop or []) - set(loaded.models))
+    if unknown:
+        raise typer.BadParameter(f"expected some of {', '.join(loaded.models)}, got {', '.join(unknown)}", param_hint="--drop")
+    given = Votes.make([], loaded.models, *[np.zeros(0, np.int64)] * 4)
+    if votes is not None:
+        given, dropped = read(
+            votes, None, loaded.feedback, None if column == "prompt" else {"prompt": column}, max_dropped, complete=False
+        )
+        for line in dropped.lines():
+            note(f"dropped {line}", warning=True)
+    retired = write.retired_models(loaded.folder)
+    listed = [model.name for model in described.models]
+    found = [name for name in given.models if name not in loaded.models and name not in listed]
+    names.check_new([*listed, *found], loaded.models, retired)
+    engine = Engine(loaded, device, dtype)
+    given = _readable(engine, given)
+    names.check_connected(given, loaded.models, loaded.feedback)
+    reference = _reference(prompts, column)
+    store = hidden.cache_folder() if cache else None
+    every = [*given.prompts, *reference]
+    with progress(len(every)) as advance:
+        states = hidden.hidden_states(engine, [list(turns) for turns in every], store, advance)
+    mean_theta = _mean_theta(loaded.head, states)
+    new = described.as_new_models(loaded.models, mean_theta)
+    new += type(described)(tuple(_described(name) for name in found)).as_new_models(loaded.models, mean_theta)
+    adapted = learn(
+        loaded.head, loaded.models, loaded.feedback, given, states[: len(given.prompts)], new, loaded.uncertainty, states,
+        KNOWN_VOTES if known_votes is None else known_votes,
+    )  # fmt: skip
+    record = {"votes": len(given), "prompts": len(given.prompts), "new": list(adapted.new), "prompts_hash": prompts_hash(given)}
+    if len(given) and any(same.get("prompts_hash") == record["prompts_hash"] for same in write.learned(loaded.folder)):
+        note(
+            "votes on the same prompts were learned from before: if they are the same votes, they count twice now", warning=True
+        )
+    file = loaded.folder / "catalog.yaml"
+    catalog = _catalog(file, described, adapted, drop or []) if file.is_file() else None
+    write.write(loaded, target, adapted.head, adapted.models, adapted.uncertainty, drop or (), record, catalog)
+    if len(given):
+        _show(adapted, given, states[: len(given.prompts)], loaded.feedback, torch.from_numpy)
+    for name in adapted.new:
+        if name not in _with_votes(given):
+            note(f"{name} has no votes: its row is what the prior says", warning=True)
+    if adapted.uncertainty is not None:
+        rank = adapted.uncertainty.factors.shape[1]
+        note(
+            f"posterior of {len(adapted.uncertainty.models)} models: {2 * rank * (rank + 1):,} bytes for each, and "
+            f"{4 * adapted.uncertainty.basis.numel():,} for all"
+        )
+    note(f"wrote {target}")
+
+
+def _described(name: str) -> Any:
+    from p2l_engine.learning.new_models import Described
+
+    return Described(name)
+
+
+def _readable(engine: Engine, votes: Votes) -> Votes:
+    """Without the votes on prompts that the template or the tokenizer refuses, which are counted."""
+    import numpy as np
+
+    _, problems = engine.encoder.encode_each([list(turns) for turns in votes.prompts])
+    if not problems:
+        return votes
+    refused = np.isin(votes.prompt, list(problems))
+    first = min(problems)
+    note(
+        f"dropped {int(refused.sum()):,} votes on {len(problems):,} prompts that cannot be read (the first: {problems[first]})",
+        warning=True,
+    )
+    return votes.where(~refused)
+
+
+def _reference(prompts: str | None, column: str) -> list[tuple[str, ...]]:
+    if prompts is None:
+        return []
+    from p2l_engine.cli.prompts import PromptFile
+    from p2l_engine.prompts.parse import user_turns
+
+    return [tuple(user_turns(prompt, i)) for i, prompt in enumerate(PromptFile.read(prompts, column).prompts)]
+
+
+def _mean_theta(head: Any, states: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """[M]: over these hidden states, or at the mean of none, 0."""
+    import numpy as np
+
+    middle = states.mean(0, dtype=np.float64) if len(states) else np.zeros(states.shape[1])
+    m = head.n_models
+    found: npt.NDArray[np.float64] = head.weight[:m].double().numpy() @ middle + head.bias[:m].double().numpy()
+    return found
+
+
+def _with_votes(votes: Votes) -> set[str]:
+    import numpy as np
+
+    used = votes.weight > 0
+    sides = np.concatenate([votes.a[used], votes.b[used]])
+    return {votes.models[i] for i in np.unique(sides[sides >= 0])}
+
+
+def _catalog(file: Path, described: Descriptions, adapted: Adapted, drop: list[str]) -> bytes | None:
+    """The catalog with the new models whose cost is given, without the dropped ones; None where nothing changes."""
+    import yaml
+
+    from p2l_engine.unique_keys import UniqueKeys
+
+    values = yaml.load(file.read_text(encoding="utf-8"), UniqueKeys)
+    key = "model_configs" if "model_configs" in values else "models"
+    costs = {model.name: model.cost for model in described.models if model.cost is not None}
+    entries = {name: entry for name, entry in values[key].items() if name not in drop}
+    entries |= {name: {"cost": cost} for name, cost in costs.items() if name not in entries}
+    lacking = [name for name in adapted.new if name not in entries]
+    if lacking:
+        note(
+            f"catalog.yaml has no cost of {', '.join(lacking)}: add it there, or give it in --models; until then route with "
+            "--leave-out",
+            warning=True,
+        )
+    if entries == values[key]:
+        return None
+    return yaml.safe_dump(values | {key: entries}, sort_keys=False, allow_unicode=True).encode()
+
+
+def _show(adapted: Adapted, votes: Votes, states: npt.NDArray[np.float32], feedback: Any, tensor: Any) -> None:
+    """The models that learned: their votes, mean theta over the votes' prompts, rank and win rate among all."""
+    import numpy as np
+
+    from p2l_engine.cli.table import print_table
+    from p2l_engine.coefficients import Coefficients
+    from p2l_engine.leaderboard import Leaderboard
+
+    head = adapted.head
+    out_ = states @ head.weight.numpy().T + head.bias.numpy()
+    theta, eta = head.split(out_.astype(np.float32))
+    middle = tensor(states.mean(0, dtype=np.float64).astype(np.float32))[None]
+    deviation = (
+        np.zeros(len(adapted.models)) if adapted.uncertainty is None else adapted.uncertainty.deviation(middle)[0].numpy()
+    )
+    used = votes.weight > 0
+    sides = np.concatenate([votes.a[used], votes.b[used]])
+    count = {votes.models[i]: int((sides == i).sum()) for i in range(len(votes.models))}
+    means = theta.mean(0)
+    rank = {adapted.models[i]: str(place) for place, i in enumerate(np.argsort(-means, kind="stable"), 1)}
+    rate = dict.fromkeys(adapted.models, "")
+    if not feedback.of_values:
+        for standing in Leaderboard.over(Coefficients(theta, eta, adapted.models, feedback)):
+            rank[standing.model] = str(standing.rank)
+            rate[standing.model] = "" if standing.win_rate is None else f"{standing.win_rate:.1%}"
+    rows = []
+    for name in (*adapted.new, *adapted.moved):
+        i = adapted.models.index(name)
+        kind = "new" if name in adapted.new else "updated"
+        rows.append((name, kind, f"{count.get(name, 0):,}", f"{means[i]:.3f} ± {deviation[i]:.3f}", rank[name], rate[name]))
+    title = f"{len(votes):,} votes on {len(votes.prompts):,} prompts"
+    print_table(title, ("model", "row", "votes", "mean theta", "rank", "win rate"), rows, out())

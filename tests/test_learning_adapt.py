@@ -1,0 +1,266 @@
+"""learning/adapt.py: what votes move and what they leave, calibration in the simulator, priors, and names."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from p2l_engine.backbone.head import Head
+from p2l_engine.feedback import Outcome, feedback_model
+from p2l_engine.learning.adapt import NewModel, adapt
+from p2l_engine.learning.names import check_connected, check_new
+from p2l_engine.learning.new_models import Descriptions
+from p2l_engine.learning.prior import Basis, Scales, covariance, of_rows
+from p2l_engine.votes import Votes
+from tests.support.simulate import WORDS, Simulator
+
+
+def words_in(prompts):
+    """[N, 12]: hidden states in which the simulator's coefficients are linear."""
+    return np.array([[word in prompt.split() for word in WORDS] for prompt in prompts], np.float32)
+
+
+def head_of(world, models):
+    """The true head of the simulator, for its first ``models`` models."""
+    weight, bias = [world.effects[:, :models].T], [world.base[:models]]
+    if world.feedback.has_eta:
+        weight, bias = [*weight, world.ties[None]], [*bias, np.zeros(1)]
+    return Head(*(torch.from_numpy(np.concatenate(of)).float() for of in (weight, bias)), models)
+
+
+def joined(world, n, seed, **options):
+    """A simulator's last model, added to the others with n votes; also the prompts of these."""
+    prompts = world.prompts(n, seed)
+    m = world.n_models - 1
+    votes = world.votes(prompts, 40, seed)
+    one_side = (votes.a == m) ^ (votes.b == m)
+    votes = votes.where(one_side)
+    first = np.unique(votes.prompt, return_index=True)[1]
+    votes = votes.where(np.isin(np.arange(len(votes)), first))
+    texts = [turns[0] for turns in votes.prompts]
+    found = adapt(
+        head_of(world, m), world.models[:m], world.feedback, votes, words_in(texts), [NewModel(world.models[m])], **options
+    )
+    return found, votes
+
+
+def theta(head, hidden):
+    out = torch.from_numpy(hidden) @ head.weight.T + head.bias
+    return out[:, : head.n_models]
+
+
+def test_rows_and_pairs_that_no_vote_touches_keep_their_bits():
+    world = Simulator.of("grk", 6)
+    head, m = head_of(world, 5), 5
+    prompts = world.prompts(50)
+    n = len(prompts)
+    # Model 2 against the new one, all won by the new one.
+    votes = Votes.make(
+        [(p,) for p in prompts], ("model-002", "new"), np.arange(n), np.zeros(n, int), np.ones(n, int), np.ones(n, int)
+    )
+    found = adapt(head, world.models[:5], world.feedback, votes, words_in(prompts), [NewModel("new")], known_votes=100)
+    assert found.moved == ("model-002",)
+    others = [0, 1, 3, 4]
+    assert torch.equal(found.head.weight[others], head.weight[others])
+    assert torch.equal(found.head.bias[others], head.bias[others])
+    assert torch.equal(found.head.weight[m + 1 :], head.weight[m:])
+    assert not torch.equal(found.head.weight[2], head.weight[2])
+    before, after = theta(head, words_in(prompts)), theta(found.head, words_in(prompts))
+    assert torch.equal(before[:, others], after[:, others])
+    assert float((after - before)[:, 2].mean()) < 0  # it lost
+    assert float(after[:, 5].mean()) > float(before[:, 2].mean())
+
+
+def test_a_known_row_moves_less_the_more_votes_it_counts_for():
+    world, moves = Simulator.of("bt-tie", 4), []
+    for known_votes in (10, 1_000, 100_000):
+        found, _ = joined(world, 60, 1, known_votes=known_votes)
+        moves.append(float((found.head.weight[:3] - head_of(world, 3).weight[:3]).abs().max()))
+    assert moves[0] > 5 * moves[1] > 25 * moves[2] > 0
+
+
+def test_without_votes_a_new_model_is_what_the_prior_says():
+    world = Simulator.of("grk", 5)
+    head, hidden = head_of(world, 5), words_in(world.prompts(80))
+    none = Votes.make([], world.models, *[np.zeros(0, np.int64)] * 4)
+    new = [NewModel("average"), NewModel("copy", like="model-001"), NewModel("strong", level=2.5)]
+    found = adapt(head, world.models, world.feedback, none, hidden[:0], new, reference=hidden)
+    assert found.models == (*world.models, "average", "copy", "strong")
+    assert found.moved == ()
+    torch.testing.assert_close(found.head.weight[5], head.weight[:5].mean(0), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(found.head.weight[6], head.weight[1], atol=1e-6, rtol=1e-6)
+    assert float(theta(found.head, hidden)[:, 7].mean()) == pytest.approx(2.5, abs=1e-4)
+    assert found.uncertainty is not None
+    sure = found.uncertainty.deviation(torch.from_numpy(hidden))
+    assert (sure[:, :5] == 0).all()
+    assert (sure[:, 6] < sure[:, 5]).all()
+
+
+@pytest.mark.parametrize("name", ["bt", "bt-tie", "rk", "rk-reparam", "grk", "ols", "poisson"])
+def test_a_model_is_learned_under_every_feedback_model(name):
+    world = Simulator.of(name, 5, seed=3)
+    world.spread = 1.0
+    prompts = world.prompts(600, 1)
+    votes, hidden = world.votes(prompts, 4), words_in(prompts)
+    found = adapt(head_of(world, 4), world.models[:4], world.feedback, votes, hidden, [NewModel(world.models[4])])
+    new = words_in(world.prompts(300, 5))
+    truth, guess = world.truth(world.prompts(300, 5)).theta[:, 4], theta(found.head, new)[:, 4].numpy()
+    assert np.corrcoef(truth, guess)[0, 1] > 0.9
+    assert np.abs(truth - guess).mean() < 0.5
+
+
+@pytest.mark.slow
+def test_the_posterior_covers_the_true_coefficients():
+    inside, total = 0, 0
+    for seed in range(40):
+        world = Simulator.of("grk", 8, seed=seed)
+        found, _ = joined(world, 150, 1, known_votes=1e6)
+        texts = world.prompts(200, 9)
+        hidden, truth = words_in(texts), world.truth(texts).theta[:, 7]
+        away = np.abs(theta(found.head, hidden)[:, 7].numpy() - truth)
+        inside += int((away < 1.96 * found.uncertainty.deviation(torch.from_numpy(hidden))[:, 7].numpy()).sum())
+        total += len(truth)
+    assert 0.90 < inside / total < 0.985
+
+
+def test_votes_in_two_parts_give_nearly_the_same_as_all_at_once():
+    world = Simulator.of("grk", 6, seed=2)
+    prompts = world.prompts(400, 1)
+    votes, hidden, new = world.votes(prompts, 1), words_in(prompts), [NewModel(world.models[5])]
+    scales = Scales(1.0, 0.5, 1.0)
+    every = adapt(head_of(world, 5), world.models[:5], world.feedback, votes, hidden, new, reference=hidden, scales=scales)
+    half = adapt(
+        head_of(world, 5), world.models[:5], world.feedback, votes.of(range(200)), hidden[:200], new, reference=hidden,
+        scales=scales,
+    )  # fmt: skip
+    both = adapt(half.head, half.models, world.feedback, votes.of(range(200, 400)), hidden[200:], uncertainty=half.uncertainty)
+    assert both.models == every.models
+    one, two = theta(every.head, hidden), theta(both.head, hidden)
+    # Laplace's approximation of the first half, and no covariance between models, are all that differs.
+    deviation = every.uncertainty.deviation(torch.from_numpy(hidden))[:, 5]
+    assert float(((one - two)[:, 5].abs() / deviation).mean()) < 0.5
+
+
+def test_the_basis_is_uncorrelated_and_spans_the_rows():
+    rng = np.random.default_rng(0)
+    hidden, rows = rng.normal(size=(300, 20)) @ rng.normal(size=(20, 20)), rng.normal(size=(5, 21))
+    basis = Basis.of(hidden.astype(np.float32), rows, 12)
+    x = basis.features(hidden)
+    np.testing.assert_allclose(x[:, 0], 1.0)
+    np.testing.assert_allclose(np.cov(x[:, 1:].T), np.eye(11), atol=0.15)  # of the shrunk covariance
+    away = np.c_[hidden, np.ones(300)] @ (rows - rows.mean(0)).T
+    np.testing.assert_allclose(x @ basis.coordinates.T, away, atol=1e-6)
+
+
+def test_a_kept_basis_keeps_its_columns_and_grows():
+    rng = np.random.default_rng(0)
+    hidden, rows = rng.normal(size=(300, 20)).astype(np.float32), rng.normal(size=(5, 21))
+    few = Basis.of(hidden[:6], rows, 16)
+    more = Basis.of(hidden, rows, 16, few.matrix)
+    assert few.matrix.shape[1] < 16 == more.matrix.shape[1]
+    assert np.array_equal(more.matrix[:, : few.matrix.shape[1]], few.matrix)
+
+
+@pytest.mark.parametrize("n", [0, 1, 2])
+@pytest.mark.parametrize("m", [1, 2, 3])
+def test_few_rows_and_few_prompts_give_a_finite_prior(n, m):
+    rng = np.random.default_rng(1)
+    basis = Basis.of(rng.normal(size=(n, 6)).astype(np.float32), rng.normal(size=(m, 7)), 4)
+    scales = of_rows(basis)
+    assert min(scales.free, scales.level) > 0
+    assert np.isfinite(covariance(basis, scales)).all()
+
+
+@pytest.mark.parametrize(
+    ("new", "known", "retired", "message"),
+    [
+        (["a"], ["a", "b"], [], "'a' is in the checkpoint"),
+        (["A"], ["a", "b"], [], "'A' and 'a' differ in case or white space only"),
+        ([" a"], ["a", "b"], [], "differ in case or white space only"),
+        (["x", "X"], ["a"], [], "'X' and 'x' differ in case"),
+        (["old"], ["a"], ["old"], "'old' is the name of a retired model"),
+    ],
+)
+def test_names_that_cannot_be_added(new, known, retired, message):
+    with pytest.raises(ValueError, match=message):
+        check_new(new, known, retired)
+
+
+def against(pairs, outcome=Outcome.A):
+    names = sorted({name for pair in pairs for name in pair})
+    a, b = (np.array([names.index(pair[side]) for pair in pairs]) for side in (0, 1))
+    n = len(pairs)
+    return Votes.make([("p",)], names, np.zeros(n, int), a, b, np.full(n, int(outcome)))
+
+
+def test_models_that_no_chain_of_votes_connects_are_named():
+    grk, bt = feedback_model("grk"), feedback_model("bt-tie")
+    check_connected(against([("x", "y"), ("y", "a")]), ["a", "b"], bt)
+    for feedback in (grk, bt):
+        with pytest.raises(ValueError, match="connects x, y to a model of the checkpoint.*against one of a, b"):
+            check_connected(against([("x", "y"), ("a", "b")]), ["a", "b"], feedback)
+    votes = against([("x", "y"), ("y", "a")])
+    votes.weight[1] = 0.0
+    with pytest.raises(ValueError, match="connects x, y to"):
+        check_connected(votes, ["a"], bt)
+    check_connected(against([("x", "y")], Outcome.BOTH_BAD), ["a"], grk)
+    with pytest.raises(ValueError, match="connects x, y"):
+        check_connected(against([("x", "y")], Outcome.BOTH_BAD), ["a"], bt)
+
+
+@settings(max_examples=50)
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)).filter(lambda p: p[0] != p[1]), min_size=1, max_size=9))
+def test_chains_are_found_as_a_search_finds_them(pairs):
+    reached = {0, 1}  # known
+    for _ in range(7):
+        reached |= {j for pair in pairs for i, j in (pair, pair[::-1]) if i in reached}
+    lost = {f"m{i}" for pair in pairs for i in pair} - {f"m{i}" for i in reached}
+    votes = against([(f"m{i}", f"m{j}") for i, j in pairs])
+    try:
+        check_connected(votes, ["m0", "m1"], feedback_model("bt"))
+    except ValueError as error:
+        assert set(str(error).split("connects ")[1].split(" to a model")[0].split(", ")) == lost
+    else:
+        assert not lost
+
+
+def described(tmp_path, text):
+    (tmp_path / "models.yaml").write_text(text)
+    return Descriptions.read(tmp_path / "models.yaml")
+
+
+def test_ratings_become_coefficients_by_least_squares(tmp_path):
+    found = described(tmp_path, "models: {x: {prior_rating: 1300}}\nratings: {a: 1000, b: 1200}")
+    assert found.as_new_models(["a", "b"], np.array([-1.0, 1.0])) == [NewModel("x", None, pytest.approx(2.0))]
+    found = described(tmp_path, "models: {x: {prior_rating: 1400}}\nratings: {a: 1000}")
+    assert found.as_new_models(["a"], np.array([0.5]))[0].level == pytest.approx(0.5 + np.log(10))
+    assert described(tmp_path, "models: {x: {prior_rating: 1.5}, y: }").as_new_models(["a"], np.zeros(1))[0].level == 1.5
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("models: {x: {liek: a}}", r"models.x: expected the keys like, prior_rating, cost, got liek"),
+        ("model: {x: {}}", "expected the keys models, ratings, got model"),
+        ("models: {}", "models: expected a mapping from names"),
+        ("models: {x: {like: 3}}", r"models.x.like: expected the name"),
+        ("models: {x: {prior_rating: .nan}}", r"models.x.prior_rating: expected a number"),
+        ("models: {x: {cost: -1}}", r"models.x.cost: expected a number of at least 0"),
+        ("models: {x: {}, x: {}}", "occurs twice"),
+        ("models: {1: {}}", "expected a mapping from text"),
+        ("[", "expected YAML"),
+    ],
+)
+def test_descriptions_are_strict(text, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        described(tmp_path, text)
+
+
+def test_descriptions_that_name_unknown_models_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"like: expected models of the checkpoint \(a\), got b"):
+        described(tmp_path, "models: {x: {like: b}}").as_new_models(["a"], np.zeros(1))
+    with pytest.raises(ValueError, match="ratings: expected models of the checkpoint"):
+        described(tmp_path, "models: {x: {}}\nratings: {b: 3}").as_new_models(["a"], np.zeros(1))

@@ -1,0 +1,141 @@
+"""p2l-engine adapt, the cache of hidden states, and score tables with gaps."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from p2l_engine import Engine, checkpoint
+from p2l_engine.checkpoint.rewrite import rewrite
+from p2l_engine.feedback import feedback_model
+from p2l_engine.learning.hidden import fingerprint, hidden_states
+from p2l_engine.votes import read
+from tests.support import tiny
+from tests.support.command import p2l_engine
+
+PROMPTS = ["hello", "what is 2 + 2?", "a longer prompt", "hello"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("P2L_ENGINE_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tiny.write(tmp_path_factory.mktemp("adapt") / "source")
+    prices = "".join(f"  {name}: {{cost: 1}}\n" for name in tiny.MODELS)
+    (folder / "catalog.yaml").write_text(f"models:\n{prices}")
+    return folder
+
+
+def table(path, rows, header=("prompt", "model_a", "model_b", "winner")):
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+    return str(path)
+
+
+def votes(path, new="zeta", n=12, winner="model_b"):
+    return table(path, [(f"prompt {i}", tiny.MODELS[i % 2], new, winner) for i in range(n)])
+
+
+def test_a_new_model_joins_is_described_and_another_is_retired(source, tmp_path):
+    (tmp_path / "models.yaml").write_text("models:\n  zeta: {like: alpha, cost: 0.5}\n  quiet:\n")
+    new = tmp_path / "new"
+    given = ("--models", str(tmp_path / "models.yaml"), "--drop", "delta")
+    ended = p2l_engine("adapt", str(source), "--votes", votes(tmp_path / "v.csv"), "-o", str(new), *given)
+    assert ended.status == 0, ended.err
+    assert "zeta new 12" in " ".join(ended.out.split())
+    assert "quiet has no votes: its row is what the prior says" in ended.message
+    assert "catalog.yaml has no cost of quiet" in ended.message
+    assert "bytes for each" in ended.message
+    loaded = checkpoint.load(new)
+    assert loaded.models == ("alpha", "beta", "gamma", "epsilon", "zeta", "quiet")
+    assert set(loaded.uncertainty.models) == {"alpha", "beta", "zeta", "quiet"}
+    training = json.loads((new / "training_config.json").read_text())
+    assert training["retired"] == ["delta"]
+    assert training["adapted"][0]["new"] == ["zeta", "quiet"]
+    old = checkpoint.load(source)
+    assert torch.equal(loaded.head.weight[[2, 3, -1]], old.head.weight[[2, 4, -1]])  # no votes on gamma, epsilon; eta
+    assert "zeta" in (new / "catalog.yaml").read_text()
+    assert "delta" not in (new / "catalog.yaml").read_text()
+    # A second time: the retired name is refused, the new model is known by now.
+    again = p2l_engine("adapt", str(new), "--votes", votes(tmp_path / "w.csv", "delta"), "-o", str(tmp_path / "again"))
+    assert "'delta' is the name of a retired model" in again.message
+    again = p2l_engine("adapt", str(new), "--votes", votes(tmp_path / "v.csv"), "-o", str(tmp_path / "again"))
+    assert again.status == 0, again.err
+    assert "zeta updated 12" in " ".join(again.out.split())
+    assert "learned from before" in again.message
+
+
+@pytest.mark.parametrize(
+    ("rows", "more", "message"),
+    [
+        ([("p", "x", "y", "model_a")], (), "no chain of votes connects x, y to a model of the checkpoint"),
+        ([("p", "alpha", "Beta", "tie")], (), "'Beta' and 'beta' differ in case or white space only"),
+        ([("p", "alpha", "x", "tie")], ("--drop", "x"), "expected some of alpha"),
+        ([("p", "alpha", "alpha", "tie")], (), "expected at least one vote that can be used"),
+    ],
+)
+def test_votes_that_cannot_be_used_are_refused_by_name(source, rows, more, message, tmp_path):
+    ended = p2l_engine("adapt", str(source), "--votes", table(tmp_path / "v.csv", rows), "-o", str(tmp_path / "new"), *more)
+    assert ended.status == 2
+    assert message in ended.message
+    assert not (tmp_path / "new").exists()
+
+
+def test_it_needs_something_to_learn_and_a_free_folder(source, tmp_path):
+    assert "expected votes, descriptions" in p2l_engine("adapt", str(source), "-o", str(tmp_path / "new")).message
+    assert "expected a folder to write" in p2l_engine("adapt", str(source), "--drop", "beta").message
+    assert "an empty one" in p2l_engine("adapt", str(source), "--drop", "beta", "-o", str(source)).message
+
+
+@pytest.mark.parametrize("kind", ["bt", "ols"])
+def test_other_feedback_models_are_adapted_too(kind, tmp_path):
+    folder = tiny.write(tmp_path / "source", loss_type=kind, head_type="bt")
+    header = ("prompt", "model", "value") if kind == "ols" else ("prompt", "model_a", "model_b", "winner")
+    rows = [("p", "zeta", "3.5")] if kind == "ols" else [("p", "alpha", "zeta", "model_b"), ("q", "zeta", "beta", "tie")]
+    ended = p2l_engine("adapt", str(folder), "--votes", table(tmp_path / "v.csv", rows, header), "-o", str(tmp_path / "new"))
+    assert ended.status == 0, ended.err
+    assert checkpoint.load(tmp_path / "new").models[-1] == "zeta"
+
+
+def test_scores_of_different_models_on_different_prompts_are_votes(tmp_path):
+    rows = [("p", "a", 1), ("p", "b", 0), ("q", "b", 0.2), ("q", "c", 0.2), ("r", "c", 1)]
+    path = table(tmp_path / "s.csv", rows, ("prompt", "model", "score"))
+    with pytest.raises(ValueError, match="has no score of"):
+        read(path)
+    found, _ = read(path, feedback=feedback_model("grk"), complete=False)
+    assert found.models == ("a", "b", "c")
+    assert [found.prompts[p][0] for p in found.prompt] == ["p", "q"]
+    assert found.outcome.tolist() == [0, 3]
+    with pytest.raises(ValueError, match="expected at least one prompt with scores of two models"):
+        read(table(tmp_path / "t.csv", [("p", "a", 1), ("q", "b", 0)], ("prompt", "model", "score")), complete=False)
+
+
+def test_hidden_states_are_computed_once(source, tmp_path, monkeypatch):
+    engine = Engine.from_pretrained(source, device="cpu", dtype=torch.float32)
+    done = []
+    first = hidden_states(engine, PROMPTS, tmp_path / "store", done.append)
+    assert sum(done) == len(PROMPTS)
+    outputs = first @ engine.head.weight.numpy().T + engine.head.bias.numpy()
+    np.testing.assert_allclose(outputs[:, :5], engine.coefficients(PROMPTS).theta, rtol=1e-4, atol=1e-4)
+    monkeypatch.setattr(engine, "stream", None)  # nothing is computed
+    assert np.array_equal(hidden_states(engine, PROMPTS[::-1], tmp_path / "store"), first[::-1])
+    file = next((tmp_path / "store").rglob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match="cannot be read: .*; remove this file"):
+        hidden_states(engine, PROMPTS, tmp_path / "store")
+
+
+def test_the_head_is_no_part_of_the_fingerprint(source, tmp_path):
+    loaded = checkpoint.load(source)
+    rewrite(loaded, tmp_path / "other", loaded.head, [name.upper() for name in loaded.models])
+    tiny.write(tmp_path / "seed", seed=1)
+    of = [Engine.from_pretrained(folder, device="cpu") for folder in (source, tmp_path / "other", tmp_path / "seed")]
+    one, same, different = map(fingerprint, of)
+    assert one == same != different

@@ -1,0 +1,122 @@
+"""learning/objective.py: derivatives against finite differences, the minimum against scipy, and hostile votes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import minimize
+
+from p2l_engine.feedback import Outcome, feedback_model
+from p2l_engine.learning.objective import Objective, minimise
+from p2l_engine.votes import Votes
+
+NAMES = ["bt", "bt-tie", "rk", "rk-reparam", "grk", "ols", "poisson"]
+P, M, R = 7, 4, 3
+
+
+def problem(name, seed=0, n=40):
+    """Models 1 and 3 are free; half of the values of ols and poisson are of single models."""
+    rng, feedback = np.random.default_rng(seed), feedback_model(name)
+    prompt, a = rng.integers(0, P, n), rng.integers(0, M, n)
+    b = (a + rng.integers(1, M, n)) % M
+    if feedback.of_values:
+        outcome = rng.poisson(2, n).astype(float)
+        b[::2] = -1
+    else:
+        outcome = rng.integers(0, 2 if name == "bt" else 4, n)
+    votes = Votes.make([(str(i),) for i in range(P)], "abcd", prompt, a, b, outcome, 3 * rng.random(n))
+    eta = rng.normal(size=P) + (5 if name == "rk" else 0)
+    factors = {1: rng.normal(size=(R, R)), 3: np.tril(rng.normal(size=(R, R)))}
+    return Objective(feedback, votes, eta, rng.normal(size=(P, M)), rng.normal(size=(P, R)), factors)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_derivatives_are_those_of_the_value(name):
+    objective, rng = problem(name), np.random.default_rng(1)
+    u, x = rng.normal(size=(2, 2, R)) / 2
+    local = objective.at(u)
+    assert local.value == pytest.approx(objective.value(u), rel=1e-12)
+    steps = 1e-5 * np.eye(2 * R).reshape(-1, 2, R)
+    slopes = [(objective.value(u + e) - objective.value(u - e)) / 2e-5 for e in steps]
+    np.testing.assert_allclose(local.gradient.ravel(), slopes, rtol=1e-5, atol=1e-6)
+    bend = (objective.at(u + 1e-6 * x).gradient - objective.at(u - 1e-6 * x).gradient) / 2e-6
+    np.testing.assert_allclose(objective.hessian_times(local.exact, x), bend, rtol=1e-4, atol=1e-5)
+    whole = objective.hessian(local.exact)
+    np.testing.assert_allclose(whole @ x.ravel(), objective.hessian_times(local.exact, x).ravel(), rtol=1e-10, atol=1e-10)
+    np.testing.assert_allclose(whole.reshape(2, R, 2, R)[[0, 1], :, [0, 1], :], objective.blocks(local.exact), atol=1e-10)
+    assert np.linalg.eigvalsh(objective.hessian(local.definite)).min() > 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_minimum_is_the_one_that_scipy_finds(name):
+    objective = problem(name)
+    found = minimise(objective)
+    by_scipy = minimize(
+        lambda z: objective.value(z.reshape(2, R)),
+        np.zeros(2 * R),
+        jac=lambda z: objective.at(z.reshape(2, R)).gradient.ravel(),
+        method="BFGS",
+        options={"gtol": 1e-9},
+    )
+    np.testing.assert_allclose(found.u.ravel(), by_scipy.x, atol=1e-6)
+    assert found.local.value <= by_scipy.fun + 1e-9
+    assert found.distance <= 1e-9 * (1 + np.linalg.norm(found.u))
+
+
+def hostile(name, outcomes, weight, against=0):
+    """Votes of the free model 1 against a known one, on one prompt."""
+    feedback, n = feedback_model(name), len(outcomes)
+    votes = Votes.make(
+        [("p",)], "ab", np.zeros(n, int), np.ones(n, int), np.full(n, against), np.array(outcomes), np.array(weight, float)
+    )
+    return Objective(
+        feedback, votes, np.array([5.0 if name == "rk" else 0.0]), np.zeros((1, 2)), np.ones((1, 1)), {1: np.eye(1)}
+    )
+
+
+@settings(max_examples=15)
+@given(
+    st.sampled_from(["bt-tie", "rk", "rk-reparam", "grk"]),
+    st.lists(st.sampled_from([0, 1, 2, 3]), min_size=1, max_size=6),
+    st.sampled_from([0.0, 1e-9, 1.0, 1e3, 1e9]),
+    st.sampled_from([0.0, 1.0, 1e9]),
+)
+def test_hostile_votes_have_a_minimum_whose_gradient_is_zero(name, outcomes, weight, other):
+    objective = hostile(name, outcomes, [weight, *[other] * (len(outcomes) - 1)])
+    found = minimise(objective)
+    assert np.isfinite(found.u).all()
+    assert found.distance <= 1e-9 * (1 + np.linalg.norm(found.u))
+    # No point nearby, or far away, is lower.
+    for shift in (-10.0, -1.0, -0.01, 0.01, 1.0, 10.0):
+        assert objective.value(found.u + shift) >= found.local.value - 2 * found.local.noise
+
+
+@pytest.mark.parametrize("weight", [1.0, 1e3, 1e9])
+def test_a_model_that_only_won_stops_where_the_prior_holds_it(weight):
+    import mpmath
+
+    found = minimise(hostile("bt", [Outcome.A], [weight])).u[0, 0]
+    with mpmath.workdps(40):
+        exact = mpmath.findroot(lambda u: u - weight / (1 + mpmath.exp(u)), 1 + mpmath.log(weight))
+    assert found == pytest.approx(float(exact), rel=1e-9)
+
+
+def test_votes_without_weight_change_nothing():
+    assert minimise(hostile("bt", [0, 0, 1], [0, 0, 0])).u[0, 0] == 0.0
+    assert minimise(hostile("bt", [0, 1], [1.0, 0.0])).u[0, 0] == minimise(hostile("bt", [0], [1.0])).u[0, 0]
+
+
+def test_votes_that_contradict_leave_the_model_where_it_was():
+    assert minimise(hostile("bt", [0, 1], [5.0, 5.0])).u[0, 0] == pytest.approx(0.0, abs=1e-12)
+
+
+def test_weights_that_leave_no_room_for_the_prior_are_refused():
+    with pytest.raises(ValueError, match=r"weight: expected at most 1e\+09 for a vote, got 1e\+100; divide all weights"):
+        hostile("bt", [0], [1e100])
+
+
+def test_a_tie_needs_a_feedback_model_that_has_ties():
+    with pytest.raises(ValueError, match="knows no ties"):
+        hostile("bt", [2], [1.0])
