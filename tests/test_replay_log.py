@@ -17,6 +17,7 @@ from p2l_engine.decision_log.export import export
 from p2l_engine.decision_log.record import Feedback
 from p2l_engine.decision_log.rows import row_of
 from p2l_engine.decision_log.store import LogStore, Selection
+from p2l_engine.replay.compare import replay
 from p2l_engine.replay.logged import LoggedDecisions, ScoreMatrix
 from p2l_engine.replay.policies import PolicySpec, read_policies
 from p2l_engine.replay.read import read_log
@@ -128,6 +129,21 @@ def test_preferences_are_win_rates_against_the_logs_choices(tmp_path):
     np.testing.assert_array_equal(log.reward, [0.5, 0.0, 0.5, 0.75, 0.5, 0.5, np.nan, np.nan])
     assert log.left_out["preferences between answers to different prompts"] == 1
     assert log.left_out["preferences against decisions that are not in the log, or were left out"] == 1
+
+
+def test_where_the_policy_is_not_that_of_the_draw_the_propensity_counts(tmp_path, rng):
+    """A server that explores logs the policy under one draw of the coefficients, and the propensity over all of them."""
+    draws = rng.random(400) < 0.7
+    records = [
+        record(i, turns_hash=str(i), chosen=name, policy={name: 1.0}, propensity=0.7 if alpha else 0.3, cost=0.5)
+        for i, (name, alpha) in enumerate(("alpha" if alpha else "beta", alpha) for alpha in draws.tolist())
+    ]
+    said = [Feedback(new_id(i), START, score=float(alpha)) for i, alpha in enumerate(draws.tolist())]
+    folder = exported(tmp_path, records, said)
+    log = read_log(folder)
+    assert not log.known.any()
+    (found,) = replay(log, [PolicySpec("x", always="beta")]).policies
+    assert (found.verdict, found.unsupported, found.value["snips"].value) == ("judged", {}, 0.0)
 
 
 def test_an_export_without_feedback_is_said_to_have_none(tmp_path):
