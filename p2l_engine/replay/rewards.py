@@ -41,7 +41,8 @@ def from_feedback(path: str | Path, ids: pa.Array, used: Int64, log: LoggedDecis
 
     Score: the newest of a decision counts. Preference: against another decision on the same prompt; the reward is 1 for the
     better answer, 0 for the other, 1/2 each for ties and where both were bad, and their mean where a decision was compared
-    several times. The log's own mean is then 1/2, and a policy's value is its win rate against the log's choices.
+    several times. A policy's value is then its win rate against the log's choices, and the log's own is 1/2 where every
+    decision was compared equally often.
     """
     table = read_columns(path, FEEDBACK)
     required(table, path, "decision")
