@@ -107,6 +107,7 @@ class RemoteEngines:
     def submit(self, prompt: Turns, finish: Callable[[Coefficients], R], /) -> Future[R]:
         """See ``scorer.Computer``. Where no replica answers, the future raises Refused."""
         done: Future[R] = Future()
+        done.set_running_or_notify_cancel()  # a replica may have begun
         task = asyncio.get_running_loop().create_task(self._ask(prompt, finish, done))
         self._asking.add(task)
         task.add_done_callback(self._asking.discard)

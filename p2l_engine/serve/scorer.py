@@ -17,6 +17,10 @@ from p2l_engine.prompts.parse import Turns
 R = TypeVar("R")
 
 ALWAYS = 4  # prompts that may wait, however long they take
+LONGER = 1.5  # times as long as prompts usually take, one may have to wait while more come than the engine can compute,
+FEW = 2  # or be one of so many that wait
+MANY = 8  # refusals in a row that are more than a burst
+CALM = 1.0  # seconds without a refusal after which that is over
 TOGETHER = 16  # prompts of a batch that wait at a time
 
 
@@ -40,7 +44,12 @@ class Computer(Protocol):
 
 class Scorer:
     """patience: seconds that a prompt may have to wait for the engine, most: prompts that may wait; kept: prompts whose
-    coefficients are remembered."""
+    coefficients are remembered.
+
+    A burst may wait so long. Where many in a row had to be refused, more come than the engine can compute, and a full queue
+    would only make all of them late: until none has been refused for a second, few may wait, and those that waited before are
+    refused too.
+    """
 
     def __init__(self, computer: Computer, patience: float, most: int, kept: int) -> None:
         self.patience, self.most, self.kept = patience, most, kept
@@ -48,6 +57,11 @@ class Scorer:
         self._computer = computer
         self._known: OrderedDict[str, Coefficients] = OrderedDict()
         self._waiting: dict[str, asyncio.Future[Coefficients]] = {}
+        self._computing: dict[str, Future[Coefficients]] = {}
+        self._promised = set[str]()  # of these, those that a batch waits for
+        self._refused = 0  # in a row
+        self._overloaded = 0.0  # until then, on the monotonic clock
+        self._usual = 0.0  # seconds from a prompt to its coefficients, while not overloaded
         self._seconds = 0.0  # that a prompt takes, as a running mean; 0: none was computed yet
 
     @property
@@ -84,6 +98,8 @@ class Scorer:
             future = asyncio.ensure_future(self._compute(key, turns))
             future.add_done_callback(_observed)
             self._waiting[key] = future
+        if admitted:
+            self._promised.add(key)
         # Shielded: the client that asked first may leave while others wait for the same.
         return await asyncio.shield(future), key
 
@@ -98,17 +114,41 @@ class Scorer:
 
     def _check(self) -> None:
         """Raises Overloaded where a prompt would have to wait too long."""
-        ahead = len(self._waiting)
-        if ahead >= self.most or (ahead >= ALWAYS and ahead * self._seconds > self.patience):
-            raise Overloaded(max(1.0, math.ceil(self._seconds * ahead)))
+        ahead, now = len(self._waiting), time.monotonic()
+        overloaded = now < self._overloaded
+        few, patience = (FEW, min(LONGER * self._usual, self.patience)) if overloaded else (ALWAYS, self.patience)
+        if ahead < self.most and (ahead < few or ahead * self._seconds <= patience):
+            self._refused = 0
+            return
+        self._refused += 1
+        if self._refused == MANY and not overloaded:
+            for key, computing in list(self._computing.items()):
+                if key not in self._promised:
+                    computing.cancel()  # unless the engine has begun with it
+        if self._refused >= MANY or overloaded:
+            self._overloaded = now + CALM
+        raise self._overload(ahead)
+
+    def _overload(self, ahead: int) -> Overloaded:
+        return Overloaded(max(1.0, math.ceil(self._seconds * ahead)))
 
     async def _compute(self, key: str, turns: Turns) -> Coefficients:
         began, ahead = time.perf_counter(), len(self._waiting) + 1
         try:
-            found = await asyncio.wrap_future(self._computer.submit(turns, lambda coefficients: coefficients))
+            self._computing[key] = self._computer.submit(turns, lambda coefficients: coefficients)
+            found = await asyncio.wrap_future(self._computing[key])
+        except asyncio.CancelledError:
+            if self._computing[key].cancelled():
+                raise self._overload(ahead) from None
+            raise
         finally:
             del self._waiting[key]
-        seconds = (time.perf_counter() - began) / ahead
+            self._computing.pop(key, None)  # there is none where the computer is closed
+            self._promised.discard(key)
+        took = time.perf_counter() - began
+        seconds = took / ahead
+        if time.monotonic() >= self._overloaded:
+            self._usual += 0.02 * (min(took, 3 * self._usual) - self._usual) if self._usual else took
         # Bounded: a prompt that waited for a replica to be replaced says little about the next.
         self._seconds += 0.1 * (min(seconds, 3 * self._seconds) - self._seconds) if self._seconds else seconds
         self._known[key] = found
