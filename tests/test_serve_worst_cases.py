@@ -41,6 +41,7 @@ OPEN = [
     ("chat", {"messages": user({"type": "file", "file": {"file_data": "data:application/pdf;base64,AA"}})}),
     ("chat", {"messages": user({"type": "file", "file": {"file_id": "file-1"}})}),
     ("chat", {"messages": user({"type": "video_url", "video_url": {"url": "https://example.com/long.mp4"}})}),
+    ("chat", {"chat_template": "{{ messages * 1000 }}"}),
     ("chat", {"messages": user({"type": "something_new", "url": "https://example.com"})}),
     ("responses", {"input": user({"type": "input_file", "file_url": "https://example.com/long.pdf"})}),
     ("responses", {"input": user({"type": "something_new"})}),
@@ -275,7 +276,9 @@ def test_a_cost_is_never_beyond_the_worst_case_of_its_counts(plain, cached, brie
     ("fields", "model", "full"),
     [({}, {}, False), ({"reasoning_effort": "high"}, {}, True), ({}, {"reasons": True}, True)],
 )
-def test_a_stream_that_may_hide_its_reasoning_counts_in_full_when_it_breaks_off(fields, model, full, tmp_path):
+def test_a_stream_that_may_hide_its_reasoning_counts_what_fits_into_its_time(fields, model, full, monkeypatch):
+    monkeypatch.setattr("p2l_engine.serve.call.FASTEST", 10**6)  # as if it had taken long
+
     async def one() -> Any:
         async with MockProvider(PRICES) as provider:
             config = config_for(provider, {"large": model, "medium": None, "small": None})
@@ -288,6 +291,29 @@ def test_a_stream_that_may_hide_its_reasoning_counts_in_full_when_it_breaks_off(
     record = asyncio.run(one())
     assert record.estimated
     assert (record.cost >= 50 * OUT) == full
+
+
+@pytest.mark.parametrize(("api", "fields"), [case for case in OPEN if case[0] == "chat"], ids=IDS)
+def test_a_client_that_leaves_pays_for_what_cannot_be_counted(api, fields, tmp_path):
+    """Where the provider has told no usage yet."""
+
+    async def one() -> Any:
+        async with MockProvider(PRICES, per_token=0.02) as provider:
+            config = config_for(provider, {"large": {"context": WINDOW}, "medium": None, "small": None})
+            async with serving(config, FixedEngine(("large",), (1.0,))) as server:
+                async with aiohttp.ClientSession() as client:
+                    response = await client.post(server.url + PATHS[api], json=body_for(api, stream=True, **fields))
+                    await response.content.readany()
+                    response.close()
+                for _ in range(200):
+                    if server.records:
+                        break
+                    await asyncio.sleep(0.01)
+                return server.records[0]
+
+    record = asyncio.run(one())
+    assert (record.outcome, record.estimated) == ("left", True)
+    assert record.cost >= float(WINDOW * IN)
 
 
 def test_a_model_that_has_reported_hidden_reasoning_is_not_trusted_again():

@@ -83,6 +83,8 @@ class Chat:
             reader.message("schema", "", orjson.dumps(body["response_format"]))
         if body.get("audio") or "audio" in sequence(body.get("modalities")):
             reader.needs.add("audio")
+        if body.get("chat_template"):  # vLLM's: it may write any prompt
+            reader.unseen.append("chat_template")
         hosted = [str(tool["type"]) for tool in tools if tool.get("type") not in (None, "function", "custom")]
         effort = body.get("reasoning_effort") or mapping(body.get("reasoning")).get("effort")
         extras = Extras(

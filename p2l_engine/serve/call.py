@@ -30,6 +30,7 @@ from p2l_engine.serve.settings import Key
 from p2l_engine.serve.tokens import Counted
 
 MOST = Fraction(10**9)  # USD: more than any limit
+FASTEST = 1_000  # tokens that a model writes in a second, at most
 OWN_MARGIN = 1.05  # of a provider's own tokenizer: for how it writes tools and messages
 FALLBACKS = 4  # that a decision names
 
@@ -174,15 +175,19 @@ class Call:
 
     def worst(self, k: int) -> Fraction:
         """The most that model k can cost. What ``unbounded`` names is left out."""
-        ask, extras, window = self.ask, self.ask.extras, self.plan.models[k].context
-        tokens_in, calls = self.most_tokens_in(k) + extras.fields, self.most_calls(k)
-        if window is not None and (extras.unseen or calls):
-            tokens_in = max(tokens_in, window)
+        ask, extras, calls = self.ask, self.ask.extras, self.most_calls(k)
+        tokens_in = self.input_bound(k)
         # Each call of a tool that runs at the provider is another round.
         found = self.plan.prices.worst(
             k, tokens_in * (calls + 1), ask.max_tokens, ask.outputs * (calls + 1), extras.lasting, extras.predicted, calls
         )
         return min(found * self.factor(k), MOST)
+
+    def input_bound(self, k: int) -> int:
+        """The most input tokens that model k may count in one round, of what is not counted here too."""
+        extras, window = self.ask.extras, self.plan.models[k].context
+        found = self.most_tokens_in(k) + extras.fields
+        return found if window is None or not (extras.unseen or extras.tools) else max(found, window)
 
     def cost(self, k: int, usage: Usage) -> Fraction:
         """What model k has cost. The chat API does not tell how often its provider's tools were called."""
@@ -217,8 +222,7 @@ class Call:
 
     def hides(self, k: int) -> bool:
         """Whether model k may have written more than a stream has shown."""
-        asked = self.ask.extras.reasons or bool(self.ask.extras.tools)
-        return asked or self.plan.models[k].reasons or any(d.reasons for d in self.plan.deployments[k])
+        return self.ask.extras.reasons or self.plan.models[k].reasons or any(d.reasons for d in self.plan.deployments[k])
 
     def deployments(self, k: int) -> list[Deployment]:
         """Where model k takes requests of this API."""
@@ -228,11 +232,14 @@ class Call:
         return found if self.homes is None else [d for d in found if d.provider.base_url in self.homes]
 
     def estimated(self, k: int, written: int, reported: Usage | None) -> Usage:
-        """Usage where the provider has not reported all: the request's tokens, and one for every three bytes written."""
+        """Usage where the provider has not reported all: the most input that it may have counted, and one token for every three
+        bytes written; where more may have been written unseen, as many as fit into the time."""
         out = -(-written // 3)
+        if self.hides(k):
+            out = max(out, math.ceil((time.perf_counter() - self.began) * FASTEST) * self.ask.outputs)
         if reported is None:
-            return Usage(self.tokens_in(k), out)
-        return replace(reported, tokens_in=reported.tokens_in or self.tokens_in(k), tokens_out=max(reported.tokens_out, out))
+            return Usage(self.input_bound(k), out)
+        return replace(reported, tokens_in=reported.tokens_in or self.input_bound(k), tokens_out=max(reported.tokens_out, out))
 
     def record(
         self, status: int, outcome: str, model: str | None, usage: Usage | None, cost: Fraction | None, estimated: bool

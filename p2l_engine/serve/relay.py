@@ -200,7 +200,7 @@ class Relay:
         call = self.call
         if usage is not None and outcome == "answered":
             return usage, call.cost(k, usage), True
-        if written is None or call.hides(k):  # it may have been answered in full
+        if written is None or call.ask.extras.tools:  # it may have been answered in full, or have called its tools unseen
             return usage, call.worst(k), False
         found = call.estimated(k, written, usage)
         return found, min(call.cost(k, found), call.worst(k)), False
