@@ -274,6 +274,19 @@ def test_no_body_makes_the_server_fail(cases):
         assert status < 500, (status, answer, body)
 
 
+@pytest.mark.parametrize("coding", ["gzip", "zstd", "br", "GZIP", "identity, gzip"])
+def test_a_compressed_body_is_refused_by_name(coding):
+    async def one():
+        async with MockProvider(PRICES) as provider, serving(config_for(provider)) as server:
+            found = await post(server.url, PATHS["chat"], b"\x1f\x8b\x08", **{"content-encoding": coding})
+            plain = await post(server.url, PATHS["chat"], orjson.dumps(CHAT), **{"content-encoding": "identity"})
+            return *found, plain[0], len(provider.requests)
+
+    status, body, plain, sent = asyncio.run(one())
+    assert (status, plain, sent) == (415, 200, 1)
+    assert "content-encoding" in body["error"]["message"]
+
+
 def test_paths_and_methods_that_are_not_there():
     async def one():
         async with MockProvider(PRICES) as provider, serving(config_for(provider)) as server, aiohttp.ClientSession() as client:

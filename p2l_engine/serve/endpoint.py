@@ -123,6 +123,8 @@ def _object(body: bytes) -> dict[str, Any]:
 
 async def _body(receive: Receive, headers: Mapping[str, str], most: int, idle: float) -> bytes:
     """The request's body. idle: seconds that a piece may take. Raises TooLarge, ClientLeft, BadRequest."""
+    if (coding := headers.get("content-encoding", "identity").lower()) != "identity":
+        raise BadRequest(f"content-encoding: expected a body that is not compressed, got {coding:.20}", status=415)
     length = headers.get("content-length", "0")
     parts, size = list[bytes](), 0
     if length.isdigit() and int(length) > most:
