@@ -254,7 +254,7 @@ class TestRanking:
         assert opened.text("#board .cost >> nth=1").split("\n") == ["$0.0138", "610 out", "1,024 cached"]
 
     def test_asks_once_for_a_decision_and_keeps_the_prompt_out_of_addresses(self, opened):
-        opened = opened()
+        opened = opened(clock=True)
         opened.rank("sesame street")
         (body,) = opened.stub.asked
         assert body == {"model": "auto", "messages": [{"role": "user", "content": "sesame street"}], "p2l": {"explain": True}}
@@ -274,7 +274,7 @@ class TestRanking:
         assert [body["messages"][0]["content"] for body in opened.stub.asked] == ["twelve keys."]
 
     def test_an_example_and_the_button_ask_too(self, opened):
-        opened = opened()
+        opened = opened(clock=True)
         opened.page.get_by_role("button", name="What is the capital of France?").click()
         opened.settled()
         opened.page.fill("#prompt", "another one")
@@ -288,7 +288,7 @@ class TestRanking:
     @pytest.mark.parametrize("aborts", [True, False])
     def test_an_older_answer_never_overwrites_a_newer_one(self, opened, aborts):
         one, two = (Candidate("old", 0.0, 0.001),), (Candidate("new", 0.0, 0.001),)
-        opened = opened(Stub(others={"slow": one, "fast": two}, held={"slow"}))
+        opened = opened(Stub(others={"slow": one, "fast": two}, held={"slow"}), clock=True)
         if not aborts:  # as if the answer had arrived just before
             opened.run("() => { const real = fetch; window.fetch = (path, o) => real(path, { ...o, signal: undefined }); }")
         opened.page.fill("#prompt", "slow")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -279,16 +281,32 @@ def app(stub: Stub) -> Starlette:
 @contextlib.contextmanager
 def serve(stub: Stub, port: int = 0) -> Iterator[Stub]:
     """Serves until the block ends; ``stub.url`` is its address."""
-    server = uvicorn.Server(uvicorn.Config(app(stub), port=port, log_level="warning", timeout_graceful_shutdown=1))
-    thread = threading.Thread(target=server.run, daemon=True)
+    ready = queue.Queue[Callable[[], object] | BaseException]()
+
+    async def run() -> None:
+        own = uvicorn.Config(app(stub), port=port, log_level="warning", timeout_graceful_shutdown=1)
+        own.load()
+        server, stop = uvicorn.Server(own), asyncio.Event()
+        server.lifespan = own.lifespan_class(own)
+        try:
+            await server.startup()
+            stub.url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
+        except BaseException as error:  # uvicorn exits where it cannot bind
+            ready.put(error)
+            return
+        ticks = asyncio.create_task(server.main_loop())  # its end is not waited for, which takes a tenth of a second
+        ready.put(partial(asyncio.get_running_loop().call_soon_threadsafe, stop.set))
+        await stop.wait()
+        ticks.cancel()
+        await server.shutdown()
+
+    thread = threading.Thread(target=asyncio.run, args=(run(),), daemon=True)
     thread.start()
-    while not server.started:
-        if not thread.is_alive():
-            raise RuntimeError("the stub server did not start")
-        time.sleep(0.01)
-    stub.url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
+    stop = ready.get(timeout=60)
+    if isinstance(stop, BaseException):
+        raise RuntimeError("the stub server did not start") from stop
     try:
         yield stub
     finally:
-        server.should_exit = True
+        stop()
         thread.join()
