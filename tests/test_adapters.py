@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
@@ -65,8 +64,10 @@ def change_factors(folder, change):
 
 def by_peft(base, folder, config, **saving):
     """Saves an adapter of random factors with peft, beside the base's head; returns peft's merged weights."""
+    from peft import LoraConfig, get_peft_model
+
     body = AutoModel.from_pretrained(base, dtype=torch.float32)
-    model = get_peft_model(body, config)
+    model = get_peft_model(body, LoraConfig(**config))
     if "path_initial_model_for_weight_conversion" in saving:
         model.save_pretrained(saving["path_initial_model_for_weight_conversion"])
     for name, weight in model.named_parameters():
@@ -132,27 +133,28 @@ def test_what_peft_saves_is_merged_as_peft_does(values, base, tmp_path_factory):
     if values["init_lora_weights"] == "orthogonal":  # needs even ranks
         values = {k: v for k, v in values.items() if k != "rank_pattern"} | {"r": 4}
     folder = tmp_path_factory.mktemp("adapter")
-    assert_merged(folder, by_peft(base, folder, LoraConfig(**values)))
+    assert_merged(folder, by_peft(base, folder, values))
 
 
 def test_dots_of_patterns_stand_for_any_character_as_in_peft(base, tmp_path):
-    config = LoraConfig(
-        r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"], alpha_pattern={"q.proj": 1}, rank_pattern={"mlp.u._proj": 2}
-    )
+    config = {
+        "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "up_proj"],
+        "alpha_pattern": {"q.proj": 1}, "rank_pattern": {"mlp.u._proj": 2},
+    }  # fmt: skip
     assert_merged(tmp_path / "adapter", by_peft(base, tmp_path / "adapter", config))
 
 
 @pytest.mark.parametrize("name", slow_but(("olora",), ["pissa", "pissa_niter_4", "olora"]))
 def test_adapters_that_changed_their_backbone_are_refused_and_converted_ones_merged(name, base, tmp_path):
     config = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "up_proj"]}
-    by_peft(base, tmp_path / "raw", LoraConfig(**config, init_lora_weights=name))
+    by_peft(base, tmp_path / "raw", config | {"init_lora_weights": name})
     with pytest.raises(
         CheckpointError, match=f"init_lora_weights: expected one of .*found '{name}': not supported; it changed"
     ):
         checkpoint.load(tmp_path / "raw")
     start = str(tmp_path / "start")
     expected = by_peft(
-        base, tmp_path / "plain", LoraConfig(**config, init_lora_weights=name), path_initial_model_for_weight_conversion=start
+        base, tmp_path / "plain", config | {"init_lora_weights": name}, path_initial_model_for_weight_conversion=start
     )
     found = checkpoint.load(tmp_path / "plain").weights
     for key, weight in expected.items():
