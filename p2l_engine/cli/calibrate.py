@@ -129,5 +129,7 @@ def _show(report: CalibrationReport) -> None:
     if report.gain is not None:
         gain = report.gain
         note(f"log-loss falls by {gain.value:.4f} ({gain.low:.4f} to {gain.high:.4f}) on votes not seen")
+        if report.chosen != "none" and gain.value <= 0:
+            note("no gain on votes not seen: more votes, or the checkpoint as it was, may serve better", warning=True)
     if report.chosen == "none":
         note("no map is better than none by more than a standard error: the new checkpoint has the same coefficients")
