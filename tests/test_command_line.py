@@ -18,7 +18,7 @@ from tests.support import tiny
 from tests.support.command import p2l_engine
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("route", "batch", "leaderboard", "strengths", "frontier", "eval", "train", "export", "info", "log")
+COMMANDS = ("route", "batch", "leaderboard", "strengths", "frontier", "eval", "train", "adapt", "export", "info", "log")
 CATALOG = "models:\n" + "".join(f"  {name}: {{cost: {i + 1}}}\n" for i, name in enumerate(tiny.MODELS))
 
 

@@ -20,7 +20,7 @@ from p2l_engine.tables.atomic import write_file
 ADAPTER, SINGLE, INDEX = "adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json"
 HEAD_SHARD = "model-head.safetensors"
 OF_ONE_HEAD = ("README.md", "evaluation.json")  # they describe the old one
-LINEAR = {"linear_head_downsize_factor": None, "head_config": {}}  # the head is one layer
+LINEAR: dict[str, Any] = {"linear_head_downsize_factor": None, "head_config": {}}  # the head is one layer
 
 
 def rewrite(

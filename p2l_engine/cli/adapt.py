@@ -100,7 +100,8 @@ def adapt(
     unknown = sorted(set(drop or []) - set(loaded.models))
     if unknown:
         raise typer.BadParameter(f"expected some of {', '.join(loaded.models)}, got {', '.join(unknown)}", param_hint="--drop")
-    given = Votes.make([], loaded.models, *[np.zeros(0, np.int64)] * 4)
+    nothing = np.zeros(0, np.int64)
+    given = Votes.make([], loaded.models, nothing, nothing, nothing, nothing)
     if votes is not None:
         given, dropped = read(
             votes, None, loaded.feedback, None if column == "prompt" else {"prompt": column}, max_dropped, complete=False

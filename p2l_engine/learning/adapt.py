@@ -102,9 +102,9 @@ def adapt(
         scales = of_rows(basis)
         if new and touched[m:].any():
             scales = _by_evidence(feedback, votes, eta, base, x, basis, narrow, scales)
-    factors = {i: narrow[i] * np.linalg.cholesky(_regular(covariance(basis, scales))) for i in added}
+    factors = {i: narrow[i] * _factor(covariance(basis, scales)) for i in added}
     prior = np.sqrt(np.diag(covariance(basis, scales)))
-    factors |= {int(i): _known(uncertainty, models[i], prior, known_votes) for i in np.flatnonzero(touched[:m])}
+    factors |= {i: _known(uncertainty, models[i], prior, known_votes) for i in np.flatnonzero(touched[:m]).tolist()}
     objective = Objective(feedback, votes, eta, base, x, factors)
     minimum = minimise(objective)
     posterior = _posterior(objective, minimum)
@@ -126,12 +126,13 @@ def _known(uncertainty: Uncertainty | None, name: str, prior: Float64, known_vot
     """[r, r]: the factor of a known row's prior. Directions that the basis lacked when its posterior was computed are as the
     prior of a new row has them: deviations [r]."""
     if uncertainty is None or name not in uncertainty.models:
-        return np.eye(len(prior)) / np.sqrt(INFORMATION * known_votes)
+        same: Float64 = np.eye(len(prior)) / np.sqrt(INFORMATION * known_votes)
+        return same
     return _grown(uncertainty.factors[uncertainty.models.index(name)].double().cpu().numpy(), prior)
 
 
 def _grown(factor: Float64, prior: Float64) -> Float64:
-    found = np.diag(prior)
+    found: Float64 = np.diag(prior)
     found[: len(factor), : len(factor)] = factor
     return found
 
@@ -149,7 +150,7 @@ def _by_evidence(
     """The scales of most evidence, one after the other."""
 
     def evidence(scales: Scales) -> float:
-        factor = np.linalg.cholesky(_regular(covariance(basis, scales)))
+        factor = _factor(covariance(basis, scales))
         objective = Objective(feedback, votes, eta, base, x, {i: each * factor for i, each in narrow.items()})
         minimum = minimise(objective, tolerance=1e-4)
         blocks = objective.blocks(minimum.local.definite)
@@ -166,9 +167,10 @@ def _by_evidence(
     return best
 
 
-def _regular(matrix: Float64) -> Float64:
-    """The matrix with a diagonal that Cholesky's method can take."""
-    return matrix + np.eye(len(matrix)) * (1e-10 * max(float(np.trace(matrix)) / len(matrix), 1e-12))
+def _factor(matrix: Float64) -> Float64:
+    """Cholesky's factor of a covariance, of which rounding may have left a direction without variance."""
+    least = 1e-10 * max(float(np.trace(matrix)) / len(matrix), 1e-12)
+    return np.asarray(np.linalg.cholesky(matrix + least * np.eye(len(matrix))), np.float64)
 
 
 def _posterior(objective: Objective, minimum: Minimum) -> list[Float64]:
@@ -182,7 +184,7 @@ def _posterior(objective: Objective, minimum: Minimum) -> list[Float64]:
         whole = np.linalg.inv(objective.hessian(minimum.local.exact)).reshape(f, r, f, r) if f else np.zeros((0, 0, 0, 0))
         inverses = [whole[i, :, i, :] for i in range(f)]
     for factor, inverse in zip(objective.factors, inverses, strict=True):
-        found.append(np.linalg.cholesky(_regular(factor @ ((inverse + inverse.T) / 2) @ factor.T)))
+        found.append(_factor(factor @ ((inverse + inverse.T) / 2) @ factor.T))
     return found
 
 

@@ -73,7 +73,10 @@ def hidden_states(
         for key, row in zip(part, found, strict=True):
             states[rows[key]] = row
         if folder is not None:
-            data = {"keys": np.frombuffer(b"".join(part), np.uint8).reshape(-1, 32), "states": found}
+            data: dict[str, npt.NDArray[Any]] = {
+                "keys": np.frombuffer(b"".join(part), np.uint8).reshape(-1, 32),
+                "states": found,
+            }
             folder.mkdir(parents=True, exist_ok=True)
             write_file(folder / f"{uuid.uuid4().hex}.safetensors", save(data))
     return states

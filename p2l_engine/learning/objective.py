@@ -60,13 +60,15 @@ class Objective:
         slot = np.full(base.shape[1] + 1, -1)  # the last is for b = -1
         slot[self.free] = np.arange(len(self.free))
         # Votes on rows that are not free change nothing.
-        touching = (slot[votes.a] >= 0) | (slot[votes.b] >= 0)
+        touching: npt.NDArray[np.bool_] = (slot[votes.a] >= 0) | (slot[votes.b] >= 0)
         self.prompt, self.weight = votes.prompt[touching], votes.weight[touching]
         self.outcome = votes.outcome[touching]
         self.sides = np.stack([votes.a[touching], votes.b[touching]], 1)
         self.slots = slot[self.sides]
         self.eta = None if eta is None or not feedback.has_eta else eta[self.prompt]
-        self.counts = None if feedback.of_values else self.weight[:, None] * outcome_shares(feedback, self.outcome)
+        self.counts = (
+            None if feedback.of_values else self.weight[:, None] * outcome_shares(feedback, self.outcome.astype(np.int64))
+        )
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -136,7 +138,7 @@ class Objective:
         whole = np.zeros((f, r, f, r))
         for i, block in enumerate(self.blocks(second)):
             whole[i, :, i, :] = block
-        both = (self.slots >= 0).all(1)
+        both: npt.NDArray[np.bool_] = np.all(self.slots >= 0, axis=1)
         pairs = self.slots[both]
         for i, j in {(int(min(p)), int(max(p))) for p in pairs}:
             of = both.copy()
@@ -149,7 +151,8 @@ class Objective:
 
     def _scaled(self, u: Float64) -> Float64:
         """L u, [F, r]."""
-        return np.einsum("fij,fj->fi", self.factors, u)
+        found: Float64 = np.einsum("fij,fj->fi", self.factors, u)
+        return found
 
     def _coefficients(self, u: Float64) -> Float64:
         """[V, 2]: of each vote's models; 0 where it has only one."""
@@ -173,7 +176,8 @@ class Objective:
 
     def _back(self, each: Float64) -> Float64:
         """[F, r]: derivatives by the coefficients [V, 2] as derivatives by u."""
-        return np.einsum("fji,jf->fi", self.factors, self.features.T @ self._by_model(each))
+        found: Float64 = np.einsum("fji,jf->fi", self.factors, self.features.T @ self._by_model(each))
+        return found
 
 
 def outcome_shares(feedback: FeedbackModel, outcome: Int64) -> Float64:
