@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from bench import (
+    adapting,
     answer_cache,
     batch,
     batch_budgets,
@@ -47,6 +48,7 @@ from bench.mirror_descent import mirror_descent
 from bench.mock_provider import FAULTS, Rule
 from p2l_engine.backbone.families import DecoderConfig
 from p2l_engine.backbone.weights import expected_shapes
+from p2l_engine.feedback import feedback_model
 from p2l_engine.prompts.encode import PromptEncoder
 from p2l_engine.prompts.tokenizer import TransformersTokenizer
 from tests.support import tiny
@@ -156,9 +158,10 @@ def test_mistakes_are_errors_of_one_line(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
-        "answer_cache", "batch", "conversation_costs", "coverage", "demo", "exploration", "kernels", "latency", "leaderboards",
-        "learning_curve", "overload", "published_server", "real_budgets", "replay_coverage", "screenshots", "seeds",
-        "serve_demo", "serving", "serving_faults", "solvers", "spend_limits", "startup", "streams", "throughput", "training",
+        "adapting", "answer_cache", "batch", "conversation_costs", "coverage", "demo", "exploration", "kernels", "latency",
+        "leaderboards", "learning_curve", "overload", "published_server", "real_budgets", "replay_coverage", "screenshots",
+        "seeds", "serve_demo", "serving", "serving_faults", "solvers", "spend_limits", "startup", "streams", "throughput",
+        "training",
     ],
 )  # fmt: skip
 def test_every_benchmark_has_help(name, monkeypatch, capsys):
@@ -400,6 +403,26 @@ def test_a_compromised_release_is_refused(tmp_path):
     (packages / "litellm-1.82.7.dist-info").mkdir()
     with pytest.raises(ValueError, match="compromised"):
         servers.litellm_version(tmp_path)
+
+
+@pytest.mark.parametrize("feedback", ["grk", "bt-tie"])
+def test_a_left_out_model_is_added_in_every_way(feedback, tmp_path):
+    rng = np.random.default_rng(0)
+    states, scores = rng.normal(size=(60, 6)), rng.integers(0, 2, (60, 4)).astype(float)
+    task = adapting.task_of(feedback_model(feedback), ["a", "b", "c", "d"], states, scores, 1, None)
+    assert task.models == ("a", "c", "d", "b")
+    rows = []
+    for n in (0, 20):
+        for name, found in adapting.run(task, n, 0, retrain=True).items():
+            assert np.isfinite(found).all()
+            rows.append(("frozen", "b", 0, n, name, *found))
+    assert {row[4] for row in rows} == set(adapting.NAMED)
+    adapting.write(rows, tmp_path / "rows.csv")
+    again = adapting.read(tmp_path / "rows.csv")
+    assert [row[:5] for row in again] == [row[:5] for row in rows]
+    assert len(adapting.summary(again)) == len(rows)
+    adapting.draw(again, tmp_path / "curve.svg")
+    assert "<svg" in (tmp_path / "curve.svg").read_text()
 
 
 def test_a_learning_curve_is_drawn(tmp_path):
