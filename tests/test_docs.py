@@ -6,6 +6,7 @@ import re
 import runpy
 import shlex
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,20 @@ def test_the_readme_prints_what_it_says(default_engine, capsys):
     said = blocks(ROOT / "README.md", "text")[1].split()
     assert model == said[0]
     assert abs(float(rest[-1]) - float(said[-1])) < 0.02  # bfloat16 or float32
+
+
+@pytest.mark.slow
+def test_a_model_joins_as_the_readme_says(default_engine, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("p2l_engine.learning.hidden.cache_folder", lambda: tmp_path / "cache")
+    for line in blocks(ROOT / "README.md", "sh")[1].splitlines():
+        if line.startswith("p2l-engine"):
+            done = p2l_engine(*shlex.split(line)[1:])
+            assert done.status == 0, done.err
+        else:
+            subprocess.run(["sh", "-c", line], check=True)
+    assert "new-model" in (tmp_path / "adapted" / "model_list.json").read_text()
+    assert "win rate" in done.out
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "examples").glob("*.py") if path.stem != "make_votes"))
