@@ -102,7 +102,7 @@ class Purse:
 
     async def drain(self) -> None:
         """Waits until everything is settled."""
-        while self._unsettled:
+        while self._unsettled or self._busy:
             self._settled = self._settled or asyncio.Event()
             self._begin()
             await self._settled.wait()
@@ -128,9 +128,6 @@ class Purse:
             elif isinstance(answer, Exception):
                 logger.error("a settlement could not be stored; its reservation counts in full", exc_info=answer)
             self._unsettled -= 1
-            if not self._unsettled and self._settled is not None:
-                self._settled.set()
-                self._settled = None
 
         self._waiting.append((call, take))
         if self._settled is not None:
@@ -163,3 +160,6 @@ class Purse:
         # No timer: settlements have waited long enough meanwhile, or were too many for one transaction.
         if self._lingering is None or self._settled is not None or any(isinstance(call, Reserve) for call, _ in self._waiting):
             self._begin()
+        if self._settled is not None and not (self._unsettled or self._busy):
+            self._settled.set()
+            self._settled = None
