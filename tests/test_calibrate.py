@@ -461,3 +461,11 @@ def test_calibrate_refuses_what_it_cannot_do(files, monkeypatch):
     assert (ended.status, "expected some of none, temperature" in ended.message) == (2, True)
     ended = p2l_engine("calibrate", "c", "--votes", "votes.parquet", "-o", "c")
     assert (ended.status, "expected a folder that does not exist yet, or an empty one" in ended.message) == (2, True)
+
+
+def test_adapt_refuses_a_checkpoint_with_a_monotone_map(files, tmp_path):
+    calibrated.write(checkpoint.load(files / "c"), tmp_path / "n", BENT, report_of("bt"))
+    ended = p2l_engine("adapt", tmp_path / "n", "--votes", files / "votes.parquet", "-o", tmp_path / "a")
+    assert ended.status == 2
+    assert "calibrated by a monotone map (calibration.json), behind which rows cannot be learned" in ended.message
+    assert not (tmp_path / "a").exists()

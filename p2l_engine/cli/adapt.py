@@ -97,6 +97,11 @@ def adapt(
         from p2l_engine.votes import Votes, prompts_hash, read
 
         loaded = checkpoints.load(checkpoint, date)
+    if loaded.theta_map is not None:
+        raise ValueError(
+            f"{loaded.folder}: calibrated by a monotone map (calibration.json), behind which rows cannot be learned: adapt the "
+            "checkpoint it came from, and calibrate that again, or calibrate with linear maps alone (--map)"
+        )
     unknown = sorted(set(drop or []) - set(loaded.models))
     if unknown:
         raise typer.BadParameter(f"expected some of {', '.join(loaded.models)}, got {', '.join(unknown)}", param_hint="--drop")

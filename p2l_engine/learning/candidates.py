@@ -23,7 +23,7 @@ import numpy.typing as npt
 from scipy.sparse import csr_array, hstack, vstack
 
 from p2l_engine.coefficients import Coefficients
-from p2l_engine.learning.newton import Objective
+from p2l_engine.learning.newton import LinearFit
 from p2l_engine.votes import Votes
 
 Float64 = npt.NDArray[np.float64]
@@ -137,7 +137,7 @@ class Design:
             self._add("eta offset", zero, zero, 0.0, WIDE, -np.inf, np.full(len(votes), self._unit))
         columns = hstack(self._parts, "csr") if self._parts else csr_array((3 * len(votes), 0))
         self.start = np.array(self._centre)
-        self.objective = Objective(
+        self.objective = LinearFit(
             c.feedback, columns, fixed, votes.outcome, votes.weight, self.start, 1 / np.array(self._sd) ** 2,
             np.array(self._least),
         )  # fmt: skip

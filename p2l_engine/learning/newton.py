@@ -19,7 +19,7 @@ ENOUGH = 1e-7  # of the log-likelihood, in nats: the step that promises less is 
 
 
 @dataclass(frozen=True, slots=True)
-class Objective:
+class LinearFit:
     """The negative log-likelihood of V votes plus that of the prior, by k parameters.
 
     columns [3 V, k]: of theta_a, then of theta_b, then of eta; fixed [3, V]: the part that no parameter changes. outcome,
@@ -36,7 +36,7 @@ class Objective:
     precision: Float64
     least: Float64
 
-    def of(self, rows: npt.NDArray[np.int64]) -> Objective:
+    def of(self, rows: npt.NDArray[np.int64]) -> LinearFit:
         """Of these votes alone."""
         every = np.concatenate([rows + i * len(self.weight) for i in range(3)])
         return replace(
@@ -82,7 +82,7 @@ def _placed(blocks: Float64) -> csr_array:
     return csr_array((values, np.tile(columns.ravel(), r), np.arange(0, 3 * r * v + 1, 3)), shape=(r * v, 3 * v))
 
 
-def minimise(of: Objective, start: Float64) -> Float64:
+def minimise(of: LinearFit, start: Float64) -> Float64:
     """The parameters [k] of the least value, by Newton's method, projected onto the bounds (Bertsekas, 1982). Raises
     ArithmeticError where it does not converge."""
     x = np.maximum(start, of.least)
@@ -113,7 +113,7 @@ def minimise(of: Objective, start: Float64) -> Float64:
     )
 
 
-def errors(of: Objective, x: Float64, groups: npt.NDArray[np.int64]) -> Float64:
+def errors(of: LinearFit, x: Float64, groups: npt.NDArray[np.int64]) -> Float64:
     """[k]: the parameters' standard errors at the optimum where votes of one group (groups [V]) depend on each other (the
     sandwich estimator with clusters; Liang and Zeger, 1986); 0 at a bound."""
     _, bend = of.derivatives(x)
