@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from p2l_engine.backbone.head import Head
 from p2l_engine.feedback import Outcome, feedback_model
 from p2l_engine.learning.adapt import NewModel, adapt
+from p2l_engine.learning.curves import leave_one_out
 from p2l_engine.learning.names import check_connected, check_new
 from p2l_engine.learning.new_models import Descriptions
 from p2l_engine.learning.prior import Basis, Scales, covariance, of_rows
@@ -142,6 +143,22 @@ def test_votes_in_two_parts_give_nearly_the_same_as_all_at_once():
     # Laplace's approximation of the first half, and no covariance between models, are all that differs.
     deviation = every.uncertainty.deviation(torch.from_numpy(hidden))[:, 5]
     assert float(((one - two)[:, 5].abs() / deviation).mean()) < 0.5
+
+
+@pytest.mark.parametrize("name", ["grk", "bt-tie"])
+def test_learning_curves_come_near_the_row_that_was_left_out(name):
+    world = Simulator.of(name, 4, seed=1)
+    prompts = world.prompts(200, 1)
+    votes = world.votes(prompts, 4)
+    points = leave_one_out(head_of(world, 4), world.models, world.feedback, votes, words_in(prompts), (0, 10, 150, 10**6))
+    assert [point.votes for point in points] == [0, 10, 150]
+    assert [point.models for point in points] == [4] * 3
+    assert points[0].excess > points[2].excess
+    assert abs(points[2].excess) < 0.15
+    assert len({point.own_row for point in points}) == 1
+    assert min(point.error for point in points) > 0
+    with pytest.raises(ValueError, match="two models and three prompts"):
+        leave_one_out(head_of(world, 4), world.models, world.feedback, votes.of([0, 1]), words_in(prompts[:2]))
 
 
 def test_the_basis_is_uncorrelated_and_spans_the_rows():

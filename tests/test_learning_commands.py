@@ -104,6 +104,15 @@ def test_other_feedback_models_are_adapted_too(kind, tmp_path):
     assert checkpoint.load(tmp_path / "new").models[-1] == "zeta"
 
 
+def test_eval_shows_learning_curves(source, tmp_path):
+    rows = [(f"prompt {i}", tiny.MODELS[i % 5], tiny.MODELS[(i + 1 + i % 3) % 5], "model_a") for i in range(30)]
+    ended = p2l_engine(
+        "eval", "--votes", table(tmp_path / "v.csv", rows), "--checkpoint", str(source), "--adapt", "--bootstrap", "5"
+    )
+    assert ended.status == 0, ended.err
+    assert "left out and learned again" in ended.out
+
+
 def test_scores_of_different_models_on_different_prompts_are_votes(tmp_path):
     rows = [("p", "a", 1), ("p", "b", 0), ("q", "b", 0.2), ("q", "c", 0.2), ("r", "c", 1)]
     path = table(tmp_path / "s.csv", rows, ("prompt", "model", "score"))

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from p2l_engine.engine import Engine
+    from p2l_engine.votes import Votes
+
 
 def evaluate(
     votes: Annotated[
@@ -72,6 +75,10 @@ def evaluate(
         bool, typer.Option("--probes", help="Compare with ridge regression, kNN and a perceptron on the untrained backbone.")
     ] = False,
     cluster: Annotated[bool, typer.Option("--cluster", help="Find categories by clustering the prompts.")] = False,
+    adapting: Annotated[
+        bool,
+        typer.Option("--adapt", help="Leave out each model's row and learn it again from its votes: how many does one need?"),
+    ] = False,
     top: Top = TOP,
     all_models: All = False,
     catalog: CatalogFile = None,
@@ -138,6 +145,8 @@ def evaluate(
         report = reports.evaluate(engine, held_out, found.training, found.scores, options, advance)
     shown = limit(top, all_models)
     show(report, out(), strengths=reference is not None, top=shown)
+    if adapting:
+        _show_curves(engine, held_out)
     if as_json:
         write_json(to_json(report), as_json)
     if card:
@@ -146,6 +155,30 @@ def evaluate(
     if html:
         pages.write(report, html, shown)
         note(f"wrote {html}")
+
+
+def _show_curves(engine: Engine, votes: Votes) -> None:
+    """Learning curves of the models, each left out of the head in turn."""
+    from p2l_engine.backbone.head import Head
+    from p2l_engine.cli.table import print_table
+    from p2l_engine.learning.curves import leave_one_out
+    from p2l_engine.learning.hidden import cache_folder, hidden_states
+
+    with progress(len(votes.prompts)) as advance:
+        states = hidden_states(engine, [list(turns) for turns in votes.prompts], cache_folder(), advance)
+    head = Head(engine.head.weight.cpu(), engine.head.bias.cpu(), engine.head.n_models)
+    rows = [
+        (
+            f"{point.votes:,}",
+            str(point.models),
+            f"{point.loss:.4f}",
+            f"{point.own_row:.4f}",
+            f"{point.excess:+.4f} ({point.excess - 1.96 * point.error:+.4f} to {point.excess + 1.96 * point.error:+.4f})",
+        )
+        for point in leave_one_out(head, engine.models, engine.feedback, votes, states)
+    ]
+    columns = ("votes", "models", "log-loss", "own row's", "difference (95%)")
+    print_table("A model's row, left out and learned again: log-loss of its held-out votes", columns, rows, out())
 
 
 def _check_budgets(budgets: Sequence[float], costs: npt.NDArray[np.float64] | None) -> None:

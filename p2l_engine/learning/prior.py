@@ -90,8 +90,7 @@ def covariance(basis: Basis, scales: Scales) -> Float64:
     of = basis.coordinates.copy()
     of[:, 0] = 0.0
     found = scales.rows**2 * of.T @ of / max(len(of) - 1, 1)
-    spread = np.sqrt(basis.ridge)
-    found[np.diag_indices(len(found))] += scales.free**2 * spread / max(spread.sum(), 1e-300)
+    found[np.diag_indices(len(found))] += scales.free**2 * basis.ridge / max(basis.ridge.sum(), 1e-300)
     found[0, 0] += scales.level**2
     return found
 
