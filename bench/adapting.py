@@ -272,7 +272,7 @@ def summary(rows: Sequence[Row]) -> list[tuple[str, int, str, float, float, floa
         for (model, seed), (loss, _, _) in of.items():
             if (model, seed) in adapted:
                 by_model.setdefault(model, []).append(loss - adapted[model, seed][0])
-        apart = np.array([np.mean(each) for each in by_model.values()] or [np.nan])
+        apart = np.array([float(np.mean(each)) for each in by_model.values()] or [np.nan])
         error = float(apart.std(ddof=1) / np.sqrt(len(apart))) if len(apart) > 1 else 0.0
         loss, _, score = np.mean(list(of.values()), 0)
         found.append((backbone, n, method, float(loss), float(apart.mean()), error, float(score)))
