@@ -71,7 +71,7 @@ def test_rows_and_pairs_that_no_vote_touches_keep_their_bits():
     assert not torch.equal(found.head.weight[2], head.weight[2])
     before, after = theta(head, words_in(prompts)), theta(found.head, words_in(prompts))
     assert torch.equal(before[:, others], after[:, others])
-    assert float((after - before)[:, 2].mean()) < 0  # it lost
+    assert float((after[:, 2] - before[:, 2]).mean()) < 0  # it lost
     assert float(after[:, 5].mean()) > float(before[:, 2].mean())
 
 
@@ -281,3 +281,29 @@ def test_descriptions_that_name_unknown_models_are_refused(tmp_path):
         described(tmp_path, "models: {x: {like: b}}").as_new_models(["a"], np.zeros(1))
     with pytest.raises(ValueError, match="ratings: expected models of the checkpoint"):
         described(tmp_path, "models: {x: {}}\nratings: {b: 3}").as_new_models(["a"], np.zeros(1))
+
+
+def test_two_wins_widen_no_prior():
+    world = Simulator.of("bt", 9)
+    head, prompts = head_of(world, 9), world.prompts(2)
+    weakest = world.models[int(theta(head, words_in(prompts)).mean(0).argmin())]
+    zeros = np.zeros(2, int)
+    votes = Votes.make([(p,) for p in prompts], (weakest, "new"), np.arange(2), zeros, zeros + 1, zeros + Outcome.B)
+    found = adapt(head, world.models, world.feedback, votes, words_in(prompts), [NewModel("new")])
+    start = of_rows(Basis.of(words_in(prompts), torch.cat([head.weight, head.bias[:, None]], 1).double().numpy()))
+    assert found.scales.level < 1.5 * start.level
+    after = theta(found.head, words_in(prompts)).mean(0)
+    assert after[:9].mean() < after[9] < after[:9].max() + start.level
+
+
+def test_what_two_prompts_do_not_show_stays_uncertain():
+    world = Simulator.of("bt", 9)
+    head, prompts = head_of(world, 9), world.prompts(200)
+    hidden = words_in(prompts)
+    zeros = np.zeros(2, int)
+    votes = Votes.make([(p,) for p in prompts[:2]], (world.models[0], "new"), np.arange(2), zeros, zeros + 1, np.arange(2))
+    found = adapt(head, world.models, world.feedback, votes, hidden[:2], [NewModel("new")])
+    others = hidden[~(hidden[:, None] * hidden[None, :2]).sum(-1).any(1)]  # without a word of theirs
+    deviation = found.uncertainty.deviation(torch.from_numpy(others))[:, -1]
+    assert len(others) > 20
+    assert float(deviation.min()) > 0.5 * found.scales.level

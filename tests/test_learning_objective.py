@@ -99,7 +99,9 @@ def test_a_model_that_only_won_stops_where_the_prior_holds_it(weight):
 
     found = minimise(hostile("bt", [Outcome.A], [weight])).u[0, 0]
     with mpmath.workdps(40):
-        exact = mpmath.findroot(lambda u: u - weight / (1 + mpmath.exp(u)), 1 + mpmath.log(weight))
+        # u = weight / (1 + exp(u)), in logarithms
+        excess = lambda u: mpmath.log(u) + mpmath.log1p(mpmath.exp(u)) - mpmath.log(weight)  # noqa: E731
+        exact = mpmath.findroot(excess, (mpmath.mpf("1e-3"), mpmath.mpf(30)), solver="anderson")
     assert found == pytest.approx(float(exact), rel=1e-9)
 
 

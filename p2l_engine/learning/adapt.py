@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -101,7 +102,7 @@ def adapt(
     if scales is None:
         scales = of_rows(basis)
         if new and touched[m:].any():
-            scales = _by_evidence(feedback, votes, eta, base, x, basis, narrow, scales)
+            scales = _by_evidence(feedback, votes, eta, base, x, basis, narrow, scales, 1 / math.sqrt(2 * max(m - 1, 1)))
     factors = {i: narrow[i] * _factor(covariance(basis, scales)) for i in added}
     prior = np.sqrt(np.diag(covariance(basis, scales)))
     factors |= {i: _known(uncertainty, models[i], prior, known_votes) for i in np.flatnonzero(touched[:m]).tolist()}
@@ -146,15 +147,18 @@ def _by_evidence(
     basis: Basis,
     narrow: dict[int, float],
     start: Scales,
+    sure: float,
 ) -> Scales:
-    """The scales of most evidence, one after the other."""
+    """The scales of most evidence, one after the other. start: those before any vote, sure: the standard deviation of their
+    logarithms: few votes cannot tell a wide prior from a narrow one, and all won would be best explained by the widest."""
 
     def evidence(scales: Scales) -> float:
         factor = _factor(covariance(basis, scales))
         objective = Objective(feedback, votes, eta, base, x, {i: each * factor for i, each in narrow.items()})
         minimum = minimise(objective, tolerance=1e-4)
         blocks = objective.blocks(minimum.local.definite)
-        return -minimum.local.value - float(np.linalg.slogdet(blocks)[1].sum()) / 2
+        far = np.log(astuple(scales)) - np.log(astuple(start))
+        return -minimum.local.value - float(np.linalg.slogdet(blocks)[1].sum()) / 2 - float((far**2).sum()) / (2 * sure**2)
 
     best, most = start, evidence(start)
     for name in ("level", "free", "rows"):

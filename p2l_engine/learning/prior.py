@@ -122,7 +122,8 @@ def _shrinkage(centred: Float64, square: float) -> tuple[float, float]:
     of_covariance = float((gram**2).sum()) / n**2
     spread = of_covariance - d * level**2  # squared distance of the covariance from the multiple of the identity
     noise = (float((squares**2).sum()) / n - of_covariance) / n
-    return (1.0 if spread <= 0 else float(np.clip(noise / spread, 0.0, 1.0))), level
+    # At least 1 / n: of few hidden states the estimate may be 0, and directions that they do not have would count as certain.
+    return (1.0 if spread <= 0 else float(np.clip(noise / spread, 1 / n, 1.0))), level
 
 
 def _principal(centred: Float64, count: int) -> Float64:
