@@ -104,8 +104,9 @@ def test_other_feedback_models_are_adapted_too(kind, tmp_path):
     assert checkpoint.load(tmp_path / "new").models[-1] == "zeta"
 
 
+@pytest.mark.slow
 def test_eval_shows_learning_curves(source, tmp_path):
-    rows = [(f"prompt {i}", tiny.MODELS[i % 5], tiny.MODELS[(i + 1 + i % 3) % 5], "model_a") for i in range(30)]
+    rows = [(f"prompt {i}", tiny.MODELS[i % 5], tiny.MODELS[(i + 1 + i % 3) % 5], "model_a") for i in range(15)]
     ended = p2l_engine(
         "eval", "--votes", table(tmp_path / "v.csv", rows), "--checkpoint", str(source), "--adapt", "--bootstrap", "5"
     )
