@@ -35,9 +35,10 @@ from p2l_engine.checkpoint import DEFAULT
 from p2l_engine.evaluation.features import frozen
 from p2l_engine.feedback import FeedbackModel, feedback_model
 from p2l_engine.leaderboard.losses import pair_derivatives, sums_of_derivatives
-from p2l_engine.learning.adapt import NewModel, adapt
+from p2l_engine.learning.adapt import adapt
 from p2l_engine.learning.hidden import cache_folder, hidden_states
 from p2l_engine.learning.objective import Objective, minimise, outcome_shares
+from p2l_engine.learning.rows import NewModel
 from p2l_engine.plotting import BLUE, GREY, ORANGE, YELLOW, save
 from p2l_engine.votes import Votes, from_scores, score_matrix
 

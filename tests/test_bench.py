@@ -27,6 +27,7 @@ from bench import (
     kernels,
     latency,
     leaderboards,
+    learner,
     learning_curve,
     overload,
     real_budgets,
@@ -159,9 +160,9 @@ def test_mistakes_are_errors_of_one_line(monkeypatch, capsys, tmp_path):
     "name",
     [
         "adapting", "answer_cache", "batch", "conversation_costs", "coverage", "demo", "exploration", "kernels", "latency",
-        "leaderboards", "learning_curve", "overload", "published_server", "real_budgets", "replay_coverage", "screenshots",
-        "seeds", "serve_demo", "serving", "serving_faults", "solvers", "spend_limits", "startup", "streams", "throughput",
-        "training",
+        "leaderboards", "learner", "learning_curve", "overload", "published_server", "real_budgets", "replay_coverage",
+        "screenshots", "seeds", "serve_demo", "serving", "serving_faults", "solvers", "spend_limits", "startup", "streams",
+        "throughput", "training",
     ],
 )  # fmt: skip
 def test_every_benchmark_has_help(name, monkeypatch, capsys):
@@ -440,6 +441,12 @@ def test_exploration_runs_to_the_end(tmp_path, monkeypatch):
     assert regret == sorted(regret)  # no policy beats the best one
     assert regret[0] > 0
     assert "<svg" in (tmp_path / "regret.svg").read_text()
+
+
+def test_the_learners_stream_runs_to_the_end(tmp_path, monkeypatch):
+    run(monkeypatch, learner, "--votes", 60, "--batch", 20, "--dimensions", 16, "--csv", tmp_path / "rows.csv")
+    (row,) = csv.DictReader((tmp_path / "rows.csv").open())
+    assert max(float(row["known_sd"]), float(row["new_sd"])) < 1
 
 
 @pytest.mark.slow

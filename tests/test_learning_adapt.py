@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 
 from p2l_engine.backbone.head import Head
 from p2l_engine.feedback import Outcome, feedback_model
-from p2l_engine.learning.adapt import NewModel, adapt
+from p2l_engine.learning.adapt import adapt
 from p2l_engine.learning.curves import leave_one_out
 from p2l_engine.learning.names import check_connected, check_new
 from p2l_engine.learning.new_models import Descriptions
 from p2l_engine.learning.prior import Basis, Scales, covariance, of_rows
+from p2l_engine.learning.rows import NewModel
 from p2l_engine.votes import Votes
 from tests.support.simulate import WORDS, Simulator
 

@@ -92,8 +92,8 @@ def adapt(
         from p2l_engine import checkpoint as checkpoints
         from p2l_engine.engine import Engine
         from p2l_engine.learning import hidden, names, write
-        from p2l_engine.learning.adapt import KNOWN_VOTES
         from p2l_engine.learning.adapt import adapt as learn
+        from p2l_engine.learning.rows import KNOWN_VOTES
         from p2l_engine.votes import Votes, prompts_hash, read
 
         loaded = checkpoints.load(checkpoint, date)

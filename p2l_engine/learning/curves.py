@@ -11,7 +11,8 @@ import torch
 
 from p2l_engine.backbone.head import Head
 from p2l_engine.feedback import FeedbackModel
-from p2l_engine.learning.adapt import NewModel, adapt
+from p2l_engine.learning.adapt import adapt
+from p2l_engine.learning.rows import NewModel
 from p2l_engine.votes import Votes
 
 SIZES = (0, 10, 30, 100, 300, 1000, 3000)

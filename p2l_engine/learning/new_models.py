@@ -12,7 +12,7 @@ import numpy.typing as npt
 import yaml
 
 from p2l_engine.arguments import finite_number
-from p2l_engine.learning.adapt import NewModel
+from p2l_engine.learning.rows import NewModel
 from p2l_engine.unique_keys import UniqueKeys
 
 KEYS = ("like", "prior_rating", "cost")

@@ -54,13 +54,12 @@ class Objective:
         if heaviest > HEAVIEST:
             raise ValueError(f"weight: expected at most {HEAVIEST:g} for a vote, got {heaviest:g}; divide all weights")
         self.feedback, self.base, self.features = feedback, base, features
-        votes = votes.where(votes.weight > 0) if (votes.weight == 0).any() else votes
         self.free = sorted(factors)
         self.factors = np.stack([factors[m] for m in self.free]) if factors else np.zeros((0, 0, 0))
         slot = np.full(base.shape[1] + 1, -1)  # the last is for b = -1
         slot[self.free] = np.arange(len(self.free))
-        # Votes on rows that are not free change nothing.
-        touching: npt.NDArray[np.bool_] = (slot[votes.a] >= 0) | (slot[votes.b] >= 0)
+        # Votes on rows that are not free, or of weight 0, change nothing.
+        touching: npt.NDArray[np.bool_] = ((slot[votes.a] >= 0) | (slot[votes.b] >= 0)) & (votes.weight > 0)
         self.prompt, self.weight = votes.prompt[touching], votes.weight[touching]
         self.outcome = votes.outcome[touching]
         self.sides = np.stack([votes.a[touching], votes.b[touching]], 1)

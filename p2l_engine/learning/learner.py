@@ -1,0 +1,287 @@
+"""Rows of a head that go on learning in a service: votes batch after batch, and from time to time all of them again."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from p2l_engine.backbone.head import Head
+from p2l_engine.backbone.uncertainty import Uncertainty
+from p2l_engine.checkpoint import fingerprint
+from p2l_engine.feedback import FeedbackModel
+from p2l_engine.learning.adapt import posterior
+from p2l_engine.learning.objective import Objective, minimise
+from p2l_engine.learning.prior import RANK, Basis, Scales, of_rows
+from p2l_engine.learning.rows import KNOWN_VOTES, NewModel, Rows
+from p2l_engine.tables.atomic import write_file
+from p2l_engine.votes import Votes
+
+Float64 = npt.NDArray[np.float64]
+
+VERSION = 1  # of the saved state
+TOGETHER = 256  # votes that are learned from at a time
+LARGEST = 1024  # free parameters up to which an update sees how rows depend on each other
+TOLERANCE = 1e-6  # of an update's step, in posterior deviations
+STORED = ("features", "base", "eta", "prompt", "a", "b", "outcome", "weight")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Seen:
+    """Votes as they are kept. features [P, r] and base [P, M], eta [P] (empty without a tie parameter): of their prompts,
+    float32; prompt, a, b, outcome, weight [V]."""
+
+    features: npt.NDArray[np.float32]
+    base: npt.NDArray[np.float32]
+    eta: npt.NDArray[np.float32]
+    prompt: npt.NDArray[np.int32]
+    a: npt.NDArray[np.int16]
+    b: npt.NDArray[np.int16]
+    outcome: npt.NDArray[np.generic]
+    weight: npt.NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.prompt)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Seen]) -> Seen:
+        """All of them, in order."""
+        first = np.cumsum([0, *(len(part.features) for part in parts)])
+        moved = [replace(part, prompt=(part.prompt + at).astype(np.int32)) for part, at in zip(parts, first, strict=False)]
+        return cls(*(np.concatenate([getattr(part, name) for part in moved]) for name in STORED))
+
+
+@dataclass(slots=True, eq=False)
+class State:
+    """moved [M, r]: the rows' coordinates, from their means. factors: [r, r] of the posterior of rows that votes have touched,
+    by index. parts: the votes; refined: how many of these parts the last refinement saw."""
+
+    moved: Float64
+    factors: dict[int, Float64] = field(default_factory=dict)
+    parts: list[Seen] = field(default_factory=list)
+    refined: int = 0
+
+
+class Learner:
+    """The posterior of a head's rows, given all votes so far. Safe to call from many threads.
+
+    ``update`` takes what was learned before as the prior of the next votes (Laplace's approximation, one batch of up to 256
+    after the other): its time depends on the number of new votes alone. ``refine`` finds the maximum over all votes from the
+    first prior, as ``adapt`` with the same reference and scales does, to 1e-5 of theta; run it in a thread of its own.
+
+    head, models, feedback: of the checkpoint. reference [N, D]: hidden states that say how prompts vary. new: models to add.
+    uncertainty, known_votes, rank: as for ``adapt``. scales: of the new rows' prior; None: what the head's rows say of each
+    other. Votes are kept: 4 (r + M + 1) bytes for each prompt and about 20 for each vote.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        models: Sequence[str],
+        feedback: FeedbackModel,
+        reference: npt.NDArray[np.float32],
+        new: Sequence[NewModel] = (),
+        uncertainty: Uncertainty | None = None,
+        known_votes: float = KNOWN_VOTES,
+        rank: int = RANK,
+        scales: Scales | None = None,
+    ) -> None:
+        rows = Rows.of(head, models, new, reference, uncertainty, known_votes, rank)
+        self._begin(head, feedback, rows, of_rows(rows.basis) if scales is None else scales)
+
+    def _begin(self, head: Head, feedback: FeedbackModel, rows: Rows, scales: Scales) -> None:
+        self._head, self._rows = head, rows
+        self.feedback, self.scales = feedback, scales
+        self._new = rows.new_factors(scales)
+        self._state = State(np.zeros((len(rows.names), rows.basis.matrix.shape[1])))
+        self._lock, self._refining = threading.Lock(), threading.Lock()
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The head's models, then the new ones."""
+        return self._rows.names
+
+    @property
+    def votes(self) -> int:
+        """How many were learned from."""
+        return sum(map(len, self._state.parts))
+
+    @property
+    def pending(self) -> int:
+        """How many of them came since the last ``refine``."""
+        return sum(map(len, self._state.parts[self._state.refined :]))
+
+    def update(self, votes: Votes, hidden: npt.NDArray[np.float32]) -> None:
+        """Learns from votes on prompts of these hidden states [P, D]. Raises ValueError for unknown models, for votes that the
+        feedback model does not know, and for other shapes; nothing is learned then."""
+        seen = self._seen(votes, hidden)
+        order = np.argsort(seen.prompt, kind="stable")
+        parts = []
+        for start in range(0, len(order), TOGETHER):
+            some = order[start : start + TOGETHER]
+            prompts, place = np.unique(seen.prompt[some], return_inverse=True)
+            of_prompts = [getattr(seen, name)[prompts] if len(getattr(seen, name)) else seen.eta for name in STORED[:3]]
+            parts.append(Seen(*of_prompts, place.astype(np.int32), *(getattr(seen, name)[some] for name in STORED[4:])))
+        with self._lock:
+            for part in parts:
+                self._learn(self._state, part)
+                self._state.parts.append(part)
+
+    def refine(self) -> float:
+        """Finds the maximum over all votes so far; those that come meanwhile are learned from afterwards. Returns how far the
+        updates were from it: the largest distance of a row, in its posterior deviations (the root mean square over its
+        coordinates)."""
+        with self._refining:
+            with self._lock:
+                parts, moved = list(self._state.parts), self._state.moved.copy()
+            if not parts:
+                return 0.0
+            objective = self._objective(Seen.joined(parts), np.zeros_like(moved), self._prior)
+            inverse = [np.linalg.inv(factor) for factor in objective.factors]
+            start = np.stack([each @ moved[i] for each, i in zip(inverse, objective.free, strict=True)])
+            minimum = minimise(objective, start)
+            found = State(np.zeros_like(moved), parts=parts, refined=len(parts))
+            distance = 0.0
+            covariances = posterior(objective, minimum)
+            for f, i in enumerate(objective.free):
+                found.moved[i] = objective.factors[f] @ minimum.u[f]
+                found.factors[i] = covariances[f]
+                away = np.linalg.solve(covariances[f], found.moved[i] - moved[i])
+                distance = max(distance, float(np.sqrt((away**2).mean())))
+            with self._lock:
+                for part in self._state.parts[len(parts) :]:
+                    self._learn(found, part)
+                    found.parts.append(part)
+                self._state = found
+        return distance
+
+    def head(self) -> tuple[Head, Uncertainty | None]:
+        """The head as it is now, over ``models``, and the posterior of the rows that votes have touched."""
+        with self._lock:
+            moved, factors = self._state.moved.copy(), dict(self._state.factors)
+        changed = sorted(factors)
+        rows = self._rows.means + moved @ self._rows.basis.matrix.T
+        for i in self._new:
+            factors.setdefault(i, self._new[i])
+        return self._rows.head(self._head, rows, changed), self._rows.merged(self.scales, list(factors), list(factors.values()))
+
+    def save(self, path: Path) -> None:
+        """Writes the state, atomically; ``load`` goes on from it. Raises OSError."""
+        with self._lock:
+            state, rows = self._state, self._rows
+            arrays = {"moved": state.moved.copy(), "means": rows.means, "matrix": rows.basis.matrix}
+            arrays |= {"coordinates": rows.basis.coordinates, "ridge": rows.basis.ridge}
+            arrays |= {f"factor {i}": factor for i, factor in state.factors.items()}
+            parts, refined = list(state.parts), state.refined
+        if parts:
+            arrays |= {name: np.ascontiguousarray(getattr(Seen.joined(parts), name)) for name in STORED}
+        facts = {
+            "version": VERSION, "names": rows.names, "known": rows.known, "head": fingerprint.of_head(self._head),
+            "narrow": {str(i): each for i, each in rows.narrow.items()}, "known_votes": rows.known_votes,
+            "scales": [self.scales.rows, self.scales.free, self.scales.level], "feedback": self.feedback.name,
+            "refined": sum(map(len, parts[:refined])),
+        }  # fmt: skip
+        write_file(path, save(arrays, {"learner": json.dumps(facts)}))
+
+    @classmethod
+    def load(cls, path: Path, head: Head, feedback: FeedbackModel, uncertainty: Uncertainty | None = None) -> Self:
+        """Goes on from a saved state, with the head, feedback model and uncertainty that it began with. Raises ValueError for
+        another head or feedback model and for damaged files, OSError for missing ones."""
+        expected = f"{path}: expected the state of a Learner, version {VERSION}"
+        try:
+            with safe_open(path, framework="np") as file:
+                facts = json.loads((file.metadata() or {})["learner"])
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            own = {"version": VERSION, "head": fingerprint.of_head(head), "feedback": feedback.name}
+            if other := [key for key, value in own.items() if facts[key] != value]:
+                raise ValueError(f"another {' and another '.join(other)}")
+            basis = Basis(arrays["matrix"], arrays["coordinates"], arrays["ridge"])
+            narrow = {int(i): float(each) for i, each in facts["narrow"].items()}
+            eta_row = None
+            if head.has_eta:
+                last = head.n_models
+                eta_row = np.append(head.weight[last].double().cpu().numpy(), float(head.bias[last]))
+            rows = Rows(
+                tuple(facts["names"]),
+                facts["known"],
+                arrays["means"],
+                eta_row,
+                basis,
+                narrow,
+                uncertainty,
+                facts["known_votes"],
+            )
+            learner = cls.__new__(cls)
+            learner._begin(head, feedback, rows, Scales(*facts["scales"]))
+            factors = {int(name.split()[1]): each for name, each in arrays.items() if name.startswith("factor ")}
+            learner._state = State(arrays["moved"], factors)
+            if "prompt" in arrays:
+                seen = Seen(*(arrays[name] for name in STORED))
+                refined, prompts = int(facts["refined"]), np.arange(len(seen.features))
+                old = prompts < (seen.prompt[refined] if refined < len(seen) else len(prompts))
+                learner._state.parts = [part for part in (_some(seen, old), _some(seen, ~old)) if len(part)]
+                learner._state.refined = int(refined > 0)
+        except (SafetensorError, KeyError, TypeError, ValueError, IndexError) as error:
+            raise ValueError(f"{expected}, got {error!r}") from None
+        return learner
+
+    def _prior(self, i: int) -> Float64:
+        return self._new[i] if i in self._new else self._rows.known_factor(i, self.scales)
+
+    def _seen(self, votes: Votes, hidden: npt.NDArray[np.float32]) -> Seen:
+        names = self._rows.names
+        if unknown := sorted(set(votes.models) - set(names)):
+            raise ValueError(f"votes: expected votes on {', '.join(names)}, got {', '.join(unknown)}")
+        width = len(self._rows.basis.matrix) - 1
+        if hidden.shape != (len(votes.prompts), width):
+            raise ValueError(f"hidden: expected {[len(votes.prompts), width]}, got {list(hidden.shape)}")
+        if not np.isfinite(hidden).all():
+            raise ValueError("hidden: expected finite numbers")
+        column = np.array([names.index(name) for name in votes.models] + [-1])
+        base, eta = self._rows.coefficients(hidden)
+        seen = Seen(
+            self._rows.basis.features(hidden).astype(np.float32), base.astype(np.float32),
+            np.zeros(0, np.float32) if eta is None else eta.astype(np.float32), votes.prompt.astype(np.int32),
+            column[votes.a].astype(np.int16), column[votes.b].astype(np.int16), votes.outcome, votes.weight.astype(np.float32),
+        )  # fmt: skip
+        self._objective(seen, np.zeros_like(self._state.moved), self._prior)  # refuses what cannot be learned from
+        return seen
+
+    def _learn(self, state: State, part: Seen) -> None:
+        objective = self._objective(part, state.moved, lambda i: state.factors.get(i, self._prior(i)))
+        if not objective.free:
+            return
+        minimum = minimise(objective, tolerance=TOLERANCE)
+        for f, (i, factor) in enumerate(zip(objective.free, posterior(objective, minimum, LARGEST), strict=True)):
+            state.moved[i] += objective.factors[f] @ minimum.u[f]
+            state.factors[i] = factor
+
+    def _objective(self, seen: Seen, moved: Float64, factor: Any) -> Objective:
+        """Of these votes, from coordinates ``moved`` [M, r], for the rows that they touch. factor: of a row's prior."""
+        used = seen.weight > 0
+        touched = {*seen.a[used].tolist(), *seen.b[used].tolist()} - {-1}
+        features = seen.features.astype(np.float64)
+        base = seen.base + features @ moved.T
+        nothing = ((),) * len(features)
+        votes = Votes(
+            nothing, self._rows.names, seen.prompt.astype(np.int64), seen.a.astype(np.int64), seen.b.astype(np.int64),
+            seen.outcome, seen.weight.astype(np.float64),
+        )  # fmt: skip
+        eta = seen.eta.astype(np.float64) if self.feedback.has_eta else None
+        return Objective(self.feedback, votes, eta, base, features, {i: factor(i) for i in sorted(touched)})
+
+
+def _some(seen: Seen, prompts: npt.NDArray[np.bool_]) -> Seen:
+    """The votes on these prompts [P]."""
+    kept = prompts[seen.prompt]
+    number = np.cumsum(prompts) - 1
+    of_prompts = [getattr(seen, name)[prompts] if len(getattr(seen, name)) else seen.eta for name in STORED[:3]]
+    return Seen(*of_prompts, number[seen.prompt[kept]].astype(np.int32), *(getattr(seen, name)[kept] for name in STORED[4:]))

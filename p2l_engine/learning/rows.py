@@ -1,0 +1,134 @@
+"""The rows of a head before the votes: known ones as they are, new ones at their prior's mean, each with its covariance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from p2l_engine.backbone.head import Head
+from p2l_engine.backbone.uncertainty import Uncertainty
+from p2l_engine.learning.prior import RANK, Basis, Scales, covariance
+
+Float64 = npt.NDArray[np.float64]
+
+KNOWN_VOTES = 36_000  # what a row of a trained head counts for, unless its posterior is known
+INFORMATION = 0.2  # of a vote about theta: between a Bradley-Terry vote's 1/4 at equal strength and less elsewhere
+NARROWER = 0.5  # deviation of a model that is like another, relative to one that is not
+
+
+@dataclass(frozen=True, slots=True)
+class NewModel:
+    """A model to be added. like: the known model that it resembles, whose row is then its prior mean; None: the mean of the
+    rows. level: its mean theta over the reference prompts, before any vote; None: as its prior mean has it."""
+
+    name: str
+    like: str | None = None
+    level: float | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """names: M known models, then the new ones. means [M + new, D + 1]: weights and bias. eta_row [D + 1], where the head has a
+    tie parameter. narrow: by index of a new row, its deviation relative to that of the prior. uncertainty: of known rows, where
+    it is known; others are as precise as ``known_votes`` votes make them, in independent coordinates of the basis."""
+
+    names: tuple[str, ...]
+    known: int
+    means: Float64
+    eta_row: Float64 | None
+    basis: Basis
+    narrow: dict[int, float]
+    uncertainty: Uncertainty | None
+    known_votes: float
+
+    @classmethod
+    def of(
+        cls,
+        head: Head,
+        models: Sequence[str],
+        new: Sequence[NewModel],
+        reference: npt.NDArray[np.float32],
+        uncertainty: Uncertainty | None = None,
+        known_votes: float = KNOWN_VOTES,
+        rank: int = RANK,
+    ) -> Rows:
+        """reference [N, D]: hidden states that say how prompts vary. rank: of the basis, unless the uncertainty has one."""
+        m, d = len(models), head.weight.shape[1]
+        old = torch.cat([head.weight, head.bias[:, None]], 1).double().cpu().numpy()
+        rows = old[:m]
+        given = None if uncertainty is None else uncertainty.basis.double().cpu().numpy()
+        basis = Basis.of(reference, rows, rank, given)
+        middle = reference.mean(0, dtype=np.float64) if len(reference) else np.zeros(d)
+        means = np.concatenate([rows, np.empty((len(new), d + 1))])
+        for i, model in enumerate(new):
+            means[m + i] = rows[list(models).index(model.like)] if model.like is not None else rows.mean(0)
+            if model.level is not None:
+                means[m + i, -1] += model.level - (middle @ means[m + i, :-1] + means[m + i, -1])
+        narrow = {m + i: NARROWER if model.like is not None else 1.0 for i, model in enumerate(new)}
+        names = (*models, *(model.name for model in new))
+        return cls(names, m, means, old[m] if head.has_eta else None, basis, narrow, uncertainty, known_votes)
+
+    def coefficients(self, hidden: npt.NDArray[np.float32]) -> tuple[Float64, Float64 | None]:
+        """theta [P, M + new] at the means, and eta [P] where there is one."""
+        wide = hidden.astype(np.float64)
+        eta = None if self.eta_row is None else wide @ self.eta_row[:-1] + self.eta_row[-1]
+        found: Float64 = wide @ self.means[:, :-1].T + self.means[:, -1]
+        return found, eta
+
+    def deviations(self, scales: Scales) -> Float64:
+        """[r]: of the coordinates of a new row."""
+        found: Float64 = np.sqrt(np.diag(covariance(self.basis, scales)))
+        return found
+
+    def new_factors(self, scales: Scales) -> dict[int, Float64]:
+        """The factor [r, r] of each new row's covariance."""
+        factor = cholesky(covariance(self.basis, scales))
+        return {i: each * factor for i, each in self.narrow.items()}
+
+    def known_factor(self, i: int, scales: Scales) -> Float64:
+        """[r, r]: of known row i. Directions that the basis lacked when its posterior was computed are as the prior of a new
+        row has them."""
+        prior = self.deviations(scales)
+        if self.uncertainty is None or self.names[i] not in self.uncertainty.models:
+            same: Float64 = np.eye(len(prior)) / np.sqrt(INFORMATION * self.known_votes)
+            return same
+        own = self.uncertainty.factors[self.uncertainty.models.index(self.names[i])].double().cpu().numpy()
+        return grown(own, prior)
+
+    def head(self, head: Head, moved: Float64, changed: Sequence[int]) -> Head:
+        """``head`` with the rows ``moved`` [M + new, D + 1]; known ones that did not change keep their bits."""
+        learned = torch.from_numpy(moved).float()
+        weight, bias = learned[:, :-1].clone(), learned[:, -1].clone()
+        same = [i for i in range(self.known) if i not in set(changed)]
+        weight[same], bias[same] = head.weight.cpu()[same], head.bias.cpu()[same]
+        tail = slice(self.known, self.known + head.has_eta)
+        return Head(torch.cat([weight, head.weight.cpu()[tail]]), torch.cat([bias, head.bias.cpu()[tail]]), len(moved))
+
+    def merged(self, scales: Scales, free: Sequence[int], posterior: Sequence[Float64]) -> Uncertainty | None:
+        """The posterior of all rows that have one: factors [r, r] of the ``free`` ones, and what was known of others."""
+        prior, old = self.deviations(scales), self.uncertainty
+        found = {} if old is None else dict(zip(old.models, old.factors.double().cpu().numpy(), strict=True))
+        found |= {self.names[i]: factor for i, factor in zip(free, posterior, strict=True)}
+        if not found:
+            return None
+        kept = tuple(name for name in self.names if name in found)
+        factors = np.stack([grown(found[name], prior) for name in kept])
+        matrix = torch.from_numpy(self.basis.matrix).float()
+        return Uncertainty(matrix, torch.from_numpy(factors).float(), kept, self.names)
+
+
+def grown(factor: Float64, prior: Float64) -> Float64:
+    """A factor [r, r] with more directions, of deviations ``prior`` [r]."""
+    found: Float64 = np.diag(prior)
+    found[: len(factor), : len(factor)] = factor
+    return found
+
+
+def cholesky(matrix: Float64) -> Float64:
+    """Cholesky's factor of a covariance, of which rounding may have left a direction without variance."""
+    least = 1e-10 * max(float(np.trace(matrix)) / len(matrix), 1e-12)
+    return np.asarray(np.linalg.cholesky(matrix + least * np.eye(len(matrix))), np.float64)
