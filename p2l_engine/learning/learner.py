@@ -45,11 +45,20 @@ class Seen:
     prompt: npt.NDArray[np.int32]
     a: npt.NDArray[np.int16]
     b: npt.NDArray[np.int16]
-    outcome: npt.NDArray[np.generic]
+    outcome: npt.NDArray[np.int64] | npt.NDArray[np.float64]
     weight: npt.NDArray[np.float32]
 
     def __len__(self) -> int:
         return len(self.prompt)
+
+    def some(self, votes: npt.NDArray[np.intp]) -> Seen:
+        """The votes of these indices, with their prompts alone."""
+        prompts, place = np.unique(self.prompt[votes], return_inverse=True)
+        eta = self.eta[prompts] if len(self.eta) else self.eta
+        return Seen(
+            self.features[prompts], self.base[prompts], eta, place.astype(np.int32), self.a[votes], self.b[votes],
+            self.outcome[votes], self.weight[votes],
+        )  # fmt: skip
 
     @classmethod
     def joined(cls, parts: Sequence[Seen]) -> Seen:
@@ -124,12 +133,7 @@ class Learner:
         feedback model does not know, and for other shapes; nothing is learned then."""
         seen = self._seen(votes, hidden)
         order = np.argsort(seen.prompt, kind="stable")
-        parts = []
-        for start in range(0, len(order), TOGETHER):
-            some = order[start : start + TOGETHER]
-            prompts, place = np.unique(seen.prompt[some], return_inverse=True)
-            of_prompts = [getattr(seen, name)[prompts] if len(getattr(seen, name)) else seen.eta for name in STORED[:3]]
-            parts.append(Seen(*of_prompts, place.astype(np.int32), *(getattr(seen, name)[some] for name in STORED[4:])))
+        parts = [seen.some(order[start : start + TOGETHER]) for start in range(0, len(order), TOGETHER)]
         with self._lock:
             for part in parts:
                 self._learn(self._state, part)
@@ -225,10 +229,9 @@ class Learner:
             learner._state = State(arrays["moved"], factors)
             if "prompt" in arrays:
                 seen = Seen(*(arrays[name] for name in STORED))
-                refined, prompts = int(facts["refined"]), np.arange(len(seen.features))
-                old = prompts < (seen.prompt[refined] if refined < len(seen) else len(prompts))
-                learner._state.parts = [part for part in (_some(seen, old), _some(seen, ~old)) if len(part)]
-                learner._state.refined = int(refined > 0)
+                both = np.split(np.arange(len(seen)), [int(facts["refined"])])
+                learner._state.parts = [seen.some(votes) for votes in both if len(votes)]
+                learner._state.refined = int(len(both[0]) > 0)
         except (SafetensorError, KeyError, TypeError, ValueError, IndexError) as error:
             raise ValueError(f"{expected}, got {error!r}") from None
         return learner
@@ -277,11 +280,3 @@ class Learner:
         )  # fmt: skip
         eta = seen.eta.astype(np.float64) if self.feedback.has_eta else None
         return Objective(self.feedback, votes, eta, base, features, {i: factor(i) for i in sorted(touched)})
-
-
-def _some(seen: Seen, prompts: npt.NDArray[np.bool_]) -> Seen:
-    """The votes on these prompts [P]."""
-    kept = prompts[seen.prompt]
-    number = np.cumsum(prompts) - 1
-    of_prompts = [getattr(seen, name)[prompts] if len(getattr(seen, name)) else seen.eta for name in STORED[:3]]
-    return Seen(*of_prompts, number[seen.prompt[kept]].astype(np.int32), *(getattr(seen, name)[kept] for name in STORED[4:]))
