@@ -5,7 +5,7 @@
 Simulated: hidden states [D] whose variance falls as 1 / k along their k-th direction, nine known models whose rows are in the
 checkpoint, and a new one; the truth of each row is a draw from the learner's own prior. Each vote is on a prompt of its own
 and two random models, a third of them on the new one, under grk. An update takes --batch votes. Rate and CPU seconds are those
-of the updates, the vote's hidden state being there; memory is what the process has grown by. Apart: the root mean square
+of the updates, the vote's hidden state being there; memory is that of the votes, which are kept. Apart: the root mean square
 difference of theta between the updates alone and the maximum over all votes (``refine``), over 1,000 other prompts, in theta
 and in posterior deviations, of the known models and of the new one.
 """
@@ -13,7 +13,6 @@ and in posterior deviations, of the known models and of the new one.
 from __future__ import annotations
 
 import argparse
-import resource
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from rich.table import Table
 from bench.setting import positive, run, write_rows
 from p2l_engine.backbone.head import Head
 from p2l_engine.feedback import feedback_model
-from p2l_engine.learning.learner import Learner
+from p2l_engine.learning.learner import STORED, Learner
 from p2l_engine.learning.rows import NewModel
 from p2l_engine.votes import Votes
 
@@ -43,7 +42,7 @@ KNOWN_VOTES = 2_000  # that the checkpoint's rows count for
 
 @dataclass(frozen=True)
 class Row:
-    """After so many votes. per_second: votes; cpu: seconds in all; longest: milliseconds of an update; megabytes: of growth.
+    """After so many votes. per_second: votes; cpu: seconds in all; longest: milliseconds of an update; megabytes: of the votes.
     known, new: how far apart theta is of the known models and of the new one; known_sd, new_sd: in posterior deviations.
     refine: CPU seconds of the refinement."""
 
@@ -99,7 +98,6 @@ def measured(votes: int, batch: int, dimensions: int, seed: int) -> Row:
     world = World(dimensions, seed)
     learner = Learner(world.head, MODELS[:-1], FEEDBACK, world.hidden(2_000), [NewModel(MODELS[-1])], known_votes=KNOWN_VOTES)
     truth = truth_of(learner, world.rng)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     seconds, cpu, longest = 0.0, 0.0, 0.0
     for start in track(range(0, votes, batch), "updates"):
         hidden = world.hidden(min(batch, votes - start))
@@ -108,7 +106,7 @@ def measured(votes: int, batch: int, dimensions: int, seed: int) -> Row:
         learner.update(given, hidden)
         took = time.perf_counter() - wall
         seconds, cpu, longest = seconds + took, cpu + time.process_time() - own, max(longest, took)
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    kept = sum(getattr(part, name).nbytes for part in learner._state.parts for name in STORED) / 2**20
     others = torch.from_numpy(world.hidden(MEASURED_ON))
     updated = _theta(learner.head()[0], others)
     own = time.process_time()
@@ -118,7 +116,7 @@ def measured(votes: int, batch: int, dimensions: int, seed: int) -> Row:
     assert uncertainty is not None
     away, deviation = updated - _theta(head, others), uncertainty.deviation(others).double().numpy()
     apart = [float(np.sqrt((part**2).mean())) for x in (away, away / deviation) for part in (x[:, :KNOWN], x[:, KNOWN:])]
-    return Row(votes, votes / seconds, cpu, 1000 * longest, grown, apart[0], apart[2], apart[1], apart[3], refine)
+    return Row(votes, votes / seconds, cpu, 1000 * longest, kept, apart[0], apart[2], apart[1], apart[3], refine)
 
 
 def _theta(head: Head, hidden: torch.Tensor) -> Float64:
