@@ -33,6 +33,7 @@ train = [
     "rich>=14",
 ]
 batch = ["pyarrow>=20", "fsspec>=2025.3"]
+learn = [*cli, "pyarrow>=20", "scipy>=1.15"]
 ray = [*batch, "ray[data]>=2.55,<2.64"]
 postgres = ["psycopg[binary]>=3.2"]
 redis = ["redis>=5.1"]  # the server's cache of answers
@@ -104,6 +105,7 @@ setup(
         "serve-ray": serve_ray,
         "otel": otel,
         "tiktoken": tiktoken,
+        "learn": learn,
         "bench": bench,
         "test": [*default, *cli, *train, *ray, *postgres, *redis, *serve, *serve_ray, *otel, *tiktoken, *bench, *test],
         "lint": lint,
