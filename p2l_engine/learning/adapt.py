@@ -14,7 +14,7 @@ from p2l_engine.backbone.uncertainty import Uncertainty
 from p2l_engine.feedback import FeedbackModel
 from p2l_engine.learning.objective import Minimum, Objective, minimise
 from p2l_engine.learning.prior import RANK, Scales, of_rows
-from p2l_engine.learning.rows import KNOWN_VOTES, NewModel, Rows, cholesky
+from p2l_engine.learning.rows import KNOWN_VOTES, NewModel, HeadRows, cholesky
 from p2l_engine.votes import Votes
 
 Float64 = npt.NDArray[np.float64]
@@ -62,7 +62,7 @@ def adapt(
     Raises ArithmeticError where the maximum is not reached.
     """
     reference = hidden if reference is None else reference
-    rows = Rows.of(head, models, new, reference, uncertainty, known_votes, rank)
+    rows = HeadRows.of(head, models, new, reference, uncertainty, known_votes, rank)
     m, names = rows.known, rows.names
     column = np.array([names.index(name) for name in votes.models] + [-1], np.int64)
     votes = replace(votes, models=names, a=column[votes.a], b=column[votes.b])
@@ -100,7 +100,7 @@ def _by_evidence(
     eta: Float64 | None,
     base: Float64,
     x: Float64,
-    rows: Rows,
+    rows: HeadRows,
     start: Scales,
 ) -> Scales:
     """The scales of most evidence, one after the other. start: those before any vote; their logarithms are known to 1 / sqrt(2

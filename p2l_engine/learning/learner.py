@@ -1,4 +1,4 @@
-"""Rows of a head that go on learning in a service: votes batch after batch, and from time to time all of them again."""
+"""HeadRows of a head that go on learning in a service: votes batch after batch, and from time to time all of them again."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from p2l_engine.feedback import FeedbackModel
 from p2l_engine.learning.adapt import posterior
 from p2l_engine.learning.objective import Objective, minimise
 from p2l_engine.learning.prior import RANK, Basis, Scales, of_rows
-from p2l_engine.learning.rows import KNOWN_VOTES, NewModel, Rows
+from p2l_engine.learning.rows import KNOWN_VOTES, NewModel, HeadRows
 from p2l_engine.tables.atomic import write_file
 from p2l_engine.votes import Votes
 
@@ -103,10 +103,10 @@ class Learner:
         rank: int = RANK,
         scales: Scales | None = None,
     ) -> None:
-        rows = Rows.of(head, models, new, reference, uncertainty, known_votes, rank)
+        rows = HeadRows.of(head, models, new, reference, uncertainty, known_votes, rank)
         self._begin(head, feedback, rows, of_rows(rows.basis) if scales is None else scales)
 
-    def _begin(self, head: Head, feedback: FeedbackModel, rows: Rows, scales: Scales) -> None:
+    def _begin(self, head: Head, feedback: FeedbackModel, rows: HeadRows, scales: Scales) -> None:
         self._head, self._rows = head, rows
         self.feedback, self.scales = feedback, scales
         self._new = rows.new_factors(scales)
@@ -213,7 +213,7 @@ class Learner:
             if head.has_eta:
                 last = head.n_models
                 eta_row = np.append(head.weight[last].double().cpu().numpy(), float(head.bias[last]))
-            rows = Rows(
+            rows = HeadRows(
                 tuple(facts["names"]),
                 facts["known"],
                 arrays["means"],

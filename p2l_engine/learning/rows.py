@@ -31,7 +31,7 @@ class NewModel:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Rows:
+class HeadRows:
     """names: M known models, then the new ones. means [M + new, D + 1]: weights and bias. eta_row [D + 1], where the head has a
     tie parameter. narrow: by index of a new row, its deviation relative to that of the prior. uncertainty: of known rows, where
     it is known; others are as precise as ``known_votes`` votes make them, in independent coordinates of the basis."""
@@ -55,7 +55,7 @@ class Rows:
         uncertainty: Uncertainty | None = None,
         known_votes: float = KNOWN_VOTES,
         rank: int = RANK,
-    ) -> Rows:
+    ) -> HeadRows:
         """reference [N, D]: hidden states that say how prompts vary. rank: of the basis, unless the uncertainty has one."""
         m, d = len(models), head.weight.shape[1]
         old = torch.cat([head.weight, head.bias[:, None]], 1).double().cpu().numpy()
