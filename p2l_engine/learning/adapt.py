@@ -14,7 +14,7 @@ from p2l_engine.backbone.uncertainty import Uncertainty
 from p2l_engine.feedback import FeedbackModel
 from p2l_engine.learning.objective import Minimum, Objective, minimise
 from p2l_engine.learning.prior import RANK, Scales, of_rows
-from p2l_engine.learning.rows import KNOWN_VOTES, NewModel, HeadRows, cholesky
+from p2l_engine.learning.rows import KNOWN_VOTES, HeadRows, NewModel, cholesky
 from p2l_engine.votes import Votes
 
 Float64 = npt.NDArray[np.float64]

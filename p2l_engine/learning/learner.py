@@ -1,4 +1,4 @@
-"""HeadRows of a head that go on learning in a service: votes batch after batch, and from time to time all of them again."""
+"""Rows of a head that go on learning in a service: votes batch after batch, and from time to time all of them again."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from p2l_engine.feedback import FeedbackModel
 from p2l_engine.learning.adapt import posterior
 from p2l_engine.learning.objective import Objective, minimise
 from p2l_engine.learning.prior import RANK, Basis, Scales, of_rows
-from p2l_engine.learning.rows import KNOWN_VOTES, NewModel, HeadRows
+from p2l_engine.learning.rows import KNOWN_VOTES, HeadRows, NewModel
 from p2l_engine.tables.atomic import write_file
 from p2l_engine.votes import Votes
 
