@@ -19,7 +19,7 @@ from p2l_engine.backbone.uncertainty import Uncertainty
 from p2l_engine.checkpoint import fingerprint
 from p2l_engine.feedback import FeedbackModel
 from p2l_engine.learning.adapt import posterior
-from p2l_engine.learning.objective import Objective, minimise
+from p2l_engine.learning.objective import Objective, counts_of, minimise
 from p2l_engine.learning.prior import RANK, Basis, Scales, of_rows
 from p2l_engine.learning.rows import KNOWN_VOTES, HeadRows, NewModel
 from p2l_engine.tables.atomic import write_file
@@ -248,6 +248,7 @@ class Learner:
             raise ValueError(f"hidden: expected {[len(votes.prompts), width]}, got {list(hidden.shape)}")
         if not np.isfinite(hidden).all():
             raise ValueError("hidden: expected finite numbers")
+        counts_of(self.feedback, votes.outcome, votes.weight)  # refuses what cannot be learned from
         column = np.array([names.index(name) for name in votes.models] + [-1])
         base, eta = self._rows.coefficients(hidden)
         seen = Seen(
@@ -255,11 +256,10 @@ class Learner:
             np.zeros(0, np.float32) if eta is None else eta.astype(np.float32), votes.prompt.astype(np.int32),
             column[votes.a].astype(np.int16), column[votes.b].astype(np.int16), votes.outcome, votes.weight.astype(np.float32),
         )  # fmt: skip
-        self._objective(seen, np.zeros_like(self._state.moved), self._prior)  # refuses what cannot be learned from
         return seen
 
     def _learn(self, state: State, part: Seen) -> None:
-        objective = self._objective(part, state.moved, lambda i: state.factors.get(i, self._prior(i)))
+        objective = self._objective(part, state.moved, lambda i: state.factors[i] if i in state.factors else self._prior(i))
         if not objective.free:
             return
         minimum = minimise(objective, tolerance=TOLERANCE)

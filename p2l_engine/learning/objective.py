@@ -50,9 +50,6 @@ class Objective:
         features: Float64,
         factors: Mapping[int, Float64],
     ) -> None:
-        heaviest = float(votes.weight.max(initial=0.0))
-        if heaviest > HEAVIEST:
-            raise ValueError(f"weight: expected at most {HEAVIEST:g} for a vote, got {heaviest:g}; divide all weights")
         self.feedback, self.base, self.features = feedback, base, features
         self.free = sorted(factors)
         self.factors = np.stack([factors[m] for m in self.free]) if factors else np.zeros((0, 0, 0))
@@ -65,9 +62,7 @@ class Objective:
         self.sides = np.stack([votes.a[touching], votes.b[touching]], 1)
         self.slots = slot[self.sides]
         self.eta = None if eta is None or not feedback.has_eta else eta[self.prompt]
-        self.counts = (
-            None if feedback.of_values else self.weight[:, None] * outcome_shares(feedback, self.outcome.astype(np.int64))
-        )
+        self.counts = counts_of(feedback, self.outcome, self.weight)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -177,6 +172,18 @@ class Objective:
         """[F, r]: derivatives by the coefficients [V, 2] as derivatives by u."""
         found: Float64 = np.einsum("fji,jf->fi", self.factors, self.features.T @ self._by_model(each))
         return found
+
+
+def counts_of(feedback: FeedbackModel, outcome: Int64 | Float64, weight: Float64) -> Float64 | None:
+    """[V, K]: how much each vote counts for each outcome; None where values are observed. Raises ValueError for weights beside
+    which others would be lost, and as ``outcome_shares`` does."""
+    heaviest = float(weight.max(initial=0.0))
+    if heaviest > HEAVIEST:
+        raise ValueError(f"weight: expected at most {HEAVIEST:g} for a vote, got {heaviest:g}; divide all weights")
+    if feedback.of_values:
+        return None
+    counts: Float64 = weight[:, None] * outcome_shares(feedback, outcome.astype(np.int64))
+    return counts
 
 
 def outcome_shares(feedback: FeedbackModel, outcome: Int64) -> Float64:
