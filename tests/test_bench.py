@@ -42,6 +42,7 @@ from bench import (
     throughput,
     traffic,
     training,
+    ways_to_join,
 )
 from bench.conversation_costs import ROUTERS
 from bench.load import callers, generator, request, servers
@@ -410,11 +411,11 @@ def test_a_compromised_release_is_refused(tmp_path):
 def test_a_left_out_model_is_added_in_every_way(feedback, tmp_path):
     rng = np.random.default_rng(0)
     states, scores = rng.normal(size=(60, 6)), rng.integers(0, 2, (60, 4)).astype(float)
-    task = adapting.task_of(feedback_model(feedback), ["a", "b", "c", "d"], states, scores, 1, None)
+    task = ways_to_join.task_of(feedback_model(feedback), ["a", "b", "c", "d"], states, scores, 1, None)
     assert task.models == ("a", "c", "d", "b")
     rows = []
     for n in (0, 20):
-        for name, found in adapting.run(task, n, 0, retrain=True).items():
+        for name, found in ways_to_join.compared(task, n, 0, retrain=True).items():
             assert np.isfinite(found).all()
             rows.append(("frozen", "b", 0, n, name, *found))
     assert {row[4] for row in rows} == set(adapting.NAMED)

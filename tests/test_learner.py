@@ -16,20 +16,9 @@ from p2l_engine.learning.adapt import adapt
 from p2l_engine.learning.learner import Learner
 from p2l_engine.learning.rows import NewModel
 from p2l_engine.votes import Votes
-from tests.support.simulate import WORDS, Simulator
+from tests.support.simulate import Simulator, head_of, words_in
 
 REFERENCE = 60  # prompts
-
-
-def words_in(prompts):
-    return np.array([[word in prompt.split() for word in WORDS] for prompt in prompts], np.float32)
-
-
-def head_of(world, models):
-    weight, bias = [world.effects[:, :models].T], [world.base[:models]]
-    if world.feedback.has_eta:
-        weight, bias = [*weight, world.ties[None]], [*bias, np.zeros(1)]
-    return Head(*(torch.from_numpy(np.concatenate(of)).float() for of in (weight, bias)), models)
 
 
 def stream(name, prompts=120, seed=3):

@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from p2l_engine.backbone.head import Head
 from p2l_engine.feedback import Outcome, feedback_model
 from p2l_engine.learning.adapt import adapt
 from p2l_engine.learning.curves import leave_one_out
@@ -17,20 +16,7 @@ from p2l_engine.learning.new_models import Descriptions
 from p2l_engine.learning.prior import Basis, Scales, covariance, of_rows
 from p2l_engine.learning.rows import NewModel
 from p2l_engine.votes import Votes
-from tests.support.simulate import WORDS, Simulator
-
-
-def words_in(prompts):
-    """[N, 12]: hidden states in which the simulator's coefficients are linear."""
-    return np.array([[word in prompt.split() for word in WORDS] for prompt in prompts], np.float32)
-
-
-def head_of(world, models):
-    """The true head of the simulator, for its first ``models`` models."""
-    weight, bias = [world.effects[:, :models].T], [world.base[:models]]
-    if world.feedback.has_eta:
-        weight, bias = [*weight, world.ties[None]], [*bias, np.zeros(1)]
-    return Head(*(torch.from_numpy(np.concatenate(of)).float() for of in (weight, bias)), models)
+from tests.support.simulate import Simulator, head_of, words_in
 
 
 def joined(world, n, seed, **options):

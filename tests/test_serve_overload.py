@@ -1,4 +1,4 @@
-"""The queue for the engine in virtual time: bursts are served, and overload makes nobody late."""
+"""The queue for the engine in virtual time: bursts are served, and under overload the served are not late."""
 
 from __future__ import annotations
 

@@ -165,7 +165,7 @@ def test_a_kill_keeps_all_of_a_group_or_nothing(tmp_path, monkeypatch, where, ke
     with SpendLimit([Limit(10)], tmp_path / "a") as limit:
         token = limit.reserve(3)
         child = os.fork()
-        if not child:  # pragma: no cover
+        if not child:
             monkeypatch.setattr(*where, lambda *arguments: os.kill(os.getpid(), signal.SIGKILL))
             limit.together([Settle(token, 1), Reserve(2), Reserve(4)])
             os._exit(1)

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from p2l_engine.backbone.head import Head
 from p2l_engine.coefficients import Coefficients
 from p2l_engine.feedback import FeedbackModel, feedback_model
 from p2l_engine.leaderboard.outcomes import OutcomeSums
@@ -116,3 +117,16 @@ class Simulator:
         rng, theta = np.random.default_rng([self.seed, seed]), self.truth([prompt]).theta[0].astype(np.float64)
         mine, theirs = (rng.choice(self.n_models, n, p=np.asarray(p, np.float64)) for p in (policy, opponents))
         return theirs, rng.random(n) < 1 / (1 + np.exp(theta[theirs] - theta[mine]))
+
+
+def words_in(prompts: Sequence[str]) -> npt.NDArray[np.float32]:
+    """[N, 12]: hidden states in which the simulator's coefficients are linear."""
+    return np.array([[word in prompt.split() for word in WORDS] for prompt in prompts], np.float32)
+
+
+def head_of(world: Simulator, models: int) -> Head:
+    """The true head of the simulator over ``words_in``, for its first ``models`` models."""
+    weight, bias = [world.effects[:, :models].T], [world.base[:models]]
+    if world.feedback.has_eta:
+        weight, bias = [*weight, world.ties[None]], [*bias, np.zeros(1)]
+    return Head(*(torch.from_numpy(np.concatenate(of)).float() for of in (weight, bias)), models)
