@@ -59,6 +59,19 @@ def test_safe_and_differentiable_at_plus_minus_50(name, dtype):
 
 
 @pytest.mark.parametrize("name", VOTE_MODELS)
+def test_second_derivatives_are_finite_where_exp_overflows(name):
+    model = feedback_model(name)
+    ends = torch.tensor([-2000.0, -800.0, -1.0, 800.0, 2000.0], dtype=torch.float64)
+    a, b, eta = (t.clone().requires_grad_() for t in torch.meshgrid(ends, ends, ends, indexing="ij"))
+    by = [a, b, *([eta] if model.has_eta else [])]
+    for outcome in model.outcomes:
+        likelihood = model.log_likelihood(a, b, eta, torch.full(a.shape, int(outcome)))
+        for slope in torch.autograd.grad(likelihood.sum(), by, create_graph=True):
+            assert torch.isfinite(slope).all()
+            assert all(torch.isfinite(bend).all() for bend in torch.autograd.grad(slope.sum(), by, retain_graph=True))
+
+
+@pytest.mark.parametrize("name", VOTE_MODELS)
 def test_swapping_the_models_swaps_the_outcomes(name):
     model = feedback_model(name)
     a, b, eta = torch.randn(3, 20, dtype=torch.float64)

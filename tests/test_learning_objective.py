@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
@@ -83,6 +83,7 @@ def hostile(name, outcomes, weight, against=0):
     st.sampled_from([0.0, 1e-9, 1.0, 1e3, 1e9]),
     st.sampled_from([0.0, 1.0, 1e9]),
 )
+@example("rk-reparam", [0], 1e9, 0.0)  # log P(A) = -2e-8, times 1e9: the value's rounding is larger than a step's gain
 def test_hostile_votes_have_a_minimum_whose_gradient_is_zero(name, outcomes, weight, other):
     objective = hostile(name, outcomes, [weight, *[other] * (len(outcomes) - 1)])
     found = minimise(objective)
@@ -90,6 +91,28 @@ def test_hostile_votes_have_a_minimum_whose_gradient_is_zero(name, outcomes, wei
     assert found.distance <= 1e-9 * (1 + np.linalg.norm(found.u))
     # No point nearby, or far away, is lower.
     for shift in (-10.0, -1.0, -0.01, 0.01, 1.0, 10.0):
+        assert objective.value(found.u + shift) >= found.local.value - 2 * found.local.noise
+
+
+far = st.sampled_from([-300.0, -30.0, 0.0, 5.0, 50.0, 300.0])
+
+
+@settings(max_examples=30)
+@given(
+    st.sampled_from(["bt-tie", "rk", "rk-reparam", "grk"]),
+    st.lists(st.tuples(st.sampled_from([0, 1, 2, 3]), st.sampled_from([0.0, 1e-3, 1.0, 12345.0, 1e9])), min_size=1, max_size=6),
+    st.tuples(far, far),
+    st.sampled_from([-5.0, 0.0, 5.0, 20.0, 100.0]),
+)
+@example("grk", [(1, 12345.0)], (5.0, 5.0), 20.0)  # the first step ends at -772, where exp overflows
+def test_hostile_votes_far_from_the_prior_have_a_minimum(name, votes, means, eta):
+    objective = hostile(name, [of for of, _ in votes], [weight for _, weight in votes])
+    objective.base = np.array([means])
+    if objective.eta is not None:
+        objective.eta = np.full(len(objective.eta), eta)
+    found = minimise(objective)
+    assert found.distance <= 1e-9 * (1 + np.linalg.norm(found.u))
+    for shift in (-0.01, 0.01):
         assert objective.value(found.u + shift) >= found.local.value - 2 * found.local.noise
 
 

@@ -26,7 +26,7 @@ LOG_EPSILON = math.log(1e-6)
 def log_lambda(eta: Tensor, grounded: bool) -> Tensor:
     """See ``FeedbackModel.log_lambda``."""
     if grounded:
-        return torch.logaddexp(eta, torch.full_like(eta, math.log1p(1e-6)))
+        return _log_sum(eta, torch.full_like(eta, math.log1p(1e-6)))
     return F.softplus(eta - 22.5, beta=0.1).clamp_min(RK_LEAST_LOG_LAMBDA)
 
 
@@ -55,6 +55,11 @@ def _log_sigmoid(x: Tensor) -> Tensor:
     """torch's own starts threads even for six numbers, which takes milliseconds on a busy machine. Beyond 700 the second
     derivative of this one is inf / inf, and both are 0 in effect."""
     return -torch.logaddexp(x.new_zeros(()), -x.clamp_max(700.0))
+
+
+def _log_sum(a: Tensor, b: Tensor) -> Tensor:
+    """log(exp(a) + exp(b)). torch.logaddexp has no second derivative where one is 710 above the other."""
+    return b - _log_sigmoid(b - a)
 
 
 def _bt(a: Tensor, b: Tensor, eta: Tensor | None, ground: Tensor) -> tuple[Tensor, ...]:
@@ -90,8 +95,8 @@ def _rk_reparam(a: Tensor, b: Tensor, eta: Tensor | None, ground: Tensor) -> tup
     """
     assert eta is not None
     a, b, eta, ground, handicap, beats, loses = _grounded_terms(a, b, eta, ground)
-    log_excess = torch.logaddexp(eta, torch.full_like(a, LOG_EPSILON))  # log(lambda - 1)
-    log_lambda_plus_1 = torch.logaddexp(handicap, torch.zeros_like(a))
+    log_excess = _log_sum(eta, torch.full_like(a, LOG_EPSILON))  # log(lambda - 1)
+    log_lambda_plus_1 = _log_sum(handicap, torch.zeros_like(a))
     terms = [log_excess + log_lambda_plus_1 + a + b, handicap + a + ground, handicap + b + ground, 2 * ground]
     return a - beats, b - loses, torch.logsumexp(torch.stack(terms), 0) - beats - loses
 
@@ -104,10 +109,10 @@ def _grk(a: Tensor, b: Tensor, eta: Tensor | None, ground: Tensor) -> tuple[Tens
     """
     assert eta is not None
     a, b, eta, ground, handicap, beats, loses = _grounded_terms(a, b, eta, ground)
-    log_excess = torch.logaddexp(eta, torch.full_like(a, LOG_EPSILON))
-    log_sum = torch.logaddexp(a, b)
-    bad = ground - torch.logaddexp(log_sum, ground)
-    log_bracket = torch.logaddexp(ground + math.log(2), torch.logaddexp(handicap, torch.zeros_like(a)) + log_sum)
+    log_excess = _log_sum(eta, torch.full_like(a, LOG_EPSILON))
+    log_sum = _log_sum(a, b)
+    bad = ground - _log_sum(log_sum, ground)
+    log_bracket = _log_sum(ground + math.log(2), _log_sum(handicap, torch.zeros_like(a)) + log_sum)
     return a - beats, b - loses, a + b + log_excess + log_bracket - beats - loses + bad - ground, bad
 
 

@@ -20,7 +20,7 @@ from p2l_engine.votes import Votes
 Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
 
-ROUNDING = 1e-14  # of a sum, relative to the sum of its terms' absolute values
+ROUNDING = 1e-14  # of a sum, relative to the sum of the sizes of what its terms are computed from
 MOST_STEPS = 500
 HEAVIEST = 1e9  # of a vote: beyond it float64 no longer sees the prior, or other votes, beside it
 
@@ -94,10 +94,12 @@ class Objective:
             if self.feedback.counts:
                 mean = np.exp(linear)
                 terms, slope, bend = mean - self.outcome * linear, mean - self.outcome, mean
+                sizes = mean + np.abs(self.outcome * linear)
             else:
                 terms, slope, bend = (linear - self.outcome) ** 2 / 2, linear - self.outcome, np.ones(len(linear))
+                sizes = terms
             signs = np.where(self.sides >= 0, [1.0, -1.0], 0.0)
-            terms = self.weight * terms
+            terms, sizes = self.weight * terms, self.weight * sizes
             first = (self.weight * slope)[:, None] * signs
             exact = (self.weight * bend)[:, None, None] * signs[:, :, None] * signs[:, None, :]
             definite = exact
@@ -105,9 +107,11 @@ class Objective:
             log_p, slopes, bends = pair_derivatives(self.feedback, theta[:, 0], theta[:, 1], self.eta)
             first, fisher, away = sums_of_derivatives(self.counts, log_p, slopes, bends)
             terms = np.where(self.counts > 0, -self.counts * log_p, 0.0).sum(1)
+            # log P near 0 is a difference of numbers of the size of theta, and as wrong as these.
+            sizes = terms + self.weight * (1 + np.abs(theta).max(1))
             first, definite, exact = first[:, :2], fisher[:, :2, :2], (fisher - away)[:, :2, :2]
         gradient = u + self._back(first)
-        noise = ROUNDING * (float(np.abs(terms).sum()) + float((u * u).sum()) / 2)
+        noise = ROUNDING * (float(sizes.sum()) + float((u * u).sum()) / 2)
         return Local(float(terms.sum()) + float((u * u).sum()) / 2, noise, gradient, exact, definite)
 
     def hessian_times(self, second: Float64, x: Float64) -> Float64:
