@@ -7,6 +7,8 @@ whatever the others do, so that prompts can be drawn as they arrive, in parts; t
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -44,28 +46,65 @@ def shares(counts: Float64, weights: npt.ArrayLike | None = None) -> Float64:
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class WeightSums:
+    """What an interval of a weighted mean has to know of the weights w: sum w, sum w^2 and sum w^3, in units of the largest."""
+
+    largest: float = 0.0
+    powers: tuple[float, float, float] = (0.0, 0.0, 0.0)
+
+    @classmethod
+    def of(cls, weights: npt.ArrayLike) -> WeightSums:
+        """Of weights [n] >= 0."""
+        w = np.asarray(weights, np.float64)
+        largest = float(w.max(initial=0.0))
+        unit = w / (largest or 1.0)
+        square = unit * unit
+        return cls(largest, (float(unit.sum()), float(square.sum()), float(square @ unit)))
+
+    def __add__(self, other: WeightSums) -> WeightSums:
+        largest = max(self.largest, other.largest)
+        one, two = (of.largest / (largest or 1.0) for of in (self, other))
+        (a, b, c), (x, y, z) = self.powers, other.powers
+        return WeightSums(largest, (a * one + x * two, b * one**2 + y * two**2, c * one**3 + z * two**3))
+
+    @property
+    def effective(self) -> float:
+        """How many prompts of equal weight say as much about a mean: (sum w)^2 / sum w^2 (Kish)."""
+        return self.powers[0] ** 2 / (self.powers[1] or 1.0)
+
+    @property
+    def expected(self) -> float:
+        """The bootstrap's expected variance of a mean of values of equal variance, relative to the true one: (n - 1) / n of
+        equal weights, less of unequal ones, since the heaviest values are nearest to the mean."""
+        total, squares, cubes = self.powers
+        return 1 - 2 * cubes / (squares * total) + squares / total**2
+
+
 def effective(weights: npt.ArrayLike) -> float:
-    """How many prompts of equal weight say as much about a mean as prompts of these weights [n]: (sum w)^2 / sum w^2 (Kish)."""
-    w = np.asarray(weights, np.float64)
-    w = w / (w.max(initial=0.0) or 1.0)
-    return float(w.sum() ** 2 / ((w**2).sum() or 1.0))
+    """``WeightSums.effective`` of weights [n]."""
+    return WeightSums.of(weights).effective
 
 
 def interval(
-    value: npt.ArrayLike, deviations: npt.ArrayLike, prompts: npt.ArrayLike, level: float = LEVEL
+    value: npt.ArrayLike, deviations: npt.ArrayLike, weights: WeightSums | Sequence[WeightSums], level: float = LEVEL
 ) -> tuple[Float64, Float64]:
     """The ends of Student's interval at ``level`` of values [...] whose bootstrap samples are ``deviations`` [B, ...] away.
 
-    prompts [...]: how many (effective) prompts a value is computed from. Of n prompts, a sample's variance is (n - 1) / n of
-    the sampling variance, of which n - 1 degrees of freedom are known, and B in B samples: 1 / df = 1 / (n - 1) + 1 / B.
-    Infinite where there are fewer than two prompts, or no sample. Raises ValueError for a level outside (0, 1).
+    weights: of the prompts that each value is computed from, or one for all values. Of n effective prompts, n - 1 degrees of
+    freedom of a sample's variance are known, and B in B samples: 1 / df = 1 / (n - 1) + 1 / B. Infinite where n < 2, or without
+    samples. Raises ValueError for a level outside (0, 1).
     """
     level = probability("level", level)
     centre, away = np.asarray(value, np.float64), np.asarray(deviations, np.float64)
-    n = np.broadcast_to(np.asarray(prompts, np.float64), centre.shape)
-    known = (n >= 2) & (len(away) > 0)
-    free = 1 / (1 / np.where(known, n - 1, 1.0) + 1 / max(len(away), 1))
-    spread = np.sqrt((away**2).sum(0) / max(len(away), 1) * n / np.where(known, n - 1, 1.0))
+    every = [weights] if isinstance(weights, WeightSums) else weights
+    known = np.array([of.effective >= 2 * (1 - 1e-12) and len(away) > 0 for of in every])
+    share = np.array([of.expected if some else 1.0 for of, some in zip(every, known, strict=True)])
+    free = np.array([of.effective - 1 if some else 1.0 for of, some in zip(every, known, strict=True)])
+    free = 1 / (1 / free + 1 / max(len(away), 1))
+    if isinstance(weights, WeightSums):
+        known, share, free = known[0], share[0], free[0]
+    spread = np.sqrt((away**2).sum(0) / max(len(away), 1) / share)
     half = np.where(known, student(level, free) * spread, np.inf)
     return centre - half, centre + half
 

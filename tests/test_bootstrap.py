@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from p2l_engine.bootstrap import effective, interval, poisson, shares, student, with_replacement
+from p2l_engine.bootstrap import WeightSums, effective, interval, poisson, shares, student, with_replacement
 from p2l_engine.leaderboard.connected import components
 
 
@@ -51,19 +55,19 @@ def test_students_quantiles_are_scipys():
 def test_the_interval_of_a_mean_is_students(rng):
     x = rng.normal(size=12)
     deviations = (poisson(12, 200_000, rng) - 1) @ (x - x.mean()) / 12
-    low, high = interval(x.mean(), deviations, 12)
+    low, high = interval(x.mean(), deviations, WeightSums.of(np.ones(12)))
     half = stats.t.ppf(0.975, 11) * x.std(ddof=1) / np.sqrt(12)
     assert (low, high) == (pytest.approx(x.mean() - half, abs=0.01), pytest.approx(x.mean() + half, abs=0.01))
 
 
 def test_intervals_without_knowledge_are_infinite():
-    low, high = interval([1.0, 2.0, 3.0], np.ones((5, 3)), [1.0, 1.9, 2.0])
+    low, high = interval([1.0, 2.0, 3.0], np.ones((5, 3)), [WeightSums.of(of) for of in ([1.0], [1.0, 0.6], [1.0, 1.0])])
     assert low.tolist()[:2] == [-np.inf, -np.inf]
     assert high.tolist()[:2] == [np.inf, np.inf]
     assert np.isfinite([low[2], high[2]]).all()
-    assert interval(0.0, np.ones(0), 10)[1] == np.inf
+    assert interval(0.0, np.ones(0), WeightSums.of(np.ones(10)))[1] == np.inf
     with pytest.raises(ValueError, match="level: expected a probability"):
-        interval(0.0, np.ones(3), 10, level=1.0)
+        interval(0.0, np.ones(3), WeightSums.of(np.ones(10)), level=1.0)
 
 
 def test_equal_weights_count_each_prompt():
@@ -71,6 +75,32 @@ def test_equal_weights_count_each_prompt():
     assert effective([3, 0, 0]) == 1
     assert effective([0, 0]) == 0
     assert effective([1, 2]) == pytest.approx(9 / 5)
+
+
+weights_of_prompts = st.lists(st.sampled_from([0.0, 1e-300, 1e-3, 0.5, 1.0, 1.7, 30.0, 1e300]), min_size=1, max_size=9)
+
+
+@given(weights_of_prompts.filter(any), weights_of_prompts)
+def test_the_expected_variance_is_the_quadratic_forms_trace(weights, others):
+    sums = WeightSums.of(weights) + WeightSums.of(others)
+    w = [Fraction(of) for of in weights + others]
+    share = [of / sum(w) for of in w]
+    n, square = len(share), sum(s * s for s in share)
+    away = [[(i == j) - share[j] for j in range(n)] for i in range(n)]  # of each value from the weighted mean
+    trace = sum(share[i] ** 2 * away[i][j] ** 2 for i in range(n) for j in range(n))
+    assert sums.effective == pytest.approx(float(1 / square))
+    if sums.effective >= 2:
+        assert sums.expected == pytest.approx(float(trace / square))
+
+
+def test_a_weighted_mean_of_normal_values_is_covered(rng):
+    weights = rng.exponential(size=10)
+    share = weights / weights.sum()
+    x = rng.normal(size=(40_000, 10))
+    away = x - (x @ share)[:, None]
+    variance = (away**2) @ share**2 / WeightSums.of(weights).expected  # as of infinitely many bootstrap samples
+    half = stats.t.ppf(0.975, WeightSums.of(weights).effective - 1) * np.sqrt(variance)
+    assert (np.abs(x @ share) <= half).mean() == pytest.approx(0.95, abs=0.01)
 
 
 @pytest.mark.parametrize("connection", ["weak", "strong"])

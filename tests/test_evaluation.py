@@ -93,7 +93,7 @@ def test_the_area_under_the_curve_is_sklearns_with_weights_and_equal_scores(rng)
     expected = [roc_auc_score(is_so, score, sample_weight=weight * sample) for sample in samples]
     figure = found.auc(score, is_so)
     assert figure.value == pytest.approx(expected[0], abs=1e-12)
-    ends = interval(expected[0], np.array(expected[1:]) - expected[0], found.prompts())
+    ends = interval(expected[0], np.array(expected[1:]) - expected[0], found.weights())
     assert (figure.low, figure.high) == (pytest.approx(ends[0], abs=1e-12), pytest.approx(min(ends[1], 1.0), abs=1e-12))
     assert found.auc(score, np.zeros(n, bool)) is None
 

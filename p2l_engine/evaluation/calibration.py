@@ -31,12 +31,12 @@ def calibration_error(top: Float64, hit: Float64, weight: Float64, resampled: Re
     some = total > 0
     sums = np.stack([resampled.sums((top - hit) * weight * (place == k)) for k in np.unique(place)], 1)
     gaps = sums[some] / total[some, None]
-    plain, n = float(np.abs(gaps[0]).sum()), resampled.prompts(weight)
-    if n < 2 or len(gaps) < 2:
+    plain, weights = float(np.abs(gaps[0]).sum()), resampled.weights(weight)
+    if weights.effective < 2 or len(gaps) < 2:
         return Figure(plain, 0.0, 1.0)
-    chance = (gaps[1:] - gaps[0]) * np.sqrt(n / (n - 1))
+    chance = (gaps[1:] - gaps[0]) / np.sqrt(weights.expected)
     chance = np.concatenate([chance, -chance])
-    heavier = float(student(level, n - 1) / student(level, MANY))
+    heavier = float(student(level, weights.effective - 1) / student(level, MANY))
     part = gaps[0] / plain if plain > 0 else np.full(gaps.shape[1], 1 / gaps.shape[1])
     value = _error_at(plain, part, chance, 0.5)
     low = min(_error_at(plain, part, heavier * chance, (1 + level) / 2), value)

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import rankdata
 
-from p2l_engine.bootstrap import effective, interval, with_replacement
+from p2l_engine.bootstrap import WeightSums, interval, with_replacement
 from p2l_engine.reports import Figure
 from p2l_engine.votes import Votes
 
@@ -51,23 +51,24 @@ class Resampled:
         result: Float64 = covariance / np.sqrt(np.where(spread > 1e-12, spread, np.nan))
         return result
 
-    def prompts(self, column: Float64 | None = None) -> float:
-        """How many prompts of equal weight the full set amounts to, by a column [V] summed over each; None: the weights."""
+    def weights(self, column: Float64 | None = None) -> WeightSums:
+        """Of the full set's prompts, by a column [V] summed over each; None: the votes' weights."""
         of_votes = self.votes.weight if column is None else column
-        return effective(np.bincount(self.votes.prompt, of_votes, len(self.votes.prompts)) * self.counts[0])
+        return WeightSums.of(np.bincount(self.votes.prompt, of_votes, len(self.votes.prompts)) * self.counts[0])
 
     def ratio(self, top: Float64, bottom: Float64, within: Range = ANY) -> Figure | None:
         """The sum of one column [V] over the sum of another."""
         over, under = self.sums(top), self.sums(bottom)
-        return self.figure(np.where(under > 0, over / np.where(under > 0, under, 1), np.nan), within, self.prompts(bottom))
+        return self.figure(np.where(under > 0, over / np.where(under > 0, under, 1), np.nan), within, self.weights(bottom))
 
-    def figure(self, values: Float64, within: Range = ANY, prompts: float | None = None) -> Figure | None:
-        """Values [1 + B] as a figure, its interval cut off at the ends of the range ``within``. prompts: None for all. Samples
+    def figure(self, values: Float64, within: Range = ANY, weights: WeightSums | None = None) -> Figure | None:
+        """Values [1 + B] as a figure, its interval cut off at the ends of the range ``within``. weights: of the
+        prompts, None: of all votes. Samples
         of NaN are left out; None where the full set is NaN, or where too few prompts or samples leave an end infinite."""
         samples = values[1:][~np.isnan(values[1:])]
         if np.isnan(values[0]):
             return None
-        low, high = interval(values[0], samples - values[0], self.prompts() if prompts is None else prompts)
+        low, high = interval(values[0], samples - values[0], self.weights() if weights is None else weights)
         ends = max(float(low), within[0]), min(float(high), within[1])
         return Figure(float(values[0]), *ends) if np.isfinite(ends).all() else None
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from p2l_engine import routing
 from p2l_engine.arguments import instance, probability, whole_number
-from p2l_engine.bootstrap import LEVEL, effective, interval, poisson, shares
+from p2l_engine.bootstrap import LEVEL, WeightSums, interval, poisson, shares
 from p2l_engine.coefficients import Coefficients
 from p2l_engine.leaderboard.fit import deviations, fit
 from p2l_engine.leaderboard.outcomes import OutcomeSums, pair_count, pairs
@@ -82,7 +82,7 @@ class Leaderboard:
             return cls.ranked(sums.models, whole.theta, eta=whole.eta)
         # Poisson(1) - 1 times each prompt's score, which is a sum over all prompts of 0: no sample is normalised, or empty.
         away = deviations(sums.feedback, means, (sums.sums[1:] - sums.sums[0]) / sums.weight[0] * of_pairs, whole)
-        ends = interval(whole.theta, away.T, (sums.weight[0] / sums.length) ** 2, level)
+        ends = interval(whole.theta, away.T, sums.weights, level)
         return cls.ranked(sums.models, whole.theta, ends=ends, eta=whole.eta)
 
     @classmethod
@@ -116,7 +116,7 @@ class Leaderboard:
         if not bootstrap:
             return cls.ranked(c.models, found, wins=False)
         times = poisson(len(theta), bootstrap, np.random.default_rng(seed)) - 1
-        ends = interval(found, (times * share) @ away, effective(share), level)
+        ends = interval(found, (times * share) @ away, WeightSums.of(share), level)
         return cls.ranked(c.models, found, ends=ends, wins=False)
 
     @property

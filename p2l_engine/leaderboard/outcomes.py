@@ -6,7 +6,6 @@ only the mean of their outcome probabilities.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from p2l_engine.arguments import whole_number
-from p2l_engine.bootstrap import poisson
+from p2l_engine.bootstrap import WeightSums, poisson
 from p2l_engine.coefficients import Coefficients
 from p2l_engine.feedback import FeedbackModel
 from p2l_engine.native import routing as native
@@ -45,7 +44,7 @@ class OutcomeSums:
 
     sums [1 + B, K, M (M - 1) / 2] float64: for all prompts, then for B bootstrap samples of them; K outcomes in the feedback
     model's order (A, B, tie, both bad; A is the first model of the pair). weight [1 + B]: the sum of the prompts' weights;
-    length: the root of the sum of their squares.
+    weights: what intervals have to know of them.
     Adding two gives the sums over both sets of prompts; give each another ``stream``, so that their bootstrap samples are
     independent.
     """
@@ -57,7 +56,7 @@ class OutcomeSums:
     stream: int = 0
     sums: Float64 = field(init=False)
     weight: Float64 = field(init=False)
-    length: float = field(init=False, default=0.0)
+    weights: WeightSums = field(init=False, default=WeightSums())
     prompts: int = field(init=False, default=0)
     _streams: frozenset[int] = field(init=False)
     _rng: np.random.Generator = field(init=False)
@@ -90,7 +89,7 @@ class OutcomeSums:
             raise ValueError("coefficients: expected finite theta")
         step = max(1, CHUNK // max(1, pair_count(m)))
         self.weight[0] += each.sum()
-        self.length = math.hypot(self.length, *each.tolist())
+        self.weights += WeightSums.of(each)
         for first in range(0, n, CHUNKS * step):
             parts = []
             for start in range(first, min(n, first + CHUNKS * step), step):
@@ -125,7 +124,7 @@ class OutcomeSums:
         both.sums, both.weight = self.sums + other.sums, self.weight + other.weight
         # Later additions must not repeat the random numbers of either.
         both._rng = np.random.default_rng([self.seed, self.stream, other.stream, self.prompts + other.prompts])
-        both.length = math.hypot(self.length, other.length)
+        both.weights = self.weights + other.weights
         both.prompts, both._streams = self.prompts + other.prompts, self._streams | other._streams
         return both
 

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from p2l_engine.bootstrap import LEVEL, effective, interval, poisson
+from p2l_engine.bootstrap import LEVEL, WeightSums, interval, poisson
 from p2l_engine.feedback import FeedbackModel, Outcome
 from p2l_engine.leaderboard.bounds import Bounds, bounds
 from p2l_engine.leaderboard.fit import Fit, deviations, fit
@@ -113,7 +113,7 @@ def marginal_leaderboard(
     if not feedback.grounded and held.anchor.any():
         away = away - away[held.anchor].mean(0)
     on = _weight_on(votes)
-    low, high = interval(theta, away.T, [effective(each) for each in on], level)
+    low, high = interval(theta, away.T, [WeightSums.of(each) for each in on], level)
     for i in np.flatnonzero(~held.anchor):
         low[i], high[i] = -np.inf, np.inf
         if held.above[i] != held.below[i] and held.anchor.sum() > (not feedback.grounded):
