@@ -13,10 +13,31 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpectedUsage:
+    """What answers to prompts are expected to take, by a checkpoint that has learned it (``backbone.lengths``).
+
+    tokens_in [N] float32: tokens of the user turns, by the checkpoint's tokenizer, where a prompt is truncated of what is left.
+    tokens_out [N, M] float32 > 0: output tokens at each model; seconds [N, M] float32 > 0, None where no latency was observed.
+    observed [M]: models whose output tokens were observed; the others get what these have in common.
+    """
+
+    tokens_in: npt.NDArray[np.float32]
+    tokens_out: npt.NDArray[np.float32]
+    seconds: npt.NDArray[np.float32] | None
+    observed: npt.NDArray[np.bool_]
+
+    def rows(self, some: slice | npt.NDArray[np.integer[Any]]) -> ExpectedUsage:
+        """Of these prompts."""
+        seconds = None if self.seconds is None else self.seconds[some]
+        return ExpectedUsage(self.tokens_in[some], self.tokens_out[some], seconds, self.observed)
+
+
+@dataclass(frozen=True, slots=True)
 class Coefficients:
     """theta [N, M] float32; eta [N] float32, or None for feedback models without ties; the M models' names.
 
     deviation [N, M] float32 >= 0: the posterior standard deviation of theta; None where the checkpoint has no uncertainty.
+    usage: what answers are expected to take; None where the checkpoint has not learned it.
     """
 
     theta: npt.NDArray[np.float32]
@@ -24,6 +45,7 @@ class Coefficients:
     models: tuple[str, ...]
     feedback: FeedbackModel
     deviation: npt.NDArray[np.float32] | None = None
+    usage: ExpectedUsage | None = None
 
     def __len__(self) -> int:
         return len(self.theta)
@@ -35,4 +57,5 @@ class Coefficients:
     def rows(self, some: slice | npt.NDArray[np.integer[Any]]) -> Coefficients:
         """The coefficients of these prompts."""
         eta, deviation = (None if part is None else part[some] for part in (self.eta, self.deviation))
-        return Coefficients(self.theta[some], eta, self.models, self.feedback, deviation)
+        usage = None if self.usage is None else self.usage.rows(some)
+        return Coefficients(self.theta[some], eta, self.models, self.feedback, deviation, usage)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from p2l_engine import checkpoint
+from p2l_engine.backbone.lengths import FILE as LENGTHS_FILE
 from p2l_engine.backbone.theta_map import FILE as MAP_FILE
 from p2l_engine.backbone.uncertainty import FILE
 from p2l_engine.checkpoint import card, fingerprint, huggingface
@@ -60,6 +61,8 @@ def export(source: str | Path | None, target: Path, evaluation: Path | None = No
             write_json(work / "evaluation.json", figures)
         if loaded.uncertainty is not None:  # which lmarena/p2l's code does not look for
             loaded.uncertainty.write(work / FILE)
+        if loaded.lengths is not None:  # nor for this
+            loaded.lengths.write(work / LENGTHS_FILE)
         catalog = loaded.folder / "catalog.yaml"
         if catalog.is_file():
             (work / "catalog.yaml").write_bytes(catalog.read_bytes())

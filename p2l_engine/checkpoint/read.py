@@ -5,9 +5,9 @@ Published layout (lmarena/p2l): config.json, model.safetensors or shards with th
 linear_head_downsize_factor and head_config). Weights: ``model.*`` of transformers' bare decoder, ``head.head.*`` and, for rk
 heads, ``head.eta_head.*``. An adapter folder holds, instead of model.safetensors, peft's adapter_config.json, which names the
 backbone, and adapter_model.safetensors: LoRA factors, the whole head, and embeddings of new tokens. A checkpoint that was
-adapted to votes also has the posterior of its head's rows (``backbone.uncertainty``), and one that was calibrated may have a
-monotone map of theta (``backbone.theta_map``). Weights are read with safetensors only: nothing in a checkpoint is ever
-executed.
+adapted to votes also has the posterior of its head's rows (``backbone.uncertainty``), one that was calibrated may have a
+monotone map of theta (``backbone.theta_map``), and one that has learned from logged answers what these take
+(``backbone.lengths``). Weights are read with safetensors only: nothing in a checkpoint is ever executed.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from torch import Tensor
 from p2l_engine import arguments
 from p2l_engine.backbone.families import DecoderConfig
 from p2l_engine.backbone.head import Head
+from p2l_engine.backbone.lengths import FILE as LENGTHS_FILE
+from p2l_engine.backbone.lengths import LengthHead
 from p2l_engine.backbone.rope import UnsupportedConfig
 from p2l_engine.backbone.theta_map import FILE as MAP_FILE
 from p2l_engine.backbone.theta_map import ThetaMap
@@ -55,7 +57,8 @@ class Checkpoint:
 
     weights: the bare decoder's, without the prefix ``model.``. models: the M names in column order. transformers: reads the
     backbone's config and the tokenizer as transformers' objects, each time that it is called. uncertainty: the posterior of the
-    head's rows, None where the folder has none. theta_map: what is applied to the head's theta, None: nothing.
+    head's rows, None where the folder has none. theta_map: what is applied to the head's theta, None: nothing. lengths: what
+    answers are expected to take, None where the folder does not say.
     """
 
     folder: Path
@@ -69,6 +72,7 @@ class Checkpoint:
     transformers: Callable[[], tuple[PretrainedConfig, PreTrainedTokenizerBase]]
     uncertainty: Uncertainty | None = None
     theta_map: ThetaMap | None = None
+    lengths: LengthHead | None = None
 
 
 def load(path_or_repo: str | Path | None = None, date: str | Date | None = None) -> Checkpoint:
@@ -124,7 +128,12 @@ def load(path_or_repo: str | Path | None = None, date: str | Date | None = None)
     transformers = partial(as_transformers, base, words, training, int(config.vocab_size))
     uncertainty = Uncertainty.read(folder / FILE, int(config.hidden_size), models) if (folder / FILE).exists() else None
     theta_map = ThetaMap.read(folder / MAP_FILE, models) if (folder / MAP_FILE).exists() else None
-    return Checkpoint(folder, base, config, tokenizer, models, feedback, weights, head, transformers, uncertainty, theta_map)
+    lengths = (
+        LengthHead.read(folder / LENGTHS_FILE, int(config.hidden_size), models) if (folder / LENGTHS_FILE).exists() else None
+    )
+    return Checkpoint(
+        folder, base, config, tokenizer, models, feedback, weights, head, transformers, uncertainty, theta_map, lengths
+    )
 
 
 def as_transformers(

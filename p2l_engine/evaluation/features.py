@@ -33,14 +33,15 @@ def hidden_states(
     engine: Engine, prompts: Sequence[Prompt], advance: Advance | None = None
 ) -> tuple[npt.NDArray[np.float32], Coefficients]:
     """The hidden states [N, D] that the engine's head reads, after the final norm, and the coefficients that it computes from
-    them, in one pass. ``advance`` is called with the number of prompts of each forward pass."""
+    them, without expected usage, in one pass. ``advance`` is called with the number of prompts of each forward pass."""
     norm, eps = engine.backbone.norm, engine.backbone.eps
+    width = engine.width - engine.usage_width
 
     def stage(hidden: Tensor, _: object) -> tuple[Tensor, Tensor]:
-        return after_norm(hidden, norm, eps), engine.outputs(hidden)
+        return after_norm(hidden, norm, eps), engine.outputs(hidden)[:, :width]
 
     states = np.empty((len(prompts), engine.head.weight.shape[1]), np.float32)
-    out = np.empty((len(prompts), engine.width), np.float32)
+    out = np.empty((len(prompts), width), np.float32)
     for rows, (hidden, outputs) in engine.stream(prompts, stage):
         states[rows], out[rows] = hidden, outputs
         if advance is not None:

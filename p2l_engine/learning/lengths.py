@@ -14,8 +14,10 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from p2l_engine.arguments import whole_number
+from p2l_engine.backbone.lengths import LengthRows
 
 Float64 = npt.NDArray[np.float64]
 Family = Literal["poisson", "gamma"]  # variance in proportion to the mean, or to its square
@@ -30,7 +32,8 @@ PSEUDO = 1.0  # models' worth of belief that all components vary alike
 @dataclass(frozen=True, slots=True)
 class Lengths:
     """Rows weight [K, D] and bias [K] of K models; cap [K]: the largest observation, which no prediction exceeds; floor [K]:
-    the least one. observations [K]: of each model."""
+    the least one. observations [K]: of each model. shared_weight [D], shared_bias: the row of a model of which nothing was
+    observed: what the rows have in common, at the mean of the models' mean lengths."""
 
     models: tuple[str, ...]
     weight: Float64
@@ -38,12 +41,22 @@ class Lengths:
     floor: Float64
     cap: Float64
     observations: tuple[int, ...]
+    shared_weight: Float64
+    shared_bias: float
 
     def expected(self, hidden: npt.ArrayLike) -> Float64:
         """[N, K]: the expected lengths for hidden states [N, D] after the final norm."""
         logs = np.asarray(hidden, np.float64) @ self.weight.T + self.bias
         found: Float64 = np.exp(np.clip(logs, np.log(self.floor), np.log(self.cap)))
         return found
+
+    def rows(self) -> LengthRows:
+        """The rows as a checkpoint keeps them, float32, the shared one last."""
+        parts = (
+            np.vstack([self.weight, self.shared_weight]), np.append(self.bias, self.shared_bias),
+            np.append(self.floor, self.floor.min()), np.append(self.cap, self.cap.max()),
+        )  # fmt: skip
+        return LengthRows(self.models, *(torch.from_numpy(part.astype(np.float32)) for part in parts))
 
 
 def fit_lengths(
@@ -67,8 +80,9 @@ def fit_lengths(
     x = (h - centre) @ axes.T
     scale = max(float(np.sqrt((x**2).sum(1).mean())), 1e-12)  # rows of about this length change the mean by a factor of e
     x = np.column_stack([x / scale, np.ones(len(x))])
-    rows = _shared(x, y, family)
-    weight = rows[:, :-1] @ axes / scale
+    rows, shared = _shared(x, y, family)
+    weight, shared_weight = rows[:, :-1] @ axes / scale, shared @ axes / scale
+    level = np.log(np.nanmean(y, 0).mean()) - np.log(np.exp(x[:, :-1] @ shared).mean())
     seen = ~np.isnan(y)
     return Lengths(
         tuple(models),
@@ -77,6 +91,8 @@ def fit_lengths(
         np.nanmin(y, 0),
         np.nanmax(y, 0),
         tuple(int(n) for n in seen.sum(0)),
+        shared_weight,
+        float(level - shared_weight @ centre),
     )
 
 
@@ -105,9 +121,9 @@ def _check(h: Float64, y: Float64, models: Sequence[str], family: Family) -> Non
         raise ValueError(f"observed: expected at least one of every model, got none of {', '.join(lacking[:5])}")
 
 
-def _shared(x: Float64, y: Float64, family: Family) -> Float64:
-    """Rows [K, r + 1] at the prior that makes them likeliest, by EM: given the prior, each row's mode and (Laplace) covariance;
-    given those, the prior's mean and variances."""
+def _shared(x: Float64, y: Float64, family: Family) -> tuple[Float64, Float64]:
+    """Rows [K, r + 1] at the prior that makes them likeliest, and its mean [r], by EM: given the prior, each row's mode and
+    (Laplace) covariance; given those, the prior's mean and variances."""
     r, k = x.shape[1] - 1, y.shape[1]
     some = [np.flatnonzero(~np.isnan(y[:, m])) for m in range(k)]
     level = np.array([np.log(y[rows, m].mean()) for m, rows in enumerate(some)])
@@ -126,7 +142,7 @@ def _shared(x: Float64, y: Float64, family: Family) -> Float64:
         mean = rows[:, :-1].sum(0) / (k + PSEUDO)  # about 0, as far as few models say
         second = (rows[:, :-1] - mean) ** 2 + variances
         variance = (second.sum(0) + PSEUDO * second.mean()) / (k + PSEUDO)
-    return rows
+    return rows, mean
 
 
 def _mode(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from p2l_engine.backbone.head import Head
+from p2l_engine.backbone.lengths import FILE as LENGTHS_FILE
 from p2l_engine.backbone.uncertainty import FILE, Uncertainty
 from p2l_engine.checkpoint import Checkpoint
 from p2l_engine.checkpoint.files import read_json
@@ -59,6 +60,8 @@ def write(
         entries[ADAPTED] = [*training.get(ADAPTED, []), dict(record)]
     posterior = None if uncertainty is None else _without(uncertainty, names)
     files: dict[str, Any] = {FILE: None if posterior is None else posterior.write}
+    if drop and source.lengths is not None:
+        files[LENGTHS_FILE] = source.lengths.only(names).write
     if catalog is not None:
         files["catalog.yaml"] = catalog
     rewrite(source, target, Head(head.weight[rows], head.bias[rows], len(names)), names, entries, files)
