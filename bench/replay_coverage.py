@@ -117,8 +117,8 @@ class World:
         indices = np.tile(np.array(ALL, np.int32), (n, 1))
         texts: list[Turns | None] = [(str(i),) for i in range(n)]
         return LoggedDecisions(
-            MODELS, chosen, p[rows, chosen], Mixture(indices, p), np.ones(n, bool), None, reward, np.full(n, np.nan),
-            np.zeros(n, bool), rows, [str(i) for i in range(n)], texts, self.session,
+            MODELS, chosen, p[rows, chosen], np.zeros(n), Mixture(indices, p), np.ones(n, bool), None, reward,
+            np.full(n, np.nan), np.zeros(n, bool), rows, [str(i) for i in range(n)], texts, self.session,
         )  # fmt: skip
 
 

@@ -55,6 +55,7 @@ records = st.builds(
     turns=st.none() | st.lists(texts, max_size=3).map(tuple),
     policy=st.dictionaries(texts, numbers, max_size=3),
     propensity=numbers,
+    propensity_error=numbers,
     candidates=st.lists(texts, max_size=3).map(tuple),
     win_rate=st.none() | numbers,
     score=st.none() | numbers | st.sampled_from([math.inf, -math.inf]),
@@ -409,9 +410,9 @@ def test_what_was_written_survives_kill(store):
 
 def test_a_log_of_another_version_is_refused(store):
     DecisionLog(store).close()
-    execute(store, "UPDATE log_layout SET version = 2")
+    execute(store, "UPDATE log_layout SET version = 1")
     for create in (True, False):
-        with pytest.raises(ValueError, match="expected a log of layout 1, got 2, which another version of p2l-engine wrote"):
+        with pytest.raises(ValueError, match="expected a log of layout 2, got 1, which another version of p2l-engine wrote"):
             LogStore(store, create)
 
 
@@ -420,7 +421,7 @@ def test_a_log_of_another_version_is_refused(store):
     [
         ["CREATE TABLE log_decision (id TEXT, prompt TEXT)"],
         ["CREATE TABLE log_layout (version INTEGER, name TEXT)"],
-        ["CREATE TABLE log_layout (version INTEGER)", "INSERT INTO log_layout VALUES (1)"],
+        ["CREATE TABLE log_layout (version INTEGER)", "INSERT INTO log_layout VALUES (2)"],
         ["CREATE TABLE log_layout (version INTEGER)"],
     ],
 )
@@ -625,7 +626,19 @@ def test_an_export_has_every_decision(judged, tmp_path):
     expected = stored(judged)
     assert [row["id"] for row in rows] == [each.id for each in expected]
     for row, each in zip(rows, expected, strict=True):
-        for name in ("key", "session", "asked", "model", "propensity", "score", "cost", "estimated", "tokens_in", "status"):
+        for name in (
+            "key",
+            "session",
+            "asked",
+            "model",
+            "propensity",
+            "propensity_error",
+            "score",
+            "cost",
+            "estimated",
+            "tokens_in",
+            "status",
+        ):
             assert row[name] == getattr(each, name)
         assert row["time"].timestamp() == each.time
         assert {pair["model"]: pair["probability"] for pair in row["policy"]} == each.policy
@@ -660,6 +673,34 @@ def test_preferences_become_votes_that_the_reader_takes(judged, tmp_path):
             (same, "alpha", "beta", 3),
         ]
     )
+
+
+def test_a_preference_that_is_repeated_is_one_vote_and_of_decisions_alone_the_chosen_model_counts(sqlite, tmp_path):
+    with DecisionLog(sqlite) as log:
+        compare(log, 0, "alpha", "beta", "this")
+        for preference in ("this", "other", "this"):  # a retry, another opinion, a retry
+            log.feedback(new_id(0), None, against=new_id(1), preference=preference)
+        for i, name in ((2, "alpha"), (3, "gamma")):
+            log.add(record(i, model="", chosen=name, outcome="decision", turns=("which?",)))
+        log.feedback(new_id(2), None, against=new_id(3), preference="this")
+    found = exported(sqlite, tmp_path / "log")
+    assert found.votes == {"the same was said before": 2}
+    rows = pq.read_table(tmp_path / "log" / "votes.parquet").to_pylist()
+    assert [(row["model_a"], row["model_b"], row["winner"]) for row in rows] == [
+        ("alpha", "beta", "model_a"), ("alpha", "beta", "model_b"), ("alpha", "gamma", "model_a"),
+    ]  # fmt: skip
+
+
+def test_numbers_of_deleted_feedback_are_not_used_again(sqlite):
+    with DecisionLog(sqlite) as log:
+        log.add(record(0, key="a"))
+        log.add(record(1))
+        for i in (1, 0):
+            log.feedback(new_id(i), None, score=1)
+        log.delete(key="a")
+        log.feedback(new_id(1), None, score=0)
+    numbers = sqlite3.connect(sqlite).execute("SELECT number FROM log_feedback").fetchall()
+    assert sorted(numbers) == [(1,), (3,)]
 
 
 def test_scores_are_read_by_models_of_values(judged, tmp_path):

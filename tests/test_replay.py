@@ -51,6 +51,7 @@ def logged(p, chosen, reward, **changes):
         "models": MODELS,
         "chosen": chosen,
         "propensity": p[np.arange(n), chosen],
+        "error": np.zeros(n),
         "logged": Mixture(np.tile(np.arange(3, dtype=np.int32), (n, 1)), p),
         "known": np.ones(n, bool),
         "allowed": None,

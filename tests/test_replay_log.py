@@ -149,6 +149,45 @@ def test_where_the_policy_is_not_that_of_the_draw_the_propensity_counts(tmp_path
     assert found.value["snips"].value == 0
 
 
+def test_errors_of_propensities_are_read_and_said(tmp_path, rng):
+    """A policy of one draw says nothing about what else could have been chosen, though it gives the choice the same
+    probability; propensities that are known roughly are named."""
+    draws = (rng.random(400) < 0.7).tolist()
+    for error, rough in ((0.01, False), (0.2, True)):
+        records = [
+            record(
+                i,
+                turns_hash=str(i),
+                session=str(i),
+                chosen="alpha" if a else "beta",
+                policy={"alpha" if a else "beta": 0.7 if a else 0.3, "gamma": 0.3 if a else 0.7},
+                propensity=0.7 if a else 0.3,
+                propensity_error=error,
+                cost=0.5,
+            )
+            for i, a in enumerate(draws)
+        ]
+        said = [Feedback(new_id(i), START, score=float(a)) for i, a in enumerate(draws)]
+        (tmp_path / str(error)).mkdir()
+        folder = exported(tmp_path / str(error), records, said)
+        log = read_log(folder)
+        assert set(log.error.tolist()) == {error}
+        assert not log.known.any()
+        report = replay(log, [PolicySpec("x", always="beta"), PolicySpec("was", logged=True)])
+        assert report.estimated == 400
+        assert [any("estimates, with a standard error" in line for line in of.warnings) for of in report.policies] == [
+            rough,
+            False,
+        ]
+
+
+@pytest.mark.parametrize("wrong", [-0.1, float("inf")])
+def test_an_error_of_a_propensity_that_is_none_is_refused(wrong, tmp_path):
+    path = table(tmp_path / "log.csv", model=["a", "b"], propensity=[0.5, 0.5], propensity_error=[0.0, wrong], reward=[0, 1])
+    with pytest.raises(ValueError, match="row 1: propensity_error: expected a finite number >= 0"):
+        read_log(path)
+
+
 def test_an_export_without_feedback_is_said_to_have_none(tmp_path):
     log = exported(tmp_path, [record(0), record(1)])
     ended = p2l_engine("replay", str(log), "--policy", str(policies(tmp_path, was="logged")))

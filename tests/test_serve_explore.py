@@ -38,6 +38,9 @@ async def decisions(count: int, explore: str | None = "thompson", sessions: int 
                 assert response.status == 200
                 found.append(await response.json())
         assert [record.propensity for record in server.records] == [d["propensity"] for d in found]
+        errors = [record.propensity_error for record in server.records]
+        assert errors == [d["propensity_error"] for d in found]
+        assert all((0 < error < 0.02) is (explore is not None) for error in errors)
     return found
 
 

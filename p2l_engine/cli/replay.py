@@ -126,6 +126,8 @@ def _show(report: ReplayReport) -> None:
                 f"{report.rows - report.with_reward:,} decisions have no feedback: whether it came is taken to depend on "
                 "neither the model nor the answer, given the prompt"
             )
+        if report.estimated:
+            note(f"{report.estimated:,} of {report.rows:,} propensities are estimates, of draws of the coefficients")
         if report.real_costs < report.with_cost:
             note(f"{report.with_cost - report.real_costs:,} of {report.with_cost:,} costs are expected ones, not spent")
     for reason, count in report.left_out.items():

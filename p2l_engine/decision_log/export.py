@@ -12,13 +12,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from p2l_engine.decision_log.comparison import REPEATED, answering, content, no_answer, no_vote
 from p2l_engine.decision_log.record import Attempt, Feedback, Preference, Record
 from p2l_engine.decision_log.store import LogStore, Selection
 from p2l_engine.tables.atomic import write_folder
 
 ROWS, CHARACTERS = 10_000, 32 << 20  # of a row group, which ends early where prompts are long
 WINNERS: dict[Preference, str] = {"this": "model_a", "other": "model_b", "tie": "tie", "both_bad": "both_bad"}
-UNANSWERED = ("refused", "failed")
 STAGES = ("parse", "coefficients", "choose", "reserve", "first_byte", "total")  # the first columns of latency
 
 TIME, TEXT, NUMBER, WHOLE, TURNS = pa.timestamp("us", "UTC"), pa.string(), pa.float64(), pa.int64(), pa.list_(pa.string())
@@ -26,9 +26,9 @@ POLICY = pa.list_(pa.struct([("model", TEXT), ("probability", NUMBER)]))  # as a
 ATTEMPTS = pa.list_(pa.struct([("model", TEXT), ("deployment", TEXT), ("status", WHOLE), ("error", TEXT), ("seconds", NUMBER)]))
 DECISIONS = {
     "id": TEXT, "time": TIME, "key": TEXT, "session": TEXT, "turns_hash": TEXT, "prompt": TURNS, "api": TEXT, "asked": TEXT,
-    "chosen": TEXT, "model": TEXT, "policy": POLICY, "propensity": NUMBER, "candidates": TURNS, "win_rate": NUMBER,
-    "score": NUMBER, "budget": NUMBER, "expected_cost": NUMBER, "cost": NUMBER, "estimated": pa.bool_(), "tokens_in": WHOLE,
-    "tokens_cached": WHOLE, "tokens_out": WHOLE, "streamed": pa.bool_(), "status": WHOLE, "outcome": TEXT,
+    "chosen": TEXT, "model": TEXT, "policy": POLICY, "propensity": NUMBER, "propensity_error": NUMBER, "candidates": TURNS,
+    "win_rate": NUMBER, "score": NUMBER, "budget": NUMBER, "expected_cost": NUMBER, "cost": NUMBER, "estimated": pa.bool_(),
+    "tokens_in": WHOLE, "tokens_cached": WHOLE, "tokens_out": WHOLE, "streamed": pa.bool_(), "status": WHOLE, "outcome": TEXT,
     "attempts": ATTEMPTS,
 }  # fmt: skip
 FILES = {
@@ -83,7 +83,9 @@ def export(store: LogStore, output: Path, which: Selection) -> Exported:
                 known = records | store.get(sorted(others))
                 decisions.write([_decision(record, stages) for record in page])
                 feedback.write([_feedback(each) for each in said])
-                votes.write(_usable([_vote(each, known) for each in said if each.preference is not None], found.votes))
+                news = zip(said, _are_news(said), strict=True)
+                preferences = [_vote(each, known) if new else REPEATED for each, new in news if each.preference is not None]
+                votes.write(_usable(preferences, found.votes))
                 scores.write(_usable([_score(each, known) for each in said if each.score is not None], found.scores))
             found.rows = {file.name: file.rows for file in (decisions, feedback, votes, scores)}
 
@@ -127,34 +129,34 @@ def _usable(rows: Sequence[dict[str, Any] | str], reasons: Counter[str]) -> list
     return [row for row in rows if not isinstance(row, str)]
 
 
+def _are_news(said: Sequence[Feedback]) -> list[bool]:
+    """Whether each is the first of its content, oldest first."""
+    first = dict[tuple[object, ...], int]()
+    return [first.setdefault(content(each), i) == i for i, each in enumerate(said)]
+
+
 def _vote(said: Feedback, records: Mapping[str, Record]) -> dict[str, Any] | str:
     """A row of votes.parquet, or why the preference is no vote."""
     a, b = records[said.decision], records.get(said.against or "")
-    if b is None:
-        return "the other decision is not in the log"
-    why = _unusable(a) or _unusable(b)
-    if why is not None:
-        return why
-    if a.turns_hash != b.turns_hash or a.turns != b.turns:
-        return "the two decisions have different prompts"
-    if a.model == b.model:
-        return "both answers are of the same model"
+    if b is None or (why := _unusable(a) or _unusable(b) or no_vote(a, b)) is not None:
+        return str(no_vote(a, b) if b is None else why)
     winner = WINNERS[said.preference] if said.preference else ""
-    names = {"model_a": _clean(a.model), "model_b": _clean(b.model), "decision_a": a.id, "decision_b": b.id}
+    models = {"model_a": _clean(answering(a)), "model_b": _clean(answering(b))}
+    names = {**models, "decision_a": a.id, "decision_b": b.id}
     return {"prompt": a.turns, **names, "winner": winner, "timestamp": _microseconds(said.time)}
 
 
 def _score(said: Feedback, records: Mapping[str, Record]) -> dict[str, Any] | str:
     """A row of scores.parquet, or why the score is none."""
     record = records[said.decision]
-    row = {"prompt": record.turns, "model": _clean(record.model), "score": said.score, "decision": record.id}
+    row = {"prompt": record.turns, "model": _clean(answering(record)), "score": said.score, "decision": record.id}
     return _unusable(record) or {**row, "timestamp": _microseconds(said.time)}
 
 
 def _unusable(record: Record) -> str | None:
     """Why nothing can be learnt from the answer."""
-    if record.outcome in UNANSWERED:
-        return "there was no answer"
+    if (why := no_answer(record)) is not None:
+        return why
     if record.turns is None:
         return "the text of the prompt was not logged"
     if not any(turn.strip() for turn in record.turns):

@@ -39,6 +39,7 @@ class Record:
     model: str  # what answered; equals chosen unless a fallback did
     policy: dict[str, float]
     propensity: float  # of chosen, in (0, 1]
+    propensity_error: float  # an upper bound on its standard error; 0: it is exact
     candidates: tuple[str, ...]  # models that could take the request
     win_rate: float | None  # of the policy; None: a named model, for which nothing was computed
     score: float | None  # of the policy; may be infinite

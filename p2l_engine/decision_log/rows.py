@@ -121,7 +121,8 @@ def _attempts(text: str) -> tuple[Attempt, ...]:
 
 _WRITE: dict[str, Callable[[Any], Any]] = {
     "id": _id, "time": _time, "key": _key, "session": _text, "turns_hash": _text, "turns": _json, "api": _text,
-    "asked": _text, "chosen": _text, "model": _text, "policy": _json, "propensity": _number, "candidates": _json,
+    "asked": _text, "chosen": _text, "model": _text, "policy": _json, "propensity": _number,
+    "propensity_error": _number, "candidates": _json,
     "win_rate": _number, "score": _number, "budget": _number, "expected_cost": _number, "cost": _number,
     "estimated": bool, "tokens_in": _whole, "tokens_cached": _whole, "tokens_out": _whole, "streamed": bool,
     "status": _whole, "outcome": _text, "attempts": _json, "latency": _json,

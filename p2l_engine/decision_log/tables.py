@@ -27,7 +27,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import postgresql, sqlite
 
-VERSION = 1  # of the tables; one more whenever a column changes
+VERSION = 2  # of the tables; one more whenever a column changes
 TABLES = MetaData()
 LAYOUT = Table("log_layout", TABLES, Column("version", Integer, primary_key=True))
 # A record's fields. turns, policy, candidates, attempts and latency are JSON.
@@ -46,6 +46,7 @@ DECISION = Table(
     Column("model", Text, nullable=False),
     Column("policy", Text, nullable=False),
     Column("propensity", Double, nullable=False),
+    Column("propensity_error", Double, nullable=False),
     Column("candidates", Text, nullable=False),
     Column("win_rate", Double),
     Column("score", Double),
@@ -63,6 +64,7 @@ DECISION = Table(
     Column("latency", Text, nullable=False),
     Index("log_decision_time", "time", "id"),
     Index("log_decision_key", "key", "time", "id"),
+    Index("log_decision_turns", "turns_hash"),
 )
 FEEDBACK = Table(
     "log_feedback",
@@ -76,6 +78,7 @@ FEEDBACK = Table(
     Column("label", Text),
     Index("log_feedback_decision", "decision"),
     Index("log_feedback_against", "against"),
+    sqlite_autoincrement=True,  # numbers of deleted rows are not used again
 )
 
 

@@ -24,6 +24,8 @@ from p2l_engine.replay.support import EFFECTIVE, depends_on_choice, judge
 from p2l_engine.replay.target import CannotChoose, Target
 from p2l_engine.reports import Figures
 
+ROUGH = 0.2  # of propensities, the mean standard error beyond which it is said
+
 
 class Checkpoints(Protocol):
     """Where coefficients come from. Both take a checkpoint's name, None for the default one."""
@@ -68,6 +70,7 @@ def replay(
     return ReplayReport(
         len(log), int(judged.sum()), int(known.sum()), int((known & log.real).sum()), len(log.keys),
         "preference" if log.of == "preference" else "score", level, tuple(found), dict(log.left_out),
+        int((log.error > 0).sum()),
     )  # fmt: skip
 
 
@@ -117,15 +120,26 @@ def _judged(spec: PolicySpec, scene: _Scene, checkpoints: Checkpoints | None, le
     )  # fmt: skip
     value: Figures = {}
     cost: Figures = {}
-    why: tuple[str, ...] = ()
+    why = () if spec.logged else _estimated(log, weight)
     if not support.reasons:
         value = scene.figures(log.reward, target, weight, scene.rates)
-        cost, why = _costs(scene, target, weight)
+        cost, no_cost = _costs(scene, target, weight)
+        why += no_cost
     return PolicyReplay(
         spec.name, "refused" if support.reasons else "judged", value, cost, target.expected_cost, _shares(target),
         support.effective, support.taken, support.heaviest, support.largest, support.mean_weight, support.unsupported,
         support.reasons, support.warnings + why,
     )  # fmt: skip
+
+
+def _estimated(log: LoggedDecisions, weight: Float64) -> tuple[str, ...]:
+    """A warning where much of the weight has propensities that are known roughly: they are unbiased, but for models that none
+    of their draws would have chosen."""
+    total = float(weight.sum())
+    error = float((weight * log.error / log.propensity).sum()) / total if total > 0 else 0.0
+    if error <= ROUGH:
+        return ()
+    return (f"the propensities of its rows are estimates, with a standard error of up to {error:.0%} of them on average",)
 
 
 def _costs(scene: _Scene, target: Target, weight: Float64) -> tuple[Figures, tuple[str, ...]]:

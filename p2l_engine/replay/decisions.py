@@ -18,8 +18,8 @@ from p2l_engine.replay.mixture import Float64, Mixture
 from p2l_engine.replay.rewards import Reward, Rewarded, from_feedback, from_scores
 
 COLUMNS = (
-    "id", "session", "turns_hash", "prompt", "asked", "chosen", "model", "policy", "propensity", "candidates",
-    "expected_cost", "cost", "reward", "score", "win_rate",
+    "id", "session", "turns_hash", "prompt", "asked", "chosen", "model", "policy", "propensity", "propensity_error",
+    "candidates", "expected_cost", "cost", "reward", "score", "win_rate",
 )  # fmt: skip
 AUTO = "auto"  # what a caller asks for who names no model
 ROUNDING = 1e-6  # by which probabilities may be off
@@ -60,12 +60,14 @@ def read_decisions(
     chosen = _indices(names, models).astype(np.int32)
     logged = None if policy is None else _mixture(policy, models, path, rows)
     propensity, known = _propensity(table, path, rows, chosen, logged)
+    error = _propensity_error(table, path, rows)
+    known &= error == 0  # else the policy is that of one draw
     cost, real = _costs(table, path, logged)
     prompt, keys, of_prompts = _prompts(table, ids.take(pa.array(rows)) if ids is not None else None, rows, path)
     own = _own_reward(table, path)
     log = LoggedDecisions(
-        models, chosen, propensity, logged, known, _allowed(candidates, models), own, cost, real, prompt, keys, of_prompts,
-        _session(table, path), "score", left_out,
+        models, chosen, propensity, error, logged, known, _allowed(candidates, models), own, cost, real, prompt, keys,
+        of_prompts, _session(table, path), "score", left_out,
     )  # fmt: skip
     if not np.isnan(own).all() and (scores is not None or feedback is not None):
         raise ValueError(f"{path}: has rewards of its own (column reward or score): expected no feedback or scores beside them")
@@ -183,6 +185,17 @@ def _propensity(
     if of_policy is None:
         return found, np.zeros(len(found), bool)
     return found, np.abs(of_policy - found) <= ROUNDING * found
+
+
+def _propensity_error(table: pa.Table, path: str | Path, rows: npt.NDArray[np.int64]) -> Float64:
+    """[N]: 0 where the log has none."""
+    if "propensity_error" not in table.column_names:
+        return np.zeros(len(table))
+    found = np.nan_to_num(numbers(table, "propensity_error", path), nan=0.0, posinf=-1.0)
+    if (wrong := found < 0).any():
+        given = table.column("propensity_error")[first(wrong)].as_py()
+        raise ValueError(f"{path}: row {rows[first(wrong)]}: propensity_error: expected a finite number >= 0, got {given}")
+    return found
 
 
 def _without(what: str) -> str:

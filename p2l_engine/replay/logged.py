@@ -22,7 +22,8 @@ Bools = npt.NDArray[np.bool_]
 class LoggedDecisions:
     """N decisions over the U models that the log names.
 
-    chosen [N]: the drawn model; propensity [N]: with which probability, in (0, 1]. logged: the logging policy; None: not known;
+    chosen [N]: the drawn model; propensity [N]: with which probability, in (0, 1]; error [N]: an upper bound on its standard
+    error, 0 where it is exact. logged: the logging policy; None: not known;
     known [N]: whether it says the same as the propensity. allowed [N, U]: which models could take the request; None: all.
     reward [N]: NaN without feedback. cost [N]: NaN unknown; real [N]: whether it was really spent. prompt [N]: number of the
     row's prompt; keys [P] and texts [P] (None: not logged) of prompts. session [N]: number of the row's session; None: no
@@ -32,6 +33,7 @@ class LoggedDecisions:
     models: tuple[str, ...]
     chosen: npt.NDArray[np.int32]
     propensity: Float64
+    error: Float64
     logged: Mixture | None
     known: Bools
     allowed: Bools | None

@@ -42,7 +42,7 @@ class PolicyReplay:
 class ReplayReport:
     """rows: decisions of policies, or prompts of a matrix; with_reward: those with feedback; real_costs: those whose cost was
     really spent, the other known costs are expected ones; of: what the value is; level: of the intervals; left_out: what was
-    not used, by reason."""
+    not used, by reason; estimated: decisions whose propensity is an estimate."""
 
     rows: int
     with_reward: int
@@ -53,6 +53,7 @@ class ReplayReport:
     level: float
     policies: tuple[PolicyReplay, ...]
     left_out: Mapping[str, int] = field(default_factory=dict)
+    estimated: int = 0
 
 
 def shown_figure(figures: Figures) -> Figure | None:

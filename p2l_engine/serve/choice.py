@@ -41,6 +41,11 @@ class Pick:
         """The probability with which the model was drawn."""
         return self.policy[self.model] if self.explored is None else self.explored.value
 
+    @property
+    def propensity_error(self) -> float:
+        """An upper bound on the standard error of ``propensity``; 0 where it is exact."""
+        return 0.0 if self.explored is None else self.explored.error
+
 
 def choose(
     rates: Float64, costs: Float64, allowed: Mask, draw: Draw, budget: float | None = None, price: float | None = None

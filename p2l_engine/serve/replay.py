@@ -8,11 +8,11 @@ from dataclasses import replace
 from fractions import Fraction
 from typing import Literal
 
-from p2l_engine.apis.ask import digest
 from p2l_engine.decision_log.record import Record
 from p2l_engine.serve.answers import Answers, CachedAnswer, key_of_call
 from p2l_engine.serve.call import Call
 from p2l_engine.serve.choice import Pick
+from p2l_engine.serve.scorer import key_of
 from p2l_engine.serve.upstream import Opened, Whole
 
 # What a provider keeps between requests, or works at after it has answered: an equal request would get another answer.
@@ -90,7 +90,7 @@ def replayed(call: Call, answer: CachedAnswer, finished: Callable[[Record], None
     k = call.plan.index[answer.model]
     rate = math.nan if answer.win_rate is None else answer.win_rate
     call.first = call.now = Pick(k, {k: 1.0}, rate, 0.0, "an equal request was answered before")
-    call.turns_hash = digest([turn.encode() for turn in call.ask.turns])
+    call.turns_hash = key_of(call.ask.turns)
     call.mark("first_byte")
     record = call.record(200, "cached", answer.model, answer.usage, Fraction(0), False)
     finished(replace(record, candidates=(answer.model,), win_rate=answer.win_rate, score=answer.score))

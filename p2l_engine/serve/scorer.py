@@ -76,7 +76,7 @@ class Scorer:
     def admit(self, turns: Turns) -> None:
         """Raises Overloaded where these turns would find the queue full: before anything else is done for them."""
         if self._waiting:
-            key = _key(turns)
+            key = key_of(turns)
             if key not in self._known and key not in self._waiting:
                 self._check()
 
@@ -85,7 +85,7 @@ class Scorer:
 
         admitted: past the queue's bounds. Raises Overloaded, at once; PromptError.
         """
-        key = _key(turns)
+        key = key_of(turns)
         if (found := self._known.get(key)) is not None:
             self.hits += 1
             self._known.move_to_end(key)
@@ -157,7 +157,8 @@ class Scorer:
         return found
 
 
-def _key(turns: Turns) -> str:
+def key_of(turns: Turns) -> str:
+    """The hash of a prompt's user turns, by which it is known."""
     return digest([turn.encode() for turn in turns])
 
 

@@ -24,7 +24,7 @@ from p2l_engine.serve.health import Health
 from p2l_engine.serve.options import options_of, session_of
 from p2l_engine.serve.plan import Plan, carry_over
 from p2l_engine.serve.purse import Purse
-from p2l_engine.serve.scorer import Scorer
+from p2l_engine.serve.scorer import Scorer, key_of
 from p2l_engine.serve.sessions import SessionMemory
 from p2l_engine.serve.settings import Key
 from p2l_engine.serve.takers import DOWN, OTHER, Kind
@@ -119,6 +119,7 @@ class Service:
             call.score(coefficients)
         else:
             call.rates = call.drawn = np.zeros(len(plan.names))
+            call.turns_hash = key_of(call.ask.turns)
         call.mark("coefficients")
         call.cached = self._cached(call)
         call.tokens_out = self.expectations.tokens_out(call.ask.max_tokens, call.ask.outputs)

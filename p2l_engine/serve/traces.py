@@ -10,8 +10,8 @@ from p2l_engine import __version__
 from p2l_engine.decision_log.record import Record
 
 ATTRIBUTES = (
-    "id", "api", "asked", "chosen", "model", "outcome", "status", "propensity", "win_rate", "expected_cost", "cost",
-    "tokens_in", "tokens_cached", "tokens_out", "streamed",
+    "id", "api", "asked", "chosen", "model", "outcome", "status", "propensity", "propensity_error", "win_rate",
+    "expected_cost", "cost", "tokens_in", "tokens_cached", "tokens_out", "streamed",
 )  # fmt: skip
 SECOND = 10**9  # in nanoseconds, in which spans are timed
 

@@ -37,6 +37,7 @@ def record(number: int | None = None, **changes: Any) -> Record:
         "model": "alpha",
         "policy": {"alpha": 0.75, "beta": 0.25},
         "propensity": 0.75,
+        "propensity_error": 0.0,
         "candidates": ("alpha", "beta"),
         "win_rate": 0.6,
         "score": 0.4,
