@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -22,6 +21,7 @@ from p2l_engine.replay.logged import LoggedDecisions, ScoreMatrix
 from p2l_engine.replay.policies import PolicySpec, read_policies
 from p2l_engine.replay.read import read_log
 from tests.support.command import p2l_engine
+from tests.support.log_tables import entries, table
 from tests.support.records import START, new_id, record
 
 POLICY = {"alpha": 0.75, "beta": 0.25}
@@ -35,29 +35,6 @@ def exported(folder, records, feedback=()):
     export(store, folder / "log", Selection(None, None, None))
     store.close()
     return folder / "log"
-
-
-def table(path, **columns):
-    """A file of these columns, in the format of its name."""
-    n = len(next(iter(columns.values())))
-    rows = [{name: values[i] for name, values in columns.items()} for i in range(n)]
-    if path.suffix == ".parquet":
-        pq.write_table(pa.table(columns), path)
-    elif path.suffix == ".csv":
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(columns))
-            writer.writeheader()
-            writer.writerows(
-                {name: json.dumps(of) if isinstance(of, dict | list) else of for name, of in row.items()} for row in rows
-            )
-    else:
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def entries(**policy):
-    """A policy as a cell has it."""
-    return [{"model": model, "probability": p} for model, p in policy.items()]
 
 
 def policies(folder, **entries):
@@ -229,13 +206,13 @@ def test_a_policy_may_be_an_object_of_probabilities(tmp_path):
         ({"propensity": [-0.5, 0.5]}, "row 0: propensity: .* got -0.5"),
         ({"propensity": [0.5, float("nan")]}, "row 1: propensity: .* got nan"),
         ({"propensity": [None, 0.5]}, "row 0 and 0 more have no propensity: how likely each choice was"),
-        ({"propensity": ["half", "0.5"]}, "propensity: expected numbers"),
+        ({"propensity": ["half", "0.5"]}, "row 0: propensity: expected a number, got 'half'"),
         ({"id": ["x", "x"]}, "expected every id once, got 'x' 2 times"),
         ({"id": ["x", None]}, "row 1: id: expected text, got nothing"),
         ({"model": [None, ""]}, "expected decisions of a policy, found none: 2 rows without a chosen model"),
         ({"asked": ["alpha", "beta"]}, "found none: 2 rows on which the caller named the model"),
-        ({"cost": [1.0, -1.0]}, "cost: expected finite numbers >= 0, got -1"),
-        ({"reward": [1.0, float("inf")]}, "reward: expected finite numbers, got inf"),
+        ({"cost": [1.0, -1.0]}, "row 1: cost: expected a finite number >= 0, to 1e.100, got -1"),
+        ({"reward": [1.0, float("inf")]}, "row 1: reward: expected a finite number, to 1e.100, got inf"),
         ({"policy": [entries(alpha=0.5)] * 2}, "row 0: policy: expected probabilities that sum to 1, got 0.5"),
         ({"policy": [entries(alpha=1.5)] * 2}, r"row 0: policy: expected a model and a probability in \[0, 1\]"),
     ],

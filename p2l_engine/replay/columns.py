@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from p2l_engine.replay.mixture import Float64
+from p2l_engine.strict_json import parsed
 from p2l_engine.tables.find import find
 from p2l_engine.tables.formats import kind_of
-from p2l_engine.tables.rows import listed, readable
-from p2l_engine.tables.whole import read_table
+from p2l_engine.tables.rows import check_names, listed, readable
+from p2l_engine.tables.whole import Table, read_table
 
+Int64 = npt.NDArray[np.int64]
+MOST = 1e100  # of rewards and costs: sums of their squares are finite
 POLICY = pa.list_(pa.struct([("model", pa.string()), ("probability", pa.float64())]))
 
 
@@ -40,8 +43,9 @@ def read_columns(path: str | Path, names: Collection[str]) -> pa.Table:
         for file in files:
             with readable(file), file.location.system.open_input_file(file.location.path) as stream:
                 opened = pq.ParquetFile(stream)
+                check_names(file, opened.schema_arrow.names)
                 wanted = [name for name in opened.schema_arrow.names if name in names]
-                parts.append(opened.read(wanted))
+                parts.append(_plain(opened.read(wanted)))
         try:
             table = pa.concat_tables(parts, promote_options="permissive")
         except pa.ArrowException as error:
@@ -50,7 +54,7 @@ def read_columns(path: str | Path, names: Collection[str]) -> pa.Table:
         found = read_table([path], names)
         for index, row in sorted(found.invalid.items()):
             raise ValueError(f"{found.located(index)}: {row.why}: {row.text}")
-        table = pa.table({name: _array(name, values) for name, values in found.columns.items()})
+        table = pa.table({name: _array(found, name) for name in found.columns})
     if not len(table):
         raise ValueError(f"{path}: expected rows, it has none")
     return table
@@ -63,45 +67,58 @@ def required(table: pa.Table, path: str | Path, *names: str) -> None:
         raise ValueError(f"{path}: expected the columns {listed(missing)}; it has {listed(table.column_names)}")
 
 
-def numbers(table: pa.Table, name: str, path: str | Path) -> Float64:
-    """A column of numbers, or of numbers as text [N]; NaN where there is none. Raises ValueError for other values."""
+def numbers(table: pa.Table, name: str, path: str | Path, rows: Int64 | None = None) -> Float64:
+    """A column of numbers, or of numbers as text [N]; NaN where there is none. rows [N]: their numbers in the file, None: 0, 1
+    and so on. Raises ValueError, with the row, for other values; true and false are none."""
     column = table.column(name).combine_chunks()
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        column = pc.utf8_trim_whitespace(column)
+        column = pc.if_else(pc.equal(column, ""), None, column)
     try:
-        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-            column = pc.if_else(pc.equal(column, ""), None, column)
-        found = pc.cast(column, pa.float64())
-    except pa.ArrowException as error:
-        raise ValueError(f"{path}: {name}: expected numbers: {error}") from None
+        found = pc.cast(_without_booleans(column), pa.float64(), safe=False)  # rounded, where a double has fewer digits
+    except (pa.ArrowException, TypeError):
+        wrong = next((i for i, value in enumerate(column.to_pylist()) if value is not None and not _is_number(value)), 0)
+        row = wrong if rows is None else rows[wrong]
+        raise ValueError(f"{path}: row {row}: {name}: expected a number, got {column[wrong].as_py()!r:.60}") from None
     return np.array(found.fill_null(np.nan).to_numpy(zero_copy_only=False), np.float64)
 
 
 def texts(table: pa.Table, name: str, path: str | Path) -> pa.Array:
-    """A column of text. Raises ValueError for other values."""
+    """A column of text. Raises ValueError for other values than texts and numbers."""
     try:
-        return pc.cast(table.column(name), pa.string()).combine_chunks()
-    except pa.ArrowException as error:
+        return pc.cast(_without_booleans(table.column(name).combine_chunks()), pa.string())
+    except (pa.ArrowException, TypeError) as error:
         raise ValueError(f"{path}: {name}: expected text: {error}") from None
 
 
-def lists(table: pa.Table, name: str, kind: pa.DataType, path: str | Path) -> pa.ListArray:
-    """A column of lists of this type: lists, or text that holds them as JSON; a policy may also be {model: probability}. Raises
-    ValueError for other values."""
+def lists(table: pa.Table, name: str, kind: pa.DataType, path: str | Path, rows: Int64) -> pa.ListArray:
+    """A column of lists of this type: lists, or text that holds them as JSON; a policy may also be {model: probability}.
+    rows [N]: their numbers in the file. Raises ValueError, with the row where it can be said, for other values."""
     column = table.column(name).combine_chunks()
     if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
         try:
+            _without_booleans(column.flatten())
             return pc.cast(column, kind)
-        except pa.ArrowException as error:
+        except (pa.ArrowException, TypeError) as error:
             raise ValueError(f"{path}: {name}: expected lists of {kind.value_type}: {error}") from None
     found = []
     for row, value in enumerate(column.to_pylist()):
         try:
-            value = json.loads(value) if isinstance(value, str) and value else value or None
-            if kind == POLICY and isinstance(value, dict):
-                value = [{"model": model, "probability": p} for model, p in value.items() if p is not None]
-            found.append(pa.scalar(value, kind).as_py())
+            found.append(_listed(parsed(value) if isinstance(value, str) and value else value, kind))
         except (ValueError, TypeError, pa.ArrowException) as error:
-            raise ValueError(f"{path}: row {row}: {name}: expected a list, got {value!r:.60} ({error})") from None
+            raise ValueError(f"{path}: row {rows[row]}: {name}: expected a list, got {value!r:.60} ({error})") from None
     return pa.array(found, kind)
+
+
+def bounded(of: Float64, name: str, path: str | Path, rows: Int64 | None = None, least: float = -MOST) -> Float64:
+    """The numbers [N], which may be NaN. Raises ValueError, with the row, for others below ``least``, or beyond ``MOST``."""
+    wrong = (of < least) | (np.abs(of) > MOST)
+    if wrong.any():
+        bad = first(wrong)
+        expected = "a finite number >= 0" if least == 0 else "a finite number"
+        row = bad if rows is None else rows[bad]
+        raise ValueError(f"{path}: row {row}: {name}: expected {expected}, to {MOST:g}, got {of[bad]:g}")
+    return of
 
 
 def first(wrong: npt.NDArray[np.bool_]) -> int:
@@ -109,12 +126,62 @@ def first(wrong: npt.NDArray[np.bool_]) -> int:
     return int(np.argmax(wrong))
 
 
-def _array(name: str, values: list[Any]) -> pa.Array:
+def _listed(value: Any, kind: pa.DataType) -> list[Any] | None:
+    """One cell of a column of lists."""
+    if value is None or value == "":
+        return None
+    if kind == POLICY and isinstance(value, dict | list) and all(isinstance(entry, tuple) for entry in value):
+        value = dict(value)  # of an arrow map
+    if kind == POLICY and isinstance(value, dict):
+        value = [{"model": model, "probability": p} for model, p in value.items() if p is not None]
+    if not isinstance(value, list):
+        raise TypeError(f"it is {type(value).__name__}")
+    if any(isinstance(part, bool) for entry in value for part in (entry.values() if isinstance(entry, dict) else [entry])):
+        raise TypeError("true and false are no numbers")
+    listed: list[Any] | None = pa.scalar(value, kind).as_py()
+    return listed
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        pc.cast(pa.scalar(value), pa.float64(), safe=False)
+    except (pa.ArrowException, OverflowError):
+        return False
+    return not isinstance(value, bool)
+
+
+def _without_booleans(column: pa.Array) -> pa.Array:
+    """The column. Raises TypeError for one of booleans, which arrow would make 0 and 1, or texts."""
+    fields = [field.type for field in column.type] if pa.types.is_struct(column.type) else []
+    if any(pa.types.is_boolean(of) for of in (column.type, *fields)):
+        raise TypeError("true and false are neither numbers nor texts")
+    return column
+
+
+def _plain(table: pa.Table) -> pa.Table:
+    """Without dictionaries and views, for which arrow lacks some functions."""
+    for i, field in enumerate(table.schema):
+        plain = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+        plain = pa.string() if pa.types.is_string_view(plain) else plain
+        if plain != field.type:
+            table = table.set_column(i, field.with_type(plain), table.column(i).cast(plain))
+    return table
+
+
+def _array(table: Table, name: str) -> pa.Array:
     """jsonl may mix whole numbers with others, and lists with texts: what no arrow type holds becomes JSON text."""
+    values: Sequence[Any] = table.columns[name]
     try:
         return pa.array(values)
-    except (pa.ArrowException, TypeError):
+    except (pa.ArrowException, TypeError, OverflowError):
         pass
+    for i, value in enumerate(values):
+        if isinstance(value, bool):
+            raise ValueError(f"{table.located(i)}: {name}: expected neither true nor false, got {str(value).lower()}")
+        if isinstance(value, int) and not _is_number(value):
+            raise ValueError(f"{table.located(i)}: {name}: expected a smaller number, got one of {len(str(value))} digits")
+        if isinstance(value, dict) and name == "prompt":
+            raise ValueError(f"{table.located(i)}: prompt: expected a string or a list, got {value!r:.60}")
     if all(isinstance(value, int | float | None) for value in values):
         return pa.array([None if value is None else float(value) for value in values])
     return pa.array([value if isinstance(value, str | None) else json.dumps(value, ensure_ascii=False) for value in values])

@@ -12,18 +12,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from p2l_engine.prompts.parse import cell_turns
-from p2l_engine.replay.columns import POLICY, first, lists, numbers, read_columns, texts
+from p2l_engine.replay.choices import read_choices
+from p2l_engine.replay.columns import bounded, first, numbers, read_columns, texts
 from p2l_engine.replay.logged import Bools, LoggedDecisions, Turns
 from p2l_engine.replay.mixture import Float64, Mixture
 from p2l_engine.replay.rewards import Reward, Rewarded, from_feedback, from_scores
 
 COLUMNS = (
-    "id", "session", "turns_hash", "prompt", "asked", "chosen", "model", "policy", "propensity", "propensity_error",
-    "candidates", "expected_cost", "cost", "reward", "score", "win_rate",
+    "id", "session", "turns_hash", "prompt", "asked", "outcome", "chosen", "model", "policy", "propensity",
+    "propensity_error", "candidates", "expected_cost", "cost", "reward", "score", "win_rate",
 )  # fmt: skip
 AUTO = "auto"  # what a caller asks for who names no model
-ROUNDING = 1e-6  # by which probabilities may be off
-NAMES = pa.list_(pa.string())
+CACHED = "cached"  # the outcome of a request that an earlier answer served
 
 
 def read_decisions(
@@ -52,22 +52,13 @@ def read_decisions(
         why = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
         raise ValueError(f"{path}: expected decisions of a policy, found none: {why}")
     table, names = table.take(pa.array(rows)), names.take(pa.array(rows))
-    policy = lists(table, "policy", POLICY, path) if "policy" in table.column_names else None
-    if policy is not None and policy.null_count == len(policy):
-        policy = None
-    candidates = lists(table, "candidates", NAMES, path) if "candidates" in table.column_names else None
-    models = _models(names, policy, candidates)
-    chosen = _indices(names, models).astype(np.int32)
-    logged = None if policy is None else _mixture(policy, models, path, rows)
-    propensity, known = _propensity(table, path, rows, chosen, logged)
-    error = _propensity_error(table, path, rows)
-    known &= error == 0  # else the policy is that of one draw
-    cost, real = _costs(table, path, logged)
+    of = read_choices(table, names, path, rows)
+    cost, real = _costs(table, path, rows, of.logged)
     prompt, keys, of_prompts = _prompts(table, ids.take(pa.array(rows)) if ids is not None else None, rows, path)
-    own = _own_reward(table, path)
+    own = _own_reward(table, path, rows)
     log = LoggedDecisions(
-        models, chosen, propensity, error, logged, known, _allowed(candidates, models), own, cost, real, prompt, keys,
-        of_prompts, _session(table, path), "score", left_out,
+        *of, reward=own, cost=cost, real=real, prompt=prompt, keys=keys, texts=of_prompts, session=_session(table, path),
+        left_out=left_out,
     )  # fmt: skip
     if not np.isnan(own).all() and (scores is not None or feedback is not None):
         raise ValueError(f"{path}: has rewards of its own (column reward or score): expected no feedback or scores beside them")
@@ -103,139 +94,39 @@ def _decided(table: pa.Table, names: pa.Array, path: str | Path, left_out: Count
     """The rows on which a policy chose."""
     chosen = np.array(pc.not_equal(names.fill_null(""), "").to_numpy(zero_copy_only=False), bool)
     left_out["rows without a chosen model"] += int((~chosen).sum())
-    if "asked" in table.column_names:
-        asked = texts(table, "asked", path).fill_null(AUTO)
-        auto = np.array(pc.equal(asked, AUTO).to_numpy(zero_copy_only=False), bool)
-        left_out["rows on which the caller named the model"] += int((chosen & ~auto).sum())
-        chosen &= auto
+    for name, expected, reason in (
+        ("asked", (AUTO, ""), "rows on which the caller named the model"),
+        ("outcome", (CACHED,), "rows that an earlier answer served"),
+    ):
+        if name not in table.column_names:
+            continue
+        found = texts(table, name, path).fill_null("")
+        among = np.array(pc.is_in(found, pa.array(expected)).to_numpy(zero_copy_only=False), bool)
+        others = ~among if name == "asked" else among
+        left_out[reason] += int((chosen & others).sum())
+        chosen &= ~others
     for reason in [reason for reason, count in left_out.items() if not count]:
         del left_out[reason]
     return np.flatnonzero(chosen)
 
 
-def _models(names: pa.Array, policy: pa.ListArray | None, candidates: pa.ListArray | None) -> tuple[str, ...]:
-    found = set(names.unique().to_pylist())
-    if policy is not None:
-        found |= set(pc.struct_field(policy.flatten(), "model").unique().to_pylist())
-    if candidates is not None:
-        found |= set(candidates.flatten().unique().to_pylist())
-    return tuple(sorted(name for name in found if name is not None))
-
-
-def _indices(names: pa.Array, models: tuple[str, ...]) -> npt.NDArray[np.int64]:
-    found = pc.index_in(names, value_set=pa.array(models, pa.string())).fill_null(-1)
-    return np.asarray(found.to_numpy(zero_copy_only=False), np.int64)
-
-
-def _padded(column: pa.ListArray) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], int]:
-    """Of the flattened entries of lists: their rows, and their places within them; the length of the longest list."""
-    lengths = np.asarray(pc.list_value_length(column).fill_null(0).to_numpy(zero_copy_only=False), np.int64)
-    row = np.repeat(np.arange(len(lengths)), lengths)
-    place = np.arange(len(row)) - np.repeat(lengths.cumsum() - lengths, lengths)
-    return row, place, int(lengths.max(initial=0))
-
-
-def _mixture(policy: pa.ListArray, models: tuple[str, ...], path: str | Path, rows: npt.NDArray[np.int64]) -> Mixture:
-    """The logging policy; a row without one has probabilities of 0."""
-    row, place, width = _padded(policy)
-    entries = policy.flatten()
-    model = _indices(pc.struct_field(entries, "model"), models)
-    p = np.asarray(pc.struct_field(entries, "probability").fill_null(np.nan).to_numpy(zero_copy_only=False), np.float64)
-    if (wrong := ~((p >= 0) & (p <= 1 + ROUNDING)) | (model < 0)).any():
-        bad = first(wrong)
-        raise ValueError(
-            f"{path}: row {rows[row[bad]]}: policy: expected a model and a probability in [0, 1], got {entries[bad].as_py()}"
-        )
-    indices, probabilities = np.zeros((len(policy), width), np.int32), np.zeros((len(policy), width))
-    indices[row, place], probabilities[row, place] = model, p
-    total = probabilities.sum(1)
-    if (wrong := (np.abs(total - 1) > ROUNDING) & (np.bincount(row, minlength=len(policy)) > 0)).any():
-        bad = first(wrong)
-        raise ValueError(f"{path}: row {rows[bad]}: policy: expected probabilities that sum to 1, got {total[bad]:.9g}")
-    return Mixture(indices, probabilities)
-
-
-def _propensity(
-    table: pa.Table,
-    path: str | Path,
-    rows: npt.NDArray[np.int64],
-    chosen: npt.NDArray[np.int32],
-    logged: Mixture | None,
-) -> tuple[Float64, Bools]:
-    """The propensities [N], and whether the logging policy says the same."""
-    of_policy = None if logged is None else logged.of(chosen)
-    if "propensity" in table.column_names:
-        given = table.column("propensity").combine_chunks()
-        missing = np.array(given.is_null().to_numpy(zero_copy_only=False), bool)
-        if missing.any():
-            raise ValueError(
-                _without(f"{path}: row {rows[first(missing)]} and {int(missing.sum()) - 1:,} more have no propensity")
-            )
-        found, name = numbers(table, "propensity", path), "propensity"
-    elif of_policy is not None:
-        found, name = of_policy, "the policy's probability of the chosen model"
-    else:
-        raise ValueError(_without(f"{path}: the log has no propensities (columns propensity or policy)"))
-    if (wrong := ~((found > 0) & (found <= 1 + ROUNDING))).any():
-        bad = first(wrong)
-        raise ValueError(
-            f"{path}: row {rows[bad]}: {name}: expected a probability above 0 and up to 1, got {found[bad]:g} "
-            f"({int(wrong.sum()):,} such rows): a model that was chosen had a probability of its own"
-        )
-    if of_policy is None:
-        return found, np.zeros(len(found), bool)
-    return found, np.abs(of_policy - found) <= ROUNDING * found
-
-
-def _propensity_error(table: pa.Table, path: str | Path, rows: npt.NDArray[np.int64]) -> Float64:
-    """[N]: 0 where the log has none."""
-    if "propensity_error" not in table.column_names:
-        return np.zeros(len(table))
-    found = np.nan_to_num(numbers(table, "propensity_error", path), nan=0.0, posinf=-1.0)
-    if (wrong := found < 0).any():
-        given = table.column("propensity_error")[first(wrong)].as_py()
-        raise ValueError(f"{path}: row {rows[first(wrong)]}: propensity_error: expected a finite number >= 0, got {given}")
-    return found
-
-
-def _without(what: str) -> str:
-    return (
-        f"{what}: how likely each choice was is what other policies are judged by; log the probability with which the model "
-        "was drawn (p2l-engine serve and batch do), or give a matrix of every model's scores"
-    )
-
-
-def _costs(table: pa.Table, path: str | Path, logged: Mixture | None) -> tuple[Float64, Bools]:
+def _costs(table: pa.Table, path: str | Path, rows: npt.NDArray[np.int64], logged: Mixture | None) -> tuple[Float64, Bools]:
     """The costs [N], real ones where there are any, else the expected cost where it is that of the chosen model alone."""
     none = np.full(len(table), np.nan)
-    spent = numbers(table, "cost", path) if "cost" in table.column_names else none
-    expected = numbers(table, "expected_cost", path) if "expected_cost" in table.column_names else none
+    spent, expected = (
+        bounded(numbers(table, name, path, rows), name, path, rows, 0.0) if name in table.column_names else none
+        for name in ("cost", "expected_cost")
+    )
     if logged is not None:
         expected = np.where((logged.probabilities > 0).sum(1) <= 1, expected, np.nan)
-    cost = np.where(np.isnan(spent), expected, spent)
-    if (wrong := (cost < 0) | np.isinf(cost)).any():
-        raise ValueError(f"{path}: cost: expected finite numbers >= 0, got {cost[first(wrong)]:g}")
-    return cost, ~np.isnan(spent)
+    return np.where(np.isnan(spent), expected, spent), ~np.isnan(spent)
 
 
-def _own_reward(table: pa.Table, path: str | Path) -> Float64:
+def _own_reward(table: pa.Table, path: str | Path, rows: npt.NDArray[np.int64]) -> Float64:
     name = "reward" if "reward" in table.column_names else "score"
     if name not in table.column_names or (name == "score" and "win_rate" in table.column_names):
         return np.full(len(table), np.nan)
-    found = numbers(table, name, path)
-    if np.isinf(found).any():
-        raise ValueError(f"{path}: {name}: expected finite numbers, got {found[first(np.isinf(found))]:g}")
-    return found
-
-
-def _allowed(candidates: pa.ListArray | None, models: tuple[str, ...]) -> Bools | None:
-    if candidates is None:
-        return None
-    row, _, _ = _padded(candidates)
-    allowed = np.zeros((len(candidates), len(models)), bool)
-    allowed[row, _indices(candidates.flatten(), models)] = True
-    allowed[np.bincount(row, minlength=len(candidates)) == 0] = True  # not logged
-    return None if allowed.all() else allowed
+    return bounded(numbers(table, name, path, rows), name, path, rows)
 
 
 def _prompts(

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from p2l_engine.prompts.parse import cell_turns
-from p2l_engine.replay.columns import first, numbers, read_columns, required, texts
+from p2l_engine.replay.columns import MOST, first, numbers, read_columns, required, texts
 from p2l_engine.replay.logged import ScoreMatrix, Turns
 from p2l_engine.replay.mixture import Float64
 
@@ -89,6 +89,6 @@ def _check(path: str | Path, scores: Float64, costs: Float64 | None) -> None:
     for name, of, expected in (("score", scores, "a finite number"), ("cost", costs, "a finite number >= 0")):
         if of is None:
             continue
-        wrong = np.asarray(~(np.isfinite(of) & ((name == "score") | (of >= 0))).all(1))
+        wrong = np.asarray(~((np.abs(of) <= MOST) & ((name == "score") | (of >= 0))).all(1))
         if wrong.any():
             raise ValueError(f"{path}: prompt {first(wrong)}: {name}: expected {expected} for each model")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -14,9 +13,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from p2l_engine.prompts.parse import cell_turns
-from p2l_engine.replay.columns import first, numbers, read_columns, required, texts
+from p2l_engine.replay.columns import MOST, bounded, first, numbers, read_columns, required, texts
 from p2l_engine.replay.logged import LoggedDecisions
 from p2l_engine.replay.mixture import Float64
+from p2l_engine.votes.cells import Unusable, seconds_of
 
 Int64 = npt.NDArray[np.int64]
 Reward = Literal["score", "preference"]
@@ -46,7 +46,7 @@ def from_feedback(path: str | Path, ids: pa.Array, used: Int64, log: LoggedDecis
     """
     table = read_columns(path, FEEDBACK)
     required(table, path, "decision")
-    table = _by_time(table)
+    table = _by_time(table, path)
     left_out = Counter[str]()
     row = _rows_of(table, "decision", path, ids)
     if (row < 0).all():
@@ -75,8 +75,8 @@ def from_scores(path: str | Path, ids: pa.Array | None, used: Int64, log: Logged
     """
     table = read_columns(path, ("decision", "id", "prompt", "model", "score"))
     required(table, path, "score")
-    score = numbers(table, "score", path)
-    if (wrong := ~np.isfinite(score)).any():
+    score = bounded(numbers(table, "score", path), "score", path)
+    if (wrong := np.isnan(score)).any():
         raise ValueError(f"{path}: row {first(wrong)}: score: expected a finite number")
     key = next((name for name in ("decision", "id") if name in table.column_names), None)
     left_out = Counter[str]()
@@ -101,28 +101,35 @@ def from_scores(path: str | Path, ids: pa.Array | None, used: Int64, log: Logged
     return Rewarded(reward, "score", +left_out)
 
 
-def _by_time(table: pa.Table) -> pa.Table:
-    """The rows from old to new, in the file's order where their times are the same, or there are none."""
+def _by_time(table: pa.Table, path: str | Path) -> pa.Table:
+    """The rows from old to new: those without a time first, and in the file's order where their times are the same."""
     if "time" not in table.column_names:
         return table
-    time = table.column("time")
-    if pa.types.is_string(time.type) or pa.types.is_large_string(time.type):
-        with suppress(pa.ArrowException):  # ISO 8601 sorts as text
-            time = pc.cast(time, pa.float64())
-    elif pa.types.is_null(time.type):
-        return table
-    return table.take(pc.sort_indices(pa.table({"time": time}), [("time", "ascending")]))
+    time = table.column("time").combine_chunks()
+    if pa.types.is_timestamp(time.type) or pa.types.is_null(time.type):
+        since = np.asarray(pc.cast(time, pa.int64()).fill_null(np.iinfo(np.int64).min).to_numpy(zero_copy_only=False))
+        return table.take(pa.array(np.argsort(since, kind="stable")))
+    seconds = np.full(len(time), -np.inf)
+    for row, value in enumerate(time.to_pylist()):
+        try:
+            seconds[row] = -np.inf if value in (None, "") else seconds_of(value)
+        except Unusable as error:
+            raise ValueError(f"{path}: row {row}: time: {str(error).removeprefix('timestamp: ')}, got {value!r:.60}") from None
+    return table.take(pa.array(np.argsort(seconds, kind="stable")))
 
 
 def _joined(table: pa.Table, path: str | Path, score: Float64, log: LoggedDecisions, left_out: Counter[str]) -> Float64:
     number = {text: i for i, text in enumerate(log.texts) if text is not None}
     cells = table.column("prompt").combine_chunks()
-    if pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type):
-        encoded = cells.dictionary_encode()
-        of_each = np.array([number.get(cell_turns(cell), -1) for cell in encoded.dictionary.to_pylist()] + [-1])
-        prompt = of_each[encoded.indices.fill_null(len(of_each) - 1).to_numpy(zero_copy_only=False)]
-    else:
-        prompt = np.array([number.get(cell_turns(cell), -1) for cell in cells.to_pylist()])
+    hashable = pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type)
+    encoded = cells.dictionary_encode() if hashable else pa.DictionaryArray.from_arrays(pa.array(range(len(cells))), cells)
+    of_each = np.full(len(encoded.dictionary) + 1, -1)
+    for i, cell in enumerate(encoded.dictionary.to_pylist()):
+        try:
+            of_each[i] = -1 if cell is None else number.get(cell_turns(cell), -1)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    prompt = of_each[encoded.indices.fill_null(len(of_each) - 1).to_numpy(zero_copy_only=False)]
     model = _indices(texts(table, "model", path), log.models)
     known = (prompt >= 0) & (model >= 0)
     left_out["scores of answers that the log does not have"] += int((~known).sum())
@@ -144,7 +151,7 @@ def _scores(
     if not mine.any():
         return reward
     score = numbers(table, "score", path)
-    if (wrong := mine & ~np.isfinite(score)).any():
+    if (wrong := mine & ~(np.abs(score) <= MOST)).any():
         raise ValueError(f"{path}: score of {table.column('decision')[first(wrong)].as_py()}: expected a finite number")
     last, place = np.unique(row[mine][::-1], return_index=True)
     reward[last] = score[mine][::-1][place]
@@ -162,6 +169,8 @@ def _preferences(
     log: LoggedDecisions,
     left_out: Counter[str],
 ) -> Float64:
+    if not mine.any():
+        return np.full(len(log), np.nan)
     said = texts(table, "preference", path)
     outcome = np.array([*OUTCOMES.values(), np.nan])[_indices(said, tuple(OUTCOMES))]
     if (wrong := mine & np.isnan(outcome)).any():
@@ -173,6 +182,7 @@ def _preferences(
     mine &= against >= 0
     same = log.prompt[row] == log.prompt[against]
     left_out["preferences between answers to different prompts"] += int((mine & ~same).sum())
+    left_out["preferences of a decision against itself"] += int((mine & (row == against)).sum())
     mine &= same & (row != against)
     a, b, y = row[mine], against[mine], outcome[mine]
     n = len(log)

@@ -1,0 +1,195 @@
+"""What replay makes of hostile cells: each is a number, a name or a policy that it says, or is refused with its row."""
+
+from __future__ import annotations
+
+import json
+import math
+from datetime import UTC, datetime, timedelta, timezone
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from p2l_engine.replay.read import read_log
+from tests.support.log_tables import entries, table
+
+ROWS = {"id": ["x", "y"], "model": ["alpha", "beta"], "propensity": [0.5, 0.25], "reward": [1.0, 0.0], "cost": [1.0, 2.0]}
+LOOSE = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+NUMBERS = ("propensity", "reward", "cost", "expected_cost")
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("ending", ["jsonl", "parquet", "csv"])
+@pytest.mark.parametrize("values", [[True, True], [False, True]])
+def test_true_and_false_are_no_numbers(tmp_path, name, ending, values):
+    with pytest.raises(ValueError, match=rf"row [01]: {name}: expected a number, got '?(True|False)"):
+        read_log(table(tmp_path / f"log.{ending}", **ROWS | {name: values}))
+
+
+@LOOSE
+@given(st.data())
+def test_a_cell_is_the_number_that_it_says_or_is_refused(tmp_path, data):
+    """Of jsonl, whose cells are any JSON: a double that the column may hold, or an error that names the column."""
+    name = data.draw(st.sampled_from(NUMBERS))
+    number = st.floats(allow_nan=False, width=64) | st.integers(-(10**400), 10**400) | st.floats(0, 1) | st.integers(-2, 2)
+    text = number.map(repr) | number.map(lambda x: f" {x!r} ") | st.sampled_from(["", " ", "half", "1,5", "0x1", "1_0", "yes"])
+    cells = data.draw(st.lists(number | text | st.booleans() | st.none() | st.just([0.5]) | st.just({"a": 1}), min_size=2,
+                               max_size=2))  # fmt: skip
+    path = table(tmp_path / "log.jsonl", **ROWS | {name: cells})
+
+    def meant(cell):
+        if cell is None or (isinstance(cell, str) and not cell.strip()):
+            return math.nan
+        if isinstance(cell, bool | list | dict) or cell in ("half", "1,5", "0x1", "1_0", "yes"):
+            return None
+        try:
+            return float(cell)
+        except OverflowError:
+            return None
+
+    found = [meant(cell) for cell in cells]
+    least = {"reward": -1e100, "propensity": 5e-324}.get(name, 0.0)
+    most = 1 + 1e-6 if name == "propensity" else 1e100
+    fine = all(x is not None and (least <= x <= most or (math.isnan(x) and name != "propensity")) for x in found)
+    if not fine:
+        with pytest.raises(ValueError, match=name):
+            read_log(path)
+        return
+    log = read_log(path)
+    if name == "expected_cost":
+        np.testing.assert_array_equal(log.cost, ROWS["cost"])
+    else:
+        held = {"propensity": log.propensity, "reward": log.reward, "cost": log.cost}[name]
+        np.testing.assert_array_equal(held, np.minimum(found, 1.0) if name == "propensity" else found)
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        ([{"alpha": True}, {"beta": True}], "row 0: policy: .*true and false are no numbers"),
+        (['{"alpha": true}', '{"beta": 1}'], "row 0: policy: .*true and false are no numbers"),
+        (['{"alpha": 0.5, "alpha": 0.5}', '{"beta": 1}'], "row 0: policy: .*got 'alpha' twice"),
+        ([[{"model": "alpha", "probability": True}], None], "policy: .*true and false"),
+        ([entries(beta=1.0), entries(beta=1.0)], "row 0: policy: expected a probability above 0 of the chosen model.*'chosen'"),
+        ([entries(alpha=1.0), entries(alpha=1.0, beta=0.0)], r"row 1: policy: .* the chosen model \(1 such rows\)"),
+        ([1, 2], "row 0: policy: expected a list, got 1"),
+        ([False, {"beta": 1.0}], "row 0: policy: expected neither true nor false"),
+    ],
+)  # fmt: skip
+def test_policies_that_are_wrong_are_refused(tmp_path, policy, message):
+    with pytest.raises(ValueError, match=message):
+        read_log(table(tmp_path / "log.jsonl", **ROWS | {"policy": policy}))
+
+
+def test_a_parquet_policy_of_booleans_is_refused(tmp_path):
+    policy = pa.array([[{"model": "alpha", "probability": True}], [{"model": "beta", "probability": True}]])
+    with pytest.raises(ValueError, match="policy: .*true and false"):
+        read_log(table(tmp_path / "log.parquet", **ROWS | {"policy": policy}))
+
+
+@pytest.mark.parametrize(
+    ("candidates", "message"),
+    [
+        ([["beta"], ["beta"]], r"row 0: candidates: .*'alpha' chosen from \['beta'\] \(1 such rows\)"),
+        ([["alpha"], [None]], "row 1: candidates: expected the chosen model among them"),
+        (['"alpha"', '["beta"]'], "row 0: candidates: expected a list"),
+        (["alpha,beta", '["beta"]'], "row 0: candidates: expected a list"),
+    ],
+)
+def test_candidates_hold_the_chosen_model(tmp_path, candidates, message):
+    with pytest.raises(ValueError, match=message):
+        read_log(table(tmp_path / "log.jsonl", **ROWS | {"candidates": candidates}))
+
+
+@LOOSE
+@given(st.data())
+def test_candidates_are_those_that_the_cells_name(tmp_path, data):
+    names = st.sampled_from(["alpha", "beta", "gamma", None])
+    cells = data.draw(st.lists(st.none() | st.lists(names, max_size=4), min_size=2, max_size=2))
+    path = table(tmp_path / "log.parquet", **ROWS | {"candidates": pa.array(cells, pa.list_(pa.string()))})
+    if any(cell and chosen not in cell for cell, chosen in zip(cells, ROWS["model"], strict=True)):
+        with pytest.raises(ValueError, match="candidates: expected the chosen model among them"):
+            read_log(path)
+        return
+    log = read_log(path)
+    allowed = np.ones((2, len(log.models)), bool) if log.allowed is None else log.allowed
+    for row, cell in enumerate(cells):
+        assert [m for m, may in zip(log.models, allowed[row], strict=True) if may] == [
+            m for m in log.models if not cell or m in cell
+        ]
+
+
+def test_columns_of_other_arrow_types_are_read(tmp_path):
+    names, texts = pa.array(["alpha", "beta"]), pa.array(["p", "q"])
+    plain = read_log(table(tmp_path / "plain.parquet", model=names, propensity=[0.5, 0.25], prompt=texts, session=texts))
+    for other in (pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())):
+        columns = {"model": names.cast(other), "prompt": texts.cast(other), "session": texts.cast(other)}
+        log = read_log(table(tmp_path / "other.parquet", propensity=pa.array([0.5, 0.25]).cast(pa.decimal128(5, 3)), **columns))
+        assert (log.models, log.texts, log.session.tolist()) == (plain.models, plain.texts, plain.session.tolist())
+        assert log.propensity.tolist() == [0.5, 0.25]
+
+
+def test_columns_of_one_name_are_refused(tmp_path):
+    names = ["model", "propensity", "propensity"]
+    pq.write_table(pa.table([["alpha"], [0.5], [0.1]], names=names), tmp_path / "log.parquet")
+    with pytest.raises(ValueError, match="expected columns of different names, got propensity twice"):
+        read_log(tmp_path / "log.parquet")
+
+
+def test_answers_of_the_cache_are_no_decisions(tmp_path):
+    columns = {"asked": ["auto", ""], "outcome": ["answered", "cached"]}
+    log = read_log(table(tmp_path / "log.parquet", **ROWS | columns))
+    assert (log.models, log.left_out) == (("alpha",), {"rows that an earlier answer served": 1})
+
+
+@pytest.mark.parametrize(
+    ("rows", "reward", "message"),
+    [
+        ([{"decision": "x", "score": True}], None, "row 0: score: expected a number, got True"),
+        ([{"decision": "x", "score": 10**400}], None, "row 0: score: expected a smaller number, got one of 401 digits"),
+        ([{"decision": "x", "score": 1e200}], None, "score of x: expected a finite number"),
+        ([{"decision": "x", "score": 1, "time": True}], None, "row 0: time: expected seconds since 1970 or ISO 8601"),
+        ([{"decision": "x", "score": 1, "time": [1]}], None, "row 0: time: expected seconds since 1970 or ISO 8601"),
+        ([{"decision": "x", "score": 1, "time": "Feb 1 2026"}], None, "row 0: time: .* got 'Feb 1 2026'"),
+        ([{"decision": "x", "against": "y", "preference": True}], "preference", "preference: expected text"),
+    ],
+)  # fmt: skip
+def test_feedback_that_is_wrong_is_refused(tmp_path, rows, reward, message):
+    log = table(tmp_path / "log.jsonl", **{name: ROWS[name] for name in ("id", "model", "propensity")})
+    said = tmp_path / "said.jsonl"
+    said.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=message):
+        read_log(log, said, reward=reward)
+
+
+def test_feedback_of_no_use_is_counted(tmp_path):
+    log = table(tmp_path / "log.jsonl", **{name: ROWS[name] for name in ("id", "model", "propensity")})
+    said = table(tmp_path / "said.jsonl", decision=["x", "x"], against=["x", None], preference=["this", None], score=[None, 1])
+    found = read_log(log, said, reward="preference")
+    assert found.left_out == {"preferences of a decision against itself": 1, "feedback of the kind score": 1}
+    scores = table(tmp_path / "scores.jsonl", decision=["x"], score=[1])
+    assert np.isnan(read_log(log, scores, reward="preference").reward).all()
+
+
+@LOOSE
+@given(st.data())
+def test_the_newest_score_counts_in_any_zone(tmp_path, data):
+    """However times are written: seconds, or ISO 8601 of any zone; those without come first."""
+    moments = data.draw(st.lists(st.none() | st.integers(1_700_000_000, 1_700_200_000), min_size=1, max_size=6, unique=True))
+
+    def written(seconds):
+        if seconds is None:
+            return None
+        zone = timezone(timedelta(hours=data.draw(st.integers(-12, 12))))
+        text = datetime.fromtimestamp(seconds, zone).isoformat()
+        naive = datetime.fromtimestamp(seconds, UTC).replace(tzinfo=None).isoformat()
+        return data.draw(st.sampled_from([seconds, float(seconds), str(seconds), text, naive]))
+
+    log = table(tmp_path / "log.jsonl", id=["x"], model=["alpha"], propensity=[0.5])
+    said = table(tmp_path / "said.jsonl", decision=["x"] * len(moments), score=list(range(len(moments))),
+                 time=[written(of) for of in moments])  # fmt: skip
+    newest = max(range(len(moments)), key=lambda i: -1 if moments[i] is None else moments[i])
+    assert read_log(log, said).reward.tolist() == [newest]
