@@ -31,8 +31,8 @@ from bench.mock_provider.prompt_cache import PromptCache
 from bench.setting import positive
 from p2l_engine import routing
 from p2l_engine.apis.api import Usage
-from p2l_engine.serve import settings
 from p2l_engine.serve.choice import choose
+from p2l_engine.serve.model_entry import Model
 from p2l_engine.serve.prices import Prices
 from p2l_engine.serve.sessions import SessionMemory
 from p2l_engine.serve.tokens import Counted, TokenCounter
@@ -117,10 +117,10 @@ async def _messages(turns: int) -> list[Counted]:
     return found
 
 
-def _models(prices: Mapping[str, tuple[float, ...]], cached: bool) -> dict[str, settings.Model]:
+def _models(prices: Mapping[str, tuple[float, ...]], cached: bool) -> dict[str, Model]:
     models = {}
     for name, (usd_in, usd_out, usd_cached) in prices.items():
-        models[name] = settings.Model(
+        models[name] = Model(
             usd_per_m_in=usd_in,
             usd_per_m_out=usd_out,
             usd_per_m_cached=usd_cached if cached else None,

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from bench.mock_provider import MockProvider
 from p2l_engine.apis.api import Usage
 from p2l_engine.routing import Problem, solve
-from p2l_engine.serve import settings
 from p2l_engine.serve.choice import choose
+from p2l_engine.serve.model_entry import Model
 from p2l_engine.serve.prices import Prices
 from tests.support.serving import APIS, PRICES, FixedEngine, config_for, serving
 
@@ -263,6 +263,6 @@ def test_a_choice_is_the_optimum_of_the_lp(models, share, uniform):
 )  # fmt: skip
 def test_costs_are_exact(price_in, price_out, price_cached, plain, cached, out):
     entry = {"usd_per_m_in": float(price_in), "usd_per_m_out": float(price_out), "usd_per_m_cached": float(price_cached)}
-    model = settings.Model(**entry, tokens_in=1, tokens_out=1)
+    model = Model(**entry, tokens_in=1, tokens_out=1)
     exact = (plain * price_in + cached * price_cached + out * price_out) / Decimal(10**6)
     assert Prices({"a": model}).cost(0, Usage(plain + cached, out, cached)) == exact

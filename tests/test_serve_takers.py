@@ -16,6 +16,7 @@ from p2l_engine.feedback import feedback_model
 from p2l_engine.serve import plan as plans
 from p2l_engine.serve import settings
 from p2l_engine.serve.metrics import Metrics
+from p2l_engine.serve.model_entry import Model
 from p2l_engine.serve.prices import Prices
 from p2l_engine.serve.takers import DOWN, Kind
 from tests.support.records import record
@@ -101,7 +102,7 @@ def test_costs_of_several_models_are_exact(prices, tokens, data):
     """A price of one model changes no other's cost, however many decimals it has."""
     keys = ("usd_per_m_in", "usd_per_m_out", "usd_per_m_cached", "usd_per_m_cache_write")
     models = {
-        str(k): settings.Model(**dict(zip(keys, map(float, row), strict=True)), tokens_in=1, tokens_out=1, max_output=7)
+        str(k): Model(**dict(zip(keys, map(float, row), strict=True)), tokens_in=1, tokens_out=1, max_output=7)
         for k, row in enumerate(prices)
     }
     k = data.draw(st.integers(0, len(prices) - 1))

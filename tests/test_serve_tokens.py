@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from bench.mock_provider import MockProvider
 from p2l_engine.apis.registry import APIS
-from p2l_engine.serve import settings
 from p2l_engine.serve.encodings import counters
+from p2l_engine.serve.model_entry import Model
 from p2l_engine.serve.tokens import as_text
 from tests.support.serving import PRICES, config_for, serving
 
@@ -51,13 +51,11 @@ def encoding(name: str = "o200k_base") -> Any:
     return tiktoken.Encoding(name, pat_str=r"\w+|\W", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 258})
 
 
-def models(**names: Any) -> dict[str, settings.Model]:
+def models(**names: Any) -> dict[str, Model]:
     """Models by name, each with deployments whose provider knows them by these names."""
     priced = {"usd_per_m_in": 1, "usd_per_m_out": 1, "tokens_in": 1, "tokens_out": 1}
     return {
-        name: settings.Model(
-            **priced, provider=[{"base_url": "http://127.0.0.1:9/v1", "model": model} for model in deployments]
-        )
+        name: Model(**priced, provider=[{"base_url": "http://127.0.0.1:9/v1", "model": model} for model in deployments])
         for name, deployments in names.items()
     }
 

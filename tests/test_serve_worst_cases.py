@@ -16,7 +16,7 @@ from bench.mock_provider import MockProvider
 from p2l_engine.apis.api import Usage
 from p2l_engine.apis.ask import BadRequest
 from p2l_engine.apis.registry import APIS
-from p2l_engine.serve import settings
+from p2l_engine.serve.model_entry import Model
 from p2l_engine.serve.prices import Prices
 from tests.support.serving import PRICES, FixedEngine, config_for, serving
 
@@ -259,7 +259,7 @@ def test_usage_is_read_as_it_is_billed():
 
 @given(st.integers(0, 10**6), st.integers(0, 10**6), st.integers(0, 10**6), st.integers(0, 10**6), st.integers(0, 50))
 def test_a_cost_is_never_beyond_the_worst_case_of_its_counts(plain, cached, brief, lasting, calls):
-    model = settings.Model(
+    model = Model(
         usd_per_m_in=3, usd_per_m_out=15, usd_per_m_cached=0.3, usd_per_m_cache_write=3.75, usd_per_tool_call=0.01,
         tokens_in=1, tokens_out=1,
     )  # fmt: skip

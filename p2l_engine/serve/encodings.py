@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from p2l_engine.serve.settings import Model
+from p2l_engine.serve.model_entry import Model
 from p2l_engine.serve.tokens import TokenCounter
 
 if TYPE_CHECKING:

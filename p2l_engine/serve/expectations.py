@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
-from p2l_engine.serve.settings import Model
+from p2l_engine.serve.model_entry import Model
 
 PRIOR = 20.0  # answers that the catalog's expectation counts as
 MEMORY = 500.0  # answers over which the mean runs

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 
-from p2l_engine.serve.settings import Cooldown, Provider
+from p2l_engine.serve.model_entry import Provider
+from p2l_engine.serve.settings import Cooldown
 
 logger = logging.getLogger(__name__)
 

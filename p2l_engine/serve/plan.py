@@ -14,8 +14,9 @@ from p2l_engine.chooser import Chooser
 from p2l_engine.feedback import FeedbackModel
 from p2l_engine.routing import Objective
 from p2l_engine.serve.health import Deployment
+from p2l_engine.serve.model_entry import Model
 from p2l_engine.serve.prices import Prices
-from p2l_engine.serve.settings import Config, ConfigError, Model, Serve
+from p2l_engine.serve.settings import Config, ConfigError, Serve
 from p2l_engine.serve.takers import Takers
 from p2l_engine.serve.win_rates import WinRates
 

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from p2l_engine.apis.api import Usage
-from p2l_engine.serve.settings import Model
+from p2l_engine.serve.model_entry import Model
 
 Float64 = npt.NDArray[np.float64]
 MILLION = 10**6

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from p2l_engine.apis.ask import ApiName, Capability
 from p2l_engine.serve.health import Deployment
-from p2l_engine.serve.settings import Model
+from p2l_engine.serve.model_entry import Model
 
 Mask = npt.NDArray[np.bool_]
 Group = Callable[[int], Sequence[Deployment]]

@@ -18,7 +18,8 @@ from p2l_engine.apis.api import UNREADABLE, Api, Stream, Usage, error_text, mapp
 from p2l_engine.apis.ask import Ask
 from p2l_engine.apis.events import EventTooLong, Splitter, data_of
 from p2l_engine.serve.health import Deployment
-from p2l_engine.serve.settings import Provider, Serve
+from p2l_engine.serve.model_entry import Provider
+from p2l_engine.serve.settings import Serve
 
 # Whose fault a failure is. deployment: it is left out for a while; configuration: so too, since it answers no request as it is
 # configured; request: no other model would answer it either; context: a model with a larger window would.
