@@ -24,7 +24,8 @@ import yaml
 from bench.demo import PROMPTS
 from p2l_engine import Catalog, Engine
 from p2l_engine.serve import settings
-from p2l_engine.serve.runtime import Runtime, run
+from p2l_engine.serve.listener import run
+from p2l_engine.serve.runtime import Runtime
 
 FOLDER = Path("build/serve-demo")
 FREE = "codegemma-7b"  # one model costs nothing here, as if it ran on one's own machine

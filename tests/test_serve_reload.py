@@ -14,7 +14,7 @@ from sqlalchemy.exc import OperationalError
 
 from bench.mock_provider import MockProvider
 from p2l_engine.routing import SpendLimit
-from p2l_engine.serve import runtime as module
+from p2l_engine.serve import config_file as module
 from p2l_engine.serve import settings
 from tests.support import postgres
 from tests.support.serving import PRICES, config_for, serving
@@ -96,7 +96,7 @@ def test_what_needs_a_restart_is_refused_by_name(name, value, tmp_path, caplog):
             store = str(tmp_path / "serve.sqlite")
             write(file, config_for(provider, **{"store": store, name: value}))
             async with serving(config_for(provider, store=store)) as server:
-                server.runtime.file = file
+                server.runtime.file = module.ConfigFile(file)
                 return await server.runtime.reload()
 
     assert asyncio.run(one()) is False
@@ -175,7 +175,7 @@ def test_an_error_that_was_not_foreseen_does_not_end_the_watch(tmp_path, monkeyp
             file = tmp_path / "serve.yaml"
             write(file, config_for(provider, {"large": None}))
             async with serving(config_for(provider)) as server:
-                server.runtime.file = file
+                server.runtime.file = module.ConfigFile(file)
                 return await server.runtime.reload(), await server.runtime.reload()
 
     assert asyncio.run(one()) == (False, True)

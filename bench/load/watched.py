@@ -16,7 +16,8 @@ from starlette.applications import Starlette
 
 from p2l_engine import Engine
 from p2l_engine.serve import settings
-from p2l_engine.serve.runtime import Runtime, run
+from p2l_engine.serve.listener import run
+from p2l_engine.serve.runtime import Runtime
 
 
 class Watched(Runtime):

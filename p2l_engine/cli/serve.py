@@ -78,7 +78,8 @@ def serve(
             raise ModuleNotFoundError(f"--ray: needs {error.name}: pip install 'p2l-engine[serve-ray]'") from None
     checkpoint = checkpoint or (found.checkpoint if found else None)
     engine = load_engine(checkpoint, device if ray is None else "cpu", dtype, date)
-    from p2l_engine.serve.runtime import Runtime, decisions_only, run
+    from p2l_engine.serve.listener import run
+    from p2l_engine.serve.runtime import Runtime, decisions_only
 
     found = found or decisions_only(engine)
     runtime = Runtime(found, engine, config, log_prompts=log_prompts)

@@ -12,7 +12,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import uvicorn
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.applications import Starlette
 
@@ -25,6 +24,7 @@ from p2l_engine.routing import SpendLimit
 from p2l_engine.serve import settings
 from p2l_engine.serve.answers import open_answers
 from p2l_engine.serve.app import application
+from p2l_engine.serve.config_file import ConfigFile, adapted
 from p2l_engine.serve.encodings import counters
 from p2l_engine.serve.expectations import Expectations
 from p2l_engine.serve.gate import Gate
@@ -43,10 +43,7 @@ from p2l_engine.serve.upstream import Upstream
 
 logger = logging.getLogger(__name__)
 
-FIXED = ("store", "cache", "retention_days", "page", "cors", "traces")  # under serve: changes need a restart
-EVERY = 1.0  # seconds between looks at the configuration file
 SWEEP = 60.0  # seconds between sweeps of what dead processes have reserved
-GRACE = 30  # seconds that running requests get when the server stops
 
 
 class Runtime:
@@ -66,9 +63,9 @@ class Runtime:
         computer: Computer | None = None,
         log_prompts: bool = False,
     ) -> None:
-        self._log_prompts = log_prompts
-        config = self._adapted(config)
-        self.file, self.engine, self.watch, self.computer = file, engine, watch, computer
+        self.file = None if file is None else ConfigFile(file, log_prompts)
+        self.engine, self.watch, self.computer = engine, watch, computer
+        config = adapted(config, log_prompts)
         self.plan = self._plan(config)
         self.counters, self.notes = counters(config.models)
         self.server: Server | None = None
@@ -143,12 +140,7 @@ class Runtime:
         async with self._reading:
             before = self.plan
             try:
-                config = self._adapted(await asyncio.to_thread(settings.load, self.file))
-                pairs = [("checkpoint", before.config.checkpoint, config.checkpoint)]
-                pairs += [(f"serve.{name}", getattr(before.serve, name), getattr(config.serve, name)) for name in FIXED]
-                for name, old, new in pairs:
-                    if old != new:
-                        raise ConfigError(f"{self.file}: {name}: was {old!r}, is {new!r}: this needs a restart")
+                config = await asyncio.to_thread(self.file.after, before.config)
                 plan = self._plan(config)
                 was = limit = self.server.service.purse.limit
                 if plan.serve.limits != before.serve.limits:
@@ -174,33 +166,14 @@ class Runtime:
                 await asyncio.to_thread(was.close)
             return True
 
-    def _adapted(self, config: Config) -> Config:
-        """The configuration with what the command line says."""
-        if not self._log_prompts:
-            return config
-        return config.model_copy(update={"serve": config.serve.model_copy(update={"log_prompts": True})})
-
-    def _is_old(self) -> bool:
-        """Whether the file has changed since it was read, as while the checkpoint was loaded."""
-        try:
-            return self._adapted(settings.load(Path(str(self.file)))) != self.plan.config
-        except ConfigError:
-            return True  # reading it again says why
-
     async def _reload(self) -> None:
         await self.reload()
 
     async def _watch(self) -> None:
         """Reads the file again when it has changed."""
-        seen = await asyncio.to_thread(_stamp, self.file)
-        if await asyncio.to_thread(self._is_old):
+        assert self.file is not None
+        async for _ in self.file.changes(self.plan.config):
             await self.reload()
-        while True:
-            await asyncio.sleep(EVERY)
-            now = await asyncio.to_thread(_stamp, self.file)
-            if now != seen and now is not None:  # a file that is just being replaced is not there for a moment
-                seen = now
-                await self.reload()
 
     async def _sweep(self) -> None:
         assert self.server is not None
@@ -210,32 +183,6 @@ class Runtime:
             except SQLAlchemyError as error:
                 logger.error("reservations of dead processes are not counted yet: the store fails (%s)", type(error).__name__)
             await asyncio.sleep(SWEEP)
-
-
-class GracefulServer(uvicorn.Server):
-    """Says that it is not ready any more as soon as it is told to stop."""
-
-    def __init__(self, config: uvicorn.Config, server: Server) -> None:
-        super().__init__(config)
-        self._server = server
-
-    def handle_exit(self, sig: int, frame: Any) -> None:
-        """See uvicorn.Server."""
-        self._server.ready = False
-        # Not uvicorn's own, which raises the signal again at the end: a server that was told to stop has ended well.
-        self.force_exit = self.should_exit and sig == signal.SIGINT
-        self.should_exit = True
-
-
-def run(runtime: Runtime, host: str, port: int, grace: int = GRACE) -> None:
-    """Serves until SIGTERM or Ctrl-C; requests that run then get ``grace`` seconds."""
-    app = runtime.application()
-    assert runtime.server is not None
-    config = uvicorn.Config(
-        app, host, port, loop="uvloop", http="httptools", ws="none", access_log=False, log_config=None, server_header=False,
-        timeout_graceful_shutdown=grace, lifespan="on", proxy_headers=False,
-    )  # fmt: skip
-    GracefulServer(config, runtime.server).run()
 
 
 def decisions_only(engine: Any) -> Config:
@@ -282,11 +229,3 @@ def _background(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
 def _log_failure(task: asyncio.Task[None]) -> None:
     if not task.cancelled() and (error := task.exception()) is not None:
         logger.error("a task of the server failed", exc_info=error)
-
-
-def _stamp(file: Path | None) -> tuple[int, int, int] | None:
-    try:
-        found = Path(str(file)).stat()
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_size, found.st_ino
