@@ -25,11 +25,22 @@ DEFAULT_UNIT = "USD per request"
 @dataclass(frozen=True, slots=True)
 class CatalogModel:
     """One chat model: its name in the checkpoint, expected cost per request (>= 0), and the settings for calling its
-    provider."""
+    provider.
+
+    usd_per_m_in, usd_per_m_out: its prices in USD per million tokens, both or neither; a checkpoint that expects how long
+    answers are (``p2l-engine lengths``) then gives each prompt a cost of its own, in place of ``cost``.
+    """
 
     name: str
     cost: float
     provider: Mapping[str, Any] = field(default_factory=dict)
+    usd_per_m_in: float | None = None
+    usd_per_m_out: float | None = None
+
+    @property
+    def per_token(self) -> bool:
+        """Whether it has prices for tokens."""
+        return self.usd_per_m_in is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +67,14 @@ class Catalog:
             raise CatalogError(f"catalog: expected every model once, got {', '.join(twice)} more than once")
         for model in self.models:
             _amount(f"catalog: models.{model.name}.cost", model.cost)
+            prices = {key: getattr(model, key) for key in PRICES[:2]}
+            given = {key: price for key, price in prices.items() if price is not None}
+            for key, price in given.items():
+                _amount(f"catalog: models.{model.name}.{key}", price)
+            if len(given) == 1:
+                raise CatalogError(
+                    f"catalog: models.{model.name}: expected both {' and '.join(prices)}, got {', '.join(given)}"
+                )
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Catalog:
@@ -105,6 +124,12 @@ class Catalog:
     def costs(self) -> npt.NDArray[np.float64]:
         """Their costs, [K]."""
         return np.array([model.cost for model in self.models])
+
+    @property
+    def prices(self) -> npt.NDArray[np.float64]:
+        """Their prices for an input and for an output token, USD, [2, K]; NaN for models without."""
+        given = [(model.usd_per_m_in, model.usd_per_m_out) for model in self.models]
+        return np.array([[np.nan if price is None else price / 1e6 for price in pair] for pair in given]).T
 
     def only(self, names: Iterable[str]) -> Catalog:
         """The catalog without the models that are not named."""
@@ -157,7 +182,7 @@ def _model(where: str, name: str, entry: object) -> CatalogModel:
     if missing:
         raise CatalogError(f"{where}: prices need {', '.join(PRICES)}; missing {', '.join(missing)}")
     price_in, price_out, tokens_in, tokens_out = (_amount(f"{where}.{key}", values[key]) for key in PRICES)
-    return CatalogModel(name, (price_in * tokens_in + price_out * tokens_out) / 1e6, provider)
+    return CatalogModel(name, (price_in * tokens_in + price_out * tokens_out) / 1e6, provider, price_in, price_out)
 
 
 def _p2l_model(where: str, name: str, entry: object) -> CatalogModel:

@@ -18,6 +18,7 @@ from p2l_engine.cli.export import export
 from p2l_engine.cli.frontier import frontier
 from p2l_engine.cli.info import info
 from p2l_engine.cli.leaderboard import leaderboard
+from p2l_engine.cli.lengths import lengths
 from p2l_engine.cli.replay import replay
 from p2l_engine.cli.route import route
 from p2l_engine.cli.serve import serve
@@ -63,6 +64,7 @@ for name, command in (
     ("train", train),
     ("adapt", adapt),
     ("calibrate", calibrate),
+    ("lengths", lengths),
     ("export", export),
     ("info", info),
 ):

@@ -11,12 +11,14 @@ import torch
 
 from p2l_engine.backbone.head import Head
 from p2l_engine.backbone.lengths import FILE as LENGTHS_FILE
+from p2l_engine.backbone.lengths import LengthHead, LengthRows
 from p2l_engine.backbone.uncertainty import FILE, Uncertainty
 from p2l_engine.checkpoint import Checkpoint
 from p2l_engine.checkpoint.files import read_json
-from p2l_engine.checkpoint.rewrite import rewrite
+from p2l_engine.checkpoint.rewrite import OF_ONE_HEAD, rewrite
 
 RETIRED, ADAPTED = "retired", "adapted"  # keys of training_config.json: names, and what was learned each time
+LENGTHS = "lengths"  # and how many answers' lengths were learned from
 
 
 def retired_models(folder: Path) -> tuple[str, ...]:
@@ -65,6 +67,15 @@ def write(
     if catalog is not None:
         files["catalog.yaml"] = catalog
     rewrite(source, target, Head(head.weight[rows], head.bias[rows], len(names)), names, entries, files)
+
+
+def write_lengths(source: Checkpoint, target: Path, rows: Mapping[str, LengthRows], record: Mapping[str, Any]) -> None:
+    """Writes ``source`` with these rows, by quantity, in place of those that it has, to the folder ``target``. record: what
+    they were learned from, kept in training_config.json. Raises as ``rewrite`` does, and as ``LengthHead``."""
+    lengths = LengthHead(source.models, **rows)
+    kept = [source.folder / name for name in OF_ONE_HEAD]  # the head is the same
+    files: dict[str, Any] = {path.name: path.read_bytes() for path in kept if path.is_file()}
+    rewrite(source, target, source.head, training={LENGTHS: dict(record)}, files=files | {LENGTHS_FILE: lengths.write})
 
 
 def _without(uncertainty: Uncertainty, names: tuple[str, ...]) -> Uncertainty | None:
