@@ -123,7 +123,72 @@ def test_many_prompts_are_compared_by_a_sample_of_sessions(rng, monkeypatch):
 def test_too_few_sessions_are_named():
     theta, number = np.zeros((12, 2)), np.arange(12)
     with pytest.raises(ValueError, match="sessions: expected at least 5 in each period, got 12 and 0"):
-        drift.change(coefficients(theta), coefficients(theta), (number, number))
+        drift.change(coefficients(theta), coefficients(theta[:0]), (number, number[:0]))
+
+
+def popular(rng, sizes, shift=0.0):
+    """Two periods of prompts that come again and again, the popular ones of other coefficients than the rare ones; those of m1
+    more popular in the later period, by the shift."""
+    share = np.arange(1, 301) ** -1.0
+    theta = rng.normal(size=(300, 4))
+    theta[:, 0] -= np.log(share)
+    later = share * np.exp(shift * theta[:, 1])
+    drawn_from = [rng.choice(300, n, p=p / p.sum()) for n, p in zip(sizes, (share, later), strict=True)]
+    seed = int(rng.integers(2**31))
+    return drift.change(*(coefficients(theta[i]) for i in drawn_from), tuple(drawn_from), 99, seed)
+
+
+@pytest.mark.parametrize("sizes", [(150, 150), (50, 250), (250, 50)])
+def test_sessions_in_both_periods_do_not_look_like_a_change(rng, sizes):
+    """Were their later prompts counted for the earlier period, half of the draws would be called changed."""
+    found = [popular(rng, sizes) for _ in range(40)]
+    gains = [next(gain for gain in of.gains if gain.model == "m0") for of in found]
+    for rejected in (sum(of.p <= 0.05 for of in found), sum(min(gain.p for gain in of.gains) <= 0.05 for of in found)):
+        assert rejected <= binom.ppf(0.9995, 40, 0.05)
+    mean = np.mean([gain.gain for gain in gains])
+    assert abs(mean) < 4 * np.std([gain.gain for gain in gains]) / np.sqrt(40)
+    assert sum(gain.low <= 0 <= gain.high for gain in gains) >= binom.ppf(0.0005, 40, 0.9)
+
+
+def test_a_change_among_sessions_in_both_periods_is_found(rng):
+    assert sum(popular(rng, (300, 300), shift=1.0).p <= 0.05 for _ in range(5)) >= 3
+
+
+def test_the_same_few_sessions_all_the_time_are_tested(rng):
+    theta = rng.normal(size=(12, 4))
+    one, two = (rng.integers(0, 12, 90) for _ in range(2))
+    noise = lambda ids: theta[ids] + rng.normal(0, 0.3, (len(ids), 4))  # noqa: E731
+    same = drift.change(coefficients(noise(one)), coefficients(noise(two)), (one, two), 199)
+    assert same.p > 0.01
+    theta[:, 0] += 2.0
+    assert drift.change(coefficients(noise(one) - [2.0, 0, 0, 0]), coefficients(noise(two)), (one, two), 199).p <= 0.02
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 5)), min_size=4, max_size=20), st.integers(0, 9))
+def test_exchanged_sessions_keep_their_numbers(prompts, seed):
+    is_late = np.array([late for late, _ in prompts])
+    session = np.array([number for _, number in prompts])
+    parts = drift.Parts.of(session[~is_late], session[is_late])
+    ordered = np.concatenate([session[~is_late], session[is_late]])
+    labels = parts.exchanged(20, np.random.default_rng(seed))
+    assert np.array_equal(labels[0][parts.of_prompt], np.sort(is_late))
+    assert len(set(zip(ordered, np.sort(is_late), strict=True))) == len(parts.late)
+    assert (labels.sum(1) == parts.counts[1]).all()  # as many sessions in each period
+    for one in set(session[is_late]) & set(session[~is_late]):
+        two = np.unique(parts.of_prompt[ordered == one])
+        assert (labels[:, two[0]] != labels[:, two[1]]).all()  # one part in each
+
+
+def test_errors_of_gains_are_those_of_redrawn_sessions(rng):
+    """Sessions in both periods: the difference of means varies less than if they were others."""
+    theta, gains = rng.normal(size=(4000, 2)), []
+    for _ in range(300):
+        drawn_sessions = rng.integers(0, 4000, 40)
+        values = np.concatenate([theta[drawn_sessions], theta[drawn_sessions]]) + rng.normal(0, 0.5, (80, 2))
+        parts = drift.Parts.of(np.arange(40), np.arange(40))
+        gains.append((values[40:].mean(0) - values[:40].mean(0), parts.errors(values)))
+    spread = np.std([gain for gain, _ in gains], 0)
+    np.testing.assert_allclose(np.mean([error for _, error in gains], 0), spread, rtol=0.15)
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))

@@ -1,7 +1,9 @@
 """Whether traffic has changed between two periods, which models gained by it, and whether the checkpoint is still calibrated.
 
-Sessions are what is exchanged: prompts of one session resemble each other, so that only whole sessions are independent. The
-permutation tests are exact at every size where sessions of the two periods are alike (Hemerik and Goeman, 2018).
+Sessions are what is exchanged: prompts of one session resemble each other, so that only whole sessions are independent. A
+session in one period may come in the other one; of a session in both, the two parts change places. The permutation tests are
+exact at every size where sessions of the two periods are alike (Hemerik and Goeman, 2018), parts of one session as well: in
+distribution as large. Where the later period has more prompts, so that its parts are larger, they reject less.
 """
 
 from __future__ import annotations
@@ -19,7 +21,6 @@ from p2l_engine.bootstrap import LEVEL, student
 from p2l_engine.coefficients import Coefficients
 from p2l_engine.evaluation.metrics import Prediction
 from p2l_engine.learning.candidates import Candidate, Design
-from p2l_engine.learning.crossed import mean_and_error
 from p2l_engine.votes import Votes, conversations
 
 Float64 = npt.NDArray[np.float64]
@@ -27,7 +28,7 @@ Int64 = npt.NDArray[np.int64]
 
 PERMUTATIONS = 1999
 LEAST_SESSIONS = 5  # in each period
-MOST_PROMPTS = 3000  # whose distances are compared
+MOST_PROMPTS = 3000  # whose distances are compared, at random
 AT_ONCE = 100  # permutations
 
 
@@ -66,32 +67,74 @@ class StillCalibrated:
     p: float
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Parts:
+    """The prompts of two periods by session, and by its part in either period.
+
+    of_prompt [N]: each prompt's part, from 0; late, session [G]: of the parts; counts: how many are in each period.
+    """
+
+    of_prompt: Int64
+    late: npt.NDArray[np.bool_]
+    session: Int64
+    counts: tuple[int, int]
+
+    @classmethod
+    def of(cls, before: Int64, after: Int64) -> Parts:
+        """From the sessions [N] of the prompts of each period."""
+        _, session = np.unique(np.concatenate([before, after]), return_inverse=True)
+        is_late = np.repeat([0, 1], [len(before), len(after)])
+        found, of_prompt = np.unique(2 * session + is_late, return_inverse=True)
+        late = found % 2 == 1
+        return cls(of_prompt.astype(np.int64), late, (found // 2).astype(np.int64), (int((~late).sum()), int(late.sum())))
+
+    def exchanged(self, times: int, rng: np.random.Generator) -> npt.NDArray[np.bool_]:
+        """[1 + B, G]: which parts are late: as they came, and with sessions exchanged at random."""
+        both = np.flatnonzero(np.bincount(self.session)[self.session] == 2)  # a session's two parts are next to each other
+        alone = np.setdiff1d(np.arange(len(self.late)), both)
+        labels = np.tile(self.late, (1 + times, 1))
+        for row in labels[1:]:
+            row[alone] = rng.permutation(row[alone])
+            row[both] ^= np.repeat(rng.random(len(both) // 2) < 0.5, 2)
+        return labels
+
+    def errors(self, shown: Float64) -> Float64:
+        """[M]: the standard errors of late means less early ones, of values [N, M], over sessions."""
+        late = self.late[self.of_prompt]
+        away = np.empty_like(shown)
+        for rows, sign in ((late, 1.0), (~late, -1.0)):
+            away[rows] = sign * (shown[rows] - shown[rows].mean(0)) / rows.sum()
+        sums = np.stack([np.bincount(self.session[self.of_prompt], column) for column in away.T], 1)
+        n = min(self.counts)
+        found: Float64 = np.sqrt((sums**2).sum(0) * n / (n - 1))
+        return found
+
+
 def change(
     before: Coefficients, after: Coefficients, sessions: tuple[Int64, Int64], permutations: int = PERMUTATIONS, seed: int = 0
 ) -> Change:
-    """What has changed between the prompts of two periods. sessions [N]: of each period's prompts; a session in both counts for
-    the first. Raises ValueError where a period has fewer than five sessions."""
-    names, session = np.unique(np.concatenate([*sessions]), return_inverse=True)
-    late = ~np.isin(names, sessions[0])
-    counts = int((~late).sum()), int(late.sum())
-    if min(counts) < LEAST_SESSIONS:
-        raise ValueError(f"sessions: expected at least {LEAST_SESSIONS} in each period, got {counts[0]} and {counts[1]}")
+    """What has changed between the prompts of two periods. sessions [N]: of each period's prompts; a session may be in both.
+    Raises ValueError where a period has fewer than five sessions."""
+    parts = Parts.of(*sessions)
+    if min(parts.counts) < LEAST_SESSIONS:
+        early, late = parts.counts
+        raise ValueError(f"sessions: expected at least {LEAST_SESSIONS} in each period, got {early} and {late}")
     rng = np.random.default_rng(seed)
-    labels = np.stack([late, *(rng.permutation(late) for _ in range(permutations))])
+    labels = parts.exchanged(permutations, rng)
     theta = np.concatenate([before.theta, after.theta]).astype(np.float64)
     level = theta if before.feedback.of_values or before.feedback.grounded else theta - theta.mean(1, keepdims=True)
-    some = _sample(session, len(names), rng)
-    distance, p_change = _energy(level[some], session[some], labels)
+    some = np.arange(len(theta))
+    if len(some) > MOST_PROMPTS:
+        some = np.sort(rng.choice(some, MOST_PROMPTS, replace=False))
+    distance, p_change = _energy(level[some], parts.of_prompt[some], labels)
     shown = theta if before.feedback.of_values else win_rates(theta)
-    moved, p_gain = _gains(shown, session, labels)
-    is_late = late[session]
-    one = np.ones(len(session))
-    found = []
-    for m, name in enumerate(before.models):
-        ends = [mean_and_error(shown[rows, m], one[rows], session[rows])[1] for rows in (~is_late, is_late)]
-        half = float(student(LEVEL, min(counts) - 1)) * float(np.linalg.norm(ends))
-        found.append(Gain(name, float(moved[m]), float(moved[m] - half), float(moved[m] + half), float(p_gain[m])))
-    return Change(counts, distance, p_change, tuple(sorted(found, key=lambda gain: -gain.gain)))
+    moved, p_gain = _gains(shown, parts.of_prompt, labels)
+    half = float(student(LEVEL, min(parts.counts) - 1)) * parts.errors(shown)
+    found = [
+        Gain(name, float(moved[m]), float(moved[m] - half[m]), float(moved[m] + half[m]), float(p_gain[m]))
+        for m, name in enumerate(before.models)
+    ]
+    return Change(parts.counts, distance, p_change, tuple(sorted(found, key=lambda gain: -gain.gain)))
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -141,20 +184,10 @@ def _expected(c: Coefficients, votes: Votes) -> float | None:
     return float(np.average(entropy, weights=votes.weight))
 
 
-def _sample(session: Int64, count: int, rng: np.random.Generator) -> npt.NDArray[np.bool_]:
-    """Which prompts to compare: whole sessions at random, up to ``MOST_PROMPTS``."""
-    if len(session) <= MOST_PROMPTS:
-        return np.ones(len(session), bool)
-    order = rng.permutation(count)
-    taken = np.cumsum(np.bincount(session, minlength=count)[order]) <= MOST_PROMPTS
-    taken[0] = True
-    return np.isin(session, order[taken])
-
-
-def _energy(x: Float64, session: Int64, labels: npt.NDArray[np.bool_]) -> tuple[float, float]:
-    """The energy distance (Szekely and Rizzo, 2013) of prompts x [N, D] under the first labels [1 + B, G], and its p-value
-    under the others."""
-    present, number = np.unique(session, return_inverse=True)
+def _energy(x: Float64, part: Int64, labels: npt.NDArray[np.bool_]) -> tuple[float, float]:
+    """The energy distance (Szekely and Rizzo, 2013) of prompts x [N, D] of these parts [N] under the first labels [1 + B, G],
+    and its p-value under the others."""
+    present, number = np.unique(part, return_inverse=True)
     g = len(present)
     by_row = np.zeros((g, len(x)))
     np.add.at(by_row, number, cdist(x, x))
@@ -173,13 +206,13 @@ def _energy(x: Float64, session: Int64, labels: npt.NDArray[np.bool_]) -> tuple[
     return max(float(found[0]), 0.0), _p(found)
 
 
-def _gains(shown: Float64, session: Int64, labels: npt.NDArray[np.bool_]) -> tuple[Float64, Float64]:
+def _gains(shown: Float64, part: Int64, labels: npt.NDArray[np.bool_]) -> tuple[Float64, Float64]:
     """[M]: late mean minus early mean, and p-values by the greatest standardised one (Westfall and Young, 1993)."""
     g = labels.shape[1]
-    sums = np.stack([np.bincount(session, column, g) for column in shown.T], 1)
-    sizes = np.bincount(session, minlength=g).astype(np.float64)
+    sums = np.stack([np.bincount(part, column, g) for column in shown.T], 1)
+    sizes = np.bincount(part, minlength=g).astype(np.float64)
     both = np.column_stack([sums, sizes])
-    # In parts: as numbers, the labels of 50,000 sessions would be 800 MB.
+    # A few at a time: as numbers, the labels of 50,000 sessions would be 800 MB.
     late = np.concatenate([labels[i : i + AT_ONCE].astype(np.float64) @ both for i in range(0, len(labels), AT_ONCE)])
     late, n_late = late[:, :-1], late[:, -1:]
     moved = late / n_late - (sums.sum(0) - late) / (sizes.sum() - n_late)
