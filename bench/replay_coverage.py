@@ -36,6 +36,7 @@ CATALOG = Catalog(tuple(CatalogModel(name, cost) for name, cost in zip(MODELS, (
 COMMON = np.array([-1.0, -0.4, 0.1, 0.5, 0.9])
 ERROR = 0.5  # standard deviation of the checkpoint's error in a coefficient
 SESSION = 4  # decisions of a session, where there are sessions
+SIZES = "sessions of many sizes"  # the largest of a logging policy of this name has a sixth of all decisions, most have one
 
 ALL = tuple(range(len(MODELS)))
 PAIRS = {
@@ -46,6 +47,7 @@ PAIRS = {
     "softmax, in sessions -> budget of 4, without m4": (
         "softmax, sessions", PolicySpec("t", budget=4.0, models=MODELS[:4]),
     ),
+    "uniform, in sessions of many sizes -> budget of 4": (f"uniform, {SIZES}", PolicySpec("t", budget=4.0)),
 }  # fmt: skip
 
 
@@ -73,10 +75,14 @@ class World:
     session: np.ndarray
 
     @classmethod
-    def drawn(cls, n: int, rng: np.random.Generator, sessions: bool = False) -> World:
-        session = np.arange(n) // (SESSION if sessions else 1)
+    def drawn(cls, n: int, rng: np.random.Generator, policy: str = "") -> World:
+        """policy: the logging policy's name, which says what sessions there are."""
+        session = np.arange(n) // (SESSION if "sessions" in policy else 1)
+        if SIZES in policy:
+            p = 1 / np.arange(1, n // 8 + 1)
+            session = np.unique(rng.choice(len(p), n, p=p / p.sum()), return_inverse=True)[1]
         theta = COMMON + rng.normal(size=(n, len(MODELS)))
-        if sessions:  # what a session's prompts share
+        if "sessions" in policy:  # what a session's prompts share
             theta += rng.normal(size=(n, len(MODELS)))[session]
         known = (theta + ERROR * rng.normal(size=theta.shape)).astype(np.float32)
         good = 1 / (1 + np.exp(-theta - 0.5 * np.sin(3 * theta)))
@@ -98,7 +104,7 @@ class World:
     def logging(self, name: str) -> Float64:
         """The probabilities [n, M] of the logging policy."""
         n, m = self.good.shape
-        if name == "uniform":
+        if name.startswith("uniform"):
             return np.full((n, m), 1 / m)
         if name.startswith("softmax"):
             e = np.exp(self.coefficients.theta.astype(np.float64))
@@ -138,7 +144,7 @@ class KnownCheckpoint:
 def truth(pair: str, population: int) -> float:
     """The target policy's value, of so many prompts."""
     name, spec = PAIRS[pair]
-    world = World.drawn(population, np.random.default_rng(99), "sessions" in name)
+    world = World.drawn(population, np.random.default_rng(99), "sessions" if "sessions" in name else "")  # of any size
     return world.value(world.policy(spec))
 
 
@@ -148,7 +154,7 @@ def measure(pair: str, n: int, repeats: int, true: float) -> list[Row]:
     start, held, widths, refused = time.process_time(), [], [], 0
     for seed in range(repeats):
         rng = np.random.default_rng([n, seed])
-        world = World.drawn(n, rng, "sessions" in name)
+        world = World.drawn(n, rng, name)
         log = world.log(name, rng)
         # Models alone are no policy of the router: its checkpoint is the reward model of both.
         reward_model = PolicySpec("reward model")

@@ -89,14 +89,12 @@ class Catalog:
             text = arguments.path("path", path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise CatalogError(f"catalog {path}: cannot be read: {error}") from None
-        import yaml
-
-        from p2l_engine.unique_keys import UniqueKeys
+        from p2l_engine.unique_keys import parsed
 
         try:
-            values = yaml.load(text, UniqueKeys)
-        except yaml.YAMLError as error:
-            raise CatalogError(f"catalog {path}: expected YAML: {error}") from None
+            values = parsed(text)
+        except ValueError as error:
+            raise CatalogError(f"catalog {path}: {error}") from None
         return cls.from_mapping(values, f"catalog {path}")
 
     @classmethod

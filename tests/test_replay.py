@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from fractions import Fraction
 
 import numpy as np
@@ -16,7 +17,7 @@ from p2l_engine.catalog import CatalogModel
 from p2l_engine.coefficients import Coefficients
 from p2l_engine.feedback import feedback_model
 from p2l_engine.replay.compare import replay
-from p2l_engine.replay.estimators import doubly_robust, figure, ips, snips, standard_error
+from p2l_engine.replay.estimators import doubly_robust, figure, freedom, ips, snips, standard_error
 from p2l_engine.replay.expected_score import FOLDS, PRIOR, ExpectedScore
 from p2l_engine.replay.logged import LoggedDecisions, ScoreMatrix
 from p2l_engine.replay.mixture import Mixture
@@ -169,6 +170,43 @@ def test_one_cluster_says_nothing_about_the_spread(rng):
     assert (found.low, found.high) == (-np.inf, np.inf)
 
 
+@settings(max_examples=40)
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 3)), min_size=1, max_size=12))
+def test_freedom_is_that_of_the_effective_rows_or_clusters(rows):
+    w, labels = np.array(rows).T
+    labels = np.unique(labels, return_inverse=True)[1]
+    sums = [int(w[labels == of].sum()) for of in range(labels.max() + 1)]
+    total = sum(sums)
+    kish = [Fraction(total**2, sum(int(x) ** 2 for x in of)) if total else 0 for of in (w, sums)]
+    assert freedom(w.astype(float), [labels]) == pytest.approx(float(min(kish)) - 1)
+
+
+@pytest.mark.parametrize("prompts", [2, 10])
+def test_few_clusters_are_no_reason_to_doubt_the_propensities(prompts):
+    """By chance they agree about a wrong mean weight: of 150 logs with true propensities, none is doubted."""
+    doubted = 0
+    for seed in range(150):
+        rng = np.random.default_rng([prompts, seed])
+        log = drawn(rng, 300, [0.4, 0.3, 0.3], prompt=np.arange(300) % prompts, keys=list("abcdefghij")[:prompts],
+                    texts=[(of,) for of in "abcdefghij"][:prompts])  # fmt: skip
+        (found,) = replay(log, [PolicySpec("x", always="b")]).policies
+        doubted += any("the propensities are not those" in reason for reason in found.reasons)
+    assert doubted == 0
+
+
+def test_weights_and_rewards_that_are_huge_are_no_overflow(rng):
+    log = drawn(rng, 200, [0.5, 0.3, 0.2], propensity=np.full(200, 1e-50), known=np.zeros(200, bool), reward=np.full(200, 1e50))
+    with np.errstate(all="raise"):
+        (found,) = replay(log, [PolicySpec("x", always="a")]).policies
+    assert "the weights' mean is" in found.reasons[0]
+
+
+@pytest.mark.parametrize("level", [0, 1, float("nan"), True, "0.95"])
+def test_a_level_is_a_probability(rng, level):
+    with pytest.raises(ValueError, match="level: expected a probability between 0 and 1"):
+        replay(drawn(rng, 50), [PolicySpec("was", logged=True)], level=level)
+
+
 @pytest.mark.parametrize("rates", [False, True])
 def test_the_expected_score_is_the_least_squares_fit_to_the_other_parts(rng, rates):
     n, prompts = 400, 60
@@ -276,9 +314,13 @@ def test_few_rows_and_heavy_rows_are_refused(rng):
     assert "one row of c carries 8% of all weight" in found.reasons[0]
 
 
-def test_one_session_gives_no_interval(rng):
-    (found,) = replay(drawn(rng, 500, [0.3, 0.4, 0.3], session=np.zeros(500, np.int64)), [PolicySpec("x", always="b")]).policies
-    assert found.reasons == ("all rows with feedback are of one prompt or one session: no interval can be said",)
+@pytest.mark.parametrize(("sessions", "effective"), [(np.zeros(500, int), "1.0"), (np.arange(500) % 9, "[89].."),
+                                                     (np.where(np.arange(500) < 400, 0, np.arange(500)), "1.6")])  # fmt: skip
+def test_few_sessions_give_no_interval(rng, sessions, effective):
+    session = np.unique(sessions, return_inverse=True)[1]
+    (found,) = replay(drawn(rng, 500, [0.3, 0.4, 0.3], session=session), [PolicySpec("was", logged=True)]).policies
+    assert len(found.reasons) == 1
+    assert re.match(f"the rows with feedback are of {effective} effective prompts or sessions, expected 10", found.reasons[0])
 
 
 def test_a_cost_that_is_known_too_rarely_or_by_model_is_none(rng):

@@ -211,8 +211,8 @@ def test_a_policy_may_be_an_object_of_probabilities(tmp_path):
         ({"id": ["x", None]}, "row 1: id: expected text, got nothing"),
         ({"model": [None, ""]}, "expected decisions of a policy, found none: 2 rows without a chosen model"),
         ({"asked": ["alpha", "beta"]}, "found none: 2 rows on which the caller named the model"),
-        ({"cost": [1.0, -1.0]}, "row 1: cost: expected a finite number >= 0, to 1e.100, got -1"),
-        ({"reward": [1.0, float("inf")]}, "row 1: reward: expected a finite number, to 1e.100, got inf"),
+        ({"cost": [1.0, -1.0]}, "row 1: cost: expected a finite number >= 0, to 1e.50, got -1"),
+        ({"reward": [1.0, float("inf")]}, "row 1: reward: expected a finite number, to 1e.50, got inf"),
         ({"policy": [entries(alpha=0.5)] * 2}, "row 0: policy: expected probabilities that sum to 1, got 0.5"),
         ({"policy": [entries(alpha=1.5)] * 2}, r"row 0: policy: expected a model and a probability in \[0, 1\]"),
     ],
@@ -344,6 +344,12 @@ def test_a_file_of_policies_is_read(tmp_path):
     )
 
 
+@pytest.mark.parametrize("budget", ["1e-3", "+2E-05", "1.e+2", ".5e0", "3e4", "0.001", "1.0e-3", "7"])
+def test_budgets_in_any_notation_are_numbers(tmp_path, budget):
+    (tmp_path / "policies.yaml").write_text(f"policies: {{a: &x {{budget: {budget}}}, b: *x}}")
+    assert [spec.budget for spec in read_policies(tmp_path / "policies.yaml")] == [float(budget)] * 2
+
+
 def test_the_policies_in_the_docs_are_read(tmp_path):
     page = (Path(__file__).resolve().parents[1] / "docs" / "replay.md").read_text(encoding="utf-8")
     (tmp_path / "policies.yaml").write_text(re.findall(r"^```yaml\n(.*?)^```$", page, re.M | re.S)[0])
@@ -381,6 +387,11 @@ def test_files_of_no_policies_are_refused(tmp_path):
         ("policy: {}", "unknown key 'policy', expected policies; did you mean 'policies'"),
         ("policies: {a: logged, a: logged}", "the key 'a' occurs twice"),
         ("[", "expected YAML"),
+        ("policies: " + "[" * 3000, "nested too deeply"),
+        ("policies: {a: 2026-13-45}", "expected YAML: month must be in"),
+        ("policies: {'': logged}", "expected keys of printable text, got ''"),
+        ('policies: {"a\\nb": logged}', "expected keys of printable text"),
+        ("policies: {a: &x {budget: 1}, b: {<<: *x}}", "expected YAML"),
     ):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):

@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import yaml
 
 from p2l_engine.arguments import finite_number
 from p2l_engine.learning.rows import NewModel
-from p2l_engine.unique_keys import UniqueKeys
+from p2l_engine.unique_keys import parsed
 
 KEYS = ("like", "prior_rating", "cost")
 LOGITS_PER_POINT = float(np.log(10) / 400)  # of Elo's scale
@@ -42,9 +41,9 @@ class Descriptions:
         """Reads ``models: {name: {like?, prior_rating?, cost?}}`` and optionally ``ratings: {known model: rating}``. Raises
         ValueError, which names the key, for anything else, and OSError."""
         try:
-            values = yaml.load(path.read_text(encoding="utf-8"), UniqueKeys)
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: expected YAML: {error}") from None
+            values = parsed(path.read_text(encoding="utf-8"))
+        except ValueError as error:  # also where it is no UTF-8
+            raise ValueError(f"{path}: {error}") from None
         top = _mapping(f"{path}", values, ("models", "ratings"))
         if not top.get("models"):
             raise ValueError(f"{path}: models: expected a mapping from names of new models, got {top.get('models')!r:.80}")

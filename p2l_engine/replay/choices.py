@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from p2l_engine.replay.columns import POLICY, Int64, first, lists, numbers
+from p2l_engine.replay.columns import MOST, POLICY, Int64, first, lists, numbers
 from p2l_engine.replay.logged import Bools
 from p2l_engine.replay.mixture import Float64, Mixture
 
@@ -112,7 +112,7 @@ def _propensity(
         found, name = of_policy, "the policy's probability of the chosen model"
     else:
         raise ValueError(_without(f"{path}: the log has no propensities (columns propensity or policy)"))
-    if (wrong := ~((found > 0) & (found <= 1 + ROUNDING))).any():
+    if (wrong := ~((found >= 1 / MOST) & (found <= 1 + ROUNDING))).any():
         bad = first(wrong)
         raise ValueError(
             f"{path}: row {rows[bad]}: {name}: expected a probability above 0 and up to 1, got {found[bad]:g} "

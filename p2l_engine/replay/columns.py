@@ -21,7 +21,7 @@ from p2l_engine.tables.rows import check_names, listed, readable
 from p2l_engine.tables.whole import Table, read_table
 
 Int64 = npt.NDArray[np.int64]
-MOST = 1e100  # of rewards and costs: sums of their squares are finite
+MOST = 1e50  # of rewards and costs, and of weights: sums of squares of their products are finite
 POLICY = pa.list_(pa.struct([("model", pa.string()), ("probability", pa.float64())]))
 
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from p2l_engine.arguments import probability
 from p2l_engine.bootstrap import LEVEL, effective
 from p2l_engine.catalog import Catalog
 from p2l_engine.coefficients import Coefficients
@@ -52,6 +53,7 @@ def replay(
     knows are left out, instead of an error. level: of the intervals. Raises ValueError for policies that name unknown models
     or need what the log lacks, or where no row has feedback; what the log cannot judge is refused in the report.
     """
+    level = probability("level", level)
     if isinstance(log, ScoreMatrix):
         return _exact(log, policies, checkpoints, leave_out, level)
     judged = ~np.isnan(log.reward)
@@ -112,10 +114,10 @@ def _judged(spec: PolicySpec, scene: _Scene, checkpoints: Checkpoints | None, le
         target = _target(spec, log, checkpoints, leave_out)
     except CannotChoose as error:
         return PolicyReplay(spec.name, "refused", reasons=(str(error),))
-    probability = target.mixture.of(log.chosen)
-    weight = np.ones(len(log)) if spec.logged else probability / log.propensity
+    taken = target.mixture.of(log.chosen)
+    weight = np.ones(len(log)) if spec.logged else taken / log.propensity
     support = judge(
-        target.mixture, weight, probability, scene.judged, log.chosen, None if spec.logged else log.logged, log.known,
+        target.mixture, weight, taken, scene.judged, log.chosen, None if spec.logged else log.logged, log.known,
         target.names, scene.clusters,
     )  # fmt: skip
     value: Figures = {}

@@ -69,18 +69,21 @@ def standard_error(influence: npt.NDArray[np.float64], clusters: Sequence[Int64]
     return math.sqrt(total)
 
 
-def figure(valued: Valued, weight: npt.NDArray[np.float64], clusters: Sequence[Int64], level: float = LEVEL) -> Figure:
-    """The value with its interval: Student's, of the delta method's standard error.
+def freedom(weight: npt.NDArray[np.float64], clusters: Sequence[Int64]) -> float:
+    """The degrees of freedom of a standard error: the effective rows, or clusters where they are fewer, less one. Few heavy
+    ones say as little about their own spread as about the mean."""
+    sums = [np.bincount(labels, weight) for labels in clusters if len(labels)]
+    return min(effective(of) for of in (weight, *sums)) - 1
 
-    Its degrees of freedom are the effective rows (or clusters, where they are fewer) less one: few heavy rows say as little
-    about their own spread as about the mean.
-    """
+
+def figure(valued: Valued, weight: npt.NDArray[np.float64], clusters: Sequence[Int64], level: float = LEVEL) -> Figure:
+    """The value with its interval: Student's, of the delta method's standard error."""
     value, influence = float(valued[0]), np.asarray(valued[1], np.float64)
-    freedom = min([effective(weight), *(float(labels.max() + 1) for labels in clusters if len(labels))]) - 1
-    error = standard_error(influence, clusters) if len(influence) > 1 and freedom >= 0.5 else math.inf
+    known = freedom(weight, clusters)
+    error = standard_error(influence, clusters) if len(influence) > 1 and known >= 0.5 else math.inf
     if error == 0 or not math.isfinite(error):
         return Figure(value, value - error, value + error)
-    half = float(student(level, freedom)) * error
+    half = float(student(level, known)) * error
     return Figure(value, value - half, value + half)
 
 

@@ -41,16 +41,14 @@ class PolicySpec:
 def read_policies(path: str | Path) -> tuple[PolicySpec, ...]:
     """A YAML file: ``policies: {NAME: logged, NAME: {always: MODEL}, NAME: {budget: 0.3, ...}}``. Paths of catalogs and
     checkpoints are relative to the file. Raises ValueError, naming the key, what was expected and what came."""
-    import yaml
-
-    from p2l_engine.unique_keys import UniqueKeys
+    from p2l_engine.unique_keys import parsed
 
     try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), UniqueKeys)
+        values = parsed(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"policies {path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"policies {path}: expected YAML: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"policies {path}: {error}") from None
     where = f"policies {path}"
     top = _mapping(where, values)
     _known(where, top, ("policies",))
@@ -112,6 +110,8 @@ def _mapping(where: str, value: object) -> dict[str, Any]:
     for key in value:
         if not isinstance(key, str):
             raise ValueError(f"{where}: expected keys of text, got {key!r}; quote it")
+        if not key.strip() or not key.isprintable():
+            raise ValueError(f"{where}: expected keys of printable text, got {key!r:.60}")
     return dict(value)
 
 

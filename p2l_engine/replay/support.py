@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from p2l_engine.bootstrap import effective
-from p2l_engine.replay.estimators import Int64, standard_error
+from p2l_engine.bootstrap import effective, student
+from p2l_engine.replay.estimators import Int64, freedom, standard_error
 from p2l_engine.replay.mixture import Float64, Mixture
 
 MASS = 0.01  # share of the policy's choices that may be of models that the log (almost) never chose there
 EFFECTIVE = 30.0  # effective rows at least
+CLUSTERS = 10.0  # effective prompts and sessions at least
 HEAVIEST = 0.05  # of all weight, what one row may carry: more, and the log chose that model there almost never
-ERRORS = 4.0  # standard errors that the mean weight may be away from what it should be
+ERRORS = 4.0  # standard errors that the mean weight may be away from what it should be, where there are many rows
+SURELY = math.erf(ERRORS / math.sqrt(2))  # the probability of being nearer
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +71,12 @@ def judge(
             f"the weights' mean is {mean:.3g} where 1 is expected, {away}: the propensities are not those of the "
             "draws, or the log (almost) never chose models that the policy needs"
         )
-    if any(labels[judged].min() == labels[judged].max() for labels in clusters):
-        reasons.append("all rows with feedback are of one prompt or one session: no interval can be said")
+    few = min((effective(np.bincount(labels[judged], of)) for labels in clusters), default=math.inf) if total > 0 else math.inf
+    if few < CLUSTERS:
+        reasons.append(
+            f"the rows with feedback are of {few:.1f} effective prompts or sessions, expected {CLUSTERS:g} at least: rows of "
+            "one may depend on each other, so that no interval could be trusted"
+        )
     if size < EFFECTIVE:
         reasons.append(
             f"effective sample size {size:.1f} of {len(of):,} rows with feedback, expected {EFFECTIVE:g} at least: the log "
@@ -118,12 +125,16 @@ def _unsupported(
 
 
 def _away(weight: Float64, low: float, high: float, clusters: Sequence[Int64]) -> str | None:
-    """By how many standard errors the weights' mean is below ``low`` or above ``high``, if that is too many."""
+    """By how many standard errors the weights' mean is below ``low`` or above ``high``, if that is too many: by Student's
+    distribution, since few clusters say little about the error."""
     mean = float(weight.mean())
     relabelled = [np.unique(labels, return_inverse=True)[1] for labels in clusters]
-    error = standard_error(weight - mean, relabelled) if len(weight) > 1 else np.inf
+    known = freedom(np.ones(len(weight)), relabelled)
+    if known < CLUSTERS - 1:  # which is refused for itself
+        return None
+    error = standard_error(weight - mean, relabelled)
     beyond = max(low - mean, mean - high)
-    if beyond <= MASS + ERRORS * error:
+    if beyond <= MASS + float(student(SURELY, known)) * error:
         return None
     return f"{beyond / error:.1f} standard errors away" if error > 0 else "in every row"
 

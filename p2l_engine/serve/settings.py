@@ -7,13 +7,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from p2l_engine.routing import Limit, Objective
 from p2l_engine.serve.model_entry import Model
 from p2l_engine.serve.section import Price, Seconds, Section, Tokens
-from p2l_engine.unique_keys import UniqueKeys
+from p2l_engine.unique_keys import parsed
 
 
 class ConfigError(ValueError):
@@ -189,13 +188,11 @@ class Config(Section):
 def load(path: Path) -> Config:
     """Reads serve.yaml. Raises ConfigError."""
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), UniqueKeys)
+        values = parsed(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
-        raise ConfigError(f"{path}: expected YAML: {error}") from None
-    except RecursionError:
-        raise ConfigError(f"{path}: expected YAML, got values that are nested too deeply") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
     return parse(values, str(path))
 
 
