@@ -7,7 +7,7 @@ import asyncio
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from typing import Any
 
 import orjson
@@ -145,24 +145,25 @@ async def _body(receive: Receive, headers: Mapping[str, str], most: int, idle: f
             return b"".join(parts)
 
 
-async def _until_left(work: Any, receive: Receive) -> None:
-    """Runs ``work``; cancels it when the client leaves."""
-    task, left = asyncio.ensure_future(work), asyncio.ensure_future(_left(receive))
+async def _until_left(work: Awaitable[None], receive: Receive) -> None:
+    """Does ``work``; ends it when the client leaves. Raises ClientLeft."""
+    left = False
+
+    async def watch(working: asyncio.Task[Any]) -> None:
+        nonlocal left
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        left = True
+        working.cancel()
+
+    own = asyncio.current_task()
+    assert own is not None, "a coroutine runs in a task"
+    watching = asyncio.ensure_future(watch(own))
     try:
-        await asyncio.wait((task, left), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            task.cancel()
-        await task
+        await work
     except asyncio.CancelledError:
-        if not left.done():  # the server stops, not the client
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-            raise
-        raise ClientLeft from None
+        if left and own.uncancel() == 0:
+            raise ClientLeft from None
+        raise  # the server stops
     finally:
-        left.cancel()
-
-
-async def _left(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+        watching.cancel()
