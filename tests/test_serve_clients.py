@@ -214,7 +214,7 @@ def test_a_response_is_continued_by_the_model_that_gave_it():
             options = {"extra_body": {"p2l": {"models": ["small"]}}}
             first = await client.responses.create(model="auto", input="Hello", **options)
             second = await client.responses.create(model="auto", input="And?", previous_response_id=first.id)
-            with pytest.raises(openai.BadRequestError, match="previous_response_id"):
+            with pytest.raises(openai.NotFoundError, match="previous_response_id"):
                 await client.responses.create(model="auto", input="And?", previous_response_id="resp_unknown")
             return first.model, second.model, provider.requests[-1].body["previous_response_id"] == first.id
 

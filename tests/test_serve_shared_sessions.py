@@ -92,12 +92,13 @@ def test_an_answer_of_another_server_is_found(url):
         async with opened(url) as a, opened(url) as b:
             a.remember_answer("resp_1", KeptAnswer("small-responses", 7))
             assert a.of_answer("resp_1") == KeptAnswer("small-responses", 7)
-            await b.find_answer("resp_1")
+            await b.find_answers(["resp_1"])
             assert b.of_answer("resp_1") == KeptAnswer("small-responses", 7)
-            for strange in ("unknown", "a\0b", "\ud800", "x" * 1000, None):
-                await b.find_answer(strange)
-                if strange is not None:
-                    a.remember_answer(strange, KeptAnswer("x", 1))
+            for strange in ("unknown", "a\0b", "\ud800", "x" * 1000):
+                await b.find_answers([strange])
+                a.remember_answer(strange, KeptAnswer("x", 1))
+            await b.find_answers([])
+            await b.find_answers(["resp_1"] + [f"unknown_{i}" for i in range(70_000)])  # more than a statement has parameters
             await until(lambda: not a._answers)
             assert not a._failing
             assert not b._failing
@@ -148,7 +149,7 @@ def test_a_database_that_is_away_costs_sharing_alone(url, caplog, monkeypatch):
             a.remember("s", "large", counted("1"))
             await until(lambda: a._failing)
             assert a.cached("s", counted("1"), MODELS) == [10, 0]
-            await a.find_answer("resp_2")
+            await a.find_answers(["resp_2"])
             a.remember("s", "large", counted("1", "2"))
             away[0] = False
             await until(lambda: b.cached("s", counted("1", "2"), MODELS) == [20, 0])
@@ -178,7 +179,7 @@ def test_a_conversation_goes_on_at_another_server(url):
                 assert status == 200
                 assert first.records[0].model == headers["x-p2l-model"]
                 status, _, _ = await send(second, input="and then?", previous_response_id="resp_unknown")
-                assert status == 400
+                assert status == 404
 
                 long = [{"role": "user", "content": "words " * 300}]
                 await send(first, input=long)

@@ -29,13 +29,14 @@ class Stream(Protocol):
     """Reads the events of one streamed answer, in order.
 
     usage: what was reported so far. written: bytes of text so far. ended: whether the event came that ends a complete
-    answer. error: what the provider said went wrong.
+    answer. error: what the provider said went wrong. kept: as ``Api.kept``.
     """
 
     usage: Usage | None
     written: int
     ended: bool
     error: str | None
+    kept: list[str]
 
     def read(self, event: bytes) -> bool:
         """Takes a complete event; returns whether the client should see it."""
@@ -49,6 +50,7 @@ class Progress:
         self.written = 0
         self.ended = False
         self.error: str | None = None
+        self.kept = list[str]()
 
 
 class Api(Protocol):
@@ -72,6 +74,9 @@ class Api(Protocol):
 
     def fault(self, answer: object) -> str | None:
         """What is wrong with a whole answer of status 200; None: nothing."""
+
+    def kept(self, answer: dict[str, Any]) -> list[str]:
+        """The ids under which the provider keeps a whole answer, and parts of it, for later requests."""
 
     def stream(self, ask: Ask) -> Stream:
         """A reader of this request's stream."""

@@ -60,6 +60,7 @@ class Ask:
     previous: str | None = None  # the id of the answer that this request continues at its provider
     sealed: bool = False  # whether it has what only the provider that wrote it can read: encrypted reasoning, references
     extras: Extras = NOTHING
+    references: tuple[str, ...] = ()  # ids of what else its provider keeps of earlier answers: items, containers, audio
 
 
 class Contents:
@@ -71,7 +72,7 @@ class Contents:
         self.images = 0
         self.needs: set[Capability] = {"text"}
         self.sealed = self.lasting = False
-        self.unseen = list[str]()
+        self.unseen, self.references = list[str](), list[str]()
         self._sources = b""
         self._opening: list[str] | None = None  # the instructions before the first turn
 
@@ -87,6 +88,10 @@ class Contents:
             if self._opening is None:
                 self._opening = list(self.instructions)
             self.turns.append(said)
+
+    def refer(self, *ids: object) -> None:
+        """Notes ids of what the provider keeps; what is no text is none."""
+        self.references += [found for found in ids if isinstance(found, str)]
 
     def image(self, source: object) -> str:
         """Notes an image of the message that is read; returns what stands for it in the text."""

@@ -56,6 +56,7 @@ class ChatStream(Progress):
         choices = chunk.get("choices")
         for choice in sequence(choices):
             delta = mapping(mapping(choice).get("delta"))
+            self.kept += _audio(delta)
             self.written += size(delta.get("content")) + size(delta.get("refusal"))
             self.written += size(delta.get("reasoning_content")) or size(delta.get("reasoning"))
             for call in (delta.get("function_call"), *sequence(delta.get("tool_calls"))):
@@ -95,7 +96,7 @@ class Chat:
         return Ask(
             self.name, body, text_field(body, "model"), flag_field(body, "stream"), reader.of_user(), tuple(reader.texts),
             reader.images, frozenset(reader.needs), count_field(body, "max_completion_tokens", "max_tokens"), reader.session(),
-            count_field(body, "n", "best_of") or 1, sealed=reader.sealed, extras=extras,
+            count_field(body, "n", "best_of") or 1, sealed=reader.sealed, extras=extras, references=tuple(reader.references),
         )  # fmt: skip
 
     def outgoing(self, ask: Ask, model: str, stream_usage: bool) -> dict[str, Any]:
@@ -115,6 +116,11 @@ class Chat:
             return error
         choices = mapping(answer).get("choices")
         return None if isinstance(choices, list) and choices else "an answer without choices"
+
+    def kept(self, answer: dict[str, Any]) -> list[str]:
+        return [
+            found for choice in sequence(answer.get("choices")) for found in _audio(mapping(mapping(choice).get("message")))
+        ]
 
     def stream(self, ask: Ask) -> ChatStream:
         return ChatStream(bool(mapping(ask.body.get("stream_options")).get("include_usage")))
@@ -144,6 +150,7 @@ def _message(reader: Contents, message: dict[str, Any], where: str) -> None:
     if role not in ROLES:
         raise BadRequest(f"{where}.role: expected one of {', '.join(ROLES)}, got {role!r:.40}", f"{where}.role")
     text = _content(reader, message.get("content"), f"{where}.content")
+    reader.refer(*_audio(message))
     extra = b""
     if message.get("tool_calls") or message.get("function_call") or role in ("tool", "function"):
         reader.needs.add("tools")
@@ -155,6 +162,12 @@ def _message(reader: Contents, message: dict[str, Any], where: str) -> None:
     else:
         (reader.instructions if role in ("system", "developer") else reader.others).append(text)
     reader.message(role, text, extra)
+
+
+def _audio(message: dict[str, Any]) -> list[str]:
+    """The id of a message's audio, by which its provider knows it."""
+    found = mapping(message.get("audio")).get("id")
+    return [found] if isinstance(found, str) else []
 
 
 def _content(reader: Contents, content: object, where: str) -> str:

@@ -45,8 +45,10 @@ class MessagesStream(Progress):
             self.written += sum(map(size, texts))
         elif kind == "message_start":
             self._add(mapping(found.get("message")))
+            self.kept += _container(mapping(found.get("message")))
         elif kind == "message_delta":
             self._add(found)
+            self.kept += _container(mapping(found.get("delta")))
         elif kind == "message_stop":
             self.ended = True
         return True
@@ -105,7 +107,7 @@ class Messages:
         return Ask(
             self.name, body, text_field(body, "model"), flag_field(body, "stream"), reader.of_user(), tuple(reader.texts),
             reader.images, frozenset(reader.needs), most, reader.session(),
-            sealed=reader.sealed, extras=extras,
+            sealed=reader.sealed, extras=extras, references=tuple(_container(body)),
         )  # fmt: skip
 
     def outgoing(self, ask: Ask, model: str, stream_usage: bool) -> dict[str, Any]:
@@ -123,6 +125,9 @@ class Messages:
         if (error := error_text(answer)) is not None:
             return error
         return None if isinstance(mapping(answer).get("content"), list) else "an answer without content"
+
+    def kept(self, answer: dict[str, Any]) -> list[str]:
+        return _container(answer)
 
     def stream(self, ask: Ask) -> MessagesStream:
         return MessagesStream()
@@ -167,6 +172,13 @@ def _hosted(body: dict[str, Any], tools: list[Any]) -> tuple[tuple[str, ...], in
     others += [kind for edit in edits if (kind := str(mapping(edit).get("type"))).startswith("compact")]
     uses = [count(tool.get("max_uses")) for tool in own]
     return (*(tool["type"] for tool in own), *others), sum(uses) if all(uses) and not others else None
+
+
+def _container(found: dict[str, Any]) -> list[str]:
+    """The id of the container in which the provider's tools run: a request names it, or gives it as an object."""
+    container = found.get("container")
+    given = mapping(container).get("id") if isinstance(container, dict) else container
+    return [given] if isinstance(given, str) else []
 
 
 def _lasts(block: dict[str, Any]) -> bool:

@@ -57,6 +57,7 @@ class ResponsesStream(Progress):
         elif kind in LAST or kind == "response.created":
             response = mapping(found.get("response"))
             self.answer_id = response.get("id") if isinstance(response.get("id"), str) else self.answer_id
+            self.kept = kept_of(response)
             self.usage = usage_of(response) or self.usage
             self.ended = kind in LAST
         return True
@@ -80,6 +81,8 @@ class Responses:
         if tools := list_field(body, "tools"):
             reader.needs.add("tools")
             reader.message("tools", "", orjson.dumps(tools))
+            for tool in tools:
+                reader.refer(tool.get("container"), *_containers(tool))
         previous = None if body.get("previous_response_id") is None else text_field(body, "previous_response_id")
         given = body.get("input")
         if isinstance(given, str):
@@ -104,7 +107,7 @@ class Responses:
         return Ask(
             self.name, body, text_field(body, "model"), flag_field(body, "stream"), reader.of_user(), tuple(reader.texts),
             reader.images, frozenset(reader.needs), count_field(body, "max_output_tokens"), reader.session(), 1, previous,
-            reader.sealed, extras,
+            reader.sealed, extras, tuple(reader.references),
         )  # fmt: skip
 
     def outgoing(self, ask: Ask, model: str, stream_usage: bool) -> dict[str, Any]:
@@ -123,6 +126,9 @@ class Responses:
         if found.get("status") in ("failed", "cancelled"):
             return f"an answer whose status is {found['status']!r}"
         return None if isinstance(found.get("output"), list) else "an answer without output"
+
+    def kept(self, answer: dict[str, Any]) -> list[str]:
+        return kept_of(answer)
 
     def stream(self, ask: Ask) -> ResponsesStream:
         return ResponsesStream()
@@ -149,6 +155,18 @@ def usage_of(answer: dict[str, Any]) -> Usage | None:
     return Usage(count(usage.get("input_tokens")), count(usage.get("output_tokens")), cached, reasoning=reasoning, calls=calls)
 
 
+def kept_of(answer: dict[str, Any]) -> list[str]:
+    """The ids of an answer, of its items, and of the containers in which its tools ran."""
+    items = [mapping(item) for item in sequence(answer.get("output"))]
+    found = [answer.get("id"), *(item.get("id") for item in items), *(id for item in items for id in _containers(item))]
+    return list(dict.fromkeys(id for id in found if isinstance(id, str)))
+
+
+def _containers(item: dict[str, Any]) -> tuple[object, object]:
+    """Where the tool of a call, or of a request, runs: a container that its provider keeps."""
+    return item.get("container_id"), mapping(item.get("environment")).get("container_id")
+
+
 def _item(reader: Contents, item: dict[str, Any], where: str) -> None:
     """One item of the input: a message, or what an agent's tools were asked and said."""
     kind = item.get("type", "message")
@@ -160,6 +178,8 @@ def _item(reader: Contents, item: dict[str, Any], where: str) -> None:
         reader.sealed |= bool(item.get("encrypted_content")) or kind == "item_reference"
         if kind == "item_reference":
             reader.unseen.append("an item that is referred to")
+            reader.refer(item.get("id"))
+        reader.refer(*_containers(item))
         data = orjson.dumps(item)
         if len(data) > LARGE:
             data = orjson.dumps(_without_media(reader, item))

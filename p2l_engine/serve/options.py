@@ -79,6 +79,11 @@ def session_of(options: Options, body: Mapping[str, Any], headers: Mapping[str, 
         given = [user] if isinstance(user, str) and "session" in user else [body.get(name) for name in SESSION_FIELDS]
         named = next((name for name in given if isinstance(name, str) and name), None)
     name = otherwise if named is None else named
+    return of_caller(key, name)
+
+
+def of_caller(key: Key | None, name: str) -> str:
+    """A hash of a name, or of an id, that is each caller's own."""
     return digest([(key.id if key else "").encode(), name.encode("utf-8", "replace")])
 
 

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -18,6 +18,7 @@ from p2l_engine.decision_log.record import Record
 from p2l_engine.serve.answers import CachedAnswer
 from p2l_engine.serve.attempts import Attempts, PassedOn
 from p2l_engine.serve.call import Call
+from p2l_engine.serve.options import of_caller
 from p2l_engine.serve.replay import Keeper, replayed
 from p2l_engine.serve.scorer import Overloaded
 from p2l_engine.serve.service import Refused, Service
@@ -108,7 +109,7 @@ class Relay:
         self.done = True
         replayed(self.call, stored, self.finished)
         if stored.answer_id is not None and self.call.ask.api == "responses":
-            self._remember(stored.answer_id, stored.deployment, stored.usage)
+            self._remember([stored.answer_id], stored.deployment, stored.usage)
         if stored.streamed:
             await send({"type": "http.response.start", "status": 200, "headers": [*STREAM_HEADERS, *self.headers()]})
             await send({"type": "http.response.body", "body": stored.body, "more_body": False})
@@ -129,7 +130,7 @@ class Relay:
         # Counted before it is sent: a client that leaves now has cost what it cost.
         answer_id = found.answer.get("id")
         answer_id = answer_id if isinstance(answer_id, str) else None
-        self._finish(200, "answered", found.usage, _written(found), answer_id)
+        self._finish(200, "answered", found.usage, _written(found), self.call.api.kept(found.answer))
         self.keeper.keep(found, answer_id, self.call.attempts[-1].deployment)
         extra = [(name.encode(), value.encode("latin-1", "replace")) for name, value in found.headers.items()]
         await respond(send, 200, found.body, [*self.headers(), *extra])
@@ -154,15 +155,15 @@ class Relay:
                     await send({"type": "http.response.body", "body": last, "more_body": False})
             raise
         answer_id = getattr(opened.reader, "answer_id", None)
-        self._finish(200, outcome, opened.reader.usage, opened.reader.written if written else None, answer_id)
+        self._finish(200, outcome, opened.reader.usage, opened.reader.written if written else None, opened.reader.kept)
         if outcome == "answered":
             self.keeper.keep(opened, answer_id, self.call.attempts[-1].deployment)
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
     def _finish(
-        self, status: int, outcome: str, usage: Usage | None = None, written: int | None = None, answer_id: str | None = None
+        self, status: int, outcome: str, usage: Usage | None = None, written: int | None = None, kept: Sequence[str] = ()
     ) -> None:
-        """Settles, learns and logs, once. written: bytes of the answer; None: nothing came."""
+        """Settles, learns and logs, once. written: bytes of the answer; None: nothing came. kept: see ``Api.kept``."""
         service, call, now = self.service, self.call, self.call.now
         if self.done:
             return
@@ -179,8 +180,7 @@ class Relay:
                 service.sessions.remember(call.session, name, call.counted)
                 if reported and usage is not None and call.ask.max_tokens != 0:
                     service.expectations.add(now.model, usage.tokens_out, call.ask.outputs)
-                if answer_id is not None and call.ask.api == "responses":
-                    self._remember(answer_id, attempts.deployment.name, usage)
+                self._remember(kept, attempts.deployment.name, usage)
         else:
             service.purse.settle(attempts.token, Fraction(0))
         attempts.token = None
@@ -190,10 +190,13 @@ class Relay:
             return  # somebody looks at what would be decided, with each pause in typing
         self.finished(call.record(status, outcome, name, usage, None if outcome == "decision" else cost, estimated))
 
-    def _remember(self, answer_id: str, deployment: str, usage: Usage | None) -> None:
-        """The deployment keeps this answer, and the conversation before it."""
+    def _remember(self, kept: Sequence[str], deployment: str, usage: Usage | None) -> None:
+        """The deployment keeps this answer, under these ids, and the conversation before it."""
+        if not kept:
+            return
         tokens = self.call.most_tokens_in() if usage is None else usage.tokens_in + usage.tokens_out
-        self.service.sessions.remember_answer(answer_id, KeptAnswer(deployment, tokens))
+        for name in kept:
+            self.service.sessions.remember_answer(of_caller(self.call.key, name), KeptAnswer(deployment, tokens))
 
     def _paid(self, k: int, outcome: str, usage: Usage | None, written: int | None) -> tuple[Usage | None, Fraction, bool]:
         """Usage and cost of the attempt that model k answered, and whether the provider has reported them."""

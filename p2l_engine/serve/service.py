@@ -21,7 +21,7 @@ from p2l_engine.serve.choice import Mask, Pick
 from p2l_engine.serve.expectations import Expectations
 from p2l_engine.serve.gate import Gate, secret_of
 from p2l_engine.serve.health import Health
-from p2l_engine.serve.options import options_of, session_of
+from p2l_engine.serve.options import of_caller, options_of, session_of
 from p2l_engine.serve.plan import Plan, carry_over
 from p2l_engine.serve.purse import Purse
 from p2l_engine.serve.scorer import Scorer, key_of
@@ -107,7 +107,7 @@ class Service:
     async def decide(self, call: Call) -> Pick:
         """Masks, prices and chooses. Raises Refused."""
         plan = call.plan
-        await self.sessions.find_answer(call.ask.previous)
+        await self.sessions.find_answers(self._kept_ids(call))
         self._mask(call)
         if not call.mask.any():
             raise self._untakable(call)
@@ -186,15 +186,24 @@ class Service:
             kind, tokens, ask.max_tokens, call.deployments, self.health.is_up, own, unbounded
         )
 
+    def _kept_ids(self, call: Call) -> list[str]:
+        """What must be the caller's own of that which providers keep, as ``sessions`` knows it. The keys of this server share
+        the provider's account: it does not tell them apart."""
+        references = call.ask.references if call.key is not None else ()
+        return [of_caller(call.key, name) for name in (call.ask.previous, *references) if name is not None]
+
     def _look_up(self, call: Call) -> None:
         """What the session says of a request: who keeps the answer that it continues, who wrote its reasoning."""
         ask = call.ask
         if ask.previous is not None:
-            call.kept = self.sessions.of_answer(ask.previous)
-            # A named model may know the answer all the same; but what it costs to read it again is not known.
-            if call.kept is None and not (call.pinned and self.purse.limit is None):
+            call.kept = self.sessions.of_answer(of_caller(call.key, ask.previous))
+            # A named model may know the answer all the same; but whose it is, or what it costs to read it again, is not known.
+            if call.kept is None and (call.key is not None or not call.pinned or self.purse.limit is not None):
                 message = "previous_response_id: not known to this server; send the whole input"
-                raise Refused(400, message, "previous_response_id")
+                raise Refused(404, message, "previous_response_id", "previous_response_not_found")
+        if call.key is not None and any(self.sessions.of_answer(kept) is None for kept in self._kept_ids(call)):
+            message = "this request refers to an item, a container or audio that is not known to this server; send it whole"
+            raise Refused(404, message, None, "not_found")
         last = self.sessions.last(call.session) if ask.sealed and not call.pinned else None
         if last is not None and last in call.plan.index:
             group = call.plan.deployments[call.plan.index[last]]

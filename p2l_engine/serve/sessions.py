@@ -20,7 +20,7 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class KeptAnswer:
-    """An answer that its deployment keeps, and that a later request may continue. tokens: of the conversation up to it."""
+    """An answer, or a part of one, that its deployment keeps for later requests. tokens: of the conversation up to it."""
 
     deployment: str
     tokens: int
@@ -78,13 +78,13 @@ class SessionMemory:
         return max(held, key=lambda name: held[name][0].at, default=None)
 
     def remember_answer(self, answer_id: str, kept: KeptAnswer) -> None:
-        """A deployment keeps the answer of this id."""
+        """A deployment keeps the answer of this id, a hash that is its caller's own."""
         self._of_answers[answer_id] = kept
         while len(self._of_answers) > self.most:
             self._of_answers.popitem(last=False)
 
-    async def find_answer(self, answer_id: str | None) -> None:
-        """Looks for an answer where others may have noted it; ``of_answer`` knows it then."""
+    async def find_answers(self, ids: Sequence[str]) -> None:
+        """Looks for answers where others may have noted them; ``of_answer`` knows them then."""
 
     def of_answer(self, answer_id: str) -> KeptAnswer | None:
         """Where an answer is kept; None where it is not known."""

@@ -6,14 +6,14 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from operator import itemgetter
 from typing import Any
 
 from sqlalchemy import BigInteger, Column, Double, Index, LargeBinary, MetaData, Table, Text, bindparam, delete, func, select
-from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.dialects.postgresql import ARRAY, insert
 
 from p2l_engine.serve.sessions import Held, KeptAnswer, SessionMemory
 from p2l_engine.serve.tokens import Counted
@@ -75,7 +75,7 @@ NEWER = (
     .order_by(PREFIX.c.at.desc())
     .limit(bindparam("most"))
 )
-KEPT_BY = select(KEPT.c.deployment, KEPT.c.tokens).where(KEPT.c.id == bindparam("of"))
+KEPT_BY = select(KEPT.c.id, KEPT.c.deployment, KEPT.c.tokens).where(KEPT.c.id == func.any(bindparam("of", type_=ARRAY(Text))))
 DELETE_PREFIXES = delete(PREFIX).where(PREFIX.c.at <= CLOCK - bindparam("seconds"))
 DELETE_KEPT = delete(KEPT).where(KEPT.c.at <= CLOCK - bindparam("seconds"))
 
@@ -123,16 +123,18 @@ class SharedSessions(SessionMemory):
             self._answers[answer_id] = kept
             self._changed.set()
 
-    async def find_answer(self, answer_id: str | None) -> None:
-        if answer_id is None or self.of_answer(answer_id) is not None or self._failing or not _storable(answer_id):
+    async def find_answers(self, ids: Sequence[str]) -> None:
+        missing = [answer_id for answer_id in ids if self.of_answer(answer_id) is None and _storable(answer_id)]
+        if not missing or self._failing:
             return
         try:
             async with asyncio.timeout(PATIENCE):
                 for seconds in ASKS:
                     await asyncio.sleep(seconds)
-                    found = await self._in_thread(lambda connection: connection.execute(KEPT_BY, {"of": answer_id}).first())
-                    if found is not None:
-                        super().remember_answer(answer_id, KeptAnswer(*found))
+                    found = await self._in_thread(lambda connection: connection.execute(KEPT_BY, {"of": missing}).all())
+                    for answer_id, deployment, tokens in found:
+                        super().remember_answer(answer_id, KeptAnswer(deployment, tokens))
+                    if len(found) == len(set(missing)):
                         return
         except Exception as error:
             self._fails(error)

@@ -100,6 +100,7 @@ async def status(server: Server, key: Key | None) -> Any:
             ],
         }
         for name, group in zip(plan.names, plan.deployments, strict=True)
+        if key is None or key.models is None or name in key.models
     ]
     pacer = service.pacer
     return {
