@@ -43,8 +43,8 @@ class Chooser:
     explore: "thompson" chooses by a draw of each prompt's coefficients from their posterior (Thompson 1933; Chapelle and Li
     2011), under the same constraints, so that models of few votes get the traffic that they may deserve; None: by the means.
 
-    Attributes: ``catalog`` and its K ``names`` and ``costs`` [K] that may be chosen; ``q`` [M], the opponents' weights. Raises
-    CatalogError and ValueError.
+    Attributes: ``catalog`` and its K ``names`` and ``costs`` [K] that may be chosen; ``q`` [M], the opponents' weights. Where
+    coefficients come with expected usage, costs are each prompt's own: see ``costs_of``. Raises CatalogError and ValueError.
     """
 
     def __init__(
@@ -77,6 +77,7 @@ class Chooser:
         self.q = _weights(opponents, self.models)
         self.names, self.costs = self.catalog.names, self.catalog.costs
         self._columns = np.array([self.models.index(name) for name in self.names])
+        self._per_in, self._per_out = self.catalog.prices
         self._draws = Draws(seed, self.names)
 
     def decide(
@@ -103,8 +104,9 @@ class Chooser:
         v = self._rates(theta, coefficients.eta)
         turns = [user_turns(prompt, i) for i, prompt in enumerate(prompts)]
         tokens = _tokens(draws, len(turns))
-        explored = self._explored(coefficients, theta, turns, tokens, constraints) if self.explore and turns else None
-        policies = self.solve(v, constraints) if explored is None else explored.policies
+        costs = self.costs_of(coefficients)
+        explored = self._explored(coefficients, theta, turns, tokens, constraints, costs) if self.explore and turns else None
+        policies = self.solve(v, constraints, costs) if explored is None else explored.policies
         if explored is not None:
             policies = replace(policies, value=expected(v, policies.indices, policies.probabilities))
         scores = self._scores(theta, policies, v)
@@ -112,6 +114,8 @@ class Chooser:
         columns = (policies.indices, policies.probabilities, policies.cost, policies.value, scores)
         rows = zip(turns, *(column.tolist() for column in columns), tokens, strict=True)
         decisions = [self._draws.decide(user, bound, *row) for user, *row in rows]
+        if coefficients.usage is not None:
+            decisions = self._with_usage(decisions, coefficients, policies.indices, policies.probabilities)
         if explored is None:
             return decisions
         models = [self.names.index(decision.model) for decision in decisions]
@@ -132,18 +136,22 @@ class Chooser:
                 )
             posterior = self.posterior(coefficients, prompt, draw)
         rates = v if posterior is None else self._rates(posterior.drawn[None], coefficients.eta)
-        choice = pacer.choose_at(rates[0], self.costs)
+        costs = self.costs_of(coefficients)
+        costs = costs if costs.ndim == 1 else costs[0]
+        choice = pacer.choose_at(rates[0], costs)
         k, price = choice.model, choice.price
         why = f"highest win rate less cost at {price:.4g} per {self.catalog.unit}: a mean budget of {pacer.budget:g}"
         if price == math.inf:
             why = f"lowest cost: a mean budget of {pacer.budget:g} was overspent by {pacer.allowance:g} or more"
         name = self.names[k]
         score = native.bt_score(theta, self.q, self._bt_value(theta, v, np.array([[k]]), np.ones((1, 1))))
-        decision = Decision(name, {name: 1.0}, float(self.costs[k]), float(v[0, k]), float(score[0]), why, 1.0)
+        decision = Decision(name, {name: 1.0}, float(costs[k]), float(v[0, k]), float(score[0]), why, 1.0)
+        if coefficients.usage is not None:
+            (decision,) = self._with_usage([decision], coefficients, np.array([[k]], np.int32), np.ones((1, 1)))
         if posterior is None:
             return decision
         found = posterior.propensity(
-            1.0, lambda drawn: thompson.paced(self._rates(drawn, coefficients.eta), self.costs, price, choice.most) == k
+            1.0, lambda drawn: thompson.paced(self._rates(drawn, coefficients.eta), costs, price, choice.most) == k
         )
         return replace(decision, why=f"{why}; {DRAWN}", propensity=found.value, propensity_error=found.error)
 
@@ -153,14 +161,49 @@ class Chooser:
         theta, turns = arrays.matrix("theta", coefficients.theta), [user_turns(prompt)]
         return posteriors(theta, coefficients.deviation, self._draws, turns, _tokens([draw], 1))[0]
 
-    def solve(self, v: Float64 | Values, constraints: Constraints = UNCONSTRAINED) -> Policies:
-        """The best policies over the K models of ``names``, from ``win_rates`` v [N, K]. Raises Infeasible,
-        InfeasibleBudget."""
+    def costs_of(self, coefficients: Coefficients) -> Float64:
+        """What requests are expected to cost, [K] or [N, K], in the catalog's unit.
+
+        Where the checkpoint has learned how long answers are, and the catalog has prices for tokens: the prompt's tokens at the
+        price of input, and the expected output tokens at that of output. What the catalog says is the cost of models without
+        such prices, and of those without observed answers.
+        """
+        usage = coefficients.usage
+        if usage is None:
+            return self.costs
+        own = ~np.isnan(self._per_in) & usage.observed[self._columns]
+        if not own.any():
+            return self.costs
+        tokens_in, tokens_out = usage.tokens_in[:, None].astype(np.float64), usage.tokens_out[:, self._columns]
+        return np.where(own, tokens_in * self._per_in + tokens_out * self._per_out, self.costs)
+
+    def seconds_of(self, coefficients: Coefficients) -> Float64:
+        """How long answers are expected to take, [N, K] seconds: the amounts of a ``routing.Resource``. Raises ValueError where
+        the checkpoint has not learned it."""
+        if coefficients.usage is None or coefficients.usage.seconds is None:
+            raise ValueError(
+                "coefficients: expected those of a checkpoint that has learned how long answers take, got one without seconds; "
+                "'p2l-engine lengths' learns them from a log with latencies"
+            )
+        return coefficients.usage.seconds[:, self._columns].astype(np.float64)
+
+    def usage_of(
+        self, coefficients: Coefficients, indices: npt.NDArray[np.int32], probabilities: Float64
+    ) -> tuple[Float64 | None, Float64 | None]:
+        """The output tokens and seconds [N] that policies over ``names`` are expected to take, None where unknown."""
+        usage = coefficients.usage
+        known = (None, None) if usage is None else (usage.tokens_out, usage.seconds)
+        tokens, seconds = (None if of is None else expected(of[:, self._columns], indices, probabilities) for of in known)
+        return tokens, seconds
+
+    def solve(self, v: Float64 | Values, constraints: Constraints = UNCONSTRAINED, costs: Float64 | None = None) -> Policies:
+        """The best policies over the K models of ``names``, from ``win_rates`` v [N, K] and costs [K] or [N, K] (``costs_of``),
+        None: the catalog's. Raises Infeasible, InfeasibleBudget."""
         if not isinstance(constraints, Constraints):
             raise TypeError(f"constraints: expected Constraints(budget=...), got {constraints!r}")
         if constraints.only_prompt_budgets and not isinstance(v, Values):
-            return routing.solve_budget(v, self.costs, constraints.limits)
-        return routing.solve(constraints.problem(v, self.costs, self.names))
+            return routing.solve_budget(v, self.costs if costs is None else costs, constraints.limits)
+        return routing.solve(constraints.problem(v, self.costs if costs is None else costs, self.names))
 
     def win_rates(self, coefficients: Coefficients, drawn: Float64 | None = None) -> Float64:
         """What is maximised, [N, K]: the win rates of the K models of ``names`` against the opponents. drawn [S, M]: draws of
@@ -183,13 +226,26 @@ class Chooser:
         turns: Sequence[Sequence[str]],
         tokens: Sequence[str | None],
         constraints: Constraints,
+        costs: Float64,
     ) -> Explored:
         eta = coefficients.eta
         believed = posteriors(theta, coefficients.deviation, self._draws, turns, tokens)
         return explore(
-            believed, constraints, self.names, self.costs, self._columns,
+            believed, constraints, self.names, costs, self._columns,
             lambda drawn, some: self._rates(drawn, None if eta is None else eta[some]),
         )  # fmt: skip
+
+    def _with_usage(
+        self,
+        decisions: Sequence[Decision],
+        coefficients: Coefficients,
+        indices: npt.NDArray[np.int32],
+        probabilities: Float64,
+    ) -> list[Decision]:
+        tokens, seconds = self.usage_of(coefficients, indices, probabilities)
+        columns = ([None] * len(decisions) if of is None else of.tolist() for of in (tokens, seconds))
+        rows = zip(decisions, *columns, strict=True)
+        return [replace(decision, expected_tokens=tokens, expected_seconds=seconds) for decision, tokens, seconds in rows]
 
     def _rates(self, theta: Float64, eta: npt.NDArray[np.float32] | None) -> Float64:
         """Win rates [N, K] of theta [N, M]; eta [N], or [1] for all."""

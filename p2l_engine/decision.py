@@ -20,6 +20,9 @@ class Decision:
     propensity: the probability with which the model was chosen, in (0, 1]. A router that explores chose the policy for a draw
     of the coefficients: the propensity is over both draws, with an upper bound on its standard error, 0 where it is exact
     (``routing.thompson``); win_rate and score are the policy's at the mean coefficients.
+
+    expected_tokens, expected_seconds: the policy's output tokens and how long they take, None where the checkpoint has not
+    learned it.
     """
 
     model: str
@@ -30,6 +33,8 @@ class Decision:
     why: str
     propensity: float
     propensity_error: float = 0.0
+    expected_tokens: float | None = None
+    expected_seconds: float | None = None
 
 
 class Draws:

@@ -82,7 +82,9 @@ def explore(
     columns: npt.NDArray[np.intp],
     rates: Rates,
 ) -> Explored:
-    """The policies of N prompts under a draw of each one's coefficients, over the K models of ``names`` with their costs [K].
+    """The policies of N prompts under a draw of each one's coefficients, over the K models of ``names``.
+
+    costs: of these models, [K] or [N, K].
 
     Raises ValueError for more than one bound for each prompt: a propensity would take a thousand LPs.
     """

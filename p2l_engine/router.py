@@ -78,6 +78,11 @@ class Router(Chooser):
         turns = user_turns(prompt)
         return await asyncio.wrap_future(self._batcher.submit(turns, self._finish(turns, budget, pacer, draw)))
 
+    @property
+    def costs_vary(self) -> bool:
+        """Whether costs depend on the prompt: see ``costs_of``."""
+        return self.costs_of(self.engine.split(np.empty((0, self.engine.width), np.float32))).ndim == 2
+
     def warmup(self) -> float:
         """``Engine.warmup``, and the same for the router's own steps. Returns the seconds it took."""
         start = time.perf_counter()
@@ -136,6 +141,7 @@ class Router(Chooser):
             and draws is None
             and constraints.only_prompt_budgets
             and fits
+            and self.engine.lengths is None
             and self.engine.device.type == "cuda"
         ):
             return self._route_on_gpu(turns, constraints, progress)

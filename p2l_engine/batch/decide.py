@@ -16,10 +16,24 @@ from p2l_engine.constraints import Constraints
 from p2l_engine.router import Router
 from p2l_engine.routing import Policies
 from p2l_engine.routing.arrays import Float64
+from p2l_engine.routing.problem import of_models
+from p2l_engine.routing.rounding import highest
 from p2l_engine.routing.values import Values
 
 POLICY = pa.list_(pa.struct([("model", pa.string()), ("probability", pa.float64())]))
-OUTPUT_COLUMNS = ("model", "policy", "expected_cost", "win_rate", "score", "theta", "eta", "deviation", "error")
+OUTPUT_COLUMNS = (
+    "model",
+    "policy",
+    "expected_cost",
+    "win_rate",
+    "score",
+    "expected_tokens",
+    "expected_seconds",
+    "theta",
+    "eta",
+    "deviation",
+    "error",
+)
 
 
 class DecidedBlock(NamedTuple):
@@ -48,10 +62,15 @@ class Decider:
         self.router, self.take = router, take
         self.budget, self.price, self.written_type = budget, price, coefficients
         self.names = pa.array(router.names)
+        self._costs_vary = router.costs_vary
 
     def coefficients(self, references: npt.NDArray[np.int64]) -> Coefficients:
         """Coefficients of references [n], which may hold numbers that are not finite."""
         return self.router.engine.split(self.take(references))
+
+    def costs(self, references: npt.NDArray[np.int64]) -> Float64:
+        """Costs of references [n], [K] or [n, K]: see ``Chooser.costs_of``."""
+        return self.router.costs_of(self.coefficients(references))
 
     def routable(self, block: DeduplicatedBlock) -> tuple[npt.NDArray[np.bool_], list[str | None]]:
         """Whether each row can be routed [rows], and the reason where it cannot."""
@@ -63,6 +82,12 @@ class Decider:
             assert not isinstance(turns, Unroutable)
             why = self.router.engine.encoder.problem(turns)
             routable[row], reasons[row] = False, why or "the backbone gave coefficients that are not finite"
+        if self.budget is not None and self._costs_vary:
+            rows = np.flatnonzero(routable)
+            least = self.costs(block.references[rows]).min(axis=1)
+            for i in np.flatnonzero(least > highest(self.budget)).tolist():
+                routable[rows[i]] = False
+                reasons[rows[i]] = f"the cheapest model is expected to cost {least[i]:.6g}, more than the budget"
         return routable, reasons
 
     def decide(self, block: DeduplicatedBlock, policies: Policies | None = None) -> DecidedBlock:
@@ -72,11 +97,9 @@ class Decider:
         unique = self.coefficients(references)
         coefficients = unique.rows(inverse)
         if policies is None:
-            v = self.router.win_rates(unique)
+            v, costs = self.router.win_rates(unique), self.router.costs_of(unique)
             solved = (
-                self.router.solve(v, Constraints(self.budget))
-                if self.price is None
-                else at_price(v, self.router.costs, self.price)
+                self.router.solve(v, Constraints(self.budget), costs) if self.price is None else at_price(v, costs, self.price)
             )
             scores = self.router.scores(unique, solved, v)[inverse]
             policies = solved.of(inverse)
@@ -119,6 +142,9 @@ class Decider:
             "win_rate": pa.array(policies.value),
             "score": pa.array(scores),
         }
+        for name, of in zip(("tokens", "seconds"), self.router.usage_of(coefficients, indices, p), strict=True):
+            if of is not None:
+                columns[f"expected_{name}"] = pa.array(of)
         if self.written_type:
             dtype = np.dtype(self.written_type)
             columns["theta"] = _lists(coefficients.theta.astype(dtype))
@@ -135,14 +161,17 @@ def _lists(rows: npt.NDArray[np.floating[Any]]) -> pa.FixedSizeListArray:
 
 
 def at_price(v: Float64, costs: Float64, price: float) -> Policies:
-    """For each prompt, the model with the highest v [N, K] - price * costs [K]; the cheapest one among equals."""
-    order = np.argsort(costs, kind="stable")
-    best = order[(v - price * costs)[:, order].argmax(1)]
-    rows = np.arange(len(v))
+    """For each prompt, the model with the highest v [N, K] - price * costs, [K] or [N, K]; the cheapest one among equals."""
+    rows, order = np.arange(len(v)), np.argsort(costs, axis=-1, kind="stable")
+    if costs.ndim == 1:
+        best = order[(v - price * costs)[:, order].argmax(1)]
+    else:
+        best = order[rows, np.take_along_axis(v - price * costs, order, 1).argmax(1)]
     indices = np.stack([best, best], axis=1).astype(np.int32)
     probabilities = np.tile([1.0, 0.0], (len(v), 1))
     why = "highest win rate less cost at the given price"
-    return Policies(indices, probabilities, v[rows, best], costs[best], "price", why, mixed_costs=costs[indices])
+    mixed = of_models(costs, indices)
+    return Policies(indices, probabilities, v[rows, best], mixed[:, 0].copy(), "price", why, mixed_costs=mixed)
 
 
 class SpilledWinRates(Values):

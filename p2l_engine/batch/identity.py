@@ -34,7 +34,10 @@ def identity(config: BatchConfig, router: Router, files: Sequence[File], compute
         "checkpoint": _checkpoint(engine),
         "compute": compute,
         "date": engine.date,
-        "catalog": {model.name: model.cost for model in router.catalog.models},
+        "catalog": {
+            model.name: [model.cost, model.usd_per_m_in, model.usd_per_m_out] if model.per_token else model.cost
+            for model in router.catalog.models
+        },
         "unit": router.catalog.unit,
         "opponents": router.q.tolist(),
         "objective": router.objective,

@@ -43,7 +43,8 @@ class Job:
                 )
         if config.state is None and not output.is_local:
             raise ValueError(f"state: expected a local folder where the output is not local ({output.shown}), got None")
-        router.solve(np.zeros((1, len(router.names))), config.constraints)
+        nothing = np.zeros((1, len(router.names)))
+        router.solve(nothing, config.constraints, nothing[0] if router.costs_vary else None)
         check_files(files, config.column, config.keep)
         return cls(config, files, output, identity(config, router, files, compute))
 

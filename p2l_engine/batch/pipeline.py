@@ -74,7 +74,8 @@ class Pipeline:
         config = job.config
         self.router, self.job, self.config, self.spill = router, job, config, spill
         self.progress, self.workers = progress, workers
-        self.decider = Decider(router, spill.take, config.budget, config.price, config.coefficients)
+        per_prompt = config.budget if config.budget_scope == "prompt" else None
+        self.decider = Decider(router, spill.take, per_prompt, config.price, config.coefficients)
         self.recorder = Recorder()
         self.written: dict[str, int] = {}  # bytes of the parts
         self._found = parts(job.output)  # what an earlier run left
@@ -197,7 +198,7 @@ class Pipeline:
         """Solves one problem over all routable rows, then writes the output block by block."""
         config, v = self.config, SpilledWinRates(self.decider, self._references)
         with self.recorder.timed("solving"):
-            solved = self.router.solve(v, config.constraints)
+            solved = self.router.solve(v, config.constraints, self._costs())
         self.recorder.set_prices(solved.prices)
         first = 0
         for block, references in zip(self._blocks(), self._references, strict=True):
@@ -205,6 +206,19 @@ class Pipeline:
             first += len(references)
             self._write(block, solved.of(rows))
             self.progress(self.recorder.report)
+
+    def _costs(self) -> npt.NDArray[np.float64] | None:
+        """Of all routable rows [N, K], on disk, where each prompt has costs of its own; None: those of the catalog."""
+        rows = sum(map(len, self._references))
+        if not rows or not self.router.costs_vary:
+            return None
+        path = self.spill.folder / "costs.npy"
+        found = np.lib.format.open_memmap(path, "w+", np.float64, (rows, len(self.router.names)))
+        first = 0
+        for references in self._references:
+            found[first : first + len(references)] = self.decider.costs(references)
+            first += len(references)
+        return found
 
     def _write(self, block: DeduplicatedBlock, policies: Policies | None = None) -> None:
         name, output = part_name(block.block.number), self.job.output

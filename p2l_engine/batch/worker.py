@@ -63,11 +63,13 @@ class Route:
         self.router = Router(engine, catalog, opponents, seed, unmatched, objective)
         self.column, self.plain_text = column, plain_text
         self.budget, self.price, self.coefficients = budget, price, coefficients
-        self.router.solve(np.zeros((1, len(self.router.names))), Constraints(budget))  # refuses an infeasible budget now
+        if not self.router.costs_vary:
+            self.router.solve(np.zeros((1, len(self.router.names))), Constraints(budget))  # refuses an infeasible budget now
 
     def __call__(self, batch: Columns) -> dict[str, npt.NDArray[Any]]:
         """The columns of the batch [n] and those of ``p2l-engine batch``: model, policy (a list of {model, probability} per
-        row), expected_cost, win_rate, score, optionally theta [n, M], eta [n] and deviation [n, M], and error.
+        row), expected_cost, win_rate, score, expected_tokens and expected_seconds where the checkpoint expects them, optionally
+        theta [n, M], eta [n] and deviation [n, M], and error.
 
         In a row that cannot be routed, error says why, numbers are NaN and other values None. Raises ValueError where the batch
         has no column of prompts, or a column with a name of the result's.

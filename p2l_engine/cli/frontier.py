@@ -62,10 +62,15 @@ def frontier(
     batch = read_prompts(None, file, column)
     router = load_router(load_engine(checkpoint, device, dtype, date), catalog, leave_out)
     with progress(len(batch)) as advance:
-        v = router.win_rates(router.engine.coefficients(batch, advance))
-    curve = routing.frontier(v, router.costs)
+        coefficients = router.engine.coefficients(batch, advance)
+    v, costs = router.win_rates(coefficients), router.costs_of(coefficients)
+    curve = routing.frontier(v, costs)
     shown_costs = np.linspace(curve.cost[0], curve.cost[-1], budgets if len(curve.cost) > 1 else 1)
-    each = [float(routing.solve_budget(v, router.costs, budget).value.mean()) for budget in shown_costs]
+    least = costs.min(axis=-1).max()  # below it, some prompt has no model within a budget of its own
+    each = [
+        None if costs.ndim == 2 and budget < least else float(routing.solve_budget(v, costs, budget).value.mean())
+        for budget in shown_costs
+    ]
     rows = [
         ("batch budget", cost, curve.at(cost), per_prompt) for cost, per_prompt in zip(shown_costs.tolist(), each, strict=True)
     ]
@@ -77,7 +82,7 @@ def frontier(
     unit = router.catalog.unit
     if plot is not None:
         title = f"{len(batch)} prompts of {PurePath(shown(file)).name}{left_out.replace('models', 'models named')}"
-        draw(curve, v, router.costs, router.names, unit, title, plot, best)
+        draw(curve, v, costs, router.names, unit, title, plot, best)
         note(f"wrote {plot}")
     if as_json:
         for _, cost, value, per_prompt in rows:
@@ -85,7 +90,10 @@ def frontier(
         for name, cost, value in singles:
             print(json.dumps({"model": name, "mean_cost": cost, "win_rate": value}))
         return
-    lines = [(f"{cost:.4g}", f"{value:.1%}", f"{per_prompt:.1%}", "") for _, cost, value, per_prompt in rows]
+    lines = [
+        (f"{cost:.4g}", f"{value:.1%}", "" if per_prompt is None else f"{per_prompt:.1%}", "")
+        for _, cost, value, per_prompt in rows
+    ]
     lines += [("", "", "", "")] + [(f"{cost:.4g}", "", f"{value:.1%}", name) for name, cost, value in singles if name in best]
     title = f"{len(batch)} prompts; cost in {unit}{left_out}"
     print_table(title, ("mean cost", "batch budget", "per prompt", "one model for all"), lines, out())

@@ -53,8 +53,8 @@ def frontier(
     named: Collection[str] | None = None,
 ) -> None:
     """Mean cost and win rate, as in the paper's Figure 4: the batch budget's curve, the per-prompt budget's below it, and the
-    single models as circles. v [N, M] and costs [M] are those of the curve. named: the models to label (None: all); of many
-    models, only where there is space."""
+    single models as circles. v [N, M] and costs, [M] or [N, M], are those of the curve. named: the models to label (None: all);
+    of many models, only where there is space."""
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
     thin = curve.thinned()

@@ -81,12 +81,14 @@ def routed(
     constraints = Constraints(
         spec.budget, spec.budget_scope, max_share=shares, allowed=None if mask is None else mask[which[rows]]
     )
+    prices = chooser.costs_of(coefficients)
+    prices = prices if prices.ndim == 1 else prices[prompt[rows]]
     try:
-        policies = chooser.solve(np.ascontiguousarray(rates[prompt[rows]]), constraints)
+        policies = chooser.solve(np.ascontiguousarray(rates[prompt[rows]]), constraints, prices)
     except Infeasible as error:
         raise CannotChoose(str(error)) from None
     mixture = Mixture(policies.indices, policies.probabilities)
-    costs = expected(chooser.costs, policies.indices, policies.probabilities)
+    costs = expected(prices, policies.indices, policies.probabilities)
     mixture = mixture.averaged(inverse, firsts) if over_batch else mixture
     mixture, costs = mixture.take(inverse), costs if over_batch else costs[inverse]
     return Target(names, mixture.renumbered(columns), float(costs.mean()))
