@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import urllib.request
+from dataclasses import replace
 from typing import Any
 
 import aiohttp
@@ -20,6 +21,7 @@ import yaml
 
 from bench.mock_provider import MockProvider
 from p2l_engine import cli
+from p2l_engine.coefficients import ExpectedUsage
 from p2l_engine.errors import PromptError
 from p2l_engine.serve import settings
 from p2l_engine.serve.service import Refused
@@ -219,7 +221,8 @@ def test_a_replica_that_dies_is_replaced_by_another(serve_cluster, engine, monke
     monkeypatch.setattr(serve_cluster, "TRIES", (0.0, 0.0, 0.0))
     facts = serve_cluster.CheckpointFacts(engine.models, engine.feedback, engine.encoder.tokenizer)
     alone = engine.coefficients(["hello"])
-    row = (alone.theta[0], float(alone.eta[0]), alone.theta[0] ** 2)
+    usage = ExpectedUsage(np.ones(1, np.float32), np.exp(alone.theta), None, np.ones(alone.theta.shape[1], bool))
+    row = (alone.theta[0], float(alone.eta[0]), alone.theta[0] ** 2, usage)
 
     def asked(*outcomes: Any) -> Any:
         async def one() -> Any:
@@ -233,6 +236,7 @@ def test_a_replica_that_dies_is_replaced_by_another(serve_cluster, engine, monke
         np.testing.assert_array_equal(found.theta, alone.theta)
         np.testing.assert_array_equal(found.eta, alone.eta)
         np.testing.assert_array_equal(found.deviation, alone.theta**2)
+        assert found.usage is usage
         assert (found.models, found.feedback) == (engine.models, engine.feedback)
     with pytest.raises(Refused) as refused:
         asked(ActorDiedError(), ActorDiedError(), ActorDiedError())
@@ -258,7 +262,10 @@ def test_a_prompt_that_is_refused_fails_alone(serve_cluster, engine, monkeypatch
     rows = replica._rows([["one"], ["bad"], ["two"], ["bad"]])
     assert rows[1] == rows[3] == "the template refuses it"
     np.testing.assert_allclose([rows[0][0], rows[2][0]], whole(["one", "two"]).theta, atol=1e-5)
-    assert rows[0][2] is None  # this checkpoint has no uncertainty
+    assert rows[0][2:] == (None, None)  # this checkpoint has neither uncertainty nor lengths
+    usage = ExpectedUsage(np.ones(2, np.float32), np.array([[1.0], [2.0]], np.float32), None, np.ones(1, bool))
+    monkeypatch.setattr(engine, "coefficients", lambda prompts: replace(whole(prompts), usage=usage))
+    assert [row[3].tokens_out.tolist() for row in replica._rows([["one"], ["two"]])] == [[[1.0]], [[2.0]]]
 
 
 @pytest.mark.parametrize(

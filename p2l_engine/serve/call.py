@@ -64,6 +64,7 @@ class Call:
     costs: Float64 = field(default_factory=lambda: np.zeros(0))
     cached: tuple[int, ...] = ()
     tokens_out: Float64 = field(default_factory=lambda: np.zeros(0))
+    foreseen: Float64 | None = None  # output tokens [K] of an answer, as the checkpoint expects them
     own: dict[int, Counted] = field(default_factory=dict)  # counted, of models, by their provider's tokenizer
     trace: dict[str, str] = field(default_factory=dict)  # headers under which providers continue a trace
     kept: KeptAnswer | None = None  # the answer that this request continues

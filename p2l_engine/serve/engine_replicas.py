@@ -16,7 +16,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
 from p2l_engine.checkpoint import fingerprint
-from p2l_engine.coefficients import Coefficients
+from p2l_engine.coefficients import Coefficients, ExpectedUsage
 from p2l_engine.engine import Engine
 from p2l_engine.errors import PromptError
 from p2l_engine.feedback import FeedbackModel
@@ -27,8 +27,8 @@ from p2l_engine.serve.service import Refused
 logger = logging.getLogger(__name__)
 
 R = TypeVar("R")
-# A prompt's theta [M], eta and deviation [M], or what is wrong with it.
-Row = tuple[npt.NDArray[np.float32], float | None, npt.NDArray[np.float32] | None] | str
+# A prompt's theta [M], eta, deviation [M] and expected usage, or what is wrong with it.
+Row = tuple[npt.NDArray[np.float32], float | None, npt.NDArray[np.float32] | None, ExpectedUsage | None] | str
 
 
 BATCH = 64  # prompts that a replica computes together
@@ -82,7 +82,8 @@ class EngineReplica:
             return [row for prompt in prompts for row in self._rows([prompt])]
         none = [None] * len(prompts)
         eta = none if found.eta is None else found.eta.tolist()
-        return list(zip(found.theta, eta, none if found.deviation is None else found.deviation, strict=True))
+        usage = none if found.usage is None else [found.usage.rows(slice(i, i + 1)) for i in range(len(prompts))]
+        return list(zip(found.theta, eta, none if found.deviation is None else found.deviation, usage, strict=True))
 
 
 class RemoteEngines:
@@ -109,7 +110,7 @@ class RemoteEngines:
             row = await self._row(prompt)
             if isinstance(row, str):
                 raise PromptError(0, row)
-            theta, eta, deviation = row
+            theta, eta, deviation, usage = row
             facts = self._facts
             found = Coefficients(
                 theta[None],
@@ -117,6 +118,7 @@ class RemoteEngines:
                 facts.models,
                 facts.feedback,
                 None if deviation is None else deviation[None],
+                usage,
             )
             done.set_result(finish(found))
         except Exception as error:

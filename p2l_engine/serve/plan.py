@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from p2l_engine.catalog import Catalog, CatalogModel
 from p2l_engine.chooser import Chooser
+from p2l_engine.coefficients import Coefficients
 from p2l_engine.feedback import FeedbackModel
 from p2l_engine.routing import Objective
 from p2l_engine.serve.health import Deployment
@@ -26,7 +27,8 @@ class Plan:
     """A configuration, ready to route. Frozen: a new configuration is a new plan, and requests keep the one they began with.
 
     names: the K models of the file, in its order. columns: of these, the indices of those that the checkpoint knows and that
-    can be routed to; choosers: for them, by objective. notes: what a user should know, one line each.
+    can be routed to; choosers: for them, by objective; places: theirs among the checkpoint's models. notes: what a user should
+    know, one line each.
     """
 
     config: Config
@@ -40,11 +42,22 @@ class Plan:
     index: Mapping[str, int]
     takers: Takers
     win_rates: WinRates
+    places: npt.NDArray[np.intp]
 
     @property
     def serve(self) -> Serve:
         """The section ``serve`` of the configuration."""
         return self.config.serve
+
+    def foreseen(self, coefficients: Coefficients) -> npt.NDArray[np.float64] | None:
+        """The output tokens [K] that the checkpoint expects of an answer to the prompt of these coefficients, NaN for models
+        whose answers it has not seen; None where it expects nothing."""
+        usage = coefficients.usage
+        if usage is None:
+            return None
+        found = np.full(len(self.names), np.nan)
+        found[self.columns] = np.where(usage.observed[self.places], usage.tokens_out[0, self.places], np.nan)
+        return found
 
     def lines(self) -> list[str]:
         """The plan in words, for ``serve --check``."""
@@ -84,9 +97,11 @@ def make(config: Config, models: Sequence[str], feedback: FeedbackModel, environ
     deployments = tuple(_deployments(name, model, environment) for name, model in config.models.items())
     index = {name: k for k, name in enumerate(names)}
     columns = np.array([index[name] for name in choosers["bt"].names], np.intp)
+    places = np.array([list(models).index(name) for name in choosers["bt"].names], np.intp)
     return Plan(
         config, names, entries, columns, choosers, Prices(config.models), deployments, tuple(notes), index,
         Takers(names, entries, deployments, columns), WinRates(choosers, columns, len(names), config.serve.queue.cached),
+        places,
     )  # fmt: skip
 
 

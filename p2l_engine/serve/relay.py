@@ -178,8 +178,10 @@ class Relay:
             service.purse.settle(attempts.token, own)
             if outcome == "answered":
                 service.sessions.remember(call.session, name, call.counted)
-                if reported and usage is not None and call.ask.max_tokens != 0:
-                    service.expectations.add(now.model, usage.tokens_out, call.ask.outputs)
+                k = service.plan.index.get(name)  # of the present configuration, which may be another one than the call's
+                if reported and usage is not None and k is not None and call.ask.max_tokens != 0:
+                    foreseen = None if call.foreseen is None else float(call.foreseen[now.model])
+                    service.expectations.add(k, usage.tokens_out, call.ask.outputs, foreseen, call.ask.max_tokens)
                 self._remember(kept, attempts.deployment.name, usage)
         else:
             service.purse.settle(attempts.token, Fraction(0))

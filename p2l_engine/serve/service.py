@@ -117,12 +117,13 @@ class Service:
             except PromptError as error:
                 raise Refused(400, error.problem, "messages") from None
             call.score(coefficients)
+            call.foreseen = plan.foreseen(coefficients)
         else:
             call.rates = call.drawn = np.zeros(len(plan.names))
             call.turns_hash = key_of(call.ask.turns)
         call.mark("coefficients")
         call.cached = self._cached(call)
-        call.tokens_out = self.expectations.tokens_out(call.ask.max_tokens, call.ask.outputs)
+        call.tokens_out = self.expectations.tokens_out(call.ask.max_tokens, call.ask.outputs, call.foreseen)
         tokens_in = np.array([call.tokens_in(k) for k in range(len(plan.names))]) if call.own else call.tokens_in()
         call.costs = plan.prices.expected(tokens_in, np.array(call.cached, float), call.tokens_out)
         if call.ask.extras.tier is not None:
