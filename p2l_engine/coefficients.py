@@ -31,6 +31,11 @@ class ExpectedUsage:
         seconds = None if self.seconds is None else self.seconds[some]
         return ExpectedUsage(self.tokens_in[some], self.tokens_out[some], seconds, self.observed)
 
+    def of_first(self, count: int) -> ExpectedUsage:
+        """Of the first ``count`` models alone."""
+        seconds = None if self.seconds is None else self.seconds[:, :count]
+        return ExpectedUsage(self.tokens_in, self.tokens_out[:, :count], seconds, self.observed[:count])
+
 
 @dataclass(frozen=True, slots=True)
 class Coefficients:
@@ -53,6 +58,14 @@ class Coefficients:
     def row(self, i: int) -> Coefficients:
         """The coefficients of one prompt."""
         return self.rows(slice(i, i + 1))
+
+    def of_first(self, count: int) -> Coefficients:
+        """The same prompts' coefficients of the first ``count`` models alone."""
+        if count == len(self.models):
+            return self
+        deviation = None if self.deviation is None else self.deviation[:, :count]
+        usage = None if self.usage is None else self.usage.of_first(count)
+        return Coefficients(self.theta[:, :count], self.eta, self.models[:count], self.feedback, deviation, usage)
 
     def rows(self, some: slice | npt.NDArray[np.integer[Any]]) -> Coefficients:
         """The coefficients of these prompts."""

@@ -177,6 +177,10 @@ def test_fronts_share_engines_limits_and_sessions(serve_cluster, engine, url):
             {"store": "serve.sqlite"},
             r"serve\.store: on a cluster, expected the URL of a PostgreSQL database, got 'serve.sqlite'",
         ),
+        (
+            {"store": "serve.sqlite", "learn": {"state": "state"}},
+            r"serve\.learn: works on one machine alone.*'p2l-engine adapt'",
+        ),
         ({"cache": {"store": "a.sqlite"}}, r"serve\.cache\.store: on a cluster, expected memory or redis"),
     ],
 )

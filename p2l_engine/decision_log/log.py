@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Self
@@ -14,7 +15,7 @@ from sqlalchemy.exc import OperationalError
 
 from p2l_engine.decision_log.record import Feedback, Preference, Record, check_id
 from p2l_engine.decision_log.rows import row_of
-from p2l_engine.decision_log.store import PAGE, Deleted, LogStore, Selection
+from p2l_engine.decision_log.store import PAGE, Deleted, LogStore, Said, Selection
 
 RECORDS = 10_000  # that wait in memory at most,
 CHARACTERS = 32 << 20  # or this many of prompts
@@ -117,6 +118,30 @@ class DecisionLog:
     def recent(self, n: int) -> list[Record]:
         """The last n decisions that were written, the newest first."""
         return self._store.recent(n)
+
+    def decisions(self, ids: Sequence[str]) -> dict[str, Record]:
+        """Those of these ids that were written."""
+        return self._store.get(ids)
+
+    def feedback_after(self, number: int, n: int) -> list[Said]:
+        """See ``LogStore``."""
+        return self._store.feedback_after(number, n)
+
+    def said_of(self, ids: Sequence[str]) -> list[Said]:
+        """See ``LogStore``."""
+        return self._store.said_of(ids)
+
+    def waiting(self, number: int) -> tuple[int, float | None]:
+        """See ``LogStore``."""
+        return self._store.waiting(number)
+
+    def last_number(self) -> int:
+        """See ``LogStore``."""
+        return self._store.last_number()
+
+    def scores_on(self, turns_hash: str, number: int, n: int) -> list[tuple[Feedback, Record]]:
+        """See ``LogStore``."""
+        return self._store.scores_on(turns_hash, number, n)
 
     def feedback(
         self,

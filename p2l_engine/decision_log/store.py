@@ -33,6 +33,13 @@ class Deleted(NamedTuple):
     feedback: int
 
 
+class Said(NamedTuple):
+    """Feedback and its number, which rises in the order in which an SQLite file took it."""
+
+    number: int
+    feedback: Feedback
+
+
 class LogStore:
     """store: a path, or a URL of PostgreSQL. create: whether to make a log where there is none. timeout: seconds to wait for a
     lock.
@@ -83,6 +90,40 @@ class LogStore:
         with self._database.begin() as connection:
             rows = connection.execute(sql.FEEDBACK_ON, {"ids": list(ids)}).mappings().all()
         return [feedback_of(row) for row in rows]
+
+    def feedback_after(self, number: int, n: int) -> list[Said]:
+        """The next ``n`` of a higher number at most, in order."""
+        return self._said(sql.NUMBERED, {"number": number, "n": n})
+
+    def said_of(self, ids: Sequence[str]) -> list[Said]:
+        """What was said about these decisions, in order."""
+        return self._said(sql.SAID_OF, {"ids": list(ids)})
+
+    def waiting(self, number: int) -> tuple[int, float | None]:
+        """How much feedback has a higher number, and the time of the oldest of it."""
+        with self._database.begin() as connection:
+            count, oldest = connection.execute(sql.WAITING, {"number": number}).one()
+        return int(count), oldest
+
+    def last_number(self) -> int:
+        """The highest number that an SQLite file has given to feedback, of deleted ones too."""
+        with self._database.begin() as connection:
+            found = connection.exec_driver_sql("SELECT seq FROM sqlite_sequence WHERE name = 'log_feedback'").scalar()
+        return int(found or 0)
+
+    def scores_on(self, turns_hash: str, number: int, n: int) -> list[tuple[Feedback, Record]]:
+        """The scores of a lower number on prompts of this hash, the newest first, ``n`` at most; with their decisions."""
+        with self._database.begin() as connection:
+            values = {"turns": escaped(turns_hash), "number": number, "n": n}
+            rows = connection.execute(sql.SCORES_ON, values).mappings().all()
+        names = [column.name for column in sql.FEEDBACK.c if column.name != "number"]
+        return [(feedback_of({name: row[f"said_{name}"] for name in names}), record_of(row)) for row in rows]
+
+    def _said(self, statement: Select[Any], values: dict[str, Any]) -> list[Said]:
+        with self._database.begin() as connection:
+            rows = connection.execute(statement, values).mappings().all()
+        named = [{name: value for name, value in row.items() if name != "number"} for row in rows]
+        return [Said(row["number"], feedback_of(values)) for row, values in zip(rows, named, strict=True)]
 
     def add_feedback(self, feedback: Feedback, key: str | None) -> None:
         """Raises LookupError where a decision is not there, or, for a key, is another's."""

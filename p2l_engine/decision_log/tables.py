@@ -20,6 +20,7 @@ from sqlalchemy import (
     bindparam,
     delete,
     event,
+    func,
     insert,
     inspect,
     or_,
@@ -107,6 +108,16 @@ FEEDBACK_ON = (
     select(*(column for column in FEEDBACK.c if column.name != "number"))
     .where(FEEDBACK.c.decision.in_(AMONG))
     .order_by(FEEDBACK.c.time, FEEDBACK.c.number)
+)
+NUMBERED = select(FEEDBACK).where(FEEDBACK.c.number > bindparam("number")).order_by(FEEDBACK.c.number).limit(bindparam("n"))
+WAITING = select(func.count(), func.min(FEEDBACK.c.time)).where(FEEDBACK.c.number > bindparam("number"))
+SAID_OF = select(FEEDBACK).where(FEEDBACK.c.decision.in_(AMONG)).order_by(FEEDBACK.c.number)
+SCORES_ON = (
+    select(*(column.label(f"said_{column.name}") for column in FEEDBACK.c), DECISION)
+    .join(DECISION, DECISION.c.id == FEEDBACK.c.decision)
+    .where(DECISION.c.turns_hash == bindparam("turns"), FEEDBACK.c.score.is_not(None), FEEDBACK.c.number < bindparam("number"))
+    .order_by(FEEDBACK.c.number.desc())
+    .limit(bindparam("n"))
 )
 DELETE = delete(DECISION).where(DECISION.c.id.in_(AMONG))
 # Also what was said about other decisions against these: a preference needs both.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -27,7 +27,7 @@ from p2l_engine.votes import Votes
 
 Float64 = npt.NDArray[np.float64]
 
-VERSION = 1  # of the saved state
+VERSION = 2  # of the saved state
 TOGETHER = 256  # votes that are learned from at a time
 LARGEST = 1024  # free parameters up to which an update sees how rows depend on each other
 TOLERANCE = 1e-6  # of an update's step, in posterior deviations
@@ -110,6 +110,7 @@ class Learner:
         self._head, self._rows = head, rows
         self.feedback, self.scales = feedback, scales
         self._new = rows.new_factors(scales)
+        self.notes: Mapping[str, Any] = {}
         self._state = State(np.zeros((len(rows.names), rows.basis.matrix.shape[1])))
         self._lock, self._refining = threading.Lock(), threading.Lock()
 
@@ -117,6 +118,24 @@ class Learner:
     def models(self) -> tuple[str, ...]:
         """The head's models, then the new ones."""
         return self._rows.names
+
+    @property
+    def mean_theta(self) -> Float64:
+        """[M]: of the head's own models over the reference prompts, as the head had them."""
+        return self._rows.mean_theta
+
+    def join(self, new: Sequence[NewModel]) -> None:
+        """Adds models, after the others, as if they had been there from the beginning. Waits for a running ``refine``. Raises
+        ValueError for names that are there."""
+        if there := [model.name for model in new if model.name in self._rows.names]:
+            raise ValueError(f"new: expected names that are not there yet, got {', '.join(there)}")
+        with self._refining, self._lock:
+            state, rows = self._state, self._rows.joined(new)
+            state.moved = np.concatenate([state.moved, np.zeros((len(new), state.moved.shape[1]))])
+            nothing = np.zeros((1, len(new)), np.float32)  # no vote so far is on them
+            parts = [(part, np.repeat(nothing, len(part.base), 0)) for part in state.parts]
+            state.parts = [replace(part, base=np.concatenate([part.base, more], 1)) for part, more in parts]
+            self._rows, self._new = rows, rows.new_factors(self.scales)
 
     @property
     def votes(self) -> int:
@@ -131,10 +150,10 @@ class Learner:
     def update(self, votes: Votes, hidden: npt.NDArray[np.float32]) -> None:
         """Learns from votes on prompts of these hidden states [P, D]. Raises ValueError for unknown models, for votes that the
         feedback model does not know, and for other shapes; nothing is learned then."""
-        seen = self._seen(votes, hidden)
-        order = np.argsort(seen.prompt, kind="stable")
-        parts = [seen.some(order[start : start + TOGETHER]) for start in range(0, len(order), TOGETHER)]
         with self._lock:
+            seen = self._seen(votes, hidden)
+            order = np.argsort(seen.prompt, kind="stable")
+            parts = [seen.some(order[start : start + TOGETHER]) for start in range(0, len(order), TOGETHER)]
             for part in parts:
                 self._learn(self._state, part)
                 self._state.parts.append(part)
@@ -177,11 +196,12 @@ class Learner:
             factors.setdefault(i, self._new[i])
         return self._rows.head(self._head, rows, changed), self._rows.merged(self.scales, list(factors), list(factors.values()))
 
-    def save(self, path: Path) -> None:
-        """Writes the state, atomically; ``load`` goes on from it. Raises OSError."""
+    def save(self, path: Path, notes: Mapping[str, Any] | None = None) -> None:
+        """Writes the state, atomically; ``load`` goes on from it. notes: JSON that ``load`` gives back as the attribute
+        ``notes``. Raises OSError."""
         with self._lock:
             state, rows = self._state, self._rows
-            arrays = {"moved": state.moved.copy(), "means": rows.means, "matrix": rows.basis.matrix}
+            arrays = {"moved": state.moved.copy(), "means": rows.means, "matrix": rows.basis.matrix, "middle": rows.middle}
             arrays |= {"coordinates": rows.basis.coordinates, "ridge": rows.basis.ridge}
             arrays |= {f"factor {i}": factor for i, factor in state.factors.items()}
             parts, refined = list(state.parts), state.refined
@@ -191,7 +211,7 @@ class Learner:
             "version": VERSION, "names": rows.names, "known": rows.known, "head": fingerprint.of_head(self._head),
             "narrow": {str(i): each for i, each in rows.narrow.items()}, "known_votes": rows.known_votes,
             "scales": [self.scales.rows, self.scales.free, self.scales.level], "feedback": self.feedback.name,
-            "refined": sum(map(len, parts[:refined])),
+            "refined": sum(map(len, parts[:refined])), "notes": dict(notes or {}),
         }  # fmt: skip
         write_file(path, save(arrays, {"learner": json.dumps(facts)}))
 
@@ -218,6 +238,7 @@ class Learner:
                 facts["known"],
                 arrays["means"],
                 eta_row,
+                arrays["middle"],
                 basis,
                 narrow,
                 uncertainty,
@@ -227,6 +248,7 @@ class Learner:
             learner._begin(head, feedback, rows, Scales(*facts["scales"]))
             factors = {int(name.split()[1]): each for name, each in arrays.items() if name.startswith("factor ")}
             learner._state = State(arrays["moved"], factors)
+            learner.notes = facts["notes"]
             if "prompt" in arrays:
                 seen = Seen(*(arrays[name] for name in STORED))
                 both = np.split(np.arange(len(seen)), [int(facts["refined"])])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -33,13 +33,15 @@ class NewModel:
 @dataclass(frozen=True, slots=True, eq=False)
 class HeadRows:
     """names: M known models, then the new ones. means [M + new, D + 1]: weights and bias. eta_row [D + 1], where the head has a
-    tie parameter. narrow: by index of a new row, its deviation relative to that of the prior. uncertainty: of known rows, where
-    it is known; others are as precise as ``known_votes`` votes make them, in independent coordinates of the basis."""
+    tie parameter. middle [D]: the mean of the reference hidden states. narrow: by index of a new row, its deviation relative to
+    that of the prior. uncertainty: of known rows, where it is known; others are as precise as ``known_votes`` votes make them,
+    in independent coordinates of the basis."""
 
     names: tuple[str, ...]
     known: int
     means: Float64
     eta_row: Float64 | None
+    middle: Float64
     basis: Basis
     narrow: dict[int, float]
     uncertainty: Uncertainty | None
@@ -63,14 +65,26 @@ class HeadRows:
         given = None if uncertainty is None else uncertainty.basis.double().cpu().numpy()
         basis = Basis.of(reference, rows, rank, given)
         middle = reference.mean(0, dtype=np.float64) if len(reference) else np.zeros(d)
-        means = np.concatenate([rows, np.empty((len(new), d + 1))])
+        found = cls(tuple(models), m, rows, old[m] if head.has_eta else None, middle, basis, {}, uncertainty, known_votes)
+        return found.joined(new)
+
+    def joined(self, new: Sequence[NewModel]) -> HeadRows:
+        """With the rows of new models after the others. Raises ValueError for a ``like`` that is no known model."""
+        known, first = self.means[: self.known], len(self.means)
+        more = np.empty((len(new), known.shape[1]))
         for i, model in enumerate(new):
-            means[m + i] = rows[list(models).index(model.like)] if model.like is not None else rows.mean(0)
+            more[i] = known[self.names[: self.known].index(model.like)] if model.like is not None else known.mean(0)
             if model.level is not None:
-                means[m + i, -1] += model.level - (middle @ means[m + i, :-1] + means[m + i, -1])
-        narrow = {m + i: NARROWER if model.like is not None else 1.0 for i, model in enumerate(new)}
-        names = (*models, *(model.name for model in new))
-        return cls(names, m, means, old[m] if head.has_eta else None, basis, narrow, uncertainty, known_votes)
+                more[i, -1] += model.level - (self.middle @ more[i, :-1] + more[i, -1])
+        narrow = {first + i: NARROWER if model.like is not None else 1.0 for i, model in enumerate(new)}
+        names = (*self.names, *(model.name for model in new))
+        return replace(self, names=names, means=np.concatenate([self.means, more]), narrow=self.narrow | narrow)
+
+    @property
+    def mean_theta(self) -> Float64:
+        """[M] of the known models, over the reference prompts."""
+        found: Float64 = self.means[: self.known, :-1] @ self.middle + self.means[: self.known, -1]
+        return found
 
     def coefficients(self, hidden: npt.NDArray[np.float32]) -> tuple[Float64, Float64 | None]:
         """theta [P, M + new] at the means, and eta [P] where there is one."""

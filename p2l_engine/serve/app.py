@@ -127,15 +127,21 @@ class GiveFeedback(Endpoint):
                 f"expected 'id' and one of score, label, or preference with against; got {', '.join(sorted(body))}"[:300]
             )
         given = {name: body[name] for name in FEEDBACK if body.get(name) is not None}
+        result, kind = "stored", next((name for name in ("score", "preference", "label") if name in given), "other")
         try:
             await asyncio.to_thread(lambda: log.feedback(body["id"], key.id if key else None, **given))
         except ValueError as error:
+            result = "wrong"
             raise BadRequest(str(error)) from None
         except LookupError as error:
+            result = "unknown"
             raise Refused(404, str(error)) from None
         except (TimeoutError, SQLAlchemyError) as error:
+            result = "failed"
             logger.error("feedback cannot be stored: %s", type(error).__name__)
             raise Refused(503, "feedback cannot be stored now; try again", retry_after=5) from None
+        finally:
+            self.server.metrics.feedback.labels(kind, result).inc()
         await answer(send, {"id": body["id"], "stored": True})
 
 

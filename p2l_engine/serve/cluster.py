@@ -19,7 +19,7 @@ from p2l_engine.checkpoint import fingerprint
 from p2l_engine.engine import Engine
 from p2l_engine.engine.device import parse_device
 from p2l_engine.serve.engine_replicas import BATCH, CheckpointFacts, EngineReplica, RemoteEngines
-from p2l_engine.serve.runtime import Runtime
+from p2l_engine.serve.runtime import NOT_ON_A_CLUSTER, Runtime
 from p2l_engine.serve.settings import Config, ConfigError
 
 logger = logging.getLogger(__name__)
@@ -147,7 +147,9 @@ def _application(config: Config, facts: CheckpointFacts) -> Callable[[], Starlet
 
 
 def _check_shared(config: Config, address: str) -> None:
-    """Raises ConfigError for files, which machines do not share."""
+    """Raises ConfigError for files, which machines do not share, and for learning."""
+    if config.serve.learn is not None:
+        raise ConfigError(NOT_ON_A_CLUSTER)
     if address == "local":
         return
     store, cache = config.serve.store, config.serve.cache

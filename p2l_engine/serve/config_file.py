@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 from p2l_engine.serve import settings
-from p2l_engine.serve.settings import Config, ConfigError
+from p2l_engine.serve.settings import Config, ConfigError, Learn
 
 FIXED = ("store", "cache", "retention_days", "page", "cors", "traces")  # under serve: changes need a restart
 EVERY = 1.0  # seconds between looks at the file
@@ -24,6 +24,7 @@ class ConfigFile:
         config = adapted(settings.load(self.path), self._log_prompts)
         pairs = [("checkpoint", before.checkpoint, config.checkpoint)]
         pairs += [(f"serve.{name}", getattr(before.serve, name), getattr(config.serve, name)) for name in FIXED]
+        pairs.append(("serve.learn", *(_fixed(learn) for learn in (before.serve.learn, config.serve.learn))))
         for name, old, new in pairs:
             if old != new:
                 raise ConfigError(f"{self.path}: {name}: was {old!r}, is {new!r}: this needs a restart")
@@ -61,3 +62,8 @@ def adapted(config: Config, log_prompts: bool) -> Config:
     if not log_prompts:
         return config
     return config.model_copy(update={"serve": config.serve.model_copy(update={"log_prompts": True})})
+
+
+def _fixed(learn: Learn | None) -> Learn | None:
+    """What a restart is needed for: all but the new models."""
+    return None if learn is None else learn.model_copy(update={"models": {}, "ratings": None})

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from p2l_engine.decision_log.record import Record
 from p2l_engine.serve.answers import Answers
 from p2l_engine.serve.scorer import Scorer
+
+if TYPE_CHECKING:
+    from p2l_engine.serve.learn import OnlineLearning
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
@@ -52,6 +56,31 @@ class Metrics:
                 ("p2l_answer_cache_failures", "Failures of the cache's store", lambda: answers.failures),
                 ("p2l_answer_cache_saved_usd", "Expected cost of the requests answered from it", lambda: answers.saved),
             ]
+        self._add(gauges)
+        self.feedback = Counter(
+            "p2l_feedback", "Feedback by kind and what became of it", ("kind", "result"), registry=self.registry
+        )
+        self._learning: OnlineLearning | None = None
+
+    def show(self, learning: OnlineLearning) -> None:
+        """Adds what a server that learns tells."""
+        self._learning = learning
+        self._add(
+            [
+                ("p2l_learned_votes", "Votes that were learned from", lambda: learning.learned),
+                ("p2l_learning_updates", "Updates of the head", lambda: learning.updates),
+                ("p2l_learning_update_seconds", "Time that all updates took", lambda: learning.seconds),
+                ("p2l_learning_refinements", "Times that the optimum over all votes was found", lambda: learning.refinements),
+                ("p2l_learning_refine_seconds", "Time that these took", lambda: learning.refine_seconds),
+                ("p2l_learning_pending", "Votes since the last of them", lambda: learning.pending),
+                ("p2l_learning_failures", "Updates, refinements and savings that failed", lambda: learning.failures),
+                ("p2l_learning_waiting", "Feedback that was not learned from yet", lambda: learning.waiting),
+                ("p2l_learning_lag_seconds", "Age of the oldest of it", lambda: learning.lag),
+            ]
+        )
+        self._skipped = Gauge("p2l_learning_skipped", "Feedback that gave no vote", ("reason",), registry=self.registry)
+
+    def _add(self, gauges: Sequence[tuple[str, str, Callable[[], float]]]) -> None:
         for name, text, value in gauges:
             Gauge(name, text, registry=self.registry).set_function(value)
 
@@ -73,6 +102,9 @@ class Metrics:
 
     def text(self) -> bytes:
         """The exposition format."""
+        if self._learning is not None:
+            for reason, count in dict(self._learning.skipped).items():
+                self._skipped.labels(reason).set(count)
         return generate_latest(self.registry)
 
     def _of(self, counter: Counter, *labels: str) -> Counter:

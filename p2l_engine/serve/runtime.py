@@ -44,6 +44,10 @@ from p2l_engine.serve.upstream import Upstream
 logger = logging.getLogger(__name__)
 
 SWEEP = 60.0  # seconds between sweeps of what dead processes have reserved
+NOT_ON_A_CLUSTER = (
+    "serve.learn: works on one machine alone: replicas on a cluster would each learn something else; serve without --ray, or "
+    "learn from the log export with 'p2l-engine adapt'"
+)
 
 
 class Runtime:
@@ -64,17 +68,29 @@ class Runtime:
         log_prompts: bool = False,
     ) -> None:
         self.file = None if file is None else ConfigFile(file, log_prompts)
-        self.engine, self.watch, self.computer = engine, watch, computer
         config = adapted(config, log_prompts)
+        self.learning = None
+        if (learn := config.serve.learn) is not None:
+            if computer is not None:
+                raise ConfigError(NOT_ON_A_CLUSTER)
+            from p2l_engine.serve.learn import OnlineLearning  # loads what adapt needs
+
+            self.learning = OnlineLearning(learn, engine, config.serve.retention_days)
+            engine = self.learning.engine
+        self.engine, self.watch, self.computer = engine, watch, computer
         self.plan = self._plan(config)
         self.counters, self.notes = counters(config.models)
+        self.notes = (*self.notes, *([] if self.learning is None else self.learning.lines()))
         self.server: Server | None = None
         self._reading = asyncio.Lock()
 
     def _plan(self, config: Config) -> Plan:
         if config.serve.explore is not None and self.engine.uncertainty is None:
             raise ConfigError(f"serve.{NO_UNCERTAINTY}")
-        return make(config, self.engine.models, self.engine.feedback)
+        models = self.engine.models
+        if self.learning is not None and config.serve.learn is not None:
+            models = (*models, *(new.name for new in self.learning.additions(config.serve.learn)))
+        return make(config, models, self.engine.feedback)
 
     def application(self) -> Starlette:
         """The ASGI application; its lifespan makes the parts that belong to an event loop."""
@@ -83,6 +99,11 @@ class Runtime:
         self.server = Server(self._service(), _log(self.plan), self.watch, answers)
         if self.plan.serve.traces:
             self.server.traces = Traces()
+        if self.learning is not None:
+            assert self.server.log is not None
+            self.learning.open(self.server.log)
+            self.server.learning = self.learning
+            self.server.metrics.show(self.learning)
         app = application(self.server)
         app.router.lifespan_context = self._lifespan
         return app
@@ -91,7 +112,13 @@ class Runtime:
         plan, serve = self.plan, self.plan.serve
         return Service(
             plan,
-            Scorer(self.computer or Batcher(self.engine), serve.queue.seconds, serve.queue.most, serve.queue.cached),
+            Scorer(
+                self.computer or Batcher(self.engine),
+                serve.queue.seconds,
+                serve.queue.most,
+                serve.queue.cached,
+                None if self.learning is None else self.learning.engine.renewed,
+            ),
             TokenCounter(as_text(self.engine.encoder.tokenizer)),
             Upstream(),
             Purse(_spend_limit(plan), serve.timeouts.total),
@@ -126,6 +153,8 @@ class Runtime:
             await service.purse.drain()
             service.purse.close()
             await asyncio.to_thread(service.scorer.close)
+            if self.learning is not None:
+                await asyncio.to_thread(self.learning.close)
             if self.server.answers is not None:
                 await self.server.answers.close()
             if self.server.log is not None:
@@ -147,6 +176,8 @@ class Runtime:
                     # Without limits too, where there were some: what is reserved must be settled.
                     limit = await asyncio.to_thread(_spend_limit, plan, was is not None)
                 found, notes = await asyncio.to_thread(counters, config.models)
+                if self.learning is not None and config.serve.learn is not None:
+                    await asyncio.to_thread(self.learning.adopt, config.serve.learn)
             except (ValueError, SQLAlchemyError) as error:
                 logger.error("the configuration was not changed: %s", error)
                 return False

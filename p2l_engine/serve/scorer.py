@@ -44,17 +44,24 @@ class Computer(Protocol):
 
 class Scorer:
     """patience: seconds that a prompt may have to wait for the engine, most: prompts that may wait; kept: prompts whose
-    coefficients are remembered.
+    coefficients are remembered. renewed: what brings coefficients up to date that were computed before; None: they stay so.
 
     A burst may wait so long. Where many in a row had to be refused, more come than the engine can compute, and a full queue
     would only make all of them late: until none has been refused for a second, few may wait, and those that waited before are
     refused too.
     """
 
-    def __init__(self, computer: Computer, patience: float, most: int, kept: int) -> None:
+    def __init__(
+        self,
+        computer: Computer,
+        patience: float,
+        most: int,
+        kept: int,
+        renewed: Callable[[Coefficients], Coefficients] | None = None,
+    ) -> None:
         self.patience, self.most, self.kept = patience, most, kept
         self.hits = self.misses = 0
-        self._computer = computer
+        self._computer, self._renewed = computer, renewed
         self._known: OrderedDict[str, Coefficients] = OrderedDict()
         self._waiting: dict[str, asyncio.Future[Coefficients]] = {}
         self._computing: dict[str, Future[Coefficients]] = {}
@@ -89,6 +96,8 @@ class Scorer:
         if (found := self._known.get(key)) is not None:
             self.hits += 1
             self._known.move_to_end(key)
+            if self._renewed is not None:
+                found = self._known[key] = self._renewed(found)
             return found, key
         self.misses += 1
         future = self._waiting.get(key)
@@ -101,7 +110,15 @@ class Scorer:
         if admitted:
             self._promised.add(key)
         # Shielded: the client that asked first may leave while others wait for the same.
-        return await asyncio.shield(future), key
+        found = await asyncio.shield(future)
+        return found if self._renewed is None else self._renewed(found), key
+
+    def prepare(self, turns: Turns) -> None:
+        """Has a prompt computed that no request waits for, unless others wait."""
+        key = key_of(turns)
+        if key not in self._known and len(self._waiting) < FEW and key not in self._waiting:
+            self._waiting[key] = asyncio.ensure_future(self._compute(key, turns))
+            self._waiting[key].add_done_callback(_observed)
 
     async def batch(self, prompts: Sequence[Turns]) -> list[Coefficients]:
         """The coefficients of several prompts, some at a time: single requests get their turn in between. Raises Overloaded
@@ -110,7 +127,8 @@ class Scorer:
         found = list[tuple[Coefficients, str]]()
         for start in range(0, len(prompts), TOGETHER):
             found += await asyncio.gather(*(self.coefficients(turns, True) for turns in prompts[start : start + TOGETHER]))
-        return [coefficients for coefficients, _ in found]
+        # Renewed together: of one head, over the same models.
+        return [coefficients if self._renewed is None else self._renewed(coefficients) for coefficients, _ in found]
 
     def _check(self) -> None:
         """Raises Overloaded where a prompt would have to wait too long."""

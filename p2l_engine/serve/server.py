@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from p2l_engine.decision_log.log import DecisionLog
 from p2l_engine.decision_log.record import Record
@@ -12,6 +13,9 @@ from p2l_engine.serve.answers import Answers
 from p2l_engine.serve.metrics import Metrics
 from p2l_engine.serve.service import Service
 from p2l_engine.serve.traces import Traces
+
+if TYPE_CHECKING:
+    from p2l_engine.serve.learn import OnlineLearning
 
 RECENT = 50
 
@@ -31,6 +35,7 @@ class Server:
         self.recent: deque[Record] = deque(maxlen=RECENT)
         self.started = time.time()
         self.traces: Traces | None = None
+        self.learning: OnlineLearning | None = None
         self.running = 0
         self.ready = True
         self._watch = watch

@@ -116,11 +116,13 @@ class Service:
                 coefficients, call.turns_hash = await self.scorer.coefficients(call.ask.turns)
             except PromptError as error:
                 raise Refused(400, error.problem, "messages") from None
-            call.score(coefficients)
+            call.score(coefficients.of_first(len(plan.choosers["bt"].models)))
             call.foreseen = plan.foreseen(coefficients)
         else:
             call.rates = call.drawn = np.zeros(len(plan.names))
             call.turns_hash = key_of(call.ask.turns)
+            if plan.serve.learn is not None:
+                self.scorer.prepare(call.ask.turns)  # for feedback on the answer
         call.mark("coefficients")
         call.cached = self._cached(call)
         call.tokens_out = self.expectations.tokens_out(call.ask.max_tokens, call.ask.outputs, call.foreseen)

@@ -111,6 +111,40 @@ class Queue(Section):
     cached: Tokens = 10_000
 
 
+class LearnedModel(Section):
+    """A model that the checkpoint does not know. like: the known one that it resembles. prior_rating: of it, on the scale of
+    ``ratings``."""
+
+    like: str | None = None
+    prior_rating: float | None = None
+
+
+class Learn(Section):
+    """Learning from feedback. state: the folder of what is learned. models: that join the checkpoint's, and ratings of known
+    ones, as in ``adapt --models``. prompts: a table that says how prompts vary; None: the first that are asked say it.
+
+    seconds: between two looks at the feedback. refine: votes after which the optimum over all of them is found again (or a
+    tenth of all, if that is more). save_seconds: between two savings. prompts_kept: hidden states on disk, of the prompts that
+    were asked last.
+    """
+
+    state: Annotated[str, Field(min_length=1)]
+    models: dict[str, LearnedModel] = Field(default_factory=dict)
+    ratings: dict[str, float] | None = None
+    prompts: str | None = None
+    seconds: Seconds = 1.0
+    refine: Tokens = 1_000
+    save_seconds: Seconds = 60.0
+    prompts_kept: Tokens = 100_000
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_said(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("models"), dict):
+            return {**values, "models": {name: {} if of is None else of for name, of in values["models"].items()}}
+        return values
+
+
 class Serve(Section):
     """How the server behaves. Amounts in USD."""
 
@@ -120,6 +154,7 @@ class Serve(Section):
     opponents: Literal["uniform"] | dict[str, Price] = "uniform"
     seed: int = 0
     explore: Literal["thompson"] | None = None  # as Router's: by a draw of each prompt's coefficients
+    learn: Learn | None = None  # from feedback, while it serves
     limits: tuple[LimitEntry, ...] = ()
     over_limit: Literal["cheaper", "free", "refuse"] = "cheaper"
     keys: tuple[Key, ...] = ()
@@ -164,6 +199,14 @@ class Config(Section):
                 raise ValueError(f"serve.limits: expected the id of a key, got {entry.key!r}")
             if entry.each_key and not ids:
                 raise ValueError("serve.limits: each_key needs serve.keys")
+        if self.serve.learn is not None:
+            if self.serve.store is None or self.serve.store.startswith("postgresql"):
+                raise ValueError(
+                    "serve.learn: needs an SQLite file under serve.store, which holds the feedback: servers that share a "
+                    "database would each learn something else"
+                )
+            if unknown := sorted(set(self.serve.learn.models) - set(self.models)):
+                raise ValueError(f"serve.learn.models: expected names under models, got {', '.join(unknown)}")
         if self.serve.limits and self.serve.store is None:
             raise ValueError("serve.limits: need serve.store, a file such as serve.sqlite, which keeps what was spent")
         unbounded = [

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import orjson
@@ -23,6 +23,9 @@ from p2l_engine.serve.gate import Unauthorized
 from p2l_engine.serve.page import page
 from p2l_engine.serve.server import Server
 from p2l_engine.serve.settings import Key
+
+if TYPE_CHECKING:
+    from p2l_engine.serve.learn import OnlineLearning
 
 JSON = "application/json"
 logger = logging.getLogger(__name__)
@@ -113,8 +116,14 @@ async def status(server: Server, key: Key | None) -> Any:
         else {"budget": pacer.budget, "mean_cost": _finite(pacer.mean_cost), "count": pacer.count},
         "coefficient_cache": {"hits": service.scorer.hits, "misses": service.scorer.misses},
         "answer_cache": None if server.answers is None else {"hits": server.answers.hits, "misses": server.answers.misses},
+        "learning": None if server.learning is None else _learning(server.learning),
         "recent": [_shown(record) for record in server.recent if key is None or record.key == key.id],
     }
+
+
+def _learning(learning: OnlineLearning) -> dict[str, Any]:
+    names = ("ready", "learned", "pending", "waiting", "lag", "updates", "refinements", "failures", "skipped")
+    return {name: getattr(learning, name) for name in names}
 
 
 def _balances(limit: SpendLimit, key: Key | None) -> list[dict[str, Any]] | None:

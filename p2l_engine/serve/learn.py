@@ -1,0 +1,407 @@
+"""A server that learns from the feedback that it gets: a thread reads it from the log, in order, and replaces the head."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from sqlalchemy.exc import SQLAlchemyError
+
+from p2l_engine.checkpoint import fingerprint
+from p2l_engine.decision_log.log import DecisionLog
+from p2l_engine.engine import Engine
+from p2l_engine.errors import PromptError
+from p2l_engine.learning.hidden import hidden_states
+from p2l_engine.learning.learned import LearnedHead
+from p2l_engine.learning.learner import Learner
+from p2l_engine.learning.names import check_new
+from p2l_engine.learning.new_models import Described, Descriptions
+from p2l_engine.learning.rows import NewModel
+from p2l_engine.learning.write import retired_models
+from p2l_engine.prompts.parse import Turns, cell_turns
+from p2l_engine.serve.learning_engine import LearningEngine
+from p2l_engine.serve.lessons import Lesson, lessons
+from p2l_engine.serve.prompt_states import PromptStates
+from p2l_engine.serve.settings import ConfigError, Learn
+from p2l_engine.tables.atomic import write_file
+from p2l_engine.tables.whole import read_table
+from p2l_engine.votes import Votes
+
+Float32 = npt.NDArray[np.float32]
+
+REFERENCE = 256  # prompts that say how prompts vary, before anything is learned
+NEWEST = 1024  # of them, where more are known
+BATCH = 256  # pieces of feedback that are learned from at a time
+OLDEST = 600.0  # seconds after which the optimum over all votes is found again, however few are new,
+RARELY = 20.0  # or so many times as long as that took last
+LONGEST = 30.0  # seconds that the end of the server waits for the thread
+NICE = 10  # of the threads, where threads have a priority of their own (Linux)
+NOT_COMPUTED_WITH = ("catalog.yaml",)
+NO_STATE = "the prompt's hidden state is not kept any more, and its text was not logged"
+UNREADABLE = "the prompt cannot be read"
+FAILED = "its update failed"
+
+logger = logging.getLogger(__name__)
+
+
+class OnlineLearning:
+    """settings: of the configuration. engine: of the checkpoint, whose head is where learning starts. days: how long hidden
+    states of prompts are kept.
+
+    Reads the state in ``settings.state``, or begins one; ``open`` starts the thread, ``close`` ends it. What was learned and
+    how far the feedback was read are saved together, so that feedback counts once, whatever ends the process. Raises
+    ConfigError for a state of another checkpoint, one that cannot be used, and names that cannot be given to new models.
+
+    learned: votes; skipped: feedback that gave none, by reason; failures: updates, refinements and savings that failed; waiting
+    and oldest: feedback not learned from yet, and since when (seconds since 1970); seconds, refine_seconds: that updates and
+    refinements took; ready: whether enough is known of how prompts vary.
+    """
+
+    def __init__(self, settings: Learn, engine: Engine, days: float | None = None) -> None:
+        self.settings, self._days = settings, days
+        self._folder = Path(settings.state)
+        if engine.theta_map is not None:
+            raise ConfigError(
+                f"serve.learn: {engine.folder} is calibrated by a monotone map (calibration.json), behind which rows cannot be "
+                "learned: calibrate with linear maps alone (--map)"
+            )
+        cpu, uncertainty = torch.device("cpu"), engine.uncertainty
+        certain = None if uncertainty is None else uncertainty.to(cpu)
+        self._checkpoint = LearnedHead(engine.head.to(cpu), certain, engine.models, engine.feedback)
+        self._retired = retired_models(engine.folder)
+        found = fingerprint.of_checkpoint(engine.folder, engine.base)
+        self._of = {name: value for name, value in found.items() if name not in NOT_COMPUTED_WITH}
+        self.learned = self.updates = self.refinements = self.failures = self.waiting = 0
+        self.seconds = self.last_seconds = self.refine_seconds = 0.0
+        self.oldest: float | None = None
+        self.skipped = Counter[str]()
+        self._number = 0  # of the last feedback that was read
+        self._learner = self._read(engine)
+        self.engine = LearningEngine(engine, self._head(), self._remember)
+        self._joining, self._publishing, self._wake = threading.Lock(), threading.Lock(), threading.Event()
+        self._join(self.additions(settings))
+        self._states: PromptStates | None = None
+        self._lock: int | None = None
+        self._refining: threading.Thread | None = None
+        self._refined, self._refine_took = time.monotonic(), 0.0
+        self._saved, self._changed = time.monotonic(), False
+        self._closing = self._failing = False
+
+    @property
+    def pending(self) -> int:
+        """Votes since the optimum over all of them was found last."""
+        return self._learner.pending
+
+    @property
+    def ready(self) -> bool:
+        """Whether it is known how prompts vary."""
+        return self._reference >= REFERENCE or self.settings.prompts is not None
+
+    @property
+    def lag(self) -> float:
+        """Seconds since the oldest feedback that was not learned from; 0 where there is none."""
+        return 0.0 if self.oldest is None else max(0.0, time.time() - self.oldest)
+
+    def additions(self, settings: Learn) -> list[NewModel]:
+        """The models of a configuration that are not learned yet. Raises ConfigError."""
+        known = self._checkpoint.models
+        described = {name: Described(name, model.like, model.prior_rating) for name, model in settings.models.items()}
+        joined = self._learner.models[len(known) :]
+        try:
+            check_new(
+                [name for name in described if name not in joined],
+                self._learner.models,
+                self._retired,
+            )
+            all_new = Descriptions(tuple(described.values()), settings.ratings).as_new_models(known, self._learner.mean_theta)
+        except ValueError as error:
+            raise ConfigError(f"serve.learn.models: {error}") from None
+        return [model for model in all_new if model.name not in joined]
+
+    def adopt(self, settings: Learn) -> None:
+        """Takes a new configuration: models that it adds join the head, before their first vote. Raises ConfigError."""
+        with self._joining:
+            self._join(self.additions(settings))
+            self.settings, self._changed = settings, True
+
+    def lines(self) -> list[str]:
+        """What a user should know, for ``serve --check``."""
+        joined = self._learner.models[len(self._checkpoint.models) :]
+        found = [
+            f"learns from feedback: {self._learner.votes:,} votes so far" + (f"; new: {', '.join(joined)}" if joined else "")
+        ]
+        if not self.ready:
+            found.append(
+                f"learning begins once {REFERENCE} different prompts were asked, which say how yours vary; serve.learn.prompts "
+                "names a file of them"
+            )
+        return found
+
+    def open(self, log: DecisionLog) -> None:
+        """Makes the state's folder if there is none, and starts. Raises ConfigError where it cannot be written, or where
+        another process learns there."""
+        where = f"serve.learn.state: {self._folder}"
+        try:
+            self._folder.mkdir(exist_ok=True)
+            self._lock = os.open(self._folder, os.O_RDONLY)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            write_file(self._folder / "checkpoint.json", json.dumps(self._of, indent=1))
+            self._save()
+            self._states = PromptStates(self._folder / "prompts.sqlite", self.settings.prompts_kept, self._days)
+        except BlockingIOError:
+            raise ConfigError(f"{where}: another process learns there: each server needs a folder of its own") from None
+        except (OSError, SQLAlchemyError) as error:
+            raise ConfigError(f"{where}: cannot be written: {error}") from None
+        self._log = log
+        if (last := log.last_number()) < self._number:
+            logger.warning("serve.learn: the log is not the one of before: all feedback in it is new")
+            self._number = 0
+        self._thread = threading.Thread(target=self._run, name="learning", daemon=True)
+        self._thread.start()
+        logger.info("learning goes on after feedback %d of %d", self._number, last)
+
+    def close(self) -> None:
+        """Learns from what was given, saves, and ends."""
+        self._closing = True
+        self._wake.set()
+        self._thread.join(LONGEST)
+        if self._thread.is_alive():
+            logger.error("the server ends before all feedback was learned from: it is, when the server starts again")
+        elif self._states is not None and self._lock is not None:
+            self._states.close()
+            os.close(self._lock)
+
+    def _read(self, engine: Engine) -> Learner:
+        """The learner of the saved state, or a new one."""
+        where, state, of = (
+            f"serve.learn.state: {self._folder}",
+            self._folder / "learner.safetensors",
+            self._folder / "checkpoint.json",
+        )
+        self._reference = 0
+        _check_writable(self._folder, where)
+        try:
+            known = json.loads(of.read_text(encoding="utf-8")) if of.exists() else self._of
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{where}: checkpoint.json cannot be read: {error}; name another folder") from None
+        if known != self._of:
+            different = sorted(name for name in {**known, **self._of} if known.get(name) != self._of.get(name))
+            raise ConfigError(
+                f"{where}: is of another checkpoint ({', '.join(different[:3])}): name another folder, or the checkpoint it "
+                "began with"
+            )
+        loaded = self._checkpoint
+        if state.exists():
+            try:
+                found = Learner.load(state, loaded.head, loaded.feedback, loaded.uncertainty)
+                notes = dict(found.notes)
+                self._number, self._reference, self.learned = (int(notes[name]) for name in ("number", "reference", "learned"))
+                self.skipped.update(notes["skipped"])
+            except (ValueError, OSError, KeyError) as error:
+                raise ConfigError(f"{where}: {error}; name another folder to begin again") from None
+            return found
+        reference = np.zeros((0, loaded.head.weight.shape[1]), np.float32)
+        if self.settings.prompts is not None:
+            reference = hidden_states(engine, _prompts(self.settings.prompts))
+        return self._new_learner(reference)
+
+    def _new_learner(self, reference: Float32) -> Learner:
+        loaded = self._checkpoint
+        self._reference = len(reference)
+        return Learner(loaded.head, loaded.models, loaded.feedback, reference, uncertainty=loaded.uncertainty)
+
+    def _head(self) -> LearnedHead:
+        head, uncertainty = self._learner.head()
+        return LearnedHead(head, uncertainty, self._learner.models, self._checkpoint.feedback)
+
+    def _remember(self, prompt: str, state: Float32) -> None:
+        if self._states is not None:
+            self._states.add(prompt, state)
+
+    def _run(self) -> None:
+        """The thread."""
+        _nice()
+        while True:
+            self._wake.wait(self.settings.seconds)
+            closing = self._closing
+            try:
+                self._step()
+                self._failing = False
+            except SQLAlchemyError as error:
+                if not self._failing:
+                    logger.error("learning waits: the store fails (%s)", type(error).__name__)
+                self._failing = True
+            except Exception:  # whatever it is, the thread goes on, and the feedback is read again
+                self.failures += 1
+                logger.exception("learning failed")
+            if closing:
+                self._save_or_log()
+                return
+
+    def _step(self) -> None:
+        """Everything that is due."""
+        assert self._states is not None
+        self._states.flush()
+        self.waiting, self.oldest = self._log.waiting(self._number)
+        if not self.ready and self._states.count >= REFERENCE:
+            self._begin(np.stack(self._states.newest(NEWEST)))
+        while self.ready and self.waiting:
+            said = self._log.feedback_after(self._number, BATCH)
+            if said:
+                found, skipped = lessons(self._log, said, self._learner.models, self._checkpoint.feedback)
+                self._learn(found, skipped)
+                self.skipped += skipped
+                self._number, self._changed = said[-1].number, True
+            self.waiting, self.oldest = self._log.waiting(self._number)
+            self._save_if_due()
+        self._refine_if_due()
+        self._save_if_due()
+
+    def _begin(self, reference: Float32) -> None:
+        """Starts anew, now that it is known how prompts vary: nothing was learned before."""
+        with self._joining:
+            joined = self._learner.models[len(self._checkpoint.models) :]
+            self._learner = self._new_learner(reference)
+            described = {new.name: new for new in self.additions(self.settings)}
+            self._join([described.get(name, NewModel(name)) for name in joined])  # in their order, which requests rely on
+            self._publish()
+            self._changed = True
+
+    def _join(self, new: list[NewModel]) -> None:
+        if new:
+            self._learner.join(new)
+            self._publish()
+
+    def _learn(self, found: list[Lesson], skipped: Counter[str]) -> None:
+        """Updates by these votes, and adds those that cannot be learned from to ``skipped``."""
+        states = self._states_of(found, skipped)
+        usable = [lesson for lesson in found if lesson.prompt in states]
+        if not usable:
+            return
+        began = time.perf_counter()
+        try:
+            self._update(usable, states)
+            self.learned += len(usable)
+        except (ValueError, ArithmeticError, np.linalg.LinAlgError):  # one by one, so that only the vote at fault fails
+            for lesson in usable:
+                try:
+                    self._update([lesson], states)
+                    self.learned += 1
+                except (ValueError, ArithmeticError, np.linalg.LinAlgError) as error:
+                    self.failures += 1
+                    skipped[FAILED] += 1
+                    logger.error("a vote on %s and %s cannot be learned from: %s", lesson.a, lesson.b, error)
+        self._publish()
+        self.updates += 1
+        self.last_seconds = time.perf_counter() - began
+        self.seconds += self.last_seconds
+
+    def _update(self, found: list[Lesson], states: dict[str, Float32]) -> None:
+        names = self._learner.models
+        prompts = list(dict.fromkeys(lesson.prompt for lesson in found))
+        place = {prompt: i for i, prompt in enumerate(prompts)}
+        a, b = (
+            np.array([names.index(name) for name in side]) for side in zip(*((each.a, each.b) for each in found), strict=True)
+        )
+        prompt, outcome = np.array([place[each.prompt] for each in found]), np.array([each.outcome for each in found])
+        votes = Votes.make([(prompt,) for prompt in prompts], names, prompt, a, b, outcome)
+        self._learner.update(votes, np.stack([states[each] for each in prompts]))
+
+    def _states_of(self, found: list[Lesson], skipped: Counter[str]) -> dict[str, Float32]:
+        """The hidden states of the votes' prompts: kept ones, or computed again from logged texts."""
+        assert self._states is not None
+        states = self._states.get({lesson.prompt for lesson in found})
+        for lesson in found:
+            if lesson.prompt in states:
+                continue
+            if lesson.turns is None:
+                skipped[NO_STATE] += 1
+                continue
+            try:
+                states[lesson.prompt] = hidden_states(self.engine.engine, [list(lesson.turns)])[0]
+            except PromptError:
+                skipped[UNREADABLE] += 1
+        return states
+
+    def _publish(self) -> None:
+        """Requests that begin now get the head as it is now."""
+        with self._publishing:
+            self.engine.current = self._head()
+
+    def _refine_if_due(self) -> None:
+        pending, since = self._learner.pending, time.monotonic() - self._refined
+        if self._closing or not pending or (self._refining is not None and self._refining.is_alive()):
+            return
+        if pending >= max(self.settings.refine, self._learner.votes // 10) or since > max(OLDEST, RARELY * self._refine_took):
+            self._refining = threading.Thread(target=self._refine, name="refining", daemon=True)
+            self._refining.start()
+
+    def _refine(self) -> None:
+        """A thread of its own."""
+        _nice()
+        began = time.perf_counter()
+        try:
+            self._learner.refine()
+            self._publish()
+            self.refinements += 1
+        except Exception:  # whatever it is: updates go on
+            self.failures += 1
+            logger.exception("the optimum over all votes was not found")
+        self._refine_took = time.perf_counter() - began
+        self.refine_seconds += self._refine_took
+        self._refined, self._changed = time.monotonic(), True
+
+    def _save_if_due(self) -> None:
+        if self._changed and time.monotonic() > self._saved + self.settings.save_seconds:
+            self._save_or_log()
+
+    def _save_or_log(self) -> None:
+        try:
+            if self._changed:
+                self._save()
+        except OSError as error:
+            self.failures += 1
+            logger.error("what was learned is not saved: %s", error)
+        self._saved = time.monotonic()
+
+    def _save(self) -> None:
+        self._changed = False
+        notes: dict[str, Any] = {"number": self._number, "reference": self._reference, "learned": self.learned}
+        try:
+            self._learner.save(self._folder / "learner.safetensors", {**notes, "skipped": dict(self.skipped)})
+        except BaseException:
+            self._changed = True
+            raise
+
+
+def _check_writable(folder: Path, where: str) -> None:
+    there = folder if folder.exists() else folder.parent
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"{where}: expected a folder that can be written, or a name in one")
+
+
+def _prompts(path: str) -> list[Turns]:
+    """The column prompt of a table. Raises ConfigError."""
+    try:
+        table = read_table(path, ("prompt",))
+        if "prompt" not in table.columns or not len(table):
+            raise ValueError("expected a table with a column 'prompt'")
+        return [cell_turns(cell) for cell in table.columns["prompt"]]
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"serve.learn.prompts: {path}: {error}") from None
+
+
+def _nice() -> None:
+    """Lets requests go first."""
+    if hasattr(os, "setpriority"):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)

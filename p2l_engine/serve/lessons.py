@@ -1,0 +1,112 @@
+"""What people said of decisions, as votes between two models."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
+
+from p2l_engine.decision_log.comparison import REPEATED, answering, content, no_answer, no_vote
+from p2l_engine.decision_log.log import DecisionLog
+from p2l_engine.decision_log.record import Feedback, Preference, Record
+from p2l_engine.decision_log.store import Said
+from p2l_engine.feedback import FeedbackModel, Outcome
+
+SCORES = 200  # of one prompt, the newest, that a new one is compared with
+LABEL = "a label"
+ALONE = "a score without one of another model on the same prompt"
+NO_TIES = "a tie, which the checkpoint's feedback model does not know"
+UNKNOWN = "on a model that is not learned: name it under serve.learn.models"
+GONE = "its decision is not in the log"
+OUTCOMES: dict[Preference, Outcome] = {
+    "this": Outcome.A, "other": Outcome.B, "tie": Outcome.TIE, "both_bad": Outcome.BOTH_BAD,
+}  # fmt: skip
+
+
+class Lesson(NamedTuple):
+    """One vote. prompt: the hash of its turns; turns: themselves, where they were logged. since: when it was given, seconds
+    since 1970."""
+
+    prompt: str
+    turns: tuple[str, ...] | None
+    a: str
+    b: str
+    outcome: Outcome
+    since: float
+
+
+def lessons(
+    log: DecisionLog, said: Sequence[Said], models: Collection[str], feedback: FeedbackModel
+) -> tuple[list[Lesson], Counter[str]]:
+    """The votes that follow from what was said, in its order, and how much of it is none, by reason.
+
+    A preference is a vote. A score is one against the newest score of each other model on the same prompt, as in a table of
+    scores. What repeats something that was said of the same decision is none. models: that votes may be on.
+    """
+    ids = {each.feedback.decision for each in said} | {each.feedback.against for each in said if each.feedback.against}
+    records = log.decisions(sorted(ids))
+    first = dict[tuple[object, ...], int]()
+    for each in log.said_of(sorted({each.feedback.decision for each in said})):
+        first.setdefault(content(each.feedback), each.number)
+    found, skipped = list[Lesson](), Counter[str]()
+    for each in said:
+        if first.get(content(each.feedback), each.number) < each.number:
+            skipped[REPEATED] += 1
+            continue
+        votes = _votes(each, records, log)
+        if isinstance(votes, str):
+            skipped[votes] += 1
+            continue
+        for vote in votes:
+            why = _unusable(vote, models, feedback)
+            skipped.update([] if why is None else [why])
+            found += [vote] if why is None else []
+    return found, skipped
+
+
+def _votes(said: Said, records: Mapping[str, Record], log: DecisionLog) -> list[Lesson] | str:
+    """The votes of one feedback, or why there is none."""
+    each, record = said.feedback, records.get(said.feedback.decision)
+    if each.label is not None:
+        return LABEL
+    if record is None:
+        return GONE
+    if each.preference is not None:
+        other = records.get(each.against or "")
+        if other is None or (why := no_vote(record, other)) is not None:
+            return str(no_vote(record, other) if other is None else why)
+        return [_lesson(each, record, answering(record), answering(other), OUTCOMES[each.preference])]
+    if (why := no_answer(record)) is not None:
+        return why
+    own, found = answering(record), []
+    for model, score in _scores(log, record, said.number).items():
+        if model != own:
+            found.append(_lesson(each, record, own, model, _outcome(float(each.score or 0), score)))
+    return found or ALONE
+
+
+def _scores(log: DecisionLog, record: Record, number: int) -> dict[str, float]:
+    """The newest score of each model on the record's prompt, before this number."""
+    found = dict[str, float]()
+    if record.turns_hash:
+        for said, of in log.scores_on(record.turns_hash, number, SCORES):
+            if said.score is not None and no_answer(of) is None:
+                found.setdefault(answering(of), said.score)
+    return found
+
+
+def _outcome(a: float, b: float) -> Outcome:
+    """As ``votes.scores.from_scores``."""
+    if a == b:
+        return Outcome.TIE if a >= 0.5 else Outcome.BOTH_BAD
+    return Outcome.A if a > b else Outcome.B
+
+
+def _lesson(said: Feedback, record: Record, a: str, b: str, outcome: Outcome) -> Lesson:
+    return Lesson(record.turns_hash, record.turns, a, b, outcome, said.time)
+
+
+def _unusable(vote: Lesson, models: Collection[str], feedback: FeedbackModel) -> str | None:
+    if vote.a not in models or vote.b not in models:
+        return UNKNOWN
+    return NO_TIES if vote.outcome >= Outcome.TIE and not feedback.has_ties else None
