@@ -15,9 +15,9 @@ from p2l_engine.arguments import finite_number
 from p2l_engine.catalog import Catalog
 from p2l_engine.coefficients import Coefficients
 from p2l_engine.constraints import UNCONSTRAINED, Constraints
-from p2l_engine.decision import Decision, Draws
+from p2l_engine.decision import Decision, Draws, generator_of
 from p2l_engine.errors import CatalogError
-from p2l_engine.exploration import DRAWN, Explored, explore, posteriors
+from p2l_engine.exploration import DRAWN, Explored, explore, known_deviation, posteriors
 from p2l_engine.feedback import FeedbackModel
 from p2l_engine.native import routing as native
 from p2l_engine.prompts.parse import Prompt, user_turns
@@ -86,14 +86,16 @@ class Chooser:
         prompts: Sequence[Prompt],
         constraints: Constraints = UNCONSTRAINED,
         draws: Sequence[str | None] | None = None,
+        policies: Policies | None = None,
     ) -> list[Decision]:
         """The decisions for prompts whose coefficients are known, in order.
 
         draws: a text for each prompt, such as a request's id: equal prompts with different texts are drawn independently; None:
-        all alike. Where the router explores, propensities under constraints over the batch are those at the dual prices of
-        this batch's draws. Raises PromptError, InfeasibleBudget and Infeasible; ValueError for coefficients of other models or
-        another number of prompts, for constraints that are wrong, and for exploring without a deviation, or with several
-        bounds for each prompt.
+        all alike. policies: of these prompts, where they were solved with others; under the draws of their coefficients where
+        the router explores. None: solved here. Where the router explores, propensities under constraints over the batch are
+        those at the dual prices of this batch's draws. Raises PromptError, InfeasibleBudget and Infeasible; ValueError for
+        coefficients of other models or another number of prompts, for constraints that are wrong, and for exploring without a
+        deviation, or with several bounds for each prompt.
         """
         if coefficients.models != self.models or len(coefficients) != len(prompts):
             raise ValueError(
@@ -104,9 +106,12 @@ class Chooser:
         v = self._rates(theta, coefficients.eta)
         turns = [user_turns(prompt, i) for i, prompt in enumerate(prompts)]
         tokens = _tokens(draws, len(turns))
-        costs = self.costs_of(coefficients)
-        explored = self._explored(coefficients, theta, turns, tokens, constraints, costs) if self.explore and turns else None
-        policies = self.solve(v, constraints, costs) if explored is None else explored.policies
+        costs, explored = self.costs_of(coefficients), None
+        if self.explore and turns:
+            explored = self._explored(coefficients, theta, turns, tokens, constraints, costs, policies)
+            policies = explored.policies
+        elif policies is None:
+            policies = self.solve(v, constraints, costs)
         if explored is not None:
             policies = replace(policies, value=expected(v, policies.indices, policies.probabilities))
         scores = self._scores(theta, policies, v)
@@ -136,13 +141,37 @@ class Chooser:
                 )
             posterior = self.posterior(coefficients, prompt, draw)
         rates = v if posterior is None else self._rates(posterior.drawn[None], coefficients.eta)
-        costs = self.costs_of(coefficients)
-        costs = costs if costs.ndim == 1 else costs[0]
+        costs = self._costs_of_one(coefficients)
         choice = pacer.choose_at(rates[0], costs)
-        k, price = choice.model, choice.price
+        price = choice.price
         why = f"highest win rate less cost at {price:.4g} per {self.catalog.unit}: a mean budget of {pacer.budget:g}"
         if price == math.inf:
             why = f"lowest cost: a mean budget of {pacer.budget:g} was overspent by {pacer.allowance:g} or more"
+        return self._priced(coefficients, theta, v, posterior, choice.model, costs, price, choice.most, why)
+
+    def at_price(self, coefficients: Coefficients, prompt: Prompt, price: float, draw: str | None = None) -> Decision:
+        """The decision for one prompt at a price, win rate per unit of cost, of a router that explores."""
+        theta = arrays.matrix("theta", coefficients.theta)
+        posterior = self.posterior(coefficients, prompt, draw)
+        costs = self._costs_of_one(coefficients)
+        k = int(thompson.paced(self._rates(posterior.drawn[None], coefficients.eta), costs, price)[0])
+        why = f"highest win rate less cost at {price:.4g} per {self.catalog.unit}"
+        v = self._rates(theta, coefficients.eta)
+        return self._priced(coefficients, theta, v, posterior, k, costs, price, math.inf, why)
+
+    def _priced(
+        self,
+        coefficients: Coefficients,
+        theta: Float64,
+        v: Float64,
+        posterior: Posterior | None,
+        k: int,
+        costs: Float64,
+        price: float,
+        most: float,
+        why: str,
+    ) -> Decision:
+        """The decision for model k, which was chosen at a price among the models of at most this cost."""
         name = self.names[k]
         score = native.bt_score(theta, self.q, self._bt_value(theta, v, np.array([[k]]), np.ones((1, 1))))
         decision = Decision(name, {name: 1.0}, float(costs[k]), float(v[0, k]), float(score[0]), why, 1.0)
@@ -151,7 +180,7 @@ class Chooser:
         if posterior is None:
             return decision
         found = posterior.propensity(
-            1.0, lambda drawn: thompson.paced(self._rates(drawn, coefficients.eta), costs, price, choice.most) == k
+            1.0, lambda drawn: thompson.paced(self._rates(drawn, coefficients.eta), costs, price, most) == k
         )
         return replace(decision, why=f"{why}; {DRAWN}", propensity=found.value, propensity_error=found.error)
 
@@ -176,6 +205,11 @@ class Chooser:
             return self.costs
         tokens_in, tokens_out = usage.tokens_in[:, None].astype(np.float64), usage.tokens_out[:, self._columns]
         return np.where(own, tokens_in * self._per_in + tokens_out * self._per_out, self.costs)
+
+    def _costs_of_one(self, coefficients: Coefficients) -> Float64:
+        """[K]: of the one prompt of these coefficients."""
+        costs = self.costs_of(coefficients)
+        return costs if costs.ndim == 1 else costs[0]
 
     def seconds_of(self, coefficients: Coefficients) -> Float64:
         """How long answers are expected to take, [N, K] seconds: the amounts of a ``routing.Resource``. Raises ValueError where
@@ -215,6 +249,20 @@ class Chooser:
         """The Bradley-Terry score [N] of each prompt's policy; v [N, K] are the same coefficients' ``win_rates``."""
         return self._scores(arrays.matrix("theta", coefficients.theta), policies, v)
 
+    def draw_key(self, turns: Sequence[str], draw: str | None = None) -> bytes:
+        """What ``drawn`` draws a prompt's coefficients by; ``draw`` as in ``decide``."""
+        return self._draws.key(turns, draw)
+
+    def drawn(self, coefficients: Coefficients, keys: Sequence[bytes]) -> Float64:
+        """The draws of theta [N, M] by which ``decide`` chooses for prompts of these keys."""
+        theta, deviation = (
+            arrays.matrix("theta", coefficients.theta),
+            known_deviation(coefficients.theta, coefficients.deviation),
+        )
+        rows = zip(theta, deviation, keys, strict=True)
+        found = [Posterior(mean, around, generator_of(key)).drawn for mean, around, key in rows]
+        return np.array(found).reshape(theta.shape)
+
     def draw(self, turns: Sequence[str], indices: Sequence[int], probabilities: Sequence[float]) -> int:
         """The index in ``names`` of the model that a prompt of these user turns gets under a mixed policy."""
         return self._draws.draw(turns, indices, probabilities)
@@ -227,12 +275,13 @@ class Chooser:
         tokens: Sequence[str | None],
         constraints: Constraints,
         costs: Float64,
+        policies: Policies | None,
     ) -> Explored:
         eta = coefficients.eta
         believed = posteriors(theta, coefficients.deviation, self._draws, turns, tokens)
         return explore(
             believed, constraints, self.names, costs, self._columns,
-            lambda drawn, some: self._rates(drawn, None if eta is None else eta[some]),
+            lambda drawn, some: self._rates(drawn, None if eta is None else eta[some]), policies,
         )  # fmt: skip
 
     def _with_usage(

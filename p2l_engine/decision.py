@@ -83,9 +83,18 @@ class Draws:
 
     def generator(self, turns: Sequence[str], token: str | None = None) -> np.random.Generator:
         """A generator for this prompt's draws of coefficients, independent of ``draw``."""
-        return np.random.Generator(np.random.PCG64(int.from_bytes(self._digest(turns, token, 16), "little")))
+        return generator_of(self.key(turns, token))
+
+    def key(self, turns: Sequence[str], token: str | None = None) -> bytes:
+        """16 bytes from which ``generator_of`` makes this prompt's generator."""
+        return self._digest(turns, token, 16)
 
     def _digest(self, turns: Sequence[str], token: str | None, size: int = 8) -> bytes:
         """A hash of the seed, the user turns and the token. Hashes of different sizes are independent."""
         text = json.dumps(turns if token is None else [token, turns])
         return hashlib.blake2b(text.encode(), digest_size=size, key=self._salt).digest()
+
+
+def generator_of(key: bytes) -> np.random.Generator:
+    """The generator of a ``Draws.key``."""
+    return np.random.Generator(np.random.PCG64(int.from_bytes(key, "little")))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -63,6 +64,13 @@ def posteriors(
 ) -> list[Posterior]:
     """What is believed of each prompt, with draws of its own: theta and deviation [N, M], its user turns and token. Raises
     ValueError where there is no deviation, or one that is not finite and >= 0."""
+    spread = known_deviation(theta, deviation)
+    rows = zip(theta, spread, turns, tokens, strict=True)
+    return [Posterior(mean, around, draws.generator(user, token)) for mean, around, user, token in rows]
+
+
+def known_deviation(theta: npt.NDArray[np.floating[Any]], deviation: npt.NDArray[np.float32] | None) -> Float64:
+    """The deviation [N, M] of theta, checked: see ``posteriors``."""
     if deviation is None:
         raise ValueError(NO_UNCERTAINTY)
     spread = arrays.matrix("deviation", deviation)
@@ -70,8 +78,7 @@ def posteriors(
         raise ValueError(
             f"deviation: expected numbers >= 0, {list(theta.shape)}, got {list(spread.shape)}, {spread.min():g} the least"
         )
-    rows = zip(theta, spread, turns, tokens, strict=True)
-    return [Posterior(mean, around, draws.generator(user, token)) for mean, around, user, token in rows]
+    return spread
 
 
 def explore(
@@ -81,10 +88,11 @@ def explore(
     costs: Float64,
     columns: npt.NDArray[np.intp],
     rates: Rates,
+    policies: Policies | None = None,
 ) -> Explored:
     """The policies of N prompts under a draw of each one's coefficients, over the K models of ``names``.
 
-    costs: of these models, [K] or [N, K].
+    costs: of these models, [K] or [N, K]. policies: these, where they were solved with other prompts; None: solved here.
 
     Raises ValueError for more than one bound for each prompt: a propensity would take a thousand LPs.
     """
@@ -96,4 +104,4 @@ def explore(
     by_order = thompson.order_decides(problem)
     if not by_order:
         problem = replace(problem, value=rates(drawn, slice(None)))
-    return Explored(believed, problem, solve(problem), columns, rates, by_order)
+    return Explored(believed, problem, solve(problem) if policies is None else policies, columns, rates, by_order)

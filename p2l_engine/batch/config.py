@@ -29,6 +29,8 @@ class BatchConfig:
 
     Decisions:
         budget, budget_scope, max_share, min_share: as in ``Router.route_batch``. The batch is all rows that can be routed.
+        draw: where the router explores, the kept column by whose text rows with equal prompts are drawn independently (None:
+            they are drawn alike).
         price: instead of a budget, the win rate that one unit of cost must gain: the dual price of an earlier run's batch
             budget, which is in that run's manifest and in the metadata of its parts.
 
@@ -53,6 +55,7 @@ class BatchConfig:
     min_share: Shares = field(default_factory=dict)
     coefficients: Literal["float16", "float32"] | None = None
     strict: bool = False
+    draw: str | None = None
     state: str | Path | None = None
     rows_per_part: int = ROWS_PER_PART
 
@@ -65,6 +68,8 @@ class BatchConfig:
         keep = list(self.keep or ())
         if not all(keep) or len(set(keep)) < len(keep):
             raise ValueError(f"keep: expected names of columns, each once, got {keep!r}")
+        if self.draw is not None and self.keep is not None and self.draw not in self.keep:
+            raise ValueError(f"draw: expected a column that is kept ({', '.join(keep) or 'none is'}), got {self.draw!r}")
         check_decision_options(self.budget, self.price, self.coefficients)
         if self.price is not None and (self.max_share or self.min_share):
             raise ValueError("price: cannot be combined with max_share or min_share")

@@ -8,11 +8,12 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from p2l_engine.batch.blocks import Unroutable
 from p2l_engine.batch.deduplicator import NO_REFERENCE, DeduplicatedBlock
 from p2l_engine.coefficients import Coefficients
-from p2l_engine.constraints import Constraints
+from p2l_engine.constraints import UNCONSTRAINED, Constraints
 from p2l_engine.router import Router
 from p2l_engine.routing import Policies
 from p2l_engine.routing.arrays import Float64
@@ -34,6 +35,9 @@ OUTPUT_COLUMNS = (
     "deviation",
     "error",
 )
+USAGE = ("expected_tokens", "expected_seconds")  # where the checkpoint has learned how long answers are
+EXPLORED = ("propensity", "propensity_error")  # further ones where the router explores
+KEY = 16  # bytes of a ``Chooser.draw_key``
 
 
 class DecidedBlock(NamedTuple):
@@ -49,6 +53,7 @@ class Decider:
 
     take: from references [n] to the engine's outputs [n, K]. budget: per prompt. budget, price, coefficients: as in
     ``BatchConfig``; coefficients is the type in which theta, eta and deviation are written, None to leave them out.
+    constraints: over the batch, which policies that were solved over it hold.
     """
 
     def __init__(
@@ -58,8 +63,10 @@ class Decider:
         budget: float | None = None,
         price: float | None = None,
         coefficients: Literal["float16", "float32"] | None = None,
+        constraints: Constraints = UNCONSTRAINED,
     ) -> None:
-        self.router, self.take = router, take
+        self.router, self.take, self.constraints = router, take, constraints
+        self.columns = (*OUTPUT_COLUMNS, *(EXPLORED if router.explore else ()))
         self.budget, self.price, self.written_type = budget, price, coefficients
         self.names = pa.array(router.names)
         self._costs_vary = router.costs_vary
@@ -90,9 +97,22 @@ class Decider:
                 reasons[rows[i]] = f"the cheapest model is expected to cost {least[i]:.6g}, more than the budget"
         return routable, reasons
 
-    def decide(self, block: DeduplicatedBlock, policies: Policies | None = None) -> DecidedBlock:
-        """The block's output rows. policies: of its routable rows, if they were solved over the whole batch."""
+    def keys(self, block: DeduplicatedBlock, routable: npt.NDArray[np.bool_], tokens: Sequence[str | None] | None) -> bytes:
+        """What the routable rows' coefficients are drawn by, ``KEY`` bytes for each; none where the router does not explore.
+        tokens: of all rows."""
+        if self.router.explore is None:
+            return b""
+        rows = np.flatnonzero(routable).tolist()
+        return b"".join(self.router.draw_key(_turns(block, i), tokens[i] if tokens else None) for i in rows)
+
+    def decide(
+        self, block: DeduplicatedBlock, policies: Policies | None = None, tokens: Sequence[str | None] | None = None
+    ) -> DecidedBlock:
+        """The block's output rows. policies: of its routable rows, if they were solved over the whole batch. tokens: what rows
+        are drawn by where the router explores, beside their prompts; None: by these alone."""
         routable, reasons = self.routable(block)
+        if self.router.explore is not None:
+            return self._explored(block, routable, reasons, policies, tokens)
         references, inverse = np.unique(block.references[routable], return_inverse=True)
         unique = self.coefficients(references)
         coefficients = unique.rows(inverse)
@@ -105,20 +125,59 @@ class Decider:
             policies = solved.of(inverse)
         else:
             scores = self.router.scores(coefficients, policies, self.router.win_rates(coefficients))
-        found = self._columns(block, routable, coefficients, policies, scores)
-        index = np.where(routable, routable.cumsum() - 1, 0)
-        take = pa.array(index, mask=~routable)  # null where a row was not routed
-        kept = block.block.kept
-        columns = dict(zip(kept.column_names, kept.columns, strict=True))
-        columns |= {name: column.take(take) for name, column in found.items()} | {"error": pa.array(reasons, pa.string())}
-        table = pa.table(list(columns.values()), names=list(columns))
-        return DecidedBlock(table, int(routable.sum()), float(policies.cost.sum()))
+        found = self._columns(block, routable, policies, scores)
+        usage = self.router.usage_of(coefficients, policies.indices, policies.probabilities)
+        found |= {name: pa.array(of) for name, of in zip(USAGE, usage, strict=True) if of is not None}
+        found |= self._written(coefficients)
+        return _decided(block, routable, reasons, found, float(policies.cost.sum()))
+
+    def _explored(
+        self,
+        block: DeduplicatedBlock,
+        routable: npt.NDArray[np.bool_],
+        reasons: list[str | None],
+        policies: Policies | None,
+        tokens: Sequence[str | None] | None,
+    ) -> DecidedBlock:
+        """``decide`` of a router that explores: one decision for each prompt and token, or for each row of ``policies``."""
+        rows = np.flatnonzero(routable).tolist()
+        each = [(_turns(block, i), tokens[i] if tokens else None) for i in rows]
+        first = {key: i for i, key in reversed(list(enumerate(each)))} if policies is None else {}
+        kept = sorted(first.values()) if policies is None else list(range(len(rows)))
+        inverse = np.searchsorted(kept, [first[key] for key in each]) if policies is None else np.arange(len(rows))
+        coefficients = self.coefficients(block.references[rows])
+        chosen = coefficients.rows(np.array(kept, np.int64))
+        turns, draws = [list(each[i][0]) for i in kept], [each[i][1] for i in kept]
+        if self.price is not None:
+            found = [self.router.at_price(chosen.row(i), turns[i], self.price, draws[i]) for i in range(len(kept))]
+        else:
+            constraints = Constraints(self.budget) if policies is None else self.constraints
+            found = self.router.decide(chosen, turns, constraints, draws, policies) if turns else []
+        decisions = [found[i] for i in inverse.tolist()]
+        policy = [[{"model": name, "probability": p} for name, p in one.policy.items()] for one in decisions]
+        columns = {"model": pa.array([one.model for one in decisions], pa.string()), "policy": pa.array(policy, POLICY)}
+        usage = () if coefficients.usage is None else USAGE[:1] if coefficients.usage.seconds is None else USAGE
+        for name in ("expected_cost", "win_rate", "score", *usage, *EXPLORED):
+            columns[name] = pa.array([getattr(one, name) for one in decisions], pa.float64())
+        spend = float(sum(one.expected_cost for one in decisions))
+        return _decided(block, routable, reasons, columns | self._written(coefficients), spend)
+
+    def _written(self, coefficients: Coefficients) -> dict[str, pa.Array]:
+        """The columns of coefficients, where they are wanted."""
+        columns = {}
+        if self.written_type:
+            dtype = np.dtype(self.written_type)
+            columns["theta"] = _lists(coefficients.theta.astype(dtype))
+            if coefficients.eta is not None:
+                columns["eta"] = pa.array(coefficients.eta.astype(dtype))
+            if coefficients.deviation is not None:
+                columns["deviation"] = _lists(coefficients.deviation.astype(dtype))
+        return columns
 
     def _columns(
         self,
         block: DeduplicatedBlock,
         routable: npt.NDArray[np.bool_],
-        coefficients: Coefficients,
         policies: Policies,
         scores: Float64,
     ) -> dict[str, pa.Array]:
@@ -128,31 +187,51 @@ class Decider:
         chosen = indices[np.arange(len(p)), p.argmax(1)] if len(p) else np.zeros(0, np.int64)
         rows = np.flatnonzero(routable)
         for i in np.flatnonzero(used.sum(1) > 1).tolist():
-            turns = block.block.prompts[rows[i]]
-            assert not isinstance(turns, Unroutable)
-            chosen[i] = self.router.draw(turns, indices[i].tolist(), p[i].tolist())
+            chosen[i] = self.router.draw(_turns(block, rows[i]), indices[i].tolist(), p[i].tolist())
         pairs = pa.StructArray.from_arrays(
             [self.names.take(pa.array(indices[used])), pa.array(p[used])], fields=list(POLICY.value_type)
         )
         offsets = pa.array(np.concatenate([[0], used.sum(1).cumsum()]).astype(np.int32))
-        columns = {
+        return {
             "model": self.names.take(pa.array(chosen)),
             "policy": pa.ListArray.from_arrays(offsets, pairs, type=POLICY),
             "expected_cost": pa.array(policies.cost),
             "win_rate": pa.array(policies.value),
             "score": pa.array(scores),
         }
-        for name, of in zip(("tokens", "seconds"), self.router.usage_of(coefficients, indices, p), strict=True):
-            if of is not None:
-                columns[f"expected_{name}"] = pa.array(of)
-        if self.written_type:
-            dtype = np.dtype(self.written_type)
-            columns["theta"] = _lists(coefficients.theta.astype(dtype))
-            if coefficients.eta is not None:
-                columns["eta"] = pa.array(coefficients.eta.astype(dtype))
-            if coefficients.deviation is not None:
-                columns["deviation"] = _lists(coefficients.deviation.astype(dtype))
-        return columns
+
+
+def _decided(
+    block: DeduplicatedBlock,
+    routable: npt.NDArray[np.bool_],
+    reasons: list[str | None],
+    found: dict[str, pa.Array],
+    spend: float,
+) -> DecidedBlock:
+    """The output table: kept columns, those of the routable rows, and the reasons why others could not be routed."""
+    index = np.where(routable, routable.cumsum() - 1, 0)
+    take = pa.array(index, mask=~routable)  # null where a row was not routed
+    kept = block.block.kept
+    columns = dict(zip(kept.column_names, kept.columns, strict=True))
+    columns |= {name: column.take(take) for name, column in found.items()} | {"error": pa.array(reasons, pa.string())}
+    table = pa.table(list(columns.values()), names=list(columns))
+    return DecidedBlock(table, int(routable.sum()), spend)
+
+
+def _turns(block: DeduplicatedBlock, row: int) -> tuple[str, ...]:
+    """The user turns of a row that can be routed."""
+    turns = block.block.prompts[row]
+    assert not isinstance(turns, Unroutable)
+    return turns
+
+
+def as_texts(table: pa.Table, column: str) -> list[str | None]:
+    """A column as texts. Raises ValueError for one of lists or objects."""
+    try:
+        found: list[str | None] = pc.cast(table.column(column), pa.string()).to_pylist()
+    except pa.ArrowException as error:
+        raise ValueError(f"draw: {column}: expected texts or numbers: {error}") from None
+    return found
 
 
 def _lists(rows: npt.NDArray[np.floating[Any]]) -> pa.FixedSizeListArray:
@@ -177,22 +256,28 @@ def at_price(v: Float64, costs: Float64, price: float) -> Policies:
 class SpilledWinRates(Values):
     """Win rates [N, K] computed from spilled coefficients each time they are read.
 
-    references: of the routable rows of each block, in order.
+    references: of the routable rows of each block, in order. keys: of each block, see ``Decider.keys``; where the router
+    explores, the win rates are those of the rows' draws.
     """
 
-    def __init__(self, decider: Decider, references: Sequence[npt.NDArray[np.int64]]) -> None:
+    def __init__(self, decider: Decider, references: Sequence[npt.NDArray[np.int64]], keys: Sequence[bytes] = ()) -> None:
         self.decider, self.blocks = decider, list(references)
+        self._keys = np.frombuffer(b"".join(keys), np.uint8).reshape(-1, KEY)
         self.references = np.concatenate([np.zeros(0, np.int64), *self.blocks])
         self.shape = (len(self.references), len(decider.router.names))
 
     def chunks(self) -> Iterator[Float64]:
+        first = 0
         for references in self.blocks:
             if len(references):
-                yield self._win_rates(references)
+                yield self.take(slice(first, first + len(references)))
+            first += len(references)
 
     def take(self, prompts: Any) -> Float64:
-        return self._win_rates(self.references[prompts])
-
-    def _win_rates(self, references: npt.NDArray[np.int64]) -> Float64:
+        references, router = self.references[prompts], self.decider.router
+        if router.explore is not None:
+            coefficients = self.decider.coefficients(references)
+            keys = [key.tobytes() for key in self._keys[prompts]]
+            return np.ascontiguousarray(router.win_rates(coefficients, router.drawn(coefficients, keys)))
         unique, inverse = np.unique(references, return_inverse=True)
         return np.ascontiguousarray(self.decider.router.win_rates(self.decider.coefficients(unique))[inverse])

@@ -18,7 +18,7 @@ from p2l_engine.router import Router
 from p2l_engine.tables.storage import File
 
 # Options that do not change the output, or that are recorded in another form.
-NOT_RECORDED = ("inputs", "output", "state", "strict", "max_share", "min_share")
+NOT_RECORDED = ("inputs", "output", "state", "strict", "draw", "max_share", "min_share")
 
 
 def identity(config: BatchConfig, router: Router, files: Sequence[File], compute: str) -> dict[str, Any]:
@@ -43,6 +43,8 @@ def identity(config: BatchConfig, router: Router, files: Sequence[File], compute
         "objective": router.objective,
         "seed": router.seed,
     }
+    if router.explore is not None:
+        found |= {"explore": router.explore, "draw": config.draw}
     parsed: dict[str, Any] = json.loads(json.dumps(found))
     return parsed
 

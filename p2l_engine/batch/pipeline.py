@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from p2l_engine.batch.blocks import Block, Unroutable, blocks
 from p2l_engine.batch.config import BatchConfig
-from p2l_engine.batch.decide import OUTPUT_COLUMNS, Decider, SpilledWinRates
+from p2l_engine.batch.decide import Decider, SpilledWinRates, as_texts
 from p2l_engine.batch.deduplicator import NO_REFERENCE, DeduplicatedBlock, Deduplicator
 from p2l_engine.batch.job import Job
 from p2l_engine.batch.manifest import part_name, parts
@@ -75,7 +75,7 @@ class Pipeline:
         self.router, self.job, self.config, self.spill = router, job, config, spill
         self.progress, self.workers = progress, workers
         per_prompt = config.budget if config.budget_scope == "prompt" else None
-        self.decider = Decider(router, spill.take, per_prompt, config.price, config.coefficients)
+        self.decider = Decider(router, spill.take, per_prompt, config.price, config.coefficients, config.constraints)
         self.recorder = Recorder()
         self.written: dict[str, int] = {}  # bytes of the parts
         self._found = parts(job.output)  # what an earlier run left
@@ -84,6 +84,7 @@ class Pipeline:
         self._pending: deque[_PendingBlock] = deque()
         self._error: BaseException | None = None
         self._references: list[npt.NDArray[np.int64]] = []
+        self._keys: list[bytes] = []  # of each block's routable rows, 16 bytes for each, where the router explores
 
     def compute(self) -> None:
         """Computes and spills the coefficients of all prompts; decides and writes unless the run has bounds over the batch."""
@@ -155,10 +156,14 @@ class Pipeline:
             yield deduplicated
 
     def _check(self, block: Block) -> None:
-        taken = [name for name in block.kept.column_names if name in OUTPUT_COLUMNS]
+        taken = [name for name in block.kept.column_names if name in self.decider.columns]
         if taken:
             raise ValueError(
                 f"keep: the output has columns of its own named {', '.join(taken)}: name the ones to keep, or none (--keep '')"
+            )
+        if self.config.draw is not None and self.config.draw not in block.kept.column_names:
+            raise ValueError(
+                f"draw: expected one of the columns {', '.join(block.kept.column_names)}, got {self.config.draw!r}"
             )
         if self.config.strict:
             for prompt in block.prompts:
@@ -190,13 +195,14 @@ class Pipeline:
         if self.config.over_batch:
             routable, _ = self.decider.routable(block)
             self._references.append(block.references[routable])
+            self._keys.append(self.decider.keys(block, routable, self._tokens(block)))
         else:
             self._write(block)
         self.progress(self.recorder.report)
 
     def decide_over_batch(self) -> None:
         """Solves one problem over all routable rows, then writes the output block by block."""
-        config, v = self.config, SpilledWinRates(self.decider, self._references)
+        config, v = self.config, SpilledWinRates(self.decider, self._references, self._keys)
         with self.recorder.timed("solving"):
             solved = self.router.solve(v, config.constraints, self._costs())
         self.recorder.set_prices(solved.prices)
@@ -220,10 +226,14 @@ class Pipeline:
             first += len(references)
         return found
 
+    def _tokens(self, block: DeduplicatedBlock) -> Sequence[str | None] | None:
+        """What each row is drawn by, beside its prompt."""
+        return None if self.config.draw is None else as_texts(block.block.kept, self.config.draw)
+
     def _write(self, block: DeduplicatedBlock, policies: Policies | None = None) -> None:
         name, output = part_name(block.block.number), self.job.output
         with self.recorder.timed("deciding"):
-            decided = self.decider.decide(block, policies)
+            decided = self.decider.decide(block, policies, self._tokens(block))
         if self.config.strict:
             for row, why in enumerate(decided.table.column("error").to_pylist()):
                 if why is not None:

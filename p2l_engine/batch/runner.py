@@ -38,8 +38,8 @@ def run(
     be resumed.
     """
     engine = router.engine
-    if router.explore is not None:
-        raise ValueError("router: expected one that does not explore for files of prompts; Router.route_batch explores")
+    if config.draw is not None and router.explore is None:
+        raise ValueError(f"draw: expected a router that explores, by what {config.draw!r} says, got one that does not")
     if workers is None:
         compute = compute_signature(engine.device.type, engine.dtype, engine.tokens_per_batch)
     else:

@@ -13,10 +13,10 @@ import pyarrow as pa
 
 from p2l_engine.batch.blocks import Block, turns_of
 from p2l_engine.batch.config import check_decision_options
-from p2l_engine.batch.decide import OUTPUT_COLUMNS, Decider
+from p2l_engine.batch.decide import EXPLORED, OUTPUT_COLUMNS, Decider
 from p2l_engine.batch.deduplicator import Deduplicator, locate
 from p2l_engine.catalog import Catalog
-from p2l_engine.chooser import Opponents
+from p2l_engine.chooser import Explore, Opponents
 from p2l_engine.constraints import Constraints
 from p2l_engine.engine import Engine
 from p2l_engine.router import Router
@@ -33,7 +33,8 @@ class Route:
     hub name, or None for the built-in default. catalog: a catalog, its file, or None for the checkpoint's own. column,
     plain_text: as in ``BatchConfig``. budget: upper bound on each row's expected cost. price: instead of a budget, see
     ``BatchConfig``. coefficients: also return theta and eta, in this type. device, dtype, tokens_per_batch, date:
-    as in ``Engine.from_pretrained``. opponents, objective, seed, unmatched: as in ``Router``. Raises
+    as in ``Engine.from_pretrained``. opponents, objective, seed, unmatched, explore: as in ``Router``; draw: as in
+    ``BatchConfig``, a column of the batch. Raises
     what those raise; ValueError for options out of range; InfeasibleBudget for a budget below the cheapest model.
     """
 
@@ -50,6 +51,8 @@ class Route:
         opponents: Opponents = "uniform",
         objective: Objective = "bt",
         seed: int = 0,
+        explore: Explore | None = None,
+        draw: str | None = None,
         unmatched: Literal["error", "leave_out"] = "error",
         device: str | None = None,
         dtype: str | None = None,
@@ -60,7 +63,8 @@ class Route:
         engine = Engine.from_pretrained(checkpoint, device, dtype, tokens_per_batch, date)
         if not isinstance(catalog, Catalog):
             catalog = Catalog.from_yaml(engine.folder / "catalog.yaml" if catalog is None else catalog)
-        self.router = Router(engine, catalog, opponents, seed, unmatched, objective)
+        self.router = Router(engine, catalog, opponents, seed, unmatched, objective, explore=explore)
+        self.draw = draw
         self.column, self.plain_text = column, plain_text
         self.budget, self.price, self.coefficients = budget, price, coefficients
         if not self.router.costs_vary:
@@ -74,9 +78,10 @@ class Route:
         In a row that cannot be routed, error says why, numbers are NaN and other values None. Raises ValueError where the batch
         has no column of prompts, or a column with a name of the result's.
         """
-        if self.column not in batch:
-            raise ValueError(f"column: expected one of {', '.join(batch) or 'none'}, got {self.column!r}")
-        taken = [name for name in batch if name in OUTPUT_COLUMNS]
+        for name, column in (("column", self.column), ("draw", self.draw)):
+            if column is not None and column not in batch:
+                raise ValueError(f"{name}: expected one of {', '.join(batch) or 'none'}, got {column!r}")
+        taken = [name for name in batch if name in (*OUTPUT_COLUMNS, *(EXPLORED if self.router.explore else ()))]
         if taken:
             raise ValueError(f"batch: the result has columns of its own named {', '.join(taken)}: rename or drop them")
         prompts = [turns_of(_without_arrays(prompt), self.plain_text) for prompt in batch[self.column]]
@@ -86,7 +91,8 @@ class Route:
         decider = Decider(
             self.router, lambda references: outputs[locate(references)[1]], self.budget, self.price, self.coefficients
         )
-        table = decider.decide(block).table
+        tokens = None if self.draw is None else [None if value is None else str(value) for value in batch[self.draw]]
+        table = decider.decide(block, tokens=tokens).table
         return {**batch, **{name: _array(table.column(name)) for name in table.column_names}}
 
 

@@ -46,6 +46,12 @@ class Floats(StrEnum):
     FLOAT32 = "float32"
 
 
+class Explore(StrEnum):
+    """Ways to explore."""
+
+    THOMPSON = "thompson"
+
+
 def batch(
     inputs: Annotated[
         list[str],
@@ -114,6 +120,23 @@ def batch(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed for drawing a model where a policy mixes two.", rich_help_panel=DECIDING)] = 0,
+    explore: Annotated[
+        Explore | None,
+        typer.Option(
+            help="Draw each row's coefficients from their posterior, where the checkpoint has one; adds the columns propensity "
+            "and propensity_error.",
+            show_default=False,
+            rich_help_panel=DECIDING,
+        ),
+    ] = None,
+    draw: Annotated[
+        str | None,
+        typer.Option(
+            help="Kept input column, such as an id, by which rows with equal prompts are drawn independently. Default: alike.",
+            show_default=False,
+            rich_help_panel=DECIDING,
+        ),
+    ] = None,
     coefficients: Annotated[
         Floats | None,
         typer.Option(help="Also write each row's theta and eta, in this type.", show_default=False, rich_help_panel=RUN),
@@ -190,11 +213,12 @@ def batch(
         min_share=least,
         coefficients=coefficients.value if coefficients else None,
         strict=strict,
+        draw=draw,
         state=state,
         rows_per_part=rows_per_part,
     )
     engine = load_engine(checkpoint, device if ray is None else "cpu", dtype, date, tokens_per_batch)
-    router = load_router(engine, catalog, leave_out, seed, opponents)
+    router = load_router(engine, catalog, leave_out, seed, opponents, explore.value if explore else None)
     with (
         interruptible("; the same command continues the run"),
         _cluster(engine, checkpoint, ray, ray_workers, device, dtype, tokens_per_batch) as cluster,

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -106,7 +106,12 @@ def load_engine(
 
 
 def load_router(
-    engine: Engine, catalog: Path | None, leave_out: bool, seed: int = 0, opponents: Opponents = "uniform"
+    engine: Engine,
+    catalog: Path | None,
+    leave_out: bool,
+    seed: int = 0,
+    opponents: Opponents = "uniform",
+    explore: Literal["thompson"] | None = None,
 ) -> Router:
     """A router over the given catalog, or over the checkpoint's own. Raises typer.BadParameter, CatalogError."""
     from p2l_engine.catalog import Catalog
@@ -118,7 +123,7 @@ def load_router(
             f"{file} not found" if catalog else f"the checkpoint has no catalog.yaml, give one: {file} not found",
             param_hint="--catalog",
         )
-    return Router(engine, Catalog.from_yaml(file), opponents, seed, "leave_out" if leave_out else "error")
+    return Router(engine, Catalog.from_yaml(file), opponents, seed, "leave_out" if leave_out else "error", explore=explore)
 
 
 def check_writable(file: Path | None, option: str, kinds: Sequence[str] = ()) -> None:
