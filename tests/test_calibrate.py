@@ -369,6 +369,18 @@ def test_deviations_are_multiplied_by_the_slope(tmp_path, steps, rng):
     np.testing.assert_allclose(of(folder).deviation, before.deviation * slope, rtol=1e-3, atol=1e-6)
 
 
+def test_a_scaled_posterior_keeps_its_basis(tmp_path, rng):
+    """Adapted again, its directions are in units of theta still: the first is the constant 1."""
+    folder = tiny.write(tmp_path / "0")
+    basis = torch.from_numpy(np.c_[np.eye(49)[:, -1], rng.normal(0, 0.1, 49)]).float()
+    Uncertainty(basis, torch.eye(2)[None], ("beta",), trained=("beta",)).write(folder / UNCERTAINTY_FILE)
+    calibrated.write(checkpoint.load(folder), tmp_path / "1", CoefficientMap(Candidate("temperature"), 0.5), report_of())
+    found = checkpoint.load(tmp_path / "1").uncertainty
+    assert torch.equal(found.basis, basis)
+    assert torch.equal(found.factors, torch.eye(2)[None] / 2)
+    assert found.trained == ("beta",)
+
+
 def test_no_map_leaves_every_coefficient(tmp_path):
     tiny.write(tmp_path / "c")
     calibrated.write(checkpoint.load(tmp_path / "c"), tmp_path / "n", CoefficientMap(Candidate("none")), report_of())

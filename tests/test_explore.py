@@ -13,7 +13,6 @@ from scipy.stats import binom, norm
 
 from p2l_engine import Chooser, Constraints, Engine, Router
 from p2l_engine.backbone.uncertainty import FILE, Uncertainty
-from p2l_engine.batch import BatchConfig, run
 from p2l_engine.coefficients import Coefficients
 from p2l_engine.feedback import feedback_model
 from p2l_engine.routing import BudgetPacer, InfeasibleBudget, Resource, bt_score, solve_budget, thompson, win_rates
@@ -279,7 +278,7 @@ def test_a_router_explores_in_every_call(uncertain):
         assert router.route_batch([]) == []
 
 
-def test_exploring_needs_an_uncertainty_and_says_how_to_get_it(engine, uncertain, tmp_path):
+def test_exploring_needs_an_uncertainty_and_says_how_to_get_it(engine):
     with pytest.raises(ValueError, match="checkpoint that knows how sure it is.*'p2l-engine adapt' makes one from votes"):
         Router(engine, catalog(), explore="thompson")
     certain = Coefficients(np.zeros((1, 5), np.float32), None, tuple(MODELS), feedback_model("bt"))
@@ -297,7 +296,3 @@ def test_exploring_needs_an_uncertainty_and_says_how_to_get_it(engine, uncertain
     for draws, error in (("abc", ValueError), (["a", "b"], ValueError), ([7], TypeError)):
         with pytest.raises(error, match="draws"):
             chooser().decide(believed(np.zeros(5), np.ones(5)), ["hello"], draws=draws)
-    source = tmp_path / "prompts.jsonl"
-    source.write_text('{"prompt": "hello"}\n')
-    with pytest.raises(ValueError, match="router: expected one that does not explore for files"):
-        run(Router(uncertain, catalog(), explore="thompson"), BatchConfig([source], tmp_path / "out"))

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from p2l_engine.backbone.head import Head
 from p2l_engine.feedback import Outcome, feedback_model
 from p2l_engine.learning.adapt import adapt
 from p2l_engine.learning.curves import leave_one_out
@@ -130,6 +131,46 @@ def test_votes_in_two_parts_give_nearly_the_same_as_all_at_once():
     # Laplace's approximation of the first half, and no covariance between models, are all that differs.
     deviation = every.uncertainty.deviation(torch.from_numpy(hidden))[:, 5]
     assert float(((one - two)[:, 5].abs() / deviation).mean()) < 0.5
+
+
+@settings(max_examples=8)
+@given(st.integers(1, 40), st.sampled_from(["bt", "grk"]), st.integers(0, 99))
+def test_rows_that_training_fixed_stay_so_after_a_first_run_on_few_prompts(few, name, seed):
+    """The first run's basis lacks directions that the second one's prompts show."""
+    rng, feedback = np.random.default_rng(seed), feedback_model(name)
+    weight = torch.from_numpy(rng.normal(size=(4 + feedback.has_eta, 30))).float() / 6
+    head, names = Head(weight, torch.zeros(len(weight)), 4), ("a", "b", "c", "d")
+    n = few + 80
+    hidden = rng.normal(size=(n, 30)).astype(np.float32)
+    a = rng.integers(0, 4, n)
+    votes = Votes.make(
+        [(str(i),) for i in range(n)], names, np.arange(n), a, (a + rng.integers(1, 4, n)) % 4, rng.integers(0, 2, n)
+    )
+    every = adapt(head, names, feedback, votes, hidden)
+    first = adapt(head, names, feedback, votes.of(range(few)), hidden[:few])
+    rest = votes.of(range(few, n))
+    both = adapt(first.head, first.models, feedback, rest, hidden[few:], uncertainty=first.uncertainty)
+    away = (theta(both.head, hidden) - theta(every.head, hidden)).numpy()
+    assert np.abs(away).mean() < 0.05  # with the prior of new rows: 0.4
+    sure = [found.uncertainty.deviation(torch.from_numpy(hidden)) for found in (both, every)]
+    assert float((sure[0] / sure[1]).max()) < 4  # a single prompt says little of how prompts vary; else: 12
+    assert set(first.uncertainty.trained) == {names[i] for i in np.unique(np.r_[votes.a[:few], votes.b[:few]])}
+
+
+@pytest.mark.parametrize(
+    ("new", "message"),
+    [
+        ([NewModel("model-001")], "got model-001"),
+        ([NewModel("x"), NewModel("x")], "got x"),
+        ([NewModel("x", like="y")], "like: expected some of model-000, model-001, model-002, got y"),
+        ([NewModel("x"), NewModel("y", like="x")], "like: expected some of .*, got x"),
+    ],
+)
+def test_new_models_that_are_no_new_ones_are_refused(new, message):
+    world = Simulator.of("bt", 3)
+    none = Votes.make([], world.models, *[np.zeros(0, np.int64)] * 4)
+    with pytest.raises(ValueError, match=message):
+        adapt(head_of(world, 3), world.models, world.feedback, none, words_in([]).reshape(0, 12), new)
 
 
 @pytest.mark.parametrize("name", ["grk", "bt-tie"])

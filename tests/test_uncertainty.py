@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -105,6 +106,8 @@ def test_file_reads_back_and_is_the_same_each_time(tmp_path):
         (lambda t: t | {"basis": t["basis"].double() * 1e300}, "basis: expected two dimensions of finite numbers"),
         (lambda t: t | {"basis": t["basis"].int()}, "basis: expected two dimensions of finite numbers.* torch.int32"),
         (lambda t: t | {"basis": t["basis"][:, 0]}, "basis: expected two dimensions"),
+        (lambda t: t | {"trained": torch.ones(2)}, r"trained: expected \[2\] of torch.bool, found \[2\] torch.float32"),
+        (lambda t: t | {"trained": torch.ones(3, dtype=torch.bool)}, r"trained: expected \[2\] of torch.bool, found \[3\]"),
         (lambda t: {"basis": t["basis"][:, :0], "factors": t["factors"][:, :0]}, r"basis: expected \[D \+ 1, r\] with r >= 1"),
     ],
 )
@@ -133,6 +136,14 @@ def test_wrong_names_are_named(tmp_path, names, message):
     save_file(load_file(tmp_path / FILE), tmp_path / FILE, metadata=None if names is None else {"models": names})
     with pytest.raises(CheckpointError, match=message):
         Uncertainty.read(tmp_path / FILE, 48, tuple(tiny.MODELS))
+
+
+def test_which_rows_training_fixed_is_kept(tmp_path):
+    given = replace(posterior(), trained=tuple(KNOWN[:1]))
+    given.write(tmp_path / FILE)
+    assert Uncertainty.read(tmp_path / FILE, 48, tuple(tiny.MODELS)).trained == given.trained
+    with pytest.raises(ValueError, match="trained: expected models of the posterior, found beta"):
+        replace(given, trained=("beta",))
 
 
 @given(st.data())

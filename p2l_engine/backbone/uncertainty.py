@@ -25,13 +25,14 @@ class Uncertainty:
 
     basis [D + 1, r] and factors [K, r, r] (L_m, lower triangular) float32; models: the K names. Different models are
     independent. order: the M models of the checkpoint in its order, None: the K models; models without a factor are certain.
-    Raises ValueError for other shapes and names.
+    trained: those of the K whose rows training had fixed, and votes only updated. Raises ValueError for other shapes and names.
     """
 
     basis: Tensor
     factors: Tensor
     models: tuple[str, ...]
     order: tuple[str, ...] | None = None
+    trained: tuple[str, ...] = ()
     _places: Tensor = field(init=False, repr=False)  # of the M models among the K, K for those that are certain
 
     def __post_init__(self) -> None:
@@ -45,6 +46,8 @@ class Uncertainty:
         order = self.models if self.order is None else self.order
         if unknown := [name for name in self.models if name not in order]:
             raise ValueError(f"models: expected models of the checkpoint, found {', '.join(unknown)}")
+        if unknown := [name for name in self.trained if name not in self.models]:
+            raise ValueError(f"trained: expected models of the posterior, found {', '.join(unknown)}")
         index = {name: i for i, name in enumerate(self.models)}
         places = torch.tensor([index.get(name, k) for name in order], device=self.basis.device)
         object.__setattr__(self, "_places", places)
@@ -66,11 +69,13 @@ class Uncertainty:
         return replace(self, basis=self.basis.to(device), factors=self.factors.to(device))
 
     def write(self, path: Path) -> None:
-        """Writes a safetensors file: the basis, the lower triangles of the factors row by row [K, r (r + 1) / 2], and the names
-        in its metadata. The same posterior gives the same bytes. Raises OSError."""
+        """Writes a safetensors file: the basis, the lower triangles of the factors row by row [K, r (r + 1) / 2], where some are
+        ``trained``, which [K], and the names in its metadata. The same posterior gives the same bytes. Raises OSError."""
         rows, columns = torch.tril_indices(*self.factors.shape[1:])
         tensors = {"basis": self.basis, "factors": self.factors.cpu()[:, rows, columns]}
         narrow = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
+        if self.trained:
+            narrow["trained"] = torch.tensor([name in self.trained for name in self.models])
         try:
             save_file(narrow, path, metadata={"models": json.dumps(self.models)})
         except SafetensorError as error:  # a full disk, among others
@@ -84,6 +89,7 @@ class Uncertainty:
         Raises CheckpointError for a file that cannot be read, and for tensors or names that do not fit.
         """
         tensors, names = _contents(path)
+        trained = tensors.pop("trained", torch.zeros(len(names), dtype=torch.bool))
         if sorted(tensors) != ["basis", "factors"]:
             raise CheckpointError(
                 f"{path}: expected the tensors basis and factors, found {', '.join(sorted(tensors)) or 'none'}"
@@ -104,11 +110,15 @@ class Uncertainty:
                 f"{path}: factors: expected {[len(names), rank * (rank + 1) // 2]}, a lower triangle of {rank} rows for each "
                 f"model, found {list(packed.shape)}"
             )
+        if trained.shape != (len(names),) or trained.dtype != torch.bool:
+            raise CheckpointError(
+                f"{path}: trained: expected {[len(names)]} of {torch.bool}, found {list(trained.shape)} {trained.dtype}"
+            )
         factors = packed.new_zeros((len(names), rank, rank))
         rows, columns = torch.tril_indices(rank, rank)
         factors[:, rows, columns] = packed
         try:
-            return cls(basis, factors, names, models)
+            return cls(basis, factors, names, models, tuple(name for name, of in zip(names, trained, strict=True) if of))
         except ValueError as error:
             raise CheckpointError(f"{path}: {error}") from None
 

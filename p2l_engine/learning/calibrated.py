@@ -26,7 +26,7 @@ def write(source: Checkpoint, target: Path, found: CoefficientMap, report: Calib
     head, theta_map = applied(source, found)
     files: dict[str, bytes | Callable[[Path], object] | None] = {MAP_FILE: None if theta_map is None else theta_map.contents()}
     if source.uncertainty is not None and source.theta_map is None and found.scale != 1:
-        files[UNCERTAINTY_FILE] = replace(source.uncertainty, basis=source.uncertainty.basis * found.scale).write
+        files[UNCERTAINTY_FILE] = replace(source.uncertainty, factors=source.uncertainty.factors * found.scale).write
     training = read_json(source.folder / "training_config.json", dict)
     rewrite(source, target, head, training={"calibrations": [*training.get("calibrations", []), _entry(report)]}, files=files)
 

@@ -58,7 +58,8 @@ class HeadRows:
         known_votes: float = KNOWN_VOTES,
         rank: int = RANK,
     ) -> HeadRows:
-        """reference [N, D]: hidden states that say how prompts vary. rank: of the basis, unless the uncertainty has one."""
+        """reference [N, D]: hidden states that say how prompts vary. rank: of the basis, unless the uncertainty has one. Raises
+        ValueError for a new model that is known or given twice, or like one that is not known."""
         m, d = len(models), head.weight.shape[1]
         old = torch.cat([head.weight, head.bias[:, None]], 1).double().cpu().numpy()
         rows = old[:m]
@@ -69,15 +70,20 @@ class HeadRows:
         return found.joined(new)
 
     def joined(self, new: Sequence[NewModel]) -> HeadRows:
-        """With the rows of new models after the others. Raises ValueError for a ``like`` that is no known model."""
+        """With the rows of new models after the others. Raises ValueError for a new model that is there or given twice, or like
+        one that is not known."""
+        names, models = (*self.names, *(model.name for model in new)), self.names[: self.known]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"new: expected names that the head and each other lack, got {', '.join(twice)}")
+        if unknown := [model.like for model in new if model.like is not None and model.like not in models]:
+            raise ValueError(f"new: like: expected some of {', '.join(models)}, got {', '.join(unknown)}")
         known, first = self.means[: self.known], len(self.means)
         more = np.empty((len(new), known.shape[1]))
         for i, model in enumerate(new):
-            more[i] = known[self.names[: self.known].index(model.like)] if model.like is not None else known.mean(0)
+            more[i] = known[models.index(model.like)] if model.like is not None else known.mean(0)
             if model.level is not None:
                 more[i, -1] += model.level - (self.middle @ more[i, :-1] + more[i, -1])
         narrow = {first + i: NARROWER if model.like is not None else 1.0 for i, model in enumerate(new)}
-        names = (*self.names, *(model.name for model in new))
         return replace(self, names=names, means=np.concatenate([self.means, more]), narrow=self.narrow | narrow)
 
     @property
@@ -104,14 +110,16 @@ class HeadRows:
         return {i: each * factor for i, each in self.narrow.items()}
 
     def known_factor(self, i: int, scales: Scales) -> Float64:
-        """[r, r]: of known row i. Directions that the basis lacked when its posterior was computed are as the prior of a new
-        row has them."""
-        prior = self.deviations(scales)
+        """[r, r]: of known row i. In directions that the basis lacked when its posterior was computed, a row that training had
+        fixed is as certain as ``known_votes`` make it, another one as the prior of a new row has it."""
         if self.uncertainty is None or self.names[i] not in self.uncertainty.models:
-            same: Float64 = np.eye(len(prior)) / np.sqrt(INFORMATION * self.known_votes)
-            return same
+            return np.diag(self._trained())
         own = self.uncertainty.factors[self.uncertainty.models.index(self.names[i])].double().cpu().numpy()
-        return grown(own, prior)
+        return grown(own, self._trained() if self.names[i] in self.uncertainty.trained else self.deviations(scales))
+
+    def _trained(self) -> Float64:
+        """[r]: the deviations of the coordinates of a row that training fixed."""
+        return np.full(self.basis.matrix.shape[1], 1 / np.sqrt(INFORMATION * self.known_votes))
 
     def head(self, head: Head, moved: Float64, changed: Sequence[int]) -> Head:
         """``head`` with the rows ``moved`` [M + new, D + 1]; known ones that did not change keep their bits."""
@@ -124,15 +132,16 @@ class HeadRows:
 
     def merged(self, scales: Scales, free: Sequence[int], posterior: Sequence[Float64]) -> Uncertainty | None:
         """The posterior of all rows that have one: factors [r, r] of the ``free`` ones, and what was known of others."""
-        prior, old = self.deviations(scales), self.uncertainty
-        found = {} if old is None else dict(zip(old.models, old.factors.double().cpu().numpy(), strict=True))
-        found |= {self.names[i]: factor for i, factor in zip(free, posterior, strict=True)}
-        if not found:
+        learned, old = {self.names[i]: factor for i, factor in zip(free, posterior, strict=True)}, self.uncertainty
+        before = () if old is None else old.models
+        kept = tuple(name for name in self.names if name in learned or name in before)
+        if not kept:
             return None
-        kept = tuple(name for name in self.names if name in found)
-        factors = np.stack([grown(found[name], prior) for name in kept])
-        matrix = torch.from_numpy(self.basis.matrix).float()
-        return Uncertainty(matrix, torch.from_numpy(factors).float(), kept, self.names)
+        found = [learned[name] if name in learned else self.known_factor(self.names.index(name), scales) for name in kept]
+        fixed = (name for name in self.names[: self.known] if name in learned and name not in before)
+        trained = (*(() if old is None else old.trained), *fixed)
+        matrix, factors = torch.from_numpy(self.basis.matrix).float(), torch.from_numpy(np.stack(found)).float()
+        return Uncertainty(matrix, factors, kept, self.names, trained)
 
 
 def grown(factor: Float64, prior: Float64) -> Float64:

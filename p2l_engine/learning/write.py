@@ -83,5 +83,6 @@ def _without(uncertainty: Uncertainty, names: tuple[str, ...]) -> Uncertainty | 
     kept = [i for i, name in enumerate(uncertainty.models) if name in names]
     if not kept:
         return None
-    factors = uncertainty.factors[torch.tensor(kept)]
-    return replace(uncertainty, factors=factors, models=tuple(uncertainty.models[i] for i in kept), order=names)
+    factors, models = uncertainty.factors[torch.tensor(kept)], tuple(uncertainty.models[i] for i in kept)
+    trained = tuple(name for name in uncertainty.trained if name in models)
+    return replace(uncertainty, factors=factors, models=models, order=names, trained=trained)
