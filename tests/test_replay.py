@@ -16,6 +16,7 @@ from p2l_engine import Catalog, routing
 from p2l_engine.catalog import CatalogModel
 from p2l_engine.coefficients import Coefficients
 from p2l_engine.feedback import feedback_model
+from p2l_engine.replay import expected_score
 from p2l_engine.replay.compare import replay
 from p2l_engine.replay.estimators import doubly_robust, figure, freedom, ips, snips, standard_error
 from p2l_engine.replay.expected_score import FOLDS, PRIOR, ExpectedScore
@@ -224,6 +225,22 @@ def test_the_expected_score_is_the_least_squares_fit_to_the_other_parts(rng, rat
         rows = np.flatnonzero(~others)
         expected = b[0] + b[2 + models[rows]] + (0 if v is None else b[1] * v[prompt[rows], models[rows]])
         np.testing.assert_allclose(found.of(models[rows], prompt[rows], fold[rows]), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 100])
+def test_win_rates_are_those_of_the_known_models(rng, monkeypatch, at_once):
+    monkeypatch.setattr(expected_score, "AT_ONCE", at_once)
+    theta = rng.normal(size=(20, 3)).astype(np.float32)
+    theta[3, 1] = np.inf
+    found = expected_score.rates_of(theta, MODELS, ("c", "new", "a"))
+    for row in range(20):
+        for column, model in enumerate((2, None, 0)):
+            if model is None or row == 3:
+                assert np.isnan(found[row, column])
+            else:
+                wins = [1 / (1 + np.exp(float(theta[row, a]) - float(theta[row, model]))) for a in range(3)]
+                assert found[row, column] == pytest.approx(np.mean(wins), abs=1e-6)
+    np.testing.assert_array_equal(expected_score.rates_of(theta[:3], MODELS, ("b",), of_values=True), theta[:3, 1:2])
 
 
 def test_the_logged_policy_earns_and_costs_what_it_did(rng):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -20,6 +22,7 @@ from p2l_engine.replay.compare import replay
 from p2l_engine.replay.logged import LoggedDecisions, ScoreMatrix
 from p2l_engine.replay.policies import PolicySpec, read_policies
 from p2l_engine.replay.read import read_log
+from p2l_engine.routing import win_rates
 from tests.support.command import p2l_engine
 from tests.support.log_tables import entries, table
 from tests.support.records import START, new_id, record
@@ -294,12 +297,54 @@ def test_a_batch_run_is_joined_with_scores(tmp_path, router):
     assert log.reward.tolist() == [(5 * i + names.index(one.model)) / 60 for i, one in enumerate(decided)]
     mixed = [len(one.policy) > 1 for one in decided]
     assert np.isnan(log.cost).tolist() == mixed
+    assert log.rates is None
+    run(
+        router,
+        BatchConfig([tmp_path / "prompts.jsonl"], tmp_path / "theta", keep=["prompt"], budget=2.5, coefficients="float32"),
+    )
+    rates = read_log(tmp_path / "theta", scores=tmp_path / "scores.parquet").rates
+    known = win_rates(router.engine.coefficients(prompts).theta, router.q)[
+        :, [router.engine.models.index(m) for m in log.models]
+    ]
+    np.testing.assert_allclose(rates, known, atol=1e-6)
     run(router, BatchConfig([tmp_path / "prompts.jsonl"], tmp_path / "without", budget=2.5))
     with pytest.raises(ValueError, match="route with `batch --keep prompt`"):
         read_log(tmp_path / "without", scores=tmp_path / "scores.parquet")
     twice = table(tmp_path / "twice.csv", prompt=["prompt 1"] * 2, model=[decided[1].model] * 2, score=[1, 1])
     with pytest.raises(ValueError, match="row 1: a second score of the same model on the same prompt"):
         read_log(tmp_path / "out", scores=twice)
+
+
+@pytest.mark.parametrize("kind", [pa.list_(pa.float16(), 3), pa.list_(pa.float32()), pa.large_list(pa.float64())], ids=str)
+def test_theta_of_the_log_is_what_rewards_are_expected_by(tmp_path, rng, kind):
+    """As if a policy's checkpoint had computed it; a row without it, or with another number of models, has none."""
+    n, names = 600, ["alpha", "beta", "gamma"]
+    theta = rng.normal(size=(n, 3)).astype(np.float16)
+    chosen, good = rng.integers(0, 2, n), 1 / (1 + np.exp(-theta.astype(float)))
+    cells = [None if i == 5 else row for i, row in enumerate(theta.astype(float).tolist())]
+    columns = {"model": np.array(names)[chosen], "propensity": np.full(n, 0.5), "prompt": [f"p {i}" for i in range(n)],
+               "reward": good[np.arange(n), chosen], "theta": pa.array(cells, pa.list_(pa.float64())).cast(kind)}  # fmt: skip
+    written = pa.table(columns)
+    pq.write_table(written.replace_schema_metadata({"p2l.models": "\n".join(names)}), tmp_path / "log.parquet")
+    log = read_log(tmp_path / "log.parquet")
+    expected = win_rates(theta.astype(np.float64), np.full(3, 1 / 3))[:, :2]
+    expected[5] = np.nan
+    np.testing.assert_allclose(log.rates, expected, atol=1e-6)
+    pq.write_table(written, tmp_path / "nameless.parquet")
+    assert read_log(tmp_path / "nameless.parquet").rates is None
+    specs = [PolicySpec("one", always="beta")]
+    with_theta, without = replay(log, specs).policies[0], replay(dataclasses.replace(log, rates=None), specs).policies[0]
+    widths = [of.value["dr"].high - of.value["dr"].low for of in (with_theta, without)]
+    assert widths[0] < widths[1]
+    assert abs(with_theta.value["dr"].value - good[:, 1].mean()) < widths[0]
+
+
+def test_theta_of_runs_of_other_models_is_not_used(tmp_path):
+    for name, models in (("a", "alpha\nbeta"), ("b", "beta\nalpha")):
+        part = pa.table({"model": ["alpha"], "propensity": [0.5], "reward": [1.0], "theta": [[1.0, 2.0]], "id": [name]})
+        pq.write_table(part.replace_schema_metadata({"p2l.models": models}), tmp_path / f"{name}.parquet")
+    assert read_log(tmp_path).rates is None
+    assert read_log(tmp_path / "a.parquet").rates[0, 0] < 0.5
 
 
 def test_matrices_are_read_long_and_wide(tmp_path):
@@ -387,7 +432,7 @@ def test_files_of_no_policies_are_refused(tmp_path):
         ("policy: {}", "unknown key 'policy', expected policies; did you mean 'policies'"),
         ("policies: {a: logged, a: logged}", "the key 'a' occurs twice"),
         ("[", "expected YAML"),
-        ("policies: " + "[" * 3000, "nested too deeply"),
+        ("policies: " + "[" * 500, "nested too deeply"),
         ("policies: {a: 2026-13-45}", "expected YAML: month must be in"),
         ("policies: {'': logged}", "expected keys of printable text, got ''"),
         ('policies: {"a\\nb": logged}', "expected keys of printable text"),

@@ -22,6 +22,7 @@ from p2l_engine.tables.whole import Table, read_table
 
 Int64 = npt.NDArray[np.int64]
 MOST = 1e50  # of rewards and costs, and of weights: sums of squares of their products are finite
+MODELS = b"p2l.models"  # the metadata in which a batch run names the models of its theta, a line each
 POLICY = pa.list_(pa.struct([("model", pa.string()), ("probability", pa.float64())]))
 
 
@@ -35,8 +36,9 @@ def column_names(path: str | Path) -> list[str]:
 
 
 def read_columns(path: str | Path, names: Collection[str]) -> pa.Table:
-    """The columns ``names``, as far as there are such, of a file, folder, glob or URI. Raises ValueError where it
-    cannot be read, has no row, or has rows that are invalid."""
+    """The columns ``names``, as far as there are such, of a file, folder, glob or URI; with the models of a batch run in the
+    metadata, if they are those of all files. Raises ValueError where it cannot be read, has no row, or has rows that are
+    invalid."""
     files = find([path])
     if all(kind_of(file.location.path) == "parquet" for file in files):
         parts = []
@@ -50,6 +52,8 @@ def read_columns(path: str | Path, names: Collection[str]) -> pa.Table:
             table = pa.concat_tables(parts, promote_options="permissive")
         except pa.ArrowException as error:
             raise ValueError(f"{path}: its files have columns of different types: {error}") from None
+        said = {(part.schema.metadata or {}).get(MODELS, b"") for part in parts}
+        table = table.replace_schema_metadata({MODELS: said.pop()} if len(said) == 1 else None)
     else:
         found = read_table([path], names)
         for index, row in sorted(found.invalid.items()):
@@ -89,6 +93,16 @@ def texts(table: pa.Table, name: str, path: str | Path) -> pa.Array:
         return pc.cast(_without_booleans(table.column(name).combine_chunks()), pa.string())
     except (pa.ArrowException, TypeError) as error:
         raise ValueError(f"{path}: {name}: expected text: {error}") from None
+
+
+def matrix(table: pa.Table, name: str, width: int, rows: Int64) -> npt.NDArray[np.float32]:
+    """Lists of so many numbers [R, width] in these rows of a column; NaN where a row has none, or another number of them."""
+    column = table.column(name).take(pa.array(rows)).combine_chunks()
+    found = np.full((len(rows), width), np.nan, np.float32)
+    usable = np.array(pc.equal(pc.list_value_length(column), width).fill_null(False).to_numpy(zero_copy_only=False), bool)
+    values = pc.list_flatten(column.filter(pa.array(usable)))
+    found[usable] = np.asarray(values.to_numpy(zero_copy_only=False), np.float32).reshape(-1, width)
+    return found
 
 
 def lists(table: pa.Table, name: str, kind: pa.DataType, path: str | Path, rows: Int64) -> pa.ListArray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ from p2l_engine.catalog import Catalog
 from p2l_engine.coefficients import Coefficients
 from p2l_engine.replay import target as targets
 from p2l_engine.replay.estimators import Int64, Valued, doubly_robust, figure, ips, snips
-from p2l_engine.replay.expected_score import ExpectedScore
+from p2l_engine.replay.expected_score import ExpectedScore, Rates, rates_of
 from p2l_engine.replay.logged import LoggedDecisions, ScoreMatrix, Turns
 from p2l_engine.replay.mixture import Float64, Mixture
 from p2l_engine.replay.policies import PolicySpec
@@ -62,10 +62,11 @@ def replay(
             f"the log's {len(log):,} decisions have no feedback: expected scores or preferences (feedback.parquet), a file of "
             "scores (--scores), or a column 'reward'"
         )
-    rates = None
+    rates = log.rates
     reader = next((spec for spec in policies if spec.routed), None)
     if reader is not None:
-        rates = targets.rates_of(_coefficients(log, reader, checkpoints), log.models)
+        read = _coefficients(log, reader, checkpoints)
+        rates = rates_of(read.theta, read.models, log.models, read.feedback.of_values)
     scene = _Scene(log, judged, log.clusters, log.fold, rates, level)
     found = [_judged(spec, scene, checkpoints, leave_out) for spec in policies]
     known = ~np.isnan(log.cost)
@@ -84,10 +85,10 @@ class _Scene:
     judged: npt.NDArray[np.bool_]
     clusters: list[Int64]
     fold: Int64
-    rates: npt.NDArray[np.floating[Any]] | None
+    rates: Rates | None
     level: float
 
-    def figures(self, reward: Float64, target: Target, weight: Float64, rates: npt.NDArray[np.floating[Any]] | None) -> Figures:
+    def figures(self, reward: Float64, target: Target, weight: Float64, rates: Rates | None) -> Figures:
         """By estimator, over the rows where the reward [N] is known; none where these are too few for an interval."""
         log, rows = self.log, np.flatnonzero(~np.isnan(reward))
         if not len(rows):

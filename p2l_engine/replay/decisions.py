@@ -7,20 +7,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from p2l_engine.prompts.parse import cell_turns
 from p2l_engine.replay.choices import read_choices
-from p2l_engine.replay.columns import bounded, first, numbers, read_columns, texts
+from p2l_engine.replay.columns import MODELS, Int64, bounded, first, matrix, numbers, read_columns, texts
+from p2l_engine.replay.expected_score import Rates, rates_of
 from p2l_engine.replay.logged import Bools, LoggedDecisions, Turns
 from p2l_engine.replay.mixture import Float64, Mixture
 from p2l_engine.replay.rewards import Reward, Rewarded, from_feedback, from_scores
 
 COLUMNS = (
     "id", "session", "turns_hash", "prompt", "asked", "outcome", "chosen", "model", "policy", "propensity",
-    "propensity_error", "candidates", "expected_cost", "cost", "reward", "score", "win_rate",
+    "propensity_error", "candidates", "expected_cost", "cost", "reward", "score", "win_rate", "theta",
 )  # fmt: skip
 AUTO = "auto"  # what a caller asks for who names no model
 CACHED = "cached"  # the outcome of a request that an earlier answer served
@@ -58,7 +58,7 @@ def read_decisions(
     own = _own_reward(table, path, rows)
     log = LoggedDecisions(
         *of, reward=own, cost=cost, real=real, prompt=prompt, keys=keys, texts=of_prompts, session=_session(table, path),
-        left_out=left_out,
+        rates=_rates(table, of.models, prompt), left_out=left_out,
     )  # fmt: skip
     if not np.isnan(own).all() and (scores is not None or feedback is not None):
         raise ValueError(f"{path}: has rewards of its own (column reward or score): expected no feedback or scores beside them")
@@ -90,7 +90,7 @@ def _check_ids(ids: pa.Array, path: str | Path) -> None:
         )
 
 
-def _decided(table: pa.Table, names: pa.Array, path: str | Path, left_out: Counter[str]) -> npt.NDArray[np.int64]:
+def _decided(table: pa.Table, names: pa.Array, path: str | Path, left_out: Counter[str]) -> Int64:
     """The rows on which a policy chose."""
     chosen = np.array(pc.not_equal(names.fill_null(""), "").to_numpy(zero_copy_only=False), bool)
     left_out["rows without a chosen model"] += int((~chosen).sum())
@@ -110,7 +110,7 @@ def _decided(table: pa.Table, names: pa.Array, path: str | Path, left_out: Count
     return np.flatnonzero(chosen)
 
 
-def _costs(table: pa.Table, path: str | Path, rows: npt.NDArray[np.int64], logged: Mixture | None) -> tuple[Float64, Bools]:
+def _costs(table: pa.Table, path: str | Path, rows: Int64, logged: Mixture | None) -> tuple[Float64, Bools]:
     """The costs [N], real ones where there are any, else the expected cost where it is that of the chosen model alone."""
     none = np.full(len(table), np.nan)
     spent, expected = (
@@ -122,7 +122,7 @@ def _costs(table: pa.Table, path: str | Path, rows: npt.NDArray[np.int64], logge
     return np.where(np.isnan(spent), expected, spent), ~np.isnan(spent)
 
 
-def _own_reward(table: pa.Table, path: str | Path, rows: npt.NDArray[np.int64]) -> Float64:
+def _own_reward(table: pa.Table, path: str | Path, rows: Int64) -> Float64:
     name = "reward" if "reward" in table.column_names else "score"
     if name not in table.column_names or (name == "score" and "win_rate" in table.column_names):
         return np.full(len(table), np.nan)
@@ -130,8 +130,8 @@ def _own_reward(table: pa.Table, path: str | Path, rows: npt.NDArray[np.int64]) 
 
 
 def _prompts(
-    table: pa.Table, ids: pa.Array | None, rows: npt.NDArray[np.int64], path: str | Path
-) -> tuple[npt.NDArray[np.int64], list[str], list[Turns | None]]:
+    table: pa.Table, ids: pa.Array | None, rows: Int64, path: str | Path
+) -> tuple[Int64, list[str], list[Turns | None]]:
     """Each row's prompt, and the keys and texts of prompts. Rows without hash and text are their own prompt."""
     n = len(table)
     cells = table.column("prompt").combine_chunks() if "prompt" in table.column_names else pa.nulls(n)
@@ -158,7 +158,16 @@ def _prompts(
     return prompt, keys, found
 
 
-def _session(table: pa.Table, path: str | Path) -> npt.NDArray[np.int64] | None:
+def _rates(table: pa.Table, models: tuple[str, ...], prompt: Int64) -> Rates | None:
+    """Win rates by prompt from the theta that a batch run wrote (``--coefficients``)."""
+    of_theta = (table.schema.metadata or {}).get(MODELS, b"").decode().splitlines()
+    if not of_theta or "theta" not in table.column_names:
+        return None
+    firsts = np.unique(prompt, return_index=True)[1]
+    return rates_of(matrix(table, "theta", len(of_theta), firsts), of_theta, models)
+
+
+def _session(table: pa.Table, path: str | Path) -> Int64 | None:
     if "session" not in table.column_names:
         return None
     column = texts(table, "session", path)

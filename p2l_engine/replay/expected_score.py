@@ -9,6 +9,7 @@ reward of the row's own prompt.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,9 @@ import numpy.typing as npt
 from p2l_engine.replay.mixture import Float64
 
 FOLDS, PRIOR = 5, 10.0
+AT_ONCE = 1 << 16  # prompts whose win rates are computed together
 Integers = npt.NDArray[np.integer[Any]]
+Rates = npt.NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,7 +30,7 @@ class ExpectedScore:
 
     level: Float64
     slope: Float64
-    rates: npt.NDArray[np.floating[Any]] | None
+    rates: Rates | None
 
     @classmethod
     def fit(
@@ -37,7 +40,7 @@ class ExpectedScore:
         prompt: Integers,
         fold: Integers,
         n_models: int,
-        rates: npt.NDArray[np.floating[Any]] | None = None,
+        rates: Rates | None = None,
     ) -> ExpectedScore:
         """From rows with rewards [n], of models [n] on prompts [n] in folds [n]."""
         v = np.zeros(len(reward)) if rates is None else _rate(rates, prompt, models)
@@ -72,7 +75,25 @@ class ExpectedScore:
         return np.asarray(found + self.slope[fold] * _rate(self.rates, prompt, models))
 
 
-def _rate(rates: npt.NDArray[np.floating[Any]], prompt: Integers, models: Integers) -> Float64:
+def rates_of(theta: Rates, models: Sequence[str], names: Sequence[str], of_values: bool = False) -> npt.NDArray[np.float32]:
+    """Bradley-Terry win rates [P, U] of the models ``names`` against all of the checkpoint's ``models``, equally weighted, from
+    their theta [P, M]; NaN for a model that it does not know, and for prompts whose theta is not finite. of_values: they
+    are theta itself."""
+    from p2l_engine import routing
+
+    m, place = len(models), {name: k for k, name in enumerate(models)}
+    known = [column for column, name in enumerate(names) if name in place]
+    columns = [place[names[column]] for column in known]
+    found = np.full((len(theta), len(names)), np.nan, np.float32)
+    for start in range(0, len(theta), AT_ONCE):
+        some = theta[start : start + AT_ONCE].astype(np.float64)
+        rows = np.flatnonzero(np.isfinite(some).all(1))
+        v = some[rows] if of_values else routing.win_rates(some[rows], np.full(m, 1 / m))
+        found[(start + rows)[:, None], known] = v[:, columns]
+    return found
+
+
+def _rate(rates: Rates, prompt: Integers, models: Integers) -> Float64:
     """Win rates; of models that the checkpoint does not know, 1/2: their offset says the rest."""
     v = rates[prompt, models].astype(np.float64)
     return np.asarray(np.where(np.isfinite(v), v, 0.5))

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from p2l_engine.replay.estimators import Int64
-from p2l_engine.replay.expected_score import FOLDS
+from p2l_engine.replay.expected_score import FOLDS, Rates
 from p2l_engine.replay.mixture import Float64, Mixture
 
 Turns = tuple[str, ...]
@@ -27,7 +27,8 @@ class LoggedDecisions:
     known [N]: whether it says the same as the propensity. allowed [N, U]: which models could take the request; None: all.
     reward [N]: NaN without feedback. cost [N]: NaN unknown; real [N]: whether it was really spent. prompt [N]: number of the
     row's prompt; keys [P] and texts [P] (None: not logged) of prompts. session [N]: number of the row's session; None: no
-    sessions. left_out: rows and feedback that were not used, by reason.
+    sessions. rates [P, U]: the models' win rates by the log's own coefficients, NaN unknown; None: it has none. left_out: rows
+    and feedback that were not used, by reason.
     """
 
     models: tuple[str, ...]
@@ -45,6 +46,7 @@ class LoggedDecisions:
     texts: Sequence[Turns | None]
     session: Int64 | None = None
     of: str = "score"
+    rates: Rates | None = None
     left_out: Counter[str] = field(default_factory=Counter)
 
     def __len__(self) -> int:

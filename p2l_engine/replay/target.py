@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -92,22 +92,6 @@ def routed(
     mixture = mixture.averaged(inverse, firsts) if over_batch else mixture
     mixture, costs = mixture.take(inverse), costs if over_batch else costs[inverse]
     return Target(names, mixture.renumbered(columns), float(costs.mean()))
-
-
-def rates_of(coefficients: Coefficients, names: Sequence[str]) -> npt.NDArray[np.floating[Any]]:
-    """Bradley-Terry win rates [P, U] of these models against all of the checkpoint's, equally weighted; NaN for a model that it
-    does not know. For models of values, the values themselves."""
-    from p2l_engine import routing
-
-    theta = coefficients.theta.astype(np.float64)
-    m = len(coefficients.models)
-    v = theta if coefficients.feedback.of_values else routing.win_rates(theta, np.full(m, 1 / m))
-    place = {name: k for k, name in enumerate(coefficients.models)}
-    found = np.full((len(v), len(names)), np.nan, np.float32)
-    for column, name in enumerate(names):
-        if name in place:
-            found[:, column] = v[:, place[name]]
-    return found
 
 
 def _mask(
