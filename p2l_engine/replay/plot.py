@@ -8,15 +8,22 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Drawing
+from matplotlib.transforms import Bbox
 
 from p2l_engine.plotting import BLUE, GREY, ORANGE, save
 from p2l_engine.replay.report import ReplayReport, shown_figure
 from p2l_engine.reports import Figure
 
-LABEL, NEAR = 7.0, (110.0, 13.0)  # pixels: from a point to its name's middle; names that are nearer than that overlap
+GAP, STEPS = 4.0, range(0, 240, 12)  # pixels: from a point to its name, and how much farther away it may be
+LONGEST = 40  # characters of a name that are shown
 
 
 def plane(report: ReplayReport, path: str | Path) -> None:
+    """Writes ``drawn`` to a file."""
+    save(drawn(report), path)
+
+
+def drawn(report: ReplayReport) -> Drawing:
     """Policies on the plane of cost and value, with intervals; a line through those that no other one beats. Policies of
     unknown cost, and refused ones, are named above. Costs are the log's, or where it has none, the catalogs'."""
     drawing = Drawing(figsize=(9, 5.5), layout="constrained")
@@ -44,7 +51,6 @@ def plane(report: ReplayReport, path: str | Path) -> None:
     axes.margins(x=0.1, y=0.1)
     axes.set_xlabel("mean cost of a decision")
     axes.set_ylabel("mean score" if report.of == "score" else "win rate against the log's choices")
-    _label(axes, points)
     axes.spines[["top", "right"]].set_visible(False)
     if points:
         drawing.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
@@ -53,19 +59,47 @@ def plane(report: ReplayReport, path: str | Path) -> None:
     if left_out:
         title += f"; not drawn: {', '.join(left_out)}"
     drawing.suptitle(title, fontsize=10, x=0.01, ha="left", parse_math=False, wrap=True)
-    save(drawing, path)
+    _label(drawing, axes, points)
+    return drawing
 
 
-def _label(axes: Axes, points: Sequence[tuple[str, Figure, Figure]]) -> None:
-    """The policies' names, each above its point, or below it where an earlier one is in the way."""
-    taken: list[tuple[float, float]] = []
-    for name, cost, value in points:
-        x, y = axes.transData.transform((cost.value, value.value)).tolist()
-        above = not any(abs(x - a) < NEAR[0] and abs(y + LABEL - b) < NEAR[1] for a, b in taken)
-        taken.append((x, y + LABEL if above else y - 2 * LABEL))
-        beside = (6.0, 5.0 if above else -11.0)
+def _label(drawing: Drawing, axes: Axes, points: Sequence[tuple[str, Figure, Figure]]) -> None:
+    """The policies' names, each where it covers no other name and no point, as near to its own as that allows; a line leads to
+    one that is farther away."""
+    drawing.draw_without_rendering()  # the layout, from which positions follow
+    places = [axes.transData.transform((cost.value, value.value)) for _, cost, value in points]
+    taken = [Bbox.from_bounds(x - GAP / 2, y - GAP / 2, GAP, GAP) for x, y in places]
+    for (name, cost, value), (x, y) in zip(points, places, strict=True):
+        shown = name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"
+        text = axes.text(0, 0, shown, fontsize=8, parse_math=False, transform=None, in_layout=False)
+        size = text.get_window_extent()
+        boxes = [
+            Bbox.from_bounds(x + (GAP + aside if right else -GAP - aside - size.width), low, size.width, size.height)
+            for step in STEPS
+            for aside, low in (
+                (step / 3, y + GAP + step),
+                (step / 3, y - GAP - step - size.height),
+                (step, y - size.height / 2),
+            )
+            for right in (True, False)
+        ]
+        inside = [box for box in boxes if axes.bbox.x0 <= box.x0 and axes.bbox.y0 <= box.y0 and box.y1 <= axes.bbox.y1
+                  and box.x1 <= drawing.bbox.x1]  # fmt: skip
+        box = next((box for box in inside if box.count_overlaps(taken) == 0), boxes[0])
+        taken.append(box)
+        text.remove()
+        near = (min(max(x, box.x0), box.x1), min(max(y, box.y0), box.y1))
+        offset = ((box.x0 - x) * 72 / drawing.dpi, (box.y0 - size.y0 - y) * 72 / drawing.dpi)
         where = (cost.value, value.value)
-        axes.annotate(name, where, xytext=beside, textcoords="offset points", fontsize=8, parse_math=False)
+        axes.annotate(
+            shown, where, offset, textcoords="offset points", fontsize=8, parse_math=False, in_layout=False,
+            annotation_clip=False,
+        )  # fmt: skip
+        if np.hypot(near[0] - x, near[1] - y) > 3 * GAP:
+            axes.annotate(
+                "", where, ((near[0] - x) * 72 / drawing.dpi, (near[1] - y) * 72 / drawing.dpi), textcoords="offset points",
+                arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3}, in_layout=False,
+            )  # fmt: skip
 
 
 def _frontier(points: list[tuple[float, float]]) -> list[int]:
