@@ -222,15 +222,17 @@ def test_a_replica_that_dies_is_replaced_by_another(serve_cluster, engine, monke
     from ray.exceptions import ActorDiedError
     from ray.serve.exceptions import DeploymentUnavailableError
 
-    monkeypatch.setattr(serve_cluster, "TRIES", (0.0, 0.0, 0.0))
-    facts = serve_cluster.CheckpointFacts(engine.models, engine.feedback, engine.encoder.tokenizer)
+    from p2l_engine.serve import engine_replicas
+
+    monkeypatch.setattr(engine_replicas, "TRIES", (0.0, 0.0, 0.0))
+    facts = engine_replicas.CheckpointFacts(engine.models, engine.feedback, engine.encoder.tokenizer)
     alone = engine.coefficients(["hello"])
     usage = ExpectedUsage(np.ones(1, np.float32), np.exp(alone.theta), None, np.ones(alone.theta.shape[1], bool))
     row = (alone.theta[0], float(alone.eta[0]), alone.theta[0] ** 2, usage)
 
     def asked(*outcomes: Any) -> Any:
         async def one() -> Any:
-            engines = serve_cluster.RemoteEngines(Handle(*outcomes), facts)
+            engines = engine_replicas.RemoteEngines(Handle(*outcomes), facts)
             return await asyncio.wrap_future(engines.submit(["hello"], lambda found: found))
 
         return asyncio.run(one())
@@ -252,7 +254,9 @@ def test_a_replica_that_dies_is_replaced_by_another(serve_cluster, engine, monke
 
 
 def test_a_prompt_that_is_refused_fails_alone(serve_cluster, engine, monkeypatch):
-    replica = object.__new__(serve_cluster.EngineReplica)
+    from p2l_engine.serve.engine_replicas import EngineReplica
+
+    replica = object.__new__(EngineReplica)
     replica.engine = engine
     whole = engine.coefficients
 
@@ -281,7 +285,11 @@ def test_a_prompt_that_is_refused_fails_alone(serve_cluster, engine, monkeypatch
 )
 def test_what_the_command_refuses(options, message, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "fastapi", None)
-    for name in [name for name in sys.modules if name.startswith(("ray.serve", "p2l_engine.serve.cluster"))]:
+    for name in [
+        name
+        for name in sys.modules
+        if name.startswith(("ray.serve", "p2l_engine.serve.cluster", "p2l_engine.serve.engine_replicas"))
+    ]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr("sys.argv", ["p2l-engine", "serve", *options])
     with pytest.raises(SystemExit) as ended:
@@ -319,6 +327,12 @@ def test_the_command_serves_on_a_cluster_of_its_own_until_it_is_told_to_stop(ser
             line = process.stderr.readline()
             assert line, said
             said += line
+        assert asked()["model"] in engine.models
+        answer = "the configuration was not changed: on a cluster, a change needs a restart"
+        process.send_signal(signal.SIGHUP)
+        assert answer in process.stderr.readline()
+        file.write_text(file.read_text() + "\n")
+        assert answer in process.stderr.readline()
         assert asked()["model"] in engine.models
         process.send_signal(signal.SIGTERM)
         _, last = process.communicate(timeout=120)

@@ -97,17 +97,17 @@ def serve(
         note(f"http://{host}:{port}  (Ctrl-C stops it)")
         run(runtime, host, port, grace)
         return
-    from p2l_engine.serve.cluster import ServeCluster, interrupted_by_sigterm, until_stopped
+    from p2l_engine.serve.cluster import ServeCluster, signals_answered, until_stopped
 
     cluster = ServeCluster(
         runtime.plan.config, engine, checkpoint, ray, host, port,
         engines=ray_engines, fronts=ray_fronts, device=device, dtype=dtype, grace=grace,
     )  # fmt: skip
-    with cluster, interrupted_by_sigterm():
+    with cluster, signals_answered():
         with status("starting on the cluster"):
             cluster.start()
         note(f"http://{host}:{port}, {cluster.engines} engines, {cluster.fronts} fronts  (Ctrl-C stops it)")
-        until_stopped()
+        until_stopped(runtime.file)
 
 
 def _say_how_open(config: Config, host: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
-import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -18,6 +18,8 @@ from p2l_engine.batch.ray import check_address, cpus_per_worker
 from p2l_engine.checkpoint import fingerprint
 from p2l_engine.engine import Engine
 from p2l_engine.engine.device import parse_device
+from p2l_engine.serve import config_file
+from p2l_engine.serve.config_file import ConfigFile
 from p2l_engine.serve.engine_replicas import BATCH, CheckpointFacts, EngineReplica, RemoteEngines
 from p2l_engine.serve.runtime import NOT_ON_A_CLUSTER, Runtime
 from p2l_engine.serve.settings import Config, ConfigError
@@ -25,6 +27,7 @@ from p2l_engine.serve.settings import Config, ConfigError
 logger = logging.getLogger(__name__)
 
 NAME = "p2l-engine"  # of the application on the cluster
+UNCHANGED = "the configuration was not changed: on a cluster, a change needs a restart"
 UNDER_WAY = 1_000  # requests at a front: most of them wait for a provider
 
 
@@ -117,23 +120,30 @@ class ServeCluster:
 
 
 @contextmanager
-def interrupted_by_sigterm() -> Iterator[None]:
-    """SIGTERM is as Ctrl-C. Ray sets its own handler when it connects, which ends the process at once."""
+def signals_answered() -> Iterator[None]:
+    """SIGTERM is as Ctrl-C; Ray sets its own handler when it connects, which ends the process at once. SIGHUP gets a line in
+    the log, for a front reads its configuration once."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = signal.signal(signal.SIGTERM, interrupt), signal.signal(signal.SIGHUP, lambda *_: logger.warning(UNCHANGED))
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, before[0])
+        signal.signal(signal.SIGHUP, before[1])
 
 
-def until_stopped() -> None:
-    """Waits for SIGTERM or Ctrl-C."""
+def until_stopped(file: ConfigFile | None = None) -> None:
+    """Waits for SIGTERM or Ctrl-C. A change of the file gets a line in the log too."""
     with suppress(KeyboardInterrupt):
-        threading.Event().wait()
+        seen = None if file is None else file.stamp()
+        while True:
+            time.sleep(config_file.EVERY)
+            if file is not None and (now := file.stamp()) != seen and now is not None:
+                seen = now
+                logger.warning(UNCHANGED)
 
 
 def _application(config: Config, facts: CheckpointFacts) -> Callable[[], Starlette]:

@@ -33,28 +33,29 @@ class ConfigFile:
     async def changes(self, known: Config) -> AsyncIterator[None]:
         """Yields whenever the file may say something else than before; at first, than ``known``, as after a checkpoint was
         loaded."""
-        seen = await asyncio.to_thread(self._stamp)
+        seen = await asyncio.to_thread(self.stamp)
         if await asyncio.to_thread(self._differs, known):
             yield
         while True:
             await asyncio.sleep(EVERY)
-            now = await asyncio.to_thread(self._stamp)
+            now = await asyncio.to_thread(self.stamp)
             if now != seen and now is not None:  # a file that is just being replaced is not there for a moment
                 seen = now
                 yield
+
+    def stamp(self) -> tuple[int, int, int] | None:
+        """What tells one state of the file from another; None where it is not there."""
+        try:
+            found = self.path.stat()
+        except OSError:
+            return None
+        return found.st_mtime_ns, found.st_size, found.st_ino
 
     def _differs(self, known: Config) -> bool:
         try:
             return adapted(settings.load(self.path), self._log_prompts) != known
         except ConfigError:
             return True  # reading it again says why
-
-    def _stamp(self) -> tuple[int, int, int] | None:
-        try:
-            found = self.path.stat()
-        except OSError:
-            return None
-        return found.st_mtime_ns, found.st_size, found.st_ino
 
 
 def adapted(config: Config, log_prompts: bool) -> Config:
