@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from p2l_engine.cli.inputs import (
+    PLOTS,
     CatalogFile,
     Checkpoint,
     Column,
@@ -31,9 +32,6 @@ from p2l_engine.tables.limits import MAX_DROPPED
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-
-    from p2l_engine.engine import Engine
-    from p2l_engine.votes import Votes
 
 
 def evaluate(
@@ -79,6 +77,16 @@ def evaluate(
         bool,
         typer.Option("--adapt", help="Leave out each model's row and learn it again from its votes: how many does one need?"),
     ] = False,
+    by: Annotated[
+        str | None,
+        typer.Option(
+            help="With --adapt and --votes: the column that names the votes' sources, or 'file'. Leaves out each source "
+            "instead of each model, and prints no report."
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="With --by: draw the learning curves to this file (.png, .svg or .pdf).")
+    ] = None,
     top: Top = TOP,
     all_models: All = False,
     catalog: CatalogFile = None,
@@ -101,7 +109,22 @@ def evaluate(
     check_writable(as_json, "--json")
     if html:  # now: a missing package must not fail a command whose work is done
         from p2l_engine.evaluation import html as pages
+    check_writable(plot, "--plot", PLOTS)
+    if by is not None and not (adapting and votes is not None):
+        raise typer.BadParameter("needs --adapt and --votes", param_hint="--by")
+    if plot is not None and by is None:
+        raise typer.BadParameter("needs --by", param_hint="--plot")
+    if by is not None and (
+        html or card or training or probes or cluster or budget or reference or replace or part != "held-out"
+    ):
+        raise typer.BadParameter("prints learning curves alone: leave out the options of the report", param_hint="--by")
     engine = load_engine(checkpoint, device, dtype, date)
+    if by is not None and votes is not None:
+        from p2l_engine.cli.left_out import sources as left_out_sources
+
+        share, columns = MAX_DROPPED if max_dropped is None else max_dropped, None if column == "prompt" else {"prompt": column}
+        left_out_sources(engine, votes, by, columns, share, seed, plot, as_json)
+        return
     swaps = swaps_of(replace, engine.models)
     check_model(reference, engine.models, "--reference")
     if votes is None and training is not None:
@@ -146,7 +169,9 @@ def evaluate(
     shown = limit(top, all_models)
     show(report, out(), strengths=reference is not None, top=shown)
     if adapting:
-        _show_curves(engine, held_out)
+        from p2l_engine.cli.left_out import models as left_out_models
+
+        left_out_models(engine, held_out)
     if as_json:
         write_json(to_json(report), as_json)
     if card:
@@ -155,30 +180,6 @@ def evaluate(
     if html:
         pages.write(report, html, shown)
         note(f"wrote {html}")
-
-
-def _show_curves(engine: Engine, votes: Votes) -> None:
-    """Learning curves of the models, each left out of the head in turn."""
-    from p2l_engine.backbone.head import Head
-    from p2l_engine.cli.table import print_table
-    from p2l_engine.learning.curves import leave_one_out
-    from p2l_engine.learning.hidden import cache_folder, hidden_states
-
-    with progress(len(votes.prompts)) as advance:
-        states = hidden_states(engine, [list(turns) for turns in votes.prompts], cache_folder(), advance)
-    head = Head(engine.head.weight.cpu(), engine.head.bias.cpu(), engine.head.n_models)
-    rows = [
-        (
-            f"{point.votes:,}",
-            str(point.models),
-            f"{point.loss:.4f}",
-            f"{point.own_row:.4f}",
-            f"{point.excess:+.4f} ({point.excess - 1.96 * point.error:+.4f} to {point.excess + 1.96 * point.error:+.4f})",
-        )
-        for point in leave_one_out(head, engine.models, engine.feedback, votes, states)
-    ]
-    columns = ("votes", "models", "log-loss", "own row's", "difference (95%)")
-    print_table("A model's row, left out and learned again: log-loss of its held-out votes", columns, rows, out())
 
 
 def _check_budgets(budgets: Sequence[float], costs: npt.NDArray[np.float64] | None) -> None:

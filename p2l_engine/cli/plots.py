@@ -1,4 +1,4 @@
-"""The plots of ``p2l-engine leaderboard``, ``frontier`` and ``calibrate``. Needs the extra ``cli`` (matplotlib)."""
+"""The plots of ``leaderboard``, ``frontier``, ``calibrate`` and ``eval --adapt``. Needs the extra ``cli`` (matplotlib)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from p2l_engine import routing
 from p2l_engine.leaderboard import Leaderboard
+from p2l_engine.learning.source_curves import SourcePoint
 from p2l_engine.plotting import BLUE, GREY, ORANGE, YELLOW, save
 from p2l_engine.reports import Calibration, Standing
 from p2l_engine.routing import Frontier
@@ -139,4 +140,34 @@ def over_time(boards: Mapping[str, Mapping[str, Leaderboard]], top: int | None, 
     for axes in panels[len(boards) :]:
         axes.set_visible(False)
     panels[0].set_ylabel("coefficient, with 95% intervals over prompts")
+    save(figure, path)
+
+
+def source_curves(points: Sequence[SourcePoint], path: str | Path) -> None:
+    """Log-loss by votes of each left-out source, with 95% intervals, a panel for each; and that of the rows that were learned
+    without the other sources' votes."""
+    names = list(dict.fromkeys(point.source for point in points))
+    columns = min(len(names), 3)
+    lines = -(-len(names) // columns)
+    figure = Figure(figsize=(max(3.6 * columns, 5.0), 3.2 * lines), layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False).ravel().tolist()
+    for axes, name in zip(panels, names, strict=False):
+        of = [point for point in points if point.source == name]
+        x = [max(point.votes, 3) for point in of]
+        loss, spread = [point.loss for point in of], [1.96 * point.loss_error for point in of]
+        axes.errorbar(
+            x, loss, yerr=spread, fmt="o-", color=BLUE, markersize=3.5, linewidth=1.2, label="after the other sources"
+        )
+        alone, apart = [point.loss + point.help for point in of], [1.96 * point.help_error for point in of]
+        axes.errorbar(x, alone, yerr=apart, fmt="s--", color=ORANGE, markersize=3.5, linewidth=1.2, label="these votes alone")
+        axes.set_xscale("log")
+        axes.set_xticks(x, [f"{point.votes:,}" for point in of], fontsize=7, rotation=45)
+        axes.minorticks_off()
+        axes.set_title(name, fontsize=9, loc="left", parse_math=False)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in panels[len(names) :]:
+        axes.set_visible(False)
+    panels[0].legend(frameon=False, fontsize=7)
+    figure.supxlabel("votes of the source", fontsize=9)
+    figure.supylabel("log-loss of its held-out votes", fontsize=9)
     save(figure, path)

@@ -64,7 +64,7 @@ def leave_one_out(
         others = Head(head.weight[rows], head.bias[rows], len(models) - 1)
         known = [model for model in models if model != name]
         kept = votes.of(np.flatnonzero(measured_on).tolist())
-        own = _losses(head, models, feedback, kept, hidden[measured_on], name)
+        own = losses_by_prompt(head, models, feedback, kept, hidden[measured_on], name)
         for n in sizes:
             if n > len(learned_from):
                 continue
@@ -72,18 +72,29 @@ def leave_one_out(
             some[learned_from[:n]] = True
             part, states = votes.where(some), hidden[np.unique(votes.prompt[some])]
             result = adapt(others, known, feedback, part, states, [NewModel(name)], reference=hidden[~measured_on])
-            found[n].append(np.stack([_losses(result.head, result.models, feedback, kept, hidden[measured_on], name), own]))
+            found[n].append(
+                np.stack([losses_by_prompt(result.head, result.models, feedback, kept, hidden[measured_on], name), own])
+            )
     return [_point(n, each) for n, each in found.items() if each]
 
 
-def _losses(
-    head: Head, models: Sequence[str], feedback: FeedbackModel, votes: Votes, hidden: npt.NDArray[np.float32], name: str
+def losses_by_prompt(
+    head: Head,
+    models: Sequence[str],
+    feedback: FeedbackModel,
+    votes: Votes,
+    hidden: npt.NDArray[np.float32],
+    name: str | None = None,
 ) -> npt.NDArray[np.float64]:
-    """[P]: for each prompt the mean log-loss of its votes on this model; NaN where it has none."""
+    """[P]: for each prompt the mean log-loss of its votes, or of those on the model ``name``; NaN where it has none. votes: on
+    some of the head's models. hidden [P, D]: of their prompts."""
     out = torch.from_numpy(hidden).double() @ head.weight.double().T + head.bias.double()
     column = np.array([list(models).index(model) for model in votes.models] + [-1])
     a, b = column[votes.a], column[votes.b]
-    of = ((a == list(models).index(name)) | (b == list(models).index(name))) & (votes.weight > 0)
+    of = votes.weight > 0
+    if name is not None:
+        k = list(models).index(name)
+        of &= (a == k) | (b == k)
     prompt, weight = votes.prompt[of], votes.weight[of]
     theta = torch.cat([out[:, : len(models)], torch.zeros(len(out), 1, dtype=torch.float64)], 1)
     eta = out[prompt, len(models)] if feedback.has_eta else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -22,12 +22,14 @@ def vote_table(
     columns: Mapping[str, str] | None = None,
     leave_out: Mapping[str, Sequence[Any]] | None = None,
     weighted: bool = True,
+    also: Collection[str] = (),
 ) -> Table:
-    """The table of these files, under this project's names. The arguments are those of ``read``."""
+    """The table of these files, under this project's names. The arguments are those of ``read``. also: other columns to keep,
+    where the files have them."""
     unknown = sorted(set(columns or {}) - COLUMNS)
     if unknown:
         raise ValueError(f"columns: expected some of {', '.join(sorted(COLUMNS))}, got {', '.join(unknown)}")
-    table = read_table(path, {*COLUMNS, *(columns or {}).values(), *(leave_out or {})}).with_numbers_as_text()
+    table = read_table(path, {*COLUMNS, *(columns or {}).values(), *(leave_out or {}), *also}).with_numbers_as_text()
     for name, values in (leave_out or {}).items():
         table = _without(table, name, values)
     for ours, theirs in (columns or {}).items():

@@ -36,6 +36,13 @@ class Dropped:
         self.counts[problem.reason] = self.counts.get(problem.reason, 0) + 1
         self.first.setdefault(problem.reason, f"{where}{problem.value}")
 
+    def include(self, other: Dropped) -> None:
+        """Adds the rows that were skipped in a part of the table, which is counted in ``rows`` already."""
+        for reason, count in other.counts.items():
+            self.counts[reason] = self.counts.get(reason, 0) + count
+            self.first.setdefault(reason, other.first[reason])
+        self.ties += other.ties
+
     def __len__(self) -> int:
         return sum(self.counts.values())
 
