@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 
+import mpmath
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from p2l_engine.feedback import NAMES, Outcome, feedback_model
+from p2l_engine.leaderboard.losses import pair_derivatives
 
 VOTE_MODELS = [name for name in NAMES if not feedback_model(name).of_values]
 coefficients = st.floats(-4, 4)
@@ -69,6 +71,76 @@ def test_second_derivatives_are_finite_where_exp_overflows(name):
         for slope in torch.autograd.grad(likelihood.sum(), by, create_graph=True):
             assert torch.isfinite(slope).all()
             assert all(torch.isfinite(bend).all() for bend in torch.autograd.grad(slope.sum(), by, retain_graph=True))
+
+
+def differentiated(model, a, b, eta):
+    """log P [P, K] of the K outcomes, its gradient [P, K, 4] and its Hessian [P, K, 4, 4] by a, b, ground and eta, by torch."""
+    x = torch.from_numpy(np.stack([a, b, np.zeros(len(a)), eta], 1)).requires_grad_()
+    log_p = model.log_probabilities(x[:, 0], x[:, 1], x[:, 3], x[:, 2])[:, : len(model.outcomes)]
+
+    def slopes(of):
+        more = {"retain_graph": True, "create_graph": True, "materialize_grads": True}
+        found = [torch.autograd.grad(one.sum(), x, **more)[0] for one in of.unbind(-1)]
+        return torch.stack(found, 1)
+
+    slope = slopes(log_p)
+    bend = slopes(slope.flatten(1)).unflatten(1, slope.shape[1:])
+    return [of.detach().numpy() for of in (log_p, slope, bend)]
+
+
+KINK = feedback_model("rk").least_eta
+
+
+@pytest.mark.parametrize("name", VOTE_MODELS)
+@settings(max_examples=15)
+@given(seed=st.integers(0, 10**6), spread=st.sampled_from([0.01, 1.0, 10.0, 50.0, 500.0]), n=st.integers(0, 40))
+def test_derivatives_are_torchs(name, seed, spread, n):
+    a, b, eta = np.random.default_rng(seed).normal(size=(3, n)) * spread
+    # Where rk's tie parameter is at its least, and where torch's softplus becomes linear; more pairs than one chunk holds.
+    a, b, eta = (
+        np.r_[a, np.zeros(4), np.zeros(512)],
+        np.r_[b, np.ones(4), np.ones(512)],
+        np.r_[eta, [KINK - 1, KINK + 1], [222, 223], np.zeros(512)],
+    )
+    model = feedback_model(name)
+    for found, expected in zip(pair_derivatives(model, a, b, eta), differentiated(model, a, b, eta), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-10 * max(1.0, spread))
+
+
+@pytest.mark.parametrize(
+    ("name", "point"),
+    [("rk", (12.0, -11.0, 29.0)), ("rk-reparam", (-40.0, 3.0, 20.0)), ("grk", (-30.0, -35.0, 1.0)), ("grk", (20.0, 1.0, -9.0))],
+)
+def test_derivatives_of_rare_outcomes_keep_their_digits(name, point):
+    """mpmath's of the published formulas, with digits enough for probabilities that float64 holds as logarithms alone."""
+    model, (a, b, eta) = feedback_model(name), point
+    log_p, slope, bend = (of[0] for of in pair_derivatives(model, *(np.array([x]) for x in point)))
+    with mpmath.workdps(120):
+        sigmoid = lambda x: 1 / (1 + mpmath.exp(-x))  # noqa: E731
+
+        def log_probability(a, b, ground, eta, k):
+            if name == "rk":
+                t = max(mpmath.log1p(mpmath.exp((eta - mpmath.mpf("22.5")) / 10)) * 10, mpmath.mpf(0.02))
+                win, lose = sigmoid(a - b - t), sigmoid(b - a - t)
+                return mpmath.log([win, lose, 1 - win - lose][k])
+            x, y, g, lam = mpmath.exp(a), mpmath.exp(b), mpmath.exp(ground), mpmath.exp(eta) + 1 + mpmath.mpf("1e-6")
+            win, lose = x / (x + lam * y + g), y / (y + lam * x + g)
+            bad = g / (x + y + g) if name == "grk" else 0
+            return mpmath.log([win, lose, 1 - win - lose - bad, bad][k])
+
+        at = [mpmath.mpf(x) for x in (a, b, 0, eta)]
+        unit = np.eye(4, dtype=int).tolist()
+        for k in range(len(model.outcomes)):
+            of = lambda *x, k=k: log_probability(*x, k)  # noqa: E731
+            assert log_p[k] == pytest.approx(float(of(*at)), rel=1e-13, abs=1e-13)
+            for i in range(4):
+                first = float(mpmath.diff(of, at, tuple(unit[i])))
+                assert slope[k, i] == pytest.approx(first, rel=1e-11, abs=1e-13)
+                for j in range(i + 1):
+                    order = tuple(x + y for x, y in zip(unit[i], unit[j], strict=True))
+                    assert (
+                        bend[k, i, j] == bend[k, j, i] == pytest.approx(float(mpmath.diff(of, at, order)), rel=1e-11, abs=1e-13)
+                    )
 
 
 @pytest.mark.parametrize("name", VOTE_MODELS)

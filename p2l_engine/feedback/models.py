@@ -11,6 +11,8 @@ from p2l_engine.feedback.outcome import RK_LEAST_LOG_LAMBDA, Outcome
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from p2l_engine.feedback.taylor import Float64, Taylor
+
 
 @dataclass(frozen=True, slots=True)
 class FeedbackModel:
@@ -66,13 +68,24 @@ class FeedbackModel:
         ground: the coefficient of the grounded models' fictitious bad model, None: 0. The arguments broadcast. A model without
         "both bad" counts it as a tie, so its TIE is either. Raises ValueError for models of values, and where eta is missing.
         """
+        self._check_votes(eta)
+        from p2l_engine.feedback import formulas
+
+        return formulas.log_probabilities(self.name, theta_a, theta_b, eta if self.has_eta else None, ground)
+
+    def expanded(self, theta_a: Float64, theta_b: Float64, eta: Float64 | None = None) -> tuple[Taylor, ...]:
+        """log P of each of a ``rao_kupper`` model's outcomes, of P pairs [P], with first and second derivatives by a, b, the
+        ground and eta. Raises ValueError as ``log_probabilities``."""
+        self._check_votes(eta)
+        from p2l_engine.feedback import formulas
+
+        return formulas.expanded(self.name, theta_a, theta_b, eta if self.has_eta else None)
+
+    def _check_votes(self, eta: object) -> None:
         if self.of_values:
             raise ValueError(f"feedback model: {self.name!r} observes values and gives no probabilities of votes")
         if self.has_eta and eta is None:
             raise ValueError(f"eta: the feedback model {self.name!r} needs its tie parameter, got None")
-        from p2l_engine.feedback import formulas
-
-        return formulas.log_probabilities(self.name, theta_a, theta_b, eta if self.has_eta else None, ground)
 
     def probabilities(self, theta_a: Tensor, theta_b: Tensor, eta: Tensor | None = None) -> Tensor:
         """P of A, B, tie, both bad: [..., 4], summing to 1."""

@@ -21,6 +21,7 @@ from p2l_engine.leaderboard.outcomes import pair_count, pairs
 Float64 = npt.NDArray[np.float64]
 
 ROUNDING = 1e-14  # of a loss, relative to the sum of the absolute values of its terms
+CHUNK = 512  # pairs differentiated at once: they stay in the cache
 EDGES = ((0, 1), (0, 2), (1, 2))  # of a pair's a, b and ground
 
 
@@ -56,7 +57,7 @@ class Quadratic:
         if self.slope is None:
             return self._centred(x[:-1])
         along = solve_flows(stars, self.cross)
-        eta = min(max(self._eta(along, self.slope + self._across(x)), -farthest), farthest)
+        eta = min(max((self.slope + self._across(x)) * self._each_slope(along), -farthest), farthest)
         return np.append(self._centred((x - along * eta)[:-1]), eta)
 
     def response(self, gradients: Float64) -> Float64:
@@ -67,18 +68,18 @@ class Quadratic:
         if self.slope is None:
             return self._centred(x[:-1])
         along = solve_flows(stars, self.cross)
-        eta = np.array([self._eta(along, float(slope)) for slope in gradients[n] + self.cross.sum(1) @ x])
+        eta = (gradients[n] + self.cross.sum(1) @ x) * self._each_slope(along)
         return np.concatenate([self._centred((x - along[:, None] * eta)[:-1]), eta[None]])
 
     def _across(self, x: Float64) -> float:
         return float((np.triu(self.cross) * (x[:, None] - x)).sum())
 
-    def _eta(self, along: Float64, slope: float) -> float:
-        """What is left for eta; 0 where the coefficients can undo whatever it does."""
+    def _each_slope(self, along: Float64) -> float:
+        """By how much eta moves for each unit of its slope; 0 where the coefficients can undo whatever it does."""
         bend = self.bend - self._across(along)
         if bend < -SINGULAR * abs(self.bend) and not self.semidefinite:
             raise IndefiniteError("the quadratic form has no minimum")
-        return -slope / bend if bend > SINGULAR * self.bend else 0.0
+        return -1 / bend if bend > SINGULAR * self.bend else 0.0
 
     def _centred(self, step: Float64) -> Float64:
         return step - step.mean(0) if self.shifts else step
@@ -186,7 +187,15 @@ def pair_derivatives(feedback: FeedbackModel, a: Float64, b: Float64, eta: Float
     and its Hessian [P, K, 4, 4] by a, b, ground and eta."""
     if feedback.rao_kupper and not feedback.has_eta and not feedback.grounded:
         return _bradley_terry(a - b)
-    return _differentiated(feedback, a, b, eta)
+    if not feedback.rao_kupper:
+        return _differentiated(feedback, a, b, eta)
+    count, k = len(a), len(feedback.outcomes)
+    log_p, slope, bend = np.empty((count, k)), np.empty((count, k, 4)), np.empty((count, k, 4, 4))
+    for start in range(0, count, CHUNK):
+        some = slice(start, start + CHUNK)
+        for i, of in enumerate(feedback.expanded(a[some], b[some], None if eta is None else eta[some])):
+            log_p[some, i], slope[some, i], bend[some, i] = of.value, of.slope.T, np.moveaxis(of.bend, 2, 0)
+    return log_p, slope, bend
 
 
 def sums_of_derivatives(counts: Float64, log_p: Float64, slope: Float64, bend: Float64) -> tuple[Float64, Float64, Float64]:
@@ -232,7 +241,7 @@ def _bradley_terry(d: Float64) -> tuple[Float64, Float64, Float64]:
 
 
 def _differentiated(feedback: FeedbackModel, a: Float64, b: Float64, eta: Float64 | None) -> tuple[Float64, Float64, Float64]:
-    """By torch, for any feedback model of votes."""
+    """By torch, for any feedback model of votes, however its formula is written."""
     outcomes, count = len(feedback.outcomes), len(a)
     zeros = np.zeros(count)
     point = np.stack([a, b, zeros, zeros if eta is None else eta], 1)
