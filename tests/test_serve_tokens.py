@@ -168,16 +168,16 @@ def test_each_model_has_its_own_count_in_costs_windows_and_worst_cases(loads):
                 call = await server.service.call(APIS["chat"], BODY, {}, None, "chat")
                 await server.service.decide(call)
                 again = await server.service.call(APIS["chat"], BODY, {}, None, "chat")
-                server.service.sessions.remember(again.session, "large", again.counted)
+                server.service.sessions.remember(again.session, "large", again.bill.counted)
                 await server.service.decide(again)
                 return call, again, began, len(loads), server.runtime.notes
 
     call, again, began, ended, notes = asyncio.run(one())
     own = len(encoding().encode("user\n" + BODY["messages"][0]["content"])) + 4
     others = -(-len("user\n" + BODY["messages"][0]["content"]) // 4) + 4
-    assert (call.tokens_in(0), call.tokens_in(1), call.tokens_in()) == (own, others, others)
-    assert call.most_tokens_in(0) == -(-own * 105 // 100) + 16
-    assert call.most_tokens_in(1) == -(-others * 125 // 100) + 16
+    assert (call.bill.tokens_in(0), call.bill.tokens_in(1), call.bill.tokens_in()) == (own, others, others)
+    assert call.bill.most_tokens_in(0) == -(-own * 105 // 100) + 16
+    assert call.bill.most_tokens_in(1) == -(-others * 125 // 100) + 16
     assert call.costs[0] == pytest.approx((own * 3 + 10 * 15) / 1e6)
     assert again.cached[0] == own
     assert again.costs[0] == pytest.approx((own * 0.3 + 10 * 15) / 1e6)

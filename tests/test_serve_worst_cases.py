@@ -127,7 +127,7 @@ def worst(api: str, fields: dict[str, Any], model: dict[str, Any]) -> Fraction:
         config = config_for("http://127.0.0.1:9/v1", {"large": model, "medium": None, "small": None})
         async with serving(config, FixedEngine(("large",), (1.0,))) as server:
             call = await server.service.call(APIS[api], body_for(api, **fields), {}, None, api)
-            return call.worst(0)
+            return call.bill.worst(0)
 
     return asyncio.run(one())
 
@@ -277,7 +277,7 @@ def test_a_cost_is_never_beyond_the_worst_case_of_its_counts(plain, cached, brie
     [({}, {}, False), ({"reasoning_effort": "high"}, {}, True), ({}, {"reasons": True}, True)],
 )
 def test_a_stream_that_may_hide_its_reasoning_counts_what_fits_into_its_time(fields, model, full, monkeypatch):
-    monkeypatch.setattr("p2l_engine.serve.call.FASTEST", 10**6)  # as if it had taken long
+    monkeypatch.setattr("p2l_engine.serve.bill.FASTEST", 10**6)  # as if it had taken long
 
     async def one() -> Any:
         async with MockProvider(PRICES) as provider:
@@ -321,9 +321,9 @@ def test_a_model_that_has_reported_hidden_reasoning_is_not_trusted_again():
         async with MockProvider(PRICES) as provider, serving(config_for(provider)) as server:
             deployment = server.runtime.plan.deployments[0][0]
             call = await server.service.call(APIS["chat"], body_for("chat"), {}, None, "chat")
-            before = call.hides(0)
+            before = call.bill.hides(0)
             deployment.reasons = True
-            return before, call.hides(0), call.hides(1)
+            return before, call.bill.hides(0), call.bill.hides(1)
 
     assert asyncio.run(one()) == (False, True, False)
     assert APIS["chat"].usage(

@@ -78,7 +78,7 @@ class CountTokens(Endpoint):
     async def handle(self, api: Api, body: dict[str, Any], headers: Mapping[str, str], key: Key | None, send: Send) -> None:
         body.setdefault("max_tokens", 1)
         call = await self.server.service.call(api, {"model": "auto", **body}, headers, key, "route")
-        await answer(send, {"input_tokens": call.tokens_in()})
+        await answer(send, {"input_tokens": call.bill.tokens_in()})
 
 
 class CoefficientsOf(Endpoint):

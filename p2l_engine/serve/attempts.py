@@ -115,7 +115,7 @@ class Attempts:
             self.service.health.misconfigured(deployment, failure.message)
         else:
             self.service.health.answered(deployment)
-        amount = call.worst(chosen.model) if failure.sent else Fraction(0)
+        amount = call.bill.worst(chosen.model) if failure.sent else Fraction(0)
         if failure.sent:
             self.lost += amount
             call.spent_before += float(call.costs[chosen.model])

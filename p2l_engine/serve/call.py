@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
@@ -21,23 +21,19 @@ from p2l_engine.errors import InfeasibleBudget
 from p2l_engine.routing import BudgetPacer, Objective
 from p2l_engine.routing.thompson import Posterior
 from p2l_engine.serve import choice
+from p2l_engine.serve.bill import Bill
 from p2l_engine.serve.choice import Float64, Mask, Pick
 from p2l_engine.serve.health import Deployment
 from p2l_engine.serve.options import Options
 from p2l_engine.serve.plan import Plan
-from p2l_engine.serve.sessions import KeptAnswer
 from p2l_engine.serve.settings import Key
-from p2l_engine.serve.tokens import Counted
 
-MOST = Fraction(10**9)  # USD: more than any limit
-FASTEST = 1_000  # tokens that a model writes in a second, at most
-OWN_MARGIN = 1.05  # of a provider's own tokenizer: for how it writes tools and messages
 FALLBACKS = 4  # that a decision names
 
 
 @dataclass(eq=False)
 class Call:
-    """See the module. headers: the client's; secret: its key; counted: the request's tokens; mask: the models that may take it,
+    """See the module. headers: the client's; secret: its key; bill: what it may cost; mask: the models that may take it,
     reasons: why the others may not."""
 
     plan: Plan
@@ -48,7 +44,7 @@ class Call:
     session: str
     headers: Mapping[str, str]
     secret: str | None
-    counted: Counted
+    bill: Bill
     api_name: str
     began: float = field(default_factory=time.perf_counter)
     started: float = field(default_factory=time.time)
@@ -65,9 +61,7 @@ class Call:
     cached: tuple[int, ...] = ()
     tokens_out: Float64 = field(default_factory=lambda: np.zeros(0))
     foreseen: Float64 | None = None  # output tokens [K] of an answer, as the checkpoint expects them
-    own: dict[int, Counted] = field(default_factory=dict)  # counted, of models, by their provider's tokenizer
     trace: dict[str, str] = field(default_factory=dict)  # headers under which providers continue a trace
-    kept: KeptAnswer | None = None  # the answer that this request continues
     homes: frozenset[str] | None = None  # base URLs of the providers that can read its encrypted reasoning; None: all
     pacer: BudgetPacer | None = None
     first: Pick | None = None
@@ -79,18 +73,6 @@ class Call:
 
     def __post_init__(self) -> None:
         self.deadline = time.monotonic() + self.plan.serve.timeouts.total
-
-    def tokens_in(self, k: int | None = None) -> int:
-        """Its input tokens by model k's own tokenizer where it is known, else by P2L's; images, and the conversation that a
-        provider keeps, included."""
-        kept = 0 if self.kept is None else self.kept.tokens
-        counted = self.counted if k is None else self.own.get(k, self.counted)
-        return counted.total + self.ask.images * self.plan.serve.tokens_per_image + kept
-
-    def most_tokens_in(self, k: int | None = None) -> int:
-        """The most input tokens that a provider, or model k's, may count."""
-        margin = self.plan.serve.token_margin if k is None or k not in self.own else OWN_MARGIN
-        return math.ceil(self.tokens_in(k) * margin) + 16
 
     @property
     def pinned(self) -> bool:
@@ -174,73 +156,12 @@ class Call:
         value = min(max(sum(p * rates[k] for k, p in chosen.policy.items()), 0.0), 1.0)
         return float(routing.bt_score(self.coefficients.theta, chooser.q, np.array([value]))[0])
 
-    def worst(self, k: int) -> Fraction:
-        """The most that model k can cost. What ``unbounded`` names is left out."""
-        ask, extras, calls = self.ask, self.ask.extras, self.most_calls(k)
-        tokens_in = self.input_bound(k)
-        # Each call of a tool that runs at the provider is another round.
-        found = self.plan.prices.worst(
-            k, tokens_in * (calls + 1), ask.max_tokens, ask.outputs * (calls + 1), extras.lasting, extras.predicted, calls
-        )
-        return min(found * self.factor(k), MOST)
-
-    def input_bound(self, k: int) -> int:
-        """The most input tokens that model k may count in one round, of what is not counted here too."""
-        extras, window = self.ask.extras, self.plan.models[k].context
-        found = self.most_tokens_in(k) + extras.fields
-        return found if window is None or not (extras.unseen or extras.tools) else max(found, window)
-
-    def cost(self, k: int, usage: Usage) -> Fraction:
-        """What model k has cost. The chat API does not tell how often its provider's tools were called."""
-        if self.ask.api == "chat" and self.ask.extras.tools:
-            usage = replace(usage, calls=self.most_calls(k))
-        return self.plan.prices.cost(k, usage) * self.factor(k)
-
-    def factor(self, k: int) -> Fraction:
-        """How many times its usual prices model k costs at the tier that was asked for."""
-        tier = self.ask.extras.tier
-        return Fraction(1) if tier is None else Fraction(str(self.plan.models[k].tiers.get(tier, 1)))
-
-    def most_calls(self, k: int) -> int:
-        """Of tools that model k's provider runs."""
-        bounds = [most for most in (self.ask.extras.calls, self.plan.models[k].max_tool_calls) if most is not None]
-        return min(bounds, default=0) if self.ask.extras.tools else 0
-
-    def unbounded(self, k: int) -> str | None:
-        """Why no bound is known on what model k can cost; None where one is."""
-        model, extras = self.plan.models[k], self.ask.extras
-        if extras.tier is not None and extras.tier not in model.tiers:
-            return f"its price at {extras.tier[:40]!r} is not stated: tiers"
-        if extras.tools:
-            missing = [name for name in ("usd_per_tool_call", "max_tool_calls", "context") if getattr(model, name) is None]
-            if extras.calls is not None and "max_tool_calls" in missing:
-                missing.remove("max_tool_calls")
-            if missing and model.cost is None:
-                return f"what {extras.tools[0][:40]} may cost, which its provider runs, is not stated: {', '.join(missing)}"
-        if extras.unseen and model.context is None and model.cost is None:
-            return f"how many tokens {extras.unseen[0]} has is not known here, and its context is not stated"
-        return None
-
-    def hides(self, k: int) -> bool:
-        """Whether model k may have written more than a stream has shown."""
-        return self.ask.extras.reasons or self.plan.models[k].reasons or any(d.reasons for d in self.plan.deployments[k])
-
     def deployments(self, k: int) -> list[Deployment]:
         """Where model k takes requests of this API."""
         found = [d for d in self.plan.deployments[k] if d.provider.api == self.ask.api]
-        if self.kept is not None:
-            found = [d for d in found if d.name == self.kept.deployment]
+        if self.bill.kept is not None:
+            found = [d for d in found if d.name == self.bill.kept.deployment]
         return found if self.homes is None else [d for d in found if d.provider.base_url in self.homes]
-
-    def estimated(self, k: int, written: int, reported: Usage | None) -> Usage:
-        """Usage where the provider has not reported all: the most input that it may have counted, and one token for every three
-        bytes written; where more may have been written unseen, as many as fit into the time."""
-        out = -(-written // 3)
-        if self.hides(k):
-            out = max(out, math.ceil((time.perf_counter() - self.began) * FASTEST) * self.ask.outputs)
-        if reported is None:
-            return Usage(self.input_bound(k), out)
-        return replace(reported, tokens_in=reported.tokens_in or self.input_bound(k), tokens_out=max(reported.tokens_out, out))
 
     def record(
         self, status: int, outcome: str, model: str | None, usage: Usage | None, cost: Fraction | None, estimated: bool
@@ -278,60 +199,6 @@ class Call:
             attempts=tuple(self.attempts),
             latency=self.stages,
         )
-
-    def decision(self) -> dict[str, Any]:
-        """The decision as JSON."""
-        first, names = self.first, self.plan.names
-        assert first is not None, "decide() comes first"
-        score = self.bradley_terry_score(first)
-        found = {
-            "id": self.id,
-            "model": names[first.model],
-            "fallbacks": self.fallbacks(),
-            "policy": {names[k]: p for k, p in first.policy.items()},
-            "propensity": first.propensity,
-            "propensity_error": first.propensity_error,
-            "expected_cost": first.cost,
-            "win_rate": first.rate,
-            "score": score if score is not None and math.isfinite(score) else None,
-            "why": first.why,
-            "tokens_in": self.tokens_in(first.model),
-            "unit": self.plan.config.unit,
-        }
-        return found | (self.explained() if self.options.explain else {})
-
-    def explained(self) -> dict[str, Any]:
-        """Every model of the catalog, and the frontier of this prompt."""
-        names, theta = self.plan.names, self.coefficients
-        columns = {int(k): names[k] for k in self.plan.columns}
-        coefficient = {}
-        if theta is not None:
-            coefficient = {k: float(theta.theta[0, theta.models.index(name)]) for k, name in columns.items()}
-        rows = [
-            {
-                "model": name,
-                "win_rate": float(self.rates[k]) if k in columns else None,
-                "expected_cost": float(self.costs[k]),
-                "tokens_cached": self.cached[k],
-                "tokens_out": float(self.tokens_out[k]),
-                "coefficient": coefficient.get(k),
-                "allowed": bool(self.mask[k]),
-                "why_not": self.reasons.get(name),
-            }
-            for k, name in enumerate(names)
-        ]
-        rows.sort(key=lambda row: -1.0 if row["win_rate"] is None else row["win_rate"], reverse=True)
-        return {"candidates": rows, "frontier": self._frontier()}
-
-    def _frontier(self) -> list[dict[str, Any]]:
-        """The best policies of this prompt at every budget: models at the vertices, mixes of two neighbours between them."""
-        models = np.flatnonzero(self.mask)
-        curve = routing.frontier(self.rates[None, models], self.costs[models])
-        found = []
-        for cost, rate in zip(curve.cost.tolist(), curve.value.tolist(), strict=True):
-            k = int(models[np.argmin(np.abs(self.costs[models] - cost) + np.abs(self.rates[models] - rate))])
-            found.append({"model": self.plan.names[k], "cost": float(self.costs[k]), "win_rate": float(self.rates[k])})
-        return found
 
     def _draw(self, indices: Any, probabilities: Any) -> int:
         return self.plan.choosers[self.objective].draw(self.ask.turns, indices, probabilities)

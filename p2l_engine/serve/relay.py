@@ -18,6 +18,7 @@ from p2l_engine.decision_log.record import Record
 from p2l_engine.serve.answers import CachedAnswer
 from p2l_engine.serve.attempts import Attempts, PassedOn
 from p2l_engine.serve.call import Call
+from p2l_engine.serve.explanation import decision
 from p2l_engine.serve.options import of_caller
 from p2l_engine.serve.replay import Keeper, replayed
 from p2l_engine.serve.scorer import Overloaded
@@ -59,7 +60,7 @@ class Relay:
             await self._decide()
             if call.options.dry_run:
                 self._finish(200, "decision")
-                await respond(send, 200, orjson.dumps(call.decision()), self.headers())
+                await respond(send, 200, orjson.dumps(decision(call)), self.headers())
                 return
             found = await self._attempts.answer()
             call.mark("first_byte")
@@ -177,7 +178,7 @@ class Relay:
             attempts.deployment.reasons |= usage is not None and usage.reasoning > 0
             service.purse.settle(attempts.token, own)
             if outcome == "answered":
-                service.sessions.remember(call.session, name, call.counted)
+                service.sessions.remember(call.session, name, call.bill.counted)
                 k = service.plan.index.get(name)  # of the present configuration, which may be another one than the call's
                 if reported and usage is not None and k is not None and call.ask.max_tokens != 0:
                     foreseen = None if call.foreseen is None else float(call.foreseen[now.model])
@@ -196,7 +197,7 @@ class Relay:
         """The deployment keeps this answer, under these ids, and the conversation before it."""
         if not kept:
             return
-        tokens = self.call.most_tokens_in() if usage is None else usage.tokens_in + usage.tokens_out
+        tokens = self.call.bill.most_tokens_in() if usage is None else usage.tokens_in + usage.tokens_out
         for name in kept:
             self.service.sessions.remember_answer(of_caller(self.call.key, name), KeptAnswer(deployment, tokens))
 
@@ -204,11 +205,11 @@ class Relay:
         """Usage and cost of the attempt that model k answered, and whether the provider has reported them."""
         call = self.call
         if usage is not None and outcome == "answered":
-            return usage, call.cost(k, usage), True
+            return usage, call.bill.cost(k, usage), True
         if written is None or call.ask.extras.tools:  # it may have been answered in full, or have called its tools unseen
-            return usage, call.worst(k), False
-        found = call.estimated(k, written, usage)
-        return found, min(call.cost(k, found), call.worst(k)), False
+            return usage, call.bill.worst(k), False
+        found = call.bill.estimated(k, written, usage, time.perf_counter() - call.began)
+        return found, min(call.bill.cost(k, found), call.bill.worst(k)), False
 
 
 async def respond(send: Send, status: int, body: bytes, headers: list[tuple[bytes, bytes]], kind: bytes = JSON) -> None:

@@ -16,6 +16,7 @@ from p2l_engine.apis.api import Api
 from p2l_engine.apis.ask import AUTO, BadRequest
 from p2l_engine.errors import InfeasibleBudget, PromptError, SpendLimitReached
 from p2l_engine.routing import BudgetPacer
+from p2l_engine.serve.bill import Bill
 from p2l_engine.serve.call import Call
 from p2l_engine.serve.choice import Mask, Pick
 from p2l_engine.serve.expectations import Expectations
@@ -96,10 +97,11 @@ class Service:
             self.scorer.admit(ask.turns)
         session = session_of(options, body, headers, key, ask.session)
         counted = await self.counter.counted(ask.texts)
-        call = Call(self.plan, api, ask, options, key, session, headers, secret_of(headers), counted, name, began)
+        bill = Bill(self.plan, ask, counted)
+        call = Call(self.plan, api, ask, options, key, session, headers, secret_of(headers), bill, name, began)
         for model, counter in self.own_counters.items():
             if (k := call.plan.index.get(model)) is not None and ask.model in (AUTO, model):
-                call.own[k] = await counter.counted(ask.texts)
+                call.bill.own[k] = await counter.counted(ask.texts)
         call.pacer = self.pacer
         call.mark("parse")
         return call
@@ -126,10 +128,11 @@ class Service:
         call.mark("coefficients")
         call.cached = self._cached(call)
         call.tokens_out = self.expectations.tokens_out(call.ask.max_tokens, call.ask.outputs, call.foreseen)
-        tokens_in = np.array([call.tokens_in(k) for k in range(len(plan.names))]) if call.own else call.tokens_in()
+        bill = call.bill
+        tokens_in = np.array([bill.tokens_in(k) for k in range(len(plan.names))]) if bill.own else bill.tokens_in()
         call.costs = plan.prices.expected(tokens_in, np.array(call.cached, float), call.tokens_out)
         if call.ask.extras.tier is not None:
-            call.costs = call.costs * [float(call.factor(k)) for k in range(len(plan.names))]
+            call.costs = call.costs * [float(bill.factor(k)) for k in range(len(plan.names))]
         call.first = call.now = self.chosen(call, call.mask, count=not call.options.dry_run)
         call.mark("choose")
         return call.first
@@ -149,10 +152,10 @@ class Service:
         assert call.now is not None, "decide() comes first"
         if self.purse.limit is None:
             return call.now, None
-        chosen, mask = call.now, mask.copy()
+        chosen, mask, worst = call.now, mask.copy(), call.bill.worst
         while True:
             try:
-                token = await self.purse.reserve(call.worst(chosen.model), call.key.id if call.key else None)
+                token = await self.purse.reserve(worst(chosen.model), call.key.id if call.key else None)
                 return chosen, token
             except SQLAlchemyError as error:  # no money is spent that cannot be counted
                 logger.error("the store of spend limits cannot be reached: %s", type(error).__name__)
@@ -162,9 +165,7 @@ class Service:
                 retry = None if refused.frees_at is None else max(refused.frees_at.timestamp() - time.time(), 1.0)
                 mask[chosen.model] = False
                 for k in np.flatnonzero(mask).tolist():
-                    fits = (
-                        float(call.worst(k)) <= left if call.plan.serve.over_limit == "cheaper" else call.plan.prices.is_free(k)
-                    )
+                    fits = float(worst(k)) <= left if call.plan.serve.over_limit == "cheaper" else call.plan.prices.is_free(k)
                     mask[k] = fits
                 if call.pinned or call.plan.serve.over_limit == "refuse" or not mask.any():
                     limits = " and ".join(refused.limits)
@@ -175,16 +176,16 @@ class Service:
     def _mask(self, call: Call) -> None:
         """Which models may take the request, and why others may not."""
         self._look_up(call)
-        ask, key, kept = call.ask, call.key, call.kept
+        ask, key, kept = call.ask, call.key, call.bill.kept
         kind = Kind(
             ask.api, ask.needs, call.api_name == "route", ask.model if call.pinned else None,
             None if key is None or key.models is None else tuple(key.models), call.options.models,
             None if kept is None else kept.deployment, call.homes,
         )  # fmt: skip
         answer = ask.max_tokens or 1
-        tokens = call.most_tokens_in() + answer
-        own = {k: call.most_tokens_in(k) + answer for k in call.own}
-        unbounded = call.unbounded if self.purse.limit is not None and ask.extras.may_be_unbounded else None
+        tokens = call.bill.most_tokens_in() + answer
+        own = {k: call.bill.most_tokens_in(k) + answer for k in call.bill.own}
+        unbounded = call.bill.unbounded if self.purse.limit is not None and ask.extras.may_be_unbounded else None
         call.mask, call.reasons = call.plan.takers.of(
             kind, tokens, ask.max_tokens, call.deployments, self.health.is_up, own, unbounded
         )
@@ -199,9 +200,9 @@ class Service:
         """What the session says of a request: who keeps the answer that it continues, who wrote its reasoning."""
         ask = call.ask
         if ask.previous is not None:
-            call.kept = self.sessions.of_answer(of_caller(call.key, ask.previous))
+            call.bill.kept = self.sessions.of_answer(of_caller(call.key, ask.previous))
             # A named model may know the answer all the same; but whose it is, or what it costs to read it again, is not known.
-            if call.kept is None and (call.key is not None or not call.pinned or self.purse.limit is not None):
+            if call.bill.kept is None and (call.key is not None or not call.pinned or self.purse.limit is not None):
                 message = "previous_response_id: not known to this server; send the whole input"
                 raise Refused(404, message, "previous_response_id", "previous_response_not_found")
         if call.key is not None and any(self.sessions.of_answer(kept) is None for kept in self._kept_ids(call)):
@@ -227,8 +228,8 @@ class Service:
         return max(1.0, math.ceil(min(self.health.seconds_left(d) for group in groups for d in group)))
 
     def _cached(self, call: Call) -> tuple[int, ...]:
-        found = self.sessions.cached(call.session, call.counted, call.plan.names)
-        for k, counted in call.own.items():
+        found = self.sessions.cached(call.session, call.bill.counted, call.plan.names)
+        for k, counted in call.bill.own.items():
             if found[k]:
                 (found[k],) = self.sessions.cached(call.session, counted, call.plan.names[k : k + 1])
         return tuple(

@@ -26,7 +26,7 @@ OTHER = "another model was named"
 
 class Kind(NamedTuple):
     """What bars models from a request whatever its length and their health. named: the model that the caller wants; of_key and
-    allowed: the models of the key, and those that the caller allows (None: all); kept: the deployment of ``Call.kept``; homes:
+    allowed: the models of the key, and those that the caller allows (None: all); kept: the deployment of ``Bill.kept``; homes:
     see ``Call``."""
 
     api: ApiName
