@@ -28,6 +28,13 @@ int p2l_win_rates(const double *theta, const double *q, int q_per_prompt, int64_
 int p2l_tie_win_rates(const double *theta, const double *log_lambda, int grounded, const double *q, int q_per_prompt,
                       int64_t n_prompts, int64_t n_models, int threads, double *v);
 
+/* The same (log_lambda NULL: without ties) of some models alone, whose costs rise: v is [N, n_candidates], and 0 where a cheaper
+ * candidate has a coefficient so much higher that rounding cannot hide it. No policy with one bound on costs, and no price of
+ * them, would choose those. */
+int p2l_contending_win_rates(const double *theta, const double *log_lambda, int grounded, const double *q,
+                             const int64_t *models, const double *costs, int64_t n_candidates, int64_t n_prompts,
+                             int64_t n_models, int threads, double *v);
+
 /* Maximises p.v[n] subject to p.cost <= budget[n], p in the simplex; exact, by the upper concave hull of (cost, v). costs
  * is [M] or [N, M] (costs_per_prompt); budget [N], +inf for none; highest [N]: a model of up to this cost, a rounding above the
  * budget, counts as within it; allowed [N, M], or NULL for all. Fills indices [N, 2] (a model of probability zero repeats the

@@ -25,7 +25,7 @@ from p2l_engine.routing import BudgetPacer, Objective, Policies, arrays, thompso
 from p2l_engine.routing.arrays import Float64
 from p2l_engine.routing.problem import expected
 from p2l_engine.routing.thompson import Posterior
-from p2l_engine.routing.values import Values, compute
+from p2l_engine.routing.values import Values, compute, contending
 
 Explore = Literal["thompson"]
 Opponents = Literal["uniform"] | Mapping[str, float] | Sequence[float] | npt.NDArray[np.floating[Any]]
@@ -179,8 +179,9 @@ class Chooser:
             (decision,) = self._with_usage([decision], coefficients, np.array([[k]], np.int32), np.ones((1, 1)))
         if posterior is None:
             return decision
+        every = np.arange(len(self.names))
         found = posterior.propensity(
-            1.0, lambda drawn: thompson.paced(self._rates(drawn, coefficients.eta), costs, price, most) == k
+            1.0, lambda drawn: thompson.paced(self._contending(drawn, coefficients.eta, every, costs), costs, price, most) == k
         )
         return replace(decision, why=f"{why}; {DRAWN}", propensity=found.value, propensity_error=found.error)
 
@@ -281,7 +282,9 @@ class Chooser:
         believed = posteriors(theta, coefficients.deviation, self._draws, turns, tokens)
         return explore(
             believed, constraints, self.names, costs, self._columns,
-            lambda drawn, some: self._rates(drawn, None if eta is None else eta[some]), policies,
+            lambda drawn, some: self._rates(drawn, None if eta is None else eta[some]),
+            lambda drawn, i, usable, each: self._contending(drawn, None if eta is None else eta[i : i + 1], usable, each),
+            policies,
         )  # fmt: skip
 
     def _with_usage(
@@ -300,6 +303,23 @@ class Chooser:
         """Win rates [N, K] of theta [N, M]; eta [N], or [1] for all."""
         ties = None if eta is None else np.array(np.broadcast_to(arrays.to_float64("eta", eta), len(theta)))
         return compute(theta, self.q, self.objective, ties, self.feedback.name)[:, self._columns]
+
+    def contending(self, coefficients: Coefficients, drawn: Float64, usable: npt.NDArray[np.intp], costs: Float64) -> Float64:
+        """``win_rates`` of draws [S, M] of one prompt's theta, [S, K]; 0 for models beside the ``usable`` ones, and for those
+        that no policy with one bound on these costs [K], and no price of them, would choose: a cheaper one is better."""
+        return self._contending(drawn, coefficients.eta, usable, costs)
+
+    def _contending(
+        self, theta: Float64, eta: npt.NDArray[np.float32] | None, usable: npt.NDArray[np.intp], costs: Float64
+    ) -> Float64:
+        ties = None if eta is None else np.array(np.broadcast_to(arrays.to_float64("eta", eta), len(theta)))
+        models = self._columns[usable]
+        own = contending(theta, self.q, self.objective, ties, self.feedback.name, models, costs[usable])
+        if len(usable) == len(self.names):
+            return own
+        found = np.zeros((len(theta), len(self.names)))
+        found[:, usable] = own
+        return found
 
     def _scores(self, theta: Float64, policies: Policies, v: Float64) -> Float64:
         value = self._bt_value(theta, v, policies.indices, policies.probabilities, policies.value)

@@ -22,6 +22,8 @@ NO_UNCERTAINTY = (
 DRAWN = "its coefficients drawn from their posterior"
 
 Rates = Callable[[Float64, slice], Float64]  # theta [S, M] of these prompts -> what is maximised [S, K]
+# The same of prompt i, given the usable ones of the K models and all their costs [K]: 0 for those that cannot be chosen.
+Contending = Callable[[Float64, int, npt.NDArray[np.intp], Float64], Float64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,7 +31,7 @@ class Explored:
     """The best policies of N prompts under one draw of their coefficients, posteriors[i].drawn.
 
     columns [K]: the models that may be chosen, of the M. by_order: whether the problem's values are the drawn coefficients,
-    whose order alone decides, and not their win rates.
+    whose order alone decides, and not their win rates. rates and contending: win rates at other draws.
     """
 
     posteriors: Sequence[Posterior]
@@ -37,6 +39,7 @@ class Explored:
     policies: Policies
     columns: npt.NDArray[np.intp]
     rates: Rates
+    contending: Contending
     by_order: bool
 
     def with_propensity(self, i: int, model: int, decision: Decision) -> Decision:
@@ -51,7 +54,15 @@ class Explored:
         return replace(decision, why=f"{decision.why}; {DRAWN}", propensity=found.value, propensity_error=found.error)
 
     def _chances(self, i: int, model: int, theta: Float64) -> Float64:
-        values = theta[:, self.columns] if self.by_order else self.rates(theta, slice(i, i + 1))
+        cost = None if self.by_order else thompson.only_cost(self.problem, self.policies.prices, i)
+        if self.by_order:
+            values = theta[:, self.columns]
+        elif cost is None:
+            values = self.rates(theta, slice(i, i + 1))
+        else:
+            mask = self.problem.mask
+            usable = np.arange(len(cost)) if mask is None else np.flatnonzero(mask[i])
+            values = self.contending(theta, i, usable, cost)
         return thompson.chances(self.problem, self.policies.prices, i, model, values)
 
 
@@ -88,6 +99,7 @@ def explore(
     costs: Float64,
     columns: npt.NDArray[np.intp],
     rates: Rates,
+    contending: Contending,
     policies: Policies | None = None,
 ) -> Explored:
     """The policies of N prompts under a draw of each one's coefficients, over the K models of ``names``.
@@ -104,4 +116,4 @@ def explore(
     by_order = thompson.order_decides(problem)
     if not by_order:
         problem = replace(problem, value=rates(drawn, slice(None)))
-    return Explored(believed, problem, solve(problem) if policies is None else policies, columns, rates, by_order)
+    return Explored(believed, problem, solve(problem) if policies is None else policies, columns, rates, contending, by_order)

@@ -29,7 +29,9 @@ from bench import (
     leaderboards,
     learner,
     learning_curve,
+    online,
     overload,
+    propensities,
     real_budgets,
     replay_coverage,
     serving,
@@ -161,7 +163,7 @@ def test_mistakes_are_errors_of_one_line(monkeypatch, capsys, tmp_path):
     "name",
     [
         "adapting", "answer_cache", "batch", "conversation_costs", "coverage", "demo", "exploration", "kernels", "latency",
-        "leaderboards", "learner", "learning_curve", "overload", "published_server", "real_budgets", "replay_coverage",
+        "leaderboards", "learner", "learning_curve", "online", "overload", "propensities", "published_server", "real_budgets", "replay_coverage",
         "screenshots", "seeds", "serve_demo", "serving", "serving_faults", "solvers", "spend_limits", "startup", "streams",
         "throughput", "training",
     ],
@@ -442,6 +444,18 @@ def test_exploration_runs_to_the_end(tmp_path, monkeypatch):
     assert regret == sorted(regret)  # no policy beats the best one
     assert regret[0] > 0
     assert "<svg" in (tmp_path / "regret.svg").read_text()
+
+
+def test_propensities_run_to_the_end(monkeypatch, capsys):
+    run(monkeypatch, propensities, "--models", 3, "--repeats", 1)
+    assert capsys.readouterr().out.count("pacer") == 2
+
+
+@pytest.mark.slow
+def test_a_server_that_learns_runs_to_the_end(monkeypatch, tmp_path):
+    run(monkeypatch, online, "--rounds", 1, "--requests", 10, "--every", 5, "--csv", tmp_path / "rows.csv")
+    off, on = csv.DictReader((tmp_path / "rows.csv").open())
+    assert (off["votes"], on["votes"]) == ("0", "2")
 
 
 def test_the_learners_stream_runs_to_the_end(tmp_path, monkeypatch):

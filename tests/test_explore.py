@@ -7,15 +7,16 @@ import asyncio
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom, norm
 
 from p2l_engine import Chooser, Constraints, Engine, Router
 from p2l_engine.backbone.uncertainty import FILE, Uncertainty
+from p2l_engine.catalog import Catalog, CatalogModel
 from p2l_engine.coefficients import Coefficients
 from p2l_engine.feedback import feedback_model
-from p2l_engine.routing import BudgetPacer, InfeasibleBudget, Resource, bt_score, solve_budget, thompson, win_rates
+from p2l_engine.routing import BudgetPacer, InfeasibleBudget, Resource, bt_score, solve_budget, thompson, values, win_rates
 from tests.support import tiny
 from tests.support.catalogs import COSTS, catalog, same
 from tests.support.tiny import MODELS
@@ -296,3 +297,64 @@ def test_exploring_needs_an_uncertainty_and_says_how_to_get_it(engine):
     for draws, error in (("abc", ValueError), (["a", "b"], ValueError), ([7], TypeError)):
         with pytest.raises(error, match="draws"):
             chooser().decide(believed(np.zeros(5), np.ones(5)), ["hello"], draws=draws)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.integers(0, 10**6), st.integers(1, 23), st.sampled_from(["bt", "rk", "grk"]),
+    st.sampled_from(["bt", "half-ties", "not-bad"]), st.sampled_from([0.01, 1.0, 4.0, 30.0, 200.0]), st.booleans(),
+)  # fmt: skip
+def test_models_that_no_policy_would_choose_are_left_out_and_nothing_changes(seed, models, name, objective, spread, equal):
+    """The bits of win rates and of propensities are those over all models: also with equal costs and wide coefficients."""
+    rng = np.random.default_rng(seed)
+    feedback = feedback_model(name)
+    theta = rng.normal(0, spread, (12, models))
+    if equal:
+        theta = theta.round(1)
+    eta = rng.normal(0, min(spread, 5), 12) if feedback.has_eta else None
+    objective = objective if objective != "not-bad" or feedback.grounded else "bt"
+    costs = rng.integers(0, 4, models).astype(float) if equal else rng.random(models)
+    q = rng.dirichlet(np.ones(models))
+    q[rng.random(models) < 0.2] = 0
+    q = q / q.sum() if q.sum() > 0 else np.full(models, 1 / models)
+    whole = values.compute(theta, q, objective, eta, name)
+    some = np.flatnonzero(rng.random(models) < 0.8)
+    some = some if len(some) else np.arange(models)
+    found = values.contending(theta, q, objective, eta, name, some, costs[some])
+    kept = found != 0
+    assert (found == np.where(kept, whole[:, some], 0)).all()
+    for row, of in zip(theta[:, some], kept | (whole[:, some] == 0), strict=True):
+        for j in np.flatnonzero(~of):
+            assert (row[costs[some] < costs[some][j]] > row[j]).any()
+    v = np.ascontiguousarray(whole[:, some])
+    for price, most in ((0.0, np.inf), (0.3, np.inf), (2.0, float(np.median(costs[some]))), (np.inf, np.inf)):
+        np.testing.assert_array_equal(
+            thompson.paced(found, costs[some], price, most), thompson.paced(v, costs[some], price, most)
+        )
+    for budget in (None, float(costs[some].min()), float(np.median(costs[some])), 9.0):
+        problem = Constraints(budget).problem(v, costs[some], [str(i) for i in some])
+        for model in range(len(some)):
+            every, few = (thompson.chances(problem, {}, 0, model, of) for of in (v, found))
+            np.testing.assert_array_equal(every, few)
+
+
+def test_propensities_are_those_over_all_models_with_rows_over_the_batch_and_masks(rng, monkeypatch):
+    n, names = 12, tuple("abcdefgh")
+    theta, deviation = rng.normal(0, 2, (n, 8)).astype(np.float32), np.full((n, 8), 0.7, np.float32)
+    eta = rng.normal(0, 1, n).astype(np.float32)
+    costs = np.array([1.0, 1.0, 2.0, 3.0, 3.0, 5.0, 8.0, 9.0])
+    models = Catalog(tuple(CatalogModel(name, cost) for name, cost in zip(names, costs, strict=True)))
+    allowed = rng.random((n, 8)) < 0.7
+    allowed[:, 0] = True
+    coefficients = Coefficients(theta, eta, names, feedback_model("grk"), deviation)
+    prompts = [[str(i)] for i in range(n)]
+    cases = [
+        Constraints(), Constraints(2.5), Constraints(2.5, "batch"), Constraints(2.5, "batch", {"f": 0.1}),
+        Constraints(4.0, max_share={"a": 0.3}), Constraints(2.5, allowed=allowed), Constraints(2.5, "batch", allowed=allowed),
+    ]  # fmt: skip
+    for objective in ("bt", "half-ties"):
+        explorer = Chooser(names, feedback_model("grk"), models, objective=objective, explore="thompson")
+        fast = [explorer.decide(coefficients, prompts, case) for case in cases]
+        with monkeypatch.context() as patch:
+            patch.setattr(thompson, "only_cost", lambda *_: None)
+            assert [explorer.decide(coefficients, prompts, case) for case in cases] == fast

@@ -59,6 +59,19 @@ def tie_win_rates(theta: Float64, log_lambda: Float64, grounded: bool, q: Float6
     return v
 
 
+def contending_win_rates(
+    theta: Float64, log_lambda: Float64 | None, grounded: bool, q: Float64, models: Offsets, costs: Float64
+) -> Float64:
+    """Win rates of K models alone, of rising costs [K]: [N, K], 0 where a cheaper one of them has a clearly higher
+    coefficient, so that no policy with one bound on costs, and no price of them, would choose it. q [M]; log_lambda [N], None
+    without ties."""
+    n, m = theta.shape
+    v = np.empty((n, len(models)))
+    arguments = (_in(theta), array("double", log_lambda), grounded, _in(q), array("int64_t", models), _in(costs), len(models))
+    check(lib.p2l_contending_win_rates(*arguments, n, m, threads(n), _out(v)), "win_rates")
+    return v
+
+
 def outcomes(e: Float64, handicap: Float64 | None, grounded: bool, count: int, most_threads: int) -> Float64:
     """The probabilities of every pair's first ``count`` outcomes, [N, count, M (M - 1) / 2].
 

@@ -59,8 +59,12 @@ class Posterior:
 
     def _draw(self, count: int) -> Float64:
         """theta ~ N(theta, deviation^2), [count, M]."""
-        found = np.repeat(self.theta[None], count, 0)
         noise = self._generator.standard_normal((count, len(self._uncertain)))
+        if len(self._uncertain) == len(self.theta):
+            noise *= self.deviation
+            noise += self.theta
+            return noise
+        found = np.repeat(self.theta[None], count, 0)
         found[:, self._uncertain] += self.deviation[self._uncertain] * noise
         return found
 
@@ -74,11 +78,31 @@ def chances(problem: Problem, prices: Mapping[str, float], prompt: int, model: i
     for row in problem.batch_rows:
         if prices[row.name]:
             values = values - prices[row.name] * np.reshape(row.of(own).amounts, -1)
-    row = (*problem.prompt_rows, Row("budget", problem.amounts, np.inf))[0].of(own)
-    row = Row(row.name, np.reshape(row.amounts, -1), float(np.reshape(row.bound, -1)[0]))
+    row = _row(problem, prompt)
+    if problem.mask is None and row.amounts.max() <= row.bound:
+        best = values == values.max(axis=1, keepdims=True)
+        if int(np.count_nonzero(best)) == len(values):  # without a tie, which costs would decide
+            return best[:, model].astype(np.float64)
     mask = None if problem.mask is None else np.repeat(problem.mask[own], len(values), 0)
     indices, probabilities, _, _ = solve_chunk(row, np.ascontiguousarray(values), mask, prompt)
     return np.asarray((probabilities * (indices == model)).sum(axis=1))
+
+
+def only_cost(problem: Problem, prices: Mapping[str, float], prompt: int) -> Float64 | None:
+    """What each model costs [M] by the only row, or by the prices of all rows over the batch; None where both count."""
+    if not problem.batch_rows:
+        return _row(problem, prompt).amounts
+    if problem.prompt_rows:
+        return None
+    own = slice(prompt, prompt + 1)
+    found = [prices[row.name] * np.reshape(row.of(own).amounts, -1) for row in problem.batch_rows]
+    return np.asarray(np.sum(found, axis=0))
+
+
+def _row(problem: Problem, prompt: int) -> Row:
+    """The row of one prompt: amounts [M] and a bound."""
+    row = (*problem.prompt_rows, Row("budget", problem.amounts, np.inf))[0].of(slice(prompt, prompt + 1))
+    return Row(row.name, np.reshape(row.amounts, -1), float(np.reshape(row.bound, -1)[0]))
 
 
 def order_decides(problem: Problem) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from p2l_engine.feedback import Outcome, feedback_model
 from p2l_engine.native import routing as native
@@ -134,6 +135,26 @@ def compute(theta: Float64, q: Float64, objective: str, eta: Float64 | None, fee
     p = model.probabilities(t[:, :, None], t[:, None, :], None if ties is None else ties[:, None, None])
     not_lost = (p[..., Outcome.A] + (p[..., Outcome.TIE] + p[..., Outcome.BOTH_BAD]) / 2).numpy()
     return np.asarray(np.einsum("nba,na->nb", not_lost, np.broadcast_to(q, theta.shape)))
+
+
+def contending(
+    theta: Float64, q: Float64, objective: str, eta: Float64 | None, feedback: str, models: npt.NDArray[np.intp], costs: Float64
+) -> Float64:
+    """``compute`` for K ``models`` alone, [N, K], or 0 for those that no policy with one bound on these costs [K] would choose,
+    since a cheaper one is clearly better. Bits are those of ``compute``. q [M]."""
+    model = feedback_model(feedback)
+    if objective == "not-bad" or not model.rao_kupper or not len(models):
+        return np.ascontiguousarray(compute(theta, q, objective, eta, feedback)[:, models])
+    log_lambda = None
+    if objective != "bt" and model.has_eta and eta is not None:
+        import torch
+
+        log_lambda = model.log_lambda(torch.from_numpy(np.ascontiguousarray(eta))).numpy()
+    order = np.argsort(costs, kind="stable")
+    grounded = model.grounded and log_lambda is not None
+    found = np.empty((len(theta), len(models)))
+    found[:, order] = native.contending_win_rates(theta, log_lambda, grounded, q, models[order].astype(np.int64), costs[order])
+    return found
 
 
 def tie_parameters(eta: Array, n: int | None) -> Float64:

@@ -104,6 +104,14 @@ class Call:
         found[:, self.plan.columns] = known
         return found
 
+    def _contending(self, coefficients: Coefficients, drawn: Float64, mask: Mask) -> Float64:
+        """``_rates``, but 0 for models beside the mask, and those that cannot be chosen since a cheaper one is better."""
+        columns = self.plan.columns
+        chooser, usable = self.plan.choosers[self.objective], np.flatnonzero(mask[columns])
+        found = np.zeros((len(drawn), len(self.plan.names)))
+        found[:, columns] = chooser.contending(coefficients, drawn, usable, self.costs[columns])
+        return found
+
     def choose(self, mask: Mask, count: bool = True) -> Pick:
         """The choice among the models of a mask. count: whether the pacer pays for it. Raises InfeasibleBudget."""
         if self.pinned:
@@ -125,7 +133,7 @@ class Call:
         known, budget = self.coefficients, self.budget_left
         found = self.posterior.propensity(
             chosen.propensity,
-            lambda theta: choice.chances(chosen, self._rates(known, theta), self.costs, mask, budget),
+            lambda theta: choice.chances(chosen, self._contending(known, theta, mask), self.costs, mask, budget),
         )
         return choice.explored(chosen, self.rates, found)
 
