@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import cache
 
 import mpmath
 import numpy as np
@@ -325,6 +326,7 @@ def of(folder):
     return Engine.from_pretrained(folder, device="cpu", dtype=torch.float32).coefficients(PROMPTS)
 
 
+@cache
 def report_of(name="grk"):
     return calibrate(*world(name, 60, 2), bootstrap=2)[1]
 
