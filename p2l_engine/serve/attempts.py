@@ -18,7 +18,8 @@ from p2l_engine.serve.call import Call
 from p2l_engine.serve.choice import Pick
 from p2l_engine.serve.health import Deployment
 from p2l_engine.serve.service import Refused, Service
-from p2l_engine.serve.upstream import Opened, UpstreamFailed, Whole
+from p2l_engine.serve.upstream import Opened, Whole
+from p2l_engine.serve.upstream_failure import UpstreamFailed
 
 
 class PassedOn(Exception):

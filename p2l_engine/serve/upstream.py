@@ -3,64 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
-from typing import Any, Literal
+from typing import Any
 
 import aiohttp
 import orjson
 
-from p2l_engine.apis.api import UNREADABLE, Api, Stream, Usage, error_text, mapping
+from p2l_engine.apis.api import UNREADABLE, Api, Stream, Usage, error_text
 from p2l_engine.apis.ask import Ask
 from p2l_engine.apis.events import EventTooLong, Splitter, data_of
 from p2l_engine.serve.health import Deployment
-from p2l_engine.serve.model_entry import Provider
 from p2l_engine.serve.settings import Serve
+from p2l_engine.serve.upstream_failure import TOO_LONG, Blame, UpstreamFailed, loop_time, refused
 
-# Whose fault a failure is. deployment: it is left out for a while; configuration: so too, since it answers no request as it is
-# configured; request: no other model would answer it either; context: a model with a larger window would.
-Blame = Literal["deployment", "configuration", "request", "context"]
-PROBLEMS = {
-    401: "its provider refuses the key that is configured",
-    402: "its provider's account has no credit left",
-    403: "its provider refuses the key that is configured, or this use of it",
-    404: "its provider does not know the model or the path that is configured",
-}
-# Of a client's own key, where that is passed on.
-OF_THE_KEY = frozenset({401, 402, 403, 429})
-# That say more than their status.
-CODES = {"model_not_found": 404, "DeploymentNotFound": 404, "invalid_api_key": 401, "insufficient_quota": 402}
-OF_THE_REQUEST = frozenset({400, 405, 406, 410, 411, 412, 413, 414, 415, 416, 417, 422, 431, 451})
-TOO_LONG = re.compile(
-    r"context[ _](length|window)|maximum context|(prompt|input) is too long|too many (input )?tokens|exceeds? .{0,40}tokens",
-    re.I,
-)
 KEPT_HEADERS = ("x-request-id", "request-id")
-ERROR_BYTES = 64 * 1024  # of an error's body that are read
 LAST_WORDS = 1.0  # seconds that a stream may stay open after its last event
-
-
-class UpstreamFailed(Exception):
-    """No answer. error: what failed, in one word; status and body: what came, if anything; sent: whether the deployment may
-    have begun to work, and to bill. retry_after: seconds."""
-
-    def __init__(
-        self,
-        error: str,
-        message: str,
-        blame: Blame = "deployment",
-        status: int | None = None,
-        retry_after: float | None = None,
-        body: bytes | None = None,
-        sent: bool = False,
-    ) -> None:
-        super().__init__(message)
-        self.error, self.message, self.blame, self.status = error, message, blame, status
-        self.retry_after, self.body, self.sent = retry_after, body, sent
 
 
 class StreamCut(Exception):
@@ -131,7 +90,7 @@ class Opened:
     async def _next(self, until: float) -> bytes:
         """The events of the next piece that the client should see."""
         try:
-            async with asyncio.timeout_at(_loop_time(until)):
+            async with asyncio.timeout_at(loop_time(until)):
                 data = await self._response.content.readany()
         except TimeoutError:
             late = time.monotonic() >= self._deadline
@@ -206,7 +165,7 @@ class Upstream:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=timeouts.connect)
         sent = False
         try:
-            async with asyncio.timeout_at(_loop_time(until)):
+            async with asyncio.timeout_at(loop_time(until)):
                 response = await self._session.post(
                     provider.base_url + api.path, data=body, headers=headers, timeout=timeout, allow_redirects=False
                 )
@@ -224,7 +183,7 @@ class Upstream:
         keep = False
         try:
             if response.status != 200:
-                raise await _refused(response, min(time.monotonic() + timeouts.idle, deadline), ask, provider)
+                raise await refused(response, min(time.monotonic() + timeouts.idle, deadline), ask, provider)
             if ask.stream and "json" not in response.content_type and "html" not in response.content_type:
                 opened = Opened(response, api.stream(ask), serve, deadline)
                 await opened.begin(until)
@@ -244,7 +203,7 @@ async def _whole(response: aiohttp.ClientResponse, api: Api, serve: Serve, deadl
     parts, size, most = list[bytes](), 0, int(serve.answer_mb * 2**20)
     try:
         while True:
-            async with asyncio.timeout_at(_loop_time(until)):
+            async with asyncio.timeout_at(loop_time(until)):
                 data = await response.content.readany()
             if not data:
                 break
@@ -271,54 +230,5 @@ async def _whole(response: aiohttp.ClientResponse, api: Api, serve: Serve, deadl
     return Whole(body, _kept(response), api.usage(answer), answer)
 
 
-async def _refused(response: aiohttp.ClientResponse, until: float, ask: Ask, provider: Provider) -> UpstreamFailed:
-    """What an answer of another status than 200 says."""
-    body, status = b"", response.status
-    try:
-        async with asyncio.timeout_at(_loop_time(until)):
-            while len(body) < ERROR_BYTES and (data := await response.content.readany()):
-                body += data
-    except (TimeoutError, aiohttp.ClientError, OSError):
-        body = b""  # the status says enough
-    try:
-        answer = orjson.loads(body[:ERROR_BYTES])
-    except orjson.JSONDecodeError:
-        answer = None
-    message = error_text(answer) or f"status {status}"
-    code = mapping(mapping(answer).get("error")).get("code")
-    if status in (400, 413, 422) and (code == "context_length_exceeded" or TOO_LONG.search(message)):
-        return UpstreamFailed("context", message, "context", status, body=body if answer is not None else None)
-    wait, code = _retry_after(response.headers.get("retry-after")), CODES.get(code if isinstance(code, str) else "")
-    own_key = provider.forward_client_key and (status in OF_THE_KEY or code in OF_THE_KEY)
-    # What a provider keeps may be gone, or another's.
-    kept = ask.previous is not None or ask.sealed or bool(ask.extras.unseen or ask.extras.tools)
-    stored = status == 404 and code is None and kept and provider.model not in message
-    if own_key or stored or (status in OF_THE_REQUEST and code is None):
-        return UpstreamFailed("http", message, "request", status, wait, body if answer is not None else None)
-    if (problem := PROBLEMS.get(code or status)) is not None:  # the provider's own words may have a part of the key
-        return UpstreamFailed("http", problem, "configuration", status, wait)
-    return UpstreamFailed("http", message, "deployment", status, wait)
-
-
-def _retry_after(header: str | None) -> float | None:
-    """Seconds, from a number of them or a date; None where it is neither."""
-    if header is None:
-        return None
-    try:
-        seconds = float(header)
-    except ValueError:
-        try:
-            when = parsedate_to_datetime(header)
-        except ValueError:
-            return None
-        seconds = (when - datetime.now(UTC)).total_seconds() if when.tzinfo else 0.0
-    return seconds if 0 < seconds < float("inf") else None
-
-
 def _kept(response: aiohttp.ClientResponse) -> dict[str, str]:
     return {name: response.headers[name] for name in KEPT_HEADERS if name in response.headers}
-
-
-def _loop_time(until: float) -> float:
-    """A time of the monotonic clock on the running loop's own."""
-    return asyncio.get_running_loop().time() + until - time.monotonic()
