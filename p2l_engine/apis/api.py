@@ -14,7 +14,8 @@ UNREADABLE = "an event that is no JSON"  # the error of a stream whose rest was 
 class Usage:
     """Tokens that a provider counted. tokens_in: all of the input; of these, cached ones were read from its prompt cache and
     written ones were written to it, and of these lasting ones for an hour, at prices of their own. reasoning: output that was
-    not shown. calls: of tools that the provider runs."""
+    not shown. calls: of tools that the provider runs. audio_in, image_in and audio_out: what of the input and the output has
+    prices of its own."""
 
     tokens_in: int
     tokens_out: int
@@ -23,6 +24,9 @@ class Usage:
     lasting: int = 0
     reasoning: int = 0
     calls: int = 0
+    audio_in: int = 0
+    image_in: int = 0
+    audio_out: int = 0
 
 
 class Stream(Protocol):

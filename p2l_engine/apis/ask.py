@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from p2l_engine.apis.extras import NOTHING, Extras
+from p2l_engine.apis.pictures import Picture, picture_of
 from p2l_engine.prompts.parse import Turns
 
 AUTO = "auto"
@@ -41,7 +42,8 @@ class Ask:
     """One request, read.
 
     turns: the user's turns; where there are none, the instructions. texts: the text of each message in order, instructions and
-    tools first, from which tokens are counted. images: how many there are; a document is as many as it may have pages. needs:
+    tools first, from which tokens are counted. images: how many there are; a document is as many as it may have pages.
+    pictures: what is known of them, of some or all. needs:
     what a model must accept. max_tokens: the caller's bound on the output. session: what identifies the conversation where no
     header does.
     """
@@ -60,6 +62,7 @@ class Ask:
     previous: str | None = None  # the id of the answer that this request continues at its provider
     sealed: bool = False  # whether it has what only the provider that wrote it can read: encrypted reasoning, references
     extras: Extras = NOTHING
+    pictures: tuple[Picture, ...] = ()
     references: tuple[str, ...] = ()  # ids of what else its provider keeps of earlier answers: items, containers, audio
 
 
@@ -70,6 +73,7 @@ class Contents:
         self.turns, self.instructions, self.others = list[str](), list[str](), list[str]()
         self.texts = list[bytes]()
         self.images = 0
+        self.pictures = list[Picture]()
         self.needs: set[Capability] = {"text"}
         self.sealed = self.lasting = False
         self.unseen, self.references = list[str](), list[str]()
@@ -96,6 +100,7 @@ class Contents:
     def image(self, source: object) -> str:
         """Notes an image of the message that is read; returns what stands for it in the text."""
         self.images += 1
+        self.pictures.append(picture_of(source))
         self.needs.add("image")
         self.sealed |= isinstance(source, dict) and source.get("file_id") is not None
         self._sources += digest([repr(source).encode()])[:12].encode()  # tells this message from one with another image

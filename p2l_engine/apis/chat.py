@@ -96,7 +96,8 @@ class Chat:
         return Ask(
             self.name, body, text_field(body, "model"), flag_field(body, "stream"), reader.of_user(), tuple(reader.texts),
             reader.images, frozenset(reader.needs), count_field(body, "max_completion_tokens", "max_tokens"), reader.session(),
-            count_field(body, "n", "best_of") or 1, sealed=reader.sealed, extras=extras, references=tuple(reader.references),
+            count_field(body, "n", "best_of") or 1, sealed=reader.sealed, extras=extras, pictures=tuple(reader.pictures),
+            references=tuple(reader.references),
         )  # fmt: skip
 
     def outgoing(self, ask: Ask, model: str, stream_usage: bool) -> dict[str, Any]:
@@ -137,12 +138,17 @@ def usage_of(answer: dict[str, Any]) -> Usage | None:
     usage = answer.get("usage")
     if not isinstance(usage, dict) or not (count(usage.get("prompt_tokens")) or count(usage.get("completion_tokens"))):
         return None
-    cached = count(mapping(usage.get("prompt_tokens_details")).get("cached_tokens"))
+    details, written = mapping(usage.get("prompt_tokens_details")), mapping(usage.get("completion_tokens_details"))
+    cached = count(details.get("cached_tokens"))
     cached = cached or count(usage.get("prompt_cache_hit_tokens"))  # DeepSeek's
     given, out = count(usage.get("prompt_tokens")), count(usage.get("completion_tokens"))
-    reasoning = count(mapping(usage.get("completion_tokens_details")).get("reasoning_tokens"))
     # Some providers leave reasoning out of completion_tokens, and bill it.
-    return Usage(given, max(out, count(usage.get("total_tokens")) - given), cached, reasoning=reasoning)
+    out = max(out, count(usage.get("total_tokens")) - given)
+    audio = min(count(details.get("audio_tokens")), given)
+    return Usage(
+        given, out, cached, reasoning=count(written.get("reasoning_tokens")), audio_in=audio,
+        image_in=min(count(details.get("image_tokens")), given - audio), audio_out=min(count(written.get("audio_tokens")), out),
+    )  # fmt: skip
 
 
 def _message(reader: Contents, message: dict[str, Any], where: str) -> None:

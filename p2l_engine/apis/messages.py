@@ -107,7 +107,7 @@ class Messages:
         return Ask(
             self.name, body, text_field(body, "model"), flag_field(body, "stream"), reader.of_user(), tuple(reader.texts),
             reader.images, frozenset(reader.needs), most, reader.session(),
-            sealed=reader.sealed, extras=extras, references=tuple(_container(body)),
+            sealed=reader.sealed, extras=extras, pictures=tuple(reader.pictures), references=tuple(_container(body)),
         )  # fmt: skip
 
     def outgoing(self, ask: Ask, model: str, stream_usage: bool) -> dict[str, Any]:

@@ -107,7 +107,7 @@ class Responses:
         return Ask(
             self.name, body, text_field(body, "model"), flag_field(body, "stream"), reader.of_user(), tuple(reader.texts),
             reader.images, frozenset(reader.needs), count_field(body, "max_output_tokens"), reader.session(), 1, previous,
-            reader.sealed, extras, tuple(reader.references),
+            reader.sealed, extras, tuple(reader.pictures), tuple(reader.references),
         )  # fmt: skip
 
     def outgoing(self, ask: Ask, model: str, stream_usage: bool) -> dict[str, Any]:
@@ -148,11 +148,16 @@ def usage_of(answer: dict[str, Any]) -> Usage | None:
     usage = answer.get("usage")
     if not isinstance(usage, dict) or not (count(usage.get("input_tokens")) or count(usage.get("output_tokens"))):
         return None
-    cached = count(mapping(usage.get("input_tokens_details")).get("cached_tokens"))
-    reasoning = count(mapping(usage.get("output_tokens_details")).get("reasoning_tokens"))
+    details, written = mapping(usage.get("input_tokens_details")), mapping(usage.get("output_tokens_details"))
+    given, out = count(usage.get("input_tokens")), count(usage.get("output_tokens"))
+    audio = min(count(details.get("audio_tokens")), given)
     kinds = [str(mapping(item).get("type")) for item in sequence(answer.get("output"))]
     calls = sum(kind.endswith("_call") and kind not in CLIENTS_CALLS for kind in kinds)
-    return Usage(count(usage.get("input_tokens")), count(usage.get("output_tokens")), cached, reasoning=reasoning, calls=calls)
+    return Usage(
+        given, out, count(details.get("cached_tokens")), reasoning=count(written.get("reasoning_tokens")), calls=calls,
+        audio_in=audio, image_in=min(count(details.get("image_tokens")), given - audio),
+        audio_out=min(count(written.get("audio_tokens")), out),
+    )  # fmt: skip
 
 
 def kept_of(answer: dict[str, Any]) -> list[str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 from p2l_engine.apis.api import Usage
-from p2l_engine.apis.ask import Ask
+from p2l_engine.apis.ask import Ask, Capability
 from p2l_engine.serve.plan import Plan
 from p2l_engine.serve.sessions import KeptAnswer
 from p2l_engine.serve.tokens import Counted
@@ -33,12 +33,26 @@ class Bill:
         provider keeps, included."""
         kept = 0 if self.kept is None else self.kept.tokens
         counted = self.counted if k is None else self.own.get(k, self.counted)
-        return counted.total + self.ask.images * self.plan.serve.tokens_per_image + kept
+        return counted.total + self._images(k) + kept
 
     def most_tokens_in(self, k: int | None = None) -> int:
         """The most input tokens that a provider, or model k's, may count."""
         margin = self.plan.serve.token_margin if k is None or k not in self.own else OWN_MARGIN
-        return math.ceil(self.tokens_in(k) * margin) + 16
+        return math.ceil((self.tokens_in(k) - self._images(k) + self._images(k, at_most=True)) * margin) + 16
+
+    def differing(self) -> list[int]:
+        """The models whose input tokens are not those of the P2L tokenizer."""
+        if not self.ask.images:
+            return list(self.own)
+        return [k for k, model in enumerate(self.plan.models) if k in self.own or model.image_tokens is not None]
+
+    def _images(self, k: int | None, at_most: bool = False) -> int:
+        """The tokens of its images. at_most: whatever their size is: a provider may read it otherwise."""
+        images, rule = self.ask.images, None if k is None else self.plan.models[k].image_tokens
+        if rule is None or not images:
+            return images * self.plan.serve.tokens_per_image
+        known = () if at_most else self.ask.pictures
+        return sum(map(rule.of, known)) + (images - len(known)) * rule.bound
 
     def worst(self, k: int) -> Fraction:
         """The most that model k can cost. What ``unbounded`` names is left out."""
@@ -46,9 +60,14 @@ class Bill:
         tokens_in = self.input_bound(k)
         # Each call of a tool that runs at the provider is another round.
         found = self.plan.prices.worst(
-            k, tokens_in * (calls + 1), ask.max_tokens, ask.outputs * (calls + 1), extras.lasting, extras.predicted, calls
-        )
+            k, tokens_in * (calls + 1), ask.max_tokens, ask.outputs * (calls + 1), extras.lasting, extras.predicted, calls,
+            self.may_have("audio"), self.may_have("image"),
+        )  # fmt: skip
         return min(found * self.factor(k), MOST)
+
+    def may_have(self, kind: Capability) -> bool:
+        """Whether there may be audio, or images, in what it sends or what its provider keeps, or audio in its answer."""
+        return kind in self.ask.needs or bool(self.ask.extras.unseen) or self.kept is not None
 
     def input_bound(self, k: int) -> int:
         """The most input tokens that model k may count in one round, of what is not counted here too."""
@@ -97,6 +116,12 @@ class Bill:
         out = -(-written // 3)
         if self.hides(k):
             out = max(out, math.ceil(seconds * FASTEST) * self.ask.outputs)
-        if reported is None:
-            return Usage(self.input_bound(k), out)
-        return replace(reported, tokens_in=reported.tokens_in or self.input_bound(k), tokens_out=max(reported.tokens_out, out))
+        audio = self.may_have("audio")  # at its price, since nobody has said how much of it is none
+        found = Usage(0, 0) if reported is None else reported
+        if not found.tokens_in:
+            bound = self.input_bound(k)
+            image = bound if self.may_have("image") and not audio else 0
+            found = replace(found, tokens_in=bound, audio_in=bound if audio else 0, image_in=image)
+        if out > found.tokens_out:
+            found = replace(found, tokens_out=out, audio_out=out if audio else 0)
+        return found

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, Field, model_validator
 
 from p2l_engine.apis.ask import ApiName, Capability
+from p2l_engine.serve.image_tokens import ImageTokens
 from p2l_engine.serve.section import Price, Section, Tokens
 
 
@@ -43,7 +44,9 @@ class Model(Section):
     max_output: the most tokens that it writes. accepts: what a request may contain. provider: its deployment, or a list;
     empty: decisions only. usd_per_tool_call, max_tool_calls: price and greatest number, in one request, of calls of tools that
     its provider runs, such as web search. tiers: by service tier or speed, how many times the usual prices it costs. reasons:
-    whether it may write, and bill, what its streams do not show.
+    whether it may write, and bill, what its streams do not show. image_tokens: how its provider counts images; None: each as
+    ``serve.tokens_per_image``. usd_per_m_audio_in, usd_per_m_audio_out, usd_per_m_image_in: of tokens that its usage reports as
+    audio or images; None: as other tokens.
     """
 
     cost: Price | None = None
@@ -54,6 +57,10 @@ class Model(Section):
     tokens_in: Annotated[float, Field(gt=0)] | None = None
     tokens_out: Annotated[float, Field(gt=0)] | None = None
     usd_per_m_cache_write_1h: Price | None = None
+    usd_per_m_audio_in: Price | None = None
+    usd_per_m_audio_out: Price | None = None
+    usd_per_m_image_in: Price | None = None
+    image_tokens: ImageTokens | None = None
     usd_per_tool_call: Price | None = None
     max_tool_calls: Tokens | None = None
     tiers: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
@@ -74,7 +81,7 @@ class Model(Section):
     @model_validator(mode="after")
     def _priced(self) -> Self:
         prices = ("usd_per_m_in", "usd_per_m_out", "tokens_in", "tokens_out")
-        more = ("usd_per_m_cached", "usd_per_m_cache_write", "usd_per_m_cache_write_1h")
+        more = [name for name in type(self).model_fields if name.startswith("usd_per_m_") and name not in prices]
         given = [name for name in (*prices, *more) if getattr(self, name) is not None]
         if self.cost is not None and given:
             raise ValueError(f"expected either cost or prices, got cost and {', '.join(given)}")

@@ -31,12 +31,16 @@ class Prices:
         written = [_exact(_or(model.usd_per_m_cache_write, model.usd_per_m_in)) / MILLION for model in entries]
         lasting = [_exact(_hour(model)) / MILLION for model in entries]
         calls = [_exact(model.usd_per_tool_call or 0) for model in entries]
+        audio_in = [_exact(_or(model.usd_per_m_audio_in, model.usd_per_m_in)) / MILLION for model in entries]
+        image_in = [_exact(_or(model.usd_per_m_image_in, model.usd_per_m_in)) / MILLION for model in entries]
+        audio_out = [_exact(_or(model.usd_per_m_audio_out, model.usd_per_m_out)) / MILLION for model in entries]
         self.flat, self.per_in, self.per_out, self.per_cached = map(_floats, (flat, per_in, per_out, cached))
         self.max_output = [model.max_output for model in entries]
-        kinds = (flat, per_in, per_out, cached, written, lasting, calls)
+        kinds = (flat, per_in, per_out, cached, written, lasting, calls, audio_in, image_in, audio_out)
         self._parts = math.lcm(*(amount.denominator for amounts in kinds for amount in amounts))  # of a dollar
         whole = ([int(amount * self._parts) for amount in amounts] for amounts in kinds)
-        self._flat, self._in, self._out, self._cached, self._written, self._lasting, self._call = whole
+        self._flat, self._in, self._out, self._cached, self._written, self._lasting, self._call, *media = whole
+        self._audio_in, self._image_in, self._audio_out = media
 
     def expected(self, tokens_in: float | npt.NDArray[Any], cached: Float64, tokens_out: Float64) -> Float64:
         """The expected cost [K] of a request. tokens_in: its input tokens, at all models or [K], of which cached [K] are read
@@ -44,11 +48,15 @@ class Prices:
         return self.flat + (tokens_in - cached) * self.per_in + cached * self.per_cached + tokens_out * self.per_out
 
     def cost(self, k: int, usage: Usage) -> Fraction:
-        """What a request cost at model k."""
-        plain = max(usage.tokens_in - usage.cached - usage.written, 0)
-        parts = plain * self._in[k] + usage.cached * self._cached[k] + (usage.written - usage.lasting) * self._written[k]
+        """What a request cost at model k. Of cached tokens, as many as can be were text: providers do not tell."""
+        media = usage.audio_in + usage.image_in
+        cached = min(usage.cached, max(usage.tokens_in - media, 0)) if media else usage.cached
+        plain = max(usage.tokens_in - cached - usage.written - media, 0)
+        parts = plain * self._in[k] + cached * self._cached[k] + (usage.written - usage.lasting) * self._written[k]
         parts += usage.lasting * self._lasting[k] + usage.calls * self._call[k]
-        return Fraction(self._flat[k] + parts + usage.tokens_out * self._out[k], self._parts)
+        parts += usage.audio_in * self._audio_in[k] + usage.image_in * self._image_in[k]
+        parts += (usage.tokens_out - usage.audio_out) * self._out[k] + usage.audio_out * self._audio_out[k]
+        return Fraction(self._flat[k] + parts, self._parts)
 
     def worst(
         self,
@@ -59,17 +67,23 @@ class Prices:
         lasting: bool = False,
         predicted: int = 0,
         calls: int = 0,
+        audio: bool = False,
+        images: bool = False,
     ) -> Fraction:
         """The most that a request can cost at model k. tokens_in and calls are bounds too; lasting: whether it writes to the
-        cache for an hour; predicted: output tokens that may be billed beside max_tokens."""
+        cache for an hour; predicted: output tokens that may be billed beside max_tokens; audio, images: whether it may have
+        some."""
         limits = [most for most in (max_tokens, self.max_output[k]) if most is not None]
         dearest = max(self._in[k], self._cached[k], self._written[k], self._lasting[k] if lasting else 0)
+        dearest = max(dearest, self._audio_in[k] if audio else 0, self._image_in[k] if images else 0)
+        per_out = max(self._out[k], self._audio_out[k]) if audio else self._out[k]
         out = (min(limits) if limits else 0) * outputs + predicted
-        return Fraction(self._flat[k] + tokens_in * dearest + out * self._out[k] + calls * self._call[k], self._parts)
+        return Fraction(self._flat[k] + tokens_in * dearest + out * per_out + calls * self._call[k], self._parts)
 
     def is_free(self, k: int) -> bool:
         """Whether model k costs nothing."""
-        prices = (self._flat, self._in, self._out, self._cached, self._written, self._call)
+        tokens = (self._in, self._out, self._cached, self._written, self._audio_in, self._image_in, self._audio_out)
+        prices = (self._flat, *tokens, self._call)
         return not any(price[k] for price in prices)
 
 

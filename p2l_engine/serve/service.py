@@ -129,7 +129,7 @@ class Service:
         call.cached = self._cached(call)
         call.tokens_out = self.expectations.tokens_out(call.ask.max_tokens, call.ask.outputs, call.foreseen)
         bill = call.bill
-        tokens_in = np.array([bill.tokens_in(k) for k in range(len(plan.names))]) if bill.own else bill.tokens_in()
+        tokens_in = np.array([bill.tokens_in(k) for k in range(len(plan.names))]) if bill.differing() else bill.tokens_in()
         call.costs = plan.prices.expected(tokens_in, np.array(call.cached, float), call.tokens_out)
         if call.ask.extras.tier is not None:
             call.costs = call.costs * [float(bill.factor(k)) for k in range(len(plan.names))]
@@ -184,7 +184,7 @@ class Service:
         )  # fmt: skip
         answer = ask.max_tokens or 1
         tokens = call.bill.most_tokens_in() + answer
-        own = {k: call.bill.most_tokens_in(k) + answer for k in call.bill.own}
+        own = {k: call.bill.most_tokens_in(k) + answer for k in call.bill.differing()}
         unbounded = call.bill.unbounded if self.purse.limit is not None and ask.extras.may_be_unbounded else None
         call.mask, call.reasons = call.plan.takers.of(
             kind, tokens, ask.max_tokens, call.deployments, self.health.is_up, own, unbounded
