@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -136,7 +137,7 @@ def main() -> None:
         )
     Console().print(table)
     if given.csv is not None:
-        write_rows(rows, given.csv)
+        write_rows(given.csv, rows, torch.device("cpu"))
 
 
 if __name__ == "__main__":

@@ -163,9 +163,9 @@ def test_mistakes_are_errors_of_one_line(monkeypatch, capsys, tmp_path):
     "name",
     [
         "adapting", "answer_cache", "batch", "conversation_costs", "coverage", "demo", "exploration", "kernels", "latency",
-        "leaderboards", "learner", "learning_curve", "online", "overload", "propensities", "published_server", "real_budgets", "replay_coverage",
-        "screenshots", "seeds", "serve_demo", "serving", "serving_faults", "solvers", "spend_limits", "startup", "streams",
-        "throughput", "training",
+        "leaderboards", "learner", "learning_curve", "online", "overload", "propensities", "published_server",
+        "real_budgets", "replay_coverage", "screenshots", "seeds", "serve_demo", "serving", "serving_faults", "solvers",
+        "spend_limits", "startup", "streams", "throughput", "training",
     ],
 )  # fmt: skip
 def test_every_benchmark_has_help(name, monkeypatch, capsys):
