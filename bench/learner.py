@@ -5,7 +5,8 @@
 Simulated: hidden states [D] whose variance falls as 1 / k along their k-th direction, nine known models whose rows are in the
 checkpoint, and a new one; the truth of each row is a draw from the learner's own prior. Each vote is on a prompt of its own
 and two random models, a third of them on the new one, under grk. An update takes --batch votes. Rate and CPU seconds are those
-of the updates, the vote's hidden state being there; memory is that of the votes, which are kept. Apart: the root mean square
+of the updates, the vote's hidden state being there; memory is that of the votes, which are kept: what they add to the saved
+state. Apart: the root mean square
 difference of theta between the updates alone and the maximum over all votes (``refine``), over 1,000 other prompts, in theta
 and in posterior deviations, of the known models and of the new one.
 """
@@ -16,6 +17,7 @@ import argparse
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import numpy.typing as npt
@@ -27,8 +29,9 @@ from rich.table import Table
 from bench.setting import positive, run, write_rows
 from p2l_engine.backbone.head import Head
 from p2l_engine.feedback import feedback_model
-from p2l_engine.learning.learner import STORED, Learner
-from p2l_engine.learning.rows import NewModel
+from p2l_engine.learning.learner import Learner
+from p2l_engine.learning.prior import of_rows
+from p2l_engine.learning.rows import HeadRows, NewModel
 from p2l_engine.votes import Votes
 
 Float64 = npt.NDArray[np.float64]
@@ -85,19 +88,28 @@ class World:
         return Votes.make([(str(i),) for i in range(n)], MODELS, every, a, b, outcome)
 
 
-def truth_of(learner: Learner, rng: np.random.Generator) -> Head:
-    """A draw of all rows from the learner's prior."""
-    rows = learner._rows
-    factors = [rows.known_factor(i, learner.scales) for i in range(KNOWN)] + [rows.new_factors(learner.scales)[KNOWN]]
+def truth_of(head: Head, reference: npt.NDArray[np.float32], rng: np.random.Generator) -> Head:
+    """A draw of all rows from a learner's prior."""
+    rows = HeadRows.of(head, MODELS[:-1], [NewModel(MODELS[-1])], reference, known_votes=KNOWN_VOTES)
+    scales = of_rows(rows.basis)
+    factors = [rows.known_factor(i, scales) for i in range(KNOWN)] + [rows.new_factors(scales)[KNOWN]]
     drawn = rows.means + np.stack([rows.basis.matrix @ (factor @ rng.normal(size=len(factor))) for factor in factors])
-    return rows.head(learner._head, drawn, range(KNOWN))
+    return rows.head(head, drawn, range(KNOWN))
+
+
+def saved(learner: Learner) -> float:
+    """Megabytes of its state."""
+    with TemporaryDirectory() as folder:
+        learner.save(Path(folder) / "state")
+        return (Path(folder) / "state").stat().st_size / 2**20
 
 
 def measured(votes: int, batch: int, dimensions: int, seed: int) -> Row:
     """One stream."""
     world = World(dimensions, seed)
-    learner = Learner(world.head, MODELS[:-1], FEEDBACK, world.hidden(2_000), [NewModel(MODELS[-1])], known_votes=KNOWN_VOTES)
-    truth = truth_of(learner, world.rng)
+    reference = world.hidden(2_000)
+    learner = Learner(world.head, MODELS[:-1], FEEDBACK, reference, [NewModel(MODELS[-1])], known_votes=KNOWN_VOTES)
+    truth, empty = truth_of(world.head, reference, world.rng), saved(learner)
     seconds, cpu, longest = 0.0, 0.0, 0.0
     for start in track(range(0, votes, batch), "updates"):
         hidden = world.hidden(min(batch, votes - start))
@@ -106,7 +118,7 @@ def measured(votes: int, batch: int, dimensions: int, seed: int) -> Row:
         learner.update(given, hidden)
         took = time.perf_counter() - wall
         seconds, cpu, longest = seconds + took, cpu + time.process_time() - own, max(longest, took)
-    kept = sum(getattr(part, name).nbytes for part in learner._state.parts for name in STORED) / 2**20
+    kept = saved(learner) - empty
     others = torch.from_numpy(world.hidden(MEASURED_ON))
     updated = _theta(learner.head()[0], others)
     own = time.process_time()

@@ -164,7 +164,7 @@ def test_mistakes_are_errors_of_one_line(monkeypatch, capsys, tmp_path):
     [
         "adapting", "answer_cache", "batch", "conversation_costs", "coverage", "demo", "exploration", "kernels", "latency",
         "leaderboards", "learner", "learning_curve", "online", "overload", "propensities", "published_server",
-        "real_budgets", "replay_coverage", "screenshots", "seeds", "serve_demo", "serving", "serving_faults", "solvers",
+        "real_budgets", "replay_coverage", "replay_coverage", "screenshots", "seeds", "serve_demo", "serving", "serving_faults", "solvers",
         "spend_limits", "startup", "streams", "throughput", "training",
     ],
 )  # fmt: skip

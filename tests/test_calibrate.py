@@ -163,6 +163,18 @@ def test_a_scaled_and_shifted_checkpoint_is_recovered_within_its_error(name):
         assert error < 0.3
 
 
+@pytest.mark.parametrize("kind", ["temperature", "offsets", "both"])
+@pytest.mark.parametrize("size", [800.0, 1e4])
+def test_counts_of_coefficients_beyond_float64_have_no_map(kind, size):
+    """Their loss is infinite from the start: no step may pass for an optimum."""
+    c = Coefficients(np.full((40, 2), size, np.float32), None, ("a", "b"), feedback_model("poisson"))
+    some = np.arange(40)
+    votes = Votes.make([(str(i),) for i in some], c.models, some, some % 2, np.full(40, -1), np.ones(40))
+    design = Design(Candidate(kind, None if kind == "temperature" else 0.3), c, votes)
+    with pytest.raises(ArithmeticError, match="beyond float64"):
+        minimise(design.objective, design.start)
+
+
 def test_errors_are_how_far_estimates_spread():
     estimates, stated = [], []
     for seed in range(60):

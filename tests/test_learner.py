@@ -134,6 +134,12 @@ def test_votes_that_cannot_be_learned_from_change_nothing():
         (Votes.make([("x",)], world.models, zero, zero, one, zero), hidden[:2], r"\[1, 12\], got \[2, 12\]"),
         (Votes.make([("x",)], world.models, zero, zero, one, zero), hidden[:1] * np.nan, "finite"),
         (Votes.make([("x",)], world.models, zero, zero, one, zero, np.array([1e12])), hidden[:1], "divide all weights"),
+        (Votes.make([("x",)], world.models, zero, zero, one, zero, np.array([np.nan])), hidden[:1], "expected finite numbers"),
+        (Votes.make([("x",)], world.models, zero, zero, one, zero + 0.5), hidden[:1], "expected votes for bt"),
+        (Votes.make([("x",)], world.models, zero, zero - 1, one, zero), hidden[:1], "votes: a: expected 0 to 4, got -1"),
+        (Votes.make([("x",)], world.models, zero, zero, one - 2, zero), hidden[:1], "votes: b: expected 0 to 4, got -1"),
+        (Votes.make([("x",)], world.models, zero, zero, one * 9, zero), hidden[:1], "votes: b: expected 0 to 4, got 9"),
+        (Votes.make([("x",)], world.models, one, zero, one, zero), hidden[:1], "votes: prompt: expected 0 to 0, got 1"),
     ]
     for votes, states, message in wrong:
         with pytest.raises(ValueError, match=message):
@@ -141,6 +147,19 @@ def test_votes_that_cannot_be_learned_from_change_nothing():
     assert learner.votes == 0
     assert learner.refine() == 0.0
     assert torch.equal(learner.head()[0].weight[:4], learner._head.weight[:4])
+
+
+def test_of_votes_of_which_one_batch_fails_none_is_learned():
+    _, learner, votes, hidden, *_ = stream("poisson", 200)
+    outcome = votes.outcome.copy()
+    outcome[-1] = 1e300  # in the last of several batches
+    before = theta(learner.head()[0], hidden)
+    with pytest.raises(ArithmeticError, match="beyond float64"):
+        learner.update(Votes.make(votes.prompts, votes.models, votes.prompt, votes.a, votes.b, outcome), hidden)
+    assert learner.votes == 0
+    assert np.array_equal(theta(learner.head()[0], hidden), before)
+    learner.update(votes, hidden)
+    assert learner.votes == len(votes) > 512
 
 
 def test_votes_without_weight_change_nothing():

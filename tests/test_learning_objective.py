@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 
 from p2l_engine.feedback import Outcome, feedback_model
+from p2l_engine.learning import likelihood
 from p2l_engine.learning.objective import Objective, minimise
 from p2l_engine.votes import Votes
 
@@ -126,6 +127,79 @@ def test_a_model_that_only_won_stops_where_the_prior_holds_it(weight):
         excess = lambda u: mpmath.log(u) + mpmath.log1p(mpmath.exp(u)) - mpmath.log(weight)  # noqa: E731
         exact = mpmath.findroot(excess, (mpmath.mpf("1e-3"), mpmath.mpf(30)), solver="anderson")
     assert found == pytest.approx(float(exact), rel=1e-9)
+
+
+def counted(values, weight, mean=0.0):
+    """Counts of the free model 1 alone, on one prompt."""
+    n = len(values)
+    votes = Votes.make(
+        [("p",)], "ab", np.zeros(n, int), np.ones(n, int), np.full(n, -1), np.array(values, float), np.full(n, weight)
+    )
+    base = np.array([[0.0, mean]])
+    return Objective(feedback_model("poisson"), votes, None, base, np.ones((1, 1)), {1: np.eye(1)})
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.sampled_from([0, 1, 5, 1e6, 1e15]), min_size=1, max_size=3),
+    st.sampled_from([1e-9, 1.0, 1e9]),
+    st.sampled_from([-300.0, -5.0, 0.0, 5.0, 100.0]),
+)
+@example([1e6], 1e9, 0.0)  # the gradient's rounding promises more than the tolerance
+@example([1e15], 1.0, 0.0)  # the first step is 5e14 too long
+@example([0], 1e9, 100.0)
+def test_counts_end_where_mpmath_does(values, weight, mean):
+    import mpmath
+
+    found = minimise(counted(values, weight, mean))
+    with mpmath.workdps(60):
+        slope = lambda u: u + mpmath.mpf(weight) * (len(values) * mpmath.exp(mean + u) - sum(map(int, values)))  # noqa: E731
+        low, high = mpmath.mpf(-1e25), mpmath.mpf(1000)
+        for _ in range(200):
+            exact = (low + high) / 2
+            low, high = (exact, high) if slope(exact) < 0 else (low, exact)
+    assert found.u[0, 0] == pytest.approx(float(exact), rel=1e-8, abs=1e-8)
+
+
+@pytest.mark.parametrize("problem", [counted([0], 1.0, 800.0), counted([1e300], 1e9)])
+def test_what_is_beyond_float64_is_refused(problem):
+    with np.errstate(all="raise"), pytest.raises(ArithmeticError, match="beyond float64"):
+        minimise(problem)
+
+
+@pytest.mark.parametrize(
+    ("name", "outcome", "weight", "message"),
+    [
+        ("grk", [1.5], [1.0], "outcome: expected votes for grk"),
+        ("ols", [1], [1.0], "outcome: expected values for ols"),
+        ("grk", [4], [1.0], "outcome: expected 0, 1, 2, 3, got"),
+        ("grk", [-1], [1.0], "outcome: expected 0, 1, 2, 3, got"),
+        ("bt", [0], [-1.0], "weight: expected finite numbers of at least 0, got -1"),
+        ("bt", [0], [np.nan], "weight: expected finite"),
+        ("bt", [0], [np.inf], "weight: expected finite"),
+        ("ols", [np.nan], [1.0], "outcome: expected finite values"),
+        ("poisson", [-1.0], [1.0], "outcome: expected counts"),
+        ("poisson", [0.5], [1.0], "outcome: expected counts"),
+    ],
+)
+def test_outcomes_and_weights_that_are_none_are_refused(name, outcome, weight, message):
+    with pytest.raises(ValueError, match=message):
+        hostile(name, outcome, weight)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_both_computations_of_second_derivatives_agree(name, rng):
+    feedback = feedback_model(name)
+    linear = rng.normal(size=(3, 50))
+    linear[2] += 5 if name == "rk" else 0
+    outcome = rng.poisson(2, 50).astype(float) if feedback.of_values else rng.integers(0, 2 if name == "bt" else 4, 50)
+    near = likelihood.information(feedback, linear, outcome)
+    first, second = likelihood.curvature(feedback, linear, outcome)
+    np.testing.assert_allclose(near.losses, likelihood.losses(feedback, linear, outcome), rtol=1e-12)
+    np.testing.assert_allclose(near.first, first.T, rtol=1e-10, atol=1e-13)
+    np.testing.assert_allclose(near.first, likelihood.gradient(feedback, linear, outcome).T, rtol=1e-10, atol=1e-13)
+    np.testing.assert_allclose(near.exact, np.moveaxis(second, 2, 0), rtol=1e-9, atol=1e-13)
+    assert np.linalg.eigvalsh(near.definite).min() > -1e-12
 
 
 def test_votes_without_weight_change_nothing():

@@ -69,8 +69,8 @@ class Uncertainty:
         return replace(self, basis=self.basis.to(device), factors=self.factors.to(device))
 
     def write(self, path: Path) -> None:
-        """Writes a safetensors file: the basis, the lower triangles of the factors row by row [K, r (r + 1) / 2], which are
-        ``trained`` [K] where some are, and names in its metadata. The same posterior gives the same bytes. Raises OSError."""
+        """Writes a safetensors file: the basis, the lower triangles of the factors row by row [K, r (r + 1) / 2], where some
+        are ``trained``, which [K], and the names in its metadata. The same posterior gives the same bytes. Raises OSError."""
         rows, columns = torch.tril_indices(*self.factors.shape[1:])
         tensors = {"basis": self.basis, "factors": self.factors.cpu()[:, rows, columns]}
         narrow = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}

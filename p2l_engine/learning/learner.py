@@ -19,53 +19,19 @@ from p2l_engine.backbone.uncertainty import Uncertainty
 from p2l_engine.checkpoint import fingerprint
 from p2l_engine.feedback import FeedbackModel
 from p2l_engine.learning.adapt import posterior
-from p2l_engine.learning.objective import Objective, counts_of, minimise
+from p2l_engine.learning.objective import minimise
 from p2l_engine.learning.prior import RANK, Basis, Scales, of_rows
 from p2l_engine.learning.rows import KNOWN_VOTES, HeadRows, NewModel
+from p2l_engine.learning.seen import STORED, Seen
 from p2l_engine.tables.atomic import write_file
 from p2l_engine.votes import Votes
 
 Float64 = npt.NDArray[np.float64]
 
-VERSION = 2  # of the saved state
+VERSION = 1  # of the saved state
 TOGETHER = 256  # votes that are learned from at a time
 LARGEST = 1024  # free parameters up to which an update sees how rows depend on each other
 TOLERANCE = 1e-6  # of an update's step, in posterior deviations
-STORED = ("features", "base", "eta", "prompt", "a", "b", "outcome", "weight")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Seen:
-    """Votes as they are kept. features [P, r] and base [P, M], eta [P] (empty without a tie parameter): of their prompts,
-    float32; prompt, a, b, outcome, weight [V]."""
-
-    features: npt.NDArray[np.float32]
-    base: npt.NDArray[np.float32]
-    eta: npt.NDArray[np.float32]
-    prompt: npt.NDArray[np.int32]
-    a: npt.NDArray[np.int16]
-    b: npt.NDArray[np.int16]
-    outcome: npt.NDArray[np.int64] | npt.NDArray[np.float64]
-    weight: npt.NDArray[np.float32]
-
-    def __len__(self) -> int:
-        return len(self.prompt)
-
-    def some(self, votes: npt.NDArray[np.intp]) -> Seen:
-        """The votes of these indices, with their prompts alone."""
-        prompts, place = np.unique(self.prompt[votes], return_inverse=True)
-        eta = self.eta[prompts] if len(self.eta) else self.eta
-        return Seen(
-            self.features[prompts], self.base[prompts], eta, place.astype(np.int32), self.a[votes], self.b[votes],
-            self.outcome[votes], self.weight[votes],
-        )  # fmt: skip
-
-    @classmethod
-    def joined(cls, parts: Sequence[Seen]) -> Seen:
-        """All of them, in order."""
-        first = np.cumsum([0, *(len(part.features) for part in parts)])
-        moved = [replace(part, prompt=(part.prompt + at).astype(np.int32)) for part, at in zip(parts, first, strict=False)]
-        return cls(*(np.concatenate([getattr(part, name) for part in moved]) for name in STORED))
 
 
 @dataclass(slots=True, eq=False)
@@ -149,14 +115,17 @@ class Learner:
 
     def update(self, votes: Votes, hidden: npt.NDArray[np.float32]) -> None:
         """Learns from votes on prompts of these hidden states [P, D]. Raises ValueError for unknown models, for votes that the
-        feedback model does not know, and for other shapes; nothing is learned then."""
+        feedback model does not know, and for other shapes; ArithmeticError for values beyond float64. Nothing is learned then.
+        """
         with self._lock:
-            seen = self._seen(votes, hidden)
+            seen = Seen.of(votes, hidden, self._rows, self.feedback)
             order = np.argsort(seen.prompt, kind="stable")
             parts = [seen.some(order[start : start + TOGETHER]) for start in range(0, len(order), TOGETHER)]
+            state = replace(self._state, moved=self._state.moved.copy(), factors=dict(self._state.factors), parts=[])
             for part in parts:
-                self._learn(self._state, part)
-                self._state.parts.append(part)
+                self._learn(state, part)
+            state.parts = [*self._state.parts, *state.parts]
+            self._state = state
 
     def refine(self) -> float:
         """Finds the maximum over all votes so far; those that come meanwhile are learned from afterwards. Returns how far the
@@ -167,7 +136,8 @@ class Learner:
                 parts, moved = list(self._state.parts), self._state.moved.copy()
             if not parts:
                 return 0.0
-            objective = self._objective(Seen.joined(parts), np.zeros_like(moved), self._prior)
+            seen = Seen.joined(parts)
+            objective = seen.objective(self.feedback, self._rows.names, np.zeros_like(moved), self._prior)
             inverse = [np.linalg.inv(factor) for factor in objective.factors]
             start = np.stack([each @ moved[i] for each, i in zip(inverse, objective.free, strict=True)])
             minimum = minimise(objective, start)
@@ -182,7 +152,6 @@ class Learner:
             with self._lock:
                 for part in self._state.parts[len(parts) :]:
                     self._learn(found, part)
-                    found.parts.append(part)
                 self._state = found
         return distance
 
@@ -261,44 +230,14 @@ class Learner:
     def _prior(self, i: int) -> Float64:
         return self._new[i] if i in self._new else self._rows.known_factor(i, self.scales)
 
-    def _seen(self, votes: Votes, hidden: npt.NDArray[np.float32]) -> Seen:
-        names = self._rows.names
-        if unknown := sorted(set(votes.models) - set(names)):
-            raise ValueError(f"votes: expected votes on {', '.join(names)}, got {', '.join(unknown)}")
-        width = len(self._rows.basis.matrix) - 1
-        if hidden.shape != (len(votes.prompts), width):
-            raise ValueError(f"hidden: expected {[len(votes.prompts), width]}, got {list(hidden.shape)}")
-        if not np.isfinite(hidden).all():
-            raise ValueError("hidden: expected finite numbers")
-        counts_of(self.feedback, votes.outcome, votes.weight)  # refuses what cannot be learned from
-        column = np.array([names.index(name) for name in votes.models] + [-1])
-        base, eta = self._rows.coefficients(hidden)
-        seen = Seen(
-            self._rows.basis.features(hidden).astype(np.float32), base.astype(np.float32),
-            np.zeros(0, np.float32) if eta is None else eta.astype(np.float32), votes.prompt.astype(np.int32),
-            column[votes.a].astype(np.int16), column[votes.b].astype(np.int16), votes.outcome, votes.weight.astype(np.float32),
-        )  # fmt: skip
-        return seen
-
     def _learn(self, state: State, part: Seen) -> None:
-        objective = self._objective(part, state.moved, lambda i: state.factors[i] if i in state.factors else self._prior(i))
-        if not objective.free:
-            return
-        minimum = minimise(objective, tolerance=TOLERANCE)
-        for f, (i, factor) in enumerate(zip(objective.free, posterior(objective, minimum, LARGEST), strict=True)):
-            state.moved[i] += objective.factors[f] @ minimum.u[f]
-            state.factors[i] = factor
-
-    def _objective(self, seen: Seen, moved: Float64, factor: Any) -> Objective:
-        """Of these votes, from coordinates ``moved`` [M, r], for the rows that they touch. factor: of a row's prior."""
-        used = seen.weight > 0
-        touched = {*seen.a[used].tolist(), *seen.b[used].tolist()} - {-1}
-        features = seen.features.astype(np.float64)
-        base = seen.base + features @ moved.T
-        nothing = ((),) * len(features)
-        votes = Votes(
-            nothing, self._rows.names, seen.prompt.astype(np.int64), seen.a.astype(np.int64), seen.b.astype(np.int64),
-            seen.outcome, seen.weight.astype(np.float64),
-        )  # fmt: skip
-        eta = seen.eta.astype(np.float64) if self.feedback.has_eta else None
-        return Objective(self.feedback, votes, eta, base, features, {i: factor(i) for i in sorted(touched)})
+        """Changes the state's coordinates and factors, once all of it is learned."""
+        objective = part.objective(
+            self.feedback, self._rows.names, state.moved, lambda i: state.factors[i] if i in state.factors else self._prior(i)
+        )
+        if objective.free:
+            minimum = minimise(objective, tolerance=TOLERANCE)
+            for f, (i, factor) in enumerate(zip(objective.free, posterior(objective, minimum, LARGEST), strict=True)):
+                state.moved[i] += objective.factors[f] @ minimum.u[f]
+                state.factors[i] = factor
+        state.parts.append(part)

@@ -16,6 +16,7 @@ Float64 = npt.NDArray[np.float64]
 STEPS = 200
 HALVINGS = 60
 ENOUGH = 1e-7  # of the log-likelihood, in nats: the step that promises less is the last one, and squares the error
+ROUNDING = 1e-14  # of a sum, relative to the sum of the sizes of what its terms are computed from
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,11 @@ class LinearFit:
         total = self.weight @ self.losses(x) + 0.5 * self.precision @ (x - self.centre) ** 2
         return float(total) if np.isfinite(total) else np.inf
 
+    def noise(self, x: Float64) -> float:
+        """How far rounding may move ``value``."""
+        sizes = likelihood.sizes(self.feedback, self.linear(x), self.outcome)
+        return ROUNDING * float(self.weight @ sizes + 0.5 * self.precision @ (x - self.centre) ** 2)
+
     def scores(self, x: Float64) -> csr_array:
         """[V, k]: each vote's gradient."""
         by = likelihood.gradient(self.feedback, self.linear(x), self.outcome) * self.weight
@@ -84,29 +90,31 @@ def _placed(blocks: Float64) -> csr_array:
 
 def minimise(of: LinearFit, start: Float64) -> Float64:
     """The parameters [k] of the least value, by Newton's method, projected onto the bounds (Bertsekas, 1982). Raises
-    ArithmeticError where it does not converge."""
+    ArithmeticError where it does not converge, and where the start is beyond float64."""
     x = np.maximum(start, of.least)
     if not len(x):
         return x
     value = of.value(x)
     for _ in range(STEPS):
         slope, bend = of.derivatives(x)
+        if not (np.isfinite(value) and np.isfinite(slope).all() and np.isfinite(bend).all()):
+            raise ArithmeticError("calibration: the votes' loss is beyond float64: are some coefficients far beyond 100?")
         free = ~((x <= of.least) & (slope > 0))
         step = np.zeros(len(x))
         step[free] = -_solve(bend[np.ix_(free, free)], slope[free])
-        promised = float(slope @ step)
-        if promised > -2 * ENOUGH:
+        promised, noise = float(slope @ step), of.noise(x)
+        if promised > -2 * max(ENOUGH, noise):
             last = np.maximum(x + step, of.least)
-            return last if of.value(last) <= value else x
+            return last if of.value(last) <= value + noise else x
         length = 1.0
         for _ in range(HALVINGS):
             to = np.maximum(x + length * step, of.least)
             new = of.value(to)
-            if new <= value + 1e-4 * float(slope @ (to - x)) + 1e-14 * abs(value):
+            if new <= value + 1e-4 * float(slope @ (to - x)) + noise:
                 break
             length /= 2
         else:
-            return x  # as near as rounding lets it come
+            raise ArithmeticError(f"calibration: no optimum: no descent where {-promised:g} nats are promised")
         x, value = to, new
     raise ArithmeticError(
         f"calibration: no optimum after {STEPS} steps of Newton's method: are some coefficients far beyond 100?"

@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 from scipy.linalg import cho_factor, cho_solve
 
-from p2l_engine.feedback import FeedbackModel, Outcome
-from p2l_engine.leaderboard.losses import pair_derivatives, sums_of_derivatives
+from p2l_engine.feedback import FeedbackModel
+from p2l_engine.learning import likelihood
+from p2l_engine.learning.likelihood import outcome_shares as outcome_shares
 from p2l_engine.votes import Votes
 
 Float64 = npt.NDArray[np.float64]
@@ -22,7 +23,6 @@ Int64 = npt.NDArray[np.int64]
 
 ROUNDING = 1e-14  # of a sum, relative to the sum of the sizes of what its terms are computed from
 MOST_STEPS = 500
-HEAVIEST = 1e9  # of a vote: beyond it float64 no longer sees the prior, or other votes, beside it
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,8 @@ class Local:
 
 class Objective:
     """votes: on the M models of the columns of base. eta [P]: tie parameters, where the feedback model has them. base [P, M]:
-    coefficients at the means. features [P, r]. factors: L_m of each free row, by column; the other rows stay as they are."""
+    coefficients at the means. features [P, r]. factors: L_m of each free row, by column; the other rows stay as they are.
+    Raises ValueError as ``likelihood.check`` does."""
 
     def __init__(
         self,
@@ -50,6 +51,7 @@ class Objective:
         features: Float64,
         factors: Mapping[int, Float64],
     ) -> None:
+        likelihood.check(feedback, votes.outcome, votes.weight)
         self.feedback, self.base, self.features = feedback, base, features
         self.free = sorted(factors)
         self.factors = np.stack([factors[m] for m in self.free]) if factors else np.zeros((0, 0, 0))
@@ -62,7 +64,6 @@ class Objective:
         self.sides = np.stack([votes.a[touching], votes.b[touching]], 1)
         self.slots = slot[self.sides]
         self.eta = None if eta is None or not feedback.has_eta else eta[self.prompt]
-        self.counts = counts_of(feedback, self.outcome, self.weight)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -71,48 +72,17 @@ class Objective:
 
     def value(self, u: Float64) -> float:
         """Of the objective at u [F, r]."""
-        theta = self._coefficients(u)
-        if self.counts is None:
-            linear = self._linear(theta)
-            loss = self.weight * (
-                (np.exp(linear) - self.outcome * linear) if self.feedback.counts else (linear - self.outcome) ** 2 / 2
-            )
-            return float(loss.sum() + (u * u).sum() / 2)
-        import torch
-
-        eta = None if self.eta is None else torch.from_numpy(self.eta)
-        with torch.inference_mode():
-            log_p = self.feedback.log_probabilities(torch.from_numpy(theta[:, 0]), torch.from_numpy(theta[:, 1]), eta).numpy()
-        k = self.counts.shape[1]
-        return float(np.where(self.counts > 0, -self.counts * log_p[:, :k], 0.0).sum() + (u * u).sum() / 2)
+        losses = likelihood.losses(self.feedback, self._linear(u), self.outcome)
+        return float(self.weight @ losses + (u * u).sum() / 2)
 
     def at(self, u: Float64) -> Local:
         """The objective near u [F, r]."""
-        theta = self._coefficients(u)
-        if self.counts is None:
-            linear = self._linear(theta)
-            if self.feedback.counts:
-                mean = np.exp(linear)
-                terms, slope, bend = mean - self.outcome * linear, mean - self.outcome, mean
-                sizes = mean + np.abs(self.outcome * linear)
-            else:
-                terms, slope, bend = (linear - self.outcome) ** 2 / 2, linear - self.outcome, np.ones(len(linear))
-                sizes = terms
-            signs = np.where(self.sides >= 0, [1.0, -1.0], 0.0)
-            terms, sizes = self.weight * terms, self.weight * sizes
-            first = (self.weight * slope)[:, None] * signs
-            exact = (self.weight * bend)[:, None, None] * signs[:, :, None] * signs[:, None, :]
-            definite = exact
-        else:
-            log_p, slopes, bends = pair_derivatives(self.feedback, theta[:, 0], theta[:, 1], self.eta)
-            first, fisher, away = sums_of_derivatives(self.counts, log_p, slopes, bends)
-            terms = np.where(self.counts > 0, -self.counts * log_p, 0.0).sum(1)
-            # log P near 0 is a difference of numbers of the size of theta, and as wrong as these.
-            sizes = terms + self.weight * (1 + np.abs(theta).max(1))
-            first, definite, exact = first[:, :2], fisher[:, :2, :2], (fisher - away)[:, :2, :2]
-        gradient = u + self._back(first)
-        noise = ROUNDING * (float(sizes.sum()) + float((u * u).sum()) / 2)
-        return Local(float(terms.sum()) + float((u * u).sum()) / 2, noise, gradient, exact, definite)
+        near, weight = likelihood.information(self.feedback, self._linear(u), self.outcome), self.weight
+        penalty = float((u * u).sum()) / 2
+        gradient = u + self._back(weight[:, None] * near.first[:, :2])
+        noise = ROUNDING * (float(weight @ near.sizes) + penalty)
+        exact, definite = (weight[:, None, None] * of[:, :2, :2] for of in (near.exact, near.definite))
+        return Local(float(weight @ near.losses) + penalty, noise, gradient, exact, definite)
 
     def hessian_times(self, second: Float64, x: Float64) -> Float64:
         """The Hessian of these second derivatives [V, 2, 2], times x [F, r]."""
@@ -152,16 +122,13 @@ class Objective:
         found: Float64 = np.einsum("fij,fj->fi", self.factors, u)
         return found
 
-    def _coefficients(self, u: Float64) -> Float64:
-        """[V, 2]: of each vote's models; 0 where it has only one."""
+    def _linear(self, u: Float64) -> Float64:
+        """[3, V]: each vote's coefficients, 0 where it has only one model, and its tie parameter, 0 where there is none."""
         moved = self.base.copy()
         moved[:, self.free] += self.features @ self._scaled(u).T
         theta = moved[self.prompt[:, None], self.sides]
         theta[self.sides < 0] = 0.0
-        return theta
-
-    def _linear(self, theta: Float64) -> Float64:
-        return theta[:, 0] - theta[:, 1]
+        return np.stack([theta[:, 0], theta[:, 1], np.zeros(len(theta)) if self.eta is None else self.eta])
 
     def _by_model(self, each: Float64) -> Float64:
         """[P, F]: the sums over votes of each [V, 2]."""
@@ -178,31 +145,6 @@ class Objective:
         return found
 
 
-def counts_of(feedback: FeedbackModel, outcome: Int64 | Float64, weight: Float64) -> Float64 | None:
-    """[V, K]: how much each vote counts for each outcome; None where values are observed. Raises ValueError for weights beside
-    which others would be lost, and as ``outcome_shares`` does."""
-    heaviest = float(weight.max(initial=0.0))
-    if heaviest > HEAVIEST:
-        raise ValueError(f"weight: expected at most {HEAVIEST:g} for a vote, got {heaviest:g}; divide all weights")
-    if feedback.of_values:
-        return None
-    counts: Float64 = weight[:, None] * outcome_shares(feedback, outcome.astype(np.int64))
-    return counts
-
-
-def outcome_shares(feedback: FeedbackModel, outcome: Int64) -> Float64:
-    """[V, K]: the share that a vote counts for each of the feedback model's K outcomes: bt-tie halves ties, models without
-    "both bad" count it as a tie. Raises ValueError for a tie where there are none."""
-    k = len(feedback.outcomes)
-    tie = outcome >= Outcome.TIE
-    if tie.any() and not feedback.has_ties:
-        raise ValueError(f"outcome: the feedback model {feedback.name!r} knows no ties; leave them out or use 'bt-tie'")
-    shares = np.eye(k)[np.minimum(outcome, k - 1)]
-    if feedback.ties_as_half:
-        shares[tie] = 0.5
-    return shares
-
-
 @dataclass(frozen=True, slots=True)
 class Minimum:
     """u [F, r], the objective near it, how many steps led there, and how far it still is, about, in prior deviations."""
@@ -217,24 +159,39 @@ def minimise(objective: Objective, start: Float64 | None = None, tolerance: floa
     """Newton's method with conjugate gradients, preconditioned by the Hessian's diagonal blocks.
 
     It ends where Newton's step is shorter than ``tolerance``, relative to 1 + |u|: the step's own quadratic form bounds its
-    length, as the prior's curvature is 1 in every direction. Raises ArithmeticError where that takes too many steps.
+    length, as the prior's curvature is 1 in every direction; where rounding hides what the step gains, its length itself is
+    what counts. Raises ArithmeticError where that takes too many steps, and where the loss leaves float64.
     """
     u = np.zeros(objective.shape) if start is None else start.copy()
-    local = objective.at(u)
-    for step in range(MOST_STEPS):
-        direction = _direction(objective, local)
-        slope = float((direction * local.gradient).sum())
-        distance = float(np.sqrt(max(-slope, 0.0)))
-        if distance <= tolerance * (1 + float(np.linalg.norm(u))):
-            return Minimum(u, local, step, distance)
-        length = 1.0
-        while objective.value(u + length * direction) > local.value + 1e-4 * length * slope + local.noise:
-            length /= 2
-            if length < 1e-12:
-                raise ArithmeticError(f"the posterior's maximum was not reached: no descent at a distance of {distance:g}")
-        u = u + length * direction
+    with np.errstate(over="ignore", invalid="ignore"):
         local = objective.at(u)
+        for step in range(MOST_STEPS):
+            enough = tolerance * (1 + float(np.linalg.norm(u)))
+            _check_finite(local.value, float(np.linalg.norm(local.gradient)))
+            direction = _direction(objective, local)
+            slope, size = float((direction * local.gradient).sum()), float(np.linalg.norm(direction))
+            _check_finite(slope, size)
+            distance = float(np.sqrt(max(-slope, 0.0)))
+            if -slope <= local.noise:
+                distance = min(distance, size)
+            if distance <= enough:
+                return Minimum(u, local, step, distance)
+            length = 1.0
+            while not objective.value(u + length * direction) <= local.value + 1e-4 * length * slope + local.noise:
+                length /= 2
+                if length * size < 1e-3 * enough:
+                    raise ArithmeticError(f"the posterior's maximum was not reached: no descent at a distance of {distance:g}")
+            u = u + length * direction
+            local = objective.at(u)
     raise ArithmeticError(f"the posterior's maximum was not reached in {MOST_STEPS} steps: it is {distance:g} away")
+
+
+def _check_finite(*numbers: float) -> None:
+    if not np.isfinite(numbers).all():
+        raise ArithmeticError(
+            "the posterior's maximum was not reached: the votes' loss is beyond float64; are some values, or coefficients of "
+            "the checkpoint, far beyond what the others are?"
+        )
 
 
 def _direction(objective: Objective, local: Local) -> Float64:
