@@ -123,6 +123,13 @@ def test_scores_of_different_models_on_different_prompts_are_votes(tmp_path):
     assert found.models == ("a", "b", "c")
     assert [found.prompts[p][0] for p in found.prompt] == ["p", "q"]
     assert found.outcome.tolist() == [0, 3]
+    assert found.weight.tolist() == [1, 1]
+    rows = [("p", name, score) for name, score in zip("abcd", (0, 1, 0.5, 1), strict=True)] + rows[2:]
+    weighed, _ = read(table(tmp_path / "w.csv", rows, ("prompt", "model", "score")), complete=False, answers_once=True)
+    assert np.bincount(weighed.prompt, weighed.weight) == pytest.approx([2, 1])  # answers / 2
+    for model in range(4):
+        of = (weighed.prompt == 0) & ((weighed.a == model) | (weighed.b == model))
+        assert weighed.weight[of].sum() == pytest.approx(1)
     with pytest.raises(ValueError, match="expected at least one prompt with scores of two models"):
         read(table(tmp_path / "t.csv", [("p", "a", 1), ("q", "b", 0)], ("prompt", "model", "score")), complete=False)
 

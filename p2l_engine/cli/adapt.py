@@ -108,9 +108,8 @@ def adapt(
     nothing = np.zeros(0, np.int64)
     given = Votes.make([], loaded.models, nothing, nothing, nothing, nothing)
     if votes is not None:
-        given, dropped = read(
-            votes, None, loaded.feedback, None if column == "prompt" else {"prompt": column}, max_dropped, complete=False
-        )
+        columns = None if column == "prompt" else {"prompt": column}
+        given, dropped = read(votes, None, loaded.feedback, columns, max_dropped, complete=False, answers_once=True)
         for line in dropped.lines():
             note(f"dropped {line}", warning=True)
     retired = write.retired_models(loaded.folder)

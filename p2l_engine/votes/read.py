@@ -62,6 +62,7 @@ def read(
     leave_out: Mapping[str, Sequence[Any]] | None = None,
     weighted: bool = True,
     complete: bool = True,
+    answers_once: bool = False,
 ) -> tuple[Votes, Dropped]:
     """Votes of parquet, jsonl or csv files, folders and globs of them, URIs, a hub data set's name (its split ``train``), or
     several of these read as one, each file once; and which rows were skipped.
@@ -77,10 +78,11 @@ def read(
     models: the columns of the votes (for validation data); by default the sorted names in the file. feedback: models of
     values read values; bt skips ties. columns: the file's own name for some of the names above. leave_out: values of the
     file's columns; rows that have one are not read. weighted: False leaves the column weight out. complete: False takes scores
-    of some models on some prompts too, see ``score_matrix``. Raises ValueError if columns
+    of some models on some prompts too, see ``score_matrix``. answers_once: weighs votes that are made from scores, see
+    ``from_scores``. Raises ValueError if columns
     are missing, if no row can be used, or if more than the share ``max_dropped`` of the rows cannot.
     """
-    return votes_of(vote_table(path, columns, leave_out, weighted), models, feedback, max_dropped, complete)
+    return votes_of(vote_table(path, columns, leave_out, weighted), models, feedback, max_dropped, complete, answers_once)
 
 
 def votes_of(
@@ -89,12 +91,13 @@ def votes_of(
     feedback: FeedbackModel | None = None,
     max_dropped: float = MAX_DROPPED,
     complete: bool = True,
+    answers_once: bool = False,
 ) -> tuple[Votes, Dropped]:
     """``read`` for a table that was read already."""
     values = feedback is not None and feedback.of_values
     path, found = table.shown, set(table.names)
     if not values and has_scores(table):
-        votes = from_scores(*score_matrix(table, complete), wanted=models)
+        votes = from_scores(*score_matrix(table, complete), wanted=models, answers_once=answers_once)
         if not len(votes):
             raise ValueError(f"{path}: expected at least one prompt with scores of two models, got none")
         category = next((name for name in ("category", "task") if name in found), None)

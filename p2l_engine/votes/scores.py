@@ -67,9 +67,11 @@ def from_scores(
     models: tuple[str, ...],
     scores: npt.NDArray[np.float64],
     wanted: tuple[str, ...] | None = None,
+    answers_once: bool = False,
 ) -> Votes:
     """One vote for every pair of models with scores on a prompt: the higher score wins; equal scores are a tie if at least 0.5,
-    else both bad. scores [P, M], NaN where there is none. wanted: the models' order."""
+    else both bad. scores [P, M], NaN where there is none. wanted: the models' order. answers_once: the votes on a prompt with k
+    scores weigh 1 / (k - 1), so that each answer, which is in k - 1 of them, counts once; else each vote weighs 1."""
     if wanted is not None:
         if set(wanted) != set(models):
             raise ValueError(f"models: expected {sorted(wanted)}, got {sorted(models)}")
@@ -80,5 +82,9 @@ def from_scores(
     outcome = np.where(a > b, Outcome.A, np.where(a < b, Outcome.B, equal)).astype(np.int64)
     n = len(prompts)
     pairs = (np.tile(i, n).astype(np.int64), np.tile(j, n).astype(np.int64))
-    votes = Votes.make(prompts, models, np.repeat(np.arange(n), len(i)), *pairs, outcome.ravel())
+    weight = None
+    if answers_once:
+        count = np.isfinite(scores).sum(1)
+        weight = np.repeat(1 / np.maximum(count - 1, 1), len(i))
+    votes = Votes.make(prompts, models, np.repeat(np.arange(n), len(i)), *pairs, outcome.ravel(), weight)
     return votes if np.isfinite(scores).all() else votes.where(np.isfinite(a + b).ravel())
