@@ -423,6 +423,44 @@ def test_a_matrix_is_replayed_exactly(rng, spec):
     assert sum(found.shares.values()) == pytest.approx(1)
 
 
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.booleans())
+def test_a_log_of_every_choice_as_often_as_it_is_probable_is_as_exact_as_a_matrix(seed, sessions):
+    """All estimators are then the truth, whatever is expected of the rewards: enumeration, through all that replay does."""
+    rng = np.random.default_rng(seed)
+    prompts, each = 60, 12
+    times = 1 + rng.multinomial(each - 3, np.ones(3) / 3, prompts)  # of 12 rows of a prompt; no model is rarer than 1/12
+    scores, costs, theta = rng.random((prompts, 3)), rng.random((prompts, 3)), rng.normal(size=(prompts, 3))
+    prompt = np.repeat(np.arange(prompts), each)
+    chosen = np.concatenate([np.repeat(np.arange(3), row) for row in times])
+    order = rng.permutation(len(prompt))
+    prompt, chosen = prompt[order], chosen[order]
+    keys, texts = [f"p{i}" for i in range(prompts)], [(f"p{i}",) for i in range(prompts)]
+    log = logged(
+        (times / each)[prompt], chosen, scores[prompt, chosen], cost=costs[prompt, chosen], prompt=prompt, keys=keys,
+        texts=texts, session=prompt // 2 if sessions else None,
+    )  # fmt: skip
+    specs = [
+        PolicySpec("one", always="b"),
+        PolicySpec("best"),
+        PolicySpec("per prompt", budget=2.5),
+        PolicySpec("batch", budget=2.5, budget_scope="batch"),
+        PolicySpec("share", max_share={"c": 0.25}),
+        PolicySpec("two", models=("a", "b"), budget=1.5),
+    ]
+    exact = replay(ScoreMatrix(MODELS, texts, scores, costs), specs, Known(theta)).policies
+    for mine, known in zip(replay(log, specs, Known(theta)).policies, exact, strict=True):
+        assert mine.verdict == "judged", mine.reasons
+        assert mine.shares == pytest.approx(known.shares, abs=1e-9)
+        assert mine.expected_cost == pytest.approx(known.expected_cost, abs=1e-9)
+        assert mine.mean_weight == pytest.approx(1)
+        for of in ("dr", "snips", "ips"):
+            assert mine.value[of].value == pytest.approx(known.value["exact"].value, abs=1e-9)
+            assert mine.cost[of].value == pytest.approx(known.cost["exact"].value, abs=1e-9)
+    (was,) = replay(log, [PolicySpec("was", logged=True)]).policies
+    assert [of.value for of in was.value.values()] == pytest.approx([log.reward.mean()] * 3, rel=1e-12)
+
+
 def test_a_matrix_of_one_prompt_is_refused():
     with pytest.raises(ValueError, match="a matrix of two prompts at least, got 1"):
         replay(ScoreMatrix(MODELS, [("x",)], np.ones((1, 3))), [PolicySpec("x", always="b")])
