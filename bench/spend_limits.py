@@ -15,6 +15,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from multiprocessing.pool import Pool
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ from bench.setting import positive
 from p2l_engine.routing import Limit, SpendLimit
 
 LIMITS = (Limit(10**6), Limit(10**6, "day", each_key=True), Limit(10**6, timedelta(hours=1)))
+PROCESSES = 4
 READY = 3.0  # seconds in which all processes have started
 
 
@@ -59,12 +61,11 @@ def spend(load: Load, start: float) -> list[tuple[float, float]]:
             return [times for thread in found for times in thread]
 
 
-def measure(load: Load) -> tuple[float, ...]:
+def measure(load: Load, pool: Pool) -> tuple[float, ...]:
     """Requests per second; median and 99th percentile of reserve and of settle in milliseconds."""
-    start = time.time() + (READY if load.processes > 1 else 0)
-    with multiprocessing.get_context("spawn").Pool(load.processes) as pool:
-        spent = pool.starmap_async(spend, [(load, start)] * load.processes, chunksize=1)
-        found = 1000 * np.array([times for process in spent.get() for times in process])
+    start = time.time() + (READY if load.processes > 1 else 0)  # so that no process takes two of the jobs
+    spent = pool.starmap(spend, [(load, start)] * load.processes, chunksize=1)
+    found = 1000 * np.array([times for process in spent for times in process])
     seconds = found.sum() / 1000 / (load.processes * load.threads)  # the mean over the threads, which wait for nothing else
     percentiles = np.percentile(found, [50, 99], axis=0).T.ravel()
     return len(found) / seconds, *map(float, percentiles)
@@ -83,13 +84,17 @@ def main() -> None:
     for column in columns:
         table.add_column(column, justify="left" if column == "store" else "right")
     rows = []
-    with tempfile.TemporaryDirectory() as folder, Console(stderr=True).status("spending"):
+    with (
+        multiprocessing.get_context("spawn").Pool(PROCESSES) as pool,
+        tempfile.TemporaryDirectory() as folder,
+        Console(stderr=True).status("spending"),
+    ):
         stores = [("SQLite", f"{folder}/normal", False), ("SQLite, fsync", f"{folder}/full", True)]
         stores += [("PostgreSQL", arguments.postgres, False)] if arguments.postgres else []
         for name, store, fsync in stores:
-            for processes, threads in ((1, 1), (1, 16), (4, 16)):
+            for processes, threads in ((1, 1), (1, 16), (PROCESSES, 16)):
                 load = Load(store, fsync, processes, threads, max(1, arguments.requests // (processes * threads)))
-                speed, *times = measure(load)
+                speed, *times = measure(load, pool)
                 rows.append((name, processes, threads, f"{speed:.0f}", *(f"{t:.2f}" for t in times)))
                 table.add_row(*map(str, rows[-1]))
     Console().print(table)
