@@ -31,13 +31,15 @@ ROPES = {
 
 
 @pytest.fixture(scope="module")
-def packages():
-    return transformers4.environment()
+def published(tmp_path_factory):
+    """The published code's answers to jobs, from one process."""
+    with transformers4.reader(transformers4.environment(), tmp_path_factory.mktemp("transformers4")) as run:
+        yield run
 
 
-def assert_equal_to_ours(packages, folders, tmp_path):
+def assert_equal_to_ours(published, folders):
     jobs = [{"folder": str(folder), "prompts": PROMPTS} for folder in folders]
-    for folder, theirs in zip(folders, transformers4.run(packages, jobs, tmp_path), strict=True):
+    for folder, theirs in zip(folders, published(jobs), strict=True):
         ours = Engine.from_pretrained(folder, device="cpu", dtype=torch.float32).coefficients(PROMPTS)
         np.testing.assert_allclose(theirs["theta"], ours.theta, rtol=0, atol=1e-5, err_msg=str(folder))
         assert (theirs["eta"] is None) == (ours.eta is None)
@@ -46,13 +48,13 @@ def assert_equal_to_ours(packages, folders, tmp_path):
         assert theirs["dtype"] == "torch.bfloat16"
 
 
-def test_the_exported_default_checkpoint(packages, default_engine, tmp_path):
+def test_the_exported_default_checkpoint(published, default_engine, tmp_path):
     export(None, tmp_path / "default")
-    assert_equal_to_ours(packages, [tmp_path / "default"], tmp_path)
+    assert_equal_to_ours(published, [tmp_path / "default"])
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_exported_checkpoints_of_every_rope_and_head(packages, family, tmp_path):
+def test_exported_checkpoints_of_every_rope_and_head(published, family, tmp_path):
     heads = [{}, {"loss_type": "bt", "head_type": "bt"}, {"factor": 2, "eta_downsize": True}, {"factor": 2, "head_type": "bt"}]
     folders = []
     for (kind, rope), head in zip(ROPES.items(), heads, strict=True):
@@ -61,10 +63,10 @@ def test_exported_checkpoints_of_every_rope_and_head(packages, family, tmp_path)
         source = tiny.write(tmp_path / "source" / kind, config, **(loss | head))
         export(source, tmp_path / kind)
         folders.append(tmp_path / kind)
-    assert_equal_to_ours(packages, folders, tmp_path)
+    assert_equal_to_ours(published, folders)
 
 
-def test_a_tokenizer_that_adds_tokens_by_itself_and_has_more_special_ones(packages, tmp_path):
+def test_a_tokenizer_that_adds_tokens_by_itself_and_has_more_special_ones(published, tmp_path):
     """Readers that let it add them would see its first token twice."""
     source = tiny.write(tmp_path / "source", template="{{ bos_token }}" + tiny.TEMPLATE)
     tokenizer = AutoTokenizer.from_pretrained(source)
@@ -77,10 +79,10 @@ def test_a_tokenizer_that_adds_tokens_by_itself_and_has_more_special_ones(packag
     export(source, tmp_path / "exported")
     after = Engine.from_pretrained(tmp_path / "exported", device="cpu", dtype=torch.float32).coefficients(PROMPTS).theta
     assert np.abs(after - before).max() < 0.1  # rounded to bfloat16
-    assert_equal_to_ours(packages, [tmp_path / "exported"], tmp_path)
+    assert_equal_to_ours(published, [tmp_path / "exported"])
 
 
-def test_trained_checkpoints(packages, tmp_path):
+def test_trained_checkpoints(published, tmp_path):
     """A whole one as it is; an adapter after its export."""
     folders = []
     for name, how in {"whole": {}, "adapter": {"lora": {"r": 4}}}.items():
@@ -88,10 +90,10 @@ def test_trained_checkpoints(packages, tmp_path):
         if how:
             export(folder, tmp_path / "exported")
         folders.append(tmp_path / "exported" if how else folder)
-    assert_equal_to_ours(packages, folders, tmp_path)
+    assert_equal_to_ours(published, folders)
 
 
-def test_any_rope_is_read_alike(packages, rng, tmp_path):
+def test_any_rope_is_read_alike(published, rng, tmp_path):
     """Cosines by transformers 4, from its own keys, against those of transformers 5, at positions before and after a change."""
     jobs, expected = [], []
     for i in range(60):
@@ -116,6 +118,6 @@ def test_any_rope_is_read_alike(packages, rng, tmp_path):
         table = LlamaRotaryEmbedding(huggingface.read_config(folder))
         expected.append(table(torch.ones(1), torch.arange(positions)[None])[0][0, -1].tolist())
         assert json.loads((folder / "config.json").read_text())["rope_theta"] == rope["rope_theta"]
-    found = transformers4.run(packages, jobs, tmp_path)
+    found = published(jobs)
     for job, theirs, ours in zip(jobs, found, expected, strict=True):
         np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-6, err_msg=str(job))

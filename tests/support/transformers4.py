@@ -5,10 +5,13 @@ The packages lie in a folder of their own, which comes before the tests' own pac
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +22,11 @@ from p2l_engine.tables.atomic import write_folder
 
 PACKAGES = ("transformers==4.57.6", "tokenizers==0.22.2", "huggingface-hub==0.36.2")  # 16 MB to download
 
-# Reads a job from standard input. {"folder": ..., "prompts": ...}: theta and eta in float32, all prompts in one padded batch.
-# {"configs": [...], "positions": ...}: cosines of RoPE at the last of so many positions. Writes the answers as JSON.
+# Reads a job from each line of standard input, and writes its answer as a line of JSON to the file descriptor that its argument
+# names. {"folder": ..., "prompts": ...}: theta and eta in float32, all prompts in one padded batch. {"folder": ...,
+# "positions": ...}: cosines of RoPE at the last of so many positions.
 READER = """
-import json, sys
+import json, os, sys
 from pathlib import Path
 
 import torch
@@ -78,11 +82,12 @@ def cosines(folder, positions):
     rope = LlamaRotaryEmbedding(AutoConfig.from_pretrained(folder))
     return rope(torch.ones(1), torch.arange(positions)[None])[0][0, -1].tolist()
 
-answers = []
-for job in json.load(sys.stdin):
-    folder = Path(job["folder"])
-    answers.append(cosines(folder, job["positions"]) if "positions" in job else coefficients(folder, job["prompts"]))
-json.dump(answers, open(sys.argv[1], "w"))
+with os.fdopen(int(sys.argv[1]), "w") as answers:
+    for line in sys.stdin:
+        job = json.loads(line)
+        folder = Path(job["folder"])
+        found = cosines(folder, job["positions"]) if "positions" in job else coefficients(folder, job["prompts"])
+        print(json.dumps(found), file=answers, flush=True)
 """
 
 
@@ -101,18 +106,35 @@ def environment() -> Path:
     return ready
 
 
-def run(packages: Path, jobs: list[dict[str, Any]], tmp_path: Path) -> list[Any]:
-    """The answers of READER to these jobs, computed in one process."""
-    (tmp_path / "reader.py").write_text(READER)
-    done = subprocess.run(
-        [sys.executable, "reader.py", "answers.json"],
-        cwd=tmp_path,  # not the repository's root, whose kernels/ would be taken for the package of that name
-        env=os.environ | {"PYTHONPATH": str(packages), "HF_HUB_OFFLINE": "1"},
-        input=json.dumps(jobs),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    answers: list[Any] = json.loads((tmp_path / "answers.json").read_text())
-    return answers
+Jobs = Callable[[list[dict[str, Any]]], list[Any]]
+
+
+@contextmanager
+def reader(packages: Path, folder: Path) -> Iterator[Jobs]:
+    """A function that gives READER's answers to jobs, all computed in one process in ``folder``."""
+    (folder / "reader.py").write_text(READER)
+    answers, end = os.pipe()
+    with (
+        (folder / "log").open("w+") as log,
+        os.fdopen(answers) as lines,
+        subprocess.Popen(
+            [sys.executable, "reader.py", str(end)],
+            cwd=folder,  # not the repository's root, whose kernels/ would be taken for the package of that name
+            env=os.environ | {"PYTHONPATH": str(packages), "HF_HUB_OFFLINE": "1"},
+            stdin=subprocess.PIPE, stdout=log, stderr=log, pass_fds=[end], text=True,
+        ) as process,
+    ):  # fmt: skip
+        os.close(end)
+
+        def run(jobs: list[dict[str, Any]]) -> list[Any]:
+            found = []
+            for job in jobs:
+                assert process.stdin is not None
+                with contextlib.suppress(BrokenPipeError):  # it ended: the log says why
+                    print(json.dumps(job), file=process.stdin, flush=True)
+                line = lines.readline()
+                assert line, (folder / "log").read_text()
+                found.append(json.loads(line))
+            return found
+
+        yield run
