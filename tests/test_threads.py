@@ -61,7 +61,7 @@ def test_gradients_of_training(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-@pytest.mark.parametrize("how", ["arrays", "arrays busy", "arrays torch", "engine", "engine busy"])
+@pytest.mark.parametrize("how", ["arrays", "arrays torch", "engine"])
 def test_a_forked_child_does_not_wait_for_its_parents_threads(how):
     """OpenMP's threads, the native core's and torch's, do not survive a fork: the child gets the same answers on one thread."""
     command = [sys.executable, "-m", "tests.support.forked", *how.split()]

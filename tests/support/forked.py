@@ -1,7 +1,8 @@
-"""A process that forks while its threads are at work: every child must get the parent's answers, and none may hang.
+"""A process that forks while its threads wait, and while they are at work: every child must get the parent's answers, and none
+may hang.
 
-Arguments: which functions to call (``arrays`` or ``engine``), ``busy`` where other threads call them at the same time, and
-``torch`` where torch alone has started threads before the fork. A child that hangs ends with its threads' tracebacks.
+Arguments: which functions to call (``arrays`` or ``engine``), and ``torch`` where torch alone has started threads before the
+fork. A child that hangs ends with its threads' tracebacks.
 """
 
 from __future__ import annotations
@@ -85,15 +86,17 @@ def main(what: str, *how: str) -> None:
             torch.randn(1000, 1000).exp() @ torch.randn(1000, 1000)
             raise SystemExit(child(answers, None))
         right, over = answers(), threading.Event()
+        if child(answers, right):
+            raise SystemExit("the child failed whose parent's threads waited")
 
         def work() -> None:
             while not over.is_set():
                 answers()
 
-        threads = [threading.Thread(target=work, daemon=True) for _ in range(2 if "busy" in how else 0)]
+        threads = [threading.Thread(target=work, daemon=True) for _ in range(2)]
         for thread in threads:
             thread.start()
-        for attempt in range(5 if threads else 1):
+        for attempt in range(5):
             time.sleep(0.02 * attempt)
             if child(answers, right):
                 raise SystemExit(f"the child of fork {attempt} failed")
