@@ -35,7 +35,7 @@ def write(votes, path):
 
 
 def trained(tmp_path, simulator, votes, **changes):
-    tiny.write(tmp_path / "base")
+    tiny.write(tmp_path / "base", tiny.config(num_hidden_layers=1))  # words' effects add up: one layer learns them
     head = "rk" if simulator.feedback.has_eta else "bt"
     values = {
         "proj_name": "simulated", "pretrain_model_name": str(tmp_path / "base"), "output_dir": str(tmp_path),
