@@ -29,6 +29,7 @@ from bench import (
     leaderboards,
     learner,
     learning_curve,
+    lengths,
     online,
     overload,
     propensities,
@@ -53,6 +54,7 @@ from bench.mock_provider import FAULTS, Rule
 from p2l_engine.backbone.families import DecoderConfig
 from p2l_engine.backbone.weights import expected_shapes
 from p2l_engine.feedback import feedback_model
+from p2l_engine.learning.answers import LoggedAnswers
 from p2l_engine.prompts.encode import PromptEncoder
 from p2l_engine.prompts.tokenizer import TransformersTokenizer
 from tests.support import tiny
@@ -163,8 +165,8 @@ def test_mistakes_are_errors_of_one_line(monkeypatch, capsys, tmp_path):
     "name",
     [
         "adapting", "answer_cache", "batch", "conversation_costs", "coverage", "demo", "exploration", "kernels", "latency",
-        "leaderboards", "learner", "learning_curve", "online", "overload", "propensities", "published_server",
-        "real_budgets", "replay_coverage", "replay_coverage", "screenshots", "seeds", "serve_demo", "serving", "serving_faults", "solvers",
+        "leaderboards", "learner", "learning_curve", "lengths", "online", "overload", "propensities", "published_server",
+        "real_budgets", "replay_coverage", "screenshots", "seeds", "serve_demo", "serving", "serving_faults", "solvers",
         "spend_limits", "startup", "streams", "throughput", "training",
     ],
 )  # fmt: skip
@@ -462,6 +464,26 @@ def test_the_learners_stream_runs_to_the_end(tmp_path, monkeypatch):
     run(monkeypatch, learner, "--votes", 60, "--batch", 20, "--dimensions", 16, "--csv", tmp_path / "rows.csv")
     (row,) = csv.DictReader((tmp_path / "rows.csv").open())
     assert max(float(row["known_sd"]), float(row["new_sd"])) < 1
+
+
+def test_lengths_run_to_the_end(tmp_path, rng):
+    prompts, models = tuple((f"prompt {i}",) for i in range(80)), ("a", "b", "c")
+    hidden = rng.normal(size=(80, 6)).astype(np.float32)
+    long = np.exp(0.5 * hidden[:, :1]) * [100, 300, 900]
+    tokens = np.maximum(long * rng.gamma(8, 1 / 8, (80, 3)), 1)
+    known = (np.repeat(np.arange(80), 3), np.tile(np.arange(3), 80), tokens.ravel(), tokens.ravel() / 50)
+    answers = LoggedAnswers(prompts, models, *known)
+    prices = np.array([[1e-7, 2e-7, 4e-7], [1e-6, 1e-6, 2e-6]])
+    paid, score = 20 * prices[0] + tokens * prices[1], (rng.random((80, 3)) < [0.5, 0.7, 0.9]).astype(float)
+    data = lengths.Matrix(models, hidden, np.full(80, 20.0), tokens, score, paid, prices)
+    figures = lengths.spent(data, answers, splits=2, seed=0)
+    assert len(figures) == len(lengths.SCOPES) * len(lengths.BUDGETS) * 2
+    rows = lengths.rows_of(lengths.errors(hidden, answers, 20), figures, 80)
+    lengths.write(rows, tmp_path / "rows.csv")
+    read = list(csv.DictReader((tmp_path / "rows.csv").open()))
+    assert tuple(read[0]) == lengths.HEADER
+    of = {(row["what"], row["costs"], row["figure"]): float(row["value"]) for row in read if row["scope"] == "all models"}
+    assert of["tokens", "each prompt's", "absolute_error"] < of["tokens", "each model's mean", "absolute_error"]
 
 
 @pytest.mark.slow
