@@ -164,10 +164,10 @@ def test_mistakes_are_errors_of_one_line(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
-        "adapting", "answer_cache", "batch", "conversation_costs", "coverage", "demo", "exploration", "kernels", "latency",
-        "leaderboards", "learner", "learning_curve", "lengths", "online", "overload", "propensities", "published_server",
-        "real_budgets", "replay_coverage", "screenshots", "seeds", "serve_demo", "serving", "serving_faults", "solvers",
-        "spend_limits", "startup", "streams", "throughput", "training",
+        "adapting", "answer_cache", "batch", "conversation_costs", "coverage", "demo", "exploration", "kernels",
+        "latency", "leaderboards", "learner", "learning_curve", "lengths", "online", "overload", "propensities",
+        "published_server", "real_budgets", "replay_coverage", "screenshots", "seeds", "serve_demo", "serving",
+        "serving_faults", "solvers", "spend_limits", "startup", "streams", "throughput", "training",
     ],
 )  # fmt: skip
 def test_every_benchmark_has_help(name, monkeypatch, capsys):
