@@ -115,11 +115,11 @@ def spent(data: Matrix, answers: LoggedAnswers, splits: int, seed: int) -> dict[
                     of["spent"].append(real / budget)
                     of["away"].append(abs(real - float(chosen.cost.mean())) / budget)
                     of["right"].append(right)
-    figures = {key: {name: np.array(values) for name, values in of.items()} for key, of in found.items()}
-    for (scope, budget, costs), of in figures.items():
-        of["gain"] = of["right"] - figures[scope, budget, "each model's mean"]["right"]
+    figures = {key: {name: np.array(values) for name, values in each.items()} for key, each in found.items()}
+    for (scope, budget, costs), figure in figures.items():
+        figure["gain"] = figure["right"] - figures[scope, budget, "each model's mean"]["right"]
         if costs == "each model's mean":
-            del of["gain"]
+            del figure["gain"]
     return figures
 
 

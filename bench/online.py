@@ -95,7 +95,8 @@ def measured(folder: Path, given: argparse.Namespace) -> list[Row]:
     with contextlib.ExitStack() as running:
         mock = running.enter_context(servers.provider(folder, models, tokens_out=5))
         clients = []
-        for name, more in (("off", {}), ("on", {"learn": learn})):
+        for name in ("off", "on"):
+            more: dict[str, Any] = {"learn": learn} if name == "on" else {}
             config = servers.config(mock.port, models, store=str(folder / f"{name}.sqlite"), **more)
             subject = running.enter_context(servers.ours(name, folder, config, checkpoint))
             clients.append(Client(subject, models))

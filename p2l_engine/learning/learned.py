@@ -36,7 +36,7 @@ class LearnedHead:
         if not np.isfinite(theta).all():
             raise FloatingPointError("the backbone gave coefficients that are not finite; are the checkpoint's weights sound?")
         ties = None if eta is None else eta.copy()
-        return LearnedCoefficients(np.ascontiguousarray(theta), ties, self.models, self.feedback, deviation, hidden, self)
+        return LearnedCoefficients(np.ascontiguousarray(theta), ties, self.models, self.feedback, deviation, None, hidden, self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,5 +50,5 @@ class LearnedCoefficients(Coefficients):
         """The coefficients of these prompts."""
         plain = Coefficients.rows(self, some)
         return LearnedCoefficients(
-            plain.theta, plain.eta, self.models, self.feedback, plain.deviation, self.hidden[some], self.by
+            plain.theta, plain.eta, self.models, self.feedback, plain.deviation, plain.usage, self.hidden[some], self.by
         )

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from p2l_engine.backbone.lengths import LengthHead
-from p2l_engine.bootstrap import interval, with_replacement
+from p2l_engine.bootstrap import WeightSums, interval, with_replacement
 from p2l_engine.learning.lengths import Lengths, fit_lengths
 from p2l_engine.reports import Figure, Figures
 from p2l_engine.votes import Votes, conversations, folds
@@ -132,5 +132,5 @@ def _errors(y: Float64, expected: Float64, mean: Callable[[Float64], Float64]) -
 
 
 def _figure(values: Float64, count: int) -> Figure:
-    low, high = interval(values[0], values[1:] - values[0], count)
+    low, high = interval(values[0], values[1:] - values[0], WeightSums.of(np.ones(count)))
     return Figure(float(values[0]), float(low), float(high))

@@ -82,7 +82,7 @@ def chances(problem: Problem, prices: Mapping[str, float], prompt: int, model: i
     if problem.mask is None and row.amounts.max() <= row.bound:
         best = values == values.max(axis=1, keepdims=True)
         if int(np.count_nonzero(best)) == len(values):  # without a tie, which costs would decide
-            return best[:, model].astype(np.float64)
+            return np.asarray(best[:, model], np.float64)
     mask = None if problem.mask is None else np.repeat(problem.mask[own], len(values), 0)
     indices, probabilities, _, _ = solve_chunk(row, np.ascontiguousarray(values), mask, prompt)
     return np.asarray((probabilities * (indices == model)).sum(axis=1))
@@ -91,7 +91,7 @@ def chances(problem: Problem, prices: Mapping[str, float], prompt: int, model: i
 def only_cost(problem: Problem, prices: Mapping[str, float], prompt: int) -> Float64 | None:
     """What each model costs [M] by the only row, or by the prices of all rows over the batch; None where both count."""
     if not problem.batch_rows:
-        return _row(problem, prompt).amounts
+        return np.asarray(_row(problem, prompt).amounts)
     if problem.prompt_rows:
         return None
     own = slice(prompt, prompt + 1)

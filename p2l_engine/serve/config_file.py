@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 from p2l_engine.serve import settings
 from p2l_engine.serve.settings import Config, ConfigError, Learn
@@ -22,9 +23,9 @@ class ConfigFile:
     def after(self, before: Config) -> Config:
         """What it says now. Raises ConfigError, also where the change from ``before`` needs a restart."""
         config = adapted(settings.load(self.path), self._log_prompts)
-        pairs = [("checkpoint", before.checkpoint, config.checkpoint)]
+        pairs: list[tuple[str, Any, Any]] = [("checkpoint", before.checkpoint, config.checkpoint)]
         pairs += [(f"serve.{name}", getattr(before.serve, name), getattr(config.serve, name)) for name in FIXED]
-        pairs.append(("serve.learn", *(_fixed(learn) for learn in (before.serve.learn, config.serve.learn))))
+        pairs.append(("serve.learn", _fixed(before.serve.learn), _fixed(config.serve.learn)))
         for name, old, new in pairs:
             if old != new:
                 raise ConfigError(f"{self.path}: {name}: was {old!r}, is {new!r}: this needs a restart")

@@ -390,7 +390,7 @@ def _check_writable(folder: Path, where: str) -> None:
         raise ConfigError(f"{where}: expected a folder that can be written, or a name in one")
 
 
-def _prompts(path: str) -> list[Turns]:
+def _prompts(path: str) -> list[tuple[str, ...]]:
     """The column prompt of a table. Raises ConfigError."""
     try:
         table = read_table(path, ("prompt",))

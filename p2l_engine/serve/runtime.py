@@ -80,7 +80,7 @@ class Runtime:
         self.engine, self.watch, self.computer = engine, watch, computer
         self.plan = self._plan(config)
         self.counters, self.notes = counters(config.models)
-        self.notes = (*self.notes, *([] if self.learning is None else self.learning.lines()))
+        self.notes += [] if self.learning is None else self.learning.lines()
         self.server: Server | None = None
         self._reading = asyncio.Lock()
 
