@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import unicodedata
+
 import numpy as np
 import pytest
 import torch
@@ -227,11 +229,36 @@ def test_few_rows_and_few_prompts_give_a_finite_prior(n, m):
         ([" a"], ["a", "b"], [], "differ in case or white space only"),
         (["x", "X"], ["a"], [], "'X' and 'x' differ in case"),
         (["old"], ["a"], ["old"], "'old' is the name of a retired model"),
+        (["Old "], ["a"], ["old"], "'Old ' is like 'old', the name of a retired model"),
+        (["caf\u00e9", "cafe\u0301"], ["a"], [], "code points of the same characters"),
+        (["a\u200b"], ["a"], [], "code points of the same characters"),
+        (["\uff41"], ["a"], [], "code points of the same characters"),
+        ([" "], ["a"], [], "expected a name that can be read"),
+        (["\u200b"], ["a"], [], "expected a name that can be read"),
     ],
 )
 def test_names_that_cannot_be_added(new, known, retired, message):
     with pytest.raises(ValueError, match=message):
         check_new(new, known, retired)
+
+
+spellings = st.text(alphabet="aB\u00e9e\u0301 \u200b\u00a0", min_size=1, max_size=4)
+
+
+@given(st.lists(spellings, min_size=1, max_size=4, unique=True), st.integers(0, 3))
+def test_names_that_look_alike_are_refused_whoever_had_them_first(names, first):
+    """Every new name but such as look like nothing before them."""
+    visible = ["".join(unicodedata.normalize("NFC", name).replace("\u200b", "").split()) for name in names]
+    plain = [v.casefold() for v in visible]
+    known, retired, new = names[:1] if first == 0 else [], names[:1] if first == 1 else [], names[first < 2 :]
+    alike = len(set(plain)) < len(plain) or "" in plain[first < 2 :]
+    try:
+        check_new(new, known, retired)
+    except ValueError:
+        assert alike or not all(plain)
+    else:
+        inner = [" ".join(unicodedata.normalize("NFC", name).replace("\u200b", "").split()).casefold() for name in names]
+        assert len(set(inner)) == len(inner)
 
 
 def against(pairs, outcome=Outcome.A):

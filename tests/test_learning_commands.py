@@ -72,6 +72,20 @@ def test_a_new_model_joins_is_described_and_another_is_retired(source, tmp_path)
     assert "learned from before" in again.message
 
 
+def test_a_model_is_retired_without_any_votes(source, tmp_path):
+    ended = p2l_engine("adapt", str(source), "--drop", "delta", "-o", str(tmp_path / "new"))
+    assert ended.status == 0, ended.err
+    old, new = checkpoint.load(source), checkpoint.load(tmp_path / "new")
+    assert new.models == ("alpha", "beta", "gamma", "epsilon")
+    assert new.uncertainty is None
+    assert torch.equal(new.head.weight, old.head.weight[[0, 1, 2, 4, 5]])
+    again = p2l_engine("adapt", str(tmp_path / "new"), "--votes", votes(tmp_path / "v.csv", "Delta"), "-o", str(tmp_path / "a"))
+    assert "'Delta' is like 'delta', the name of a retired model" in again.message
+    every = [part for name in tiny.MODELS for part in ("--drop", name)]
+    ended = p2l_engine("adapt", str(source), *every, "-o", str(tmp_path / "none"))
+    assert "expected at least one model to stay" in ended.message
+
+
 @pytest.mark.parametrize(
     ("rows", "more", "message"),
     [

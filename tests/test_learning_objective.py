@@ -202,6 +202,13 @@ def test_both_computations_of_second_derivatives_agree(name, rng):
     assert np.linalg.eigvalsh(near.definite).min() > -1e-12
 
 
+@pytest.mark.parametrize("prompts", [0, 3])
+def test_nothing_to_learn_is_at_its_minimum(prompts):
+    none = Votes.make([(str(i),) for i in range(prompts)], "ab", *[np.zeros(0, int)] * 4)
+    found = minimise(Objective(feedback_model("bt"), none, None, np.zeros((prompts, 2)), np.ones((prompts, 5)), {}))
+    assert found.u.shape == (0, 5)
+
+
 def test_votes_without_weight_change_nothing():
     assert minimise(hostile("bt", [0, 0, 1], [0, 0, 0])).u[0, 0] == 0.0
     assert minimise(hostile("bt", [0, 1], [1.0, 0.0])).u[0, 0] == minimise(hostile("bt", [0], [1.0])).u[0, 0]

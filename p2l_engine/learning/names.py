@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,18 +13,22 @@ from p2l_engine.votes import Votes
 
 
 def check_new(new: Sequence[str], known: Sequence[str], retired: Sequence[str]) -> None:
-    """Raises ValueError for new names that are known, that differ from a known or another new one in case or outer white space
-    only, or that belonged to a retired model."""
-    folded = {_folded(name): name for name in known}
+    """Raises ValueError for new names that are blank, that are known, that belonged to a retired model, or that look like such
+    a name or another new one: that differ in case, white space, or the code points of the same characters only."""
+    folded = {_folded(name): name for name in retired} | {_folded(name): name for name in known}
     for name in new:
+        alike = folded.get(_folded(name))
+        if not _folded(name):
+            raise ValueError(f"models: {name!r}: expected a name that can be read")
         if name in known:
             raise ValueError(f"models: {name!r} is in the checkpoint: expected a new model; its votes update its row")
-        if name in retired:
-            raise ValueError(f"models: {name!r} is the name of a retired model: expected another name for a new one")
-        if _folded(name) in folded:
+        if alike is not None and alike in retired and alike not in known:
+            same = "" if alike == name else f"like {alike!r}, "
+            raise ValueError(f"models: {name!r} is {same}the name of a retired model: expected another name for a new one")
+        if alike is not None:
             raise ValueError(
-                f"models: {name!r} and {folded[_folded(name)]!r} differ in case or white space only: expected one spelling; if "
-                "they are two models, give them names that people can tell apart"
+                f"models: {name!r} and {alike!r} differ in case or white space only, or in code points of the same characters: "
+                "expected one spelling; if they are two models, give them names that people can tell apart"
             )
         folded[_folded(name)] = name
 
@@ -58,7 +63,9 @@ def check_connected(votes: Votes, known: Sequence[str], feedback: FeedbackModel)
 
 
 def _folded(name: str) -> str:
-    return " ".join(name.split()).casefold()
+    """What people see of a name: without case, outer and repeated white space, characters without width, and forms."""
+    seen = (c for c in unicodedata.normalize("NFKC", name) if unicodedata.category(c) != "Cf")
+    return " ".join("".join(seen).split()).casefold()
 
 
 def _shown(names: Sequence[str]) -> str:

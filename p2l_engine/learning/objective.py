@@ -54,7 +54,7 @@ class Objective:
         likelihood.check(feedback, votes.outcome, votes.weight)
         self.feedback, self.base, self.features = feedback, base, features
         self.free = sorted(factors)
-        self.factors = np.stack([factors[m] for m in self.free]) if factors else np.zeros((0, 0, 0))
+        self.factors = np.stack([factors[m] for m in self.free]) if factors else np.zeros((0, *2 * features.shape[1:]))
         slot = np.full(base.shape[1] + 1, -1)  # the last is for b = -1
         slot[self.free] = np.arange(len(self.free))
         # Votes on rows that are not free, or of weight 0, change nothing.
