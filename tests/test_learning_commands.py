@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
-from p2l_engine import Engine, checkpoint
+from p2l_engine import Engine, checkpoint, learning
 from p2l_engine.checkpoint.rewrite import rewrite
 from p2l_engine.feedback import feedback_model
 from p2l_engine.learning.hidden import fingerprint, hidden_states
@@ -108,6 +110,33 @@ def test_it_needs_something_to_learn_and_a_free_folder(source, tmp_path):
     assert "an empty one" in p2l_engine("adapt", str(source), "--drop", "beta", "-o", str(source)).message
 
 
+@pytest.mark.parametrize("catalog", ["", "[]", "models: 3", "models: {alpha: {cost: x}}"])
+def test_a_catalog_that_cannot_be_read_is_named_before_the_work(source, catalog, tmp_path, monkeypatch):
+    folder = tmp_path / "source"
+    shutil.copytree(source, folder)
+    (folder / "catalog.yaml").write_text(catalog)
+    monkeypatch.setattr(learning.hidden, "hidden_states", None)  # nothing is computed
+    ended = p2l_engine("adapt", str(folder), "--votes", votes(tmp_path / "v.csv"), "-o", str(tmp_path / "new"))
+    assert ended.status == 2
+    assert "catalog.yaml: " in ended.message
+
+
+def test_a_catalog_keeps_a_model(source, tmp_path):
+    folder = tmp_path / "source"
+    shutil.copytree(source, folder)
+    (folder / "catalog.yaml").write_text("models: {delta: {cost: 1}}")
+    ended = p2l_engine("adapt", str(folder), "--drop", "delta", "-o", str(tmp_path / "new"))
+    assert "without delta it has no model" in ended.message
+
+
+def test_folders_that_cannot_be_written_are_named_before_the_work(source, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(learning.hidden, "hidden_states", None)
+    given = ("adapt", str(source), "--votes", votes(tmp_path / "v.csv"), "-o")
+    assert "a folder outside the checkpoint's own" in p2l_engine(*given, str(source / "new")).message
+    assert "file is no folder" in p2l_engine(*given, str(tmp_path / "file" / "new")).message
+
+
 @pytest.mark.parametrize("kind", ["bt", "ols"])
 def test_other_feedback_models_are_adapted_too(kind, tmp_path):
     folder = tiny.write(tmp_path / "source", loss_type=kind, head_type="bt")
@@ -158,6 +187,10 @@ def test_hidden_states_are_computed_once(source, tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "stream", None)  # nothing is computed
     assert np.array_equal(hidden_states(engine, PROMPTS[::-1], tmp_path / "store"), first[::-1])
     file = next((tmp_path / "store").rglob("*.safetensors"))
+    stored = load_file(file)
+    save_file(stored | {"states": stored["states"] * np.float32(np.nan)}, file)
+    with pytest.raises(ValueError, match="cannot be read: expected finite numbers; remove this file"):
+        hidden_states(engine, PROMPTS, tmp_path / "store")
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ValueError, match="cannot be read: .*; remove this file"):
         hidden_states(engine, PROMPTS, tmp_path / "store")

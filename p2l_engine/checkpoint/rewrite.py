@@ -76,11 +76,20 @@ def rewrite(
     write_whole(target, fill)
 
 
-def _check(source: Checkpoint, target: Path, head: Head, names: tuple[str, ...]) -> None:
+def check_target(source: Path, target: Path) -> None:
+    """Whether a checkpoint of the folder ``source`` can be written again as ``target``: raises ValueError where this is neither
+    missing nor an empty folder, or lies in the source's folder; OSError where no folder can be made there."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target}: expected a folder that does not exist yet, or an empty one")
-    if source.folder.resolve() in (target.resolve(), *target.resolve().parents):
-        raise ValueError(f"{target}: expected a folder outside the checkpoint's own, {source.folder}")
+    if source.resolve() in (target.resolve(), *target.resolve().parents):
+        raise ValueError(f"{target}: expected a folder outside the checkpoint's own, {source}")
+    above = next(folder for folder in target.resolve().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise OSError(f"{target}: cannot be written: {above} is {'read-only' if above.is_dir() else 'no folder'}")
+
+
+def _check(source: Checkpoint, target: Path, head: Head, names: tuple[str, ...]) -> None:
+    check_target(source.folder, target)
     if len(names) != head.n_models or len(set(names)) != len(names) or not names:
         raise ValueError(f"models: expected {head.n_models} different names, one for each row of the head, got {len(names)}")
     if head.has_eta != source.head.has_eta or head.weight.shape[1] != source.head.weight.shape[1]:

@@ -90,6 +90,8 @@ def adapt(
         import torch
 
         from p2l_engine import checkpoint as checkpoints
+        from p2l_engine.catalog import Catalog
+        from p2l_engine.checkpoint.rewrite import check_target
         from p2l_engine.engine import Engine
         from p2l_engine.learning import hidden, names, write
         from p2l_engine.learning.adapt import adapt as learn
@@ -102,6 +104,10 @@ def adapt(
             f"{loaded.folder}: calibrated by a monotone map (calibration.json), behind which rows cannot be learned: adapt the "
             "checkpoint it came from, and calibrate that again, or calibrate with linear maps alone (--map)"
         )
+    check_target(loaded.folder, target)
+    file = loaded.folder / "catalog.yaml"
+    if file.is_file():
+        Catalog.from_yaml(file)  # now: it must not fail a command whose work is done
     unknown = sorted(set(drop or []) - set(loaded.models))
     if unknown:
         raise typer.BadParameter(f"expected some of {', '.join(loaded.models)}, got {', '.join(unknown)}", param_hint="--drop")
@@ -136,7 +142,6 @@ def adapt(
         note(
             "votes on the same prompts were learned from before: if they are the same votes, they count twice now", warning=True
         )
-    file = loaded.folder / "catalog.yaml"
     catalog = _catalog(file, described, adapted, drop or []) if file.is_file() else None
     write.write(loaded, target, adapted.head, adapted.models, adapted.uncertainty, drop or (), record, catalog)
     if len(given):
@@ -220,6 +225,8 @@ def _catalog(file: Path, described: Descriptions, adapted: Adapted, drop: list[s
             "--leave-out",
             warning=True,
         )
+    if not entries:
+        raise ValueError(f"{file}: without {', '.join(drop)} it has no model: expected the cost of another one, in --models")
     if entries == values[key]:
         return None
     return yaml.safe_dump(values | {key: entries}, sort_keys=False, allow_unicode=True).encode()

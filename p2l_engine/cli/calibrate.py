@@ -58,6 +58,7 @@ def calibrate(
     figures before and after are of votes that neither the map nor its choice has seen.
     """
     from p2l_engine import checkpoint as checkpoints
+    from p2l_engine.checkpoint.rewrite import check_target
     from p2l_engine.jsonable import to_json
     from p2l_engine.learning import calibrated
     from p2l_engine.learning.calibration import among_known
@@ -72,10 +73,9 @@ def calibrate(
     check_writable(as_json, "--json")
     if plot is not None:  # now: a missing package must not fail a command whose work is done
         from p2l_engine.cli.plots import reliability as draw
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise typer.BadParameter(f"{output}: expected a folder that does not exist yet, or an empty one", param_hint="--output")
     kinds = cast("tuple[Kind, ...]", tuple(maps) if maps else MAPS)
     engine = load_engine(checkpoint, device, dtype, date)
+    check_target(engine.folder, output)
     columns = None if column == "prompt" else {"prompt": column}
     given, dropped = read(votes, None, engine.feedback, columns, max_dropped)
     for line in dropped.lines():

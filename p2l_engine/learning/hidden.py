@@ -123,6 +123,8 @@ def _find(folder: Path, keys: set[bytes], width: int) -> dict[bytes, Float32]:
                     states = file.get_tensor("states")
                     if states.shape != (len(stored), width):
                         raise ValueError(f"expected shape {[len(stored), width]}, got {list(states.shape)}")
+                    if not np.isfinite(states).all():
+                        raise ValueError("expected finite numbers")
                     found |= {key: states[i] for i, key in places}
         except FileNotFoundError:
             continue  # another process has cleared the cache
