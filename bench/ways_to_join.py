@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from bench.neighbours import residual_of
 from p2l_engine.backbone.head import Head
 from p2l_engine.feedback import FeedbackModel
 from p2l_engine.leaderboard.losses import pair_derivatives, sums_of_derivatives
-from p2l_engine.learning.adapt import adapt
+from p2l_engine.learning.adapt import Adapted, adapt
 from p2l_engine.learning.objective import Objective, minimise, outcome_shares
 from p2l_engine.learning.rows import NewModel
 from p2l_engine.votes import Votes, from_scores
@@ -20,16 +21,17 @@ from p2l_engine.votes import Votes, from_scores
 Float64 = npt.NDArray[np.float64]
 
 OLD_VOTES = 10  # on the other models, for each prompt
-RIDGE = 100.0  # of the head's training, on standardised hidden states
+RIDGES = (100.0, 300.0, 1000.0, 3000.0)  # of the head's training, on standardised hidden states
 DIRECTIONS = 200  # of ridge regression from scratch, at most
 NEIGHBOURS = 40
+OFTEN = 1000  # votes: from here on, many are on the same prompts
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
     """One model left out. states: hidden states of training [T, D] and test prompts [N, D]; old: votes on the other models,
     which come first in ``models``; new: all votes of the left-out model, the last, on training prompts; test: on test prompts;
-    scores [N, M]: of the test prompts. head: of the other models, and eta."""
+    scores [N, M]: of the test prompts. head: of the other models, and eta. ridge: that its fit has."""
 
     feedback: FeedbackModel
     models: tuple[str, ...]
@@ -40,9 +42,24 @@ class Task:
     test: Votes
     scores: Float64
     head: Head
+    ridge: float
 
 
-def fitted(feedback: FeedbackModel, states: Float64, votes: Votes, start: Head | None = None) -> Head:
+def best_ridge(feedback: FeedbackModel, states: Float64, votes: Votes) -> float:
+    """Of ``RIDGES``, that whose head, fitted to the votes on three quarters of the prompts, predicts the others best."""
+    held = np.arange(len(votes.prompts)) % 4 == 3
+    fit, check = votes.of(np.flatnonzero(~held).tolist()), votes.of(np.flatnonzero(held).tolist())
+
+    def loss(ridge: float) -> float:
+        theta, eta = outputs(fitted(feedback, states[~held], fit, ridge), states[held])
+        tie = None if eta is None else torch.from_numpy(eta[check.prompt])
+        of_a, of_b = (torch.from_numpy(theta[check.prompt, of]) for of in (check.a, check.b))
+        return -float(feedback.log_likelihood(of_a, of_b, tie, torch.from_numpy(check.outcome)).mean())
+
+    return min(RIDGES, key=loss)
+
+
+def fitted(feedback: FeedbackModel, states: Float64, votes: Votes, ridge: float, start: Head | None = None) -> Head:
     """The head of most posterior probability for these votes, its weights on standardised hidden states with a ridge."""
     centre, spread = states.mean(0), states.std()
     x = torch.from_numpy((states - centre) / spread)
@@ -62,7 +79,7 @@ def fitted(feedback: FeedbackModel, states: Float64, votes: Votes, start: Head |
         out = x @ w[:, :-1].T + w[:, -1]
         eta = out[prompt, m] if feedback.has_eta else None
         found = -(weight * feedback.log_likelihood(out[prompt, a], out[prompt, b], eta, outcome)).sum()
-        found = found + RIDGE / 2 * w[:, :-1].square().sum()
+        found = found + ridge / 2 * w[:, :-1].square().sum()
         found.backward()
         return found
 
@@ -78,8 +95,17 @@ def outputs(head: Head, states: Float64) -> tuple[Float64, Float64 | None]:
     return out[:, : head.n_models], out[:, head.n_models] if head.has_eta else None
 
 
-def task_of(feedback: FeedbackModel, names: Sequence[str], states: Float64, scores: Float64, k: int, head: Head | None) -> Task:
-    """Leaves model ``k`` out. head: with a row for each model; None: fitted to the votes on the others."""
+def task_of(
+    feedback: FeedbackModel,
+    names: Sequence[str],
+    states: Float64,
+    scores: Float64,
+    k: int,
+    head: Head | None,
+    ridge: float | None = None,
+) -> Task:
+    """Leaves model ``k`` out. head: with a row for each model; None: fitted to the votes on the others. ridge: of the fit;
+    None: the best one."""
     order = [i for i in range(len(names)) if i != k] + [k]
     models, scores = tuple(names[i] for i in order), scores[:, order]
     m = len(models)
@@ -101,11 +127,14 @@ def task_of(feedback: FeedbackModel, names: Sequence[str], states: Float64, scor
     held = held._rows(np.flatnonzero(held.b == m - 1))
     if head is None:
         known = old.among(models[:-1]) if len(old.prompts) else old
-        head = fitted(feedback, states[train_rows][[int(p[0]) for p in known.prompts]], known)
+        of_known = states[train_rows][[int(p[0]) for p in known.prompts]]
+        ridge = best_ridge(feedback, of_known, known) if ridge is None else ridge
+        head = fitted(feedback, of_known, known, ridge)
     else:
+        ridge = RIDGES[0] if ridge is None else ridge
         rows = [*order[:-1], *([m] if head.has_eta else [])]
         head = Head(head.weight[rows], head.bias[rows], m - 1)
-    return Task(feedback, models, states[train_rows], states[test_rows], old, new, held, scores[test_rows], head)
+    return Task(feedback, models, states[train_rows], states[test_rows], old, new, held, scores[test_rows], head, ridge)
 
 
 def figures(task: Task, theta: Float64, eta: Float64 | None) -> tuple[float, float, float]:
@@ -120,16 +149,19 @@ def figures(task: Task, theta: Float64, eta: Float64 | None) -> tuple[float, flo
     return float(by_prompt.mean()), float(by_prompt.std(ddof=1) / np.sqrt(len(by_prompt))), float(routed)
 
 
-def compared(task: Task, n: int, seed: int, retrain: bool) -> dict[str, tuple[float, float, float]]:
+def compared(task: Task, n: int, seed: int, retrain: bool, residual: bool = False) -> dict[str, tuple[float, float, float]]:
     """The figures of each way to add the model, from n random votes on it."""
     chosen = np.sort(np.random.default_rng([seed, n]).permutation(len(task.new))[:n])
     votes = task.new._rows(chosen)
     theta, eta = outputs(task.head, task.test_states)
     found = {}
-    adapted = adapt(
-        task.head, task.models[:-1], task.feedback, votes, task.train.astype(np.float32), [NewModel(task.models[-1])]
-    )
+    new = [NewModel(task.models[-1])]
+    adapted = adapt(task.head, task.models[:-1], task.feedback, votes, task.train.astype(np.float32), new)
     found["adapt"] = figures(task, *outputs(adapted.head, task.test_states))
+    if n >= OFTEN:
+        shared = replace(votes, weight=1 / np.bincount(votes.prompt)[votes.prompt])
+        once = adapt(task.head, task.models[:-1], task.feedback, shared, task.train.astype(np.float32), new)
+        found["weighted"] = figures(task, *outputs(once.head, task.test_states))
     known, known_eta = outputs(task.head, task.train)
     middle = known.mean(1)
     base = np.concatenate([known, middle[:, None]], 1)
@@ -143,7 +175,19 @@ def compared(task: Task, n: int, seed: int, retrain: bool) -> dict[str, tuple[fl
     found["knn"] = figures(task, np.concatenate([theta, near[:, None]], 1), eta)
     if retrain:
         found["retrained"] = figures(task, *outputs(retrained(task, votes), task.test_states))
+    if residual and n:
+        found["residual"] = _with_residual(task, votes, adapted)
+    if residual and n >= OFTEN:
+        found["both"] = _with_residual(task, shared, once)
     return found
+
+
+def _with_residual(task: Task, votes: Votes, adapted: Adapted) -> tuple[float, float, float]:
+    """The figures of these rows with a residual of the new model's votes on top."""
+    moved, eta = outputs(adapted.head, task.test_states)
+    known = outputs(adapted.head, task.train)
+    moved[:, -1] += residual_of(task.head, task.models, task.feedback, votes, task.train, task.test_states, *known, adapted)
+    return figures(task, moved, eta)
 
 
 def retrained(task: Task, votes: Votes) -> Head:
@@ -157,7 +201,7 @@ def retrained(task: Task, votes: Votes) -> Head:
     m = start.n_models
     weight = torch.cat([start.weight[:m], start.weight[:m].mean(0, keepdim=True), start.weight[m:]])
     bias = torch.cat([start.bias[:m], start.bias[:m].mean(0, keepdim=True), start.bias[m:]])
-    return fitted(task.feedback, task.train, both, Head(weight, bias, m + 1))
+    return fitted(task.feedback, task.train, both, task.ridge, Head(weight, bias, m + 1))
 
 
 def _ridge(task: Task, votes: Votes, known: Float64, eta: Float64 | None) -> Float64:
@@ -191,16 +235,19 @@ def _nearest(task: Task, votes: Votes, base: Float64, eta: Float64 | None, shift
     centre, spread = task.train.mean(0), task.train.std(0)
     unit, other = ((x - centre) / spread for x in (task.train[votes.prompt], task.test_states))
     likeness = (other / np.linalg.norm(other, axis=1, keepdims=True)) @ (unit / np.linalg.norm(unit, axis=1, keepdims=True)).T
-    near = np.argsort(-likeness, 1)[:, :NEIGHBOURS]
+    near = np.argpartition(-likeness, min(NEIGHBOURS, len(votes)) - 1, 1)[:, :NEIGHBOURS]
     prompt, opponent = votes.prompt[near], votes.a[near]
     counts = outcome_shares(task.feedback, votes.outcome.astype(np.int64)[near.ravel()])
     moved = np.zeros(len(other))
-    for _ in range(8):
+    for _ in range(20):
         b = base[prompt, -1] + shift + moved[:, None]
         log_p, slope, bend = pair_derivatives(
             task.feedback, base[prompt, opponent].ravel(), b.ravel(), None if eta is None else eta[prompt].ravel()
         )
         first, fisher, _ = sums_of_derivatives(counts, log_p, slope, bend)
         gradient = first[:, 1].reshape(near.shape).sum(1) + moved / level**2
-        moved = moved - gradient / (fisher[:, 1, 1].reshape(near.shape).sum(1) + 1 / level**2)
+        step = gradient / (fisher[:, 1, 1].reshape(near.shape).sum(1) + 1 / level**2)
+        moved = moved - step
+        if np.abs(step).max() < 1e-5:
+            break
     return moved

@@ -6,6 +6,7 @@ import csv
 import importlib
 import os
 import sys
+from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import yaml
 
 from bench import (
     adapting,
+    adapting_rows,
     answer_cache,
     batch,
     batch_budgets,
@@ -47,6 +49,7 @@ from bench import (
     training,
     ways_to_join,
 )
+from bench.adapting_rows import Row
 from bench.conversation_costs import ROUTERS
 from bench.load import callers, generator, request, servers
 from bench.mirror_descent import mirror_descent
@@ -418,17 +421,46 @@ def test_a_left_out_model_is_added_in_every_way(feedback, tmp_path):
     task = ways_to_join.task_of(feedback_model(feedback), ["a", "b", "c", "d"], states, scores, 1, None)
     assert task.models == ("a", "c", "d", "b")
     rows = []
-    for n in (0, 20):
-        for name, found in ways_to_join.compared(task, n, 0, retrain=True).items():
+    for n in (0, 20, 1000):
+        for name, found in ways_to_join.compared(task, n, 0, retrain=True, residual=True).items():
             assert np.isfinite(found).all()
-            rows.append(("frozen", "b", 0, n, name, *found))
-    assert {row[4] for row in rows} == set(adapting.NAMED)
-    adapting.write(rows, tmp_path / "rows.csv")
-    again = adapting.read(tmp_path / "rows.csv")
-    assert [row[:5] for row in again] == [row[:5] for row in rows]
-    assert len(adapting.summary(again)) == len(rows)
-    adapting.draw(again, tmp_path / "curve.svg")
+            rows.append(Row("scores", "frozen", "b", 0, n, name, *found))
+    assert {row.method for row in rows} == set(adapting_rows.NAMED)
+    adapting_rows.write(rows, tmp_path / "rows.csv")
+    again = adapting_rows.read(tmp_path / "rows.csv")
+    assert [astuple(row)[:6] for row in again] == [astuple(row)[:6] for row in rows]
+    assert len(adapting_rows.summary(again)) == len(rows)
+    adapting_rows.draw(again, tmp_path / "curve.svg")
     assert "<svg" in (tmp_path / "curve.svg").read_text()
+
+
+def test_draws_and_models_of_several_sources_are_summed_up():
+    def row(source, model, seed, method, loss, score):
+        return Row(source, "default", model, seed, 30, method, loss, 0.1, score)
+
+    rows = [
+        row("s", "a", seed, method, loss + seed, 0.5) for seed in (0, 1) for method, loss in (("adapt", 1.0), ("offset", 1.25))
+    ]
+    rows += [row("t", "a", 0, "adapt", 1.0, 0.75), row("t", "a", 0, "offset", 2.0, 0.25)]
+    assert list(adapting_rows.panels(rows)) == ["s, default backbone", "t, default backbone", "all sources"]
+    adapted, offset = adapting_rows.summary(rows)
+    assert (adapted.method, adapted.models, adapted.log_loss, adapted.above) == ("adapt", 2, 1.25, 0.0)
+    assert (offset.log_loss, offset.above, offset.above_error) == pytest.approx((1.875, 0.625, 0.375))
+    assert (offset.score, offset.below, offset.below_error) == pytest.approx((0.375, 0.25, 0.25))
+
+
+def test_short_prompts_and_well_covered_models_are_taken():
+    rng = np.random.default_rng(0)
+    table = rng.random((100, 20))
+    table[:10, 3], table[0, 4:8] = np.nan, np.nan
+    every = [("long " * 200,) if i % 4 == 0 else (f"prompt {i}",) for i in range(100)]
+    kept, columns, scores = adapting.part_of(every, table, 50)
+    assert len(columns) == 12
+    assert 3 not in columns
+    assert np.isfinite(scores).all()
+    assert np.array_equal(scores, table[kept][:, columns])
+    assert len(kept) == 50
+    assert not (kept % 4 == 0).any()
 
 
 def test_a_learning_curve_is_drawn(tmp_path):
