@@ -56,3 +56,19 @@ def test_what_has_no_cost_or_was_refused_is_named_above():
     drawing = drawn(ReplayReport(100, 90, 0, 0, 100, "score", 0.95, tuple(of)))
     assert drawing.get_suptitle().endswith("not drawn: x (refused), y (cost unknown)")
     assert not names(drawing)
+
+
+def test_costs_of_different_kinds_are_not_compared():
+    def policy(name, unit, cost=None):
+        spent = {} if cost is None else {"dr": Figure(cost, cost, cost)}
+        return PolicyReplay(name, "judged", {"dr": Figure(0.5, 0.4, 0.6)}, spent, 1.0, unit=unit)
+
+    def drawing(*policies):
+        return drawn(ReplayReport(100, 90, 0, 0, 100, "score", 0.95, policies))
+
+    mixed = drawing(policy("x", "USD per request", 0.5), policy("y", "USD per request"))
+    assert (list(names(mixed)), mixed.axes[0].get_xlabel()) == (["x"], "mean cost of a decision")
+    expected = drawing(policy("x", "USD per request"), policy("y", "cents"), policy("z", "USD per request"))
+    assert list(names(expected)) == ["x", "z"]
+    assert expected.axes[0].get_xlabel() == "mean expected cost of a decision, USD per request"
+    assert "not drawn: y (cost unknown)" in expected.get_suptitle()

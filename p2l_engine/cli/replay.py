@@ -114,6 +114,8 @@ def _show(report: ReplayReport) -> None:
     title = f"{report.rows:,} {kind}; value: {what}; ± {report.level:.0%} intervals"
     columns = ("policy", "value", "cost", "effective", "verdict")
     print_table(title, columns, [_row(of) for of in report.policies], out(), dense=True)
+    if units := {of.unit for of in report.policies if of.unit is not None and not of.cost}:
+        note(f"costs with ~ are those expected by a policy's catalog, in {' or '.join(sorted(units))}")
     print_table("shares of its choices", ("policy", "model", "share"), _shares(report.policies), out(), dense=True)
     for of in report.policies:
         for reason in of.reasons:

@@ -131,7 +131,7 @@ def _judged(spec: PolicySpec, scene: _Scene, checkpoints: Checkpoints | None, le
     return PolicyReplay(
         spec.name, "refused" if support.reasons else "judged", value, cost, target.expected_cost, _shares(target),
         support.effective, support.taken, support.heaviest, support.largest, support.mean_weight, support.unsupported,
-        support.reasons, support.warnings + why,
+        support.reasons, support.warnings + why, target.unit,
     )  # fmt: skip
 
 
@@ -176,10 +176,12 @@ def _exact(
         lacking = {name: share for name, share in shares.items() if name not in matrix.models}
         if lacking:
             why = f"the matrix has no scores of {', '.join(lacking)}"
-            found.append(PolicyReplay(spec.name, "refused", {}, {}, target.expected_cost, shares, reasons=(why,)))
+            found.append(
+                PolicyReplay(spec.name, "refused", {}, {}, target.expected_cost, shares, reasons=(why,), unit=target.unit)
+            )
             continue
         value, cost = (_mean_of(of, target.mixture, level) for of in (matrix.scores, matrix.costs))
-        found.append(PolicyReplay(spec.name, "exact", value, cost, target.expected_cost, shares))
+        found.append(PolicyReplay(spec.name, "exact", value, cost, target.expected_cost, shares, unit=target.unit))
     costs = 0 if matrix.costs is None else n
     return ReplayReport(n, n, costs, costs, n, "score", level, tuple(found), dict(matrix.left_out))
 

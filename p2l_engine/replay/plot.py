@@ -25,14 +25,17 @@ def plane(report: ReplayReport, path: str | Path) -> None:
 
 def drawn(report: ReplayReport) -> Drawing:
     """Policies on the plane of cost and value, with intervals; a line through those that no other one beats. Policies of
-    unknown cost, and refused ones, are named above. Costs are the log's, or where it has none, the catalogs'."""
+    unknown cost, and refused ones, are named above. Costs are the log's; where it has none of any policy, those expected by the
+    first policy's catalog and by others of its unit: amounts of different units, or spent and expected, are not compared."""
     drawing = Drawing(figsize=(9, 5.5), layout="constrained")
     axes = drawing.subplots()
     points: list[tuple[str, Figure, Figure]] = []
     left_out = []
+    spent = any(of.cost for of in report.policies)
+    unit = next((of.unit for of in report.policies if of.value and of.unit is not None), None)
     for of in report.policies:
         value, cost = shown_figure(of.value), shown_figure(of.cost)
-        if cost is None and of.expected_cost is not None:
+        if not spent and of.expected_cost is not None and of.unit == unit:
             cost = Figure(of.expected_cost, of.expected_cost, of.expected_cost)
         if value is None or cost is None:
             left_out.append(f"{of.name} ({'refused' if of.verdict == 'refused' else 'cost unknown'})")
@@ -49,7 +52,7 @@ def drawn(report: ReplayReport) -> Drawing:
             color=BLUE, ecolor=GREY, elinewidth=0.9, capsize=2, zorder=2, label=label,
         )  # fmt: skip
     axes.margins(x=0.1, y=0.1)
-    axes.set_xlabel("mean cost of a decision")
+    axes.set_xlabel("mean cost of a decision" if spent or unit is None else f"mean expected cost of a decision, {unit}")
     axes.set_ylabel("mean score" if report.of == "score" else "win rate against the log's choices")
     axes.spines[["top", "right"]].set_visible(False)
     if points:

@@ -17,7 +17,8 @@ Verdict = Literal["exact", "judged", "refused"]
 @dataclass(frozen=True, slots=True)
 class PolicyReplay:
     """One policy. value and cost: by estimator (exact; or dr, snips, ips), none where the log cannot judge it, or costs are not
-    known. expected_cost: the mean of its catalog's costs. shares: of its choices, by model. reasons: why it was refused.
+    known. expected_cost: the mean of its catalog's costs, in that catalog's unit. shares: of its choices, by model. reasons:
+    why it was refused.
 
     effective_rows, heaviest_share, largest_weight, mean_weight, taken, unsupported: as in ``support.Support``.
     """
@@ -36,6 +37,7 @@ class PolicyReplay:
     unsupported: Mapping[str, float] = field(default_factory=dict)
     reasons: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    unit: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,11 +26,13 @@ class CannotChoose(Exception):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Target:
-    """names: models, those of the log first; mixture [N] over them; expected_cost: the mean of the catalog's costs, or None."""
+    """names: models, those of the log first; mixture [N] over them; expected_cost: the mean of the catalog's costs, in
+    its unit, or None."""
 
     names: tuple[str, ...]
     mixture: Mixture
     expected_cost: float | None
+    unit: str | None = None
 
 
 def always(spec: PolicySpec, models: tuple[str, ...], n: int, catalog: Catalog | None) -> Target:
@@ -40,8 +42,8 @@ def always(spec: PolicySpec, models: tuple[str, ...], n: int, catalog: Catalog |
     if name not in known:
         raise ValueError(f"{spec.name}: always: neither the log nor a catalog knows {name!r}{nearest(name, known)}")
     names = _with(models, [name])
-    costs = {} if catalog is None else {model.name: model.cost for model in catalog.models}
-    return Target(names, Mixture.single(np.full(n, names.index(name))), costs.get(name))
+    costs = {} if catalog is None else {model.name: (model.cost, catalog.unit) for model in catalog.models}
+    return Target(names, Mixture.single(np.full(n, names.index(name))), *costs.get(name, (None, None)))
 
 
 def routed(
@@ -91,7 +93,7 @@ def routed(
     costs = expected(prices, policies.indices, policies.probabilities)
     mixture = mixture.averaged(inverse, firsts) if over_batch else mixture
     mixture, costs = mixture.take(inverse), costs if over_batch else costs[inverse]
-    return Target(names, mixture.renumbered(columns), float(costs.mean()))
+    return Target(names, mixture.renumbered(columns), float(costs.mean()), catalog.unit)
 
 
 def _mask(
