@@ -193,3 +193,31 @@ def test_the_newest_score_counts_in_any_zone(tmp_path, data):
                  time=[written(of) for of in moments])  # fmt: skip
     newest = max(range(len(moments)), key=lambda i: -1 if moments[i] is None else moments[i])
     assert read_log(log, said).reward.tolist() == [newest]
+
+
+TURNS = pa.list_(pa.string())
+MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), TURNS, pa.large_list(pa.string()), MESSAGES], ids=str)
+def test_prompts_of_any_arrow_type_are_joined(tmp_path, kind):
+    """In logs, in scores and in matrices: a text, turns, or messages."""
+
+    def cells(*names):
+        said = [[{"role": "user", "content": name}] if kind == MESSAGES else [name] for name in names]
+        return pa.array(list(names) if kind in (pa.string(), pa.large_string()) else said, kind)
+
+    scores = {"prompt": cells("p", "p", "q", "q"), "model": ["alpha", "beta"] * 2, "score": [0.1, 0.2, 0.3, 0.4]}
+    matrix = read_log(table(tmp_path / "matrix.parquet", **scores))
+    assert (matrix.texts, matrix.scores.tolist()) == ([("p",), ("q",)], [[0.1, 0.2], [0.3, 0.4]])
+    columns = {"model": ["beta", "alpha", "beta"], "propensity": [0.5] * 3, "prompt": cells("q", "p", "q")}
+    log = read_log(table(tmp_path / "log.parquet", **columns), scores=tmp_path / "matrix.parquet")
+    assert (log.prompt.tolist(), log.texts, log.reward.tolist()) == ([0, 1, 0], [("q",), ("p",)], [0.4, 0.1, 0.4])
+
+
+def test_prompts_that_are_none_are_refused(tmp_path):
+    prompts = {"prompt": [{"a": 1}, {"a": 2}]}
+    with pytest.raises(ValueError, match="prompt: expected a string, a list of user turns or a list of messages, got dict"):
+        read_log(table(tmp_path / "matrix.parquet", **prompts, model=["alpha", "alpha"], score=[0.1, 0.2]))
+    with pytest.raises(ValueError, match="prompt: expected a string, a list of user turns or a list of messages, got dict"):
+        read_log(table(tmp_path / "log.parquet", **ROWS | prompts))

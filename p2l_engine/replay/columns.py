@@ -95,6 +95,13 @@ def texts(table: pa.Table, name: str, path: str | Path) -> pa.Array:
         raise ValueError(f"{path}: {name}: expected text: {error}") from None
 
 
+def comparable(cells: pa.Array) -> pa.Array:
+    """Prompts (texts, lists of turns or of messages) as texts that differ where they do."""
+    if pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type):
+        return cells.cast(pa.string())
+    return pa.array([None if cell is None else repr(cell) for cell in cells.to_pylist()], pa.string())
+
+
 def matrix(table: pa.Table, name: str, width: int, rows: Int64) -> npt.NDArray[np.float32]:
     """Lists of so many numbers [R, width] in these rows of a column; NaN where a row has none, or another number of them."""
     column = table.column(name).take(pa.array(rows)).combine_chunks()

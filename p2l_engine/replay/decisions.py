@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from p2l_engine.prompts.parse import cell_turns
 from p2l_engine.replay.choices import read_choices
-from p2l_engine.replay.columns import MODELS, Int64, bounded, first, matrix, numbers, read_columns, texts
+from p2l_engine.replay.columns import MODELS, Int64, bounded, comparable, first, matrix, numbers, read_columns, texts
 from p2l_engine.replay.expected_score import Rates, rates_of
 from p2l_engine.replay.logged import Bools, LoggedDecisions, Turns
 from p2l_engine.replay.mixture import Float64, Mixture
@@ -138,9 +138,7 @@ def _prompts(
     hashes = texts(table, "turns_hash", path) if "turns_hash" in table.column_names else pa.nulls(n, pa.string())
     hashes = pc.if_else(pc.equal(hashes, ""), None, hashes)
     if hashes.null_count and cells.null_count < n:
-        listed = pa.types.is_list(cells.type) or pa.types.is_large_list(cells.type)
-        known = pa.array([None if of is None else repr(of) for of in cells.to_pylist()]) if listed else cells
-        hashes = pc.coalesce(hashes, pc.cast(known, pa.string()))
+        hashes = pc.coalesce(hashes, comparable(cells))
     alone = np.array(hashes.is_null().to_numpy(zero_copy_only=False), bool)
     own = ids if ids is not None else pa.array([f"row {row}" for row in rows])
     encoded = pc.if_else(hashes.is_null(), pc.binary_join_element_wise("\x00", own, ""), hashes).dictionary_encode()

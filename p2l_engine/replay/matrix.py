@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from p2l_engine.prompts.parse import cell_turns
-from p2l_engine.replay.columns import MOST, first, numbers, read_columns, required, texts
+from p2l_engine.replay.columns import MOST, comparable, first, numbers, read_columns, required, texts
 from p2l_engine.replay.logged import ScoreMatrix, Turns
 from p2l_engine.replay.mixture import Float64
 
@@ -45,13 +45,10 @@ def _long(path: str | Path) -> ScoreMatrix:
         raise ValueError(f"{path}: row {first(model.is_null().to_numpy(zero_copy_only=False))}: model: expected a name")
     models = tuple(sorted(model.unique().to_pylist()))
     column = pc.index_in(model, value_set=pa.array(models)).to_numpy(zero_copy_only=False)
-    cells = table.column("prompt").combine_chunks()
-    if pa.types.is_list(cells.type):
-        cells = pa.array([None if turns is None else repr(turns) for turns in cells.to_pylist()], pa.string())
-    encoded = cells.dictionary_encode()
-    if encoded.null_count:
-        raise ValueError(f"{path}: row {first(encoded.is_null().to_numpy(zero_copy_only=False))}: prompt: expected one")
-    row = np.asarray(encoded.indices.to_numpy(zero_copy_only=False), np.int64)
+    prompts = comparable(table.column("prompt").combine_chunks()).dictionary_encode()
+    if prompts.null_count:
+        raise ValueError(f"{path}: row {first(prompts.is_null().to_numpy(zero_copy_only=False))}: prompt: expected one")
+    row = np.asarray(prompts.indices.to_numpy(zero_copy_only=False), np.int64)
     where = np.unique(row, return_index=True)[1]
     turns = _turns(table.column("prompt").take(pa.array(where)).to_pylist(), path)
     times = np.bincount(row * len(models) + column, minlength=len(where) * len(models)).reshape(len(where), len(models))

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from p2l_engine.prompts.parse import cell_turns
-from p2l_engine.replay.columns import MOST, bounded, first, numbers, read_columns, required, texts
+from p2l_engine.replay.columns import MOST, bounded, comparable, first, numbers, read_columns, required, texts
 from p2l_engine.replay.logged import LoggedDecisions
 from p2l_engine.replay.mixture import Float64
 from p2l_engine.votes.cells import Unusable, seconds_of
@@ -121,15 +121,16 @@ def _by_time(table: pa.Table, path: str | Path) -> pa.Table:
 def _joined(table: pa.Table, path: str | Path, score: Float64, log: LoggedDecisions, left_out: Counter[str]) -> Float64:
     number = {text: i for i, text in enumerate(log.texts) if text is not None}
     cells = table.column("prompt").combine_chunks()
-    hashable = pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type)
-    encoded = cells.dictionary_encode() if hashable else pa.DictionaryArray.from_arrays(pa.array(range(len(cells))), cells)
-    of_each = np.full(len(encoded.dictionary) + 1, -1)
-    for i, cell in enumerate(encoded.dictionary.to_pylist()):
+    prompts = comparable(cells).dictionary_encode()
+    prompt = np.asarray(prompts.indices.fill_null(-1).to_numpy(zero_copy_only=False), np.int64)
+    of_each = np.full(len(prompts.dictionary) + 1, -1)
+    firsts = np.unique(prompt[prompt >= 0], return_index=True)[1]
+    for i, cell in enumerate(cells.take(pa.array(np.flatnonzero(prompt >= 0)[firsts])).to_pylist()):
         try:
-            of_each[i] = -1 if cell is None else number.get(cell_turns(cell), -1)
+            of_each[i] = number.get(cell_turns(cell), -1)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-    prompt = of_each[encoded.indices.fill_null(len(of_each) - 1).to_numpy(zero_copy_only=False)]
+    prompt = of_each[prompt]
     model = _indices(texts(table, "model", path), log.models)
     known = (prompt >= 0) & (model >= 0)
     left_out["scores of answers that the log does not have"] += int((~known).sum())
