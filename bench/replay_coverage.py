@@ -36,7 +36,7 @@ CATALOG = Catalog(tuple(CatalogModel(name, cost) for name, cost in zip(MODELS, (
 COMMON = np.array([-1.0, -0.4, 0.1, 0.5, 0.9])
 ERROR = 0.5  # standard deviation of the checkpoint's error in a coefficient
 SESSION = 4  # decisions of a session, where there are sessions
-SIZES = "sessions of many sizes"  # the largest of a logging policy of this name has a sixth of all decisions, most have one
+SIZES = "sessions of many sizes"  # the largest has a fifth of 500 decisions, and a sixth of 2,000
 
 ALL = tuple(range(len(MODELS)))
 PAIRS = {
@@ -176,7 +176,7 @@ def measure(pair: str, n: int, repeats: int, true: float) -> list[Row]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--decisions", type=positive, nargs="+", default=[300, 2000], help="decisions of a log")
+    parser.add_argument("--decisions", type=positive, nargs="+", default=[500, 2000], help="decisions of a log")
     parser.add_argument("--repeats", type=positive, default=2000, help="logs")
     parser.add_argument("--population", type=positive, default=1_000_000, help="prompts that the truth is computed from")
     parser.add_argument("--pair", default="", help="only pairs that have this in their names")

@@ -423,7 +423,7 @@ def test_a_matrix_is_replayed_exactly(rng, spec):
     assert sum(found.shares.values()) == pytest.approx(1)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.booleans())
 def test_a_log_of_every_choice_as_often_as_it_is_probable_is_as_exact_as_a_matrix(seed, sessions):
     """All estimators are then the truth, whatever is expected of the rewards: enumeration, through all that replay does."""
