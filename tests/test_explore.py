@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import binom, norm
+from scipy.stats import binom, chi2, kstest, norm
 
 from p2l_engine import Chooser, Constraints, Engine, Router
 from p2l_engine.backbone.uncertainty import FILE, Uncertainty
 from p2l_engine.catalog import Catalog, CatalogModel
 from p2l_engine.coefficients import Coefficients
+from p2l_engine.decision import Draws
 from p2l_engine.feedback import feedback_model
 from p2l_engine.routing import BudgetPacer, InfeasibleBudget, Resource, bt_score, solve_budget, thompson, values, win_rates
 from tests.support import tiny
@@ -211,6 +215,37 @@ def test_models_without_a_chance_are_found(rows):
     if len(rows) > 1 and scale[0, 1]:
         expected = norm.cdf((theta[0] - theta[1]) / scale[0, 1])
         assert thompson.higher(theta[:2], deviation[:2]) == pytest.approx(expected, rel=1e-9, abs=1e-15)
+
+
+@pytest.mark.parametrize("kind", ["prompt", "request", "seed"])
+def test_draws_are_normal_and_independent(kind):
+    """Kolmogorov's and Smirnov's test, of each model and of all together, over prompts, requests and seeds."""
+    theta, deviation = np.array([0.3, -1.0, 2.0]), np.array([0.5, 2.0, 1e-3])
+    found = []
+    for i in range(3000):
+        generator = Draws(i if kind == "seed" else 0, "abc").generator(
+            [f"prompt {i}" if kind == "prompt" else "hello"], f"request {i}" if kind == "request" else None
+        )
+        found.append((thompson.Posterior(theta, deviation, generator).drawn - theta) / deviation)
+    z = np.array(found)
+    for column in z.T:
+        assert kstest(column, "norm").pvalue > SURELY
+        assert abs(np.corrcoef(column[1:], column[:-1])[0, 1]) < 5 / np.sqrt(3000)
+    assert kstest((z**2).sum(1), chi2(3).cdf).pvalue > SURELY
+
+
+def test_draws_are_alike_in_all_processes():
+    drawn = "Draws(3, 'ab').generator(['one', 'two'], 'x').standard_normal(3).tolist()"
+    code = f"from p2l_engine.decision import Draws; print({drawn})"
+    found = {
+        subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, text=True, check=True,
+                       capture_output=True).stdout
+        for seed in ("1", "2")
+    }  # fmt: skip
+    assert found == {f"{Draws(3, 'ab').generator(['one', 'two'], 'x').standard_normal(3).tolist()}\n"}
+    others = [(["one", "two"], "y"), (["one", "two"], None), (["x", "one", "two"], None), (["two"], "x"), (["one"], "x")]
+    different = {Draws(3, "ab").generator(turns, token).standard_normal() for turns, token in others}
+    assert len(different) == len(others)  # a text and the turns are not run together
 
 
 def test_masks_hold_and_bounds_of_several_kinds_are_refused():

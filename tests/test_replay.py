@@ -367,6 +367,16 @@ def test_feedback_that_depends_on_the_model_is_said(rng):
     assert "whether feedback came depends on the model" in found.warnings[0]
 
 
+def test_rewards_that_do_not_vary_are_said(rng):
+    log = drawn(rng, 500, [0.3, 0.4, 0.3])
+    always_good = log.__class__(**{**_fields(log), "reward": np.where(log.chosen == 1, 1.0, log.reward)})
+    b, c = replay(always_good, [PolicySpec("b", always="b"), PolicySpec("c", always="c")]).policies
+    assert (b.verdict, c.warnings) == ("judged", ())
+    assert b.warnings[0].startswith(
+        f"all {int((log.chosen == 1).sum())} rewards of its choices are 1: of how they vary nothing"
+    )
+
+
 def test_candidates_bound_what_a_policy_may_choose(rng):
     allowed = np.ones((300, 3), bool)
     allowed[:100, 2] = False

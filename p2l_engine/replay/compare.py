@@ -128,6 +128,12 @@ def _judged(spec: PolicySpec, scene: _Scene, checkpoints: Checkpoints | None, le
         value = scene.figures(log.reward, target, weight, scene.rates)
         cost, no_cost = _costs(scene, target, weight)
         why += no_cost
+        earned = log.reward[scene.judged & (weight > 0)]
+        if earned.min() == earned.max():
+            why += (
+                f"all {len(earned):,} rewards of its choices are {earned[0]:g}: of how they vary nothing is known, and the "
+                "value's interval is too narrow",
+            )
     return PolicyReplay(
         spec.name, "refused" if support.reasons else "judged", value, cost, target.expected_cost, _shares(target),
         support.effective, support.taken, support.heaviest, support.largest, support.mean_weight, support.unsupported,

@@ -28,7 +28,7 @@ from p2l_engine.learning.names import check_new
 from p2l_engine.learning.new_models import Described, Descriptions
 from p2l_engine.learning.rows import NewModel
 from p2l_engine.learning.write import retired_models
-from p2l_engine.prompts.parse import Turns, cell_turns
+from p2l_engine.prompts.parse import cell_turns
 from p2l_engine.serve.learning_engine import LearningEngine
 from p2l_engine.serve.lessons import Lesson, lessons
 from p2l_engine.serve.prompt_states import PromptStates
@@ -140,6 +140,8 @@ class OnlineLearning:
         found = [
             f"learns from feedback: {self._learner.votes:,} votes so far" + (f"; new: {', '.join(joined)}" if joined else "")
         ]
+        if self._lengths:
+            found.append("while it learns, the checkpoint's expected lengths of answers are not used: each model's mean is")
         if not self.ready:
             found.append(
                 f"learning begins once {REFERENCE} different prompts were asked, which say how yours vary; serve.learn.prompts "
