@@ -141,6 +141,7 @@ def main() -> None:
         "--rows-per-part", str(ROWS),
     ]  # fmt: skip
     for scope in SCOPES:
+        run(router, config(given, f"first-{scope}", scope))  # what a first run imports is imported before the forks
         if kind == "killed":
             killed(router, given, scope, random.Random(f"{last} {scope}"))
         else:
