@@ -3,6 +3,7 @@ Allocation Problems", Operations Research 71(1), 2023, https://arxiv.org/abs/201
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import numpy as np
@@ -43,5 +44,5 @@ def mirror_descent(
         if mirror == "Euclidean":
             mu = max(0.0, mu - eta * (1 - used))
         else:
-            mu *= np.exp(np.clip(-eta * (1 - used), -1.0, 1.0))
+            mu *= math.exp(min(max(-eta * (1 - used), -1.0), 1.0))
     return chosen
