@@ -7,6 +7,7 @@ BILLS gets a line for each request that was made, as its provider would bill it:
 
 from __future__ import annotations
 
+import importlib
 import os
 import random
 import signal
@@ -57,6 +58,8 @@ def spend(store, bills, limit, seed):
 
 
 def main(store, bills, limit, kills, seed):
+    for name in ("p2l_engine.spending.ledger", *(["psycopg"] if "://" in store else [])):
+        importlib.import_module(name)  # once, before the forks
     rng = random.Random(seed)
     file = os.open(bills, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     alive, started, next_kill = set(), 0, 0
