@@ -8,8 +8,11 @@ import json
 
 import aiohttp
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from bench.mock_provider import MockProvider
+from p2l_engine.serve import endpoint
 from tests.support.serving import PRICES, FixedEngine, config_for, serving
 
 PATHS = {"chat": "/v1/chat/completions", "responses": "/v1/responses", "messages": "/v1/messages"}
@@ -116,3 +119,62 @@ def test_a_request_leaves_no_reference_cycles(end):
         assert asyncio.run(one()) < 10
     finally:
         gc.enable()
+
+
+@given(
+    st.integers(0, 6),
+    st.integers(0, 8) | st.none(),
+    st.integers(0, 8) | st.none(),
+    st.sampled_from(["ends", "fails", "goes on"]),
+)
+def test_a_request_ends_whenever_its_client_leaves_or_the_server_stops(steps, leaves, stops, how):
+    """Its work has always come to its end by then, and nothing of it is left running."""
+
+    async def one():
+        ended, left = [], asyncio.Event()
+
+        async def work():
+            try:
+                for _ in range(steps):
+                    await asyncio.sleep(0)
+                if how == "fails":
+                    raise ZeroDivisionError
+            except asyncio.CancelledError:
+                if how != "goes on":
+                    raise
+            finally:
+                ended.append(True)
+
+        async def receive():
+            if leaves is None:
+                await asyncio.Event().wait()
+            for _ in range(leaves):
+                await asyncio.sleep(0)
+            left.set()
+            return {"type": "http.disconnect"}
+
+        async def request():
+            await endpoint._until_left(work(), receive)
+            assert asyncio.current_task().cancelling() == 0 or stops is not None
+
+        task = asyncio.ensure_future(request())
+        for _ in range(stops or 0):
+            await asyncio.sleep(0)
+        if stops is not None:
+            task.cancel()
+        (found,) = await asyncio.gather(task, return_exceptions=True)
+        await asyncio.sleep(0)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        return found, ended, left.is_set()
+
+    found, ended, left = asyncio.run(one())
+    if stops != 0:  # it was stopped before it began
+        assert ended == [True]
+    if isinstance(found, asyncio.CancelledError):
+        assert stops is not None
+    elif isinstance(found, endpoint.ClientLeft):
+        assert left
+    else:
+        assert found is None or (how == "fails" and isinstance(found, ZeroDivisionError))
+    if leaves is None and stops is None:
+        assert isinstance(found, ZeroDivisionError) if how == "fails" else found is None

@@ -13,7 +13,7 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import BaseRoute, Route
-from starlette.types import Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from p2l_engine.apis.api import Api
 from p2l_engine.apis.ask import BadRequest
@@ -145,17 +145,32 @@ class GiveFeedback(Endpoint):
         await answer(send, {"id": body["id"], "stored": True})
 
 
+class Direct:
+    """Takes what is posted to an endpoint past Starlette's router and its handlers of errors: an endpoint has its own."""
+
+    def __init__(self, app: ASGIApp, endpoints: Mapping[str, Endpoint]) -> None:
+        self._app, self._endpoints = app, endpoints
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        posted = scope["type"] == "http" and scope["method"] == "POST"
+        found = self._endpoints.get(scope["path"]) if posted else None
+        await (found or self._app)(scope, receive, send)
+
+
 def application(server: Server) -> Starlette:
     """The whole application."""
+    endpoints = {
+        "/v1/chat/completions": Completion(server, APIS["chat"]),
+        "/v1/responses": Completion(server, APIS["responses"]),
+        "/v1/messages": Completion(server, APIS["messages"]),
+        "/v1/messages/count_tokens": CountTokens(server, APIS["messages"]),
+        "/v1/route": Completion(server, None, "route"),
+        "/v1/coefficients": CoefficientsOf(server, None),
+        "/v1/feedback": GiveFeedback(server, None),
+        "/predict": Predict(server, None),
+    }
     routes: list[BaseRoute] = [
-        Route("/v1/chat/completions", Completion(server, APIS["chat"]), methods=["POST"]),
-        Route("/v1/responses", Completion(server, APIS["responses"]), methods=["POST"]),
-        Route("/v1/messages", Completion(server, APIS["messages"]), methods=["POST"]),
-        Route("/v1/messages/count_tokens", CountTokens(server, APIS["messages"]), methods=["POST"]),
-        Route("/v1/route", Completion(server, None, "route"), methods=["POST"]),
-        Route("/v1/coefficients", CoefficientsOf(server, None), methods=["POST"]),
-        Route("/v1/feedback", GiveFeedback(server, None), methods=["POST"]),
-        Route("/predict", Predict(server, None), methods=["POST"]),
+        *(Route(path, endpoint, methods=["POST"]) for path, endpoint in endpoints.items()),  # other methods are 405
         Route("/models", told(server, p2l_models)),
         Route("/v1/models", told(server, models)),
         Route("/v1/models/{name:path}", model(server)),
@@ -172,7 +187,7 @@ def application(server: Server) -> Starlette:
     allowing = Middleware(CORSMiddleware, allow_origins=cors, allow_methods=["*"], allow_headers=["*"], expose_headers=shown)
     return Starlette(
         routes=routes,
-        middleware=[allowing] if cors else [],
+        middleware=[*([allowing] if cors else []), Middleware(Direct, endpoints)],
         exception_handlers={404: not_found, 405: wrong_method, Exception: failed},
     )
 

@@ -165,5 +165,8 @@ async def _until_left(work: Awaitable[None], receive: Receive) -> None:
         if left and own.uncancel() == 0:
             raise ClientLeft from None
         raise  # the server stops
+    else:
+        if left:  # too late to matter
+            own.uncancel()
     finally:
         watching.cancel()

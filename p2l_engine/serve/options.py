@@ -12,6 +12,7 @@ from p2l_engine.routing import Objective
 from p2l_engine.serve.settings import Key
 
 FIELDS = ("budget", "models", "session", "objective", "dry_run", "explain")
+HEADERS = [(name, f"x-p2l-{name.replace('_', '-')}") for name in FIELDS]
 # Where agents and chat interfaces say which conversation a request belongs to.
 SESSION_HEADERS = (
     "x-session-id", "session_id", "x-conversation-id", "conversation_id", "x-openwebui-chat-id", "x-librechat-conversation-id",
@@ -44,8 +45,8 @@ def options_of(body: Mapping[str, Any], headers: Mapping[str, str]) -> Options:
         if name not in FIELDS:
             raise BadRequest(f"p2l: unknown field {name!r:.40}, expected {', '.join(FIELDS)}", f"p2l.{name:.40}")
     own = {name: given[name] for name in FIELDS if given.get(name) is not None}
-    for name in FIELDS:
-        header = headers.get(f"x-p2l-{name.replace('_', '-')}")
+    for name, header_name in HEADERS:
+        header = headers.get(header_name)
         if header is not None and name not in own:
             own[name] = _from_header(name, header)
     models = own.get("models")

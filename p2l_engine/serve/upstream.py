@@ -202,11 +202,9 @@ class Upstream:
 async def _whole(response: aiohttp.ClientResponse, api: Api, serve: Serve, deadline: float, until: float) -> Whole:
     parts, size, most = list[bytes](), 0, int(serve.answer_mb * 2**20)
     try:
-        while True:
+        while not response.content.at_eof():
             async with asyncio.timeout_at(loop_time(until)):
                 data = await response.content.readany()
-            if not data:
-                break
             parts.append(data)
             size += len(data)
             if size > most:
