@@ -12,7 +12,7 @@ from p2l_engine.routing import Objective
 from p2l_engine.serve.settings import Key
 
 FIELDS = ("budget", "models", "session", "objective", "dry_run", "explain")
-HEADERS = [(name, f"x-p2l-{name.replace('_', '-')}") for name in FIELDS]
+HEADERS = {f"x-p2l-{name.replace('_', '-')}": name for name in FIELDS}
 # Where agents and chat interfaces say which conversation a request belongs to.
 SESSION_HEADERS = (
     "x-session-id", "session_id", "x-conversation-id", "conversation_id", "x-openwebui-chat-id", "x-librechat-conversation-id",
@@ -34,10 +34,15 @@ class Options:
     explain: bool = False
 
 
+NOTHING_ASKED = Options()
+
+
 def options_of(body: Mapping[str, Any], headers: Mapping[str, str]) -> Options:
     """Reads the options; the body's come before the headers'. Raises BadRequest."""
     given = body.get("p2l")
     if given is None:
+        if headers.keys().isdisjoint(HEADERS):
+            return NOTHING_ASKED
         given = {}
     if not isinstance(given, dict):
         raise BadRequest(f"p2l: expected an object, got {type(given).__name__}", "p2l")
@@ -45,7 +50,7 @@ def options_of(body: Mapping[str, Any], headers: Mapping[str, str]) -> Options:
         if name not in FIELDS:
             raise BadRequest(f"p2l: unknown field {name!r:.40}, expected {', '.join(FIELDS)}", f"p2l.{name:.40}")
     own = {name: given[name] for name in FIELDS if given.get(name) is not None}
-    for name, header_name in HEADERS:
+    for header_name, name in HEADERS.items():
         header = headers.get(header_name)
         if header is not None and name not in own:
             own[name] = _from_header(name, header)
@@ -72,7 +77,9 @@ def options_of(body: Mapping[str, Any], headers: Mapping[str, str]) -> Options:
 
 def session_of(options: Options, body: Mapping[str, Any], headers: Mapping[str, str], key: Key | None, otherwise: str) -> str:
     """A hash of the conversation that a request belongs to; of each caller's own."""
-    named = options.session or next((headers[name] for name in SESSION_HEADERS if headers.get(name)), None)
+    named = options.session or None
+    if named is None and not headers.keys().isdisjoint(SESSION_HEADERS):
+        named = next((headers[name] for name in SESSION_HEADERS if headers.get(name)), None)
     if named is None:
         metadata = body.get("metadata")
         user = metadata.get("user_id") if isinstance(metadata, dict) else None
