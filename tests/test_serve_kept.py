@@ -113,6 +113,16 @@ def test_a_reference_is_its_own_callers_alone(name):
     assert orjson.loads(first)["error"]["message"].startswith("this request refers to")
 
 
+def test_more_references_than_can_be_looked_up_are_refused():
+    async def one() -> Any:
+        items = [{"type": "item_reference", "id": f"msg_{i}"} for i in range(5_001)]
+        async with MockProvider(PRICES) as provider, serving(config_for(provider, keys=KEYS)) as server:
+            status, _, data = await send(server.url, "responses", "a", body_for("responses", "small", input=items))
+            return status, json.loads(data)["error"]["message"], len(provider.requests)
+
+    assert asyncio.run(one()) == (400, "expected at most 5000 references to earlier answers, got 5001", 0)
+
+
 def test_without_keys_everybody_is_one_caller():
     async def one() -> Any:
         async with MockProvider(PRICES) as provider, serving(config_for(provider)) as server:

@@ -34,6 +34,8 @@ from p2l_engine.serve.upstream import Upstream
 
 logger = logging.getLogger(__name__)
 
+MOST_REFERENCES = 5_000  # of one request: each is looked up
+
 
 class Refused(Exception):
     """A request that is answered with an error. retry_after: seconds."""
@@ -192,8 +194,11 @@ class Service:
 
     def _kept_ids(self, call: Call) -> list[str]:
         """What must be the caller's own of that which providers keep, as ``sessions`` knows it. The keys of this server share
-        the provider's account: it does not tell them apart."""
+        the provider's account: it does not tell them apart. Raises Refused."""
         references = call.ask.references if call.key is not None else ()
+        if len(references) > MOST_REFERENCES:
+            message = f"expected at most {MOST_REFERENCES} references to earlier answers, got {len(references)}"
+            raise Refused(400, message)
         return [of_caller(call.key, name) for name in (call.ask.previous, *references) if name is not None]
 
     def _look_up(self, call: Call) -> None:
