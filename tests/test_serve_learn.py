@@ -226,12 +226,13 @@ def test_a_restart_goes_on_and_learns_from_what_came_meanwhile(engine, tmp_path)
 
 
 @pytest.mark.parametrize("logged", [False, True])
-def test_where_hidden_states_are_gone_logged_texts_are_computed_again(logged, engine, tmp_path):
+def test_where_hidden_states_are_gone_logged_texts_are_computed_again(logged, engine, tmp_path, monkeypatch):
     config = config_in(tmp_path, more={"log_prompts": logged})
 
     async def decide(client: Client) -> list[str]:
         return [(await client.decision("a prompt", model))["id"] for model in ("alpha", NEW)]
 
+    monkeypatch.setattr(module, "PATIENCE", 0.1)
     ids = run(config, engine, decide)
     (tmp_path / "state" / "prompts.sqlite").unlink()
 

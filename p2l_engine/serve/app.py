@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from p2l_engine.apis.api import Api
 from p2l_engine.apis.ask import BadRequest
 from p2l_engine.apis.registry import APIS
+from p2l_engine.decision_log.log import DecisionLog
 from p2l_engine.decision_log.record import Record
 from p2l_engine.errors import PromptError
 from p2l_engine.prompts.parse import user_turns
@@ -129,7 +130,7 @@ class GiveFeedback(Endpoint):
         given = {name: body[name] for name in FEEDBACK if body.get(name) is not None}
         result, kind = "stored", next((name for name in ("score", "preference", "label") if name in given), "other")
         try:
-            await asyncio.to_thread(lambda: log.feedback(body["id"], key.id if key else None, **given))
+            await asyncio.to_thread(lambda: self._store(log, body["id"], key, given))
         except ValueError as error:
             result = "wrong"
             raise BadRequest(str(error)) from None
@@ -143,6 +144,11 @@ class GiveFeedback(Endpoint):
         finally:
             self.server.metrics.feedback.labels(kind, result).inc()
         await answer(send, {"id": body["id"], "stored": True})
+
+    def _store(self, log: DecisionLog, id: str, key: Key | None, given: dict[str, Any]) -> None:
+        if self.server.learning is not None:
+            self.server.learning.flush()  # what is learned from it must outlive the process, as it does
+        log.feedback(id, key.id if key else None, **given)
 
 
 class Direct:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
-import json
 import logging
 import os
 import threading
 import time
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +14,8 @@ import numpy.typing as npt
 import torch
 from sqlalchemy.exc import SQLAlchemyError
 
-from p2l_engine.checkpoint import fingerprint
 from p2l_engine.decision_log.log import DecisionLog
+from p2l_engine.decision_log.store import Said
 from p2l_engine.engine import Engine
 from p2l_engine.errors import PromptError
 from p2l_engine.learning.hidden import hidden_states
@@ -29,24 +26,23 @@ from p2l_engine.learning.new_models import Described, Descriptions
 from p2l_engine.learning.rows import NewModel
 from p2l_engine.learning.write import retired_models
 from p2l_engine.prompts.parse import cell_turns
+from p2l_engine.serve.learn_state import LearnState
 from p2l_engine.serve.learning_engine import LearningEngine
-from p2l_engine.serve.lessons import Lesson, lessons
+from p2l_engine.serve.lessons import Lesson, as_votes, lessons
 from p2l_engine.serve.prompt_states import PromptStates
 from p2l_engine.serve.settings import ConfigError, Learn
-from p2l_engine.tables.atomic import write_file
 from p2l_engine.tables.whole import read_table
-from p2l_engine.votes import Votes
 
 Float32 = npt.NDArray[np.float32]
 
 REFERENCE = 256  # prompts that say how prompts vary, before anything is learned
 NEWEST = 1024  # of them, where more are known
+PATIENCE = 5.0  # seconds that feedback waits for the hidden state of its prompt
 BATCH = 256  # pieces of feedback that are learned from at a time
 OLDEST = 600.0  # seconds after which the optimum over all votes is found again, however few are new,
 RARELY = 20.0  # or so many times as long as that took last
 LONGEST = 30.0  # seconds that the end of the server waits for the thread
 NICE = 10  # of the threads, where threads have a priority of their own (Linux)
-NOT_COMPUTED_WITH = ("catalog.yaml",)
 NO_STATE = "the prompt's hidden state is not kept any more, and its text was not logged"
 UNREADABLE = "the prompt cannot be read"
 FAILED = "its update failed"
@@ -69,7 +65,6 @@ class OnlineLearning:
 
     def __init__(self, settings: Learn, engine: Engine, days: float | None = None) -> None:
         self.settings, self._days = settings, days
-        self._folder = Path(settings.state)
         if engine.theta_map is not None:
             raise ConfigError(
                 f"serve.learn: {engine.folder} is calibrated by a monotone map (calibration.json), behind which rows cannot be "
@@ -79,19 +74,19 @@ class OnlineLearning:
         certain = None if uncertainty is None else uncertainty.to(cpu)
         self._checkpoint = LearnedHead(engine.head.to(cpu), certain, engine.models, engine.feedback)
         self._retired = retired_models(engine.folder)
-        found = fingerprint.of_checkpoint(engine.folder, engine.base)
-        self._of = {name: value for name, value in found.items() if name not in NOT_COMPUTED_WITH}
+        self._state = LearnState(settings, engine)
         self.learned = self.updates = self.refinements = self.failures = self.waiting = 0
         self.seconds = self.last_seconds = self.refine_seconds = 0.0
         self.oldest: float | None = None
         self.skipped = Counter[str]()
         self._number = 0  # of the last feedback that was read
-        self._learner = self._read(engine)
+        self._reference = 0  # prompts that say how prompts vary
+        self._learner = self._begun(engine)
+        self._lengths = engine.lengths is not None
         self.engine = LearningEngine(engine, self._head(), self._remember)
         self._joining, self._publishing, self._wake = threading.Lock(), threading.Lock(), threading.Event()
         self._join(self.additions(settings))
         self._states: PromptStates | None = None
-        self._lock: int | None = None
         self._refining: threading.Thread | None = None
         self._refined, self._refine_took = time.monotonic(), 0.0
         self._saved, self._changed = time.monotonic(), False
@@ -152,22 +147,16 @@ class OnlineLearning:
     def open(self, log: DecisionLog) -> None:
         """Makes the state's folder if there is none, and starts. Raises ConfigError where it cannot be written, or where
         another process learns there."""
-        where = f"serve.learn.state: {self._folder}"
+        self._states = self._state.open(self.settings.prompts_kept, self._days)
         try:
-            self._folder.mkdir(exist_ok=True)
-            self._lock = os.open(self._folder, os.O_RDONLY)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            write_file(self._folder / "checkpoint.json", json.dumps(self._of, indent=1))
             self._save()
-            self._states = PromptStates(self._folder / "prompts.sqlite", self.settings.prompts_kept, self._days)
-        except BlockingIOError:
-            raise ConfigError(f"{where}: another process learns there: each server needs a folder of its own") from None
-        except (OSError, SQLAlchemyError) as error:
-            raise ConfigError(f"{where}: cannot be written: {error}") from None
+        except OSError as error:
+            raise ConfigError(f"{self._state.where}: cannot be written: {error}") from None
         self._log = log
         if (last := log.last_number()) < self._number:
             logger.warning("serve.learn: the log is not the one of before: all feedback in it is new")
             self._number = 0
+        self.waiting, self.oldest = log.waiting(self._number)
         self._thread = threading.Thread(target=self._run, name="learning", daemon=True)
         self._thread.start()
         logger.info("learning goes on after feedback %d of %d", self._number, last)
@@ -179,40 +168,19 @@ class OnlineLearning:
         self._thread.join(LONGEST)
         if self._thread.is_alive():
             logger.error("the server ends before all feedback was learned from: it is, when the server starts again")
-        elif self._states is not None and self._lock is not None:
+        elif self._states is not None:
             self._states.close()
-            os.close(self._lock)
+            self._state.close()
 
-    def _read(self, engine: Engine) -> Learner:
+    def _begun(self, engine: Engine) -> Learner:
         """The learner of the saved state, or a new one."""
-        where, state, of = (
-            f"serve.learn.state: {self._folder}",
-            self._folder / "learner.safetensors",
-            self._folder / "checkpoint.json",
-        )
-        self._reference = 0
-        _check_writable(self._folder, where)
-        try:
-            known = json.loads(of.read_text(encoding="utf-8")) if of.exists() else self._of
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{where}: checkpoint.json cannot be read: {error}; name another folder") from None
-        if known != self._of:
-            different = sorted(name for name in {**known, **self._of} if known.get(name) != self._of.get(name))
-            raise ConfigError(
-                f"{where}: is of another checkpoint ({', '.join(different[:3])}): name another folder, or the checkpoint it "
-                "began with"
-            )
-        loaded = self._checkpoint
-        if state.exists():
-            try:
-                found = Learner.load(state, loaded.head, loaded.feedback, loaded.uncertainty)
-                notes = dict(found.notes)
-                self._number, self._reference, self.learned = (int(notes[name]) for name in ("number", "reference", "learned"))
-                self.skipped.update(notes["skipped"])
-            except (ValueError, OSError, KeyError) as error:
-                raise ConfigError(f"{where}: {error}; name another folder to begin again") from None
+        found = self._state.read(self._checkpoint)
+        if found is not None:
+            notes = found.notes
+            self._number, self._reference, self.learned = (int(notes[name]) for name in ("number", "reference", "learned"))
+            self.skipped.update(notes["skipped"])
             return found
-        reference = np.zeros((0, loaded.head.weight.shape[1]), np.float32)
+        reference = np.zeros((0, self._checkpoint.head.weight.shape[1]), np.float32)
         if self.settings.prompts is not None:
             reference = hidden_states(engine, _prompts(self.settings.prompts))
         return self._new_learner(reference)
@@ -257,17 +225,31 @@ class OnlineLearning:
         self.waiting, self.oldest = self._log.waiting(self._number)
         if not self.ready and self._states.count >= REFERENCE:
             self._begin(np.stack(self._states.newest(NEWEST)))
-        while self.ready and self.waiting:
-            said = self._log.feedback_after(self._number, BATCH)
-            if said:
-                found, skipped = lessons(self._log, said, self._learner.models, self._checkpoint.feedback)
-                self._learn(found, skipped)
-                self.skipped += skipped
-                self._number, self._changed = said[-1].number, True
+        while self.ready and self.waiting and (said := self._next()):
+            found, skipped = lessons(self._log, said, self._learner.models, self._checkpoint.feedback)
+            self._learn(found, skipped)
+            self.skipped += skipped
+            self._number, self._changed = said[-1].number, True
             self.waiting, self.oldest = self._log.waiting(self._number)
             self._save_if_due()
         self._refine_if_due()
         self._save_if_due()
+
+    def _next(self) -> list[Said]:
+        """What is learned from next: nothing whose prompt may be computed at this moment, as that of a model that was named."""
+        assert self._states is not None
+        said = self._log.feedback_after(self._number, BATCH)
+        found, _ = lessons(self._log, said, self._learner.models, self._checkpoint.feedback)
+        new = [lesson for lesson in found if lesson.turns is None and lesson.since > time.time() - PATIENCE]
+        known = self._states.get({lesson.prompt for lesson in new}) if new else {}
+        first = min((lesson.number for lesson in new if lesson.prompt not in known), default=None)
+        return said if first is None else [each for each in said if each.number < first]
+
+    def flush(self) -> None:
+        """Writes the hidden states that are in memory: feedback on these prompts outlives the process. Raises
+        SQLAlchemyError."""
+        if self._states is not None:
+            self._states.flush()
 
     def _begin(self, reference: Float32) -> None:
         """Starts anew, now that it is known how prompts vary: nothing was learned before."""
@@ -309,14 +291,7 @@ class OnlineLearning:
         self.seconds += self.last_seconds
 
     def _update(self, found: list[Lesson], states: dict[str, Float32]) -> None:
-        names = self._learner.models
-        prompts = list(dict.fromkeys(lesson.prompt for lesson in found))
-        place = {prompt: i for i, prompt in enumerate(prompts)}
-        a, b = (
-            np.array([names.index(name) for name in side]) for side in zip(*((each.a, each.b) for each in found), strict=True)
-        )
-        prompt, outcome = np.array([place[each.prompt] for each in found]), np.array([each.outcome for each in found])
-        votes = Votes.make([(prompt,) for prompt in prompts], names, prompt, a, b, outcome)
+        votes, prompts = as_votes(found, self._learner.models)
         self._learner.update(votes, np.stack([states[each] for each in prompts]))
 
     def _states_of(self, found: list[Lesson], skipped: Counter[str]) -> dict[str, Float32]:
@@ -380,16 +355,10 @@ class OnlineLearning:
         self._changed = False
         notes: dict[str, Any] = {"number": self._number, "reference": self._reference, "learned": self.learned}
         try:
-            self._learner.save(self._folder / "learner.safetensors", {**notes, "skipped": dict(self.skipped)})
+            self._state.save(self._learner, {**notes, "skipped": dict(self.skipped)})
         except BaseException:
             self._changed = True
             raise
-
-
-def _check_writable(folder: Path, where: str) -> None:
-    there = folder if folder.exists() else folder.parent
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(f"{where}: expected a folder that can be written, or a name in one")
 
 
 def _prompts(path: str) -> list[tuple[str, ...]]:

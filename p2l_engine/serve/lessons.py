@@ -6,11 +6,14 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from p2l_engine.decision_log.comparison import REPEATED, answering, content, no_answer, no_vote
 from p2l_engine.decision_log.log import DecisionLog
-from p2l_engine.decision_log.record import Feedback, Preference, Record
+from p2l_engine.decision_log.record import Preference, Record
 from p2l_engine.decision_log.store import Said
 from p2l_engine.feedback import FeedbackModel, Outcome
+from p2l_engine.votes import Votes
 
 SCORES = 200  # of one prompt, the newest, that a new one is compared with
 LABEL = "a label"
@@ -24,9 +27,10 @@ OUTCOMES: dict[Preference, Outcome] = {
 
 
 class Lesson(NamedTuple):
-    """One vote. prompt: the hash of its turns; turns: themselves, where they were logged. since: when it was given, seconds
-    since 1970."""
+    """One vote. number, since: of the feedback that gives it, and when that came, seconds since 1970. prompt: the hash of its
+    turns; turns: themselves, where they were logged."""
 
+    number: int
     prompt: str
     turns: tuple[str, ...] | None
     a: str
@@ -75,13 +79,13 @@ def _votes(said: Said, records: Mapping[str, Record], log: DecisionLog) -> list[
         other = records.get(each.against or "")
         if other is None or (why := no_vote(record, other)) is not None:
             return str(no_vote(record, other) if other is None else why)
-        return [_lesson(each, record, answering(record), answering(other), OUTCOMES[each.preference])]
+        return [_lesson(said, record, answering(record), answering(other), OUTCOMES[each.preference])]
     if (why := no_answer(record)) is not None:
         return why
     own, found = answering(record), []
     for model, score in _scores(log, record, said.number).items():
         if model != own:
-            found.append(_lesson(each, record, own, model, _outcome(float(each.score or 0), score)))
+            found.append(_lesson(said, record, own, model, _outcome(float(each.score or 0), score)))
     return found or ALONE
 
 
@@ -102,11 +106,20 @@ def _outcome(a: float, b: float) -> Outcome:
     return Outcome.A if a > b else Outcome.B
 
 
-def _lesson(said: Feedback, record: Record, a: str, b: str, outcome: Outcome) -> Lesson:
-    return Lesson(record.turns_hash, record.turns, a, b, outcome, said.time)
+def _lesson(said: Said, record: Record, a: str, b: str, outcome: Outcome) -> Lesson:
+    return Lesson(said.number, record.turns_hash, record.turns, a, b, outcome, said.feedback.time)
 
 
 def _unusable(vote: Lesson, models: Collection[str], feedback: FeedbackModel) -> str | None:
     if vote.a not in models or vote.b not in models:
         return UNKNOWN
     return NO_TIES if vote.outcome >= Outcome.TIE and not feedback.has_ties else None
+
+
+def as_votes(found: Sequence[Lesson], models: Sequence[str]) -> tuple[Votes, list[str]]:
+    """The votes on these models, and the hashes of their prompts, one for each of ``Votes.prompts``."""
+    prompts = list(dict.fromkeys(lesson.prompt for lesson in found))
+    place, index = ({name: i for i, name in enumerate(names)} for names in (prompts, models))
+    rows = [(place[each.prompt], index[each.a], index[each.b], int(each.outcome)) for each in found]
+    prompt, a, b, outcome = np.array(rows, np.int64).reshape(-1, 4).T
+    return Votes.make([(prompt,) for prompt in prompts], models, prompt, a, b, outcome), prompts
