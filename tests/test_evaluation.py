@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import norm, poisson, spearmanr
+from scipy.stats import binomtest, norm, poisson, spearmanr, t
 from sklearn.metrics import roc_auc_score
 
 from p2l_engine import Engine
@@ -437,3 +437,36 @@ def test_a_report_is_complete_and_reproducible(name, tmp_path):
     other = Votes.make(raw.prompts, raw.models, raw.prompt, raw.a, raw.b, raw.outcome)
     with pytest.raises(ValueError, match="expected the checkpoint's models"):
         evaluate(engine, other)
+
+
+def test_few_votes_of_a_likely_outcome_do_not_make_a_share_certain(rng):
+    """Of 60 draws of 100 votes, nearly all intervals hold the probability that was right, in the last tenth too: by the
+    bootstrap alone, half of those there missed it."""
+    inside, last = [], []
+    one = np.arange(100)
+    for seed in range(60):
+        theta = np.c_[rng.normal(0, 2, 100), np.zeros(100)]
+        votes = Votes.make(
+            [(str(i),) for i in one], "ab", one, 0 * one, 0 * one + 1, (rng.random(100) > 1 / (1 + np.exp(-theta[:, 0]))) * 1
+        )
+        curve = calibration(Prediction.of(feedback_model("bt"), theta, None, votes), votes, bootstrap=50, seed=seed)
+        found = [low <= p <= high for p, low, high in zip(curve.predicted, curve.low, curve.high, strict=True)]
+        inside += found
+        last.append(found[-1])
+    assert np.mean(inside) > 0.94
+    assert np.mean(last) > 0.9
+
+
+@given(st.integers(2, 40), st.integers(0, 40), st.integers(0, 5))
+def test_a_share_of_independent_prompts_is_wilsons(n, hits, seed):
+    """With Student's quantile for the normal one."""
+    some = np.arange(n)
+    votes = Votes.make([(str(i),) for i in some], "ab", some, 0 * some, 0 * some + 1, 0 * some)
+    hit = (some < hits) * 1.0
+    low, high = Resampled.of(votes, 2000, seed).share(hit, np.ones(n))
+    p = hit.mean()
+    assert 0 <= low <= p <= high <= 1
+    assert high > low
+    if p in (0, 1) and n > 6:
+        exact = binomtest(int(hit.sum()), n).proportion_ci(norm.cdf(t.ppf(0.975, n - 1)) * 2 - 1, method="wilson")
+        assert (low, high) == pytest.approx((exact.low, exact.high), abs=1e-6)

@@ -145,13 +145,13 @@ def calibration(prediction: Prediction, votes: Votes, bins: int = BINS, bootstra
     some = weight > 0
     resampled = Resampled.of(votes, bootstrap, seed)
     in_bin = [of_votes * (place == k) for k in np.flatnonzero(some)]
-    ends = [resampled.ratio(hit * of_bin, of_bin, (0.0, 1.0)) for of_bin in in_bin]
+    ends = [resampled.share(hit * of_bin, of_bin) for of_bin in in_bin]
     return Calibration(
         tuple((confidence[some] / weight[some]).tolist()),
         tuple((right[some] / weight[some]).tolist()),
         tuple(weight[some].tolist()),
-        tuple(0.0 if end is None else end.low for end in ends),
-        tuple(1.0 if end is None else end.high for end in ends),
+        tuple(low for low, _ in ends),
+        tuple(high for _, high in ends),
     )
 
 
