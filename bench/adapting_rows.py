@@ -134,7 +134,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     """A column for each source whose new models nothing has seen, the log-loss above the mean true score."""
     chosen = {title: of for title, of in panels(rows).items() if title != "all sources" and "adapt" in {r.method for r in of}}
     chosen = {t: of for t, of in chosen.items() if (of[0].source, of[0].backbone) != (TRAINED_ON, "default")} or chosen
-    figure = Figure(figsize=(1.2 + 2.6 * len(chosen), 5.4), layout="constrained")
+    figure = Figure(figsize=(max(1.2 + 2.6 * len(chosen), 6.5), 5.4), layout="constrained")
     grid = figure.subplots(2, len(chosen), squeeze=False, sharex=True)
     for (title, of), (top, bottom) in zip(chosen.items(), grid.T, strict=True):
         found = [at for at in summary(of) if at.method not in ("residual", "both")]
@@ -162,5 +162,5 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     grid[1, 0].set_ylabel("mean true score routed", fontsize=8)
     figure.supxlabel("votes on the new model (bars: standard error of the difference from adapt)", fontsize=8)
     handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False, fontsize=7)
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels) if len(chosen) > 1 else 3, frameon=False, fontsize=7)
     save(figure, path)
