@@ -162,5 +162,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     grid[1, 0].set_ylabel("mean true score routed", fontsize=8)
     figure.supxlabel("votes on the new model (bars: standard error of the difference from adapt)", fontsize=8)
     handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels) if len(chosen) > 1 else 3, frameon=False, fontsize=7)
+    figure.legend(
+        handles, labels, loc="outside upper center", ncols=len(labels) if len(chosen) > 1 else 3, frameon=False, fontsize=7
+    )
     save(figure, path)
