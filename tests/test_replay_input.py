@@ -29,6 +29,13 @@ def test_true_and_false_are_no_numbers(tmp_path, name, ending, values):
         read_log(table(tmp_path / f"log.{ending}", **ROWS | {name: values}))
 
 
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("values", [[0.5, True], [True, 0.5], [1, False], [False, 1]])
+def test_true_and_false_are_no_numbers_beside_others(tmp_path, name, values):
+    with pytest.raises(ValueError, match=rf"row {values.index(next(x for x in values if x is True or x is False))}: {name}: "):
+        read_log(table(tmp_path / "log.jsonl", **ROWS | {name: values}))
+
+
 @LOOSE
 @given(st.data())
 def test_a_cell_is_the_number_that_it_says_or_is_refused(tmp_path, data):
@@ -69,10 +76,12 @@ def test_a_cell_is_the_number_that_it_says_or_is_refused(tmp_path, data):
 @pytest.mark.parametrize(
     ("policy", "message"),
     [
-        ([{"alpha": True}, {"beta": True}], "row 0: policy: .*true and false are no numbers"),
+        ([{"alpha": True}, {"beta": True}], "row 0: policy: expected neither true nor false"),
+        ([{"alpha": 0.5, "beta": 0.5}, {"beta": True}], "row 1: policy: expected neither true nor false"),
+        ([entries(alpha=1.0), entries(beta=True)], "row 1: policy: expected neither true nor false"),
         (['{"alpha": true}', '{"beta": 1}'], "row 0: policy: .*true and false are no numbers"),
         (['{"alpha": 0.5, "alpha": 0.5}', '{"beta": 1}'], "row 0: policy: .*got 'alpha' twice"),
-        ([[{"model": "alpha", "probability": True}], None], "policy: .*true and false"),
+        ([[{"model": "alpha", "probability": True}], None], "policy: .*neither true nor false"),
         ([entries(beta=1.0), entries(beta=1.0)], "row 0: policy: expected a probability above 0 of the chosen model.*'chosen'"),
         ([entries(alpha=1.0), entries(alpha=1.0, beta=0.0)], r"row 1: policy: .* the chosen model \(1 such rows\)"),
         ([1, 2], "row 0: policy: expected a list, got 1"),

@@ -122,13 +122,26 @@ def lists(table: pa.Table, name: str, kind: pa.DataType, path: str | Path, rows:
             return pc.cast(column, kind)
         except (pa.ArrowException, TypeError) as error:
             raise ValueError(f"{path}: {name}: expected lists of {kind.value_type}: {error}") from None
+    cells = column.to_pylist()
+
+    def refused(row: int, error: Exception) -> ValueError:
+        return ValueError(f"{path}: row {rows[row]}: {name}: expected a list, got {cells[row]!r:.60} ({error})")
+
     found = []
-    for row, value in enumerate(column.to_pylist()):
+    for row, cell in enumerate(cells):
         try:
-            found.append(_listed(parsed(value) if isinstance(value, str) and value else value, kind))
-        except (ValueError, TypeError, pa.ArrowException) as error:
-            raise ValueError(f"{path}: row {rows[row]}: {name}: expected a list, got {value!r:.60} ({error})") from None
-    return pa.array(found, kind)
+            found.append(_listed(parsed(cell) if isinstance(cell, str) and cell else cell, kind))
+        except (ValueError, TypeError) as error:
+            raise refused(row, error) from None
+    try:
+        return pa.array(found, kind)
+    except (pa.ArrowException, TypeError):
+        for row, value in enumerate(found):  # which one
+            try:
+                pa.scalar(value, kind)
+            except (pa.ArrowException, TypeError) as error:
+                raise refused(row, error) from None
+        raise
 
 
 def bounded(of: Float64, name: str, path: str | Path, rows: Int64 | None = None, least: float = -MOST) -> Float64:
@@ -157,10 +170,16 @@ def _listed(value: Any, kind: pa.DataType) -> list[Any] | None:
         value = [{"model": model, "probability": p} for model, p in value.items() if p is not None]
     if not isinstance(value, list):
         raise TypeError(f"it is {type(value).__name__}")
-    if any(isinstance(part, bool) for entry in value for part in (entry.values() if isinstance(entry, dict) else [entry])):
+    if _has_booleans(value):
         raise TypeError("true and false are no numbers")
-    listed: list[Any] | None = pa.scalar(value, kind).as_py()
-    return listed
+    return value
+
+
+def _has_booleans(value: Any) -> bool:
+    """Whether it is true or false, or a list or an object with such values, or a list of such objects."""
+    if isinstance(value, dict):
+        return any(map(_has_booleans, value.values()))
+    return any(map(_has_booleans, value)) if isinstance(value, list) else isinstance(value, bool)
 
 
 def _is_number(value: Any) -> bool:
@@ -192,13 +211,16 @@ def _plain(table: pa.Table) -> pa.Table:
 def _array(table: Table, name: str) -> pa.Array:
     """jsonl may mix whole numbers with others, and lists with texts: what no arrow type holds becomes JSON text."""
     values: Sequence[Any] = table.columns[name]
+    kinds = set(map(type, values))
+    if (bool in kinds and kinds - {bool, type(None)}) or kinds & {dict, list}:  # arrow makes numbers of some
+        for i, value in enumerate(values):
+            if _has_booleans(value):
+                raise ValueError(f"{table.located(i)}: {name}: expected neither true nor false, got {value!r:.60}")
     try:
         return pa.array(values)
     except (pa.ArrowException, TypeError, OverflowError):
         pass
     for i, value in enumerate(values):
-        if isinstance(value, bool):
-            raise ValueError(f"{table.located(i)}: {name}: expected neither true nor false, got {str(value).lower()}")
         if isinstance(value, int) and not _is_number(value):
             raise ValueError(f"{table.located(i)}: {name}: expected a smaller number, got one of {len(str(value))} digits")
         if isinstance(value, dict) and name == "prompt":
