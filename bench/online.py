@@ -95,9 +95,9 @@ def measured(folder: Path, given: argparse.Namespace) -> list[Row]:
     with contextlib.ExitStack() as running:
         mock = running.enter_context(servers.provider(folder, models, tokens_out=5))
         clients = []
-        for name in ("off", "on"):
-            more: dict[str, Any] = {"learn": learn} if name == "on" else {}
-            config = servers.config(mock.port, models, store=str(folder / f"{name}.sqlite"), **more)
+        settings: list[tuple[str, dict[str, Any]]] = [("off", {}), ("on", {"learn": learn})]
+        for name, more in settings:
+            config = servers.config(mock.port, models, ("chat",), store=str(folder / f"{name}.sqlite"), **more)
             subject = running.enter_context(servers.ours(name, folder, config, checkpoint))
             clients.append(Client(subject, models))
         for client in clients:

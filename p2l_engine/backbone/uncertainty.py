@@ -33,6 +33,7 @@ class Uncertainty:
     models: tuple[str, ...]
     order: tuple[str, ...] | None = None
     trained: tuple[str, ...] = ()
+    _wide: Tensor = field(init=False, repr=False)  # [r, K r]: the factors beside each other
     _places: Tensor = field(init=False, repr=False)  # of the M models among the K, K for those that are certain
 
     def __post_init__(self) -> None:
@@ -51,6 +52,7 @@ class Uncertainty:
         index = {name: i for i, name in enumerate(self.models)}
         places = torch.tensor([index.get(name, k) for name in order], device=self.basis.device)
         object.__setattr__(self, "_places", places)
+        object.__setattr__(self, "_wide", self.factors.transpose(0, 1).reshape(rank, k * rank).contiguous())
 
     def deviation(self, hidden: Tensor) -> Tensor:
         """The standard deviation of theta, [N, M] float32, for hidden states [N, D] after the final norm, on their device.
@@ -60,9 +62,10 @@ class Uncertainty:
         k, rank, _ = self.factors.shape
         projected = torch.addmm(self.basis[-1], hidden.float(), self.basis[:-1])
         parts = projected.split(max(1, PRODUCTS // (k * rank)))
-        found = [torch.linalg.vector_norm(part @ self.factors, dim=-1) for part in parts]  # each [K, n]
-        certain = projected.new_zeros((1, len(hidden)))
-        return torch.cat([torch.cat(found, 1), certain]).index_select(0, self._places).T.contiguous()
+        # One product: a product for each model takes many times as long where there are few prompts.
+        found = [torch.linalg.vector_norm((part @ self._wide).view(-1, k, rank), dim=-1) for part in parts]  # each [n, K]
+        certain = projected.new_zeros((len(hidden), 1))
+        return torch.cat([torch.cat(found), certain], 1).index_select(1, self._places)
 
     def to(self, device: torch.device) -> Uncertainty:
         """The same posterior on another device."""

@@ -225,25 +225,34 @@ class OnlineLearning:
         self.waiting, self.oldest = self._log.waiting(self._number)
         if not self.ready and self._states.count >= REFERENCE:
             self._begin(np.stack(self._states.newest(NEWEST)))
-        while self.ready and self.waiting and (said := self._next()):
-            found, skipped = lessons(self._log, said, self._learner.models, self._checkpoint.feedback)
+        while self.ready and self.waiting:
+            number, found, skipped = self._next()
+            if number == self._number:
+                break
             self._learn(found, skipped)
             self.skipped += skipped
-            self._number, self._changed = said[-1].number, True
+            self._number, self._changed = number, True
             self.waiting, self.oldest = self._log.waiting(self._number)
             self._save_if_due()
         self._refine_if_due()
         self._save_if_due()
 
-    def _next(self) -> list[Said]:
-        """What is learned from next: nothing whose prompt may be computed at this moment, as that of a model that was named."""
+    def _next(self) -> tuple[int, list[Lesson], Counter[str]]:
+        """Up to which feedback is learned from next, its votes, and what gives none: nothing whose prompt may be computed just
+        now, as that of a model that was named."""
         assert self._states is not None
         said = self._log.feedback_after(self._number, BATCH)
-        found, _ = lessons(self._log, said, self._learner.models, self._checkpoint.feedback)
+        found, skipped = self._lessons(said)
         new = [lesson for lesson in found if lesson.turns is None and lesson.since > time.time() - PATIENCE]
         known = self._states.get({lesson.prompt for lesson in new}) if new else {}
         first = min((lesson.number for lesson in new if lesson.prompt not in known), default=None)
-        return said if first is None else [each for each in said if each.number < first]
+        if first is not None:
+            said = [each for each in said if each.number < first]
+            found, skipped = self._lessons(said)
+        return said[-1].number if said else self._number, found, skipped
+
+    def _lessons(self, said: list[Said]) -> tuple[list[Lesson], Counter[str]]:
+        return lessons(self._log, said, self._learner.models, self._checkpoint.feedback)
 
     def flush(self) -> None:
         """Writes the hidden states that are in memory: feedback on these prompts outlives the process. Raises
@@ -361,13 +370,13 @@ class OnlineLearning:
             raise
 
 
-def _prompts(path: str) -> list[tuple[str, ...]]:
+def _prompts(path: str) -> list[list[str]]:
     """The column prompt of a table. Raises ConfigError."""
     try:
         table = read_table(path, ("prompt",))
         if "prompt" not in table.columns or not len(table):
             raise ValueError("expected a table with a column 'prompt'")
-        return [cell_turns(cell) for cell in table.columns["prompt"]]
+        return [list(cell_turns(cell)) for cell in table.columns["prompt"]]
     except (ValueError, OSError) as error:
         raise ConfigError(f"serve.learn.prompts: {path}: {error}") from None
 
