@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -64,6 +65,8 @@ def serve(
     date: Date = None,
 ) -> None:
     """Serve chat models at one address that OpenAI and Anthropic clients use; each request goes to the best for its money."""
+    # Before numpy is loaded: its products are small here, and threads of its own would spin while requests need the CPU.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from p2l_engine.serve import settings
 
     found = None if config is None else settings.load(config)
