@@ -75,7 +75,7 @@ class Resampled:
         least = float(student(LEVEL, n - 1)) ** 2 / n
         a = half**2 / (p * (1 - p)) if 0 < p < 1 and half > 0 else least
         around = float(np.sqrt(a * p * (1 - p) + a**2 / 4))
-        return max((p + a / 2 - around) / (1 + a), 0.0), min((p + a / 2 + around) / (1 + a), 1.0)
+        return max(min((p + a / 2 - around) / (1 + a), p), 0.0), min(max((p + a / 2 + around) / (1 + a), p), 1.0)
 
     def figure(self, values: Float64, within: Range = ANY, weights: WeightSums | None = None) -> Figure | None:
         """Values [1 + B] as a figure, its interval cut off at the ends of the range ``within``. weights: of the prompts, None: of
