@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from p2l_engine import learning
 from p2l_engine.backbone.head import Head
 from p2l_engine.feedback import Outcome, feedback_model
-from p2l_engine.learning.adapt import adapt
+from p2l_engine.learning.adapt import LARGEST, adapt
 from p2l_engine.learning.curves import leave_one_out
 from p2l_engine.learning.names import check_connected, check_new
 from p2l_engine.learning.new_models import Descriptions
@@ -349,6 +350,20 @@ def test_two_wins_widen_no_prior():
     assert found.scales.level < 1.5 * start.level
     after = theta(found.head, words_in(prompts)).mean(0)
     assert after[:9].mean() < after[9] < after[:9].max() + start.level
+
+
+@pytest.mark.parametrize("known_votes", [200, 36_000])
+def test_of_many_rows_the_others_may_be_held(monkeypatch, known_votes):
+    """Beyond ``LARGEST`` parameters: it makes deviations smaller, and hardly, as rows that training fixed hardly move."""
+    world = Simulator.of("grk", 6)
+    texts = words_in(world.prompts(100, 9))
+    found = []
+    for largest in (LARGEST, 0):
+        monkeypatch.setattr(learning.adapt.posterior, "__defaults__", (largest,))
+        found.append(joined(world, 60, 1, known_votes=known_votes)[0].uncertainty.deviation(torch.from_numpy(texts)))
+    ratio = (found[1] / found[0])[:, 5]
+    assert float(ratio.max()) < 1 + 1e-5
+    assert float(ratio.min()) > (0.99 if known_votes == 36_000 else 0.7)
 
 
 def test_what_two_prompts_do_not_show_stays_uncertain():

@@ -20,7 +20,7 @@ from p2l_engine.votes import Votes
 Float64 = npt.NDArray[np.float64]
 
 STEPS = (0.25, 0.5, 2.0, 4.0)  # factors of the prior's scales that are compared
-LARGEST = 8192  # free parameters up to which the posterior's covariance is exact
+LARGEST = 3072  # free parameters up to which the posterior's covariance is exact: inverting 8192 takes half a minute
 
 
 @dataclass(frozen=True, slots=True)
