@@ -18,7 +18,7 @@ from scipy.stats import binom
 from p2l_engine.coefficients import Coefficients
 from p2l_engine.feedback import feedback_model
 from p2l_engine.learning import drift
-from p2l_engine.learning.traffic import consecutive, period_of, read_traffic, rows_of
+from p2l_engine.learning.traffic import Traffic, consecutive, period_of, read_traffic, rows_of
 from tests.support import tiny
 from tests.support.command import p2l_engine
 from tests.support.simulate import Simulator
@@ -339,3 +339,22 @@ def test_options_over_time_need_a_period(log, monkeypatch):
     assert (ended.status, "needs --period" in ended.message) == (2, True)
     ended = p2l_engine("leaderboard", "x", "--period", "day", "--checkpoint", "c")
     assert (ended.status, "needs --prompts" in ended.message) == (2, True)
+
+
+@pytest.mark.parametrize("seconds", [1.7e12, 1.7e18, -1e12, 1e300])
+def test_times_of_other_units_are_named_with_their_row(tmp_path, seconds):
+    file = tmp_path / "log.csv"
+    file.write_text(f"prompt,time\nhello,1700000000\nhello,{seconds!r}\n")
+    with pytest.raises(ValueError, match=r"row 1.*time: expected seconds since 1970.*milliseconds"):
+        read_traffic(file, None, "week")
+
+
+@given(st.lists(st.tuples(st.text(max_size=3), st.integers(0, 3)), min_size=1, max_size=20))
+def test_rows_of_groups_are_found_whatever_their_names(rows):
+    group, period = zip(*((name, f"2026-0{1 + month}") for name, month in rows), strict=True)
+    found = rows_of(Traffic((("p",),) * len(rows), group, period, np.zeros(len(rows), np.int64), {}))
+    assert {key: [i for i in range(len(rows)) if (group[i], period[i]) == key] for key in zip(group, period, strict=True)} == {
+        key: of.tolist() for key, of in found.items()
+    }
+    sizes = [group.count(name) for name, _ in found]
+    assert sizes == sorted(sizes, reverse=True)

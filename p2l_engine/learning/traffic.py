@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,6 +23,7 @@ PERIODS: tuple[Period, ...] = get_args(Period)
 TIMES = ("time", "timestamp")  # columns, the first that is there
 EXPORTED = "decisions.parquet"  # in a folder that ``p2l-engine log export`` wrote
 ALL, NONE = "all", "none"
+FIRST, LAST = (datetime(year, 1, day, tzinfo=UTC).timestamp() for year, day in ((1000, 2), (9999, 1)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,7 @@ def read_traffic(path: str | Path, by: str | None, period: Period, column: str =
             continue
         try:
             turns, seconds = cell_turns(cell), seconds_of(table.columns[time][i])
+            period_of(seconds, period)
         except (Unusable, ValueError) as error:
             raise ValueError(f"{table.located(i)}: {error}") from None
         group = ALL if by is None else NONE if groups[i] in (None, "") else str(groups[i])
@@ -89,7 +92,11 @@ def read_traffic(path: str | Path, by: str | None, period: Period, column: str =
 
 def period_of(seconds: float, period: Period) -> str:
     """The name of the day (2026-01-31), ISO week (2026-W05) or month (2026-01) of a time in seconds since 1970, in UTC. Names
-    of one kind sort by time."""
+    of one kind sort by time. Raises ValueError for times outside the years 1000 to 9999, as of milliseconds."""
+    if not FIRST <= seconds < LAST:
+        raise ValueError(
+            f"time: expected seconds since 1970, in the years 1000 to 9999, got {seconds:.15g}: are these milliseconds?"
+        )
     when = datetime.fromtimestamp(seconds, UTC)
     if period == "week":
         year, week, _ = when.isocalendar()
@@ -99,13 +106,12 @@ def period_of(seconds: float, period: Period) -> str:
 
 def rows_of(traffic: Traffic) -> dict[tuple[str, str], npt.NDArray[np.int64]]:
     """The rows of each group and period, groups by size, periods by time."""
-    sizes = {name: traffic.group.count(name) for name in set(traffic.group)}
-    keys = np.array([f"{g}\0{p}" for g, p in zip(traffic.group, traffic.period, strict=True)])
-    found = {}
-    for key in sorted(set(keys.tolist()), key=lambda key: (-sizes[key.split("\0")[0]], *key.split("\0"))):
-        group, _, period = key.rpartition("\0")
-        found[group, period] = np.flatnonzero(keys == key)
-    return found
+    found: dict[tuple[str, str], list[int]] = {}
+    for i, key in enumerate(zip(traffic.group, traffic.period, strict=True)):
+        found.setdefault(key, []).append(i)
+    sizes = Counter(traffic.group)
+    keys = sorted(found, key=lambda key: (-sizes[key[0]], *key))
+    return {key: np.array(found[key], np.int64) for key in keys}
 
 
 def consecutive(keys: Sequence[tuple[str, str]]) -> list[tuple[tuple[str, str], tuple[str, str]]]:
