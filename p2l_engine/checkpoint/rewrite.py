@@ -85,7 +85,8 @@ def check_target(source: Path, target: Path) -> None:
         raise ValueError(f"{target}: expected a folder outside the checkpoint's own, {source}")
     above = next(folder for folder in target.resolve().parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
-        raise OSError(f"{target}: cannot be written: {above} is {'read-only' if above.is_dir() else 'no folder'}")
+        why = "read-only" if above.is_dir() else "no folder"
+        raise OSError(f"{target}: cannot be written, nothing was kept: {above} is {why}")
 
 
 def _check(source: Checkpoint, target: Path, head: Head, names: tuple[str, ...]) -> None:
