@@ -78,9 +78,9 @@ class Resampled:
         return max(min((p + a / 2 - around) / (1 + a), p), 0.0), min(max((p + a / 2 + around) / (1 + a), p), 1.0)
 
     def figure(self, values: Float64, within: Range = ANY, weights: WeightSums | None = None) -> Figure | None:
-        """Values [1 + B] as a figure, its interval cut off at the ends of the range ``within``. weights: of the prompts, None: of
-        all votes. Samples of NaN are left out; None where the full set is NaN, or where too few prompts or samples leave an end
-        infinite."""
+        """Values [1 + B] as a figure, its interval cut off at the ends of the range ``within``. weights: of the prompts; None:
+        of all votes. Samples of NaN are left out; None where the full set is NaN, or where too few prompts or samples leave an
+        end infinite."""
         samples = values[1:][~np.isnan(values[1:])]
         if np.isnan(values[0]):
             return None
