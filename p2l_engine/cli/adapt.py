@@ -225,7 +225,7 @@ def _catalog(file: Path, described: Descriptions, adapted: Adapted, drop: list[s
             "--leave-out",
             warning=True,
         )
-    if not entries:
+    if not entries and set(adapted.models) - set(drop):
         raise ValueError(f"{file}: without {', '.join(drop)} it has no model: expected the cost of another one, in --models")
     if entries == values[key]:
         return None
