@@ -48,7 +48,7 @@ class Client:
 
     def __init__(self, subject: servers.Subject, models: tuple[str, ...]) -> None:
         self.subject, self.models = subject, models
-        self.seconds, self.cpu = list[float](), 0.0
+        self.seconds, self.cpu, self.given = list[float](), 0.0, 0
 
     def post(self, path: str, body: Any) -> tuple[str, Any]:
         """The decision's id, and the answer."""
@@ -73,6 +73,7 @@ class Client:
             self.ask(prompt)
             if i % every == 0:
                 one, other = (self.ask(prompt, self.models[k]) for k in (i % 2, 2))
+                self.given += 1
                 self.post("/v1/feedback", {"id": one, "against": other, "preference": "this" if i % 3 else "other"})
         self.cpu += self.subject.cpu() - before
 
@@ -81,8 +82,10 @@ class Client:
         while True:
             with urllib.request.urlopen(f"http://127.0.0.1:{self.subject.port}/v1/status", timeout=60) as answer:
                 found = json.load(answer)["learning"]
-            if found is None or not found["waiting"]:
-                return 0 if found is None else int(found["learned"])
+            if found is None:
+                return 0
+            if found["learned"] + sum(found["skipped"].values()) >= self.given:
+                return int(found["learned"])
             time.sleep(0.1)
 
 

@@ -14,7 +14,8 @@ from p2l_engine.backbone.head import Head
 from p2l_engine.feedback import FeedbackModel
 from p2l_engine.leaderboard.losses import pair_derivatives, sums_of_derivatives
 from p2l_engine.learning.adapt import Adapted, adapt
-from p2l_engine.learning.objective import Objective, minimise, outcome_shares
+from p2l_engine.learning.likelihood import outcome_shares
+from p2l_engine.learning.objective import Objective, minimise
 from p2l_engine.learning.rows import NewModel
 from p2l_engine.votes import Votes, from_scores
 

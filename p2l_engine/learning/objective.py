@@ -15,7 +15,6 @@ from scipy.linalg import cho_factor, cho_solve
 
 from p2l_engine.feedback import FeedbackModel
 from p2l_engine.learning import likelihood
-from p2l_engine.learning.likelihood import outcome_shares as outcome_shares
 from p2l_engine.votes import Votes
 
 Float64 = npt.NDArray[np.float64]
