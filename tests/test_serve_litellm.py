@@ -140,13 +140,13 @@ def test_what_the_router_refuses_is_the_callers_error():
     with pytest.raises(Refusal, match="budget") as caught:
         chosen({"model": "auto", "messages": HELLO, "p2l": {"budget": 1e-12}}, fallback="small")
     assert caught.value.status == 402
-    for match, body in {
-        "messages": {"messages": []},
-        "previous_response_id": {"input": "x", "previous_response_id": "r"},
-    }.items():
+    for status, match, body in (
+        (400, "messages", {"messages": []}),
+        (404, "previous_response_id", {"input": "x", "previous_response_id": "r"}),
+    ):
         with pytest.raises(Refusal, match=match) as caught:
             chosen({"model": "auto", **body}, fallback="small", call_type="aresponses")
-        assert caught.value.status == 400
+        assert caught.value.status == status
 
 
 @pytest.mark.parametrize("failure", ["closed", "key", "slow", "other"])

@@ -34,6 +34,7 @@ SESSION_HEADERS = (
     "x-session-id", "x-conversation-id", "x-openwebui-chat-id", "x-librechat-conversation-id", "x-claude-code-session-id",
 )  # fmt: skip
 REFUSED = (400, 402)  # what the router says of the request itself; any other error is the router's own
+NOT_KEPT = ("previous_response_not_found", "not_found")  # codes of a 404 that is the request's too
 EVERY_MODEL = frozenset({"*", "all-proxy-models", "all-team-models"})
 
 
@@ -210,7 +211,8 @@ class ModelChoice:
             return found
         problem = found.get("error")
         message = str(problem.get("message") if isinstance(problem, dict) else f"status {status}")[:500]
-        if status in REFUSED:
+        code = problem.get("code") if isinstance(problem, dict) else None
+        if status in REFUSED or (status == 404 and code in NOT_KEPT):
             raise Refusal(status, message)
         raise RouterFailed(f"{path} answered {status}: {message}")
 

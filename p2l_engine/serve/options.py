@@ -78,7 +78,7 @@ def options_of(body: Mapping[str, Any], headers: Mapping[str, str]) -> Options:
 def session_of(options: Options, body: Mapping[str, Any], headers: Mapping[str, str], key: Key | None, otherwise: str) -> str:
     """A hash of the conversation that a request belongs to; of each caller's own."""
     named = options.session or None
-    if named is None and not headers.keys().isdisjoint(SESSION_HEADERS):
+    if named is None and any(name in headers for name in SESSION_HEADERS):
         named = next((headers[name] for name in SESSION_HEADERS if headers.get(name)), None)
     if named is None:
         metadata = body.get("metadata")
