@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -11,15 +11,16 @@ import numpy as np
 import numpy.typing as npt
 
 from p2l_engine import routing
-from p2l_engine.arguments import finite_number
 from p2l_engine.catalog import Catalog
 from p2l_engine.coefficients import Coefficients
 from p2l_engine.constraints import UNCONSTRAINED, Constraints
 from p2l_engine.decision import Decision, Draws, generator_of
 from p2l_engine.errors import CatalogError
+from p2l_engine.expected_costs import ExpectedCosts
 from p2l_engine.exploration import DRAWN, Explored, explore, known_deviation, posteriors
 from p2l_engine.feedback import FeedbackModel
 from p2l_engine.native import routing as native
+from p2l_engine.opponents import Opponents, weights_of
 from p2l_engine.prompts.parse import Prompt, user_turns
 from p2l_engine.routing import BudgetPacer, Objective, Policies, arrays, thompson
 from p2l_engine.routing.arrays import Float64
@@ -28,7 +29,6 @@ from p2l_engine.routing.thompson import Posterior
 from p2l_engine.routing.values import Values, compute, contending
 
 Explore = Literal["thompson"]
-Opponents = Literal["uniform"] | Mapping[str, float] | Sequence[float] | npt.NDArray[np.floating[Any]]
 
 
 class Chooser:
@@ -74,10 +74,11 @@ class Chooser:
         self.models, self.feedback, self.seed, self.objective = tuple(models), feedback, seed, objective
         self.explore: Explore | None = explore
         self.catalog = _matched(catalog, self.models, unmatched)
-        self.q = _weights(opponents, self.models)
-        self.names, self.costs = self.catalog.names, self.catalog.costs
+        self.q = weights_of(opponents, self.models)
+        self.names = self.catalog.names
         self._columns = np.array([self.models.index(name) for name in self.names])
-        self._per_in, self._per_out = self.catalog.prices
+        self._expected = ExpectedCosts(self.catalog, self._columns)
+        self.costs = self._expected.given
         self._draws = Draws(seed, self.names)
 
     def decide(
@@ -120,7 +121,7 @@ class Chooser:
         rows = zip(turns, *(column.tolist() for column in columns), tokens, strict=True)
         decisions = [self._draws.decide(user, bound, *row) for user, *row in rows]
         if coefficients.usage is not None:
-            decisions = self._with_usage(decisions, coefficients, policies.indices, policies.probabilities)
+            decisions = self._expected.on(decisions, coefficients, policies.indices, policies.probabilities)
         if explored is None:
             return decisions
         models = [self.names.index(decision.model) for decision in decisions]
@@ -141,7 +142,7 @@ class Chooser:
                 )
             posterior = self.posterior(coefficients, prompt, draw)
         rates = v if posterior is None else self._rates(posterior.drawn[None], coefficients.eta)
-        costs = self._costs_of_one(coefficients)
+        costs = self._expected.costs_of_one(coefficients)
         choice = pacer.choose_at(rates[0], costs)
         price = choice.price
         why = f"highest win rate less cost at {price:.4g} per {self.catalog.unit}: a mean budget of {pacer.budget:g}"
@@ -153,7 +154,7 @@ class Chooser:
         """The decision for one prompt at a price, win rate per unit of cost, of a router that explores."""
         theta = arrays.matrix("theta", coefficients.theta)
         posterior = self.posterior(coefficients, prompt, draw)
-        costs = self._costs_of_one(coefficients)
+        costs = self._expected.costs_of_one(coefficients)
         k = int(thompson.paced(self._rates(posterior.drawn[None], coefficients.eta), costs, price)[0])
         why = f"highest win rate less cost at {price:.4g} per {self.catalog.unit}"
         v = self._rates(theta, coefficients.eta)
@@ -176,7 +177,7 @@ class Chooser:
         score = native.bt_score(theta, self.q, self._bt_value(theta, v, np.array([[k]]), np.ones((1, 1))))
         decision = Decision(name, {name: 1.0}, float(costs[k]), float(v[0, k]), float(score[0]), why, 1.0)
         if coefficients.usage is not None:
-            (decision,) = self._with_usage([decision], coefficients, np.array([[k]], np.int32), np.ones((1, 1)))
+            (decision,) = self._expected.on([decision], coefficients, np.array([[k]], np.int32), np.ones((1, 1)))
         if posterior is None:
             return decision
         every = np.arange(len(self.names))
@@ -192,44 +193,19 @@ class Chooser:
         return posteriors(theta, coefficients.deviation, self._draws, turns, _tokens([draw], 1))[0]
 
     def costs_of(self, coefficients: Coefficients) -> Float64:
-        """What requests are expected to cost, [K] or [N, K], in the catalog's unit.
-
-        Where the checkpoint has learned how long answers are, and the catalog has prices for tokens: the prompt's tokens at the
-        price of input, and the expected output tokens at that of output. What the catalog says is the cost of models without
-        such prices, and of those without observed answers.
-        """
-        usage = coefficients.usage
-        if usage is None:
-            return self.costs
-        own = ~np.isnan(self._per_in) & usage.observed[self._columns]
-        if not own.any():
-            return self.costs
-        tokens_in, tokens_out = usage.tokens_in[:, None].astype(np.float64), usage.tokens_out[:, self._columns]
-        return np.where(own, tokens_in * self._per_in + tokens_out * self._per_out, self.costs)
-
-    def _costs_of_one(self, coefficients: Coefficients) -> Float64:
-        """[K]: of the one prompt of these coefficients."""
-        costs = self.costs_of(coefficients)
-        return costs if costs.ndim == 1 else costs[0]
+        """What requests are expected to cost, [K] or [N, K], in the catalog's unit: see ``ExpectedCosts``."""
+        return self._expected.costs(coefficients)
 
     def seconds_of(self, coefficients: Coefficients) -> Float64:
         """How long answers are expected to take, [N, K] seconds: the amounts of a ``routing.Resource``. Raises ValueError where
         the checkpoint has not learned it."""
-        if coefficients.usage is None or coefficients.usage.seconds is None:
-            raise ValueError(
-                "coefficients: expected those of a checkpoint that has learned how long answers take, got one without seconds; "
-                "'p2l-engine lengths' learns them from a log with latencies"
-            )
-        return coefficients.usage.seconds[:, self._columns].astype(np.float64)
+        return self._expected.seconds(coefficients)
 
     def usage_of(
         self, coefficients: Coefficients, indices: npt.NDArray[np.int32], probabilities: Float64
     ) -> tuple[Float64 | None, Float64 | None]:
         """The output tokens and seconds [N] that policies over ``names`` are expected to take, None where unknown."""
-        usage = coefficients.usage
-        known = (None, None) if usage is None else (usage.tokens_out, usage.seconds)
-        tokens, seconds = (None if of is None else expected(of[:, self._columns], indices, probabilities) for of in known)
-        return tokens, seconds
+        return self._expected.usage(coefficients, indices, probabilities)
 
     def solve(self, v: Float64 | Values, constraints: Constraints = UNCONSTRAINED, costs: Float64 | None = None) -> Policies:
         """The best policies over the K models of ``names``, from ``win_rates`` v [N, K] and costs [K] or [N, K] (``costs_of``),
@@ -287,18 +263,6 @@ class Chooser:
             policies,
         )  # fmt: skip
 
-    def _with_usage(
-        self,
-        decisions: Sequence[Decision],
-        coefficients: Coefficients,
-        indices: npt.NDArray[np.int32],
-        probabilities: Float64,
-    ) -> list[Decision]:
-        tokens, seconds = self.usage_of(coefficients, indices, probabilities)
-        columns = ([None] * len(decisions) if of is None else of.tolist() for of in (tokens, seconds))
-        rows = zip(decisions, *columns, strict=True)
-        return [replace(decision, expected_tokens=tokens, expected_seconds=seconds) for decision, tokens, seconds in rows]
-
     def _rates(self, theta: Float64, eta: npt.NDArray[np.float32] | None) -> Float64:
         """Win rates [N, K] of theta [N, M]; eta [N], or [1] for all."""
         ties = None if eta is None else np.array(np.broadcast_to(arrays.to_float64("eta", eta), len(theta)))
@@ -335,18 +299,6 @@ class Chooser:
         return np.asarray(value.clip(0.0, 1.0))
 
 
-def _tokens(draws: Sequence[str | None] | None, count: int) -> Sequence[str | None]:
-    """The texts that prompts are drawn by, one for each, checked."""
-    if draws is None:
-        return [None] * count
-    if isinstance(draws, str) or len(draws) != count:
-        raise ValueError(f"draws: expected a text for each of {count} prompts, got {draws!r:.80}")
-    for i, draw in enumerate(draws):
-        if draw is not None and not isinstance(draw, str):
-            raise TypeError(f"draws[{i}]: expected a text or None, got {draw!r:.80}")
-    return draws
-
-
 def _matched(catalog: Catalog, models: tuple[str, ...], unmatched: str) -> Catalog:
     if not isinstance(catalog, Catalog):
         raise TypeError(f"catalog: expected a Catalog (Catalog.from_yaml reads a file), got {type(catalog).__name__}")
@@ -365,16 +317,13 @@ def _matched(catalog: Catalog, models: tuple[str, ...], unmatched: str) -> Catal
     return catalog.only(models)
 
 
-def _weights(opponents: Opponents, models: tuple[str, ...]) -> npt.NDArray[np.float64]:
-    if isinstance(opponents, str):
-        if opponents != "uniform":
-            raise ValueError(f"opponents: expected 'uniform', a mapping or weights, got {opponents!r}")
-        return np.full(len(models), 1.0 / len(models))
-    if isinstance(opponents, Mapping):
-        unknown = sorted(set(opponents) - set(models), key=str)
-        if unknown:
-            raise ValueError(
-                f"opponents: the checkpoint does not know {', '.join(map(str, unknown))}; it knows {', '.join(models)}"
-            )
-        opponents = [finite_number(f"opponents of {name}", opponents.get(name, 0.0), "a weight >= 0") for name in models]
-    return arrays.opponents(opponents, (1, len(models)), "opponents").reshape(len(models))
+def _tokens(draws: Sequence[str | None] | None, count: int) -> Sequence[str | None]:
+    """The texts that prompts are drawn by, one for each, checked."""
+    if draws is None:
+        return [None] * count
+    if isinstance(draws, str) or len(draws) != count:
+        raise ValueError(f"draws: expected a text for each of {count} prompts, got {draws!r:.80}")
+    for i, draw in enumerate(draws):
+        if draw is not None and not isinstance(draw, str):
+            raise TypeError(f"draws[{i}]: expected a text or None, got {draw!r:.80}")
+    return draws

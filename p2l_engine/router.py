@@ -15,7 +15,7 @@ import torch
 from p2l_engine import routing
 from p2l_engine.arguments import callback, instance
 from p2l_engine.catalog import Catalog
-from p2l_engine.chooser import Chooser, Explore, Opponents
+from p2l_engine.chooser import Chooser, Explore
 from p2l_engine.coefficients import Coefficients
 from p2l_engine.constraints import Budget, Constraints, Shares
 from p2l_engine.decision import Decision
@@ -24,6 +24,7 @@ from p2l_engine.engine.batcher import WAIT, Batcher
 from p2l_engine.engine.compile_watch import CompileWatch
 from p2l_engine.errors import InfeasibleBudget
 from p2l_engine.exploration import NO_UNCERTAINTY
+from p2l_engine.opponents import Opponents
 from p2l_engine.prompts.parse import Prompt, Turns, parse_batch, user_turns
 from p2l_engine.routing import BudgetPacer, Objective, Resource, arrays
 from p2l_engine.routing.problem import Scope

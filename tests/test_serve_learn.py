@@ -25,7 +25,7 @@ from p2l_engine.learning.hidden import hidden_states
 from p2l_engine.learning.learner import Learner
 from p2l_engine.learning.rows import NewModel
 from p2l_engine.serve import learn as module
-from p2l_engine.serve import lessons, settings
+from p2l_engine.serve import lessons, next_lessons, settings
 from p2l_engine.serve.runtime import Runtime
 from p2l_engine.serve.settings import ConfigError
 from p2l_engine.votes import Votes
@@ -167,8 +167,8 @@ def test_what_gives_no_vote_is_counted(engine, tmp_path):
         elsewhere = (await client.decision("another prompt", "gamma"))["id"]
         await client.post("/v1/feedback", {"id": first, "against": elsewhere, "preference": "this"})
         await client.prefer("a prompt", "alpha", "alpha")
-        nobody = "dec_" + "0" * 32
-        statuses = [(await client.post("/v1/feedback", {"id": nobody, "score": 1}))[0]]
+        unknown = "dec_" + "0" * 32
+        statuses = [(await client.post("/v1/feedback", {"id": unknown, "score": 1}))[0]]
         statuses.append((await client.post("/v1/feedback", {"id": first, "score": 7}))[0])
         for score, model in ((1, "delta"), (0.2, NEW), (0.2, "beta")):
             id = (await client.decision("scored", model))["id"]
@@ -232,7 +232,7 @@ def test_where_hidden_states_are_gone_logged_texts_are_computed_again(logged, en
     async def decide(client: Client) -> list[str]:
         return [(await client.decision("a prompt", model))["id"] for model in ("alpha", NEW)]
 
-    monkeypatch.setattr(module, "PATIENCE", 0.1)
+    monkeypatch.setattr(next_lessons, "PATIENCE", 0.1)
     ids = run(config, engine, decide)
     (tmp_path / "state" / "prompts.sqlite").unlink()
 
@@ -242,7 +242,7 @@ def test_where_hidden_states_are_gone_logged_texts_are_computed_again(logged, en
         return await client.until(lambda found: found["learned"] + sum(found["skipped"].values()) == 1)
 
     status = run(config, engine, say)
-    assert (status["learned"], status["skipped"]) == ((1, {}) if logged else (0, {module.NO_STATE: 1}))
+    assert (status["learned"], status["skipped"]) == ((1, {}) if logged else (0, {next_lessons.NO_STATE: 1}))
 
 
 def test_a_reload_adds_models_and_loses_nothing(engine, tmp_path):
@@ -264,8 +264,8 @@ def test_a_reload_adds_models_and_loses_nothing(engine, tmp_path):
         _, coefficients = await client.post("/v1/coefficients", {"prompts": ["a", "question 1"]})
         for wrong, message in (
             ({"alpha": None}, "'alpha' is in the checkpoint"),
-            ({NEW: None, "eta": {"like": "nobody"}}, "like: expected models of the checkpoint"),
-            ({"nobody": None}, "expected names under models, got nobody"),
+            ({NEW: None, "eta": {"like": "missing"}}, "like: expected models of the checkpoint"),
+            ({"missing": None}, "expected names under models, got missing"),
         ):
             file.write_text(yaml.safe_dump(config_in(tmp_path, wrong)), encoding="utf-8")
             with pytest.raises(ConfigError, match=re.escape(message)):

@@ -16,9 +16,10 @@ from p2l_engine.batch.config import check_decision_options
 from p2l_engine.batch.decide import EXPLORED, OUTPUT_COLUMNS, Decider
 from p2l_engine.batch.deduplicator import Deduplicator, locate
 from p2l_engine.catalog import Catalog
-from p2l_engine.chooser import Explore, Opponents
+from p2l_engine.chooser import Explore
 from p2l_engine.constraints import Constraints
 from p2l_engine.engine import Engine
+from p2l_engine.opponents import Opponents
 from p2l_engine.router import Router
 from p2l_engine.routing import Objective
 

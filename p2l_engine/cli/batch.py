@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
     from p2l_engine.batch import Report
     from p2l_engine.batch.ray import Cluster
-    from p2l_engine.chooser import Opponents
     from p2l_engine.engine import Engine
+    from p2l_engine.opponents import Opponents
 
 READING, DECIDING, RUN, CLUSTER = "Reading", "Deciding", "Running", "Ray"  # headings in the help
 

@@ -14,9 +14,9 @@ import typer
 from p2l_engine.cli.terminal import note, status
 
 if TYPE_CHECKING:
-    from p2l_engine.chooser import Opponents
     from p2l_engine.constraints import Shares
     from p2l_engine.engine import Engine
+    from p2l_engine.opponents import Opponents
     from p2l_engine.router import Router
 
 PLOTS = (".png", ".svg", ".pdf")

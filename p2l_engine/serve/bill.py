@@ -116,7 +116,7 @@ class Bill:
         out = -(-written // 3)
         if self.hides(k):
             out = max(out, math.ceil(seconds * FASTEST) * self.ask.outputs)
-        audio = self.may_have("audio")  # at its price, since nobody has said how much of it is none
+        audio = self.may_have("audio")  # at its price, since it is not known how much of it is not
         found = Usage(0, 0) if reported is None else reported
         if not found.tokens_in:
             bound = self.input_bound(k)

@@ -15,9 +15,7 @@ import torch
 from sqlalchemy.exc import SQLAlchemyError
 
 from p2l_engine.decision_log.log import DecisionLog
-from p2l_engine.decision_log.store import Said
 from p2l_engine.engine import Engine
-from p2l_engine.errors import PromptError
 from p2l_engine.learning.hidden import hidden_states
 from p2l_engine.learning.learned import LearnedHead
 from p2l_engine.learning.learner import Learner
@@ -25,26 +23,21 @@ from p2l_engine.learning.names import check_new
 from p2l_engine.learning.new_models import Described, Descriptions
 from p2l_engine.learning.rows import NewModel
 from p2l_engine.learning.write import retired_models
-from p2l_engine.prompts.parse import cell_turns
 from p2l_engine.serve.learn_state import LearnState
 from p2l_engine.serve.learning_engine import LearningEngine
-from p2l_engine.serve.lessons import Lesson, as_votes, lessons
+from p2l_engine.serve.lessons import Lesson, as_votes
+from p2l_engine.serve.next_lessons import next_lessons, reference_prompts, states_of
 from p2l_engine.serve.prompt_states import PromptStates
 from p2l_engine.serve.settings import ConfigError, Learn
-from p2l_engine.tables.whole import read_table
 
 Float32 = npt.NDArray[np.float32]
 
 REFERENCE = 256  # prompts that say how prompts vary, before anything is learned
 NEWEST = 1024  # of them, where more are known
-PATIENCE = 5.0  # seconds that feedback waits for the hidden state of its prompt
-BATCH = 256  # pieces of feedback that are learned from at a time
 OLDEST = 600.0  # seconds after which the optimum over all votes is found again, however few are new,
 RARELY = 20.0  # or so many times as long as that took last
 LONGEST = 30.0  # seconds that the end of the server waits for the thread
 NICE = 10  # of the threads, where threads have a priority of their own (Linux)
-NO_STATE = "the prompt's hidden state is not kept any more, and its text was not logged"
-UNREADABLE = "the prompt cannot be read"
 FAILED = "its update failed"
 
 logger = logging.getLogger(__name__)
@@ -182,7 +175,7 @@ class OnlineLearning:
             return found
         reference = np.zeros((0, self._checkpoint.head.weight.shape[1]), np.float32)
         if self.settings.prompts is not None:
-            reference = hidden_states(engine, _prompts(self.settings.prompts))
+            reference = hidden_states(engine, reference_prompts(self.settings.prompts))
         return self._new_learner(reference)
 
     def _new_learner(self, reference: Float32) -> Learner:
@@ -226,7 +219,9 @@ class OnlineLearning:
         if not self.ready and self._states.count >= REFERENCE:
             self._begin(np.stack(self._states.newest(NEWEST)))
         while self.ready and self.waiting:
-            number, found, skipped = self._next()
+            number, found, skipped = next_lessons(
+                self._log, self._number, self._states, self._learner.models, self._checkpoint.feedback
+            )
             if number == self._number:
                 break
             self._learn(found, skipped)
@@ -236,23 +231,6 @@ class OnlineLearning:
             self._save_if_due()
         self._refine_if_due()
         self._save_if_due()
-
-    def _next(self) -> tuple[int, list[Lesson], Counter[str]]:
-        """Up to which feedback is learned from next, its votes, and what gives none: nothing whose prompt may be computed just
-        now, as that of a model that was named."""
-        assert self._states is not None
-        said = self._log.feedback_after(self._number, BATCH)
-        found, skipped = self._lessons(said)
-        new = [lesson for lesson in found if lesson.turns is None and lesson.since > time.time() - PATIENCE]
-        known = self._states.get({lesson.prompt for lesson in new}) if new else {}
-        first = min((lesson.number for lesson in new if lesson.prompt not in known), default=None)
-        if first is not None:
-            said = [each for each in said if each.number < first]
-            found, skipped = self._lessons(said)
-        return said[-1].number if said else self._number, found, skipped
-
-    def _lessons(self, said: list[Said]) -> tuple[list[Lesson], Counter[str]]:
-        return lessons(self._log, said, self._learner.models, self._checkpoint.feedback)
 
     def flush(self) -> None:
         """Writes the hidden states that are in memory: feedback on these prompts outlives the process. Raises
@@ -277,7 +255,8 @@ class OnlineLearning:
 
     def _learn(self, found: list[Lesson], skipped: Counter[str]) -> None:
         """Updates by these votes, and adds those that cannot be learned from to ``skipped``."""
-        states = self._states_of(found, skipped)
+        assert self._states is not None
+        states = states_of(found, self._states, self.engine.engine, skipped)
         usable = [lesson for lesson in found if lesson.prompt in states]
         if not usable:
             return
@@ -302,22 +281,6 @@ class OnlineLearning:
     def _update(self, found: list[Lesson], states: dict[str, Float32]) -> None:
         votes, prompts = as_votes(found, self._learner.models)
         self._learner.update(votes, np.stack([states[each] for each in prompts]))
-
-    def _states_of(self, found: list[Lesson], skipped: Counter[str]) -> dict[str, Float32]:
-        """The hidden states of the votes' prompts: kept ones, or computed again from logged texts."""
-        assert self._states is not None
-        states = self._states.get({lesson.prompt for lesson in found})
-        for lesson in found:
-            if lesson.prompt in states:
-                continue
-            if lesson.turns is None:
-                skipped[NO_STATE] += 1
-                continue
-            try:
-                states[lesson.prompt] = hidden_states(self.engine.engine, [list(lesson.turns)])[0]
-            except PromptError:
-                skipped[UNREADABLE] += 1
-        return states
 
     def _publish(self) -> None:
         """Requests that begin now get the head as it is now."""
@@ -368,17 +331,6 @@ class OnlineLearning:
         except BaseException:
             self._changed = True
             raise
-
-
-def _prompts(path: str) -> list[list[str]]:
-    """The column prompt of a table. Raises ConfigError."""
-    try:
-        table = read_table(path, ("prompt",))
-        if "prompt" not in table.columns or not len(table):
-            raise ValueError("expected a table with a column 'prompt'")
-        return [list(cell_turns(cell)) for cell in table.columns["prompt"]]
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"serve.learn.prompts: {path}: {error}") from None
 
 
 def _nice() -> None:
