@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -335,6 +336,11 @@ def test_a_vote_that_cannot_be_learned_is_counted_and_the_others_are_learned(eng
     assert "a vote on zeta and alpha cannot be learned from: no minimum" in caplog.text
 
 
+def descriptors() -> list[str]:
+    """Those of this process that are still open once they are listed."""
+    return [each for each in os.listdir("/proc/self/fd") if os.path.islink(f"/proc/self/fd/{each}")]
+
+
 def test_what_cannot_learn_is_refused_by_name(engine, tmp_path):
     def refused(config: dict[str, Any], of: Engine = engine) -> str:
         with pytest.raises(ConfigError) as error:
@@ -352,10 +358,13 @@ def test_what_cannot_learn_is_refused_by_name(engine, tmp_path):
     with pytest.raises(ConfigError, match="serve.learn: works on one machine alone"):
         Runtime(settings.parse(config), engine, computer=Batcher(engine))
 
-    async def nothing(client: Client) -> str:
-        return refused(config)
+    async def nothing(client: Client) -> tuple[str, int]:
+        why = refused(config)
+        return why, sum(os.readlink(f"/proc/self/fd/{each}") == str(tmp_path / "state") for each in descriptors())
 
-    assert "another process learns there" in run(config, engine, nothing)
+    why, opened = run(config, engine, nothing)
+    assert "another process learns there" in why
+    assert opened == 1  # the refused one keeps no lock
     for name, changes in (("head", {"seed": 1}), ("narrow", {"decoder": tiny.config(hidden_size=24, intermediate_size=40)})):
         other = Engine(checkpoint.load(tiny.write(tmp_path / name, **changes)), "cpu", "float32")
         assert "is of another checkpoint" in refused(config, other)

@@ -65,8 +65,10 @@ class LearnState:
             write_file(self._checkpoint, json.dumps(self._of, indent=1))
             return PromptStates(self.folder / "prompts.sqlite", most, days)
         except BlockingIOError:
+            self.close()
             raise ConfigError(f"{self.where}: another process learns there: each server needs a folder of its own") from None
         except (OSError, SQLAlchemyError) as error:
+            self.close()
             raise ConfigError(f"{self.where}: cannot be written: {error}") from None
 
     def save(self, learner: Learner, notes: Mapping[str, Any]) -> None:
@@ -77,3 +79,4 @@ class LearnState:
         """Others may learn there."""
         if self._lock is not None:
             os.close(self._lock)
+            self._lock = None

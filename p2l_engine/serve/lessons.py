@@ -14,6 +14,7 @@ from p2l_engine.decision_log.record import Preference, Record
 from p2l_engine.decision_log.store import Said
 from p2l_engine.feedback import FeedbackModel, Outcome
 from p2l_engine.votes import Votes
+from p2l_engine.votes.scores import outcomes
 
 SCORES = 200  # of one prompt, the newest, that a new one is compared with
 LABEL = "a label"
@@ -85,7 +86,7 @@ def _votes(said: Said, records: Mapping[str, Record], log: DecisionLog) -> list[
     own, found = answering(record), []
     for model, score in _scores(log, record, said.number).items():
         if model != own:
-            found.append(_lesson(said, record, own, model, _outcome(float(each.score or 0), score)))
+            found.append(_lesson(said, record, own, model, Outcome(int(outcomes(each.score or 0.0, score)))))
     return found or ALONE
 
 
@@ -97,13 +98,6 @@ def _scores(log: DecisionLog, record: Record, number: int) -> dict[str, float]:
             if said.score is not None and no_answer(of) is None:
                 found.setdefault(answering(of), said.score)
     return found
-
-
-def _outcome(a: float, b: float) -> Outcome:
-    """As ``votes.scores.from_scores``."""
-    if a == b:
-        return Outcome.TIE if a >= 0.5 else Outcome.BOTH_BAD
-    return Outcome.A if a > b else Outcome.B
 
 
 def _lesson(said: Said, record: Record, a: str, b: str, outcome: Outcome) -> Lesson:

@@ -62,6 +62,13 @@ def score_matrix(
     return prompts, models, np.array([[rows[p].get(m, np.nan) for m in models] for p in prompts])
 
 
+def outcomes(a: npt.ArrayLike, b: npt.ArrayLike) -> npt.NDArray[np.int64]:
+    """The votes that scores a and b of two answers make: the higher one wins; equal ones are a tie if at least 0.5, else both
+    bad."""
+    equal = np.where(np.greater_equal(a, 0.5), Outcome.TIE, Outcome.BOTH_BAD)
+    return np.where(np.greater(a, b), Outcome.A, np.where(np.less(a, b), Outcome.B, equal)).astype(np.int64)
+
+
 def from_scores(
     prompts: tuple[tuple[str, ...], ...],
     models: tuple[str, ...],
@@ -69,17 +76,17 @@ def from_scores(
     wanted: tuple[str, ...] | None = None,
     answers_once: bool = False,
 ) -> Votes:
-    """One vote for every pair of models with scores on a prompt: the higher score wins; equal scores are a tie if at least 0.5,
-    else both bad. scores [P, M], NaN where there is none. wanted: the models' order. answers_once: the votes on a prompt with k
-    scores weigh 1 / (k - 1), so that each answer, which is in k - 1 of them, counts once; else each vote weighs 1."""
+    """One vote for every pair of models with scores on a prompt, see ``outcomes``. scores [P, M], NaN where there is none.
+
+    wanted: the models' order. answers_once: the votes on a prompt with k scores weigh 1 / (k - 1), so that each answer, which
+    is in k - 1 of them, counts once; else each vote weighs 1."""
     if wanted is not None:
         if set(wanted) != set(models):
             raise ValueError(f"models: expected {sorted(wanted)}, got {sorted(models)}")
         scores, models = scores[:, [models.index(model) for model in wanted]], tuple(wanted)
     i, j = np.triu_indices(len(models), 1)
     a, b = scores[:, i], scores[:, j]
-    equal = np.where(a >= 0.5, Outcome.TIE, Outcome.BOTH_BAD)
-    outcome = np.where(a > b, Outcome.A, np.where(a < b, Outcome.B, equal)).astype(np.int64)
+    outcome = outcomes(a, b)
     n = len(prompts)
     pairs = (np.tile(i, n).astype(np.int64), np.tile(j, n).astype(np.int64))
     weight = None
