@@ -17,6 +17,7 @@ from p2l_engine.batch.blocks import Block, Unroutable, blocks
 from p2l_engine.batch.deduplicator import NO_REFERENCE, Deduplicator
 from p2l_engine.batch.manifest import read_manifest
 from p2l_engine.batch.report import Recorder
+from p2l_engine.tables.chunked import read_rows
 from p2l_engine.tables.find import find
 from p2l_engine.tables.storage import Location
 from tests.support.batch_files import PROMPTS, assert_routed_as, contents, output, write
@@ -244,3 +245,15 @@ def test_blocks_are_bounded_by_rows_and_bytes(tmp_path, monkeypatch):
     assert [len(block.prompts) for block in found] == [6, 2, 6, 6]
     assert [block.first for block in found] == [0, 6, 8, 14]
     assert [turns[0] for block in found for turns in block.prompts] == prompts
+
+
+def test_a_cell_that_cannot_be_kept_costs_its_row_but_not_its_prompt(tmp_path, monkeypatch):
+    """Coefficients do not depend on what is kept."""
+    (file,) = find([write(tmp_path / "in.parquet", ["a", "b", "c", "d"])])
+    odd = [each._replace(problems={1: "too odd", 3: "odd too"}) for each in read_rows([file], "prompt")]
+    monkeypatch.setattr("p2l_engine.batch.blocks.read_rows", lambda *_: odd)
+    found = list(blocks([file], "prompt", rows=2))
+    where = f"{file.shown}: row "
+    assert [block.problems for block in found] == [{1: ("too odd", where + "1")}, {1: ("odd too", where + "3")}]
+    deduplicator = Deduplicator()
+    assert [deduplicator.add(block).new_prompts for block in found] == [[["a"], ["b"]], [["c"], ["d"]]]

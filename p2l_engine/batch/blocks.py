@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,13 +33,15 @@ RowTurns = tuple[str, ...] | Unroutable
 @dataclass(frozen=True, slots=True)
 class Block:
     """Consecutive rows: the block's number, its first row's (from 0, over all files), each row's user turns, the kept columns,
-    and how much of all input bytes was read, 0 to 1."""
+    how much of all input bytes was read, 0 to 1, and the rows (by their place in the block) with a cell that the kept columns
+    cannot hold: they are not routed, but their prompts are computed, so that coefficients do not depend on what is kept."""
 
     number: int
     first: int
     prompts: list[RowTurns]
     kept: pa.Table
     read: float = 1.0
+    problems: Mapping[int, Unroutable] = field(default_factory=dict)
 
 
 def blocks(
@@ -53,6 +55,7 @@ def blocks(
     """
     number = first = size = 0
     prompts: list[RowTurns] = []
+    problems: dict[int, Unroutable] = {}
     kept: list[pa.Table] = []
     sizes = np.array([file.size for file in files], float)
     before = dict(zip(map(id, files), sizes.cumsum() - sizes, strict=True))
@@ -68,16 +71,18 @@ def blocks(
             turns = turns_of(cell, plain_text)
             if isinstance(turns, Unroutable):
                 turns = turns._replace(where=f"{file.shown}: row {record_batch.first + i}")
+            if i in record_batch.problems:
+                problems[len(prompts)] = Unroutable(record_batch.problems[i], f"{file.shown}: row {record_batch.first + i}")
             prompts.append(turns)
             size += sum(map(len, turns)) + kept_each
             if len(prompts) == rows or size >= BYTES:
                 kept.append(columns[start : i + 1])
-                yield Block(number, first, prompts, pa.concat_tables(kept), read)
+                yield Block(number, first, prompts, pa.concat_tables(kept), read, problems)
                 number, first, start, size = number + 1, first + len(prompts), i + 1, 0
-                prompts, kept = [], []
+                prompts, problems, kept = [], {}, []
         kept.append(columns[start:])
     if prompts:
-        yield Block(number, first, prompts, pa.concat_tables(kept))
+        yield Block(number, first, prompts, pa.concat_tables(kept), problems=problems)
 
 
 def turns_of(cell: Any, plain_text: bool = False) -> RowTurns:

@@ -83,6 +83,8 @@ class Decider:
         """Whether each row can be routed [rows], and the reason where it cannot."""
         reasons = [prompt.why if isinstance(prompt, Unroutable) else None for prompt in block.block.prompts]
         routable = block.references != NO_REFERENCE
+        for row, problem in block.block.problems.items():
+            routable[row], reasons[row] = False, reasons[row] or problem.why
         not_finite = np.flatnonzero(routable)[~np.isfinite(self.take(block.references[routable])).all(axis=1)]
         for row in not_finite.tolist():
             turns = block.block.prompts[row]

@@ -166,9 +166,10 @@ class Pipeline:
                 f"draw: expected one of the columns {', '.join(block.kept.column_names)}, got {self.config.draw!r}"
             )
         if self.config.strict:
-            for prompt in block.prompts:
-                if isinstance(prompt, Unroutable):
-                    raise ValueError(f"{prompt.where}: {prompt.why}")
+            for row, prompt in enumerate(block.prompts):
+                problem = prompt if isinstance(prompt, Unroutable) else block.problems.get(row)
+                if problem is not None:
+                    raise ValueError(f"{problem.where}: {problem.why}")
 
     def _submit(self, writer: ThreadPoolExecutor) -> None:
         """Gives blocks to the writer in order, so that the coefficients of repeated prompts, in earlier blocks, are on disk."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from p2l_engine.tables.storage import File
@@ -29,13 +30,15 @@ class InvalidRow(NamedTuple):
 
 class Rows(NamedTuple):
     """Consecutive rows of one file: the number of the first (from 0, a header not counted), the prompts' cells (or an
-    ``InvalidRow`` each), the kept columns, and how much of the file was read, 0 to 1."""
+    ``InvalidRow`` each), the kept columns, how much of the file was read, 0 to 1, and why cells of kept columns cannot be
+    stored, by their rows' places in ``prompts``: these cells are null."""
 
     file: File
     first: int
     prompts: list[Any]
     kept: pa.Table
     read: float
+    problems: Mapping[int, str] = MappingProxyType({})
 
 
 class ValueRows(NamedTuple):
