@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from p2l_engine.tables.formats import FORMATS, Reader, kind_of
+from p2l_engine.tables.partitions import check_partitions, with_columns, with_fields
 from p2l_engine.tables.rows import Rows, readable, unreadable, unreadable_error
 from p2l_engine.tables.storage import File
 
@@ -25,10 +26,13 @@ def read_rows(files: Sequence[File], column: str, keep: Sequence[str] | None = N
     """column: the prompts'; keep: other columns (None: all). Raises ValueError with file and row where a file cannot be read,
     lacks a column, or has columns of other types than the first file."""
     schema: pa.Schema | None = None
+    typed: pa.Schema | None = None  # without columns that are partitions alone
     for file in files:
         last = None
         try:
-            for rows in reader_of(file).rows(file, column, keep, schema):
+            for read in reader_of(file).rows(file, column, keep, typed):
+                typed = read.kept.schema if typed is None else typed
+                rows = with_columns(read, column, keep)
                 schema = rows.kept.schema if schema is None else schema
                 _check_same(file, schema, rows.kept.schema)
                 last = rows.first + len(rows.prompts) - 1
@@ -41,9 +45,12 @@ def check_files(files: Sequence[File], column: str, keep: Sequence[str] | None =
     """Reads the head of every file, before hours are spent on the first ones. Raises ValueError where one cannot be read,
     lacks a column, or has other columns than the first."""
 
+    check_partitions(files, keep)
+
     def check(file: File) -> pa.Schema | None:
         with readable(file):
-            return reader_of(file).schema(file, column, keep)
+            schema = reader_of(file).schema(file, column, keep)
+        return None if schema is None else with_fields(file, schema, column, keep)
 
     first: pa.Schema | None = None
     with ThreadPoolExecutor(AT_THE_SAME_TIME) as pool:  # stores answer slowly

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from p2l_engine.tables.formats import EXPECTED, is_plain_json, is_table
+from p2l_engine.tables.partitions import partitions_of
 from p2l_engine.tables.storage import File, Location
 
 logger = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ def _find(location: Location, warn: Callable[..., object]) -> list[File]:
     info = location.system.get_file_info(location.path)
     if info.type == fs.FileType.File:
         _check_ending(location)
-        return [_file(location, info)]
+        return [_file(location, info, info.path.rpartition("/")[0])]
     if info.type == fs.FileType.Directory:
         infos, what = _within(location.system, location.path), "in this folder"
     elif _is_glob(location):
@@ -84,7 +85,7 @@ def _find(location: Location, warn: Callable[..., object]) -> list[File]:
         raise ValueError(f"{location.shown}: no such file or folder")
     seen = {info.path: info for info in infos if info.type != fs.FileType.Directory and not _is_hidden(info.path, base)}
     tables = [seen[path] for path in sorted(seen) if is_table(path) and seen[path].type == fs.FileType.File]
-    files = _without_documents([_file(location, info) for info in tables])
+    files = _without_documents([_file(location, info, base) for info in tables])
     chosen = {file.location.path for file in files}
     others = sorted(path for path in seen if path not in chosen)
     if others:
@@ -129,8 +130,9 @@ def _within(system: Any, folder: str) -> list[Any]:
 
 
 def _is_hidden(path: str, base: str) -> bool:
-    """As everywhere: ``.ipynb_checkpoints/``, ``_temporary/``, ``._copy.csv``."""
-    return any(part.startswith((".", "_")) for part in path.removeprefix(base).split("/"))
+    """As everywhere: ``.ipynb_checkpoints/``, ``_temporary/``, ``._copy.csv``; but not the partition ``_day=3/``."""
+    parts = path.removeprefix(base).split("/")
+    return any(part.startswith(".") or (part.startswith("_") and "=" not in part) for part in parts)
 
 
 def _first(names: Iterable[str]) -> str:
@@ -158,6 +160,11 @@ def _matching(location: Location) -> tuple[list[Any], str]:
     return [info for info in infos if matches(info.path)], folder
 
 
-def _file(given: Location, info: Any) -> File:
+def _file(given: Location, info: Any, base: str) -> File:
     scheme = "" if given.is_local else given.shown[: given.shown.index("://") + 3]
-    return File(Location(info.path, scheme + info.path, given.store), int(info.size or 0), info.mtime_ns)
+    location = Location(info.path, scheme + info.path, given.store)
+    try:
+        partitions = partitions_of(info.path.removeprefix(base).split("/")[:-1])
+    except ValueError as error:
+        raise ValueError(f"{location.shown}: {error}") from None
+    return File(location, int(info.size or 0), info.mtime_ns, partitions)

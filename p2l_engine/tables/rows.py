@@ -71,12 +71,14 @@ def unreadable_error(file: File, error: Exception, row: int | None = None) -> Va
 
 
 def wanted_columns(file: File, names: Sequence[str], column: str, keep: Sequence[str] | None) -> list[str]:
-    """The kept columns (None: all but ``column``). Raises ValueError if one is missing, or two have the same name."""
+    """The kept columns that the file has (None: all but ``column``). Raises ValueError if one is missing that is no partition,
+    or two have the same name."""
     check_names(file, names)
-    missing = [name for name in (column, *(keep or ())) if name not in names]
+    also = [*names, *(name for name, _ in file.partitions)]
+    missing = [name for name in (column, *(keep or ())) if name not in (names if name == column else also)]
     if missing:
         raise ValueError(f"{file.shown}: expected the columns {listed(missing)}; it has {listed(names)}")
-    return [name for name in names if name != column] if keep is None else list(keep)
+    return [name for name in names if name != column] if keep is None else [name for name in keep if name in names]
 
 
 def check_names(file: File, names: Sequence[str]) -> None:

@@ -15,6 +15,8 @@ from typing import IO, Any
 from p2l_engine.tables.atomic import write_file
 from p2l_engine.tables.formats import compression_of
 
+Partitions = tuple[tuple[str, str | None], ...]
+
 
 def shown(uri: str) -> str:
     """A path or URI as messages may show it: without a store's options, keys and secrets."""
@@ -123,11 +125,13 @@ class Location:
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """An input file: size in bytes, modified in nanoseconds since 1970 (None if the store does not say)."""
+    """An input file: size in bytes, modified in nanoseconds since 1970 (None if the store does not say); partitions: the names
+    and values of its Hive partitions (see ``partitions``)."""
 
     location: Location
     size: int
     modified: int | None
+    partitions: Partitions = ()
 
     @property
     def shown(self) -> str:

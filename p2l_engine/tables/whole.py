@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from p2l_engine.tables.chunked import reader_of
 from p2l_engine.tables.find import find_each
 from p2l_engine.tables.jsonl import not_an_object
+from p2l_engine.tables.partitions import with_values
 from p2l_engine.tables.rows import AT_ONCE, InvalidRow, ValueRows, readable, row_dicts
 from p2l_engine.tables.storage import File, shown
 
@@ -93,7 +94,7 @@ def read_table(path: str | Path | Sequence[str | Path], names: Collection[str], 
     paths = [str(each) for each in ([path] if isinstance(path, str | Path) else path)]
     if not paths:
         raise ValueError("path: expected at least one file, folder or data set, got none")
-    parts = _parts(paths, names)
+    parts = _parts(paths, names, bare)
     found: dict[str, None] = {}
     columns: dict[str, list[Any]] = {}
     invalid: dict[int, InvalidRow] = {}
@@ -111,10 +112,7 @@ def read_table(path: str | Path | Sequence[str | Path], names: Collection[str], 
             add_columns(chunk.names)
             has_columns = has_columns or bool(chunk.names)
             for row in chunk.rows:
-                if not isinstance(row, dict | InvalidRow) and bare is not None:
-                    add_columns([bare])
-                    row = {bare: row}
-                elif not isinstance(row, dict):
+                if not isinstance(row, dict):
                     invalid[len(rows)] = row if isinstance(row, InvalidRow) else not_an_object(row)
                     row = {}
                 elif bare is None and not _is_text(row):
@@ -142,13 +140,13 @@ def _is_text(value: Any) -> bool:
     return not isinstance(value, list) or all(map(_is_text, value))
 
 
-def _parts(paths: Sequence[str], names: Collection[str]) -> list[tuple[str, Iterator[ValueRows]]]:
+def _parts(paths: Sequence[str], names: Collection[str], bare: str | None) -> list[tuple[str, Iterator[ValueRows]]]:
     """Each file, and each data set, with its values."""
     sets = {path: [(path, _saved_values(path, names))] for path in paths if _is_saved(path)}
     sets |= {path: [(path, _hub_values(path, names))] for path in paths if _is_hub_name(path)}
     others = list(dict.fromkeys(path for path in paths if path not in sets))
     found = sets | {
-        path: [(file.shown, _values(file, names)) for file in files]
+        path: [(file.shown, _values(file, names, bare)) for file in files]
         for path, files in zip(others, find_each(others), strict=True)
     }
     return [part for path in dict.fromkeys(paths) for part in found[path]]
@@ -165,9 +163,15 @@ def _is_hub_name(path: str) -> bool:
     return not (local.exists() or re.search(r"\.[A-Za-z]\w*$", path))
 
 
-def _values(file: File, names: Collection[str]) -> Iterator[ValueRows]:
+def _values(file: File, names: Collection[str], bare: str | None) -> Iterator[ValueRows]:
+    first = 0
     with readable(file):
-        yield from reader_of(file).values(file, names)
+        for chunk in reader_of(file).values(file, names):
+            if bare is not None and any(not isinstance(row, dict | InvalidRow) for row in chunk.rows):
+                found = [row if isinstance(row, dict | InvalidRow) else {bare: row} for row in chunk.rows]
+                chunk = ValueRows([*chunk.names, *(name for name in (bare,) if name not in chunk.names)], found)
+            yield with_values(file, first, chunk, names)
+            first += len(chunk.rows)
 
 
 def _hub_values(path: str, names: Collection[str]) -> Iterator[ValueRows]:

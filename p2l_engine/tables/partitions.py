@@ -1,0 +1,110 @@
+"""Hive partitions: columns that are written as names of folders, ``lang=en/``, between what was named and the file."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
+
+from p2l_engine.tables.rows import InvalidRow, Rows, ValueRows, column_values, listed
+from p2l_engine.tables.storage import File, Partitions
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+NULL = "__HIVE_DEFAULT_PARTITION__"  # as Hive and Spark write it
+REMEDY = "--no-partitions leaves the folders' names out"
+
+
+def partitions_of(folders: Iterable[str]) -> Partitions:
+    """Names and values of these folders, URL-decoded. Other folders than ``name=value`` say nothing. Raises ValueError for a
+    name with two values, and for one that is not UTF-8."""
+    found: dict[str, str | None] = {}
+    for folder in folders:
+        name, sign, value = folder.partition("=")
+        if not (name and sign):
+            continue
+        try:
+            name, decoded = unquote(name, errors="strict"), None if value == NULL else unquote(value, errors="strict")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"the folder {folder}: expected UTF-8 after %-decoding: {error}; {REMEDY}") from None
+        if found.setdefault(name, decoded) != decoded:
+            raise ValueError(f"the folder {folder}: expected one value of {name}, got {found[name]} above it; {REMEDY}")
+    return tuple(found.items())
+
+
+def check_partitions(files: Sequence[File], keep: Sequence[str] | None) -> None:
+    """Raises ValueError where files have other partitions than the first, among those that are kept (None: all)."""
+    for file in files:
+        first, here = ({name for name, _ in _kept(each, keep)} for each in (files[0], file))
+        if here != first:
+            raise ValueError(
+                f"{file.shown}: expected the partitions of {files[0].shown}, {listed(sorted(first))}; "
+                f"got {listed(sorted(here))}; {REMEDY}"
+            )
+
+
+def with_fields(file: File, schema: pa.Schema, column: str, keep: Sequence[str] | None) -> pa.Schema:
+    """The kept columns' types with those of the partitions: text."""
+    import pyarrow as pa
+
+    for name, _ in _kept(file, keep):
+        if name not in (column, *schema.names):
+            schema = schema.append(pa.field(name, pa.string()))
+    return schema if keep is None else pa.schema([schema.field(name) for name in keep])
+
+
+def with_columns(rows: Rows, column: str, keep: Sequence[str] | None) -> Rows:
+    """The rows with their file's partitions among the kept columns, as text. A column of that name stays as the file has it.
+    Raises ValueError with the row where it says otherwise than the folder."""
+    file, kept = rows.file, rows.kept
+    if not file.partitions:
+        return rows
+    import pyarrow as pa
+
+    for name, value in _kept(file, keep):
+        if name == column or name in kept.column_names:
+            cells = rows.prompts if name == column else column_values(kept.column(name))
+            valid = (i for i, prompt in enumerate(rows.prompts) if not isinstance(prompt, InvalidRow))
+            _check_agrees(file, name, value, ((rows.first + i, cells[i]) for i in valid))
+        else:
+            kept = kept.append_column(pa.field(name, pa.string()), pa.repeat(pa.scalar(value, pa.string()), len(rows.prompts)))
+    return rows._replace(kept=kept if keep is None else kept.select(list(keep)))
+
+
+def with_values(file: File, first: int, rows: ValueRows, names: Collection[str]) -> ValueRows:
+    """The same for rows as Python values. first: the number of the first; names: the columns that are wanted."""
+    if not (file.partitions and rows.names):  # jsonl has no names before its first object
+        return rows
+    wanted = {name: value for name, value in file.partitions if name in names}
+    dicts = [(first + i, row) for i, row in enumerate(rows.rows) if isinstance(row, dict)]
+    for name, value in wanted.items():
+        _check_agrees(file, name, value, ((number, row[name]) for number, row in dicts if name in row))
+    found = [wanted | row if isinstance(row, dict) else row for row in rows.rows]
+    return ValueRows([*rows.names, *(name for name, _ in file.partitions if name not in rows.names)], found)
+
+
+def _check_agrees(file: File, name: str, value: str | None, cells: Iterable[tuple[int, Any]]) -> None:
+    for row, cell in cells:
+        if not _agrees(cell, value):
+            raise ValueError(
+                f"{file.shown}: row {row}: column {name!r}: expected {value!r}, as its folder says, got {cell!r:.60}; {REMEDY}"
+            )
+
+
+def _kept(file: File, keep: Sequence[str] | None) -> Iterator[tuple[str, str | None]]:
+    return ((name, value) for name, value in file.partitions if keep is None or name in keep)
+
+
+def _agrees(cell: Any, value: str | None) -> bool:
+    """Whether a column's value is the folder's: 7 is 07, and true is True."""
+    if cell is None or value is None:
+        return cell is value
+    if isinstance(cell, bool):
+        return value.lower() == str(cell).lower()
+    if isinstance(cell, int | float):
+        try:
+            return bool(cell == type(cell)(value))
+        except ValueError:
+            return False
+    return str(cell) == value

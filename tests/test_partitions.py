@@ -1,0 +1,148 @@
+"""Hive partitions: names of folders that are columns."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from p2l_engine.cli.prompts import PromptFile
+from p2l_engine.tables.chunked import check_files, read_rows
+from p2l_engine.tables.find import find
+from p2l_engine.tables.partitions import NULL, partitions_of
+from p2l_engine.tables.whole import read_table
+from p2l_engine.votes import read
+
+
+def kept(inputs, keep=None, column="prompt"):
+    """The kept columns of all rows, after the checks that a run makes first."""
+    files = find([str(each) for each in inputs])
+    check_files(files, column, keep)
+    return pa.concat_tables([rows.kept for rows in read_rows(files, column, keep)])
+
+
+def put(path, **columns):
+    """The columns as the format that the ending says, in a folder that is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        pq.write_table(pa.table(columns), path)
+    else:
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        lines = (",".join(columns), *(",".join(map(str, row.values())) for row in rows))
+        path.write_text("\n".join(lines if path.suffix == ".csv" else map(json.dumps, rows)) + "\n")
+
+
+@pytest.mark.parametrize("ending", ["parquet", "csv", "jsonl"])
+def test_folders_become_columns(ending, tmp_path):
+    put(tmp_path / f"lang=en/day=2024-01-01/a.{ending}", prompt=["a", "b"], id=["1", "2"])
+    put(tmp_path / f"lang=zh%3AHans/day={NULL}/a.{ending}", prompt=["c"], id=["3"])
+    rows = [{"id": "1", "lang": "en", "day": "2024-01-01"}, {"id": "2", "lang": "en", "day": "2024-01-01"},
+            {"id": "3", "lang": "zh:Hans", "day": None}]  # fmt: skip
+    assert kept([tmp_path]).to_pylist() == rows
+    assert kept([f"{tmp_path}/*/*/*.{ending}"]).to_pylist() == rows
+    assert kept([tmp_path], ["lang", "id"]).to_pylist() == [{"lang": row["lang"], "id": row["id"]} for row in rows]
+    assert kept([tmp_path / "lang=en"]).column_names == ["id", "day"]  # below what was named
+    assert kept([f"{tmp_path}/lang=en/*/*"]).column_names == ["id", "day"]
+    assert kept([tmp_path / f"lang=en/day=2024-01-01/a.{ending}"]).column_names == ["id"]
+    table = read_table(tmp_path, ["prompt", "lang", "day"])
+    assert table.columns == {"prompt": ["a", "b", "c"], "lang": ["en", "en", "zh:Hans"], "day": ["2024-01-01"] * 2 + [None]}
+    assert set(table.names) == {"prompt", "id", "lang", "day"}
+    assert PromptFile.read(tmp_path, "lang").prompts == ["en", "en", "zh:Hans"]
+
+
+def test_partitions_are_columns_of_votes_and_of_bare_lines(tmp_path):
+    for model in ("x", "z"):
+        put(tmp_path / f"votes/model_b=y%20/model_a={model}/a.csv", prompt=["a", "b"], winner=["model_a", "tie"])
+    votes, dropped = read(tmp_path / "votes")
+    assert (votes.models, len(votes), len(dropped)) == (("x", "y ", "z"), 4, 0)
+    (tmp_path / "bare" / "category=math").mkdir(parents=True)
+    (tmp_path / "bare" / "category=math" / "a.jsonl").write_text('"one"\n{"prompt": "two"}\n')
+    assert PromptFile.read(tmp_path / "bare").categories() == ["math", "math"]
+
+
+@pytest.mark.parametrize("ending", ["parquet", "jsonl"])
+def test_a_column_that_a_folder_names_too_has_its_value_or_is_refused(ending, tmp_path):
+    put(tmp_path / f"year=2024/half=0.5/on=true/a.{ending}", prompt=["a"], year=[2024], half=[0.5], on=[True])
+    assert kept([tmp_path]).to_pylist() == [{"year": 2024, "half": 0.5, "on": True}]
+    assert read_table(tmp_path, ["prompt", "year"]).columns == {"prompt": ["a"], "year": [2024]}
+    put(
+        tmp_path / f"year=2023/half=0.5/on=true/b.{ending}", prompt=["a", "b"], year=[2023, 2022], half=[0.5] * 2, on=[True] * 2
+    )
+    refused = rf"b.{ending}: row 1: column 'year': expected '2023', as its folder says, got 2022; --no-partitions"
+    for read_all in (lambda: kept([tmp_path]), lambda: read_table(tmp_path, ["year"])):
+        with pytest.raises(ValueError, match=refused):
+            read_all()
+    assert kept([tmp_path], ["half"]).to_pylist() == [{"half": 0.5}] * 3  # a column that is not kept fails nothing
+    assert read_table(tmp_path, ["prompt"]).columns == {"prompt": ["a", "b", "a"]}
+
+
+def test_the_prompts_may_be_named_by_a_folder_that_agrees(tmp_path):
+    put(tmp_path / "prompt=a/a.csv", prompt=["a"], n=["1"])
+    assert kept([tmp_path]).to_pylist() == [{"n": "1"}]
+    put(tmp_path / "prompt=b/a.csv", prompt=["b", "c"], n=["1", "2"])
+    with pytest.raises(ValueError, match=r"prompt=b/a.csv: row 1: column 'prompt': expected 'b', as its folder says, got 'c'"):
+        kept([tmp_path])
+
+
+def test_csv_rows_that_cannot_be_read_disagree_with_no_folder(tmp_path):
+    put(tmp_path / "n=1/a.csv", prompt=["a"], n=["1"])
+    (tmp_path / "n=1" / "a.csv").write_text("prompt,n\na,1\nb\nc,1\n")
+    assert kept([tmp_path]).to_pylist() == [{"n": "1"}, {"n": None}, {"n": "1"}]
+
+
+def test_files_of_other_partitions_are_refused(tmp_path):
+    put(tmp_path / "lang=en/a.csv", prompt=["a"])
+    put(tmp_path / "region=eu/b.csv", prompt=["b"])
+    with pytest.raises(ValueError, match=r"b.csv: expected the partitions of .*a.csv, lang; got region; --no-partitions"):
+        kept([tmp_path])
+    put(tmp_path / "c.csv", prompt=["c"])
+    with pytest.raises(ValueError, match=r"lang=en/a.csv: expected the partitions of .*c.csv, none; got lang"):
+        kept([tmp_path])
+    assert len(kept([tmp_path], [])) == 0  # no columns
+    assert read_table(tmp_path, ["lang", "region"]).columns == {"lang": [None, "en", None], "region": [None, None, "eu"]}
+
+
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [
+        ("a=1/a=2", "the folder a=2: expected one value of a, got 1 above it"),
+        ("a=%ff", "the folder a=%ff: expected UTF-8 after"),
+    ],
+)
+def test_folders_that_say_no_value_are_named(folder, message, tmp_path):
+    put(tmp_path / folder / "a.csv", prompt=["a"])
+    with pytest.raises(ValueError, match=rf"a.csv: {message}.*--no-partitions"):
+        find([tmp_path])
+
+
+def test_other_folders_say_nothing(tmp_path):
+    assert partitions_of(["x", "=1", "a=", "b==c", "a=", "%20=+"]) == (("a", ""), ("b", "=c"), (" ", "+"))
+    put(tmp_path / "_day=3/a.csv", prompt=["a"])  # Spark reads it, too
+    put(tmp_path / "_x/a.csv", prompt=["a"])
+    assert kept([tmp_path]).to_pylist() == [{"_day": "3"}]
+
+
+value = st.none() | st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=12)
+
+
+@given(values=st.lists(st.tuples(value, value), min_size=1, max_size=4, unique=True))
+@settings(deadline=None, max_examples=25)
+def test_what_pyarrow_partitions_is_read(values, tmp_path_factory):
+    """Names of folders as pyarrow writes them, with nulls, and every row with its own values."""
+    folder = tmp_path_factory.mktemp("lake")
+    table = pa.table(
+        {"prompt": [f"p{i}" for i in range(len(values))], "a b": [a for a, _ in values], "é": [b for _, b in values]}
+    )
+    if any(text == "" or os.sep in (text or "") for row in values for text in row):  # pyarrow writes no empty name
+        table = table.filter([all(text != "" for text in row) for row in values])
+    if not len(table):
+        return
+    pq.write_to_dataset(table, folder, partition_cols=["a b", "é"])
+    found = read_table(folder, ["prompt", "a b", "é"])
+    rows = sorted(zip(*(found.columns[name] for name in ("prompt", "a b", "é")), strict=True))
+    assert rows == sorted(zip(*(table[name].to_pylist() for name in ("prompt", "a b", "é")), strict=True))
