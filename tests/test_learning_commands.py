@@ -105,7 +105,8 @@ def test_votes_that_cannot_be_used_are_refused_by_name(source, rows, more, messa
 
 
 def test_it_needs_something_to_learn_and_a_free_folder(source, tmp_path):
-    assert "expected votes, descriptions" in p2l_engine("adapt", str(source), "-o", str(tmp_path / "new")).message
+    ended = p2l_engine("adapt", str(source), "-o", str(tmp_path / "new"))
+    assert "expected votes, what a service learned, descriptions" in ended.message
     assert "expected a folder to write" in p2l_engine("adapt", str(source), "--drop", "beta").message
     assert "an empty one" in p2l_engine("adapt", str(source), "--drop", "beta", "-o", str(source)).message
 

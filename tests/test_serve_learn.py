@@ -31,6 +31,7 @@ from p2l_engine.serve.runtime import Runtime
 from p2l_engine.serve.settings import ConfigError
 from p2l_engine.votes import Votes
 from tests.support import tiny
+from tests.support.command import p2l_engine
 from tests.support.serving import Serving, serving
 
 NEW = "zeta"
@@ -334,6 +335,53 @@ def test_a_vote_that_cannot_be_learned_is_counted_and_the_others_are_learned(eng
     status = run(config_in(tmp_path), engine, work)
     assert (status["learned"], status["failures"], status["skipped"]) == (2, 1, {module.FAILED: 1})
     assert "a vote on zeta and alpha cannot be learned from: no minimum" in caplog.text
+
+
+def test_what_a_server_learned_becomes_a_checkpoint(engine, tmp_path):
+    async def work(client: Client) -> Any:
+        for i in range(8):
+            await client.prefer(f"question {i}", NEW, "alpha")
+        return await client.learned(8)
+
+    run(config_in(tmp_path), engine, work)
+    given = ("adapt", str(engine.folder), "--learned", str(tmp_path / "state"), "-o")
+    ended = p2l_engine(*given, str(tmp_path / "new"))
+    assert ended.status == 0, ended.err
+    assert f"8 votes of a service; new: {NEW}" in ended.message
+    learner = state_of(tmp_path, engine)
+    learner.refine()
+    written = Engine(checkpoint.load(tmp_path / "new"), "cpu", "float32")
+    assert written.models == (*tiny.MODELS, NEW)
+    head, uncertainty = learner.head()
+    states = hidden_states(engine, [f"question {i}" for i in range(12)])
+    np.testing.assert_allclose(theta(written.head, states), theta(head, states), atol=1e-6)
+    deviations = [each.deviation(torch.from_numpy(states)).numpy() for each in (written.uncertainty, uncertainty)]
+    np.testing.assert_allclose(*deviations, atol=1e-6)
+
+    async def more(client: Client) -> Any:
+        await client.prefer("question 9", NEW, "beta")
+        return await client.learned(1)
+
+    # Another server goes on with it, and with the same log: no feedback counts twice.
+    assert run(config_in(tmp_path, (), state=str(tmp_path / "again")), written, more)["learned"] == 1
+    ended = p2l_engine(*given, str(tmp_path / "other"), "--drop", NEW)
+    assert ended.status == 0, ended.err
+    assert checkpoint.load(tmp_path / "other").models == tuple(tiny.MODELS)
+
+
+def test_a_state_that_is_not_the_checkpoints_is_refused(engine, tmp_path):
+    async def work(client: Client) -> Any:
+        await client.prefer("question", NEW, "alpha")
+        return await client.learned(1)
+
+    run(config_in(tmp_path), engine, work)
+    other, target = tiny.write(tmp_path / "checkpoint", seed=1), str(tmp_path / "new")
+    ended = p2l_engine("adapt", str(other), "--learned", str(tmp_path / "state"), "-o", target)
+    assert "expected the state of a Learner" in ended.message
+    assert "another head" in ended.message
+    assert "no such file" in p2l_engine("adapt", str(other), "--learned", str(tmp_path / "none"), "-o", target).message
+    both = p2l_engine("adapt", str(other), "--learned", str(tmp_path / "state"), "--votes", "votes.csv", "-o", target)
+    assert "cannot be combined with --votes" in both.message
 
 
 def descriptors() -> list[str]:

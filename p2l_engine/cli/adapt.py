@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from p2l_engine.cli.adapted import catalog_with, note_written, show, with_votes, write_learned
 from p2l_engine.cli.inputs import PROMPT_FILE, Column, Date, Device, Dtype
 from p2l_engine.cli.progress import progress
-from p2l_engine.cli.terminal import note, out, status
+from p2l_engine.cli.terminal import note, status
 from p2l_engine.tables.limits import MAX_DROPPED
 
 if TYPE_CHECKING:
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from p2l_engine.engine import Engine
-    from p2l_engine.learning.adapt import Adapted
-    from p2l_engine.learning.new_models import Descriptions
     from p2l_engine.votes import Votes
 
 LEARNING = "Learning"  # heading of options in the help
@@ -44,6 +43,14 @@ def adapt(
             help="YAML file on the new models, 'models: {NAME: {like: KNOWN, prior_rating: NUMBER, cost: NUMBER}}', each key "
             "if wanted, and 'ratings: {KNOWN: NUMBER}', which say what a rating means.",
             rich_help_panel=LEARNING,
+        ),
+    ] = None,
+    learned: Annotated[
+        Path | None,
+        typer.Option(
+            help="Instead of votes: what a service learned from its feedback, the folder of serve.learn.state or a file that "
+            "Learner.save wrote. The checkpoint is the one that it began with.",
+            show_default=False,
         ),
     ] = None,
     drop: Annotated[
@@ -76,8 +83,13 @@ def adapt(
     """Add models to a checkpoint, and update those that it has, from votes or scores; its backbone stays as it is."""
     if target is None:
         raise typer.BadParameter("expected a folder to write", param_hint="--output")
-    if votes is None and models is None and not drop:
-        raise typer.BadParameter("expected votes, descriptions of new models or a model to drop", param_hint="--votes")
+    if votes is None and models is None and learned is None and not drop:
+        raise typer.BadParameter(
+            "expected votes, what a service learned, descriptions of new models or a model to drop", param_hint="--votes"
+        )
+    for name, given_too in (("--votes", votes), ("--models", models), ("--prompts", prompts), ("--known-votes", known_votes)):
+        if learned is not None and given_too is not None:
+            raise typer.BadParameter(f"cannot be combined with {name}: adapt what it wrote, afterwards", param_hint="--learned")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise typer.BadParameter(
             f"expected a folder that does not exist yet, or an empty one, got {target}", param_hint="--output"
@@ -108,6 +120,9 @@ def adapt(
     file = loaded.folder / "catalog.yaml"
     if file.is_file():
         Catalog.from_yaml(file)  # now: it must not fail a command whose work is done
+    if learned is not None:
+        write_learned(loaded, target, learned, drop or [])
+        return
     unknown = sorted(set(drop or []) - set(loaded.models))
     if unknown:
         raise typer.BadParameter(f"expected some of {', '.join(loaded.models)}, got {', '.join(unknown)}", param_hint="--drop")
@@ -142,20 +157,15 @@ def adapt(
         note(
             "votes on the same prompts were learned from before: if they are the same votes, they count twice now", warning=True
         )
-    catalog = _catalog(file, described, adapted, drop or []) if file.is_file() else None
+    costs = {model.name: model.cost for model in described.models if model.cost is not None}
+    catalog = catalog_with(file, costs, adapted.models, adapted.new, drop or []) if file.is_file() else None
     write.write(loaded, target, adapted.head, adapted.models, adapted.uncertainty, drop or (), record, catalog)
     if len(given):
-        _show(adapted, given, states[: len(given.prompts)], loaded.feedback, torch.from_numpy)
+        show(adapted, given, states[: len(given.prompts)], loaded.feedback, torch.from_numpy)
     for name in adapted.new:
-        if name not in _with_votes(given):
+        if name not in with_votes(given):
             note(f"{name} has no votes: its row is what the prior says", warning=True)
-    if adapted.uncertainty is not None:
-        rank = adapted.uncertainty.factors.shape[1]
-        note(
-            f"posterior of {len(adapted.uncertainty.models)} models: {2 * rank * (rank + 1):,} bytes for each, and "
-            f"{4 * adapted.uncertainty.basis.numel():,} for all"
-        )
-    note(f"wrote {target}")
+    note_written(adapted.uncertainty, target)
 
 
 def _described(name: str) -> Any:
@@ -197,70 +207,3 @@ def _mean_theta(head: Any, states: npt.NDArray[np.float32]) -> npt.NDArray[np.fl
     m = head.n_models
     found: npt.NDArray[np.float64] = head.weight[:m].double().numpy() @ middle + head.bias[:m].double().numpy()
     return found
-
-
-def _with_votes(votes: Votes) -> set[str]:
-    import numpy as np
-
-    used = votes.weight > 0
-    sides = np.concatenate([votes.a[used], votes.b[used]])
-    return {votes.models[i] for i in np.unique(sides[sides >= 0])}
-
-
-def _catalog(file: Path, described: Descriptions, adapted: Adapted, drop: list[str]) -> bytes | None:
-    """The catalog with the new models whose cost is given, without the dropped ones; None where nothing changes."""
-    import yaml
-
-    from p2l_engine.unique_keys import UniqueKeys
-
-    values = yaml.load(file.read_text(encoding="utf-8"), UniqueKeys)
-    key = "model_configs" if "model_configs" in values else "models"
-    costs = {model.name: model.cost for model in described.models if model.cost is not None}
-    entries = {name: entry for name, entry in values[key].items() if name not in drop}
-    entries |= {name: {"cost": cost} for name, cost in costs.items() if name not in entries}
-    lacking = [name for name in adapted.new if name not in entries]
-    if lacking:
-        note(
-            f"catalog.yaml has no cost of {', '.join(lacking)}: add it there, or give it in --models; until then route with "
-            "--leave-out",
-            warning=True,
-        )
-    if not entries and set(adapted.models) - set(drop):
-        raise ValueError(f"{file}: without {', '.join(drop)} it has no model: expected the cost of another one, in --models")
-    if entries == values[key]:
-        return None
-    return yaml.safe_dump(values | {key: entries}, sort_keys=False, allow_unicode=True).encode()
-
-
-def _show(adapted: Adapted, votes: Votes, states: npt.NDArray[np.float32], feedback: Any, tensor: Any) -> None:
-    """The models that learned: their votes, mean theta over the votes' prompts, rank and win rate among all."""
-    import numpy as np
-
-    from p2l_engine.cli.table import print_table
-    from p2l_engine.coefficients import Coefficients
-    from p2l_engine.leaderboard import Leaderboard
-
-    head = adapted.head
-    out_ = states @ head.weight.numpy().T + head.bias.numpy()
-    theta, eta = head.split(out_.astype(np.float32))
-    middle = tensor(states.mean(0, dtype=np.float64).astype(np.float32))[None]
-    deviation = (
-        np.zeros(len(adapted.models)) if adapted.uncertainty is None else adapted.uncertainty.deviation(middle)[0].numpy()
-    )
-    used = votes.weight > 0
-    sides = np.concatenate([votes.a[used], votes.b[used]])
-    count = {votes.models[i]: int((sides == i).sum()) for i in range(len(votes.models))}
-    means = theta.mean(0)
-    rank = {adapted.models[i]: str(place) for place, i in enumerate(np.argsort(-means, kind="stable"), 1)}
-    rate = dict.fromkeys(adapted.models, "")
-    if not feedback.of_values:
-        for standing in Leaderboard.over(Coefficients(theta, eta, adapted.models, feedback)):
-            rank[standing.model] = str(standing.rank)
-            rate[standing.model] = "" if standing.win_rate is None else f"{standing.win_rate:.1%}"
-    rows = []
-    for name in (*adapted.new, *adapted.moved):
-        i = adapted.models.index(name)
-        kind = "new" if name in adapted.new else "updated"
-        rows.append((name, kind, f"{count.get(name, 0):,}", f"{means[i]:.3f} ± {deviation[i]:.3f}", rank[name], rate[name]))
-    title = f"{len(votes):,} votes on {len(votes.prompts):,} prompts"
-    print_table(title, ("model", "row", "votes", "mean theta", "rank", "win rate"), rows, out())

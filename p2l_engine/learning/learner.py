@@ -29,6 +29,7 @@ from p2l_engine.votes import Votes
 Float64 = npt.NDArray[np.float64]
 
 VERSION = 1  # of the saved state
+FILE = "learner.safetensors"  # its name in a server's folder
 TOGETHER = 256  # votes that are learned from at a time
 LARGEST = 1024  # free parameters up to which an update sees how rows depend on each other
 TOLERANCE = 1e-6  # of an update's step, in posterior deviations

@@ -18,6 +18,7 @@ from p2l_engine.checkpoint.files import read_json
 from p2l_engine.checkpoint.rewrite import OF_ONE_HEAD, rewrite
 
 RETIRED, ADAPTED = "retired", "adapted"  # keys of training_config.json: names, and what was learned each time
+FEEDBACK = "feedback"  # in the record of what a service learned: the number of the last feedback of its log
 LENGTHS = "lengths"  # and how many answers' lengths were learned from
 
 
@@ -29,6 +30,12 @@ def retired_models(folder: Path) -> tuple[str, ...]:
 def learned(folder: Path) -> list[dict[str, Any]]:
     """The records of what the checkpoint in this folder has learned, see ``write``. Raises CheckpointError."""
     return list(read_json(folder / "training_config.json", dict).get(ADAPTED, []))
+
+
+def last_feedback(folder: Path) -> int:
+    """The number of the last feedback, in a service's log, that the checkpoint in this folder was learned from; 0 for none.
+    Raises CheckpointError."""
+    return max((int(record.get(FEEDBACK, 0)) for record in learned(folder)), default=0)
 
 
 def write(

@@ -22,7 +22,7 @@ from p2l_engine.learning.learner import Learner
 from p2l_engine.learning.names import check_new
 from p2l_engine.learning.new_models import Described, Descriptions
 from p2l_engine.learning.rows import NewModel
-from p2l_engine.learning.write import retired_models
+from p2l_engine.learning.write import last_feedback, retired_models
 from p2l_engine.serve.learn_state import LearnState
 from p2l_engine.serve.learning_engine import LearningEngine
 from p2l_engine.serve.lessons import Lesson, as_votes
@@ -72,7 +72,7 @@ class OnlineLearning:
         self.seconds = self.last_seconds = self.refine_seconds = 0.0
         self.oldest: float | None = None
         self.skipped = Counter[str]()
-        self._number = 0  # of the last feedback that was read
+        self._number = last_feedback(engine.folder)  # of the last one that was read
         self._reference = 0  # prompts that say how prompts vary
         self._learner = self._begun(engine)
         self._lengths = engine.lengths is not None

@@ -14,7 +14,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from p2l_engine.checkpoint import fingerprint
 from p2l_engine.engine import Engine
 from p2l_engine.learning.learned import LearnedHead
-from p2l_engine.learning.learner import Learner
+from p2l_engine.learning.learner import FILE, Learner
 from p2l_engine.serve.prompt_states import PromptStates
 from p2l_engine.serve.settings import ConfigError, Learn
 from p2l_engine.tables.atomic import write_file
@@ -28,7 +28,7 @@ class LearnState:
 
     def __init__(self, settings: Learn, engine: Engine) -> None:
         self.folder, self.where = Path(settings.state), f"serve.learn.state: {settings.state}"
-        self._learner, self._checkpoint = self.folder / "learner.safetensors", self.folder / "checkpoint.json"
+        self._learner, self._checkpoint = self.folder / FILE, self.folder / "checkpoint.json"
         self._lock: int | None = None
         there = self.folder if self.folder.exists() else self.folder.parent
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
