@@ -15,12 +15,10 @@ import pytest
 from p2l_engine.batch import BatchConfig, run
 from p2l_engine.batch.blocks import Block, Unroutable, blocks
 from p2l_engine.batch.deduplicator import NO_REFERENCE, Deduplicator
-from p2l_engine.batch.manifest import read_manifest
 from p2l_engine.batch.report import Recorder
 from p2l_engine.tables.chunked import read_rows
 from p2l_engine.tables.find import find
-from p2l_engine.tables.storage import Location
-from tests.support.batch_files import PROMPTS, assert_routed_as, contents, output, write
+from tests.support.batch_files import PROMPTS, assert_routed_as, contents, manifest, output, write
 from tests.support.cases import slow_but
 
 KINDS = [".parquet", ".csv", ".csv.gz", ".csv.zst", ".jsonl", ".jsonl.gz", ".jsonl.zst"]
@@ -37,7 +35,6 @@ def test_every_format_gives_the_routers_decisions(kind, router, tmp_path):
     assert (report.rows, report.routed, report.parts) == (150, 150, 5)
     assert report.repeated == 150 - len(set(PROMPTS)) == 150 - report.computed
     assert report.spend == pytest.approx(sum(found["expected_cost"].to_pylist()))
-    assert not (tmp_path / "out" / "_state").exists()
     before = contents(tmp_path / "out")
     assert run(router, config).rows == 150  # complete: nothing to do
     assert contents(tmp_path / "out") == before
@@ -58,7 +55,7 @@ def test_a_batch_budget_gives_the_routers_decisions(more, router, tmp_path):
     assert report.prices["budget"] >= 0
     metadata = pq.read_schema(tmp_path / "out" / "part-000000.parquet").metadata
     assert float(metadata[b"p2l.price.budget"]) == report.prices["budget"]
-    assert read_manifest(Location.of(str(tmp_path / "out")))["report"]["prices"] == report.prices
+    assert manifest(tmp_path / "out")["report"]["prices"] == report.prices
 
 
 def test_the_price_of_a_batch_budget_spends_that_budget(router, tmp_path):
@@ -181,7 +178,7 @@ def test_files_without_rows_give_no_parts(router, tmp_path):
         (tmp_path / name).write_text(text)
         report = run(router, BatchConfig([str(tmp_path / name)], str(tmp_path / f"{name}-out")))
         assert (report.rows, report.parts) == (0, 0)
-        assert read_manifest(Location.of(str(tmp_path / f"{name}-out")))["complete"]
+        assert manifest(tmp_path / f"{name}-out")["complete"]
     (tmp_path / "void.csv").write_text("")
     with pytest.raises(ValueError, match="void.csv: "):
         run(router, BatchConfig([str(tmp_path / "void.csv")], str(tmp_path / "void")))

@@ -9,10 +9,8 @@ import numpy as np
 import pytest
 
 from p2l_engine.batch import BatchConfig, run
-from p2l_engine.batch.manifest import read_manifest
 from p2l_engine.tables.find import find
-from p2l_engine.tables.storage import Location
-from tests.support.batch_files import output, write
+from tests.support.batch_files import manifest, output, write
 from tests.support.tiny import MODELS
 
 
@@ -177,7 +175,7 @@ def test_files_that_are_cut_short_or_mixed_are_named(kind, router, tmp_path):
         run(router, BatchConfig([str(tmp_path / f"nothing{kind}")], str(tmp_path / "nothing")))
     with pytest.raises(ValueError, match=rf"in{kind}: cannot be read( after row \d+)?: "):
         run(router, BatchConfig([str(given)], str(tmp_path / "out"), rows_per_part=500))
-    begun = read_manifest(Location.of(str(tmp_path / "out")))
+    begun = manifest(tmp_path / "out")
     assert begun is None or not begun["complete"]
 
 

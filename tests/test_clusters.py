@@ -132,7 +132,7 @@ def test_workers_that_die_each_time_end_the_run(router, given, ray, tmp_path, mo
         pytest.raises(RuntimeError, match="a worker died 4 times, perhaps for lack of memory"),
     ):
         run(router, BatchConfig([given], str(tmp_path / "out")), workers=workers)
-    assert not json.loads((tmp_path / "out" / "_manifest.json").read_text())["complete"]
+    assert not json.loads((tmp_path / "out.run" / "manifest.json").read_text())["complete"]
 
 
 def test_workers_with_another_checkpoint_are_refused(router, given, ray, tmp_path):

@@ -32,7 +32,7 @@ def test_one_run_at_a_time(router, tmp_path):
 
     def again(report):
         for restart in (False, True):
-            with pytest.raises(RuntimeError, match="out: another run is writing here") as refused:
+            with pytest.raises(RuntimeError, match="out.run: another run is writing here") as refused:
                 run(router, config, restart)
             refusals.append(refused)
 
@@ -77,9 +77,9 @@ def test_state_is_found_after_a_change_of_folder_or_a_move(router, tmp_path):
     assert not any((tmp_path / "a").iterdir())
     with pytest.raises(InterruptedError):
         run(router, BatchConfig([given], str(tmp_path / "here"), **options), progress=stop)
-    (tmp_path / "here").rename(tmp_path / "there")
+    for name in ("", ".run"):
+        (tmp_path / f"here{name}").rename(tmp_path / f"there{name}")
     assert run(router, BatchConfig([given], str(tmp_path / "there"), **options)).resumed >= 30
-    assert not (tmp_path / "there" / "_state").exists()
 
 
 def test_a_run_of_other_inputs_or_options_is_refused_and_says_what_changed(router, tmp_path):
@@ -120,7 +120,7 @@ def test_damaged_files_are_named(router, tmp_path, caplog):
             run(router, BatchConfig([given], str(tmp_path / name), **options), progress=stop)
         return tmp_path / name
 
-    spilled = next((cut("spill") / "_state").glob("run-*/*"))
+    spilled = next(cut("spill").with_suffix(".run").glob("coefficients-*"))
     data = spilled.read_bytes()
     np.save(spilled, np.load(spilled)[:3])
     for message in (
@@ -133,7 +133,7 @@ def test_damaged_files_are_named(router, tmp_path, caplog):
     spilled.unlink()
     run(router, BatchConfig([given], str(tmp_path / "spill"), **options))
     assert contents(tmp_path / "spill") == contents(tmp_path / "whole")
-    manifest = cut("manifest") / "_manifest.json"
+    manifest = cut("manifest").with_suffix(".run") / "manifest.json"
     for text in (
         manifest.read_text()[:50],
         "[]",
@@ -141,12 +141,12 @@ def test_damaged_files_are_named(router, tmp_path, caplog):
         "null",
         '{"config": 5, "complete": true}',
         '{"config": {}, "complete": true}',
-        '{"asked": 5, "complete": false}',
+        '{"config": 5, "complete": false}',
     ):
         manifest.write_text(text)
         for restart in (False, True):
-            with pytest.raises(ValueError, match="_manifest.json: expected the manifest of a batch run; remove it"):
-                run(router, BatchConfig([given], str(manifest.parent), **options), restart=restart)
+            with pytest.raises(ValueError, match="manifest.json: expected the manifest of a batch run; remove .*manifest.run"):
+                run(router, BatchConfig([given], str(tmp_path / "manifest"), **options), restart=restart)
     # An input that changes during the run.
     changing = write(tmp_path / "changing.parquet")
     with pytest.raises(ValueError, match=r"inputs: .*changing.parquet: changed while it was read; run again with --restart"):
@@ -171,7 +171,8 @@ def test_damaged_files_are_named(router, tmp_path, caplog):
     kept = {"state": str(tmp_path / "kept")} | options
     with pytest.raises(InterruptedError):
         run(router, BatchConfig([given], str(tmp_path / "first"), **kept), progress=stop)
-    shutil.copytree(tmp_path / "first", tmp_path / "copy")
+    for name in ("", ".run"):
+        shutil.copytree(tmp_path / f"first{name}", tmp_path / f"copy{name}")
     theirs = contents(next((tmp_path / "kept").iterdir()))
     run(router, BatchConfig([given], str(tmp_path / "copy"), **kept), restart=True)
     assert contents(tmp_path / "copy") == contents(tmp_path / "whole")
@@ -224,30 +225,39 @@ def test_a_run_of_an_adapter_is_refused_where_its_backbone_changed(tmp_path):
     again()
 
 
-def test_runs_of_earlier_versions_are_refused_and_can_be_replaced(router, tmp_path):
-    """Their manifests have "asked" where there is now "config"."""
-    given, options = write(tmp_path / "in.parquet"), {"budget": 1.5, "rows_per_part": 32}
-    run(router, BatchConfig([given], str(tmp_path / "whole"), **options))
+def test_an_output_without_its_own_folder_is_never_written_over(router, tmp_path):
+    given, out = write(tmp_path / "in.parquet"), tmp_path / "out"
+    run(router, BatchConfig([given], out, rows_per_part=32))
+    out.rename(tmp_path / "renamed")
+    before = contents(tmp_path / "renamed")
+    for restart in (False, True):
+        with pytest.raises(
+            ValueError, match=r"renamed: holds the parts of a run .*rename or copy its folder NAME.run to .*renamed.run"
+        ):
+            run(router, BatchConfig([given], tmp_path / "renamed", rows_per_part=32), restart)
+    assert contents(tmp_path / "renamed") == before
+    out.with_suffix(".run").rename(tmp_path / "renamed.run")
+    assert run(router, BatchConfig([given], tmp_path / "renamed", rows_per_part=32)).rows == 150
+    assert contents(tmp_path / "renamed") == before
+    (tmp_path / "other.run").mkdir()
+    (tmp_path / "other.run" / "state.pt").touch()
+    with pytest.raises(
+        ValueError, match=r"other.run: expected the folder of .*other's run, found state.pt; name another output"
+    ):
+        run(router, BatchConfig([given], tmp_path / "other"))
+    (tmp_path / "earlier").mkdir()
+    (tmp_path / "earlier" / "_manifest.json").write_text("{}")
+    with pytest.raises(ValueError, match="earlier: holds a run of an earlier version"):
+        run(router, BatchConfig([given], tmp_path / "earlier"))
 
-    def stop(report):
-        if report.rows >= 64:
-            raise InterruptedError
 
-    for name, progress in (("complete", None), ("interrupted", stop)):
-        config = BatchConfig([given], str(tmp_path / name), **options)
-        try:
-            run(router, config, progress=progress)
-        except InterruptedError:
-            assert progress is stop
-        manifest = tmp_path / name / "_manifest.json"
-        recorded = json.loads(manifest.read_text())
-        manifest.write_text(json.dumps({"asked": recorded.pop("config")} | recorded))
-        before = contents(tmp_path / name) if name == "complete" else None
-        with pytest.raises(ValueError, match=f"{name}: holds a run of an earlier version of p2l-engine.*--restart"):
-            run(router, config)
-        assert before is None or contents(tmp_path / name) == before
-        run(router, config, restart=True)
-        assert contents(tmp_path / name) == contents(tmp_path / "whole")
+def test_the_roots_of_stores_and_machines_are_no_outputs(router, tmp_path):
+    given, state = write(tmp_path / "in.parquet"), tmp_path / "state"
+    for root in ("/", "file:///", "memory://"):
+        with pytest.raises(
+            ValueError, match="output: expected a folder within .*, got its root; name one, such as .*/decisions"
+        ):
+            run(router, BatchConfig([given], root, state=state))
 
 
 @pytest.mark.parametrize("scope", slow_but(("prompt",), ["prompt", "batch"]))

@@ -32,7 +32,7 @@ class BatchConfig:
         draw: where the router explores, the kept column by whose text rows with equal prompts are drawn independently (None:
             they are drawn alike).
         price: instead of a budget, the win rate that one unit of cost must gain: the dual price of an earlier run's batch
-            budget, which is in that run's manifest and in the metadata of its parts.
+            budget, which is in the metadata of its parts.
 
     Output:
         output: a folder or its URI.
@@ -40,7 +40,7 @@ class BatchConfig:
         coefficients: also write theta and eta, in this type.
         rows_per_part: rows of one output part, 1 to 1,048,575. A part is computed and resumed as a whole; parts of long
             prompts have fewer rows.
-        state: local folder for coefficients until the run ends (None: a folder in the output, which must then be local).
+        state: local folder for coefficients until the run ends (None: OUT.run beside the output OUT, which must then be local).
     """
 
     inputs: Sequence[str | Path]

@@ -10,6 +10,7 @@ import numpy as np
 
 from p2l_engine.batch.config import BatchConfig
 from p2l_engine.batch.identity import differences, file_versions, identity
+from p2l_engine.batch.run_folder import run_folder
 from p2l_engine.router import Router
 from p2l_engine.tables.chunked import check_files
 from p2l_engine.tables.find import find
@@ -20,11 +21,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One run: its options, input files, output folder, and all that its output depends on (see ``identity``)."""
+    """One run: its options, input files, output folder, the run's own folder beside it (see ``run_folder``), and all that the
+    output depends on (see ``identity``)."""
 
     config: BatchConfig
     files: list[File]
     output: Location
+    run: Location
     identity: dict[str, Any]
 
     @classmethod
@@ -35,8 +38,9 @@ class Job:
         bounds that no prompts can meet.
         """
         files, output = find(config.inputs), Location.of(config.output)
+        run = run_folder(output)
         for location in (*map(Location.of, config.inputs), *(file.location for file in files)):
-            if location.holds(output) or output.holds(location):
+            if location.holds(output) or output.holds(location) or run.holds(location):
                 raise ValueError(
                     f"output: {output.shown} and the input {location.shown}: expected neither within the other, since parts "
                     "would be read as prompts; name another folder"
@@ -46,7 +50,7 @@ class Job:
         nothing = np.zeros((1, len(router.names)))
         router.solve(nothing, config.constraints, nothing[0] if router.costs_vary else None)
         check_files(files, config.column, config.keep)
-        return cls(config, files, output, identity(config, router, files, compute))
+        return cls(config, files, output, run, identity(config, router, files, compute))
 
     def check_inputs_unchanged(self) -> None:
         """Raises ValueError where an input file is not the one that the run began with."""

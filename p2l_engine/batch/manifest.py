@@ -1,45 +1,67 @@
-"""The output folder's manifest: records the run's identity, whether it is complete, and where its state is."""
+"""The manifest of a run, in the folder beside its output: the run's identity, whether it is complete, and where its
+coefficients are."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from p2l_engine.batch.identity import differences
 from p2l_engine.batch.job import Job
+from p2l_engine.batch.parts import check_no_other_parts, is_temporary, other_names, parts, remove_parts, unmark
 from p2l_engine.batch.report import Report
+from p2l_engine.batch.run_folder import ENDING, has_coefficients, remove_coefficients, state_folder
 from p2l_engine.tables.storage import Location
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "_manifest.json"
-STATE = "_state"
+MANIFEST = "manifest.json"
+EARLIER = "_manifest.json"  # of versions that kept it within the output
 
 
-def read_manifest(output: Location) -> dict[str, Any] | None:
-    """The manifest of an earlier run: config (its identity), complete, and state or report and bytes; None in an empty folder.
+def read_manifest(output: Location, run: Location) -> dict[str, Any] | None:
+    """The manifest of an earlier run: config (its identity), complete, and state or report and bytes; None if there is none.
 
-    Raises ValueError where the folder holds anything else.
+    Raises ValueError where the output holds anything else, or parts whose run's own folder is not beside it.
     """
-    names = [name for name in output.names() if not _is_temporary(name)]
-    if MANIFEST in names:
-        manifest = _parsed((output / MANIFEST).read())
-        if manifest is None:
-            raise ValueError(
-                f"{(output / MANIFEST).shown}: expected the manifest of a batch run; remove it, or name another folder"
-            )
-        return manifest
-    if names:
+    if not (run / MANIFEST).exists():
+        _check_unclaimed(output, run)
+        return None
+    manifest = _parsed((run / MANIFEST).read())
+    if manifest is None:
         raise ValueError(
-            f"{output.shown}: expected an empty folder or the output of an earlier batch run, found {', '.join(names[:3])}; "
+            f"{(run / MANIFEST).shown}: expected the manifest of a batch run; remove {run.shown} and {output.shown}, or name "
+            "another folder"
+        )
+    return manifest
+
+
+def _check_unclaimed(output: Location, run: Location) -> None:
+    """Raises ValueError where a new run would write over what is no run's, or another's."""
+    strange = [name for name in run.names() if not name.startswith((".", "coefficients-"))]
+    if strange:
+        raise ValueError(
+            f"{run.shown}: expected the folder of {output.shown}'s run, found {', '.join(strange[:3])}; name another output"
+        )
+    others = other_names(output)
+    if EARLIER in others:
+        raise ValueError(
+            f"{output.shown}: holds a run of an earlier version of p2l-engine, which cannot be resumed; name another folder, "
+            "or remove this one"
+        )
+    if others:
+        raise ValueError(
+            f"{output.shown}: expected an empty folder or the output of an earlier batch run, found {', '.join(others[:3])}; "
             "name another folder"
         )
-    return None
+    if parts(output):
+        raise ValueError(
+            f"{output.shown}: holds the parts of a run whose own folder is not beside it: if it was renamed or copied, rename "
+            f"or copy its folder NAME{ENDING} to {run.shown} too; otherwise name another folder"
+        )
 
 
 def _parsed(text: bytes) -> dict[str, Any] | None:
@@ -49,7 +71,7 @@ def _parsed(text: bytes) -> dict[str, Any] | None:
         return None
     if not isinstance(manifest, dict) or not isinstance(manifest.get("complete"), bool):
         return None
-    if not isinstance(manifest.get("config", manifest.get("asked")), dict):  # "asked": of earlier versions
+    if not isinstance(manifest.get("config"), dict):
         return None
     if manifest["complete"]:
         try:
@@ -60,94 +82,70 @@ def _parsed(text: bytes) -> dict[str, Any] | None:
     return manifest
 
 
-def write_manifest(output: Location, manifest: Mapping[str, Any]) -> None:
-    (output / MANIFEST).write((json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
-
-
-def state_folder(parent: str | Path | None, output: Location, identity: dict[str, Any], recorded: str | None = None) -> Path:
-    """The folder of one run's state. Its name is a hash, so that runs can share a parent folder and never read or remove each
-    other's state.
-
-    parent: None for the output. recorded: the folder that the manifest of an unfinished run names.
-    """
-    # State within the output moves with it, so that the output's path is no part of the hash.
-    path = None if parent is None and recorded is None else output.path
-    name = f"run-{hashlib.sha256(json.dumps([path, identity]).encode()).hexdigest()[:16]}"
-    if recorded is not None and Path(recorded).name == name:  # otherwise the manifest is a copy of another output's
-        return Path(recorded)
-    return (Path(output.path) / STATE if parent is None else Path(parent).expanduser().absolute()) / name
-
-
-def remove_state(state: Path) -> None:
-    """Removes a run's state folder, and the folder ``_state`` in the output if that is empty then."""
-    if state.is_dir():
-        shutil.rmtree(state)
-    if state.parent.name == STATE and state.parent.is_dir() and not any(state.parent.iterdir()):
-        state.parent.rmdir()
+def write_manifest(run: Location, manifest: Mapping[str, Any]) -> None:
+    (run / MANIFEST).write((json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def begin(job: Job, restart: bool) -> tuple[dict[str, Any], Path]:
-    """Resumes the run in the output folder, or starts a new one: its manifest and its state folder.
+    """Resumes the run in the output folder, or starts a new one: its manifest and the folder of its coefficients.
 
     restart: remove an earlier run. Raises ValueError where the folder holds anything but runs, or a run of another identity
     and not restart.
     """
-    output = job.output
-    state = state_folder(job.config.state, output, job.identity)
-    before = read_manifest(output)
-    old = None if before is None else before.get("config", before.get("asked"))
-    left = None if before is None or old is None else state_folder(None, output, old, before.get("state"))
-    if before is not None and before.get("config") != job.identity:
-        computed_nothing = not (before["complete"] or parts(output) or _has_files(left))  # such as one with a wrong column
+    output, run = job.output, job.run
+    state = state_folder(job.config.state, run, job.identity)
+    before = read_manifest(output, run)
+    old = None if before is None else before["config"]
+    left = None if before is None or old is None else state_folder(None, run, old, before.get("state"))
+    if before is not None and old != job.identity:
+        computed_nothing = not (
+            before["complete"] or parts(output) or has_coefficients(left)
+        )  # such as one with a wrong column
         if not (restart or computed_nothing):
             raise ValueError(f"{output.shown}: {_why_not_resumed(before, job)}")
         restart = True
-    if output.is_local:
-        for temporary in Path(output.path).glob(".*.tmp"):
-            if _is_temporary(temporary.name):
-                temporary.unlink()
     if before is not None and not restart:
-        if before["complete"]:
-            _check_parts(before, output)
-        if left is not None and left != state and _has_files(left):
+        if before["complete"] and _is_whole(before, output):
+            return before, state
+        before["complete"] = False
+        unmark(output)
+        if left is not None and left != state and has_coefficients(left):
             logger.warning("%s: resumed with its state in %s", output.shown, left)
             state = left
         state.mkdir(parents=True, exist_ok=True)
+        _remove_temporary(output)
         return before, state
+    _remove_temporary(output)
     if before is not None:
-        # Mark incomplete first, so that a crash cannot mix the parts of two runs.
-        write_manifest(output, {"config": {}, "complete": False})
-        for name in parts(output):
-            (output / name).remove()
+        write_manifest(run, {"config": {}, "complete": False})  # first, so that a crash cannot mix the parts of two runs
+        remove_parts(output)
     for folder in (left, state):
         if folder is not None:
-            remove_state(folder)
+            remove_coefficients(folder, run)
     manifest = {"config": job.identity, "complete": False, "state": None if job.config.state is None else str(state)}
-    write_manifest(output, manifest)
+    run.make_folder()
+    write_manifest(run, manifest)
     state.mkdir(parents=True, exist_ok=True)
     return manifest, state
 
 
 def _why_not_resumed(before: Mapping[str, Any], job: Job) -> str:
-    if "config" not in before:
-        return "holds a run of an earlier version of p2l-engine, which cannot be resumed; name another folder, or --restart"
     if not before["config"]:
         return "holds an earlier run that was only partly removed; name another folder, or --restart"
     changed = "; ".join(differences(before["config"], job.identity))
     return f"holds a run with other inputs or options: {changed}; use the same ones, name another folder, or --restart"
 
 
-def _has_files(folder: Path | None) -> bool:
-    return folder is not None and folder.is_dir() and any(folder.iterdir())
+def _remove_temporary(output: Location) -> None:
+    """Removes what interrupted writes left."""
+    if output.is_local:
+        for temporary in Path(output.path).glob(".*.tmp"):
+            if is_temporary(temporary.name):
+                temporary.unlink()
 
 
-def _is_temporary(name: str) -> bool:
-    """Whether an interrupted write left this file."""
-    return name.startswith((".part-", f".{MANIFEST}.")) and name.endswith(".tmp")
-
-
-def _check_parts(finished: dict[str, Any], output: Location) -> None:
-    """Marks a finished run as incomplete if parts are missing or of another size."""
+def _is_whole(finished: dict[str, Any], output: Location) -> bool:
+    """Whether a finished run has all its parts, of the same sizes."""
     expected, found = finished["bytes"], parts(output)
     check_no_other_parts(output, expected)
     changed = [name for name, size in expected.items() if found.get(name) != size]
@@ -156,20 +154,4 @@ def _check_parts(finished: dict[str, Any], output: Location) -> None:
             "%s: %d parts of the finished run are missing or changed, and are written again: %s", output.shown, len(changed),
             ", ".join(changed[:3]),
         )  # fmt: skip
-        finished["complete"] = False
-
-
-def check_no_other_parts(output: Location, expected: Mapping[str, int]) -> None:
-    """Raises ValueError where there are parts that this run did not write, since readers of the folder would read them too."""
-    others = [name for name in parts(output) if name not in expected]
-    if others:
-        raise ValueError(f"{output.shown}: {', '.join(others[:3])}: expected only parts of this run; remove these files")
-
-
-def part_name(number: int) -> str:
-    return f"part-{number:06d}.parquet"
-
-
-def parts(output: Location) -> dict[str, int]:
-    """Names and sizes in bytes of the written parts."""
-    return {name: size for name, size in output.sizes().items() if name.startswith("part-") and name.endswith(".parquet")}
+    return not changed

@@ -25,7 +25,7 @@ from p2l_engine.batch.config import BatchConfig
 from p2l_engine.batch.decide import Decider, SpilledWinRates, as_texts
 from p2l_engine.batch.deduplicator import NO_REFERENCE, DeduplicatedBlock, Deduplicator
 from p2l_engine.batch.job import Job
-from p2l_engine.batch.manifest import part_name, parts
+from p2l_engine.batch.parts import part_name, parts
 from p2l_engine.batch.report import Recorder, Report
 from p2l_engine.batch.spill import Spill
 from p2l_engine.engine.pipeline import Outputs

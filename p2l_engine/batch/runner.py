@@ -8,9 +8,11 @@ from collections.abc import Callable
 from p2l_engine.batch.config import BatchConfig
 from p2l_engine.batch.identity import compute_signature
 from p2l_engine.batch.job import Job
-from p2l_engine.batch.manifest import begin, check_no_other_parts, remove_state, write_manifest
+from p2l_engine.batch.manifest import begin, write_manifest
+from p2l_engine.batch.parts import check_no_other_parts, mark
 from p2l_engine.batch.pipeline import Pipeline, Workers
 from p2l_engine.batch.report import Report
+from p2l_engine.batch.run_folder import make_run_folder, remove_coefficients
 from p2l_engine.batch.spill import Spill
 from p2l_engine.router import Router
 
@@ -26,7 +28,8 @@ def run(
     progress: Callable[[Report], object] | None = None,
     workers: Workers | None = None,
 ) -> Report:
-    """Routes all rows of the inputs into the output folder: parquet parts in the order of the rows, and a manifest.
+    """Routes all rows of the inputs into the output folder OUT: parquet parts in the order of the rows, and at last the file
+    ``_SUCCESS``. The run's own files, its manifest and coefficients, are in the folder OUT.run beside it.
 
     An unfinished run of the same inputs, checkpoint, catalog and options is resumed; a finished one is left unchanged. A
     resumed run produces byte-identical output. restart: remove the run in the output folder first. progress: called after each
@@ -45,8 +48,9 @@ def run(
     else:
         compute = workers.compute
     job = Job.of(config, router, compute)
-    job.output.make_folder()
-    with job.output.alone():
+    make_run_folder(job.run)
+    with job.run.alone():
+        job.output.make_folder()
         return _run(router, job, restart, progress or (lambda _: None), workers)
 
 
@@ -54,7 +58,8 @@ def _run(router: Router, job: Job, restart: bool, progress: Callable[[Report], o
     manifest, state = begin(job, restart)
     if manifest["complete"]:
         logger.info("%s: already complete", job.output.shown)
-        remove_state(state)
+        mark(job.output)
+        remove_coefficients(state, job.run)
         report = Report(**manifest["report"])
         if job.config.strict and report.routed < report.rows:
             raise ValueError(f"{job.output.shown}: {report.rows - report.routed:,} of its {report.rows:,} rows have an error")
@@ -69,6 +74,7 @@ def _run(router: Router, job: Job, restart: bool, progress: Callable[[Report], o
         check_no_other_parts(job.output, pipeline.written)
     report = pipeline.recorder.report
     recorded = {name: getattr(report, name) for name in RECORDED}
-    write_manifest(job.output, {"config": manifest["config"], "complete": True, "report": recorded, "bytes": pipeline.written})
-    remove_state(state)
+    write_manifest(job.run, {"config": manifest["config"], "complete": True, "report": recorded, "bytes": pipeline.written})
+    mark(job.output)
+    remove_coefficients(state, job.run)
     return report

@@ -154,7 +154,7 @@ def batch(
     state: Annotated[
         str | None,
         typer.Option(
-            help="Local folder for the run's temporary state. Default: inside the output folder.",
+            help="Local folder for the run's coefficients. Default: OUT.run, beside the output OUT.",
             show_default=False,
             rich_help_panel=RUN,
         ),

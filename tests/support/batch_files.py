@@ -42,6 +42,12 @@ def contents(folder):
     return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
 
 
+def manifest(folder):
+    """The manifest of the run whose output is a folder; None if there is none."""
+    path = folder.with_name(f"{folder.name}.run") / "manifest.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
 def assert_routed_as(rows, decisions):
     """Output rows hold these decisions."""
     assert len(rows) == len(decisions)

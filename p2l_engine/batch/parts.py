@@ -1,0 +1,56 @@
+"""The output folder: the parts of a run, and ``_SUCCESS``, a file of no bytes, once it is complete. Nothing else, so that
+readers of tables open the folder as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from p2l_engine.tables.storage import Location
+
+SUCCESS = "_SUCCESS"
+
+
+def part_name(number: int) -> str:
+    return f"part-{number:06d}.parquet"
+
+
+def parts(output: Location) -> dict[str, int]:
+    """Names and sizes in bytes of the written parts."""
+    return {name: size for name, size in output.sizes().items() if name.startswith("part-") and name.endswith(".parquet")}
+
+
+def other_names(output: Location) -> list[str]:
+    """Names of what is in the folder beside parts, ``_SUCCESS`` and what interrupted writes left."""
+    written = parts(output)
+    return [name for name in output.names() if name not in written and name != SUCCESS and not is_temporary(name)]
+
+
+def is_temporary(name: str) -> bool:
+    """Whether an interrupted write left this file."""
+    return name.startswith((".part-", f".{SUCCESS}.")) and name.endswith(".tmp")
+
+
+def check_no_other_parts(output: Location, expected: Mapping[str, int]) -> None:
+    """Raises ValueError where there are parts that this run did not write, since readers of the folder would read them too."""
+    others = [name for name in parts(output) if name not in expected]
+    if others:
+        raise ValueError(f"{output.shown}: {', '.join(others[:3])}: expected only parts of this run; remove these files")
+
+
+def remove_parts(output: Location) -> None:
+    """Removes all parts; first ``_SUCCESS``, so that no reader takes what is left for the whole."""
+    unmark(output)
+    for name in parts(output):
+        (output / name).remove()
+
+
+def mark(output: Location) -> None:
+    """Says that the run is complete."""
+    if SUCCESS not in output.names():
+        (output / SUCCESS).write(b"")
+
+
+def unmark(output: Location) -> None:
+    """Says that the run is not complete."""
+    if SUCCESS in output.names():
+        (output / SUCCESS).remove()

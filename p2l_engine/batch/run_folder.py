@@ -1,0 +1,60 @@
+"""The folder of a run's own files beside its output: ``OUT.run`` beside ``OUT`` has the manifest and the coefficients."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from p2l_engine.tables.storage import Location
+
+ENDING = ".run"
+COEFFICIENTS = "coefficients-*.npy"
+
+
+def run_folder(output: Location) -> Location:
+    """The folder beside the output, or where that is a link, beside what it leads to. Raises ValueError for the root of a store
+    or of this machine, beside which there is no folder."""
+    path = os.path.realpath(output.path) if output.is_local else output.path.rstrip("/")
+    if "/" not in path.rstrip("/"):
+        example = f"{output.shown.rstrip('/')}/decisions"
+        raise ValueError(f"output: expected a folder within {output.shown}, got its root; name one, such as {example}")
+    name, shown = path.rpartition("/")[2], output.shown.rstrip("/")
+    shown = shown if shown.rpartition("/")[2] == name else path
+    return Location(path + ENDING, shown + ENDING, output.store)
+
+
+def make_run_folder(run: Location) -> None:
+    """Raises OSError where it cannot be made."""
+    try:
+        run.make_folder()
+    except OSError as error:
+        raise OSError(
+            f"{run.shown}: cannot be made: {error}; a run's own files stand beside its output: name an output in a folder that "
+            "can be written"
+        ) from error
+
+
+def state_folder(parent: str | Path | None, run: Location, identity: dict[str, Any], recorded: str | None = None) -> Path:
+    """The local folder of a run's coefficients: its own, or one in ``parent``, whose name is a hash, so that runs can share a
+    parent and never read or remove each other's coefficients. recorded: the folder that the manifest of an earlier run names.
+    """
+    name = f"run-{hashlib.sha256(json.dumps([run.path, identity]).encode()).hexdigest()[:16]}"
+    if recorded is not None and Path(recorded).name == name:  # otherwise the manifest is a copy of another run's
+        return Path(recorded)
+    return Path(run.path) if parent is None else Path(parent).expanduser().absolute() / name
+
+
+def has_coefficients(state: Path | None) -> bool:
+    return state is not None and any(state.glob(COEFFICIENTS))
+
+
+def remove_coefficients(state: Path, run: Location) -> None:
+    """Removes a run's coefficients and what interrupted writes of them left; and a folder of their own, if it is empty then."""
+    for pattern in (COEFFICIENTS, f".{COEFFICIENTS}.*.tmp", "costs.npy"):
+        for file in state.glob(pattern):
+            file.unlink()
+    if str(state) != run.path and state.is_dir() and not any(state.iterdir()):
+        state.rmdir()
