@@ -235,8 +235,8 @@ def test_reports_of_a_run_only_grow(router, tmp_path):
     assert {"reading", "deduplicating", "spilling", "deciding", "writing"} <= set(reports[-1].seconds)
 
 
-def test_blocks_are_bounded_by_rows_and_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr("p2l_engine.batch.blocks.BYTES", 1000)
+def test_blocks_are_bounded_by_rows_and_letters(tmp_path, monkeypatch):
+    monkeypatch.setattr("p2l_engine.batch.blocks.LETTERS", 1000)
     prompts = ["x" * 5000 if i == 7 else "short" for i in range(20)]
     found = list(blocks(find([write(tmp_path / "in.parquet", prompts)]), "prompt", rows=6))
     assert [len(block.prompts) for block in found] == [6, 2, 6, 6]

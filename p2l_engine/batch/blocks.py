@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,12 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from p2l_engine.batch.config import ROWS_PER_PART
+from p2l_engine.batch.kept import KeptColumns
 from p2l_engine.prompts.parse import cell_turns
 from p2l_engine.tables.chunked import read_rows
 from p2l_engine.tables.rows import InvalidRow
 from p2l_engine.tables.storage import File
 
-BYTES = 32 << 20  # of a block's prompts and kept columns, beyond which it ends early
+LETTERS = 32 << 20  # of a block's prompts, beyond which it ends early
 
 
 class Unroutable(NamedTuple):
@@ -45,18 +47,25 @@ class Block:
 
 
 def blocks(
-    files: Sequence[File], column: str, keep: Sequence[str] | None = None, rows: int = ROWS_PER_PART, plain_text: bool = False
+    files: Sequence[File],
+    column: str,
+    keep: Sequence[str] | None = None,
+    rows: int = ROWS_PER_PART,
+    plain_text: bool = False,
+    folder: Path | None = None,
 ) -> Iterator[Block]:
     """All rows of all files. column: the prompts' (text, a list of user turns, a list of messages, or, unless
-    plain_text, such a list as JSON); keep: the columns that the output repeats (None: all others).
+    plain_text, such a list as JSON); keep: the columns that the output repeats (None: all others); folder: a local one for
+    large kept columns (see ``kept``).
 
-    An invalid prompt becomes an ``Unroutable``. Raises ValueError with file and row (from 0) where a file cannot be read, lacks
-    a column, or has other columns than the first.
+    Where a block ends depends on the prompts alone, so that coefficients can be used again with other kept columns. An invalid
+    prompt becomes an ``Unroutable``. Raises ValueError with file and row (from 0) where a file cannot be read, lacks a column,
+    or has other columns than the first.
     """
     number = first = size = 0
     prompts: list[RowTurns] = []
     problems: dict[int, Unroutable] = {}
-    kept: list[pa.Table] = []
+    kept = KeptColumns(folder)
     sizes = np.array([file.size for file in files], float)
     before = dict(zip(map(id, files), sizes.cumsum() - sizes, strict=True))
     read, writable = 0.0, False
@@ -66,23 +75,24 @@ def blocks(
         if not writable:
             _check_writable(file, columns.schema)
             writable = True
-        start, kept_each = 0, columns.nbytes // max(len(record_batch.prompts), 1)
+        start = 0
         for i, cell in enumerate(record_batch.prompts):
             turns = turns_of(cell, plain_text)
             if isinstance(turns, Unroutable):
                 turns = turns._replace(where=f"{file.shown}: row {record_batch.first + i}")
+            else:
+                size += sum(map(len, turns))
             if i in record_batch.problems:
                 problems[len(prompts)] = Unroutable(record_batch.problems[i], f"{file.shown}: row {record_batch.first + i}")
             prompts.append(turns)
-            size += sum(map(len, turns)) + kept_each
-            if len(prompts) == rows or size >= BYTES:
-                kept.append(columns[start : i + 1])
-                yield Block(number, first, prompts, pa.concat_tables(kept), read, problems)
+            if len(prompts) == rows or size >= LETTERS:
+                kept.add(columns[start : i + 1])
+                yield Block(number, first, prompts, kept.table(), read, problems)
                 number, first, start, size = number + 1, first + len(prompts), i + 1, 0
-                prompts, problems, kept = [], {}, []
-        kept.append(columns[start:])
+                prompts, problems, kept = [], {}, KeptColumns(folder)
+        kept.add(columns[start:])
     if prompts:
-        yield Block(number, first, prompts, pa.concat_tables(kept), problems=problems)
+        yield Block(number, first, prompts, kept.table(), problems=problems)
 
 
 def turns_of(cell: Any, plain_text: bool = False) -> RowTurns:

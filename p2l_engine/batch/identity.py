@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from p2l_engine.batch.blocks import BYTES
+from p2l_engine.batch.blocks import LETTERS
 from p2l_engine.batch.config import BatchConfig
 from p2l_engine.checkpoint import fingerprint
 from p2l_engine.engine import Engine
@@ -30,7 +30,7 @@ def identity(config: BatchConfig, router: Router, files: Sequence[File], compute
         "inputs": file_versions(files),
         **{name: value for name, value in asdict(config).items() if name not in NOT_RECORDED},
         **{name: {str(models): share for models, share in given.items()} for name, given in shares.items()},
-        "bytes_per_part": BYTES,
+        "letters_per_block": LETTERS,
         "checkpoint": _checkpoint(engine),
         "compute": compute,
         "date": engine.date,

@@ -1,8 +1,9 @@
 """The stages of a batch run: read, compute each prompt once, decide, write.
 
 Rows go in blocks. A block's new prompts are computed together and their coefficients spilled to one file; its output is one
-parquet part. Both are written atomically, and their bytes depend only on the input and the options: a resumed run produces
-byte-identical output. A budget over the batch takes two passes: first all coefficients, then the decisions from them.
+parquet part, or several where the kept columns are large. Both are written atomically, and their bytes depend only on the input
+and the options: a resumed run produces byte-identical output. A budget over the batch takes two passes: first all coefficients,
+then the decisions from them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from p2l_engine.batch.blocks import Block, Unroutable, blocks
@@ -25,6 +27,7 @@ from p2l_engine.batch.config import BatchConfig
 from p2l_engine.batch.decide import Decider, SpilledWinRates, as_texts
 from p2l_engine.batch.deduplicator import NO_REFERENCE, DeduplicatedBlock, Deduplicator
 from p2l_engine.batch.job import Job
+from p2l_engine.batch.kept import pieces
 from p2l_engine.batch.parts import part_name, parts
 from p2l_engine.batch.report import Recorder, Report
 from p2l_engine.batch.spill import Spill
@@ -144,7 +147,7 @@ class Pipeline:
 
     def _blocks(self) -> Iterator[DeduplicatedBlock]:
         config, deduplicator = self.config, Deduplicator()
-        source = blocks(self.job.files, config.column, config.keep, config.rows_per_part, config.plain_text)
+        source = blocks(self.job.files, config.column, config.keep, config.rows_per_part, config.plain_text, self.spill.folder)
         while True:
             with self.recorder.timed("reading"):
                 block = next(source, None)
@@ -232,22 +235,28 @@ class Pipeline:
         return None if self.config.draw is None else as_texts(block.block.kept, self.config.draw)
 
     def _write(self, block: DeduplicatedBlock, policies: Policies | None = None) -> None:
-        name, output = part_name(block.block.number), self.job.output
         with self.recorder.timed("deciding"):
             decided = self.decider.decide(block, policies, self._tokens(block))
         if self.config.strict:
             for row, why in enumerate(decided.table.column("error").to_pylist()):
                 if why is not None:
                     raise ValueError(f"row {block.block.first + row} of all inputs: {why}")
-        self.recorder.add(routed=decided.routed, spend=decided.spend, parts=1)
+        self.recorder.add(routed=decided.routed, spend=decided.spend)
         with self.recorder.timed("writing"):
             metadata = {"p2l.unit": self.router.catalog.unit, "p2l.models": "\n".join(self.router.engine.models)}
             if policies is not None:
                 metadata |= {f"p2l.price.{bound}": repr(price) for bound, price in policies.prices.items()}
-            buffer = io.BytesIO()
-            pq.write_table(decided.table.replace_schema_metadata(metadata), buffer, compression="zstd")
-            self.written[name] = size = len(buffer.getbuffer())
-            if self._found.get(name) != size:
-                if name in self._found:
-                    logger.warning("%s: its size has changed, written again", (output / name).shown)
-                (output / name).write(buffer.getbuffer())
+            table = decided.table.replace_schema_metadata(metadata)
+            for piece in pieces(len(table), block.block.kept):
+                self._write_part(table[piece])
+
+    def _write_part(self, table: pa.Table) -> None:
+        name, output = part_name(len(self.written)), self.job.output
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer, compression="zstd")
+        self.written[name] = size = len(buffer.getbuffer())
+        self.recorder.add(parts=1)
+        if self._found.get(name) != size:
+            if name in self._found:
+                logger.warning("%s: its size has changed, written again", (output / name).shown)
+            (output / name).write(buffer.getbuffer())

@@ -189,7 +189,7 @@ class _Blocks(Datasource):
 
     def _read(self) -> Iterator[pa.Table]:
         config, deduplicator = self.config, Deduplicator()
-        for block in blocks(self.files, config.column, config.keep, config.rows_per_part, config.plain_text):
+        for block in blocks(self.files, config.column, [], config.rows_per_part, config.plain_text):
             new_prompts = deduplicator.add(block).new_prompts
             if new_prompts and block.number not in self.done:
                 yield pa.table([[block.number], [new_prompts]], PROMPTS)
