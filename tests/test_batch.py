@@ -29,7 +29,8 @@ def test_every_format_gives_the_routers_decisions(kind, router, tmp_path):
     config = BatchConfig([write(tmp_path / f"in{kind}")], str(tmp_path / "out"), budget=1.5, rows_per_part=32)
     report = run(router, config)
     found = output(tmp_path / "out")
-    assert found.column_names == ["id", "model", "policy", "expected_cost", "win_rate", "score", "error"]
+    own = ["model", "policy", "expected_cost", "win_rate", "score", "error"]
+    assert found.column_names == ["id", "source_file", "source_row", *own]
     assert found["id"].to_pylist() == [f"row {i}" for i in range(150)]
     assert_routed_as(found.to_pylist(), router.route_batch(PROMPTS, 1.5))
     assert (report.rows, report.routed, report.parts) == (150, 150, 5)
@@ -85,7 +86,8 @@ def test_coefficients_and_kept_columns(router, tmp_path):
     np.testing.assert_allclose(found["eta"].to_pylist(), c.eta, atol=1e-5)
     run(router, BatchConfig([given], str(tmp_path / "half"), keep=[], coefficients="float16"))
     half = output(tmp_path / "half")
-    assert half.column_names[0] == "model"
+    assert half.column_names[0] == "source_file"
+    assert half["eta"].type == pa.float32()  # Spark reads no float16
     np.testing.assert_allclose(np.array(half["theta"].to_pylist(), float), c.theta, rtol=1e-3)
 
 

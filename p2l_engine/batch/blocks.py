@@ -32,18 +32,36 @@ class Unroutable(NamedTuple):
 RowTurns = tuple[str, ...] | Unroutable
 
 
+class Span(NamedTuple):
+    """Consecutive rows of one file, of which the first is its row ``first``, from 0."""
+
+    file: File
+    first: int
+    rows: int
+
+
 @dataclass(frozen=True, slots=True)
 class Block:
     """Consecutive rows: the block's number, its first row's (from 0, over all files), each row's user turns, the kept columns,
-    how much of all input bytes was read, 0 to 1, and the rows (by their place in the block) with a cell that the kept columns
-    cannot hold: they are not routed, but their prompts are computed, so that coefficients do not depend on what is kept."""
+    where the rows come from, how much of all input bytes was read, 0 to 1, and the rows (by their place in the block) with a
+    cell that the kept columns cannot hold: they are not routed, but their prompts are computed, so that coefficients do not
+    depend on what is kept."""
 
     number: int
     first: int
     prompts: list[RowTurns]
     kept: pa.Table
+    sources: Sequence[Span] = ()
     read: float = 1.0
     problems: Mapping[int, Unroutable] = field(default_factory=dict)
+
+    def where(self, row: int) -> str:
+        """The file and row (from 0) of a row of the block."""
+        for span in self.sources:
+            if row < span.rows:
+                return f"{span.file.shown}: row {span.first + row}"
+            row -= span.rows
+        raise IndexError(f"row: expected 0 to {len(self.prompts) - 1}, got {row}")
 
 
 def blocks(
@@ -66,6 +84,7 @@ def blocks(
     prompts: list[RowTurns] = []
     problems: dict[int, Unroutable] = {}
     kept = KeptColumns(folder)
+    sources: list[Span] = []
     sizes = np.array([file.size for file in files], float)
     before = dict(zip(map(id, files), sizes.cumsum() - sizes, strict=True))
     read, writable = 0.0, False
@@ -87,12 +106,15 @@ def blocks(
             prompts.append(turns)
             if len(prompts) == rows or size >= LETTERS:
                 kept.add(columns[start : i + 1])
-                yield Block(number, first, prompts, kept.table(), read, problems)
+                sources.append(Span(file, record_batch.first + start, i + 1 - start))
+                yield Block(number, first, prompts, kept.table(), sources, read, problems)
                 number, first, start, size = number + 1, first + len(prompts), i + 1, 0
-                prompts, problems, kept = [], {}, KeptColumns(folder)
-        kept.add(columns[start:])
+                prompts, problems, kept, sources = [], {}, KeptColumns(folder), []
+        if start < len(record_batch.prompts):
+            kept.add(columns[start:])
+            sources.append(Span(file, record_batch.first + start, len(record_batch.prompts) - start))
     if prompts:
-        yield Block(number, first, prompts, kept.table(), problems=problems)
+        yield Block(number, first, prompts, kept.table(), sources, problems=problems)
 
 
 def turns_of(cell: Any, plain_text: bool = False) -> RowTurns:

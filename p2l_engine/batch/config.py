@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 if TYPE_CHECKING:
     from p2l_engine.constraints import Constraints, Shares
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 ROWS_PER_PART = 8192
 MAX_ROWS_PER_PART = (1 << 20) - 1
+FormatName = Literal["parquet", "jsonl", "csv"]  # of the output
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,10 @@ class BatchConfig:
     Output:
         output: a folder or its URI.
         keep: input columns that the output repeats (None: all except the prompts).
-        coefficients: also write theta and eta, in this type.
+        source: also write each row's ``source_file`` (see ``sources.source_names``) and ``source_row``, from 0.
+        format: of the parts.
+        split_by: "model": each model's rows in files of their own, and rows without a model in files named errors-.
+        coefficients: also write theta and eta, rounded to this type.
         rows_per_part: rows of one output part, 1 to 1,048,575. A part is computed and resumed as a whole; parts of long
             prompts have fewer rows.
         state: local folder for coefficients until the run ends (None: OUT.run beside the output OUT, which must then be local).
@@ -48,6 +52,9 @@ class BatchConfig:
     column: str = "prompt"
     plain_text: bool = False
     keep: Sequence[str] | None = None
+    source: bool = True
+    format: FormatName = "parquet"
+    split_by: Literal["model"] | None = None
     budget: float | None = None
     budget_scope: Scope = "prompt"
     price: float | None = None
@@ -75,6 +82,10 @@ class BatchConfig:
             raise ValueError("price: cannot be combined with max_share or min_share")
         if self.budget_scope not in ("prompt", "batch"):
             raise ValueError(f"budget_scope: expected 'prompt' or 'batch', got {self.budget_scope!r}")
+        if self.format not in get_args(FormatName):
+            raise ValueError(f"format: expected {' or '.join(get_args(FormatName))}, got {self.format!r}")
+        if self.split_by not in (None, "model"):
+            raise ValueError(f"split_by: expected 'model' or None, got {self.split_by!r}")
         if not 1 <= self.rows_per_part <= MAX_ROWS_PER_PART:
             raise ValueError(f"rows_per_part: expected 1 to {MAX_ROWS_PER_PART:,}, got {self.rows_per_part!r}")
 

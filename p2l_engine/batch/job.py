@@ -11,9 +11,10 @@ import numpy as np
 from p2l_engine.batch.config import BatchConfig
 from p2l_engine.batch.identity import differences, file_versions, identity
 from p2l_engine.batch.run_folder import run_folder
+from p2l_engine.batch.sources import source_names
 from p2l_engine.router import Router
 from p2l_engine.tables.chunked import check_files
-from p2l_engine.tables.find import find
+from p2l_engine.tables.find import find, find_each
 from p2l_engine.tables.storage import File, Location
 
 logger = logging.getLogger(__name__)
@@ -21,13 +22,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One run: its options, input files, output folder, the run's own folder beside it (see ``run_folder``), and all that the
-    output depends on (see ``identity``)."""
+    """One run: its options, input files, output folder, the run's own folder beside it (see ``run_folder``), the files' names
+    in the output (see ``source_names``), and all that the output depends on (see ``identity``)."""
 
     config: BatchConfig
     files: list[File]
     output: Location
     run: Location
+    sources: dict[str, str]
     identity: dict[str, Any]
 
     @classmethod
@@ -37,7 +39,8 @@ class Job:
         Raises ValueError for inputs that cannot be read, or overlap with the output, and InfeasibleBudget or Infeasible for
         bounds that no prompts can meet.
         """
-        files, output = find(config.inputs), Location.of(config.output)
+        each, output = find_each(config.inputs), Location.of(config.output)
+        files = [file for of_one in each for file in of_one]
         run = run_folder(output)
         for location in (*map(Location.of, config.inputs), *(file.location for file in files)):
             if location.holds(output) or output.holds(location) or run.holds(location):
@@ -50,7 +53,9 @@ class Job:
         nothing = np.zeros((1, len(router.names)))
         router.solve(nothing, config.constraints, nothing[0] if router.costs_vary else None)
         check_files(files, config.column, config.keep)
-        return cls(config, files, output, run, identity(config, router, files, compute))
+        sources = source_names(config.inputs, each) if config.source else {}
+        found = identity(config, router, files, compute) | {"sources": list(sources.values())}
+        return cls(config, files, output, run, sources, found)
 
     def check_inputs_unchanged(self) -> None:
         """Raises ValueError where an input file is not the one that the run began with."""

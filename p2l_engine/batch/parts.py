@@ -4,19 +4,31 @@ readers of tables open the folder as it is."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import get_args
+from urllib.parse import quote
 
+from p2l_engine.batch.config import FormatName
 from p2l_engine.tables.storage import Location
 
 SUCCESS = "_SUCCESS"
+STEMS = ("part-", "errors-")
 
 
-def part_name(number: int) -> str:
-    return f"part-{number:06d}.parquet"
+def part_name(number: int, format_name: FormatName) -> str:
+    """The name of a block's part."""
+    return f"part-{number:06d}.{format_name}"
+
+
+def part_of(model: str | None, number: int, format_name: FormatName) -> str:
+    """The name of a model's part, of letters and digits that every store and shell takes; None: of rows without a model."""
+    stem = "errors" if model is None else f"part-{quote(model, safe='')}"
+    return f"{stem}-{number:06d}.{format_name}"
 
 
 def parts(output: Location) -> dict[str, int]:
     """Names and sizes in bytes of the written parts."""
-    return {name: size for name, size in output.sizes().items() if name.startswith("part-") and name.endswith(".parquet")}
+    endings = tuple(f".{name}" for name in get_args(FormatName))
+    return {name: size for name, size in output.sizes().items() if name.startswith(STEMS) and name.endswith(endings)}
 
 
 def other_names(output: Location) -> list[str]:
@@ -27,7 +39,7 @@ def other_names(output: Location) -> list[str]:
 
 def is_temporary(name: str) -> bool:
     """Whether an interrupted write left this file."""
-    return name.startswith((".part-", f".{SUCCESS}.")) and name.endswith(".tmp")
+    return name.startswith((*(f".{stem}" for stem in STEMS), f".{SUCCESS}.")) and name.endswith(".tmp")
 
 
 def check_no_other_parts(output: Location, expected: Mapping[str, int]) -> None:

@@ -8,7 +8,6 @@ then the decisions from them.
 
 from __future__ import annotations
 
-import io
 import logging
 import threading
 from collections import deque
@@ -20,16 +19,15 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from p2l_engine.batch.blocks import Block, Unroutable, blocks
 from p2l_engine.batch.config import BatchConfig
 from p2l_engine.batch.decide import Decider, SpilledWinRates, as_texts
 from p2l_engine.batch.deduplicator import NO_REFERENCE, DeduplicatedBlock, Deduplicator
 from p2l_engine.batch.job import Job
-from p2l_engine.batch.kept import pieces
-from p2l_engine.batch.parts import part_name, parts
+from p2l_engine.batch.output import PartFiles, TableWriter, check_format
 from p2l_engine.batch.report import Recorder, Report
+from p2l_engine.batch.sources import SOURCE_COLUMNS, source_columns
 from p2l_engine.batch.spill import Spill
 from p2l_engine.engine.pipeline import Outputs
 from p2l_engine.router import Router
@@ -80,8 +78,11 @@ class Pipeline:
         per_prompt = config.budget if config.budget_scope == "prompt" else None
         self.decider = Decider(router, spill.take, per_prompt, config.price, config.coefficients, config.constraints)
         self.recorder = Recorder()
-        self.written: dict[str, int] = {}  # bytes of the parts
-        self._found = parts(job.output)  # what an earlier run left
+        if config.coefficients == "float16" and config.format == "parquet":
+            logger.info("coefficients: rounded to float16 and written as float32, since Spark reads no float16")
+        files = PartFiles(job.output)
+        self.written = files.written  # bytes of the parts
+        self.writer = TableWriter(files, config.format, split=config.split_by is not None)
         self._slots = threading.Semaphore(MAX_BLOCKS)
         self._lock = threading.Lock()
         self._pending: deque[_PendingBlock] = deque()
@@ -159,11 +160,8 @@ class Pipeline:
             yield deduplicated
 
     def _check(self, block: Block) -> None:
-        taken = [name for name in block.kept.column_names if name in self.decider.columns]
-        if taken:
-            raise ValueError(
-                f"keep: the output has columns of its own named {', '.join(taken)}: name the ones to keep, or none (--keep '')"
-            )
+        self._check_names(block.kept.column_names)
+        check_format(self.config.format, block.kept.schema)
         if self.config.draw is not None and self.config.draw not in block.kept.column_names:
             raise ValueError(
                 f"draw: expected one of the columns {', '.join(block.kept.column_names)}, got {self.config.draw!r}"
@@ -173,6 +171,17 @@ class Pipeline:
                 problem = prompt if isinstance(prompt, Unroutable) else block.problems.get(row)
                 if problem is not None:
                     raise ValueError(f"{problem.where}: {problem.why}")
+
+    def _check_names(self, kept: Sequence[str]) -> None:
+        """Refuses kept columns named like the output's own: capital letters tell no columns apart in Spark and DuckDB."""
+        own = (*self.decider.columns, *(SOURCE_COLUMNS if self.config.source else ()))
+        taken = [name for name in kept if name.casefold() in own]
+        if taken:
+            source = any(name.casefold() in SOURCE_COLUMNS for name in taken)
+            raise ValueError(
+                f"keep: the output has columns of its own named {', '.join(taken)}: name the ones to keep, or none (--keep '')"
+                + ("; --no-source leaves out source_file and source_row" if source else "")
+            )
 
     def _submit(self, writer: ThreadPoolExecutor) -> None:
         """Gives blocks to the writer in order, so that the coefficients of repeated prompts, in earlier blocks, are on disk."""
@@ -240,23 +249,21 @@ class Pipeline:
         if self.config.strict:
             for row, why in enumerate(decided.table.column("error").to_pylist()):
                 if why is not None:
-                    raise ValueError(f"row {block.block.first + row} of all inputs: {why}")
+                    raise ValueError(f"{block.block.where(row)}: {why}")
         self.recorder.add(routed=decided.routed, spend=decided.spend)
         with self.recorder.timed("writing"):
             metadata = {"p2l.unit": self.router.catalog.unit, "p2l.models": "\n".join(self.router.engine.models)}
             if policies is not None:
                 metadata |= {f"p2l.price.{bound}": repr(price) for bound, price in policies.prices.items()}
-            table = decided.table.replace_schema_metadata(metadata)
-            for piece in pieces(len(table), block.block.kept):
-                self._write_part(table[piece])
+            before = len(self.written)
+            self.writer.add(block.block, self._table(block, decided.table), metadata)
+            self.recorder.add(parts=len(self.written) - before)
 
-    def _write_part(self, table: pa.Table) -> None:
-        name, output = part_name(len(self.written)), self.job.output
-        buffer = io.BytesIO()
-        pq.write_table(table, buffer, compression="zstd")
-        self.written[name] = size = len(buffer.getbuffer())
-        self.recorder.add(parts=1)
-        if self._found.get(name) != size:
-            if name in self._found:
-                logger.warning("%s: its size has changed, written again", (output / name).shown)
-            (output / name).write(buffer.getbuffer())
+    def _table(self, block: DeduplicatedBlock, decided: pa.Table) -> pa.Table:
+        """The decided rows, with where they come from after the kept columns."""
+        if not self.config.source:
+            return decided
+        at = block.block.kept.num_columns
+        for place, (name, column) in enumerate(source_columns(block.block.sources, self.job.sources).items(), at):
+            decided = decided.add_column(place, name, column)
+        return decided

@@ -46,6 +46,20 @@ class Floats(StrEnum):
     FLOAT32 = "float32"
 
 
+class Formats(StrEnum):
+    """Formats of the output's files."""
+
+    PARQUET = "parquet"
+    JSONL = "jsonl"
+    CSV = "csv"
+
+
+class SplitBy(StrEnum):
+    """Columns that split the output."""
+
+    MODEL = "model"
+
+
 class Explore(StrEnum):
     """Ways to explore."""
 
@@ -61,7 +75,7 @@ def batch(
         ),
     ],
     output: Annotated[
-        str, typer.Option("--output", "-o", help="Folder or URI for the results: parquet files, in the order of the input.")
+        str, typer.Option("--output", "-o", help="Folder or URI for the results: files of parts, in the order of the input.")
     ],
     column: Column = "prompt",
     plain_text: Annotated[
@@ -137,9 +151,28 @@ def batch(
             rich_help_panel=DECIDING,
         ),
     ] = None,
+    source: Annotated[
+        bool,
+        typer.Option(
+            "--source/--no-source", help="Write where each row comes from: source_file and source_row.", rich_help_panel=RUN
+        ),
+    ] = True,
+    output_format: Annotated[
+        Formats, typer.Option("--format", help="Format of the output's files.", rich_help_panel=RUN)
+    ] = Formats.PARQUET,
+    split_by: Annotated[
+        SplitBy | None,
+        typer.Option(
+            help="Write each model's rows into files of their own, and rows with an error into files named errors-.",
+            show_default=False,
+            rich_help_panel=RUN,
+        ),
+    ] = None,
     coefficients: Annotated[
         Floats | None,
-        typer.Option(help="Also write each row's theta and eta, in this type.", show_default=False, rich_help_panel=RUN),
+        typer.Option(
+            help="Also write each row's theta and eta, rounded to this type.", show_default=False, rich_help_panel=RUN
+        ),
     ] = None,
     restart: Annotated[
         bool,
@@ -206,6 +239,9 @@ def batch(
         column=column,
         plain_text=plain_text,
         keep=[] if keep == [""] else keep,
+        source=source,
+        format=output_format.value,
+        split_by=split_by.value if split_by else None,
         budget=budget,
         budget_scope=budget_scope.value,
         price=price,
