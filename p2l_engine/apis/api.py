@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from p2l_engine.apis.ask import ApiName, Ask
+from p2l_engine.apis.ask import ApiName, Ask, Contents
 
 UNREADABLE = "an event that is no JSON"  # the error of a stream whose rest was not read
 
@@ -65,6 +65,12 @@ class Api(Protocol):
 
     def ask(self, body: dict[str, Any]) -> Ask:
         """Reads a request. Raises BadRequest."""
+
+    def read(self, reader: Contents, body: dict[str, Any]) -> None:
+        """Reads what a request's instructions and messages say. Raises BadRequest."""
+
+    def said(self, content: object) -> str | None:
+        """What a user's message of this content says; None: nothing, as a tool's result. Raises BadRequest."""
 
     def outgoing(self, ask: Ask, model: str, stream_usage: bool) -> dict[str, Any]:
         """The body for a deployment: as it came, except for what the deployment needs. model: its name there; stream_usage:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import orjson
+
 from p2l_engine.apis.extras import NOTHING, Extras
 from p2l_engine.apis.pictures import Picture, picture_of
 from p2l_engine.prompts.parse import Turns
@@ -85,6 +87,10 @@ class Contents:
         self.texts.append(f"{role}\n{text}".encode() + extra + self._sources)
         self._sources = b""
 
+    def packed(self, value: object) -> bytes:
+        """What a message holds beside its text, as JSON, for counting."""
+        return orjson.dumps(value)
+
     def turn(self, text: str) -> None:
         """What a user's message says; where an agent alone speaks, it is no turn."""
         said = without(text, AGENTS_OWN)
@@ -121,6 +127,23 @@ class Contents:
         """What stays the same throughout a conversation: the instructions at its beginning and the first turn."""
         opening = self.instructions if self._opening is None else self._opening
         return digest([part.encode() for part in (*opening, "\0", *self.turns[:1])])
+
+
+class TurnsAlone(Contents):
+    """Collects who said what and counts nothing, so that only what P2L reads can be at fault."""
+
+    def message(self, role: str, text: str, extra: bytes = b"") -> None:
+        """Counts nothing."""
+
+    def packed(self, value: object) -> bytes:
+        """Nothing: it would only be counted."""
+        return b""
+
+    def image(self, source: object) -> str:
+        """What stands for an image."""
+        return "[image]"
+
+    document = image
 
 
 def without(text: str, marks: Sequence[tuple[str, str]]) -> str:

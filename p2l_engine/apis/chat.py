@@ -19,7 +19,17 @@ from p2l_engine.apis.api import (
     sequence,
     size,
 )
-from p2l_engine.apis.ask import ApiName, Ask, BadRequest, Contents, count_field, flag_field, list_field, text_field
+from p2l_engine.apis.ask import (
+    ApiName,
+    Ask,
+    BadRequest,
+    Contents,
+    TurnsAlone,
+    count_field,
+    flag_field,
+    list_field,
+    text_field,
+)
 from p2l_engine.apis.events import data_of
 from p2l_engine.apis.extras import Extras, size_of_fields, tier_of
 
@@ -77,8 +87,7 @@ class Chat:
         if tools := [*list_field(body, "tools"), *list_field(body, "functions")]:
             reader.needs.add("tools")
             reader.message("tools", "", orjson.dumps(tools))
-        for i, message in enumerate(list_field(body, "messages", required=True)):
-            _message(reader, message, f"messages[{i}]")
+        self.read(reader, body)
         if mapping(body.get("response_format")).get("type") == "json_schema":
             reader.needs.add("json_schema")
             reader.message("schema", "", orjson.dumps(body["response_format"]))
@@ -99,6 +108,13 @@ class Chat:
             count_field(body, "n", "best_of") or 1, sealed=reader.sealed, extras=extras, pictures=tuple(reader.pictures),
             references=tuple(reader.references),
         )  # fmt: skip
+
+    def read(self, reader: Contents, body: dict[str, Any]) -> None:
+        for i, message in enumerate(list_field(body, "messages", required=True)):
+            _message(reader, message, f"messages[{i}]")
+
+    def said(self, content: object) -> str | None:
+        return _content(TurnsAlone(), content, "content")
 
     def outgoing(self, ask: Ask, model: str, stream_usage: bool) -> dict[str, Any]:
         body = forwarded(ask, model)
@@ -160,9 +176,9 @@ def _message(reader: Contents, message: dict[str, Any], where: str) -> None:
     extra = b""
     if message.get("tool_calls") or message.get("function_call") or role in ("tool", "function"):
         reader.needs.add("tools")
-        extra = orjson.dumps([message.get("tool_calls"), message.get("function_call"), message.get("tool_call_id")])
+        extra = reader.packed([message.get("tool_calls"), message.get("function_call"), message.get("tool_call_id")])
     if len(message) > 2 and (others := {name: value for name, value in message.items() if value and name not in OF_MESSAGES}):
-        extra += orjson.dumps(others)
+        extra += reader.packed(others)
     if role == "user":
         reader.turn(text)
     else:

@@ -8,7 +8,17 @@ from typing import Any
 import orjson
 
 from p2l_engine.apis.api import UNREADABLE, Progress, Usage, count, error_text, forwarded, mapping, sequence, size
-from p2l_engine.apis.ask import ApiName, Ask, BadRequest, Contents, count_field, flag_field, list_field, text_field
+from p2l_engine.apis.ask import (
+    ApiName,
+    Ask,
+    BadRequest,
+    Contents,
+    TurnsAlone,
+    count_field,
+    flag_field,
+    list_field,
+    text_field,
+)
 from p2l_engine.apis.events import data_of
 from p2l_engine.apis.extras import Extras, size_of_fields, tier_of
 
@@ -81,19 +91,12 @@ class Messages:
         return self._ask(body, None)
 
     def _ask(self, body: dict[str, Any], most: int | None) -> Ask:
-        if mapping(body.get("thread")).get("type") == "continue":
-            # What is in the thread is not known here: not whose turn it is, nor how much it costs, nor who may read it.
-            raise BadRequest("thread: kept by one provider alone; send the whole conversation", "thread", 404, THREAD_NOT_FOUND)
         reader = Contents()
-        if body.get("system") is not None:
-            text = _content(reader, body["system"], "system")[0]
-            reader.instructions.append(text)
-            reader.message("system", text)
+        _opening(reader, body)
         if tools := list_field(body, "tools"):
             reader.needs.add("tools")
             reader.message("tools", "", orjson.dumps(tools))
-        for i, message in enumerate(list_field(body, "messages", required=True)):
-            _message(reader, message, f"messages[{i}]")
+        _conversation(reader, body)
         schema = body.get("output_format") or mapping(body.get("output_config")).get("format")
         if mapping(schema).get("type") == "json_schema":
             reader.needs.add("json_schema")
@@ -109,6 +112,14 @@ class Messages:
             reader.images, frozenset(reader.needs), most, reader.session(),
             sealed=reader.sealed, extras=extras, pictures=tuple(reader.pictures), references=tuple(_container(body)),
         )  # fmt: skip
+
+    def read(self, reader: Contents, body: dict[str, Any]) -> None:
+        _opening(reader, body)
+        _conversation(reader, body)
+
+    def said(self, content: object) -> str | None:
+        text, _, said = _content(TurnsAlone(), content, "content")
+        return text if said else None
 
     def outgoing(self, ask: Ask, model: str, stream_usage: bool) -> dict[str, Any]:
         return forwarded(ask, model)
@@ -185,6 +196,21 @@ def _lasts(block: dict[str, Any]) -> bool:
     return mapping(block.get("cache_control")).get("ttl") == "1h"
 
 
+def _opening(reader: Contents, body: dict[str, Any]) -> None:
+    if mapping(body.get("thread")).get("type") == "continue":
+        # What is in the thread is not known here: not whose turn it is, nor how much it costs, nor who may read it.
+        raise BadRequest("thread: kept by one provider alone; send the whole conversation", "thread", 404, THREAD_NOT_FOUND)
+    if body.get("system") is not None:
+        text = _content(reader, body["system"], "system")[0]
+        reader.instructions.append(text)
+        reader.message("system", text)
+
+
+def _conversation(reader: Contents, body: dict[str, Any]) -> None:
+    for i, message in enumerate(list_field(body, "messages", required=True)):
+        _message(reader, message, f"messages[{i}]")
+
+
 def _message(reader: Contents, message: dict[str, Any], where: str) -> None:
     role = message.get("role")
     if role not in ("user", "assistant", "system"):
@@ -239,5 +265,5 @@ def _content(reader: Contents, content: object, where: str) -> tuple[str, bytes,
             reader.sealed |= kind == "redacted_thinking" or (kind == "thinking" and bool(block.get("signature")))
             if kind == "container_upload":
                 reader.unseen.append(kind)
-            extra += orjson.dumps(block)
+            extra += reader.packed(block)
     return "\n".join(parts), extra, said

@@ -19,7 +19,18 @@ from p2l_engine.apis.api import (
     sequence,
     size,
 )
-from p2l_engine.apis.ask import AUTO, ApiName, Ask, BadRequest, Contents, count_field, flag_field, list_field, text_field
+from p2l_engine.apis.ask import (
+    AUTO,
+    ApiName,
+    Ask,
+    BadRequest,
+    Contents,
+    TurnsAlone,
+    count_field,
+    flag_field,
+    list_field,
+    text_field,
+)
 from p2l_engine.apis.events import data_of
 from p2l_engine.apis.extras import Extras, size_of_fields, tier_of
 
@@ -72,25 +83,15 @@ class Responses:
     def ask(self, body: dict[str, Any]) -> Ask:
         if body.get("background"):
             raise BadRequest("background: expected false; what runs in the background cannot be held to a budget", "background")
-        if body.get("conversation"):
-            raise BadRequest("conversation: is kept by one provider alone; send the whole input", "conversation")
         reader = Contents()
-        if (instructions := body.get("instructions")) is not None:
-            reader.instructions.append(text_field(body, "instructions"))
-            reader.message("system", instructions)
+        _opening(reader, body)
         if tools := list_field(body, "tools"):
             reader.needs.add("tools")
             reader.message("tools", "", orjson.dumps(tools))
             for tool in tools:
                 reader.refer(tool.get("container"), *_containers(tool))
         previous = None if body.get("previous_response_id") is None else text_field(body, "previous_response_id")
-        given = body.get("input")
-        if isinstance(given, str):
-            reader.turn(given)
-            reader.message("user", given)
-        else:
-            for i, item in enumerate(list_field(body, "input", required=True)):
-                _item(reader, item, f"input[{i}]")
+        _input(reader, body)
         if body.get("prompt") is not None:
             if text_field(body, "model") == AUTO:
                 raise BadRequest("prompt: is kept by one provider alone; name the model, or send the whole input", "prompt")
@@ -109,6 +110,15 @@ class Responses:
             reader.images, frozenset(reader.needs), count_field(body, "max_output_tokens"), reader.session(), 1, previous,
             reader.sealed, extras, tuple(reader.pictures), tuple(reader.references),
         )  # fmt: skip
+
+    def read(self, reader: Contents, body: dict[str, Any]) -> None:
+        if body.get("prompt") is not None:
+            raise BadRequest("prompt: is kept by one provider alone; send the whole input", "prompt")
+        _opening(reader, body)
+        _input(reader, body)
+
+    def said(self, content: object) -> str | None:
+        return _content(TurnsAlone(), content, "content")
 
     def outgoing(self, ask: Ask, model: str, stream_usage: bool) -> dict[str, Any]:
         return forwarded(ask, model)
@@ -172,6 +182,24 @@ def _containers(item: dict[str, Any]) -> tuple[object, object]:
     return item.get("container_id"), mapping(item.get("environment")).get("container_id")
 
 
+def _opening(reader: Contents, body: dict[str, Any]) -> None:
+    if body.get("conversation"):
+        raise BadRequest("conversation: is kept by one provider alone; send the whole input", "conversation")
+    if (instructions := body.get("instructions")) is not None:
+        reader.instructions.append(text_field(body, "instructions"))
+        reader.message("system", instructions)
+
+
+def _input(reader: Contents, body: dict[str, Any]) -> None:
+    given = body.get("input")
+    if isinstance(given, str):
+        reader.turn(given)
+        reader.message("user", given)
+        return
+    for i, item in enumerate(list_field(body, "input", required=True)):
+        _item(reader, item, f"input[{i}]")
+
+
 def _item(reader: Contents, item: dict[str, Any], where: str) -> None:
     """One item of the input: a message, or what an agent's tools were asked and said."""
     kind = item.get("type", "message")
@@ -185,9 +213,9 @@ def _item(reader: Contents, item: dict[str, Any], where: str) -> None:
             reader.unseen.append("an item that is referred to")
             reader.refer(item.get("id"))
         reader.refer(*_containers(item))
-        data = orjson.dumps(item)
+        data = reader.packed(item)
         if len(data) > LARGE:
-            data = orjson.dumps(_without_media(reader, item))
+            data = reader.packed(_without_media(reader, item))
         reader.message(kind, "", data)
         return
     role = item.get("role")
