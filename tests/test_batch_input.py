@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 
 import numpy as np
@@ -66,9 +65,6 @@ def test_inputs_and_folders_that_cannot_be_used_are_named(router, tmp_path):
     (tmp_path / "ragged.csv").write_text("\n".join(ragged))
     with pytest.raises(ValueError, match=r"ragged.csv: row 40000: expected 2 values.* got 3; is a quote not closed\? 7,"):
         run(router, BatchConfig([str(tmp_path / "ragged.csv")], str(tmp_path / "ragged")))
-    (tmp_path / "b.csv").write_text("other,prompt\nx,y\n")
-    with pytest.raises(ValueError, match=r"b.csv: column id is missing, was string; other is string"):
-        run(router, BatchConfig([given, str(tmp_path / "b.csv")], str(tmp_path / "two")))
     for inputs, where in (
         (str(tmp_path), "out"),
         (f"{tmp_path}/**/*.parquet", "."),
@@ -132,7 +128,6 @@ def test_csv_files_that_are_not_what_they_seem_are_named(router, tmp_path):
         (b'"id,prompt\n' + b"1,a\n" * 100_000, "expected column names within 131,072 bytes: is a quote not closed"),
         (b'"id,prompt\n' + b"1,a\n" * 1000, "a quote in the column names is not closed by the end of the file"),
         (b"n\xe9,prompt\n1,a", "expected column names in UTF-8"),
-        (b"id,prompt\n" + b"1,a\n" * 600 + b"\xe9,c\n", "row 600: column 'id': expected UTF-8 text: .*; leave the column out"),
     ):
         (tmp_path / "odd.csv").write_bytes(text)
         with pytest.raises(ValueError, match=rf"odd.csv: (cannot be read: )?{message}") as refused:
@@ -143,7 +138,8 @@ def test_csv_files_that_are_not_what_they_seem_are_named(router, tmp_path):
         assert run(router, BatchConfig([str(tmp_path / "fine.csv")], str(tmp_path / "fine")), restart=True).rows == count
     write(tmp_path / "typed.parquet", id=list(range(150)))
     (tmp_path / "text.csv").write_text("id,prompt\n007,a\n")
-    with pytest.raises(ValueError, match="text.csv: column id is string, was int64: expected those of the first file"):
+    message = r"text.csv: column 'id' is string, in .*typed.parquet int64: no type holds the values of both; leave .* --keep"
+    with pytest.raises(ValueError, match=message):
         run(router, BatchConfig([str(tmp_path / "typed.parquet"), str(tmp_path / "text.csv")], str(tmp_path / "never")))
     assert not (tmp_path / "never").exists()
 
@@ -177,48 +173,3 @@ def test_files_that_are_cut_short_or_mixed_are_named(kind, router, tmp_path):
         run(router, BatchConfig([str(given)], str(tmp_path / "out"), rows_per_part=500))
     begun = manifest(tmp_path / "out")
     assert begun is None or not begun["complete"]
-
-
-def test_types_that_change_within_a_file_are_named(router, tmp_path, caplog):
-    lines = [json.dumps({"prompt": "p", "id": i}) for i in range(900)] + [json.dumps({"prompt": "p", "id": "later text"})]
-    (tmp_path / "in.jsonl").write_text("\n".join(lines))
-    with pytest.raises(ValueError, match=r"in.jsonl: row 900: column 'id': expected int64 .*, got 'later text'"):
-        run(router, BatchConfig([str(tmp_path / "in.jsonl")], str(tmp_path / "out")))
-    (tmp_path / "odd.jsonl").write_text('{"prompt": "p", "id": "a"}\n' * 600 + '{"prompt": "p", "id": "\\ud800"}')
-    with pytest.raises(ValueError, match=r"odd.jsonl: row 600: column 'id': expected string .*, got '.ud800'"):
-        run(router, BatchConfig([str(tmp_path / "odd.jsonl")], str(tmp_path / "odd")))
-    (tmp_path / "late.jsonl").write_text('{"prompt": "p"}\n' * 600 + '{"prompt": "p", "id": 1}\n' * 600)
-    assert run(router, BatchConfig([str(tmp_path / "late.jsonl")], str(tmp_path / "late"))).routed == 1200
-    assert [record.message.partition(": ")[2] for record in caplog.records] == [
-        "'id': not in the first rows, and so not in the output"
-    ]
-    lines = [json.dumps({"prompt": "p", "id": None if i < 600 else i, "note": None}) for i in range(1200)]
-    (tmp_path / "null.jsonl").write_text("\n".join(lines))
-    run(router, BatchConfig([str(tmp_path / "null.jsonl")], str(tmp_path / "null")))
-    found = output(tmp_path / "null")
-    assert found.schema.field("id").type == "int64"
-    assert found.schema.field("note").type == "string"
-    assert found["id"].to_pylist() == [None] * 600 + list(range(600, 1200))
-    (tmp_path / "mixed.jsonl").write_text('{"prompt": "p", "id": 1}\n{"prompt": "p", "id": [1]}')
-    with pytest.raises(ValueError, match=r"mixed.jsonl: column 'id': values of different types"):
-        run(router, BatchConfig([str(tmp_path / "mixed.jsonl")], str(tmp_path / "mixed")))
-
-
-def test_what_a_type_would_lose_is_refused(router, tmp_path):
-    for name, first, last in (
-        ("number", {"m": 1}, {"m": 2.5}),
-        ("list", {"m": [1]}, {"m": [2, 3.7]}),
-        ("key", {"m": {"a": 1}}, {"m": {"a": 1, "b": 7}}),
-    ):
-        lines = [json.dumps({"prompt": "p"} | values) for values in (*[first] * 600, last)]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
-        with pytest.raises(
-            ValueError, match=rf"{name}.jsonl: row 600: column 'm': expected .* as in the first rows, got .*--keep"
-        ):
-            run(router, BatchConfig([str(tmp_path / f"{name}.jsonl")], str(tmp_path / f"{name}-out")))
-        run(router, BatchConfig([str(tmp_path / f"{name}.jsonl")], str(tmp_path / f"{name}-out"), keep=[]))
-    (tmp_path / "empty.jsonl").write_text('{"prompt": "p", "m": {}}')
-    with pytest.raises(
-        ValueError, match="empty.jsonl: a column cannot be written to parquet: .*'m'.*; leave it out with --keep"
-    ):
-        run(router, BatchConfig([str(tmp_path / "empty.jsonl")], str(tmp_path / "empty-out")))

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from p2l_engine.batch.blocks import Unroutable, blocks
 from p2l_engine.cli.prompts import PromptFile
 from p2l_engine.tables import csv as tables_csv
-from p2l_engine.tables.chunked import check_files, read_rows
+from p2l_engine.tables.chunked import kept_schema, read_rows
 from p2l_engine.tables.find import find
 from p2l_engine.tables.formats import FORMATS
 from p2l_engine.tables.whole import read_table
@@ -52,7 +52,7 @@ def write(path, rows):
 
 def by_batch(path):
     files = find([path])
-    check_files(files, "prompt")
+    kept_schema(files, "prompt")
     turns = [turns for block in blocks(files, "prompt") for turns in block.prompts]
     if bad := next((turn for turn in turns if isinstance(turn, Unroutable)), None):
         raise ValueError(bad.why)

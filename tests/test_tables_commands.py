@@ -72,7 +72,8 @@ def check_same(folder, prompts, checkpoint):
             "frontier": printed("frontier", file, "--json", checkpoint=checkpoint),
             "leaderboard": printed("leaderboard", "--prompts", file, "--json", "--bootstrap", 5, checkpoint=checkpoint),
         }
-        printed("batch", file, "--output", folder / f"out-{ending}", "--keep", "", *budget, checkpoint=checkpoint)
+        unnamed = ("--output", folder / f"out-{ending}", "--keep", "", "--no-source")  # the files have different names
+        printed("batch", file, *unnamed, *budget, checkpoint=checkpoint)
         results["batch"] = output(folder / f"out-{ending}").to_pylist()
         report = folder / f"{ending}.report"
         printed("strengths", file, "--json", report, "--bootstrap", 5, checkpoint=checkpoint)

@@ -70,15 +70,16 @@ def blocks(
     keep: Sequence[str] | None = None,
     rows: int = ROWS_PER_PART,
     plain_text: bool = False,
+    schema: pa.Schema | None = None,
     folder: Path | None = None,
 ) -> Iterator[Block]:
     """All rows of all files. column: the prompts' (text, a list of user turns, a list of messages, or, unless
-    plain_text, such a list as JSON); keep: the columns that the output repeats (None: all others); folder: a local one for
-    large kept columns (see ``kept``).
+    plain_text, such a list as JSON); keep: the columns that the output repeats (None: all others); schema: theirs, see
+    ``read_rows``; folder: a local one for large kept columns (see ``kept``).
 
     Where a block ends depends on the prompts alone, so that coefficients can be used again with other kept columns. An invalid
-    prompt becomes an ``Unroutable``. Raises ValueError with file and row (from 0) where a file cannot be read, lacks a column,
-    or has other columns than the first.
+    prompt becomes an ``Unroutable``. Raises ValueError with file and row (from 0) where a file cannot be read, or lacks the
+    column of prompts, and what ``kept_schema`` raises.
     """
     number = first = size = 0
     prompts: list[RowTurns] = []
@@ -88,7 +89,7 @@ def blocks(
     sizes = np.array([file.size for file in files], float)
     before = dict(zip(map(id, files), sizes.cumsum() - sizes, strict=True))
     read, writable = 0.0, False
-    for record_batch in read_rows(files, column, keep):
+    for record_batch in read_rows(files, column, keep, schema):
         file, columns = record_batch.file, record_batch.kept
         read = float((before[id(file)] + record_batch.read * file.size) / max(sizes.sum(), 1.0))
         if not writable:

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from p2l_engine.batch.config import BatchConfig
 from p2l_engine.batch.identity import differences, file_versions, identity
 from p2l_engine.batch.run_folder import run_folder
 from p2l_engine.batch.sources import source_names
 from p2l_engine.router import Router
-from p2l_engine.tables.chunked import check_files
+from p2l_engine.tables.chunked import kept_schema
 from p2l_engine.tables.find import find, find_each
 from p2l_engine.tables.storage import File, Location
 
@@ -23,7 +24,7 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class Job:
     """One run: its options, input files, output folder, the run's own folder beside it (see ``run_folder``), the files' names
-    in the output (see ``source_names``), and all that the output depends on (see ``identity``)."""
+    in the output (see ``source_names``), all that the output depends on (see ``identity``), and the kept columns."""
 
     config: BatchConfig
     files: list[File]
@@ -31,6 +32,7 @@ class Job:
     run: Location
     sources: dict[str, str]
     identity: dict[str, Any]
+    schema: pa.Schema
 
     @classmethod
     def of(cls, config: BatchConfig, router: Router, compute: str) -> Job:
@@ -52,10 +54,10 @@ class Job:
             raise ValueError(f"state: expected a local folder where the output is not local ({output.shown}), got None")
         nothing = np.zeros((1, len(router.names)))
         router.solve(nothing, config.constraints, nothing[0] if router.costs_vary else None)
-        check_files(files, config.column, config.keep)
+        schema = kept_schema(files, config.column, config.keep)
         sources = source_names(config.inputs, each) if config.source else {}
         found = identity(config, router, files, compute) | {"sources": list(sources.values())}
-        return cls(config, files, output, run, sources, found)
+        return cls(config, files, output, run, sources, found, schema)
 
     def check_inputs_unchanged(self) -> None:
         """Raises ValueError where an input file is not the one that the run began with."""

@@ -147,8 +147,9 @@ class Pipeline:
                 self._submit(writer)
 
     def _blocks(self) -> Iterator[DeduplicatedBlock]:
-        config, deduplicator = self.config, Deduplicator()
-        source = blocks(self.job.files, config.column, config.keep, config.rows_per_part, config.plain_text, self.spill.folder)
+        config, job, deduplicator = self.config, self.job, Deduplicator()
+        reading = (config.column, config.keep, config.rows_per_part, config.plain_text)
+        source = blocks(job.files, *reading, job.schema, self.spill.folder)
         while True:
             with self.recorder.timed("reading"):
                 block = next(source, None)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from p2l_engine.tables.formats import FORMATS, Reader, kind_of
 from p2l_engine.tables.partitions import check_partitions, with_columns, with_fields
-from p2l_engine.tables.rows import Rows, readable, unreadable, unreadable_error
+from p2l_engine.tables.rows import Rows, listed, readable, unreadable, unreadable_error
 from p2l_engine.tables.storage import File
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+logger = logging.getLogger(__name__)
 
 AT_THE_SAME_TIME = 8  # files whose heads are read
 
@@ -22,50 +25,118 @@ def reader_of(file: File) -> Reader:
     return FORMATS[kind_of(file.location.path)].reader
 
 
-def read_rows(files: Sequence[File], column: str, keep: Sequence[str] | None = None) -> Iterator[Rows]:
-    """column: the prompts'; keep: other columns (None: all). Raises ValueError with file and row where a file cannot be read,
-    lacks a column, or has columns of other types than the first file."""
-    schema: pa.Schema | None = None
-    typed: pa.Schema | None = None  # without columns that are partitions alone
+def read_rows(
+    files: Sequence[File], column: str, keep: Sequence[str] | None = None, schema: pa.Schema | None = None
+) -> Iterator[Rows]:
+    """column: the prompts'; keep: other columns (None: all); schema: what ``kept_schema`` returned for these (None: it is
+    called). Raises ValueError with file and row where a file cannot be read, or lacks the column of prompts."""
+    from p2l_engine.tables.typed import typed_table
+
+    schema = kept_schema(files, column, keep) if schema is None else schema
     for file in files:
         last = None
         try:
-            for read in reader_of(file).rows(file, column, keep, typed):
-                typed = read.kept.schema if typed is None else typed
+            for read in reader_of(file).rows(file, column, keep, schema):
                 rows = with_columns(read, column, keep)
-                schema = rows.kept.schema if schema is None else schema
-                _check_same(file, schema, rows.kept.schema)
+                kept, problems = typed_table(rows.kept, schema)
                 last = rows.first + len(rows.prompts) - 1
-                yield rows
+                yield rows._replace(kept=kept, problems=dict(sorted({**problems, **rows.problems}.items())))
         except unreadable() as error:
             raise unreadable_error(file, error, last) from error
+        except ValueError:
+            if last is not None or _has_rows(file):  # else it may lack columns
+                raise
 
 
-def check_files(files: Sequence[File], column: str, keep: Sequence[str] | None = None) -> None:
-    """Reads the head of every file, before hours are spent on the first ones. Raises ValueError where one cannot be read,
-    lacks a column, or has other columns than the first."""
+def kept_schema(files: Sequence[File], column: str, keep: Sequence[str] | None = None) -> pa.Schema:
+    """The columns that are kept of all files, with types that hold every value of each: found before hours are spent on the
+    first file. A column that a file lacks is null in its rows; files without rows have no say.
+
+    Reads the heads of parquet and csv files, and all rows of jsonl files. Raises ValueError where a file cannot be read or
+    lacks the column of prompts, where no file has a column of ``keep``, or where a column's types have none in common.
+    """
 
     check_partitions(files, keep)
 
-    def check(file: File) -> pa.Schema | None:
-        with readable(file):
-            schema = reader_of(file).schema(file, column, keep)
-        return None if schema is None else with_fields(file, schema, column, keep)
+    def head(file: File) -> pa.Schema | ValueError | None:
+        try:
+            with readable(file):
+                schema = reader_of(file).schema(file, column, keep)
+            return None if schema is None else with_fields(file, schema, column, keep)
+        except ValueError as error:
+            return error
 
-    first: pa.Schema | None = None
     with ThreadPoolExecutor(AT_THE_SAME_TIME) as pool:  # stores answer slowly
-        for file, schema in zip(files, pool.map(check, files), strict=True):
-            first = schema if first is None else first
-            _check_same(file, first, schema)
+        found = list(zip(files, pool.map(head, files), strict=True))
+    errors = [(file, error) for file, error in found if isinstance(error, ValueError)]
+    heads = [(file, schema) for file, schema in found if schema is not None and not isinstance(schema, ValueError)]
+    for file, error in errors:
+        if len(errors) == len(found) or _has_rows(file):
+            raise error
+    _say_skipped([file for file, _ in errors])
+    try:
+        return _common(heads, column, keep)
+    except ValueError:
+        filled = [_has_rows(file) for file, _ in heads]
+        if all(filled) or not any(filled):
+            raise
+    _say_skipped([file for (file, _), some in zip(heads, filled, strict=True) if not some])
+    return _common([head for head, some in zip(heads, filled, strict=True) if some], column, keep)
 
 
-def _check_same(file: File, first: pa.Schema | None, schema: pa.Schema | None) -> None:
-    if first is not None and schema is not None and not schema.equals(first):
-        raise ValueError(f"{file.shown}: {_difference(first, schema)}: expected those of the first file")
+def _has_rows(file: File) -> bool:
+    with readable(file):
+        return any(chunk.rows for chunk in reader_of(file).values(file, ()))
 
 
-def _difference(first: pa.Schema, other: pa.Schema) -> str:
-    was, now = ({field.name: str(field.type) for field in schema} for schema in (first, other))
-    changed = [f"{name} is {now.get(name, 'missing')}, was {was.get(name, 'missing')}" for name in {**was, **now}
-               if was.get(name) != now.get(name)]  # fmt: skip
-    return f"column {'; '.join(changed)}" if changed else "the columns are in another order"
+def _say_skipped(files: Sequence[File]) -> None:
+    if files:
+        logger.warning("skipped, without rows and with other columns than the other files: %s", _named(files))
+
+
+def _named(files: Sequence[File]) -> str:
+    return f"{files[0].shown} and {len(files) - 1:,} more" if len(files) > 1 else files[0].shown
+
+
+def _common(heads: Sequence[tuple[File, pa.Schema]], column: str, keep: Sequence[str] | None) -> pa.Schema:
+    """One schema of several files, of which all values are known to be exact in it."""
+    import pyarrow as pa
+
+    from p2l_engine.tables.common_types import always_exact, common_type, with_text_for_nulls
+
+    types, first = dict[str, pa.DataType](), dict[str, File]()
+    for file, schema in heads:
+        for field in schema:
+            known = types.get(field.name, pa.null())
+            found = common_type(known, field.type)
+            if found is None:
+                raise ValueError(
+                    f"{file.shown}: column {field.name!r} is {field.type}, in {first[field.name].shown} {known}: no type holds "
+                    "the values of both; leave the column out with --keep"
+                )
+            types[field.name] = found
+            if field.name not in first or pa.types.is_null(known):
+                first[field.name] = file
+    unknown = [name for name in keep or () if name not in types]
+    if heads and unknown:
+        there = reader_of(heads[0][0]).schema(heads[0][0], column, None)
+        names = [column, *(there.names if there is not None else ())]
+        raise ValueError(f"{heads[0][0].shown}: expected the columns {listed(unknown)}; it has {listed(names)}")
+    common = pa.schema([(name, with_text_for_nulls(types.get(name, pa.null()))) for name in (types if keep is None else keep)])
+    lacking = {name: [file for file, schema in heads if name not in schema.names] for name in common.names}
+    if any(lacking.values()):
+        each = (f"{name!r} in {_named(files)}" for name, files in lacking.items() if files)
+        logger.warning("columns that are missing and so null in the rows of some files: %s", listed(list(each)))
+    for file, schema in heads:
+        inexact = [field.name for field in schema if not always_exact(field.type, common.field(field.name).type)]
+        if inexact:
+            _check_exact(file, column, schema, pa.schema([common.field(name) for name in inexact]))
+    return common
+
+
+def _check_exact(file: File, column: str, own: pa.Schema, common: pa.Schema) -> None:
+    """Raises ValueError where a value of the file is none of the common type's."""
+    for rows in read_rows([file], column, common.names, common):
+        for row, problem in sorted(rows.problems.items()):
+            types = ", ".join(f"{field.name!r} is {own.field(field.name).type}" for field in common)
+            raise ValueError(f"{file.shown}: row {rows.first + row}: {problem}: here {types}, and in other files another type")

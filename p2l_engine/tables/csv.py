@@ -34,7 +34,7 @@ def schema(file: File, column: str, keep: Sequence[str] | None) -> pa.Schema:
     return pa.schema([(name, pa.string()) for name in wanted_columns(file, _header(file), column, keep)])
 
 
-def rows(file: File, column: str, keep: Sequence[str] | None, _: pa.Schema | None) -> Iterator[Rows]:
+def rows(file: File, column: str, keep: Sequence[str] | None, _: pa.Schema) -> Iterator[Rows]:
     """See ``formats.Reader``. A row of too many or too few cells is an ``InvalidRow`` without values; but a ValueError if a
     quote may be to blame: then the rows after it cannot be trusted either."""
     names = _header(file)
@@ -42,11 +42,9 @@ def rows(file: File, column: str, keep: Sequence[str] | None, _: pa.Schema | Non
     parser = _Parser(file, names, [name for name in names if name in {column, *wanted}])
     for first, chunk, table, read in parser.chunks():
         kept = table.select(wanted)
-        numbers = [first + i for i, row in enumerate(chunk) if isinstance(row, int)]
-        check_text(file, numbers, kept, "; leave the column out with --keep")  # an invalid prompt is an error of its row
         cells = column_values(table.column(column))
         prompts = [cells[row] if isinstance(row, int) else row for row in chunk]
-        if len(numbers) < len(chunk):
+        if len(table) < len(chunk):
             kept = kept.take(pa.array([row if isinstance(row, int) else None for row in chunk], pa.int64()))
         for start in range(0, len(chunk), AT_ONCE):
             part = slice(start, start + AT_ONCE)
@@ -56,7 +54,8 @@ def rows(file: File, column: str, keep: Sequence[str] | None, _: pa.Schema | Non
 def values(file: File, names: Collection[str]) -> Iterator[ValueRows]:
     """See ``formats.Reader``. Invalid are the rows that ``rows`` says."""
     found = _header(file)
-    check_names(file, found)
+    if names:
+        check_names(file, found)
     yield ValueRows(found, [])
     for first, chunk, table, _ in _Parser(file, found, found).chunks():
         check_text(file, [first + i for i, row in enumerate(chunk) if isinstance(row, int)], table)

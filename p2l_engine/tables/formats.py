@@ -19,13 +19,14 @@ class Reader(Protocol):
     """The functions of a format's module."""
 
     def schema(self, file: File, column: str, keep: Sequence[str] | None) -> pa.Schema | None:
-        """Reads the head of the file. The kept columns' types, or None where only the rows tell. Raises ValueError if a column
+        """The types of the kept columns that the file has, null where it has no values; None for a file without rows, as far as
+        that is known. Reads the head of the file, and all rows where only they tell. Raises ValueError if the column of prompts
         is missing."""
         ...
 
-    def rows(self, file: File, column: str, keep: Sequence[str] | None, schema: pa.Schema | None) -> Iterator[Rows]:
-        """A few rows at a time, in order: the column of prompts, and the kept columns (None: all others) with their types.
-        schema: the types that earlier files had."""
+    def rows(self, file: File, column: str, keep: Sequence[str] | None, schema: pa.Schema) -> Iterator[Rows]:
+        """A few rows at a time, in order: the column of prompts, and the kept columns (None: all others), as far as the file
+        has them. schema: of all files, for values that have no types of their own."""
         ...
 
     def values(self, file: File, names: Collection[str]) -> Iterator[ValueRows]:

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from p2l_engine.strict_json import DuplicateKeyError, parsed
-from p2l_engine.tables.rows import AT_ONCE, AT_ONCE_BYTES, InvalidRow, Rows, ValueRows, wanted_columns
+from p2l_engine.tables.rows import AT_ONCE, AT_ONCE_BYTES, InvalidRow, Rows, ValueRows, listed, wanted_columns
 from p2l_engine.tables.storage import File
 
 if TYPE_CHECKING:
@@ -18,38 +18,67 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def schema(file: File, column: str, _: Sequence[str] | None) -> None:
-    """See ``formats.Reader``: types are known only from the rows."""
-    for lines, _read in _lines(file):
-        _check(file, [_parsed(line) for line in lines], column)
-        return
-
-
-def rows(file: File, column: str, keep: Sequence[str] | None, schema: pa.Schema | None) -> Iterator[Rows]:
-    """See ``formats.Reader``. The kept columns' types are those of the first rows that have values in them; a line that is no
-    JSON object is an ``InvalidRow``."""
+def schema(file: File, column: str, keep: Sequence[str] | None) -> pa.Schema | None:
+    """See ``formats.Reader``. Reads all rows where columns are kept. Raises ValueError if no value of a column can be stored,
+    or the columns have more than ``MAX_PLACES`` different keys."""
     import pyarrow as pa
 
-    from p2l_engine.tables.typed import infer, typed_column
+    from p2l_engine.tables.shapes import MAX_PLACES, Shape, is_name
 
-    first, known = 0, set[str]()
+    shapes, begun = dict[str, Shape](), False
+    for lines, _read in _lines(file):
+        rows = [_parsed(line) for line in lines]
+        if not begun:
+            _check(file, rows, column)
+            begun = True
+        if keep is not None and not keep:
+            break
+        objects = [row for row in rows if isinstance(row, dict)]
+        for name in _names(rows):
+            if is_name(name) and (name != column if keep is None else name in keep):
+                shapes.setdefault(name, Shape()).add([row[name] for row in objects if name in row])
+        if sum(shape.places() for shape in shapes.values()) > MAX_PLACES:
+            most = max(shapes, key=lambda name: shapes[name].places())
+            raise ValueError(
+                f"{file.shown}: expected at most {MAX_PLACES:,} different keys in all columns, got more, most of them in "
+                f"{most!r}; name the columns to keep with --keep"
+            )
+    types = {name: shape.type() for name, shape in shapes.items()}
+    for name, shape in shapes.items():
+        if shape.kinds and pa.types.is_null(types[name]):
+            raise ValueError(f"{file.shown}: column {name!r}: not one value can be stored; leave the column out with --keep")
+    mixed = [line for name, shape in shapes.items() for line in shape.mixed(name)]
+    if mixed:
+        logger.warning(
+            "%s: values of several kinds; a row whose value is not of the most common one will have an error, unless its "
+            "column is left out with --keep: %s", file.shown, listed(mixed),
+        )  # fmt: skip
+    return pa.schema(list(types.items())) if begun else None
+
+
+def rows(file: File, column: str, keep: Sequence[str] | None, schema: pa.Schema) -> Iterator[Rows]:
+    """See ``formats.Reader``. A line that is no JSON object is an ``InvalidRow``."""
+    import pyarrow as pa
+
+    from p2l_engine.tables.shapes import is_name
+    from p2l_engine.tables.typed import REMEDY, typed_column
+
+    first = 0
     for lines, read in _lines(file):
         rows = [_object(_parsed(line)) for line in lines]
-        names = _names(rows)
         if not first:
             _check(file, rows, column)
-        if schema is None:
-            wanted = wanted_columns(file, names, column, keep)
-            columns = {name: [_cell(row, name) for row in rows] for name in wanted}
-            empty = {name for name, values in columns.items() if all(value is None for value in values)}
-            schema = infer(file, columns | _first_values(file, empty))
-        late = [name for name in names if name not in known | {column, *schema.names}] if keep is None else []
-        if late:
-            logger.warning("%s: %s: not in the first rows, and so not in the output", file.shown, ", ".join(map(repr, late)))
-        known.update(names)
-        arrays = [typed_column(file, first, field, [_cell(row, field.name) for row in rows]) for field in schema]
+        arrays, problems = list[pa.Array](), dict[int, str]()
+        for field in schema:
+            array, odd = typed_column(field, [_cell(row, field.name) for row in rows])
+            arrays.append(array)
+            problems = odd | problems
+        unnamed = {name for name in _names(rows) if not is_name(name)} if keep is None else set[str]()
+        for i, row in enumerate(rows) if unnamed else ():
+            if isinstance(row, dict) and not unnamed.isdisjoint(row):
+                problems.setdefault(i, f"expected keys in valid Unicode: got half a surrogate pair{REMEDY}")
         prompts = [row if isinstance(row, InvalidRow) else row.get(column) for row in rows]
-        yield Rows(file, first, prompts, pa.table(arrays, schema=schema), read)
+        yield Rows(file, first, prompts, pa.table(arrays, schema=schema), read, problems)
         first += len(rows)
 
 
@@ -120,17 +149,3 @@ def _object(value: Any) -> dict[str, Any] | InvalidRow:
 
 def _cell(row: dict[str, Any] | InvalidRow, name: str) -> Any:
     return row.get(name) if isinstance(row, dict) else None
-
-
-def _first_values(file: File, names: set[str]) -> dict[str, list[Any]]:
-    """Values of columns that have none in the first rows, from the first lines that do: another pass over the file."""
-    found: dict[str, list[Any]] = {}
-    for lines, _ in _lines(file) if names else ():
-        rows = [_object(_parsed(line)) for line in lines]
-        for name in names - found.keys():
-            values = [_cell(row, name) for row in rows]
-            if any(value is not None for value in values):
-                found[name] = values
-        if len(found) == len(names):
-            break
-    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
@@ -45,18 +45,18 @@ def check_partitions(files: Sequence[File], keep: Sequence[str] | None) -> None:
 
 
 def with_fields(file: File, schema: pa.Schema, column: str, keep: Sequence[str] | None) -> pa.Schema:
-    """The kept columns' types with those of the partitions: text."""
+    """The kept columns' types with those of the partitions that are no columns of the file: text."""
     import pyarrow as pa
 
     for name, _ in _kept(file, keep):
         if name not in (column, *schema.names):
             schema = schema.append(pa.field(name, pa.string()))
-    return schema if keep is None else pa.schema([schema.field(name) for name in keep])
+    return schema
 
 
 def with_columns(rows: Rows, column: str, keep: Sequence[str] | None) -> Rows:
-    """The rows with their file's partitions among the kept columns, as text. A column of that name stays as the file has it.
-    Raises ValueError with the row where it says otherwise than the folder."""
+    """The rows with their file's partitions among the kept columns, as text. A column of that name keeps its type, and gets the
+    folder's value where it is null. Raises ValueError with the row where it says otherwise than the folder."""
     file, kept = rows.file, rows.kept
     if not file.partitions:
         return rows
@@ -67,9 +67,11 @@ def with_columns(rows: Rows, column: str, keep: Sequence[str] | None) -> Rows:
             cells = rows.prompts if name == column else column_values(kept.column(name))
             valid = (i for i, prompt in enumerate(rows.prompts) if not isinstance(prompt, InvalidRow))
             _check_agrees(file, name, value, ((rows.first + i, cells[i]) for i in valid))
+            if name != column and value is not None and kept.column(name).null_count:
+                kept = kept.set_column(kept.column_names.index(name), name, _filled(file, name, kept.column(name), value))
         else:
             kept = kept.append_column(pa.field(name, pa.string()), pa.repeat(pa.scalar(value, pa.string()), len(rows.prompts)))
-    return rows._replace(kept=kept if keep is None else kept.select(list(keep)))
+    return rows._replace(kept=kept)
 
 
 def with_values(file: File, first: int, rows: ValueRows, names: Collection[str]) -> ValueRows:
@@ -80,8 +82,23 @@ def with_values(file: File, first: int, rows: ValueRows, names: Collection[str])
     dicts = [(first + i, row) for i, row in enumerate(rows.rows) if isinstance(row, dict)]
     for name, value in wanted.items():
         _check_agrees(file, name, value, ((number, row[name]) for number, row in dicts if name in row))
-    found = [wanted | row if isinstance(row, dict) else row for row in rows.rows]
+    found = [_with_nulls_filled(row, wanted) if isinstance(row, dict) else row for row in rows.rows]
     return ValueRows([*rows.names, *(name for name, _ in file.partitions if name not in rows.names)], found)
+
+
+def _filled(file: File, name: str, column: pa.ChunkedArray, value: str) -> pa.ChunkedArray:
+    """The column with the folder's value for nulls."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    try:
+        return pc.fill_null(column, pa.scalar(value).cast(column.type))
+    except pa.ArrowException:
+        raise ValueError(f"{file.shown}: column {name!r} is {column.type}, its folder says {value!r}; {REMEDY}") from None
+
+
+def _with_nulls_filled(row: dict[str, Any], folders: Mapping[str, str | None]) -> dict[str, Any]:
+    return row | {name: value for name, value in folders.items() if row.get(name) is None}
 
 
 def _check_agrees(file: File, name: str, value: str | None, cells: Iterable[tuple[int, Any]]) -> None:
@@ -99,7 +116,7 @@ def _kept(file: File, keep: Sequence[str] | None) -> Iterator[tuple[str, str | N
 def _agrees(cell: Any, value: str | None) -> bool:
     """Whether a column's value is the folder's: 7 is 07, and true is True."""
     if cell is None or value is None:
-        return cell is value
+        return cell is None
     if isinstance(cell, bool):
         return value.lower() == str(cell).lower()
     if isinstance(cell, int | float):

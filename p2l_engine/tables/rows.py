@@ -71,13 +71,11 @@ def unreadable_error(file: File, error: Exception, row: int | None = None) -> Va
 
 
 def wanted_columns(file: File, names: Sequence[str], column: str, keep: Sequence[str] | None) -> list[str]:
-    """The kept columns that the file has (None: all but ``column``). Raises ValueError if one is missing that is no partition,
-    or two have the same name."""
-    check_names(file, names)
-    also = [*names, *(name for name, _ in file.partitions)]
-    missing = [name for name in (column, *(keep or ())) if name not in (names if name == column else also)]
-    if missing:
-        raise ValueError(f"{file.shown}: expected the columns {listed(missing)}; it has {listed(names)}")
+    """The kept columns (None: all but ``column``), as far as the file has them. Raises ValueError if ``column`` is missing, or
+    two of these have the same name."""
+    check_names(file, [name for name in names if keep is None or name in (column, *keep)])
+    if column not in names:
+        raise ValueError(f"{file.shown}: expected the columns {listed([column])}; it has {listed(names)}")
     return [name for name in names if name != column] if keep is None else [name for name in keep if name in names]
 
 
@@ -94,10 +92,10 @@ def listed(names: Sequence[str]) -> str:
 
 
 def column_values(column: pa.ChunkedArray) -> list[Any]:
-    """Python values; text that is not UTF-8 becomes an ``InvalidRow``."""
+    """Python values; an ``InvalidRow`` for text that is not UTF-8, and for times beyond the year 9999."""
     try:
         return list(column.to_pylist())
-    except UnicodeDecodeError:
+    except (ValueError, OverflowError):
         return [_value(scalar) for scalar in column]
 
 
@@ -106,17 +104,24 @@ def _value(scalar: pa.Scalar) -> Any:
         return scalar.as_py()
     except UnicodeDecodeError as error:
         return InvalidRow("expected UTF-8 text", str(error))
+    except (ValueError, OverflowError) as error:
+        return InvalidRow("expected a value that Python can hold", str(error))
 
 
-def row_dicts(table: pa.Table, names: Collection[str]) -> list[dict[str, Any]]:
-    """A dict for each row, of those columns of ``names`` that there are."""
+def row_dicts(table: pa.Table, names: Collection[str]) -> list[dict[str, Any] | InvalidRow]:
+    """A dict for each row, of those columns of ``names`` that there are; an ``InvalidRow`` where a value is one."""
     columns = {name: column_values(table.column(name)) for name in table.column_names if name in names}
     if not columns:
         return [{} for _ in range(len(table))]
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    rows = zip(*columns.values(), strict=True)
+    dicts: list[dict[str, Any] | InvalidRow] = [dict(zip(columns, row, strict=True)) for row in rows]
+    for values in columns.values():
+        if InvalidRow in set(map(type, values)):
+            dicts = [value if isinstance(value, InvalidRow) else each for value, each in zip(values, dicts, strict=True)]
+    return dicts
 
 
-def check_text(file: File, numbers: Sequence[int], table: pa.Table, remedy: str = "") -> None:
+def check_text(file: File, numbers: Sequence[int], table: pa.Table) -> None:
     """Raises ValueError where a text is not UTF-8. numbers: of the table's rows."""
     from pyarrow import ArrowInvalid
 
@@ -126,5 +131,5 @@ def check_text(file: File, numbers: Sequence[int], table: pa.Table, remedy: str 
         for name in table.column_names:
             for number, value in zip(numbers, column_values(table.column(name)), strict=True):
                 if isinstance(value, InvalidRow):
-                    raise ValueError(f"{file.shown}: row {number}: column {name!r}: {value.why}{remedy}") from None
+                    raise ValueError(f"{file.shown}: row {number}: column {name!r}: {value.why}") from None
         raise

@@ -1,52 +1,105 @@
-"""Python values as Arrow columns whose types the first rows decide; values that a type would change are refused."""
+"""Values as columns of given types; a value that its type would change is left out, and why it is."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import chain
+from types import NoneType
 from typing import Any
 
 import pyarrow as pa
 
-from p2l_engine.tables.storage import File
+from p2l_engine.tables.rows import InvalidRow
+
+REMEDY = "; leave the column out with --keep"
+UNFIT = (pa.ArrowException, OverflowError, UnicodeEncodeError)  # what Arrow raises for values of other types
 
 
-def infer(file: File, columns: dict[str, list[Any]]) -> pa.Schema:
-    """The columns' types; text for those without values. Raises ValueError if a column has values of different types."""
-    fields = []
-    for name, values in columns.items():
-        try:
-            name.encode()
-            kind = pa.infer_type(values)
-        except (pa.ArrowException, UnicodeEncodeError) as error:
-            raise ValueError(f"{file.shown}: column {name!r}: values of different types: {error}") from None
-        fields.append(pa.field(name, pa.string() if pa.types.is_null(kind) else kind))
-    return pa.schema(fields)
-
-
-def typed_column(file: File, first: int, field: pa.Field, values: list[Any]) -> pa.Array:
-    """The values, of rows from ``first`` on, as a column of the field's type. Raises ValueError with the row whose value the
-    type would change."""
+def typed_column(field: pa.Field, values: Sequence[Any]) -> tuple[pa.Array, dict[int, str]]:
+    """JSON values as a column of the field's type, and why those that the type would change are null in it, by place."""
     try:
-        found = pa.array(values, field.type)
-        if pa.infer_type(values) in (field.type, pa.null()) or all(map(_same, values, found.to_pylist())):
-            return found
-        raise pa.ArrowInvalid("a value would change")
-    except (pa.ArrowException, OverflowError, UnicodeEncodeError):
+        return _array(values, field.type), {}
+    except UNFIT:
+        stored, problems = list(values), dict[int, str]()
         for i, value in enumerate(values):
             try:
-                if not _same(value, pa.array([value], field.type)[0].as_py()):
-                    raise pa.ArrowInvalid("a value would change")
-            except (pa.ArrowException, OverflowError, UnicodeEncodeError):
-                raise ValueError(
-                    f"{file.shown}: row {first + i}: column {field.name!r}: expected {field.type} as in the first rows, "
-                    f"got {value!r:.60}; leave the column out with --keep"
-                ) from None
-        raise
+                _array([value], field.type)
+            except UNFIT:
+                stored[i], problems[i] = None, problem(field, f"{value!r:.60}")
+        return _array(stored, field.type), problems
 
 
-def _same(value: Any, stored: Any) -> bool:
-    """Whether nothing was lost: among integers Arrow turns 2.5 into 2, and it drops keys that it does not know."""
-    if isinstance(value, dict) and isinstance(stored, dict):
-        return all(item is None or (key in stored and _same(item, stored[key])) for key, item in value.items())
-    if isinstance(value, list) and isinstance(stored, list):
-        return len(value) == len(stored) and all(map(_same, value, stored))
-    return bool(value == stored) or (value != value and stored != stored)
+def typed_table(table: pa.Table, schema: pa.Schema) -> tuple[pa.Table, dict[int, str]]:
+    """The columns of the schema, those that the table lacks null, and why cells are null that their types would change, or
+    whose text is not UTF-8, by row."""
+    columns, problems = list[pa.ChunkedArray](), dict[int, str]()
+    for field in schema:
+        if field.name not in table.column_names:
+            columns.append(pa.chunked_array([pa.nulls(len(table), field.type)]))
+            continue
+        column, odd = _cast(table.column(field.name), field)
+        columns.append(column)
+        problems = odd | problems  # the first column's
+    return pa.table(columns, schema=schema), problems
+
+
+def problem(field: pa.Field, got: str) -> str:
+    """Why a cell of a kept column cannot be stored."""
+    return InvalidRow(f"expected {field.type} in the column {field.name!r}", f"got {got}{REMEDY}").why
+
+
+def _cast(column: pa.ChunkedArray, field: pa.Field) -> tuple[pa.ChunkedArray, dict[int, str]]:
+    try:
+        column.validate(full=True)
+        return column.cast(field.type), {}
+    except UNFIT:
+        rows, problems = list[int | None](range(len(column))), dict[int, str]()
+        for i in range(len(column)):
+            try:
+                column[i : i + 1].combine_chunks().take(pa.array([0])).validate(full=True)
+                column[i : i + 1].cast(field.type)
+            except UNFIT as error:
+                rows[i], problems[i] = None, problem(field, _shown(column[i], error))
+        return column.take(pa.array(rows, pa.int64())).cast(field.type), problems
+
+
+def _shown(scalar: pa.Scalar, error: Exception) -> str:
+    try:
+        return f"{scalar.as_py()!r:.60}"
+    except UnicodeDecodeError as undecodable:
+        return f"text that is not UTF-8: {undecodable}"
+    except (ValueError, OverflowError):  # a time that Python does not know
+        return f"{error}"
+
+
+def _array(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
+    if not _fit(values, kind):
+        raise pa.ArrowInvalid("a value would change")
+    return pa.array(values, kind)
+
+
+def _fit(values: Sequence[Any], kind: pa.DataType) -> bool:
+    """Whether JSON values are of the type's kind: Arrow would turn false into 0.0, 2.5 into 2 and drop keys without a word. It
+    checks ranges itself."""
+    kinds = set(map(type, values)) - {NoneType}
+    if pa.types.is_struct(kind):
+        objects = [value for value in values if value is not None]
+        if not kinds <= {dict}:
+            return False
+        known = {field.name for field in kind}
+        others = set(chain.from_iterable(objects)) - known
+        return all(value.get(name) is None for name in others for value in objects) and all(
+            _fit([value.get(field.name) for value in objects], field.type) for field in kind
+        )
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        lists = (value for value in values if value is not None)
+        return kinds <= {list} and _fit(list(chain.from_iterable(lists)), kind.value_type)
+    return kinds <= _python_kinds(kind)
+
+
+def _python_kinds(kind: pa.DataType) -> set[type]:
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return {str}
+    if pa.types.is_integer(kind) or pa.types.is_decimal(kind):
+        return {int}
+    return {int, float} if pa.types.is_float64(kind) else {bool} if pa.types.is_boolean(kind) else set()

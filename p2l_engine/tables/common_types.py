@@ -1,0 +1,137 @@
+"""One type for a column whose type differs among files: the narrowest that holds every value of each as it is."""
+
+from __future__ import annotations
+
+from functools import reduce
+
+import pyarrow as pa
+
+MAX_DIGITS = 76  # of a decimal
+UNITS = ("s", "ms", "us", "ns")
+TEXTS, BYTES = (pa.string(), pa.large_string()), (pa.binary(), pa.large_binary())
+SIGNED, UNSIGNED = (pa.int8(), pa.int16(), pa.int32(), pa.int64()), (pa.uint8(), pa.uint16(), pa.uint32(), pa.uint64())
+FLOATS = (pa.float16(), pa.float32(), pa.float64())
+
+
+def common_type(first: pa.DataType, other: pa.DataType) -> pa.DataType | None:
+    """The type of both, or None where there is none that holds all values of both. Of 64-bit integers beside floats, and of
+    times in other units, it holds all but the largest: see ``always_exact``. Nulls may be anywhere in it."""
+    first, other = as_nullable(first), as_nullable(other)
+    if first.equals(other) or pa.types.is_null(other):
+        return first
+    if pa.types.is_null(first):
+        return other
+    for one, two in ((first, other), (other, first)):
+        if pa.types.is_dictionary(one):
+            return common_type(one.value_type, two)
+    for one, two in ((first, other), (other, first)):
+        if isinstance(one, pa.BaseExtensionType):
+            return common_type(one.storage_type, two)
+    if pa.types.is_struct(first) and pa.types.is_struct(other):
+        return _struct(first, other)
+    if _is_list(first) and _is_list(other):
+        items = common_type(first.value_type, other.value_type)
+        large = pa.types.is_large_list(first) or pa.types.is_large_list(other)
+        return None if items is None else (pa.large_list if large else pa.list_)(items)
+    return _scalar(first, other)
+
+
+def as_nullable(kind: pa.DataType) -> pa.DataType:
+    """The type, with nulls allowed everywhere in it."""
+    if pa.types.is_struct(kind):
+        return pa.struct([pa.field(field.name, as_nullable(field.type)) for field in kind])
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(as_nullable(kind.value_type), kind.list_size)
+    if pa.types.is_large_list(kind):
+        return pa.large_list(as_nullable(kind.value_type))
+    return pa.list_(as_nullable(kind.value_type)) if pa.types.is_list(kind) else kind
+
+
+def with_text_for_nulls(kind: pa.DataType) -> pa.DataType:
+    """The type, with text where no value said which one: readers know no type of nulls alone."""
+    if pa.types.is_null(kind):
+        return pa.string()
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(with_text_for_nulls(field.type)) for field in kind])
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(with_text_for_nulls(kind.value_type), kind.list_size)
+    if pa.types.is_large_list(kind):
+        return pa.large_list(with_text_for_nulls(kind.value_type))
+    return pa.list_(with_text_for_nulls(kind.value_type)) if pa.types.is_list(kind) else kind
+
+
+def always_exact(kind: pa.DataType, common: pa.DataType) -> bool:
+    """Whether every value of a type is one of a ``common_type`` of it: integers beyond 2**53 are no floats, and the range of
+    times in a fine unit is short."""
+    if pa.types.is_dictionary(kind):
+        return pa.types.is_dictionary(common) or always_exact(kind.value_type, common)
+    if isinstance(kind, pa.BaseExtensionType):
+        return isinstance(common, pa.BaseExtensionType) or always_exact(kind.storage_type, common)
+    if pa.types.is_struct(kind) and pa.types.is_struct(common):
+        return all(always_exact(field.type, common.field(field.name).type) for field in kind)
+    if _is_list(kind) and _is_list(common):
+        return always_exact(kind.value_type, common.value_type)
+    if pa.types.is_timestamp(kind) or pa.types.is_duration(kind):
+        return bool(kind.equals(common))
+    return not (pa.types.is_floating(common) and kind in (pa.int64(), pa.uint64()))
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+def _struct(first: pa.StructType, other: pa.StructType) -> pa.DataType | None:
+    fields = dict[str, pa.DataType]()
+    for struct in (first, other):
+        names = [field.name for field in struct]
+        if len(set(names)) < len(names):
+            return None
+        for field in struct:
+            found = common_type(fields.get(field.name, pa.null()), field.type)
+            if found is None:
+                return None
+            fields[field.name] = found
+    return pa.struct(list(fields.items()))
+
+
+def _scalar(first: pa.DataType, other: pa.DataType) -> pa.DataType | None:
+    for kinds in (TEXTS, BYTES, SIGNED, UNSIGNED, FLOATS):
+        if first in kinds and other in kinds:
+            return kinds[max(kinds.index(first), kinds.index(other))]
+    if {first, other} <= {*SIGNED, *UNSIGNED}:
+        signed, unsigned = (first, other) if first in SIGNED else (other, first)
+        needed = max(SIGNED.index(signed), UNSIGNED.index(unsigned) + 1)
+        return SIGNED[needed] if needed < len(SIGNED) else None
+    if {first, other} <= {*SIGNED, *UNSIGNED, *FLOATS}:
+        return pa.float64()
+    if all(kind in BYTES or pa.types.is_fixed_size_binary(kind) for kind in (first, other)):
+        return pa.large_binary() if pa.large_binary() in (first, other) else pa.binary()
+    digits = [_digits(kind) for kind in (first, other)]
+    if None not in digits:
+        return _decimal(*(each for each in digits if each is not None))
+    if pa.types.is_timestamp(first) and pa.types.is_timestamp(other) and first.tz == other.tz:
+        return pa.timestamp(_finer(first, other), first.tz)
+    if pa.types.is_duration(first) and pa.types.is_duration(other):
+        return pa.duration(_finer(first, other))
+    if pa.types.is_time(first) and pa.types.is_time(other):
+        unit = _finer(first, other)
+        return pa.time64(unit) if unit in ("us", "ns") else pa.time32(unit)
+    return None
+
+
+def _finer(first: pa.DataType, other: pa.DataType) -> str:
+    return UNITS[max(UNITS.index(first.unit), UNITS.index(other.unit))]
+
+
+def _digits(kind: pa.DataType) -> tuple[int, int] | None:
+    """The digits before and after the point of a decimal, or an integer."""
+    if pa.types.is_decimal(kind):
+        return kind.precision - kind.scale, kind.scale
+    return (len(str(2**kind.bit_width)), 0) if pa.types.is_integer(kind) else None
+
+
+def _decimal(*digits: tuple[int, int]) -> pa.DataType | None:
+    before, after = reduce(lambda one, two: (max(one[0], two[0]), max(one[1], two[1])), digits)
+    if before + after > MAX_DIGITS:
+        return None
+    return (pa.decimal128 if before + after <= 38 else pa.decimal256)(before + after, after)

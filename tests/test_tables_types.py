@@ -1,0 +1,444 @@
+"""Types of kept columns: every value that comes out equals the one that went in, or its row or file is refused by name."""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from p2l_engine.batch import BatchConfig, run
+from p2l_engine.tables.chunked import kept_schema, read_rows
+from p2l_engine.tables.common_types import common_type
+from p2l_engine.tables.find import find
+from p2l_engine.tables.whole import read_table
+from p2l_engine.votes import read
+from tests.support.batch_files import output
+
+US = datetime.timedelta(microseconds=1)
+
+
+def lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def kept(*paths, keep=None):
+    """The kept columns as Python values, and the problems by row."""
+    chunks = list(read_rows(find(map(str, paths)), "prompt", keep))
+    rows, problems = [], {}
+    for chunk in chunks:
+        problems |= {len(rows) + i: problem for i, problem in chunk.problems.items()}
+        rows += chunk.kept.to_pylist() or [{} for _ in chunk.prompts]
+    return rows, problems
+
+
+def same(went_in, came_out):
+    """Whether two values are equal as JSON: an absent key is a null, 1 is 1.0 and true is no number."""
+    if isinstance(went_in, dict) and isinstance(came_out, dict):
+        names = {**went_in, **came_out}
+        return all(same(went_in.get(name), came_out.get(name)) for name in names)
+    if isinstance(went_in, list) and isinstance(came_out, list):
+        return len(went_in) == len(came_out) and all(map(same, went_in, came_out))
+    if isinstance(went_in, float) and isinstance(came_out, float):
+        bits = (math.copysign(1, value) for value in (went_in, came_out))
+        return (went_in != went_in and came_out != came_out) or (went_in == came_out and len(set(bits)) == 1)
+    return isinstance(went_in, bool) == isinstance(came_out, bool) and went_in == came_out
+
+
+LATER = {
+    "null": (None, 5),
+    "missing": ({}, 5),
+    "list": ([], [1, 2]),
+    "list of lists": ([[]], [[], [None, "a"]]),
+    "list of objects": ([], [{"a": [], "b": 1}, {"b": 2}]),
+    "object": ({"a": None}, {"a": {"b": [1.5]}}),
+    "object of lists": ({"a": []}, {"a": [{"k": True}]}),
+    "late key": ({"a": 1}, {"a": 1, "b": "x"}),
+    "late float": (1, 2.5),
+    "late float in a list": ([1], [2, 3.5]),
+    "unsigned": (1, 2**64 - 1),
+}
+
+
+@pytest.mark.parametrize("name", LATER)
+@pytest.mark.parametrize("files", [1, 2])
+def test_values_that_are_typed_later_are_kept(name, files, tmp_path):
+    early, later = LATER[name]
+    rows = [{"prompt": "p", "m": early} if name != "missing" else {"prompt": "p"} for _ in range(1100)]
+    rows[1:1] = [{"prompt": "p"}] * 2
+    rows += [{"prompt": "p", "m": later}]
+    cut = len(rows) - 1 if files == 2 and name != "unsigned" else len(rows)
+    paths = [lines(tmp_path / "a.jsonl", rows[:cut]), *([lines(tmp_path / "b.jsonl", rows[cut:])] if cut < len(rows) else [])]
+    for order in (paths, paths[::-1]):
+        given = rows if order == paths else rows[cut:] + rows[:cut]
+        found, problems = kept(*order)
+        assert not problems
+        assert all(same(row.get("m"), out["m"]) for row, out in zip(given, found, strict=True))
+
+
+ODD = {
+    "false beside numbers": ([0.5, 1.5], False),
+    "true beside integers": ([2, 3], True),
+    "a number beside booleans": ([True, False], 1),
+    "a number beside texts": (["1", "2"], 1),
+    "a text beside numbers": ([1, 2], "1"),
+    "an integer that is no float": ([0.5, 1.5], 2**53 + 1),
+    "an integer beyond 64 bits": ([1, 2], 2**64),
+    "an integer below 64 bits": ([1, 2], -(2**63) - 1),
+    "a list": ([1, 2], [1]),
+    "an object": (["a", "b"], {"a": 1}),
+    "half a surrogate pair": (["a", "b"], "\ud800"),
+    "half a surrogate pair in a key": ([{"a": 1}, {"a": 2}], {"a": 1, "\ud800": 1}),
+    "a text in a list": ([[1], [2]], [1, "2"]),
+    "false in an object": ([{"a": 0.5}, {"a": 1}], {"a": False}),
+    "too deep": ([[], [[]]], eval("[" * 60 + "1" + "]" * 60)),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize("place", [0, 1, 2, 600])
+def test_one_odd_cell_costs_its_row(name, place, tmp_path):
+    usual, odd = ODD[name]
+    rows = [{"prompt": "p", "m": usual[i % 2], "id": i} for i in range(700)]
+    rows[place]["m"] = odd
+    found, problems = kept(lines(tmp_path / "in.jsonl", rows))
+    assert list(problems) == [place]
+    assert "in the column 'm': got " in problems[place]
+    assert problems[place].endswith("; leave the column out with --keep")
+    assert found[place] == {"m": None, "id": place}
+    assert all(same(row["m"], out["m"]) for i, (row, out) in enumerate(zip(rows, found, strict=True)) if i != place)
+    assert kept(tmp_path / "in.jsonl", keep=["id"]) == ([{"id": i} for i in range(700)], {})
+
+
+def test_an_odd_cell_is_an_error_of_its_row_and_no_reason_to_stop(router, tmp_path, caplog):
+    rows = [{"prompt": f"p{i % 3}", "id": i} for i in range(900)] + [{"prompt": "p0", "id": "later text"}]
+    given = lines(tmp_path / "in.jsonl", rows)
+    report = run(router, BatchConfig([given], str(tmp_path / "out")))
+    assert (report.rows, report.routed, report.computed) == (901, 900, 3)
+    last = output(tmp_path / "out").to_pylist()[-1]
+    assert (last["id"], last["model"]) == (None, None)
+    assert last["error"] == "expected int64 in the column 'id': got 'later text'; leave the column out with --keep"
+    assert [record.message for record in caplog.records if record.name.startswith("p2l_engine.tables")] == [
+        f"{given}: values of several kinds; a row whose value is not of the most common one will have an error, unless its "
+        "column is left out with --keep: id: number (900), text (1)"
+    ]
+    with pytest.raises(ValueError, match=r"in.jsonl: row 900: expected int64 in the column 'id': got 'later text'"):
+        run(router, BatchConfig([given], str(tmp_path / "strict"), strict=True))
+    assert run(router, BatchConfig([given], str(tmp_path / "none"), keep=[], strict=True)).routed == 901
+
+
+def test_a_column_that_cannot_be_stored_is_refused(router, tmp_path):
+    for rows, message in (
+        ([{"prompt": "p", "m": {}}], "a column cannot be written to parquet: .*'m'.*; leave it out with --keep"),
+        ([{"prompt": "p", "m": 2**70}] * 2, "column 'm': not one value can be stored; leave the column out with --keep"),
+        (
+            [{"prompt": "p", "m": {f"k{i}_{j}": 1 for j in range(100)}} for i in range(101)],
+            "at most 10,000 different keys.*'m'",
+        ),
+    ):
+        given = lines(tmp_path / "in.jsonl", rows)
+        with pytest.raises(ValueError, match=rf"in.jsonl: .*{message}"):
+            run(router, BatchConfig([given], str(tmp_path / "out")))
+        assert run(router, BatchConfig([given], str(tmp_path / "kept"), keep=[]), restart=True).routed == len(rows)
+
+
+def test_only_kept_columns_can_fail_a_run(tmp_path):
+    pq.write_table(pa.table([["p"], [1], [2], [3]], names=["prompt", "id", "x", "x"]), tmp_path / "a.parquet")
+    (tmp_path / "b.csv").write_text("prompt,id,x,x\nq,7,8,9\n")
+    assert kept(tmp_path / "a.parquet", keep=["id"]) == ([{"id": 1}], {})
+    assert kept(tmp_path / "b.csv", keep=["id"]) == ([{"id": "7"}], {})
+    for name in ("a.parquet", "b.csv"):
+        with pytest.raises(ValueError, match=f"{name}: expected columns of different names, got x twice"):
+            kept(tmp_path / name)
+    with pytest.raises(ValueError, match="b.csv: column 'id' is string, in .*a.parquet int64"):
+        kept(tmp_path / "a.parquet", tmp_path / "b.csv", keep=["id"])
+    assert kept(tmp_path / "a.parquet", tmp_path / "b.csv", keep=[]) == ([{}, {}], {})
+
+
+def test_columns_that_some_files_lack_are_null_there(tmp_path, caplog):
+    pq.write_table(pa.table({"prompt": ["p"], "id": pa.array([None], pa.null()), "n": [1]}), tmp_path / "a.parquet")
+    (tmp_path / "b.csv").write_text("other,prompt,id\nx,y,7\n")
+    lines(tmp_path / "c.jsonl", [{"prompt": "p", "late": [], "n": 2.5}])
+    expected = [
+        {"id": None, "n": 1.0, "other": None, "late": None},
+        {"id": "7", "n": None, "other": "x", "late": None},
+        {"id": None, "n": 2.5, "other": None, "late": []},
+    ]
+    assert kept(tmp_path) == (expected, {})
+    assert caplog.messages == [
+        "columns that are missing and so null in the rows of some files: "
+        f"'id' in {tmp_path}/c.jsonl, 'n' in {tmp_path}/b.csv, 'other' in {tmp_path}/a.parquet and 1 more, "
+        f"'late' in {tmp_path}/a.parquet and 1 more"
+    ]
+    assert kept(tmp_path, keep=["late", "id"])[0] == [{name: row[name] for name in ("late", "id")} for row in expected]
+    with pytest.raises(ValueError, match=r"a.parquet: expected the columns nothing; it has prompt, id, n"):
+        kept(tmp_path, keep=["nothing"])
+
+
+def test_files_without_rows_have_no_say(tmp_path, caplog):
+    pq.write_table(pa.table({"prompt": ["p"], "id": [1]}), tmp_path / "b.parquet")
+    pq.write_table(pa.table({"prompt": pa.array([], pa.string()), "id": pa.array([], pa.string())}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({}), tmp_path / "c.parquet")
+    (tmp_path / "d.csv").write_text("text,id\n")
+    (tmp_path / "e.jsonl").write_text("\n \n\r\n")
+    pq.ParquetWriter(tmp_path / "f.parquet", pa.schema([("prompt", pa.string()), ("id", pa.int64())])).close()  # no row groups
+    assert kept(tmp_path) == ([{"id": 1}], {})
+    assert caplog.messages == [
+        f"skipped, without rows and with other columns than the other files: {tmp_path}/{name}"
+        for name in ("c.parquet and 1 more", "a.parquet and 1 more")
+    ]
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone" / "d.csv").write_text("text,id\n")
+    with pytest.raises(ValueError, match=r"d.csv: expected the columns prompt; it has text, id"):
+        kept(tmp_path / "alone")
+
+
+UNIFIED = [
+    (pa.int32(), pa.int64(), pa.int64()), (pa.uint8(), pa.int8(), pa.int16()), (pa.uint32(), pa.int64(), pa.int64()),
+    (pa.uint64(), pa.int64(), None), (pa.int64(), pa.float32(), pa.float64()), (pa.float16(), pa.float32(), pa.float32()),
+    (pa.string(), pa.large_string(), pa.large_string()), (pa.null(), pa.date32(), pa.date32()),
+    (pa.dictionary(pa.int8(), pa.string()), pa.dictionary(pa.int32(), pa.large_string()), pa.large_string()),
+    (pa.dictionary(pa.int8(), pa.string()), pa.string(), pa.string()),
+    (pa.decimal128(10, 2), pa.decimal128(10, 4), pa.decimal128(12, 4)),
+    (pa.decimal128(38, 0), pa.decimal128(38, 10), pa.decimal256(48, 10)),
+    (pa.decimal256(76, 0), pa.decimal128(38, 10), None), (pa.decimal128(10, 2), pa.int32(), pa.decimal128(12, 2)),
+    (pa.decimal128(10, 2), pa.float64(), None), (pa.timestamp("us"), pa.timestamp("ms"), pa.timestamp("us")),
+    (pa.timestamp("us", "UTC"), pa.timestamp("us"), None), (pa.timestamp("us"), pa.date32(), None),
+    (pa.time32("s"), pa.time64("us"), pa.time64("us")), (pa.duration("s"), pa.duration("ms"), pa.duration("ms")),
+    (pa.bool_(), pa.int8(), None), (pa.bool_(), pa.string(), None), (pa.string(), pa.int64(), None),
+    (pa.string(), pa.binary(), None), (pa.binary(4), pa.binary(), pa.binary()),
+    (pa.list_(pa.null()), pa.large_list(pa.int8()), pa.large_list(pa.int8())),
+    (pa.list_(pa.int8(), 2), pa.list_(pa.int8()), pa.list_(pa.int8())), (pa.list_(pa.int8()), pa.int8(), None),
+    (pa.list_(pa.struct([("a", pa.int8())])), pa.list_(pa.struct([("b", pa.bool_()), ("a", pa.int16())])),
+     pa.list_(pa.struct([("a", pa.int16()), ("b", pa.bool_())]))),
+    (pa.struct([("a", pa.int8())]), pa.struct([("a", pa.string())]), None),
+    (pa.struct([pa.field("a", pa.int8(), nullable=False)]), pa.struct([("a", pa.int8())]), pa.struct([("a", pa.int8())])),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("one", "two", "common"), UNIFIED, ids=str)
+def test_the_common_type_of_two(one, two, common):
+    for found in (common_type(one, two), common_type(two, one)):
+        assert (found is None) == (common is None)
+        assert found is None or found.equals(common) or (found.id == common.id and pa.types.is_nested(found))
+    assert common_type(one, one).equals(one) or pa.types.is_nested(one)
+
+
+def test_files_of_other_types_are_unified_where_nothing_is_lost(tmp_path):
+    day = datetime.datetime(2024, 2, 29, 1, 2, 3)
+    one = {"i": pa.array([1], pa.int32()), "s": pa.array(["a"]), "c": pa.array(["x"]).dictionary_encode(),
+           "t": pa.array([day], pa.timestamp("ms")), "d": pa.array([decimal.Decimal("1.5")], pa.decimal128(4, 1)),
+           "f": pa.array([2**53], pa.int64()), "o": pa.array([{"a": 1, "l": []}])}  # fmt: skip
+    two = {"o": pa.array([{"l": ["z"], "b": 2.5}]), "f": pa.array([0.5]), "i": pa.array([2**40]),
+           "t": pa.array([day + US], pa.timestamp("us")), "s": pa.array(["b"], pa.large_string()),
+           "c": pa.array(["y"], pa.large_string()), "d": pa.array([decimal.Decimal("2.25")], pa.decimal128(12, 2))}  # fmt: skip
+    for name, columns in (("a", one), ("b", two)):
+        arrays = [pa.array(["p"]), *columns.values()]
+        fields = [
+            pa.field(n, a.type, nullable=n != "s" or name != "a") for n, a in zip(["prompt", *columns], arrays, strict=True)
+        ]
+        pq.write_table(pa.table(arrays, schema=pa.schema(fields)), tmp_path / f"{name}.parquet")
+    rows, problems = kept(tmp_path)
+    assert not problems
+    assert rows == [
+        {"i": 1, "s": "a", "c": "x", "t": day, "d": decimal.Decimal("1.50"), "f": 2.0**53,
+         "o": {"a": 1, "l": [], "b": None}},
+        {"i": 2**40, "s": "b", "c": "y", "t": day + US, "d": decimal.Decimal("2.25"), "f": 0.5,
+         "o": {"a": None, "l": ["z"], "b": 2.5}},
+    ]  # fmt: skip
+    assert [list(row) for row in rows] == [list(one)] * 2  # the first file's order
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "message"),
+    [
+        (pa.array([2**53 + 1]), pa.array([0.5]), "a.parquet: row 600: expected double in the column 'm': got 9007199254740993"),
+        (
+            pa.array([2**40], pa.timestamp("s")),
+            pa.array([1], pa.timestamp("ns")),
+            r"a.parquet: row 600: expected timestamp\[ns\]",
+        ),
+        (
+            pa.array([1]),
+            pa.array(["1"]),
+            "b.parquet: column 'm' is string, in .*a.parquet int64: no type holds the values of both",
+        ),
+        (pa.array([True]), pa.array([1]), "b.parquet: column 'm' is int64, in .*a.parquet bool"),
+        (pa.array([[1]]), pa.array([["1"]]), "b.parquet: column 'm' is list<.*string>, in .*a.parquet list<.*int64>"),
+    ],
+)
+def test_files_of_types_with_no_common_one_are_refused(one, two, message, tmp_path):
+    usual = pa.nulls(600, one.type)
+    pq.write_table(pa.table({"prompt": ["p"] * 601, "m": pa.concat_arrays([usual, one])}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"prompt": ["p"], "m": two}), tmp_path / "b.parquet")
+    with pytest.raises(ValueError, match=rf"{message}.*; leave the column out with --keep"):
+        kept_schema(find([str(tmp_path)]), "prompt")
+    assert len(kept(tmp_path, keep=[])[0]) == 602
+
+
+def test_text_that_is_not_utf_8_costs_its_row(tmp_path):
+    (tmp_path / "in.csv").write_bytes(b"id,prompt\n" + b"1,a\n" * 600 + b"\xe9,c\nbad\n2,d")
+    odd = pa.array([b"1", b"\xe9", None]).view(pa.string())
+    nested = pa.ListArray.from_arrays([0, 1, 1, 3], pa.array([b"1", b"a", b"\xe9"]).view(pa.string()))
+    pq.write_table(pa.table({"prompt": ["a"] * 3, "id": odd, "l": nested}), tmp_path / "in.parquet")
+    rows, problems = kept(tmp_path / "in.csv")
+    assert [row["id"] for row in rows] == [*["1"] * 600, None, None, "2"]
+    assert list(problems) == [600]
+    assert problems[600].startswith("expected string in the column 'id': got text that is not UTF-8: ")
+    rows, problems = kept(tmp_path / "in.parquet")
+    assert rows == [{"id": "1", "l": ["1"]}, {"id": None, "l": []}, {"id": None, "l": None}]
+    assert list(problems) == [1, 2]
+
+
+TIMES = [datetime.datetime(9999, 12, 31, 23, 59, 59, 999999), datetime.datetime(1, 1, 1), datetime.datetime(2024, 1, 1), None]
+
+
+def test_times_as_spark_stores_them_are_right_or_refused(tmp_path):
+    """INT96; 9999-12-31 is 1816-03-29 in nanoseconds."""
+    table = pa.table({"prompt": ["p"] * 4, "model_a": "xxxx", "t": pa.array(TIMES, pa.timestamp("us")),
+                      "o": [{"l": [time]} for time in TIMES]} | {"model_a": ["x"] * 4, "model_b": ["y"] * 4,
+                                                                   "winner": ["tie"] * 4})  # fmt: skip
+    pq.write_table(table, tmp_path / "in.parquet", use_deprecated_int96_timestamps=True, row_group_size=3)
+    rows, problems = kept(tmp_path / "in.parquet", keep=["t", "o"])
+    assert not problems
+    assert [row["t"] for row in rows] == [row["o"]["l"][0] for row in rows] == TIMES
+    assert read_table(tmp_path / "in.parquet", ["t"]).columns["t"] == TIMES
+    votes, _ = read(tmp_path / "in.parquet", leave_out={"t": [TIMES[0]]})
+    assert len(votes) == 3
+    ticks = pa.array([1577836800000000001, 1577836800000000000, -1], pa.timestamp("ns"))
+    pq.write_table(pa.table({"prompt": ["p"] * 3, "t": ticks}), tmp_path / "fine.parquet", use_deprecated_int96_timestamps=True)
+    rows, problems = kept(tmp_path / "fine.parquet")
+    assert list(problems) == [0, 2]
+    assert problems[0].startswith("column 't': expected times in microseconds where they are stored as INT96: got nanoseconds")
+    assert list(read_table(tmp_path / "fine.parquet", ["t"]).invalid) == [0, 2]
+
+
+@given(
+    days=st.lists(
+        st.datetimes(datetime.datetime(1, 1, 1), datetime.datetime(9999, 12, 31, 23, 59, 59, 999999)), min_size=1, max_size=20
+    )
+)
+@settings(deadline=None, max_examples=40)
+def test_any_time_of_spark_is_right(days, tmp_path):
+    pq.write_table(
+        pa.table({"prompt": ["p"] * len(days), "t": days}), tmp_path / "in.parquet", use_deprecated_int96_timestamps=True
+    )
+    assert (
+        [row["t"] for row in kept(tmp_path / "in.parquet")[0]]
+        == days
+        == read_table(tmp_path / "in.parquet", ["t"]).columns["t"]
+    )
+
+
+def test_times_that_python_does_not_know_cost_their_row(tmp_path):
+    far = pa.array([2**62, 0, None], pa.int64()).view(pa.timestamp("us"))
+    pq.write_table(pa.table({"prompt": far, "t": far}), tmp_path / "in.parquet")
+    (chunk,) = read_rows(find([str(tmp_path / "in.parquet")]), "prompt")
+    assert "expected a value that Python can hold" in chunk.prompts[0].why
+    assert chunk.kept.column("t").combine_chunks().equals(far)
+    assert list(read_table(tmp_path / "in.parquet", ["t"]).invalid) == [0]
+
+
+def test_prompts_of_other_types_are_errors_of_their_rows(router, tmp_path):
+    values = [datetime.datetime(2024, 1, 1), datetime.date(2024, 1, 1), decimal.Decimal("1.5"), b"b", 1.5, True, {"a": 1}, [1]]
+    cells = [pa.array([value]) for value in (*values, datetime.timedelta(1))]
+    cells.append(pa.array([2**62], pa.int64()).view(pa.timestamp("us")))
+    for i, cell in enumerate(cells):
+        pq.write_table(pa.table({"prompt": cell}), tmp_path / f"{i}.parquet")
+    run(router, BatchConfig([str(tmp_path)], str(tmp_path.parent / f"{tmp_path.name}-out")))
+    errors = output(tmp_path.parent / f"{tmp_path.name}-out").column("error").to_pylist()
+    assert len(errors) == len(cells)
+    for error, got in zip(
+        errors, ["datetime", "date", "Decimal", "bytes", "float", "bool", "dict", "int", "timedelta", "hold"], strict=True
+    ):
+        assert got in error
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.text(max_size=3) | st.floats() | st.integers(-(2**65), 2**65) | st.integers(-3, 3)
+    | st.sampled_from([2**53, 2**53 + 1, -0.0, 0.5, "1", "\ud800"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["a", "b", "c"]), inner, max_size=3),
+    max_leaves=6,
+)  # fmt: skip
+alike = st.sampled_from(
+    [
+        st.none() | st.integers(-(2**62), 2**62), st.floats() | st.integers(-5, 5),
+        st.lists(st.none() | st.integers(0, 9), max_size=2),
+        st.fixed_dictionaries({}, optional={"a": st.integers(0, 3) | st.none(), "b": st.lists(st.text(max_size=1))}),
+    ]
+)  # fmt: skip
+columns = st.one_of(
+    st.lists(json_values, min_size=1, max_size=8), alike.flatmap(lambda each: st.lists(each, min_size=1, max_size=8))
+)
+
+
+@given(files=st.lists(columns, min_size=1, max_size=3))
+@example(files=[[0.5, False]])
+@example(files=[[1], [0.5], [2**53 + 1]])
+@example(files=[[[]], [[1]], [[None, 2.5]]])
+@example(files=[[{"a": []}], [{"a": [{"b": 1}]}], [{"b": None}]])
+@settings(deadline=None, max_examples=300)
+def test_any_json_comes_out_as_it_went_in_or_is_refused(files, tmp_path):
+    paths = [
+        lines(tmp_path / f"{i}.jsonl", [{"prompt": "p", "m": value} for value in values]) for i, values in enumerate(files)
+    ]
+    check(paths, [value for values in files for value in values])
+
+
+def check(paths, went_in):
+    try:
+        rows, problems = kept(*paths)
+    except ValueError as error:
+        assert any(path in str(error) for path in paths)
+        assert str(error).endswith("--keep") or "; leave the column out with --keep" in str(error)
+        return
+    assert len(rows) == len(went_in)
+    for i, (value, row) in enumerate(zip(went_in, rows, strict=True)):
+        if i in problems:
+            assert row["m"] is None
+            assert "'m'" in problems[i]
+        else:
+            assert same(value, row["m"])
+
+
+@given(
+    files=st.lists(columns, min_size=1, max_size=3),
+    kinds=st.lists(st.sampled_from(["jsonl", "parquet"]), min_size=3, max_size=3),
+)
+@settings(deadline=None, max_examples=200)
+def test_any_values_of_jsonl_and_parquet_come_out_as_they_went_in_or_are_refused(files, kinds, tmp_path):
+    paths, went_in = [], []
+    for i, (values, kind) in enumerate(zip(files, kinds, strict=False)):
+        path = tmp_path / f"{i}.{kind}"
+        if kind == "parquet":
+            try:
+                array = pa.array(values)
+                pq.write_table(pa.table({"prompt": ["p"] * len(values), "m": array}), path)
+            except (pa.ArrowException, OverflowError, UnicodeEncodeError):
+                continue
+            values = array.to_pylist()  # what the file holds: Arrow has changed some itself
+        else:
+            lines(path, [{"prompt": "p", "m": value} for value in values])
+        paths.append(str(path))
+        went_in += values
+    if paths:
+        check(paths, went_in)
+
+
+@pytest.mark.parametrize("frames", [(pd.DataFrame({"id": [1, 2]}), pd.DataFrame({"id": [1.0, None]}))])
+def test_what_pandas_makes_of_integers_and_nulls(frames, tmp_path):
+    for i, frame in enumerate(frames):
+        frame.assign(prompt="p").to_parquet(tmp_path / f"{i}.parquet")
+    rows, problems = kept(tmp_path)
+    assert not problems
+    assert [row["id"] for row in rows[:3]] == [1, 2, 1]
+    assert rows[3]["id"] is None or np.isnan(rows[3]["id"])
