@@ -21,7 +21,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-_decoder = json.JSONDecoder(object_pairs_hook=_unique)
+INFINITIES = (float("inf"), float("-inf"))  # what "Infinity" and "-Infinity" are read as; 1e400 is read as another object
+_constants = {"NaN": float("nan"), "Infinity": INFINITIES[0], "-Infinity": INFINITIES[1]}
+_decoder = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_constants.__getitem__)
 
 
 def parsed(text: str) -> Any:

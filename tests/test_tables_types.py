@@ -119,6 +119,16 @@ def test_one_odd_cell_costs_its_row(name, place, tmp_path):
     assert kept(tmp_path / "in.jsonl", keep=["id"]) == ([{"id": i} for i in range(700)], {})
 
 
+def test_a_number_that_no_float_holds_costs_its_row(tmp_path):
+    texts = ["1e400", "-1e400", "Infinity", "-Infinity", "NaN", "-0.0", "1e308"]
+    (tmp_path / "in.jsonl").write_text("".join(f'{{"prompt": "p", "m": {text}, "l": [{text}]}}\n' for text in texts))
+    rows, problems = kept(tmp_path / "in.jsonl")
+    assert list(problems) == [0, 1]
+    assert [row["m"] for row in rows[2:4]] == [math.inf, -math.inf]
+    assert [row["l"] for row in rows[2:4]] == [[math.inf], [-math.inf]]
+    assert all(same(float(text), row["m"]) for text, row in zip(texts[2:], rows[2:], strict=True))
+
+
 def test_an_odd_cell_is_an_error_of_its_row_and_no_reason_to_stop(router, tmp_path, caplog):
     rows = [{"prompt": f"p{i % 3}", "id": i} for i in range(900)] + [{"prompt": "p0", "id": "later text"}]
     given = lines(tmp_path / "in.jsonl", rows)

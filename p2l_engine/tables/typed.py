@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from p2l_engine.strict_json import INFINITIES
 from p2l_engine.tables.rows import InvalidRow
 
 REMEDY = "; leave the column out with --keep"
@@ -94,7 +95,15 @@ def _fit(values: Sequence[Any], kind: pa.DataType) -> bool:
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         lists = (value for value in values if value is not None)
         return kinds <= {list} and _fit(list(chain.from_iterable(lists)), kind.value_type)
-    return kinds <= _python_kinds(kind)
+    return kinds <= _python_kinds(kind) and not _overflown(values, kinds)
+
+
+def _overflown(values: Sequence[Any], kinds: set[type]) -> bool:
+    """Whether a number like 1e400 has become infinite."""
+    if float not in kinds or not any(infinity in values for infinity in INFINITIES):
+        return False
+    infinite = (value for value in values if value in INFINITIES)
+    return not all(any(value is infinity for infinity in INFINITIES) for value in infinite)
 
 
 def _python_kinds(kind: pa.DataType) -> set[type]:
