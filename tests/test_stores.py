@@ -16,6 +16,7 @@ from pyarrow.fs import GcsFileSystem
 from p2l_engine.batch import BatchConfig, run
 from p2l_engine.tables.find import find
 from p2l_engine.tables.storage import Location
+from p2l_engine.tables.whole import read_table
 from tests.support.batch_files import contents, write
 
 
@@ -103,7 +104,7 @@ def test_folders_and_globs_find_the_same_files_in_s3_and_on_disk(store, tmp_path
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("prompt\nhello\n")
         uploaded(store, f"x/{name}", path)
-    for given in ("x", "x/*.csv", "x/**/*.csv", "x/*/c.csv", "x/a.csv"):
+    for given in ("x", "x/*.csv", "x/**/*.csv", "x/*/c.csv", "x/a.csv", "x/[ab].csv", "x/?.csv", "x/_h*/e.csv"):
         local = [file.location.path.removeprefix(str(tmp_path)) for file in find([str(tmp_path / given)])]
         stored = [file.location.path.removeprefix("bucket") for file in find([f"s3://bucket/{given}"])]
         assert stored == local != [], given
@@ -116,10 +117,89 @@ def test_folders_and_globs_find_the_same_files_in_s3_and_on_disk(store, tmp_path
         "s3://no-such-bucket/x",
         "s3://bucket/y/*.csv",
         "s3://bucket/x/readme.txt",
-        "s3://bucket/x/[ab].csv",
+        "s3://bucket/x/[yz].csv",
     ):
         with pytest.raises(ValueError, match=re.escape(given)):
             find([given])
+
+
+KEYS = [
+    "a b.csv",
+    "é.csv",
+    "what?.csv",
+    "x[12].csv",
+    "100%.csv",
+    "a%20b.csv",
+    "n#1.csv",
+    "a+b.csv",
+    "d=2024%3A01/c.csv",
+    "&=;,@:!.csv",
+]
+
+
+@pytest.mark.store
+@pytest.mark.xdist_group("s3")
+def test_keys_are_what_is_written(store):
+    for key in [*KEYS, "x1.csv", "whats.csv"]:
+        store.put_object(Bucket="bucket", Key=f"odd é/{key}", Body=f"prompt\n{key}\n".encode())
+    for key in KEYS:
+        for place in ("odd é", "odd%20%C3%A9"):  # decoded, where nothing is named so
+            if place == "odd é" or "%" not in key:
+                [file] = find([f"s3://bucket/{place}/{key}"])
+                assert file.location.path == f"bucket/odd é/{key}"
+                assert read_table(f"s3://bucket/{place}/{key}", ["prompt"]).columns["prompt"] == (
+                    [key.replace(",", "")] if "," not in key else [None]
+                )
+    for given, keys in (
+        ("a%2Bb.csv", ["a+b.csv"]), ("what%3F.csv", ["what?.csv"]), ("x[1].csv", ["x1.csv"]), ("*%20*", ["a%20b.csv"]),
+        ("what?.csv?region=us-east-1", ["what?.csv"]), ("?[12]*.csv", ["x1.csv"]),
+        ("d=2024%3A01/*", ["d=2024%3A01/c.csv"]), ("d=2024%3A01", ["d=2024%3A01/c.csv"]),
+    ):  # fmt: skip
+        assert [file.location.path for file in find([f"s3://bucket/odd é/{given}"])] == [f"bucket/odd é/{key}" for key in keys]
+    assert [file.partitions for file in find(["s3://bucket/odd é/*/c.csv"])] == [(("d", "2024:01"),)]
+
+
+def test_stores_without_package_or_network_are_refused_in_one_line(monkeypatch):
+    import fsspec
+
+    class Broken(fsspec.AbstractFileSystem):
+        protocol = "broken"
+
+        def info(self, path, **_):
+            raise KeyError("no\nnetwork")
+
+    fsspec.register_implementation("broken", Broken, clobber=True)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for uri, message in (
+        ("broken://a/b.csv", "the store cannot be read: KeyError: 'no.*network'; check its package"),
+        ("nowhere://bucket/in.csv", "Protocol not known: nowhere; check its package, its credentials and the network"),
+        ("abfs://c/x.csv", "write abfs://CONTAINER@ACCOUNT.dfs.core.windows.net/"),
+        ("az://c/x.csv", "Install adlfs"),
+        ("hf://datasets/a/b.csv?", "set HF_TOKEN, or log in"),
+    ):
+        with pytest.raises(ValueError, match=message) as refused:
+            find([uri])
+        assert str(refused.value).startswith(uri.removesuffix("?"))
+        assert "\n" not in str(refused.value)
+        assert len(str(refused.value)) < 600
+
+
+def test_what_a_store_raises_while_it_is_read_is_one_line(tmp_path):
+    import fsspec
+
+    class Breaking(fsspec.AbstractFileSystem):
+        protocol = "breaking"
+
+        def info(self, path, **_):
+            return {"name": path, "type": "file", "size": 100}
+
+        def open(self, path, mode="rb", **_):
+            raise LookupError("the token\nhas expired")
+
+    fsspec.register_implementation("breaking", Breaking, clobber=True)
+    for name in ("a.csv", "a.jsonl", "a.parquet", "a.csv.gz"):
+        with pytest.raises(ValueError, match=f"breaking://.*{name}: cannot be read.*: LookupError: the token has expired"):
+            read_table(f"breaking://x/{name}", ["prompt"])
 
 
 @pytest.mark.store

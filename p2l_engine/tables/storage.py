@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +19,11 @@ Partitions = tuple[tuple[str, str | None], ...]
 
 def shown(uri: str) -> str:
     """A path or URI as messages may show it: without a store's options, keys and secrets."""
-    return uri if "://" not in uri else re.sub("//([^/@]*|[^@]*:[^@]*)@", "//", uri.partition("?")[0])
+    if "://" not in uri:
+        return uri
+    from p2l_engine.tables import stores
+
+    return stores.shown(uri)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,23 +35,19 @@ class Location:
     store: Any = None
 
     @classmethod
-    def of(cls, uri: str | Path) -> Location:
-        """A local path, or a URI: through pyarrow (file, s3, gs ...) or else fsspec. Raises ValueError."""
+    def of(cls, uri: str | Path, literal: bool = False) -> Location:
+        """A local path, or a URI: through pyarrow (file, s3, gs ...) or else fsspec. literal: of a URI of a store, %20 is no
+        space. Raises ValueError."""
         uri = str(uri)
         if not uri:
             raise ValueError("expected a path or a URI, got ''")
         if "://" not in uri:
             return cls(os.path.abspath(os.path.expanduser(uri)), uri)
-        from pyarrow import ArrowInvalid, fs
+        from pyarrow import fs
 
-        if uri.startswith("file:") and any(sign in uri for sign in "?#"):
-            raise ValueError(f"{uri}: expected %3F for a question mark, and %23 for #, in a URI")
-        try:
-            store, path = fs.FileSystem.from_uri(uri)
-        except ArrowInvalid as error:
-            if "Unrecognized filesystem" not in str(error):
-                raise ValueError(f"{shown(uri)}: {str(error).replace(uri, shown(uri))}") from None
-            store, path = _through_fsspec(uri, shown(uri))
+        from p2l_engine.tables.stores import store_of
+
+        store, path = store_of(uri, literal)
         return cls(path, shown(uri), None if isinstance(store, fs.LocalFileSystem) else store)
 
     @property
@@ -71,10 +70,22 @@ class Location:
     def __truediv__(self, name: str) -> Location:
         return Location(f"{self.path.rstrip('/')}/{name}", f"{self.shown.rstrip('/')}/{name}", self.store)
 
-    def exists(self) -> bool:
-        from pyarrow import fs
+    def at(self, path: str) -> Location:
+        """Another path of this store."""
+        return Location(path, path, self.store)
 
-        return bool(self.system.get_file_info(self.path).type != fs.FileType.NotFound)
+    def exists(self) -> bool:
+        if self.is_local:
+            return os.path.lexists(self.path)
+        info = self.info()
+        return bool(info.type != info.type.NotFound)
+
+    def info(self) -> Any:
+        """What a store says about this path: a pyarrow ``FileInfo``. Raises ValueError where it does not answer."""
+        from p2l_engine.tables.stores import reaching
+
+        with reaching(self.shown):
+            return self.system.get_file_info(self.path)
 
     def names(self) -> list[str]:
         """The names in a folder, sorted; none if there is no such folder."""
@@ -163,14 +174,3 @@ def _local_system() -> Any:
     from pyarrow import fs
 
     return fs.LocalFileSystem()
-
-
-def _through_fsspec(uri: str, shown: str) -> tuple[Any, str]:
-    import fsspec
-    from pyarrow import fs
-
-    try:
-        system, path = fsspec.core.url_to_fs(uri)
-    except (ValueError, ImportError) as error:
-        raise ValueError(f"{shown}: {error}") from None
-    return fs.PyFileSystem(fs.FSSpecHandler(system)), path
