@@ -119,6 +119,11 @@ class Catalog:
         return tuple(model.name for model in self.models)
 
     @property
+    def provider_names(self) -> dict[str, str]:
+        """What their providers call them: the setting ``model`` of each, else its name."""
+        return {model.name: str(model.provider.get("model", model.name)) for model in self.models}
+
+    @property
     def costs(self) -> npt.NDArray[np.float64]:
         """Their costs, [K]."""
         return np.array([model.cost for model in self.models])

@@ -13,9 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from p2l_engine.batch.config import ROWS_PER_PART
+from p2l_engine.batch.json_values import json_text
 from p2l_engine.batch.kept import KeptColumns
+from p2l_engine.batch.requests import request_body
 from p2l_engine.prompts.parse import cell_turns
 from p2l_engine.tables.chunked import read_rows
+from p2l_engine.tables.formats import kind_of
 from p2l_engine.tables.rows import InvalidRow
 from p2l_engine.tables.storage import File
 
@@ -45,7 +48,8 @@ class Block:
     """Consecutive rows: the block's number, its first row's (from 0, over all files), each row's user turns, the kept columns,
     where the rows come from, how much of all input bytes was read, 0 to 1, and the rows (by their place in the block) with a
     cell that the kept columns cannot hold: they are not routed, but their prompts are computed, so that coefficients do not
-    depend on what is kept."""
+    depend on what is kept. bodies: of the rows' requests, one column of JSON (see ``requests.request_body``), where they are
+    wanted."""
 
     number: int
     first: int
@@ -54,6 +58,7 @@ class Block:
     sources: Sequence[Span] = ()
     read: float = 1.0
     problems: Mapping[int, Unroutable] = field(default_factory=dict)
+    bodies: pa.ChunkedArray | None = None
 
     def where(self, row: int) -> str:
         """The file and row (from 0) of a row of the block."""
@@ -72,10 +77,11 @@ def blocks(
     plain_text: bool = False,
     schema: pa.Schema | None = None,
     folder: Path | None = None,
+    requests: bool = False,
 ) -> Iterator[Block]:
     """All rows of all files. column: the prompts' (text, a list of user turns, a list of messages, or, unless
     plain_text, such a list as JSON); keep: the columns that the output repeats (None: all others); schema: theirs, see
-    ``read_rows``; folder: a local one for large kept columns (see ``kept``).
+    ``read_rows``; folder: a local one for large kept columns (see ``kept``); requests: whether ``Block.bodies`` are wanted.
 
     Where a block ends depends on the prompts alone, so that coefficients can be used again with other kept columns. An invalid
     prompt becomes an ``Unroutable``. Raises ValueError with file and row (from 0) where a file cannot be read, or lacks the
@@ -84,7 +90,7 @@ def blocks(
     number = first = size = 0
     prompts: list[RowTurns] = []
     problems: dict[int, Unroutable] = {}
-    kept = KeptColumns(folder)
+    kept, bodies = KeptColumns(folder), KeptColumns(folder)
     sources: list[Span] = []
     sizes = np.array([file.size for file in files], float)
     before = dict(zip(map(id, files), sizes.cumsum() - sizes, strict=True))
@@ -95,7 +101,7 @@ def blocks(
         if not writable:
             _check_writable(file, columns.schema)
             writable = True
-        start = 0
+        start, found = 0, list[str | None]()
         for i, cell in enumerate(record_batch.prompts):
             turns = turns_of(cell, plain_text)
             if isinstance(turns, Unroutable):
@@ -104,18 +110,27 @@ def blocks(
                 size += sum(map(len, turns))
             if i in record_batch.problems:
                 problems[len(prompts)] = Unroutable(record_batch.problems[i], f"{file.shown}: row {record_batch.first + i}")
+            if requests:
+                body, problem = _body(record_batch.file, cell, turns)
+                found.append(body)
+                if problem is not None:
+                    problems.setdefault(len(prompts), Unroutable(problem, f"{file.shown}: row {record_batch.first + i}"))
             prompts.append(turns)
             if len(prompts) == rows or size >= LETTERS:
                 kept.add(columns[start : i + 1])
+                bodies.add(_column(found))
                 sources.append(Span(file, record_batch.first + start, i + 1 - start))
-                yield Block(number, first, prompts, kept.table(), sources, read, problems)
-                number, first, start, size = number + 1, first + len(prompts), i + 1, 0
-                prompts, problems, kept, sources = [], {}, KeptColumns(folder), []
+                of_rows = bodies.table().column("body") if requests else None
+                yield Block(number, first, prompts, kept.table(), sources, read, problems, of_rows)
+                number, first, start, size, found = number + 1, first + len(prompts), i + 1, 0, []
+                prompts, problems, kept, bodies, sources = [], {}, KeptColumns(folder), KeptColumns(folder), []
         if start < len(record_batch.prompts):
             kept.add(columns[start:])
+            bodies.add(_column(found))
             sources.append(Span(file, record_batch.first + start, len(record_batch.prompts) - start))
     if prompts:
-        yield Block(number, first, prompts, kept.table(), sources, problems=problems)
+        of_rows = bodies.table().column("body") if requests else None
+        yield Block(number, first, prompts, kept.table(), sources, problems=problems, bodies=of_rows)
 
 
 def turns_of(cell: Any, plain_text: bool = False) -> RowTurns:
@@ -126,6 +141,20 @@ def turns_of(cell: Any, plain_text: bool = False) -> RowTurns:
         return cell_turns(cell, plain_text)
     except ValueError as error:
         return Unroutable(str(error))
+
+
+def _body(file: File, cell: Any, turns: RowTurns) -> tuple[str | None, str | None]:
+    """The body of a row's request as JSON, or why it has none."""
+    if isinstance(turns, Unroutable):
+        return None, None
+    try:
+        return json_text(request_body(cell, turns, with_nulls=kind_of(file.location.path) != "parquet")), None
+    except ValueError as error:
+        return None, f"prompt: {error}"
+
+
+def _column(bodies: list[str | None]) -> pa.Table:
+    return pa.table({"body": pa.array(bodies, pa.large_string())})
 
 
 def _check_writable(file: File, schema: pa.Schema) -> None:

@@ -41,6 +41,8 @@ class BatchConfig:
         source: also write each row's ``source_file`` (see ``sources.source_names``) and ``source_row``, from 0.
         format: of the parts.
         split_by: "model": each model's rows in files of their own, and rows without a model in files named errors-.
+        write_as: "openai-batch": requests of OpenAI's batch API, in files of jsonl for each model (see ``request_files``),
+            instead of rows; with split_by "model".
         coefficients: also write theta and eta, rounded to this type.
         rows_per_part: rows of one output part, 1 to 1,048,575. A part is computed and resumed as a whole; parts of long
             prompts have fewer rows.
@@ -55,6 +57,7 @@ class BatchConfig:
     source: bool = True
     format: FormatName = "parquet"
     split_by: Literal["model"] | None = None
+    write_as: Literal["openai-batch"] | None = None
     budget: float | None = None
     budget_scope: Scope = "prompt"
     price: float | None = None
@@ -86,6 +89,13 @@ class BatchConfig:
             raise ValueError(f"format: expected {' or '.join(get_args(FormatName))}, got {self.format!r}")
         if self.split_by not in (None, "model"):
             raise ValueError(f"split_by: expected 'model' or None, got {self.split_by!r}")
+        if self.write_as not in (None, "openai-batch"):
+            raise ValueError(f"write_as: expected 'openai-batch' or None, got {self.write_as!r}")
+        if self.write_as is not None:
+            if self.split_by != "model":
+                raise ValueError("write_as: expected split_by 'model' with it, since OpenAI takes one model in a file")
+            if self.format == "csv" or self.coefficients is not None:
+                raise ValueError("write_as: requests are jsonl and have no coefficients: leave out format and coefficients")
         if not 1 <= self.rows_per_part <= MAX_ROWS_PER_PART:
             raise ValueError(f"rows_per_part: expected 1 to {MAX_ROWS_PER_PART:,}, got {self.rows_per_part!r}")
 

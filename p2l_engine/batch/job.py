@@ -55,8 +55,10 @@ class Job:
         nothing = np.zeros((1, len(router.names)))
         router.solve(nothing, config.constraints, nothing[0] if router.costs_vary else None)
         schema = kept_schema(files, config.column, config.keep)
-        sources = source_names(config.inputs, each) if config.source else {}
+        sources = source_names(config.inputs, each) if config.source or config.write_as else {}
         found = identity(config, router, files, compute) | {"sources": list(sources.values())}
+        if config.write_as is not None:
+            found["provider_names"] = router.catalog.provider_names
         return cls(config, files, output, run, sources, found, schema)
 
     def check_inputs_unchanged(self) -> None:

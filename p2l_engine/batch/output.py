@@ -6,9 +6,7 @@ A part is written whole or not at all, and its bytes depend only on its rows, so
 from __future__ import annotations
 
 import io
-import json
 import logging
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,6 +17,7 @@ import pyarrow.parquet as pq
 
 from p2l_engine.batch.blocks import Block
 from p2l_engine.batch.config import FormatName
+from p2l_engine.batch.json_values import json_text
 from p2l_engine.batch.kept import pieces
 from p2l_engine.batch.parts import part_name, part_of, parts
 from p2l_engine.tables.storage import Location
@@ -117,22 +116,6 @@ def _csv(table: pa.Table, _: Metadata) -> memoryview:
 
 
 FORMATS: dict[FormatName, Callable[[pa.Table, Metadata], Written]] = {"parquet": _parquet, "jsonl": _jsonl, "csv": _csv}
-
-
-def json_text(value: Any) -> str:
-    """A value as JSON, numbers that are not finite as null."""
-    try:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False)
-    except ValueError:
-        return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _without_float16(kind: pa.DataType) -> pa.DataType:

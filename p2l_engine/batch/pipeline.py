@@ -27,6 +27,7 @@ from p2l_engine.batch.deduplicator import NO_REFERENCE, DeduplicatedBlock, Dedup
 from p2l_engine.batch.job import Job
 from p2l_engine.batch.output import PartFiles, TableWriter, check_format
 from p2l_engine.batch.report import Recorder, Report
+from p2l_engine.batch.request_files import RequestWriter
 from p2l_engine.batch.sources import SOURCE_COLUMNS, source_columns
 from p2l_engine.batch.spill import Spill
 from p2l_engine.engine.pipeline import Outputs
@@ -82,7 +83,11 @@ class Pipeline:
             logger.info("coefficients: rounded to float16 and written as float32, since Spark reads no float16")
         files = PartFiles(job.output)
         self.written = files.written  # bytes of the parts
-        self.writer = TableWriter(files, config.format, split=config.split_by is not None)
+        self.writer: TableWriter | RequestWriter = (
+            TableWriter(files, config.format, split=config.split_by is not None)
+            if config.write_as is None
+            else RequestWriter(files, spill.folder, router.catalog.provider_names, job.sources)
+        )
         self._slots = threading.Semaphore(MAX_BLOCKS)
         self._lock = threading.Lock()
         self._pending: deque[_PendingBlock] = deque()
@@ -110,6 +115,8 @@ class Pipeline:
                 outputs.close()  # not left to the garbage collector: workers must end before their cluster
         if self._error is not None:
             raise self._error
+        if not self.config.over_batch:
+            self._end()
 
     def _outputs(self, new_prompts: Iterator[list[list[str]]]) -> Generator[Outputs, None, None]:
         """The new prompts' outputs, block by block, from the router's engine or from the workers."""
@@ -149,7 +156,7 @@ class Pipeline:
     def _blocks(self) -> Iterator[DeduplicatedBlock]:
         config, job, deduplicator = self.config, self.job, Deduplicator()
         reading = (config.column, config.keep, config.rows_per_part, config.plain_text)
-        source = blocks(job.files, *reading, job.schema, self.spill.folder)
+        source = blocks(job.files, *reading, job.schema, self.spill.folder, config.write_as is not None)
         while True:
             with self.recorder.timed("reading"):
                 block = next(source, None)
@@ -226,6 +233,7 @@ class Pipeline:
             first += len(references)
             self._write(block, solved.of(rows))
             self.progress(self.recorder.report)
+        self._end()
 
     def _costs(self) -> npt.NDArray[np.float64] | None:
         """Of all routable rows [N, K], on disk, where each prompt has costs of its own; None: those of the catalog."""
@@ -256,9 +264,17 @@ class Pipeline:
             metadata = {"p2l.unit": self.router.catalog.unit, "p2l.models": "\n".join(self.router.engine.models)}
             if policies is not None:
                 metadata |= {f"p2l.price.{bound}": repr(price) for bound, price in policies.prices.items()}
-            before = len(self.written)
             self.writer.add(block.block, self._table(block, decided.table), metadata)
-            self.recorder.add(parts=len(self.written) - before)
+        self._count_parts()
+
+    def _end(self) -> None:
+        """Every block was decided."""
+        with self.recorder.timed("writing"):
+            self.writer.finish()
+        self._count_parts()
+
+    def _count_parts(self) -> None:
+        self.recorder.add(parts=len(self.written) - self.recorder.report.parts)
 
     def _table(self, block: DeduplicatedBlock, decided: pa.Table) -> pa.Table:
         """The decided rows, with where they come from after the kept columns."""

@@ -54,6 +54,12 @@ class Formats(StrEnum):
     CSV = "csv"
 
 
+class WriteAs(StrEnum):
+    """Requests that rows are written as."""
+
+    OPENAI_BATCH = "openai-batch"
+
+
 class SplitBy(StrEnum):
     """Columns that split the output."""
 
@@ -168,6 +174,15 @@ def batch(
             rich_help_panel=RUN,
         ),
     ] = None,
+    write_as: Annotated[
+        WriteAs | None,
+        typer.Option(
+            "--as",
+            help="Write the rows as requests of OpenAI's batch API, which can be submitted; with --split-by model.",
+            show_default=False,
+            rich_help_panel=RUN,
+        ),
+    ] = None,
     coefficients: Annotated[
         Floats | None,
         typer.Option(
@@ -242,6 +257,7 @@ def batch(
         source=source,
         format=output_format.value,
         split_by=split_by.value if split_by else None,
+        write_as=write_as.value if write_as else None,
         budget=budget,
         budget_scope=budget_scope.value,
         price=price,
