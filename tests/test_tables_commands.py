@@ -17,6 +17,7 @@ from tests.support import tiny
 from tests.support.batch_files import output
 from tests.support.cases import slow_but
 from tests.support.command import p2l_engine
+from tests.support.layouts import TALKS, TURNS, chat, openai_chat, write_jsonl
 
 FORMATS = ("csv", "jsonl", "parquet", "csv.gz", "NDJSON")
 ODD = [
@@ -199,3 +200,38 @@ def test_commands_read_uris_folders_and_globs(command, checkpoint, tmp_path):
     for given in (tmp_path, f"{tmp_path}/*", f"file://{tmp_path}/a.csv", f"file://{tmp_path}/c.txt"):
         assert run(*options, given, *more, checkpoint=checkpoint).status == 0
     assert "no such file or folder" in run(*options, f"{tmp_path}/none.csv", checkpoint=checkpoint).message
+
+
+@pytest.mark.parametrize("command", slow_but(("route", "batch"), ["route", "frontier", "leaderboard", "strengths", "batch"]))
+def test_commands_recognise_a_batch_file(command, checkpoint, tmp_path, caplog):
+    """One line says what is read; results are those of the prompts alone."""
+    options = {"route": ["--json", "--file"], "leaderboard": ["--json", "--prompts"]}.get(command, [])
+    more = ["--bootstrap", 2] if command in ("leaderboard", "strengths") else []
+    rows = [openai_chat(talk, i) for i, talk in enumerate(TALKS)]
+    found = []
+    for name, column, given in (
+        ("plain", (), [{"prompt": list(turns)} for turns in TURNS]),
+        ("recognised", (), rows),
+        ("named", ("--column", "body.messages"), rows),
+    ):
+        (tmp_path / name).mkdir()
+        write_jsonl(tmp_path / name / "in.jsonl", given)
+        if command == "batch":
+            more = ["--keep", "", "--output", tmp_path / name / "out"]
+        caplog.clear()
+        done = run(command, *options, tmp_path / name / "in.jsonl", *more, *column, checkpoint=checkpoint)
+        assert done.status == 0, done.err
+        said = "in.jsonl: reading the user turns of body.messages (an OpenAI batch file)"
+        assert [record.getMessage().endswith(said) for record in caplog.records] == [True] * (name == "recognised")
+        found.append(output(tmp_path / name / "out").to_pylist() if command == "batch" else done.out)
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.slow
+def test_leaderboards_over_time_recognise_messages(checkpoint, tmp_path, caplog):
+    rows = [{"time": f"2026-01-0{1 + i}T00:00:00", "messages": chat(talk)} for i, talk in enumerate(TALKS)]
+    write_jsonl(tmp_path / "log.jsonl", rows)
+    more = ("--prompts", tmp_path / "log.jsonl", "--period", "month", "--json", "--bootstrap", 5)
+    said = printed("leaderboard", *more, checkpoint=checkpoint)
+    assert "log.jsonl: reading the user turns of messages (a file of messages)" in caplog.text
+    assert said == printed("leaderboard", *more, "--column", "messages", checkpoint=checkpoint)

@@ -16,12 +16,15 @@ from p2l_engine.batch.config import ROWS_PER_PART
 from p2l_engine.batch.json_values import json_text
 from p2l_engine.batch.kept import KeptColumns
 from p2l_engine.batch.requests import request_body
-from p2l_engine.prompts.parse import cell_turns
 from p2l_engine.tables.chunked import read_rows
 from p2l_engine.tables.formats import kind_of
+from p2l_engine.tables.layouts import PromptColumn, prompt_column
+from p2l_engine.tables.nested import object_of
 from p2l_engine.tables.rows import InvalidRow
 from p2l_engine.tables.storage import File
+from p2l_engine.tables.turns import OF_REQUESTS
 
+AS_IT_IS = PromptColumn()  # a cell that is the prompt
 LETTERS = 32 << 20  # of a block's prompts, beyond which it ends early
 
 
@@ -71,7 +74,7 @@ class Block:
 
 def blocks(
     files: Sequence[File],
-    column: str,
+    column: str | None,
     keep: Sequence[str] | None = None,
     rows: int = ROWS_PER_PART,
     plain_text: bool = False,
@@ -79,9 +82,9 @@ def blocks(
     folder: Path | None = None,
     requests: bool = False,
 ) -> Iterator[Block]:
-    """All rows of all files. column: the prompts' (text, a list of user turns, a list of messages, or, unless
-    plain_text, such a list as JSON); keep: the columns that the output repeats (None: all others); schema: theirs, see
-    ``read_rows``; folder: a local one for large kept columns (see ``kept``); requests: whether ``Block.bodies`` are wanted.
+    """All rows of all files. column, plain_text: of the prompts, see ``layouts.prompt_column`` and ``turns.cell_turns``. keep:
+    the columns that the output repeats (None: all others). schema: theirs, see ``read_rows``. folder: a local one for large
+    kept columns (see ``kept``). requests: whether ``Block.bodies`` are wanted.
 
     Where a block ends depends on the prompts alone, so that coefficients can be used again with other kept columns. An invalid
     prompt becomes an ``Unroutable``. Raises ValueError with file and row (from 0) where a file cannot be read, or lacks the
@@ -95,7 +98,8 @@ def blocks(
     sizes = np.array([file.size for file in files], float)
     before = dict(zip(map(id, files), sizes.cumsum() - sizes, strict=True))
     read, writable = 0.0, False
-    for record_batch in read_rows(files, column, keep, schema):
+    where = prompt_column(files, column, plain_text)
+    for record_batch in read_rows(files, where.column, keep, schema):
         file, columns = record_batch.file, record_batch.kept
         read = float((before[id(file)] + record_batch.read * file.size) / max(sizes.sum(), 1.0))
         if not writable:
@@ -103,7 +107,7 @@ def blocks(
             writable = True
         start, found = 0, list[str | None]()
         for i, cell in enumerate(record_batch.prompts):
-            turns = turns_of(cell, plain_text)
+            turns = turns_of(cell, plain_text, where)
             if isinstance(turns, Unroutable):
                 turns = turns._replace(where=f"{file.shown}: row {record_batch.first + i}")
             else:
@@ -111,7 +115,7 @@ def blocks(
             if i in record_batch.problems:
                 problems[len(prompts)] = Unroutable(record_batch.problems[i], f"{file.shown}: row {record_batch.first + i}")
             if requests:
-                body, problem = _body(record_batch.file, cell, turns)
+                body, problem = _body(record_batch.file, where, cell, turns)
                 found.append(body)
                 if problem is not None:
                     problems.setdefault(len(prompts), Unroutable(problem, f"{file.shown}: row {record_batch.first + i}"))
@@ -133,22 +137,23 @@ def blocks(
         yield Block(number, first, prompts, kept.table(), sources, problems=problems, bodies=of_rows)
 
 
-def turns_of(cell: Any, plain_text: bool = False) -> RowTurns:
-    """The user turns of a prompt's cell, or why there are none."""
+def turns_of(cell: Any, plain_text: bool = False, where: PromptColumn = AS_IT_IS) -> RowTurns:
+    """The user turns of a cell of the column that has the prompts, or why there are none."""
     if isinstance(cell, InvalidRow):
         return Unroutable(cell.why)
     try:
-        return cell_turns(cell, plain_text)
+        return where.turns(cell, plain_text)
     except ValueError as error:
         return Unroutable(str(error))
 
 
-def _body(file: File, cell: Any, turns: RowTurns) -> tuple[str | None, str | None]:
+def _body(file: File, where: PromptColumn, cell: Any, turns: RowTurns) -> tuple[str | None, str | None]:
     """The body of a row's request as JSON, or why it has none."""
     if isinstance(turns, Unroutable):
         return None, None
     try:
-        return json_text(request_body(cell, turns, with_nulls=kind_of(file.location.path) != "parquet")), None
+        prompt = object_of(cell) if where.path in OF_REQUESTS else where.value(cell)
+        return json_text(request_body(prompt, turns, with_nulls=kind_of(file.location.path) != "parquet")), None
     except ValueError as error:
         return None, f"prompt: {error}"
 

@@ -24,7 +24,8 @@ class BatchConfig:
 
     Input:
         inputs: paths, URIs, folders and globs of parquet, csv and jsonl files (csv and jsonl also as .gz and .zst).
-        column: the column of prompts.
+        column: the column of prompts, also one within another (``body.messages``); None: ``prompt``, or what the files' layout
+            says (see ``tables.layouts``).
         plain_text: treat text as one user turn even where it is a JSON list.
         strict: stop at the first row that cannot be routed.
 
@@ -51,7 +52,7 @@ class BatchConfig:
 
     inputs: Sequence[str | Path]
     output: str | Path
-    column: str = "prompt"
+    column: str | None = None
     plain_text: bool = False
     keep: Sequence[str] | None = None
     source: bool = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from p2l_engine.batch.sources import source_names
 from p2l_engine.router import Router
 from p2l_engine.tables.chunked import kept_schema
 from p2l_engine.tables.find import find, find_each
+from p2l_engine.tables.layouts import prompt_column
 from p2l_engine.tables.storage import File, Location
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,9 @@ class Job:
             raise ValueError(f"state: expected a local folder where the output is not local ({output.shown}), got None")
         nothing = np.zeros((1, len(router.names)))
         router.solve(nothing, config.constraints, nothing[0] if router.costs_vary else None)
-        schema = kept_schema(files, config.column, config.keep)
+        prompts = prompt_column(files, config.column, config.plain_text)
+        schema = kept_schema(files, prompts.column, config.keep)
+        config = replace(config, column=prompts.name)  # the run's identity has what was found
         sources = source_names(config.inputs, each) if config.source or config.write_as else {}
         found = identity(config, router, files, compute) | {"sources": list(sources.values())}
         if config.write_as is not None:

@@ -22,6 +22,8 @@ from p2l_engine.engine import Engine
 from p2l_engine.opponents import Opponents
 from p2l_engine.router import Router
 from p2l_engine.routing import Objective
+from p2l_engine.tables.layouts import PromptColumn
+from p2l_engine.tables.nested import split_column
 
 Columns = Mapping[str, npt.NDArray[Any]]
 
@@ -79,13 +81,14 @@ class Route:
         In a row that cannot be routed, error says why, numbers are NaN and other values None. Raises ValueError where the batch
         has no column of prompts, or a column with a name of the result's.
         """
-        for name, column in (("column", self.column), ("draw", self.draw)):
+        where = PromptColumn(*split_column(self.column, list(batch)))
+        for name, column in (("column", where.column), ("draw", self.draw)):
             if column is not None and column not in batch:
                 raise ValueError(f"{name}: expected one of {', '.join(batch) or 'none'}, got {column!r}")
         taken = [name for name in batch if name in (*OUTPUT_COLUMNS, *(EXPLORED if self.router.explore else ()))]
         if taken:
             raise ValueError(f"batch: the result has columns of its own named {', '.join(taken)}: rename or drop them")
-        prompts = [turns_of(_without_arrays(prompt), self.plain_text) for prompt in batch[self.column]]
+        prompts = [turns_of(_without_arrays(cell), self.plain_text, where) for cell in batch[where.column]]
         block = Deduplicator().add(Block(0, 0, prompts, pa.table({})))
         engine, new = self.router.engine, block.new_prompts
         outputs = next(engine.outputs_of([new])).outputs if new else np.empty((0, engine.width), np.float32)
@@ -99,8 +102,10 @@ class Route:
 
 def _without_arrays(value: Any) -> Any:
     """A cell with nested arrays as lists, and NaN, which is pandas' missing text, as None."""
-    if isinstance(value, np.ndarray):
+    if isinstance(value, np.ndarray | list):
         return [_without_arrays(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _without_arrays(item) for name, item in value.items()}
     return None if isinstance(value, float) and math.isnan(value) else value
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from p2l_engine.cli.adapted import catalog_with, note_written, show, with_votes, write_learned
-from p2l_engine.cli.inputs import PROMPT_FILE, Column, Date, Device, Dtype
+from p2l_engine.cli.inputs import PROMPT_FILE, Column, Date, Device, Dtype, vote_columns
 from p2l_engine.cli.progress import progress
 from p2l_engine.cli.terminal import note, status
 from p2l_engine.tables.limits import MAX_DROPPED
@@ -73,7 +73,7 @@ def adapt(
             rich_help_panel=LEARNING,
         ),
     ] = None,
-    column: Column = "prompt",
+    column: Column = None,
     max_dropped: Annotated[float, typer.Option(min=0, max=1, help="The share of rows that may be invalid.")] = MAX_DROPPED,
     cache: Annotated[bool, typer.Option(help="Keep hidden states of prompts in the user's cache folder.")] = True,
     device: Device = None,
@@ -129,7 +129,7 @@ def adapt(
     nothing = np.zeros(0, np.int64)
     given = Votes.make([], loaded.models, nothing, nothing, nothing, nothing)
     if votes is not None:
-        columns = None if column == "prompt" else {"prompt": column}
+        columns = vote_columns(column)
         given, dropped = read(votes, None, loaded.feedback, columns, max_dropped, complete=False, answers_once=True)
         for line in dropped.lines():
             note(f"dropped {line}", warning=True)
@@ -190,7 +190,7 @@ def _readable(engine: Engine, votes: Votes) -> Votes:
     return votes.where(~refused)
 
 
-def _reference(prompts: str | None, column: str) -> list[tuple[str, ...]]:
+def _reference(prompts: str | None, column: str | None) -> list[tuple[str, ...]]:
     if prompts is None:
         return []
     from p2l_engine.cli.prompts import PromptFile

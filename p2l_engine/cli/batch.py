@@ -83,7 +83,7 @@ def batch(
     output: Annotated[
         str, typer.Option("--output", "-o", help="Folder or URI for the results: files of parts, in the order of the input.")
     ],
-    column: Column = "prompt",
+    column: Column = None,
     plain_text: Annotated[
         bool,
         typer.Option("--plain-text", help="Never parse a prompt as a JSON list of turns.", rich_help_panel=READING),

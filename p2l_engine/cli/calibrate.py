@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from p2l_engine.cli.inputs import PLOTS, Column, Date, Device, Dtype, check_writable, load_engine, write_json
+from p2l_engine.cli.inputs import PLOTS, Column, Date, Device, Dtype, check_writable, load_engine, vote_columns, write_json
 from p2l_engine.cli.progress import progress
 from p2l_engine.cli.terminal import note, out, status
 from p2l_engine.tables.limits import MAX_DROPPED
@@ -40,7 +40,7 @@ def calibrate(
             show_default=False,
         ),
     ] = None,
-    column: Column = "prompt",
+    column: Column = None,
     max_dropped: Annotated[float, typer.Option(min=0, max=1, help="The share of rows that may be invalid.")] = MAX_DROPPED,
     plot: Annotated[
         Path | None, typer.Option(help="Draw the reliability before and after into this file (.png, .svg, .pdf).")
@@ -76,7 +76,7 @@ def calibrate(
     kinds = cast("tuple[Kind, ...]", tuple(maps) if maps else MAPS)
     engine = load_engine(checkpoint, device, dtype, date)
     check_target(engine.folder, output)
-    columns = None if column == "prompt" else {"prompt": column}
+    columns = vote_columns(column)
     given, dropped = read(votes, None, engine.feedback, columns, max_dropped)
     for line in dropped.lines():
         note(f"dropped {line}", warning=True)

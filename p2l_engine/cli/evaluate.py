@@ -21,6 +21,7 @@ from p2l_engine.cli.inputs import (
     check_writable,
     load_engine,
     swaps_of,
+    vote_columns,
     write_json,
 )
 from p2l_engine.cli.progress import progress
@@ -45,7 +46,7 @@ def evaluate(
     training: Annotated[
         str | None, typer.Option(help="With --votes: the training votes, for the baselines; named in the same way.")
     ] = None,
-    column: Column = "prompt",
+    column: Column = None,
     max_dropped: Annotated[
         float | None,
         typer.Option(
@@ -122,7 +123,7 @@ def evaluate(
     if by is not None and votes is not None:
         from p2l_engine.cli.left_out import sources as left_out_sources
 
-        share, columns = MAX_DROPPED if max_dropped is None else max_dropped, None if column == "prompt" else {"prompt": column}
+        share, columns = MAX_DROPPED if max_dropped is None else max_dropped, vote_columns(column)
         left_out_sources(engine, votes, by, columns, share, seed, plot, as_json)
         return
     swaps = swaps_of(replace, engine.models)
@@ -131,7 +132,7 @@ def evaluate(
         raise typer.BadParameter("needs --votes", param_hint="--training")
     if votes is None and max_dropped is not None:
         raise typer.BadParameter("needs --votes; the training config has its own", param_hint="--max-dropped")
-    if votes is None and column != "prompt":
+    if votes is None and vote_columns(column):
         raise typer.BadParameter("needs --votes; the training config names the columns of its own votes", param_hint="--column")
     if votes is not None and part != "held-out":
         raise typer.BadParameter("only for the checkpoint's own data, not with --votes", param_hint="--part")
@@ -143,7 +144,7 @@ def evaluate(
     if votes is None:
         found = sources.of_config(engine, chosen, prices)
     else:
-        share, columns = MAX_DROPPED if max_dropped is None else max_dropped, None if column == "prompt" else {"prompt": column}
+        share, columns = MAX_DROPPED if max_dropped is None else max_dropped, vote_columns(column)
         found = sources.of_files(engine, votes, training, prices, share, columns)
     for line in found.dropped.lines():
         note(f"dropped {line}", warning=True)

@@ -33,7 +33,7 @@ def frontier(
         str,
         typer.Argument(help=f"Prompts: {PROMPT_FILE}."),
     ],
-    column: Column = "prompt",
+    column: Column = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the curve into this file (.png, .svg, .pdf).")] = None,
     budgets: Annotated[
         int, typer.Option(min=2, help="Budgets to show, at equal distances from the cheapest policy to the best one.")

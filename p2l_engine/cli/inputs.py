@@ -42,7 +42,13 @@ class RewardKind(StrEnum):
 
 
 Column = Annotated[
-    str, typer.Option("--column", help="Column of a table, or key of its jsonl objects, that holds the prompts.")
+    str | None,
+    typer.Option(
+        "--column",
+        help="Column of a table, or key of its jsonl objects, that holds the prompts; also one within another, such as "
+        "body.messages. Default: prompt, or where a file of prompts of a known layout has them, which is said in one line.",
+        show_default=False,
+    ),
 ]
 Checkpoint = Annotated[
     str | None,
@@ -179,6 +185,11 @@ def numbers_of(given: list[str] | None, option: str) -> dict[str, float]:
             raise typer.BadParameter(f"expected every name once, got {name} twice", param_hint=option)
         found[name] = value
     return found
+
+
+def vote_columns(column: str | None) -> dict[str, str] | None:
+    """What ``votes.read`` takes for ``--column``."""
+    return None if column in (None, "prompt") else {"prompt": str(column)}
 
 
 def shares_of(given: list[str] | None, option: str) -> Shares:

@@ -47,7 +47,7 @@ def leaderboard(
             "prompt."
         ),
     ] = None,
-    column: Column = "prompt",
+    column: Column = None,
     bootstrap: Annotated[
         int | None,
         typer.Option(

@@ -37,7 +37,7 @@ def lengths(
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the new checkpoint; missing or empty.")],
-    column: Column = "prompt",
+    column: Column = None,
     max_dropped: Annotated[float, typer.Option(min=0, max=1, help="The share of rows that may be invalid.")] = MAX_DROPPED,
     as_json: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
     bootstrap: Annotated[int, typer.Option(min=2, help="Number of bootstrap samples for the intervals.")] = 200,

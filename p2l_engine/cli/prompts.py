@@ -11,11 +11,13 @@ from typing import Any
 
 import typer
 
-from p2l_engine.prompts.parse import Prompt, cell_turns
+from p2l_engine.prompts.parse import Prompt
 from p2l_engine.tables.find import names_tables
+from p2l_engine.tables.layouts import PROMPT, PromptColumn
+from p2l_engine.tables.layouts import read_prompts as read_table_of_prompts
 from p2l_engine.tables.rows import listed
 from p2l_engine.tables.storage import Location, shown
-from p2l_engine.tables.whole import Table, read_table
+from p2l_engine.tables.whole import Table
 
 CATEGORY = ("category", "task")  # the first that is there
 
@@ -35,11 +37,11 @@ class PromptFile:
     rows: Sequence[str] = ()
 
     @classmethod
-    def read(cls, file: str | Path, column: str = "prompt") -> PromptFile:
-        """column: of the prompts. Raises ValueError with the row (from 0) that cannot be read or has no prompt, or if there is
-        no prompt at all."""
+    def read(cls, file: str | Path, column: str | None = None) -> PromptFile:
+        """column: of the prompts; None: see ``layouts.prompt_column``. Raises ValueError with the row (from 0) that cannot be
+        read or has no prompt, or if there is no prompt at all."""
         if names_tables(file):
-            return _some(_from_table(read_table(file, (column, "weight", *CATEGORY), bare=column), column))
+            return _some(_from_table(*read_table_of_prompts(file, column, ("weight", *CATEGORY), bare=True)))
         check_no_column(column)
         return _some(cls(shown(str(file)), _lines(read_text(file))))
 
@@ -70,7 +72,7 @@ class PromptFile:
         return None
 
 
-def read_prompts(given: list[str] | None, file: str | Path | None, column: str = "prompt") -> list[Prompt]:
+def read_prompts(given: list[str] | None, file: str | Path | None, column: str | None = None) -> list[Prompt]:
     """From the arguments, a file (see ``PromptFile``), or standard input, one a line."""
     if given and file is not None:
         raise typer.BadParameter("give prompts as arguments or a file, not both", param_hint="--file")
@@ -82,9 +84,9 @@ def read_prompts(given: list[str] | None, file: str | Path | None, column: str =
     return _some(PromptFile("standard input", _lines(read_stdin()))).prompts
 
 
-def check_no_column(column: str) -> None:
+def check_no_column(column: str | None) -> None:
     """Raises BadParameter for a column of prompts that come from no table."""
-    if column != "prompt":
+    if column not in (None, PROMPT):
         raise typer.BadParameter(
             f"expected a table of prompts (parquet, csv, jsonl) that has the column {column!r}", param_hint="--column"
         )
@@ -117,15 +119,15 @@ def _some(found: PromptFile) -> PromptFile:
     return found
 
 
-def _from_table(table: Table, column: str) -> PromptFile:
+def _from_table(table: Table, where: PromptColumn) -> PromptFile:
     for index, row in sorted(table.invalid.items()):
         raise ValueError(f"{table.located(index)}: {row.why}: {row.text}")
-    if table.names and column not in table.columns:
-        raise ValueError(f"{table.shown}: expected the columns {listed([column])}; it has {listed(table.names)}")
+    if table.names and where.column not in table.columns:
+        raise ValueError(f"{table.shown}: expected the columns {listed([where.column])}; it has {listed(table.names)}")
     prompts: list[Prompt] = []
-    for i, cell in enumerate(table.columns.get(column, [])):
+    for i, cell in enumerate(table.columns.get(where.column, [])):
         try:
-            turns = cell_turns(cell)
+            turns = where.turns(cell)
         except ValueError as error:
             raise ValueError(f"{table.located(i)}: {error}") from None
         prompts.append(turns if len(turns) > 1 else turns[0])

@@ -41,7 +41,7 @@ def route(
         list[str] | None, typer.Argument(help="Prompts. Default: those of --file, or the lines of standard input.")
     ] = None,
     file: Annotated[str | None, typer.Option(help=f"Read the prompts from {PROMPT_FILE}.")] = None,
-    column: Column = "prompt",
+    column: Column = None,
     budget: Annotated[float | None, typer.Option(help="Upper bound on the expected cost, in the catalog's unit.")] = None,
     budget_scope: Annotated[
         BudgetScope, typer.Option(help="Apply the budget to each prompt's cost, or to the mean cost of all prompts.")

@@ -34,7 +34,7 @@ def strengths(
             help=f"Prompts: {PROMPT_FILE}. Objects and tables may have a category (or task) and a weight for each prompt."
         ),
     ],
-    column: Column = "prompt",
+    column: Column = None,
     reference: Annotated[
         str | None,
         typer.Option(help="The model to measure the others against. Default: the middle one of the leaderboard."),

@@ -31,7 +31,7 @@ Key = tuple[str, str]  # group and period
 def over_time(
     engine: Engine,
     path: str,
-    column: str,
+    column: str | None,
     by: str | None,
     period: Period,
     votes: str | None,

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from p2l_engine.prompts.parse import cell_turns
 from p2l_engine.tables.limits import MAX_DROPPED
 from p2l_engine.tables.rows import listed
+from p2l_engine.tables.turns import cell_turns
 from p2l_engine.tables.whole import Table, read_table
 from p2l_engine.votes.cells import Unusable, number
 from p2l_engine.votes.read import Dropped
@@ -72,7 +72,7 @@ class LeftOut:
 
 
 def read_answers(
-    path: str | Path, models: tuple[str, ...], column: str = "prompt", max_dropped: float = MAX_DROPPED
+    path: str | Path, models: tuple[str, ...], column: str | None = None, max_dropped: float = MAX_DROPPED
 ) -> tuple[LoggedAnswers, LeftOut]:
     """The answers of these models in a table (parquet, csv, jsonl; a folder, glob or URI of such files), or in the folder of a
     log's export, and what was left out.
@@ -82,7 +82,7 @@ def read_answers(
     known where the first attempt answered. column: of the prompts. Raises ValueError where columns are missing, where more than
     the share ``max_dropped`` of the rows is invalid, and where no row is left.
     """
-    folder = Path(path)
+    folder, column = Path(path), "prompt" if column is None else column
     file = folder / DECISIONS if (folder / DECISIONS).is_file() else path
     table = read_table(file, {column, "model", *TOKENS, *SECONDS, *OF_LOGS})
     names = set(table.names)

@@ -13,9 +13,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from p2l_engine.prompts.parse import cell_turns
+from p2l_engine.tables.layouts import read_prompts
 from p2l_engine.tables.rows import listed
-from p2l_engine.tables.whole import read_table
 from p2l_engine.votes.cells import Unusable, seconds_of
 
 Period = Literal["day", "week", "month"]
@@ -38,22 +37,21 @@ class Traffic:
     skipped: dict[str, int]
 
 
-def read_traffic(path: str | Path, by: str | None, period: Period, column: str = "prompt") -> Traffic:
+def read_traffic(path: str | Path, by: str | None, period: Period, column: str | None = None) -> Traffic:
     """The prompts of a table, or of a folder that ``p2l-engine log export`` wrote.
 
-    by: the column whose values are the groups, None: one group; rows without a value are the group "none". The time is the
-    column time or timestamp (UTC where it has no zone). Prompts of one group with the same value in the column session belong
-    together; where there is none, or no value, those with the same first turn. Raises ValueError for columns that are missing,
-    a time that cannot be read, and where no row has a prompt.
+    column: of the prompts, see ``layouts.prompt_column``. by: the column whose values are the groups, None: one group; rows
+    without a value are the group "none". The time is the column time or timestamp (UTC where it has no zone). Prompts of one
+    group with the same value in the column session belong together; where there is none, or no value, those with the same
+    first turn. Raises ValueError for columns that are missing, a time that cannot be read, and where no row has a prompt.
     """
     if period not in PERIODS:
         raise ValueError(f"period: expected one of {', '.join(PERIODS)}, got {period!r}")
     folder = Path(str(path))
     where = folder / EXPORTED if (folder / EXPORTED).is_file() else path
-    wanted = {column, *TIMES, "session"} | ({by} if by is not None else set())
-    table = read_table(where, wanted)
+    table, prompts = read_prompts(where, column, {*TIMES, "session"} | ({by} if by is not None else set()))
     time = next((name for name in TIMES if name in table.columns), None)
-    missing = [name for name in (column, by) if name is not None and name not in table.columns]
+    missing = [name for name in (prompts.column, by) if name is not None and name not in table.columns]
     missing += [] if time else [" or ".join(TIMES)]
     if missing or time is None:
         raise ValueError(f"{table.shown}: expected the columns {listed(missing)}; it has {listed(table.names)}")
@@ -64,12 +62,12 @@ def read_traffic(path: str | Path, by: str | None, period: Period, column: str =
     groups = blank if by is None else table.columns[by]
     rows: list[tuple[float, tuple[str, ...], str, object]] = []
     skipped = 0
-    for i, cell in enumerate(table.columns[column]):
+    for i, cell in enumerate(table.columns[prompts.column]):
         if cell is None:
             skipped += 1
             continue
         try:
-            turns, seconds = cell_turns(cell), seconds_of(table.columns[time][i])
+            turns, seconds = prompts.turns(cell), seconds_of(table.columns[time][i])
             period_of(seconds, period)
         except (Unusable, ValueError) as error:
             raise ValueError(f"{table.located(i)}: {error}") from None

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from p2l_engine.errors import PromptError
-from p2l_engine.strict_json import DuplicateKeyError, parsed
 
 Prompt = str | Sequence[str] | Sequence[Mapping[str, Any]]
 
@@ -41,34 +40,6 @@ def user_turns(prompt: Prompt | object, index: int = 0) -> Turns:
                 "decode the text with errors='replace'",
             ) from None
     return Turns(turns)
-
-
-def cell_turns(cell: object, plain_text: bool = False) -> tuple[str, ...]:
-    """The user's turns of a prompt in a table's cell: a prompt, or, unless plain_text, text that is a list of turns or messages
-    as JSON. Raises ValueError; the caller knows the row."""
-    if cell is None:
-        raise ValueError("prompt: expected a prompt, got nothing")
-    if isinstance(cell, str) and not plain_text:
-        items = _listed_in(cell)
-        cell = cell if items is None else items
-    try:
-        return tuple(user_turns(cell))
-    except PromptError as error:
-        raise ValueError(f"prompt: {error.problem}") from None
-
-
-def _listed_in(text: str) -> list[object] | None:
-    """The turns or messages that a text lists as JSON, if it does. A null among them is a turn that is missing: no prompt.
-    Raises ValueError for a key that is named twice."""
-    if not text.startswith("["):
-        return None
-    try:
-        found = parsed(text)
-    except DuplicateKeyError as error:
-        raise ValueError(f"prompt: expected each key of an object once, {error}") from None
-    except (ValueError, RecursionError):  # no JSON, a number of thousands of digits, or lists nested without end
-        return None
-    return found if isinstance(found, list) and all(isinstance(item, str | dict | None) for item in found) else None
 
 
 def parse_batch(prompts: Sequence[Prompt]) -> list[Turns]:

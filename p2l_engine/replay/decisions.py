@@ -10,13 +10,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from p2l_engine.prompts.parse import cell_turns
 from p2l_engine.replay.choices import read_choices
 from p2l_engine.replay.columns import MODELS, Int64, bounded, comparable, first, matrix, numbers, read_columns, texts
 from p2l_engine.replay.expected_score import Rates, rates_of
 from p2l_engine.replay.logged import Bools, LoggedDecisions, Turns
 from p2l_engine.replay.mixture import Float64, Mixture
 from p2l_engine.replay.rewards import Reward, Rewarded, from_feedback, from_scores
+from p2l_engine.tables.turns import cell_turns
 
 COLUMNS = (
     "id", "session", "turns_hash", "prompt", "asked", "outcome", "chosen", "model", "policy", "propensity",

@@ -8,10 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from p2l_engine.prompts.parse import cell_turns
 from p2l_engine.replay.columns import MOST, comparable, first, numbers, read_columns, required, texts
 from p2l_engine.replay.logged import ScoreMatrix, Turns
 from p2l_engine.replay.mixture import Float64
+from p2l_engine.tables.turns import cell_turns
 
 COST = "|total_cost"  # the ending of RouterBench's columns of costs: MODEL|total_cost beside MODEL, the score
 

@@ -12,10 +12,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from p2l_engine.prompts.parse import cell_turns
 from p2l_engine.replay.columns import MOST, bounded, comparable, first, numbers, read_columns, required, texts
 from p2l_engine.replay.logged import LoggedDecisions
 from p2l_engine.replay.mixture import Float64
+from p2l_engine.tables.turns import cell_turns
 from p2l_engine.votes.cells import Unusable, seconds_of
 
 Int64 = npt.NDArray[np.int64]

@@ -13,10 +13,10 @@ from p2l_engine.engine import Engine
 from p2l_engine.errors import PromptError
 from p2l_engine.feedback import FeedbackModel
 from p2l_engine.learning.hidden import hidden_states
-from p2l_engine.prompts.parse import cell_turns
 from p2l_engine.serve.lessons import Lesson, lessons
 from p2l_engine.serve.prompt_states import PromptStates
 from p2l_engine.serve.settings import ConfigError
+from p2l_engine.tables.turns import cell_turns
 from p2l_engine.tables.whole import read_table
 
 PATIENCE = 5.0  # seconds that feedback waits for the hidden state of its prompt

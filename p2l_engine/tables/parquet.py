@@ -52,7 +52,9 @@ def values(file: File, names: Collection[str]) -> Iterator[ValueRows]:
         if names:
             check_names(file, found)
         columns = [name for name in found if name in names]
-        yield ValueRows(found, [] if columns else [{}] * opened.metadata.num_rows)
+        yield ValueRows(found, [])
+        if not columns:
+            yield ValueRows(found, [{}] * opened.metadata.num_rows)
         for first, table, inexact in _tables(file, opened, columns) if columns else ():
             check_text(file, range(first, first + len(table)), table)
             dicts = row_dicts(table, columns)

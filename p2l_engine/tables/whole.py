@@ -6,12 +6,14 @@ import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from p2l_engine.tables.chunked import reader_of
 from p2l_engine.tables.find import find_each
 from p2l_engine.tables.jsonl import not_an_object
+from p2l_engine.tables.nested import MISSING, split_column, splits, value_at
 from p2l_engine.tables.partitions import with_values
 from p2l_engine.tables.rows import AT_ONCE, InvalidRow, ValueRows, readable, row_dicts
 from p2l_engine.tables.storage import File, shown
@@ -83,18 +85,21 @@ def _text(value: int | float) -> str:
     return json.dumps(int(value) if whole else value)
 
 
-def read_table(path: str | Path | Sequence[str | Path], names: Collection[str], bare: str | None = None) -> Table:
-    """The columns ``names``, as far as there are such, of files, folders, globs and URIs (see ``find``), of the split ``train``
-    of a hub data set or of a folder that datasets' ``save_to_disk`` wrote, or of several of these one after the other, each
-    file once.
+def read_table(
+    path: str | Path | Sequence[str | Path], names: Collection[str], bare: str | None = None, heads: bool = False
+) -> Table:
+    """The columns ``names``, also nested ones (``body.messages``), as far as there are such, of files, folders, globs and URIs
+    (see ``find``), of the split ``train`` of a hub data set or of a folder that datasets' ``save_to_disk`` wrote, or of several
+    of these one after the other, each file once.
 
-    bare: the column for values of jsonl lines that are no object; without it, these rows are invalid. Raises ValueError where
-    a file is missing or cannot be read, or if a quote of a csv file is not closed.
+    bare: the column for values of jsonl lines that are no object; without it, these rows are invalid. heads: only the first
+    rows of each file. Raises ValueError where a file is missing or cannot be read, or if a quote of a csv file is not closed.
     """
     paths = [str(each) for each in ([path] if isinstance(path, str | Path) else path)]
     if not paths:
         raise ValueError("path: expected at least one file, folder or data set, got none")
-    parts = _parts(paths, names, bare)
+    dotted = [name for name in names if "." in name]
+    parts = _parts(paths, {*names, *(beginning for name in dotted for beginning, _ in splits(name))}, bare)
     found: dict[str, None] = {}
     columns: dict[str, list[Any]] = {}
     invalid: dict[int, InvalidRow] = {}
@@ -108,8 +113,9 @@ def read_table(path: str | Path | Sequence[str | Path], names: Collection[str], 
 
     for place, chunks in parts:
         first, has_columns = len(rows), False
-        for chunk in chunks:
+        for chunk in islice(chunks, 2) if heads else chunks:
             add_columns(chunk.names)
+            nested = [name for name in dotted if split_column(name, chunk.names)[1]]
             has_columns = has_columns or bool(chunk.names)
             for row in chunk.rows:
                 if not isinstance(row, dict):
@@ -118,6 +124,13 @@ def read_table(path: str | Path | Sequence[str | Path], names: Collection[str], 
                 elif bare is None and not _is_text(row):
                     invalid[len(rows)] = InvalidRow("expected valid Unicode", "a lone surrogate", f"{row!r:.60}")
                     row = {}
+                elif nested:
+                    try:
+                        row |= _nested_values(row, nested)
+                    except ValueError as error:
+                        invalid[len(rows)] = InvalidRow(str(error))
+                        row = {}
+                    add_columns([name for name in nested if name in row])
                 for name, values in columns.items():
                     values.append(row.get(name))
                 rows.append((place if len(parts) > 1 else "", len(rows) - first))
@@ -125,6 +138,12 @@ def read_table(path: str | Path | Sequence[str | Path], names: Collection[str], 
             why = f": row 0: {invalid[first].why}" if first in invalid else ""
             raise ValueError(f"{place}: expected a JSON object on each line, found none{why}")
     return Table(", ".join(map(shown, paths)), tuple(found), columns, invalid, rows)
+
+
+def _nested_values(row: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Of the nested columns that a row has. Raises ValueError where a column is no object."""
+    found = {name: value_at(row, name, MISSING) for name in names}
+    return {name: value for name, value in found.items() if value is not MISSING}
 
 
 def _is_text(value: Any) -> bool:

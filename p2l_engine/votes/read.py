@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from p2l_engine.feedback import FeedbackModel, Outcome
-from p2l_engine.prompts.parse import cell_turns
 from p2l_engine.tables.limits import MAX_DROPPED
+from p2l_engine.tables.turns import cell_turns
 from p2l_engine.tables.whole import Table
 from p2l_engine.votes.cells import LABELS, ONE_HOT, Label, Unusable, category_of, label_of, seconds_of, weight_of
 from p2l_engine.votes.columns import PROMPTS, has_scores, vote_table

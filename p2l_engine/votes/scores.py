@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from p2l_engine.feedback import Outcome
-from p2l_engine.prompts.parse import cell_turns
 from p2l_engine.tables.rows import listed
+from p2l_engine.tables.turns import cell_turns
 from p2l_engine.tables.whole import Table, read_table
 from p2l_engine.votes.cells import number
 from p2l_engine.votes.votes import Votes

@@ -1,0 +1,222 @@
+"""Where a table has its prompts: in a column that the user names, in ``prompt``, or where files of a known layout have them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from p2l_engine.strict_json import parsed
+from p2l_engine.tables.chunked import AT_THE_SAME_TIME, reader_of
+from p2l_engine.tables.nested import MISSING, as_object, object_of, split_column, value_at
+from p2l_engine.tables.rows import InvalidRow, listed, readable
+from p2l_engine.tables.storage import File
+from p2l_engine.tables.turns import OF_REQUESTS, cell_turns
+from p2l_engine.tables.whole import Table, read_table
+
+logger = logging.getLogger(__name__)
+
+PROMPT = "prompt"
+CHATS = ("/chat/completions", "/responses", "/messages")  # what the url of a chat model's request has in it
+
+
+class FileLayout(NamedTuple):
+    """A kind of files that has the prompts in a column of its own. requests: whether its cells are requests' bodies, else they
+    are lists of messages."""
+
+    column: str
+    what: str
+    requests: bool = False
+
+
+LAYOUTS = (
+    FileLayout("body", "an OpenAI batch file", requests=True),
+    FileLayout("params", "an Anthropic batch file", requests=True),
+    FileLayout("messages", "a file of messages"),
+    FileLayout("conversations", "a file of ShareGPT's kind"),
+    FileLayout("conversation", "a file of conversations"),
+    FileLayout("conversation_a", "a file of the Arena's kind"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class PromptColumn:
+    """The column of a table that has the prompts, and the path within its cells ("": the cells themselves). requests: whether
+    the cells are requests' bodies, which text holds as JSON."""
+
+    column: str = PROMPT
+    path: str = ""
+    requests: bool = False
+
+    @property
+    def name(self) -> str:
+        """As ``--column`` names it."""
+        return f"{self.column}.{self.path}" if self.path else self.column
+
+    def value(self, cell: Any) -> Any:
+        """What a cell of ``column`` has as its prompt: text, a list, or a request's body. Raises ValueError."""
+        if cell is None or not (self.requests or self.path):
+            return cell
+        try:
+            return object_of(cell) if self.requests else value_at(cell, self.path)
+        except ValueError as error:
+            raise ValueError(f"{self.column}: {error}") from None
+
+    def turns(self, cell: Any, plain_text: bool = False) -> tuple[str, ...]:
+        """The user's turns of a cell of ``column``. Raises ValueError."""
+        return cell_turns(self.value(cell), plain_text, as_served=True)
+
+
+def prompt_column(files: Sequence[File], column: str | None, plain_text: bool = False) -> PromptColumn:
+    """Where these files have their prompts, which is the same for all. column: as the user names it, also one within another
+    (``body.messages``); None: ``prompt``, or what the layout says, which is logged in one line. Raises ValueError where several
+    columns may be meant, and where files differ."""
+    if column is not None and "." not in column and not _layouts_of((column,), requests=True):
+        return PromptColumn(column)
+
+    def look(file: File) -> tuple[PromptColumn, str] | None:
+        with readable(file):
+            names = next((chunk.names for chunk in reader_of(file).values(file, ()) if chunk.names), None)
+            if names is None:
+                return None
+            return recognise(names, lambda name: _first_cells(file, name), file.shown, column, plain_text)
+
+    place, first = next(((i, found) for i, found in enumerate(map(look, files)) if found), (0, None))
+    if first is None or first[0] == PromptColumn():
+        return PromptColumn(PROMPT if column is None else column)  # the readers name the files without it
+    with ThreadPoolExecutor(AT_THE_SAME_TIME) as pool:  # stores answer slowly
+        others = files[place + 1 :]
+        for file, found in zip(others, pool.map(look, others), strict=True):
+            if found and found[0] != first[0] and _first_cells(file, None):
+                raise ValueError(
+                    f"{file.shown}: expected its prompts in {first[0].name}, as {files[place].shown} has them: name the column "
+                    "with --column, or read the files one by one"
+                )
+    if first[1]:
+        logger.info("%s: %s", files[place].shown, first[1])
+    return first[0]
+
+
+def read_prompts(
+    path: str | Path, column: str | None, also: Collection[str] = (), bare: bool = False
+) -> tuple[Table, PromptColumn]:
+    """A table (see ``whole.read_table``) with the column of its prompts, see ``prompt_column``, and those of ``also`` that it
+    has. bare: whether lines of jsonl may be prompts themselves. Where it has no such column, the table lacks it too."""
+    wanted = PROMPT if column is None else column
+    table, where = read_table(path, (wanted, *also), wanted if bare else None), PromptColumn(wanted)
+    if table.names and (wanted not in table.columns or _layouts_of((wanted,), requests=True)):
+        names = {split_column(wanted, table.names)[0], "url", *(layout.column for layout in LAYOUTS)}
+        head = read_table(path, names, wanted if bare else None, heads=True)
+        where, line = recognise(table.names, lambda name: head.columns.get(name, ()), table.shown, column)
+        if where.column not in table.columns:
+            table = read_table(path, (where.column, *also))
+        if line:
+            logger.info("%s: %s", table.shown, line)
+    return table, where
+
+
+def recognise(
+    names: Sequence[str],
+    cells: Callable[[str], Sequence[Any]],
+    shown: str,
+    column: str | None = None,
+    plain_text: bool = False,
+) -> tuple[PromptColumn, str]:
+    """Where a table has its prompts, and what there is to say of it. names: its columns; cells: the first of a column. See
+    ``prompt_column``."""
+    if column is not None:
+        return _named(column, names, cells, shown), ""
+    if PROMPT in names:
+        return PromptColumn(), ""
+    here = {layout: [cell for cell in cells(layout.column) if cell is not None] for layout in _layouts_of(names)}
+    fitting = [layout for layout, some in here.items() if any(_fits(layout, cell, plain_text) for cell in some)]
+    if len(fitting) > 1:
+        choices = " and ".join(f"{layout.column} ({layout.what})" for layout in fitting)
+        raise ValueError(f"{shown}: expected one column of prompts, found {choices}: name one with --column")
+    if not fitting:
+        for layout, some in here.items():
+            if any(isinstance(cell, str) and cell.startswith(("[{'", "{'")) for cell in some):
+                raise ValueError(
+                    f"{shown}: column {layout.column!r}: expected JSON, got {some[0]!r:.60}, as Python shows objects: write "
+                    "them with json.dumps, or the table as jsonl or parquet"
+                )
+        return PromptColumn(), ""
+    layout = fitting[0]
+    if layout.requests:
+        _check_chats(shown, cells("url") if "url" in names else ())
+    keys = {key for cell in here[layout] for key in _request_keys(cell)} if layout.requests else set()
+    read = f"{layout.column}.{keys.pop()}" if len(keys) == 1 else layout.column
+    return PromptColumn(layout.column, requests=layout.requests), f"reading the user turns of {read} ({layout.what})"
+
+
+def _named(column: str, names: Sequence[str], cells: Callable[[str], Sequence[Any]], shown: str) -> PromptColumn:
+    name, path = split_column(column, names)
+    if not path:
+        of_requests = _layouts_of((name,), requests=True) and name in names
+        return PromptColumn(name, requests=bool(of_requests) and any(_request_keys(cell) for cell in cells(name)))
+    found = [cell for cell in cells(name) if cell is not None and not isinstance(cell, InvalidRow)]
+    keys: dict[str, None] = {}
+    for cell in found:
+        try:
+            keys |= dict.fromkeys(object_of(cell))
+            if value_at(cell, path, MISSING) is not MISSING:
+                return PromptColumn(name, path)
+        except ValueError:  # an error of its row, and of the run where no row is another
+            continue
+    if found:
+        within = f"which has {listed(list(keys))}" if keys else "whose cells are no objects"
+        raise ValueError(f"{shown}: expected {path!r} within the column {name!r}, {within}")
+    return PromptColumn(name, path)
+
+
+def _layouts_of(names: Iterable[str], requests: bool = False) -> list[FileLayout]:
+    """The layouts whose column is among these names. requests: those of requests alone."""
+    found = set(names)
+    return [layout for layout in LAYOUTS if layout.column in found and (layout.requests or not requests)]
+
+
+def _first_cells(file: File, name: str | None) -> list[Any]:
+    """The first cells of a column of a file; None: of any column."""
+    import pyarrow as pa
+
+    with readable(file):
+        if name is None:
+            name = next((chunk.names[0] for chunk in reader_of(file).values(file, ()) if chunk.names), None)
+        chunks = reader_of(file).rows(file, name, [], pa.schema([])) if name is not None else ()
+        return next((rows.prompts for rows in chunks), [])
+
+
+def _fits(layout: FileLayout, cell: Any, plain_text: bool) -> bool:
+    return bool(_request_keys(cell)) if layout.requests else _is_conversation(cell, plain_text)
+
+
+def _request_keys(cell: Any) -> list[str]:
+    """Where a cell that is a request's body, or text that is one, has the conversation."""
+    try:
+        body = object_of(cell) if not isinstance(cell, str) or cell.lstrip().startswith("{") else {}
+    except ValueError:
+        return []
+    return [key for key in OF_REQUESTS if isinstance(body.get(key), list | str)]
+
+
+def _is_conversation(cell: Any, plain_text: bool) -> bool:
+    """Whether a cell is a list of messages, or text that is one."""
+    if isinstance(cell, str):
+        try:
+            cell = parsed(cell) if cell.lstrip().startswith("[") and not plain_text else None
+        except (ValueError, RecursionError):
+            return False
+    items = map(as_object, cell) if isinstance(cell, list) else ()
+    return any(isinstance(item, Mapping) and (item.get("role") or item.get("from")) for item in items)
+
+
+def _check_chats(shown: str, urls: Iterable[Any]) -> None:
+    others = {url for url in urls if isinstance(url, str) and not any(part in url for part in CHATS)}
+    if others:
+        raise ValueError(
+            f"{shown}: expected requests to a chat model ({', '.join(CHATS)}), got some to {listed(sorted(others))}: take them "
+            "out, or name the column of the prompts with --column"
+        )

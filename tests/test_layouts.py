@@ -1,0 +1,194 @@
+"""Where files have their prompts: nested columns, and the layouts that are recognised, each as the tools write it."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from p2l_engine.batch import BatchConfig, run
+from p2l_engine.batch.blocks import Unroutable, blocks
+from p2l_engine.cli.prompts import PromptFile
+from p2l_engine.prompts.parse import user_turns
+from p2l_engine.tables.find import find
+from p2l_engine.votes import read
+from tests.support.batch_files import output
+from tests.support.layouts import (
+    LAYOUTS,
+    TALK,
+    TALKS,
+    TURNS,
+    WRITERS,
+    arena,
+    chat,
+    openai_chat,
+    sharegpt,
+    write_csv,
+    write_jsonl,
+)
+
+
+def turns_in(path, column=None, **more):
+    return [turns for block in blocks(find([str(path)]), column, **more) for turns in block.prompts]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_file_of_each_layout_is_recognised_as_each_tool_writes_it(name, layout, tmp_path, caplog):
+    row_of, said = LAYOUTS[layout]
+    rows = [row_of(talk, i) for i, talk in enumerate(TALKS)]
+    datasets.disable_progress_bars()
+    WRITERS[name](tmp_path / name, rows)
+    with caplog.at_level(logging.INFO, "p2l_engine.tables.layouts"):
+        found = list(blocks(find([str(tmp_path / name)]), None))
+        assert [turns for block in found for turns in block.prompts] == TURNS
+        assert [record.getMessage() for record in caplog.records] == [f"{tmp_path / name}: reading the user turns of {said}"]
+        caplog.clear()
+        given_ = PromptFile.read(tmp_path / name)
+        assert [tuple(user_turns(prompt)) for prompt in given_.prompts] == TURNS
+        assert [record.getMessage() for record in caplog.records] == [f"{tmp_path / name}: reading the user turns of {said}"]
+    column = said.split(" ")[0]
+    assert column.partition(".")[0] not in found[0].kept.column_names
+    identifier = "custom_id" if "custom_id" in rows[0] else "id"
+    assert found[0].kept.column(identifier).to_pylist() == ["r0", "r1", "r2"]
+    assert turns_in(tmp_path / name, column) == TURNS
+
+
+@given(talks=st.lists(TALK, min_size=1, max_size=5), data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_the_same_turns_come_from_files_of_each_layout(tmp_path_factory, talks, data):
+    folder = tmp_path_factory.mktemp("layouts")
+    name = data.draw(st.sampled_from(["in.jsonl", "in.csv", "arrow.parquet", "text.parquet"]))
+    row_of, _ = LAYOUTS[data.draw(st.sampled_from(sorted(LAYOUTS)))]
+    WRITERS[name](folder / name, [row_of(talk) for talk in talks])
+    assert turns_in(folder / name) == [tuple(text for role, text in talk if role == "user") for talk in talks]
+
+
+def test_nested_columns_of_every_format(tmp_path):
+    rows = [{"a.b": f"own {i}", "a": {"b": f"in {i}", "c": {"d.e": [f"list {i}"]}}} for i in range(3)]
+    for name in ("in.jsonl", "in.csv", "arrow.parquet", "polars.parquet", "text.parquet"):
+        WRITERS[name](tmp_path / name, rows)
+        file = tmp_path / name
+        assert turns_in(file, "a.b") == [("own 0",), ("own 1",), ("own 2",)]
+        assert turns_in(file, "a.c.d.e") == [("list 0",), ("list 1",), ("list 2",)]
+        assert PromptFile.read(file, "a.c.d.e").prompts == ["list 0", "list 1", "list 2"]
+        assert PromptFile.read(file, "a.b").prompts == ["own 0", "own 1", "own 2"]
+        kept = next(blocks(find([str(file)]), "a.c.d.e", ["a", "a.b"])).kept
+        assert kept.column_names == ["a", "a.b"]
+        for column, message in (
+            ("a.x", "expected 'x' within the column 'a', which has b, c"),
+            ("a.b.c", "expected 'c' within the column 'a.b', whose cells are no objects"),
+            ("x.y", "expected the columns x.y; it has a.b, a"),
+        ):
+            with pytest.raises(ValueError, match=f"{name}: {message}"):
+                turns_in(file, column)
+            with pytest.raises(ValueError, match=f"{name}: {message}"):
+                PromptFile.read(file, column)
+    write_jsonl(tmp_path / "odd.jsonl", [{"a": {"b": "x"}}, {"a": 3}, {"a": None}, {"a": {"c": 1}}, {"a": '{"b": "y"}'}, {}])
+    found = turns_in(tmp_path / "odd.jsonl", "a.b")
+    assert [turns if not isinstance(turns, Unroutable) else turns.why for turns in found] == [
+        ("x",), "a: expected an object, got int", *["prompt: expected a prompt, got nothing"] * 2, ("y",),
+        "prompt: expected a prompt, got nothing",
+    ]  # fmt: skip
+    assert found[1].where == f"{tmp_path / 'odd.jsonl'}: row 1"
+    with pytest.raises(ValueError, match=r"odd.jsonl: row 1: expected an object, got int"):
+        PromptFile.read(tmp_path / "odd.jsonl", "a.b")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            [{"messages": chat(TALKS[0]), "conversations": sharegpt(TALKS[0])["conversations"]}],
+            r"expected one column of prompts, found messages \(a file of messages\) and conversations \(.*\): name one with --",
+        ),
+        (
+            [openai_chat(TALKS[0]) | {"messages": chat(TALKS[0])}],
+            r"expected one column of .*, found body \(an OpenAI batch file\) and messages",
+        ),
+        (
+            [{"custom_id": "e", "url": "/v1/embeddings", "body": {"input": "text", "model": "e"}}],
+            "expected requests to a chat model .*, got some to /v1/embeddings: take them out",
+        ),
+        ([{"messages": str(chat(TALKS[0]))}], "column 'messages': expected JSON, got .*, as Python shows objects: write them"),
+        ([{"body": "a text", "messages": 3, "conversation": ["a", "b"]}], "expected the columns prompt; it has body, messages"),
+        ([{"text": "a"}], "expected the columns prompt; it has text"),
+    ],
+)
+@pytest.mark.parametrize("name", ["in.jsonl", "arrow.parquet"])
+def test_what_is_not_clear_is_refused(name, rows, message, tmp_path):
+    WRITERS[name](tmp_path / name, rows)
+    for read_it in (turns_in, PromptFile.read):
+        with pytest.raises(ValueError, match=f"{name}: {message}"):
+            read_it(tmp_path / name)
+
+
+def test_a_column_prompt_comes_first_and_text_stays_text(tmp_path, caplog):
+    body = openai_chat(TALKS[1])
+    for name in ("in.jsonl", "in.csv", "arrow.parquet"):
+        with caplog.at_level(logging.INFO, "p2l_engine.tables.layouts"):
+            WRITERS[name](tmp_path / name, [{**body, "prompt": "said"}, {**body, "prompt": json.dumps(body["body"])}])
+            assert turns_in(tmp_path / name) == [("said",), (json.dumps(body["body"]),)]
+            assert turns_in(tmp_path / name, "body") == turns_in(tmp_path / name, "body.messages") == [TURNS[1]] * 2
+            assert not caplog.records
+        WRITERS[name](tmp_path / name, [{"messages": ["first", "second"]}])
+        assert turns_in(tmp_path / name, "messages") == [("first", "second")]
+    write_csv(tmp_path / "plain.csv", [{"messages": chat(TALKS[1])}])
+    text = json.dumps(chat(TALKS[1]))
+    assert turns_in(tmp_path / "plain.csv", "messages", plain_text=True) == [(text,)]
+    with pytest.raises(ValueError, match="expected the columns prompt; it has messages"):
+        turns_in(tmp_path / "plain.csv", plain_text=True)
+
+
+def test_files_of_a_run_have_their_prompts_in_one_place(tmp_path):
+    for i, talk in enumerate(TALKS):
+        write_jsonl(tmp_path / f"{i}.jsonl", [openai_chat(talk, i)])
+    (tmp_path / "empty.jsonl").write_text("\n")
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "none.parquet")
+    files = find([str(tmp_path / f"{i}.jsonl") for i in range(3)])
+    assert [turns for block in blocks(files, None) for turns in block.prompts] == TURNS
+    write_jsonl(tmp_path / "other.jsonl", [sharegpt(TALKS[0])])
+    with pytest.raises(ValueError, match=r"other.jsonl: expected its prompts in body, as .*0.jsonl has them: name the column"):
+        list(blocks([*files, *find([str(tmp_path / "other.jsonl")])], None))
+    write_jsonl(tmp_path / "dots.jsonl", [{"body.messages": "x"}])
+    with pytest.raises(ValueError, match=r"dots.jsonl: expected its prompts in body.messages, as .*0.jsonl has them"):
+        list(blocks([*files, *find([str(tmp_path / "dots.jsonl")])], "body.messages"))
+
+
+def test_a_batch_file_is_routed_as_its_prompts_are(router, tmp_path):
+    write_jsonl(
+        tmp_path / "in.jsonl", [openai_chat(talk, i) for i, talk in enumerate(TALKS)] + [{"custom_id": "x", "body": {}}]
+    )
+    write_jsonl(tmp_path / "plain.jsonl", [{"prompt": list(turns)} for turns in TURNS])
+    report = run(router, BatchConfig([tmp_path / "in.jsonl"], tmp_path / "out"))
+    run(router, BatchConfig([tmp_path / "plain.jsonl"], tmp_path / "plain"))
+    assert (report.rows, report.routed) == (4, 3)
+    found, plain = output(tmp_path / "out").to_pylist(), output(tmp_path / "plain").to_pylist()
+    for row, expected in zip(found[:3], plain, strict=True):
+        assert {name: row[name] for name in expected} == expected | {"source_file": "in.jsonl"}
+    assert [row["custom_id"] for row in found] == ["r0", "r1", "r2", "x"]
+    assert found[3]["error"].startswith("prompt: expected a string")
+
+
+def test_votes_have_the_prompts_of_conversations_and_nested_columns(tmp_path):
+    for name in ("in.jsonl", "in.csv", "arrow.parquet", "polars.parquet", "datasets.parquet"):
+        WRITERS[name](tmp_path / name, [arena(talk, i) for i, talk in enumerate(TALKS)])
+        votes, dropped = read(str(tmp_path / name))
+        assert set(votes.prompts) == set(TURNS)
+        assert not len(dropped)
+        rows = [{**arena(talk), "request": openai_chat(talk)} for talk in TALKS]
+        WRITERS[name](tmp_path / name, rows)
+        votes, dropped = read(str(tmp_path / name), columns={"prompt": "request.body.messages"})
+        assert set(votes.prompts) == set(TURNS)
+        assert not len(dropped)
+    write_jsonl(tmp_path / "odd.jsonl", [*rows, {**arena(TALKS[0]), "request": 7}])
+    votes, dropped = read(str(tmp_path / "odd.jsonl"), columns={"prompt": "request.body.messages"}, max_dropped=0.5)
+    assert dropped.counts == {"row: expected an object, got int": 1}
+    with pytest.raises(ValueError, match=r"columns: expected one of .* for 'prompt', got 'request.x'"):
+        read(str(tmp_path / "in.jsonl"), columns={"prompt": "request.x"})
