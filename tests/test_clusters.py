@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,10 @@ import torch
 
 from p2l_engine import Engine, Router, cli
 from p2l_engine.batch import BatchConfig, Route, run
+from p2l_engine.tables.chunked import read_rows
+from p2l_engine.tables.find import find
+from p2l_engine.tables.whole import read_table
+from p2l_engine.votes import read
 from tests.support.batch_files import contents
 from tests.support.catalogs import catalog
 
@@ -175,6 +180,34 @@ def test_route_maps_the_batches_of_a_dataset(router, given, ray):
     np.testing.assert_allclose([row["score"] for row in found[1:]], [d.score for d in decisions], atol=1e-4)
     assert "got nothing" in found[0]["error"]
     assert {part["model"] for part in found[1]["policy"]} == set(decisions[0].policy)
+
+
+def test_times_and_types_that_spark_writes(spark, tmp_path):
+    """INT96, Spark's default, beyond the years that fit in nanoseconds; an empty part; types that another day has otherwise."""
+    from pyspark.sql import functions as F
+
+    spark.conf.set("spark.sql.session.timeZone", "UTC")
+    spark.conf.set("spark.sql.parquet.outputTimestampType", "INT96")
+    texts = ["9999-12-31 23:59:59.999999", "0001-01-01 00:00:00", "1816-03-29 05:56:08.066277", "2024-02-29 12:00:00.000001"]
+    votes = [(f"p{i}", "x", "y", "tie", i, text) for i, text in enumerate(texts)]
+    frame = spark.createDataFrame(votes, "prompt string, model_a string, model_b string, winner string, id int, t string")
+    frame = frame.withColumn("t", F.to_timestamp("t")).withColumn("o", F.struct(F.array("t").alias("l")))
+    frame.repartition(3).write.parquet(f"{tmp_path}/one")
+    frame.select("o", F.col("id").cast("long"), "t", "prompt").limit(0).write.parquet(f"{tmp_path}/none")
+    frame.select("o", F.col("id").cast("double"), "prompt").write.parquet(f"{tmp_path}/two")
+    rows, problems = [], 0
+    for chunk in read_rows(find([f"{tmp_path}/one", f"{tmp_path}/none", f"{tmp_path}/two"]), "prompt", ["id", "t", "o"]):
+        rows += chunk.kept.to_pylist()
+        problems += len(chunk.problems)
+    rows = sorted(rows, key=lambda row: (row["t"] is None, row["id"]))
+    assert (len(rows), problems) == (8, 0)
+    times = [datetime.fromisoformat(text) for text in texts]
+    assert [row["t"].replace(tzinfo=None) if row["t"] else None for row in rows] == [*times, *[None] * 4]
+    assert [row["o"]["l"][0].replace(tzinfo=None) for row in rows] == times * 2
+    assert [row["id"] for row in rows] == [0, 1, 2, 3] * 2
+    table = read_table(f"{tmp_path}/one", ["t", "winner"])
+    assert sorted(time.replace(tzinfo=None) for time in table.columns["t"]) == sorted(times)
+    assert len(read(f"{tmp_path}/one")[0]) == 4
 
 
 @pytest.mark.parametrize("package", ["ray", "spark"])

@@ -7,8 +7,10 @@ import decimal
 import json
 import math
 
+import duckdb
 import numpy as np
 import pandas as pd
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -396,7 +398,7 @@ columns = st.one_of(
 @example(files=[[1], [0.5], [2**53 + 1]])
 @example(files=[[[]], [[1]], [[None, 2.5]]])
 @example(files=[[{"a": []}], [{"a": [{"b": 1}]}], [{"b": None}]])
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=120)
 def test_any_json_comes_out_as_it_went_in_or_is_refused(files, tmp_path):
     paths = [
         lines(tmp_path / f"{i}.jsonl", [{"prompt": "p", "m": value} for value in values]) for i, values in enumerate(files)
@@ -424,7 +426,7 @@ def check(paths, went_in):
     files=st.lists(columns, min_size=1, max_size=3),
     kinds=st.lists(st.sampled_from(["jsonl", "parquet"]), min_size=3, max_size=3),
 )
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=80)
 def test_any_values_of_jsonl_and_parquet_come_out_as_they_went_in_or_are_refused(files, kinds, tmp_path):
     paths, went_in = [], []
     for i, (values, kind) in enumerate(zip(files, kinds, strict=False)):
@@ -442,6 +444,31 @@ def test_any_values_of_jsonl_and_parquet_come_out_as_they_went_in_or_are_refused
         went_in += values
     if paths:
         check(paths, went_in)
+
+
+def test_files_of_several_tools_are_one_table(tmp_path):
+    """The same columns as pandas, polars, duckdb and pyarrow store them: text and large text, floats for integers with nulls,
+    not null, categories, other order."""
+    day = datetime.datetime(2024, 2, 29, 1, 2, 3)
+    row = {"prompt": "p", "id": 7, "score": 0.5, "tag": "x", "day": day, "tags": ["a", "b"], "about": {"k": 1, "l": [1.5]}}
+    frame = pd.DataFrame([row, row | {"id": None, "score": None, "tag": None}])
+    frame.astype({"tag": "category"}).to_parquet(tmp_path / "a.parquet")
+    pl.DataFrame([row], schema_overrides={"tag": pl.Categorical, "id": pl.Int32}).write_parquet(tmp_path / "b.parquet")
+    duckdb.sql(
+        "copy (select {'k': 1, 'l': [1.5::double]} about, 'p' prompt, 'x' tag, 7::utinyint id, 0.5::float score, "
+        f"timestamp '2024-02-29 01:02:03' \"day\", ['a', 'b'] tags) to '{tmp_path}/c.parquet'"
+    )
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "d.parquet")
+    lines(tmp_path / "e.jsonl", [row | {"day": None}])
+    frame.iloc[:0].drop(columns="id").assign(id="").to_parquet(tmp_path / "f.parquet")
+    rows, problems = kept(tmp_path)
+    assert not problems
+    expected = {name: value for name, value in row.items() if name != "prompt"}
+    assert [list(found) for found in rows] == [list(expected)] * 6
+    for found, wanted in zip(rows, [expected, expected | {"score": None, "tag": None}, *[expected] * 4], strict=True):
+        assert {**found, "id": 7, "day": day} == wanted | {"score": found["score"]}
+    assert [found["id"] for found in rows if found["id"] is not None and found["id"] == found["id"]] == [7.0] * 5
+    assert [found["day"] for found in rows] == [day] * 5 + [None]
 
 
 @pytest.mark.parametrize("frames", [(pd.DataFrame({"id": [1, 2]}), pd.DataFrame({"id": [1.0, None]}))])
