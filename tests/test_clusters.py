@@ -210,6 +210,28 @@ def test_times_and_types_that_spark_writes(spark, tmp_path):
     assert len(read(f"{tmp_path}/one")[0]) == 4
 
 
+def test_spark_opens_the_output_as_it_is(spark, router, given, tmp_path):
+    for name in ("parquet", "jsonl", "csv"):
+        run(router, BatchConfig([given], str(tmp_path / name), coefficients="float16", format=name, rows_per_part=300))
+    rows = pq.read_table(tmp_path / "parquet").to_pylist()
+    frames = {
+        "parquet": spark.read.parquet(str(tmp_path / "parquet")),
+        "jsonl": spark.read.json(str(tmp_path / "jsonl")),
+        "csv": spark.read.csv(str(tmp_path / "csv"), header=True, inferSchema=True, escape='"', multiLine=True),
+    }
+    for name, frame in frames.items():
+        found = [row.asDict(recursive=True) for row in frame.orderBy("source_row").collect()]
+        assert len(found) == len(rows) == 1000
+        for row, expected in zip(found, rows, strict=True):
+            assert {row["source_file"], expected["source_file"]} == {"in.parquet"}
+            row["policy"] = json.loads(row["policy"] or "null") if name == "csv" else row["policy"]
+            assert {key: row[key] for key in ("id", "source_row", "model", "error", "win_rate", "policy")} == {
+                key: expected[key] for key in ("id", "source_row", "model", "error", "win_rate", "policy")
+            }
+        theta = found[1]["theta"] if name != "csv" else json.loads(found[1]["theta"])
+        assert theta == pytest.approx(rows[1]["theta"], abs=1e-6)
+
+
 @pytest.mark.parametrize("package", ["ray", "spark"])
 def test_the_example_in_the_docs_gives_the_routers_decisions(package, engine, request, tmp_path):
     request.getfixturevalue(package)  # the example uses the connection that is open
