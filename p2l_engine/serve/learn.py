@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections import Counter
@@ -28,16 +27,14 @@ from p2l_engine.serve.learning_engine import LearningEngine
 from p2l_engine.serve.lessons import Lesson, as_votes
 from p2l_engine.serve.next_lessons import next_lessons, reference_prompts, states_of
 from p2l_engine.serve.prompt_states import PromptStates
+from p2l_engine.serve.refinement import Refinement, lower_priority
 from p2l_engine.serve.settings import ConfigError, Learn
 
 Float32 = npt.NDArray[np.float32]
 
 REFERENCE = 256  # prompts that say how prompts vary, before anything is learned
 NEWEST = 1024  # of them, where more are known
-OLDEST = 600.0  # seconds after which the optimum over all votes is found again, however few are new,
-RARELY = 20.0  # or so many times as long as that took last
 LONGEST = 30.0  # seconds that the end of the server waits for the thread
-NICE = 10  # of the threads, where threads have a priority of their own (Linux)
 FAILED = "its update failed"
 
 logger = logging.getLogger(__name__)
@@ -51,9 +48,8 @@ class OnlineLearning:
     how far the feedback was read are saved together, so that feedback counts once, whatever ends the process. Raises
     ConfigError for a state of another checkpoint, one that cannot be used, and names that cannot be given to new models.
 
-    learned: votes; skipped: feedback that gave none, by reason; failures: updates, refinements and savings that failed; waiting
-    and oldest: feedback not learned from yet, and since when (seconds since 1970); seconds, refine_seconds: that updates and
-    refinements took; ready: whether enough is known of how prompts vary.
+    learned: votes; skipped: feedback that gave none, by reason; waiting and oldest: feedback not learned from yet, and since
+    when (seconds since 1970); seconds: that updates took; ready: whether enough is known of how prompts vary.
     """
 
     def __init__(self, settings: Learn, engine: Engine, days: float | None = None) -> None:
@@ -68,8 +64,8 @@ class OnlineLearning:
         self._checkpoint = LearnedHead(engine.head.to(cpu), certain, engine.models, engine.feedback)
         self._retired = retired_models(engine.folder)
         self._state = LearnState(settings, engine)
-        self.learned = self.updates = self.refinements = self.failures = self.waiting = 0
-        self.seconds = self.last_seconds = self.refine_seconds = 0.0
+        self.learned = self.updates = self._failed = self.waiting = 0
+        self.seconds = self.last_seconds = 0.0
         self.oldest: float | None = None
         self.skipped = Counter[str]()
         self._number = last_feedback(engine.folder)  # of the last one that was read
@@ -80,10 +76,19 @@ class OnlineLearning:
         self._joining, self._publishing, self._wake = threading.Lock(), threading.Lock(), threading.Event()
         self._join(self.additions(settings))
         self._states: PromptStates | None = None
-        self._refining: threading.Thread | None = None
-        self._refined, self._refine_took = time.monotonic(), 0.0
+        self.refinement = Refinement(self._refined)
         self._saved, self._changed = time.monotonic(), False
         self._closing = self._failing = False
+
+    @property
+    def failures(self) -> int:
+        """Updates, refinements and savings that failed."""
+        return self._failed + self.refinement.failures
+
+    @property
+    def refinements(self) -> int:
+        """How often the optimum over all votes was found."""
+        return self.refinement.count
 
     @property
     def pending(self) -> int:
@@ -193,7 +198,7 @@ class OnlineLearning:
 
     def _run(self) -> None:
         """The thread."""
-        _nice()
+        lower_priority()
         while True:
             self._wake.wait(self.settings.seconds)
             closing = self._closing
@@ -205,7 +210,7 @@ class OnlineLearning:
                     logger.error("learning waits: the store fails (%s)", type(error).__name__)
                 self._failing = True
             except Exception:  # whatever it is, the thread goes on, and the feedback is read again
-                self.failures += 1
+                self._failed += 1
                 logger.exception("learning failed")
             if closing:
                 self._save_or_log()
@@ -229,7 +234,8 @@ class OnlineLearning:
             self._number, self._changed = number, True
             self.waiting, self.oldest = self._log.waiting(self._number)
             self._save_if_due()
-        self._refine_if_due()
+        if not self._closing:
+            self.refinement.begin_if_due(self._learner, self.settings.refine)
         self._save_if_due()
 
     def flush(self) -> None:
@@ -270,7 +276,7 @@ class OnlineLearning:
                     self._update([lesson], states)
                     self.learned += 1
                 except (ValueError, ArithmeticError, np.linalg.LinAlgError) as error:
-                    self.failures += 1
+                    self._failed += 1
                     skipped[FAILED] += 1
                     logger.error("a vote on %s and %s cannot be learned from: %s", lesson.a, lesson.b, error)
         self._publish()
@@ -282,33 +288,14 @@ class OnlineLearning:
         votes, prompts = as_votes(found, self._learner.models)
         self._learner.update(votes, np.stack([states[each] for each in prompts]))
 
+    def _refined(self) -> None:
+        self._publish()
+        self._changed = True
+
     def _publish(self) -> None:
         """Requests that begin now get the head as it is now."""
         with self._publishing:
             self.engine.current = self._head()
-
-    def _refine_if_due(self) -> None:
-        pending, since = self._learner.pending, time.monotonic() - self._refined
-        if self._closing or not pending or (self._refining is not None and self._refining.is_alive()):
-            return
-        if pending >= max(self.settings.refine, self._learner.votes // 10) or since > max(OLDEST, RARELY * self._refine_took):
-            self._refining = threading.Thread(target=self._refine, name="refining", daemon=True)
-            self._refining.start()
-
-    def _refine(self) -> None:
-        """A thread of its own."""
-        _nice()
-        began = time.perf_counter()
-        try:
-            self._learner.refine()
-            self._publish()
-            self.refinements += 1
-        except Exception:  # whatever it is: updates go on
-            self.failures += 1
-            logger.exception("the optimum over all votes was not found")
-        self._refine_took = time.perf_counter() - began
-        self.refine_seconds += self._refine_took
-        self._refined, self._changed = time.monotonic(), True
 
     def _save_if_due(self) -> None:
         if self._changed and time.monotonic() > self._saved + self.settings.save_seconds:
@@ -319,7 +306,7 @@ class OnlineLearning:
             if self._changed:
                 self._save()
         except OSError as error:
-            self.failures += 1
+            self._failed += 1
             logger.error("what was learned is not saved: %s", error)
         self._saved = time.monotonic()
 
@@ -331,9 +318,3 @@ class OnlineLearning:
         except BaseException:
             self._changed = True
             raise
-
-
-def _nice() -> None:
-    """Lets requests go first."""
-    if hasattr(os, "setpriority"):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)

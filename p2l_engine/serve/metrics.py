@@ -71,7 +71,7 @@ class Metrics:
                 ("p2l_learning_updates", "Updates of the head", lambda: learning.updates),
                 ("p2l_learning_update_seconds", "Time that all updates took", lambda: learning.seconds),
                 ("p2l_learning_refinements", "Times that the optimum over all votes was found", lambda: learning.refinements),
-                ("p2l_learning_refine_seconds", "Time that these took", lambda: learning.refine_seconds),
+                ("p2l_learning_refine_seconds", "Time that these took", lambda: learning.refinement.seconds),
                 ("p2l_learning_pending", "Votes since the last of them", lambda: learning.pending),
                 ("p2l_learning_failures", "Updates, refinements and savings that failed", lambda: learning.failures),
                 ("p2l_learning_waiting", "Feedback that was not learned from yet", lambda: learning.waiting),
