@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv
 
+from p2l_engine.tables.quotes import DOUBLED, REMEDY, SEEN, Unescaped, problem_of
 from p2l_engine.tables.rows import (
     AT_ONCE,
     InvalidRow,
@@ -63,9 +65,17 @@ def values(file: File, names: Collection[str]) -> Iterator[ValueRows]:
         yield ValueRows(found, [dicts[row] if isinstance(row, int) else row for row in chunk])
 
 
+@contextmanager
+def _text(file: File) -> Iterator[tuple[Any, Any]]:
+    """As ``File.text``, with quotes doubled."""
+    with file.text() as (opened, raw):
+        standard = file.csv_escape in (None, DOUBLED)
+        yield opened if standard else Unescaped(opened, str(file.csv_escape), file.shown), raw
+
+
 def _header(file: File) -> list[str]:
     """The names of the columns."""
-    with file.text() as (opened, _):
+    with _text(file) as (opened, _):
         head = opened.read(HEADER)
     lines = filter(None, csv.reader(io.StringIO(head.decode("utf-8-sig", "replace"), newline="")))
     header, following = next(lines, None), next(lines, None)
@@ -92,6 +102,7 @@ class _Parser:
     invalid: dict[int, InvalidRow] = field(default_factory=dict)
     skipped: int = 0
     problem: str | None = None
+    remedy: str = ""  # where quotes may be escaped otherwise
 
     def chunks(self) -> Iterator[tuple[int, list[int | InvalidRow], pa.Table, float]]:
         """Consecutive rows: the number of the first; each row's index in the table that follows, or why it is invalid; how much
@@ -138,8 +149,9 @@ class _Parser:
             column_types=dict.fromkeys(self.names, pa.string()), include_columns=list(self.columns), null_values=[""],
             strings_can_be_null=True, quoted_strings_can_be_null=False, check_utf8=False,
         )  # fmt: skip
-        with self.file.text() as (opened, raw):
-            stream = _WithLastLine(opened, f"\n{','.join([END] * len(self.names))}\n")
+        with _text(self.file) as (opened, raw):
+            watch = self._check_quotes if self.file.csv_escape is None else None
+            stream = _WithLastLine(opened, f"\n{','.join([END] * len(self.names))}\n", watch)
             batches = pa.csv.open_csv(
                 pa.PythonFile(stream, "r"),
                 read_options=pa.csv.ReadOptions(block_size=piece, use_threads=False),  # with threads, rows have no numbers
@@ -159,12 +171,21 @@ class _Parser:
                     return
         raise ValueError(f"{self.file.shown}: {_unclosed(first + self.skipped - 1, text.partition(END)[0])}")
 
+    def _check_quotes(self) -> None:
+        """For a file with \\" in it."""
+        if not self.remedy:
+            with self.file.text() as (opened, _):
+                found = problem_of(opened)
+            if found:
+                raise ValueError(f"{self.file.shown}: {found}; {REMEDY}")
+            self.remedy = f"; {REMEDY}"
+
     def _on_invalid(self, row: Any) -> str:
         number = row.number - 2  # counted from 1, the header included
         if END in row.text:
             self.problem = _unclosed(number, _cells(row.text.partition(END)[0]))
         elif row.text.count('"') % 2 or ('"' in row.text and "\n" in row.text):
-            self.problem = f"row {number}: {_expected(row)}; is a quote not closed? {row.text:.60}"
+            self.problem = f"row {number}: {_expected(row)}; is a quote not closed? {row.text:.60}{self.remedy}"
         else:
             detail = f"expected {row.expected_columns}, got {row.actual_columns}"
             self.skipped += 1
@@ -175,14 +196,16 @@ class _Parser:
 
 
 class _WithLastLine(io.RawIOBase):
-    """A stream, and then one more line: where Arrow does not find it as a row, the file ends within quotes.
+    """A stream, and then one more line: where Arrow does not find it as a row, the file ends within quotes. watch: called where
+    there may be escaped quotes.
 
     No piece ends between "\\r" and "\\n": Arrow skips the line feed at the beginning of the next piece, also within quotes,
     where it belongs to the value.
     """
 
-    def __init__(self, stream: Any, line: str) -> None:
-        self.stream, self.line, self.held = stream, line.encode(), b""
+    def __init__(self, stream: Any, line: str, watch: Callable[[], None] | None = None) -> None:
+        self.stream, self.line, self.held, self.watch = stream, line.encode(), b"", watch
+        self.last = b""
 
     def readable(self) -> bool:
         return True
@@ -191,6 +214,9 @@ class _WithLastLine(io.RawIOBase):
         data = bytearray(self.held)
         while len(data) < size and (more := self.stream.read(size - len(data))):
             data += more
+            if self.watch is not None and SEEN in self.last + more:
+                self.watch()
+            self.last = more[-1:]
         rest = size - len(data)  # only at the end of the file; in the same piece, as Arrow needs a row beside the header
         data += self.line[:rest]
         self.line = self.line[rest:]

@@ -6,11 +6,13 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from p2l_engine.tables.formats import EXPECTED, is_plain_json, is_table
 from p2l_engine.tables.listing import Entry, folder_entries, glob_entries, is_glob, problem_of
 from p2l_engine.tables.partitions import partitions_of
+from p2l_engine.tables.quotes import check_escape
 from p2l_engine.tables.storage import File, Location, shown
 
 logger = logging.getLogger(__name__)
@@ -19,25 +21,37 @@ HIDDEN = 'names that start with "." or "_" are skipped where a pattern does not 
 HEAD = 1 << 20  # bytes of a .json file in which its first two lines are looked for
 
 
-def find(inputs: Iterable[str | Path], warn: Callable[..., object] = logger.warning) -> list[File]:
+def find(
+    inputs: Iterable[str | Path],
+    warn: Callable[..., object] = logger.warning,
+    partitions: bool = True,
+    csv_escape: str | None = None,
+) -> list[File]:
     """The files that these paths, URIs, folders and globs (of files and folders) name: in the given order, within a folder or
     glob by name, each file once. See ``find_each``."""
-    return [file for files in find_each(inputs, warn) for file in files]
+    return [file for files in find_each(inputs, warn, partitions, csv_escape) for file in files]
 
 
-def find_each(inputs: Iterable[str | Path], warn: Callable[..., object] = logger.warning) -> list[list[File]]:
-    """The files that each input names, without those that an earlier one named.
+def find_each(
+    inputs: Iterable[str | Path],
+    warn: Callable[..., object] = logger.warning,
+    partitions: bool = True,
+    csv_escape: str | None = None,
+) -> list[list[File]]:
+    """The files that each input names, without those that an earlier one named. partitions: whether names of folders are
+    columns (see ``partitions``). csv_escape: what escapes quotes in csv files (see ``quotes``); None for doubled ones.
 
     In folders and globs, files and folders whose names start with "." or "_" are skipped (see ``listing``), as are files of
     other formats and what cannot be read, of which ``warn`` names the first. ``.json`` files beside other tables are skipped
     unless they hold one JSON object a line.
     Raises ValueError where an input names nothing, or is a file of another format.
     """
+    check_escape(csv_escape)
     found: dict[str, list[File]] = {}
     files = list[list[File]]()
     for given in inputs:
         try:
-            here = _find(_located(given), warn)
+            here = _find(_located(given), warn, partitions)
         except UnicodeError as error:
             raise ValueError(f"{shown(str(given))!r}: expected names of files in UTF-8: {error}; rename those") from None
         files.append([])
@@ -46,7 +60,7 @@ def find_each(inputs: Iterable[str | Path], warn: Callable[..., object] = logger
             same = found.setdefault(path, [])
             if not any(file.location.system.equals(other.location.system) for other in same):
                 same.append(file)
-                files[-1].append(file)
+                files[-1].append(file if csv_escape is None else replace(file, csv_escape=csv_escape))
     return files
 
 
@@ -61,7 +75,7 @@ def names_tables(given: str | Path) -> bool:
     return os.path.isdir(location.path) or (is_glob(location) and not os.path.exists(location.path))
 
 
-def _find(location: Location, warn: Callable[..., object]) -> list[File]:
+def _find(location: Location, warn: Callable[..., object], partitions: bool) -> list[File]:
     if location.is_local:  # without pyarrow
         location.path.encode()  # raises UnicodeEncodeError
         if os.path.isfile(location.path):
@@ -79,7 +93,7 @@ def _find(location: Location, warn: Callable[..., object]) -> list[File]:
         problem = problem_of(location.path) if location.is_local else None
         raise ValueError(f"{location.shown}: {problem or 'no such file or folder'}")
     found = folder_entries(location) if folder else glob_entries(location)
-    seen = {entry.path: entry for entry in found}
+    seen = {entry.path: entry if partitions else entry._replace(folders=()) for entry in found}
     problems = [f"{os.path.basename(path)} ({entry.problem})" for path, entry in seen.items() if entry.problem]
     if problems:
         warn("%s: skipped, cannot be read: %s", location.shown, _first(sorted(problems)))

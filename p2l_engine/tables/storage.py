@@ -137,12 +137,13 @@ class Location:
 @dataclass(frozen=True, slots=True)
 class File:
     """An input file: size in bytes, modified in nanoseconds since 1970 (None if the store does not say); partitions: the names
-    and values of its Hive partitions (see ``partitions``)."""
+    and values of its Hive partitions (see ``partitions``); csv_escape: what escapes quotes of a csv file (see ``quotes``)."""
 
     location: Location
     size: int
     modified: int | None
     partitions: Partitions = ()
+    csv_escape: str | None = None
 
     @property
     def shown(self) -> str:

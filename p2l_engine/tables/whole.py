@@ -86,20 +86,26 @@ def _text(value: int | float) -> str:
 
 
 def read_table(
-    path: str | Path | Sequence[str | Path], names: Collection[str], bare: str | None = None, heads: bool = False
+    path: str | Path | Sequence[str | Path],
+    names: Collection[str],
+    bare: str | None = None,
+    heads: bool = False,
+    csv_escape: str | None = None,
 ) -> Table:
     """The columns ``names``, also nested ones (``body.messages``), as far as there are such, of files, folders, globs and URIs
     (see ``find``), of the split ``train`` of a hub data set or of a folder that datasets' ``save_to_disk`` wrote, or of several
     of these one after the other, each file once.
 
     bare: the column for values of jsonl lines that are no object; without it, these rows are invalid. heads: only the first
-    rows of each file. Raises ValueError where a file is missing or cannot be read, or if a quote of a csv file is not closed.
+    rows of each file. csv_escape: see ``find_each``. Raises ValueError where a file is missing or cannot be read, or if a quote
+    of a csv file is not closed.
     """
     paths = [str(each) for each in ([path] if isinstance(path, str | Path) else path)]
     if not paths:
         raise ValueError("path: expected at least one file, folder or data set, got none")
     dotted = [name for name in names if "." in name]
-    parts = _parts(paths, {*names, *(beginning for name in dotted for beginning, _ in splits(name))}, bare)
+    wanted = {*names, *(beginning for name in dotted for beginning, _ in splits(name))}
+    parts = _parts(paths, wanted, bare, csv_escape)
     found: dict[str, None] = {}
     columns: dict[str, list[Any]] = {}
     invalid: dict[int, InvalidRow] = {}
@@ -159,14 +165,16 @@ def _is_text(value: Any) -> bool:
     return not isinstance(value, list) or all(map(_is_text, value))
 
 
-def _parts(paths: Sequence[str], names: Collection[str], bare: str | None) -> list[tuple[str, Iterator[ValueRows]]]:
+def _parts(
+    paths: Sequence[str], names: Collection[str], bare: str | None, csv_escape: str | None
+) -> list[tuple[str, Iterator[ValueRows]]]:
     """Each file, and each data set, with its values."""
     sets = {path: [(path, _saved_values(path, names))] for path in paths if _is_saved(path)}
     sets |= {path: [(path, _hub_values(path, names))] for path in paths if _is_hub_name(path)}
     others = list(dict.fromkeys(path for path in paths if path not in sets))
     found = sets | {
         path: [(file.shown, _values(file, names, bare)) for file in files]
-        for path, files in zip(others, find_each(others), strict=True)
+        for path, files in zip(others, find_each(others, csv_escape=csv_escape), strict=True)
     }
     return [part for path in dict.fromkeys(paths) for part in found[path]]
 
