@@ -17,6 +17,7 @@ from p2l_engine.batch.blocks import Unroutable, blocks
 from p2l_engine.cli.prompts import PromptFile
 from p2l_engine.prompts.parse import user_turns
 from p2l_engine.tables.find import find
+from p2l_engine.tables.layouts import PromptColumn, prompt_column
 from p2l_engine.votes import read
 from tests.support.batch_files import output
 from tests.support.layouts import (
@@ -146,11 +147,35 @@ def test_a_column_prompt_comes_first_and_text_stays_text(tmp_path, caplog):
         turns_in(tmp_path / "plain.csv", plain_text=True)
 
 
+def test_a_cell_of_a_layout_that_is_cut_short_is_an_error_of_its_row(tmp_path):
+    """Elsewhere text that is no JSON is a prompt."""
+    text, request = json.dumps(chat(TALKS[1])), json.dumps(openai_chat(TALKS[1])["body"])
+    write_csv(tmp_path / "m.csv", [{"messages": cell} for cell in (text, text[:-5], "hello", "", f" {text}", '["a", "b"]')])
+    write_csv(tmp_path / "b.csv", [{"body": cell} for cell in (request, request[:-5], "hello", "", f" {request}", "[]")])
+    texts_, bodies = turns_in(tmp_path / "m.csv"), turns_in(tmp_path / "b.csv")
+    assert texts_[0] == texts_[4] == bodies[0] == bodies[4] == TURNS[1]
+    for found, expected in (
+        (texts_[1], "messages: expected a list of messages, got '"),
+        (bodies[1], "body: expected an object"),
+    ):
+        assert isinstance(found, Unroutable)
+        assert found.why.startswith(expected)
+        assert found.where.endswith(".csv: row 1")
+    assert [i for i, found in enumerate(texts_) if isinstance(found, Unroutable)] == [1, 2, 3, 5]
+    assert [i for i, found in enumerate(bodies) if isinstance(found, Unroutable)] == [1, 2, 3, 5]
+    assert turns_in(tmp_path / "m.csv", "messages")[1:3] == [(text[:-5],), ("hello",)]
+    for name in ("m.csv", "b.csv"):
+        with pytest.raises(ValueError, match=rf"{name}: row 1: (messages|body): expected"):
+            PromptFile.read(tmp_path / name)
+
+
 def test_files_of_a_run_have_their_prompts_in_one_place(tmp_path):
     for i, talk in enumerate(TALKS):
         write_jsonl(tmp_path / f"{i}.jsonl", [openai_chat(talk, i)])
     (tmp_path / "empty.jsonl").write_text("\n")
     pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "none.parquet")
+    pq.write_table(pa.table({"body": pa.array([], pa.string())}), tmp_path / "no_rows.parquet")
+    assert prompt_column(find([str(tmp_path)]), None) == PromptColumn("body", cells="requests")
     files = find([str(tmp_path / f"{i}.jsonl") for i in range(3)])
     assert [turns for block in blocks(files, None) for turns in block.prompts] == TURNS
     write_jsonl(tmp_path / "other.jsonl", [sharegpt(TALKS[0])])
@@ -173,7 +198,7 @@ def test_a_batch_file_is_routed_as_its_prompts_are(router, tmp_path):
     for row, expected in zip(found[:3], plain, strict=True):
         assert {name: row[name] for name in expected} == expected | {"source_file": "in.jsonl"}
     assert [row["custom_id"] for row in found] == ["r0", "r1", "r2", "x"]
-    assert found[3]["error"].startswith("prompt: expected a string")
+    assert found[3]["error"] == "body: expected a request with messages or input, got one with none"
 
 
 def test_votes_have_the_prompts_of_conversations_and_nested_columns(tmp_path):

@@ -74,7 +74,7 @@ class Block:
 
 def blocks(
     files: Sequence[File],
-    column: str | None,
+    column: str | PromptColumn | None,
     keep: Sequence[str] | None = None,
     rows: int = ROWS_PER_PART,
     plain_text: bool = False,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 if TYPE_CHECKING:
     from p2l_engine.constraints import Constraints, Shares
     from p2l_engine.routing.problem import Scope
+    from p2l_engine.tables.layouts import PromptColumn
 
 ROWS_PER_PART = 8192
 MAX_ROWS_PER_PART = (1 << 20) - 1
@@ -52,7 +53,7 @@ class BatchConfig:
 
     inputs: Sequence[str | Path]
     output: str | Path
-    column: str | None = None
+    column: str | PromptColumn | None = None
     plain_text: bool = False
     keep: Sequence[str] | None = None
     source: bool = True

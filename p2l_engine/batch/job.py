@@ -57,7 +57,7 @@ class Job:
         router.solve(nothing, config.constraints, nothing[0] if router.costs_vary else None)
         prompts = prompt_column(files, config.column, config.plain_text)
         schema = kept_schema(files, prompts.column, config.keep)
-        config = replace(config, column=prompts.name)  # the run's identity has what was found
+        config = replace(config, column=prompts)
         sources = source_names(config.inputs, each) if config.source or config.write_as else {}
         found = identity(config, router, files, compute) | {"sources": list(sources.values())}
         if config.write_as is not None:

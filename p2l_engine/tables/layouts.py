@@ -7,18 +7,18 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from p2l_engine.strict_json import parsed
 from p2l_engine.tables.chunked import AT_THE_SAME_TIME, reader_of
 from p2l_engine.tables.nested import MISSING, as_object, object_of, split_column, value_at
 from p2l_engine.tables.rows import InvalidRow, listed, readable
 from p2l_engine.tables.storage import File
-from p2l_engine.tables.turns import OF_REQUESTS, cell_turns
+from p2l_engine.tables.turns import OF_REQUESTS, cell_turns, listed_in
 from p2l_engine.tables.whole import Table, read_table
 
 logger = logging.getLogger(__name__)
 
+Cells = Literal["prompts", "requests", "messages"]
 PROMPT = "prompt"
 CHATS = ("/chat/completions", "/responses", "/messages")  # what the url of a chat model's request has in it
 
@@ -44,12 +44,12 @@ LAYOUTS = (
 
 @dataclass(frozen=True, slots=True)
 class PromptColumn:
-    """The column of a table that has the prompts, and the path within its cells ("": the cells themselves). requests: whether
-    the cells are requests' bodies, which text holds as JSON."""
+    """The column of a table that has the prompts, and the path within its cells ("": the cells themselves). cells: what they
+    are: prompts as anybody writes them, requests' bodies, or lists of messages; text holds the last two as JSON."""
 
     column: str = PROMPT
     path: str = ""
-    requests: bool = False
+    cells: Cells = "prompts"
 
     @property
     def name(self) -> str:
@@ -58,10 +58,12 @@ class PromptColumn:
 
     def value(self, cell: Any) -> Any:
         """What a cell of ``column`` has as its prompt: text, a list, or a request's body. Raises ValueError."""
-        if cell is None or not (self.requests or self.path):
+        if cell is None or (self.cells == "prompts" and not self.path):
             return cell
         try:
-            return object_of(cell) if self.requests else value_at(cell, self.path)
+            if self.path:
+                return value_at(cell, self.path)
+            return _request(cell) if self.cells == "requests" else _conversation(cell)
         except ValueError as error:
             raise ValueError(f"{self.column}: {error}") from None
 
@@ -70,19 +72,23 @@ class PromptColumn:
         return cell_turns(self.value(cell), plain_text, as_served=True)
 
 
-def prompt_column(files: Sequence[File], column: str | None, plain_text: bool = False) -> PromptColumn:
+def prompt_column(files: Sequence[File], column: str | PromptColumn | None, plain_text: bool = False) -> PromptColumn:
     """Where these files have their prompts, which is the same for all. column: as the user names it, also one within another
-    (``body.messages``); None: ``prompt``, or what the layout says, which is logged in one line. Raises ValueError where several
-    columns may be meant, and where files differ."""
+    (``body.messages``), or as it was found before; None: ``prompt``, or what the layout says, which is logged in one line.
+    Raises ValueError where several columns may be meant, and where files differ."""
+    if isinstance(column, PromptColumn):
+        return column
     if column is not None and "." not in column and not _layouts_of((column,), requests=True):
         return PromptColumn(column)
 
     def look(file: File) -> tuple[PromptColumn, str] | None:
+        """None: the file has no rows that could tell."""
         with readable(file):
             names = next((chunk.names for chunk in reader_of(file).values(file, ()) if chunk.names), None)
             if names is None:
                 return None
-            return recognise(names, lambda name: _first_cells(file, name), file.shown, column, plain_text)
+            found = recognise(names, lambda name: _first_cells(file, name), file.shown, column, plain_text)
+            return found if found[0].column in names or _first_cells(file, names[0]) else None
 
     place, first = next(((i, found) for i, found in enumerate(map(look, files)) if found), (0, None))
     if first is None or first[0] == PromptColumn():
@@ -90,7 +96,7 @@ def prompt_column(files: Sequence[File], column: str | None, plain_text: bool = 
     with ThreadPoolExecutor(AT_THE_SAME_TIME) as pool:  # stores answer slowly
         others = files[place + 1 :]
         for file, found in zip(others, pool.map(look, others), strict=True):
-            if found and found[0] != first[0] and _first_cells(file, None):
+            if found and found[0] != first[0]:
                 raise ValueError(
                     f"{file.shown}: expected its prompts in {first[0].name}, as {files[place].shown} has them: name the column "
                     "with --column, or read the files one by one"
@@ -145,18 +151,21 @@ def recognise(
                 )
         return PromptColumn(), ""
     layout = fitting[0]
+    read = layout.column
+    kind: Cells = "messages"
     if layout.requests:
         _check_chats(shown, cells("url") if "url" in names else ())
-    keys = {key for cell in here[layout] for key in _request_keys(cell)} if layout.requests else set()
-    read = f"{layout.column}.{keys.pop()}" if len(keys) == 1 else layout.column
-    return PromptColumn(layout.column, requests=layout.requests), f"reading the user turns of {read} ({layout.what})"
+        keys = {key for cell in here[layout] if _fits(layout, cell, plain_text) for key in _request_keys(cell)}
+        read, kind = (f"{read}.{keys.pop()}" if len(keys) == 1 else read), "requests"
+    return PromptColumn(layout.column, cells=kind), f"reading the user turns of {read} ({layout.what})"
 
 
 def _named(column: str, names: Sequence[str], cells: Callable[[str], Sequence[Any]], shown: str) -> PromptColumn:
     name, path = split_column(column, names)
     if not path:
         of_requests = _layouts_of((name,), requests=True) and name in names
-        return PromptColumn(name, requests=bool(of_requests) and any(_request_keys(cell) for cell in cells(name)))
+        fits = bool(of_requests) and any(_fits(LAYOUTS[0], cell, False) for cell in cells(name))
+        return PromptColumn(name, cells="requests" if fits else "prompts")
     found = [cell for cell in cells(name) if cell is not None and not isinstance(cell, InvalidRow)]
     keys: dict[str, None] = {}
     for cell in found:
@@ -178,39 +187,46 @@ def _layouts_of(names: Iterable[str], requests: bool = False) -> list[FileLayout
     return [layout for layout in LAYOUTS if layout.column in found and (layout.requests or not requests)]
 
 
-def _first_cells(file: File, name: str | None) -> list[Any]:
-    """The first cells of a column of a file; None: of any column."""
+def _first_cells(file: File, name: str) -> list[Any]:
+    """The first cells of a column of a file."""
     import pyarrow as pa
 
     with readable(file):
-        if name is None:
-            name = next((chunk.names[0] for chunk in reader_of(file).values(file, ()) if chunk.names), None)
-        chunks = reader_of(file).rows(file, name, [], pa.schema([])) if name is not None else ()
-        return next((rows.prompts for rows in chunks), [])
+        return next((rows.prompts for rows in reader_of(file).rows(file, name, [], pa.schema([]))), [])
 
 
 def _fits(layout: FileLayout, cell: Any, plain_text: bool) -> bool:
-    return bool(_request_keys(cell)) if layout.requests else _is_conversation(cell, plain_text)
+    """Whether a cell is a request's body or a list of messages, or text that is one."""
+    if isinstance(cell, str) and not layout.requests and plain_text:
+        return False
+    try:
+        return bool(_request_keys(cell)) if layout.requests else bool(_conversation(cell))
+    except ValueError:
+        return False
+
+
+def _request(cell: Any) -> Mapping[str, Any]:
+    body = object_of(cell)
+    if not any(body.get(key) is not None for key in OF_REQUESTS):
+        raise ValueError(f"expected a request with {' or '.join(OF_REQUESTS)}, got one with {listed(list(body))}")
+    return body
 
 
 def _request_keys(cell: Any) -> list[str]:
-    """Where a cell that is a request's body, or text that is one, has the conversation."""
-    try:
-        body = object_of(cell) if not isinstance(cell, str) or cell.lstrip().startswith("{") else {}
-    except ValueError:
-        return []
+    """Where a request's body, or text that is one, has the conversation."""
+    body = object_of(cell)
     return [key for key in OF_REQUESTS if isinstance(body.get(key), list | str)]
 
 
-def _is_conversation(cell: Any, plain_text: bool) -> bool:
-    """Whether a cell is a list of messages, or text that is one."""
-    if isinstance(cell, str):
-        try:
-            cell = parsed(cell) if cell.lstrip().startswith("[") and not plain_text else None
-        except (ValueError, RecursionError):
-            return False
-    items = map(as_object, cell) if isinstance(cell, list) else ()
-    return any(isinstance(item, Mapping) and (item.get("role") or item.get("from")) for item in items)
+def _conversation(cell: Any) -> list[Any]:
+    items = listed_in(cell.strip()) if isinstance(cell, str) else cell
+    if not isinstance(items, list):
+        raise ValueError(f"expected a list of messages, got {cell!r:.60}")
+    for item in items:
+        message = as_object(item)
+        if not isinstance(message, Mapping) or not (message.get("role") or message.get("from")):
+            raise ValueError(f"expected messages with a role (or from), got {item!r:.60}")
+    return items
 
 
 def _check_chats(shown: str, urls: Iterable[Any]) -> None:

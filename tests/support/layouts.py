@@ -6,6 +6,7 @@ import csv
 import json
 
 import datasets
+import duckdb
 import pandas as pd
 import polars as pl
 import pyarrow as pa
@@ -106,6 +107,14 @@ def write_jsonl(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
+def write_duckdb(path, rows):
+    """What duckdb makes of jsonl."""
+    given = path.with_name(f"{path.name}.in")
+    write_jsonl(given, rows)
+    duckdb.sql(f"COPY (SELECT * FROM read_json('{given}', format='newline_delimited')) TO '{path}'")
+    given.unlink()
+
+
 WRITERS = {
     "in.jsonl": write_jsonl,
     "in.csv": write_csv,
@@ -115,6 +124,7 @@ WRITERS = {
     "pandas.jsonl": lambda path, rows: pd.DataFrame(rows).to_json(path, orient="records", lines=True),
     "polars.parquet": lambda path, rows: pl.DataFrame(rows).write_parquet(path),
     "polars.ndjson": lambda path, rows: pl.DataFrame(rows).write_ndjson(path),
+    "duckdb.parquet": write_duckdb,
     "datasets.parquet": lambda path, rows: datasets.Dataset.from_list(rows).to_parquet(str(path)),
 }
 
