@@ -58,6 +58,7 @@ def test_the_alias_becomes_the_model_that_the_router_chose():
     assert found["messages"] is HELLO
     assert found["metadata"]["p2l"]["id"] == record.id
     assert found["metadata"]["p2l"]["policy"] == {"large": 1.0}
+    assert (found["metadata"]["p2l"]["propensity"], found["metadata"]["p2l"]["propensity_error"]) == (1.0, 0.0)
     assert (record.api, record.outcome) == ("route", "decision")
 
 
@@ -273,7 +274,9 @@ def test_a_router_in_this_process_decides(router):
     found = in_process(router, {"model": "auto", "messages": messages})
     expected = router.route(["Hello\n[image_url]"])
     assert found["model"] == expected.model
-    assert found["metadata"]["p2l"]["policy"] == expected.policy
+    kept = found["metadata"]["p2l"]
+    assert kept["policy"] == expected.policy
+    assert (kept["propensity"], kept["propensity_error"]) == (expected.propensity, expected.propensity_error)
     assert in_process(router, {"model": "auto", "messages": messages[:1]})["model"] == router.route("Be kind.").model
     for name in router.names:
         assert in_process(router, {"model": "auto", "messages": messages}, ["auto", name])["model"] == name

@@ -33,6 +33,7 @@ READ = (
 SESSION_HEADERS = (
     "x-session-id", "x-conversation-id", "x-openwebui-chat-id", "x-librechat-conversation-id", "x-claude-code-session-id",
 )  # fmt: skip
+EXPLAINED = ("policy", "propensity", "propensity_error", "expected_cost", "win_rate", "why")  # of a decision, for logs
 REFUSED = (400, 402)  # what the router says of the request itself; any other error is the router's own
 NOT_KEPT = ("previous_response_not_found", "not_found")  # codes of a 404 that is the request's too
 EVERY_MODEL = frozenset({"*", "all-proxy-models", "all-team-models"})
@@ -157,7 +158,7 @@ class ModelChoice:
         if not isinstance(model, str) or not model:
             raise RouterFailed("its answer names no model")
         after = [self._theirs(name) for name in after if isinstance(name, str)] if isinstance(after, list) else []
-        kept = ("id", "policy", "propensity", "expected_cost", "win_rate", "why")
+        kept = ("id", *EXPLAINED)
         return {"model": self._theirs(model), "fallbacks": after, **{name: found[name] for name in kept if name in found}}
 
     async def _in_process(
@@ -179,7 +180,7 @@ class ModelChoice:
             raise Refusal(402 if type(error).__name__ == "InfeasibleBudget" else 400, str(error)) from None
         except Exception as error:
             raise RouterFailed(f"{type(error).__name__}: {error}") from error
-        kept = {name: getattr(found, name) for name in ("policy", "expected_cost", "win_rate", "why")}
+        kept = {name: getattr(found, name) for name in EXPLAINED if hasattr(found, name)}
         return {"model": self._theirs(found.model), "fallbacks": [], **kept}
 
     async def _models(self) -> list[str]:
