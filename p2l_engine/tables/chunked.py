@@ -102,7 +102,7 @@ def _common(heads: Sequence[tuple[File, pa.Schema]], column: str, keep: Sequence
     """One schema of several files, of which all values are known to be exact in it."""
     import pyarrow as pa
 
-    from p2l_engine.tables.common_types import always_exact, common_type, with_text_for_nulls
+    from p2l_engine.tables.common_types import always_exact, common_type, conflict, with_text_for_nulls
 
     types, first = dict[str, pa.DataType](), dict[str, File]()
     for file, schema in heads:
@@ -110,9 +110,10 @@ def _common(heads: Sequence[tuple[File, pa.Schema]], column: str, keep: Sequence
             known = types.get(field.name, pa.null())
             found = common_type(known, field.type)
             if found is None:
+                place, other, here = conflict(known, field.type, field.name)
                 raise ValueError(
-                    f"{file.shown}: column {field.name!r} is {field.type}, in {first[field.name].shown} {known}: no type holds "
-                    "the values of both; leave the column out with --keep"
+                    f"{file.shown}: column {place!r} is {here!s:.200}, in {first[field.name].shown} {other!s:.200}: no type "
+                    "holds the values of both; leave the column out with --keep"
                 )
             types[field.name] = found
             if field.name not in first or pa.types.is_null(known):

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from functools import reduce
-
 import pyarrow as pa
 
-MAX_DIGITS = 76  # of a decimal
+MAX_DIGITS = 38  # of a decimal that other tools than Arrow read
 UNITS = ("s", "ms", "us", "ns")
 TEXTS, BYTES = (pa.string(), pa.large_string()), (pa.binary(), pa.large_binary())
 SIGNED, UNSIGNED = (pa.int8(), pa.int16(), pa.int32(), pa.int64()), (pa.uint8(), pa.uint16(), pa.uint32(), pa.uint64())
@@ -34,6 +32,18 @@ def common_type(first: pa.DataType, other: pa.DataType) -> pa.DataType | None:
         large = pa.types.is_large_list(first) or pa.types.is_large_list(other)
         return None if items is None else (pa.large_list if large else pa.list_)(items)
     return _scalar(first, other)
+
+
+def conflict(first: pa.DataType, other: pa.DataType, place: str) -> tuple[str, pa.DataType, pa.DataType]:
+    """The innermost place at which two types have no common one, and the types there."""
+    if pa.types.is_struct(first) and pa.types.is_struct(other):
+        names = [field.name for field in other]
+        for field in first:
+            if names.count(field.name) == 1 and common_type(field.type, other.field(field.name).type) is None:
+                return conflict(field.type, other.field(field.name).type, f"{place}.{field.name}")
+    if _is_list(first) and _is_list(other):
+        return conflict(first.value_type, other.value_type, f"{place}[]")
+    return place, first, other
 
 
 def as_nullable(kind: pa.DataType) -> pa.DataType:
@@ -108,7 +118,8 @@ def _scalar(first: pa.DataType, other: pa.DataType) -> pa.DataType | None:
         return pa.large_binary() if pa.large_binary() in (first, other) else pa.binary()
     digits = [_digits(kind) for kind in (first, other)]
     if None not in digits:
-        return _decimal(*(each for each in digits if each is not None))
+        large = pa.types.is_decimal256(first) or pa.types.is_decimal256(other)
+        return _decimal(*(each for each in digits if each is not None), large=large)
     if pa.types.is_timestamp(first) and pa.types.is_timestamp(other) and first.tz == other.tz:
         return pa.timestamp(_finer(first, other), first.tz)
     if pa.types.is_duration(first) and pa.types.is_duration(other):
@@ -130,8 +141,8 @@ def _digits(kind: pa.DataType) -> tuple[int, int] | None:
     return (len(str(2**kind.bit_width)), 0) if pa.types.is_integer(kind) else None
 
 
-def _decimal(*digits: tuple[int, int]) -> pa.DataType | None:
-    before, after = reduce(lambda one, two: (max(one[0], two[0]), max(one[1], two[1])), digits)
-    if before + after > MAX_DIGITS:
+def _decimal(*digits: tuple[int, int], large: bool) -> pa.DataType | None:
+    before, after = (max(each) for each in zip(*digits, strict=True))
+    if before + after > (76 if large else MAX_DIGITS):
         return None
-    return (pa.decimal128 if before + after <= 38 else pa.decimal256)(before + after, after)
+    return (pa.decimal256 if large else pa.decimal128)(before + after, after)

@@ -23,10 +23,9 @@ def typed_column(field: pa.Field, values: Sequence[Any]) -> tuple[pa.Array, dict
     except UNFIT:
         stored, problems = list(values), dict[int, str]()
         for i, value in enumerate(values):
-            try:
-                _array([value], field.type)
-            except UNFIT:
-                stored[i], problems[i] = None, problem(field, f"{value!r:.60}")
+            if not _is_stored(value, field.type):
+                place, kind, odd = _misfit(value, field.type, field.name)
+                stored[i], problems[i] = None, problem(place, kind, f"{odd!r:.60}")
         return _array(stored, field.type), problems
 
 
@@ -44,9 +43,9 @@ def typed_table(table: pa.Table, schema: pa.Schema) -> tuple[pa.Table, dict[int,
     return pa.table(columns, schema=schema), problems
 
 
-def problem(field: pa.Field, got: str) -> str:
-    """Why a cell of a kept column cannot be stored."""
-    return InvalidRow(f"expected {field.type} in the column {field.name!r}", f"got {got}{REMEDY}").why
+def problem(place: str, kind: pa.DataType, got: str) -> str:
+    """Why a cell of a kept column cannot be stored. place: the column, or a place within it."""
+    return InvalidRow(f"expected {kind!s:.200} in the column {place!r}", f"got {got}{REMEDY}").why
 
 
 def _cast(column: pa.ChunkedArray, field: pa.Field) -> tuple[pa.ChunkedArray, dict[int, str]]:
@@ -60,7 +59,7 @@ def _cast(column: pa.ChunkedArray, field: pa.Field) -> tuple[pa.ChunkedArray, di
                 column[i : i + 1].combine_chunks().take(pa.array([0])).validate(full=True)
                 column[i : i + 1].cast(field.type)
             except UNFIT as error:
-                rows[i], problems[i] = None, problem(field, _shown(column[i], error))
+                rows[i], problems[i] = None, problem(field.name, field.type, _shown(column[i], error))
         return column.take(pa.array(rows, pa.int64())).cast(field.type), problems
 
 
@@ -71,6 +70,27 @@ def _shown(scalar: pa.Scalar, error: Exception) -> str:
         return f"text that is not UTF-8: {undecodable}"
     except (ValueError, OverflowError):  # a time that Python does not know
         return f"{error}"
+
+
+def _is_stored(value: Any, kind: pa.DataType) -> bool:
+    try:
+        _array([value], kind)
+    except UNFIT:
+        return False
+    return True
+
+
+def _misfit(value: Any, kind: pa.DataType, place: str) -> tuple[str, pa.DataType, Any]:
+    """The innermost place of a value that its type would change, its type, and what is there."""
+    inner = list[tuple[str, pa.DataType, Any]]()
+    if isinstance(value, dict) and pa.types.is_struct(kind):
+        inner = [(f"{place}.{field.name}", field.type, value.get(field.name)) for field in kind]
+    elif isinstance(value, list) and pa.types.is_list(kind):
+        inner = [(f"{place}[]", kind.value_type, item) for item in value]
+    for name, its, item in inner:
+        if not _is_stored(item, its):
+            return _misfit(item, its, name)
+    return place, kind, value
 
 
 def _array(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
