@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from p2l_engine.cli.prompts import PromptFile
-from p2l_engine.tables.chunked import check_files, read_rows
+from p2l_engine.tables.chunked import kept_schema, read_rows
 from p2l_engine.tables.find import find
 from p2l_engine.tables.partitions import NULL, partitions_of
 from p2l_engine.tables.whole import read_table
@@ -22,7 +22,7 @@ from p2l_engine.votes import read
 def kept(inputs, keep=None, column="prompt"):
     """The kept columns of all rows, after the checks that a run makes first."""
     files = find([str(each) for each in inputs])
-    check_files(files, column, keep)
+    kept_schema(files, column, keep)
     return pa.concat_tables([rows.kept for rows in read_rows(files, column, keep)])
 
 

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from p2l_engine.replay.columns import read_columns
 from p2l_engine.replay.read import read_log
 from tests.support.log_tables import entries, table
 
@@ -230,3 +231,15 @@ def test_prompts_that_are_none_are_refused(tmp_path):
         read_log(table(tmp_path / "matrix.parquet", **prompts, model=["alpha", "alpha"], score=[0.1, 0.2]))
     with pytest.raises(ValueError, match="prompt: expected a string, a list of user turns or a list of messages, got dict"):
         read_log(table(tmp_path / "log.parquet", **ROWS | prompts))
+
+
+def test_times_as_spark_stores_them(tmp_path):
+    """INT96: 9999-12-31 is 1816-03-29 in nanoseconds."""
+    times = [datetime(9999, 12, 31), datetime(2024, 1, 1, 0, 0, 0, 1), None]
+    path = tmp_path / "log.parquet"
+    pq.write_table(pa.table({"time": times, "id": [1, 2, 3]}), path, use_deprecated_int96_timestamps=True)
+    assert read_columns(path, ["time"]).column("time").to_pylist() == times
+    ticks = pa.array([0, 1], pa.timestamp("ns"))
+    pq.write_table(pa.table({"time": ticks}), path, use_deprecated_int96_timestamps=True)
+    with pytest.raises(ValueError, match=r"log.parquet: row 1: column 'time': expected times in microseconds .* got nano"):
+        read_columns(path, ["time"])

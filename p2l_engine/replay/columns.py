@@ -11,13 +11,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from p2l_engine.replay.mixture import Float64
 from p2l_engine.strict_json import parsed
+from p2l_engine.tables import parquet
 from p2l_engine.tables.find import find
 from p2l_engine.tables.formats import kind_of
-from p2l_engine.tables.rows import check_names, listed, readable
+from p2l_engine.tables.rows import listed, readable
 from p2l_engine.tables.whole import Table, read_table
 
 Int64 = npt.NDArray[np.int64]
@@ -31,8 +31,8 @@ def column_names(path: str | Path) -> list[str]:
     file = find([path])[0]
     if kind_of(file.location.path) != "parquet":
         return list(read_table([path], ()).names)
-    with readable(file), file.location.system.open_input_file(file.location.path) as stream:
-        return list(pq.ParquetFile(stream).schema_arrow.names)
+    with readable(file):
+        return parquet.names_of(file)
 
 
 def read_columns(path: str | Path, names: Collection[str]) -> pa.Table:
@@ -43,11 +43,8 @@ def read_columns(path: str | Path, names: Collection[str]) -> pa.Table:
     if all(kind_of(file.location.path) == "parquet" for file in files):
         parts = []
         for file in files:
-            with readable(file), file.location.system.open_input_file(file.location.path) as stream:
-                opened = pq.ParquetFile(stream)
-                check_names(file, opened.schema_arrow.names)
-                wanted = [name for name in opened.schema_arrow.names if name in names]
-                parts.append(_plain(opened.read(wanted)))
+            with readable(file):
+                parts.append(_plain(parquet.whole(file, names)))
         try:
             table = pa.concat_tables(parts, promote_options="permissive")
         except pa.ArrowException as error:

@@ -63,6 +63,28 @@ def values(file: File, names: Collection[str]) -> Iterator[ValueRows]:
             yield ValueRows(found, dicts)
 
 
+def names_of(file: File) -> list[str]:
+    """The names of the file's columns."""
+    with _opened(file) as opened:
+        return list(opened.schema_arrow.names)
+
+
+def whole(file: File, names: Collection[str]) -> pa.Table:
+    """The columns ``names`` that the file has, in memory. Raises ValueError with the row where a time is not exact."""
+    with _opened(file) as opened:
+        found = opened.schema_arrow.names
+        check_names(file, found)
+        table = opened.read([name for name in found if name in names])
+        int96 = [name for name in table.column_names if name in _int96_columns(opened)]
+    if int96:
+        with _opened(file, "ns") as again:
+            exact = again.read(int96)
+        for name in int96:
+            for row in _different(table.column(name).combine_chunks(), exact.column(name).combine_chunks()):
+                raise ValueError(f"{file.shown}: row {row}: column {name!r}: {NANOSECONDS.why}")
+    return table
+
+
 @contextmanager
 def _opened(file: File, unit: str = "us") -> Iterator[pq.ParquetFile]:
     """unit: of times that are stored as INT96, which is Spark's default: those of Arrow's, ns, end in 2262 and begin again."""
