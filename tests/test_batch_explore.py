@@ -137,8 +137,12 @@ def test_what_cannot_be_drawn_by_is_refused(explorer, tmp_path):
         run(plain, BatchConfig([given], str(tmp_path / "out"), draw="id", keep=["id"]))
     config = BatchConfig([given], str(tmp_path / "done"), keep=["id"])
     run(explorer, config)
-    with pytest.raises(ValueError, match="other inputs or options"):
-        run(plain, config)
+    again = run(plain, config)
+    assert (again.computed, again.changed) == (
+        0,
+        ("seed: was 3, is 0", "explore: was 'thompson', is None", "draw: was None, is None")[:2],
+    )
+    assert "propensity" not in output(tmp_path / "done").column_names
 
 
 def test_the_worker_explores_too(explorer, tmp_path, monkeypatch):

@@ -64,8 +64,13 @@ def test_s3_gives_the_output_of_local_files(kind, router, store, tmp_path):
     run(router, BatchConfig([uri], output, state=state, **options))
     assert parts(Location.of(output)) == parts(Location.of(str(tmp_path / "out")))
     assert len(parts(Location.of(output))) == 5
-    assert not any((tmp_path / "state").iterdir())
     assert run(router, BatchConfig([uri], output, state=state, **options)).rows == 150  # complete: nothing to do
+    again = run(router, BatchConfig([uri], output, state=state, **options | {"budget": 2.0}, keep_coefficients=False))
+    assert (again.computed, again.changed, list((tmp_path / "state").iterdir())) == (0, ("budget: was 1.5, is 2.0",), [])
+    run(router, BatchConfig([str(path)], str(tmp_path / "out"), **options | {"budget": 2.0}))
+    assert parts(Location.of(output)) == parts(Location.of(str(tmp_path / "out")))
+    assert Location.of(output).sizes()["_SUCCESS"] == 0
+    assert Location.of(f"{output}.run").names() == ["manifest.json"]
 
 
 @pytest.mark.store
@@ -83,12 +88,12 @@ def test_an_interrupted_run_to_s3_is_resumed(router, store, tmp_path):
         run(router, BatchConfig([uri], "s3://bucket/cut-out", **options), progress=stop)
     cut = Location.of("s3://bucket/cut-out")
     assert 0 < len(parts(cut)) < 10
-    with pytest.raises(ValueError, match=r"s3://bucket/cut-out: holds a run .*: budget: was 1.5, is 2.0"):
-        run(router, BatchConfig([uri], "s3://bucket/cut-out", **options | {"budget": 2.0}))
+    with pytest.raises(ValueError, match=r"s3://bucket/cut-out: holds a run .*: column: was 'prompt', is 'id'"):
+        run(router, BatchConfig([uri], "s3://bucket/cut-out", column="id", **options))
     run(router, BatchConfig([uri], "s3://bucket/cut-out", **options))
     assert parts(cut) == parts(Location.of("s3://bucket/whole"))
     store.put_object(Bucket="bucket", Key="cut/in.jsonl", Body=b'{"prompt": "another"}')
-    with pytest.raises(ValueError, match="inputs: s3://bucket/cut/in.jsonl"):
+    with pytest.raises(ValueError, match="inputs: s3://bucket/cut/in.jsonl changed"):
         run(router, BatchConfig([uri], "s3://bucket/cut-out", **options))
     run(router, BatchConfig([uri], "s3://bucket/cut-out", **options), restart=True)
     assert len(parts(cut)) == 1
@@ -204,6 +209,28 @@ def test_what_a_store_raises_while_it_is_read_is_one_line(tmp_path):
 
 @pytest.mark.store
 @pytest.mark.xdist_group("s3")
+def test_a_bucket_is_no_output_and_inputs_are_known_by_their_etag(router, store, tmp_path):
+    """A copied object is the same input; two runs with one state folder do not write at once."""
+    uri, options = uploaded(store, "etag/in.jsonl", write(tmp_path / "in.jsonl")), {"state": tmp_path / "state", "source": False}
+    with pytest.raises(
+        ValueError, match="output: expected a folder within s3://bucket, got its root; name one, such as s3://b"
+    ):
+        run(router, BatchConfig([uri], "s3://bucket", **options))
+
+    def again(report):
+        with pytest.raises(RuntimeError, match=r"run-[0-9a-f]+: another run is writing here"):
+            run(router, BatchConfig([uri], "s3://bucket/etag-out", **options))
+
+    run(router, BatchConfig([uri], "s3://bucket/etag-out", **options), progress=again)
+    store.copy_object(Bucket="bucket", Key="etag/copy.jsonl", CopySource="bucket/etag/in.jsonl")
+    assert run(router, BatchConfig(["s3://bucket/etag/copy.jsonl"], "s3://bucket/etag-out", **options)).changed == ()
+    store.put_object(Bucket="bucket", Key="etag/in.jsonl", Body=(tmp_path / "in.jsonl").read_bytes().replace(b"so", b"os"))
+    with pytest.raises(ValueError, match="inputs: s3://bucket/etag/in.jsonl changed"):
+        run(router, BatchConfig([uri], "s3://bucket/etag-out", **options))
+
+
+@pytest.mark.store
+@pytest.mark.xdist_group("s3")
 def test_errors_of_s3_name_the_uri(router, store, tmp_path):
     uri = uploaded(store, "refused/in.parquet", write(tmp_path / "in.parquet"))
     with pytest.raises(OSError, match="no-such-bucket"):
@@ -260,8 +287,8 @@ def test_google_cloud_storage_gives_the_output_of_local_files(router, tmp_path):
         assert isinstance(Location.of(output).system, GcsFileSystem)
         with pytest.raises(InterruptedError):
             run(router, BatchConfig(inputs, output, state=state, **options), progress=stop)
-        with pytest.raises(ValueError, match="^gs://bucket/out: holds a run .*: budget: was 1.5, is 2.0"):
-            run(router, BatchConfig(inputs, output, state=state, **options | {"budget": 2.0}))
+        with pytest.raises(ValueError, match="^gs://bucket/out: holds a run .*: column: was 'prompt', is 'id'"):
+            run(router, BatchConfig(inputs, output, state=state, column="id", **options))
         assert run(router, BatchConfig(inputs, output, state=state, **options)).resumed >= 30
         assert parts(Location.of(output)) == parts(Location.of(str(tmp_path / "out")))
         assert len(parts(Location.of(output))) == 5

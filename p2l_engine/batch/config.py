@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 ROWS_PER_PART = 8192
 MAX_ROWS_PER_PART = (1 << 20) - 1
 FormatName = Literal["parquet", "jsonl", "csv"]  # of the output
+KEPT_BYTES = 1 << 30  # of coefficients that a finished run keeps unless it is told otherwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,9 @@ class BatchConfig:
         coefficients: also write theta and eta, rounded to this type.
         rows_per_part: rows of one output part, 1 to 1,048,575. A part is computed and resumed as a whole; parts of long
             prompts have fewer rows.
-        state: local folder for coefficients until the run ends (None: OUT.run beside the output OUT, which must then be local).
+        state: local folder for coefficients (None: OUT.run beside the output OUT, which must then be local).
+        keep_coefficients: whether coefficients stay when the run is complete, so that other decisions need no forward pass
+            (None: if they have at most ``KEPT_BYTES``, or an earlier run of this output was asked to keep them).
     """
 
     inputs: Sequence[str | Path]
@@ -70,6 +73,7 @@ class BatchConfig:
     draw: str | None = None
     state: str | Path | None = None
     rows_per_part: int = ROWS_PER_PART
+    keep_coefficients: bool | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.inputs, str | os.PathLike) or not self.inputs:

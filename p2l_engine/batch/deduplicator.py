@@ -19,11 +19,13 @@ NO_REFERENCE = -1  # the row cannot be routed
 
 @dataclass(frozen=True, slots=True)
 class DeduplicatedBlock:
-    """A block, its new prompts, and for each row a reference [rows] int64 to a prompt's coefficients (see ``locate``)."""
+    """A block, its new prompts, for each row a reference [rows] int64 to a prompt's coefficients (see ``locate``), and a hash
+    of the new prompts, by which their coefficients are known."""
 
     block: Block
     new_prompts: list[list[str]]
     references: npt.NDArray[np.int64]
+    digest: str
 
 
 class Deduplicator:
@@ -50,7 +52,8 @@ class Deduplicator:
                 new_prompts.append(list(prompt))
             references[row] = reference
         self._known.update(islice(new.items(), max(0, self._max_prompts - len(self._known))))
-        return DeduplicatedBlock(block, new_prompts, references)
+        digest = hashlib.blake2b(b"".join(new), digest_size=8).hexdigest()
+        return DeduplicatedBlock(block, new_prompts, references, digest)
 
 
 def locate(references: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

@@ -1,4 +1,7 @@
-"""What the output of a run depends on, as JSON for its manifest: a run is resumed only while all of it is unchanged."""
+"""What a run's coefficients depend on, and what its decisions depend on, as JSON for its manifest.
+
+Coefficients are used again while the first is unchanged, and decided from again where only the second has changed.
+"""
 
 from __future__ import annotations
 
@@ -12,28 +15,44 @@ import torch
 
 from p2l_engine.batch.blocks import LETTERS
 from p2l_engine.batch.config import BatchConfig
+from p2l_engine.batch.contents import Content, sha256
 from p2l_engine.checkpoint import fingerprint
 from p2l_engine.engine import Engine
 from p2l_engine.router import Router
-from p2l_engine.tables.storage import File
+from p2l_engine.tables.layouts import PromptColumn
 
-# Options that do not change the output, or that are recorded in another form.
-NOT_RECORDED = ("inputs", "output", "state", "strict", "draw", "max_share", "min_share")
+Identity = dict[str, Any]
+
+READING = ("plain_text", "rows_per_part")  # options that prompts and blocks depend on
+# Options that change neither coefficients nor decisions, or that are recorded in another form.
+NOT_RECORDED = ("column", "inputs", "output", "state", "strict", "draw", "max_share", "min_share", "keep_coefficients")
 
 
-def identity(config: BatchConfig, router: Router, files: Sequence[File], compute: str) -> dict[str, Any]:
-    """All that the output depends on, as it reads back from JSON. compute: see ``compute_signature``."""
-    engine = router.engine
+def of_coefficients(
+    config: BatchConfig, prompts: PromptColumn, engine: Engine, inputs: Sequence[Content], compute: str
+) -> Identity:
+    """All that coefficients and their blocks depend on. prompts: where they are. compute: see ``compute_signature``."""
+    return _as_json(
+        {
+            "version": version("p2l-engine"),
+            "inputs": [[file.size, file.digest] for file in inputs],
+            "column": prompts.name,
+            "cells": prompts.cells,
+            **{name: value for name, value in asdict(config).items() if name in READING},
+            "letters_per_block": LETTERS,
+            "checkpoint": _checkpoint(engine),
+            "compute": compute,
+            "date": engine.date,
+        }
+    )
+
+
+def of_decisions(config: BatchConfig, router: Router, sources: Sequence[str]) -> Identity:
+    """All that the output depends on beside coefficients. sources: the files' names in it, see ``source_names``."""
     shares = {"max_share": config.max_share, "min_share": config.min_share}
     found = {
-        "version": version("p2l-engine"),
-        "inputs": file_versions(files),
-        **{name: value for name, value in asdict(config).items() if name not in NOT_RECORDED},
+        **{name: value for name, value in asdict(config).items() if name not in (*READING, *NOT_RECORDED)},
         **{name: {str(models): share for models, share in given.items()} for name, given in shares.items()},
-        "letters_per_block": LETTERS,
-        "checkpoint": _checkpoint(engine),
-        "compute": compute,
-        "date": engine.date,
         "catalog": {
             model.name: [model.cost, model.usd_per_m_in, model.usd_per_m_out] if model.per_token else model.cost
             for model in router.catalog.models
@@ -42,16 +61,13 @@ def identity(config: BatchConfig, router: Router, files: Sequence[File], compute
         "opponents": router.q.tolist(),
         "objective": router.objective,
         "seed": router.seed,
+        "sources": list(sources),
     }
+    if config.write_as is not None:
+        found["provider_names"] = router.catalog.provider_names
     if router.explore is not None:
         found |= {"explore": router.explore, "draw": config.draw}
-    parsed: dict[str, Any] = json.loads(json.dumps(found))
-    return parsed
-
-
-def file_versions(files: Sequence[File]) -> list[list[Any]]:
-    """Path, size in bytes, and modification time of each input file."""
-    return [[file.location.shown, file.size, file.modified] for file in files]
+    return _as_json(found)
 
 
 def compute_signature(device: str, dtype: torch.dtype, tokens_per_batch: int) -> str:
@@ -59,15 +75,26 @@ def compute_signature(device: str, dtype: torch.dtype, tokens_per_batch: int) ->
     return f"{device} {dtype}, {tokens_per_batch} tokens per batch".replace("torch.", "")
 
 
+def apart_from_inputs(identity: Identity) -> Identity:
+    """What an identity of coefficients says of everything but the inputs."""
+    return {name: value for name, value in identity.items() if name != "inputs"}
+
+
+def continues(before: Identity, now: Identity) -> bool:
+    """Whether coefficients of one identity serve the other, as far as their prompts are the same (see ``spill``): nothing but
+    the inputs differs, and there, files may only have been added at the end."""
+    old = before["inputs"]  # None: they changed while they were read
+    same = apart_from_inputs(before) == apart_from_inputs(now)
+    return same and (old is None or old == now["inputs"][: len(old)])
+
+
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """One line for each difference between two identities."""
+    """One line for each difference between two identities, apart from inputs."""
     lines = []
     for name in {**before, **now}:
         old, new = before.get(name), now.get(name)
-        if old == new:
+        if old == new or name == "inputs":
             continue
-        if name == "inputs":  # path, size and time of each file
-            old, new = ({file[0]: file[1:] for file in files or ()} for files in (old, new))
         if isinstance(old, dict) and isinstance(new, dict):
             names = [key for key in {**old, **new} if old.get(key) != new.get(key)]
             lines.append(f"{name}: {', '.join(names) or 'their order'}")
@@ -76,9 +103,16 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _checkpoint(engine: Engine) -> dict[str, list[str | int]]:
-    """Digests, and for weights also the modification time, which detects a change between the samples; none for an adapter's
-    backbone, which may be downloaded or converted anew."""
+def _as_json(found: Mapping[str, Any]) -> Identity:
+    """As it reads back."""
+    parsed: Identity = json.loads(json.dumps(found))
+    return parsed
+
+
+def _checkpoint(engine: Engine) -> dict[str, str]:
+    """Digests: of all bytes of the checkpoint's own weights, of samples of an adapter's backbone."""
     digests = fingerprint.of_checkpoint(engine.folder, engine.base)
-    times = {file.name: file.stat().st_mtime_ns for file in engine.folder.glob("*.safetensors")}
-    return {name: [digest, times.get(name, 0)] for name, digest in digests.items()}
+    for file in engine.folder.glob("*.safetensors"):
+        with file.open("rb") as opened:
+            digests[file.name] = sha256(opened)
+    return digests

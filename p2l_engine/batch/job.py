@@ -2,38 +2,39 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from p2l_engine.batch.config import BatchConfig
-from p2l_engine.batch.identity import differences, file_versions, identity
+from p2l_engine.batch.contents import Content, contents, differences_of
+from p2l_engine.batch.identity import Identity, of_coefficients, of_decisions
+from p2l_engine.batch.manifest import read_manifest
 from p2l_engine.batch.run_folder import run_folder
 from p2l_engine.batch.sources import source_names
 from p2l_engine.router import Router
 from p2l_engine.tables.chunked import kept_schema
-from p2l_engine.tables.find import find, find_each
+from p2l_engine.tables.find import find_each
 from p2l_engine.tables.layouts import prompt_column
 from p2l_engine.tables.storage import File, Location
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One run: its options, input files, output folder, the run's own folder beside it (see ``run_folder``), the files' names
-    in the output (see ``source_names``), all that the output depends on (see ``identity``), and the kept columns."""
+    """One run: its options, input files and what they hold, output folder, the run's own folder beside it (see ``run_folder``),
+    the files' names in the output (see ``source_names``), the kept columns, and what its coefficients and decisions depend on
+    (see ``identity``)."""
 
     config: BatchConfig
     files: list[File]
+    inputs: list[Content]
     output: Location
     run: Location
     sources: dict[str, str]
-    identity: dict[str, Any]
     schema: pa.Schema
+    coefficients: Identity
+    decisions: Identity
 
     @classmethod
     def of(cls, config: BatchConfig, router: Router, compute: str) -> Job:
@@ -59,14 +60,15 @@ class Job:
         schema = kept_schema(files, prompts.column, config.keep)
         config = replace(config, column=prompts)
         sources = source_names(config.inputs, each) if config.source or config.write_as else {}
-        found = identity(config, router, files, compute) | {"sources": list(sources.values())}
-        if config.write_as is not None:
-            found["provider_names"] = router.catalog.provider_names
-        return cls(config, files, output, run, sources, found, schema)
+        before = read_manifest(output, run)
+        inputs = contents(files, () if before is None else before.inputs)
+        coefficients = of_coefficients(config, prompts, router.engine, inputs, compute)
+        decisions = of_decisions(config, router, list(sources.values()))
+        return cls(config, files, inputs, output, run, sources, schema, coefficients, decisions)
 
-    def check_inputs_unchanged(self) -> None:
-        """Raises ValueError where an input file is not the one that the run began with."""
-        files = find(self.config.inputs, logger.debug)
-        changed = differences({"inputs": self.identity["inputs"]}, {"inputs": file_versions(files)})
-        if changed:
-            raise ValueError(f"{'; '.join(changed)}: changed while it was read; run again with --restart")
+    def changed_inputs(self) -> list[str]:
+        """One line for each of the files that is not what it was when the run began. Files that came later are none of them."""
+        try:
+            return differences_of(self.inputs, contents(self.files, self.inputs))
+        except ValueError as error:  # such as a file that was removed
+            return [f"inputs: changed: {error}"]

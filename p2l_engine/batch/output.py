@@ -19,7 +19,7 @@ from p2l_engine.batch.blocks import Block
 from p2l_engine.batch.config import FormatName
 from p2l_engine.batch.json_values import json_text
 from p2l_engine.batch.kept import pieces
-from p2l_engine.batch.parts import part_name, part_of, parts
+from p2l_engine.batch.parts import part_name, part_of
 from p2l_engine.tables.storage import Location
 
 logger = logging.getLogger(__name__)
@@ -29,20 +29,32 @@ Metadata = Mapping[str, str]  # stored in parts of parquet
 
 
 class PartFiles:
-    """The files of a run in its output. written: bytes of each, by name."""
+    """The files of a run in its output. written: bytes of each, by name. to_keep: called before the first is written, or at the
+    end: the parts that an earlier run left, and need not be written again, with their sizes."""
 
-    def __init__(self, output: Location) -> None:
+    def __init__(self, output: Location, to_keep: Callable[[], Mapping[str, int]]) -> None:
         self.output = output
         self.written: dict[str, int] = {}
-        self._found = parts(output)  # what an earlier run left
+        self._to_keep = to_keep
+        self._found: Mapping[str, int] | None = None
 
     def put(self, name: str, data: Written) -> None:
         """Writes a file, unless it is there already. Raises OSError."""
+        found = self._kept()
         self.written[name] = size = len(data)
-        if self._found.get(name) != size:
-            if name in self._found:
+        if found.get(name) != size:
+            if name in found:
                 logger.warning("%s: its size has changed, written again", (self.output / name).shown)
             (self.output / name).write(data)
+
+    def finish(self) -> None:
+        """All were written."""
+        self._kept()
+
+    def _kept(self) -> Mapping[str, int]:
+        if self._found is None:
+            self._found = self._to_keep()
+        return self._found
 
 
 class TableWriter:

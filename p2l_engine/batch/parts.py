@@ -4,6 +4,7 @@ readers of tables open the folder as it is."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import get_args
 from urllib.parse import quote
 
@@ -47,6 +48,14 @@ def check_no_other_parts(output: Location, expected: Mapping[str, int]) -> None:
     others = [name for name in parts(output) if name not in expected]
     if others:
         raise ValueError(f"{output.shown}: {', '.join(others[:3])}: expected only parts of this run; remove these files")
+
+
+def remove_temporary(output: Location) -> None:
+    """Removes what interrupted writes left."""
+    if output.is_local:
+        for temporary in Path(output.path).glob(".*.tmp"):
+            if is_temporary(temporary.name):
+                temporary.unlink()
 
 
 def remove_parts(output: Location) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from typing import NamedTuple, Protocol
@@ -45,8 +45,10 @@ class Workers(Protocol):
 
     compute: str
 
-    def outputs(self, files: Sequence[File], config: BatchConfig, done: set[int]) -> Generator[tuple[int, Outputs], None, None]:
-        """Number and outputs of each block that has new prompts and is not in ``done``, in order."""
+    def outputs(
+        self, files: Sequence[File], config: BatchConfig, done: Collection[tuple[int, str]]
+    ) -> Generator[tuple[int, Outputs], None, None]:
+        """Number and outputs of each block that has new prompts and is not in ``done`` (numbers and digests), in order."""
         ...
 
 
@@ -70,6 +72,7 @@ class Pipeline:
         router: Router,
         job: Job,
         spill: Spill,
+        parts_to_keep: Callable[[], dict[str, int]],
         progress: Callable[[Report], object] = lambda _: None,
         workers: Workers | None = None,
     ) -> None:
@@ -81,12 +84,12 @@ class Pipeline:
         self.recorder = Recorder()
         if config.coefficients == "float16" and config.format == "parquet":
             logger.info("coefficients: rounded to float16 and written as float32, since Spark reads no float16")
-        files = PartFiles(job.output)
-        self.written = files.written  # bytes of the parts
+        self._files = PartFiles(job.output, parts_to_keep)
+        self.written = self._files.written  # bytes of the parts
         self.writer: TableWriter | RequestWriter = (
-            TableWriter(files, config.format, split=config.split_by is not None)
+            TableWriter(self._files, config.format, split=config.split_by is not None)
             if config.write_as is None
-            else RequestWriter(files, spill.folder, router.catalog.provider_names, job.sources)
+            else RequestWriter(self._files, spill.folder, router.catalog.provider_names, job.sources)
         )
         self._slots = threading.Semaphore(MAX_BLOCKS)
         self._lock = threading.Lock()
@@ -104,7 +107,7 @@ class Pipeline:
                 for chunk in outputs:
                     pending = computing.popleft()
                     with self.recorder.timed("spilling"):
-                        self.spill.write(pending.block.block.number, chunk.outputs)
+                        self.spill.write(pending.block.block.number, pending.block.digest, chunk.outputs)
                     self.recorder.add(computed=len(chunk.outputs), tokens=chunk.tokens)
                     pending.spilled.set()
                     self._submit(writer)
@@ -115,8 +118,6 @@ class Pipeline:
                 outputs.close()  # not left to the garbage collector: workers must end before their cluster
         if self._error is not None:
             raise self._error
-        if not self.config.over_batch:
-            self._end()
 
     def _outputs(self, new_prompts: Iterator[list[list[str]]]) -> Generator[Outputs, None, None]:
         """The new prompts' outputs, block by block, from the router's engine or from the workers."""
@@ -145,7 +146,7 @@ class Pipeline:
             pending = _PendingBlock(block, threading.Event())
             with self._lock:
                 self._pending.append(pending)
-            if block.new_prompts and not self.spill.has(block.block.number):
+            if block.new_prompts and not self.spill.has(block.block.number, block.digest):
                 computing.append(pending)
                 yield block.new_prompts
             else:
@@ -233,7 +234,6 @@ class Pipeline:
             first += len(references)
             self._write(block, solved.of(rows))
             self.progress(self.recorder.report)
-        self._end()
 
     def _costs(self) -> npt.NDArray[np.float64] | None:
         """Of all routable rows [N, K], on disk, where each prompt has costs of its own; None: those of the catalog."""
@@ -255,10 +255,16 @@ class Pipeline:
     def _write(self, block: DeduplicatedBlock, policies: Policies | None = None) -> None:
         with self.recorder.timed("deciding"):
             decided = self.decider.decide(block, policies, self._tokens(block))
-        if self.config.strict:
-            for row, why in enumerate(decided.table.column("error").to_pylist()):
-                if why is not None:
-                    raise ValueError(f"{block.block.where(row)}: {why}")
+        if decided.routed < len(decided.table):
+            errors = [
+                (why, block.block.where(row))
+                for row, why in enumerate(decided.table.column("error").to_pylist())
+                if why is not None
+            ]
+            if self.config.strict:
+                why, where = errors[0]
+                raise ValueError(f"{where}: {why}")
+            self.recorder.add_errors(errors)
         self.recorder.add(routed=decided.routed, spend=decided.spend)
         with self.recorder.timed("writing"):
             metadata = {"p2l.unit": self.router.catalog.unit, "p2l.models": "\n".join(self.router.engine.models)}
@@ -267,10 +273,11 @@ class Pipeline:
             self.writer.add(block.block, self._table(block, decided.table), metadata)
         self._count_parts()
 
-    def _end(self) -> None:
+    def finish(self) -> None:
         """Every block was decided."""
         with self.recorder.timed("writing"):
             self.writer.finish()
+            self._files.finish()
         self._count_parts()
 
     def _count_parts(self) -> None:

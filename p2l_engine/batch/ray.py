@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import socket
 import warnings
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 MAX_RESTARTS = 3  # of a worker that died, and retries of its block
 RAY_ERRORS = (RayError, SystemException)
+Done = Collection[tuple[int, str]]  # numbers and digests of blocks
 PROMPTS = pa.schema([("block", pa.int64()), ("prompts", pa.list_(pa.list_(pa.string())))])
 
 
@@ -110,7 +111,7 @@ class Cluster:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def outputs(self, files: Sequence[File], config: BatchConfig, done: set[int]) -> Generator[tuple[int, Outputs], None, None]:
+    def outputs(self, files: Sequence[File], config: BatchConfig, done: Done) -> Generator[tuple[int, Outputs], None, None]:
         """Number and outputs of each block that has new prompts and is not in ``done``, in order.
 
         Raises what a worker raised, and RuntimeError where workers die more than MAX_RESTARTS times.
@@ -123,7 +124,7 @@ class Cluster:
         except RAY_ERRORS as error:
             raise _original(error) from error
 
-    def _dataset(self, files: Sequence[File], config: BatchConfig, done: set[int]) -> Dataset:
+    def _dataset(self, files: Sequence[File], config: BatchConfig, done: Done) -> Dataset:
         context = DataContext.get_current().copy()
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False
@@ -167,7 +168,7 @@ def check_address(address: str) -> None:
 class _Blocks(Datasource):
     """The new prompts of each block that is not in ``done``, one row per block, read by one task."""
 
-    def __init__(self, files: Sequence[File], config: BatchConfig, done: set[int]) -> None:
+    def __init__(self, files: Sequence[File], config: BatchConfig, done: Done) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.files, self.config, self.done = files, config, done
 
@@ -190,9 +191,9 @@ class _Blocks(Datasource):
     def _read(self) -> Iterator[pa.Table]:
         config, deduplicator = self.config, Deduplicator()
         for block in blocks(self.files, config.column, [], config.rows_per_part, config.plain_text):
-            new_prompts = deduplicator.add(block).new_prompts
-            if new_prompts and block.number not in self.done:
-                yield pa.table([[block.number], [new_prompts]], PROMPTS)
+            deduplicated = deduplicator.add(block)
+            if deduplicated.new_prompts and (block.number, deduplicated.digest) not in self.done:
+                yield pa.table([[block.number], [deduplicated.new_prompts]], PROMPTS)
 
 
 class _Compute:

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+# Of a finished run's report, in its manifest.
+RECORDED = ("rows", "routed", "repeated", "parts", "spend", "prices", "reasons")
+MAX_REASONS = 100  # that are told apart
+
+
+class Reason(NamedTuple):
+    """Why rows were not routed: how many; what the first of them says, of which the others differ in numbers at most; and its
+    file and row."""
+
+    rows: int
+    why: str
+    where: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +32,9 @@ class Report:
     prompts that this run computed. resumed: prompts whose coefficients an earlier run left. repeated: rows whose prompt is that
     of an earlier row. tokens: computed by this run. parts: written, or found unchanged. read: share of the input's bytes, 0 to
     1. spend: sum of the expected costs of all written rows. prices: dual price of each bound over the batch, in win rate per
-    unit. seconds: by stage; stages overlap.
+    unit. reasons: why rows have an error, the commonest first. changed: what an earlier run, whose coefficients were used,
+    decided otherwise, one line for each difference. kept: bytes of the coefficients that are there for other decisions.
+    seconds: by stage; stages overlap.
     """
 
     rows: int = 0
@@ -30,7 +47,19 @@ class Report:
     read: float = 0.0
     spend: float = 0.0
     prices: Mapping[str, float] = field(default_factory=dict)
+    reasons: tuple[Reason, ...] = ()
+    changed: tuple[str, ...] = ()
+    kept: int = 0
     seconds: Mapping[str, float] = field(default_factory=dict)
+
+    def recorded(self) -> dict[str, Any]:
+        """What a manifest tells of a finished run. All its prompts were computed by an earlier run then."""
+        return {name: getattr(self, name) for name in RECORDED} | {"resumed": self.resumed + self.computed}
+
+    @classmethod
+    def of(cls, recorded: Mapping[str, Any]) -> Report:
+        """The report that a manifest tells. Raises TypeError, KeyError for what is none."""
+        return cls(**{**recorded, "reasons": tuple(Reason(*each) for each in recorded["reasons"])})
 
 
 class Recorder:
@@ -39,6 +68,7 @@ class Recorder:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._report = Report()
+        self._reasons: dict[str, Reason] = {}  # by what they say without its numbers
 
     @property
     def report(self) -> Report:
@@ -71,6 +101,18 @@ class Recorder:
                 parts=now.parts + parts,
                 spend=now.spend + spend,
             )
+
+    def add_errors(self, errors: Iterable[tuple[str, str]]) -> None:
+        """Counts rows that were not routed: why, and which row."""
+        with self._lock:
+            for why, where in errors:
+                kind = re.sub(r"\d[\d.,e+-]*", "#", why)
+                if kind not in self._reasons and len(self._reasons) == MAX_REASONS:
+                    kind, why = "", "other reasons"
+                before = self._reasons.get(kind, Reason(0, why, where))
+                self._reasons[kind] = before._replace(rows=before.rows + 1)
+            found = sorted(self._reasons.values(), key=lambda reason: -reason.rows)
+            self._report = replace(self._report, reasons=tuple(found))
 
     def set_read(self, read: float) -> None:
         """Sets the share of the input's bytes that was read, 0 to 1."""

@@ -6,12 +6,12 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
 
+from p2l_engine.batch.identity import Identity, apart_from_inputs
+from p2l_engine.batch.spill import COEFFICIENTS
 from p2l_engine.tables.storage import Location
 
 ENDING = ".run"
-COEFFICIENTS = "coefficients-*.npy"
 
 
 def run_folder(output: Location) -> Location:
@@ -37,18 +37,23 @@ def make_run_folder(run: Location) -> None:
         ) from error
 
 
-def state_folder(parent: str | Path | None, run: Location, identity: dict[str, Any], recorded: str | None = None) -> Path:
+def state_folder(parent: str | Path | None, run: Location, coefficients: Identity, recorded: str | None = None) -> Path:
     """The local folder of a run's coefficients: its own, or one in ``parent``, whose name is a hash, so that runs can share a
     parent and never read or remove each other's coefficients. recorded: the folder that the manifest of an earlier run names.
     """
-    name = f"run-{hashlib.sha256(json.dumps([run.path, identity]).encode()).hexdigest()[:16]}"
+    told = json.dumps([run.path, apart_from_inputs(coefficients)])
+    name = f"run-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
     if recorded is not None and Path(recorded).name == name:  # otherwise the manifest is a copy of another run's
         return Path(recorded)
     return Path(run.path) if parent is None else Path(parent).expanduser().absolute() / name
 
 
-def has_coefficients(state: Path | None) -> bool:
-    return state is not None and any(state.glob(COEFFICIENTS))
+def has_coefficients(state: Path) -> bool:
+    return any(state.glob(COEFFICIENTS))
+
+
+def coefficient_bytes(state: Path) -> int:
+    return sum(file.stat().st_size for file in state.glob(COEFFICIENTS))
 
 
 def remove_coefficients(state: Path, run: Location) -> None:

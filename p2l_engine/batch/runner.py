@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 
-from p2l_engine.batch.config import BatchConfig
+from p2l_engine.batch.begin import Begun, begin
+from p2l_engine.batch.config import KEPT_BYTES, BatchConfig
 from p2l_engine.batch.identity import compute_signature
 from p2l_engine.batch.job import Job
-from p2l_engine.batch.manifest import begin, write_manifest
+from p2l_engine.batch.manifest import write_manifest
 from p2l_engine.batch.parts import check_no_other_parts, mark
 from p2l_engine.batch.pipeline import Pipeline, Workers
 from p2l_engine.batch.report import Report
-from p2l_engine.batch.run_folder import make_run_folder, remove_coefficients
+from p2l_engine.batch.run_folder import coefficient_bytes, has_coefficients, make_run_folder, remove_coefficients, state_folder
 from p2l_engine.batch.spill import Spill
 from p2l_engine.router import Router
-
-logger = logging.getLogger(__name__)
-
-RECORDED = ("rows", "routed", "repeated", "parts", "spend", "prices")  # of a finished run's report, in its manifest
+from p2l_engine.tables.storage import Location
 
 
 def run(
@@ -31,14 +31,16 @@ def run(
     """Routes all rows of the inputs into the output folder OUT: parquet parts in the order of the rows, and at last the file
     ``_SUCCESS``. The run's own files, its manifest and coefficients, are in the folder OUT.run beside it.
 
-    An unfinished run of the same inputs, checkpoint, catalog and options is resumed; a finished one is left unchanged. A
-    resumed run produces byte-identical output. restart: remove the run in the output folder first. progress: called after each
-    block, from any thread. workers: compute the coefficients instead of the router's engine (``ray.Cluster``).
+    An unfinished run of the same inputs, checkpoint, catalog and options is resumed; a finished one is left unchanged. Where
+    other decisions are asked for (catalog, budget, kept columns ...), or inputs have been added at the end, coefficients that
+    an earlier run left are used again, and its decisions are replaced. The output is byte-identical to that of a new run.
+    restart: remove the run in the output folder first. progress: called after each block, from any thread. workers: compute
+    the coefficients instead of the router's engine (``ray.Cluster``).
 
     Raises ValueError for inputs that cannot be read, and where the output folder holds anything else or a run of other inputs
-    or options; InfeasibleBudget or Infeasible for bounds that cannot be met; RuntimeError while another run writes to the
-    folder; OSError where the disk is full or permissions are missing. After any error, written parts are whole and the run can
-    be resumed.
+    or another checkpoint; InfeasibleBudget or Infeasible for bounds that cannot be met; RuntimeError while another run writes
+    to the folder; OSError where the disk is full or permissions are missing. After any error, written parts are whole and the
+    run can be resumed.
     """
     engine = router.engine
     if config.draw is not None and router.explore is None:
@@ -49,32 +51,74 @@ def run(
         compute = workers.compute
     job = Job.of(config, router, compute)
     make_run_folder(job.run)
-    with job.run.alone():
+    with job.run.alone(), _state_alone(job):
         job.output.make_folder()
         return _run(router, job, restart, progress or (lambda _: None), workers)
 
 
+@contextmanager
+def _state_alone(job: Job) -> Iterator[None]:
+    """Locks the folder of the coefficients, where the output is in a store, which has no locks: against other runs of this
+    output and state on this machine."""
+    if job.output.is_local:
+        yield
+        return
+    state = state_folder(job.config.state, job.run, job.coefficients)
+    state.mkdir(parents=True, exist_ok=True)
+    with Location(str(state), str(state)).alone():
+        yield
+
+
 def _run(router: Router, job: Job, restart: bool, progress: Callable[[Report], object], workers: Workers | None) -> Report:
-    manifest, state = begin(job, restart)
-    if manifest["complete"]:
-        logger.info("%s: already complete", job.output.shown)
-        mark(job.output)
-        remove_coefficients(state, job.run)
-        report = Report(**manifest["report"])
-        if job.config.strict and report.routed < report.rows:
-            raise ValueError(f"{job.output.shown}: {report.rows - report.routed:,} of its {report.rows:,} rows have an error")
-        return report
-    pipeline = Pipeline(router, job, Spill(state, router.engine.width), progress, workers)
+    begun = begin(job, restart)
+    if begun.manifest.report is not None:
+        return _finished(job, begun, begun.manifest.report)
+    begun.state.mkdir(parents=True, exist_ok=True)
+    spill = Spill(begun.state, router.engine.width)
+    pipeline = Pipeline(router, job, spill, partial(begun.parts_to_keep, job), progress, workers)
     with pipeline.recorder.timed("all"):
-        pipeline.compute()
-        if job.config.over_batch:
-            job.check_inputs_unchanged()
-            pipeline.decide_over_batch()
-        job.check_inputs_unchanged()
+        _stages(job, begun, pipeline)
+        pipeline.finish()
         check_no_other_parts(job.output, pipeline.written)
-    report = pipeline.recorder.report
-    recorded = {name: getattr(report, name) for name in RECORDED}
-    write_manifest(job.run, {"config": manifest["config"], "complete": True, "report": recorded, "bytes": pipeline.written})
+    keep, size = begun.manifest.keep_coefficients, coefficient_bytes(begun.state)
+    kept = size if keep or (keep is None and size <= KEPT_BYTES) else 0
+    report = replace(pipeline.recorder.report, changed=begun.changed, kept=kept)
+    write_manifest(job.run, replace(begun.manifest, report=report, parts=pipeline.written))
     mark(job.output)
-    remove_coefficients(state, job.run)
+    if not kept:
+        remove_coefficients(begun.state, job.run)
     return report
+
+
+def _finished(job: Job, begun: Begun, report: Report) -> Report:
+    """A run that is complete is left as it is, but for what a crash left undone, and coefficients that shall not be kept."""
+    mark(job.output)
+    if job.config.keep_coefficients is False and has_coefficients(begun.state):
+        remove_coefficients(begun.state, job.run)
+    if job.config.strict and report.routed < report.rows:
+        raise ValueError(f"{job.output.shown}: {report.rows - report.routed:,} of its {report.rows:,} rows have an error")
+    return replace(report, kept=coefficient_bytes(begun.state))
+
+
+def _stages(job: Job, begun: Begun, pipeline: Pipeline) -> None:
+    """Computes, decides and writes. Raises ValueError where an input changed while it was read: what was written is then of no
+    one input, and is marked as to be replaced."""
+    why = ""
+    try:
+        pipeline.compute()
+        changed = job.changed_inputs() if job.config.over_batch else []
+        if job.config.over_batch and not changed:
+            pipeline.decide_over_batch()
+    except ValueError as error:  # such as half a line at the end of a file that grows
+        why, changed = f"{error}; ", job.changed_inputs()
+        if not changed:
+            raise
+    changed = changed or job.changed_inputs()
+    if not changed:
+        return
+    if pipeline.written or not begun.replaces:
+        unknown = begun.manifest.coefficients | {"inputs": None}
+        write_manifest(job.run, replace(begun.manifest, coefficients=unknown, inputs=(), decisions=None))
+    raise ValueError(
+        f"{why}{'; '.join(changed)} during the run: the same command reads it again, and computes only prompts that are new"
+    )

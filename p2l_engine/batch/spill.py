@@ -1,4 +1,7 @@
-"""Coefficients on disk, one file per block, written atomically. An interrupted run resumes from these files."""
+"""Coefficients on disk, one file per block, written atomically. An interrupted run, or one with other options, uses them again.
+
+A file's name has a hash of the prompts that its coefficients are of, so that they never serve others.
+"""
 
 from __future__ import annotations
 
@@ -12,61 +15,77 @@ import numpy.typing as npt
 from p2l_engine.batch.deduplicator import locate
 from p2l_engine.tables.atomic import write_file
 
+COEFFICIENTS = "coefficients-*.npy"
 MAX_MAPPED = 64  # memory-mapped files
 
 
 class Spill:
-    """The engine's outputs, float32 [n, K], of each block's new prompts, in a local folder.
+    """The engine's outputs, float32 [n, K], of each block's new prompts, in a local folder. digest: of these prompts, see
+    ``DeduplicatedBlock``.
 
     ``write``, ``has`` and ``present`` may be called from any thread, ``take`` only from one thread at a time.
     """
 
     def __init__(self, folder: Path, width: int) -> None:
         self.folder, self.width = folder, width
-        self._mapped: OrderedDict[int, npt.NDArray[np.float32]] = OrderedDict()
+        self._found: dict[int, dict[str, Path]] = {}  # by block and digest
+        for path in folder.glob(COEFFICIENTS):
+            _, number, digest = path.stem.split("-")
+            self._found.setdefault(int(number), {})[digest] = path
+        self._paths: dict[int, Path] = {}  # that ``take`` reads
+        self._mapped: OrderedDict[Path, npt.NDArray[np.float32]] = OrderedDict()
 
-    def path(self, block: int) -> Path:
-        return self.folder / f"coefficients-{block:06d}.npy"
+    def has(self, block: int, digest: str) -> bool:
+        """Whether there are outputs of a block with these prompts; then ``take`` reads them."""
+        path = self._found.get(block, {}).get(digest)
+        if path is None:
+            return False
+        self._paths[block] = path
+        return True
 
-    def has(self, block: int) -> bool:
-        return self.path(block).is_file()
+    def present(self) -> set[tuple[int, str]]:
+        """Numbers and digests of the blocks that have a file."""
+        return {(block, digest) for block, found in self._found.items() for digest in found}
 
-    def present(self) -> set[int]:
-        """Numbers of the blocks that have a file."""
-        return {int(path.stem.rpartition("-")[2]) for path in self.folder.glob("coefficients-*.npy")}
-
-    def write(self, block: int, outputs: npt.NDArray[np.float32]) -> None:
-        """Writes a block's outputs [n, K]. Raises OSError."""
+    def write(self, block: int, digest: str, outputs: npt.NDArray[np.float32]) -> None:
+        """Writes a block's outputs [n, K], and removes those of other prompts. Raises OSError."""
         buffer = io.BytesIO()
         np.save(buffer, np.ascontiguousarray(outputs, np.float32), allow_pickle=False)
-        write_file(self.path(block), buffer.getbuffer())
+        path = self.folder / f"coefficients-{block:06d}-{digest}.npy"
+        write_file(path, buffer.getbuffer())
+        self._paths[block] = path
+        for other in self._found.pop(block, {}).values():
+            other.unlink(missing_ok=True)
+        self._found[block] = {digest: path}
 
     def take(self, references: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        """The outputs [n, K] of references [n], none of them NO_REFERENCE. Raises ValueError for a damaged file."""
+        """The outputs [n, K] of references [n], none of them NO_REFERENCE, in blocks that were written or found before. Raises
+        ValueError for a damaged file."""
         out = np.empty((len(references), self.width), np.float32)
         blocks, indices = locate(references)
         for block in np.unique(blocks).tolist():
             rows, outputs = np.flatnonzero(blocks == block), self._map(block)
             if len(outputs) <= indices[rows].max():
                 raise ValueError(
-                    f"{self.path(block)}: expected more than {indices[rows].max()} rows, got {len(outputs)}; remove this file, "
-                    "and the next run computes it again"
+                    f"{self._paths[block]}: expected more than {indices[rows].max()} rows, got {len(outputs)}; remove this "
+                    "file, and the next run computes it again"
                 )
             out[rows] = outputs[indices[rows]]
         return out
 
     def _map(self, block: int) -> npt.NDArray[np.float32]:
-        if block in self._mapped:
-            self._mapped.move_to_end(block)
-            return self._mapped[block]
+        path = self._paths[block]
+        if path in self._mapped:
+            self._mapped.move_to_end(path)
+            return self._mapped[path]
         remedy = "remove this file, and the next run computes it again"
         try:
-            found: npt.NDArray[np.float32] = np.load(self.path(block), mmap_mode="r", allow_pickle=False)
+            found: npt.NDArray[np.float32] = np.load(path, mmap_mode="r", allow_pickle=False)
         except (ValueError, EOFError) as error:
-            raise ValueError(f"{self.path(block)}: cannot be read: {error}; {remedy}") from error
+            raise ValueError(f"{path}: cannot be read: {error}; {remedy}") from error
         if found.ndim != 2 or found.shape[1] != self.width:
-            raise ValueError(f"{self.path(block)}: expected shape [n, {self.width}], got {list(found.shape)}; {remedy}")
-        self._mapped[block] = found
+            raise ValueError(f"{path}: expected shape [n, {self.width}], got {list(found.shape)}; {remedy}")
+        self._mapped[path] = found
         if len(self._mapped) > MAX_MAPPED:
             self._mapped.popitem(last=False)
         return found

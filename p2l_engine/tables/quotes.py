@@ -23,7 +23,7 @@ def check_escape(sign: str | None) -> None:
         raise ValueError(f"csv_escape: expected one sign such as '\\', or '\"' for quotes that are doubled, got {sign!r}")
 
 
-class Problem(NamedTuple):
+class Misquoted(NamedTuple):
     """Where quotes are not as expected: the row's number, from 0, without the header; what is wrong; and how the row begins."""
 
     row: int
@@ -52,7 +52,7 @@ class Unescaped:
         if length < size:
             pieces = [self._data[self._at :]]
             while length < size and (row := next(self._rows, None)) is not None:
-                if isinstance(row, Problem):
+                if isinstance(row, Misquoted):
                     raise ValueError(f"{self._shown}: {row}")
                 pieces.append(self._doubled(row) if self._escape in row else row)
                 length += len(pieces[-1])
@@ -66,9 +66,9 @@ class Unescaped:
         return patterns.cell.sub(lambda cell: patterns.escaped.sub(_plain, cell[0]) if cell[0][:1] == b'"' else cell[0], row)
 
 
-def problem_of(stream: Any) -> Problem | None:
+def problem_of(stream: Any) -> Misquoted | None:
     """The first of a file's rows whose quotes standard csv does not have."""
-    return next((row for row in _rows(stream, DOUBLED) if isinstance(row, Problem)), None)
+    return next((row for row in _rows(stream, DOUBLED) if isinstance(row, Misquoted)), None)
 
 
 def _plain(escaped: re.Match[bytes]) -> bytes:
@@ -99,7 +99,7 @@ def _patterns(escape: str) -> _Patterns:
     )
 
 
-def _rows(stream: Any, escape: str) -> Iterator[bytes | Problem]:
+def _rows(stream: Any, escape: str) -> Iterator[bytes | Misquoted]:
     """Each row with its line break; the last one may be a problem."""
     patterns = _patterns(escape)
     data, start, number, ended = b"", 0, -1, False  # number: of the header
@@ -126,9 +126,9 @@ def _rows(stream: Any, escape: str) -> Iterator[bytes | Problem]:
             return
 
 
-def _problem(data: bytes, start: int, end: int, number: int, is_open: bool) -> Problem:
+def _problem(data: bytes, start: int, end: int, number: int, is_open: bool) -> Misquoted:
     text = data[start : start + 200].decode(errors="replace")
     if is_open:
-        return Problem(number, "a quote is not closed by the end of the file", text)
+        return Misquoted(number, "a quote is not closed by the end of the file", text)
     closed = data[end : end + 1] == b'"'
-    return Problem(number, "more after a value's closing quote" if closed else "a quote within a value without quotes", text)
+    return Misquoted(number, "more after a value's closing quote" if closed else "a quote within a value without quotes", text)

@@ -1,0 +1,146 @@
+"""How a run begins: it starts anew, resumes an earlier one, or decides again from the coefficients of an earlier one."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from p2l_engine.batch.contents import differences_of
+from p2l_engine.batch.identity import continues, differences
+from p2l_engine.batch.job import Job
+from p2l_engine.batch.manifest import Manifest, read_manifest, write_manifest
+from p2l_engine.batch.parts import check_no_other_parts, other_names, parts, remove_parts, remove_temporary, unmark
+from p2l_engine.batch.run_folder import ENDING, has_coefficients, remove_coefficients, state_folder
+from p2l_engine.tables.storage import Location
+
+logger = logging.getLogger(__name__)
+
+EARLIER = "_manifest.json"  # of versions that kept it within the output
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """manifest: of this run, or of the finished one that it is the same as. state: the folder of its coefficients. replaces:
+    whether the parts in the output, until this run writes its first, are of other decisions, and changed: which, one line for
+    each difference."""
+
+    manifest: Manifest
+    state: Path
+    replaces: bool = False
+    changed: tuple[str, ...] = ()
+
+    def parts_to_keep(self, job: Job) -> dict[str, int]:
+        """Names and sizes of the parts that need not be written again. Removes those of other decisions; after a crash at any
+        moment, the manifest says whether all were removed. Called before the first part is written."""
+        remove_temporary(job.output)
+        if not self.replaces:
+            unmark(job.output)
+            return parts(job.output)
+        write_manifest(job.run, replace(self.manifest, decisions=None))
+        remove_parts(job.output)
+        write_manifest(job.run, self.manifest)
+        return {}
+
+
+def begin(job: Job, restart: bool) -> Begun:
+    """Resumes the run in the output folder; or decides again from its coefficients; or starts a new one.
+
+    restart: remove an earlier run first. Raises ValueError where the folder holds anything but a run, or without restart, a run
+    that cannot be continued.
+    """
+    output, run, config = job.output, job.run, job.config
+    state, before = state_folder(config.state, run, job.coefficients), read_manifest(output, run)
+    if before is None:
+        _check_unclaimed(output, run)
+        if restart or config.state is None:  # else the folder's name says what its coefficients depend on
+            remove_coefficients(state, run)
+        return _anew(job, state)
+    left = state_folder(None, run, before.coefficients, before.state)
+    found = next((folder for folder in (left, state) if has_coefficients(folder)), None)
+    if restart or not (before.complete or parts(output) or found):  # it computed nothing, such as one with a wrong column
+        # Marked first, so that a crash cannot mix the parts of two runs.
+        write_manifest(run, replace(before, decisions=None, report=None, parts=None))
+        for folder in (left, state):
+            remove_coefficients(folder, run)
+        remove_parts(output)
+        return _anew(job, state)
+    if found == left != state:
+        logger.warning("%s: continued with its coefficients in %s", output.shown, left)
+    state = found or state
+    keep = before.keep_coefficients if config.keep_coefficients is None else config.keep_coefficients
+    manifest = _manifest(job, state, keep)
+    if before.coefficients == job.coefficients and before.decisions == job.decisions:
+        return Begun(before if before.complete and _is_whole(before, output) else manifest, state)
+    changed = _changed(before, job)
+    if not continues(before.coefficients, job.coefficients):
+        raise ValueError(
+            f"{output.shown}: holds a run with other inputs or options: {'; '.join(changed)}; use the same ones, name another "
+            "folder, or --restart"
+        )
+    if found is None and not (before.report is not None and before.report.resumed == 0):  # 0: it needed none
+        raise ValueError(
+            f"{output.shown}: holds a run with other options: {'; '.join(changed)}; its coefficients, from which it could be "
+            f"decided again, are not in {left} (--keep-coefficients keeps them): use the same options, name another folder, or "
+            "--restart"
+        )
+    return Begun(manifest, state, True, tuple(changed))
+
+
+def _anew(job: Job, state: Path) -> Begun:
+    manifest = _manifest(job, state, job.config.keep_coefficients)
+    write_manifest(job.run, manifest)
+    return Begun(manifest, state)
+
+
+def _manifest(job: Job, state: Path, keep: bool | None) -> Manifest:
+    recorded = None if str(state) == job.run.path else str(state)
+    return Manifest(job.coefficients, job.decisions, tuple(job.inputs), recorded, keep)
+
+
+def _changed(before: Manifest, job: Job) -> list[str]:
+    """One line for each difference, none for decisions that were only partly removed."""
+    inputs = differences_of(before.inputs, job.inputs)
+    decisions = {} if before.decisions is None else {**before.decisions}
+    now = {} if before.decisions is None else {**job.decisions}
+    if inputs:  # whose names follow from these
+        decisions["sources"] = now["sources"] = None
+    return inputs + differences(before.coefficients, job.coefficients) + differences(decisions, now)
+
+
+def _check_unclaimed(output: Location, run: Location) -> None:
+    """Raises ValueError where a new run would write over what is no run's, or another's."""
+    strange = [name for name in run.names() if not name.startswith((".", "coefficients-"))]
+    if strange:
+        raise ValueError(
+            f"{run.shown}: expected the folder of {output.shown}'s run, found {', '.join(strange[:3])}; name another output"
+        )
+    others = other_names(output)
+    if EARLIER in others:
+        raise ValueError(
+            f"{output.shown}: holds a run of an earlier version of p2l-engine, which cannot be resumed; name another folder, "
+            "or remove this one"
+        )
+    if others:
+        raise ValueError(
+            f"{output.shown}: expected an empty folder or the output of an earlier batch run, found {', '.join(others[:3])}; "
+            "name another folder"
+        )
+    if parts(output):
+        raise ValueError(
+            f"{output.shown}: holds the parts of a run whose own folder is not beside it: if it was renamed or copied, rename "
+            f"or copy its folder NAME{ENDING} to {run.shown} too; otherwise name another folder"
+        )
+
+
+def _is_whole(finished: Manifest, output: Location) -> bool:
+    """Whether a finished run has all its parts, of the same sizes."""
+    expected, found = finished.parts or {}, parts(output)
+    check_no_other_parts(output, expected)
+    changed = [name for name, size in expected.items() if found.get(name) != size]
+    if changed:
+        logger.warning(
+            "%s: %d parts of the finished run are missing or changed, and are written again: %s", output.shown, len(changed),
+            ", ".join(changed[:3]),
+        )  # fmt: skip
+    return not changed
