@@ -193,8 +193,8 @@ def test_columns_that_some_files_lack_are_null_there(tmp_path, caplog):
     assert kept(tmp_path) == (expected, {})
     assert caplog.messages == [
         "columns that are missing and so null in the rows of some files: "
-        f"'id' in {tmp_path}/c.jsonl, 'n' in {tmp_path}/b.csv, 'other' in {tmp_path}/a.parquet and 1 more, "
-        f"'late' in {tmp_path}/a.parquet and 1 more"
+        f"id in {tmp_path}/c.jsonl; n in {tmp_path}/b.csv; other in {tmp_path}/a.parquet and 1 more; "
+        f"late in {tmp_path}/a.parquet and 1 more"
     ]
     assert kept(tmp_path, keep=["late", "id"])[0] == [{name: row[name] for name in ("late", "id")} for row in expected]
     with pytest.raises(ValueError, match=r"a.parquet: expected the columns nothing; it has prompt, id, n"):
@@ -222,7 +222,8 @@ def test_files_without_rows_have_no_say(tmp_path, caplog):
 UNIFIED = [
     (pa.int32(), pa.int64(), pa.int64()), (pa.uint8(), pa.int8(), pa.int16()), (pa.uint32(), pa.int64(), pa.int64()),
     (pa.uint64(), pa.int64(), None), (pa.int64(), pa.float32(), pa.float64()), (pa.float16(), pa.float32(), pa.float32()),
-    (pa.string(), pa.large_string(), pa.large_string()), (pa.null(), pa.date32(), pa.date32()),
+    (pa.string(), pa.large_string(), pa.large_string()),
+    (pa.string(), pa.string_view(), pa.large_string()), (pa.null(), pa.date32(), pa.date32()),
     (pa.dictionary(pa.int8(), pa.string()), pa.dictionary(pa.int32(), pa.large_string()), pa.large_string()),
     (pa.dictionary(pa.int8(), pa.string()), pa.string(), pa.string()),
     (pa.decimal128(10, 2), pa.decimal128(10, 4), pa.decimal128(12, 4)),

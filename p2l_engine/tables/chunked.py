@@ -84,6 +84,16 @@ def kept_schema(files: Sequence[File], column: str, keep: Sequence[str] | None =
     return _common([head for head, some in zip(heads, filled, strict=True) if some], column, keep)
 
 
+def _say_missing(heads: Sequence[tuple[File, pa.Schema]], names: Sequence[str]) -> None:
+    """One line for the columns that some files lack."""
+    lacking = dict[tuple[int, ...], list[str]]()
+    for name in names:
+        lacking.setdefault(tuple(i for i, (_, schema) in enumerate(heads) if name not in schema.names), []).append(name)
+    each = [f"{listed(missing)} in {_named([heads[i][0] for i in where])}" for where, missing in lacking.items() if where]
+    if each:
+        logger.warning("columns that are missing and so null in the rows of some files: %s", "; ".join(each)[:1000])
+
+
 def _has_rows(file: File) -> bool:
     with readable(file):
         return any(chunk.rows for chunk in reader_of(file).values(file, ()))
@@ -124,10 +134,7 @@ def _common(heads: Sequence[tuple[File, pa.Schema]], column: str, keep: Sequence
         names = [column, *(there.names if there is not None else ())]
         raise ValueError(f"{heads[0][0].shown}: expected the columns {listed(unknown)}; it has {listed(names)}")
     common = pa.schema([(name, with_text_for_nulls(types.get(name, pa.null()))) for name in (types if keep is None else keep)])
-    lacking = {name: [file for file, schema in heads if name not in schema.names] for name in common.names}
-    if any(lacking.values()):
-        each = (f"{name!r} in {_named(files)}" for name, files in lacking.items() if files)
-        logger.warning("columns that are missing and so null in the rows of some files: %s", listed(list(each)))
+    _say_missing(heads, common.names)
     for file, schema in heads:
         inexact = [field.name for field in schema if not always_exact(field.type, common.field(field.name).type)]
         if inexact:

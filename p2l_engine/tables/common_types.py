@@ -6,7 +6,8 @@ import pyarrow as pa
 
 MAX_DIGITS = 38  # of a decimal that other tools than Arrow read
 UNITS = ("s", "ms", "us", "ns")
-TEXTS, BYTES = (pa.string(), pa.large_string()), (pa.binary(), pa.large_binary())
+TEXTS = (pa.string(), pa.string_view(), pa.large_string())
+BYTES = (pa.binary(), pa.binary_view(), pa.large_binary())
 SIGNED, UNSIGNED = (pa.int8(), pa.int16(), pa.int32(), pa.int64()), (pa.uint8(), pa.uint16(), pa.uint32(), pa.uint64())
 FLOATS = (pa.float16(), pa.float32(), pa.float64())
 
@@ -105,7 +106,10 @@ def _struct(first: pa.StructType, other: pa.StructType) -> pa.DataType | None:
 
 
 def _scalar(first: pa.DataType, other: pa.DataType) -> pa.DataType | None:
-    for kinds in (TEXTS, BYTES, SIGNED, UNSIGNED, FLOATS):
+    for same in (TEXTS, BYTES):
+        if first in same and other in same:
+            return same[-1]
+    for kinds in (SIGNED, UNSIGNED, FLOATS):
         if first in kinds and other in kinds:
             return kinds[max(kinds.index(first), kinds.index(other))]
     if {first, other} <= {*SIGNED, *UNSIGNED}:

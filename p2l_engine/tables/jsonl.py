@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+LARGE = 1 << 30  # bytes of a file whose types take long to find
+
 
 def schema(file: File, column: str, keep: Sequence[str] | None) -> pa.Schema | None:
     """See ``formats.Reader``. Reads all rows where columns are kept. Raises ValueError if no value of a column can be stored,
@@ -26,6 +28,8 @@ def schema(file: File, column: str, keep: Sequence[str] | None) -> pa.Schema | N
     from p2l_engine.tables.shapes import MAX_PLACES, Shape, is_name
 
     shapes, begun = dict[str, Shape](), False
+    if file.size > LARGE and keep != []:
+        logger.warning("%s: read once more, for the types of its columns; --keep '' leaves them out", file.shown)
     for lines, _read in _lines(file):
         rows = [_parsed(line) for line in lines]
         if not begun:

@@ -51,7 +51,7 @@ def problem(place: str, kind: pa.DataType, got: str) -> str:
 def _cast(column: pa.ChunkedArray, field: pa.Field) -> tuple[pa.ChunkedArray, dict[int, str]]:
     try:
         column.validate(full=True)
-        return column.cast(field.type), {}
+        return column if column.type.equals(field.type) else column.cast(field.type), {}
     except UNFIT:
         rows, problems = list[int | None](range(len(column))), dict[int, str]()
         for i in range(len(column)):
