@@ -105,10 +105,11 @@ ODD = {
     "a text in a list": ([[1], [2]], [1, "2"]),
     "false in an object": ([{"a": 0.5}, {"a": 1}], {"a": False}),
     "too deep": ([[], [[]]], eval("[" * 60 + "1" + "]" * 60)),
+    "far too deep": ([[], [[]]], json.loads("[" * 900 + "]" * 900)),
 }
 
 
-WITHIN = {"a text in a list": "m[]", "false in an object": "m.a", "too deep": "m" + "[]" * 48}
+WITHIN = {"a text in a list": "m[]", "false in an object": "m.a", "too deep": "m" + "[]" * 48, "far too deep": "m" + "[]" * 48}
 
 
 @pytest.mark.parametrize("name", ODD)

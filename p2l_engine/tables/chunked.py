@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from p2l_engine.tables.formats import FORMATS, Reader, kind_of
 from p2l_engine.tables.partitions import check_partitions, with_columns, with_fields
-from p2l_engine.tables.rows import Rows, listed, readable, unreadable, unreadable_error
+from p2l_engine.tables.rows import MIXED, Rows, listed, readable, unreadable, unreadable_error
 from p2l_engine.tables.storage import File
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 AT_THE_SAME_TIME = 8  # files whose heads are read
+LARGE = 1 << 30  # bytes of files that take long to be read
 
 
 def reader_of(file: File) -> Reader:
@@ -57,6 +58,9 @@ def kept_schema(files: Sequence[File], column: str, keep: Sequence[str] | None =
     """
 
     check_partitions(files, keep)
+    large = sum(file.size for file in files if kind_of(file.location.path) == "jsonl")
+    if large > LARGE and keep != []:
+        logger.warning("%.1f GB of jsonl are read for the types of the kept columns; --keep '' leaves that out", large / 1e9)
 
     def head(file: File) -> pa.Schema | ValueError | None:
         try:
@@ -92,6 +96,16 @@ def _say_missing(heads: Sequence[tuple[File, pa.Schema]], names: Sequence[str]) 
     each = [f"{listed(missing)} in {_named([heads[i][0] for i in where])}" for where, missing in lacking.items() if where]
     if each:
         logger.warning("columns that are missing and so null in the rows of some files: %s", "; ".join(each)[:1000])
+
+
+def _say_mixed(heads: Sequence[tuple[File, pa.Schema]]) -> None:
+    """One line for the columns with odd cells."""
+    mixed = [(file, schema.metadata[MIXED].decode()) for file, schema in heads if MIXED in (schema.metadata or {})]
+    if mixed:
+        logger.warning(
+            "%s: values of several kinds; a row whose value is not of the most common one will have an error, unless its "
+            "column is left out with --keep: %s", _named([file for file, _ in mixed]), mixed[0][1],
+        )  # fmt: skip
 
 
 def _has_rows(file: File) -> bool:
@@ -135,6 +149,7 @@ def _common(heads: Sequence[tuple[File, pa.Schema]], column: str, keep: Sequence
         raise ValueError(f"{heads[0][0].shown}: expected the columns {listed(unknown)}; it has {listed(names)}")
     common = pa.schema([(name, with_text_for_nulls(types.get(name, pa.null()))) for name in (types if keep is None else keep)])
     _say_missing(heads, common.names)
+    _say_mixed(heads)
     for file, schema in heads:
         inexact = [field.name for field in schema if not always_exact(field.type, common.field(field.name).type)]
         if inexact:

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import codecs
 import json
-import logging
 from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from p2l_engine.strict_json import DuplicateKeyError, parsed
-from p2l_engine.tables.rows import AT_ONCE, AT_ONCE_BYTES, InvalidRow, Rows, ValueRows, listed, wanted_columns
+from p2l_engine.tables.rows import AT_ONCE, AT_ONCE_BYTES, MIXED, InvalidRow, Rows, ValueRows, listed, wanted_columns
 from p2l_engine.tables.storage import File
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-logger = logging.getLogger(__name__)
-
-LARGE = 1 << 30  # bytes of a file whose types take long to find
 
 
 def schema(file: File, column: str, keep: Sequence[str] | None) -> pa.Schema | None:
@@ -28,8 +23,6 @@ def schema(file: File, column: str, keep: Sequence[str] | None) -> pa.Schema | N
     from p2l_engine.tables.shapes import MAX_PLACES, Shape, is_name
 
     shapes, begun = dict[str, Shape](), False
-    if file.size > LARGE and keep != []:
-        logger.warning("%s: read once more, for the types of its columns; --keep '' leaves them out", file.shown)
     for lines, _read in _lines(file):
         rows = [_parsed(line) for line in lines]
         if not begun:
@@ -52,12 +45,7 @@ def schema(file: File, column: str, keep: Sequence[str] | None) -> pa.Schema | N
         if shape.kinds and pa.types.is_null(types[name]):
             raise ValueError(f"{file.shown}: column {name!r}: not one value can be stored; leave the column out with --keep")
     mixed = [line for name, shape in shapes.items() for line in shape.mixed(name)]
-    if mixed:
-        logger.warning(
-            "%s: values of several kinds; a row whose value is not of the most common one will have an error, unless its "
-            "column is left out with --keep: %s", file.shown, listed(mixed),
-        )  # fmt: skip
-    return pa.schema(list(types.items())) if begun else None
+    return pa.schema(list(types.items()), {MIXED: listed(mixed)} if mixed else None) if begun else None
 
 
 def rows(file: File, column: str, keep: Sequence[str] | None, schema: pa.Schema) -> Iterator[Rows]:
