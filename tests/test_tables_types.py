@@ -20,6 +20,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from p2l_engine.batch import BatchConfig, run
+from p2l_engine.batch.blocks import blocks
+from p2l_engine.batch.deduplicator import Deduplicator
 from p2l_engine.tables.chunked import kept_schema, read_rows
 from p2l_engine.tables.common_types import common_type
 from p2l_engine.tables.find import find
@@ -152,6 +154,28 @@ def test_an_odd_cell_is_an_error_of_its_row_and_no_reason_to_stop(router, tmp_pa
     with pytest.raises(ValueError, match=r"in.jsonl: row 900: expected int64 in the column 'id': got 'later text'"):
         run(router, BatchConfig([given], str(tmp_path / "strict"), strict=True))
     assert run(router, BatchConfig([given], str(tmp_path / "none"), keep=[], strict=True)).routed == 901
+
+
+@pytest.mark.parametrize("scope", ["prompt", "batch"])
+def test_odd_cells_change_no_other_rows_decision(scope, router, tmp_path):
+    """Nor the coefficients: the row's prompt is that of later rows."""
+    rows = [{"prompt": f"p{i % 5}", "id": "odd" if i in (0, 7, 20) else i} for i in range(40)]
+    given = lines(tmp_path / "in.jsonl", rows)
+    fine = lines(tmp_path / "fine.jsonl", [row for row in rows if row["id"] != "odd"])
+    options = {"budget": 1.5, "budget_scope": scope, "rows_per_part": 8, "source": False}
+    report = run(router, BatchConfig([given], str(tmp_path / "out"), **options))
+    run(router, BatchConfig([fine], str(tmp_path / "alone"), **options))
+    found = output(tmp_path / "out").to_pylist()
+    assert (report.rows, report.routed, report.computed) == (40, 37, 5)
+    assert [i for i, row in enumerate(found) if row["error"]] == [0, 7, 20]
+    routed, alone = [row for row in found if not row["error"]], output(tmp_path / "alone").to_pylist()
+    assert [(row["id"], row["model"]) for row in routed] == [(row["id"], row["model"]) for row in alone]
+    np.testing.assert_allclose([row["win_rate"] for row in routed], [row["win_rate"] for row in alone], atol=1e-6)
+    of_all, of_none = (
+        [each.new_prompts for each in map(Deduplicator().add, blocks(find([given]), "prompt", keep, rows=8))]
+        for keep in (None, [])
+    )
+    assert of_all == of_none
 
 
 def test_a_column_that_cannot_be_stored_is_refused(router, tmp_path):
