@@ -179,11 +179,12 @@ def test_batch_routes_a_file_and_prints_a_report(checkpoint, tmp_path):
     assert "has columns of its own named model" in stderr
     for keep, kept in ((["--keep", "id"], ["id"]), (["--keep", "", "--restart"], [])):
         code, stdout, stderr = run(*arguments, *keep, checkpoint=checkpoint)
-        assert code == 0, stderr
+        assert code == 3, stderr  # one row has an error
         said = {line.split("│")[1].strip(): line.split("│")[2].strip() for line in stdout.splitlines() if "│" in line}
         assert (said["rows"], said["routed"], said["with an error"]) == ("2", "1", "1")
         found = pq.read_table(output / "part-000000.parquet")
-        assert found.column_names == [*kept, "model", "policy", "expected_cost", "win_rate", "score", "error"]
+        sources = ["source_file", "source_row"]
+        assert found.column_names == [*kept, *sources, "model", "policy", "expected_cost", "win_rate", "score", "error"]
         assert [error is None for error in found["error"].to_pylist()] == [True, False]
 
 

@@ -107,7 +107,7 @@ class Recorder:
         with self._lock:
             for why, where in errors:
                 kind = re.sub(r"\d[\d.,e+-]*", "#", why)
-                if kind not in self._reasons and len(self._reasons) == MAX_REASONS:
+                if kind not in self._reasons and len(self._reasons) >= MAX_REASONS:
                     kind, why = "", "other reasons"
                 before = self._reasons.get(kind, Reason(0, why, where))
                 self._reasons[kind] = before._replace(rows=before.rows + 1)

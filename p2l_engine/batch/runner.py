@@ -96,7 +96,10 @@ def _finished(job: Job, begun: Begun, report: Report) -> Report:
     if job.config.keep_coefficients is False and has_coefficients(begun.state):
         remove_coefficients(begun.state, job.run)
     if job.config.strict and report.routed < report.rows:
-        raise ValueError(f"{job.output.shown}: {report.rows - report.routed:,} of its {report.rows:,} rows have an error")
+        first = f"{report.reasons[0].where}: {report.reasons[0].why}"
+        raise ValueError(
+            f"{job.output.shown}: {report.rows - report.routed:,} of its {report.rows:,} rows have an error: {first}"
+        )
     return replace(report, kept=coefficient_bytes(begun.state))
 
 

@@ -20,7 +20,7 @@ def main() -> None:
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit status: 0, 2 after an error in one line, 130 after Ctrl-C.
+    """Runs one command and returns its exit status: 0, 2 after an error in one line, 130 after Ctrl-C, or the command's own.
 
     arguments: None for those of the process. Errors outside the project's own and Python's usual ones keep their traceback.
     """

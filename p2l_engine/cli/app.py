@@ -90,5 +90,6 @@ def options(
 ) -> None:
     """Prompt-to-Leaderboard: predicts which chat models answer a prompt best, and chooses one within a budget.
 
-    Exit status: 0 if all went well, 2 after an error (written to standard error), 130 after Ctrl-C.
+    Exit status: 0 if all went well, 2 after an error (written to standard error), 130 after Ctrl-C; of batch, also 3 if some
+    rows have an error, and 4 if no row was routed.
     """

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from p2l_engine.batch.config import ROWS_PER_PART
+from p2l_engine.batch.config import KEPT_BYTES, ROWS_PER_PART
+from p2l_engine.cli.batch_summary import print_summary, status_of
 from p2l_engine.cli.inputs import (
     BudgetScope,
     CatalogFile,
@@ -26,7 +27,7 @@ from p2l_engine.cli.inputs import (
     shares_of,
 )
 from p2l_engine.cli.progress import Show, meter
-from p2l_engine.cli.terminal import interruptible, out, status
+from p2l_engine.cli.terminal import interruptible, status
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -66,6 +67,13 @@ class SplitBy(StrEnum):
     MODEL = "model"
 
 
+class Errors(StrEnum):
+    """What an invalid row costs."""
+
+    ROW = "row"
+    STOP = "stop"
+
+
 class Explore(StrEnum):
     """Ways to explore."""
 
@@ -98,8 +106,17 @@ def batch(
     ] = None,
     strict: Annotated[
         bool,
-        typer.Option("--strict", help="Stop at the first row that cannot be routed.", rich_help_panel=READING),
+        typer.Option("--strict", help="The same as --errors stop.", rich_help_panel=READING),
     ] = False,
+    errors: Annotated[
+        Errors | None,
+        typer.Option(
+            help="What a row costs that cannot be routed or kept: row, an error in its own column error, or stop, the run. "
+            "Default: row.",
+            show_default=False,
+            rich_help_panel=READING,
+        ),
+    ] = None,
     budget: Annotated[
         float | None,
         typer.Option(help="Upper bound on the expected cost, in the catalog's unit.", rich_help_panel=DECIDING),
@@ -207,6 +224,16 @@ def batch(
             rich_help_panel=RUN,
         ),
     ] = None,
+    keep_coefficients: Annotated[
+        bool | None,
+        typer.Option(
+            "--keep-coefficients/--no-keep-coefficients",
+            help="Keep the coefficients when the run is complete, so that another budget needs no forward pass. Default: up to "
+            f"{KEPT_BYTES >> 30} GiB.",
+            show_default=False,
+            rich_help_panel=RUN,
+        ),
+    ] = None,
     tokens_per_batch: Annotated[
         int | None,
         typer.Option(
@@ -240,7 +267,14 @@ def batch(
     dtype: Dtype = None,
     date: Date = None,
 ) -> None:
-    """Route files of prompts of any size. After an interruption, the same command continues the run."""
+    """Route files of prompts of any size. After an interruption, the same command continues the run; with another budget,
+    catalog or columns, it decides again from the coefficients that are there.
+
+    Exit status: 0 if every row was routed, 3 if some rows have an error, 4 if no row was routed; 2 after an error, 130 after
+    Ctrl-C.
+    """
+    if strict and errors is Errors.ROW:
+        raise typer.BadParameter("row cannot be combined with --strict", param_hint="--errors")
     shares, least = shares_of(max_share, "--max-share"), shares_of(min_share, "--min-share")
     opponents: Opponents = numbers_of(opponent, "--opponent") if opponent else "uniform"
     if ray is None and ray_workers is not None:
@@ -264,10 +298,11 @@ def batch(
         max_share=shares,
         min_share=least,
         coefficients=coefficients.value if coefficients else None,
-        strict=strict,
+        strict=strict or errors is Errors.STOP,
         draw=draw,
         state=state,
         rows_per_part=rows_per_part,
+        keep_coefficients=keep_coefficients,
     )
     engine = load_engine(checkpoint, device if ray is None else "cpu", dtype, date, tokens_per_batch)
     router = load_router(engine, catalog, leave_out, seed, opponents, explore.value if explore else None)
@@ -277,7 +312,9 @@ def batch(
         meter() as show,
     ):
         report = run(router, config, restart, _shown(show), cluster)
-    _print(report, router.catalog.unit, Location.of(output).shown)
+    print_summary(report, router.catalog.unit, Location.of(output).shown)
+    if report.routed < report.rows:
+        raise typer.Exit(status_of(report))
 
 
 def _cluster(
@@ -308,24 +345,3 @@ def _shown(show: Show) -> Callable[[Report], None]:
             show(report.read, f"{done}; {report.rows / seconds:,.0f} rows/s, {report.tokens / seconds:,.0f} tokens/s")
 
     return update
-
-
-def _print(report: Report, unit: str, output: str) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=Text(output), title_justify="left", show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
-    table.add_row("rows", f"{report.rows:,}")
-    table.add_row("routed", f"{report.routed:,}")
-    table.add_row("with an error", f"{report.rows - report.routed:,}")
-    table.add_row("same prompt as an earlier row", f"{report.repeated:,}")
-    if report.resumed:
-        table.add_row("prompts computed by an earlier run", f"{report.resumed:,}")
-    table.add_row(f"sum of expected costs ({unit})", f"{report.spend:,.6g}")
-    for row, price in report.prices.items():
-        table.add_row(Text(f"dual price of {row}: win rate per unit"), f"{price:.4g}")
-    if report.seconds:
-        table.add_row("seconds", f"{report.seconds['all']:,.1f}")
-    out().print(table)
