@@ -380,9 +380,48 @@ def test_a_real_full_disk_loses_nothing(engine, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_run_killed_at_any_moment_resumes_to_identical_output(engine, tmp_path, rng):
+@pytest.mark.parametrize("kind", ["killed", "decided"])
+def test_a_run_killed_at_any_moment_resumes_to_identical_output(kind, engine, tmp_path, rng):
     prompts = [f"question {rng.integers(250)} " + "so " * int(rng.integers(4)) for _ in range(300)]
     write(tmp_path / "in.jsonl.gz", prompts)
-    done = in_process_of_its_own("killed", engine.folder, "in.jsonl.gz", rng.integers(1 << 30), folder=tmp_path)
+    done = in_process_of_its_own(kind, engine.folder, "in.jsonl.gz", rng.integers(1 << 30), folder=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     print(done.stdout)
+
+
+READ_ONLY = """
+mount --bind here here && mount -o remount,bind,ro here || exit 77
+exec "$@"
+"""
+
+
+@pytest.mark.slow
+def test_a_finished_output_on_a_read_only_mount_reports(engine, router, tmp_path):
+    if not may_mount():
+        pytest.skip("needs a file system of its own: unshare --user --mount is not permitted here")
+    (tmp_path / "here").mkdir()
+    write(tmp_path / "in.jsonl.gz", [f"question {i}" for i in range(30)])
+    costs = "".join(f"  {name}: {{cost: {cost}}}\n" for name, cost in zip(MODELS, COSTS, strict=True))
+    (tmp_path / "catalog.yaml").write_text(f"models:\n{costs}")
+    command = [sys.executable, "-m", "p2l_engine", "batch", "in.jsonl.gz", "-o", "here/out", "--checkpoint", str(engine.folder),
+               "--device", "cpu", "--dtype", "float32", "--catalog", "catalog.yaml"]  # fmt: skip
+
+    def ended(*wrapper, more=()):
+        return subprocess.run(
+            [*wrapper, *command, *more], cwd=tmp_path, capture_output=True, text=True,
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},
+        )  # fmt: skip
+
+    assert ended().returncode == 0
+    before = contents(tmp_path / "here" / "out")
+    read_only = (*MOUNTS, "sh", "-c", READ_ONLY, "sh")
+    found = ended(*read_only)
+    if found.returncode == 77:
+        pytest.skip("a folder cannot be mounted read-only here")
+    assert (found.returncode, found.stderr) == (0, "")
+    assert "│ rows" in found.stdout
+    found = ended(*read_only, more=["--budget", "2"])
+    assert found.returncode == 2
+    assert "Read-only file system" in found.stderr
+    assert "Traceback" not in found.stderr
+    assert contents(tmp_path / "here" / "out") == before

@@ -1,10 +1,12 @@
 """Batch runs in child processes that are killed at random moments, or that write to a full disk.
 
     python -m tests.support.interrupted_runs killed CHECKPOINT INPUT SEED
+    python -m tests.support.interrupted_runs decided CHECKPOINT INPUT SEED
     python -m tests.support.interrupted_runs full CHECKPOINT INPUT CATALOG
 
-Runs in an empty working directory and ends with an AssertionError where a run does not resume to byte-identical output. The
-engine is loaded once, before the first fork, so that kills hit the run itself.
+Runs in an empty working directory and ends with an AssertionError where a run does not resume to byte-identical output; in
+"decided", each run has other options than the one before, whose coefficients it uses. The engine is loaded once, before the
+first fork, so that kills hit the run itself.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,11 +31,12 @@ from tests.support.catalogs import catalog
 KILLS = 20
 ROWS = 24  # per part
 SCOPES = ("prompt", "batch")
+DECISIONS: tuple[dict[str, Any], ...] = ({}, {"budget": 2.0}, {"keep": ["id"]}, {"max_share": {"beta": 0.2}, "source": False})
 LOG = Path("log")
 
 
-def config(given: str, output: str, scope: str) -> BatchConfig:
-    return BatchConfig([given], output, budget=1.5, budget_scope=scope, rows_per_part=ROWS)
+def config(given: str, output: str, scope: str, **more: Any) -> BatchConfig:
+    return BatchConfig([given], output, **{"budget": 1.5, "budget_scope": scope, "rows_per_part": ROWS} | more)
 
 
 def forked(work: Callable[[], int]) -> int:
@@ -68,8 +72,8 @@ def routed(router: Router, batch: BatchConfig) -> int:
     return 0
 
 
-def child_run(router: Router, given: str, output: str, scope: str) -> int:
-    return forked(lambda: routed(router, config(given, output, scope)))
+def child_run(router: Router, given: str, output: str, scope: str, **more: Any) -> int:
+    return forked(lambda: routed(router, config(given, output, scope, **more)))
 
 
 def killed(router: Router, given: str, scope: str, rng: random.Random) -> None:
@@ -97,6 +101,34 @@ def killed(router: Router, given: str, scope: str, rng: random.Random) -> None:
     print(f"{scope}: {kills} kills, {finished + 1} runs to the end, {len(whole)} files, {longest:.1f} s uninterrupted")
 
 
+def decided(router: Router, given: str, scope: str, rng: random.Random) -> None:
+    """Kills runs at random moments, and goes on with other options each time."""
+    wholes, out = [], Path(f"decided-{scope}")
+    for i, more in enumerate(DECISIONS):
+        start = time.monotonic()
+        assert exit_code(child_run(router, given, f"whole-{scope}-{i}", scope, **more)) == 0, LOG.read_text()
+        longest = time.monotonic() - start
+        wholes.append(contents(Path(f"whole-{scope}-{i}")))
+    kills = finished = 0
+    while kills < KILLS:
+        which = rng.randrange(len(DECISIONS))
+        child = child_run(router, given, str(out), scope, **DECISIONS[which])
+        time.sleep(rng.uniform(0, 0.7 * longest))
+        os.kill(child, signal.SIGKILL)
+        code = exit_code(child)
+        assert code in (0, -signal.SIGKILL), LOG.read_text()
+        kills += code != 0
+        found = contents(out) if out.exists() else {}
+        if "_SUCCESS" in found:
+            assert found in wholes, "an output that is marked as complete is of no one run"
+        if code == 0 or rng.random() < 0.3:
+            which = rng.randrange(len(DECISIONS))
+            assert exit_code(child_run(router, given, str(out), scope, **DECISIONS[which])) == 0, LOG.read_text()
+            assert contents(out) == wholes[which], "the output differs from that of a new run"
+            finished += 1
+    print(f"{scope}: {kills} kills between {len(DECISIONS)} kinds of decisions, {finished} runs to the end")
+
+
 def full_disk(router: Router, given: str, scope: str, command: Sequence[str]) -> None:
     """Runs on a disk that is too small, which grows until a run succeeds. The first attempt goes through the command line."""
     whole_folder, disk = Path(f"whole-{scope}"), Path(f"disk-{scope}")
@@ -119,7 +151,14 @@ def full_disk(router: Router, given: str, scope: str, command: Sequence[str]) ->
         child = child_run(router, given, str(out), scope)
     assert contents(out) == whole, "the output differs from that of an uninterrupted run"
     assert failures >= 3, failures
-    print(f"{scope}: {failures} times full, at last {size} KiB")
+    other, again = Path(f"other-{scope}"), 0
+    assert exit_code(child_run(router, given, str(other), scope, budget=3.0, coefficients="float32")) == 0, LOG.read_text()
+    while (code := exit_code(child_run(router, given, str(out), scope, budget=3.0, coefficients="float32"))) != 0:
+        assert "No space left on device" in LOG.read_text(), LOG.read_text()
+        again, size = again + 1, size + 24
+        subprocess.run(["mount", "-o", f"remount,size={size}k", str(disk)], check=True)
+    assert contents(out) == contents(other), "the output differs from that of a new run"
+    print(f"{scope}: {failures} times full, and {again} times while it was decided again, at last {size} KiB")
 
 
 def through_command(arguments: Sequence[str]) -> int:
@@ -143,8 +182,8 @@ def main() -> None:
     ]  # fmt: skip
     for scope in SCOPES:
         run(router, config(given, f"first-{scope}", scope))  # what a first run imports is imported before the forks
-        if kind == "killed":
-            killed(router, given, scope, random.Random(f"{last} {scope}"))
+        if kind in ("killed", "decided"):
+            {"killed": killed, "decided": decided}[kind](router, given, scope, random.Random(f"{last} {scope}"))
         else:
             full_disk(router, given, scope, options)
 
