@@ -24,6 +24,7 @@ from bench import (
     batch_budgets,
     conversation_costs,
     coverage,
+    decided_again,
     demo,
     exploration,
     kernels,
@@ -167,8 +168,8 @@ def test_mistakes_are_errors_of_one_line(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
-        "adapting", "answer_cache", "batch", "conversation_costs", "coverage", "demo", "exploration", "kernels",
-        "latency", "leaderboards", "learner", "learning_curve", "lengths", "online", "overload", "propensities",
+        "adapting", "answer_cache", "batch", "conversation_costs", "coverage", "decided_again", "demo", "exploration",
+        "kernels", "latency", "leaderboards", "learner", "learning_curve", "lengths", "online", "overload", "propensities",
         "published_server", "real_budgets", "replay_coverage", "screenshots", "seeds", "serve_demo", "serving",
         "serving_faults", "solvers", "spend_limits", "startup", "streams", "throughput", "training",
     ],
@@ -263,6 +264,12 @@ def test_batch_runs_to_the_end(tmp_path, monkeypatch):
     rows = dict(csv.reader(table.open()))
     assert rows["rows"] == "40"
     assert int(rows["prompts computed"]) <= 40
+
+
+def test_another_budget_needs_no_forward_pass(tmp_path):
+    first, *others = decided_again.decided(60, tmp_path)
+    assert (first.rows, first.found) == (60, 0)
+    assert {(row.computed, row.found) for row in others} == {(0, first.computed)}
 
 
 def routable(folder):

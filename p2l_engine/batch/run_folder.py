@@ -26,8 +26,13 @@ def run_folder(output: Location) -> Location:
     return Location(path + ENDING, shown + ENDING, output.store)
 
 
-def make_run_folder(run: Location) -> None:
-    """Raises OSError where it cannot be made."""
+def make_run_folder(output: Location, run: Location) -> None:
+    """Raises OSError where it cannot be made, and ValueError where a new one would be on another disk than the output."""
+    if output.is_local and os.path.ismount(output.path) and not os.path.isdir(run.path):
+        raise ValueError(
+            f"output: {output.shown} is where a disk is mounted, and the run's own files would be beside it, on another one; "
+            "name a folder within it"
+        )
     try:
         run.make_folder()
     except OSError as error:

@@ -50,7 +50,7 @@ def run(
     else:
         compute = workers.compute
     job = Job.of(config, router, compute)
-    make_run_folder(job.run)
+    make_run_folder(job.output, job.run)
     with job.run.alone(), _state_alone(job):
         job.output.make_folder()
         return _run(router, job, restart, progress or (lambda _: None), workers)
