@@ -9,11 +9,15 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from p2l_engine.batch import BatchConfig, run
+from p2l_engine.cli.prompts import PromptFile
 from p2l_engine.tables import csv as tables_csv
 from p2l_engine.tables import quotes
 from p2l_engine.tables.chunked import read_rows
 from p2l_engine.tables.find import find
 from p2l_engine.tables.whole import read_table
+from p2l_engine.votes import read
+from tests.support.batch_files import output
 
 HEADER = "prompt,n\n"
 
@@ -29,6 +33,22 @@ def spark_cell(text):
 
 def prompts(path, escape="\\"):
     return [cell for rows in read_rows(find([str(path)], csv_escape=escape), "prompt") for cell in rows.prompts]
+
+
+def test_runs_votes_and_prompts_of_commands_are_read_alike(router, tmp_path):
+    rows = [(f'say "{i}", \\', "x", "y", "model_a") for i in range(3)]
+    lines = ["prompt,model_a,model_b,winner", *(",".join(map(spark_cell, row)) for row in rows)]
+    (tmp_path / "in.csv").write_text("\n".join(lines))
+    turns = [prompt for prompt, *_ in rows]
+    run(router, BatchConfig([tmp_path / "in.csv"], tmp_path / "out", csv_escape="\\"))
+    assert output(tmp_path / "out")["error"].to_pylist() == [None] * 3
+    assert PromptFile.read(tmp_path / "in.csv", csv_escape="\\").prompts == turns
+    votes, dropped = read(tmp_path / "in.csv", csv_escape="\\")
+    assert (list(votes.prompts), len(dropped)) == ([(text,) for text in turns], 0)
+    with pytest.raises(ValueError, match="--csv-escape"):
+        run(router, BatchConfig([tmp_path / "in.csv"], tmp_path / "never"))
+    with pytest.raises(ValueError, match="csv_escape: expected one sign"):
+        BatchConfig([tmp_path / "in.csv"], tmp_path / "never", csv_escape="no")
 
 
 cell = st.none() | st.text('"\\,\n\ra ', max_size=8)
@@ -122,9 +142,9 @@ def test_doubled_quotes_beside_backslashes_are_standard(rows, tmp_path):
 def test_a_file_with_escaped_quotes_says_so(rows, message, tmp_path):
     (tmp_path / "in.csv").write_text(HEADER + rows)
     remedy = "it has \\\" in it: say --csv-escape '\\' if a backslash escapes quotes"
-    for read in (lambda: prompts(tmp_path / "in.csv", None), lambda: read_table(tmp_path / "in.csv", ["prompt"])):
+    for read_it in (lambda: prompts(tmp_path / "in.csv", None), lambda: read_table(tmp_path / "in.csv", ["prompt"])):
         with pytest.raises(ValueError) as refused:  # noqa: PT011
-            read()
+            read_it()
         assert f"in.csv: {message}" in str(refused.value)
         assert remedy in str(refused.value)
 

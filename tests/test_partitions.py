@@ -11,18 +11,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from p2l_engine.batch import BatchConfig, run
 from p2l_engine.cli.prompts import PromptFile
-from p2l_engine.tables.chunked import kept_schema, read_rows
+from p2l_engine.replay.columns import column_names, read_columns
+from p2l_engine.tables.chunked import read_rows
 from p2l_engine.tables.find import find
 from p2l_engine.tables.partitions import NULL, partitions_of
 from p2l_engine.tables.whole import read_table
 from p2l_engine.votes import read
+from tests.support.batch_files import output
 
 
 def kept(inputs, keep=None, column="prompt"):
-    """The kept columns of all rows, after the checks that a run makes first."""
+    """The kept columns of all rows."""
     files = find([str(each) for each in inputs])
-    kept_schema(files, column, keep)
     return pa.concat_tables([rows.kept for rows in read_rows(files, column, keep)])
 
 
@@ -92,7 +94,7 @@ def test_the_prompts_may_be_named_by_a_folder_that_agrees(tmp_path):
 def test_csv_rows_that_cannot_be_read_disagree_with_no_folder(tmp_path):
     put(tmp_path / "n=1/a.csv", prompt=["a"], n=["1"])
     (tmp_path / "n=1" / "a.csv").write_text("prompt,n\na,1\nb\nc,1\n")
-    assert kept([tmp_path]).to_pylist() == [{"n": "1"}, {"n": None}, {"n": "1"}]
+    assert kept([tmp_path]).to_pylist() == [{"n": "1"}] * 3
 
 
 def test_files_of_other_partitions_are_refused(tmp_path):
@@ -118,6 +120,47 @@ def test_folders_that_say_no_value_are_named(folder, message, tmp_path):
     put(tmp_path / folder / "a.csv", prompt=["a"])
     with pytest.raises(ValueError, match=rf"a.csv: {message}.*--no-partitions"):
         find([tmp_path])
+
+
+def test_a_run_keeps_partitions_or_leaves_them_out(router, tmp_path):
+    for lang in ("en", "fr"):
+        put(
+            tmp_path / f"in/lang={lang}/a.parquet",
+            prompt=[f"hello {lang}", "same"],
+            lang=["x", "x"] if lang == "fr" else [lang] * 2,
+        )
+    with pytest.raises(ValueError, match=r"row 0: column 'lang': expected 'fr', as its folder says, got 'x'; --no-partitions"):
+        run(router, BatchConfig([tmp_path / "in"], tmp_path / "out"))
+    run(router, BatchConfig([tmp_path / "in"], tmp_path / "none", partitions=False))
+    assert output(tmp_path / "none")["lang"].to_pylist() == ["en", "en", "x", "x"]
+    put(tmp_path / "in/lang=fr/a.parquet", prompt=["hello fr", "same"])
+    run(router, BatchConfig([tmp_path / "in"], tmp_path / "again"))
+    assert output(tmp_path / "again")["lang"].to_pylist() == ["en", "en", "fr", "fr"]
+
+
+def test_a_folder_that_was_renamed_is_another_input_of_a_run(router, tmp_path):
+    """Its file is the same, its rows are not."""
+    put(tmp_path / "in/lang=en/a.parquet", prompt=["hello"])
+    options = {"source": False}
+    run(router, BatchConfig([tmp_path / "in"], tmp_path / "out", **options))
+    (tmp_path / "in" / "lang=en").rename(tmp_path / "in" / "lang=de")
+    try:
+        run(router, BatchConfig([tmp_path / "in"], tmp_path / "out", **options))
+    except ValueError as refused:
+        assert "partitions" in str(refused) or "inputs" in str(refused)
+    else:
+        assert output(tmp_path / "out")["lang"].to_pylist() == ["de"]
+
+
+@pytest.mark.parametrize("ending", ["parquet", "jsonl"])
+def test_folders_are_columns_of_logs_to_replay(ending, tmp_path):
+    for model in ("x", "y"):
+        put(tmp_path / f"model={model}/a.{ending}", prompt=["a"], score=[0.5])
+    assert set(column_names(tmp_path)) == {"prompt", "score", "model"}
+    assert read_columns(tmp_path, ["prompt", "model"]).to_pylist() == [
+        {"prompt": "a", "model": "x"},
+        {"prompt": "a", "model": "y"},
+    ]
 
 
 def test_other_folders_say_nothing(tmp_path):

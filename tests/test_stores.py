@@ -211,7 +211,8 @@ def test_what_a_store_raises_while_it_is_read_is_one_line(tmp_path):
 @pytest.mark.xdist_group("s3")
 def test_a_bucket_is_no_output_and_inputs_are_known_by_their_etag(router, store, tmp_path):
     """A copied object is the same input; two runs with one state folder do not write at once."""
-    uri, options = uploaded(store, "etag/in.jsonl", write(tmp_path / "in.jsonl")), {"state": tmp_path / "state", "source": False}
+    options = {"state": tmp_path / "state", "source": False}
+    uri = uploaded(store, "etag/in.jsonl", write(tmp_path / "in.jsonl"))
     with pytest.raises(
         ValueError, match="output: expected a folder within s3://bucket, got its root; name one, such as s3://b"
     ):

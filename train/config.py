@@ -90,6 +90,7 @@ class TrainConfig(BaseModel):
     seed: int = 42
     # data,
     columns: dict[str, str] = {}  # our name (prompt, model_a, winner ...): the column's name in the data
+    csv_escape: str | None = None  # what escapes quotes in csv files; null: quotes are doubled
     leave_out: dict[str, list[str | int]] = {}  # column: values; rows with one of these values are skipped
     max_dropped: Annotated[float, Field(ge=0, le=1)] = MAX_DROPPED  # share of invalid rows that is tolerated
     # What to do with models outside the main connected component (the one with the most votes) of the graph of comparisons.

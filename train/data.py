@@ -60,7 +60,8 @@ def _read(config: TrainConfig, path: str | list[str], models: tuple[str, ...] | 
     if getattr(config, key) and missing:
         raise ValueError(f"{key}: expected a folder, found none at {missing[0]}")
     leave_out = config.leave_out if training else None  # validation data are read whole
-    votes, dropped = read(path, models, feedback, config.columns, config.max_dropped, leave_out, config.weighted_loss)
+    columns, share, weighted = config.columns, config.max_dropped, config.weighted_loss
+    votes, dropped = read(path, models, feedback, columns, share, leave_out, weighted, csv_escape=config.csv_escape)
     for line in dropped.lines():
         logger.warning("%s: left out %s", path, line)
     return votes

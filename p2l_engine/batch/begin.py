@@ -103,8 +103,8 @@ def _changed(before: Manifest, job: Job) -> list[str]:
     inputs = differences_of(before.inputs, job.inputs)
     decisions = {} if before.decisions is None else {**before.decisions}
     now = {} if before.decisions is None else {**job.decisions}
-    if inputs:  # whose names follow from these
-        decisions["sources"] = now["sources"] = None
+    for name in ("sources", "partitions_of_files") if inputs else ():  # which follow from these
+        decisions[name] = now[name] = None
     return inputs + differences(before.coefficients, job.coefficients) + differences(decisions, now)
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
+from p2l_engine.tables.quotes import check_escape
+
 if TYPE_CHECKING:
     from p2l_engine.constraints import Constraints, Shares
     from p2l_engine.routing.problem import Scope
@@ -29,6 +31,8 @@ class BatchConfig:
         column: the column of prompts, also one within another (``body.messages``); None: ``prompt``, or what the files' layout
             says (see ``tables.layouts``).
         plain_text: treat text as one user turn even where it is a JSON list.
+        partitions: whether folders such as ``lang=en/`` are columns.
+        csv_escape: what escapes quotes in csv files, such as a backslash; None for doubled quotes. See ``tables.quotes``.
         strict: stop at the first row that cannot be routed.
 
     Decisions:
@@ -58,6 +62,8 @@ class BatchConfig:
     output: str | Path
     column: str | PromptColumn | None = None
     plain_text: bool = False
+    partitions: bool = True
+    csv_escape: str | None = None
     keep: Sequence[str] | None = None
     source: bool = True
     format: FormatName = "parquet"
@@ -86,6 +92,7 @@ class BatchConfig:
             raise ValueError(f"keep: expected names of columns, each once, got {keep!r}")
         if self.draw is not None and self.keep is not None and self.draw not in self.keep:
             raise ValueError(f"draw: expected a column that is kept ({', '.join(keep) or 'none is'}), got {self.draw!r}")
+        check_escape(self.csv_escape)
         check_decision_options(self.budget, self.price, self.coefficients)
         if self.price is not None and (self.max_share or self.min_share):
             raise ValueError("price: cannot be combined with max_share or min_share")

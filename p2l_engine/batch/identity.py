@@ -20,10 +20,11 @@ from p2l_engine.checkpoint import fingerprint
 from p2l_engine.engine import Engine
 from p2l_engine.router import Router
 from p2l_engine.tables.layouts import PromptColumn
+from p2l_engine.tables.storage import Partitions
 
 Identity = dict[str, Any]
 
-READING = ("plain_text", "rows_per_part")  # options that prompts and blocks depend on
+READING = ("plain_text", "csv_escape", "rows_per_part")  # options that prompts and blocks depend on
 # Options that change neither coefficients nor decisions, or that are recorded in another form.
 NOT_RECORDED = ("column", "inputs", "output", "state", "strict", "draw", "max_share", "min_share", "keep_coefficients")
 
@@ -47,8 +48,9 @@ def of_coefficients(
     )
 
 
-def of_decisions(config: BatchConfig, router: Router, sources: Sequence[str]) -> Identity:
-    """All that the output depends on beside coefficients. sources: the files' names in it, see ``source_names``."""
+def of_decisions(config: BatchConfig, router: Router, sources: Sequence[str], partitions: Sequence[Partitions]) -> Identity:
+    """All that the output depends on beside coefficients. sources: the files' names in it, see ``source_names``; partitions: of
+    each file."""
     shares = {"max_share": config.max_share, "min_share": config.min_share}
     found = {
         **{name: value for name, value in asdict(config).items() if name not in (*READING, *NOT_RECORDED)},
@@ -62,6 +64,7 @@ def of_decisions(config: BatchConfig, router: Router, sources: Sequence[str]) ->
         "objective": router.objective,
         "seed": router.seed,
         "sources": list(sources),
+        "partitions_of_files": list(partitions),
     }
     if config.write_as is not None:
         found["provider_names"] = router.catalog.provider_names

@@ -43,7 +43,8 @@ class Job:
         Raises ValueError for inputs that cannot be read, or overlap with the output, and InfeasibleBudget or Infeasible for
         bounds that no prompts can meet.
         """
-        each, output = find_each(config.inputs), Location.of(config.output)
+        each = find_each(config.inputs, partitions=config.partitions, csv_escape=config.csv_escape)
+        output = Location.of(config.output)
         files = [file for of_one in each for file in of_one]
         run = run_folder(output)
         for location in (*map(Location.of, config.inputs), *(file.location for file in files)):
@@ -63,7 +64,7 @@ class Job:
         before = read_manifest(output, run)
         inputs = contents(files, () if before is None else before.inputs)
         coefficients = of_coefficients(config, prompts, router.engine, inputs, compute)
-        decisions = of_decisions(config, router, list(sources.values()))
+        decisions = of_decisions(config, router, list(sources.values()), [file.partitions for file in files])
         return cls(config, files, inputs, output, run, sources, schema, coefficients, decisions)
 
     def changed_inputs(self) -> list[str]:

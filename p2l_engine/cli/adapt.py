@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from p2l_engine.cli.adapted import catalog_with, note_written, show, with_votes, write_learned
-from p2l_engine.cli.inputs import PROMPT_FILE, Column, Date, Device, Dtype, vote_columns
+from p2l_engine.cli.inputs import PROMPT_FILE, Column, CsvEscape, Date, Device, Dtype, vote_columns
 from p2l_engine.cli.progress import progress
 from p2l_engine.cli.terminal import note, status
 from p2l_engine.tables.limits import MAX_DROPPED
@@ -74,6 +74,7 @@ def adapt(
         ),
     ] = None,
     column: Column = None,
+    csv_escape: CsvEscape = None,
     max_dropped: Annotated[float, typer.Option(min=0, max=1, help="The share of rows that may be invalid.")] = MAX_DROPPED,
     cache: Annotated[bool, typer.Option(help="Keep hidden states of prompts in the user's cache folder.")] = True,
     device: Device = None,
@@ -130,7 +131,9 @@ def adapt(
     given = Votes.make([], loaded.models, nothing, nothing, nothing, nothing)
     if votes is not None:
         columns = vote_columns(column)
-        given, dropped = read(votes, None, loaded.feedback, columns, max_dropped, complete=False, answers_once=True)
+        given, dropped = read(
+            votes, None, loaded.feedback, columns, max_dropped, complete=False, answers_once=True, csv_escape=csv_escape
+        )
         for line in dropped.lines():
             note(f"dropped {line}", warning=True)
     retired = write.retired_models(loaded.folder)
@@ -140,7 +143,7 @@ def adapt(
     engine = Engine(loaded, device, dtype)
     given = _readable(engine, given)
     names.check_connected(given, loaded.models, loaded.feedback)
-    reference = _reference(prompts, column)
+    reference = _reference(prompts, column, csv_escape)
     store = hidden.cache_folder() if cache else None
     every = [*given.prompts, *reference]
     with progress(len(every)) as advance:
@@ -190,13 +193,13 @@ def _readable(engine: Engine, votes: Votes) -> Votes:
     return votes.where(~refused)
 
 
-def _reference(prompts: str | None, column: str | None) -> list[tuple[str, ...]]:
+def _reference(prompts: str | None, column: str | None, csv_escape: str | None) -> list[tuple[str, ...]]:
     if prompts is None:
         return []
     from p2l_engine.cli.prompts import PromptFile
     from p2l_engine.prompts.parse import user_turns
 
-    return [tuple(user_turns(prompt, i)) for i, prompt in enumerate(PromptFile.read(prompts, column).prompts)]
+    return [tuple(user_turns(prompt, i)) for i, prompt in enumerate(PromptFile.read(prompts, column, csv_escape).prompts)]
 
 
 def _mean_theta(head: Any, states: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:

@@ -17,6 +17,7 @@ from p2l_engine.cli.inputs import (
     CatalogFile,
     Checkpoint,
     Column,
+    CsvEscape,
     Date,
     Device,
     Dtype,
@@ -96,6 +97,15 @@ def batch(
         bool,
         typer.Option("--plain-text", help="Never parse a prompt as a JSON list of turns.", rich_help_panel=READING),
     ] = False,
+    csv_escape: CsvEscape = None,
+    partitions: Annotated[
+        bool,
+        typer.Option(
+            "--partitions/--no-partitions",
+            help="Whether folders such as lang=en/ are columns.",
+            rich_help_panel=READING,
+        ),
+    ] = True,
     keep: Annotated[
         list[str] | None,
         typer.Option(
@@ -287,6 +297,8 @@ def batch(
         output=output,
         column=column,
         plain_text=plain_text,
+        partitions=partitions,
+        csv_escape=csv_escape,
         keep=[] if keep == [""] else keep,
         source=source,
         format=output_format.value,

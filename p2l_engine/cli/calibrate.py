@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from p2l_engine.cli.inputs import PLOTS, Column, Date, Device, Dtype, check_writable, load_engine, vote_columns, write_json
+from p2l_engine.cli.inputs import (
+    PLOTS,
+    Column,
+    CsvEscape,
+    Date,
+    Device,
+    Dtype,
+    check_writable,
+    load_engine,
+    vote_columns,
+    write_json,
+)
 from p2l_engine.cli.progress import progress
 from p2l_engine.cli.terminal import note, out, status
 from p2l_engine.tables.limits import MAX_DROPPED
@@ -41,6 +52,7 @@ def calibrate(
         ),
     ] = None,
     column: Column = None,
+    csv_escape: CsvEscape = None,
     max_dropped: Annotated[float, typer.Option(min=0, max=1, help="The share of rows that may be invalid.")] = MAX_DROPPED,
     plot: Annotated[
         Path | None, typer.Option(help="Draw the reliability before and after into this file (.png, .svg, .pdf).")
@@ -77,7 +89,7 @@ def calibrate(
     engine = load_engine(checkpoint, device, dtype, date)
     check_target(engine.folder, output)
     columns = vote_columns(column)
-    given, dropped = read(votes, None, engine.feedback, columns, max_dropped)
+    given, dropped = read(votes, None, engine.feedback, columns, max_dropped, csv_escape=csv_escape)
     for line in dropped.lines():
         note(f"dropped {line}", warning=True)
     known, others = among_known(given, engine.models)

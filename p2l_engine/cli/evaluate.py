@@ -14,6 +14,7 @@ from p2l_engine.cli.inputs import (
     CatalogFile,
     Checkpoint,
     Column,
+    CsvEscape,
     Date,
     Device,
     Dtype,
@@ -47,6 +48,7 @@ def evaluate(
         str | None, typer.Option(help="With --votes: the training votes, for the baselines; named in the same way.")
     ] = None,
     column: Column = None,
+    csv_escape: CsvEscape = None,
     max_dropped: Annotated[
         float | None,
         typer.Option(
@@ -145,7 +147,7 @@ def evaluate(
         found = sources.of_config(engine, chosen, prices)
     else:
         share, columns = MAX_DROPPED if max_dropped is None else max_dropped, vote_columns(column)
-        found = sources.of_files(engine, votes, training, prices, share, columns)
+        found = sources.of_files(engine, votes, training, prices, share, columns, csv_escape)
     for line in found.dropped.lines():
         note(f"dropped {line}", warning=True)
     held_out = found.held_out

@@ -14,6 +14,7 @@ from p2l_engine.cli.inputs import (
     CatalogFile,
     Checkpoint,
     Column,
+    CsvEscape,
     Date,
     Device,
     Dtype,
@@ -34,6 +35,7 @@ def frontier(
         typer.Argument(help=f"Prompts: {PROMPT_FILE}."),
     ],
     column: Column = None,
+    csv_escape: CsvEscape = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the curve into this file (.png, .svg, .pdf).")] = None,
     budgets: Annotated[
         int, typer.Option(min=2, help="Budgets to show, at equal distances from the cheapest policy to the best one.")
@@ -59,7 +61,7 @@ def frontier(
     check_writable(plot, "--plot", PLOTS)
     if plot is not None:  # now: a missing package must not fail a command whose work is done
         from p2l_engine.cli.plots import frontier as draw
-    batch = read_prompts(None, file, column)
+    batch = read_prompts(None, file, column, csv_escape)
     router = load_router(load_engine(checkpoint, device, dtype, date), catalog, leave_out)
     with progress(len(batch)) as advance:
         coefficients = router.engine.coefficients(batch, advance)

@@ -50,6 +50,12 @@ Column = Annotated[
         show_default=False,
     ),
 ]
+CsvEscape = Annotated[
+    str | None,
+    typer.Option(
+        help="What escapes quotes in csv files: '\\' as Spark writes them. Default: quotes are doubled.", show_default=False
+    ),
+]
 Checkpoint = Annotated[
     str | None,
     typer.Option(

@@ -14,6 +14,7 @@ from p2l_engine.cli.inputs import (
     PROMPT_FILE,
     Checkpoint,
     Column,
+    CsvEscape,
     Date,
     Device,
     Dtype,
@@ -48,6 +49,7 @@ def leaderboard(
         ),
     ] = None,
     column: Column = None,
+    csv_escape: CsvEscape = None,
     bootstrap: Annotated[
         int | None,
         typer.Option(
@@ -113,7 +115,7 @@ def leaderboard(
     if prompts is not None:
         if prompt is not None or file is not None:
             raise typer.BadParameter("give one prompt or a file of prompts, not both", param_hint="--prompts")
-        given = PromptFile.read(prompts, column)
+        given = PromptFile.read(prompts, column, csv_escape)
         batch, weights = given.prompts, given.weights()
         engine = load_engine(checkpoint, device, dtype, date)
         with progress(len(batch)) as advance:

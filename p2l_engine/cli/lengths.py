@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from p2l_engine.cli.inputs import Column, Date, Device, Dtype, check_writable, load_engine, write_json
+from p2l_engine.cli.inputs import Column, CsvEscape, Date, Device, Dtype, check_writable, load_engine, write_json
 from p2l_engine.cli.progress import progress
 from p2l_engine.cli.terminal import note, out, status
 from p2l_engine.tables.limits import MAX_DROPPED
@@ -38,6 +38,7 @@ def lengths(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the new checkpoint; missing or empty.")],
     column: Column = None,
+    csv_escape: CsvEscape = None,
     max_dropped: Annotated[float, typer.Option(min=0, max=1, help="The share of rows that may be invalid.")] = MAX_DROPPED,
     as_json: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
     bootstrap: Annotated[int, typer.Option(min=2, help="Number of bootstrap samples for the intervals.")] = 200,
@@ -63,7 +64,7 @@ def lengths(
     from p2l_engine.votes import conversations
 
     engine = load_engine(checkpoint, device, dtype, date)
-    answers, left = read_answers(log, engine.models, column, max_dropped)
+    answers, left = read_answers(log, engine.models, column, max_dropped, csv_escape)
     _say(left)
     answers = _readable(engine, answers)
     with progress(len(answers.prompts)) as advance:

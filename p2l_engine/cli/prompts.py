@@ -37,11 +37,12 @@ class PromptFile:
     rows: Sequence[str] = ()
 
     @classmethod
-    def read(cls, file: str | Path, column: str | None = None) -> PromptFile:
-        """column: of the prompts; None: see ``layouts.prompt_column``. Raises ValueError with the row (from 0) that cannot be
-        read or has no prompt, or if there is no prompt at all."""
+    def read(cls, file: str | Path, column: str | None = None, csv_escape: str | None = None) -> PromptFile:
+        """column: of the prompts; None: see ``layouts.prompt_column``. csv_escape: see ``find.find_each``. Raises ValueError
+        with the row (from 0) that cannot be read or has no prompt, or if there is no prompt at all."""
         if names_tables(file):
-            return _some(_from_table(*read_table_of_prompts(file, column, ("weight", *CATEGORY), bare=True)))
+            table, where = read_table_of_prompts(file, column, ("weight", *CATEGORY), bare=True, csv_escape=csv_escape)
+            return _some(_from_table(table, where))
         check_no_column(column)
         return _some(cls(shown(str(file)), _lines(read_text(file))))
 
@@ -72,12 +73,14 @@ class PromptFile:
         return None
 
 
-def read_prompts(given: list[str] | None, file: str | Path | None, column: str | None = None) -> list[Prompt]:
+def read_prompts(
+    given: list[str] | None, file: str | Path | None, column: str | None = None, csv_escape: str | None = None
+) -> list[Prompt]:
     """From the arguments, a file (see ``PromptFile``), or standard input, one a line."""
     if given and file is not None:
         raise typer.BadParameter("give prompts as arguments or a file, not both", param_hint="--file")
     if file is not None:
-        return PromptFile.read(file, column).prompts
+        return PromptFile.read(file, column, csv_escape).prompts
     check_no_column(column)
     if given:
         return list(given)

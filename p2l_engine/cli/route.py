@@ -15,6 +15,7 @@ from p2l_engine.cli.inputs import (
     CatalogFile,
     Checkpoint,
     Column,
+    CsvEscape,
     Date,
     Device,
     Dtype,
@@ -42,6 +43,7 @@ def route(
     ] = None,
     file: Annotated[str | None, typer.Option(help=f"Read the prompts from {PROMPT_FILE}.")] = None,
     column: Column = None,
+    csv_escape: CsvEscape = None,
     budget: Annotated[float | None, typer.Option(help="Upper bound on the expected cost, in the catalog's unit.")] = None,
     budget_scope: Annotated[
         BudgetScope, typer.Option(help="Apply the budget to each prompt's cost, or to the mean cost of all prompts.")
@@ -62,7 +64,7 @@ def route(
     """Choose the best model for each prompt, within a budget."""
     from p2l_engine.cli.prompts import read_prompts
 
-    batch = read_prompts(prompts, file, column)
+    batch = read_prompts(prompts, file, column, csv_escape)
     shares = shares_of(max_share, "--max-share")
     router = load_router(load_engine(checkpoint, device, dtype, date), catalog, leave_out, seed)
     with progress(len(batch)) as advance:

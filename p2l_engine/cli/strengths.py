@@ -12,6 +12,7 @@ from p2l_engine.cli.inputs import (
     PROMPT_FILE,
     Checkpoint,
     Column,
+    CsvEscape,
     Date,
     Device,
     Dtype,
@@ -35,6 +36,7 @@ def strengths(
         ),
     ],
     column: Column = None,
+    csv_escape: CsvEscape = None,
     reference: Annotated[
         str | None,
         typer.Option(help="The model to measure the others against. Default: the middle one of the leaderboard."),
@@ -74,7 +76,7 @@ def strengths(
     if plot or html:  # now: a missing package must not fail a command whose work is done
         from p2l_engine.evaluation import html as pages
         from p2l_engine.evaluation import plots
-    given = PromptFile.read(file, column)
+    given = PromptFile.read(file, column, csv_escape)
     categories, weights = given.categories(), given.weights()
     if cluster and categories is not None:
         raise typer.BadParameter("these prompts have categories already", param_hint="--cluster")

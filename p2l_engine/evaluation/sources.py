@@ -46,12 +46,12 @@ def of_config(engine: Engine, part: Part, costs: Catalog | None) -> Sources:
         raise ValueError(f"{engine.folder}: its training config has no train_data_path: give votes to evaluate on (--votes)")
     columns, max_dropped = config.get("columns"), config.get("max_dropped", MAX_DROPPED)
     weighted = config.get("weighted_loss", True)
-    table = vote_table(path, columns, config.get("leave_out"), weighted)
+    table = vote_table(path, columns, config.get("leave_out"), weighted, csv_escape=config.get("csv_escape"))
     votes, dropped = votes_of(table, None, engine.feedback, max_dropped)
     if config.get("val_data_path"):
         if part != "validation":
             raise ValueError(f"{engine.folder}: trained with val_data_path, nothing was held out: use the part 'validation'")
-        validation = vote_table(config["val_data_path"], columns, None, weighted)
+        validation = vote_table(config["val_data_path"], columns, None, weighted, csv_escape=config.get("csv_escape"))
         held_out, dropped = votes_of(validation, votes.models, engine.feedback, max_dropped)
         _check_unseen(config, part, held_out, config["val_data_path"], engine.folder)
         return Sources(held_out.among(engine.models), votes.among(engine.models), None, config, dropped)
@@ -89,14 +89,15 @@ def of_files(
     costs: Catalog | None,
     max_dropped: float = MAX_DROPPED,
     columns: Mapping[str, str] | None = None,
+    csv_escape: str | None = None,
 ) -> Sources:
-    """The votes of these files, folders, globs or URIs, each read once. max_dropped, columns: as for ``votes.read``. Raises
-    ValueError where the two share prompts."""
-    table = vote_table(held_out, columns)
+    """The votes of these files, folders, globs or URIs, each read once. max_dropped, columns, csv_escape: as for
+    ``votes.read``. Raises ValueError where the two share prompts."""
+    table = vote_table(held_out, columns, csv_escape=csv_escape)
     votes, dropped = votes_of(table, engine.models, engine.feedback, max_dropped)
     if training is None:
         return Sources(votes, None, None, {}, dropped)
-    known_table = vote_table(training, columns)
+    known_table = vote_table(training, columns, csv_escape=csv_escape)
     known, _ = votes_of(known_table, engine.models, engine.feedback, max_dropped)
     check_apart(table.shown, votes, known)
     return Sources(votes, known, scores_of(engine, (table, votes), (known_table, known), costs), {}, dropped)

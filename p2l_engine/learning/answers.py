@@ -72,19 +72,23 @@ class LeftOut:
 
 
 def read_answers(
-    path: str | Path, models: tuple[str, ...], column: str | None = None, max_dropped: float = MAX_DROPPED
+    path: str | Path,
+    models: tuple[str, ...],
+    column: str | None = None,
+    max_dropped: float = MAX_DROPPED,
+    csv_escape: str | None = None,
 ) -> tuple[LoggedAnswers, LeftOut]:
     """The answers of these models in a table (parquet, csv, jsonl; a folder, glob or URI of such files), or in the folder of a
     log's export, and what was left out.
 
     A row of a table has a prompt, a model, completion_tokens (or output_tokens, tokens_out) and, if known, latency_s (or
     seconds, latency) in seconds. Of a log, answered decisions with a logged prompt and reported usage count; their seconds are
-    known where the first attempt answered. column: of the prompts. Raises ValueError where columns are missing, where more than
-    the share ``max_dropped`` of the rows is invalid, and where no row is left.
+    known where the first attempt answered. column: of the prompts. csv_escape: see ``tables.find.find_each``. Raises ValueError
+    where columns are missing, where more than the share ``max_dropped`` of the rows is invalid, and where no row is left.
     """
     folder, column = Path(path), "prompt" if column is None else column
     file = folder / DECISIONS if (folder / DECISIONS).is_file() else path
-    table = read_table(file, {column, "model", *TOKENS, *SECONDS, *OF_LOGS})
+    table = read_table(file, {column, "model", *TOKENS, *SECONDS, *OF_LOGS}, csv_escape=csv_escape)
     names = set(table.names)
     tokens, seconds = (next((name for name in given if name in names), None) for given in (TOKENS, SECONDS))
     missing = [name for name in (column, "model") if name not in names] + ([] if tokens else [TOKENS[0]])

@@ -17,7 +17,8 @@ from p2l_engine.strict_json import parsed
 from p2l_engine.tables import parquet
 from p2l_engine.tables.find import find
 from p2l_engine.tables.formats import kind_of
-from p2l_engine.tables.rows import listed, readable
+from p2l_engine.tables.partitions import with_columns
+from p2l_engine.tables.rows import Rows, listed, readable
 from p2l_engine.tables.whole import Table, read_table
 
 Int64 = npt.NDArray[np.int64]
@@ -32,7 +33,8 @@ def column_names(path: str | Path) -> list[str]:
     if kind_of(file.location.path) != "parquet":
         return list(read_table([path], ()).names)
     with readable(file):
-        return parquet.names_of(file)
+        names = parquet.names_of(file)
+    return [*names, *(name for name, _ in file.partitions if name not in names)]
 
 
 def read_columns(path: str | Path, names: Collection[str]) -> pa.Table:
@@ -44,7 +46,10 @@ def read_columns(path: str | Path, names: Collection[str]) -> pa.Table:
         parts = []
         for file in files:
             with readable(file):
-                parts.append(_plain(parquet.whole(file, names)))
+                part = _plain(parquet.whole(file, names))
+            if file.partitions:
+                part = with_columns(Rows(file, 0, [None] * len(part), part, 1.0), "", list(names)).kept
+            parts.append(part)
         try:
             table = pa.concat_tables(parts, promote_options="permissive")
         except pa.ArrowException as error:

@@ -107,18 +107,23 @@ def prompt_column(files: Sequence[File], column: str | PromptColumn | None, plai
 
 
 def read_prompts(
-    path: str | Path, column: str | None, also: Collection[str] = (), bare: bool = False
+    path: str | Path,
+    column: str | None,
+    also: Collection[str] = (),
+    bare: bool = False,
+    csv_escape: str | None = None,
 ) -> tuple[Table, PromptColumn]:
     """A table (see ``whole.read_table``) with the column of its prompts, see ``prompt_column``, and those of ``also`` that it
     has. bare: whether lines of jsonl may be prompts themselves. Where it has no such column, the table lacks it too."""
     wanted = PROMPT if column is None else column
-    table, where = read_table(path, (wanted, *also), wanted if bare else None), PromptColumn(wanted)
+    table = read_table(path, (wanted, *also), wanted if bare else None, csv_escape=csv_escape)
+    where = PromptColumn(wanted)
     if table.names and (wanted not in table.columns or _layouts_of((wanted,), requests=True)):
         names = {split_column(wanted, table.names)[0], "url", *(layout.column for layout in LAYOUTS)}
-        head = read_table(path, names, wanted if bare else None, heads=True)
+        head = read_table(path, names, wanted if bare else None, heads=True, csv_escape=csv_escape)
         where, line = recognise(table.names, lambda name: head.columns.get(name, ()), table.shown, column)
         if where.column not in table.columns:
-            table = read_table(path, (where.column, *also))
+            table = read_table(path, (where.column, *also), csv_escape=csv_escape)
         if line:
             logger.info("%s: %s", table.shown, line)
     return table, where

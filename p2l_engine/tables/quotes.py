@@ -23,7 +23,7 @@ def check_escape(sign: str | None) -> None:
         raise ValueError(f"csv_escape: expected one sign such as '\\', or '\"' for quotes that are doubled, got {sign!r}")
 
 
-class Misquoted(NamedTuple):
+class OddQuotes(NamedTuple):
     """Where quotes are not as expected: the row's number, from 0, without the header; what is wrong; and how the row begins."""
 
     row: int
@@ -52,7 +52,7 @@ class Unescaped:
         if length < size:
             pieces = [self._data[self._at :]]
             while length < size and (row := next(self._rows, None)) is not None:
-                if isinstance(row, Misquoted):
+                if isinstance(row, OddQuotes):
                     raise ValueError(f"{self._shown}: {row}")
                 pieces.append(self._doubled(row) if self._escape in row else row)
                 length += len(pieces[-1])
@@ -66,9 +66,9 @@ class Unescaped:
         return patterns.cell.sub(lambda cell: patterns.escaped.sub(_plain, cell[0]) if cell[0][:1] == b'"' else cell[0], row)
 
 
-def problem_of(stream: Any) -> Misquoted | None:
+def problem_of(stream: Any) -> OddQuotes | None:
     """The first of a file's rows whose quotes standard csv does not have."""
-    return next((row for row in _rows(stream, DOUBLED) if isinstance(row, Misquoted)), None)
+    return next((row for row in _rows(stream, DOUBLED) if isinstance(row, OddQuotes)), None)
 
 
 def _plain(escaped: re.Match[bytes]) -> bytes:
@@ -99,7 +99,7 @@ def _patterns(escape: str) -> _Patterns:
     )
 
 
-def _rows(stream: Any, escape: str) -> Iterator[bytes | Misquoted]:
+def _rows(stream: Any, escape: str) -> Iterator[bytes | OddQuotes]:
     """Each row with its line break; the last one may be a problem."""
     patterns = _patterns(escape)
     data, start, number, ended = b"", 0, -1, False  # number: of the header
@@ -126,9 +126,9 @@ def _rows(stream: Any, escape: str) -> Iterator[bytes | Misquoted]:
             return
 
 
-def _problem(data: bytes, start: int, end: int, number: int, is_open: bool) -> Misquoted:
+def _problem(data: bytes, start: int, end: int, number: int, is_open: bool) -> OddQuotes:
     text = data[start : start + 200].decode(errors="replace")
     if is_open:
-        return Misquoted(number, "a quote is not closed by the end of the file", text)
+        return OddQuotes(number, "a quote is not closed by the end of the file", text)
     closed = data[end : end + 1] == b'"'
-    return Misquoted(number, "more after a value's closing quote" if closed else "a quote within a value without quotes", text)
+    return OddQuotes(number, "more after a value's closing quote" if closed else "a quote within a value without quotes", text)

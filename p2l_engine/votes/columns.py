@@ -23,13 +23,15 @@ def vote_table(
     leave_out: Mapping[str, Sequence[Any]] | None = None,
     weighted: bool = True,
     also: Collection[str] = (),
+    csv_escape: str | None = None,
 ) -> Table:
     """The table of these files, under this project's names. The arguments are those of ``read``. also: other columns to keep,
     where the files have them."""
     unknown = sorted(set(columns or {}) - COLUMNS)
     if unknown:
         raise ValueError(f"columns: expected some of {', '.join(sorted(COLUMNS))}, got {', '.join(unknown)}")
-    table = read_table(path, {*COLUMNS, *(columns or {}).values(), *(leave_out or {}), *also}).with_numbers_as_text()
+    table = read_table(path, {*COLUMNS, *(columns or {}).values(), *(leave_out or {}), *also}, csv_escape=csv_escape)
+    table = table.with_numbers_as_text()
     for name, values in (leave_out or {}).items():
         table = _without(table, name, values)
     for ours, theirs in (columns or {}).items():

@@ -63,6 +63,7 @@ def read(
     weighted: bool = True,
     complete: bool = True,
     answers_once: bool = False,
+    csv_escape: str | None = None,
 ) -> tuple[Votes, Dropped]:
     """Votes of parquet, jsonl or csv files, folders and globs of them, URIs, a hub data set's name (its split ``train``), or
     several of these read as one, each file once; and which rows were skipped.
@@ -79,10 +80,11 @@ def read(
     values read values; bt skips ties. columns: the file's own name for some of the names above. leave_out: values of the
     file's columns; rows that have one are not read. weighted: False leaves the column weight out. complete: False takes scores
     of some models on some prompts too, see ``score_matrix``. answers_once: weighs votes that are made from scores, see
-    ``from_scores``. Raises ValueError if columns
-    are missing, if no row can be used, or if more than the share ``max_dropped`` of the rows cannot.
+    ``from_scores``. csv_escape: see ``tables.find.find_each``. Raises ValueError if columns are missing, if no
+    row can be used, or if more than the share ``max_dropped`` of the rows cannot.
     """
-    return votes_of(vote_table(path, columns, leave_out, weighted), models, feedback, max_dropped, complete, answers_once)
+    table = vote_table(path, columns, leave_out, weighted, csv_escape=csv_escape)
+    return votes_of(table, models, feedback, max_dropped, complete, answers_once)
 
 
 def votes_of(
