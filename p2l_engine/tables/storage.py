@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import fcntl
+import gzip
 import os
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -152,22 +154,33 @@ class File:
 
     @contextmanager
     def text(self) -> Iterator[tuple[Any, Any]]:
-        """A stream of the decompressed bytes, and the stream below it, whose position says how much of the file was read."""
-        compression = compression_of(self.location.path)
-        if self.location.is_local and compression is None:
-            with Path(self.location.path).open("rb") as plain:
-                yield plain, plain
-            return
-        import pyarrow as pa
-
+        """A stream of the decompressed bytes, and the stream below it, whose position says how much of the file was read.
+        Raises OSError, also while it is read."""
+        compression, location = compression_of(self.location.path), self.location
         if compression and not self.size:
-            raise pa.ArrowInvalid(f"expected a {compression} stream, got nothing")  # even one of no text has a header
-        with self.location.system.open_input_file(self.location.path) as raw:
-            yield (pa.CompressedInputStream(raw, compression) if compression else raw), raw
+            raise OSError(f"expected a {compression} stream, got nothing")  # even one of no text has a header
+        with Path(location.path).open("rb") if location.is_local else location.system.open_input_file(location.path) as raw:
+            if compression == "gzip":  # Python's reads several members, and zeros after the last, as tapes leave them
+                with _truncated(), gzip.GzipFile(fileobj=raw, mode="rb") as inner:
+                    yield inner, raw
+            elif compression:
+                import pyarrow as pa
+
+                yield pa.CompressedInputStream(raw, compression), raw
+            else:
+                yield raw, raw
 
     def share(self, stream: IO[bytes]) -> float:
         """How much of the file was read, 0 to 1."""
         return stream.tell() / self.size if self.size else 1.0
+
+
+@contextmanager
+def _truncated() -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, zlib.error) as error:
+        raise OSError(str(error)) from error
 
 
 @cache
