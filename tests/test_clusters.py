@@ -232,6 +232,41 @@ def test_spark_opens_the_output_as_it_is(spark, router, given, tmp_path):
         assert theta == pytest.approx(rows[1]["theta"], abs=1e-6)
 
 
+def test_csv_and_partitions_of_spark_are_read_as_they_were_written(spark, tmp_path):
+    """With quotes that a backslash escapes, its default, and folders that name columns."""
+    texts = [
+        'a "b"',
+        '"',
+        "\\",
+        'a\\"',
+        "C:\\new",
+        "C:\\\\x",
+        "x,\\",
+        'x,\\\\"y',
+        '"\n"',
+        '",',
+        "two\nlines",
+        "a\rb",
+        "",
+        None,
+        "é",
+        "'",
+        '""',
+    ]
+    places = ["en", None, "zh:Hans", "a/b", "100%", "x=y", "_u"]
+    rows = [(f"{i}", text, places[i % len(places)], i % 2) for i, text in enumerate(texts)]
+    frame = spark.createDataFrame(rows, "id string, prompt string, place string, _day int")
+    frame.write.partitionBy("place", "_day").csv(str(tmp_path / "csv"), header=True)
+    frame.write.partitionBy("place", "_day").parquet(str(tmp_path / "parquet"))
+    names = ["id", "prompt", "place", "_day"]
+    for folder in ("csv", "parquet"):
+        found = read_table(tmp_path / folder, names, csv_escape="\\").columns
+        read = sorted(zip(*(found[name] for name in names), strict=True), key=lambda row: int(row[0]))
+        assert read == [(number, text, place, f"{day}") for number, text, place, day in rows]
+    with pytest.raises(ValueError, match=r"row \d+: .*--csv-escape"):
+        read_table(tmp_path / "csv", names)
+
+
 @pytest.mark.parametrize("package", ["ray", "spark"])
 def test_the_example_in_the_docs_gives_the_routers_decisions(package, engine, request, tmp_path):
     request.getfixturevalue(package)  # the example uses the connection that is open
