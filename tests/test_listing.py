@@ -76,6 +76,34 @@ def test_spark_leaves_files_that_are_no_tables(tmp_path, caplog):
     assert caplog.text.strip().endswith(": part-0.csv.crc")
 
 
+@pytest.mark.parametrize("log", ["_delta_log", ".hoodie"])
+def test_a_table_with_a_log_of_its_own_is_named(log, tmp_path, caplog):
+    """Its folder has files that it no longer has."""
+    import fsspec
+
+    names = (f"lake/table/{log}/0.json", "lake/table/a.csv")
+    touch(*(tmp_path / name for name in names))
+    memory = fsspec.filesystem("memory")
+    for name in names:
+        memory.pipe(f"/{name}", b"prompt\n")
+    try:
+        for given in (
+            f"{tmp_path}/lake",
+            f"{tmp_path}/lake/table",
+            f"{tmp_path}/lake/*",
+            "memory://lake",
+            "memory://lake/table",
+        ):
+            caplog.clear()
+            assert len(find([given])) == 1
+            assert f"{given}: skipped, cannot be read: {log} (the log of a" in caplog.text
+        caplog.clear()
+        assert len(find([f"{tmp_path}/lake/table/*.csv"])) == len(find(["memory://lake/table/*.csv"])) == 1
+        assert not caplog.records
+    finally:
+        memory.rm("/lake", recursive=True)
+
+
 def test_names_that_look_like_globs_are_names_first(tmp_path):
     touch(
         *(

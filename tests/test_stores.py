@@ -176,7 +176,7 @@ def test_stores_without_package_or_network_are_refused_in_one_line(monkeypatch):
     fsspec.register_implementation("broken", Broken, clobber=True)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     for uri, message in (
-        ("broken://a/b.csv", "the store cannot be read: KeyError: 'no.*network'; check its package"),
+        ("broken://a/b.csv", "the store does not answer: KeyError: 'no.*network'; check its package"),
         ("nowhere://bucket/in.csv", "Protocol not known: nowhere; check its package, its credentials and the network"),
         ("abfs://c/x.csv", "write abfs://CONTAINER@ACCOUNT.dfs.core.windows.net/"),
         ("az://c/x.csv", "Install adlfs"),
@@ -187,6 +187,31 @@ def test_stores_without_package_or_network_are_refused_in_one_line(monkeypatch):
         assert str(refused.value).startswith(uri.removesuffix("?"))
         assert "\n" not in str(refused.value)
         assert len(str(refused.value)) < 600
+
+
+def test_outputs_in_stores_that_do_not_answer_are_refused_in_one_line(router, tmp_path):
+    import fsspec
+
+    class Closed(fsspec.AbstractFileSystem):
+        protocol = "closed"
+
+        def __getattribute__(self, name):
+            if name in ("info", "ls", "find", "makedirs", "open", "_open", "exists", "isdir", "mkdir", "rm"):
+                raise LookupError("no\ntoken")
+            return super().__getattribute__(name)
+
+    fsspec.register_implementation("closed", Closed, clobber=True)
+    given = write(tmp_path / "in.csv")
+    for output in ("closed://a/out", "abfs://c@account.dfs.core.windows.net/out"):
+        with pytest.raises((OSError, ValueError), match=f"{output.partition('//')[0]}.*the store does not answer: ") as refused:
+            run(router, BatchConfig([given], output, state=str(tmp_path / "state")))
+        assert "\n" not in str(refused.value)
+    place = Location.of("closed://a/out")
+    for use in (place.names, place.read, place.make_folder, place.remove, lambda: place.write(b"data")):
+        with pytest.raises(
+            OSError, match="closed://a/out: the store does not answer: LookupError: no token; check its package"
+        ):
+            use()
 
 
 def test_what_a_store_raises_while_it_is_read_is_one_line(tmp_path):

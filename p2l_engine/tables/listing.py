@@ -13,6 +13,11 @@ from p2l_engine.tables.storage import Location
 MAGIC = "*?["
 KINDS = ((stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"), (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"))
 
+LOGS = {
+    "_delta_log": "the log of a Delta table, whose deleted rows are read",
+    ".hoodie": "the log of a Hudi table, whose deleted rows are read",
+}
+
 State = frozenset[int]  # the parts of a pattern that may come next; their number where all have matched
 
 
@@ -105,6 +110,8 @@ def _walk(
     names = {entry.name for entry in here}
     for entry in here:
         after = _step(patterns, state, entry.name, names)
+        if entry.name in LOGS and len(patterns) in state:
+            yield Entry(os.path.abspath(entry.path), folders, problem=LOGS[entry.name])
         if not after:
             continue
         path = os.path.abspath(entry.path)
@@ -135,7 +142,10 @@ def _listed(location: Location, base: str, patterns: Sequence[str], state: State
         infos = location.system.get_file_info(fs.FileSelector(base, recursive=True, allow_not_found=True))
     for info in infos:
         names = tuple(info.path.removeprefix(base).strip("/").split("/"))
-        if info.type != fs.FileType.Directory and len(patterns) in _step(patterns, state_of(names[:-1]), names[-1], ()):
+        if info.type == fs.FileType.Directory:
+            if names[-1] in LOGS and len(patterns) in state_of(names[:-1]):
+                yield Entry(info.path, names[:-1], problem=LOGS[names[-1]])
+        elif len(patterns) in _step(patterns, state_of(names[:-1]), names[-1], ()):
             problem = None if info.type == fs.FileType.File else "neither a file nor a folder"
             yield Entry(info.path, names[:-1], int(info.size or 0), info.mtime_ns, problem)
 

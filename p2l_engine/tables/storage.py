@@ -7,7 +7,7 @@ import gzip
 import os
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -97,13 +97,14 @@ class Location:
         """Bytes by name of what is in a folder, sorted by name; a folder's size is 0."""
         from pyarrow import fs
 
-        infos = self.system.get_file_info(fs.FileSelector(self.path, allow_not_found=True))
+        with self._reached():
+            infos = self.system.get_file_info(fs.FileSelector(self.path, allow_not_found=True))
         return {info.base_name: int(info.size or 0) for info in sorted(infos, key=lambda info: info.base_name)}
 
     def read(self) -> bytes:
         if self.is_local:
             return Path(self.path).read_bytes()
-        with self.store.open_input_stream(self.path, compression=None) as stream:
+        with self._reached(), self.store.open_input_stream(self.path, compression=None) as stream:
             return bytes(stream.read())
 
     def write(self, data: bytes | memoryview) -> None:
@@ -111,7 +112,7 @@ class Location:
         if self.is_local:
             write_file(self.path, data)
             return
-        with self.store.open_output_stream(self.path, compression=None) as stream:
+        with self._reached(), self.store.open_output_stream(self.path, compression=None) as stream:
             stream.write(data)
 
     @contextmanager
@@ -130,10 +131,20 @@ class Location:
             os.close(folder)
 
     def make_folder(self) -> None:
-        self.system.create_dir(self.path, recursive=True)
+        with self._reached():
+            self.system.create_dir(self.path, recursive=True)
 
     def remove(self) -> None:
-        self.system.delete_file(self.path)
+        with self._reached():
+            self.system.delete_file(self.path)
+
+    def _reached(self) -> AbstractContextManager[None]:
+        """Raises OSError, of one line, where a store does not answer."""
+        if self.is_local:
+            return nullcontext()
+        from p2l_engine.tables.stores import reaching
+
+        return reaching(self.shown, OSError)
 
 
 @dataclass(frozen=True, slots=True)

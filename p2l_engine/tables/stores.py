@@ -56,12 +56,14 @@ def store_of(uri: str, literal: bool = False) -> tuple[Any, str]:
 
 
 @contextmanager
-def reaching(uri: str) -> Iterator[None]:
-    """Turns what a store raises where it cannot be read into a ValueError of one line. uri: as it is shown."""
+def reaching(uri: str, kind: type[Exception] = ValueError) -> Iterator[None]:
+    """Turns what a store raises where it does not answer into one line, of this kind of exception. uri: as it is shown."""
     try:
         yield
+    except FileNotFoundError:
+        raise
     except (OSError, ArrowException) as error:
-        raise ValueError(_refusal(uri, f"the store cannot be read: {_one_line(error)}")) from error
+        raise kind(_refusal(uri, f"the store does not answer: {_one_line(error)}")) from error
 
 
 def _encoded(uri: str, literal: bool) -> str:
