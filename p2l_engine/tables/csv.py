@@ -214,7 +214,7 @@ class _WithLastLine(io.RawIOBase):
         data = bytearray(self.held)
         while len(data) < size and (more := self.stream.read(size - len(data))):
             data += more
-            if self.watch is not None and SEEN in self.last + more:
+            if self.watch is not None and (SEEN in more or self.last + more[:1] == SEEN):
                 self.watch()
             self.last = more[-1:]
         rest = size - len(data)  # only at the end of the file; in the same piece, as Arrow needs a row beside the header

@@ -62,8 +62,15 @@ class Unescaped:
         return found
 
     def _doubled(self, row: bytes) -> bytes:
-        patterns = _patterns(self._escape.decode())
-        return patterns.cell.sub(lambda cell: patterns.escaped.sub(_plain, cell[0]) if cell[0][:1] == b'"' else cell[0], row)
+        escape = self._escape
+
+        def doubled(cell: re.Match[bytes]) -> bytes:
+            text = cell[0]
+            if text[:1] != b'"' or escape not in text:
+                return text
+            return escape.join(part.replace(escape + b'"', b'""') for part in text.split(2 * escape))
+
+        return _patterns(escape.decode()).cell.sub(doubled, row)
 
 
 def problem_of(stream: Any) -> OddQuotes | None:
@@ -71,18 +78,12 @@ def problem_of(stream: Any) -> OddQuotes | None:
     return next((row for row in _rows(stream, DOUBLED) if isinstance(row, OddQuotes)), None)
 
 
-def _plain(escaped: re.Match[bytes]) -> bytes:
-    return b'""' if escaped[0][1:] == b'"' else escaped[0][1:]
-
-
 class _Patterns(NamedTuple):
-    """Of the cells of a row up to its end or the first that is odd; of a cell; of one whose quote is not closed yet; of an
-    escaped quote or escape."""
+    """Of the cells of a row up to its end or the first that is odd; of a cell; of one whose quote is not closed yet."""
 
     cells: re.Pattern[bytes]
     cell: re.Pattern[bytes]
     begun: re.Pattern[bytes]
-    escaped: re.Pattern[bytes]
 
 
 @cache
@@ -95,7 +96,6 @@ def _patterns(escape: str) -> _Patterns:
         re.compile(rb"(?:%b)?+(?:,(?:%b)?+)*+" % (cell, cell), re.DOTALL),
         re.compile(rb"%b|%b" % (quoted, plain), re.DOTALL),
         re.compile(rb'"%b%b?\Z' % (inner, sign), re.DOTALL),
-        re.compile(rb'%b["%b]' % (sign, sign)),
     )
 
 
