@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -188,6 +189,23 @@ def test_every_command_refuses_the_same_files(command, checkpoint, tmp_path):
         done = run(*options, tmp_path / name, *more, *strict, checkpoint=checkpoint)
         assert done.status == 2
         assert message in done.message
+
+
+@pytest.mark.parametrize("command", slow_but(("route", "batch"), ["route", "frontier", "leaderboard", "strengths", "batch"]))
+def test_commands_read_quotes_that_a_backslash_escapes(command, checkpoint, tmp_path):
+    options = {"route": ["route", "--file"], "leaderboard": ["leaderboard", "--prompts"]}.get(command, [command])
+    more = ["--output", tmp_path / "out"] if command == "batch" else []
+    more += ["--bootstrap", 2] if command in ("leaderboard", "strengths") else []
+    (tmp_path / "a.csv").write_text('prompt,n\n"say \\"hi\\", C:\\\\",1\nb,2\n')
+    assert run(*options, tmp_path / "a.csv", *more, "--csv-escape", "\\", checkpoint=checkpoint).status == 0
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    shutil.rmtree(tmp_path / "out.run", ignore_errors=True)
+    done = run(*options, tmp_path / "a.csv", *more, checkpoint=checkpoint)
+    assert (done.status, "a.csv: row 0: more after a value's closing quote" in done.message) == (2, True)
+    assert "say --csv-escape '\\' if a backslash escapes quotes" in done.message
+    done = run(*options, "az://container/a.csv", *more, checkpoint=checkpoint)
+    assert (done.status, len(done.err.splitlines())) == (2, 1)
+    assert done.message.startswith("error: az://container/a.csv: ")
 
 
 @pytest.mark.parametrize("command", slow_but(("route", "frontier"), ["route", "frontier", "leaderboard", "strengths"]))
