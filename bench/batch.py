@@ -2,10 +2,12 @@
 
     python -m bench.batch --prompts ../shared/data/routing_scores_two_models.parquet --csv bench/results/batch_cpu.csv
     python -m bench.batch --short 1000000
+    OMP_NUM_THREADS=1 python -m bench.batch --spilled 10000000 --csv bench/results/batch_spilled_cpu.csv
 
 The first uses the default checkpoint. The second generates N prompts of a few tokens, nearly all different, and routes them
-with a backbone so small that the other stages dominate. Memory is the peak of the process less its memory with the model
-loaded.
+with a backbone so small that the other stages dominate. The third solves a budget over N rows, without and with caps on
+shares, from coefficients on disk, each in a process of its own. Memory is the peak of the process less its memory with the
+model loaded.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from bench import setting, subjects
+from bench import setting, spilled, subjects
+from bench.measure import apart
 from p2l_engine import Catalog, Engine, Router
 from p2l_engine.batch import BatchConfig, Report, run
 from p2l_engine.catalog import CatalogModel
@@ -108,20 +111,44 @@ def main() -> None:
     subject = parser.add_mutually_exclusive_group(required=True)
     subject.add_argument("--prompts", help="a file with a column prompt: route it with the default checkpoint")
     subject.add_argument("--short", type=setting.positive, metavar="N", help="route N short prompts with a tiny backbone")
+    subject.add_argument("--spilled", type=setting.positive, metavar="N", help="solve a budget over N rows from disk")
     parser.add_argument("--csv", type=Path, help="also write the rows here")
     arguments = parser.parse_args()
-    console = Console(stderr=True)
+    device = torch.device("cpu")
+    if arguments.spilled:
+        rows = [("rows", f"{arguments.spilled:,}"), ("models", str(spilled.MODELS))]
+        for shares, what in ((False, "a budget"), (True, "a budget and three caps on shares")):
+            figures = apart(spilled.solve_spilled, arguments.spilled, shares)
+            rows += [(f"{what}: {name}", f"{value:.3g}") for name, value in figures.items() if name != "gib"]
+    else:
+        rows, device = end_to_end(arguments.prompts, arguments.short)
+    machine = setting.setting(device)
+    table = Table(title=machine, title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+    if arguments.csv:
+        with arguments.csv.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(("figure", "value"))
+            writer.writerows((*rows, ("machine", machine)))
+
+
+def end_to_end(prompts: str | None, short: int | None) -> tuple[list[tuple[str, str]], torch.device]:
+    """The figures of a run of these prompts, or of so many short ones; and its device."""
     with tempfile.TemporaryDirectory() as work:
-        if arguments.prompts:
-            engine, prompts = Engine.from_pretrained(), arguments.prompts
+        if prompts is not None:
+            engine = Engine.from_pretrained()
             catalog = Catalog.from_yaml(engine.folder / "catalog.yaml")
         else:
-            device = torch.device("cpu")
+            device, prompts = torch.device("cpu"), str(Path(work) / "prompts.parquet")
             engine = Engine(subjects.checkpoint("tiny", 9, device, torch.float32), device)
-            engine.folder, engine.base, prompts = Path(work), Path(work), str(Path(work) / "prompts.parquet")
+            engine.folder, engine.base = Path(work), Path(work)
             catalog = Catalog(tuple(CatalogModel(name, 0.1 * (i + 1)) for i, name in enumerate(engine.models)))
-            short_prompts(arguments.short, Path(prompts))
-        report, backbone, gib = bench(Router(engine, catalog), prompts, console)
+            short_prompts(short or 0, Path(prompts))
+        report, backbone, gib = bench(Router(engine, catalog), prompts, Console(stderr=True))
     whole = report.seconds["all"]
     rows = [
         ("rows", f"{report.rows:,}"),
@@ -135,17 +162,7 @@ def main() -> None:
         ("GiB beyond the model", f"{gib:.2f}"),
         *((f"seconds {stage} (stages overlap)", f"{took:.1f}") for stage, took in report.seconds.items() if stage != "all"),
     ]
-    table = Table(title=setting.setting(engine.device), title_justify="left", show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
-    if arguments.csv:
-        with arguments.csv.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(("figure", "value"))
-            writer.writerows((*rows, ("machine", setting.setting(engine.device))))
+    return rows, engine.device
 
 
 if __name__ == "__main__":

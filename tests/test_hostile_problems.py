@@ -545,6 +545,26 @@ class TestSiftingThatDoesNotConverge:
         assert sizes.count(n) == 1
         assert sum(sizes) <= 3 * n + 10 * dual.OPEN
 
+    def test_a_batch_that_is_too_large_for_highs_is_refused(self, rng, monkeypatch):
+        sizes, real = [], highs.solve_block
+
+        def counted(v, *rest, **named):
+            sizes.append(len(v))
+            return real(v, *rest, **named)
+
+        monkeypatch.setattr(highs, "solve_block", counted)
+        monkeypatch.setattr(dual, "VALUE_ROUNDING", 0.0)
+        monkeypatch.setattr(dual, "LARGEST", 5 * 4000)
+        sift = dual.solve
+        monkeypatch.setattr(dual, "solve", lambda *given: sift(*given, gap=-1.0))
+        with pytest.raises(
+            SolverError, match="6,000 prompts are too many for HiGHS on the whole LP: loosen a bound"
+        ) as refused:
+            solve(self.problem(rng, 6000))
+        assert refused.value.gap < 1e-6
+        assert max(sizes) <= 4000
+        assert solve(self.problem(rng, 3000)).solver == "highs"
+
     def test_a_time_limit_is_no_reason_for_highs(self, rng):
         with pytest.raises(SolverError, match="time limit"):
             solve(self.problem(rng), time_limit=0.0)

@@ -89,7 +89,7 @@ def equal_prompts(batch: Batch) -> Groups | None:
     """
     m = batch.values.shape[1]
     rng = np.random.default_rng(m)
-    keys, start = [], 0
+    keys, start = np.empty(len(batch)), 0
     mixers = rng.normal(size=(2 + len(batch.rows), m))
     for v in batch.values.chunks():
         some = slice(start, start + len(v))
@@ -99,11 +99,11 @@ def equal_prompts(batch: Batch) -> Groups | None:
         for mixer, row in zip(mixers[2:], batch.rows, strict=True):
             if not row.row.shared:
                 key = key + row.row.of(some).amounts @ mixer
-        keys.append(key)
+        keys[some] = key
         start += len(v)
-    _, first, group, sizes = np.unique(np.concatenate(keys), return_index=True, return_inverse=True, return_counts=True)
-    if len(first) > len(batch) / 2:
+    if _distinct(keys) > len(batch) / 2:
         return None
+    _, first, group, sizes = np.unique(keys, return_index=True, return_inverse=True, return_counts=True)
     # Keys may collide: check that equal keys are equal prompts.
     start = 0
     for v in batch.values.chunks():
@@ -117,3 +117,9 @@ def equal_prompts(batch: Batch) -> Groups | None:
             return None
         start += len(v)
     return Groups(first, sizes.astype(np.float64), group)
+
+
+def _distinct(keys: Float64) -> int:
+    """How many different numbers there are."""
+    ordered = np.sort(keys)
+    return int(np.count_nonzero(ordered[1:] != ordered[:-1])) + min(len(keys), 1)

@@ -42,6 +42,7 @@ ROUNDING = 1e-9  # relative: how far a row may be exceeded before its penalty ri
 ROUNDS = 40
 PENALTY = 10.0  # the first penalty of exceeding a row by what its bound leaves, in units of the values' range
 OPEN = 1500  # prompts of an LP: HiGHS takes tenths of a second, and its time grows faster than their number
+LARGEST = 1 << 24  # prompts times models of an LP that HiGHS may be given: gigabytes, and an hour
 SHRINK = 3  # the factor by which the window shrinks
 NOISE = 1e-7  # of the values' range: breaks ties between models that many prompts value alike
 LEEWAY = 4.0  # open prompts keep the models within this multiple of the window's largest lead
@@ -120,7 +121,8 @@ def price(batch: Batch, prices: Float64, noise: float = 0.0, weight: float = 1.0
     amounts beyond the least."""
     priced = [(p, row) for p, row in zip(prices, batch.rows, strict=True) if p]
     shared = sum((p * (row.row.amounts - row.base) for p, row in priced if row.row.shared), np.zeros(batch.values.shape[1]))
-    parts, start = [], 0
+    best, reduced, most, lead = np.empty(len(batch), np.int32), *(np.empty(len(batch)) for _ in range(3))
+    start = 0
     for v in batch.values.chunks():
         some = slice(start, start + len(v))
         if weight != 1.0:
@@ -129,14 +131,13 @@ def price(batch: Batch, prices: Float64, noise: float = 0.0, weight: float = 1.0
             if not row.row.shared:
                 v = v - p * row.amounts(some)
         usable = None if batch.usable is None else np.ascontiguousarray(batch.usable[some])
-        best, reduced, most, lead = native.best_models(v, shared, usable, start, noise)
+        best[some], reduced[some], most[some], lead[some] = native.best_models(v, shared, usable, start, noise)
         for p, row in priced:
             if row.row.shared and len(row.least) > 1:
                 above = p * (row.least[some] - row.base)
-                reduced, most = reduced + above, most + above
-        parts.append((best, reduced, most, lead))
+                reduced[some] += above
+                most[some] += above
         start += len(v)
-    best, reduced, most, lead = (np.concatenate(column) for column in zip(*parts, strict=True))
     return Priced(best, reduced, most, lead)
 
 
@@ -168,8 +169,8 @@ def _sift(batch: Batch, deadline: float, gap: float, rounds: int) -> tuple[Found
                 if penalty > largest:
                     break
                 penalty *= 100
-            elif len(found.open) == n and not noise:  # an LP of the whole batch has no better one to follow
-                break
+            elif (len(found.open) == n and not noise) or 2 * limit * batch.values.shape[1] > LARGEST:
+                break  # an LP of the whole batch has no better one to follow
             window, limit, noise = min(n, 2 * window), 2 * limit, (noise / 10 if 2 * limit < n else 0.0)
         else:
             # Infeasible: widen the window, or raise the penalty if it is whole. Feasible: shrink it.

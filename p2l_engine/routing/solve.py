@@ -32,7 +32,7 @@ def solve(problem: Problem, solver: Solver = "auto", time_limit: float | None = 
     - ``frontier``: at most one row for each prompt; the upper concave hull, in C (paper, (6));
     - ``dual``: only rows over the batch. One row: the steps along all prompts' hulls by falling slope until it is used up,
       exact; several: sifting on the dual prices, to a proven ``gap`` of 1e-9. Where rounding keeps the gap open, the answer is
-      that of ``highs``, and ``why`` says so;
+      that of ``highs``, and ``why`` says so, or beyond 16 million prompts times models, SolverError;
     - ``highs``: several rows for each prompt, or rows of both scopes; HiGHS. It takes every other problem too.
 
     A policy's cost exceeds its budget by one rounding at most, whatever the solver (``rounding``); an LP's policies keep other
@@ -166,6 +166,10 @@ def _dual(problem: Problem, why: str, time_limit: float | None) -> Policies:
     except TimeLimit:
         raise
     except SolverError as error:
+        n, m = problem.values.shape
+        if n is not None and n * m > dual.LARGEST:
+            too_many = f"{n:,} prompts are too many for HiGHS on the whole LP: loosen a bound a little, or route fewer at once"
+            raise SolverError(f"{error}; {too_many}", error.gap) from error
         left = None if time_limit is None else time_limit - (time.monotonic() - begun)
         return _highs(problem, f"{why}; sifting did not converge ({error}): HiGHS on the whole LP", left)
     return _measured(problem, found.indices, found.probabilities, "dual", why, _prices(rows, found.prices), found.gap)

@@ -1,0 +1,61 @@
+"""A budget and shares over millions of rows, solved from coefficients on disk. Part of python -m bench.batch.
+
+The coefficients, the budget and the caps on shares are those of ``batch_budgets``, for ten models; all rows differ.
+"""
+
+from __future__ import annotations
+
+import resource
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bench import batch_budgets, subjects
+from p2l_engine import Catalog, Engine, Router
+from p2l_engine.batch.config import ROWS_PER_PART
+from p2l_engine.batch.decide import Decider, SpilledWinRates
+from p2l_engine.batch.deduplicator import BLOCK_STRIDE
+from p2l_engine.batch.spill import Spill
+from p2l_engine.catalog import CatalogModel
+from p2l_engine.constraints import Constraints
+
+MODELS = 10
+
+
+def solve_spilled(rows: int, shares: bool) -> dict[str, float]:
+    """Seconds, CPU seconds and memory of one solution, in this process. shares: whether it has caps beside the budget."""
+    with tempfile.TemporaryDirectory() as folder:
+        return _solve(rows, shares, Path(folder))
+
+
+def _solve(rows: int, shares: bool, folder: Path) -> dict[str, float]:
+    device = torch.device("cpu")
+    engine = Engine(subjects.checkpoint("tiny", MODELS, device, torch.float32), device)
+    costs = batch_budgets.model_costs(MODELS)
+    router = Router(engine, Catalog(tuple(CatalogModel(n, float(c)) for n, c in zip(engine.models, costs, strict=True))))
+    spill = Spill(folder, engine.width)
+    _, budget, caps = batch_budgets.rows_of(MODELS)
+    most = {engine.models[int(cap.models)]: cap.at_most for cap in caps} if shares else {}
+    references = []
+    for block, first in enumerate(range(0, rows, ROWS_PER_PART)):
+        n = min(ROWS_PER_PART, rows - first)
+        outputs = np.zeros((n, engine.width), np.float32)
+        outputs[:, :MODELS] = batch_budgets.coefficients(n, MODELS, seed=block)
+        spill.write(block, outputs)
+        references.append(block * BLOCK_STRIDE + np.arange(n))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    start, cpu = time.perf_counter(), time.process_time()
+    solved = router.solve(SpilledWinRates(Decider(router, spill.take), references), Constraints(budget, "batch", most))
+    seconds, used = time.perf_counter() - start, time.process_time() - cpu
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {
+        "seconds": seconds,
+        "CPU seconds": used,
+        "GiB at most": after,
+        "bytes a row beyond the model": (after - before) * 2**30 / rows,
+        "GiB of coefficients on disk": rows * engine.width * 4 / 2**30,
+        "gap": float(solved.gap),
+    }
