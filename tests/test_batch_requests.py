@@ -16,6 +16,7 @@ from p2l_engine.batch.requests import endpoint, request_body
 from p2l_engine.catalog import CatalogModel
 from tests.support.batch_files import PROMPTS, contents, output, write
 from tests.support.catalogs import catalog
+from tests.support.layouts import LAYOUTS, TALKS, WRITERS, chat
 
 OPTIONS = {"split_by": "model", "write_as": "openai-batch", "rows_per_part": 32}
 
@@ -140,6 +141,10 @@ USER, SYSTEM, ANSWER = ({"role": role, "content": role[0]} for role in ("user", 
 IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
 
 
+def anthropic(**more):
+    return {"model": "m", "max_tokens": 9, "system": "s", "messages": [USER], "stop_sequences": ["x"], **more}
+
+
 def of_user(*parts):
     return [{"role": "user", "content": list(parts)}]
 
@@ -149,10 +154,11 @@ def of_user(*parts):
     [
         ("u", [USER]),
         (["u", "v"], [USER, {"role": "user", "content": "v"}]),
-        ('["u"]', [USER]),
+        ('["u"]', [{"role": "user", "content": '["u"]'}]),  # text that is no list for its reader
+        ('{"messages": 1}', [{"role": "user", "content": '{"messages": 1}'}]),
         ([SYSTEM, USER], [SYSTEM, USER]),
         ([USER, ANSWER, USER, ANSWER], [USER, ANSWER, USER]),
-        ('[{"role": "user", "content": "u", "num_tokens": 3}]', [USER]),
+        ([{"role": "user", "content": "u", "num_tokens": 3}], [USER]),
         ([{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}], [USER]),
         ([{"from": "system", "value": "s"}, {"from": "human", "value": "u"}], [SYSTEM, USER]),
         (of_user({"type": "text", "text": "u", "image": None, "mimeType": ""}), of_user({"type": "text", "text": "u"})),
@@ -161,7 +167,7 @@ def of_user(*parts):
     ],
 )
 def test_a_body_is_made_of_the_conversation(prompt, messages):
-    turns = ["u"] if isinstance(prompt, str) else [item for item in prompt if isinstance(item, str)]
+    turns = [prompt] if isinstance(prompt, str) else [item for item in prompt if isinstance(item, str)]
     body = request_body(prompt, turns)
     assert body == {"messages": messages}
     assert endpoint(body) == "/v1/chat/completions"
@@ -172,8 +178,8 @@ def test_a_body_is_made_of_the_conversation(prompt, messages):
     [
         ([{"role": "user", "content": [{"type": "tool_result", "content": "x"}]}], "message 0: part 0: .* got 'tool_result'"),
         ([{"from": "narrator", "value": "x"}], "message 0: expected a role of human, gpt"),
-        ({"prompt": "x"}, "body: expected messages or input, got 'prompt'"),
-        ({}, "body: expected messages or input, got nothing"),
+        (anthropic(tools=[]), "Anthropic's API: expected model, system, .* got tools, which OpenAI's has not"),
+        (anthropic(messages=[USER, ANSWER]), "expected the user's message at its end"),
     ],
 )
 def test_what_is_no_request_says_why(prompt, message):
@@ -188,13 +194,48 @@ JSON = st.recursive(
 )
 
 
-@given(st.dictionaries(st.text(max_size=6), JSON, max_size=3), st.sampled_from(["messages", "input"]), JSON, st.booleans())
-def test_a_request_stays_as_it_is(more, key, value, as_text):
+@given(st.dictionaries(st.text(max_size=6), JSON, max_size=3), st.sampled_from(["messages", "input"]), JSON)
+def test_a_request_stays_as_it_is(more, key, value):
     body = {**more, key: value}
-    given = json.dumps(body) if as_text else body
-    assert json.dumps(request_body(given, ["u"])) == json.dumps(body)
+    assert json.dumps(request_body(body, ["u"])) == json.dumps(body)
     if value is not None:
-        assert request_body(given, ["u"], with_nulls=False) == without_nulls(body)
+        assert request_body(body, ["u"], with_nulls=False) == without_nulls(body)
+
+
+def test_a_request_of_anthropics_is_one_of_openais():
+    parts = of_user({"type": "text", "text": "u", "cache_control": {"type": "ephemeral"}})
+    assert request_body(anthropic(temperature=0.5, messages=parts), ["u"]) == {
+        "messages": [{"role": "system", "content": "s"}, *of_user({"type": "text", "text": "u"})],
+        "max_tokens": 9,
+        "stop": ["x"],
+        "temperature": 0.5,
+    }
+
+
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+@pytest.mark.parametrize("name", ["in.jsonl", "in.csv", "arrow.parquet", "text.parquet", "polars.parquet"])
+def test_a_file_of_each_layout_becomes_requests_of_its_conversations(name, layout, router, tmp_path):
+    row_of, _ = LAYOUTS[layout]
+    rows = [row_of(talk, i) for i, talk in enumerate(TALKS)]
+    WRITERS[name](tmp_path / name, rows)
+    run(router, BatchConfig([str(tmp_path / name)], str(tmp_path / "out"), **OPTIONS))
+    files = requests(tmp_path / "out")
+    errors = files.pop("errors-000000.jsonl", [])
+    found = {line["custom_id"]: line for lines in files.values() for line in lines}
+    if layout == "anthropic":
+        assert ["'tool_use'" in line["error"] for line in errors] == [True] * 3
+        return
+    assert not errors
+    for i, (row, talk) in enumerate(zip(rows, TALKS, strict=True)):
+        line = found[f"r{i}" if "custom_id" in row else f"{name}:{i}"]
+        model = line["body"].pop("model")
+        if "custom_id" in row:
+            assert line["url"] == row["url"]
+            assert line["body"] == {key: value for key, value in row["body"].items() if key != "model"}
+        else:
+            parted = layout in ("blocks", "arena")
+            assert line["body"] == {"messages": chat(talk, parted)}
+        assert any(model in name for name in files)
 
 
 def without_nulls(value):

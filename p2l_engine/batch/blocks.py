@@ -22,7 +22,7 @@ from p2l_engine.tables.layouts import PromptColumn, prompt_column
 from p2l_engine.tables.nested import object_of
 from p2l_engine.tables.rows import InvalidRow
 from p2l_engine.tables.storage import File
-from p2l_engine.tables.turns import OF_REQUESTS
+from p2l_engine.tables.turns import listed_in
 
 AS_IT_IS = PromptColumn()  # a cell that is the prompt
 LETTERS = 32 << 20  # of a block's prompts, beyond which it ends early
@@ -115,7 +115,7 @@ def blocks(
             if i in record_batch.problems:
                 problems[len(prompts)] = Unroutable(record_batch.problems[i], f"{file.shown}: row {record_batch.first + i}")
             if requests:
-                body, problem = _body(record_batch.file, where, cell, turns)
+                body, problem = _body(file, where, cell, turns, plain_text)
                 found.append(body)
                 if problem is not None:
                     problems.setdefault(len(prompts), Unroutable(problem, f"{file.shown}: row {record_batch.first + i}"))
@@ -147,13 +147,16 @@ def turns_of(cell: Any, plain_text: bool = False, where: PromptColumn = AS_IT_IS
         return Unroutable(str(error))
 
 
-def _body(file: File, where: PromptColumn, cell: Any, turns: RowTurns) -> tuple[str | None, str | None]:
+def _body(file: File, where: PromptColumn, cell: Any, turns: RowTurns, plain_text: bool) -> tuple[str | None, str | None]:
     """The body of a row's request as JSON, or why it has none."""
     if isinstance(turns, Unroutable):
         return None, None
     try:
-        prompt = object_of(cell) if where.path in OF_REQUESTS else where.value(cell)
-        return json_text(request_body(prompt, turns, with_nulls=kind_of(file.location.path) != "parquet")), None
+        prompt = object_of(cell) if where.of_requests else where.value(cell)
+        if isinstance(prompt, str) and not plain_text:
+            prompt = listed_in(prompt) or prompt
+        with_nulls = isinstance(cell, str) or kind_of(file.location.path) != "parquet"
+        return json_text(request_body(prompt, turns, with_nulls)), None
     except ValueError as error:
         return None, f"prompt: {error}"
 

@@ -56,6 +56,11 @@ class PromptColumn:
         """As ``--column`` names it."""
         return f"{self.column}.{self.path}" if self.path else self.column
 
+    @property
+    def of_requests(self) -> bool:
+        """Whether the cells of ``column`` are requests' bodies: also where a path within them was named."""
+        return self.cells == "requests" or (self.path in OF_REQUESTS and bool(_layouts_of((self.column,), requests=True)))
+
     def value(self, cell: Any) -> Any:
         """What a cell of ``column`` has as its prompt: text, a list, or a request's body. Raises ValueError."""
         if cell is None or (self.cells == "prompts" and not self.path):

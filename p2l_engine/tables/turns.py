@@ -64,7 +64,7 @@ def _of_request(body: Mapping[str, Any]) -> tuple[str, ...]:
     """As the server: without what agents put in, and where the user says nothing, the instructions."""
     reader = TurnsAlone()
     try:
-        request: dict[str, Any] = _without_nulls(body)
+        request: dict[str, Any] = without_nulls(body)
         shaped_like(request).read(reader, request)
     except BadRequest as error:
         raise PromptError(0, error.message) from None
@@ -97,7 +97,7 @@ def _message(message: Mapping[str, Any], place: int, as_served: bool) -> Mapping
         content = [content]
     if not isinstance(content, list):
         return {"role": "user", "content": content}
-    parts = [_without_nulls(part) for part in content]
+    parts = [without_nulls(part) for part in content]
     if not as_served or all(isinstance(part, Mapping) and part.get("type", "text") == "text" for part in parts):
         return {"role": "user", "content": [_as_text(part) for part in parts]}
     try:
@@ -123,9 +123,9 @@ def _is_part(item: Mapping[str, Any]) -> bool:
     return item.get("type") in PARTS and item.get("role") is None and item.get("from") is None
 
 
-def _without_nulls(value: Any) -> Any:
+def without_nulls(value: Any) -> Any:
     """Without the nulls that a column's common type puts where an object lacks a key; the pairs of maps as dicts."""
     value = as_object(value)
     if isinstance(value, Mapping):
-        return {name: _without_nulls(inner) for name, inner in value.items() if inner is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+        return {name: without_nulls(inner) for name, inner in value.items() if inner is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
