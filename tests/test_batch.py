@@ -175,11 +175,11 @@ def test_csv_values_are_written_back_unchanged(router, tmp_path):
     assert "UTF-8" in rows[4]["error"]
 
 
-def test_files_without_rows_give_no_parts(router, tmp_path):
+def test_files_without_rows_give_a_part_without_rows(router, tmp_path):
     for name, text in (("in.jsonl", ""), ("in.csv", "prompt\n")):
         (tmp_path / name).write_text(text)
         report = run(router, BatchConfig([str(tmp_path / name)], str(tmp_path / f"{name}-out")))
-        assert (report.rows, report.parts) == (0, 0)
+        assert (report.rows, report.parts) == (0, 1)
         assert manifest(tmp_path / f"{name}-out")["complete"]
     (tmp_path / "void.csv").write_text("")
     with pytest.raises(ValueError, match="void.csv: "):

@@ -200,6 +200,36 @@ def test_parts_of_parquet_hold_no_float16_which_spark_cannot_read():
         assert read.schema.metadata[b"key"] == b"value"
 
 
+def test_kept_columns_that_spark_cannot_read_are_named(router, tmp_path, caplog):
+    table = pa.table({"prompt": ["x"], "fine": pa.array([1], pa.timestamp("us")), "at": pa.array([1], pa.timestamp("ns"))})
+    table = table.append_column("deep", pa.array([[{"t": None}]], pa.list_(pa.struct([("t", pa.time32("s"))]))))
+    pq.write_table(table, tmp_path / "in.parquet")
+    for name in ("parquet", "jsonl"):
+        with caplog.at_level("INFO"):
+            run(router, BatchConfig([str(tmp_path / "in.parquet")], str(tmp_path / name), format=name))
+        said = "Spark reads from no parquet, with --format jsonl as text: at (timestamp[ns]), deep (list<" in caplog.text
+        assert said == (name == "parquet")
+        caplog.clear()
+
+
+@pytest.mark.parametrize("scope", ["prompt", "batch"])
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_a_run_of_no_rows_has_a_file_with_its_columns(name, scope, router, tmp_path):
+    """Readers of a folder without files fail, so that a pipeline would on the first day without rows."""
+    pq.write_table(pa.table({"id": pa.array([], pa.int64()), "prompt": pa.array([], pa.string())}), tmp_path / "in.parquet")
+    options = {"format": name, "coefficients": "float32", "budget": 1.5, "budget_scope": scope}
+    config = BatchConfig([str(tmp_path / "in.parquet")], str(tmp_path / "out"), **options)
+    report = run(router, config)
+    assert (report.rows, report.routed, report.parts) == (0, 0, 1)
+    (part,) = (tmp_path / "out").glob("part-*")
+    if name == "jsonl":
+        assert part.read_bytes() == b""
+    else:
+        found = pl.read_csv(part) if name == "csv" else pl.read_parquet(f"{tmp_path}/out/")
+        assert (found.columns, len(found)) == (["id", *OWN], 0)
+    assert run(router, config).parts == 1
+
+
 def test_kept_columns_that_a_format_cannot_hold_are_refused_by_name():
     for kind in (pa.binary(), pa.map_(pa.string(), pa.int64()), pa.duration("s"), pa.list_(pa.struct([("x", pa.binary())]))):
         schema = pa.schema([("fine", pa.int64()), ("odd", kind)])

@@ -58,7 +58,7 @@ class _Stream:
 
 
 def pieces(rows: int, kept: pa.Table) -> Iterator[slice]:
-    """The rows of a block in slices whose kept columns have about ``BYTES`` at most."""
+    """The rows of a block in slices whose kept columns have about ``BYTES`` at most; one slice where there are no rows."""
     at_once = max(1, -(-rows // max(1, -(-kept.nbytes // BYTES))))
-    for first in range(0, rows, at_once):
+    for first in range(0, max(rows, 1), at_once):
         yield slice(first, first + at_once)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -96,6 +96,27 @@ def check_format(format_name: FormatName, schema: pa.Schema) -> None:
                 f"column {field.name!r}: {error} cannot be written as {format_name}: choose the columns to keep with --keep, "
                 "or --format parquet"
             ) from None
+
+
+def not_for_spark(schema: pa.Schema) -> list[str]:
+    """The columns, with their types, of which Spark 4 opens no parquet; one of them keeps it from opening the whole file."""
+    return [f"{field.name} ({field.type})" for field in schema if any(map(_not_for_spark, _leaves(field.type)))]
+
+
+def _not_for_spark(kind: pa.DataType) -> bool:
+    types = pa.types
+    return bool(types.is_time(kind) or types.is_decimal256(kind) or (types.is_timestamp(kind) and kind.unit == "ns"))
+
+
+def _leaves(kind: pa.DataType) -> Iterator[pa.DataType]:
+    """The types of the values within a type."""
+    if pa.types.is_dictionary(kind):
+        yield from _leaves(kind.value_type)
+    elif pa.types.is_nested(kind):
+        for i in range(kind.num_fields):
+            yield from _leaves(kind.field(i).type)
+    else:
+        yield kind
 
 
 def _parquet(table: pa.Table, metadata: Metadata) -> memoryview:

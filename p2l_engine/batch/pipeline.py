@@ -25,7 +25,7 @@ from p2l_engine.batch.config import BatchConfig
 from p2l_engine.batch.decide import Decider, SpilledWinRates, as_texts
 from p2l_engine.batch.deduplicator import NO_REFERENCE, DeduplicatedBlock, Deduplicator
 from p2l_engine.batch.job import Job
-from p2l_engine.batch.output import PartFiles, TableWriter, check_format
+from p2l_engine.batch.output import PartFiles, TableWriter, check_format, not_for_spark
 from p2l_engine.batch.report import Recorder, Report
 from p2l_engine.batch.request_files import RequestWriter
 from p2l_engine.batch.sources import SOURCE_COLUMNS, source_columns
@@ -82,8 +82,7 @@ class Pipeline:
         per_prompt = config.budget if config.budget_scope == "prompt" else None
         self.decider = Decider(router, spill.take, per_prompt, config.price, config.coefficients, config.constraints)
         self.recorder = Recorder()
-        if config.coefficients == "float16" and config.format == "parquet":
-            logger.info("coefficients: rounded to float16 and written as float32, since Spark reads no float16")
+        self._check_columns(job.schema)
         self._files = PartFiles(job.output, parts_to_keep)
         self.written = self._files.written  # bytes of the parts
         self.writer: TableWriter | RequestWriter = (
@@ -169,8 +168,6 @@ class Pipeline:
             yield deduplicated
 
     def _check(self, block: Block) -> None:
-        self._check_names(block.kept.column_names)
-        check_format(self.config.format, block.kept.schema)
         if self.config.draw is not None and self.config.draw not in block.kept.column_names:
             raise ValueError(
                 f"draw: expected one of the columns {', '.join(block.kept.column_names)}, got {self.config.draw!r}"
@@ -181,16 +178,24 @@ class Pipeline:
                 if problem is not None:
                     raise ValueError(f"{problem.where}: {problem.why}")
 
-    def _check_names(self, kept: Sequence[str]) -> None:
-        """Refuses kept columns named like the output's own: capital letters tell no columns apart in Spark and DuckDB."""
+    def _check_columns(self, kept: pa.Schema) -> None:
+        """Refuses kept columns that the format cannot hold, and those named like the output's own: capital letters tell no
+        columns apart in Spark and DuckDB. Says which columns Spark cannot read."""
+        check_format(self.config.format, kept)
         own = (*self.decider.columns, *(SOURCE_COLUMNS if self.config.source else ()))
-        taken = [name for name in kept if name.casefold() in own]
+        taken = [name for name in kept.names if name.casefold() in own]
         if taken:
             source = any(name.casefold() in SOURCE_COLUMNS for name in taken)
             raise ValueError(
                 f"keep: the output has columns of its own named {', '.join(taken)}: name the ones to keep, or none (--keep '')"
                 + ("; --no-source leaves out source_file and source_row" if source else "")
             )
+        if self.config.format == "parquet" and self.config.write_as is None:
+            if self.config.coefficients == "float16":
+                logger.info("coefficients: rounded to float16 and written as float32, since Spark reads no float16")
+            unread = not_for_spark(kept)
+            if unread:
+                logger.info("kept columns that Spark reads from no parquet, with --format jsonl as text: %s", ", ".join(unread))
 
     def _submit(self, writer: ThreadPoolExecutor) -> None:
         """Gives blocks to the writer in order, so that the coefficients of repeated prompts, in earlier blocks, are on disk."""
@@ -275,6 +280,9 @@ class Pipeline:
 
     def finish(self) -> None:
         """Every block was decided."""
+        if not self.written and self.config.write_as is None:  # a folder without files opens nowhere
+            nothing = Block(0, 0, [], self.job.schema.empty_table())
+            self._write(DeduplicatedBlock(nothing, [], np.zeros(0, np.int64), ""))
         with self.recorder.timed("writing"):
             self.writer.finish()
             self._files.finish()
