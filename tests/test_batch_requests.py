@@ -202,6 +202,16 @@ def test_a_request_stays_as_it_is(more, key, value):
         assert request_body(body, ["u"], with_nulls=False) == without_nulls(body)
 
 
+def test_what_utf_8_has_not_stays_escaped(router, tmp_path):
+    """The body's other texts may have it, its user turns may not."""
+    body = '{"messages": [{"role": "system", "content": "\\ud800 é"}, {"role": "user", "content": "é"}], "seed": 1}'
+    line = '{"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": BODY}\n'.replace("BODY", body)
+    (tmp_path / "in.jsonl").write_text(line, encoding="utf-8")
+    run(router, BatchConfig([str(tmp_path / "in.jsonl")], str(tmp_path / "out"), **OPTIONS))
+    ((found,),) = requests(tmp_path / "out").values()
+    assert found["body"] == json.loads(body) | {"model": found["body"]["model"]}
+
+
 def test_a_request_of_anthropics_is_one_of_openais():
     parts = of_user({"type": "text", "text": "u", "cache_control": {"type": "ephemeral"}})
     assert request_body(anthropic(temperature=0.5, messages=parts), ["u"]) == {

@@ -8,11 +8,19 @@ from typing import Any
 
 
 def json_text(value: Any) -> str:
-    """A value as JSON, numbers that are not finite as null."""
+    """A value as JSON: numbers that are not finite as null, and halves of characters (lone surrogates), which UTF-8 has not, as
+    they are escaped in JSON."""
     try:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     except ValueError:
-        return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False)
+        return json_text(_finite(value))
+    if text.isascii():
+        return text
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value)
+    return text
 
 
 def _finite(value: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
-import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -33,12 +33,10 @@ class RequestWriter:
     """
 
     def __init__(self, files: PartFiles, folder: Path, models: Mapping[str, str], sources: Mapping[str, str]) -> None:
-        self._files, self._folder, self._models, self._sources = files, folder / "requests", models, sources
+        self._files, self._folder, self._models, self._sources = files, folder, models, sources
         self._open: dict[tuple[str | None, str], _Begun] = {}  # by model and the API's path
         self._numbers: dict[str | None, int] = {}  # files of each model
         self._ids = DistinctIds()
-        if self._folder.exists():
-            shutil.rmtree(self._folder)
 
     def add(self, block: Block, table: pa.Table, _: Metadata) -> None:
         """Adds the rows of a block. Raises ValueError for an id that an earlier row has, and OSError."""
@@ -59,8 +57,6 @@ class RequestWriter:
         """Writes the files that are not full."""
         for key in list(self._open):
             self._close(key)
-        if self._folder.exists():
-            self._folder.rmdir()
 
     def _named(self, block: Block, table: pa.Table) -> tuple[list[str], list[dict[str, Any]]]:
         """Each row's id, and where it comes from. An id is that of the kept column ``custom_id``, else made of the source."""
@@ -89,28 +85,23 @@ class RequestWriter:
             number = self._numbers.get(model, 0)
             self._numbers[model] = number + 1
             name = part_of(model, number, "jsonl")
-            self._folder.mkdir(parents=True, exist_ok=True)
-            begun = self._open[key] = _Begun(self._folder / name, name)
+            begun = self._open[key] = _Begun(self._folder, name)
         begun.add(line)
 
     def _close(self, key: tuple[str | None, str]) -> None:
         begun = self._open.pop(key)
-        begun.stream.close()
-        with (
-            begun.path.open("rb") as whole,
-            mmap.mmap(whole.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
-            memoryview(mapped) as data,
-        ):
-            self._files.put(begun.name, data)
-        begun.path.unlink()
+        with begun.stream as stream:
+            stream.flush()
+            with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as data:
+                self._files.put(begun.name, data)
 
 
 class _Begun:
-    """A file that is not full yet."""
+    """A file that is not full yet: nameless, so that the system frees it whatever ends the process."""
 
-    def __init__(self, path: Path, name: str) -> None:
-        self.path, self.name = path, name
-        self.stream: IO[bytes] = path.open("wb")
+    def __init__(self, folder: Path, name: str) -> None:
+        self.name = name
+        self.stream: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed when it is full)
         self.requests = self.size = 0
 
     def add(self, line: bytes) -> None:
