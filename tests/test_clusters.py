@@ -19,12 +19,14 @@ import torch
 
 from p2l_engine import Engine, Router, cli
 from p2l_engine.batch import BatchConfig, Route, run
+from p2l_engine.batch.blocks import blocks
 from p2l_engine.tables.chunked import read_rows
 from p2l_engine.tables.find import find
 from p2l_engine.tables.whole import read_table
 from p2l_engine.votes import read
 from tests.support.batch_files import contents
 from tests.support.catalogs import catalog
+from tests.support.layouts import LAYOUTS, TALKS, TURNS, chat, write_jsonl
 
 pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("clusters")]
 
@@ -208,6 +210,25 @@ def test_times_and_types_that_spark_writes(spark, tmp_path):
     table = read_table(f"{tmp_path}/one", ["t", "winner"])
     assert sorted(time.replace(tzinfo=None) for time in table.columns["t"]) == sorted(times)
     assert len(read(f"{tmp_path}/one")[0]) == 4
+
+
+def test_conversations_that_spark_writes_are_recognised(spark, tmp_path):
+    """Structs as Spark infers them from jsonl, maps, and JSON in csv."""
+    from pyspark.sql import functions as F
+
+    for layout, (row_of, said) in LAYOUTS.items():
+        write_jsonl(tmp_path / "in.jsonl", [row_of(talk, i) for i, talk in enumerate(TALKS)])
+        frame = spark.read.json(f"{tmp_path}/in.jsonl").coalesce(1)
+        column = said.partition(" ")[0].partition(".")[0]
+        nested = [name for name in frame.columns if name.startswith((column, "conversation"))]
+        as_text = frame.withColumns({name: F.to_json(name) for name in nested})
+        for name, given_ in (("parquet", frame), ("json", frame), ("csv", as_text)):
+            folder = f"{tmp_path}/{layout}.{name}"
+            given_.write.format(name).options(**({"header": True, "escape": '"'} if name == "csv" else {})).save(folder)
+            assert [turns for block in blocks(find([folder]), None) for turns in block.prompts] == TURNS
+    maps = spark.createDataFrame([(chat(talk),) for talk in TALKS], "messages array<map<string,string>>")
+    maps.coalesce(1).write.parquet(f"{tmp_path}/maps")
+    assert [turns for block in blocks(find([f"{tmp_path}/maps"]), None) for turns in block.prompts] == TURNS
 
 
 def test_spark_opens_the_output_as_it_is(spark, router, given, tmp_path):

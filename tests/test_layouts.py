@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from p2l_engine.batch import BatchConfig, run
 from p2l_engine.batch.blocks import Unroutable, blocks
 from p2l_engine.cli.prompts import PromptFile
+from p2l_engine.learning.answers import read_answers
+from p2l_engine.learning.traffic import read_traffic
 from p2l_engine.prompts.parse import user_turns
 from p2l_engine.tables.find import find
 from p2l_engine.tables.layouts import PromptColumn, prompt_column
@@ -217,3 +219,20 @@ def test_votes_have_the_prompts_of_conversations_and_nested_columns(tmp_path):
     assert dropped.counts == {"row: expected an object, got int": 1}
     with pytest.raises(ValueError, match=r"columns: expected one of .* for 'prompt', got 'request.x'"):
         read(str(tmp_path / "in.jsonl"), columns={"prompt": "request.x"})
+
+
+def test_logs_of_answers_and_of_traffic_have_nested_columns(tmp_path):
+    rows = [{**openai_chat(talk, i), "model": "x", "completion_tokens": 5, "time": 1e9 + i} for i, talk in enumerate(TALKS)]
+    for name in ("in.jsonl", "in.csv", "polars.parquet"):
+        WRITERS[name](tmp_path / name, rows)
+        assert read_answers(tmp_path / name, ("x",), "body.messages")[0].prompts == tuple(TURNS)
+        assert read_traffic(tmp_path / name, None, "month", "body.messages").prompts == tuple(TURNS)
+        assert read_traffic(tmp_path / name, None, "month").prompts == tuple(TURNS)
+        for read_it in (
+            lambda file: read_answers(file, ("x",), "body.m"),
+            lambda file: read_traffic(file, None, "month", "body.m"),
+        ):
+            with pytest.raises(
+                ValueError, match=f"{name}: expected .*(body.m; it has|'m' within the column 'body', which has)"
+            ):
+                read_it(tmp_path / name)

@@ -42,6 +42,19 @@ def test_rows_keep_their_columns_and_get_the_routers_decisions(arguments, engine
     assert found["error"].tolist() == [None] * 50
 
 
+def test_requests_and_nested_columns_are_read(arguments):
+    """As pandas gives them: lists are arrays."""
+    parts = np.array([{"type": "text", "text": "one"}, {"type": "image_url", "image_url": {"url": "x"}}], object)
+    body = {"messages": np.array([{"role": "user", "content": parts}], object), "model": "m"}
+    expected = Route(**arguments)({"prompt": np.array(["one\n[image]"])})["score"]
+    for column in ("body", "body.messages", "row.body", "row.body.messages"):
+        found = Route(**arguments, column=column)({"body": objects([body]), "row": objects([{"body": body}])})
+        assert found["error"][0] is None
+        np.testing.assert_array_equal(found["score"], expected)
+    with pytest.raises(ValueError, match="column: expected one of body, got 'row.body'"):
+        Route(**arguments, column="row.body")({"body": objects([body])})
+
+
 def test_rows_that_cannot_be_routed_say_why(arguments):
     turns = [
         "one", None, float("nan"), np.array(["two", "turns"], object), [{"role": "assistant", "content": "no"}], 7, "\ud800",
