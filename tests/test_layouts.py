@@ -109,7 +109,7 @@ def test_nested_columns_of_every_format(tmp_path):
     [
         (
             [{"messages": chat(TALKS[0]), "conversations": sharegpt(TALKS[0])["conversations"]}],
-            r"expected one column of prompts, found messages \(a file of messages\) and conversations \(.*\): name one with --",
+            r"expected one column of prompts, found messages \(lists of messages\) and conversations \(.*\): name one with --",
         ),
         (
             [openai_chat(TALKS[0]) | {"messages": chat(TALKS[0])}],
@@ -121,7 +121,11 @@ def test_nested_columns_of_every_format(tmp_path):
         ),
         ([{"messages": str(chat(TALKS[0]))}], "column 'messages': expected JSON, got .*, as Python shows objects: write them"),
         ([{"body": "a text", "messages": 3, "conversation": ["a", "b"]}], "expected the columns prompt; it has body, messages"),
-        ([{"text": "a"}], "expected the columns prompt; it has text"),
+        (
+            [{"custom_id": "c", "url": "/v1/completions", "body": {"prompt": "text"}}],
+            "expected requests to a chat .* /v1/completions",
+        ),
+        ([{"text": "a"}], "expected the columns prompt; it has text; --column names another column of prompts"),
     ],
 )
 @pytest.mark.parametrize("name", ["in.jsonl", "arrow.parquet"])
@@ -147,6 +151,24 @@ def test_a_column_prompt_comes_first_and_text_stays_text(tmp_path, caplog):
     assert turns_in(tmp_path / "plain.csv", "messages", plain_text=True) == [(text,)]
     with pytest.raises(ValueError, match="expected the columns prompt; it has messages"):
         turns_in(tmp_path / "plain.csv", plain_text=True)
+
+
+@pytest.mark.parametrize("name", ["in.jsonl", "arrow.parquet", "in.csv"])
+def test_a_layout_is_recognised_where_the_first_rows_are_empty(name, tmp_path):
+    empty = [{"id": i, "messages": [None, []][i % 2], "body": None} for i in range(600)]
+    WRITERS[name](tmp_path / name, [*empty, {"id": 600, "messages": chat(TALKS[0]), "body": None}])
+    found = turns_in(tmp_path / name)
+    assert found[600] == TURNS[0]
+    assert all(isinstance(turns, Unroutable) for turns in found[:600])
+    with pytest.raises(ValueError, match=f"{name}: row 0: prompt: expected a prompt, got nothing"):
+        PromptFile.read(tmp_path / name)
+
+
+def test_what_nobody_reads_of_a_request_fails_no_row(tmp_path):
+    body = {"messages": [*chat(TALKS[1]), {"role": "assistant", "content": "\ud800", "tool_calls": [{"n": 10**30}]}]}
+    write_jsonl(tmp_path / "in.jsonl", [{"custom_id": "r", "body": body | {"seed": 10**40}, "note": "\udfff"}])
+    assert turns_in(tmp_path / "in.jsonl") == [TURNS[1]]
+    assert PromptFile.read(tmp_path / "in.jsonl").prompts == [TURNS[1][0]]
 
 
 def test_a_cell_of_a_layout_that_is_cut_short_is_an_error_of_its_row(tmp_path):

@@ -251,5 +251,5 @@ def test_leaderboards_over_time_recognise_messages(checkpoint, tmp_path, caplog)
     write_jsonl(tmp_path / "log.jsonl", rows)
     more = ("--prompts", tmp_path / "log.jsonl", "--period", "month", "--json", "--bootstrap", 5)
     said = printed("leaderboard", *more, checkpoint=checkpoint)
-    assert "log.jsonl: reading the user turns of messages (a file of messages)" in caplog.text
+    assert "log.jsonl: reading the user turns of messages (lists of messages)" in caplog.text
     assert said == printed("leaderboard", *more, "--column", "messages", checkpoint=checkpoint)

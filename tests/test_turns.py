@@ -99,6 +99,8 @@ def test_parts_of_messages_are_read_as_the_server_reads_them():
         ),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "invalid Unicode"),
         ({"input": [], "model": "m"}, "input: expected at least one message, got none"),
+        ({"input": "x", "messages": [{"role": "user", "content": "y"}]}, "expected a request with messages or input, got both"),
+        ({"input": [{"type": "function_call_output", "output": "x"}]}, "expected at least one user turn, got none"),
         ({"input": "x", "conversation": "c"}, "conversation: is kept by one provider alone"),
         ({"input": "x", "prompt": {"id": "p"}}, "prompt: is kept by one provider alone"),
         ({"prompt": "x"}, "expected a string, a list of user turns or a list of messages, got dict"),

@@ -45,7 +45,7 @@ def read_rows(
         except unreadable() as error:
             raise unreadable_error(file, error, last) from error
         except ValueError:
-            if last is not None or _has_rows(file):  # else it may lack columns
+            if last is not None or has_rows(file):  # else it may lack columns
                 raise
 
 
@@ -75,13 +75,13 @@ def kept_schema(files: Sequence[File], column: str, keep: Sequence[str] | None =
     errors = [(file, error) for file, error in found if isinstance(error, ValueError)]
     heads = [(file, schema) for file, schema in found if schema is not None and not isinstance(schema, ValueError)]
     for file, error in errors:
-        if len(errors) == len(found) or _has_rows(file):
+        if len(errors) == len(found) or has_rows(file):
             raise error
     _say_skipped([file for file, _ in errors])
     try:
         return _common(heads, column, keep)
     except ValueError:
-        filled = [_has_rows(file) for file, _ in heads]
+        filled = [has_rows(file) for file, _ in heads]
         if all(filled) or not any(filled):
             raise
     _say_skipped([file for (file, _), some in zip(heads, filled, strict=True) if not some])
@@ -108,7 +108,8 @@ def _say_mixed(heads: Sequence[tuple[File, pa.Schema]]) -> None:
         )  # fmt: skip
 
 
-def _has_rows(file: File) -> bool:
+def has_rows(file: File) -> bool:
+    """Whether the file has a row, valid or not."""
     with readable(file):
         return any(chunk.rows for chunk in reader_of(file).values(file, ()))
 

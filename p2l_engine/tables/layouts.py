@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from p2l_engine.tables.chunked import AT_THE_SAME_TIME, reader_of
+from p2l_engine.tables.chunked import AT_THE_SAME_TIME, has_rows, reader_of
 from p2l_engine.tables.nested import MISSING, as_object, object_of, split_column, value_at
 from p2l_engine.tables.rows import InvalidRow, listed, readable
 from p2l_engine.tables.storage import File
@@ -35,10 +35,10 @@ class FileLayout(NamedTuple):
 LAYOUTS = (
     FileLayout("body", "an OpenAI batch file", requests=True),
     FileLayout("params", "an Anthropic batch file", requests=True),
-    FileLayout("messages", "a file of messages"),
-    FileLayout("conversations", "a file of ShareGPT's kind"),
-    FileLayout("conversation", "a file of conversations"),
-    FileLayout("conversation_a", "a file of the Arena's kind"),
+    FileLayout("messages", "lists of messages"),
+    FileLayout("conversations", "lists of messages, as ShareGPT's"),
+    FileLayout("conversation", "lists of messages, as LMSYS-Chat's"),
+    FileLayout("conversation_a", "lists of messages, as the Arena's"),
 )
 
 
@@ -92,8 +92,12 @@ def prompt_column(files: Sequence[File], column: str | PromptColumn | None, plai
             names = next((chunk.names for chunk in reader_of(file).values(file, ()) if chunk.names), None)
             if names is None:
                 return None
-            found = recognise(names, lambda name: _first_cells(file, name), file.shown, column, plain_text)
-            return found if found[0].column in names or _first_cells(file, names[0]) else None
+            try:
+                return recognise(names, lambda name: _telling_cells(file, name), file.shown, column, plain_text)
+            except ValueError:
+                if has_rows(file):
+                    raise
+                return None
 
     place, first = next(((i, found) for i, found in enumerate(map(look, files)) if found), (0, None))
     if first is None or first[0] == PromptColumn():
@@ -119,16 +123,21 @@ def read_prompts(
     csv_escape: str | None = None,
 ) -> tuple[Table, PromptColumn]:
     """A table (see ``whole.read_table``) with the column of its prompts, see ``prompt_column``, and those of ``also`` that it
-    has. bare: whether lines of jsonl may be prompts themselves. Where it has no such column, the table lacks it too."""
+    has. bare: whether lines of jsonl may be prompts themselves. A column that the user names may be missing."""
     wanted = PROMPT if column is None else column
     table = read_table(path, (wanted, *also), wanted if bare else None, csv_escape=csv_escape)
     where = PromptColumn(wanted)
     if table.names and (wanted not in table.columns or _layouts_of((wanted,), requests=True)):
         names = {split_column(wanted, table.names)[0], "url", *(layout.column for layout in LAYOUTS)}
         head = read_table(path, names, wanted if bare else None, heads=True, csv_escape=csv_escape)
-        where, line = recognise(table.names, lambda name: head.columns.get(name, ()), table.shown, column)
+
+        def cells(name: str) -> Sequence[Any]:
+            first = head.columns.get(name, [])
+            return first if _tells(first) else read_table(path, (name,), csv_escape=csv_escape).columns.get(name, [])
+
+        where, line = recognise(table.names, cells, table.shown, column)
         if where.column not in table.columns:
-            table = read_table(path, (where.column, *also), csv_escape=csv_escape)
+            table = read_table(path, (where.column, *also), where.column if bare else None, csv_escape=csv_escape)
         if line:
             logger.info("%s: %s", table.shown, line)
     return table, where
@@ -141,33 +150,30 @@ def recognise(
     column: str | None = None,
     plain_text: bool = False,
 ) -> tuple[PromptColumn, str]:
-    """Where a table has its prompts, and what there is to say of it. names: its columns; cells: the first of a column. See
-    ``prompt_column``."""
+    """Where a table has its prompts, and what there is to say of it. names: its columns; cells: the first of a column, up to
+    some that are not empty. See ``prompt_column``."""
     if column is not None:
         return _named(column, names, cells, shown), ""
     if PROMPT in names:
         return PromptColumn(), ""
     here = {layout: [cell for cell in cells(layout.column) if cell is not None] for layout in _layouts_of(names)}
-    fitting = [layout for layout, some in here.items() if any(_fits(layout, cell, plain_text) for cell in some)]
+    fitting = {layout: fits for layout, some in here.items() if (fits := [c for c in some if _fits(layout, c, plain_text)])}
     if len(fitting) > 1:
         choices = " and ".join(f"{layout.column} ({layout.what})" for layout in fitting)
         raise ValueError(f"{shown}: expected one column of prompts, found {choices}: name one with --column")
+    if "body" in names and "url" in names and not {layout.column for layout in fitting} - {"body"}:
+        _check_chats(shown, cells("url"))
     if not fitting:
-        for layout, some in here.items():
-            if any(isinstance(cell, str) and cell.startswith(("[{'", "{'")) for cell in some):
-                raise ValueError(
-                    f"{shown}: column {layout.column!r}: expected JSON, got {some[0]!r:.60}, as Python shows objects: write "
-                    "them with json.dumps, or the table as jsonl or parquet"
-                )
-        return PromptColumn(), ""
-    layout = fitting[0]
-    read = layout.column
-    kind: Cells = "messages"
+        _check_no_python(shown, here)
+        raise ValueError(
+            f"{shown}: expected the columns {PROMPT}; it has {listed(names)}; --column names another column of prompts"
+        )
+    (layout, found), *_ = fitting.items()
     if layout.requests:
-        _check_chats(shown, cells("url") if "url" in names else ())
-        keys = {key for cell in here[layout] if _fits(layout, cell, plain_text) for key in _request_keys(cell)}
-        read, kind = (f"{read}.{keys.pop()}" if len(keys) == 1 else read), "requests"
-    return PromptColumn(layout.column, cells=kind), f"reading the user turns of {read} ({layout.what})"
+        keys = {key for cell in found for key in _request_keys(cell)}
+        read = f"{layout.column}.{keys.pop()}" if len(keys) == 1 else layout.column
+        return PromptColumn(layout.column, cells="requests"), f"reading the user turns of {read} ({layout.what})"
+    return PromptColumn(layout.column, cells="messages"), f"reading the user turns of {layout.column} ({layout.what})"
 
 
 def _named(column: str, names: Sequence[str], cells: Callable[[str], Sequence[Any]], shown: str) -> PromptColumn:
@@ -197,12 +203,18 @@ def _layouts_of(names: Iterable[str], requests: bool = False) -> list[FileLayout
     return [layout for layout in LAYOUTS if layout.column in found and (layout.requests or not requests)]
 
 
-def _first_cells(file: File, name: str) -> list[Any]:
-    """The first cells of a column of a file."""
+def _telling_cells(file: File, name: str) -> list[Any]:
+    """The first cells of a column of a file, up to one that has something in it."""
     import pyarrow as pa
 
     with readable(file):
-        return next((rows.prompts for rows in reader_of(file).rows(file, name, [], pa.schema([]))), [])
+        chunks = (rows.prompts for rows in reader_of(file).rows(file, name, [], pa.schema([])))
+        return next((cells for cells in chunks if _tells(cells)), [])
+
+
+def _tells(cells: Iterable[Any]) -> bool:
+    """Whether one of the cells has something in it, also as JSON."""
+    return any(cell and cell not in ("[]", "{}", "null") and not isinstance(cell, InvalidRow) for cell in cells)
 
 
 def _fits(layout: FileLayout, cell: Any, plain_text: bool) -> bool:
@@ -210,7 +222,7 @@ def _fits(layout: FileLayout, cell: Any, plain_text: bool) -> bool:
     if isinstance(cell, str) and not layout.requests and plain_text:
         return False
     try:
-        return bool(_request_keys(cell)) if layout.requests else bool(_conversation(cell))
+        return bool(_request_keys(cell) if layout.requests else _conversation(cell))
     except ValueError:
         return False
 
@@ -237,6 +249,17 @@ def _conversation(cell: Any) -> list[Any]:
         if not isinstance(message, Mapping) or not (message.get("role") or message.get("from")):
             raise ValueError(f"expected messages with a role (or from), got {item!r:.60}")
     return items
+
+
+def _check_no_python(shown: str, cells: Mapping[FileLayout, Sequence[Any]]) -> None:
+    """Refuses lists and objects that pandas wrote into a csv file."""
+    for layout, some in cells.items():
+        for cell in some:
+            if isinstance(cell, str) and cell.startswith(("[{'", "{'")):
+                raise ValueError(
+                    f"{shown}: column {layout.column!r}: expected JSON, got {cell!r:.60}, as Python shows objects: write them "
+                    "with json.dumps, or the table as jsonl or parquet"
+                )
 
 
 def _check_chats(shown: str, urls: Iterable[Any]) -> None:

@@ -63,6 +63,8 @@ def listed_in(text: str) -> list[object] | None:
 def _of_request(body: Mapping[str, Any]) -> tuple[str, ...]:
     """As the server: without what agents put in, and where the user says nothing, the instructions."""
     reader = TurnsAlone()
+    if all(body.get(name) is not None for name in OF_REQUESTS):
+        raise PromptError(0, f"expected a request with {' or '.join(OF_REQUESTS)}, got both")
     try:
         request: dict[str, Any] = without_nulls(body)
         shaped_like(request).read(reader, request)
@@ -72,6 +74,8 @@ def _of_request(body: Mapping[str, Any]) -> tuple[str, ...]:
         raise PromptError(0, f"invalid Unicode: lone surrogate in a message: {error.reason}") from None
     except RecursionError:
         raise PromptError(0, "expected a request, got one nested too deeply") from None
+    if not (reader.turns or reader.instructions or reader.others):
+        raise PromptError(0, "expected at least one user turn, got none")
     return tuple(user_turns(list(reader.of_user())))
 
 

@@ -83,11 +83,14 @@ LAYOUTS = {
     "chat in parts": (lambda talk, i=0: openai_chat(talk, i, True), "body.messages (an OpenAI batch file)"),
     "responses": (openai_responses, "body.input (an OpenAI batch file)"),
     "anthropic": (anthropic_batch, "params.messages (an Anthropic batch file)"),
-    "sharegpt": (sharegpt, "conversations (a file of ShareGPT's kind)"),
-    "messages": (lambda talk, i=0: {"id": f"r{i}", "messages": chat(talk)}, "messages (a file of messages)"),
-    "blocks": (lambda talk, i=0: {"id": f"r{i}", "messages": chat(talk, True)}, "messages (a file of messages)"),
-    "lmsys": (lambda talk, i=0: {"id": f"r{i}", "conversation": chat(talk)}, "conversation (a file of conversations)"),
-    "arena": (arena, "conversation_a (a file of the Arena's kind)"),
+    "sharegpt": (sharegpt, "conversations (lists of messages, as ShareGPT's)"),
+    "messages": (lambda talk, i=0: {"id": f"r{i}", "messages": chat(talk)}, "messages (lists of messages)"),
+    "blocks": (lambda talk, i=0: {"id": f"r{i}", "messages": chat(talk, True)}, "messages (lists of messages)"),
+    "lmsys": (
+        lambda talk, i=0: {"id": f"r{i}", "conversation": chat(talk)},
+        "conversation (lists of messages, as LMSYS-Chat's)",
+    ),
+    "arena": (arena, "conversation_a (lists of messages, as the Arena's)"),
 }
 
 
