@@ -64,7 +64,7 @@ def test_a_file_of_each_layout_is_recognised_as_each_tool_writes_it(name, layout
 
 
 @given(talks=st.lists(TALK, min_size=1, max_size=5), data=st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_the_same_turns_come_from_files_of_each_layout(tmp_path_factory, talks, data):
     folder = tmp_path_factory.mktemp("layouts")
     name = data.draw(st.sampled_from(["in.jsonl", "in.csv", "arrow.parquet", "text.parquet"]))

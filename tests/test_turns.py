@@ -25,7 +25,7 @@ from tests.support.layouts import (
 
 
 @given(talk=TALK)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_the_same_turns_come_from_each_layout(talk):
     expected = tuple(text for role, text in talk if role == "user")
     columns = ("body", "params", "conversations", "messages", "conversation", "conversation_a")
@@ -141,7 +141,7 @@ def every(value, begun=""):
 
 
 @given(value=st.dictionaries(NAMES, OBJECTS, min_size=1, max_size=5), as_text=st.booleans())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_a_path_finds_what_some_reading_of_it_finds_and_whole_names_first(value, as_text):
     paths = list(every(value))
     for path, _ in paths:
