@@ -239,10 +239,11 @@ def test_prompts_and_weights_of_tables(checkpoint, tmp_path):
         boards.append([json.loads(line)["coefficient"] for line in out.splitlines()])
     for board in boards[:3]:  # the second prompt weighs nothing
         assert board == pytest.approx(boards[3], abs=1e-3)
-    (tmp_path / "p.jsonl").write_text('{"prompt": "sum", "weight": 3}\n{"prompt": "b"}\n')
-    status, _, err = run("leaderboard", "--prompts", str(tmp_path / "p.jsonl"), checkpoint=checkpoint)
-    assert status == 2
-    assert "row 1: weight: expected a finite number >= 0 for every prompt, or for none" in " ".join(err.split())
+    for odd in ('"b"', '"b", "weight": true', '"b", "weight": 1e400'):
+        (tmp_path / "p.jsonl").write_text(f'{{"prompt": "sum", "weight": 3}}\n{{"prompt": {odd}}}\n')
+        status, _, err = run("leaderboard", "--prompts", str(tmp_path / "p.jsonl"), checkpoint=checkpoint)
+        assert status == 2
+        assert "row 1: weight: expected a finite number >= 0 for every prompt, or for none" in " ".join(err.split())
     pq.write_table(pa.table({"text": ["sum"]}), tmp_path / "p.parquet")
     status, _, err = run("leaderboard", "--prompts", str(tmp_path / "p.parquet"), checkpoint=checkpoint)
     assert status == 2

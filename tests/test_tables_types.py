@@ -246,7 +246,7 @@ def test_files_without_rows_have_no_say(tmp_path, caplog):
 
 UNIFIED = [
     (pa.int32(), pa.int64(), pa.int64()), (pa.uint8(), pa.int8(), pa.int16()), (pa.uint32(), pa.int64(), pa.int64()),
-    (pa.uint64(), pa.int64(), None), (pa.int64(), pa.float32(), pa.float64()), (pa.float16(), pa.float32(), pa.float32()),
+    (pa.uint64(), pa.int8(), pa.uint64()), (pa.int64(), pa.float32(), pa.float64()), (pa.float16(), pa.float32(), pa.float32()),
     (pa.string(), pa.large_string(), pa.large_string()),
     (pa.string(), pa.string_view(), pa.large_string()), (pa.null(), pa.date32(), pa.date32()),
     (pa.dictionary(pa.int8(), pa.string()), pa.dictionary(pa.int32(), pa.large_string()), pa.large_string()),
@@ -255,7 +255,10 @@ UNIFIED = [
     (pa.decimal128(38, 0), pa.decimal128(38, 10), None), (pa.decimal256(40, 0), pa.decimal128(38, 10), pa.decimal256(50, 10)),
     (pa.decimal256(76, 0), pa.decimal128(38, 10), None), (pa.decimal128(10, 2), pa.int32(), pa.decimal128(12, 2)),
     (pa.decimal128(10, 2), pa.float64(), None), (pa.timestamp("us"), pa.timestamp("ms"), pa.timestamp("us")),
-    (pa.timestamp("us", "UTC"), pa.timestamp("us"), None), (pa.timestamp("us"), pa.date32(), None),
+    (pa.timestamp("us", "UTC"), pa.timestamp("us"), None),
+    (pa.timestamp("us", "UTC"), pa.timestamp("us", "Europe/Paris"), None),
+    (pa.timestamp("s", "+00:00"), pa.timestamp("us", "Etc/UTC"), pa.timestamp("us", "UTC")),
+    (pa.timestamp("us"), pa.date32(), None),
     (pa.time32("s"), pa.time64("us"), pa.time64("us")), (pa.duration("s"), pa.duration("ms"), pa.duration("ms")),
     (pa.bool_(), pa.int8(), None), (pa.bool_(), pa.string(), None), (pa.string(), pa.int64(), None),
     (pa.string(), pa.binary(), None), (pa.binary(4), pa.binary(), pa.binary()),
@@ -305,6 +308,7 @@ def test_files_of_other_types_are_unified_where_nothing_is_lost(tmp_path):
     ("one", "two", "message"),
     [
         (pa.array([2**53 + 1]), pa.array([0.5]), "a.parquet: row 600: expected double in the column 'm': got 9007199254740993"),
+        (pa.array([-1]), pa.array([2**63], pa.uint64()), "a.parquet: row 600: expected uint64 in the column 'm': got -1"),
         (
             pa.array([2**40], pa.timestamp("s")),
             pa.array([1], pa.timestamp("ns")),
@@ -432,6 +436,8 @@ columns = st.one_of(
 @given(files=st.lists(columns, min_size=1, max_size=3))
 @example(files=[[0.5, False]])
 @example(files=[[1], [0.5], [2**53 + 1]])
+@example(files=[[2**64 - 1], [1]])
+@example(files=[[2**64 - 1], [-1]])
 @example(files=[[[]], [[1]], [[None, 2.5]]])
 @example(files=[[{"a": []}], [{"a": [{"b": 1}]}], [{"b": None}]])
 @settings(deadline=None, max_examples=120)

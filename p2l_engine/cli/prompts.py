@@ -54,7 +54,7 @@ class PromptFile:
         found = []
         for where, value in zip(self.rows, given, strict=True):
             try:
-                weight = float(value)
+                weight = math.nan if isinstance(value, bool) else float(value)
             except (TypeError, ValueError, OverflowError):
                 weight = math.nan
             if not 0 <= weight < math.inf:

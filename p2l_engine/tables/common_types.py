@@ -6,6 +6,7 @@ import pyarrow as pa
 
 MAX_DIGITS = 38  # of a decimal that other tools than Arrow read
 UNITS = ("s", "ms", "us", "ns")
+UTC = ("UTC", "Etc/UTC", "+00:00", "Z", "GMT")
 TEXTS = (pa.string(), pa.string_view(), pa.large_string())
 BYTES = (pa.binary(), pa.binary_view(), pa.large_binary())
 SIGNED, UNSIGNED = (pa.int8(), pa.int16(), pa.int32(), pa.int64()), (pa.uint8(), pa.uint16(), pa.uint32(), pa.uint64())
@@ -13,8 +14,9 @@ FLOATS = (pa.float16(), pa.float32(), pa.float64())
 
 
 def common_type(first: pa.DataType, other: pa.DataType) -> pa.DataType | None:
-    """The type of both, or None where there is none that holds all values of both. Of 64-bit integers beside floats, and of
-    times in other units, it holds all but the largest: see ``always_exact``. Nulls may be anywhere in it."""
+    """The type of both, or None where there is none that holds all values of both. Of 64-bit integers beside floats, of
+    integers with a sign beside those of 64 bits without, and of times in other units, it holds all but some: see
+    ``always_exact``. Nulls may be anywhere in it."""
     first, other = as_nullable(first), as_nullable(other)
     if first.equals(other) or pa.types.is_null(other):
         return first
@@ -72,8 +74,8 @@ def with_text_for_nulls(kind: pa.DataType) -> pa.DataType:
 
 
 def always_exact(kind: pa.DataType, common: pa.DataType) -> bool:
-    """Whether every value of a type is one of a ``common_type`` of it: integers beyond 2**53 are no floats, and the range of
-    times in a fine unit is short."""
+    """Whether every value of a type is one of a ``common_type`` of it: integers beyond 2**53 are no floats, those below 0 need
+    a sign, and the range of times in a fine unit is short."""
     if pa.types.is_dictionary(kind):
         return pa.types.is_dictionary(common) or always_exact(kind.value_type, common)
     if isinstance(kind, pa.BaseExtensionType):
@@ -83,7 +85,9 @@ def always_exact(kind: pa.DataType, common: pa.DataType) -> bool:
     if _is_list(kind) and _is_list(common):
         return always_exact(kind.value_type, common.value_type)
     if pa.types.is_timestamp(kind) or pa.types.is_duration(kind):
-        return bool(kind.equals(common))
+        return bool(kind.unit == common.unit)
+    if common == pa.uint64():
+        return kind not in SIGNED
     return not (pa.types.is_floating(common) and kind in (pa.int64(), pa.uint64()))
 
 
@@ -115,7 +119,7 @@ def _scalar(first: pa.DataType, other: pa.DataType) -> pa.DataType | None:
     if {first, other} <= {*SIGNED, *UNSIGNED}:
         signed, unsigned = (first, other) if first in SIGNED else (other, first)
         needed = max(SIGNED.index(signed), UNSIGNED.index(unsigned) + 1)
-        return SIGNED[needed] if needed < len(SIGNED) else None
+        return SIGNED[needed] if needed < len(SIGNED) else pa.uint64()
     if {first, other} <= {*SIGNED, *UNSIGNED, *FLOATS}:
         return pa.float64()
     if all(kind in BYTES or pa.types.is_fixed_size_binary(kind) for kind in (first, other)):
@@ -124,8 +128,9 @@ def _scalar(first: pa.DataType, other: pa.DataType) -> pa.DataType | None:
     if None not in digits:
         large = pa.types.is_decimal256(first) or pa.types.is_decimal256(other)
         return _decimal(*(each for each in digits if each is not None), large=large)
-    if pa.types.is_timestamp(first) and pa.types.is_timestamp(other) and first.tz == other.tz:
-        return pa.timestamp(_finer(first, other), first.tz)
+    if pa.types.is_timestamp(first) and pa.types.is_timestamp(other):
+        zones = {"UTC" if each.tz in UTC else each.tz for each in (first, other)}
+        return pa.timestamp(_finer(first, other), *zones) if len(zones) == 1 else None
     if pa.types.is_duration(first) and pa.types.is_duration(other):
         return pa.duration(_finer(first, other))
     if pa.types.is_time(first) and pa.types.is_time(other):
