@@ -90,51 +90,69 @@ def blocks(
     prompt becomes an ``Unroutable``. Raises ValueError with file and row (from 0) where a file cannot be read, or lacks the
     column of prompts, and what ``kept_schema`` raises.
     """
-    number = first = size = 0
-    prompts: list[RowTurns] = []
-    problems: dict[int, Unroutable] = {}
-    kept, bodies = KeptColumns(folder), KeptColumns(folder)
-    sources: list[Span] = []
     sizes = np.array([file.size for file in files], float)
     before = dict(zip(map(id, files), sizes.cumsum() - sizes, strict=True))
-    read, writable = 0.0, False
     where = prompt_column(files, column, plain_text)
-    for record_batch in read_rows(files, where.column, keep, schema):
-        file, columns = record_batch.file, record_batch.kept
-        read = float((before[id(file)] + record_batch.read * file.size) / max(sizes.sum(), 1.0))
+    number = first = 0
+    begun, read, writable = _BegunBlock(folder, requests), 0.0, False
+    for some in read_rows(files, where.column, keep, schema):
+        file, start = some.file, 0
+        read = float((before[id(file)] + some.read * file.size) / max(sizes.sum(), 1.0))
         if not writable:
-            _check_writable(file, columns.schema)
+            _check_writable(file, some.kept.schema)
             writable = True
-        start, found = 0, list[str | None]()
-        for i, cell in enumerate(record_batch.prompts):
-            turns = turns_of(cell, plain_text, where)
-            if isinstance(turns, Unroutable):
-                turns = turns._replace(where=f"{file.shown}: row {record_batch.first + i}")
-            else:
-                size += sum(map(len, turns))
-            if i in record_batch.problems:
-                problems[len(prompts)] = Unroutable(record_batch.problems[i], f"{file.shown}: row {record_batch.first + i}")
-            if requests:
-                body, problem = _body(file, where, cell, turns, plain_text)
-                found.append(body)
-                if problem is not None:
-                    problems.setdefault(len(prompts), Unroutable(problem, f"{file.shown}: row {record_batch.first + i}"))
-            prompts.append(turns)
-            if len(prompts) == rows or size >= LETTERS:
-                kept.add(columns[start : i + 1])
-                bodies.add(_column(found))
-                sources.append(Span(file, record_batch.first + start, i + 1 - start))
-                of_rows = bodies.table().column("body") if requests else None
-                yield Block(number, first, prompts, kept.table(), sources, read, problems, of_rows)
-                number, first, start, size, found = number + 1, first + len(prompts), i + 1, 0, []
-                prompts, problems, kept, bodies, sources = [], {}, KeptColumns(folder), KeptColumns(folder), []
-        if start < len(record_batch.prompts):
-            kept.add(columns[start:])
-            bodies.add(_column(found))
-            sources.append(Span(file, record_batch.first + start, len(record_batch.prompts) - start))
-    if prompts:
-        of_rows = bodies.table().column("body") if requests else None
-        yield Block(number, first, prompts, kept.table(), sources, problems=problems, bodies=of_rows)
+        for i, cell in enumerate(some.prompts):
+            turns, body, problem = turns_of(cell, plain_text, where), None, some.problems.get(i)
+            if requests and not isinstance(turns, Unroutable):
+                body, no_body = _body(file, where, cell, turns, plain_text)
+                problem = problem or no_body
+            begun.add(turns, body, problem, file, some.first + i)
+            if len(begun.prompts) == rows or begun.letters >= LETTERS:
+                begun.add_columns(file, some.first + start, some.kept[start : i + 1], i + 1 - start)
+                yield begun.block(number, first, read)
+                number, first, start = number + 1, first + len(begun.prompts), i + 1
+                begun = _BegunBlock(folder, requests)
+        if start < len(some.prompts):
+            begun.add_columns(file, some.first + start, some.kept[start:], len(some.prompts) - start)
+    if begun.prompts:
+        yield begun.block(number, first, 1.0)
+
+
+class _BegunBlock:
+    """The rows of a block that has not ended. letters: of its user turns."""
+
+    def __init__(self, folder: Path | None, requests: bool) -> None:
+        self.prompts: list[RowTurns] = []
+        self.letters = 0
+        self._problems: dict[int, Unroutable] = {}
+        self._sources: list[Span] = []
+        self._kept = KeptColumns(folder)
+        self._bodies = KeptColumns(folder) if requests else None
+        self._new_bodies: list[str | None] = []  # of the rows whose columns are not there yet
+
+    def add(self, turns: RowTurns, body: str | None, problem: str | None, file: File, row: int) -> None:
+        """A row: its user turns, its request's body, why its other cells or its body cannot be written, and where it is."""
+        if problem is not None:
+            self._problems[len(self.prompts)] = Unroutable(problem, f"{file.shown}: row {row}")
+        if isinstance(turns, Unroutable):
+            turns = turns._replace(where=f"{file.shown}: row {row}")
+        else:
+            self.letters += sum(map(len, turns))
+        self.prompts.append(turns)
+        self._new_bodies.append(body)
+
+    def add_columns(self, file: File, first: int, kept: pa.Table, rows: int) -> None:
+        """The kept columns of the last rows, which are those of a file from ``first`` on. Raises OSError."""
+        self._sources.append(Span(file, first, rows))
+        self._kept.add(kept)
+        if self._bodies is not None:
+            self._bodies.add(pa.table({"body": pa.array(self._new_bodies, pa.large_string())}))
+        self._new_bodies = []
+
+    def block(self, number: int, first: int, read: float) -> Block:
+        """The block, which has ended. See ``Block``."""
+        bodies = None if self._bodies is None else self._bodies.table().column("body")
+        return Block(number, first, self.prompts, self._kept.table(), self._sources, read, self._problems, bodies)
 
 
 def turns_of(cell: Any, plain_text: bool = False, where: PromptColumn = AS_IT_IS) -> RowTurns:
@@ -147,10 +165,10 @@ def turns_of(cell: Any, plain_text: bool = False, where: PromptColumn = AS_IT_IS
         return Unroutable(str(error))
 
 
-def _body(file: File, where: PromptColumn, cell: Any, turns: RowTurns, plain_text: bool) -> tuple[str | None, str | None]:
+def _body(
+    file: File, where: PromptColumn, cell: Any, turns: tuple[str, ...], plain_text: bool
+) -> tuple[str | None, str | None]:
     """The body of a row's request as JSON, or why it has none."""
-    if isinstance(turns, Unroutable):
-        return None, None
     try:
         prompt = object_of(cell) if where.of_requests else where.value(cell)
         if isinstance(prompt, str) and not plain_text:
@@ -159,10 +177,6 @@ def _body(file: File, where: PromptColumn, cell: Any, turns: RowTurns, plain_tex
         return json_text(request_body(prompt, turns, with_nulls)), None
     except ValueError as error:
         return None, f"prompt: {error}"
-
-
-def _column(bodies: list[str | None]) -> pa.Table:
-    return pa.table({"body": pa.array(bodies, pa.large_string())})
 
 
 def _check_writable(file: File, schema: pa.Schema) -> None:
