@@ -140,20 +140,22 @@ def test_a_number_that_no_float_holds_costs_its_row(tmp_path):
 
 
 def test_an_odd_cell_is_an_error_of_its_row_and_no_reason_to_stop(router, tmp_path, caplog):
-    rows = [{"prompt": f"p{i % 3}", "id": i} for i in range(900)] + [{"prompt": "p0", "id": "later text"}]
+    rows = [{"prompt": f"p{i % 3}", "id": i} for i in range(900)]
+    rows += [{"prompt": "p0", "id": "later text"}, {"prompt": "p0", "id": "another"}]
     given = lines(tmp_path / "in.jsonl", rows)
     report = run(router, BatchConfig([given], str(tmp_path / "out")))
-    assert (report.rows, report.routed, report.computed) == (901, 900, 3)
-    last = output(tmp_path / "out").to_pylist()[-1]
+    assert (report.rows, report.routed, report.computed) == (902, 900, 3)
+    assert [(reason.rows, reason.where) for reason in report.reasons] == [(2, f"{given}: row 900")]
+    last = output(tmp_path / "out").to_pylist()[-2]
     assert (last["id"], last["model"]) == (None, None)
     assert last["error"] == "expected int64 in the column 'id': got 'later text'; leave the column out with --keep"
     assert [record.message for record in caplog.records if record.name.startswith("p2l_engine.tables")] == [
         f"{given}: values of several kinds; a row whose value is not of the most common one will have an error, unless its "
-        "column is left out with --keep: id: number (900), text (1)"
+        "column is left out with --keep: id: number (900), text (2)"
     ]
     with pytest.raises(ValueError, match=r"in.jsonl: row 900: expected int64 in the column 'id': got 'later text'"):
         run(router, BatchConfig([given], str(tmp_path / "strict"), strict=True))
-    assert run(router, BatchConfig([given], str(tmp_path / "none"), keep=[], strict=True)).routed == 901
+    assert run(router, BatchConfig([given], str(tmp_path / "none"), keep=[], strict=True)).routed == 902
 
 
 @pytest.mark.parametrize("scope", ["prompt", "batch"])

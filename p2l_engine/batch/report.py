@@ -68,7 +68,7 @@ class Recorder:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._report = Report()
-        self._reasons: dict[str, Reason] = {}  # by what they say without its numbers
+        self._reasons: dict[str, Reason] = {}  # by what they say without numbers, and without what there was
 
     @property
     def report(self) -> Report:
@@ -106,7 +106,7 @@ class Recorder:
         """Counts rows that were not routed: why, and which row."""
         with self._lock:
             for why, where in errors:
-                kind = re.sub(r"\d[\d.,e+-]*", "#", why)
+                kind = re.sub(r"\d[\d.,e+-]*", "#", why.partition(": got ")[0])
                 if kind not in self._reasons and len(self._reasons) >= MAX_REASONS:
                     kind, why = "", "other reasons"
                 before = self._reasons.get(kind, Reason(0, why, where))
