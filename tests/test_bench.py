@@ -170,7 +170,7 @@ def test_mistakes_are_errors_of_one_line(monkeypatch, capsys, tmp_path):
     [
         "adapting", "answer_cache", "batch", "conversation_costs", "coverage", "decided_again", "demo", "exploration",
         "kernels", "latency", "leaderboards", "learner", "learning_curve", "lengths", "online", "overload", "propensities",
-        "published_server", "real_budgets", "replay_coverage", "screenshots", "seeds", "serve_demo", "serving",
+        "published_server", "reading", "real_budgets", "replay_coverage", "screenshots", "seeds", "serve_demo", "serving",
         "serving_faults", "solvers", "spend_limits", "startup", "streams", "throughput", "training",
     ],
 )  # fmt: skip
@@ -184,6 +184,11 @@ def test_no_benchmark_is_left_out():
     folder = Path(kernels.__file__).parent
     found = {file.stem for file in folder.glob("*.py") if "def main()" in file.read_text()}
     assert found == set(test_every_benchmark_has_help.pytestmark[0].args[1])
+
+
+def test_reading_runs_to_the_end(monkeypatch, capsys):
+    run(monkeypatch, reading, "--rows", "20", "--rounds", "1")
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["jsonl", "csv", "parquet"]
 
 
 def test_solvers_run_to_the_end(tmp_path, monkeypatch):
