@@ -38,13 +38,14 @@ def _solve(rows: int, shares: bool, folder: Path) -> dict[str, float]:
     router = Router(engine, Catalog(tuple(CatalogModel(n, float(c)) for n, c in zip(engine.models, costs, strict=True))))
     spill = Spill(folder, engine.width)
     _, budget, caps = batch_budgets.rows_of(MODELS)
-    most = {engine.models[int(cap.models)]: cap.at_most for cap in caps} if shares else {}
+    capped = [(int(i), cap.at_most) for cap in caps for i in np.atleast_1d(cap.models)] if shares else []
+    most: dict[str | tuple[str, ...], float] = {engine.models[i]: at_most for i, at_most in capped}
     references = []
     for block, first in enumerate(range(0, rows, ROWS_PER_PART)):
         n = min(ROWS_PER_PART, rows - first)
         outputs = np.zeros((n, engine.width), np.float32)
         outputs[:, :MODELS] = batch_budgets.coefficients(n, MODELS, seed=block)
-        spill.write(block, outputs)
+        spill.write(block, "", outputs)
         references.append(block * BLOCK_STRIDE + np.arange(n))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     start, cpu = time.perf_counter(), time.process_time()

@@ -36,6 +36,7 @@ from bench import (
     online,
     overload,
     propensities,
+    reading,
     real_budgets,
     replay_coverage,
     serving,
