@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from itertools import count
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given, settings
@@ -327,3 +328,34 @@ def test_large_files_are_hashed_once(tmp_path, monkeypatch):
     assert module.contents(find([tmp_path / "copy.jsonl"]), found)[0].digest == "again"
     os.utime(file, ns=(0, 0))
     assert module.contents(find([file]), found)[0].digest == "again"
+
+
+def test_nothing_but_manifest_and_coefficients_is_left_beside_the_output(router, tmp_path):
+    given, beside = write(tmp_path / "in.parquet"), tmp_path / "out.run"
+    beside.mkdir()
+    for left in (".manifest.json.0123.tmp", ".coefficients-000000-0123.npy.0123.tmp", "costs.npy"):
+        (beside / left).touch()
+    run(router, BatchConfig([given], tmp_path / "out", budget=1.5, budget_scope="batch", **ROWS))
+    assert {file.name.partition("-")[0] for file in beside.iterdir()} == {"manifest.json", "coefficients"}
+    assert {file.name.partition("-")[0] for file in (tmp_path / "out").iterdir()} == {"part", "_SUCCESS"}
+
+
+def test_what_a_store_tells_of_an_object_is_taken_for_what_it_holds(tmp_path):
+    """Without it, the object is read."""
+    import fsspec
+
+    from p2l_engine.batch.contents import contents as contents_of
+    from p2l_engine.tables.find import find
+
+    memory = fsspec.filesystem("memory")
+    for name in ("a", "b"):
+        memory.pipe(f"/told/{name}/in.jsonl", b'{"prompt": "a"}')
+    read = contents_of(find(["memory://told/a", "memory://told/b"]))
+    assert len({each.digest for each in read}) == 1
+    assert len(read[0].digest) == 64
+    for tag in ({"ETag": "x"}, {"md5Hash": "y", "etag": "x"}, {"blob_id": "z", "last_commit": None}):
+        info = {"name": "/told/a/in.jsonl", "size": 15, "type": "file", **tag}
+        with patch.object(type(memory), "info", lambda *_, info=info, **__: info):
+            (told,) = contents_of(find(["memory://told/a/in.jsonl"]))
+        name, value = next(iter(tag.items()))
+        assert told.digest == f"{name.lower()} {value}"

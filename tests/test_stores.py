@@ -248,8 +248,8 @@ def test_a_bucket_is_no_output_and_inputs_are_known_by_their_etag(router, store,
             run(router, BatchConfig([uri], "s3://bucket/etag-out", **options))
 
     run(router, BatchConfig([uri], "s3://bucket/etag-out", **options), progress=again)
-    store.copy_object(Bucket="bucket", Key="etag/copy.jsonl", CopySource="bucket/etag/in.jsonl")
-    assert run(router, BatchConfig(["s3://bucket/etag/copy.jsonl"], "s3://bucket/etag-out", **options)).changed == ()
+    store.copy_object(Bucket="bucket", Key="etag-copy/in.jsonl", CopySource="bucket/etag/in.jsonl")
+    assert run(router, BatchConfig(["s3://bucket/etag-copy/in.jsonl"], "s3://bucket/etag-out", **options)).changed == ()
     store.put_object(Bucket="bucket", Key="etag/in.jsonl", Body=(tmp_path / "in.jsonl").read_bytes().replace(b"so", b"os"))
     with pytest.raises(ValueError, match="inputs: s3://bucket/etag/in.jsonl changed"):
         run(router, BatchConfig([uri], "s3://bucket/etag-out", **options))

@@ -11,7 +11,7 @@ from p2l_engine.batch.identity import continues, differences
 from p2l_engine.batch.job import Job
 from p2l_engine.batch.manifest import Manifest, read_manifest, write_manifest
 from p2l_engine.batch.parts import check_no_other_parts, other_names, parts, remove_parts, remove_temporary, unmark
-from p2l_engine.batch.run_folder import ENDING, has_coefficients, remove_coefficients, state_folder
+from p2l_engine.batch.run_folder import COSTS, ENDING, has_coefficients, remove_coefficients, state_folder
 from p2l_engine.tables.storage import Location
 
 logger = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ def _changed(before: Manifest, job: Job) -> list[str]:
 
 def _check_unclaimed(output: Location, run: Location) -> None:
     """Raises ValueError where a new run would write over what is no run's, or another's."""
-    strange = [name for name in run.names() if not name.startswith((".", "coefficients-"))]
+    strange = [name for name in run.names() if not name.startswith((".", "coefficients-")) and name != COSTS]
     if strange:
         raise ValueError(
             f"{run.shown}: expected the folder of {output.shown}'s run, found {', '.join(strange[:3])}; name another output"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import IO, Any
@@ -14,14 +14,15 @@ from p2l_engine.tables.rows import readable
 from p2l_engine.tables.storage import File, Location
 
 PIECE = 1 << 20
+TOLD = ("md5hash", "blob_id", "etag")  # Google, the hub, others; the first two are the same for copies
 AT_THE_SAME_TIME = 8  # files; hashing leaves Python's lock to others
 SETTLED = 2_000_000_000  # nanoseconds after which a further write changes a file's times on every file system
 
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """shown: the file's name in messages. size: bytes. digest: SHA-256 of all bytes, or what the store says instead (its MD5 or
-    ETag). seen: of a local file, its device, inode, size and times, by which it need not be hashed again; None where it was
+    """shown: the file's name in messages. size: bytes. digest: SHA-256 of all bytes, or what the store says instead (see
+    ``TOLD``). seen: of a local file, its device, inode, size and times, by which it need not be hashed again; None where it was
     written just before."""
 
     shown: str
@@ -61,12 +62,18 @@ def sha256(opened: IO[bytes]) -> str:
 
 
 def _of_store(location: Location) -> str:
+    """What the store says that an object holds, where it says so; otherwise the hash of its bytes."""
+    through_fsspec = getattr(location.system, "handler", None)
+    if through_fsspec is not None and (told := _told(through_fsspec.fs.info(location.path))):
+        return told
     with location.system.open_input_file(location.path) as opened:
-        found: dict[str, Any] = {name.lower(): value for name, value in (opened.metadata() or {}).items()}
-        for name in ("md5hash", "etag"):  # Google's ETag is another one for each copy
-            if found.get(name):
-                return f"{name} {found[name].decode()}"
-        return sha256(opened)
+        return _told(opened.metadata() or {}) or sha256(opened)
+
+
+def _told(about: Mapping[Any, Any]) -> str | None:
+    texts = {str(name).lower(): value.decode() if isinstance(value, bytes) else value for name, value in about.items()}
+    found = (f"{name} {texts[name]}" for name in TOLD if isinstance(texts.get(name), str) and texts[name])
+    return next(found, None)
 
 
 def differences_of(before: Sequence[Content], now: Sequence[Content]) -> list[str]:

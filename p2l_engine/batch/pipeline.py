@@ -28,6 +28,7 @@ from p2l_engine.batch.job import Job
 from p2l_engine.batch.output import PartFiles, TableWriter, check_format, not_for_spark
 from p2l_engine.batch.report import Recorder, Report
 from p2l_engine.batch.request_files import RequestWriter
+from p2l_engine.batch.run_folder import COSTS
 from p2l_engine.batch.sources import SOURCE_COLUMNS, source_columns
 from p2l_engine.batch.spill import Spill
 from p2l_engine.engine.pipeline import Outputs
@@ -245,7 +246,7 @@ class Pipeline:
         rows = sum(map(len, self._references))
         if not rows or not self.router.costs_vary:
             return None
-        path = self.spill.folder / "costs.npy"
+        path = self.spill.folder / COSTS
         found = np.lib.format.open_memmap(path, "w+", np.float64, (rows, len(self.router.names)))
         first = 0
         for references in self._references:

@@ -12,6 +12,7 @@ from p2l_engine.batch.spill import COEFFICIENTS
 from p2l_engine.tables.storage import Location
 
 ENDING = ".run"
+COSTS = "costs.npy"  # each row's, where costs vary, while a budget over the batch is solved
 
 
 def run_folder(output: Location) -> Location:
@@ -61,10 +62,21 @@ def coefficient_bytes(state: Path) -> int:
     return sum(file.stat().st_size for file in state.glob(COEFFICIENTS))
 
 
+def remove_temporary_files(state: Path, run: Location) -> None:
+    """Removes what is of use within a run alone, and what interrupted writes left."""
+    _remove(state, f".{COEFFICIENTS}.*.tmp", COSTS)
+    if run.is_local:
+        _remove(Path(run.path), ".manifest.json.*.tmp")
+
+
 def remove_coefficients(state: Path, run: Location) -> None:
-    """Removes a run's coefficients and what interrupted writes of them left; and a folder of their own, if it is empty then."""
-    for pattern in (COEFFICIENTS, f".{COEFFICIENTS}.*.tmp", "costs.npy"):
-        for file in state.glob(pattern):
-            file.unlink()
+    """Removes a run's coefficients; and a folder of their own, if it is empty then."""
+    _remove(state, COEFFICIENTS)
     if str(state) != run.path and state.is_dir() and not any(state.iterdir()):
         state.rmdir()
+
+
+def _remove(folder: Path, *patterns: str) -> None:
+    for pattern in patterns:
+        for file in folder.glob(pattern):
+            file.unlink()

@@ -15,7 +15,14 @@ from p2l_engine.batch.manifest import write_manifest
 from p2l_engine.batch.parts import check_no_other_parts, mark
 from p2l_engine.batch.pipeline import Pipeline, Workers
 from p2l_engine.batch.report import Report
-from p2l_engine.batch.run_folder import coefficient_bytes, has_coefficients, make_run_folder, remove_coefficients, state_folder
+from p2l_engine.batch.run_folder import (
+    coefficient_bytes,
+    has_coefficients,
+    make_run_folder,
+    remove_coefficients,
+    remove_temporary_files,
+    state_folder,
+)
 from p2l_engine.batch.spill import Spill
 from p2l_engine.router import Router
 from p2l_engine.tables.storage import Location
@@ -74,6 +81,7 @@ def _run(router: Router, job: Job, restart: bool, progress: Callable[[Report], o
     if begun.manifest.report is not None:
         return _finished(job, begun, begun.manifest.report)
     begun.state.mkdir(parents=True, exist_ok=True)
+    remove_temporary_files(begun.state, job.run)
     spill = Spill(begun.state, router.engine.width)
     pipeline = Pipeline(router, job, spill, partial(begun.parts_to_keep, job), progress, workers)
     with pipeline.recorder.timed("all"):
@@ -85,6 +93,7 @@ def _run(router: Router, job: Job, restart: bool, progress: Callable[[Report], o
     report = replace(pipeline.recorder.report, changed=begun.changed, kept=kept)
     write_manifest(job.run, replace(begun.manifest, report=report, parts=pipeline.written))
     mark(job.output)
+    remove_temporary_files(begun.state, job.run)
     if not kept:
         remove_coefficients(begun.state, job.run)
     return report
