@@ -180,6 +180,16 @@ def test_odd_cells_change_no_other_rows_decision(scope, router, tmp_path):
     assert of_all == of_none
 
 
+def test_a_finished_run_reads_no_rows_for_their_types(router, tmp_path, monkeypatch):
+    config = BatchConfig([lines(tmp_path / "in.jsonl", [{"prompt": "p", "id": 1}])], str(tmp_path / "out"))
+    run(router, config)
+    with monkeypatch.context() as patch:
+        patch.setattr("p2l_engine.batch.job.kept_schema", lambda *_: pytest.fail("read again"))
+        assert run(router, config).rows == 1
+    (tmp_path / "out" / "part-000000.parquet").unlink()
+    assert run(router, config).rows == len(output(tmp_path / "out")) == 1
+
+
 def test_a_column_that_cannot_be_stored_is_refused(router, tmp_path):
     for rows, message in (
         ([{"prompt": "p", "m": {}}], "a column cannot be written to parquet: .*'m'.*; leave it out with --keep"),

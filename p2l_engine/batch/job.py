@@ -23,8 +23,8 @@ from p2l_engine.tables.storage import File, Location
 @dataclass(frozen=True, slots=True)
 class Job:
     """One run: its options, input files and what they hold, output folder, the run's own folder beside it (see ``run_folder``),
-    the files' names in the output (see ``source_names``), the kept columns, and what its coefficients and decisions depend on
-    (see ``identity``)."""
+    the files' names in the output (see ``source_names``), the kept columns (None for a run that is finished), and what its
+    coefficients and decisions depend on (see ``identity``)."""
 
     config: BatchConfig
     files: list[File]
@@ -32,7 +32,7 @@ class Job:
     output: Location
     run: Location
     sources: dict[str, str]
-    schema: pa.Schema
+    schema: pa.Schema | None
     coefficients: Identity
     decisions: Identity
 
@@ -58,14 +58,23 @@ class Job:
         nothing = np.zeros((1, len(router.names)))
         router.solve(nothing, config.constraints, nothing[0] if router.costs_vary else None)
         prompts = prompt_column(files, config.column, config.plain_text)
-        schema = kept_schema(files, prompts.column, config.keep)
         config = replace(config, column=prompts)
         sources = source_names(config.inputs, each) if config.source or config.write_as else {}
         before = read_manifest(output, run)
         inputs = contents(files, () if before is None else before.inputs)
         coefficients = of_coefficients(config, prompts, router.engine, inputs, compute)
         decisions = of_decisions(config, router, list(sources.values()), [file.partitions for file in files])
-        return cls(config, files, inputs, output, run, sources, schema, coefficients, decisions)
+        job = cls(config, files, inputs, output, run, sources, None, coefficients, decisions)
+        if before is not None and before.complete and (before.coefficients, before.decisions) == (coefficients, decisions):
+            return job
+        return replace(job, schema=job.kept_schema())
+
+    def kept_schema(self) -> pa.Schema:
+        """The kept columns. Reads the rows of jsonl files, unless they are known."""
+        if self.schema is not None:
+            return self.schema
+        prompts = prompt_column(self.files, self.config.column, self.config.plain_text)
+        return kept_schema(self.files, prompts.column, self.config.keep)
 
     def changed_inputs(self) -> list[str]:
         """One line for each of the files that is not what it was when the run began. Files that came later are none of them."""

@@ -83,7 +83,8 @@ class Pipeline:
         per_prompt = config.budget if config.budget_scope == "prompt" else None
         self.decider = Decider(router, spill.take, per_prompt, config.price, config.coefficients, config.constraints)
         self.recorder = Recorder()
-        self._check_columns(job.schema)
+        self.schema = job.kept_schema()
+        self._check_columns(self.schema)
         self._files = PartFiles(job.output, parts_to_keep)
         self.written = self._files.written  # bytes of the parts
         self.writer: TableWriter | RequestWriter = (
@@ -157,7 +158,7 @@ class Pipeline:
     def _blocks(self) -> Iterator[DeduplicatedBlock]:
         config, job, deduplicator = self.config, self.job, Deduplicator()
         reading = (config.column, config.keep, config.rows_per_part, config.plain_text)
-        source = blocks(job.files, *reading, job.schema, self.spill.folder, config.write_as is not None)
+        source = blocks(job.files, *reading, self.schema, self.spill.folder, config.write_as is not None)
         while True:
             with self.recorder.timed("reading"):
                 block = next(source, None)
@@ -282,7 +283,7 @@ class Pipeline:
     def finish(self) -> None:
         """Every block was decided."""
         if not self.written and self.config.write_as is None:  # a folder without files opens nowhere
-            nothing = Block(0, 0, [], self.job.schema.empty_table())
+            nothing = Block(0, 0, [], self.schema.empty_table())
             self._write(DeduplicatedBlock(nothing, [], np.zeros(0, np.int64), ""))
         with self.recorder.timed("writing"):
             self.writer.finish()
