@@ -46,6 +46,7 @@ def test_inputs_and_folders_that_cannot_be_used_are_named(router, tmp_path):
         with pytest.raises(ValueError, match=r"mine: expected an empty folder or the output .*, found thesis.txt"):
             run(router, BatchConfig([given], str(tmp_path / "mine")), restart=restart)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+    assert not (tmp_path / "mine.run").exists()
     with pytest.raises(ValueError, match="columns of its own named model, score"):
         run(router, BatchConfig([write(tmp_path / "taken.csv", model=["m"] * 150, score=[1] * 150)], str(tmp_path / "taken")))
     for text, message in (

@@ -359,3 +359,28 @@ def test_what_a_store_tells_of_an_object_is_taken_for_what_it_holds(tmp_path):
             (told,) = contents_of(find(["memory://told/a/in.jsonl"]))
         name, value = next(iter(tag.items()))
         assert told.digest == f"{name.lower()} {value}"
+
+
+def test_a_link_to_an_output_is_that_output(router, tmp_path):
+    given, out = write(tmp_path / "in.parquet"), tmp_path / "disk" / "out"
+    out.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(out)
+    run(router, BatchConfig([given], tmp_path / "link", **ROWS))
+    assert sorted(os.listdir(tmp_path)) == ["disk", "in.parquet", "link"]
+    assert run(router, BatchConfig([given], out, budget=2.0, **ROWS)).computed == 0
+
+
+def test_a_finished_run_whose_part_is_gone_is_not_marked_as_complete_until_it_is(router, tmp_path):
+    given, out = write(tmp_path / "in.parquet"), tmp_path / "out"
+    run(router, BatchConfig([given], out, **ROWS))
+    (out / "part-000002.parquet").unlink()
+
+    def stop(report):
+        assert not (out / "_SUCCESS").exists()
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        run(router, BatchConfig([given], out, **ROWS), progress=stop)
+    assert not (out / "_SUCCESS").exists()
+    assert run(router, BatchConfig([given], out, **ROWS)).computed == 0
+    assert (out / "_SUCCESS").exists()

@@ -240,11 +240,15 @@ def test_an_output_without_its_own_folder_is_never_written_over(router, tmp_path
         run(router, BatchConfig([given], tmp_path / "earlier"))
 
 
-def test_where_a_disk_is_mounted_is_no_output(router, tmp_path):
+def test_where_a_disk_is_mounted_is_no_output(router, tmp_path, monkeypatch):
     """Such as a container's volume: what is beside it is lost with the container."""
-    given = write(tmp_path / "in.parquet")
-    with pytest.raises(ValueError, match="output: /proc is where a disk is mounted, .*; name a folder within it"):
-        run(router, BatchConfig([given], "/proc"))
+    given, volume = write(tmp_path / "in.parquet"), tmp_path / "volume"
+    volume.mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr("os.path.ismount", lambda path: path == str(volume))
+        with pytest.raises(ValueError, match="output: .*volume is where a disk is mounted, .*; name a folder within it"):
+            run(router, BatchConfig([given], volume))
+        assert run(router, BatchConfig([given], volume / "out")).rows == 150
 
 
 def test_the_roots_of_stores_and_machines_are_no_outputs(router, tmp_path):

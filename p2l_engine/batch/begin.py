@@ -35,7 +35,6 @@ class Begun:
         moment, the manifest says whether all were removed. Called before the first part is written."""
         remove_temporary(job.output)
         if not self.replaces:
-            unmark(job.output)
             return parts(job.output)
         write_manifest(job.run, replace(self.manifest, decisions=None))
         remove_parts(job.output)
@@ -52,7 +51,7 @@ def begin(job: Job, restart: bool) -> Begun:
     output, run, config = job.output, job.run, job.config
     state, before = state_folder(config.state, run, job.coefficients), read_manifest(output, run)
     if before is None:
-        _check_unclaimed(output, run)
+        check_unclaimed(output, run)
         if restart or config.state is None:  # else the folder's name says what its coefficients depend on
             remove_coefficients(state, run)
         return _anew(job, state)
@@ -71,7 +70,10 @@ def begin(job: Job, restart: bool) -> Begun:
     keep = before.keep_coefficients if config.keep_coefficients is None else config.keep_coefficients
     manifest = _manifest(job, state, keep)
     if before.coefficients == job.coefficients and before.decisions == job.decisions:
-        return Begun(before if before.complete and _is_whole(before, output) else manifest, state)
+        if before.complete and _is_whole(before, output):
+            return Begun(before, state)
+        unmark(output)
+        return Begun(manifest, state)
     changed = _changed(before, job)
     if not continues(before.coefficients, job.coefficients):
         raise ValueError(
@@ -108,7 +110,7 @@ def _changed(before: Manifest, job: Job) -> list[str]:
     return inputs + differences(before.coefficients, job.coefficients) + differences(decisions, now)
 
 
-def _check_unclaimed(output: Location, run: Location) -> None:
+def check_unclaimed(output: Location, run: Location) -> None:
     """Raises ValueError where a new run would write over what is no run's, or another's."""
     strange = [name for name in run.names() if not name.startswith((".", "coefficients-")) and name != COSTS]
     if strange:
