@@ -51,6 +51,13 @@ DECISIONS = {
     "seed": ({}, {"seed": 4}, ("seed: was 3, is 4",)),
     "objective": ({}, {"objective": "half-ties"}, None),
     "opponents": ({}, {"opponents": {"alpha": 1.0}}, None),
+    "format": ({"format": "jsonl"}, {}, ("format: was 'parquet', is 'jsonl'",)),
+    "source": ({"source": False}, {}, ("source: was True, is False",)),
+    "split_by": (
+        {"split_by": "model", "write_as": "openai-batch"},
+        {},
+        ("split_by: was None, is 'model'", "write_as: was None, is 'openai-batch'"),
+    ),
     "catalog": ({}, {"catalog": catalog(costs=[1.0, 2.0, 3.0, 4.0, 6.0])}, ("catalog: epsilon",)),
 }
 
@@ -80,8 +87,10 @@ OPTIONS = st.fixed_dictionaries(
         "max_share": st.sampled_from([{}, {"beta": 0.1}]),
         "keep": st.sampled_from([None, [], ["id"]]),
         "coefficients": st.sampled_from([None, "float32"]),
+        "source": st.booleans(),
+        "written": st.sampled_from([{"format": "jsonl"}, {"format": "csv"}, {"split_by": "model"}]),
     },
-)
+).map(lambda options: {name: value for name, value in options.items() if name != "written"} | options.get("written", {}))
 
 
 @settings(max_examples=12)

@@ -16,6 +16,8 @@ from p2l_engine.tables.storage import Location
 
 logger = logging.getLogger(__name__)
 
+# What is not told where inputs, or these options, have changed.
+FOLLOWS = {"sources": ("source", "write_as"), "partitions_of_files": ("partitions",), "provider_names": ("write_as",)}
 EARLIER = "_manifest.json"  # of versions that kept it within the output
 
 
@@ -102,12 +104,12 @@ def _manifest(job: Job, state: Path, keep: bool | None) -> Manifest:
 
 def _changed(before: Manifest, job: Job) -> list[str]:
     """One line for each difference, none for decisions that were only partly removed."""
-    inputs = differences_of(before.inputs, job.inputs)
-    decisions = {} if before.decisions is None else {**before.decisions}
-    now = {} if before.decisions is None else {**job.decisions}
-    for name in ("sources", "partitions_of_files") if inputs else ():  # which follow from these
-        decisions[name] = now[name] = None
-    return inputs + differences(before.coefficients, job.coefficients) + differences(decisions, now)
+    lines = differences_of(before.inputs, job.inputs)
+    was, now = ({}, {}) if before.decisions is None else (dict(before.decisions), dict(job.decisions))
+    for name, options in FOLLOWS.items():
+        if (lines and name != "provider_names") or any(was.get(option) != now.get(option) for option in options):
+            was[name] = now[name] = None
+    return lines + differences(before.coefficients, job.coefficients) + differences(was, now)
 
 
 def check_unclaimed(output: Location, run: Location) -> None:
