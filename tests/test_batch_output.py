@@ -23,6 +23,7 @@ from p2l_engine.batch import BatchConfig, run
 from p2l_engine.batch.output import FORMATS, check_format
 from p2l_engine.batch.sources import source_names
 from p2l_engine.tables.find import find_each
+from p2l_engine.tables.whole import read_table
 from tests.support.batch_files import PROMPTS, contents, output, write
 
 OWN = ["source_file", "source_row", "model", "policy", "expected_cost", "win_rate", "score", "theta", "eta", "error"]
@@ -187,6 +188,17 @@ def test_every_value_comes_back_from_jsonl_and_csv(columns, name):
     assert header == table.column_names
     for texts, values in zip(records, zip(*columns, strict=True), strict=True) if len(columns) > 1 else ():
         assert all(map(from_csv, texts, values))
+
+
+@given(st.lists(st.tuples(st.none() | TEXTS, TEXTS), min_size=1, max_size=4), st.sampled_from(list(FORMATS)))
+def test_texts_and_nulls_come_back_through_the_projects_own_reader(tmp_path_factory, rows, name):
+    path = tmp_path_factory.mktemp("own") / f"part-000000.{name}"
+    table = pa.table({"text": pa.array([row[0] for row in rows], pa.string()), "prompt": [row[1] for row in rows]})
+    path.write_bytes(FORMATS[name](table, {}))
+    assert read_table(path, ("text", "prompt")).columns == {
+        "text": table["text"].to_pylist(),
+        "prompt": table["prompt"].to_pylist(),
+    }
 
 
 def test_parts_of_parquet_hold_no_float16_which_spark_cannot_read():

@@ -106,7 +106,9 @@ class BatchConfig:
             raise ValueError(f"write_as: expected 'openai-batch' or None, got {self.write_as!r}")
         if self.write_as is not None:
             if self.split_by != "model":
-                raise ValueError("write_as: expected split_by 'model' with it, since OpenAI takes one model in a file")
+                raise ValueError(
+                    "write_as: expected split_by 'model' with it (--split-by model): OpenAI takes one model in a file"
+                )
             if self.format == "csv" or self.coefficients is not None:
                 raise ValueError("write_as: requests are jsonl and have no coefficients: leave out format and coefficients")
         if not 1 <= self.rows_per_part <= MAX_ROWS_PER_PART:

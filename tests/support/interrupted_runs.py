@@ -31,7 +31,14 @@ from tests.support.catalogs import catalog
 KILLS = 20
 ROWS = 24  # per part
 SCOPES = ("prompt", "batch")
-DECISIONS: tuple[dict[str, Any], ...] = ({}, {"budget": 2.0}, {"keep": ["id"]}, {"max_share": {"beta": 0.2}, "source": False})
+DECISIONS: tuple[dict[str, Any], ...] = (
+    {},
+    {"budget": 2.0},
+    {"keep": ["id"]},
+    {"max_share": {"beta": 0.2}, "source": False},
+    {"split_by": "model", "write_as": "openai-batch"},
+    {"split_by": "model", "format": "csv"},
+)
 LOG = Path("log")
 
 
