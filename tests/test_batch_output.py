@@ -10,6 +10,7 @@ import json
 import math
 
 import duckdb
+import fsspec
 import hypothesis.strategies as st
 import pandas as pd
 import polars as pl
@@ -136,6 +137,11 @@ def test_files_are_named_as_the_user_would(tmp_path, monkeypatch):
     assert names("in/a*", "in/day") == ["a.csv", "b.csv", "c.csv"]
     assert names("in/day/b.csv", "in/a.csv") == ["b.csv", "a.csv"]
     assert names("other", "in") == ["other/a.csv", "in/a.csv", "in/day/b.csv", "in/day/c.csv"]  # else two would be a.csv
+    store = fsspec.filesystem("memory")
+    for name in ("one/a.csv", "two/a.csv"):
+        store.pipe(f"/names/{name}", b"prompt\nx\n")
+    assert names("memory://names/one", "memory://names/two") == ["one/a.csv", "two/a.csv"]
+    assert names("memory://names/two", "in/a.csv") == ["memory:///names/two/a.csv", f"{tmp_path}/in/a.csv"]
     assert names(f"file://{tmp_path}/in") == ["a.csv", "day/b.csv", "day/c.csv"]
 
 

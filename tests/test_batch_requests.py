@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 
+import fsspec
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given
@@ -96,6 +97,14 @@ def test_a_stopped_run_goes_on_and_a_second_one_changes_nothing(router, tmp_path
     for _ in range(2):
         run(router, config)
         assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_store_gets_the_same_files(router, tmp_path):
+    given, store = write(tmp_path / "in.jsonl"), fsspec.filesystem("memory")
+    run(router, BatchConfig([given], str(tmp_path / "out"), **OPTIONS))
+    run(router, BatchConfig([given], "memory://requests/out", state=str(tmp_path / "state"), **OPTIONS))
+    found = {path.rpartition("/")[2]: store.cat(path) for path in store.ls("/requests/out", detail=False)}
+    assert found == contents(tmp_path / "out")
 
 
 def test_ids_are_the_inputs_own_and_must_differ(router, tmp_path):
