@@ -44,6 +44,7 @@ from bench import (
     setting,
     solvers,
     spend_limits,
+    spilled,
     streams,
     subjects,
     throughput,
@@ -204,6 +205,13 @@ def test_solvers_run_to_the_end(tmp_path, monkeypatch):
     assert {"win rates", "budget LP", "BT score", "one decision", "two rows for each prompt", "frontier, all budgets"} <= stages
     exact = [row for row in rows if row["largest_difference"] and not row["stage"].startswith("stream")]
     assert all(float(row["largest_difference"]) < 1e-6 for row in exact)
+
+
+@pytest.mark.parametrize("shares", [False, True])
+def test_a_budget_is_solved_from_coefficients_on_disk(shares):
+    figures = spilled.solve_spilled(20_000, shares)
+    assert figures["gap"] < 1e-9
+    assert figures["GiB of coefficients on disk"] == pytest.approx(20_000 * 11 * 4 / 2**30)
 
 
 @pytest.mark.parametrize("stage", ["per_prompt", "batch_budget", "share_caps", "streamed"])
