@@ -324,6 +324,7 @@ def test_google_cloud_storage_gives_the_output_of_local_files(router, tmp_path):
 
 def test_messages_show_no_credentials():
     place = Location.of("s3://KEY:SECRET@bucket/out?region=us-east-1&endpoint_override=localhost:1")
+    assert Location.of("memory://lake/user:a@b.csv").shown == "memory://lake/user:a@b.csv"  # a key
     assert (place.shown, (place / "part").shown, place.path) == ("s3://bucket/out", "s3://bucket/out/part", "bucket/out")
     for uri in (
         "s3://KEY:SECRET@bucket/in.csv?nonsense=1",

@@ -105,8 +105,8 @@ def leaderboard(
         from p2l_engine.cli.traffic import over_time
 
         engine = load_engine(checkpoint, device, dtype, date)
-        samples = 200 if bootstrap is None else bootstrap
-        over_time(engine, prompts, column, by, period.value, votes, samples, limit(top, all_models), plot, as_json)
+        samples, most = 200 if bootstrap is None else bootstrap, limit(top, all_models)
+        over_time(engine, prompts, column, csv_escape, by, period.value, votes, samples, most, plot, as_json)
         return
     if by is not None or votes is not None:
         raise typer.BadParameter("needs --period", param_hint="--by, --votes")

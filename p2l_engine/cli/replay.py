@@ -11,6 +11,7 @@ from p2l_engine.cli.inputs import (
     PLOTS,
     CatalogFile,
     Checkpoint,
+    CsvEscape,
     Date,
     Device,
     Dtype,
@@ -54,6 +55,7 @@ def replay(
         RewardKind | None,
         typer.Option(help="Which feedback counts. Default: scores where there are any, else preferences.", show_default=False),
     ] = None,
+    csv_escape: CsvEscape = None,
     as_json: Annotated[Path | None, typer.Option("--json", help="Write everything that was found to this file.")] = None,
     csv: Annotated[Path | None, typer.Option(help="Write a row for each policy and estimator to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw cost and value into this file (.png, .svg, .pdf).")] = None,
@@ -92,7 +94,7 @@ def replay(
     policies = read_policies(policy)
     costs = None if catalog is None else Catalog.from_yaml(catalog)
     with status("reading the log"):
-        logged = read_log(log, feedback, scores, None if reward is None else reward.value)
+        logged = read_log(log, feedback, scores, None if reward is None else reward.value, csv_escape)
     report = judge(logged, policies, Engines(load, compute, costs), leave_out)
     if as_json is not None:
         write_json(to_json(report), as_json)

@@ -32,6 +32,7 @@ def over_time(
     engine: Engine,
     path: str,
     column: str | None,
+    csv_escape: str | None,
     by: str | None,
     period: Period,
     votes: str | None,
@@ -44,7 +45,7 @@ def over_time(
     whether the checkpoint is still calibrated."""
     if plot is not None:  # now: a missing package must not fail a command whose work is done
         from p2l_engine.cli.plots import over_time as draw
-    traffic = read_traffic(path, by, period, column)
+    traffic = read_traffic(path, by, period, column, csv_escape)
     for why, count in traffic.skipped.items():
         note(f"skipped {count:,} rows with {why}", warning=True)
     with progress(len(traffic.prompts)) as advance:
@@ -60,7 +61,7 @@ def over_time(
             note(f"{_name(one)} to {_name(other)}: not tested: {error}", warning=True)
     adjusted = dict(zip(changes, drift.holm([found.p for found in changes.values()]), strict=True))
     found_votes = votes or (str(Path(path) / EXPORTED_VOTES) if (Path(path) / EXPORTED_VOTES).is_file() else None)
-    calibrated = {} if found_votes is None else _still_calibrated(engine, found_votes, period, must=votes is not None)
+    calibrated = {} if found_votes is None else _still_calibrated(engine, found_votes, csv_escape, period, votes is not None)
     if as_json:
         _print_json(boards, rows, changes, adjusted, calibrated)
     else:
@@ -76,10 +77,12 @@ def over_time(
         note(f"wrote {plot}")
 
 
-def _still_calibrated(engine: Engine, path: str, period: Period, must: bool) -> dict[str, drift.StillCalibrated]:
+def _still_calibrated(
+    engine: Engine, path: str, csv_escape: str | None, period: Period, must: bool
+) -> dict[str, drift.StillCalibrated]:
     """By period. must: whether the user asked for it, so that votes without times are an error."""
     try:
-        given, _ = read(path, None, engine.feedback)
+        given, _ = read(path, None, engine.feedback, csv_escape=csv_escape)
         known, others = among_known(given, engine.models)
     except ValueError as error:
         if must:

@@ -37,19 +37,23 @@ class Traffic:
     skipped: dict[str, int]
 
 
-def read_traffic(path: str | Path, by: str | None, period: Period, column: str | None = None) -> Traffic:
+def read_traffic(
+    path: str | Path, by: str | None, period: Period, column: str | None = None, csv_escape: str | None = None
+) -> Traffic:
     """The prompts of a table, or of a folder that ``p2l-engine log export`` wrote.
 
     column: of the prompts, see ``layouts.prompt_column``. by: the column whose values are the groups, None: one group; rows
     without a value are the group "none". The time is the column time or timestamp (UTC where it has no zone). Prompts of one
     group with the same value in the column session belong together; where there is none, or no value, those with the same
-    first turn. Raises ValueError for columns that are missing, a time that cannot be read, and where no row has a prompt.
+    first turn. csv_escape: see ``tables.find.find_each``. Raises ValueError for columns that are missing, a time that cannot be
+    read, and where no row has a prompt.
     """
     if period not in PERIODS:
         raise ValueError(f"period: expected one of {', '.join(PERIODS)}, got {period!r}")
     folder = Path(str(path))
     where = folder / EXPORTED if (folder / EXPORTED).is_file() else path
-    table, prompts = read_prompts(where, column, {*TIMES, "session"} | ({by} if by is not None else set()))
+    also = {*TIMES, "session"} | ({by} if by is not None else set())
+    table, prompts = read_prompts(where, column, also, csv_escape=csv_escape)
     time = next((name for name in TIMES if name in table.columns), None)
     missing = [name for name in (prompts.column, by) if name is not None and name not in table.columns]
     missing += [] if time else [" or ".join(TIMES)]

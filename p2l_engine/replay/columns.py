@@ -27,20 +27,20 @@ MODELS = b"p2l.models"  # the metadata in which a batch run names the models of 
 POLICY = pa.list_(pa.struct([("model", pa.string()), ("probability", pa.float64())]))
 
 
-def column_names(path: str | Path) -> list[str]:
+def column_names(path: str | Path, csv_escape: str | None = None) -> list[str]:
     """The names of a file's columns (of a folder's or glob's first file). Raises ValueError where it cannot be read."""
     file = find([path])[0]
     if kind_of(file.location.path) != "parquet":
-        return list(read_table([path], ()).names)
+        return list(read_table([path], (), csv_escape=csv_escape).names)
     with readable(file):
         names = parquet.names_of(file)
     return [*names, *(name for name, _ in file.partitions if name not in names)]
 
 
-def read_columns(path: str | Path, names: Collection[str]) -> pa.Table:
+def read_columns(path: str | Path, names: Collection[str], csv_escape: str | None = None) -> pa.Table:
     """The columns ``names``, as far as there are such, of a file, folder, glob or URI; with the models of a batch run in the
-    metadata, if they are those of all files. Raises ValueError where it cannot be read, has no row, or has rows that are
-    invalid."""
+    metadata, if they are those of all files. csv_escape: see ``tables.find.find_each``. Raises ValueError where it
+    cannot be read, has no row, or has rows that are invalid."""
     files = find([path])
     if all(kind_of(file.location.path) == "parquet" for file in files):
         parts = []
@@ -57,7 +57,7 @@ def read_columns(path: str | Path, names: Collection[str]) -> pa.Table:
         said = {(part.schema.metadata or {}).get(MODELS, b"") for part in parts}
         table = table.replace_schema_metadata({MODELS: said.pop()} if len(said) == 1 else None)
     else:
-        found = read_table([path], names)
+        found = read_table([path], names, csv_escape=csv_escape)
         for index, row in sorted(found.invalid.items()):
             raise ValueError(f"{found.located(index)}: {row.why}: {row.text}")
         table = pa.table({name: _array(found, name) for name in found.columns})

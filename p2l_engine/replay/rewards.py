@@ -35,7 +35,9 @@ class Rewarded:
     left_out: Counter[str] = field(default_factory=Counter)
 
 
-def from_feedback(path: str | Path, ids: pa.Array, used: Int64, log: LoggedDecisions, wanted: Reward | None) -> Rewarded:
+def from_feedback(
+    path: str | Path, ids: pa.Array, used: Int64, log: LoggedDecisions, wanted: Reward | None, csv_escape: str | None = None
+) -> Rewarded:
     """ids: of all rows of the log; used: the number in ``log`` of each, or -1. wanted: None for scores where there are any,
     else preferences. Raises ValueError where a score is none or a preference is unknown, or all feedback is on other decisions.
 
@@ -44,7 +46,7 @@ def from_feedback(path: str | Path, ids: pa.Array, used: Int64, log: LoggedDecis
     several times. A policy's value is then its win rate against the log's choices, and the log's own is 1/2 where every
     decision was compared equally often.
     """
-    table = read_columns(path, FEEDBACK)
+    table = read_columns(path, FEEDBACK, csv_escape)
     required(table, path, "decision")
     table = _by_time(table, path)
     left_out = Counter[str]()
@@ -68,12 +70,14 @@ def from_feedback(path: str | Path, ids: pa.Array, used: Int64, log: LoggedDecis
     return Rewarded(reward, of, +left_out)
 
 
-def from_scores(path: str | Path, ids: pa.Array | None, used: Int64, log: LoggedDecisions) -> Rewarded:
+def from_scores(
+    path: str | Path, ids: pa.Array | None, used: Int64, log: LoggedDecisions, csv_escape: str | None = None
+) -> Rewarded:
     """From a table of scores: (decision or id, score), or (prompt, model, score), joined on prompt and model.
 
     Raises ValueError where it has two scores of one answer, or none of any answer in the log.
     """
-    table = read_columns(path, ("decision", "id", "prompt", "model", "score"))
+    table = read_columns(path, ("decision", "id", "prompt", "model", "score"), csv_escape)
     required(table, path, "score")
     score = bounded(numbers(table, "score", path), "score", path)
     if (wrong := np.isnan(score)).any():

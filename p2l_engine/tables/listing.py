@@ -118,7 +118,8 @@ def _walk(
         try:
             status = entry.stat()
         except OSError as error:
-            yield Entry(path, folders, problem=_unreadable(error))
+            gone = isinstance(error, FileNotFoundError) and not entry.is_symlink()
+            yield Entry(path, folders, problem="removed meanwhile" if gone else _unreadable(error))
             continue
         if stat.S_ISDIR(status.st_mode):
             yield from _walk(entry.path, (*folders, entry.name), patterns, after, (*above, identity))

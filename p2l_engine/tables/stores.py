@@ -26,7 +26,7 @@ REMEDIES |= {"gcs": REMEDIES["gs"], "abfss": REMEDIES["abfs"]}
 
 def shown(uri: str) -> str:
     """A path or URI as messages may show it: without a store's options, keys and secrets."""
-    return uri if "://" not in uri else re.sub("//([^/@]*|[^@]*:[^@]*)@", "//", OPTIONS.sub("", uri))
+    return uri if "://" not in uri else re.sub("//([^/@]*|[^/@:]*:[^@]*)@", "//", OPTIONS.sub("", uri))
 
 
 def store_of(uri: str, literal: bool = False) -> tuple[Any, str]:
