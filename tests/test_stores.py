@@ -9,13 +9,17 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from urllib.parse import quote, unquote
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from pyarrow.fs import GcsFileSystem
 
 from p2l_engine.batch import BatchConfig, run
 from p2l_engine.tables.find import find
 from p2l_engine.tables.storage import Location
+from p2l_engine.tables.stores import OPTIONS
 from p2l_engine.tables.whole import read_table
 from tests.support.batch_files import contents, write
 
@@ -109,23 +113,23 @@ def test_folders_and_globs_find_the_same_files_in_s3_and_on_disk(store, tmp_path
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("prompt\nhello\n")
         uploaded(store, f"x/{name}", path)
-    for given in ("x", "x/*.csv", "x/**/*.csv", "x/*/c.csv", "x/a.csv", "x/[ab].csv", "x/?.csv", "x/_h*/e.csv"):
-        local = [file.location.path.removeprefix(str(tmp_path)) for file in find([str(tmp_path / given)])]
-        stored = [file.location.path.removeprefix("bucket") for file in find([f"s3://bucket/{given}"])]
-        assert stored == local != [], given
+    for named in ("x", "x/*.csv", "x/**/*.csv", "x/*/c.csv", "x/a.csv", "x/[ab].csv", "x/?.csv", "x/_h*/e.csv"):
+        local = [file.location.path.removeprefix(str(tmp_path)) for file in find([str(tmp_path / named)])]
+        stored = [file.location.path.removeprefix("bucket") for file in find([f"s3://bucket/{named}"])]
+        assert stored == local != [], named
     twice = find(["s3://bucket/x/a.csv", "s3://bucket/x/*.csv", "s3://bucket/x/a.csv?region=eu-west-1"])
     assert [file.location.path for file in twice] == [
         f"bucket/x/{name}.csv" for name in ("a", "b", "a")
     ]  # another region is another store
-    for given in (
+    for named in (
         "s3://bucket/none",
         "s3://no-such-bucket/x",
         "s3://bucket/y/*.csv",
         "s3://bucket/x/readme.txt",
         "s3://bucket/x/[yz].csv",
     ):
-        with pytest.raises(ValueError, match=re.escape(given)):
-            find([given])
+        with pytest.raises(ValueError, match=re.escape(named)):
+            find([named])
 
 
 KEYS = [
@@ -155,13 +159,32 @@ def test_keys_are_what_is_written(store):
                 assert read_table(f"s3://bucket/{place}/{key}", ["prompt"]).columns["prompt"] == (
                     [key.replace(",", "")] if "," not in key else [None]
                 )
-    for given, keys in (
+    for named, keys in (
         ("a%2Bb.csv", ["a+b.csv"]), ("what%3F.csv", ["what?.csv"]), ("x[1].csv", ["x1.csv"]), ("*%20*", ["a%20b.csv"]),
         ("what?.csv?region=us-east-1", ["what?.csv"]), ("?[12]*.csv", ["x1.csv"]),
         ("d=2024%3A01/*", ["d=2024%3A01/c.csv"]), ("d=2024%3A01", ["d=2024%3A01/c.csv"]),
     ):  # fmt: skip
-        assert [file.location.path for file in find([f"s3://bucket/odd é/{given}"])] == [f"bucket/odd é/{key}" for key in keys]
+        assert [file.location.path for file in find([f"s3://bucket/odd é/{named}"])] == [f"bucket/odd é/{key}" for key in keys]
     assert [file.partitions for file in find(["s3://bucket/odd é/*/c.csv"])] == [(("d", "2024:01"),)]
+
+
+part = st.text(st.characters(codec="utf-8", exclude_characters="/\x00"), min_size=1, max_size=6) | st.text(
+    "%?#[]*+&=;: é20", min_size=1
+)
+
+
+@given(key=st.lists(part.filter(lambda name: name not in (".", "..")), min_size=1, max_size=3).map("/".join))
+@example(key="a?b=1")
+@example(key="%20%zz")
+@settings(deadline=None, max_examples=200)
+def test_a_key_is_what_is_written(key):
+    """Options follow where a question mark and a name with "=" could be some; there, a key's own is %3F."""
+    store = "s3://bucket/"
+    if OPTIONS.search(key):
+        key = key.replace("?", "")
+    assert Location.of(f"{store}{key}?region=us-east-1", literal=True).path == f"bucket/{key}"
+    assert Location.of(f"{store}{quote(key)}?region=us-east-1").path == f"bucket/{key}"
+    assert Location.of(f"{store}{key}?region=us-east-1").path in (f"bucket/{key}", f"bucket/{unquote(key)}")
 
 
 def test_stores_without_package_or_network_are_refused_in_one_line(monkeypatch):
