@@ -258,3 +258,16 @@ def test_logs_of_answers_and_of_traffic_have_nested_columns(tmp_path):
                 ValueError, match=f"{name}: expected .*(body.m; it has|'m' within the column 'body', which has)"
             ):
                 read_it(tmp_path / name)
+
+
+def test_votes_nested_without_end_are_invalid_rows(tmp_path):
+    """Python reads JSON to a depth at which other readers of it, which call themselves more often, give up."""
+    inner = "x"
+    for depth in range(0, 480, 40):
+        rows = [arena(TALKS[0]), arena(TALKS[1]) | {"conversation_a": [{"role": "user", "content": inner}]}]
+        write_jsonl(tmp_path / "in.jsonl", rows)
+        votes, dropped = read(str(tmp_path / "in.jsonl"), max_dropped=0.5)
+        assert set(votes.prompts) == {TURNS[0], *([("x",)] if not depth else [])}
+        assert len(dropped) == bool(depth)
+        for _ in range(40):
+            inner = [{"type": "tool_result", "content": inner}]

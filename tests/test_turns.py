@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from p2l_engine.apis.registry import APIS
 from p2l_engine.batch.worker import _without_arrays
+from p2l_engine.tables.layouts import PromptColumn
 from p2l_engine.tables.nested import split_column, value_at
-from p2l_engine.tables.turns import cell_turns
+from p2l_engine.tables.turns import HUMAN, PARTS, cell_turns
 from tests.support.layouts import (
     LAYOUTS,
     TALK,
@@ -125,8 +126,61 @@ def deep(levels):
 
 def test_a_request_without_end_is_an_error_of_its_row():
     assert cell_turns(deep(3) | {"system": "s"}, as_served=True) == ("s",)
-    with pytest.raises(ValueError, match="nested too deeply"):
-        cell_turns(deep(20_000), as_served=True)
+    for cell in (deep(20_000), deep(20_000)["messages"]):
+        with pytest.raises(ValueError, match="prompt: nested too deeply"):
+            cell_turns(cell, as_served=True)
+
+
+LEAVES = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.sampled_from([*sorted(PARTS), *HUMAN, "", "\ud800"])
+)
+KEYS = [
+    "role",
+    "content",
+    "type",
+    "text",
+    "messages",
+    "input",
+    "from",
+    "value",
+    "system",
+    "instructions",
+    "source",
+    "max_tokens",
+]
+VALUES = st.recursive(
+    LEAVES,
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.sampled_from(KEYS), inner, max_size=5)
+        | st.lists(st.tuples(st.sampled_from(KEYS), inner), max_size=3)
+    ),
+    max_leaves=20,
+)
+MESSAGES = st.fixed_dictionaries(
+    {"role": st.sampled_from(HUMAN), "content": VALUES}, optional={"type": VALUES, "value": VALUES}
+)
+CELLS = (
+    VALUES | st.lists(MESSAGES, max_size=3) | st.dictionaries(st.sampled_from(KEYS), VALUES | st.lists(MESSAGES, max_size=3))
+)
+
+
+@given(cell=CELLS, as_served=st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_any_cell_is_turns_or_says_why(cell, as_served):
+    for read_it in (
+        lambda: cell_turns(cell, as_served=as_served),
+        lambda: PromptColumn("body", cells="requests").turns(cell),
+        lambda: PromptColumn("messages", cells="messages").turns(cell),
+        lambda: PromptColumn("body", "messages").turns(cell),
+    ):
+        try:
+            turns = read_it()
+        except ValueError as error:
+            assert str(error).startswith(("prompt: ", "body: ", "messages: "))
+        else:
+            assert turns
+            assert all(isinstance(turn, str) and turn.encode() is not None for turn in turns)
 
 
 NAMES = st.text("ab.", min_size=1, max_size=5)

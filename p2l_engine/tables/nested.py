@@ -60,8 +60,12 @@ def object_of(cell: Any) -> Mapping[str, Any]:
 
 def as_object(value: Any) -> Any:
     """The pairs of a map as a dict; anything else as it is."""
-    is_map = isinstance(value, list) and bool(value) and all(isinstance(item, tuple) and len(item) == 2 for item in value)
+    is_map = isinstance(value, list) and bool(value) and all(map(_is_pair, value))
     return dict(value) if is_map else value
+
+
+def _is_pair(item: Any) -> bool:
+    return isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)
 
 
 def splits(path: str) -> Iterator[tuple[str, str]]:

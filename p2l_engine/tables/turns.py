@@ -44,6 +44,8 @@ def cell_turns(cell: object, plain_text: bool = False, as_served: bool = False) 
         return tuple(user_turns(_messages(cell, as_served) if isinstance(cell, list | tuple) else cell))
     except PromptError as error:
         raise ValueError(f"prompt: {error.problem}") from None
+    except RecursionError:
+        raise ValueError("prompt: nested too deeply") from None
 
 
 def listed_in(text: str) -> list[object] | None:
@@ -72,8 +74,6 @@ def _of_request(body: Mapping[str, Any]) -> tuple[str, ...]:
         raise PromptError(0, error.message) from None
     except UnicodeEncodeError as error:
         raise PromptError(0, f"invalid Unicode: lone surrogate in a message: {error.reason}") from None
-    except RecursionError:
-        raise PromptError(0, "expected a request, got one nested too deeply") from None
     if not (reader.turns or reader.instructions or reader.others):
         raise PromptError(0, "expected at least one user turn, got none")
     return tuple(user_turns(list(reader.of_user())))
@@ -124,7 +124,8 @@ def _is_usual(item: object) -> bool:
 
 
 def _is_part(item: Mapping[str, Any]) -> bool:
-    return item.get("type") in PARTS and item.get("role") is None and item.get("from") is None
+    kind = item.get("type")
+    return isinstance(kind, str) and kind in PARTS and item.get("role") is None and item.get("from") is None
 
 
 def without_nulls(value: Any) -> Any:

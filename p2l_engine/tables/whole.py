@@ -153,16 +153,20 @@ def _nested_values(row: Mapping[str, Any], names: Sequence[str]) -> dict[str, An
 
 
 def _is_text(value: Any) -> bool:
-    """Whether all texts within a value can be encoded: JSON may hold half a surrogate pair."""
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            return False
-        return True
-    if isinstance(value, dict):
-        return all(map(_is_text, value)) and all(map(_is_text, value.values()))
-    return not isinstance(value, list) or all(map(_is_text, value))
+    """Whether all texts within a value, however deep, can be encoded: JSON may hold half a surrogate pair."""
+    within = [value]
+    while within:
+        value = within.pop()
+        if isinstance(value, str):
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                return False
+        elif isinstance(value, dict):
+            within += [*value, *value.values()]
+        elif isinstance(value, list):
+            within += value
+    return True
 
 
 def _parts(
