@@ -84,8 +84,9 @@ def test_parts_of_messages_are_read_as_the_server_reads_them():
             assert cell_turns(messages, as_served=True) == cell_turns(body, as_served=True)
     assert cell_turns([{"type": "text", "text": "a"}, {"type": "image", "source": {}}], as_served=True) == ("a\n[image]",)
     assert cell_turns([[("role", "user"), ("content", "of a map")]]) == ("of a map",)
-    for cell in ([{"role": "user", "content": [PICTURE]}], {"messages": [{"role": "user", "content": "x"}]}):
-        with pytest.raises(ValueError, match="images are not read|got dict"):  # votes compare texts
+    call = [{"type": "function_call", "name": "f"}, {"role": "user", "content": "x"}]
+    for cell in ([{"role": "user", "content": [PICTURE]}], {"messages": [{"role": "user", "content": "x"}]}, call):
+        with pytest.raises(ValueError, match="images are not read|got dict|expected a 'role'"):  # votes compare texts
             cell_turns(cell)
 
 
@@ -110,6 +111,7 @@ def test_parts_of_messages_are_read_as_the_server_reads_them():
         ([{"from": ["human"], "value": "x"}], r"message 0: expected a 'role' of type str, got \['human'\]"),
         ([{"role": "user", "content": [PICTURE, 3]}], r"message 0: content\[1\]: expected a part with a 'type'"),
         ([{"type": "function_call", "name": "f"}], "expected at least one user turn, got none"),
+        ([{"type": "human", "content": "x"}, {"role": "user", "content": "y"}], "message 0: expected a 'role' of type str"),
     ],
 )
 def test_a_cell_that_is_no_prompt_says_why(cell, why):

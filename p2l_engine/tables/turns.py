@@ -18,8 +18,9 @@ from p2l_engine.tables.nested import as_object
 HUMAN = ("user", "human")  # the second is ShareGPT's
 USUAL_ROLES = ("user", "assistant", "system")
 OF_REQUESTS = ("messages", "input")  # where the APIs' bodies have the conversation
-# Kinds of parts of a content. Other kinds without a role are items of the Responses API: calls of tools, reasoning.
+# Kinds of parts of a content, and of items of the Responses API that are no messages, beside the calls of tools.
 PARTS = ANTHROPIC | {"text", "refusal", "image_url", "file", "input_audio", "input_text", "input_image", "input_file"}
+ITEMS = ("reasoning", "item_reference", "compaction", "mcp_list_tools", "mcp_approval_request", "mcp_approval_response")
 
 
 def cell_turns(cell: object, plain_text: bool = False, as_served: bool = False) -> tuple[str, ...]:
@@ -93,7 +94,7 @@ def _message(message: Mapping[str, Any], place: int, as_served: bool) -> Mapping
     role, content, kind = message.get("role"), message.get("content"), message.get("type")
     if role is None and message.get("from") is not None:
         role, content = message["from"], message.get("value")
-    if role is None and isinstance(kind, str) and kind != "message" and kind not in PARTS:
+    if as_served and role is None and isinstance(kind, str) and (kind in ITEMS or "call" in kind):
         return {"role": kind}
     if role not in HUMAN:
         return {"role": role}
