@@ -141,7 +141,7 @@ def test_what_cannot_be_read_is_named(tmp_path, caplog):
         with pytest.raises(ValueError, match="found none"):
             found(tmp_path, f"{name[0]}*[.]csv" if name != "a.csv" else "")
         assert f"{name} ({problem})" in caplog.text
-        with pytest.raises(ValueError, match=f"{name}: {problem}"):
+        with pytest.raises(ValueError, match=f"{name}: expected a file or folder, got {problem}"):
             find([tmp_path / name])
 
 

@@ -91,8 +91,10 @@ def _find(location: Location, warn: Callable[..., object], partitions: bool) -> 
         folder = info.type == info.type.Directory
     if not folder and not is_glob(location):
         problem = problem_of(location.path) if location.is_local else None
+        if problem:
+            raise ValueError(f"{location.shown}: expected a file or folder, got {problem}")
         absent = "no such file, or no answer" if location.shown.startswith("http") else "no such file or folder"
-        raise ValueError(f"{location.shown}: {problem or absent}")
+        raise ValueError(f"{location.shown}: {absent}")
     found = folder_entries(location) if folder else glob_entries(location)
     seen = {entry.path: entry if partitions else entry._replace(folders=()) for entry in found}
     problems = [f"{os.path.basename(path)} ({entry.problem})" for path, entry in seen.items() if entry.problem]

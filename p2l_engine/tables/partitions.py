@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 NULL = "__HIVE_DEFAULT_PARTITION__"  # as Hive and Spark write it
-REMEDY = "--no-partitions leaves the folders' names out"
+REMEDY = "--no-partitions of batch leaves the folders' names out, as naming each folder does"
 
 
 def partitions_of(folders: Iterable[str]) -> Partitions:
