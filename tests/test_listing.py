@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import glob
+import json
 import os
 import socket
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from p2l_engine.cli.prompts import PromptFile
+from p2l_engine.replay.read import read_log
 from p2l_engine.tables import listing
 from p2l_engine.tables.find import find
 from p2l_engine.tables.storage import Location
+from p2l_engine.tables.whole import read_table
 
 
 def touch(*paths):
@@ -143,6 +149,22 @@ def test_what_cannot_be_read_is_named(tmp_path, caplog):
         assert f"{name} ({problem})" in caplog.text
         with pytest.raises(ValueError, match=f"{name}: expected a file or folder, got {problem}"):
             find([tmp_path / name])
+
+
+@pytest.mark.parametrize("ending", ["parquet", "jsonl"])
+def test_what_is_skipped_is_said_once(ending, tmp_path, caplog):
+    rows = [{"messages": [{"role": "user", "content": "hi"}], "model": "x", "propensity": 0.5}]
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / "dead.csv").symlink_to("nowhere")
+    if ending == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    else:
+        (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for read_it in (PromptFile.read, read_log, lambda folder: read_table(folder, ["model"])):
+        caplog.clear()
+        read_it(tmp_path)
+        said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert [line.rpartition(": ")[2] for line in said] == ["dead.csv (a link to nothing)", "notes.txt"]
 
 
 def test_folders_that_cannot_be_listed_are_named(tmp_path, caplog, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from p2l_engine.tables.partitions import with_columns
 from p2l_engine.tables.rows import Rows, listed, readable
 from p2l_engine.tables.whole import Table, read_table
 
+logger = logging.getLogger(__name__)
+
 Int64 = npt.NDArray[np.int64]
 MOST = 1e50  # of rewards and costs, and of weights: sums of squares of their products are finite
 MODELS = b"p2l.models"  # the metadata in which a batch run names the models of its theta, a line each
@@ -29,9 +32,9 @@ POLICY = pa.list_(pa.struct([("model", pa.string()), ("probability", pa.float64(
 
 def column_names(path: str | Path, csv_escape: str | None = None) -> list[str]:
     """The names of a file's columns (of a folder's or glob's first file). Raises ValueError where it cannot be read."""
-    file = find([path])[0]
+    file = find([path], logger.debug)[0]
     if kind_of(file.location.path) != "parquet":
-        return list(read_table([path], (), csv_escape=csv_escape).names)
+        return list(read_table([path], (), csv_escape=csv_escape, again=True).names)
     with readable(file):
         names = parquet.names_of(file)
     return [*names, *(name for name, _ in file.partitions if name not in names)]
@@ -57,7 +60,7 @@ def read_columns(path: str | Path, names: Collection[str], csv_escape: str | Non
         said = {(part.schema.metadata or {}).get(MODELS, b"") for part in parts}
         table = table.replace_schema_metadata({MODELS: said.pop()} if len(said) == 1 else None)
     else:
-        found = read_table([path], names, csv_escape=csv_escape)
+        found = read_table([path], names, csv_escape=csv_escape, again=True)
         for index, row in sorted(found.invalid.items()):
             raise ValueError(f"{found.located(index)}: {row.why}: {row.text}")
         table = pa.table({name: _array(found, name) for name in found.columns})

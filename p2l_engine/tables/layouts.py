@@ -129,15 +129,17 @@ def read_prompts(
     where = PromptColumn(wanted)
     if table.names and (wanted not in table.columns or _layouts_of((wanted,), requests=True)):
         names = {split_column(wanted, table.names)[0], "url", *(layout.column for layout in LAYOUTS)}
-        head = read_table(path, names, wanted if bare else None, heads=True, csv_escape=csv_escape)
+        head = read_table(path, names, wanted if bare else None, heads=True, csv_escape=csv_escape, again=True)
 
         def cells(name: str) -> Sequence[Any]:
             first = head.columns.get(name, [])
-            return first if _tells(first) else read_table(path, (name,), csv_escape=csv_escape).columns.get(name, [])
+            return (
+                first if _tells(first) else read_table(path, (name,), csv_escape=csv_escape, again=True).columns.get(name, [])
+            )
 
         where, line = recognise(table.names, cells, table.shown, column)
         if where.column not in table.columns:
-            table = read_table(path, (where.column, *also), where.column if bare else None, csv_escape=csv_escape)
+            table = read_table(path, (where.column, *also), where.column if bare else None, csv_escape=csv_escape, again=True)
         if line:
             logger.info("%s: %s", table.shown, line)
     return table, where

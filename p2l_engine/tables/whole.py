@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -20,6 +21,8 @@ from p2l_engine.tables.storage import File, shown
 
 if TYPE_CHECKING:
     from pyarrow import Table as ArrowTable
+
+logger = logging.getLogger(__name__)
 
 SAVED = ("state.json", "dataset_dict.json")  # in folders that datasets' save_to_disk wrote
 
@@ -91,21 +94,22 @@ def read_table(
     bare: str | None = None,
     heads: bool = False,
     csv_escape: str | None = None,
+    again: bool = False,
 ) -> Table:
     """The columns ``names``, also nested ones (``body.messages``), as far as there are such, of files, folders, globs and URIs
     (see ``find``), of the split ``train`` of a hub data set or of a folder that datasets' ``save_to_disk`` wrote, or of several
     of these one after the other, each file once.
 
     bare: the column for values of jsonl lines that are no object; without it, these rows are invalid. heads: only the first
-    rows of each file. csv_escape: see ``find_each``. Raises ValueError where a file is missing or cannot be read, or if a quote
-    of a csv file is not closed.
+    rows of each file. csv_escape: see ``find_each``. again: whether files that are skipped were said before. Raises ValueError
+    where a file is missing or cannot be read, or if a quote of a csv file is not closed.
     """
     paths = [str(each) for each in ([path] if isinstance(path, str | Path) else path)]
     if not paths:
         raise ValueError("path: expected at least one file, folder or data set, got none")
     dotted = [name for name in names if "." in name]
     wanted = {*names, *(beginning for name in dotted for beginning, _ in splits(name))}
-    parts = _parts(paths, wanted, bare, csv_escape)
+    parts = _parts(paths, wanted, bare, csv_escape, logger.debug if again else logger.warning)
     found: dict[str, None] = {}
     columns: dict[str, list[Any]] = {}
     invalid: dict[int, InvalidRow] = {}
@@ -170,7 +174,11 @@ def _is_text(value: Any) -> bool:
 
 
 def _parts(
-    paths: Sequence[str], names: Collection[str], bare: str | None, csv_escape: str | None
+    paths: Sequence[str],
+    names: Collection[str],
+    bare: str | None,
+    csv_escape: str | None,
+    warn: Callable[..., object],
 ) -> list[tuple[str, Iterator[ValueRows]]]:
     """Each file, and each data set, with its values."""
     sets = {path: [(path, _saved_values(path, names))] for path in paths if _is_saved(path)}
@@ -178,7 +186,7 @@ def _parts(
     others = list(dict.fromkeys(path for path in paths if path not in sets))
     found = sets | {
         path: [(file.shown, _values(file, names, bare)) for file in files]
-        for path, files in zip(others, find_each(others, csv_escape=csv_escape), strict=True)
+        for path, files in zip(others, find_each(others, warn, csv_escape=csv_escape), strict=True)
     }
     return [part for path in dict.fromkeys(paths) for part in found[path]]
 
