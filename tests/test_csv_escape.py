@@ -16,6 +16,8 @@ from p2l_engine.tables import quotes
 from p2l_engine.tables.chunked import read_rows
 from p2l_engine.tables.find import find
 from p2l_engine.tables.whole import read_table
+from p2l_engine.train import data
+from p2l_engine.train.config import TrainConfig
 from p2l_engine.votes import read
 from tests.support.batch_files import output
 
@@ -45,6 +47,16 @@ def test_runs_votes_and_prompts_of_commands_are_read_alike(router, tmp_path):
     assert PromptFile.read(tmp_path / "in.csv", csv_escape="\\").prompts == turns
     votes, dropped = read(tmp_path / "in.csv", csv_escape="\\")
     assert (list(votes.prompts), len(dropped)) == ([(text,) for text in turns], 0)
+    config = {
+        "proj_name": "p",
+        "pretrain_model_name": "x",
+        "head_type": "bt",
+        "loss_type": "bt",
+        "train_data_path": str(tmp_path / "in.csv"),
+    }
+    config |= {"learning_rate": 1e-3, "num_train_epochs": 1, "batch_size": 1, "csv_escape": "\\"}
+    parts = data.load(TrainConfig.model_validate(config))
+    assert list(parts.training.prompts) == [(text,) for text in turns]
     with pytest.raises(ValueError, match="--csv-escape"):
         run(router, BatchConfig([tmp_path / "in.csv"], tmp_path / "never"))
     with pytest.raises(ValueError, match="csv_escape: expected one sign"):
