@@ -11,7 +11,7 @@ from p2l_engine.batch.begin import Begun, begin, check_unclaimed
 from p2l_engine.batch.config import KEPT_BYTES, BatchConfig
 from p2l_engine.batch.identity import compute_signature
 from p2l_engine.batch.job import Job
-from p2l_engine.batch.manifest import read_manifest, write_manifest
+from p2l_engine.batch.manifest import write_manifest
 from p2l_engine.batch.parts import check_no_other_parts, mark
 from p2l_engine.batch.pipeline import Pipeline, Workers
 from p2l_engine.batch.report import Report
@@ -57,7 +57,7 @@ def run(
     else:
         compute = workers.compute
     job = Job.of(config, router, compute)
-    if read_manifest(job.output, job.run) is None:
+    if not job.run.exists():
         check_unclaimed(job.output, job.run)  # before a folder is made beside what is not ours
     make_run_folder(job.output, job.run)
     with job.run.alone(), _state_alone(job):
