@@ -215,15 +215,17 @@ def test_a_run_of_an_adapter_is_refused_where_its_backbone_changed(tmp_path):
 
 
 def test_an_output_without_its_own_folder_is_never_written_over(router, tmp_path):
-    given, out = write(tmp_path / "in.parquet"), tmp_path / "out"
-    run(router, BatchConfig([given], out, rows_per_part=32))
+    given, out, options = write(tmp_path / "in.parquet"), tmp_path / "out", {"rows_per_part": 32}
+    run(router, BatchConfig([given], out, **options))
     out.rename(tmp_path / "renamed")
     before = contents(tmp_path / "renamed")
+    message = (
+        r"renamed: holds the parts of a run .*rename or copy its folder NAME.run to .*renamed.run too "
+        r"\(without an output there: out.run\)"
+    )
     for restart in (False, True):
-        with pytest.raises(
-            ValueError, match=r"renamed: holds the parts of a run .*rename or copy its folder NAME.run to .*renamed.run"
-        ):
-            run(router, BatchConfig([given], tmp_path / "renamed", rows_per_part=32), restart)
+        with pytest.raises(ValueError, match=message):
+            run(router, BatchConfig([given], tmp_path / "renamed", **options), restart)
     assert contents(tmp_path / "renamed") == before
     out.with_suffix(".run").rename(tmp_path / "renamed.run")
     assert run(router, BatchConfig([given], tmp_path / "renamed", rows_per_part=32)).rows == 150

@@ -133,8 +133,17 @@ def check_unclaimed(output: Location, run: Location) -> None:
     if parts(output):
         raise ValueError(
             f"{output.shown}: holds the parts of a run whose own folder is not beside it: if it was renamed or copied, rename "
-            f"or copy its folder NAME{ENDING} to {run.shown} too; otherwise name another folder"
+            f"or copy its folder NAME{ENDING} to {run.shown} too{_without_output(run)}; otherwise name another folder"
         )
+
+
+def _without_output(run: Location) -> str:
+    """The folders of runs whose outputs are not beside them: one may be of an output that was renamed."""
+    if not run.is_local:
+        return ""
+    folders = sorted(Path(run.path).parent.glob(f"*{ENDING}"))
+    left = [each.name for each in folders if not each.with_name(each.name.removesuffix(ENDING)).exists()]
+    return f" (without an output there: {', '.join(left[:3])})" if left else ""
 
 
 def _is_whole(finished: Manifest, output: Location) -> bool:
