@@ -218,6 +218,22 @@ def test_parts_of_parquet_hold_no_float16_which_spark_cannot_read():
         assert read.schema.metadata[b"key"] == b"value"
 
 
+def test_kept_columns_of_rare_types_stay_as_they_are(router, tmp_path):
+    columns = {
+        "uuid": pa.array([b"0" * 16, None], pa.uuid()),
+        "json": pa.ExtensionArray.from_storage(pa.json_(), pa.array(["{}", None])),
+        "map": pa.array([[("a", 1)], None], pa.map_(pa.string(), pa.int64())),
+        "view": pa.array(["a", None], pa.string_view()),
+        "dictionary": pa.array(["a", None]).dictionary_encode(),
+        "small": pa.array([decimal.Decimal("1.5"), None], pa.decimal128(5, 1)),
+    }
+    pq.write_table(pa.table({"prompt": ["x", "y"], **columns}), tmp_path / "in.parquet")
+    run(router, BatchConfig([str(tmp_path / "in.parquet")], str(tmp_path / "out"), coefficients="float16"))
+    found, before = output(tmp_path / "out"), pq.read_table(tmp_path / "in.parquet")
+    for name in columns:
+        assert found[name].to_pylist() == before[name].to_pylist()
+
+
 def test_kept_columns_that_spark_cannot_read_are_named(router, tmp_path, caplog):
     table = pa.table({"prompt": ["x"], "fine": pa.array([1], pa.timestamp("us")), "at": pa.array([1], pa.timestamp("ns"))})
     table = table.append_column("deep", pa.array([[{"t": None}]], pa.list_(pa.struct([("t", pa.time32("s"))]))))

@@ -121,8 +121,11 @@ def _leaves(kind: pa.DataType) -> Iterator[pa.DataType]:
 
 def _parquet(table: pa.Table, metadata: Metadata) -> memoryview:
     written = io.BytesIO()
-    schema = pa.schema([field.with_type(_without_float16(field.type)) for field in table.schema], dict(metadata))
-    pq.write_table(table.replace_schema_metadata(None).cast(schema), written, compression="zstd")
+    for i, field in enumerate(table.schema):
+        kind = _without_float16(field.type)
+        if kind != field.type:  # of some types Arrow has no cast, not even to themselves
+            table = table.set_column(i, field.with_type(kind), table.column(i).cast(kind))
+    pq.write_table(table.replace_schema_metadata(dict(metadata)), written, compression="zstd")
     return written.getbuffer()
 
 
