@@ -112,3 +112,20 @@ def test_reasons_without_end_take_bounded_memory():
 def test_every_count_has_one_status(routed, errors):
     status = status_of(Report(rows=routed + errors, routed=routed))
     assert status == (0 if not errors else 3 if routed else 4)
+
+
+def test_decisions_are_written_as_requests(batch, tmp_path):
+    requests = ("--split-by", "model", "--as", "openai-batch")
+    found = batch(["a", "b", None], *requests)
+    assert found.status == 3
+    lines = [json.loads(line) for part in sorted((tmp_path / "out").glob("part-*.jsonl")) for line in part.open()]
+    assert sorted(line["custom_id"] for line in lines) == ["in.jsonl:0", "in.jsonl:1"]
+    assert "1 of 3 rows were not routed, as the files errors-* say" in found.err
+    for options, said in (
+        (("--as", "openai-batch"), "--as: needs --split-by model"),
+        ((*requests, "--format", "csv"), "--format: requests are jsonl, got csv"),
+    ):
+        refused = batch(["a"], *options)
+        assert refused.status == 2
+        assert said in refused.err
+    assert batch(["a", "b", None], *requests, "--format", "jsonl").status == 3

@@ -191,8 +191,14 @@ def batch(
         ),
     ] = True,
     output_format: Annotated[
-        Formats, typer.Option("--format", help="Format of the output's files.", rich_help_panel=RUN)
-    ] = Formats.PARQUET,
+        Formats | None,
+        typer.Option(
+            "--format",
+            help="Format of the output's files. Default: parquet; with --as, jsonl.",
+            show_default=False,
+            rich_help_panel=RUN,
+        ),
+    ] = None,
     split_by: Annotated[
         SplitBy | None,
         typer.Option(
@@ -289,6 +295,10 @@ def batch(
     opponents: Opponents = numbers_of(opponent, "--opponent") if opponent else "uniform"
     if ray is None and ray_workers is not None:
         raise typer.BadParameter("needs --ray", param_hint="--ray-workers")
+    if write_as is not None and split_by is None:
+        raise typer.BadParameter("needs --split-by model, since OpenAI takes one model in a file", param_hint="--as")
+    if write_as is not None and output_format not in (None, Formats.JSONL):
+        raise typer.BadParameter(f"requests are jsonl, got {output_format.value}: leave it out", param_hint="--format")
     from p2l_engine.batch import BatchConfig, run
     from p2l_engine.tables.storage import Location
 
@@ -301,7 +311,7 @@ def batch(
         csv_escape=csv_escape,
         keep=[] if keep == [""] else keep,
         source=source,
-        format=output_format.value,
+        format=(output_format or Formats.PARQUET).value,
         split_by=split_by.value if split_by else None,
         write_as=write_as.value if write_as else None,
         budget=budget,
@@ -324,7 +334,7 @@ def batch(
         meter() as show,
     ):
         report = run(router, config, restart, _shown(show), cluster)
-    print_summary(report, router.catalog.unit, Location.of(output).shown)
+    print_summary(report, router.catalog.unit, Location.of(output).shown, split_by is not None)
     if report.routed < report.rows:
         raise typer.Exit(status_of(report))
 

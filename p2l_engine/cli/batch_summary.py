@@ -20,9 +20,9 @@ def status_of(report: Report) -> int:
     return SOME_ERRORS if report.routed else NONE_ROUTED
 
 
-def print_summary(report: Report, unit: str, output: str) -> None:
+def print_summary(report: Report, unit: str, output: str, split: bool = False) -> None:
     """A table on stdout; on stderr what was used of an earlier run, and why rows were not routed. unit: of costs. output: the
-    folder."""
+    folder. split: whether rows with an error have files of their own."""
     from rich.table import Table
     from rich.text import Text
 
@@ -47,7 +47,8 @@ def print_summary(report: Report, unit: str, output: str) -> None:
     out().print(table)
     if report.routed < report.rows:
         count = "no row was" if not report.routed else f"{report.rows - report.routed:,} of {report.rows:,} rows were not"
-        note(f"{count} routed, as the column error says; {_commonest(report)}:", warning=True)
+        said = "the files errors-* say" if split else "the column error says"
+        note(f"{count} routed, as {said}; {_commonest(report)}:", warning=True)
         for reason in report.reasons[:SHOWN]:
             note(f"  {reason.rows:,}: {reason.why} (first in {reason.where})", warning=True)
 
