@@ -21,9 +21,10 @@ import pytest
 from hypothesis import given
 
 from p2l_engine.batch import BatchConfig, run
+from p2l_engine.batch.blocks import blocks
 from p2l_engine.batch.output import FORMATS, check_format
-from p2l_engine.batch.sources import source_names
-from p2l_engine.tables.find import find_each
+from p2l_engine.batch.sources import source_columns, source_names
+from p2l_engine.tables.find import find, find_each
 from p2l_engine.tables.whole import read_table
 from tests.support.batch_files import PROMPTS, contents, output, write
 
@@ -143,6 +144,30 @@ def test_files_are_named_as_the_user_would(tmp_path, monkeypatch):
     assert names("memory://names/one", "memory://names/two") == ["one/a.csv", "two/a.csv"]
     assert names("memory://names/two", "in/a.csv") == ["memory:///names/two/a.csv", f"{tmp_path}/in/a.csv"]
     assert names(f"file://{tmp_path}/in") == ["a.csv", "day/b.csv", "day/c.csv"]
+
+
+@given(
+    st.lists(st.integers(0, 30), min_size=1, max_size=4).filter(any), st.integers(1, 25), st.sampled_from(["parquet", "jsonl"])
+)
+def test_every_row_says_where_it_comes_from_whatever_the_blocks(tmp_path_factory, sizes, rows, kind):
+    folder = tmp_path_factory.mktemp("sources")
+    expected = []
+    for i, size in enumerate(sizes):
+        table = pa.table({"k": pa.array(range(size), pa.int64()), "prompt": [f"{i} {k}" for k in range(size)]})
+        path = folder / f"{i}.{kind}"
+        if kind == "parquet":
+            pq.write_table(table, path, row_group_size=7)
+        else:
+            path.write_text("".join(json.dumps(row) + "\n\n" for row in table.to_pylist()))  # empty lines are no rows
+        expected += [(path.name, k, (f"{i} {k}",)) for k in range(size)]
+    names, found = source_names([folder], find_each([folder])), []
+    for block in blocks(find([folder]), "prompt", rows=rows):
+        columns = source_columns(block.sources, names)
+        found += zip(columns["source_file"].to_pylist(), columns["source_row"].to_pylist(), block.prompts, strict=True)
+        assert block.kept["k"].to_pylist() == columns["source_row"].to_pylist()
+        for i in range(len(block.prompts)):
+            assert block.where(i) == f"{folder}/{columns['source_file'][i]}: row {columns['source_row'][i]}"
+    assert found == expected
 
 
 TEXTS = st.text(st.characters(blacklist_categories=("Cs",)), max_size=6)
