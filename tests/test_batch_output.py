@@ -135,6 +135,9 @@ def test_files_are_named_as_the_user_would(tmp_path, monkeypatch):
     assert names("in") == names(f"{tmp_path}/in/") == names("./in/../in") == ["a.csv", "day/b.csv", "day/c.csv"]
     assert names("in/day/b.csv") == ["b.csv"]
     assert names("in/*/*.csv") == ["day/b.csv", "day/c.csv"]
+    (tmp_path / "x[1]").mkdir()
+    (tmp_path / "x[1]" / "a?.csv").write_text("prompt\nx\n")
+    assert names("x[1]") == names("x[1]/a?.csv") == ["a?.csv"]
     assert names("in/a*", "in/day") == ["a.csv", "b.csv", "c.csv"]
     assert names("in/day/b.csv", "in/a.csv") == ["b.csv", "a.csv"]
     assert names("other", "in") == ["other/a.csv", "in/a.csv", "in/day/b.csv", "in/day/c.csv"]  # else two would be a.csv

@@ -33,10 +33,12 @@ def source_names(inputs: Sequence[str | Path], files: Sequence[Sequence[File]]) 
 
 
 def _within(given: Location, file: File) -> str:
-    folder, path = given.path.rstrip("/"), file.location.path
-    if not path.startswith(f"{folder}/"):
-        folder = re.split("[*?[]", path if path == folder else folder, maxsplit=1)[0].rpartition("/")[0]
-    return path.removeprefix(f"{folder}/")
+    named, path = given.path.rstrip("/"), file.location.path
+    if path == named:
+        return path.rpartition("/")[2]
+    if not path.startswith(f"{named}/"):
+        named = re.split("[*?[]", named, maxsplit=1)[0].rpartition("/")[0]
+    return path.removeprefix(f"{named}/")
 
 
 def source_columns(spans: Sequence[Span], names: Mapping[str, str]) -> dict[str, pa.Array]:
