@@ -22,7 +22,7 @@ serve: $(VENV)/serve.stamp  ## Serve on port 8000, with a mock provider: a page 
 test: $(VENV)/test.stamp  ## Run all tests.
 	$(BIN)/python -m pytest $(WORKERS)
 
-test-fast: $(VENV)/test.stamp  ## Run the tests that start no process or cluster and train nothing.
+test-fast: $(VENV)/test.stamp  ## Run the quick tests: no process, cluster or training.
 	$(BIN)/python -m pytest $(WORKERS) -m "not slow and not cluster and not store and not gpu"
 
 lint: $(VENV)/lint.stamp  ## Check style and types.

@@ -64,6 +64,7 @@ def test_every_room_is_in_the_table():
     assert rooms - set(BESIDE) == {room for room in table() if room != "default"}
 
 
+@pytest.mark.slow
 def test_nothing_imports_a_room_that_it_may_not():
     rooms = table()
     order = list(rooms)
@@ -78,12 +79,14 @@ def test_nothing_imports_a_room_that_it_may_not():
         assert room not in rooms or [other for other in sorted(others) if not may(room, other)] == [], module
 
 
+@pytest.mark.slow
 def test_no_modules_import_each_other():
     graph = {name: imports(file, types=False) - {name} for name, file in MODULES.items() if name != "p2l_engine"}
     graph = {name: {other for other in found if not name.startswith(f"{other}.")} for name, found in graph.items()}
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
 
 
+@pytest.mark.slow
 def test_every_class_has_a_name_of_its_own():
     names = [
         node.name

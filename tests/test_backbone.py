@@ -59,6 +59,7 @@ def test_the_steps_carry_nan_and_infinity():
         assert CpuOperations(dtype).norm(x, torch.ones(6, dtype=dtype), 1e-5).isnan().any()
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused():
     do = CpuOperations(torch.float32)
     with pytest.raises(ValueError, match="weight: expected contiguous float32 or bfloat16"):

@@ -36,6 +36,7 @@ def batch(checkpoint, tmp_path):
     return ended
 
 
+@pytest.mark.slow
 def test_the_exit_status_says_whether_all_some_or_no_rows_were_routed(batch, tmp_path):
     for prompts, status, said in (
         (["a", "b"], 0, ""),
@@ -56,6 +57,7 @@ def test_the_exit_status_says_whether_all_some_or_no_rows_were_routed(batch, tmp
     ]
 
 
+@pytest.mark.slow
 def test_errors_stop_and_strict_are_one(batch, tmp_path):
     for option in (["--strict"], ["--errors", "stop"], ["--strict", "--errors", "stop"]):
         found = batch(["a", None], *option)
@@ -70,6 +72,7 @@ def test_errors_stop_and_strict_are_one(batch, tmp_path):
     assert "row cannot be combined with --strict" in found.err
 
 
+@pytest.mark.slow
 def test_a_changed_budget_says_that_there_was_no_forward_pass(batch):
     prompts = [f"question {i}" for i in range(30)]
     assert batch(prompts).status == 0

@@ -36,6 +36,7 @@ def rows_of(folder):
     return output(folder).to_pylist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"budget": 1.5}, {"budget": 1.5, "draw": "id"}, {"draw": "id"}])
 def test_rows_are_the_routers_decisions_in_any_parts(options, explorer, tmp_path):
     given = write(tmp_path / "in.parquet")
@@ -65,6 +66,7 @@ def test_rows_in_another_order_are_drawn_alike(explorer, tmp_path, rng):
         assert first[key]["propensity"] == pytest.approx(second[key]["propensity"], abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scope", ["prompt", "batch"])
 def test_an_interrupted_run_is_resumed_to_the_same_bytes(scope, explorer, tmp_path):
     given = write(tmp_path / "in.csv")

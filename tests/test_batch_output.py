@@ -65,6 +65,7 @@ def test_the_folder_opens_in_polars_duckdb_pandas_and_pyarrow(router, options, t
     assert frame["theta"].map(lambda each: None if each is None else list(each)).tolist() == [row["theta"] for row in rows]
 
 
+@pytest.mark.slow
 def test_jsonl_and_csv_say_what_parquet_says(router, options, tmp_path):
     for name in FORMATS:
         run(router, BatchConfig(output=str(tmp_path / name), format=name, **options))

@@ -207,6 +207,7 @@ def test_solvers_run_to_the_end(tmp_path, monkeypatch):
     assert all(float(row["largest_difference"]) < 1e-6 for row in exact)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shares", [False, True])
 def test_a_budget_is_solved_from_coefficients_on_disk(shares):
     figures = spilled.solve_spilled(20_000, shares)
@@ -280,6 +281,7 @@ def test_batch_runs_to_the_end(tmp_path, monkeypatch):
     assert int(rows["prompts computed"]) <= 40
 
 
+@pytest.mark.slow
 def test_another_budget_needs_no_forward_pass(tmp_path):
     first, *others = decided_again.decided(60, tmp_path)
     assert (first.rows, first.found) == (60, 0)
@@ -435,6 +437,7 @@ def test_a_compromised_release_is_refused(tmp_path):
         servers.litellm_version(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("feedback", ["grk", "bt-tie"])
 def test_a_left_out_model_is_added_in_every_way(feedback, tmp_path):
     rng = np.random.default_rng(0)

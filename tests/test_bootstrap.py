@@ -80,6 +80,7 @@ def test_equal_weights_count_each_prompt():
 weights_of_prompts = st.lists(st.sampled_from([0.0, 1e-300, 1e-3, 0.5, 1.0, 1.7, 30.0, 1e300]), min_size=1, max_size=9)
 
 
+@pytest.mark.slow
 @given(weights_of_prompts.filter(any), weights_of_prompts)
 def test_the_expected_variance_is_the_quadratic_forms_trace(weights, others):
     sums = WeightSums.of(weights) + WeightSums.of(others)

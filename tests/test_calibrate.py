@@ -128,6 +128,7 @@ def test_every_candidate_ends_where_no_parameter_improves(name):
             assert np.abs(slope).max() < 1e-4, candidate
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("winner", [Outcome.A, Outcome.B])
 def test_votes_that_all_agree_or_all_contradict_have_an_optimum(winner):
     c, votes = world("grk", 60, 3)
@@ -175,6 +176,7 @@ def test_counts_of_coefficients_beyond_float64_have_no_map(kind, size):
         minimise(design.objective, design.start)
 
 
+@pytest.mark.slow
 def test_errors_are_how_far_estimates_spread():
     estimates, stated = [], []
     for seed in range(60):
@@ -225,6 +227,7 @@ def test_new_votes_are_predicted_no_worse_by_more_than_the_losss_error(name, see
     assert after <= before + error, report.chosen
 
 
+@pytest.mark.slow
 def test_held_out_maps_have_not_seen_the_votes_that_they_are_judged_on():
     c, votes = world("bt", 100, 3, scale=1.7)
     fold, group = folds(votes, 5), conversations(votes)
@@ -293,6 +296,7 @@ def test_votes_on_other_models_are_left_out_and_counted():
         among_known(votes, ("x", "model-003"))
 
 
+@pytest.mark.slow
 def test_models_of_values_need_no_pairs():
     c, votes = world("ols", 150, 5, scale=1.5, shift=1.0)
     found, report = calibrate(c, replace(votes, weight=(votes.a == 2).astype(float)), bootstrap=20)
@@ -347,6 +351,7 @@ LINEAR = CoefficientMap(Candidate("both", 0.3), 0.6, -0.2, {"alpha": 0.1, "gamma
 BENT = CoefficientMap(Candidate("isotonic"), knots=(-3.0, 0.0, 2.0), values=(-5.0, 0.5, 1.0), eta_scale=0.9, eta_offset=-0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "steps", [(LINEAR,), (BENT,), (LINEAR, LINEAR), (LINEAR, BENT), (BENT, LINEAR), (BENT, LINEAR, BENT, LINEAR)]
 )
@@ -454,6 +459,7 @@ def files(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_calibrate_writes_a_checkpoint_a_plot_and_figures(files, monkeypatch, tmp_path):
     monkeypatch.chdir(files)
     more = (
@@ -489,6 +495,7 @@ def test_calibrate_refuses_what_it_cannot_do(files, monkeypatch):
     assert (ended.status, "expected a folder that does not exist yet, or an empty one" in ended.message) == (2, True)
 
 
+@pytest.mark.slow
 def test_adapt_refuses_a_checkpoint_with_a_monotone_map(files, tmp_path):
     calibrated.write(checkpoint.load(files / "c"), tmp_path / "n", BENT, report_of("bt"))
     ended = p2l_engine("adapt", tmp_path / "n", "--votes", files / "votes.parquet", "-o", tmp_path / "a")

@@ -246,6 +246,7 @@ def test_configs_are_written_in_the_spellings_of_transformers_4_and_5(theta, fac
         assert DecoderConfig.read({key: value for key, value in written.items() if key not in other}) == expected
 
 
+@pytest.mark.slow
 @settings(max_examples=20)
 @given(
     kind=st.sampled_from(["llama3", "yarn", "longrope"]),

@@ -188,6 +188,7 @@ def test_batch_routes_a_file_and_prints_a_report(checkpoint, tmp_path):
         assert [error is None for error in found["error"].to_pylist()] == [True, False]
 
 
+@pytest.mark.slow
 def test_a_leaderboard_over_a_file_of_prompts(checkpoint, tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("one\ntwo\nthree\n")
@@ -226,6 +227,7 @@ def test_a_checkpoint_of_values_does_not_route(tmp_path):
     assert "whose coefficients give no win rates" in " ".join(err.split())
 
 
+@pytest.mark.slow
 def test_prompts_and_weights_of_tables(checkpoint, tmp_path):
     pq.write_table(pa.table({"prompt": ["sum", '["two", "turns"]'], "weight": [3.0, 0.0]}), tmp_path / "p.parquet")
     (tmp_path / "p.csv").write_text('prompt,weight\nsum,3\n"[""two"", ""turns""]",0\n')
@@ -278,6 +280,7 @@ def test_text_files_of_prompts_need_no_extra(checkpoint, tmp_path):
     assert "this command needs the extra 'batch': pip install 'p2l-engine[batch]'" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", slow_but(("csv",), ["csv", "parquet", "jsonl"]))
 def test_prompts_are_read_from_the_column_that_is_named(kind, checkpoint, tmp_path):
     file, rows = tmp_path / f"questions.{kind}", [{"prompt": 7 * i, "question": f"prompt {i}"} for i in range(3)]

@@ -38,6 +38,7 @@ def by_table(path):
     return read_table(path, ["prompt"]).columns["prompt"]
 
 
+@pytest.mark.slow
 @given(cuts=st.lists(st.integers(0, 400), max_size=4), padding=st.sampled_from([0, 1, 511, 10_240]), squeezed=st.booleans())
 @settings(deadline=None, max_examples=40)
 @pytest.mark.parametrize("ending", ["csv", "jsonl"])

@@ -91,6 +91,7 @@ def test_values_as_spark_writes_them(tmp_path):
     assert table.columns == {"prompt": texts, "n": ["z"] * len(texts)}
 
 
+@pytest.mark.slow
 @given(rows=st.lists(st.tuples(cell, cell), min_size=1, max_size=8), piece=st.integers(24, 80))
 @example(rows=[('",', ","), ("\\", '"\nb')], piece=24)
 @settings(deadline=None, max_examples=200)
@@ -115,6 +116,7 @@ def test_what_pythons_csv_escapes_is_read(rows, tmp_path):
     assert [(text,) for text in prompts(tmp_path / "in.csv")] == rows
 
 
+@pytest.mark.slow
 @given(rows=st.lists(st.tuples(cell, st.sampled_from(["x", "y z", 'a "b"', None])), min_size=1, max_size=6))
 @example(rows=[('"\nb', "x")])
 @example(rows=[('",', ","), (None, None)])
@@ -131,6 +133,7 @@ def test_without_the_option_nothing_is_misread(rows, tmp_path):
         assert list(zip(table.columns["prompt"], table.columns["n"], strict=True)) == rows
 
 
+@pytest.mark.slow
 @given(rows=st.lists(st.tuples(st.text('"\\,\n\ra', max_size=8), st.text('"\\a', max_size=3)), min_size=1, max_size=8))
 @settings(deadline=None, max_examples=100)
 def test_doubled_quotes_beside_backslashes_are_standard(rows, tmp_path):

@@ -93,6 +93,7 @@ OPTIONS = st.fixed_dictionaries(
 ).map(lambda options: {name: value for name, value in options.items() if name != "written"} | options.get("written", {}))
 
 
+@pytest.mark.slow
 @settings(max_examples=12)
 @given(st.lists(st.tuples(OPTIONS, st.integers(0, 12)), min_size=1, max_size=4), OPTIONS)
 def test_any_options_after_any_interruptions_give_the_output_of_a_new_run(router, interrupted, last):
@@ -132,6 +133,7 @@ def test_an_unfinished_run_is_decided_otherwise_from_what_it_has(router, tmp_pat
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
+@pytest.mark.slow
 def test_how_long_coefficients_are_kept(router, tmp_path, monkeypatch):
     given, out = write(tmp_path / "in.parquet"), tmp_path / "out"
 
@@ -234,6 +236,7 @@ def test_files_that_are_added_at_the_end_are_computed_alone(router, tmp_path):
         run(router, BatchConfig([inputs], tmp_path / "out", budget=1.5, budget_scope="batch", **ROWS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scope", ["prompt", "batch"])
 def test_an_input_that_changes_during_a_run_is_noticed_and_costs_its_own_prompts(scope, router, tmp_path):
     inputs, options = tmp_path / "in", {"budget": 1.5, "budget_scope": scope} | ROWS
@@ -297,6 +300,7 @@ def test_a_copied_checkpoint_is_the_same_and_a_changed_one_is_refused(router, tm
     assert contents(out) == before
 
 
+@pytest.mark.slow
 def test_runs_whose_manifest_is_lost_use_the_coefficients_that_a_state_folder_names(router, tmp_path):
     """The folder's name says what its coefficients depend on; those in the run's own folder are of unknown origin."""
     given, out = write(tmp_path / "in.parquet"), tmp_path / "out"

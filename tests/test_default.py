@@ -31,6 +31,7 @@ def test_it_ships_in_at_most_12_megabytes():
     assert sum(file.stat().st_size for file in checkpoint.DEFAULT.iterdir()) <= 12_000_000
 
 
+@pytest.mark.slow
 def test_it_routes_over_its_own_catalog(default_engine):
     catalog = Catalog.from_yaml(checkpoint.DEFAULT / "catalog.yaml")
     router = Router(default_engine, catalog)

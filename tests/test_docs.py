@@ -63,6 +63,7 @@ def test_the_examples_in_python_run(default_engine, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 5
 
 
+@pytest.mark.slow
 def test_the_readme_prints_what_it_says(default_engine, capsys):
     (code,) = blocks(ROOT / "README.md")
     exec(compile(code, "README.md", "exec"), {})

@@ -203,6 +203,7 @@ def test_holms_p_values(p):
 # Calibration of a period
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bt", "grk", "poisson"])
 def test_the_level_of_the_calibration_test(name):
     n, rejected = 120, 0
@@ -313,6 +314,7 @@ def log(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_leaderboards_over_time(log, monkeypatch, tmp_path):
     monkeypatch.chdir(log)
     more = ("--prompts", "log", "--by", "key", "--period", "month", "--bootstrap", "10")

@@ -66,6 +66,7 @@ def test_votes_are_evaluated(called, folder):
     assert "how often beta is preferred to alpha" in (folder / "r.html").read_text()
 
 
+@pytest.mark.slow
 def test_clusters_are_no_categories_of_the_training_votes(called, folder):
     known = pq.read_table(folder / "known.parquet")
     pq.write_table(known.append_column("category", pa.array(["other"] * len(known))), folder / "known-of.parquet")
@@ -179,6 +180,7 @@ def test_budgets_that_no_model_meets_are_refused(budget, called):
     assert "expected a mean cost of at least the cheapest model's 1, got" in err
 
 
+@pytest.mark.slow
 def test_votes_on_other_models_are_dropped_where_that_is_allowed(called, folder):
     table = pq.read_table(folder / "held-out.parquet").to_pylist()
     table[0]["model_a"] = "omega"

@@ -439,6 +439,7 @@ def test_a_report_is_complete_and_reproducible(name, tmp_path):
         evaluate(engine, other)
 
 
+@pytest.mark.slow
 def test_few_votes_of_a_likely_outcome_do_not_make_a_share_certain(rng):
     """Of 60 draws of 100 votes, nearly all intervals hold the probability that was right, in the last tenth too: by the
     bootstrap alone, half of those there missed it."""
@@ -457,6 +458,7 @@ def test_few_votes_of_a_likely_outcome_do_not_make_a_share_certain(rng):
     assert np.mean(last) > 0.9
 
 
+@pytest.mark.slow
 @given(st.integers(2, 40), st.integers(0, 40), st.integers(0, 5))
 def test_a_share_of_independent_prompts_is_wilsons(n, hits, seed):
     """With Student's quantile for the normal one."""

@@ -93,6 +93,7 @@ def test_a_new_model_beside_certain_ones_has_a_closed_form():
     assert within(sum(d.model == "epsilon" for d in found), COUNT, p)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("theta", "deviation", "budget"),
     [
@@ -143,6 +144,7 @@ def test_budgets_over_the_batch_hold_at_the_realised_price():
             assert len(own) / 800 == pytest.approx(np.mean(own), abs=0.06)
 
 
+@pytest.mark.slow
 def test_a_pacers_choice_has_its_propensity():
     theta, deviation = [0.0, 0.4, 0.6, 0.7, 0.9], [0.1, 0.3, 0.2, 0.5, 0.4]
     one, router = believed(theta, deviation), chooser()
@@ -171,6 +173,7 @@ def test_paced_rows_are_what_the_pacer_chooses(data):
         assert thompson.paced(v[None], costs, choice.price, choice.most).tolist() == [choice.model]
 
 
+@pytest.mark.slow
 @given(st.data())
 def test_any_posterior_gives_a_sound_decision(data):
     m = data.draw(st.integers(1, 5), label="models")
@@ -334,6 +337,7 @@ def test_exploring_needs_an_uncertainty_and_says_how_to_get_it(engine):
             chooser().decide(believed(np.zeros(5), np.ones(5)), ["hello"], draws=draws)
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None)
 @given(
     st.integers(0, 10**6), st.integers(1, 23), st.sampled_from(["bt", "rk", "grk"]),

@@ -91,6 +91,7 @@ def differentiated(model, a, b, eta):
 KINK = feedback_model("rk").least_eta
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VOTE_MODELS)
 @settings(max_examples=15)
 @given(seed=st.integers(0, 10**6), spread=st.sampled_from([0.01, 1.0, 10.0, 50.0, 500.0]), n=st.integers(0, 40))

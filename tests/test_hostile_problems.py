@@ -145,6 +145,7 @@ def test_the_oracle_is_linprog(rng):
             assert float(ours) == pytest.approx(-expected.fun)
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(SEEDS, st.integers(1, 5), st.integers(1, 5))
 def test_small_problems_equal_exact_rationals(seed, n, m):
@@ -233,6 +234,7 @@ def test_a_budget_of_zero_leaves_the_free_models(solver, rng):
     assert (p.cost == 0).all()
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(SEEDS, st.integers(1, 40), st.integers(2, 6), st.sampled_from([0.0, 1.0]))
 def test_prices_at_the_edge_are_slopes(seed, n, m, share):
@@ -283,6 +285,7 @@ class TestBoundsOfPrompts:
         p = solve(Problem(self.v, [1, 2], np.array([np.inf, 1.25]), resources=[Resource("s", [2, 1], 3)]))
         np.testing.assert_allclose(p.cost, [2, 1.25], rtol=1e-15)
 
+    @pytest.mark.slow
     @settings(max_examples=100)
     @given(SEEDS, st.integers(1, 12), st.integers(1, 5))
     def test_the_first_infeasible_prompt_is_named(self, seed, n, m):
@@ -304,6 +307,7 @@ class TestBoundsOfPrompts:
         assert p.value.mean() == pytest.approx(best, abs=1e-9)
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(SEEDS, st.integers(1, 30), st.integers(2, 6), st.sampled_from([1.0, 1e-9, 1e9]), st.booleans())
 def test_the_smallest_budget_that_an_error_names_is_the_smallest(seed, n, m, unit, batch):
@@ -408,6 +412,7 @@ def test_subnormal_costs_keep_their_hull():
 class TestRounding:
     """A cost exceeds its budget by one rounding at most; so does a budget fall short of the least cost."""
 
+    @pytest.mark.slow
     @settings(max_examples=300)
     @given(SEEDS, st.integers(1, 6), st.integers(1, 9), st.sampled_from([1, 1e-12, 1e12]))
     def test_one_budget_for_each_prompt(self, seed, n, m, unit):
@@ -430,6 +435,7 @@ class TestRounding:
             routing.solve_budget(v, costs, np.nextafter(np.nextafter(least, 0), 0))
         assert e.value.smallest == least[0]
 
+    @pytest.mark.slow
     @settings(max_examples=100)
     @given(SEEDS, st.integers(1, 3000), st.integers(1, 5), st.floats(0, 1))
     @example(0, 3000, 3, 0.0)
@@ -545,6 +551,7 @@ class TestSiftingThatDoesNotConverge:
         assert sizes.count(n) == 1
         assert sum(sizes) <= 3 * n + 10 * dual.OPEN
 
+    @pytest.mark.slow
     def test_a_batch_that_is_too_large_for_highs_is_refused(self, rng, monkeypatch):
         sizes, real = [], highs.solve_block
 

@@ -63,6 +63,7 @@ def test_refined_it_is_what_adapt_finds_from_all_votes(name):
     assert learner.refine() < 1e-3
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=3), st.integers(0, 10**6))
 def test_updates_come_near_in_any_batches(sizes, seed):

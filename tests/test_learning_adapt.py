@@ -91,6 +91,7 @@ def test_without_votes_a_new_model_is_what_the_prior_says():
     assert (sure[:, 6] < sure[:, 5]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bt", "bt-tie", "rk", "rk-reparam", "grk", "ols", "poisson"])
 def test_a_model_is_learned_under_every_feedback_model(name):
     world = Simulator.of(name, 5, seed=3)
@@ -176,6 +177,7 @@ def test_new_models_that_are_no_new_ones_are_refused(new, message):
         adapt(head_of(world, 3), world.models, world.feedback, none, words_in([]).reshape(0, 12), new)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["grk", "bt-tie"])
 def test_learning_curves_come_near_the_row_that_was_left_out(name):
     world = Simulator.of(name, 4, seed=1)

@@ -45,6 +45,7 @@ def votes(path, new="zeta", n=12, winner="model_b"):
     return table(path, [(f"prompt {i}", tiny.MODELS[i % 2], new, winner) for i in range(n)])
 
 
+@pytest.mark.slow
 def test_a_new_model_joins_is_described_and_another_is_retired(source, tmp_path):
     (tmp_path / "models.yaml").write_text("models:\n  zeta: {like: alpha, cost: 0.5}\n  quiet:\n")
     new = tmp_path / "new"

@@ -98,6 +98,7 @@ def test_hostile_votes_have_a_minimum_whose_gradient_is_zero(name, outcomes, wei
 far = st.sampled_from([-300.0, -30.0, 0.0, 5.0, 50.0, 300.0])
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(
     st.sampled_from(["bt-tie", "rk", "rk-reparam", "grk"]),
@@ -139,6 +140,7 @@ def counted(values, weight, mean=0.0):
     return Objective(feedback_model("poisson"), votes, None, base, np.ones((1, 1)), {1: np.eye(1)})
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(
     st.lists(st.sampled_from([0, 1, 5, 1e6, 1e15]), min_size=1, max_size=3),

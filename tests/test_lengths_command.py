@@ -56,6 +56,7 @@ def table(path, rows, header=HEADER):
     return str(path)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_learns_how_long_answers_are(source, rng, tmp_path):
     rows = [*answers(rng), ("hello", "other", 7, 1)]
     new, figures = tmp_path / "new", tmp_path / "figures.json"

@@ -200,6 +200,7 @@ name = st.sampled_from(["a", "b", "ab", ".a", "_a", "_a=1", "a=b", "[a]", "a?"])
 part = st.sampled_from(["*", "a*", "?", "_*", ".*", "[ab]*", "**", "a", "_a", "*b", "[[]a]", "a?"])
 
 
+@pytest.mark.slow
 @given(
     paths=st.lists(st.lists(name, min_size=1, max_size=3).map("/".join), min_size=1, max_size=6),
     pattern=st.lists(part, min_size=1, max_size=3).map("/".join),

@@ -52,6 +52,7 @@ def test_neighbours_and_history_do_not_matter(name, seed, rng):
     torch.testing.assert_close(decoder(Packed.of([prompts[i] for i in order])), expected[order], **close)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     slow_but(("llama longrope", "lfm2"), ["llama dynamic", "llama longrope", "phi3 longrope", "gemma2", "gpt_oss", "lfm2"]),

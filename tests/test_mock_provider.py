@@ -92,6 +92,7 @@ def test_openai_reads_calls_of_tools_and_goes_on_after_them():
     assert after.usage.prompt_tokens_details.cached_tokens == cached < after.usage.prompt_tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tools", [False, True])
 def test_openai_reads_responses(tools):
     async def test(provider):
@@ -311,6 +312,7 @@ def test_requests_that_come_at_once_are_answered_in_order():
     assert [(entry.api, entry.end) for entry in entries] == [(api, "answered") for api in APIS]
 
 
+@pytest.mark.slow
 def test_what_is_sent_until_the_client_leaves_is_charged():
     async def test(provider):
         async with aiohttp.ClientSession() as session:

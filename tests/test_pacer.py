@@ -235,6 +235,7 @@ def check_choice(v, costs, allowed, chosen):
             assert other >= chosen
 
 
+@pytest.mark.slow
 @settings(max_examples=100)
 @given(hostile_streams())
 def test_no_stream_spends_more_than_the_allowance_or_gets_a_dominated_model(stream):
@@ -257,6 +258,7 @@ def test_no_stream_spends_more_than_the_allowance_or_gets_a_dominated_model(stre
         assert pacer.price >= 0
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(hostile_streams(), st.integers(0, 60))
 def test_a_saved_pacer_continues_exactly(tmp_path, stream, stop):
@@ -316,6 +318,7 @@ def test_dominated_models_are_chosen_at_no_price(v, costs, right):
     assert pacer._level == BudgetPacer(1.5, 0.1)._level
 
 
+@pytest.mark.slow
 def test_one_dear_prompt_does_not_break_the_mean():
     pacer = BudgetPacer(1.0)
     for n in range(1, 20_001):
@@ -348,6 +351,7 @@ def test_after_ten_thousand_cheap_prompts_the_next_thousand_cost_little_more_tha
     assert (pacer.spent - before) / 1000 < 2.2
 
 
+@pytest.mark.slow
 @settings(max_examples=50)
 @given(st.lists(st.floats(-1e300, 1e300), max_size=8), st.randoms(use_true_random=False))
 def test_settled_differences_of_any_size_cancel_exactly(differences, random):

@@ -89,6 +89,7 @@ def check(problem: Problem, policies) -> None:
     )
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=120)
 @given(st.integers(0, 10**9), st.integers(1, 40), st.integers(1, 8))
 def test_every_shape_equals_highs_on_the_full_lp(seed, n, m):
@@ -182,6 +183,7 @@ def test_undominated_models_match_the_reference(seed, n, m, k):
     np.testing.assert_array_equal(native.undominated(v, amounts, usable), reference.undominated(v, amounts, usable))
 
 
+@pytest.mark.slow
 def test_the_price_is_what_one_more_dollar_is_worth(rng):
     """The optimum is concave in its bounds, and a dual price is one of its slopes there: where the optimum has a kink, neither
     the one to the left nor the one to the right."""
@@ -252,6 +254,7 @@ def test_the_batch_budget_dominates_the_per_prompt_lp(rng):
 class TestSeveralPasses:
     """Chunks of coefficients in, policies out."""
 
+    @pytest.mark.slow
     def test_lazy_win_rates_equal_the_arrays(self, rng, tmp_path):
         theta, q, costs = rng.normal(size=(40_000, 9)).astype(np.float32), np.full(9, 1 / 9), rng.exponential(size=9)
         np.save(tmp_path / "theta.npy", theta)

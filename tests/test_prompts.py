@@ -92,6 +92,7 @@ def test_a_giant_prompt_is_cut_before_it_is_tokenised(template, monkeypatch):
     assert lossy.encode([text])[0].tolist() == real([lossy.text([text]).replace(" ", "")])[0][-40:]
 
 
+@pytest.mark.slow
 @given(st.text())
 @settings(max_examples=100, deadline=None)
 def test_any_text_is_tokens_or_a_named_error(text):

@@ -120,6 +120,7 @@ rows = st.lists(amounts, min_size=3, max_size=3).flatmap(
 )
 
 
+@pytest.mark.slow
 @given(st.lists(rows, min_size=1, max_size=6), st.floats(1e-12, 1 - 1e-12))
 def test_the_exact_probability_of_more_is_at_most_delta(prompts, delta):
     policies = mixed(*zip(*prompts, strict=True))

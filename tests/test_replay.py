@@ -96,6 +96,7 @@ def worlds(draw):
     return px, mu, pi, numbers(), numbers()
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(worlds(), st.integers(1, 2))
 def test_the_expectation_over_all_logs_is_the_true_value(world, n):
@@ -133,6 +134,7 @@ def test_snips_is_ips_where_the_weights_have_mean_1(rows):
             assert influence[i] == len(w) * (value - snips(w[others], y[others])[0])
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(st.lists(st.tuples(*[st.fractions(0, 3, max_denominator=9)] * 3), min_size=1, max_size=8))
 def test_doubly_robust_is_exact_where_the_rewards_model_is(rows):
@@ -433,6 +435,7 @@ def test_a_matrix_is_replayed_exactly(rng, spec):
     assert sum(found.shares.values()) == pytest.approx(1)
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.booleans())
 def test_a_log_of_every_choice_as_often_as_it_is_probable_is_as_exact_as_a_matrix(seed, sessions):
@@ -485,6 +488,7 @@ def test_a_matrix_has_no_logging_policy_and_names_models_that_it_lacks(rng):
     assert lacking.reasons == ("the matrix has no scores of c",)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pair", "n"),
     [("greedy with 30% uniform -> greedy", 400), ("softmax, in sessions -> budget of 4, without m4", 2000)],

@@ -114,6 +114,7 @@ def test_candidates_hold_the_chosen_model(tmp_path, candidates, message):
         read_log(table(tmp_path / "log.jsonl", **ROWS | {"candidates": candidates}))
 
 
+@pytest.mark.slow
 @LOOSE
 @given(st.data())
 def test_candidates_are_those_that_the_cells_name(tmp_path, data):
@@ -184,6 +185,7 @@ def test_feedback_of_no_use_is_counted(tmp_path):
     assert np.isnan(read_log(log, scores, reward="preference").reward).all()
 
 
+@pytest.mark.slow
 @LOOSE
 @given(st.data())
 def test_the_newest_score_counts_in_any_zone(tmp_path, data):

@@ -129,6 +129,7 @@ def test_where_the_policy_is_not_that_of_the_draw_the_propensity_counts(tmp_path
     assert found.value["snips"].value == 0
 
 
+@pytest.mark.slow
 def test_errors_of_propensities_are_read_and_said(tmp_path, rng):
     """A policy of one draw says nothing about what else could have been chosen, though it gives the choice the same
     probability; propensities that are known roughly are named."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import combinations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,6 +32,7 @@ NAMES = st.text("abcdefghij ._$", min_size=1, max_size=60).filter(str.strip)
 PLACES = st.tuples(st.floats(1e-4, 1e-2), st.floats(0.4, 0.8)) | st.just((0.005, 0.6))
 
 
+@pytest.mark.slow
 @settings(max_examples=5)
 @given(st.dictionaries(NAMES, PLACES, min_size=1, max_size=12))
 def test_names_cover_no_other_name(points):

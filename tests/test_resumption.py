@@ -262,6 +262,7 @@ def test_the_roots_of_stores_and_machines_are_no_outputs(router, tmp_path):
             run(router, BatchConfig([given], root, state=state))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scope", slow_but(("prompt",), ["prompt", "batch"]))
 def test_a_failure_of_any_write_loses_nothing(scope, router, tmp_path, monkeypatch):
     """Each write fails in turn; the resumed run produces byte-identical output."""
@@ -330,6 +331,7 @@ def test_a_write_that_fails_at_once_ends_the_run(router, tmp_path, monkeypatch):
     assert [error.errno for error in errors] == [28]
 
 
+@pytest.mark.slow
 def test_other_files_in_a_state_folder_are_kept(router, tmp_path, monkeypatch):
     given, kept = write(tmp_path / "in.parquet"), tmp_path / "kept"
     kept.mkdir()

@@ -140,6 +140,7 @@ def test_shares_of_groups_resources_and_masks_hold(router):
     assert caught.value.nearest == pytest.approx(0.5)
 
 
+@pytest.mark.slow
 def test_a_pacer_holds_the_mean_over_a_stream(router):
     pacer = BudgetPacer(2.0, horizon=20)
     decisions = [router.route(prompt, pacer=pacer) for prompt in PROMPTS * 5]
@@ -204,6 +205,7 @@ def test_the_path_of_a_catalog_is_no_catalog(engine):
         Router(engine, "catalog.yaml")
 
 
+@pytest.mark.slow
 def test_prompts_at_the_edge(router):
     assert router.route_batch([]) == []
     assert router.route_batch([], 2.0, "batch") == []

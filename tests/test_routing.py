@@ -50,6 +50,7 @@ def test_win_rates_match_the_reference(problem):
     assert (v <= 1 + 1e-12).all()
 
 
+@pytest.mark.slow
 @given(problems())
 def test_budget_matches_the_reference_and_highs(problem):
     theta, q, costs, budget = problem
@@ -74,6 +75,7 @@ def test_budget_matches_the_reference_and_highs(problem):
     assert (p.indices[unused, 0] == p.indices[unused, 1]).all()
 
 
+@pytest.mark.slow
 @given(problems())
 def test_score_matches_the_reference(problem):
     theta, q, costs, budget = problem

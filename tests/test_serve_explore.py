@@ -44,6 +44,7 @@ async def decisions(count: int, explore: str | None = "thompson", sessions: int 
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [None, 0.0005])
 def test_propensities_are_the_shares_of_sessions(budget):
     found = decided(300, **({} if budget is None else {"budget": budget, "horizon": 1_000_000}))

@@ -180,6 +180,7 @@ JSON = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(st.dictionaries(st.sampled_from(["id", "output", "container", "choices"]), JSON))
 def test_ids_are_texts_whatever_an_answer_is(answer):
     for api in APIS.values():

@@ -194,6 +194,7 @@ def test_what_gives_no_vote_is_counted(engine, tmp_path):
     assert f'p2l_learning_skipped{{reason="{lessons.LABEL}"}} 1.0' in shown
 
 
+@pytest.mark.slow
 def test_a_restart_goes_on_and_learns_from_what_came_meanwhile(engine, tmp_path):
     config = config_in(tmp_path, save_seconds=1000)
 
@@ -337,6 +338,7 @@ def test_a_vote_that_cannot_be_learned_is_counted_and_the_others_are_learned(eng
     assert "a vote on zeta and alpha cannot be learned from: no minimum" in caplog.text
 
 
+@pytest.mark.slow
 def test_what_a_server_learned_becomes_a_checkpoint(engine, tmp_path):
     async def work(client: Client) -> Any:
         for i in range(8):

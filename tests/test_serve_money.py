@@ -159,6 +159,7 @@ def test_each_key_has_its_own_limit_and_models(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_mean_budget_is_held_over_requests():
     budget = 0.0002  # the best models cost 0.00032
 
@@ -232,6 +233,7 @@ def test_a_switch_pays_for_the_prompt_cache_that_it_loses():
     assert with_price < 0.8 * without
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.tuples(st.floats(0.01, 0.99), st.floats(0, 1), st.booleans()), min_size=1, max_size=9),
     st.floats(0, 1),

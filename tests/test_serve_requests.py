@@ -169,6 +169,7 @@ FIELDS = {
 }
 
 
+@pytest.mark.slow
 @given(st.data())
 def test_any_value_of_any_field_is_read_or_refused(data):
     name = data.draw(st.sampled_from(sorted(BODIES)))

@@ -69,6 +69,7 @@ def may_take(plan, k, kind, tokens, max_tokens):
     )
 
 
+@pytest.mark.slow
 @hypothesis_settings(deadline=None)
 @given(models=st.tuples(entries, entries, entries, entries), asked=st.lists(requests, min_size=1, max_size=8))
 def test_who_may_take_a_request_does_not_depend_on_earlier_ones(models, asked):
@@ -93,6 +94,7 @@ def test_who_may_take_a_request_does_not_depend_on_earlier_ones(models, asked):
 amounts = st.decimals(0, 10**4, places=6, allow_nan=False)
 
 
+@pytest.mark.slow
 @given(
     prices=st.lists(st.tuples(amounts, amounts, amounts, amounts), min_size=1, max_size=6),
     tokens=st.tuples(*[st.integers(0, 10**8)] * 4),

@@ -142,6 +142,7 @@ def test_without_tiktoken_nothing_changes(monkeypatch):
 TEXTS = st.text(max_size=60) | st.lists(st.sampled_from(["the", " ", "<|endoftext|>", "🙂", "\ud800"]), max_size=9).map("".join)
 
 
+@pytest.mark.slow
 @given(st.lists(TEXTS, max_size=5), st.integers(0, 3))
 def test_any_text_is_counted_as_text(texts, long):
     tiktoken = pytest.importorskip("tiktoken")

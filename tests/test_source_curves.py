@@ -31,6 +31,7 @@ def curves(world, known, votes, source, **options):
     return {(point.source, point.votes): point for point in found}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["grk", "bt-tie"])
 def test_votes_of_a_source_and_of_others_both_help(name):
     """Five models of which three are known, in two sources whose prompts and models are alike."""
@@ -50,6 +51,7 @@ def test_votes_of_a_source_and_of_others_both_help(name):
         assert many.loss + many.gain == pytest.approx(none.loss)
 
 
+@pytest.mark.slow
 def test_models_of_one_source_alone_are_new_there():
     world = Simulator.of("grk", 5, seed=2)
     votes = world.votes(world.prompts(90, 1), 4)

@@ -173,6 +173,7 @@ part = st.text(st.characters(codec="utf-8", exclude_characters="/\x00"), min_siz
 )
 
 
+@pytest.mark.slow
 @given(key=st.lists(part.filter(lambda name: name not in (".", "..")), min_size=1, max_size=3).map("/".join))
 @example(key="a?b=1")
 @example(key="%20%zz")

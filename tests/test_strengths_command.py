@@ -137,6 +137,7 @@ def test_a_line_that_is_no_json_is_named(called, folder):
     assert "bad.jsonl: row 1: expected a line of JSON" in err
 
 
+@pytest.mark.slow
 def test_one_warning_for_characters_that_a_plot_cannot_draw(called, folder, caplog, recwarn):
     (folder / "cjk.jsonl").write_text('{"prompt": "a", "category": "诗歌"}\n{"prompt": "b", "category": "$x_1$ <b>"}\n')
     status, out, err = called("cjk.jsonl", "--plot", "c.png", "--html", "c.html")

@@ -180,6 +180,7 @@ def oracle(text):
     return (text,)
 
 
+@pytest.mark.slow
 @given(texts=st.lists(odd_text, min_size=1, max_size=8), more=st.lists(odd_text, min_size=8, max_size=8))
 @example(texts=['"', '""', 'a"', ',"\n', "\r", "\r\n", "\n\n"], more=['"'] * 8)
 @settings(deadline=None, max_examples=60)
@@ -414,6 +415,7 @@ def test_text_that_is_not_utf_8_is_named(tmp_path):
         read_table(str(tmp_path / "in.csv"), ["prompt"])
 
 
+@pytest.mark.slow
 def test_threads_read_csv_and_pythons_own_limit_stays(tmp_path):
     paths = [write(tmp_path / f"{i}.csv", [{"prompt": f"{i}" * 200_000}, {"prompt": "b"}] * 20) for i in range(8)]
     (tmp_path / "open.csv").write_text('prompt,n\n"' + "x" * 200_000)

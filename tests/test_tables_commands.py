@@ -132,6 +132,7 @@ def test_uris_of_folders_hold_tables():
     system.rm("/prompts", recursive=True)
 
 
+@pytest.mark.slow
 def test_an_empty_name_of_a_file_is_refused(checkpoint, tmp_path):
     (tmp_path / "in.csv").write_text("prompt\na\n")
     for command in (["route", "--file", ""], ["route", "hello", "--file", ""], ["frontier", ""], ["leaderboard", "--file", ""]):

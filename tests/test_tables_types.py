@@ -445,6 +445,7 @@ columns = st.one_of(
 )
 
 
+@pytest.mark.slow
 @given(files=st.lists(columns, min_size=1, max_size=3))
 @example(files=[[0.5, False]])
 @example(files=[[1], [0.5], [2**53 + 1]])
@@ -476,6 +477,7 @@ def check(paths, went_in):
             assert same(value, row["m"])
 
 
+@pytest.mark.slow
 @given(
     files=st.lists(columns, min_size=1, max_size=3),
     kinds=st.lists(st.sampled_from(["jsonl", "parquet"]), min_size=3, max_size=3),
@@ -554,6 +556,7 @@ alike_files = st.sampled_from(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @given(files=alike_files | st.lists(typed_files, min_size=1, max_size=3))
 @settings(deadline=None, max_examples=80)
 def test_any_types_of_parquet_keep_their_values_or_are_refused(files, tmp_path):

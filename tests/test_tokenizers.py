@@ -160,6 +160,7 @@ def test_tiny_checkpoints_give_the_same_tokens(family, tmp_path):
     assert isinstance(ours.tokenizer, FastTokenizer) == (family == "llama")  # bytes without Qwen2's words: transformers'
 
 
+@pytest.mark.slow
 def test_the_default_checkpoint_gives_the_same_tokens(default_engine):
     ours = default_engine.encoder
     assert isinstance(ours.tokenizer, FastTokenizer)

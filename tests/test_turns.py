@@ -167,6 +167,7 @@ CELLS = (
 )
 
 
+@pytest.mark.slow
 @given(cell=CELLS, as_served=st.booleans())
 @settings(max_examples=150, deadline=None)
 def test_any_cell_is_turns_or_says_why(cell, as_served):
@@ -196,6 +197,7 @@ def every(value, begun=""):
         yield from every(inner, f"{begun}{key}.")
 
 
+@pytest.mark.slow
 @given(value=st.dictionaries(NAMES, OBJECTS, min_size=1, max_size=5), as_text=st.booleans())
 @settings(max_examples=100, deadline=None)
 def test_a_path_finds_what_some_reading_of_it_finds_and_whole_names_first(value, as_text):

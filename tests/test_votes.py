@@ -533,6 +533,7 @@ def test_a_row_with_a_bad_cell_of_csv_is_skipped_and_counted(tmp_path):
     assert len(read(str(tmp_path / "v.csv"), leave_out={"prompt": [3]})[0]) == 4
 
 
+@pytest.mark.slow
 def test_a_csv_row_of_too_many_or_too_few_cells_is_skipped_and_counted(tmp_path):
     rows = ['"a, b",x,y,model_a', "b,x,y", "c,x,y,tie", "d,x,y,tie,9", '"e, f",x,y', "", "g,x,omega,,", "h,x,y,model_b"]
     file = tmp_path / "v.csv"
