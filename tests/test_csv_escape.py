@@ -94,7 +94,7 @@ def test_values_as_spark_writes_them(tmp_path):
 @pytest.mark.slow
 @given(rows=st.lists(st.tuples(cell, cell), min_size=1, max_size=8), piece=st.integers(24, 80))
 @example(rows=[('",', ","), ("\\", '"\nb')], piece=24)
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 def test_every_value_comes_out_as_it_went_in(rows, piece, tmp_path):
     text = HEADER + "".join(f"{spark_cell(a)},{spark_cell(b)}\n" for a, b in rows)
     (tmp_path / "in.csv").write_bytes(text.encode())
@@ -120,7 +120,7 @@ def test_what_pythons_csv_escapes_is_read(rows, tmp_path):
 @given(rows=st.lists(st.tuples(cell, st.sampled_from(["x", "y z", 'a "b"', None])), min_size=1, max_size=6))
 @example(rows=[('"\nb', "x")])
 @example(rows=[('",', ","), (None, None)])
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 def test_without_the_option_nothing_is_misread(rows, tmp_path):
     r"""Wherever \" was written: the values of a file that is not refused, and has no invalid row, are those that went in."""
     (tmp_path / "in.csv").write_bytes((HEADER + "".join(f"{spark_cell(a)},{spark_cell(b)}\n" for a, b in rows)).encode())

@@ -342,6 +342,10 @@ def test_google_cloud_storage_gives_the_output_of_local_files(router, tmp_path):
         assert run(router, BatchConfig(inputs, output, state=state, **options)).resumed >= 30
         assert parts(Location.of(output)) == parts(Location.of(str(tmp_path / "out")))
         assert len(parts(Location.of(output))) == 5
+        odd = f"gs://anonymous@bucket/odd é/a b#1[2]%.csv{query}"
+        Location.of(odd).write(b"prompt\nhello\n")
+        assert read_table(odd, ["prompt"]).columns["prompt"] == ["hello"]
+        assert [file.shown for file in find([f"gs://anonymous@bucket/odd é/*{query}"])] == ["gs://bucket/odd é/a b#1[2]%.csv"]
         with pytest.raises(ValueError, match="^gs://bucket/none: no such file or folder"):
             find([f"gs://anonymous@bucket/none{query}"])
 
