@@ -16,8 +16,11 @@ class DuplicateKeyError(ValueError):
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise DuplicateKeyError(next(name for i, name in enumerate(names) if name in names[:i]))
+        seen = set[str]()
+        for name, _ in pairs:
+            if name in seen:
+                raise DuplicateKeyError(name)
+            seen.add(name)
     return found
 
 

@@ -7,6 +7,7 @@ import decimal
 import json
 import math
 import re
+import time
 from fractions import Fraction
 
 import duckdb
@@ -203,6 +204,27 @@ def test_a_column_that_cannot_be_stored_is_refused(router, tmp_path):
         with pytest.raises(ValueError, match=rf"in.jsonl: .*{message}"):
             run(router, BatchConfig([given], str(tmp_path / "out")))
         assert run(router, BatchConfig([given], str(tmp_path / "kept"), keep=[]), restart=True).routed == len(rows)
+
+
+def test_objects_of_many_keys_take_no_longer_than_others(tmp_path):
+    keys = 20_000  # of as many objects: their product would take minutes
+    rows = [{"prompt": "p", "logprobs": [{f"token {i}": -0.5} for i in range(keys)]}]
+    listed = lines(tmp_path / "listed.jsonl", rows)
+    rows = [{"prompt": "p"} | {f"{i} {j}": 1 for j in range(keys // 500)} for i in range(500)]
+    beside = lines(tmp_path / "beside.jsonl", rows)
+    members = ", ".join(f'"{i}": 1' for i in [*range(keys), keys - 1])
+    (tmp_path / "twice.jsonl").write_text(f'{{"prompt": "p", {members}}}\n{{"prompt": "q"}}\n')
+    wide = tmp_path / "wide.csv"
+    names = ["prompt", *map(str, range(keys // 2))]
+    wide.write_text(f"{','.join(names)}\n{','.join(names)}\n")
+    start = time.process_time()
+    for path in (listed, beside):
+        with pytest.raises(ValueError, match="at most 10,000 different keys"):
+            kept_schema(find([path]), "prompt")
+    (row,) = read_table(tmp_path / "twice.jsonl", ["prompt"]).invalid.values()
+    assert row.detail == f"got '{keys - 1}' twice"
+    assert kept_schema(find([str(wide)]), "prompt").names == names[1:]
+    assert time.process_time() - start < 5
 
 
 def test_only_kept_columns_can_fail_a_run(tmp_path):

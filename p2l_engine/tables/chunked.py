@@ -91,8 +91,9 @@ def kept_schema(files: Sequence[File], column: str, keep: Sequence[str] | None =
 def _say_missing(heads: Sequence[tuple[File, pa.Schema]], names: Sequence[str]) -> None:
     """One line for the columns that some files lack."""
     lacking = dict[tuple[int, ...], list[str]]()
+    there = [set(schema.names) for _, schema in heads]
     for name in names:
-        lacking.setdefault(tuple(i for i, (_, schema) in enumerate(heads) if name not in schema.names), []).append(name)
+        lacking.setdefault(tuple(i for i, some in enumerate(there) if name not in some), []).append(name)
     each = [f"{listed(missing)} in {_named([heads[i][0] for i in where])}" for where, missing in lacking.items() if where]
     if each:
         logger.warning("columns that are missing and so null in the rows of some files: %s", "; ".join(each)[:1000])

@@ -20,7 +20,7 @@ def schema(file: File, column: str, keep: Sequence[str] | None) -> pa.Schema | N
     or the columns have more than ``MAX_PLACES`` different keys."""
     import pyarrow as pa
 
-    from p2l_engine.tables.shapes import MAX_PLACES, Shape, is_name
+    from p2l_engine.tables.shapes import MAX_PLACES, Shape, by_key
 
     shapes, begun = dict[str, Shape](), False
     for lines, _read in _lines(file):
@@ -30,10 +30,9 @@ def schema(file: File, column: str, keep: Sequence[str] | None) -> pa.Schema | N
             begun = True
         if keep is not None and not keep:
             break
-        objects = [row for row in rows if isinstance(row, dict)]
-        for name in _names(rows):
-            if is_name(name) and (name != column if keep is None else name in keep):
-                shapes.setdefault(name, Shape()).add([row[name] for row in objects if name in row])
+        for name, found in by_key(row for row in rows if isinstance(row, dict)).items():
+            if name != column if keep is None else name in keep:
+                shapes.setdefault(name, Shape()).add(found)
         if sum(shape.places() for shape in shapes.values()) > MAX_PLACES:
             most = max(shapes, key=lambda name: shapes[name].places())
             raise ValueError(

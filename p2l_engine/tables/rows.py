@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
@@ -82,7 +83,7 @@ def wanted_columns(file: File, names: Sequence[str], column: str, keep: Sequence
 
 def check_names(file: File, names: Sequence[str]) -> None:
     """Raises ValueError if two columns have the same name."""
-    twice = sorted({name for name in names if list(names).count(name) > 1})
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
         raise ValueError(f"{file.shown}: expected columns of different names, got {listed(twice)} twice")
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -89,10 +89,8 @@ class Shape:
             self.items = self.items or Shape(self.depth + 1)
             self.items.add(list(chain.from_iterable(values)))
             return
-        for name in dict.fromkeys(chain.from_iterable(values)):
-            if is_name(name):
-                shape = self.fields.setdefault(name, Shape(self.depth + 1))
-                shape.add([value[name] for value in values if name in value])
+        for name, found in by_key(values).items():
+            self.fields.setdefault(name, Shape(self.depth + 1)).add(found)
 
     def _held_by(self) -> dict[pa.DataType, int]:
         held = {pa.int64(): self.signed, pa.uint64(): self.unsigned}
@@ -104,6 +102,16 @@ class Shape:
     def _number(self) -> pa.DataType:
         held = self._held_by()
         return max(held, key=held.__getitem__) if self._held() else pa.null()
+
+
+def by_key(objects: Iterable[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """The values of each key that can be a column's name, in one pass: objects may have more keys together than there are
+    objects."""
+    found = defaultdict[str, list[Any]](list)
+    for each in objects:
+        for key, value in each.items():
+            found[key].append(value)
+    return {key: values for key, values in found.items() if is_name(key)}
 
 
 def is_name(text: str) -> bool:
