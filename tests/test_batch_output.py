@@ -24,7 +24,7 @@ from p2l_engine.batch import BatchConfig, run
 from p2l_engine.batch.blocks import blocks
 from p2l_engine.batch.output import FORMATS, check_format
 from p2l_engine.batch.sources import source_columns, source_names
-from p2l_engine.tables.find import find, find_each
+from p2l_engine.tables.find import find
 from p2l_engine.tables.whole import read_table
 from tests.support.batch_files import PROMPTS, contents, output, write
 
@@ -131,14 +131,17 @@ def test_files_are_named_as_the_user_would(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def names(*inputs):
-        return list(source_names(inputs, find_each(inputs)).values())
+        return list(source_names(find(inputs)).values())
 
     assert names("in") == names(f"{tmp_path}/in/") == names("./in/../in") == ["a.csv", "day/b.csv", "day/c.csv"]
     assert names("in/day/b.csv") == ["b.csv"]
     assert names("in/*/*.csv") == ["day/b.csv", "day/c.csv"]
     (tmp_path / "x[1]").mkdir()
     (tmp_path / "x[1]" / "a?.csv").write_text("prompt\nx\n")
-    assert names("x[1]") == names("x[1]/a?.csv") == ["a?.csv"]
+    assert names("x[1]") == names("x[1]/a?.csv") == names("x[1]/*.csv") == names("x[1]/[a]*") == ["a?.csv"]
+    monkeypatch.chdir(tmp_path / "x[1]")
+    assert names("*.csv") == names("../x[1]/*") == names(".") == ["a?.csv"]
+    monkeypatch.chdir(tmp_path)
     assert names("in/a*", "in/day") == ["a.csv", "b.csv", "c.csv"]
     assert names("in/day/b.csv", "in/a.csv") == ["b.csv", "a.csv"]
     assert names("other", "in") == ["other/a.csv", "in/a.csv", "in/day/b.csv", "in/day/c.csv"]  # else two would be a.csv
@@ -164,7 +167,7 @@ def test_every_row_says_where_it_comes_from_whatever_the_blocks(tmp_path_factory
         else:
             path.write_text("".join(json.dumps(row) + "\n\n" for row in table.to_pylist()))  # empty lines are no rows
         expected += [(path.name, k, (f"{i} {k}",)) for k in range(size)]
-    names, found = source_names([folder], find_each([folder])), []
+    names, found = source_names(find([folder])), []
     for block in blocks(find([folder]), "prompt", rows=rows):
         columns = source_columns(block.sources, names)
         found += zip(columns["source_file"].to_pylist(), columns["source_row"].to_pylist(), block.prompts, strict=True)

@@ -15,7 +15,7 @@ from p2l_engine.batch.run_folder import run_folder
 from p2l_engine.batch.sources import source_names
 from p2l_engine.router import Router
 from p2l_engine.tables.chunked import kept_schema
-from p2l_engine.tables.find import find_each
+from p2l_engine.tables.find import find
 from p2l_engine.tables.layouts import prompt_column
 from p2l_engine.tables.storage import File, Location
 
@@ -43,9 +43,8 @@ class Job:
         Raises ValueError for inputs that cannot be read, or overlap with the output, and InfeasibleBudget or Infeasible for
         bounds that no prompts can meet.
         """
-        each = find_each(config.inputs, partitions=config.partitions, csv_escape=config.csv_escape)
+        files = find(config.inputs, partitions=config.partitions, csv_escape=config.csv_escape)
         output = Location.of(config.output)
-        files = [file for of_one in each for file in of_one]
         run = run_folder(output)
         for location in (*map(Location.of, config.inputs), *(file.location for file in files)):
             if location.holds(output) or output.holds(location) or run.holds(location):
@@ -59,7 +58,7 @@ class Job:
         router.solve(nothing, config.constraints, nothing[0] if router.costs_vary else None)
         prompts = prompt_column(files, config.column, config.plain_text)
         config = replace(config, column=prompts)
-        sources = source_names(config.inputs, each) if config.source or config.write_as else {}
+        sources = source_names(files) if config.source or config.write_as else {}
         before = read_manifest(output, run)
         inputs = contents(files, () if before is None else before.inputs)
         coefficients = of_coefficients(config, prompts, router.engine, inputs, compute)

@@ -3,42 +3,30 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from p2l_engine.batch.blocks import Span
-from p2l_engine.tables.storage import File, Location
+from p2l_engine.tables.storage import File
 
 SOURCE_COLUMNS = ("source_file", "source_row")
 
 
-def source_names(inputs: Sequence[str | Path], files: Sequence[Sequence[File]]) -> dict[str, str]:
+def source_names(files: Sequence[File]) -> dict[str, str]:
     """The name of each file in the output, by its location: its path within the input that names it, which is a folder, the
     folder of a file, or the folder below which a glob chooses. Where that gives two files one name, it is the path of each
-    within the folder that holds all of them, and for files of several stores their whole URIs.
-
-    files: those that each input names (see ``find.find_each``). A copied or renamed folder gives the same names.
+    within the folder that holds all of them, and for files of several stores their whole URIs. A copied or renamed folder gives
+    the same names.
     """
-    found = {file.shown: _within(Location.of(each), file) for each, of in zip(inputs, files, strict=True) for file in of}
+    found = {file.shown: file.within for file in files}
     if len(set(found.values())) == len(found):
         return found
     if len({path.partition("://")[0] if "://" in path else "" for path in found}) > 1:
         return {path: path for path in found}
     folder = os.path.commonpath([os.path.dirname(path) for path in found])
     return {path: os.path.relpath(path, folder) for path in found}
-
-
-def _within(given: Location, file: File) -> str:
-    named, path = given.path.rstrip("/"), file.location.path
-    if path == named:
-        return path.rpartition("/")[2]
-    if not path.startswith(f"{named}/"):
-        named = re.split("[*?[]", named, maxsplit=1)[0].rpartition("/")[0]
-    return path.removeprefix(f"{named}/")
 
 
 def source_columns(spans: Sequence[Span], names: Mapping[str, str]) -> dict[str, pa.Array]:

@@ -81,13 +81,14 @@ def _find(location: Location, warn: Callable[..., object], partitions: bool) -> 
         if os.path.isfile(location.path):
             _check_ending(location)
             status = os.stat(location.path)
-            return [File(Location(location.path, location.path), status.st_size, status.st_mtime_ns)]
+            name = os.path.basename(location.path)
+            return [File(Location(location.path, location.path), status.st_size, status.st_mtime_ns, within=name)]
         folder = os.path.isdir(location.path)
     else:
         info = location.info()
         if info.type == info.type.File:
             _check_ending(location)
-            return [_file(location, Entry(info.path, (), int(info.size or 0), info.mtime_ns))]
+            return [_file(location, Entry(info.path, (), int(info.size or 0), info.mtime_ns), partitions)]
         folder = info.type == info.type.Directory
     if not folder and not is_glob(location):
         problem = problem_of(location.path) if location.is_local else None
@@ -96,12 +97,12 @@ def _find(location: Location, warn: Callable[..., object], partitions: bool) -> 
         absent = "no such file, or no answer" if location.shown.startswith("http") else "no such file or folder"
         raise ValueError(f"{location.shown}: {absent}")
     found = folder_entries(location) if folder else glob_entries(location)
-    seen = {entry.path: entry if partitions else entry._replace(folders=()) for entry in found}
+    seen = {entry.path: entry for entry in found}
     problems = [f"{os.path.basename(path)} ({entry.problem})" for path, entry in seen.items() if entry.problem]
     if problems:
         warn("%s: skipped, cannot be read: %s", location.shown, _first(sorted(problems)))
     tables = [seen[path] for path in sorted(seen) if is_table(path) and not seen[path].problem]
-    files = _without_documents([_file(location, entry) for entry in tables])
+    files = _without_documents([_file(location, entry, partitions) for entry in tables])
     chosen = {file.location.path for file in files}
     others = sorted(path for path, entry in seen.items() if path not in chosen and not entry.problem)
     if others:
@@ -150,12 +151,13 @@ def _first(names: Iterable[str]) -> str:
     return f"{first} and {len(others):,} more" if others else first
 
 
-def _file(given: Location, entry: Entry) -> File:
+def _file(given: Location, entry: Entry, partitions: bool) -> File:
     scheme = "" if given.is_local else given.shown[: given.shown.index("://") + 3]
     entry.path.encode()  # raises UnicodeEncodeError
     location = Location(entry.path, scheme + entry.path, given.store)
     try:
-        partitions = partitions_of(entry.folders)
+        values = partitions_of(entry.folders) if partitions else ()
     except ValueError as error:
         raise ValueError(f"{location.shown}: {error}") from None
-    return File(location, entry.size, entry.modified, partitions)
+    within = "/".join([*entry.folders, os.path.basename(entry.path)])
+    return File(location, entry.size, entry.modified, values, within=within)

@@ -150,13 +150,15 @@ class Location:
 @dataclass(frozen=True, slots=True)
 class File:
     """An input file: size in bytes, modified in nanoseconds since 1970 (None if the store does not say); partitions: the names
-    and values of its Hive partitions (see ``partitions``); csv_escape: what escapes quotes of a csv file (see ``quotes``)."""
+    and values of its Hive partitions (see ``partitions``); csv_escape: what escapes quotes of a csv file (see ``quotes``);
+    within: its path within the folder that was named, or below which a glob chooses."""
 
     location: Location
     size: int
     modified: int | None
     partitions: Partitions = ()
     csv_escape: str | None = None
+    within: str = ""
 
     @property
     def shown(self) -> str:
