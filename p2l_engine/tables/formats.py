@@ -6,13 +6,13 @@ from collections.abc import Collection, Iterator, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
+from p2l_engine.tables.compression import COMPRESSED, compression_of, without_compression
+
 if TYPE_CHECKING:
     import pyarrow as pa
 
     from p2l_engine.tables.rows import Rows, ValueRows
     from p2l_engine.tables.storage import File
-
-COMPRESSED = {".gz": "gzip", ".zst": "zstd"}  # endings and pyarrow's names
 
 
 class Reader(Protocol):
@@ -66,7 +66,7 @@ def is_table(path: str) -> bool:
 
 def is_plain_json(path: str) -> bool:
     """Whether the ending is .json, which files of one JSON document have too."""
-    return _without_compression(path).endswith(".json")
+    return without_compression(path).endswith(".json")
 
 
 def kind_of(path: str) -> str:
@@ -77,19 +77,9 @@ def kind_of(path: str) -> str:
     return kind
 
 
-def compression_of(path: str) -> str | None:
-    """gzip, zstd or None."""
-    return next((name for ending, name in COMPRESSED.items() if path.lower().endswith(ending)), None)
-
-
 def _kind(path: str) -> str | None:
-    inner, compressed = _without_compression(path), compression_of(path) is not None
+    inner, compressed = without_compression(path), compression_of(path) is not None
     for name, each in FORMATS.items():
         if inner.endswith(each.endings) and (each.compressed or not compressed):
             return name
     return None
-
-
-def _without_compression(path: str) -> str:
-    path = path.lower()
-    return path.rpartition(".")[0] if compression_of(path) else path

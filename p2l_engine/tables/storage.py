@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from p2l_engine.tables.atomic import write_file
-from p2l_engine.tables.formats import compression_of
+from p2l_engine.tables.compression import compression_of
 
 Partitions = tuple[tuple[str, str | None], ...]
 
