@@ -409,6 +409,33 @@ def test_times_as_spark_stores_them_are_right_or_refused(tmp_path):
 
 
 @given(
+    names=st.lists(st.sampled_from(["t", "t.at", "t.at.x", "a", "a.t", ".", "é"]), min_size=2, max_size=4, unique=True),
+    kinds=st.lists(st.sampled_from(["time", "object", "list", "map"]), min_size=4, max_size=4),
+    ticks=st.lists(st.sampled_from([None, 0, 1000, 1001, -1]), min_size=4, max_size=4),
+)
+@example(names=["t.at", "t"], kinds=["time"] * 4, ticks=[1001, 0, 0, 0])
+@settings(deadline=None, max_examples=40)
+def test_times_in_nanoseconds_are_found_in_columns_of_any_name(names, kinds, ticks, tmp_path):
+    time = pa.timestamp("ns")
+    columns = {
+        name: {
+            "time": lambda tick: pa.array([tick], time),
+            "object": lambda tick: pa.array([{"at": tick}], pa.struct([("at", time)])),
+            "list": lambda tick: pa.array([[tick, None]], pa.list_(time)),
+            "map": lambda tick: pa.array([[("t", tick)]], pa.map_(pa.string(), time)),
+        }[kind](tick)
+        for name, kind, tick in zip(names, kinds, ticks, strict=False)
+    }
+    pq.write_table(pa.table({"prompt": ["p"], **columns}), tmp_path / "in.parquet", use_deprecated_int96_timestamps=True)
+    odd = [name for name, tick in zip(names, ticks, strict=False) if tick is not None and tick % 1000]
+    _, problems = kept(tmp_path / "in.parquet")
+    assert [any(f"column {name!r}: " in problems.get(0, "") for name in odd)] == [bool(odd)]
+    assert len(read_table(tmp_path / "in.parquet", names).invalid) == bool(odd)
+    for name in names:
+        assert len(kept(tmp_path / "in.parquet", keep=[name])[1]) == (name in odd)
+
+
+@given(
     days=st.lists(
         st.datetimes(datetime.datetime(1, 1, 1), datetime.datetime(9999, 12, 31, 23, 59, 59, 999999)), min_size=1, max_size=20
     )

@@ -75,7 +75,7 @@ def whole(file: File, names: Collection[str]) -> pa.Table:
         found = opened.schema_arrow.names
         check_names(file, found)
         table = opened.read([name for name in found if name in names])
-        int96 = [name for name in table.column_names if name in _int96_columns(opened)]
+        int96 = sorted(_int96_columns(file, opened).intersection(table.column_names))
     if int96:
         with _opened(file, "ns") as again:
             exact = again.read(int96)
@@ -94,7 +94,7 @@ def _opened(file: File, unit: str = "us") -> Iterator[pq.ParquetFile]:
 
 def _tables(file: File, opened: pq.ParquetFile, columns: Sequence[str]) -> Iterator[tuple[int, pa.Table, dict[str, list[int]]]]:
     """A few rows at a time, the number of the first, and by column the rows whose times are not exact."""
-    first, int96 = 0, [name for name in columns if name in _int96_columns(opened)]
+    first, int96 = 0, sorted(_int96_columns(file, opened).intersection(columns))
     with _opened(file, "ns") if int96 else nullcontext() as again:
         for group in range(opened.num_row_groups):
             about = opened.metadata.row_group(group)
@@ -107,9 +107,13 @@ def _tables(file: File, opened: pq.ParquetFile, columns: Sequence[str]) -> Itera
                 first += len(batch)
 
 
-def _int96_columns(opened: pq.ParquetFile) -> set[str]:
-    leaves = map(opened.schema.column, range(len(opened.schema.names)))
-    return {leaf.path.partition(".")[0] for leaf in leaves if leaf.physical_type == "INT96"}
+def _int96_columns(file: File, opened: pq.ParquetFile) -> set[str]:
+    """The columns with such times, also within lists and objects. Paths of leaves do not tell: names may have dots."""
+    if all(opened.schema.column(leaf).physical_type != "INT96" for leaf in range(len(opened.schema.names))):
+        return set()
+    with _opened(file, "ns") as again:
+        pairs = zip(opened.schema_arrow, again.schema_arrow, strict=True)
+        return {field.name for field, fine in pairs if not field.type.equals(fine.type)}
 
 
 def _different(coarse: pa.Array, fine: pa.Array) -> list[int]:
