@@ -8,9 +8,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from p2l_engine.batch.blocks import Unroutable
+from p2l_engine.batch.columns import EXPLORED, USAGE
 from p2l_engine.batch.deduplicator import NO_REFERENCE, DeduplicatedBlock
 from p2l_engine.coefficients import Coefficients
 from p2l_engine.constraints import UNCONSTRAINED, Constraints
@@ -22,21 +22,6 @@ from p2l_engine.routing.rounding import highest
 from p2l_engine.routing.values import Values
 
 POLICY = pa.list_(pa.struct([("model", pa.string()), ("probability", pa.float64())]))
-OUTPUT_COLUMNS = (
-    "model",
-    "policy",
-    "expected_cost",
-    "win_rate",
-    "score",
-    "expected_tokens",
-    "expected_seconds",
-    "theta",
-    "eta",
-    "deviation",
-    "error",
-)
-USAGE = ("expected_tokens", "expected_seconds")  # where the checkpoint has learned how long answers are
-EXPLORED = ("propensity", "propensity_error")  # further ones where the router explores
 KEY = 16  # bytes of a ``Chooser.draw_key``
 
 
@@ -66,7 +51,6 @@ class Decider:
         constraints: Constraints = UNCONSTRAINED,
     ) -> None:
         self.router, self.take, self.constraints = router, take, constraints
-        self.columns = (*OUTPUT_COLUMNS, *(EXPLORED if router.explore else ()))
         self.budget, self.price, self.written_type = budget, price, coefficients
         self.names = pa.array(router.names)
         self._costs_vary = router.costs_vary
@@ -225,15 +209,6 @@ def _turns(block: DeduplicatedBlock, row: int) -> tuple[str, ...]:
     turns = block.block.prompts[row]
     assert not isinstance(turns, Unroutable)
     return turns
-
-
-def as_texts(table: pa.Table, column: str) -> list[str | None]:
-    """A column as texts. Raises ValueError for one of lists or objects."""
-    try:
-        found: list[str | None] = pc.cast(table.column(column), pa.string()).to_pylist()
-    except pa.ArrowException as error:
-        raise ValueError(f"draw: {column}: expected texts or numbers: {error}") from None
-    return found
 
 
 def _lists(rows: npt.NDArray[np.floating[Any]]) -> pa.FixedSizeListArray:

@@ -8,7 +8,6 @@ then the decisions from them.
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
@@ -21,22 +20,21 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from p2l_engine.batch.blocks import Block, Unroutable, blocks
+from p2l_engine.batch.columns import as_texts, check_columns, own_columns
 from p2l_engine.batch.config import BatchConfig
-from p2l_engine.batch.decide import Decider, SpilledWinRates, as_texts
+from p2l_engine.batch.decide import Decider, SpilledWinRates
 from p2l_engine.batch.deduplicator import NO_REFERENCE, DeduplicatedBlock, Deduplicator
 from p2l_engine.batch.job import Job
-from p2l_engine.batch.output import PartFiles, TableWriter, check_format, not_for_spark
+from p2l_engine.batch.output import PartFiles, TableWriter
 from p2l_engine.batch.report import Recorder, Report
 from p2l_engine.batch.request_files import RequestWriter
 from p2l_engine.batch.run_folder import COSTS
-from p2l_engine.batch.sources import SOURCE_COLUMNS, source_columns
+from p2l_engine.batch.sources import source_columns
 from p2l_engine.batch.spill import Spill
 from p2l_engine.engine.pipeline import Outputs
 from p2l_engine.router import Router
 from p2l_engine.routing import Policies
 from p2l_engine.tables.storage import File
-
-logger = logging.getLogger(__name__)
 
 MAX_BLOCKS = 8  # in memory at the same time
 
@@ -84,7 +82,7 @@ class Pipeline:
         self.decider = Decider(router, spill.take, per_prompt, config.price, config.coefficients, config.constraints)
         self.recorder = Recorder()
         self.schema = job.kept_schema()
-        self._check_columns(self.schema)
+        check_columns(config, self.schema, own_columns(router.explore is not None))
         self._files = PartFiles(job.output, parts_to_keep)
         self.written = self._files.written  # bytes of the parts
         self.writer: TableWriter | RequestWriter = (
@@ -179,25 +177,6 @@ class Pipeline:
                 problem = prompt if isinstance(prompt, Unroutable) else block.problems.get(row)
                 if problem is not None:
                     raise ValueError(f"{problem.where}: {problem.why}")
-
-    def _check_columns(self, kept: pa.Schema) -> None:
-        """Refuses kept columns that the format cannot hold, and those named like the output's own: capital letters tell no
-        columns apart in Spark and DuckDB. Says which columns Spark cannot read."""
-        check_format(self.config.format, kept)
-        own = (*self.decider.columns, *(SOURCE_COLUMNS if self.config.source else ()))
-        taken = [name for name in kept.names if name.casefold() in own]
-        if taken:
-            source = any(name.casefold() in SOURCE_COLUMNS for name in taken)
-            raise ValueError(
-                f"keep: the output has columns of its own named {', '.join(taken)}: name the ones to keep, or none (--keep '')"
-                + ("; --no-source leaves out source_file and source_row" if source else "")
-            )
-        if self.config.format == "parquet" and self.config.write_as is None:
-            if self.config.coefficients == "float16":
-                logger.info("coefficients: rounded to float16 and written as float32, since Spark reads no float16")
-            unread = not_for_spark(kept)
-            if unread:
-                logger.info("kept columns that Spark reads from no parquet, with --format jsonl as text: %s", ", ".join(unread))
 
     def _submit(self, writer: ThreadPoolExecutor) -> None:
         """Gives blocks to the writer in order, so that the coefficients of repeated prompts, in earlier blocks, are on disk."""

@@ -12,8 +12,9 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from p2l_engine.batch.blocks import Block, turns_of
+from p2l_engine.batch.columns import own_columns
 from p2l_engine.batch.config import check_decision_options
-from p2l_engine.batch.decide import EXPLORED, OUTPUT_COLUMNS, Decider
+from p2l_engine.batch.decide import Decider
 from p2l_engine.batch.deduplicator import Deduplicator, locate
 from p2l_engine.catalog import Catalog
 from p2l_engine.chooser import Explore
@@ -85,7 +86,7 @@ class Route:
         for name, column in (("column", where.column), ("draw", self.draw)):
             if column is not None and column not in batch:
                 raise ValueError(f"{name}: expected one of {', '.join(batch) or 'none'}, got {column!r}")
-        taken = [name for name in batch if name in (*OUTPUT_COLUMNS, *(EXPLORED if self.router.explore else ()))]
+        taken = [name for name in batch if name in own_columns(self.router.explore is not None)]
         if taken:
             raise ValueError(f"batch: the result has columns of its own named {', '.join(taken)}: rename or drop them")
         prompts = [turns_of(_without_arrays(cell), self.plain_text, where) for cell in batch[where.column]]

@@ -1,0 +1,64 @@
+"""The columns of an output: its own, and which of the input's can stand beside them."""
+
+from __future__ import annotations
+
+import logging
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from p2l_engine.batch.config import BatchConfig
+from p2l_engine.batch.output import check_format, not_for_spark
+from p2l_engine.batch.sources import SOURCE_COLUMNS
+
+logger = logging.getLogger(__name__)
+
+OUTPUT_COLUMNS = (
+    "model",
+    "policy",
+    "expected_cost",
+    "win_rate",
+    "score",
+    "expected_tokens",
+    "expected_seconds",
+    "theta",
+    "eta",
+    "deviation",
+    "error",
+)
+USAGE = ("expected_tokens", "expected_seconds")  # where the checkpoint has learned how long answers are
+EXPLORED = ("propensity", "propensity_error")  # further ones where the router explores
+
+
+def own_columns(explores: bool) -> tuple[str, ...]:
+    """The columns of decisions. explores: whether the router does."""
+    return (*OUTPUT_COLUMNS, *(EXPLORED if explores else ()))
+
+
+def check_columns(config: BatchConfig, kept: pa.Schema, own: tuple[str, ...]) -> None:
+    """Refuses kept columns that the format cannot hold, and those named like the output's own: capital letters tell no columns
+    apart in Spark and DuckDB. Says which columns Spark cannot read. own: see ``own_columns``. Raises ValueError."""
+    check_format(config.format, kept)
+    own = (*own, *(SOURCE_COLUMNS if config.source else ()))
+    taken = [name for name in kept.names if name.casefold() in own]
+    if taken:
+        source = any(name.casefold() in SOURCE_COLUMNS for name in taken)
+        raise ValueError(
+            f"keep: the output has columns of its own named {', '.join(taken)}: name the ones to keep, or none (--keep '')"
+            + ("; --no-source leaves out source_file and source_row" if source else "")
+        )
+    if config.format == "parquet" and config.write_as is None:
+        if config.coefficients == "float16":
+            logger.info("coefficients: rounded to float16 and written as float32, since Spark reads no float16")
+        unread = not_for_spark(kept)
+        if unread:
+            logger.info("kept columns that Spark reads from no parquet, with --format jsonl as text: %s", ", ".join(unread))
+
+
+def as_texts(table: pa.Table, column: str) -> list[str | None]:
+    """A column as texts. Raises ValueError for one of lists or objects."""
+    try:
+        found: list[str | None] = pc.cast(table.column(column), pa.string()).to_pylist()
+    except pa.ArrowException as error:
+        raise ValueError(f"draw: {column}: expected texts or numbers: {error}") from None
+    return found
