@@ -134,6 +134,7 @@ def test_what_cannot_be_drawn_by_is_refused(explorer, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             run(explorer, BatchConfig([given], str(tmp_path / "out"), **options))
+        assert not (tmp_path / "out.run").exists()
     plain = Router(explorer.engine, catalog())
     with pytest.raises(ValueError, match="draw: expected a router that explores"):
         run(plain, BatchConfig([given], str(tmp_path / "out"), draw="id", keep=["id"]))

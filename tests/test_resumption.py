@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -212,6 +213,32 @@ def test_a_run_of_an_adapter_is_refused_where_its_backbone_changed(tmp_path):
             again()
         (base / name).write_bytes(kept)
     again()
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"keep": None}, "keep: the output has columns of its own named Model"),
+        ({"keep": ["source_row"]}, "--no-source leaves out"),
+        ({"keep": ["photo"], "format": "csv"}, "column 'photo': the type binary cannot be written as csv"),
+        ({"keep": ["empty"]}, "in.parquet: a column cannot be written to parquet"),
+        ({"keep": ["nothing"]}, "nothing"),
+        ({"column": "nothing"}, "nothing"),
+        ({"budget": 0.5}, "budget 0.5 is infeasible"),
+    ],
+)
+def test_what_is_refused_loses_nothing_of_an_earlier_run(restart, changed, message, router, tmp_path, monkeypatch):
+    more = {"Model": ["m"] * 150, "source_row": [1] * 150, "photo": [b"p"] * 150, "empty": [1] * 150}
+    given, out = write(tmp_path / "in.parquet", **more), tmp_path / "out"
+    run(router, BatchConfig([given], out, keep=["id"], rows_per_part=32))
+    before = contents(out), contents(tmp_path / "out.run")
+    if changed.get("keep") == ["empty"]:  # which no file of parquet has, but objects of jsonl
+        schema = pa.schema([("empty", pa.struct([]))])
+        monkeypatch.setattr("p2l_engine.batch.job.kept_schema", lambda *_: schema)
+    with pytest.raises(ValueError, match=message):
+        run(router, BatchConfig([given], out, **{"keep": ["id"], "rows_per_part": 32} | changed), restart)
+    assert (contents(out), contents(tmp_path / "out.run")) == before
 
 
 def test_an_output_without_its_own_folder_is_never_written_over(router, tmp_path):

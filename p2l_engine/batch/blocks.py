@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from p2l_engine.batch.config import ROWS_PER_PART
 from p2l_engine.batch.json_values import json_text
@@ -94,13 +92,10 @@ def blocks(
     before = dict(zip(map(id, files), sizes.cumsum() - sizes, strict=True))
     where = prompt_column(files, column, plain_text)
     number = first = 0
-    begun, read, writable = _BegunBlock(folder, requests), 0.0, False
+    begun, read = _BegunBlock(folder, requests), 0.0
     for some in read_rows(files, where.column, keep, schema):
         file, start = some.file, 0
         read = float((before[id(file)] + some.read * file.size) / max(sizes.sum(), 1.0))
-        if not writable:
-            _check_writable(file, some.kept.schema)
-            writable = True
         for i, cell in enumerate(some.prompts):
             turns, body, problem = turns_of(cell, plain_text, where), None, some.problems.get(i)
             if requests and not isinstance(turns, Unroutable):
@@ -177,13 +172,3 @@ def _body(
         return json_text(request_body(prompt, turns, with_nulls)), None
     except ValueError as error:
         return None, f"prompt: {error}"
-
-
-def _check_writable(file: File, schema: pa.Schema) -> None:
-    """Refuses, before anything is computed, what parquet cannot store: empty objects, and lists nested too deeply."""
-    written = io.BytesIO()
-    try:
-        pq.write_table(schema.empty_table(), written)
-        pq.read_table(written)
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{file.shown}: a column cannot be written to parquet: {error}; leave it out with --keep") from None

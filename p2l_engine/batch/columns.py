@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import logging
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from p2l_engine.batch.config import BatchConfig
 from p2l_engine.batch.output import check_format, not_for_spark
@@ -35,9 +37,11 @@ def own_columns(explores: bool) -> tuple[str, ...]:
     return (*OUTPUT_COLUMNS, *(EXPLORED if explores else ()))
 
 
-def check_columns(config: BatchConfig, kept: pa.Schema, own: tuple[str, ...]) -> None:
+def check_columns(config: BatchConfig, kept: pa.Schema, own: tuple[str, ...], where: str) -> None:
     """Refuses kept columns that the format cannot hold, and those named like the output's own: capital letters tell no columns
-    apart in Spark and DuckDB. Says which columns Spark cannot read. own: see ``own_columns``. Raises ValueError."""
+    apart in Spark and DuckDB; and a column to draw by that is not kept, or has no texts. Says which columns Spark cannot read.
+    own: see ``own_columns``. where: the input, for messages. Raises ValueError."""
+    _check_writable(where, kept)
     check_format(config.format, kept)
     own = (*own, *(SOURCE_COLUMNS if config.source else ()))
     taken = [name for name in kept.names if name.casefold() in own]
@@ -47,12 +51,26 @@ def check_columns(config: BatchConfig, kept: pa.Schema, own: tuple[str, ...]) ->
             f"keep: the output has columns of its own named {', '.join(taken)}: name the ones to keep, or none (--keep '')"
             + ("; --no-source leaves out source_file and source_row" if source else "")
         )
+    if config.draw is not None:
+        if config.draw not in kept.names:
+            raise ValueError(f"draw: expected one of the columns {', '.join(kept.names)}, got {config.draw!r}")
+        as_texts(kept.empty_table(), config.draw)
     if config.format == "parquet" and config.write_as is None:
         if config.coefficients == "float16":
             logger.info("coefficients: rounded to float16 and written as float32, since Spark reads no float16")
         unread = not_for_spark(kept)
         if unread:
             logger.info("kept columns that Spark reads from no parquet, with --format jsonl as text: %s", ", ".join(unread))
+
+
+def _check_writable(where: str, schema: pa.Schema) -> None:
+    """Refuses what parquet cannot store: empty objects, and lists nested too deeply."""
+    written = io.BytesIO()
+    try:
+        pq.write_table(schema.empty_table(), written)
+        pq.read_table(written)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{where}: a column cannot be written to parquet: {error}; leave it out with --keep") from None
 
 
 def as_texts(table: pa.Table, column: str) -> list[str | None]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pyarrow as pa
 
+from p2l_engine.batch.columns import check_columns, own_columns
 from p2l_engine.batch.config import BatchConfig
 from p2l_engine.batch.contents import Content, contents, differences_of
 from p2l_engine.batch.identity import Identity, of_coefficients, of_decisions
@@ -40,8 +41,8 @@ class Job:
     def of(cls, config: BatchConfig, router: Router, compute: str) -> Job:
         """Finds the files. compute: see ``compute_signature``.
 
-        Raises ValueError for inputs that cannot be read, or overlap with the output, and InfeasibleBudget or Infeasible for
-        bounds that no prompts can meet.
+        Raises ValueError for inputs that cannot be read, or overlap with the output, and columns that the output cannot hold;
+        InfeasibleBudget or Infeasible for bounds that no prompts can meet.
         """
         files = find(config.inputs, partitions=config.partitions, csv_escape=config.csv_escape)
         output = Location.of(config.output)
@@ -66,7 +67,9 @@ class Job:
         job = cls(config, files, inputs, output, run, sources, None, coefficients, decisions)
         if before is not None and before.complete and (before.coefficients, before.decisions) == (coefficients, decisions):
             return job
-        return replace(job, schema=job.kept_schema())
+        schema = job.kept_schema()
+        check_columns(config, schema, own_columns(router.explore is not None), files[0].shown)
+        return replace(job, schema=schema)
 
     def kept_schema(self) -> pa.Schema:
         """The kept columns. Reads the rows of jsonl files, unless they are known."""

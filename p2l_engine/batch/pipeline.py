@@ -20,7 +20,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from p2l_engine.batch.blocks import Block, Unroutable, blocks
-from p2l_engine.batch.columns import as_texts, check_columns, own_columns
+from p2l_engine.batch.columns import as_texts
 from p2l_engine.batch.config import BatchConfig
 from p2l_engine.batch.decide import Decider, SpilledWinRates
 from p2l_engine.batch.deduplicator import NO_REFERENCE, DeduplicatedBlock, Deduplicator
@@ -82,7 +82,6 @@ class Pipeline:
         self.decider = Decider(router, spill.take, per_prompt, config.price, config.coefficients, config.constraints)
         self.recorder = Recorder()
         self.schema = job.kept_schema()
-        check_columns(config, self.schema, own_columns(router.explore is not None))
         self._files = PartFiles(job.output, parts_to_keep)
         self.written = self._files.written  # bytes of the parts
         self.writer: TableWriter | RequestWriter = (
@@ -168,10 +167,6 @@ class Pipeline:
             yield deduplicated
 
     def _check(self, block: Block) -> None:
-        if self.config.draw is not None and self.config.draw not in block.kept.column_names:
-            raise ValueError(
-                f"draw: expected one of the columns {', '.join(block.kept.column_names)}, got {self.config.draw!r}"
-            )
         if self.config.strict:
             for row, prompt in enumerate(block.prompts):
                 problem = prompt if isinstance(prompt, Unroutable) else block.problems.get(row)
