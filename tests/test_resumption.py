@@ -9,9 +9,12 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 
+import hypothesis
+import hypothesis.strategies as st
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -239,6 +242,34 @@ def test_what_is_refused_loses_nothing_of_an_earlier_run(restart, changed, messa
     with pytest.raises(ValueError, match=message):
         run(router, BatchConfig([given], out, **{"keep": ["id"], "rows_per_part": 32} | changed), restart)
     assert (contents(out), contents(tmp_path / "out.run")) == before
+
+
+@hypothesis.given(models=st.permutations(MODELS), shares=st.permutations(MODELS[:3]), stopped=st.booleans())
+@hypothesis.example(models=MODELS[::-1], shares=MODELS[:3], stopped=False)
+@hypothesis.example(models=MODELS, shares=MODELS[2::-1], stopped=True)
+@hypothesis.settings(max_examples=3, deadline=None)
+def test_another_order_of_models_or_shares_is_another_run(models, shares, stopped, engine, tmp_path_factory):
+    """It decides between equals, and prices are written in the order of shares."""
+    folder = tmp_path_factory.mktemp("order")
+    given, costs = write(folder / "in.parquet"), dict(zip(MODELS, COSTS, strict=True))
+    first, second = (Router(engine, catalog(names, [costs[name] for name in names])) for names in (MODELS, models))
+
+    def config(output, names):
+        bounds = {"max_share": dict.fromkeys(names, 0.3), "min_share": {"epsilon": 0.2}}
+        return BatchConfig([given], folder / output, rows_per_part=32, **bounds)
+
+    def stop(report):
+        if stopped and report.parts == 2:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError) if stopped else nullcontext():
+        run(first, config("out", MODELS[:3]), progress=stop)
+    report = run(second, config("out", shares))
+    run(second, config("fresh", shares))
+    assert contents(folder / "out") == contents(folder / "fresh")
+    expected = ["catalog: their order"] * (models != MODELS) + ["max_share: their order"] * (shares != MODELS[:3])
+    assert sorted(report.changed) == expected
+    assert report.computed == 0
 
 
 def test_an_output_without_its_own_folder_is_never_written_over(router, tmp_path):

@@ -71,7 +71,7 @@ def begin(job: Job, restart: bool) -> Begun:
     state = found or state
     keep = before.keep_coefficients if config.keep_coefficients is None else config.keep_coefficients
     manifest = _manifest(job, state, keep)
-    if before.coefficients == job.coefficients and before.decisions == job.decisions:
+    if before.is_of(job.coefficients, job.decisions):
         if before.complete and _is_whole(before, output):
             return Begun(before, state)
         unmark(output)

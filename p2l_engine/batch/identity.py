@@ -83,12 +83,19 @@ def apart_from_inputs(identity: Identity) -> Identity:
     return {name: value for name, value in identity.items() if name != "inputs"}
 
 
+def same(before: Any, now: Any) -> bool:
+    """Whether two identities are equal, also in the order of models and shares, by which ties are broken."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        return list(before) == list(now) and all(same(before[name], now[name]) for name in before)
+    return bool(before == now)
+
+
 def continues(before: Identity, now: Identity) -> bool:
     """Whether coefficients of one identity serve the other, as far as their prompts are the same (see ``spill``): nothing but
     the inputs differs, and there, files may only have been added at the end."""
     old = before["inputs"]  # None: they changed while they were read
-    same = apart_from_inputs(before) == apart_from_inputs(now)
-    return same and (old is None or old == now["inputs"][: len(old)])
+    rest = same(apart_from_inputs(before), apart_from_inputs(now))
+    return rest and (old is None or old == now["inputs"][: len(old)])
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -96,7 +103,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     lines = []
     for name in {**before, **now}:
         old, new = before.get(name), now.get(name)
-        if old == new or name == "inputs":
+        if same(old, new) or name == "inputs":
             continue
         if isinstance(old, dict) and isinstance(new, dict):
             names = [key for key in {**old, **new} if old.get(key) != new.get(key)]

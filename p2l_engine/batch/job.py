@@ -65,7 +65,7 @@ class Job:
         coefficients = of_coefficients(config, prompts, router.engine, inputs, compute)
         decisions = of_decisions(config, router, list(sources.values()), [file.partitions for file in files])
         job = cls(config, files, inputs, output, run, sources, None, coefficients, decisions)
-        if before is not None and before.complete and (before.coefficients, before.decisions) == (coefficients, decisions):
+        if before is not None and before.complete and before.is_of(coefficients, decisions):
             return job
         schema = job.kept_schema()
         check_columns(config, schema, own_columns(router.explore is not None), files[0].shown)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from p2l_engine.batch.contents import Content
-from p2l_engine.batch.identity import Identity
+from p2l_engine.batch.identity import Identity, same
 from p2l_engine.batch.report import Report
 from p2l_engine.tables.storage import Location
 
@@ -36,6 +36,10 @@ class Manifest:
     def complete(self) -> bool:
         """Whether all parts were written."""
         return self.report is not None
+
+    def is_of(self, coefficients: Identity, decisions: Identity) -> bool:
+        """Whether the run is the one with these identities."""
+        return same(self.coefficients, coefficients) and same(self.decisions, decisions)
 
 
 def read_manifest(output: Location, run: Location) -> Manifest | None:
