@@ -280,10 +280,11 @@ def test_kept_columns_that_spark_cannot_read_are_named(router, tmp_path, caplog)
 
 @pytest.mark.parametrize("scope", ["prompt", "batch"])
 @pytest.mark.parametrize("name", list(FORMATS))
-def test_a_run_of_no_rows_has_a_file_with_its_columns(name, scope, router, tmp_path):
+@pytest.mark.parametrize("split", [None, "model"])
+def test_a_run_of_no_rows_has_a_file_with_its_columns(split, name, scope, router, tmp_path):
     """Readers of a folder without files fail, so that a pipeline would on the first day without rows."""
     pq.write_table(pa.table({"id": pa.array([], pa.int64()), "prompt": pa.array([], pa.string())}), tmp_path / "in.parquet")
-    options = {"format": name, "coefficients": "float32", "budget": 1.5, "budget_scope": scope}
+    options = {"format": name, "split_by": split, "coefficients": "float32", "budget": 1.5, "budget_scope": scope}
     config = BatchConfig([str(tmp_path / "in.parquet")], str(tmp_path / "out"), **options)
     report = run(router, config)
     assert (report.rows, report.routed, report.parts) == (0, 0, 1)

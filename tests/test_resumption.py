@@ -421,6 +421,35 @@ def test_other_files_in_a_state_folder_are_kept(router, tmp_path, monkeypatch):
     assert (kept / "coefficients-000000.npy").read_text() == "foreign"
 
 
+@hypothesis.given(names=st.lists(st.from_regex(r"coefficients-[0-9a-f()\- ]{0,30}\.npy", fullmatch=True), max_size=4))
+@hypothesis.settings(max_examples=5, deadline=None)
+def test_copies_of_coefficients_are_left_alone(names, router, tmp_path_factory):
+    """Such as those that a synchronised folder or a person made beside the run's own."""
+    folder = tmp_path_factory.mktemp("copies")
+    given, out = write(folder / "in.parquet", ["a", "b", "c"]), folder / "out"
+    run(router, BatchConfig([given], out))
+    (own,) = (folder / "out.run").glob("coefficients-*")
+    names = {own.name.replace(".npy", " (1).npy"), own.name.replace(".npy", "-copy.npy"), "coefficients-copy.npy", *names}
+    for name in names - {own.name}:
+        (folder / "out.run" / name).write_text("foreign")
+    assert run(router, BatchConfig([given], out, budget=2.0)).computed == 0
+    run(router, BatchConfig([given], out, keep_coefficients=False))
+    assert {file.name for file in (folder / "out.run").glob("coefficients-*")} == names - {own.name}
+
+
+def test_coefficients_are_kept_in_a_local_folder_outside_of_the_output(router, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = write(tmp_path / "in.parquet")
+    for state in (tmp_path / "out", "out/", "./out/state", tmp_path / "out" / "a" / "b"):
+        with pytest.raises(ValueError, match="state: expected a folder outside of the output"):
+            run(router, BatchConfig([given], "out", state=state))
+    for state in ("s3://key:secret@bucket/state", "gs://bucket", "file:///tmp/state", "hf://datasets/a/b"):
+        with pytest.raises(ValueError, match="state: expected a local folder, got '(?!.*secret)"):
+            BatchConfig([given], "out", state=state)
+    assert run(router, BatchConfig([given], "out", state="outer")).rows == 150
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.is_dir()] == []
+
+
 def in_process_of_its_own(*arguments, folder, wrapper=()):
     """Runs tests.support.interrupted_runs: forks need a process without threads."""
     return subprocess.run(

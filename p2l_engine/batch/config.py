@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 from p2l_engine.tables.quotes import check_escape
+from p2l_engine.tables.storage import shown
 
 if TYPE_CHECKING:
     from p2l_engine.constraints import Constraints, Shares
@@ -87,6 +88,8 @@ class BatchConfig:
         for name, folder in (("output", self.output), ("state", self.state)):
             if folder is not None and not os.fspath(folder):
                 raise ValueError(f"{name}: expected a folder, got ''")
+        if self.state is not None and "://" in os.fspath(self.state):
+            raise ValueError(f"state: expected a local folder, got {shown(os.fspath(self.state))!r}")
         keep = list(self.keep or ())
         if not all(keep) or len(set(keep)) < len(keep):
             raise ValueError(f"keep: expected names of columns, each once, got {keep!r}")

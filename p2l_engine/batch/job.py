@@ -55,6 +55,11 @@ class Job:
                 )
         if config.state is None and not output.is_local:
             raise ValueError(f"state: expected a local folder where the output is not local ({output.shown}), got None")
+        if config.state is not None and output.holds(Location.of(config.state)):
+            raise ValueError(
+                f"state: expected a folder outside of the output {output.shown}, which readers of tables open whole, got "
+                f"{config.state}"
+            )
         nothing = np.zeros((1, len(router.names)))
         router.solve(nothing, config.constraints, nothing[0] if router.costs_vary else None)
         prompts = prompt_column(files, config.column, config.plain_text)

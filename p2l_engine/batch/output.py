@@ -58,7 +58,8 @@ class PartFiles:
 
 
 class TableWriter:
-    """One file for each block, or piece of one; or, split, one for each of its models, and one for its rows without a model."""
+    """One file for each block, or piece of one; or, split, one for each of its models, and one for its rows without a model.
+    Without rows it is one file either way."""
 
     def __init__(self, files: PartFiles, format_name: FormatName = "parquet", split: bool = False) -> None:
         self._files, self._format, self._split = files, format_name, split
@@ -71,7 +72,7 @@ class TableWriter:
             self._number += 1
 
     def _add(self, table: pa.Table, metadata: Metadata) -> None:
-        if not self._split:
+        if not (self._split and len(table)):
             self._put(part_name(self._number, self._format), table, metadata)
             return
         for model in pc.unique(table.column("model")).to_pylist():

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from p2l_engine.batch.identity import Identity, apart_from_inputs
-from p2l_engine.batch.spill import COEFFICIENTS
+from p2l_engine.batch.spill import coefficient_files
 from p2l_engine.tables.storage import Location
 
 ENDING = ".run"
@@ -55,28 +56,28 @@ def state_folder(parent: str | Path | None, run: Location, coefficients: Identit
 
 
 def has_coefficients(state: Path) -> bool:
-    return any(state.glob(COEFFICIENTS))
+    return bool(coefficient_files(state))
 
 
 def coefficient_bytes(state: Path) -> int:
-    return sum(file.stat().st_size for file in state.glob(COEFFICIENTS))
+    return sum(file.stat().st_size for file in coefficient_files(state).values())
 
 
 def remove_temporary_files(state: Path, run: Location) -> None:
     """Removes what is of use within a run alone, and what interrupted writes left."""
-    _remove(state, f".{COEFFICIENTS}.*.tmp", COSTS)
+    _remove(state.glob(".coefficients-*.npy.*.tmp"))
+    _remove(state.glob(COSTS))
     if run.is_local:
-        _remove(Path(run.path), ".manifest.json.*.tmp")
+        _remove(Path(run.path).glob(".manifest.json.*.tmp"))
 
 
 def remove_coefficients(state: Path, run: Location) -> None:
     """Removes a run's coefficients; and a folder of their own, if it is empty then."""
-    _remove(state, COEFFICIENTS)
+    _remove(coefficient_files(state).values())
     if str(state) != run.path and state.is_dir() and not any(state.iterdir()):
         state.rmdir()
 
 
-def _remove(folder: Path, *patterns: str) -> None:
-    for pattern in patterns:
-        for file in folder.glob(pattern):
-            file.unlink()
+def _remove(files: Iterable[Path]) -> None:
+    for file in files:
+        file.unlink()

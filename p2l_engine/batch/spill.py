@@ -6,6 +6,7 @@ A file's name has a hash of the prompts that its coefficients are of, so that th
 from __future__ import annotations
 
 import io
+import re
 from collections import OrderedDict
 from pathlib import Path
 
@@ -15,8 +16,14 @@ import numpy.typing as npt
 from p2l_engine.batch.deduplicator import locate
 from p2l_engine.tables.atomic import write_file
 
-COEFFICIENTS = "coefficients-*.npy"
+NAME = re.compile(r"coefficients-(\d{6,})-([0-9a-f]{16})\.npy")
 MAX_MAPPED = 64  # memory-mapped files
+
+
+def coefficient_files(folder: Path) -> dict[tuple[int, str], Path]:
+    """The files of coefficients in a folder, by block and digest; other files, such as copies, are none of them."""
+    found = ((NAME.fullmatch(path.name), path) for path in folder.glob("coefficients-*.npy"))
+    return {(int(name[1]), name[2]): path for name, path in found if name is not None}
 
 
 class Spill:
@@ -29,9 +36,8 @@ class Spill:
     def __init__(self, folder: Path, width: int) -> None:
         self.folder, self.width = folder, width
         self._found: dict[int, dict[str, Path]] = {}  # by block and digest
-        for path in folder.glob(COEFFICIENTS):
-            _, number, digest = path.stem.split("-")
-            self._found.setdefault(int(number), {})[digest] = path
+        for (block, digest), path in coefficient_files(folder).items():
+            self._found.setdefault(block, {})[digest] = path
         self._paths: dict[int, Path] = {}  # that ``take`` reads
         self._mapped: OrderedDict[Path, npt.NDArray[np.float32]] = OrderedDict()
 
