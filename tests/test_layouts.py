@@ -164,6 +164,30 @@ def test_a_layout_is_recognised_where_the_first_rows_are_empty(name, tmp_path):
         PromptFile.read(tmp_path / name)
 
 
+LATE = {  # each with the name of its column, and a row without it
+    "prompt": (None, lambda talk: {"prompt": chat(talk)}),
+    "text": ("text", lambda talk: {"text": chat(talk)}),
+    "body.messages": ("body.messages", openai_chat),
+    "messages": (None, lambda talk: {"messages": chat(talk)}),
+    "batch file": (None, openai_chat),
+}
+
+
+@pytest.mark.parametrize("name", LATE)
+@pytest.mark.parametrize("keep", [None, [], ["id"]])
+@pytest.mark.parametrize("before", [1, 511, 512, 1100])
+def test_a_column_of_prompts_that_the_first_rows_of_jsonl_lack_is_found(name, keep, before, tmp_path):
+    """Spark leaves out what is null."""
+    column, row_of = LATE[name]
+    rows = [{"id": i} for i in range(before)] + [{"id": 7} | row_of(talk) for talk in TALKS] + [{"id": 8}]
+    write_jsonl(tmp_path / "in.jsonl", rows)
+    found = turns_in(tmp_path / "in.jsonl", column, keep=keep)
+    assert found[before:-1] == TURNS
+    assert {each.why for each in found[:before] + found[-1:]} == {"prompt: expected a prompt, got nothing"}
+    with pytest.raises(ValueError, match="in.jsonl: expected the columns nothing; it has "):
+        turns_in(tmp_path / "in.jsonl", "nothing", keep=keep)
+
+
 def test_what_nobody_reads_of_a_request_fails_no_row(tmp_path):
     body = {"messages": [*chat(TALKS[1]), {"role": "assistant", "content": "\ud800", "tool_calls": [{"n": 10**30}]}]}
     write_jsonl(tmp_path / "in.jsonl", [{"custom_id": "r", "body": body | {"seed": 10**40}, "note": "\udfff"}])

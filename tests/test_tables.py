@@ -32,6 +32,10 @@ ENDINGS = (
 )  # fmt: skip
 
 
+def by_zstd(data):
+    return pa.compress(data, "zstd", asbytes=True)
+
+
 def write(path, rows):
     """Rows (dicts of text or None) as the format that the path's ending says, by Python's own modules."""
     names, ending = list(rows[0]), path.name.lower().partition(".")[2]
@@ -45,7 +49,7 @@ def write(path, rows):
         text.write("\r\n".join(map(",".join, [names, *cells])))
     else:
         text.write("\n".join(json.dumps(row) for row in rows))
-    squeeze = {"gz": gzip.compress, "zst": lambda data: pa.compress(data, "zstd", asbytes=True)}
+    squeeze = {"gz": gzip.compress, "zst": by_zstd}
     path.write_bytes(squeeze.get(ending.rsplit(".", 1)[-1], bytes)(text.getvalue().encode()))
     return str(path)
 
@@ -285,10 +289,48 @@ def test_json_documents_among_tables_are_skipped_and_named(tmp_path, caplog):
     (tmp_path / "state.json").write_text('{"split": "train"}')
     write(tmp_path / "b.json", [{"prompt": "b"}, {"prompt": "c"}])
     assert [file.location.path[-6:] for file in find([str(tmp_path)])] == ["/a.csv", "b.json"]
-    assert "dataset_info.json and 1 more" in caplog.text
+    assert "skipped, beside other tables and not an object on each line: dataset_info.json and 1 more" in caplog.text
+    assert "that end in" not in caplog.text
     (tmp_path / "only").mkdir()
     write(tmp_path / "only" / "a.json", [{"prompt": "a"}])
     assert by_commands(str(tmp_path / "only")) == by_batch(str(tmp_path / "only")) == [("a",)]
+
+
+@by_each
+@pytest.mark.parametrize("indent", [0, 1, "\t"])
+@pytest.mark.parametrize("ending", ["json", "jsonl", "json.gz"])
+def test_one_document_over_many_lines_is_refused(reader, indent, ending, tmp_path):
+    rows, squeeze = rows_for(reader, "a", "b", "c"), gzip.compress if ending.endswith("gz") else bytes
+    listed = json.dumps(rows, indent=indent)
+    for text in (
+        listed,
+        f"\n\ufeff{listed}",
+        json.dumps(rows).replace("}, {", "},\n{"),
+        json.dumps({"all": rows}, indent=indent),
+    ):
+        (tmp_path / f"in.{ending}").write_bytes(squeeze(text.encode()))
+        with pytest.raises(
+            ValueError, match=rf"in.{ending}: expected a JSON object on each line, .*; write an object a line: "
+        ):
+            reader(str(tmp_path / f"in.{ending}"))
+
+
+def test_a_list_of_objects_on_one_line_is_refused_with_a_remedy(tmp_path):
+    (tmp_path / "in.json").write_text(json.dumps([{"prompt": "a"}, {"prompt": "b"}]))
+    with pytest.raises(
+        ValueError, match=r"in.json: .* row 0: expected a JSON object: got list; write an object a line: with jq"
+    ):
+        by_batch(str(tmp_path / "in.json"))
+
+
+@by_each
+def test_files_of_nothing_beside_others_have_no_rows(reader, tmp_path):
+    write(tmp_path / "m.jsonl", rows_for(reader, "a"))
+    for name in ("a.csv", "n.jsonl", "z.csv.gz", "z.jsonl.gz", "z.csv.zst"):
+        for data in (b"", b"\n\n", b"\r\n", b"\xef\xbb\xbf", b"\xef\xbb\xbf\n"):
+            squeeze = gzip.compress if name.endswith("gz") else by_zstd if name.endswith("zst") else bytes
+            (tmp_path / name).write_bytes(squeeze(data))
+            assert set(reader(str(tmp_path))) == {("a",)}, (name, data)
 
 
 def test_rows_of_several_files_are_named(tmp_path):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from p2l_engine.tables.formats import FORMATS, Reader, kind_of
 from p2l_engine.tables.partitions import check_partitions, with_columns, with_fields
-from p2l_engine.tables.rows import MIXED, Rows, listed, readable, unreadable, unreadable_error
+from p2l_engine.tables.rows import MIXED, EmptyFileError, Rows, listed, readable, unreadable, unreadable_error
 from p2l_engine.tables.storage import File
 
 if TYPE_CHECKING:
@@ -111,8 +111,11 @@ def _say_mixed(heads: Sequence[tuple[File, pa.Schema]]) -> None:
 
 def has_rows(file: File) -> bool:
     """Whether the file has a row, valid or not."""
-    with readable(file):
-        return any(chunk.rows for chunk in reader_of(file).values(file, ()))
+    try:
+        with readable(file):
+            return any(chunk.rows for chunk in reader_of(file).values(file, ()))
+    except EmptyFileError:
+        return False
 
 
 def _say_skipped(files: Sequence[File]) -> None:

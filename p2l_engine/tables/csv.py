@@ -15,6 +15,7 @@ import pyarrow.csv
 from p2l_engine.tables.quotes import DOUBLED, REMEDY, SEEN, Unescaped, problem_of
 from p2l_engine.tables.rows import (
     AT_ONCE,
+    EmptyFileError,
     InvalidRow,
     Rows,
     ValueRows,
@@ -74,13 +75,13 @@ def _text(file: File) -> Iterator[tuple[Any, Any]]:
 
 
 def _header(file: File) -> list[str]:
-    """The names of the columns."""
+    """The names of the columns. Raises EmptyFileError, and ArrowInvalid for names that cannot be read."""
     with _text(file) as (opened, _):
         head = opened.read(HEADER)
     lines = filter(None, csv.reader(io.StringIO(head.decode("utf-8-sig", "replace"), newline="")))
     header, following = next(lines, None), next(lines, None)
     if header is None:
-        raise pa.ArrowInvalid("expected a line of column names, got nothing")
+        raise EmptyFileError(f"{file.shown}: cannot be read: expected a line of column names, got nothing")
     if following is None and len(head) < HEADER and head.count(b'"') % 2:
         raise pa.ArrowInvalid("a quote in the column names is not closed by the end of the file")
     if following is None and len(head) == HEADER:

@@ -101,10 +101,13 @@ def _find(location: Location, warn: Callable[..., object], partitions: bool) -> 
     problems = [f"{os.path.basename(path)} ({entry.problem})" for path, entry in seen.items() if entry.problem]
     if problems:
         warn("%s: skipped, cannot be read: %s", location.shown, _first(sorted(problems)))
-    tables = [seen[path] for path in sorted(seen) if is_table(path) and not seen[path].problem]
-    files = _without_documents([_file(location, entry, partitions) for entry in tables])
+    tables = [path for path in sorted(seen) if is_table(path) and not seen[path].problem]
+    files = _without_documents([_file(location, seen[path], partitions) for path in tables])
     chosen = {file.location.path for file in files}
-    others = sorted(path for path, entry in seen.items() if path not in chosen and not entry.problem)
+    documents = [os.path.basename(path) for path in tables if path not in chosen]
+    if documents:
+        warn("%s: skipped, beside other tables and not an object on each line: %s", location.shown, _first(documents))
+    others = sorted(path for path, entry in seen.items() if not is_table(path) and not entry.problem)
     if others:
         warn("%s: skipped, expected files that end in %s: %s", location.shown, EXPECTED, _first(map(os.path.basename, others)))
     if not files:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,12 @@ from p2l_engine.tables.storage import File
 if TYPE_CHECKING:
     import pyarrow as pa
 
+BLANK = codecs.BOM_UTF8 + b" \t\r\n\v\f"  # the bytes of lines that are no rows
+DOCUMENT = re.compile(
+    rb"(?:%b)?\s*(?:\[\s*(?:\{|$)|\{\s*$)" % codecs.BOM_UTF8
+)  # how the first line of a list, or object, begins
+AS_LINES = "write an object a line: with jq -c '.[]' of a list, or to_json(orient='records', lines=True) of pandas"
+
 
 def schema(file: File, column: str, keep: Sequence[str] | None) -> pa.Schema | None:
     """See ``formats.Reader``. Reads all rows where columns are kept. Raises ValueError if no value of a column can be stored,
@@ -22,14 +29,18 @@ def schema(file: File, column: str, keep: Sequence[str] | None) -> pa.Schema | N
 
     from p2l_engine.tables.shapes import MAX_PLACES, Shape, by_key
 
-    shapes, begun = dict[str, Shape](), False
+    shapes, names = dict[str, Shape](), dict[str, None]()
+    begun = False
     for lines, _read in _lines(file):
         rows = [_parsed(line) for line in lines]
+        names |= dict.fromkeys(_names(rows))
         if not begun:
-            _check(file, rows, column)
+            _check_objects(file, rows, names)
             begun = True
         if keep is not None and not keep:
-            break
+            if column in names:
+                break
+            continue
         for name, found in by_key(row for row in rows if isinstance(row, dict)).items():
             if name != column if keep is None else name in keep:
                 shapes.setdefault(name, Shape()).add(found)
@@ -39,6 +50,8 @@ def schema(file: File, column: str, keep: Sequence[str] | None) -> pa.Schema | N
                 f"{file.shown}: expected at most {MAX_PLACES:,} different keys in all columns, got more, most of them in "
                 f"{most!r}; name the columns to keep with --keep"
             )
+    if begun:
+        wanted_columns(file, list(names), column, None)
     types = {name: shape.type() for name, shape in shapes.items()}
     for name, shape in shapes.items():
         if shape.kinds and pa.types.is_null(types[name]):
@@ -57,8 +70,6 @@ def rows(file: File, column: str, keep: Sequence[str] | None, schema: pa.Schema)
     first = 0
     for lines, read in _lines(file):
         rows = [_object(_parsed(line)) for line in lines]
-        if not first:
-            _check(file, rows, column)
         arrays, problems = list[pa.Array](), dict[int, str]()
         for field in schema:
             array, odd = typed_column(field, [_cell(row, field.name) for row in rows])
@@ -92,15 +103,29 @@ def _names(rows: Sequence[Any]) -> list[str]:
     return list(dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row))
 
 
-def _check(file: File, rows: Sequence[Any], column: str) -> None:
-    names, first = _names(rows), _object(rows[0])
+def _check_objects(file: File, rows: Sequence[Any], names: Collection[str]) -> None:
+    """Raises ValueError if none of the first rows is an object. names: theirs."""
+    first = _object(rows[0])
     if isinstance(first, InvalidRow) and not names:
-        raise ValueError(f"{file.shown}: no line of its first {len(rows)} is a JSON object: row 0: {first.why}")
-    wanted_columns(file, names, column, None)
+        remedy = f"; {AS_LINES}" if isinstance(rows[0], list) else ""
+        raise ValueError(f"{file.shown}: no line of its first {len(rows)} is a JSON object: row 0: {first.why}{remedy}")
+
+
+def _check_no_document(file: File, lines: Sequence[bytes]) -> None:
+    """Raises ValueError if the first lines are the beginning of a list or an object that goes over many."""
+    if DOCUMENT.match(lines[0]) and all(isinstance(_parsed(line), InvalidRow) for line in lines[:2]) and len(lines) > 1:
+        raise ValueError(f"{file.shown}: expected a JSON object on each line, got one document over many lines; {AS_LINES}")
 
 
 def _lines(file: File) -> Iterator[tuple[list[bytes], float]]:
-    """Lines that are not empty, a few at a time, and how much of the file was read."""
+    """Lines that are not empty, a few at a time, and how much of the file was read. Raises ValueError for one document."""
+    for i, (lines, read) in enumerate(_any_lines(file)):
+        if not i:
+            _check_no_document(file, lines)
+        yield lines, read
+
+
+def _any_lines(file: File) -> Iterator[tuple[list[bytes], float]]:
     with file.text() as (opened, raw):
         begun, lines, size = list[bytes](), list[bytes](), 0  # begun: pieces of a line whose end was not read yet
         while chunk := opened.read(1 << 20):
@@ -110,14 +135,14 @@ def _lines(file: File) -> Iterator[tuple[list[bytes], float]]:
                 begun = []
             begun.append(rest)
             for line in whole:
-                if line.strip():
+                if line.strip(BLANK):
                     lines.append(line)
                     size += len(line)
                 if len(lines) == AT_ONCE or size >= AT_ONCE_BYTES:
                     yield lines, file.share(raw)
                     lines, size = [], 0
         last = b"".join(begun)
-        lines += [last] if last.strip() else []
+        lines += [last] if last.strip(BLANK) else []
         if lines:
             yield lines, 1.0
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from p2l_engine.tables.chunked import AT_THE_SAME_TIME, has_rows, reader_of
+from p2l_engine.tables.chunked import AT_THE_SAME_TIME, has_rows
 from p2l_engine.tables.nested import MISSING, as_object, object_of, split_column, value_at
 from p2l_engine.tables.rows import InvalidRow, listed, readable
 from p2l_engine.tables.storage import File
+from p2l_engine.tables.telling import telling_cells, telling_names, tells
 from p2l_engine.tables.turns import OF_REQUESTS, cell_turns, listed_in
 from p2l_engine.tables.whole import Table, read_table
 
@@ -89,11 +90,11 @@ def prompt_column(files: Sequence[File], column: str | PromptColumn | None, plai
     def look(file: File) -> tuple[PromptColumn, str] | None:
         """None: the file has no rows that could tell."""
         with readable(file):
-            names = next((chunk.names for chunk in reader_of(file).values(file, ()) if chunk.names), None)
-            if names is None:
+            names = telling_names(file, lambda names: _has_prompts(names, column))
+            if not names:
                 return None
             try:
-                return recognise(names, lambda name: _telling_cells(file, name), file.shown, column, plain_text)
+                return recognise(names, lambda name: telling_cells(file, name), file.shown, column, plain_text)
             except ValueError:
                 if has_rows(file):
                     raise
@@ -133,9 +134,7 @@ def read_prompts(
 
         def cells(name: str) -> Sequence[Any]:
             first = head.columns.get(name, [])
-            return (
-                first if _tells(first) else read_table(path, (name,), csv_escape=csv_escape, again=True).columns.get(name, [])
-            )
+            return first if tells(first) else read_table(path, (name,), csv_escape=csv_escape, again=True).columns.get(name, [])
 
         where, line = recognise(table.names, cells, table.shown, column)
         if where.column not in table.columns:
@@ -199,24 +198,17 @@ def _named(column: str, names: Sequence[str], cells: Callable[[str], Sequence[An
     return PromptColumn(name, path)
 
 
+def _has_prompts(names: Collection[str], column: str | None) -> bool:
+    """Whether one of these names is that of the prompts' column, or of one that a layout has them in."""
+    if column is None:
+        return PROMPT in names or bool(_layouts_of(names))
+    return split_column(column, list(names))[0] in names
+
+
 def _layouts_of(names: Iterable[str], requests: bool = False) -> list[FileLayout]:
     """The layouts whose column is among these names. requests: those of requests alone."""
     found = set(names)
     return [layout for layout in LAYOUTS if layout.column in found and (layout.requests or not requests)]
-
-
-def _telling_cells(file: File, name: str) -> list[Any]:
-    """The first cells of a column of a file, up to one that has something in it."""
-    import pyarrow as pa
-
-    with readable(file):
-        chunks = (rows.prompts for rows in reader_of(file).rows(file, name, [], pa.schema([])))
-        return next((cells for cells in chunks if _tells(cells)), [])
-
-
-def _tells(cells: Iterable[Any]) -> bool:
-    """Whether one of the cells has something in it, also as JSON."""
-    return any(cell and cell not in ("[]", "{}", "null") and not isinstance(cell, InvalidRow) for cell in cells)
 
 
 def _fits(layout: FileLayout, cell: Any, plain_text: bool) -> bool:

@@ -18,6 +18,10 @@ MIXED = b"mixed"  # metadata of a file's schema: the places in its columns with 
 AT_ONCE, AT_ONCE_BYTES = 512, 8 << 20  # rows that are read together, fewer where they are longer
 
 
+class EmptyFileError(ValueError):
+    """A file holds nothing where its format has a header."""
+
+
 class InvalidRow(NamedTuple):
     """A row (or a prompt's cell) that cannot be read: why, by a reason that other rows may share; and how the row begins."""
 

@@ -16,7 +16,7 @@ from p2l_engine.tables.find import find_each
 from p2l_engine.tables.jsonl import not_an_object
 from p2l_engine.tables.nested import MISSING, split_column, splits, value_at
 from p2l_engine.tables.partitions import with_values
-from p2l_engine.tables.rows import AT_ONCE, InvalidRow, ValueRows, readable, row_dicts
+from p2l_engine.tables.rows import AT_ONCE, EmptyFileError, InvalidRow, ValueRows, readable, row_dicts
 from p2l_engine.tables.storage import File, shown
 
 if TYPE_CHECKING:
@@ -114,6 +114,7 @@ def read_table(
     columns: dict[str, list[Any]] = {}
     invalid: dict[int, InvalidRow] = {}
     rows: list[tuple[str, int]] = []
+    empty: list[EmptyFileError] = []
 
     def add_columns(new: Sequence[str]) -> None:
         for name in new:
@@ -123,7 +124,7 @@ def read_table(
 
     for place, chunks in parts:
         first, has_columns = len(rows), False
-        for chunk in islice(chunks, 2) if heads else chunks:
+        for chunk in islice(_unless_empty(chunks, empty), 2 if heads else None):
             add_columns(chunk.names)
             nested = [name for name in dotted if split_column(name, chunk.names)[1]]
             has_columns = has_columns or bool(chunk.names)
@@ -144,10 +145,21 @@ def read_table(
                 for name, values in columns.items():
                     values.append(row.get(name))
                 rows.append((place if len(parts) > 1 else "", len(rows) - first))
-        if not has_columns and bare is None:
-            why = f": row 0: {invalid[first].why}" if first in invalid else ""
-            raise ValueError(f"{place}: expected a JSON object on each line, found none{why}")
+        if first in invalid and not has_columns and bare is None:
+            raise ValueError(f"{place}: expected a JSON object on each line, found none: row 0: {invalid[first].why}")
+    if not found and bare is None and not empty:
+        raise ValueError(f"{', '.join(map(shown, paths))}: expected a JSON object on each line, found none")
+    if not found and empty:
+        raise empty[0]
     return Table(", ".join(map(shown, paths)), tuple(found), columns, invalid, rows)
+
+
+def _unless_empty(chunks: Iterator[ValueRows], empty: list[EmptyFileError]) -> Iterator[ValueRows]:
+    """Without the error for a file of nothing, which goes to ``empty``: beside other files it has no rows."""
+    try:
+        yield from chunks
+    except EmptyFileError as error:
+        empty.append(error)
 
 
 def _nested_values(row: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
