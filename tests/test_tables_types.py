@@ -26,6 +26,7 @@ from p2l_engine.batch.deduplicator import Deduplicator
 from p2l_engine.tables.chunked import kept_schema, read_rows
 from p2l_engine.tables.common_types import common_type
 from p2l_engine.tables.find import find
+from p2l_engine.tables.typed import typed_table
 from p2l_engine.tables.whole import read_table
 from p2l_engine.votes import read
 from tests.support.batch_files import output
@@ -301,6 +302,12 @@ UNIFIED = [
     (pa.list_(pa.struct([("a", pa.int8())])), pa.list_(pa.struct([("b", pa.bool_()), ("a", pa.int16())])),
      pa.list_(pa.struct([("a", pa.int16()), ("b", pa.bool_())]))),
     (pa.struct([("a", pa.int8())]), pa.struct([("a", pa.string())]), None),
+    (pa.map_(pa.string(), pa.int8()), pa.map_(pa.large_string(), pa.int16()), pa.map_(pa.large_string(), pa.int16())),
+    (pa.map_(pa.string(), pa.field("value", pa.list_(pa.null()), nullable=False)), pa.map_(pa.string(), pa.list_(pa.bool_())),
+     pa.map_(pa.string(), pa.list_(pa.bool_()))),
+    (pa.map_(pa.string(), pa.int8()), pa.map_(pa.string(), pa.bool_()), None),
+    (pa.map_(pa.string(), pa.int8()), pa.map_(pa.int8(), pa.int8()), None),
+    (pa.map_(pa.string(), pa.int8()), pa.struct([("a", pa.int8())]), None),
     (pa.struct([pa.field("a", pa.int8(), nullable=False)]), pa.struct([("a", pa.int8())]), pa.struct([("a", pa.int8())])),
 ]  # fmt: skip
 
@@ -338,6 +345,14 @@ def test_files_of_other_types_are_unified_where_nothing_is_lost(tmp_path):
     assert [list(row) for row in rows] == [list(one)] * 2  # the first file's order
 
 
+@pytest.mark.parametrize("kind", [pa.list_, pa.large_list, lambda inner: pa.list_(inner, 1)])
+def test_a_value_that_is_not_exact_costs_its_row_alone(kind, tmp_path):
+    lists = pa.array([[1], None, [2**53 + 1], [2]], kind(pa.int64()))
+    table, problems = typed_table(pa.table({"m": lists}), pa.schema([("m", kind(pa.float64()))]))
+    assert list(problems) == [2]
+    assert table.column("m").to_pylist() == [[1], None, None, [2]]
+
+
 @pytest.mark.parametrize(
     ("one", "two", "message"),
     [
@@ -354,6 +369,20 @@ def test_files_of_other_types_are_unified_where_nothing_is_lost(tmp_path):
             "b.parquet: column 'm' is string, in .*a.parquet int64: no type holds the values of both",
         ),
         (pa.array([True]), pa.array([1]), "b.parquet: column 'm' is int64, in .*a.parquet bool"),
+        (
+            pa.array([[("k", 1)]], pa.map_(pa.string(), pa.int64())),
+            pa.array([[("k", "1")]], pa.map_(pa.string(), pa.string())),
+            "b.parquet: column 'm.value' is string, in .*a.parquet int64: no type",
+        ),
+        (
+            pa.array([[("k", 2**53 + 1)]], pa.map_(pa.string(), pa.int64())),
+            pa.array([[("k", 0.5)]], pa.map_(pa.string(), pa.float64())),
+            "a.parquet: row 600: expected map<string, double.*> in the column 'm': got",
+        ),
+        *(
+            (pa.array([[2**53 + 1]], kind(pa.int64())), pa.array([[0.5]]), "a.parquet: row 600: expected .* got")
+            for kind in (pa.list_, pa.large_list, lambda inner: pa.list_(inner, 1))
+        ),
         (pa.array([[1]]), pa.array([["1"]]), r"b.parquet: column 'm\[\]' is string, in .*a.parquet int64: no type"),
         (
             pa.array([{"a": [{"b": 1}]}]),
@@ -572,6 +601,10 @@ LEAVES = {
 }  # fmt: skip
 
 
+def pairs(values):
+    return list(values.items())
+
+
 def nest(inner):
     """A list or an object of such values, and its type."""
     kind, values = inner
@@ -581,6 +614,7 @@ def nest(inner):
             (pa.list_(kind), lists), (pa.large_list(kind), lists),
             (pa.struct([("a", kind), ("b", pa.int8())]), st.fixed_dictionaries({"a": st.none() | values, "b": st.just(1)})),
             (pa.struct([("a", kind)]), st.fixed_dictionaries({"a": st.none() | values})),
+            (pa.map_(pa.string(), kind), st.dictionaries(st.text(max_size=1), st.none() | values, max_size=2).map(pairs)),
         ]
     )  # fmt: skip
 
@@ -635,6 +669,8 @@ def scalar(value):
         return Fraction(value.value, {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[kind.unit])
     if pa.types.is_struct(kind):
         return {name: scalar(item) for name, item in value.items()}
+    if pa.types.is_map(kind):
+        return [[key, scalar(each)] for key, each in zip(value.keys(), value.values.field(1), strict=True)]
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         return list(map(scalar, value))
     return value.as_py()

@@ -34,6 +34,9 @@ def common_type(first: pa.DataType, other: pa.DataType) -> pa.DataType | None:
         items = common_type(first.value_type, other.value_type)
         large = pa.types.is_large_list(first) or pa.types.is_large_list(other)
         return None if items is None else (pa.large_list if large else pa.list_)(items)
+    if pa.types.is_map(first) and pa.types.is_map(other):
+        keys, values = common_type(first.key_type, other.key_type), common_type(first.item_type, other.item_type)
+        return None if keys is None or values is None else pa.map_(keys, values)
     return _scalar(first, other)
 
 
@@ -46,6 +49,10 @@ def conflict(first: pa.DataType, other: pa.DataType, place: str) -> tuple[str, p
                 return conflict(field.type, other.field(field.name).type, f"{place}.{field.name}")
     if _is_list(first) and _is_list(other):
         return conflict(first.value_type, other.value_type, f"{place}[]")
+    if pa.types.is_map(first) and pa.types.is_map(other):
+        if common_type(first.key_type, other.key_type) is None:
+            return conflict(first.key_type, other.key_type, f"{place}.key")
+        return conflict(first.item_type, other.item_type, f"{place}.value")
     return place, first, other
 
 
@@ -57,6 +64,8 @@ def as_nullable(kind: pa.DataType) -> pa.DataType:
         return pa.list_(as_nullable(kind.value_type), kind.list_size)
     if pa.types.is_large_list(kind):
         return pa.large_list(as_nullable(kind.value_type))
+    if pa.types.is_map(kind):
+        return pa.map_(as_nullable(kind.key_type), as_nullable(kind.item_type))
     return pa.list_(as_nullable(kind.value_type)) if pa.types.is_list(kind) else kind
 
 
@@ -70,6 +79,8 @@ def with_text_for_nulls(kind: pa.DataType) -> pa.DataType:
         return pa.list_(with_text_for_nulls(kind.value_type), kind.list_size)
     if pa.types.is_large_list(kind):
         return pa.large_list(with_text_for_nulls(kind.value_type))
+    if pa.types.is_map(kind):
+        return pa.map_(with_text_for_nulls(kind.key_type), with_text_for_nulls(kind.item_type))
     return pa.list_(with_text_for_nulls(kind.value_type)) if pa.types.is_list(kind) else kind
 
 
@@ -84,6 +95,8 @@ def always_exact(kind: pa.DataType, common: pa.DataType) -> bool:
         return all(always_exact(field.type, common.field(field.name).type) for field in kind)
     if _is_list(kind) and _is_list(common):
         return always_exact(kind.value_type, common.value_type)
+    if pa.types.is_map(kind) and pa.types.is_map(common):
+        return always_exact(kind.key_type, common.key_type) and always_exact(kind.item_type, common.item_type)
     if pa.types.is_timestamp(kind) or pa.types.is_duration(kind):
         return bool(kind.unit == common.unit)
     if common == pa.uint64():

@@ -56,8 +56,9 @@ def _cast(column: pa.ChunkedArray, field: pa.Field) -> tuple[pa.ChunkedArray, di
         rows, problems = list[int | None](range(len(column))), dict[int, str]()
         for i in range(len(column)):
             try:
-                column[i : i + 1].combine_chunks().take(pa.array([0])).validate(full=True)
-                column[i : i + 1].cast(field.type)
+                alone = column[i : i + 1].combine_chunks().take(pa.array([0]))  # a slice of maps has all their values
+                alone.validate(full=True)
+                alone.cast(field.type)
             except UNFIT as error:
                 rows[i], problems[i] = None, problem(field.name, field.type, _shown(column[i], error))
         return column.take(pa.array(rows, pa.int64())).cast(field.type), problems
