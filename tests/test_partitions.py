@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+from decimal import Decimal
 
 import duckdb
 import polars
@@ -208,3 +210,41 @@ def test_what_tools_partition_is_read(tool, values, tmp_path_factory):
     assert sorted(zip(found["prompt"], found["k 1"], found["é"], strict=True)) == [
         (f"p{i}", *row) for i, row in enumerate(values)
     ]
+
+
+@pytest.mark.parametrize("kind", [pa.null(), pa.string(), pa.dictionary(pa.int8(), pa.string()), pa.large_string()], ids=str)
+def test_the_folder_says_what_a_column_of_nulls_does_not(kind, tmp_path):
+    put(tmp_path / "lang=en/a.parquet", prompt=["a", "b"], lang=pa.array([None, None], kind))
+    put(tmp_path / "lang=de/a.parquet", prompt=["c"], lang=pa.array(["de"], pa.string() if kind == pa.null() else kind))
+    assert kept([tmp_path]).to_pylist() == [{"lang": "de"}, {"lang": "en"}, {"lang": "en"}]
+    assert kept([tmp_path / "*=en"]).to_pylist() == [{"lang": "en"}] * 2
+
+
+FOLDERS = {
+    "int": ("01", [1, None], 1),
+    "float": ("0.5", [0.5, None], 0.5),
+    "bool": ("true", [True, None], True),
+    "date": ("2024-02-29", [datetime.date(2024, 2, 29), None], datetime.date(2024, 2, 29)),
+    "decimal": ("1.50", [Decimal("1.50")], Decimal("1.5")),
+    "text": ("01", ["01"], "01"),
+}
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.parametrize("order", [0, 1])
+def test_folders_have_the_type_that_other_files_have(name, order, tmp_path):
+    """Some tools store the column of a partition in the files, some leave it out."""
+    folder, values, value = FOLDERS[name]
+    put(tmp_path / f"k={folder}" / "ab"[order] / "x.parquet", prompt=["p"] * len(values), k=values)
+    put(tmp_path / f"k={folder}" / "ba"[order] / "x.jsonl", prompt=["p"])
+    assert kept([tmp_path]).column("k").to_pylist() == [value] * (len(values) + 1)
+
+
+@pytest.mark.parametrize(
+    ("folder", "values"), [("x", [1]), ("1.5", [1]), ("0.1", pa.array([0.1], pa.float32())), ("b", [{"a": 1}])]
+)
+def test_folders_that_the_type_of_other_files_does_not_hold_are_refused(folder, values, tmp_path):
+    put(tmp_path / "k=__HIVE_DEFAULT_PARTITION__" / "x.parquet", prompt=["p"], k=pa.nulls(1, pa.array(values).type))
+    put(tmp_path / f"k={folder}" / "x.jsonl", prompt=["p"])
+    with pytest.raises(ValueError, match=rf"k={folder}/x.jsonl: column 'k' is .*, its folder says '{folder}'; --no-partitions"):
+        kept([tmp_path])

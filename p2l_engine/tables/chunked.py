@@ -37,11 +37,11 @@ def read_rows(
     for file in files:
         last = None
         try:
-            for read in reader_of(file).rows(file, column, keep, schema):
-                rows = with_columns(read, column, keep)
+            for rows in reader_of(file).rows(file, column, keep, schema):
                 kept, problems = typed_table(rows.kept, schema)
+                problems |= rows.problems
                 last = rows.first + len(rows.prompts) - 1
-                yield rows._replace(kept=kept, problems=dict(sorted({**problems, **rows.problems}.items())))
+                yield with_columns(rows._replace(kept=kept, problems=dict(sorted(problems.items()))), column, keep)
         except unreadable() as error:
             raise unreadable_error(file, error, last) from error
         except ValueError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
@@ -45,32 +46,31 @@ def check_partitions(files: Sequence[File], keep: Sequence[str] | None) -> None:
 
 
 def with_fields(file: File, schema: pa.Schema, column: str, keep: Sequence[str] | None) -> pa.Schema:
-    """The kept columns' types with those of the partitions that are no columns of the file: text."""
+    """The kept columns' types with those of the partitions that are no columns of the file: null, for text or what another
+    file's column of that name has."""
     import pyarrow as pa
 
     for name, _ in _kept(file, keep):
         if name not in (column, *schema.names):
-            schema = schema.append(pa.field(name, pa.string()))
+            schema = schema.append(pa.field(name, pa.null()))
     return schema
 
 
 def with_columns(rows: Rows, column: str, keep: Sequence[str] | None) -> Rows:
-    """The rows with their file's partitions among the kept columns, as text. A column of that name keeps its type, and gets the
-    folder's value where it is null. Raises ValueError with the row where it says otherwise than the folder."""
+    """The rows, whose kept columns have their types, with the folder's value where a partition's column is null; as text where
+    there is none. Raises ValueError with the row where it says otherwise than the folder, and where its type does not hold the
+    folder's value."""
     file, kept = rows.file, rows.kept
-    if not file.partitions:
-        return rows
-    import pyarrow as pa
-
     for name, value in _kept(file, keep):
-        if name == column or name in kept.column_names:
-            cells = rows.prompts if name == column else column_values(kept.column(name))
+        if name not in (column, *kept.column_names):
+            kept = kept.append_column(name, _text_of_nulls(len(kept)))
+        found = None if name == column else kept.column(name)
+        if found is None or found.null_count < len(found):
+            cells = rows.prompts if found is None else column_values(found)
             valid = (i for i, prompt in enumerate(rows.prompts) if not isinstance(prompt, InvalidRow))
             _check_agrees(file, name, value, ((rows.first + i, cells[i]) for i in valid))
-            if name != column and value is not None and kept.column(name).null_count:
-                kept = kept.set_column(kept.column_names.index(name), name, _filled(file, name, kept.column(name), value))
-        else:
-            kept = kept.append_column(pa.field(name, pa.string()), pa.repeat(pa.scalar(value, pa.string()), len(rows.prompts)))
+        if found is not None and found.null_count and value is not None:
+            kept = kept.set_column(kept.column_names.index(name), name, _filled(file, name, found, value))
     return rows._replace(kept=kept)
 
 
@@ -86,15 +86,24 @@ def with_values(file: File, first: int, rows: ValueRows, names: Collection[str])
     return ValueRows([*rows.names, *(name for name, _ in file.partitions if name not in rows.names)], found)
 
 
+def _text_of_nulls(rows: int) -> pa.Array:
+    import pyarrow as pa
+
+    return pa.nulls(rows, pa.string())
+
+
 def _filled(file: File, name: str, column: pa.ChunkedArray, value: str) -> pa.ChunkedArray:
     """The column with the folder's value for nulls."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
     try:
-        return pc.fill_null(column, pa.scalar(value).cast(column.type))
+        filled = pc.fill_null(column, pa.scalar(value).cast(column.type))
     except pa.ArrowException:
-        raise ValueError(f"{file.shown}: column {name!r} is {column.type}, its folder says {value!r}; {REMEDY}") from None
+        filled = None
+    if filled is None or not _agrees(filled[column.is_null().index(True).as_py()].as_py(), value):
+        raise ValueError(f"{file.shown}: column {name!r} is {column.type}, its folder says {value!r}; {REMEDY}")
+    return filled
 
 
 def _with_nulls_filled(row: dict[str, Any], folders: Mapping[str, str | None]) -> dict[str, Any]:
@@ -119,9 +128,9 @@ def _agrees(cell: Any, value: str | None) -> bool:
         return cell is None
     if isinstance(cell, bool):
         return value.lower() == str(cell).lower()
-    if isinstance(cell, int | float):
+    if isinstance(cell, int | float | Decimal):
         try:
             return bool(cell == type(cell)(value))
-        except ValueError:
+        except (ValueError, ArithmeticError):
             return False
     return str(cell) == value
