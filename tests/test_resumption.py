@@ -300,6 +300,28 @@ def test_an_output_without_its_own_folder_is_never_written_over(router, tmp_path
         run(router, BatchConfig([given], tmp_path / "earlier"))
 
 
+@pytest.mark.parametrize("place", ["out/x", "out/a/b/x", "out.run/x", "link/x"])
+def test_an_output_within_a_runs_folders_is_refused(place, router, tmp_path):
+    """Readers of the outer output would read its rows, too."""
+    given, out = write(tmp_path / "in.parquet"), tmp_path / "out"
+    run(router, BatchConfig([given], out))
+    (tmp_path / "link").symlink_to(out)
+    before = contents(out), contents(tmp_path / "out.run")
+    with pytest.raises(ValueError, match=f"output: .*{place} is within .*out(.run)?, which is another run's"):
+        run(router, BatchConfig([given], tmp_path / place))
+    assert (contents(out), contents(tmp_path / "out.run")) == before
+    assert run(router, BatchConfig([given], tmp_path / "beside" / "x")).rows == 150
+
+
+def test_a_file_is_no_output(router, tmp_path):
+    given = write(tmp_path / "in.parquet")
+    for name in ("note.txt", "/dev/null"):
+        (tmp_path / "note.txt").write_text("precious")
+        with pytest.raises(ValueError, match=f"output: expected a folder, got the file .*{name}"):
+            run(router, BatchConfig([given], tmp_path / name))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.parquet", "note.txt"]
+
+
 def test_where_a_disk_is_mounted_is_no_output(router, tmp_path, monkeypatch):
     """Such as a container's volume: what is beside it is lost with the container."""
     given, volume = write(tmp_path / "in.parquet"), tmp_path / "volume"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from p2l_engine.batch.contents import differences_of
 from p2l_engine.batch.identity import continues, differences
 from p2l_engine.batch.job import Job
-from p2l_engine.batch.manifest import Manifest, read_manifest, write_manifest
+from p2l_engine.batch.manifest import MANIFEST, Manifest, read_manifest, write_manifest
 from p2l_engine.batch.parts import check_no_other_parts, other_names, parts, remove_parts, remove_temporary, unmark
 from p2l_engine.batch.run_folder import COSTS, ENDING, has_coefficients, remove_coefficients, state_folder
 from p2l_engine.tables.storage import Location
@@ -113,7 +114,15 @@ def _changed(before: Manifest, job: Job) -> list[str]:
 
 
 def check_unclaimed(output: Location, run: Location) -> None:
-    """Raises ValueError where a new run would write over what is no run's, or another's."""
+    """Raises ValueError where a new run would write over what is no run's or another's, or into another's folders."""
+    if output.is_local and os.path.exists(output.path) and not os.path.isdir(output.path):
+        raise ValueError(f"output: expected a folder, got the file {output.shown}; name another one")
+    around = next((path for path in Path(run.path).parents if _is_of_a_run(path)), None) if output.is_local else None
+    if around is not None:
+        raise ValueError(
+            f"output: {output.shown} is within {around}, which is another run's, so that readers would find both outputs in "
+            "one; name another folder"
+        )
     strange = [name for name in run.names() if not name.startswith((".", "coefficients-")) and name != COSTS]
     if strange:
         raise ValueError(
@@ -135,6 +144,12 @@ def check_unclaimed(output: Location, run: Location) -> None:
             f"{output.shown}: holds the parts of a run whose own folder is not beside it: if it was renamed or copied, rename "
             f"or copy its folder NAME{ENDING} to {run.shown} too{_without_output(run)}; otherwise name another folder"
         )
+
+
+def _is_of_a_run(folder: Path) -> bool:
+    """Whether a folder is a run's output or its own folder."""
+    own = folder if folder.suffix == ENDING else Path(f"{folder}{ENDING}")
+    return (own / MANIFEST).is_file()
 
 
 def _without_output(run: Location) -> str:
