@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from p2l_engine import Engine, Router
 from p2l_engine.batch import BatchConfig, run
+from p2l_engine.tables.storage import Location
 from tests.support import tiny
 from tests.support.batch_files import PROMPTS, contents, write
 from tests.support.cases import slow_but
@@ -298,6 +299,29 @@ def test_an_output_without_its_own_folder_is_never_written_over(router, tmp_path
     (tmp_path / "earlier" / "_manifest.json").write_text("{}")
     with pytest.raises(ValueError, match="earlier: holds a run of an earlier version"):
         run(router, BatchConfig([given], tmp_path / "earlier"))
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_removed_parts_are_gone_on_the_disk_before_the_manifest_says_so(restart, router, tmp_path, monkeypatch):
+    """Else a power failure could bring them back, as parts of the new decisions."""
+    given, out, events = write(tmp_path / "in.parquet"), tmp_path / "out", []
+    run(router, BatchConfig([given], out, rows_per_part=32))
+    fsync, remove = os.fsync, Location.remove
+
+    def synced(file):
+        events.append(Path(os.readlink(f"/proc/self/fd/{file}")).relative_to(tmp_path).as_posix())
+        fsync(file)
+
+    def removed(location):
+        events.append("removed")
+        remove(location)
+
+    monkeypatch.setattr("os.fsync", synced)
+    monkeypatch.setattr(Location, "remove", removed)
+    run(router, BatchConfig([given], out, rows_per_part=32, budget=2.0), restart)
+    last = len(events) - events[::-1].index("removed")
+    assert events[last] == "out"
+    assert events[last + 1].startswith("out.run/.manifest.json")
 
 
 @pytest.mark.parametrize("place", ["out/x", "out/a/b/x", "out.run/x", "link/x"])

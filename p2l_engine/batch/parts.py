@@ -3,6 +3,7 @@ readers of tables open the folder as it is."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import get_args
@@ -59,10 +60,17 @@ def remove_temporary(output: Location) -> None:
 
 
 def remove_parts(output: Location) -> None:
-    """Removes all parts; first ``_SUCCESS``, so that no reader takes what is left for the whole."""
+    """Removes all parts; first ``_SUCCESS``, so that no reader takes what is left for the whole. They stay removed when the
+    power fails, so that the manifest may say so."""
     unmark(output)
     for name in parts(output):
         (output / name).remove()
+    if output.is_local:
+        folder = os.open(output.path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def mark(output: Location) -> None:
