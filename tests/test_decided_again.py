@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
+import re
 import shutil
 import tempfile
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -266,7 +269,8 @@ def test_an_input_that_changes_while_it_is_decided_again_leaves_the_decisions_be
     given, out = Path(write(tmp_path / "in.jsonl")), tmp_path / "out"
     run(router, BatchConfig([given], out, budget=1.5, budget_scope="batch", **ROWS))
     before, recorded, text = contents(out), manifest(out), given.read_text()
-    with pytest.raises(ValueError, match="changed during the run"):
+    message = "changed during the run: .*out still holds the run before: name another folder, or --restart"
+    with pytest.raises(ValueError, match=message):
         run(
             router,
             BatchConfig([given], out, budget=2.0, budget_scope="batch", **ROWS),
@@ -274,6 +278,63 @@ def test_an_input_that_changes_while_it_is_decided_again_leaves_the_decisions_be
         )
     assert contents(out) == before
     assert manifest(out) == recorded
+
+
+@given(
+    prompts=st.lists(st.sampled_from(["a", "b", "c 1", "d 2", None, "new"]), min_size=1, max_size=90),
+    odd=st.booleans(),
+    end=st.sampled_from([b"", b'{"prompt": "ha', b"\xff\n"]),
+    write_as=st.sampled_from([None, "openai-batch"]),
+)
+@example(prompts=["a"] * 80, odd=False, end=b'{"prompt": "ha', write_as=None)
+@example(prompts=["a", "b"] * 40, odd=False, end=b"", write_as=None)
+@settings(max_examples=8, deadline=None)
+def test_an_input_that_changes_between_its_two_readings_is_named(prompts, odd, end, write_as, router, tmp_path_factory):
+    """A budget over the batch reads it twice: whatever it holds the second time, decisions are never of both."""
+    folder = tmp_path_factory.mktemp("twice")
+    path, out, more = folder / "in.jsonl", folder / "out", {"split_by": "model", "write_as": write_as} if write_as else {}
+    config = BatchConfig([path], out, budget=1.5, budget_scope="batch", **more, **ROWS)
+    write(path, ["a", "b", "c 1", "d 2", "a"] * 16)
+    rows = [{"id": 5 if odd and i == 3 else f"row {i}", "prompt": prompt} for i, prompt in enumerate(prompts)]
+    rest = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    solve = router.solve
+
+    def solved(v, *arguments):
+        if v.shape[0] > 1:
+            path.write_bytes(rest + end)
+        return solve(v, *arguments)
+
+    message = "in.jsonl changed during the run: the same"
+    with patch.object(router, "solve", solved), pytest.raises(ValueError, match=message) as ended:
+        run(router, config)
+    assert not re.search("zip|npy|index|broadcast", str(ended.value))
+    path.write_bytes(rest)
+    run(router, config)
+    run(router, dataclasses.replace(config, output=folder / "fresh"))
+    assert contents(out) == contents(folder / "fresh")
+
+
+@pytest.mark.parametrize("error", [OSError("Connection reset"), RuntimeError("block 2: the workers read other prompts")])
+@pytest.mark.parametrize("changes", [False, True])
+def test_whatever_ends_a_run_a_changed_input_is_named(error, changes, router, tmp_path, monkeypatch):
+    path, config = tmp_path / "in.jsonl", BatchConfig([tmp_path / "in.jsonl"], tmp_path / "out", **ROWS)
+    write(path)
+    real = router.engine.outputs_of
+
+    def ended(chunks):
+        yield from islice(real(chunks), 2)
+        if changes:
+            write(path, [*PROMPTS[:40], "new"])
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(router.engine, "outputs_of", ended)
+        message = f"{error}; inputs: .*in.jsonl changed during the run: the same command" if changes else str(error)
+        with pytest.raises(ValueError if changes else type(error), match=message):
+            run(router, config)
+    run(router, config)
+    run(router, dataclasses.replace(config, output=tmp_path / "fresh"))
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
 def test_a_copied_checkpoint_is_the_same_and_a_changed_one_is_refused(router, tmp_path):

@@ -27,6 +27,11 @@ class DeduplicatedBlock:
     references: npt.NDArray[np.int64]
     digest: str
 
+    def hashed(self) -> bytes:
+        """8 bytes that tell blocks of other prompts, or of other rows that cannot be kept, apart."""
+        told = repr((self.digest, sorted(self.block.problems)))
+        return hashlib.blake2b(self.references.tobytes() + told.encode(), digest_size=8).digest()
+
 
 class Deduplicator:
     """Remembers prompts by a 128-bit hash. Its result for a block depends only on that block and the blocks before it."""

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
+from itertools import zip_longest
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -94,6 +95,7 @@ class Pipeline:
         self._pending: deque[_PendingBlock] = deque()
         self._error: BaseException | None = None
         self._references: list[npt.NDArray[np.int64]] = []
+        self._read: list[bytes] = []  # a hash of each block, by which a second reading is known to be the same
         self._keys: list[bytes] = []  # of each block's routable rows, 16 bytes for each, where the router explores
 
     def compute(self) -> None:
@@ -197,6 +199,7 @@ class Pipeline:
         self.recorder.set_read(block.block.read)
         if self.config.over_batch:
             routable, _ = self.decider.routable(block)
+            self._read.append(block.hashed())
             self._references.append(block.references[routable])
             self._keys.append(self.decider.keys(block, routable, self._tokens(block)))
         else:
@@ -210,11 +213,20 @@ class Pipeline:
             solved = self.router.solve(v, config.constraints, self._costs())
         self.recorder.set_prices(solved.prices)
         first = 0
-        for block, references in zip(self._blocks(), self._references, strict=True):
+        for block, references in self._read_again():
             rows = slice(first, first + len(references))
             first += len(references)
             self._write(block, solved.of(rows))
             self.progress(self.recorder.report)
+
+    def _read_again(self) -> Iterator[tuple[DeduplicatedBlock, npt.NDArray[np.int64]]]:
+        """The blocks once more, with the references of their routable rows. Raises ValueError where there are others now."""
+        first = 0
+        for block, read, references in zip_longest(self._blocks(), self._read, self._references):
+            if block is None or block.hashed() != read:
+                raise ValueError(f"the rows from {first:,} on are others than when they were first read")
+            first += len(block.block.prompts)
+            yield block, references
 
     def _costs(self) -> npt.NDArray[np.float64] | None:
         """Of all routable rows [N, K], on disk, where each prompt has costs of its own; None: those of the catalog."""

@@ -123,16 +123,17 @@ def _stages(job: Job, begun: Begun, pipeline: Pipeline) -> None:
         changed = job.changed_inputs() if job.config.over_batch else []
         if job.config.over_batch and not changed:
             pipeline.decide_over_batch()
-    except ValueError as error:  # such as half a line at the end of a file that grows
+    except (ValueError, OSError, RuntimeError) as error:  # such as half a line at the end of a file that grows
         why, changed = f"{error}; ", job.changed_inputs()
         if not changed:
             raise
     changed = changed or job.changed_inputs()
     if not changed:
         return
-    if pipeline.written or not begun.replaces:
+    if begun.replaces and not pipeline.written:
+        remedy = f"{job.output.shown} still holds the run before: name another folder, or --restart"
+    else:
         unknown = begun.manifest.coefficients | {"inputs": None}
         write_manifest(job.run, replace(begun.manifest, coefficients=unknown, inputs=(), decisions=None))
-    raise ValueError(
-        f"{why}{'; '.join(changed)} during the run: the same command reads it again, and computes only prompts that are new"
-    )
+        remedy = "the same command reads it again, and computes only prompts that are new"
+    raise ValueError(f"{why}{'; '.join(changed)} during the run: {remedy}")
