@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 NATIVE := setup.py constraints.txt $(wildcard csrc/*)
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-# Each worker takes about 1 GiB of memory and imports torch.
-WORKERS := -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+# One more than there are cores, since some tests wait for servers; each takes about 1 GiB of memory and imports torch.
+WORKERS := -n $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count() + 1, 4))') --dist loadgroup --no-loadscope-reorder
 
 # The compiled tests are kept: to compile them takes each worker longer than to run a hundred of them.
 unexport PYTHONDONTWRITEBYTECODE

@@ -43,6 +43,7 @@ def interpreted():
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("interpreter")  # of which each worker would start one
 @pytest.mark.parametrize("name", kernel_cases.CASES)
 def test_in_the_interpreter(name, interpreted):
     assert interpreted[name] == "same", interpreted[name]
