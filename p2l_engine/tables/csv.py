@@ -42,7 +42,8 @@ def rows(file: File, column: str, keep: Sequence[str] | None, _: pa.Schema) -> I
     quote may be to blame: then the rows after it cannot be trusted either."""
     names = _header(file)
     wanted = wanted_columns(file, names, column, keep)
-    parser = _Parser(file, names, [name for name in names if name in {column, *wanted}])
+    read_ones = {column, *wanted}
+    parser = _Parser(file, names, [name for name in names if name in read_ones])
     for first, chunk, table, read in parser.chunks():
         kept = table.select(wanted)
         cells = column_values(table.column(column))

@@ -79,10 +79,11 @@ def unreadable_error(file: File, error: Exception, row: int | None = None) -> Va
 def wanted_columns(file: File, names: Sequence[str], column: str, keep: Sequence[str] | None) -> list[str]:
     """The kept columns (None: all but ``column``), as far as the file has them. Raises ValueError if ``column`` is missing, or
     two of these have the same name."""
-    check_names(file, [name for name in names if keep is None or name in (column, *keep)])
-    if column not in names:
+    there, wanted = set(names), {column, *(keep or ())}
+    check_names(file, [name for name in names if keep is None or name in wanted])
+    if column not in there:
         raise ValueError(f"{file.shown}: expected the columns {listed([column])}; it has {listed(names)}")
-    return [name for name in names if name != column] if keep is None else [name for name in keep if name in names]
+    return [name for name in names if name != column] if keep is None else [name for name in keep if name in there]
 
 
 def check_names(file: File, names: Sequence[str]) -> None:

@@ -33,8 +33,9 @@ def typed_table(table: pa.Table, schema: pa.Schema) -> tuple[pa.Table, dict[int,
     """The columns of the schema, those that the table lacks null, and why cells are null that their types would change, or
     whose text is not UTF-8, by row."""
     columns, problems = list[pa.ChunkedArray](), dict[int, str]()
+    there = set(table.column_names)
     for field in schema:
-        if field.name not in table.column_names:
+        if field.name not in there:
             columns.append(pa.chunked_array([pa.nulls(len(table), field.type)]))
             continue
         column, odd = _cast(table.column(field.name), field)
