@@ -337,6 +337,27 @@ def test_whatever_ends_a_run_a_changed_input_is_named(error, changes, router, tm
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
+@pytest.mark.parametrize("scope", ["prompt", "batch"])
+@pytest.mark.parametrize("lost", [False, True])
+def test_an_interrupted_run_without_coefficients_is_decided_anew(lost, scope, router, tmp_path):
+    """It has none where no row could be routed yet, or where the disk of its state is lost: there is nothing to keep."""
+    prompts = PROMPTS[:64] if lost else [None] * 64
+    config = BatchConfig([write(tmp_path / "in.jsonl", [*prompts, "a"])], tmp_path / "out", **ROWS)
+
+    def stop(report):
+        if report.parts == 2:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        run(router, config, progress=stop)
+    for file in (tmp_path / "out.run").glob("coefficients-*"):
+        file.unlink()
+    other = dataclasses.replace(config, budget=2.0, budget_scope=scope)
+    run(router, other)
+    run(router, dataclasses.replace(other, output=tmp_path / "fresh"))
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
 def test_a_copied_checkpoint_is_the_same_and_a_changed_one_is_refused(router, tmp_path):
     given, out = write(tmp_path / "in.parquet"), tmp_path / "out"
 

@@ -83,7 +83,7 @@ def begin(job: Job, restart: bool) -> Begun:
             f"{output.shown}: holds a run with other inputs or options: {'; '.join(changed)}; use the same ones, name another "
             "folder, or --restart"
         )
-    if found is None and not (before.report is not None and before.report.resumed == 0):  # 0: it needed none
+    if found is None and before.report is not None and before.report.resumed:  # else it needed none, or did not end
         raise ValueError(
             f"{output.shown}: holds a run with other options: {'; '.join(changed)}; its coefficients, from which it could be "
             f"decided again, are not in {left} (--keep-coefficients keeps them): use the same options, name another folder, or "
