@@ -23,6 +23,7 @@ def status_of(report: Report) -> int:
 def print_summary(report: Report, unit: str, output: str, split: bool = False) -> None:
     """A table on stdout; on stderr what was used of an earlier run, and why rows were not routed. unit: of costs. output: the
     folder. split: whether rows with an error have files of their own."""
+    from rich.filesize import decimal
     from rich.table import Table
     from rich.text import Text
 
@@ -38,7 +39,7 @@ def print_summary(report: Report, unit: str, output: str, split: bool = False) -
     table.add_row(f"sum of expected costs ({unit})", f"{report.spend:,.6g}")
     for row, price in report.prices.items():
         table.add_row(Text(f"dual price of {row}: win rate per unit"), f"{price:.4g}")
-    table.add_row("coefficients kept for other decisions, MB", f"{report.kept / 1e6:,.4g}" if report.kept else "none")
+    table.add_row("coefficients kept for other decisions", decimal(report.kept) if report.kept else "none")
     if report.seconds:
         table.add_row("seconds", f"{report.seconds['all']:,.1f}")
     if report.changed:
