@@ -13,7 +13,8 @@ class DuplicateKeyError(ValueError):
         super().__init__(f"got {key!r} twice")
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of these keys and values. Raises DuplicateKeyError."""
     found = dict(pairs)
     if len(found) != len(pairs):
         seen = set[str]()
@@ -26,7 +27,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 INFINITIES = (float("inf"), float("-inf"))  # what "Infinity" and "-Infinity" are read as; 1e400 is read as another object
 _constants = {"NaN": float("nan"), "Infinity": INFINITIES[0], "-Infinity": INFINITIES[1]}
-_decoder = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_constants.__getitem__)
+_decoder = json.JSONDecoder(object_pairs_hook=unique, parse_constant=_constants.__getitem__)
 
 
 def parsed(text: str) -> Any:

@@ -164,6 +164,25 @@ def test_a_layout_is_recognised_where_the_first_rows_are_empty(name, tmp_path):
         PromptFile.read(tmp_path / name)
 
 
+@pytest.mark.parametrize("column", ["prompt", "messages", "body"])
+def test_a_map_that_has_a_key_twice_is_an_error_of_its_row(column, tmp_path):
+    """Parquet's maps, as Spark stores objects, may have one twice; a dict would keep the last."""
+    maps = pa.list_(pa.map_(pa.string(), pa.string()))
+    fine, twice = [[("role", "user"), ("content", "a")]], [[("role", "user"), ("content", "a"), ("content", "b")]]
+    cells = pa.array([fine, twice], maps)
+    if column == "body":
+        cells = pa.array([[("messages", fine)], [("messages", twice)]], pa.map_(pa.string(), maps))
+    pq.write_table(pa.table({column: cells}), tmp_path / "in.parquet")
+    found, problem = turns_in(tmp_path / "in.parquet")
+    assert found == ("a",)
+    assert (
+        problem.why
+        == f"{column if column == 'messages' else 'prompt'}: expected each key of an object once, got 'content' twice"
+    )
+    with pytest.raises(ValueError, match="in.parquet: row 1: .*: expected each key of an object once, got 'content' twice"):
+        PromptFile.read(tmp_path / "in.parquet")
+
+
 LATE = {  # each with the name of its column, and a row without it
     "prompt": (None, lambda talk: {"prompt": chat(talk)}),
     "text": ("text", lambda talk: {"text": chat(talk)}),

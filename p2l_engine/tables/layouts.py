@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from p2l_engine.strict_json import DuplicateKeyError
 from p2l_engine.tables.chunked import AT_THE_SAME_TIME, has_rows
 from p2l_engine.tables.nested import MISSING, as_object, object_of, split_column, value_at
 from p2l_engine.tables.rows import InvalidRow, listed, readable
@@ -70,6 +71,8 @@ class PromptColumn:
             if self.path:
                 return value_at(cell, self.path)
             return _request(cell) if self.cells == "requests" else _conversation(cell)
+        except DuplicateKeyError as error:
+            raise ValueError(f"{self.column}: expected each key of an object once, {error}") from None
         except ValueError as error:
             raise ValueError(f"{self.column}: {error}") from None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from p2l_engine.strict_json import DuplicateKeyError, parsed
+from p2l_engine.strict_json import DuplicateKeyError, parsed, unique
 
 MISSING = object()
 
@@ -44,24 +44,21 @@ def value_at(cell: Any, path: str, default: Any = None) -> Any:
 
 def object_of(cell: Any) -> Mapping[str, Any]:
     """A cell that is an object: a dict, the pairs that parquet has for a map, or a JSON object as text. Raises ValueError."""
-    value = cell
-    if isinstance(cell, str):
-        try:
-            value = parsed(cell)
-        except DuplicateKeyError as error:
-            raise ValueError(f"expected each key of an object once, {error}") from None
-        except (ValueError, RecursionError):
-            raise ValueError(f"expected an object, or one as JSON, got the text {cell!r:.60}") from None
-    value = as_object(value)
+    try:
+        value = parsed(cell) if isinstance(cell, str) else as_object(cell)
+    except DuplicateKeyError as error:
+        raise ValueError(f"expected each key of an object once, {error}") from None
+    except (ValueError, RecursionError):
+        raise ValueError(f"expected an object, or one as JSON, got the text {cell!r:.60}") from None
     if not isinstance(value, Mapping):
         raise ValueError(f"expected an object, got {type(value).__name__}")
     return value
 
 
 def as_object(value: Any) -> Any:
-    """The pairs of a map as a dict; anything else as it is."""
+    """The pairs of a map as a dict; anything else as it is. Raises DuplicateKeyError for a map that has a key twice."""
     is_map = isinstance(value, list) and bool(value) and all(map(_is_pair, value))
-    return dict(value) if is_map else value
+    return unique(value) if is_map else value
 
 
 def _is_pair(item: Any) -> bool:

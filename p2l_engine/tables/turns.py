@@ -45,6 +45,8 @@ def cell_turns(cell: object, plain_text: bool = False, as_served: bool = False) 
         return tuple(user_turns(_messages(cell, as_served) if isinstance(cell, list | tuple) else cell))
     except PromptError as error:
         raise ValueError(f"prompt: {error.problem}") from None
+    except DuplicateKeyError as error:
+        raise ValueError(f"prompt: expected each key of an object once, {error}") from None
     except RecursionError:
         raise ValueError("prompt: nested too deeply") from None
 
