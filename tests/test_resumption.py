@@ -337,6 +337,41 @@ def test_an_output_within_a_runs_folders_is_refused(place, router, tmp_path):
     assert run(router, BatchConfig([given], tmp_path / "beside" / "x")).rows == 150
 
 
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("links", [False, True])
+def test_a_renamed_or_copied_run_has_the_coefficients_of_its_state(copied, finished, links, router, tmp_path, monkeypatch):
+    given = write(tmp_path / "in.parquet")
+    scope = "prompt" if links else "batch"  # in which no part is written before all is computed
+
+    def config(output, budget=1.5, **more):
+        options = {"rows_per_part": 32, "state": tmp_path / "state", "budget_scope": scope}
+        return BatchConfig([given], tmp_path / output, budget=budget, **options, **more)
+
+    def stop(report):
+        if not finished and report.rows >= 96:
+            raise InterruptedError
+
+    with nullcontext() if finished else pytest.raises(InterruptedError):
+        run(router, config("out"), progress=stop)
+    for name in ("", ".run"):
+        if copied:
+            shutil.copytree(tmp_path / f"out{name}", tmp_path / f"there{name}")
+        else:
+            (tmp_path / f"out{name}").rename(tmp_path / f"there{name}")
+    if not links:
+        monkeypatch.setattr("os.link", lambda *_: (_ for _ in ()).throw(OSError(95, "Operation not supported")))
+    if finished:
+        assert run(router, config("there", keep_coefficients=True)).rows == 150
+    report = run(router, config("there", 2.0))
+    assert report.computed == (0 if finished else len(set(PROMPTS)) - report.resumed) < len(set(PROMPTS)) // 2
+    run(router, config("fresh", 2.0))
+    assert contents(tmp_path / "there") == contents(tmp_path / "fresh")
+    if copied:  # which keeps its own
+        run(router, config("there", 2.0, keep_coefficients=False))
+        assert run(router, config("out", 3.0)).resumed >= report.resumed
+
+
 def test_a_file_is_no_output(router, tmp_path):
     given = write(tmp_path / "in.parquet")
     for name in ("note.txt", "/dev/null"):
@@ -492,7 +527,11 @@ def test_coefficients_are_kept_in_a_local_folder_outside_of_the_output(router, t
     for state in ("s3://key:secret@bucket/state", "gs://bucket", "file:///tmp/state", "hf://datasets/a/b"):
         with pytest.raises(ValueError, match="state: expected a local folder, got '(?!.*secret)"):
             BatchConfig([given], "out", state=state)
+    (tmp_path / "note.txt").write_text("precious")
     assert run(router, BatchConfig([given], "out", state="outer")).rows == 150
+    for restart in (False, True):
+        with pytest.raises(ValueError, match="state: expected a folder, got the file note.txt"):
+            run(router, BatchConfig([given], "out", state="note.txt"), restart)
     assert [path.name for path in (tmp_path / "out").iterdir() if path.is_dir()] == []
 
 

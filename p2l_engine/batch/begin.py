@@ -12,7 +12,7 @@ from p2l_engine.batch.identity import continues, differences
 from p2l_engine.batch.job import Job
 from p2l_engine.batch.manifest import MANIFEST, Manifest, read_manifest, write_manifest
 from p2l_engine.batch.parts import check_no_other_parts, other_names, parts, remove_parts, remove_temporary, unmark
-from p2l_engine.batch.run_folder import COSTS, ENDING, has_coefficients, remove_coefficients, state_folder
+from p2l_engine.batch.run_folder import COSTS, ENDING, adopt_coefficients, has_coefficients, remove_coefficients, state_folder
 from p2l_engine.tables.storage import Location
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,10 @@ def begin(job: Job, restart: bool) -> Begun:
         return _anew(job, state)
     left = state_folder(None, run, before.coefficients, before.state)
     found = next((folder for folder in (left, state) if has_coefficients(folder)), None)
-    if restart or not (before.complete or parts(output) or found):  # it computed nothing, such as one with a wrong column
+    copied = None if found else _state_of_copied(before, job)
+    if restart or not (
+        before.complete or parts(output) or found or copied
+    ):  # it computed nothing, such as one with a wrong column
         # Marked first, so that a crash cannot mix the parts of two runs.
         write_manifest(run, replace(before, decisions=None, report=None, parts=None))
         for folder in (left, state):
@@ -72,9 +75,13 @@ def begin(job: Job, restart: bool) -> Begun:
     state = found or state
     keep = before.keep_coefficients if config.keep_coefficients is None else config.keep_coefficients
     manifest = _manifest(job, state, keep)
-    if before.is_of(job.coefficients, job.decisions):
-        if before.complete and _is_whole(before, output):
-            return Begun(before, state)
+    same = before.is_of(job.coefficients, job.decisions)
+    if same and before.complete and _is_whole(before, output):
+        return Begun(before, state)
+    if copied is not None:
+        adopt_coefficients(state, copied)
+        found = state
+    if same:
         unmark(output)
         return Begun(manifest, state)
     changed = _changed(before, job)
@@ -86,10 +93,17 @@ def begin(job: Job, restart: bool) -> Begun:
     if found is None and before.report is not None and before.report.resumed:  # else it needed none, or did not end
         raise ValueError(
             f"{output.shown}: holds a run with other options: {'; '.join(changed)}; its coefficients, from which it could be "
-            f"decided again, are not in {left} (--keep-coefficients keeps them): use the same options, name another folder, or "
-            "--restart"
+            f"decided again, are not in {before.state or left} (--keep-coefficients keeps them): use the same options, name "
+            "another folder, or --restart"
         )
     return Begun(manifest, state, True, tuple(changed))
+
+
+def _state_of_copied(before: Manifest, job: Job) -> Path | None:
+    """The folder of the coefficients of the run that this one was renamed or copied from, if they serve this one."""
+    state = None if before.state is None else Path(before.state)
+    serves = state is not None and has_coefficients(state) and continues(before.coefficients, job.coefficients)
+    return state if serves else None
 
 
 def _anew(job: Job, state: Path) -> Begun:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -55,10 +56,13 @@ class Job:
                 )
         if config.state is None and not output.is_local:
             raise ValueError(f"state: expected a local folder where the output is not local ({output.shown}), got None")
-        if config.state is not None and output.holds(Location.of(config.state)):
+        state = None if config.state is None else Location.of(config.state)
+        if state is not None and os.path.exists(state.path) and not os.path.isdir(state.path):
+            raise ValueError(f"state: expected a folder, got the file {state.shown}; name another one")
+        if state is not None and output.holds(state):
             raise ValueError(
                 f"state: expected a folder outside of the output {output.shown}, which readers of tables open whole, got "
-                f"{config.state}"
+                f"{state.shown}"
             )
         nothing = np.zeros((1, len(router.names)))
         router.solve(nothing, config.constraints, nothing[0] if router.costs_vary else None)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from p2l_engine.batch.identity import Identity, apart_from_inputs
 from p2l_engine.batch.spill import coefficient_files
+from p2l_engine.tables.atomic import write_file
 from p2l_engine.tables.storage import Location
 
 ENDING = ".run"
@@ -57,6 +58,17 @@ def state_folder(parent: str | Path | None, run: Location, coefficients: Identit
 
 def has_coefficients(state: Path) -> bool:
     return bool(coefficient_files(state))
+
+
+def adopt_coefficients(state: Path, of: Path) -> None:
+    """Gives a run the coefficients of the one that its manifest was copied or renamed from, which keeps its own. Raises
+    OSError."""
+    state.mkdir(parents=True, exist_ok=True)
+    for file in coefficient_files(of).values():
+        try:
+            os.link(file, state / file.name)
+        except OSError:  # another disk, or one without links
+            write_file(state / file.name, file.read_bytes())
 
 
 def coefficient_bytes(state: Path) -> int:
