@@ -183,6 +183,22 @@ def test_a_map_that_has_a_key_twice_is_an_error_of_its_row(column, tmp_path):
         PromptFile.read(tmp_path / "in.parquet")
 
 
+@pytest.mark.parametrize("ending", ["jsonl", "parquet", "csv"])
+def test_a_request_for_no_chat_model_after_many_others_is_an_error_of_its_row(ending, tmp_path):
+    rows = [openai_chat(TALKS[0], i) for i in range(600)]
+    rows[550] = {"custom_id": "e", "method": "POST", "url": "/v1/embeddings", "body": {"model": "m", "input": "text"}}
+    rows[551]["url"] = None
+    writer = {"jsonl": write_jsonl, "csv": write_csv, "parquet": WRITERS["arrow.parquet"]}[ending]
+    writer(tmp_path / f"in.{ending}", rows)
+    for keep in (None, ["url"]):
+        problems = {}
+        for block in blocks(find([str(tmp_path / f"in.{ending}")]), None, keep):
+            problems |= {block.first + row: problem.why for row, problem in block.problems.items()}
+        assert list(problems) == [550]
+        assert problems[550].startswith("url: expected a request to a chat model (")
+        assert problems[550].endswith("got '/v1/embeddings'")
+
+
 LATE = {  # each with the name of its column, and a row without it
     "prompt": (None, lambda talk: {"prompt": chat(talk)}),
     "text": ("text", lambda talk: {"text": chat(talk)}),

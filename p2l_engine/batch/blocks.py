@@ -20,7 +20,7 @@ from p2l_engine.tables.layouts import PromptColumn, prompt_column
 from p2l_engine.tables.nested import object_of
 from p2l_engine.tables.rows import InvalidRow
 from p2l_engine.tables.storage import File
-from p2l_engine.tables.turns import listed_in
+from p2l_engine.tables.turns import CHATS, is_chat, listed_in
 
 AS_IT_IS = PromptColumn()  # a cell that is the prompt
 LETTERS = 32 << 20  # of a block's prompts, beyond which it ends early
@@ -96,8 +96,9 @@ def blocks(
     for some in read_rows(files, where.column, keep, schema):
         file, start = some.file, 0
         read = float((before[id(file)] + some.read * file.size) / max(sizes.sum(), 1.0))
+        others = _not_chats(some.kept) if where.cells == "requests" else {}
         for i, cell in enumerate(some.prompts):
-            turns, body, problem = turns_of(cell, plain_text, where), None, some.problems.get(i)
+            turns, body, problem = turns_of(cell, plain_text, where), None, some.problems.get(i) or others.get(i)
             if requests and not isinstance(turns, Unroutable):
                 body, no_body = _body(file, where, cell, turns, plain_text)
                 problem = problem or no_body
@@ -158,6 +159,16 @@ def turns_of(cell: Any, plain_text: bool = False, where: PromptColumn = AS_IT_IS
         return where.turns(cell, plain_text)
     except ValueError as error:
         return Unroutable(str(error))
+
+
+def _not_chats(kept: pa.Table) -> dict[int, str]:
+    """What is wrong with the rows whose request is for no chat model, as far as their urls are kept."""
+    urls = kept.column("url").to_pylist() if "url" in kept.column_names else []
+    return {
+        i: f"url: expected a request to a chat model ({', '.join(CHATS)}), got {url!r:.60}"
+        for i, url in enumerate(urls)
+        if not is_chat(url)
+    }
 
 
 def _body(

@@ -15,14 +15,13 @@ from p2l_engine.tables.nested import MISSING, as_object, object_of, split_column
 from p2l_engine.tables.rows import InvalidRow, listed, readable
 from p2l_engine.tables.storage import File
 from p2l_engine.tables.telling import telling_cells, telling_names, tells
-from p2l_engine.tables.turns import OF_REQUESTS, cell_turns, listed_in
+from p2l_engine.tables.turns import CHATS, OF_REQUESTS, cell_turns, is_chat, listed_in
 from p2l_engine.tables.whole import Table, read_table
 
 logger = logging.getLogger(__name__)
 
 Cells = Literal["prompts", "requests", "messages"]
 PROMPT = "prompt"
-CHATS = ("/chat/completions", "/responses", "/messages")  # what the url of a chat model's request has in it
 
 
 class FileLayout(NamedTuple):
@@ -260,7 +259,7 @@ def _check_no_python(shown: str, cells: Mapping[FileLayout, Sequence[Any]]) -> N
 
 
 def _check_chats(shown: str, urls: Iterable[Any]) -> None:
-    others = {url for url in urls if isinstance(url, str) and not any(part in url for part in CHATS)}
+    others = {url for url in urls if not is_chat(url)}
     if others:
         raise ValueError(
             f"{shown}: expected requests to a chat model ({', '.join(CHATS)}), got some to {listed(sorted(others))}: take them "

@@ -17,6 +17,7 @@ from p2l_engine.tables.nested import as_object
 
 HUMAN = ("user", "human")  # the second is ShareGPT's
 USUAL_ROLES = ("user", "assistant", "system")
+CHATS = ("/chat/completions", "/responses", "/messages")  # what the url of a chat model's request has in it
 OF_REQUESTS = ("messages", "input")  # where the APIs' bodies have the conversation
 # Kinds of parts of a content, and of items of the Responses API that are no messages, beside the calls of tools.
 PARTS = ANTHROPIC | {"text", "refusal", "image_url", "file", "input_audio", "input_text", "input_image", "input_file"}
@@ -49,6 +50,11 @@ def cell_turns(cell: object, plain_text: bool = False, as_served: bool = False) 
         raise ValueError(f"prompt: expected each key of an object once, {error}") from None
     except RecursionError:
         raise ValueError("prompt: nested too deeply") from None
+
+
+def is_chat(url: object) -> bool:
+    """Whether a request's url may be that of a chat model."""
+    return not isinstance(url, str) or any(part in url for part in CHATS)
 
 
 def listed_in(text: str) -> list[object] | None:
