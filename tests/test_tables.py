@@ -457,6 +457,20 @@ def test_text_that_is_not_utf_8_is_named(tmp_path):
         read_table(str(tmp_path / "in.csv"), ["prompt"])
 
 
+@by_each
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Arrow's, where it decodes the row
+@pytest.mark.parametrize("before", [0, 3, 600])
+def test_a_row_of_other_cells_that_is_not_utf_8_is_named(reader, before, tmp_path):
+    names, row = (",".join(each) for each in (rows_for(reader, "a")[0], rows_for(reader, "a")[0].values()))
+    columns = names.count(",") + 1
+    (tmp_path / "in.csv").write_bytes("\n".join([names, *[row] * before, f"caf\xe9,{row}", row, ""]).encode("latin-1"))
+    message = (
+        rf"in.csv: row {before}: expected {columns} values, one for each column, got {columns + 1}, in text that is not UTF-8; "
+    )
+    with pytest.raises(ValueError, match=message):
+        reader(str(tmp_path / "in.csv"))
+
+
 @pytest.mark.slow
 def test_threads_read_csv_and_pythons_own_limit_stays(tmp_path):
     paths = [write(tmp_path / f"{i}.csv", [{"prompt": f"{i}" * 200_000}, {"prompt": "b"}] * 20) for i in range(8)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ from p2l_engine.tables.storage import File
 
 PIECE, LONGEST = 1 << 20, 1 << 30  # bytes that are parsed together; of the longest row
 HEADER = 1 << 17  # bytes of the column names
+UNTOLD = re.compile(r"CSV parse error: Row #(\d+): Expected (\d+) columns, got (\d+)")  # rows whose text Arrow cannot hand on
 END = "\x1c the end of the file \x1c"  # a cell that no file has
 
 
@@ -138,6 +140,12 @@ class _Parser:
             except pa.ArrowInvalid as error:
                 if self.problem is not None:
                     raise ValueError(f"{self.file.shown}: {self.problem}") from None
+                if odd := UNTOLD.search(str(error)):
+                    number, expected, got = map(int, odd.groups())
+                    raise ValueError(
+                        f"{self.file.shown}: row {number - 2}: expected {expected} values, one for each column, got {got}, "
+                        "in text that is not UTF-8; write the file in UTF-8"
+                    ) from None
                 if "straddling" not in str(error):
                     raise
                 if piece >= LONGEST:
