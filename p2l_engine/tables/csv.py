@@ -144,7 +144,7 @@ class _Parser:
                     number, expected, got = map(int, odd.groups())
                     raise ValueError(
                         f"{self.file.shown}: row {number - 2}: expected {expected} values, one for each column, got {got}, "
-                        "in text that is not UTF-8; write the file in UTF-8"
+                        "in text that is not UTF-8; write the file in UTF-8 (or is a quote not closed?)"
                     ) from None
                 if "straddling" not in str(error):
                     raise
