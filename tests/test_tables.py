@@ -454,7 +454,23 @@ def test_a_long_row_after_invalid_ones(tmp_path):
 def test_text_that_is_not_utf_8_is_named(tmp_path):
     (tmp_path / "in.csv").write_bytes(b"prompt,n\nbad\na,1\nb,\xe9\n")
     with pytest.raises(ValueError, match=r"in.csv: row 2: column 'n': expected UTF-8 text: "):
-        read_table(str(tmp_path / "in.csv"), ["prompt"])
+        read_table(str(tmp_path / "in.csv"), ["prompt", "n"])
+    assert read_table(str(tmp_path / "in.csv"), ["prompt"]).columns["prompt"] == [None, "a", "b"]
+
+
+@pytest.mark.parametrize("reader", [by_votes, by_scores, by_commands], ids=lambda reader: reader.__name__)
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_columns_that_are_not_read_can_fail_nothing(reader, ending, tmp_path):
+    rows = rows_for(reader, "a", "b")
+    names, cells = list(rows[0]), [list(row.values()) for row in rows]
+    if ending == "parquet":
+        odd = pa.array([b"\xe9"] * len(rows)).view(pa.string())
+        columns = [pa.array(column) for column in zip(*cells, strict=True)]
+        pq.write_table(pa.table([*columns, odd, odd], [*names, "x", "x"]), tmp_path / "in.parquet")
+    else:
+        lines = [",".join([*row, "\xe9", "\xe9"]) for row in cells]
+        (tmp_path / "in.csv").write_bytes("\n".join([",".join([*names, "x", "x"]), *lines]).encode("latin-1"))
+    assert set(reader(str(tmp_path / f"in.{ending}"))) == {("a",), ("b",)}
 
 
 @by_each

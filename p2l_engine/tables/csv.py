@@ -60,10 +60,10 @@ def rows(file: File, column: str, keep: Sequence[str] | None, _: pa.Schema) -> I
 def values(file: File, names: Collection[str]) -> Iterator[ValueRows]:
     """See ``formats.Reader``. Invalid are the rows that ``rows`` says."""
     found = _header(file)
-    if names:
-        check_names(file, found)
+    wanted = [name for name in found if name in names]
+    check_names(file, wanted)
     yield ValueRows(found, [])
-    for first, chunk, table, _ in _Parser(file, found, found).chunks():
+    for first, chunk, table, _ in _Parser(file, found, wanted or found).chunks():
         check_text(file, [first + i for i, row in enumerate(chunk) if isinstance(row, int)], table)
         dicts = row_dicts(table, names)
         yield ValueRows(found, [dicts[row] if isinstance(row, int) else row for row in chunk])

@@ -49,9 +49,8 @@ def values(file: File, names: Collection[str]) -> Iterator[ValueRows]:
     """See ``formats.Reader``. A row is invalid where a time is not exact, or beyond the year 9999."""
     with _opened(file) as opened:
         found = opened.schema_arrow.names
-        if names:
-            check_names(file, found)
         columns = [name for name in found if name in names]
+        check_names(file, columns)
         yield ValueRows(found, [])
         if not columns:
             yield ValueRows(found, [{}] * opened.metadata.num_rows)
@@ -73,8 +72,9 @@ def whole(file: File, names: Collection[str]) -> pa.Table:
     """The columns ``names`` that the file has, in memory. Raises ValueError with the row where a time is not exact."""
     with _opened(file) as opened:
         found = opened.schema_arrow.names
-        check_names(file, found)
-        table = opened.read([name for name in found if name in names])
+        columns = [name for name in found if name in names]
+        check_names(file, columns)
+        table = opened.read(columns)
         int96 = sorted(_int96_columns(file, opened).intersection(table.column_names))
     if int96:
         with _opened(file, "ns") as again:
