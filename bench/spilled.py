@@ -16,8 +16,9 @@ import torch
 from bench import batch_budgets, subjects
 from p2l_engine import Catalog, Engine, Router
 from p2l_engine.batch.config import ROWS_PER_PART
-from p2l_engine.batch.decide import Decider, SpilledWinRates
+from p2l_engine.batch.decide import Decider
 from p2l_engine.batch.deduplicator import BLOCK_STRIDE
+from p2l_engine.batch.first_pass import SpilledWinRates
 from p2l_engine.batch.spill import Spill
 from p2l_engine.catalog import CatalogModel
 from p2l_engine.constraints import Constraints

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -19,7 +19,6 @@ from p2l_engine.routing import Policies
 from p2l_engine.routing.arrays import Float64
 from p2l_engine.routing.problem import of_models
 from p2l_engine.routing.rounding import highest
-from p2l_engine.routing.values import Values
 
 POLICY = pa.list_(pa.struct([("model", pa.string()), ("probability", pa.float64())]))
 KEY = 16  # bytes of a ``Chooser.draw_key``
@@ -228,33 +227,3 @@ def at_price(v: Float64, costs: Float64, price: float) -> Policies:
     why = "highest win rate less cost at the given price"
     mixed = of_models(costs, indices)
     return Policies(indices, probabilities, v[rows, best], mixed[:, 0].copy(), "price", why, mixed_costs=mixed)
-
-
-class SpilledWinRates(Values):
-    """Win rates [N, K] computed from spilled coefficients each time they are read.
-
-    references: of the routable rows of each block, in order. keys: of each block, see ``Decider.keys``; where the router
-    explores, the win rates are those of the rows' draws.
-    """
-
-    def __init__(self, decider: Decider, references: Sequence[npt.NDArray[np.int64]], keys: Sequence[bytes] = ()) -> None:
-        self.decider, self.blocks = decider, list(references)
-        self._keys = np.frombuffer(b"".join(keys), np.uint8).reshape(-1, KEY)
-        self.references = np.concatenate([np.zeros(0, np.int64), *self.blocks])
-        self.shape = (len(self.references), len(decider.router.names))
-
-    def chunks(self) -> Iterator[Float64]:
-        first = 0
-        for references in self.blocks:
-            if len(references):
-                yield self.take(slice(first, first + len(references)))
-            first += len(references)
-
-    def take(self, prompts: Any) -> Float64:
-        references, router = self.references[prompts], self.decider.router
-        if router.explore is not None:
-            coefficients = self.decider.coefficients(references)
-            keys = [key.tobytes() for key in self._keys[prompts]]
-            return np.ascontiguousarray(router.win_rates(coefficients, router.drawn(coefficients, keys)))
-        unique, inverse = np.unique(references, return_inverse=True)
-        return np.ascontiguousarray(self.decider.router.win_rates(self.decider.coefficients(unique))[inverse])

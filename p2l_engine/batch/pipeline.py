@@ -13,23 +13,21 @@ from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from itertools import zip_longest
 from typing import NamedTuple, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from p2l_engine.batch.blocks import Block, Unroutable, blocks
 from p2l_engine.batch.columns import as_texts
 from p2l_engine.batch.config import BatchConfig
-from p2l_engine.batch.decide import Decider, SpilledWinRates
+from p2l_engine.batch.decide import Decider
 from p2l_engine.batch.deduplicator import NO_REFERENCE, DeduplicatedBlock, Deduplicator
+from p2l_engine.batch.first_pass import FirstPass
 from p2l_engine.batch.job import Job
 from p2l_engine.batch.output import PartFiles, TableWriter
 from p2l_engine.batch.report import Recorder, Report
 from p2l_engine.batch.request_files import RequestWriter
-from p2l_engine.batch.run_folder import COSTS
 from p2l_engine.batch.sources import source_columns
 from p2l_engine.batch.spill import Spill
 from p2l_engine.engine.pipeline import Outputs
@@ -63,7 +61,7 @@ class Pipeline:
     """The stages of one run, in three threads.
 
     The reader reads and deduplicates (in the thread in which the engine tokenises); the caller's thread computes and spills;
-    the writer decides and writes. ``written`` and ``_references`` belong to the writer until ``compute`` returns, then to the
+    the writer decides and writes. ``written`` and ``_first_pass`` belong to the writer until ``compute`` returns, then to the
     caller; the recorder has a lock of its own; all else that threads share is guarded by ``_lock``.
     """
 
@@ -94,9 +92,7 @@ class Pipeline:
         self._lock = threading.Lock()
         self._pending: deque[_PendingBlock] = deque()
         self._error: BaseException | None = None
-        self._references: list[npt.NDArray[np.int64]] = []
-        self._read: list[bytes] = []  # a hash of each block, by which a second reading is known to be the same
-        self._keys: list[bytes] = []  # of each block's routable rows, 16 bytes for each, where the router explores
+        self._first_pass = FirstPass(self.decider)
 
     def compute(self) -> None:
         """Computes and spills the coefficients of all prompts; decides and writes unless the run has bounds over the batch."""
@@ -198,48 +194,20 @@ class Pipeline:
         self.recorder.add(rows=len(block.block.prompts), repeated=repeated)
         self.recorder.set_read(block.block.read)
         if self.config.over_batch:
-            routable, _ = self.decider.routable(block)
-            self._read.append(block.hashed())
-            self._references.append(block.references[routable])
-            self._keys.append(self.decider.keys(block, routable, self._tokens(block)))
+            self._first_pass.add(block, self._tokens(block))
         else:
             self._write(block)
         self.progress(self.recorder.report)
 
     def decide_over_batch(self) -> None:
         """Solves one problem over all routable rows, then writes the output block by block."""
-        config, v = self.config, SpilledWinRates(self.decider, self._references, self._keys)
+        found = self._first_pass
         with self.recorder.timed("solving"):
-            solved = self.router.solve(v, config.constraints, self._costs())
+            solved = self.router.solve(found.win_rates(), self.config.constraints, found.costs(self.spill.folder))
         self.recorder.set_prices(solved.prices)
-        first = 0
-        for block, references in self._read_again():
-            rows = slice(first, first + len(references))
-            first += len(references)
+        for block, rows in found.again(self._blocks()):
             self._write(block, solved.of(rows))
             self.progress(self.recorder.report)
-
-    def _read_again(self) -> Iterator[tuple[DeduplicatedBlock, npt.NDArray[np.int64]]]:
-        """The blocks once more, with the references of their routable rows. Raises ValueError where there are others now."""
-        first = 0
-        for block, read, references in zip_longest(self._blocks(), self._read, self._references):
-            if block is None or block.hashed() != read:
-                raise ValueError(f"the rows from {first:,} on are others than when they were first read")
-            first += len(block.block.prompts)
-            yield block, references
-
-    def _costs(self) -> npt.NDArray[np.float64] | None:
-        """Of all routable rows [N, K], on disk, where each prompt has costs of its own; None: those of the catalog."""
-        rows = sum(map(len, self._references))
-        if not rows or not self.router.costs_vary:
-            return None
-        path = self.spill.folder / COSTS
-        found = np.lib.format.open_memmap(path, "w+", np.float64, (rows, len(self.router.names)))
-        first = 0
-        for references in self._references:
-            found[first : first + len(references)] = self.decider.costs(references)
-            first += len(references)
-        return found
 
     def _tokens(self, block: DeduplicatedBlock) -> Sequence[str | None] | None:
         """What each row is drawn by, beside its prompt."""
