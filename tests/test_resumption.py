@@ -565,6 +565,17 @@ def test_a_real_full_disk_loses_nothing(engine, tmp_path):
     print(done.stdout)
 
 
+@pytest.mark.parametrize("name", ["._SUCCESS.0123456789ab.tmp", ".part-000001.parquet.0123456789ab.tmp"])
+def test_a_kill_while_a_run_is_marked_as_complete_leaves_nothing(name, router, tmp_path):
+    config = BatchConfig([write(tmp_path / "in.jsonl")], str(tmp_path / "out"))
+    run(router, config)
+    whole = contents(tmp_path / "out")
+    (tmp_path / "out" / "_SUCCESS").unlink()
+    (tmp_path / "out" / name).write_bytes(b"")
+    run(router, config)
+    assert contents(tmp_path / "out") == whole
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("kind", ["killed", "decided"])

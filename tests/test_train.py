@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -211,9 +212,7 @@ def test_bad_configs_are_one_line_on_the_command_line(change, message, tmp_path)
 
 
 def test_the_committed_configs_are_valid():
-    from pathlib import Path
-
-    files = sorted(Path("train/configs").glob("*.yaml"))
+    files = sorted((Path(__file__).parent.parent / "train" / "configs").glob("*.yaml"))
     assert files
     for file in files:
         TrainConfig.load(file)

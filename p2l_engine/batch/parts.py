@@ -74,8 +74,9 @@ def remove_parts(output: Location) -> None:
 
 
 def mark(output: Location) -> None:
-    """Says that the run is complete."""
+    """Says that the run is complete. Removes what a kill in this very write left."""
     if SUCCESS not in output.names():
+        remove_temporary(output)
         (output / SUCCESS).write(b"")
 
 
