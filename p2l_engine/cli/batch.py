@@ -5,12 +5,43 @@ from __future__ import annotations
 import threading
 import time
 from contextlib import AbstractContextManager, nullcontext
-from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
-from p2l_engine.batch.config import KEPT_BYTES, ROWS_PER_PART
+from p2l_engine.batch.config import ROWS_PER_PART
+from p2l_engine.cli.batch_options import (
+    BudgetOption,
+    BudgetScopeOption,
+    CoefficientsOption,
+    DrawOption,
+    Errors,
+    ErrorsOption,
+    ExploreOption,
+    Formats,
+    InputsArgument,
+    KeepCoefficientsOption,
+    KeepOption,
+    MaxShareOption,
+    MinShareOption,
+    OpponentOption,
+    OutputFormatOption,
+    OutputOption,
+    PartitionsOption,
+    PlainTextOption,
+    PriceOption,
+    RayOption,
+    RayWorkersOption,
+    RestartOption,
+    RowsPerPartOption,
+    SeedOption,
+    SourceOption,
+    SplitByOption,
+    StateOption,
+    StrictOption,
+    TokensPerBatchOption,
+    WriteAsOption,
+)
 from p2l_engine.cli.batch_summary import print_summary, status_of
 from p2l_engine.cli.inputs import (
     BudgetScope,
@@ -38,244 +69,38 @@ if TYPE_CHECKING:
     from p2l_engine.engine import Engine
     from p2l_engine.opponents import Opponents
 
-READING, DECIDING, RUN, CLUSTER = "Reading", "Deciding", "Running", "Ray"  # headings in the help
-
-
-class Floats(StrEnum):
-    """Types that coefficients are stored in."""
-
-    FLOAT16 = "float16"
-    FLOAT32 = "float32"
-
-
-class Formats(StrEnum):
-    """Formats of the output's files."""
-
-    PARQUET = "parquet"
-    JSONL = "jsonl"
-    CSV = "csv"
-
-
-class WriteAs(StrEnum):
-    """Requests that rows are written as."""
-
-    OPENAI_BATCH = "openai-batch"
-
-
-class SplitBy(StrEnum):
-    """Columns that split the output."""
-
-    MODEL = "model"
-
-
-class Errors(StrEnum):
-    """What an invalid row costs."""
-
-    ROW = "row"
-    STOP = "stop"
-
-
-class Explore(StrEnum):
-    """Ways to explore."""
-
-    THOMPSON = "thompson"
-
 
 def batch(
-    inputs: Annotated[
-        list[str],
-        typer.Argument(
-            help="Files (.parquet, .csv, .jsonl; the last two also compressed as .gz or .zst), folders and globs, or URIs "
-            "such as s3://bucket/folder."
-        ),
-    ],
-    output: Annotated[
-        str, typer.Option("--output", "-o", help="Folder or URI for the results: files of parts, in the order of the input.")
-    ],
+    inputs: InputsArgument,
+    output: OutputOption,
     column: Column = None,
-    plain_text: Annotated[
-        bool,
-        typer.Option("--plain-text", help="Never parse a prompt as a JSON list of turns.", rich_help_panel=READING),
-    ] = False,
+    plain_text: PlainTextOption = False,
     csv_escape: CsvEscape = None,
-    partitions: Annotated[
-        bool,
-        typer.Option(
-            "--partitions/--no-partitions",
-            help="Whether folders such as lang=en/ are columns.",
-            rich_help_panel=READING,
-        ),
-    ] = True,
-    keep: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Input column to copy to the output; may be repeated; '' for none. Default: all columns.",
-            show_default=False,
-            rich_help_panel=READING,
-        ),
-    ] = None,
-    strict: Annotated[
-        bool,
-        typer.Option("--strict", help="The same as --errors stop.", rich_help_panel=READING),
-    ] = False,
-    errors: Annotated[
-        Errors | None,
-        typer.Option(
-            help="What a row costs that cannot be routed or kept: row, an error in its own column error, or stop, the run. "
-            "Default: row.",
-            show_default=False,
-            rich_help_panel=READING,
-        ),
-    ] = None,
-    budget: Annotated[
-        float | None,
-        typer.Option(help="Upper bound on the expected cost, in the catalog's unit.", rich_help_panel=DECIDING),
-    ] = None,
-    budget_scope: Annotated[
-        BudgetScope,
-        typer.Option(help="Apply the budget to each row's cost, or to the mean cost of all rows.", rich_help_panel=DECIDING),
-    ] = BudgetScope.PROMPT,
-    price: Annotated[
-        float | None,
-        typer.Option(
-            help="Instead of a budget: the dual price of an earlier run's budget (win rate per unit of cost).",
-            show_default=False,
-            rich_help_panel=DECIDING,
-        ),
-    ] = None,
-    max_share: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="NAME=SHARE: send at most this share of the rows to a model. May be repeated.",
-            rich_help_panel=DECIDING,
-        ),
-    ] = None,
-    min_share: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="NAME=SHARE: send at least this share of the rows to a model. May be repeated.",
-            rich_help_panel=DECIDING,
-        ),
-    ] = None,
-    opponent: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="NAME=WEIGHT: a model that win rates are measured against. May be repeated; the weights sum to 1. "
-            "Default: all models of the checkpoint, equally.",
-            show_default=False,
-            rich_help_panel=DECIDING,
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed for drawing a model where a policy mixes two.", rich_help_panel=DECIDING)] = 0,
-    explore: Annotated[
-        Explore | None,
-        typer.Option(
-            help="Draw each row's coefficients from their posterior, where the checkpoint has one; adds the columns propensity "
-            "and propensity_error.",
-            show_default=False,
-            rich_help_panel=DECIDING,
-        ),
-    ] = None,
-    draw: Annotated[
-        str | None,
-        typer.Option(
-            help="Kept input column, such as an id, by which rows with equal prompts are drawn independently. Default: alike.",
-            show_default=False,
-            rich_help_panel=DECIDING,
-        ),
-    ] = None,
-    source: Annotated[
-        bool,
-        typer.Option(
-            "--source/--no-source", help="Write where each row comes from: source_file and source_row.", rich_help_panel=RUN
-        ),
-    ] = True,
-    output_format: Annotated[
-        Formats | None,
-        typer.Option(
-            "--format",
-            help="Format of the output's files. Default: parquet; with --as, jsonl.",
-            show_default=False,
-            rich_help_panel=RUN,
-        ),
-    ] = None,
-    split_by: Annotated[
-        SplitBy | None,
-        typer.Option(
-            help="Write each model's rows into files of their own, and rows with an error into files named errors-.",
-            show_default=False,
-            rich_help_panel=RUN,
-        ),
-    ] = None,
-    write_as: Annotated[
-        WriteAs | None,
-        typer.Option(
-            "--as",
-            help="Write the rows as requests of OpenAI's batch API, which can be submitted; with --split-by model.",
-            show_default=False,
-            rich_help_panel=RUN,
-        ),
-    ] = None,
-    coefficients: Annotated[
-        Floats | None,
-        typer.Option(
-            help="Also write each row's theta and eta, rounded to this type.", show_default=False, rich_help_panel=RUN
-        ),
-    ] = None,
-    restart: Annotated[
-        bool,
-        typer.Option("--restart", help="Delete an earlier run from the output folder and start again.", rich_help_panel=RUN),
-    ] = False,
-    rows_per_part: Annotated[
-        int,
-        typer.Option(
-            min=1, help="Rows of one output file. A file is the unit of work that a resumed run repeats.", rich_help_panel=RUN
-        ),
-    ] = ROWS_PER_PART,
-    state: Annotated[
-        str | None,
-        typer.Option(
-            help="Local folder for the run's coefficients. Default: OUT.run, beside the output OUT.",
-            show_default=False,
-            rich_help_panel=RUN,
-        ),
-    ] = None,
-    keep_coefficients: Annotated[
-        bool | None,
-        typer.Option(
-            "--keep-coefficients/--no-keep-coefficients",
-            help="Keep the coefficients when the run is complete, so that another budget needs no forward pass. Default: up to "
-            f"{KEPT_BYTES >> 30} GiB.",
-            show_default=False,
-            rich_help_panel=RUN,
-        ),
-    ] = None,
-    tokens_per_batch: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Tokens in one forward pass. Default: 4,096 on a CPU, 32,768 on a GPU.",
-            show_default=False,
-            rich_help_panel=RUN,
-        ),
-    ] = None,
-    ray: Annotated[
-        str | None,
-        typer.Option(
-            help="Compute coefficients on a Ray cluster: auto, HOST:PORT, or local to start one on this machine.",
-            show_default=False,
-            rich_help_panel=CLUSTER,
-        ),
-    ] = None,
-    ray_workers: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Number of workers. Default: one for each GPU, or one for each node if there is no GPU.",
-            show_default=False,
-            rich_help_panel=CLUSTER,
-        ),
-    ] = None,
+    partitions: PartitionsOption = True,
+    keep: KeepOption = None,
+    strict: StrictOption = False,
+    errors: ErrorsOption = None,
+    budget: BudgetOption = None,
+    budget_scope: BudgetScopeOption = BudgetScope.PROMPT,
+    price: PriceOption = None,
+    max_share: MaxShareOption = None,
+    min_share: MinShareOption = None,
+    opponent: OpponentOption = None,
+    seed: SeedOption = 0,
+    explore: ExploreOption = None,
+    draw: DrawOption = None,
+    source: SourceOption = True,
+    output_format: OutputFormatOption = None,
+    split_by: SplitByOption = None,
+    write_as: WriteAsOption = None,
+    coefficients: CoefficientsOption = None,
+    restart: RestartOption = False,
+    rows_per_part: RowsPerPartOption = ROWS_PER_PART,
+    state: StateOption = None,
+    keep_coefficients: KeepCoefficientsOption = None,
+    tokens_per_batch: TokensPerBatchOption = None,
+    ray: RayOption = None,
+    ray_workers: RayWorkersOption = None,
     catalog: CatalogFile = None,
     leave_out: LeaveOut = False,
     checkpoint: Checkpoint = None,
