@@ -241,9 +241,10 @@ def test_texts_and_nulls_come_back_through_the_projects_own_reader(tmp_path_fact
 
 def test_parts_of_parquet_hold_no_float16_which_spark_cannot_read():
     half = pa.array([1.5, None, 65504.0], pa.float16())
+    maps = pa.array([[("a", 0.5)], None, []], pa.map_(pa.string(), pa.float16()))
     lists = pa.FixedSizeListArray.from_arrays(half, 3)
     nested = pa.StructArray.from_arrays([half, pa.array([[1.0], None, []], pa.list_(pa.float16()))], ["a", "b"])
-    for column in (half, lists, nested, pa.array([[0.1], None], pa.large_list(pa.float16()))):
+    for column in (half, lists, nested, pa.array([[0.1], None], pa.large_list(pa.float16())), maps):
         read = pq.read_table(pa.BufferReader(FORMATS["parquet"](pa.table({"x": column}), {"key": "value"})))
         assert "half" not in str(read.schema.field("x").type)
         assert read["x"].to_pylist() == column.to_pylist()

@@ -20,6 +20,7 @@ from p2l_engine.batch.config import FormatName
 from p2l_engine.batch.json_values import json_text
 from p2l_engine.batch.kept import pieces
 from p2l_engine.batch.parts import part_name, part_of
+from p2l_engine.tables.common_types import with_inner
 from p2l_engine.tables.storage import Location
 
 logger = logging.getLogger(__name__)
@@ -157,18 +158,9 @@ FORMATS: dict[FormatName, Callable[[pa.Table, Metadata], Written]] = {"parquet":
 
 def _without_float16(kind: pa.DataType) -> pa.DataType:
     """The type with float32, which holds the same values, for float16, which Spark cannot read."""
-    types = pa.types
-    if types.is_float16(kind):
+    if pa.types.is_float16(kind):
         return pa.float32()
-    if types.is_struct(kind):
-        return pa.struct([field.with_type(_without_float16(field.type)) for field in kind])
-    if types.is_list(kind):
-        return pa.list_(kind.value_field.with_type(_without_float16(kind.value_type)))
-    if types.is_large_list(kind):
-        return pa.large_list(kind.value_field.with_type(_without_float16(kind.value_type)))
-    if types.is_fixed_size_list(kind):
-        return pa.list_(kind.value_field.with_type(_without_float16(kind.value_type)), kind.list_size)
-    return kind
+    return with_inner(kind, lambda field: field.with_type(_without_float16(field.type)))
 
 
 def _json_values(column: pa.ChunkedArray) -> list[Any]:

@@ -18,7 +18,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def escaped(text: str) -> str:
-    r"""The text with NUL, halves of surrogate pairs and the backslash itself as ``\uXXXX``."""
+    r"""The text with NUL, halves of surrogate pairs and the backslash itself as JSON escapes them (``\u005c``)."""
     return _UNSTORABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 

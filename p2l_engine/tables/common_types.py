@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pyarrow as pa
 
 MAX_DIGITS = 38  # of a decimal that other tools than Arrow read
@@ -56,32 +58,29 @@ def conflict(first: pa.DataType, other: pa.DataType, place: str) -> tuple[str, p
     return place, first, other
 
 
+def with_inner(kind: pa.DataType, change: Callable[[pa.Field], pa.Field]) -> pa.DataType:
+    """A list, struct or map with other fields within it, keys of maps aside from their types; any other type as it is."""
+    if pa.types.is_struct(kind):
+        return pa.struct([change(field) for field in kind])
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(change(kind.value_field), kind.list_size)
+    if pa.types.is_large_list(kind):
+        return pa.large_list(change(kind.value_field))
+    if pa.types.is_map(kind):
+        return pa.map_(kind.key_field.with_type(change(kind.key_field).type), change(kind.item_field))
+    return pa.list_(change(kind.value_field)) if pa.types.is_list(kind) else kind
+
+
 def as_nullable(kind: pa.DataType) -> pa.DataType:
     """The type, with nulls allowed everywhere in it."""
-    if pa.types.is_struct(kind):
-        return pa.struct([pa.field(field.name, as_nullable(field.type)) for field in kind])
-    if pa.types.is_fixed_size_list(kind):
-        return pa.list_(as_nullable(kind.value_type), kind.list_size)
-    if pa.types.is_large_list(kind):
-        return pa.large_list(as_nullable(kind.value_type))
-    if pa.types.is_map(kind):
-        return pa.map_(as_nullable(kind.key_type), as_nullable(kind.item_type))
-    return pa.list_(as_nullable(kind.value_type)) if pa.types.is_list(kind) else kind
+    return with_inner(kind, lambda field: pa.field(field.name, as_nullable(field.type)))
 
 
 def with_text_for_nulls(kind: pa.DataType) -> pa.DataType:
     """The type, with text where no value said which one: readers know no type of nulls alone."""
     if pa.types.is_null(kind):
         return pa.string()
-    if pa.types.is_struct(kind):
-        return pa.struct([field.with_type(with_text_for_nulls(field.type)) for field in kind])
-    if pa.types.is_fixed_size_list(kind):
-        return pa.list_(with_text_for_nulls(kind.value_type), kind.list_size)
-    if pa.types.is_large_list(kind):
-        return pa.large_list(with_text_for_nulls(kind.value_type))
-    if pa.types.is_map(kind):
-        return pa.map_(with_text_for_nulls(kind.key_type), with_text_for_nulls(kind.item_type))
-    return pa.list_(with_text_for_nulls(kind.value_type)) if pa.types.is_list(kind) else kind
+    return with_inner(kind, lambda field: field.with_type(with_text_for_nulls(field.type)))
 
 
 def always_exact(kind: pa.DataType, common: pa.DataType) -> bool:
