@@ -423,7 +423,9 @@ def test_what_cannot_learn_is_refused_by_name(engine, tmp_path):
     assert "expected the state of a Learner" in refused(config)
 
 
-def test_a_log_that_was_replaced_is_read_from_its_beginning(engine, tmp_path, caplog):
+@pytest.mark.parametrize("votes", [1, 3, 5])
+def test_a_log_that_was_replaced_is_read_from_its_beginning(votes, engine, tmp_path, caplog):
+    """Also where it has as much feedback as the one before, or more."""
     config = config_in(tmp_path)
 
     async def work(client: Client) -> Any:
@@ -435,11 +437,15 @@ def test_a_log_that_was_replaced_is_read_from_its_beginning(engine, tmp_path, ca
     for name in ("serve.sqlite", "serve.sqlite-wal", "serve.sqlite-shm"):
         (tmp_path / name).unlink(missing_ok=True)
 
-    async def again(client: Client) -> Any:
-        await client.prefer("question 7", NEW, "alpha")
-        return await client.learned(4)
+    async def ask(client: Client) -> None:
+        for i in range(votes):
+            await client.prefer(f"question {i + 7}", NEW, "alpha")
 
-    assert run(config, engine, again)["learned"] == 4
+    async def again(client: Client) -> Any:
+        return await client.learned(3 + votes)
+
+    run(config_in(tmp_path, more={"log_prompts": True}, state=str(tmp_path / "other")), engine, ask)
+    assert run(config, engine, again)["learned"] == 3 + votes
     assert "the log is not the one of before" in caplog.text
 
 

@@ -44,7 +44,8 @@ def write_learned(loaded: Checkpoint, target: Path, state: Path, drop: list[str]
             learner.refine()
     head, uncertainty = learner.head()
     new = learner.models[len(loaded.models) :]
-    record = {"votes": learner.votes, "new": list(new), write.FEEDBACK: learner.notes.get("number", 0)}
+    last = [learner.notes.get("number", 0), learner.notes.get("decision")]
+    record = {"votes": learner.votes, "new": list(new), write.FEEDBACK: last}
     file = loaded.folder / "catalog.yaml"
     catalog = catalog_with(file, {}, learner.models, new, drop) if file.is_file() else None
     write.write(loaded, target, head, learner.models, uncertainty, drop, record, catalog)

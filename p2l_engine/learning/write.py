@@ -18,7 +18,7 @@ from p2l_engine.checkpoint.files import read_json
 from p2l_engine.checkpoint.rewrite import OF_ONE_HEAD, rewrite
 
 RETIRED, ADAPTED = "retired", "adapted"  # keys of training_config.json: names, and what was learned each time
-FEEDBACK = "feedback"  # in the record of what a service learned: the number of the last feedback of its log
+FEEDBACK = "feedback"  # in the record of what a service learned: see ``last_feedback``
 LENGTHS = "lengths"  # and how many answers' lengths were learned from
 
 
@@ -32,10 +32,11 @@ def learned(folder: Path) -> list[dict[str, Any]]:
     return list(read_json(folder / "training_config.json", dict).get(ADAPTED, []))
 
 
-def last_feedback(folder: Path) -> int:
-    """The number of the last feedback, in a service's log, that the checkpoint in this folder was learned from; 0 for none.
-    Raises CheckpointError."""
-    return max((int(record.get(FEEDBACK, 0)) for record in learned(folder)), default=0)
+def last_feedback(folder: Path) -> tuple[int, str | None]:
+    """The last feedback, in a service's log, that the checkpoint in this folder was learned from: its number, and the id of its
+    decision, by which the log is known; 0 for none. Raises CheckpointError."""
+    found = [record[FEEDBACK] for record in learned(folder) if FEEDBACK in record]
+    return (int(found[-1][0]), found[-1][1]) if found else (0, None)
 
 
 def write(

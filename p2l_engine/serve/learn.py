@@ -68,7 +68,7 @@ class OnlineLearning:
         self.seconds = self.last_seconds = 0.0
         self.oldest: float | None = None
         self.skipped = Counter[str]()
-        self._number = last_feedback(engine.folder)  # of the last one that was read
+        self._number, self._decision = last_feedback(engine.folder)  # of the last one that was read
         self._reference = 0  # prompts that say how prompts vary
         self._learner = self._begun(engine)
         self._lengths = engine.lengths is not None
@@ -151,13 +151,18 @@ class OnlineLearning:
         except OSError as error:
             raise ConfigError(f"{self._state.where}: cannot be written: {error}") from None
         self._log = log
-        if (last := log.last_number()) < self._number:
+        if (last := log.last_number()) < self._number or not self._read_from(log):
             logger.warning("serve.learn: the log is not the one of before: all feedback in it is new")
-            self._number = 0
+            self._number, self._decision, self._changed = 0, None, True
         self.waiting, self.oldest = log.waiting(self._number)
         self._thread = threading.Thread(target=self._run, name="learning", daemon=True)
         self._thread.start()
         logger.info("learning goes on after feedback %d of %d", self._number, last)
+
+    def _read_from(self, log: DecisionLog) -> bool:
+        """Whether the feedback that was read last is in this log, as far as that is known: it may have been deleted."""
+        found = log.feedback_after(self._number - 1, 1) if self._number and self._decision else []
+        return not found or found[0].number != self._number or found[0].feedback.decision == self._decision
 
     def close(self) -> None:
         """Learns from what was given, saves, and ends."""
@@ -176,6 +181,7 @@ class OnlineLearning:
         if found is not None:
             notes = found.notes
             self._number, self._reference, self.learned = (int(notes[name]) for name in ("number", "reference", "learned"))
+            self._decision = notes.get("decision")
             self.skipped.update(notes["skipped"])
             return found
         reference = np.zeros((0, self._checkpoint.head.weight.shape[1]), np.float32)
@@ -224,14 +230,14 @@ class OnlineLearning:
         if not self.ready and self._states.count >= REFERENCE:
             self._begin(np.stack(self._states.newest(NEWEST)))
         while self.ready and self.waiting:
-            number, found, skipped = next_lessons(
+            last, found, skipped = next_lessons(
                 self._log, self._number, self._states, self._learner.models, self._checkpoint.feedback
             )
-            if number == self._number:
+            if last is None:
                 break
             self._learn(found, skipped)
             self.skipped += skipped
-            self._number, self._changed = number, True
+            self._number, self._decision, self._changed = last.number, last.feedback.decision, True
             self.waiting, self.oldest = self._log.waiting(self._number)
             self._save_if_due()
         if not self._closing:
@@ -312,7 +318,8 @@ class OnlineLearning:
 
     def _save(self) -> None:
         self._changed = False
-        notes: dict[str, Any] = {"number": self._number, "reference": self._reference, "learned": self.learned}
+        last = {"number": self._number, "decision": self._decision}
+        notes: dict[str, Any] = {**last, "reference": self._reference, "learned": self.learned}
         try:
             self._state.save(self._learner, {**notes, "skipped": dict(self.skipped)})
         except BaseException:

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from p2l_engine.decision_log.log import DecisionLog
+from p2l_engine.decision_log.store import Said
 from p2l_engine.engine import Engine
 from p2l_engine.errors import PromptError
 from p2l_engine.feedback import FeedbackModel
@@ -27,9 +28,9 @@ UNREADABLE = "the prompt cannot be read"
 
 def next_lessons(
     log: DecisionLog, number: int, states: PromptStates, models: tuple[str, ...], feedback: FeedbackModel
-) -> tuple[int, list[Lesson], Counter[str]]:
-    """Up to which feedback after ``number`` is learned from next, its votes on these models, and what gives none, by reason:
-    nothing whose prompt may be computed just now, as that of a model that was named."""
+) -> tuple[Said | None, list[Lesson], Counter[str]]:
+    """The last feedback after ``number`` that is learned from next (None: there is none), the votes up to it on these models,
+    and what gives none, by reason: nothing whose prompt may be computed just now, as that of a model that was named."""
     said = log.feedback_after(number, BATCH)
     found, skipped = lessons(log, said, models, feedback)
     new = [lesson for lesson in found if lesson.turns is None and lesson.since > time.time() - PATIENCE]
@@ -38,7 +39,7 @@ def next_lessons(
     if first is not None:
         said = [each for each in said if each.number < first]
         found, skipped = lessons(log, said, models, feedback)
-    return said[-1].number if said else number, found, skipped
+    return said[-1] if said else None, found, skipped
 
 
 def states_of(
