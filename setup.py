@@ -91,7 +91,7 @@ setup(
         "p2l_engine": ["py.typed", "default/*"],
         "p2l_engine.evaluation": ["*.j2"],
         "p2l_engine.serve": ["page.html"],
-        "p2l_engine.train": ["configs/*.yaml"],
+        "p2l_engine.train": ["configs/*.yaml", "pools/*.yaml"],
     },
     cffi_modules=["csrc/build.py:ffi"],
     install_requires=core,

@@ -11,7 +11,7 @@ import pytest
 from p2l_engine.feedback import feedback_model
 from p2l_engine.learning.source_curves import leave_one_source_out
 from p2l_engine.votes import Votes
-from p2l_engine.votes.by_source import read_by_source
+from p2l_engine.votes.by_source import balanced, read_by_source
 from tests.support import tiny
 from tests.support.command import p2l_engine
 from tests.support.simulate import Simulator, head_of, words_in
@@ -155,3 +155,18 @@ def test_eval_shows_draws_and_writes_curves_by_source(tmp_path, monkeypatch):
     assert "needs --adapt and --votes" in p2l_engine("eval", "--votes", path, "--by", "team").message
     assert "needs --by" in p2l_engine("eval", "--votes", path, "--plot", str(tmp_path / "d.svg")).message
     assert "learning curves alone" in p2l_engine(*given, "--card").message
+
+
+def test_sources_are_balanced_by_their_weight(tmp_path):
+    header = ("prompt", "model", "score", "task", "team")
+    rows = [
+        (f"p{i}", model, score, f"t{i}", "ab"[i > 2]) for i in range(4) for model, score in zip("xyz", (1, 0, 0), strict=True)
+    ]
+    path = table(tmp_path / "v.csv", rows, header)
+    votes, source, _ = read_by_source(path, "team", feedback_model("grk"), answers_once=True)
+    assert votes.category == ("t0", "t1", "t2", "t3")
+    assert votes.weight.tolist() == [0.5] * 12  # three answers to a prompt: each in two votes
+    for balance, ratio in ((1.0, 3.0), (0.5, 3**0.5), (0.0, 1.0)):
+        weight = balanced(votes, source, balance).weight
+        assert weight.sum() == pytest.approx(votes.weight.sum())
+        assert weight[source == "a"].sum() / weight[source == "b"].sum() == pytest.approx(ratio)

@@ -11,13 +11,14 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from scipy.special import logit
 
 from p2l_engine.feedback import Outcome, feedback_model
 from p2l_engine.votes import Summary, Votes, check_apart, from_scores, read, split
 from p2l_engine.votes.marginal import marginal_fit, marginal_leaderboard, outcome_counts
+from p2l_engine.votes.splits import folded
 from tests.support.cases import slow_but
 
 ROWS = [
@@ -322,19 +323,19 @@ def openings(votes):
 
 @given(
     st.lists(st.integers(1, 6), min_size=2, max_size=40), st.floats(0, 0.9), st.floats(0, 0.9),
-    st.sampled_from(["prompt", "time"]), st.integers(0, 99),
+    st.sampled_from(["prompt", "hash", "time"]), st.integers(0, 99),
 )  # fmt: skip
 def test_parts_share_no_conversation(sizes, held_out, validation, by, seed):
     votes = conversations(sizes, seed)
     try:
         parts = split(votes, held_out, validation, by, seed)
     except ValueError as error:
-        assert "no whole conversation" in str(error)
+        assert ("no whole conversation" if by != "hash" else "hash") in str(error)
         return
     kept = [part for part in parts if part is not None]
     assert sorted(prompt for part in kept for prompt in part.prompts) == sorted(votes.prompts)
     assert sum(len(openings(part)) for part in kept) == len(sizes)
-    if parts.held_out is not None:
+    if parts.held_out is not None and by != "hash":
         count = int(len(votes.prompts) * held_out)
         assert count - max(sizes) < len(parts.held_out.prompts) <= count
 
@@ -343,6 +344,34 @@ def test_a_split_of_single_turns_is_a_permutation():
     votes = many()
     order = np.random.default_rng(3).permutation(101)
     assert split(votes, 0.1, seed=3).held_out.prompts == tuple(votes.prompts[i] for i in sorted(order[:10]))
+
+
+def test_a_split_by_hash_does_not_depend_on_the_other_prompts():
+    votes = many(300)
+    parts = split(votes, 0.2, 0.25, by="hash", seed=5)
+    assert [abs(len(part.prompts) - share * 300) < 45 for part, share in zip(parts, (0.6, 0.2, 0.2), strict=True)] == [True] * 3
+    some = split(votes.of(range(0, 300, 3)), 0.2, 0.25, by="hash", seed=5)
+    for part, whole in zip(some, parts, strict=True):
+        assert set(part.prompts) == set(whole.prompts) & {votes.prompts[i] for i in range(0, 300, 3)}
+    assert split(votes, 0.2, by="hash", seed=5).held_out.prompts == parts.held_out.prompts
+    assert split(votes, 0.2, by="hash", seed=6).held_out.prompts != parts.held_out.prompts
+
+
+@given(st.text(min_size=1, max_size=12), st.text(" .,!?-_\n\t", max_size=3))
+def test_case_space_and_punctuation_do_not_part_prompts_by_hash(text, between):
+    varied = between.join(text.upper() if text.upper().casefold() == text.casefold() else text)
+    assume(any(c.isalnum() for c in text) and folded(varied) == folded(text))
+    prompts = [(text,), (varied, "more"), *((f"other {i}",) for i in range(30))]
+    a = np.zeros(len(prompts), np.int64)
+    votes = Votes.make(dict.fromkeys(prompts), "xy", np.arange(len(set(prompts))), a, a + 1, a)
+    for part in split(votes, 0.4, 0.3, by="hash"):
+        assert ((text,) in part.prompts) == ((varied, "more") in part.prompts)
+
+
+def test_what_is_folded():
+    assert folded("What is\n17 * 23?") == folded("what  is 17*23") == "whatis1723"
+    assert folded("ＡＢＣ straße!") == "abcstrasse"
+    assert folded("?!") == "?!"
 
 
 def test_a_split_needs_whole_conversations():

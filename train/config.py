@@ -92,12 +92,14 @@ class TrainConfig(BaseModel):
     columns: dict[str, str] = {}  # our name (prompt, model_a, winner ...): the column's name in the data
     csv_escape: str | None = None  # what escapes quotes in csv files; null: quotes are doubled
     leave_out: dict[str, list[str | int]] = {}  # column: values; rows with one of these values are skipped
+    sources: str | None = None  # the column that names a row's source, or "file": scores are compared within one source only
+    source_balance: Annotated[float, Field(ge=0, le=1)] = 1.0  # a source of weight W weighs W ** source_balance
     max_dropped: Annotated[float, Field(ge=0, le=1)] = MAX_DROPPED  # share of invalid rows that is tolerated
     # What to do with models outside the main connected component (the one with the most votes) of the graph of comparisons.
     disconnected_models: Literal["refuse", "leave_out", "train"] = "refuse"
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of prompts held out from training; 0 with val_data_path
     validation: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of the remaining prompts, for model selection
-    split_by: Literal["prompt", "time"] = "prompt"  # time: hold out the prompts with the latest first votes
+    split_by: Literal["prompt", "hash", "time"] = "prompt"  # see votes.split; time: hold out the latest first votes
     split_seed: int = 0
     train_share: Annotated[float, Field(gt=0, le=1)] = 1.0  # share of the training prompts that is used, for learning curves
     # and the run.
@@ -137,6 +139,10 @@ class TrainConfig(BaseModel):
             raise ValueError("held_out, validation: expected 0 where val_data_path is given")
         if self.val_data_path and self.train_share < 1:
             raise ValueError("train_share: expected 1 where val_data_path is given; cut the training file instead")
+        if self.source_balance != 1 and not self.sources:
+            raise ValueError("source_balance: expected 1 where sources is not given")
+        if self.sources and self.val_data_path:
+            raise ValueError("sources: cannot be combined with val_data_path; use held_out and validation")
         if self.deepspeed and self.fsdp:
             raise ValueError("deepspeed, fsdp: expected at most one of them")
         if self.lora and self.train_head_only:

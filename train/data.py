@@ -10,6 +10,7 @@ import numpy as np
 from p2l_engine.feedback import Outcome, feedback_model
 from p2l_engine.train.config import TrainConfig
 from p2l_engine.votes import Splits, Summary, Votes, check_apart, read, split
+from p2l_engine.votes.by_source import balanced, read_by_source
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,13 @@ def _read(config: TrainConfig, path: str | list[str], models: tuple[str, ...] | 
         raise ValueError(f"{key}: expected a folder, found none at {missing[0]}")
     leave_out = config.leave_out if training else None  # validation data are read whole
     columns, share, weighted = config.columns, config.max_dropped, config.weighted_loss
-    votes, dropped = read(path, models, feedback, columns, share, leave_out, weighted, csv_escape=config.csv_escape)
+    if config.sources:
+        votes, source, dropped = read_by_source(
+            path, config.sources, feedback, columns, share, leave_out, weighted, True, config.csv_escape
+        )
+        votes = balanced(votes, source, config.source_balance)
+    else:
+        votes, dropped = read(path, models, feedback, columns, share, leave_out, weighted, csv_escape=config.csv_escape)
     for line in dropped.lines():
         logger.warning("%s: left out %s", path, line)
     return votes

@@ -17,6 +17,7 @@ from p2l_engine.evaluation.report import Scores
 from p2l_engine.tables.limits import MAX_DROPPED
 from p2l_engine.tables.whole import Table
 from p2l_engine.votes import Dropped, Votes, check_apart, prompts_hash, score_matrix, split
+from p2l_engine.votes.by_source import balanced, read_by_source
 from p2l_engine.votes.columns import has_scores, vote_table
 from p2l_engine.votes.read import votes_of
 
@@ -46,12 +47,19 @@ def of_config(engine: Engine, part: Part, costs: Catalog | None) -> Sources:
         raise ValueError(f"{engine.folder}: its training config has no train_data_path: give votes to evaluate on (--votes)")
     columns, max_dropped = config.get("columns"), config.get("max_dropped", MAX_DROPPED)
     weighted = config.get("weighted_loss", True)
-    table = vote_table(path, columns, config.get("leave_out"), weighted, csv_escape=config.get("csv_escape"))
-    votes, dropped = votes_of(table, None, engine.feedback, max_dropped)
+    leave_out, csv_escape, table = config.get("leave_out"), config.get("csv_escape"), None
+    if by := config.get("sources"):
+        votes, source, dropped = read_by_source(
+            path, by, engine.feedback, columns, max_dropped, leave_out, weighted, True, csv_escape
+        )
+        votes = balanced(votes, source, config.get("source_balance", 1.0))
+    else:
+        table = vote_table(path, columns, leave_out, weighted, csv_escape=csv_escape)
+        votes, dropped = votes_of(table, None, engine.feedback, max_dropped)
     if config.get("val_data_path"):
         if part != "validation":
             raise ValueError(f"{engine.folder}: trained with val_data_path, nothing was held out: use the part 'validation'")
-        validation = vote_table(config["val_data_path"], columns, None, weighted, csv_escape=config.get("csv_escape"))
+        validation = vote_table(config["val_data_path"], columns, None, weighted, csv_escape=csv_escape)
         held_out, dropped = votes_of(validation, votes.models, engine.feedback, max_dropped)
         _check_unseen(config, part, held_out, config["val_data_path"], engine.folder)
         return Sources(held_out.among(engine.models), votes.among(engine.models), None, config, dropped)
@@ -65,7 +73,8 @@ def of_config(engine: Engine, part: Part, costs: Catalog | None) -> Sources:
     if chosen is None:
         raise ValueError(f"{engine.folder}: its training config has no {part} prompts: give votes to evaluate on (--votes)")
     _check_unseen(config, part, chosen, path, engine.folder)
-    return Sources(chosen, parts.training, scores_of(engine, (table, chosen), (table, parts.training), costs), config, dropped)
+    scores = scores_of(engine, (table, chosen), (table, parts.training), costs) if table else None
+    return Sources(chosen, parts.training, scores, config, dropped)
 
 
 def _check_unseen(config: dict[str, Any], part: Part, votes: Votes, path: str | Sequence[str], folder: Path) -> None:

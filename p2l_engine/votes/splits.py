@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import unicodedata
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -32,22 +33,28 @@ def split(
     votes: Votes,
     held_out: float,
     validation: float = 0.0,
-    by: Literal["prompt", "time"] = "prompt",
+    by: Literal["prompt", "hash", "time"] = "prompt",
     seed: int = 0,
     train_share: float = 1.0,
 ) -> Splits:
-    """held_out: a share of the prompts; validation: a share of the rest. by: at random, reproducible by seed ("prompt"), or the
+    """held_out: a share of the prompts; validation: a share of the rest. by: at random, reproducible by seed ("prompt"); by a
+    hash of the seed and the first turn ("hash"), so that a prompt stays in its part when others are added or left out; or the
     conversations whose first votes are the latest ("time"). train_share: the share of the remaining prompts to train on, at
     random; a smaller share is a subset of a larger one.
 
-    Prompts with the same first turn (but for case and white space) stay together: as prefixes and continuations of one
-    conversation they share most of their text. So a part may have a few prompts less than its share.
+    Prompts with the same first turn (but for case and white space; with "hash" also for punctuation) stay together: as
+    prefixes and continuations of one conversation they share most of their text. So a part may have a few prompts less than
+    its share; with "hash" its size is as chance has it.
 
     Raises ValueError for a split by time of votes without timestamps, and for a share that no whole conversation fits into.
     """
-    kept, last = _cut(votes, held_out, by, seed, "held_out")
-    rest = votes.of(kept)
-    training, chosen_on = _cut(rest, validation, by, seed, "validation")
+    if by == "hash":
+        training, chosen_on, last = _by_hash(votes, held_out, validation, seed)
+        rest = votes
+    else:
+        kept, last = _cut(votes, held_out, by, seed, "held_out")
+        rest = votes.of(kept)
+        training, chosen_on = _cut(rest, validation, by, seed, "validation")
     if train_share < 1:
         order = np.random.default_rng([seed, 1]).permutation(len(training))
         training = sorted(training[i] for i in order[: max(1, round(train_share * len(training)))])
@@ -103,6 +110,31 @@ def check_apart(path: str, votes: Votes, training: Votes) -> None:
 def _opening(prompt: tuple[str, ...]) -> str:
     """A prompt's first turn without differences in case and white space."""
     return " ".join(prompt[0].split()).casefold()
+
+
+def folded(text: str) -> str:
+    """Letters and digits alone, in one case and one form of Unicode (NFKC); the text itself where it has none."""
+    plain = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    return "".join(c for c in plain if unicodedata.category(c)[0] in "LN") or text
+
+
+def _by_hash(votes: Votes, held_out: float, validation: float, seed: int) -> tuple[list[int], list[int], list[int]]:
+    """The prompts to train on, to choose settings on, and held out."""
+    parts: tuple[list[int], list[int], list[int]] = [], [], []
+    for i, prompt in enumerate(votes.prompts):
+        digest = hashlib.sha256(f"{seed}:{folded(prompt[0])}".encode("utf-8", "surrogatepass")).digest()
+        place = int.from_bytes(digest[:8], "big") / 2**64  # uniform in [0, 1]
+        parts[2 if place < held_out else 1 if place < held_out + validation * (1 - held_out) else 0].append(i)
+    for name, share, part in (("held_out", held_out, parts[2]), ("validation", validation, parts[1])):
+        if share and not part:
+            raise ValueError(
+                f"{name}: no hash of the {len(votes.prompts):,} prompts falls into a share of {share:g}: expected a larger one"
+            )
+    if not parts[0]:
+        raise ValueError(
+            "held_out, validation: expected shares that leave prompts to train on; the hashes of all fall into the two"
+        )
+    return parts
 
 
 def _cut(votes: Votes, share: float, by: str, seed: int, name: str) -> tuple[list[int], list[int]]:

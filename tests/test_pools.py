@@ -1,0 +1,108 @@
+"""train/sources.py: score tables of several sources pooled into one, and training on them."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from p2l_engine.feedback import feedback_model
+from p2l_engine.train import sources
+from p2l_engine.train.config import TrainConfig
+from p2l_engine.train.data import load
+from p2l_engine.votes.by_source import read_by_source
+
+ORIGIN = {"origin": "https://example.org", "license": "MIT"}
+
+
+def written(path, rows, header=("prompt", "task", "model", "score")):
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+
+
+def pooled(folder, **options):
+    one = [(f"p{i}", "math", model, int(model == "a")) for i in range(4) for model in "abc"]
+    two = [(f"q{i}", "", model, 0.5, judge) for i in range(3) for model in ("A", "d") for judge in ("j", "k")]
+    written(folder / "one.csv", [*one, ("p0", "math", "rare", 1)])
+    written(folder / "two.csv", [*two, ("alone", "", "lonely", 1, "j")], ("prompt", "task", "model", "score", "judge"))
+    named = {"one": {"path": "one.csv", **ORIGIN}, "two": {"path": "two.csv", "within": ["judge"], **ORIGIN}}
+    (folder / "pool.yaml").write_text(yaml.safe_dump({"sources": named, "names": {"a": ["A"]}, "min_prompts": 2} | options))
+    return folder / "pool.yaml"
+
+
+def test_scores_of_sources_are_pooled(tmp_path):
+    rows, left_out = sources.pool(sources.Pool.load(pooled(tmp_path)), tmp_path)
+    assert left_out == {"rare": 1, "lonely": 0}
+    assert {row.model for row in rows} == {"a", "b", "c", "d"}
+    assert {row.group for row in rows} == {"one", "two/j", "two/k"}
+    assert {row.task for row in rows} == {"one/math", "two"}
+    assert len(rows) == 4 * 3 + 3 * 2 * 2
+    without, _ = sources.pool(sources.Pool.load(pooled(tmp_path, leave_out=["c"])), tmp_path)
+    assert {row.model for row in without} == {"a", "b", "d"}
+
+
+def test_a_model_goes_with_the_models_that_tied_it_to_the_others(tmp_path):
+    written(tmp_path / "one.csv", [(f"p{i}", "", model, 1) for i in range(3) for model in ("a", "b")])
+    written(
+        tmp_path / "two.csv",
+        [("p0", "", "b", 1), ("q0", "", "c", 1), *[(f"r{i}", "", "c", 1) for i in range(3)], ("q0", "", "e", 0)],
+    )
+    named = {name: {"path": f"{name}.csv", **ORIGIN} for name in ("one", "two")}
+    (tmp_path / "pool.yaml").write_text(yaml.safe_dump({"sources": named, "min_prompts": 2}))
+    rows, left_out = sources.pool(sources.Pool.load(tmp_path / "pool.yaml"), tmp_path)
+    assert {row.model for row in rows} == {"a", "b"}
+    assert left_out == {"c": 1, "e": 1}
+
+
+def test_a_pool_is_written_and_trained_on(tmp_path):
+    pooled(tmp_path)
+    arguments = [str(tmp_path / "pool.yaml"), "--data", str(tmp_path)]
+    outputs = []
+    for name in ("one.parquet", "again.parquet"):
+        result = CliRunner().invoke(sources.app, [*arguments, "-o", str(tmp_path / name)])
+        assert result.exit_code == 0, result.output
+        outputs.append((tmp_path / name).read_bytes())
+    assert outputs[0] == outputs[1]
+    assert "left out" in result.output
+    found = pq.read_table(tmp_path / "one.parquet")
+    assert found.column_names == ["prompt", "task", "model", "score", "source"]
+    assert json.loads(found["prompt"][0].as_py()) == ["p0"]
+    config = TrainConfig(
+        proj_name="x", pretrain_model_name="y", learning_rate=1, head_type="rk", loss_type="grk",
+        train_data_path=str(tmp_path / "one.parquet"), sources="source", source_balance=0.5,
+        held_out=0.2, split_by="hash",
+    )  # fmt: skip
+    parts = load(config)
+    votes, _, _ = read_by_source(config.train_data_path, "source", feedback_model("grk"), answers_once=True)
+    assert len(votes) == 4 * 3 + 3 * 2
+    assert len(parts.training) + len(parts.held_out) == len(votes)
+    assert set(parts.training.category) <= {"one/math", "two"}
+    with pytest.raises(ValueError, match="source_balance: expected 1 where sources is not given"):
+        TrainConfig.model_validate(config.model_dump() | {"sources": None})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"names": {"a": ["Z"]}}, "names, leave_out: expected models of the sources, found none named Z"),
+        ({"leave_out": ["z"]}, "found none named z"),
+        ({"names": {"a": ["b"], "c": ["b"]}}, "names: expected each name of a source once, got twice b"),
+        ({"names": {"a": ["b"]}}, "one.csv: row 1: a second score of 'a' on the same prompt of one"),
+        ({"sources": {"one": {"path": "none.csv", **ORIGIN}}}, "none.csv"),
+        ({"sources": {}}, "sources: "),
+        ({"prices": {}}, "prices: "),
+        ({"sources": {"one": {"path": "one.csv", "within": ["judge"], **ORIGIN}}}, "expected the columns judge"),
+    ],
+)
+def test_what_is_wrong_in_a_pool_is_named(tmp_path, change, message):
+    pooled(tmp_path, **change)
+    result = CliRunner().invoke(
+        sources.app, [str(tmp_path / "pool.yaml"), "--data", str(tmp_path), "-o", str(tmp_path / "o.parquet")]
+    )
+    assert result.exit_code == 1
+    assert message in " ".join(result.output.split())
+    assert not (tmp_path / "o.parquet").exists()

@@ -1,0 +1,204 @@
+"""Score tables of several sources as one: python -m p2l_engine.train.sources POOL.yaml --data FOLDER -o OUT.parquet.
+
+The table has the columns prompt, task, model, score and source. Training reads it with ``sources: source``: scores compare
+within one source only, since two sources grade differently.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import typer
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from rich.console import Console
+from rich.table import Table as TextTable
+
+from p2l_engine.tables.atomic import write_file
+from p2l_engine.tables.turns import cell_turns
+from p2l_engine.tables.whole import read_table
+from p2l_engine.unique_keys import parsed
+from p2l_engine.votes.cells import number
+
+COLUMNS = ("prompt", "task", "model", "score", "source")
+
+
+class SourceOptions(BaseModel):
+    """One source. path: relative to the data's folder. origin, license: for the model card. within: columns within whose values
+    alone scores compare, such as the judge."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: str
+    origin: str
+    license: str
+    within: list[str] = []
+
+
+class Pool(BaseModel):
+    """What is pooled. names: for each model the other names under which sources have it; models of other names, other versions
+    among them, are other models. leave_out: models. min_prompts: models with fewer prompts that they share with another model
+    are left out."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sources: Annotated[dict[str, SourceOptions], Field(min_length=1)]
+    names: dict[str, list[str]] = {}
+    leave_out: list[str] = []
+    min_prompts: Annotated[int, Field(ge=1)] = 1
+
+    @classmethod
+    def load(cls, path: Path) -> Pool:
+        """Reads a YAML file. Raises ValueError that names each unknown, missing or invalid key, and OSError."""
+        try:
+            return cls.model_validate(parsed(path.read_text(encoding="utf-8")))
+        except ValidationError as error:
+            lines = [f"{'.'.join(map(str, e['loc'])) or 'pool'}: {e['msg']}, got {e['input']!r:.80}" for e in error.errors()]
+            raise ValueError(f"{path}: " + "; ".join(lines)) from None
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreRow:
+    """One score. group: the source, and the values of its columns ``within``."""
+
+    prompt: tuple[str, ...]
+    task: str
+    model: str
+    score: float
+    group: str
+
+
+def pool(options: Pool, data: Path) -> tuple[list[ScoreRow], dict[str, int]]:
+    """The scores of all sources, and the models that were left out with the number of prompts that they share with another.
+
+    Raises ValueError for a row that is invalid, a second score of a model on a prompt within a source, and a name of ``names``
+    or ``leave_out`` that no source has.
+    """
+    canonical = {other: name for name, others in options.names.items() for other in others}
+    if repeated := [name for name, count in Counter(n for o in options.names.values() for n in o).items() if count > 1]:
+        raise ValueError(f"names: expected each name of a source once, got twice {', '.join(sorted(repeated))}")
+    rows: list[ScoreRow] = []
+    seen: set[str] = set()
+    for name, source in options.sources.items():
+        rows += _rows(name, source, data, canonical, seen)
+    unknown = sorted({*canonical, *options.leave_out} - seen)
+    if unknown:
+        raise ValueError(f"names, leave_out: expected models of the sources, found none named {', '.join(unknown)}")
+    rows = [row for row in rows if row.model not in options.leave_out]
+    return _connected(rows, options.min_prompts)
+
+
+def _rows(name: str, source: SourceOptions, data: Path, canonical: Mapping[str, str], seen: set[str]) -> list[ScoreRow]:
+    """The rows of one source. Adds the names of its models, as it has them, to ``seen``."""
+    table = read_table(data / source.path, {*COLUMNS[:4], *source.within}).with_numbers_as_text()
+    if missing := [column for column in ("prompt", "model", "score", *source.within) if column not in table.columns]:
+        raise ValueError(f"{table.shown}: expected the columns {', '.join(missing)}; it has {', '.join(table.names)}")
+    tasks = table.columns.get("task", [None] * len(table))
+    within = [table.columns[column] for column in source.within]
+    found: dict[tuple[tuple[str, ...], str, str], ScoreRow] = {}
+    turns: dict[Any, tuple[str, ...]] = {}
+    for i in range(len(table)):
+        cell, model, score = table.columns["prompt"][i], table.columns["model"][i], number(table.columns["score"][i])
+        if i in table.invalid or not isinstance(model, str) or score is None:
+            raise ValueError(f"{table.located(i)}: expected a prompt, the name of a model and a finite score")
+        seen.add(model)
+        if not isinstance(cell, str) or cell not in turns:
+            try:
+                parsed_cell = cell_turns(cell)
+            except ValueError as error:
+                raise ValueError(f"{table.located(i)}: {error}") from None
+            if isinstance(cell, str):
+                turns[cell] = parsed_cell
+        else:
+            parsed_cell = turns[cell]
+        group = "/".join([name, *(str(column[i]) for column in within)])
+        row = ScoreRow(parsed_cell, f"{name}/{tasks[i]}" if tasks[i] else name, canonical.get(model, model), score, group)
+        if found.setdefault((row.prompt, row.model, group), row) is not row:
+            raise ValueError(f"{table.located(i)}: a second score of {row.model!r} on the same prompt of {group}")
+    return list(found.values())
+
+
+def _connected(rows: list[ScoreRow], least: int) -> tuple[list[ScoreRow], dict[str, int]]:
+    """Without the models that share fewer than ``least`` prompts with another model that stays."""
+    left_out: dict[str, int] = {}
+    while True:
+        on: defaultdict[tuple[tuple[str, ...], str], list[str]] = defaultdict(list)
+        for row in rows:
+            on[row.prompt, row.group].append(row.model)
+        prompts: dict[str, set[tuple[str, ...]]] = {row.model: set() for row in rows}
+        for (prompt, _), models in on.items():
+            if len(models) > 1:
+                for model in models:
+                    prompts[model].add(prompt)
+        few = {model: len(prompts[model]) for model in prompts if len(prompts[model]) < least}
+        if not few:
+            return rows, left_out
+        left_out |= few
+        rows = [row for row in rows if row.model not in few]
+
+
+def write(rows: list[ScoreRow], path: Path) -> None:
+    """Writes the table as parquet, byte-identical for equal rows."""
+    ordered = sorted(rows, key=lambda row: (row.group, row.prompt, row.model))
+    text = {turns: json.dumps(turns, ensure_ascii=False) for turns in {row.prompt for row in ordered}}
+    columns = {
+        "prompt": [text[row.prompt] for row in ordered],
+        "task": [row.task for row in ordered],
+        "model": [row.model for row in ordered],
+        "score": pa.array([row.score for row in ordered], pa.float64()),
+        "source": [row.group for row in ordered],
+    }
+    stream = io.BytesIO()
+    pq.write_table(pa.table(columns), stream, compression="zstd")
+    write_file(path, stream.getbuffer())
+
+
+def summary(rows: list[ScoreRow], options: Pool, left_out: Mapping[str, int]) -> TextTable:
+    """Prompts, models and scores by source, and the models that were left out."""
+    table = TextTable("source", "license", "prompts", "models", "scores", title="Pooled scores")
+    for name, source in options.sources.items():
+        own = [row for row in rows if row.group.split("/")[0] == name]
+        counts = (len({row.prompt for row in own}), len({row.model for row in own}), len(own))
+        table.add_row(name, source.license, *(f"{count:,}" for count in counts))
+    total = (len({row.prompt for row in rows}), len({row.model for row in rows}), len(rows))
+    table.add_row("all", "", *(f"{count:,}" for count in total))
+    if left_out:
+        table.caption = (
+            f"left out, as they share under {options.min_prompts:,} prompts with another model: {len(left_out)} models"
+        )
+    return table
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    definition: Annotated[Path, typer.Argument(metavar="POOL.yaml", help="Which sources, and under which names.")],
+    data: Annotated[Path, typer.Option(help="The folder of the sources' files.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The parquet file to write.")],
+) -> None:
+    """Pools score tables of several sources into one table to train on."""
+    try:
+        options = Pool.load(definition)
+        rows, left_out = pool(options, data)
+        write(rows, output)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    Console().print(summary(rows, options, left_out))
+    print(f"wrote {output}")
+
+
+if __name__ == "__main__":
+    app()
