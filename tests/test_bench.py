@@ -39,9 +39,12 @@ from bench import (
     reading,
     real_budgets,
     replay_coverage,
+    router_rows,
+    routers,
     serving,
     serving_faults,
     setting,
+    simple_routers,
     solvers,
     spend_limits,
     spilled,
@@ -172,7 +175,7 @@ def test_mistakes_are_errors_of_one_line(monkeypatch, capsys, tmp_path):
     [
         "adapting", "answer_cache", "batch", "conversation_costs", "coverage", "decided_again", "demo", "exploration",
         "kernels", "latency", "leaderboards", "learner", "learning_curve", "lengths", "online", "overload", "propensities",
-        "published_server", "reading", "real_budgets", "replay_coverage", "screenshots", "seeds", "serve_demo", "serving",
+        "published_server", "reading", "real_budgets", "replay_coverage", "routers", "screenshots", "seeds", "serve_demo", "serving",
         "serving_faults", "solvers", "spend_limits", "startup", "streams", "throughput", "training",
     ],
 )  # fmt: skip
@@ -557,3 +560,81 @@ def test_coverage_of_replay_runs_to_the_end(tmp_path, monkeypatch):
     assert len(rows) == 3 * len(replay_coverage.PAIRS)
     assert {row["estimator"] for row in rows} == {"dr", "snips", "ips"}
     assert {row["refused"] for row in rows if "softmax" in row["pair"]} == {"1"}
+
+
+def scored_world(rng, n=240):
+    """Six models whose scores depend on features; each of two sources lacks one of them."""
+    features = rng.normal(size=(n, 8))
+    chance = 1 / (1 + np.exp(-features @ rng.normal(size=(8, 6)) - rng.normal(size=6)))
+    scores = (rng.random((n, 6)) < chance).astype(float)
+    source = np.where(np.arange(n) % 2 == 0, "one", "two")
+    scores[source == "one", 0] = scores[source == "two", 5] = np.nan
+    task = np.where(features[:, 0] > 0, "high", "low")
+    return simple_routers.Scored(features, scores, source, task), chance
+
+
+@pytest.mark.slow
+def test_simple_routers_learn_from_scores_with_gaps(rng, monkeypatch):
+    monkeypatch.setattr(simple_routers, "PATIENCE", 2)
+    world, chance = scored_world(rng)
+    parts = [np.arange(k, 240, 3) for k in range(3)]
+    predicted = simple_routers.predictions(*(world.of(rows) for rows in parts))
+    test = world.of(parts[2])
+    assert all(np.isfinite(values).all() and values.shape == (80, 6) for values in predicted.values())
+    train, of = world.of(parts[0]), world.source[parts[0]] == "one"
+    assert predicted["source"][np.flatnonzero(test.source == "one")[0], 1] == pytest.approx(train.scores[of, 1].mean())
+    assert simple_routers.error(predicted["ridge"], test.scores) < simple_routers.error(predicted["source"], test.scores)
+    rows = {(row.router, row.source): row for row in router_rows.compare(predicted | {"truth": chance[parts[2]]}, test)}
+    assert rows["source", "all"].points == 0
+    assert rows["ridge", "all"].points > 0
+    assert rows["oracle", "all"].score == pytest.approx(np.nanmax(test.scores, 1).mean())
+    assert {source for _, source in rows} == {"all", "one", "two"}
+    total = sum(rows["knn", s].score * rows["knn", s].prompts for s in ("one", "two"))
+    assert rows["knn", "all"].score == pytest.approx(total / 80)
+
+
+def test_hulls_and_areas(rng):
+    points = rng.random((40, 2))
+    found = router_rows.hull(points)
+    assert (np.diff(found, axis=0) > 0).all()
+    assert (np.diff(np.diff(found[:, 1]) / np.diff(found[:, 0])) < 0).all()
+    on = np.interp(points[:, 0], found[:, 0], found[:, 1])
+    assert (points[:, 1] <= on + 1e-12).all()
+    assert router_rows.area(np.array([[0.5, 0.25], [1.0, 0.75]]), 2.0) == pytest.approx((0.25 + 0.75) / 2)
+    assert router_rows.arena(0.7, 0.0044) == pytest.approx(1.1 * 0.7 / (0.1 * 0.7 + 1))
+    assert router_rows.arena(0.7, 200) == 0
+
+
+def test_a_curve_reaches_the_cheapest_and_the_best_choice(rng):
+    world, chance = scored_world(rng)
+    costs = np.tile(np.geomspace(1e-4, 1e-2, 6), (240, 1))
+    rows, hulls = router_rows.curves({"source": chance.mean(0) + 0 * chance, "truth": chance}, world, costs)
+    cheapest = np.where(np.isfinite(world.scores), costs, np.inf).min(1).mean()
+    assert hulls["truth"][0, 0] == pytest.approx(cheapest)
+    assert {row.router for row in rows} == {"truth", "mixture"}
+    assert rows[0].aiq > rows[1].aiq
+
+
+@pytest.mark.slow
+def test_routers_run_to_the_end(tmp_path, monkeypatch, capsys):
+    rows = [
+        {"prompt": f'["Question {i} of {source}?"]', "task": "t", "model": model, "score": float((i + m) % 2), "source": source}
+        for i in range(40)
+        for source in ("one", "two")
+        for m, model in enumerate(("x", "y", "z"))
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pool.parquet")
+    monkeypatch.setattr(
+        routers, "backbone_states", lambda base, prompts, *_: np.random.default_rng(0).normal(size=(len(prompts), 4))
+    )
+    monkeypatch.setattr(routers, "theta_of", lambda name, models, prompts, _: np.zeros((len(prompts), len(models))))
+    models = {name: {"cost": cost} for name, cost in zip("xyz", (1e-4, 1e-3, 1e-2), strict=True)}
+    (tmp_path / "catalog.yaml").write_text(yaml.safe_dump({"unit": "USD", "models": models}))
+    arguments = ["pool.parquet", "--catalog", "catalog.yaml", "--csv", "rows.csv", "--plot", "curves.svg"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["routers", *arguments])
+    routers.main()
+    with open("rows.csv", newline="") as file:
+        found = list(csv.DictReader(file))
+    assert {row["router"] for row in found} >= {"source", "task", "ridge", "knn", "mlp", "mf", "default", "oracle", "mixture"}
+    assert (tmp_path / "curves.svg").stat().st_size > 1000

@@ -49,7 +49,7 @@ def split(
     Raises ValueError for a split by time of votes without timestamps, and for a share that no whole conversation fits into.
     """
     if by == "hash":
-        training, chosen_on, last = _by_hash(votes, held_out, validation, seed)
+        training, chosen_on, last = hashed(votes.prompts, held_out, validation, seed)
         rest = votes
     else:
         kept, last = _cut(votes, held_out, by, seed, "held_out")
@@ -118,17 +118,20 @@ def folded(text: str) -> str:
     return "".join(c for c in plain if unicodedata.category(c)[0] in "LN") or text
 
 
-def _by_hash(votes: Votes, held_out: float, validation: float, seed: int) -> tuple[list[int], list[int], list[int]]:
-    """The prompts to train on, to choose settings on, and held out."""
+def hashed(
+    prompts: Sequence[tuple[str, ...]], held_out: float, validation: float, seed: int = 0
+) -> tuple[list[int], list[int], list[int]]:
+    """The indices of the prompts to train on, to choose settings on, and held out, by hash: see ``split``, which raises the
+    same errors."""
     parts: tuple[list[int], list[int], list[int]] = [], [], []
-    for i, prompt in enumerate(votes.prompts):
+    for i, prompt in enumerate(prompts):
         digest = hashlib.sha256(f"{seed}:{folded(prompt[0])}".encode("utf-8", "surrogatepass")).digest()
         place = int.from_bytes(digest[:8], "big") / 2**64  # uniform in [0, 1]
         parts[2 if place < held_out else 1 if place < held_out + validation * (1 - held_out) else 0].append(i)
     for name, share, part in (("held_out", held_out, parts[2]), ("validation", validation, parts[1])):
         if share and not part:
             raise ValueError(
-                f"{name}: no hash of the {len(votes.prompts):,} prompts falls into a share of {share:g}: expected a larger one"
+                f"{name}: no hash of the {len(prompts):,} prompts falls into a share of {share:g}: expected a larger one"
             )
     if not parts[0]:
         raise ValueError(

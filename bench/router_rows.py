@@ -1,0 +1,125 @@
+"""Routers by the true scores of what they choose, and their curves of cost and quality: the rows of ``bench.routers``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from bench.simple_routers import Float64, Scored
+
+LEAST = 30  # held-out prompts of a source, for a row of its own
+
+
+@dataclass(frozen=True, slots=True)
+class RouterRow:
+    """One router on one source: mean true score, gain over the best single model in points, and its standard error."""
+
+    router: str
+    source: str
+    prompts: int
+    score: float
+    points: float
+    error: float
+
+
+@dataclass(frozen=True, slots=True)
+class CurveRow:
+    """One router's cost-quality curve: its area, its score without a limit and that at a fifth of the cost of the best single
+    model; RouterArena's score."""
+
+    router: str
+    aiq: float
+    score: float
+    cost: float
+    at_a_fifth: float
+    arena: float
+
+
+def chosen(predicted: Float64, scores: Float64) -> npt.NDArray[np.int64]:
+    """[N]: the model with the highest prediction among those that have a score."""
+    return np.asarray(np.where(np.isfinite(scores), predicted, -np.inf).argmax(1))
+
+
+def compare(predicted: Mapping[str, Float64], test: Scored, single: str = "source") -> list[RouterRow]:
+    """Each router's row for every source and for all together, and the oracle's. predicted: [N, M] for each router; single: the
+    one that others are compared with."""
+    rows = np.arange(len(test.scores))
+    got = {name: test.scores[rows, chosen(values, test.scores)] for name, values in predicted.items()}
+    got["oracle"] = np.nanmax(test.scores, 1)
+    found = []
+    sources = [name for name in sorted(set(test.source.tolist())) if (test.source == name).sum() >= LEAST]
+    for source in ["all", *sources]:
+        of = np.ones(len(rows), bool) if source == "all" else test.source == source
+        for name, score in got.items():
+            gain = 100 * (score[of] - got[single][of])
+            error = gain.std(ddof=1) / math.sqrt(len(gain)) if len(gain) > 1 else 0.0
+            found.append(RouterRow(name, source, int(of.sum()), float(score[of].mean()), float(gain.mean()), float(error)))
+    return found
+
+
+def curve(predicted: Float64, scores: Float64, costs: Float64) -> Float64:
+    """[K, 2]: mean cost and mean true score at every price of money, by falling price. predicted, scores, costs [N, M]."""
+    there = np.isfinite(scores)
+    spread = np.where(there, costs, np.nan)
+    scale = (np.nanmax(predicted) - np.nanmin(predicted)) / max(float(np.nanmedian(spread)), 1e-300)
+    prices = np.concatenate([[0.0], scale * np.geomspace(1e-6, 1e6, 241)])
+    rows, points = np.arange(len(scores)), []
+    for price in prices:
+        taken = chosen(predicted - price * costs, scores)
+        points.append((costs[rows, taken].mean(), scores[rows, taken].mean()))
+    return np.unique(np.array(points), axis=0)
+
+
+def hull(points: Float64) -> Float64:
+    """The vertices [K, 2] of the upper concave hull that does not fall, from the least cost on."""
+    found: list[tuple[float, float]] = []
+    for x, y in sorted(map(tuple, points.tolist())):
+        if found and (y <= found[-1][1] and x >= found[-1][0]):
+            continue
+        while found and x <= found[-1][0]:
+            found.pop()
+        while len(found) > 1 and _below(found[-2], found[-1], (x, y)):
+            found.pop()
+        found.append((x, y))
+    return np.array(found)
+
+
+def _below(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]) -> bool:
+    """Whether b is not above the line from a to c."""
+    return (b[1] - a[1]) * (c[0] - a[0]) <= (c[1] - a[1]) * (b[0] - a[0])
+
+
+def area(points: Float64, highest: float) -> float:
+    """The area under a hull up to the cost ``highest``, where its last score holds, divided by ``highest``."""
+    x, y = np.append(points[:, 0], max(highest, points[-1, 0])), np.append(points[:, 1], points[-1, 1])
+    return float(np.trapezoid(y, x) / highest)
+
+
+def arena(score: float, usd: float) -> float:
+    """RouterArena's score of a mean score and the USD of 1,000 prompts."""
+    cheap = (math.log2(200) - math.log2(min(max(usd, 0.0044), 200))) / (math.log2(200) - math.log2(0.0044))
+    return 1.1 * score * cheap / (0.1 * score + cheap) if cheap else 0.0
+
+
+def curves(
+    predicted: Mapping[str, Float64], test: Scored, costs: Float64, single: str = "source"
+) -> tuple[list[CurveRow], dict[str, Float64]]:
+    """Each router's row, with the mixture of single models, and their hulls. costs [N, M] in USD a prompt."""
+    rows = np.arange(len(test.scores))
+    best = chosen(predicted[single], test.scores)
+    limit = costs[rows, best].mean() / 5
+    hulls = {name: hull(curve(values, test.scores, costs)) for name, values in predicted.items() if name != single}
+    hulls["mixture"] = hull(curve(predicted[single], test.scores, costs))
+    highest = max(float(points[-1, 0]) for points in hulls.values())
+    found = []
+    for name, points in hulls.items():
+        at = float(np.interp(limit, points[:, 0], points[:, 1])) if limit >= points[0, 0] else math.nan
+        cost, score = points[-1]
+        found.append(
+            CurveRow(name, area(points, highest), float(score), float(cost), at, arena(float(score), 1000 * float(cost)))
+        )
+    return found, hulls

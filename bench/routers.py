@@ -1,0 +1,199 @@
+"""Routers on prompts that they never saw, by the true scores of what they choose.
+
+    python -m p2l_engine.train.sources train/pools/default.yaml --data ../shared/data -o pool.parquet
+    python -m bench.routers pool.parquet --checkpoint default --csv bench/results/routers.csv --plot docs/routers.svg
+
+The pool is split by hash as in training: 10% of the prompts are held out, 10% of the rest are for choosing settings. Each
+router predicts every model's score, and chooses among those that have a score on the prompt. Compared: the best single model of
+the prompt's source and the best model of its task; ridge regression, nearest neighbours, a perceptron and matrix factorisation
+on hidden states of the untrained backbone (``bench.simple_routers``); the checkpoint; and the oracle. Gains are over the best
+single model, with their standard errors; "all" is the mean over prompts.
+
+With a catalog (--catalog) also the cost-quality curves: the choice maximises predicted score less price times cost, at every
+price.
+AIQ is the area under the upper hull of (cost, score), divided by the highest cost of any router and model (RouterBench,
+https://arxiv.org/abs/2403.12031); "mixture" is the hull of the single models. RouterArena's score
+(https://arxiv.org/abs/2510.00202) is 1.1 A C / (0.1 A + C), with A the mean score without a limit, and C the cost of 1,000
+prompts in USD on a logarithmic scale: 0 at 200, 1 at 0.0044.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from bench.router_rows import CurveRow, RouterRow, compare, curves
+from bench.setting import positive
+from bench.setting import run as run_main
+from bench.simple_routers import Float64, Scored, predictions
+from p2l_engine import Catalog, Engine, plotting
+from p2l_engine.evaluation import features
+from p2l_engine.learning import hidden
+from p2l_engine.tables.turns import cell_turns
+from p2l_engine.tables.whole import read_table
+from p2l_engine.votes.splits import hashed
+
+
+@dataclass(frozen=True, slots=True)
+class Pooled:
+    """A pool's prompts by source, with their parts: training, validation, held out."""
+
+    prompts: list[tuple[str, ...]]
+    models: tuple[str, ...]
+    scores: Float64
+    source: npt.NDArray[np.str_]
+    task: npt.NDArray[np.str_]
+    parts: tuple[list[int], list[int], list[int]]
+
+    def scored(self, features: Float64, part: int) -> Scored:
+        """One part, with the features [N, D] of all."""
+        rows = np.array(self.parts[part], np.int64)
+        return Scored(features, self.scores, self.source, self.task).of(rows)
+
+
+def read_pool(path: Path, held_out: float = 0.1, validation: float = 0.1) -> Pooled:
+    """A table of ``p2l_engine.train.sources``."""
+    table = read_table(path, ("prompt", "task", "model", "score", "source"))
+    models = tuple(sorted(set(table.columns["model"])))
+    column = {model: m for m, model in enumerate(models)}
+    place: dict[tuple[str, str], int] = {}
+    task: list[str] = []
+    found: list[tuple[int, int, float]] = []
+    for prompt, kind, model, score, source in zip(
+        *(table.columns[c] for c in ("prompt", "task", "model", "score", "source")), strict=True
+    ):
+        row = place.setdefault((prompt, source), len(place))
+        if row == len(task):
+            task.append(kind)
+        found.append((row, column[model], score))
+    scores = np.full((len(place), len(models)), np.nan)
+    rows, columns, values = zip(*found, strict=True)
+    scores[list(rows), list(columns)] = values
+    prompts = [cell_turns(prompt) for prompt, _ in place]
+    sources = np.array([source for _, source in place])
+    return Pooled(prompts, models, scores, sources, np.array(task), hashed(prompts, held_out, validation))
+
+
+def costs_of(catalog: Catalog, models: tuple[str, ...]) -> Float64:
+    """[M]: the catalog's cost of each model in USD a prompt."""
+    cost = {model.name: model.cost for model in catalog.models}
+    if missing := sorted(set(models) - set(cost)):
+        raise ValueError(f"catalog: expected a cost for each model of the pool, found none for {', '.join(missing)}")
+    return np.array([cost[model] for model in models])
+
+
+def theta_of(name: str, models: tuple[str, ...], prompts: list[tuple[str, ...]], console: Console) -> Float64:
+    """A checkpoint's coefficients [N, M]; -inf for models that it does not know."""
+    engine = Engine.from_pretrained(name)
+    with progress(console, name, len(prompts)) as advance:
+        _, coefficients = features.hidden_states(engine, prompts, advance)
+    found = np.full((len(prompts), len(models)), -np.inf)
+    for m, model in enumerate(models):
+        if model in engine.models:
+            found[:, m] = coefficients.theta[:, engine.models.index(model)]
+    return found
+
+
+def backbone_states(base: str, prompts: list[tuple[str, ...]], max_tokens: int, console: Console) -> Float64:
+    """The hidden states [N, D] of a backbone that was not trained, kept in the user's cache."""
+    engine = Engine(features.frozen(base, {}), max_tokens=max_tokens)
+    with progress(console, base, len(prompts)) as advance:
+        return hidden.hidden_states(engine, prompts, hidden.cache_folder(), advance).astype(np.float64)
+
+
+@contextmanager
+def progress(console: Console, name: str, total: int) -> Iterator[Callable[[int], object]]:
+    """A bar for the prompts that a backbone reads."""
+    with Progress(console=console) as bar:
+        task = bar.add_task(f"{name}: prompts", total=total)
+        yield lambda count: bar.advance(task, count)
+
+
+def show(found: Sequence[RouterRow], console: Console) -> None:
+    """The mean scores and gains by source."""
+    table = Table(
+        "router",
+        *dict.fromkeys(f"{row.source} ({row.prompts:,})" for row in found),
+        title="Mean true score, and points over the best single model (s.e.)",
+    )
+    for name in dict.fromkeys(row.router for row in found):
+        table.add_row(name, *(f"{row.score:.4f} {row.points:+.1f} ({row.error:.1f})" for row in found if row.router == name))
+    console.print(table)
+
+
+def draw(hulls: Mapping[str, Float64], path: Path) -> None:
+    """The routers' hulls: mean true score by mean cost, on a logarithmic axis."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    colours = [plotting.BLUE, plotting.ORANGE, plotting.YELLOW, plotting.GREY, "black"]
+    for i, (name, points) in enumerate(hulls.items()):
+        axes.plot(*points.T, color=colours[i % 5], linestyle=("-", "--", ":")[i // 5 % 3], label=name)
+    axes.set(xscale="log", xlabel="mean cost of a prompt, USD", ylabel="mean true score")
+    axes.legend(frameon=False)
+    plotting.save(figure, path)
+
+
+def main() -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pool", type=Path, help="a table of p2l_engine.train.sources")
+    parser.add_argument("--checkpoint", nargs="*", default=["default"], help="folders, hub names or 'default'")
+    parser.add_argument("--features", default="builtin/smollm2-135m-instruct", help="the backbone of the simple routers")
+    parser.add_argument("--max-tokens", type=positive, default=384, help="of a prompt that the simple routers read")
+    parser.add_argument("--part", choices=("validation", "held-out"), default="validation", help="held-out: once, at the end")
+    parser.add_argument("--catalog", type=Path, help="costs in USD a prompt, for the curves")
+    parser.add_argument("--csv", type=Path, help="also write the rows here")
+    parser.add_argument("--plot", type=Path, help="also draw the curves here")
+    args = parser.parse_args()
+    if args.plot and not args.catalog:
+        raise ValueError("--plot: the curves need costs: give --catalog")
+    console, pool = Console(), read_pool(args.pool)
+    states = backbone_states(args.features, pool.prompts, args.max_tokens, console)
+    training, validation, held_out = (pool.scored(states, part) for part in range(3))
+    test, part = (validation, 1) if args.part == "validation" else (held_out, 2)
+    predicted = predictions(training, validation, test)
+    for name in args.checkpoint:
+        predicted[name] = theta_of(name, pool.models, [pool.prompts[i] for i in pool.parts[part]], console)
+    found = compare(predicted, test)
+    show(found, console)
+    written: list[RouterRow | CurveRow] = [*found]
+    if args.catalog:
+        costs = np.tile(costs_of(Catalog.from_yaml(args.catalog), pool.models), (len(test.scores), 1))
+        rows, hulls = curves(predicted, test, costs)
+        table = Table("router", "AIQ", "score", "USD a prompt", "score at a fifth", "RouterArena")
+        for row in rows:
+            table.add_row(
+                row.router, f"{row.aiq:.4f}", f"{row.score:.4f}", f"{row.cost:.3g}", f"{row.at_a_fifth:.4f}", f"{row.arena:.4f}"
+            )
+        console.print(table)
+        if args.plot:
+            draw(hulls, args.plot)
+        written += rows
+    if args.csv:
+        write(args.csv, written)
+
+
+def write(path: Path, rows: Sequence[RouterRow | CurveRow]) -> None:
+    """The rows of both kinds as CSV, with the columns that a kind lacks left empty."""
+    names = list(dict.fromkeys(name for row in rows for name in asdict(row)))
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in asdict(row).items()})
+
+
+if __name__ == "__main__":
+    run_main(main)
