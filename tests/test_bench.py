@@ -175,8 +175,8 @@ def test_mistakes_are_errors_of_one_line(monkeypatch, capsys, tmp_path):
     [
         "adapting", "answer_cache", "batch", "conversation_costs", "coverage", "decided_again", "demo", "exploration",
         "kernels", "latency", "leaderboards", "learner", "learning_curve", "lengths", "online", "overload", "propensities",
-        "published_server", "reading", "real_budgets", "replay_coverage", "routers", "screenshots", "seeds", "serve_demo", "serving",
-        "serving_faults", "solvers", "spend_limits", "startup", "streams", "throughput", "training",
+        "published_server", "reading", "real_budgets", "replay_coverage", "routers", "screenshots", "seeds", "serve_demo",
+        "serving", "serving_faults", "solvers", "spend_limits", "startup", "streams", "throughput", "training",
     ],
 )  # fmt: skip
 def test_every_benchmark_has_help(name, monkeypatch, capsys):
