@@ -14,7 +14,7 @@ from p2l_engine.decision_log.record import Preference, Record
 from p2l_engine.decision_log.store import Said
 from p2l_engine.feedback import FeedbackModel, Outcome
 from p2l_engine.votes import Votes
-from p2l_engine.votes.scores import outcomes
+from p2l_engine.votes.scores import ANSWER, outcomes
 
 SCORES = 200  # of one prompt, the newest, that a new one is compared with
 LABEL = "a label"
@@ -29,7 +29,7 @@ OUTCOMES: dict[Preference, Outcome] = {
 
 class Lesson(NamedTuple):
     """One vote. number, since: of the feedback that gives it, and when that came, seconds since 1970. prompt: the hash of its
-    turns; turns: themselves, where they were logged."""
+    turns; turns: themselves, where they were logged. weight: less than 1 where an answer is in several votes."""
 
     number: int
     prompt: str
@@ -38,6 +38,7 @@ class Lesson(NamedTuple):
     b: str
     outcome: Outcome
     since: float
+    weight: float = 1.0
 
 
 def lessons(
@@ -46,7 +47,9 @@ def lessons(
     """The votes that follow from what was said, in its order, and how much of it is none, by reason.
 
     A preference is a vote. A score is one against the newest score of each other model on the same prompt, as in a table of
-    scores. What repeats something that was said of the same decision is none. models: that votes may be on.
+    scores; k answers weigh k / 2 votes together, as there: each brings half a vote, shared by the votes that it makes, and the
+    first one's half comes with the second. What repeats something that was said of the same decision is none. models: that
+    votes may be on.
     """
     ids = {each.feedback.decision for each in said} | {each.feedback.against for each in said if each.feedback.against}
     records = log.decisions(sorted(ids))
@@ -58,7 +61,7 @@ def lessons(
         if first.get(content(each.feedback), each.number) < each.number:
             skipped[REPEATED] += 1
             continue
-        votes = _votes(each, records, log)
+        votes = _votes(each, records, log, models)
         if isinstance(votes, str):
             skipped[votes] += 1
             continue
@@ -69,7 +72,7 @@ def lessons(
     return found, skipped
 
 
-def _votes(said: Said, records: Mapping[str, Record], log: DecisionLog) -> list[Lesson] | str:
+def _votes(said: Said, records: Mapping[str, Record], log: DecisionLog, models: Collection[str]) -> list[Lesson] | str:
     """The votes of one feedback, or why there is none."""
     each, record = said.feedback, records.get(said.feedback.decision)
     if each.label is not None:
@@ -83,10 +86,14 @@ def _votes(said: Said, records: Mapping[str, Record], log: DecisionLog) -> list[
         return [_lesson(said, record, answering(record), answering(other), OUTCOMES[each.preference])]
     if (why := no_answer(record)) is not None:
         return why
-    own, found = answering(record), []
-    for model, score in _scores(log, record, said.number).items():
-        if model != own:
-            found.append(_lesson(said, record, own, model, Outcome(int(outcomes(each.score or 0.0, score)))))
+    own, newest = answering(record), _scores(log, record, said.number)
+    others = {model: score for model, score in newest.items() if model != own}
+    learned = [model for model in newest if model in models]
+    weight = ANSWER / max(len([model for model in learned if model != own]), 1) + (ANSWER if len(learned) == 1 else 0.0)
+    found = [
+        _lesson(said, record, own, model, Outcome(int(outcomes(each.score or 0.0, score))), weight)
+        for model, score in others.items()
+    ]
     return found or ALONE
 
 
@@ -100,8 +107,8 @@ def _scores(log: DecisionLog, record: Record, number: int) -> dict[str, float]:
     return found
 
 
-def _lesson(said: Said, record: Record, a: str, b: str, outcome: Outcome) -> Lesson:
-    return Lesson(said.number, record.turns_hash, record.turns, a, b, outcome, said.feedback.time)
+def _lesson(said: Said, record: Record, a: str, b: str, outcome: Outcome, weight: float = 1.0) -> Lesson:
+    return Lesson(said.number, record.turns_hash, record.turns, a, b, outcome, said.feedback.time, weight)
 
 
 def _unusable(vote: Lesson, models: Collection[str], feedback: FeedbackModel) -> str | None:
@@ -116,4 +123,5 @@ def as_votes(found: Sequence[Lesson], models: Sequence[str]) -> tuple[Votes, lis
     place, index = ({name: i for i, name in enumerate(names)} for names in (prompts, models))
     rows = [(place[each.prompt], index[each.a], index[each.b], int(each.outcome)) for each in found]
     prompt, a, b, outcome = np.array(rows, np.int64).reshape(-1, 4).T
-    return Votes.make([(prompt,) for prompt in prompts], models, prompt, a, b, outcome), prompts
+    weight = np.array([each.weight for each in found], np.float64)
+    return Votes.make([(prompt,) for prompt in prompts], models, prompt, a, b, outcome, weight), prompts

@@ -16,6 +16,7 @@ from p2l_engine.votes.cells import number
 from p2l_engine.votes.votes import Votes
 
 SCORES = ("prompt", "model", "score")
+ANSWER = 0.5  # votes that a scored answer brings, whatever the number of answers that it is compared with
 
 
 def score_matrix(
@@ -79,7 +80,7 @@ def from_scores(
     """One vote for every pair of models with scores on a prompt, see ``outcomes``. scores [P, M], NaN where there is none.
 
     wanted: the models' order. answers_once: the votes on a prompt with k scores weigh 1 / (k - 1), so that each answer, which
-    is in k - 1 of them, counts once; else each vote weighs 1."""
+    is in k - 1 of them, counts once, and all together weigh k / 2; else each vote weighs 1."""
     if wanted is not None:
         if set(wanted) != set(models):
             raise ValueError(f"models: expected {sorted(wanted)}, got {sorted(models)}")
@@ -92,6 +93,6 @@ def from_scores(
     weight = None
     if answers_once:
         count = np.isfinite(scores).sum(1)
-        weight = np.repeat(1 / np.maximum(count - 1, 1), len(i))
+        weight = np.repeat(2 * ANSWER / np.maximum(count - 1, 1), len(i))
     votes = Votes.make(prompts, models, np.repeat(np.arange(n), len(i)), *pairs, outcome.ravel(), weight)
     return votes if np.isfinite(scores).all() else votes.where(np.isfinite(a + b).ravel())
