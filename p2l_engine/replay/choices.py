@@ -1,9 +1,8 @@
-"""What could have been chosen on each row of a table, and how probably: candidates, logging policies and propensities."""
+"""Reads what could have been chosen on each row of a table, and how probably: candidates, logging policies, propensities."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -11,23 +10,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from p2l_engine.replay.columns import MOST, POLICY, Int64, first, lists, numbers
-from p2l_engine.replay.logged import Bools
+from p2l_engine.replay.logged import Bools, Choices
 from p2l_engine.replay.mixture import Float64, Mixture
 
 ROUNDING = 1e-6  # by which probabilities may be off
 NAMES = pa.list_(pa.string())
-
-
-class Choices(NamedTuple):
-    """Of N rows, over the U models that they name; as in ``LoggedDecisions``."""
-
-    models: tuple[str, ...]
-    chosen: npt.NDArray[np.int32]
-    propensity: Float64
-    error: Float64
-    logged: Mixture | None
-    known: Bools
-    allowed: Bools | None
 
 
 def read_choices(table: pa.Table, names: pa.Array, path: str | Path, rows: Int64) -> Choices:

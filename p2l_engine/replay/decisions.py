@@ -58,8 +58,9 @@ def read_decisions(
     prompt, keys, of_prompts = _prompts(table, ids.take(pa.array(rows)) if ids is not None else None, rows, path)
     own = _own_reward(table, path, rows)
     log = LoggedDecisions(
-        *of, reward=own, cost=cost, real=real, prompt=prompt, keys=keys, texts=of_prompts, session=_session(table, path),
-        rates=_rates(table, of.models, prompt), left_out=left_out,
+        of.models, of.chosen, of.propensity, of.error, of.logged, of.known, of.allowed, reward=own, cost=cost, real=real,
+        prompt=prompt, keys=keys, texts=of_prompts, session=_session(table, path), rates=_rates(table, of.models, prompt),
+        left_out=left_out,
     )  # fmt: skip
     if not np.isnan(own).all() and (scores is not None or feedback is not None):
         raise ValueError(f"{path}: has rewards of its own (column reward or score): expected no feedback or scores beside them")

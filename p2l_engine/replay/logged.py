@@ -19,16 +19,12 @@ Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class LoggedDecisions:
-    """N decisions over the U models that the log names.
+class Choices:
+    """What could have been chosen on each of N rows, over the U models that the log names.
 
     chosen [N]: the drawn model; propensity [N]: with which probability, in (0, 1]; error [N]: an upper bound on its standard
-    error, 0 where it is exact. logged: the logging policy; None: not known;
-    known [N]: whether it says the same as the propensity. allowed [N, U]: which models could take the request; None: all.
-    reward [N]: NaN without feedback. cost [N]: NaN unknown; real [N]: whether it was really spent. prompt [N]: number of the
-    row's prompt; keys [P] and texts [P] (None: not logged) of prompts. session [N]: number of the row's session; None: no
-    sessions. rates [P, U]: the models' win rates by the log's own coefficients, NaN unknown; None: it has none. left_out: rows
-    and feedback that were not used, by reason.
+    error, 0 where it is exact. logged: the logging policy; None: not known; known [N]: whether it says the same as the
+    propensity. allowed [N, U]: which models could take the request; None: all.
     """
 
     models: tuple[str, ...]
@@ -38,6 +34,21 @@ class LoggedDecisions:
     logged: Mixture | None
     known: Bools
     allowed: Bools | None
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoggedDecisions(Choices):
+    """N decisions, and what became of them.
+
+    reward [N]: NaN without feedback. cost [N]: NaN unknown; real [N]: whether it was really spent. prompt [N]: number of the
+    row's prompt; keys [P] and texts [P] (None: not logged) of prompts. session [N]: number of the row's session; None: no
+    sessions. rates [P, U]: the models' win rates by the log's own coefficients, NaN unknown; None: it has none. left_out: rows
+    and feedback that were not used, by reason.
+    """
+
     reward: Float64
     cost: Float64
     real: Bools
@@ -48,9 +59,6 @@ class LoggedDecisions:
     of: str = "score"
     rates: Rates | None = None
     left_out: Counter[str] = field(default_factory=Counter)
-
-    def __len__(self) -> int:
-        return len(self.chosen)
 
     @property
     def clusters(self) -> list[Int64]:
