@@ -243,5 +243,4 @@ def test_times_as_spark_stores_them(tmp_path):
     assert read_columns(path, ["time"]).column("time").to_pylist() == times
     ticks = pa.array([0, 1], pa.timestamp("ns"))
     pq.write_table(pa.table({"time": ticks}), path, use_deprecated_int96_timestamps=True)
-    with pytest.raises(ValueError, match=r"log.parquet: row 1: column 'time': expected times in microseconds .* got nano"):
-        read_columns(path, ["time"])
+    assert read_columns(path, ["time"]).column("time").combine_chunks().equals(ticks)

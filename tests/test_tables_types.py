@@ -434,37 +434,49 @@ def test_times_as_spark_stores_them_are_right_or_refused(tmp_path):
     assert len(votes) == 3
     ticks = pa.array([1577836800000000001, 1577836800000000000, -1], pa.timestamp("ns"))
     pq.write_table(pa.table({"prompt": ["p"] * 3, "t": ticks}), tmp_path / "fine.parquet", use_deprecated_int96_timestamps=True)
-    rows, problems = kept(tmp_path / "fine.parquet")
-    assert list(problems) == [0, 2]
-    assert problems[0].startswith("column 't': expected times in microseconds where they are stored as INT96: got nanoseconds")
-    assert list(read_table(tmp_path / "fine.parquet", ["t"]).invalid) == [0, 2]
+    (chunk,) = read_rows(find([str(tmp_path / "fine.parquet")]), "prompt")
+    assert not chunk.problems
+    assert chunk.kept.column("t").combine_chunks().equals(ticks)
+    table = read_table(tmp_path / "fine.parquet", ["t"])
+    assert not table.invalid
+    assert [pd.Timestamp(time).value for time in table.columns["t"]] == ticks.cast("int64").to_pylist()
 
 
 @given(
     names=st.lists(st.sampled_from(["t", "t.at", "t.at.x", "a", "a.t", ".", "é"]), min_size=2, max_size=4, unique=True),
     kinds=st.lists(st.sampled_from(["time", "object", "list", "map"]), min_size=4, max_size=4),
     ticks=st.lists(st.sampled_from([None, 0, 1000, 1001, -1]), min_size=4, max_size=4),
+    far=st.booleans(),
 )
-@example(names=["t.at", "t"], kinds=["time"] * 4, ticks=[1001, 0, 0, 0])
+@example(names=["t.at", "t"], kinds=["time"] * 4, ticks=[1001, 0, 0, 0], far=True)
+@example(names=["t.at", "t"], kinds=["object", "list"] * 2, ticks=[1001, -1, 0, 0], far=False)
 @settings(deadline=None, max_examples=40)
-def test_times_in_nanoseconds_are_found_in_columns_of_any_name(names, kinds, ticks, tmp_path):
-    time = pa.timestamp("ns")
-    columns = {
-        name: {
+def test_times_in_nanoseconds_are_right_unless_others_are_beyond_them(names, kinds, ticks, far, tmp_path):
+    def columns(unit, ticks):
+        time = pa.timestamp(unit)
+        make = {
             "time": lambda tick: pa.array([tick], time),
             "object": lambda tick: pa.array([{"at": tick}], pa.struct([("at", time)])),
             "list": lambda tick: pa.array([[tick, None]], pa.list_(time)),
             "map": lambda tick: pa.array([[("t", tick)]], pa.map_(pa.string(), time)),
-        }[kind](tick)
-        for name, kind, tick in zip(names, kinds, ticks, strict=False)
-    }
-    pq.write_table(pa.table({"prompt": ["p"], **columns}), tmp_path / "in.parquet", use_deprecated_int96_timestamps=True)
+        }
+        return {name: make[kind](tick) for name, kind, tick in zip(names, kinds, ticks, strict=False)}
+
+    stored, years = columns("ns", ticks), columns("us", [253370764800000000] * 4)
+    given_ = [tmp_path / "in.parquet", *([tmp_path / "far.parquet"] if far else [])]
+    for path, some in zip(given_, (stored, years), strict=False):
+        pq.write_table(pa.table({"prompt": ["p"], **some}), path, use_deprecated_int96_timestamps=True)
     odd = [name for name, tick in zip(names, ticks, strict=False) if tick is not None and tick % 1000]
-    _, problems = kept(tmp_path / "in.parquet")
-    assert [any(f"column {name!r}: " in problems.get(0, "") for name in odd)] == [bool(odd)]
-    assert len(read_table(tmp_path / "in.parquet", names).invalid) == bool(odd)
+    assert not read_table(tmp_path / "in.parquet", names).invalid
+    chunks = list(read_rows(find(map(str, given_)), "prompt"))
+    assert [any(f"column {name!r}: " in chunks[0].problems.get(0, "") for name in odd)] == [bool(odd) and far]
+    assert [dict(chunk.problems) for chunk in chunks[1:]] == [{}] * far
     for name in names:
-        assert len(kept(tmp_path / "in.parquet", keep=[name])[1]) == (name in odd)
+        assert chunks[0].kept.column(name).null_count == ((name in odd and far) or stored[name].null_count)
+        if far:
+            assert chunks[1].kept.column(name).combine_chunks().equals(years[name])
+        elif name in odd:
+            assert chunks[0].kept.column(name).combine_chunks().equals(stored[name])
 
 
 @given(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from p2l_engine.tables.formats import FORMATS, Reader, kind_of
 from p2l_engine.tables.partitions import check_partitions, with_columns, with_fields
-from p2l_engine.tables.rows import MIXED, EmptyFileError, Rows, listed, readable, unreadable, unreadable_error
+from p2l_engine.tables.rows import BEYOND, FINE, MIXED, EmptyFileError, Rows, listed, readable, unreadable, unreadable_error
 from p2l_engine.tables.storage import File
 
 if TYPE_CHECKING:
@@ -134,6 +134,8 @@ def _common(heads: Sequence[tuple[File, pa.Schema]], column: str, keep: Sequence
     from p2l_engine.tables.common_types import always_exact, common_type, conflict, with_text_for_nulls
 
     types, first = dict[str, pa.DataType](), dict[str, File]()
+    beyond = {field.name for _, schema in heads for field in schema if BEYOND in (field.metadata or {})}
+    heads = [(file, _without_nanoseconds(schema, beyond)) for file, schema in heads]
     for file, schema in heads:
         for field in schema:
             known = types.get(field.name, pa.null())
@@ -160,6 +162,17 @@ def _common(heads: Sequence[tuple[File, pa.Schema]], column: str, keep: Sequence
         if inexact:
             _check_exact(file, column, schema, pa.schema([common.field(name) for name in inexact]))
     return common
+
+
+def _without_nanoseconds(schema: pa.Schema, beyond: set[str]) -> pa.Schema:
+    """With microseconds in columns of INT96 times of which other files have years that nanoseconds do not hold: rows with
+    nanoseconds cannot be stored then."""
+    from p2l_engine.tables.common_types import in_unit
+
+    for i, field in enumerate(schema):
+        if field.name in beyond and FINE in (field.metadata or {}):
+            schema = schema.set(i, field.with_type(in_unit(field.type, "us")))
+    return schema
 
 
 def _check_exact(file: File, column: str, own: pa.Schema, common: pa.Schema) -> None:

@@ -83,6 +83,13 @@ def with_text_for_nulls(kind: pa.DataType) -> pa.DataType:
     return with_inner(kind, lambda field: field.with_type(with_text_for_nulls(field.type)))
 
 
+def in_unit(kind: pa.DataType, unit: str) -> pa.DataType:
+    """The type with this unit of all timestamps."""
+    if pa.types.is_timestamp(kind):
+        return pa.timestamp(unit, kind.tz)
+    return with_inner(kind, lambda field: field.with_type(in_unit(field.type, unit)))
+
+
 def always_exact(kind: pa.DataType, common: pa.DataType) -> bool:
     """Whether every value of a type is one of a ``common_type`` of it: integers beyond 2**53 are no floats, those below 0 need
     a sign, and the range of times in a fine unit is short."""

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from p2l_engine.tables.common_types import as_nullable, common_type, in_unit
 from p2l_engine.tables.rows import (
     AT_ONCE,
     AT_ONCE_BYTES,
+    BEYOND,
+    FINE,
     InvalidRow,
     Rows,
     ValueRows,
@@ -21,32 +25,59 @@ from p2l_engine.tables.rows import (
     wanted_columns,
 )
 from p2l_engine.tables.storage import File
-from p2l_engine.tables.typed import REMEDY
+from p2l_engine.tables.typed import REMEDY, typed_table
 
-NANOSECONDS = InvalidRow("expected times in microseconds where they are stored as INT96", "got nanoseconds")
+INT96 = "where times are stored as INT96"
+NANOSECONDS = InvalidRow(f"expected microseconds {INT96}, beside years before 1678 or after 2261", "got nanoseconds")
+YEARS = InvalidRow(f"expected the years 1678 to 2261 {INT96}, beside nanoseconds", "got another")
+
+
+class FineTimes(NamedTuple):
+    """A column of times of which some have nanoseconds: the column in nanoseconds, in which years before 1678 and after 2261
+    wrap around; these rows; and the rows that are no microseconds."""
+
+    column: pa.ChunkedArray
+    beyond: list[int]
+    inexact: list[int]
 
 
 def schema(file: File, column: str, keep: Sequence[str] | None) -> pa.Schema:
-    """See ``formats.Reader``."""
+    """See ``formats.Reader``. Times that are stored as INT96 are microseconds, or nanoseconds where a file has them and no year
+    that these do not hold: such columns are read for it."""
     with _opened(file) as opened:
         found = opened.schema_arrow
-    return pa.schema([found.field(name) for name in wanted_columns(file, found.names, column, keep)])
+        fields = {name: found.field(name) for name in wanted_columns(file, found.names, column, keep)}
+        int96 = sorted(_int96_columns(file, opened).intersection(fields))
+        beyond, fine = set[str](), dict[str, pa.DataType]()
+        for _, table, times in _tables(file, opened, int96) if int96 else ():
+            fine |= {name: each.column.type for name, each in times.items()}
+            others = [name for name in int96 if name not in beyond]
+            beyond |= {name for name in others if (times[name].beyond if name in times else _beyond(table.column(name)))}
+    for name in beyond:
+        fields[name] = fields[name].with_metadata({BEYOND: b""})
+    for name in fine.keys() - beyond:
+        fields[name] = fields[name].with_type(fine[name]).with_metadata({FINE: b""})
+    return pa.schema(list(fields.values()))
 
 
-def rows(file: File, column: str, keep: Sequence[str] | None, _: pa.Schema) -> Iterator[Rows]:
+def rows(file: File, column: str, keep: Sequence[str] | None, schema: pa.Schema) -> Iterator[Rows]:
     """See ``formats.Reader``."""
     with _opened(file) as opened:
         total = opened.metadata.num_rows
         wanted = wanted_columns(file, opened.schema_arrow.names, column, keep) if total else []
         columns = [column, *(name for name in wanted if name != column)]
-        for first, table, inexact in _tables(file, opened, columns):
-            read = (first + len(table)) / total
-            problems = {row: f"column {name!r}: {NANOSECONDS.why}{REMEDY}" for name in inexact for row in inexact[name]}
-            yield Rows(file, first, column_values(table.column(column)), table.select(wanted), read, problems)
+        for first, table, fine in _tables(file, opened, columns):
+            prompts, problems = column_values(table.column(column)), dict[int, str]()
+            for name in fine:
+                if name in schema.names:
+                    table, odd = _of_type(table, name, fine[name], schema.field(name).type)
+                    problems |= odd
+            yield Rows(file, first, prompts, table.select(wanted), (first + len(table)) / total, problems)
 
 
 def values(file: File, names: Collection[str]) -> Iterator[ValueRows]:
-    """See ``formats.Reader``. A row is invalid where a time is not exact, or beyond the year 9999."""
+    """See ``formats.Reader``. A row is invalid where a time is beyond the year 9999, or one has nanoseconds and another a year
+    that these do not hold."""
     with _opened(file) as opened:
         found = opened.schema_arrow.names
         columns = [name for name in found if name in names]
@@ -54,11 +85,15 @@ def values(file: File, names: Collection[str]) -> Iterator[ValueRows]:
         yield ValueRows(found, [])
         if not columns:
             yield ValueRows(found, [{}] * opened.metadata.num_rows)
-        for first, table, inexact in _tables(file, opened, columns) if columns else ():
+        for first, table, fine in _tables(file, opened, columns) if columns else ():
             check_text(file, range(first, first + len(table)), table)
             dicts = row_dicts(table, columns)
-            for row in {row for rows in inexact.values() for row in rows}:
-                dicts[row] = NANOSECONDS
+            for name, times in fine.items():
+                exact = row_dicts(pa.table({name: times.column}), [name])
+                for row in times.inexact:
+                    one, other = dicts[row], NANOSECONDS if row in times.beyond else exact[row]
+                    if isinstance(one, dict):
+                        dicts[row] = one | other if isinstance(other, dict) else other
             yield ValueRows(found, dicts)
 
 
@@ -69,7 +104,8 @@ def names_of(file: File) -> list[str]:
 
 
 def whole(file: File, names: Collection[str]) -> pa.Table:
-    """The columns ``names`` that the file has, in memory. Raises ValueError with the row where a time is not exact."""
+    """The columns ``names`` that the file has, in memory. Raises ValueError with the row where times of a column are stored as
+    INT96, one has nanoseconds, and one is of a year that these do not hold."""
     with _opened(file) as opened:
         found = opened.schema_arrow.names
         columns = [name for name in found if name in names]
@@ -79,9 +115,10 @@ def whole(file: File, names: Collection[str]) -> pa.Table:
     if int96:
         with _opened(file, "ns") as again:
             exact = again.read(int96)
-        for name in int96:
-            for row in _different(table.column(name).combine_chunks(), exact.column(name).combine_chunks()):
-                raise ValueError(f"{file.shown}: row {row}: column {name!r}: {NANOSECONDS.why}")
+        for name, times in _fine_times(table, exact).items():
+            if times.beyond:
+                raise ValueError(f"{file.shown}: row {times.inexact[0]}: column {name!r}: {NANOSECONDS.why}")
+            table = table.set_column(table.column_names.index(name), name, times.column)
     return table
 
 
@@ -92,8 +129,8 @@ def _opened(file: File, unit: str = "us") -> Iterator[pq.ParquetFile]:
         yield pq.ParquetFile(stream, pre_buffer=False, buffer_size=1 << 20, coerce_int96_timestamp_unit=unit)
 
 
-def _tables(file: File, opened: pq.ParquetFile, columns: Sequence[str]) -> Iterator[tuple[int, pa.Table, dict[str, list[int]]]]:
-    """A few rows at a time, the number of the first, and by column the rows whose times are not exact."""
+def _tables(file: File, opened: pq.ParquetFile, columns: Sequence[str]) -> Iterator[tuple[int, pa.Table, dict[str, FineTimes]]]:
+    """A few rows at a time, the number of the first, and by name the columns whose times are not all microseconds."""
     first, int96 = 0, sorted(_int96_columns(file, opened).intersection(columns))
     with _opened(file, "ns") if int96 else nullcontext() as again:
         for group in range(opened.num_row_groups):
@@ -101,9 +138,8 @@ def _tables(file: File, opened: pq.ParquetFile, columns: Sequence[str]) -> Itera
             at_once = max(1, min(AT_ONCE, AT_ONCE_BYTES * about.num_rows // max(about.total_byte_size, 1)))
             fine = iter(() if again is None else again.iter_batches(at_once, row_groups=[group], columns=int96))
             for batch in opened.iter_batches(at_once, row_groups=[group], columns=columns):
-                exact = next(fine) if int96 else None
-                inexact = {name: _different(batch.column(name), exact.column(name)) for name in int96} if exact else {}
-                yield first, pa.Table.from_batches([batch]), inexact
+                table = pa.Table.from_batches([batch])
+                yield first, table, _fine_times(table, pa.Table.from_batches([next(fine)])) if int96 else {}
                 first += len(batch)
 
 
@@ -116,7 +152,28 @@ def _int96_columns(file: File, opened: pq.ParquetFile) -> set[str]:
         return {field.name for field, fine in pairs if not field.type.equals(fine.type)}
 
 
-def _different(coarse: pa.Array, fine: pa.Array) -> list[int]:
-    """The rows whose times in nanoseconds are not those in microseconds: both wrap around alike."""
-    wrapped = coarse.cast(fine.type, safe=False)
-    return [] if wrapped.equals(fine) else [i for i in range(len(fine)) if not wrapped[i : i + 1].equals(fine[i : i + 1])]
+def _fine_times(coarse: pa.Table, fine: pa.Table) -> dict[str, FineTimes]:
+    """The columns whose times in nanoseconds are not those in microseconds: both wrap around alike."""
+    found = dict[str, FineTimes]()
+    for name in fine.column_names:
+        column, exact = coarse.column(name).combine_chunks(), fine.column(name).combine_chunks()
+        wrapped = column.cast(exact.type, safe=False)
+        if not wrapped.equals(exact):
+            inexact = [i for i in range(len(exact)) if not wrapped[i : i + 1].equals(exact[i : i + 1])]
+            found[name] = FineTimes(fine.column(name), _beyond(coarse.column(name)), inexact)
+    return found
+
+
+def _beyond(column: pa.ChunkedArray) -> list[int]:
+    """The rows with times, in microseconds, that nanoseconds do not hold."""
+    return sorted(typed_table(pa.table({"": column}), pa.schema([("", in_unit(column.type, "ns"))]))[1])
+
+
+def _of_type(table: pa.Table, name: str, times: FineTimes, kind: pa.DataType) -> tuple[pa.Table, dict[int, str]]:
+    """The table with a column of times as one that its type can hold; why rows are null in it that this does not."""
+    is_fine = common_type(kind, times.column.type) == as_nullable(kind)
+    column, odd, why = (times.column, times.beyond, YEARS) if is_fine else (table.column(name), times.inexact, NANOSECONDS)
+    left = set(odd)
+    column = column.take(pa.array([None if i in left else i for i in range(len(column))], pa.int64()))
+    problems = {row: f"column {name!r}: {why.why}{REMEDY}" for row in odd}
+    return table.set_column(table.column_names.index(name), name, column), problems

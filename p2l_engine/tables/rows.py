@@ -14,6 +14,7 @@ from p2l_engine.tables.storage import File
 if TYPE_CHECKING:
     import pyarrow as pa
 
+BEYOND, FINE = b"beyond", b"fine"  # metadata of a column of INT96: has years that nanoseconds do not hold; has nanoseconds
 MIXED = b"mixed"  # metadata of a file's schema: the places in its columns with values of several kinds
 AT_ONCE, AT_ONCE_BYTES = 512, 8 << 20  # rows that are read together, fewer where they are longer
 
