@@ -124,6 +124,22 @@ def test_source_columns_can_be_left_out_and_names_of_the_outputs_own_are_refused
         run(router, BatchConfig([given], str(tmp_path / "capital"), source=False))
 
 
+def test_names_that_differ_in_capital_letters_alone_are_named(router, tmp_path, caplog):
+    """Also of the keys of objects, in lists and maps, and of a folder; DuckDB renames them."""
+    objects = pa.array([{"a": 1, "b": 2, "B": [{"ß": 3, "SS": 4}]}] * 150)
+    maps = pa.array([[("k", {"x": 1, "X": 2})]] * 150, pa.map_(pa.string(), pa.struct([("x", pa.int64()), ("X", pa.int64())])))
+    (tmp_path / "ID=7").mkdir()
+    given = write(tmp_path / "ID=7" / "in.parquet", o=objects, m=maps)
+    run(router, BatchConfig([str(tmp_path / "ID=7")], str(tmp_path / "none"), keep=["id"]))
+    run(router, BatchConfig([given], str(tmp_path / "requests"), split_by="model", write_as="openai-batch"))
+    assert "capital letters" not in caplog.text
+    run(router, BatchConfig([str(tmp_path / "ID=*")], str(tmp_path / "out"), keep=["id", "ID", "o", "m"]))
+    said = "and DuckDB renames: id and ID, m.value.x and m.value.X, o.B.ß and o.B.SS, o.b and o.B"
+    assert f"{said}; --keep names the columns to keep" in caplog.text
+    columns = duckdb.sql(f"select * from '{tmp_path}/out/*.parquet'").columns
+    assert columns[:2] == ["id", "ID_1"]
+
+
 def test_files_are_named_as_the_user_would(tmp_path, monkeypatch):
     for name in ("in/a.csv", "in/day/b.csv", "other/a.csv", "in/day/c.csv"):
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)

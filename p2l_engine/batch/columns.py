@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+from collections.abc import Iterable, Iterator
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -51,6 +52,12 @@ def check_columns(config: BatchConfig, kept: pa.Schema, own: tuple[str, ...], wh
             f"keep: the output has columns of its own named {', '.join(taken)}: name the ones to keep, or none (--keep '')"
             + ("; --no-source leaves out source_file and source_row" if source else "")
         )
+    alike = sorted(alike_names(kept))
+    if alike and config.write_as is None:
+        logger.warning(
+            "kept names that differ in capital letters alone, which Spark does not open and DuckDB renames: %s; --keep names "
+            "the columns to keep", ", ".join(alike),
+        )  # fmt: skip
     if config.draw is not None:
         if config.draw not in kept.names:
             raise ValueError(f"draw: expected one of the columns {', '.join(kept.names)}, got {config.draw!r}")
@@ -61,6 +68,21 @@ def check_columns(config: BatchConfig, kept: pa.Schema, own: tuple[str, ...], wh
         unread = not_for_spark(kept)
         if unread:
             logger.info("kept columns that Spark reads from no parquet, with --format jsonl as text: %s", ", ".join(unread))
+
+
+def alike_names(fields: Iterable[pa.Field], place: str = "") -> Iterator[str]:
+    """Names that differ in capital letters alone, of columns and of the keys within each: ``id and ID``."""
+    fields, known = list(fields), dict[str, list[str]]()
+    for field in fields:
+        known.setdefault(field.name.casefold(), []).append(f"{place}{field.name}")
+        kind = field.type
+        inner = [kind.field(i) for i in range(kind.num_fields)] if pa.types.is_nested(kind) else []
+        if pa.types.is_struct(kind):
+            yield from alike_names(inner, f"{place}{field.name}.")
+        else:  # a list's item and a map's key and value have no names of the user's
+            for each in inner:
+                yield from alike_names([each.with_name(field.name)], place)
+    yield from (" and ".join(names) for names in known.values() if len(names) > 1)
 
 
 def _check_writable(where: str, schema: pa.Schema) -> None:
