@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import threading
 from itertools import pairwise
@@ -235,6 +236,20 @@ def test_reports_of_a_run_only_grow(router, tmp_path):
         for name in ("routed", "computed", "repeated", "tokens", "parts", "read", "spend"):
             assert getattr(before, name) <= getattr(after, name)
     assert {"reading", "deduplicating", "spilling", "deciding", "writing"} <= set(reports[-1].seconds)
+
+
+def test_what_is_read_before_the_first_block_is_told(router, tmp_path):
+    rows = "".join(json.dumps({"prompt": prompt, "custom_id": f"{i}"}) + "\n" for i, prompt in enumerate(PROMPTS * 8))
+    (tmp_path / "in").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "in" / f"{name}.jsonl").write_text(rows.replace('id": "', f'id": "{name}'))
+    told = {}
+    config = BatchConfig([str(tmp_path / "in")], str(tmp_path / "out"), split_by="model", write_as="openai-batch")
+    run(router, config, reading=lambda what, share: told.setdefault(what, []).append(share))
+    assert list(told) == ["hashing inputs", "finding the types of kept columns", "checking that each custom_id is another"]
+    assert all(len(shares) >= 4 and shares[-1] == max(shares) == 1.0 for shares in told.values())
+    run(router, config, reading=lambda what, _: told.setdefault(f"{what} again", []))
+    assert list(told)[3:] == ["hashing inputs again"]
 
 
 def test_blocks_are_bounded_by_rows_and_letters(tmp_path, monkeypatch):

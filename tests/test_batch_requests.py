@@ -12,7 +12,7 @@ from hypothesis import given
 
 from p2l_engine import Catalog, Router
 from p2l_engine.batch import BatchConfig, request_files, run
-from p2l_engine.batch.request_files import DistinctIds
+from p2l_engine.batch.request_ids import DistinctIds
 from p2l_engine.batch.requests import endpoint, request_body
 from p2l_engine.catalog import CatalogModel
 from tests.support.batch_files import PROMPTS, contents, output, write
@@ -116,6 +116,7 @@ def test_ids_are_the_inputs_own_and_must_differ(router, tmp_path):
     again = write(tmp_path / "again.jsonl", custom_id=[*ids[:100], ids[3], *ids[101:]])
     with pytest.raises(ValueError, match=r"again.jsonl: row 100: custom_id: 'mine-3' is also an earlier row's, .*--keep ''"):
         run(router, BatchConfig([again], str(tmp_path / "twice"), **OPTIONS))
+    assert not (tmp_path / "twice").exists()  # nothing was computed
     run(router, BatchConfig([again], str(tmp_path / "made"), keep=[], **OPTIONS))
     assert len({line["custom_id"] for lines in requests(tmp_path / "made").values() for line in lines}) == 150
 

@@ -119,7 +119,7 @@ def test_progress_is_lines_where_stderr_is_no_terminal(command, checkpoint, tmp_
     found = p2l_engine(*command.split(), "p.csv", "--checkpoint", checkpoint)
     assert found.status == 0, found.err
     lines = [line for line in found.err.splitlines() if "%: " in line]
-    assert lines[0].startswith("0%: 0 of 12 prompts, 0 s" if "batch" not in command else "100%: 12 rows")
+    assert lines[0].startswith("0%: 0 of 12 prompts, 0 s" if "batch" not in command else "100%: hashing inputs, 0 s")
     assert lines[-1].startswith("100%: 12 of 12 prompts" if "batch" not in command else "100%: 12 rows, 1 parts")
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pyarrow as pa
 
 from p2l_engine.batch.config import ROWS_PER_PART
@@ -18,6 +17,7 @@ from p2l_engine.tables.chunked import read_rows
 from p2l_engine.tables.formats import kind_of
 from p2l_engine.tables.layouts import PromptColumn, prompt_column
 from p2l_engine.tables.nested import object_of
+from p2l_engine.tables.read_share import ReadShare
 from p2l_engine.tables.rows import InvalidRow
 from p2l_engine.tables.storage import File
 from p2l_engine.tables.turns import CHATS, is_chat, listed_in
@@ -88,14 +88,13 @@ def blocks(
     prompt becomes an ``Unroutable``. Raises ValueError with file and row (from 0) where a file cannot be read, or lacks the
     column of prompts, and what ``kept_schema`` raises.
     """
-    sizes = np.array([file.size for file in files], float)
-    before = dict(zip(map(id, files), sizes.cumsum() - sizes, strict=True))
+    share = ReadShare(files)
     where = prompt_column(files, column, plain_text)
     number = first = 0
     begun, read = _BegunBlock(folder, requests), 0.0
     for some in read_rows(files, where.column, keep, schema):
         file, start = some.file, 0
-        read = float((before[id(file)] + some.read * file.size) / max(sizes.sum(), 1.0))
+        read = share.after(file, some.read)
         others = _not_chats(some.kept) if where.cells == "requests" else {}
         for i, cell in enumerate(some.prompts):
             turns, body, problem = turns_of(cell, plain_text, where), None, some.problems.get(i) or others.get(i)

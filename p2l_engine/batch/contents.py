@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import IO, Any
 
+from p2l_engine.tables.read_share import ReadShare, Told, untold
 from p2l_engine.tables.rows import readable
 from p2l_engine.tables.storage import File, Location
 
@@ -31,9 +32,10 @@ class Content:
     seen: tuple[int, ...] | None = None
 
 
-def contents(files: Sequence[File], known: Iterable[Content] = ()) -> list[Content]:
-    """The content of each file, in order. known: what was found earlier, of any files. Raises ValueError for a file that cannot
-    be read."""
+def contents(files: Sequence[File], known: Iterable[Content] = (), told: Told = untold) -> list[Content]:
+    """The content of each file, in order. known: what was found earlier, of any files. told: called with how much was read.
+    Raises ValueError for a file that cannot be read."""
+    share = ReadShare(files)
     hashed = {each.seen: each.digest for each in known if each.seen is not None}
 
     def content(file: File) -> Content:
@@ -46,18 +48,20 @@ def contents(files: Sequence[File], known: Iterable[Content] = ()) -> list[Conte
             digest = hashed.get(seen) if settled else None
             if digest is None:
                 with open(file.location.path, "rb") as opened:
-                    digest = sha256(opened)
+                    digest = sha256(opened, lambda read: told(share.after(file, read / max(file.size, 1))))
+            told(share.after(file, 1.0))
             return Content(file.shown, status.st_size, digest, seen if settled else None)
 
     with ThreadPoolExecutor(AT_THE_SAME_TIME) as pool:
         return list(pool.map(content, files))
 
 
-def sha256(opened: IO[bytes]) -> str:
-    """Of all that is left in a stream."""
-    found = hashlib.sha256()
+def sha256(opened: IO[bytes], told: Told = untold) -> str:
+    """Of all that is left in a stream. told: called with how many bytes were read."""
+    found, read = hashlib.sha256(), 0
     while piece := opened.read(PIECE):
         found.update(piece)
+        told(read := read + len(piece))
     return found.hexdigest()
 
 

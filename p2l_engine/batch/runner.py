@@ -10,7 +10,7 @@ from functools import partial
 from p2l_engine.batch.begin import Begun, begin, check_unclaimed
 from p2l_engine.batch.config import KEPT_BYTES, BatchConfig
 from p2l_engine.batch.identity import compute_signature
-from p2l_engine.batch.job import Job
+from p2l_engine.batch.job import Job, Reading
 from p2l_engine.batch.manifest import write_manifest
 from p2l_engine.batch.parts import check_no_other_parts, mark
 from p2l_engine.batch.pipeline import Pipeline, Workers
@@ -34,6 +34,7 @@ def run(
     restart: bool = False,
     progress: Callable[[Report], object] | None = None,
     workers: Workers | None = None,
+    reading: Reading | None = None,
 ) -> Report:
     """Routes all rows of the inputs into the output folder OUT: parquet parts in the order of the rows, and at last the file
     ``_SUCCESS``. The run's own files, its manifest and coefficients, are in the folder OUT.run beside it.
@@ -42,7 +43,8 @@ def run(
     other decisions are asked for (catalog, budget, kept columns ...), or inputs have been added at the end, coefficients that
     an earlier run left are used again, and its decisions are replaced. The output is byte-identical to that of a new run.
     restart: remove the run in the output folder first. progress: called after each block, from any thread. workers: compute
-    the coefficients instead of the router's engine (``ray.Cluster``).
+    the coefficients instead of the router's engine (``ray.Cluster``). reading: called, from any thread, with what is
+    read before the first block, and how much of it, 0 to 1.
 
     Raises ValueError for inputs that cannot be read, and where the output folder holds anything else or a run of other inputs
     or another checkpoint; InfeasibleBudget or Infeasible for bounds that cannot be met; RuntimeError while another run writes
@@ -56,7 +58,7 @@ def run(
         compute = compute_signature(engine.device.type, engine.dtype, engine.tokens_per_batch)
     else:
         compute = workers.compute
-    job = Job.of(config, router, compute)
+    job = Job.of(config, router, compute, reading or (lambda _what, _share: None))
     if not job.run.exists():
         check_unclaimed(job.output, job.run)  # before a folder is made beside what is not ours
     make_run_folder(job.output, job.run)

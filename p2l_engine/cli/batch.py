@@ -158,7 +158,7 @@ def batch(
         _cluster(engine, checkpoint, ray, ray_workers, device, dtype, tokens_per_batch) as cluster,
         meter() as show,
     ):
-        report = run(router, config, restart, _shown(show), cluster)
+        report = run(router, config, restart, _shown(show), cluster, lambda what, share: show(share, what))
     print_summary(report, router.catalog.unit, Location.of(output).shown, split_by is not None)
     if report.routed < report.rows:
         raise typer.Exit(status_of(report))

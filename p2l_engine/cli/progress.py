@@ -59,16 +59,17 @@ class Lines:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._start = self._shown = time.monotonic()
-        self._pending: str | None = None
+        self._start = self._shown = self._begun = time.monotonic()  # begun: the stage whose share this is
+        self._share, self._pending = 0.0, None  # type: float, str | None
 
     def show(self, share: float, words: str) -> None:
         """Keeps the newest state; prints it where it is time."""
         with self._lock:
             now = time.monotonic()
-            elapsed = now - self._start
-            remaining = f", about {elapsed * (1 - share) / share:,.0f} s left" if 0 < share < 1 else ""
-            self._pending = f"{share:.0%}: {words}, {elapsed:,.0f} s{remaining}"
+            self._begun, self._share = now if share < self._share else self._begun, share
+            left = (now - self._begun) * (1 - share) / share if 0 < share < 1 else 0.0
+            remaining = f", about {left:,.0f} s left" if left else ""
+            self._pending = f"{share:.0%}: {words}, {now - self._start:,.0f} s{remaining}"
             if now - self._shown >= SECONDS:
                 self._print(now)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from p2l_engine.tables.formats import FORMATS, Reader, kind_of
 from p2l_engine.tables.partitions import check_partitions, with_columns, with_fields
+from p2l_engine.tables.read_share import ReadShare, Told, untold
 from p2l_engine.tables.rows import BEYOND, FINE, MIXED, EmptyFileError, Rows, listed, readable, unreadable, unreadable_error
 from p2l_engine.tables.storage import File
 
@@ -49,12 +50,13 @@ def read_rows(
                 raise
 
 
-def kept_schema(files: Sequence[File], column: str, keep: Sequence[str] | None = None) -> pa.Schema:
+def kept_schema(files: Sequence[File], column: str, keep: Sequence[str] | None = None, told: Told = untold) -> pa.Schema:
     """The columns that are kept of all files, with types that hold every value of each: found before hours are spent on the
     first file. A column that a file lacks is null in its rows; files without rows have no say.
 
-    Reads the heads of parquet and csv files, and all rows of jsonl files. Raises ValueError where a file cannot be read or
-    lacks the column of prompts, where no file has a column of ``keep``, or where a column's types have none in common.
+    Reads the heads of parquet and csv files, and all rows of jsonl files. told: called with how much was read. Raises
+    ValueError where a file cannot be read or lacks the column of prompts, where no file has a column of ``keep``, or where a
+    column's types have none in common.
     """
 
     check_partitions(files, keep)
@@ -62,10 +64,13 @@ def kept_schema(files: Sequence[File], column: str, keep: Sequence[str] | None =
     if large > LARGE and keep != []:
         logger.warning("%.1f GB of jsonl are read for the types of the kept columns; --keep '' leaves that out", large / 1e9)
 
+    share = ReadShare(files)
+
     def head(file: File) -> pa.Schema | ValueError | None:
         try:
             with readable(file):
-                schema = reader_of(file).schema(file, column, keep)
+                schema = reader_of(file).schema(file, column, keep, lambda read: told(share.after(file, read)))
+            told(share.after(file, 1.0))
             return None if schema is None else with_fields(file, schema, column, keep)
         except ValueError as error:
             return error

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.csv
 
 from p2l_engine.tables.quotes import DOUBLED, REMEDY, SEEN, Unescaped, problem_of
+from p2l_engine.tables.read_share import Told, untold
 from p2l_engine.tables.rows import (
     AT_ONCE,
     EmptyFileError,
@@ -34,7 +35,7 @@ UNTOLD = re.compile(r"CSV parse error: Row #(\d+): Expected (\d+) columns, got (
 END = "\x1c the end of the file \x1c"  # a cell that no file has
 
 
-def schema(file: File, column: str, keep: Sequence[str] | None) -> pa.Schema:
+def schema(file: File, column: str, keep: Sequence[str] | None, _: Told = untold) -> pa.Schema:
     """See ``formats.Reader``."""
     return pa.schema([(name, pa.string()) for name in wanted_columns(file, _header(file), column, keep)])
 

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 from p2l_engine.tables.compression import COMPRESSED, compression_of, without_compression
+from p2l_engine.tables.read_share import Told, untold
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -18,10 +19,10 @@ if TYPE_CHECKING:
 class Reader(Protocol):
     """The functions of a format's module."""
 
-    def schema(self, file: File, column: str, keep: Sequence[str] | None) -> pa.Schema | None:
+    def schema(self, file: File, column: str, keep: Sequence[str] | None, told: Told = untold) -> pa.Schema | None:
         """The types of the kept columns that the file has, null where it has no values; None for a file without rows, as far as
-        that is known. Reads the head of the file, and all rows where only they tell. Raises ValueError if the column of prompts
-        is missing."""
+        that is known. Reads the head of the file, and all rows where only they tell; then ``told`` is called. Raises
+        ValueError if the column of prompts is missing."""
         ...
 
     def rows(self, file: File, column: str, keep: Sequence[str] | None, schema: pa.Schema) -> Iterator[Rows]:

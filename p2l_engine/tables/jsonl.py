@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from p2l_engine.strict_json import DuplicateKeyError, parsed
+from p2l_engine.tables.read_share import Told, untold
 from p2l_engine.tables.rows import AT_ONCE, AT_ONCE_BYTES, MIXED, InvalidRow, Rows, ValueRows, listed, wanted_columns
 from p2l_engine.tables.storage import File
 
@@ -22,7 +23,7 @@ DOCUMENT = re.compile(
 AS_LINES = "write an object a line: with jq -c '.[]' of a list, or to_json(orient='records', lines=True) of pandas"
 
 
-def schema(file: File, column: str, keep: Sequence[str] | None) -> pa.Schema | None:
+def schema(file: File, column: str, keep: Sequence[str] | None, told: Told = untold) -> pa.Schema | None:
     """See ``formats.Reader``. Reads all rows where columns are kept. Raises ValueError if no value of a column can be stored,
     or the columns have more than ``MAX_PLACES`` different keys."""
     import pyarrow as pa
@@ -31,7 +32,8 @@ def schema(file: File, column: str, keep: Sequence[str] | None) -> pa.Schema | N
 
     shapes, names = dict[str, Shape](), dict[str, None]()
     begun = False
-    for lines, _read in _lines(file):
+    for lines, read in _lines(file):
+        told(read)
         rows = [_parsed(line) for line in lines]
         names |= dict.fromkeys(_names(rows))
         if not begun:

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from p2l_engine.tables.common_types import as_nullable, common_type, in_unit
+from p2l_engine.tables.read_share import Told, untold
 from p2l_engine.tables.rows import (
     AT_ONCE,
     AT_ONCE_BYTES,
@@ -41,7 +42,7 @@ class FineTimes(NamedTuple):
     inexact: list[int]
 
 
-def schema(file: File, column: str, keep: Sequence[str] | None) -> pa.Schema:
+def schema(file: File, column: str, keep: Sequence[str] | None, told: Told = untold) -> pa.Schema:
     """See ``formats.Reader``. Times that are stored as INT96 are microseconds, or nanoseconds where a file has them and no year
     that these do not hold: such columns are read for it."""
     with _opened(file) as opened:
@@ -49,7 +50,8 @@ def schema(file: File, column: str, keep: Sequence[str] | None) -> pa.Schema:
         fields = {name: found.field(name) for name in wanted_columns(file, found.names, column, keep)}
         int96 = sorted(_int96_columns(file, opened).intersection(fields))
         beyond, fine = set[str](), dict[str, pa.DataType]()
-        for _, table, times in _tables(file, opened, int96) if int96 else ():
+        for first, table, times in _tables(file, opened, int96) if int96 else ():
+            told(first / opened.metadata.num_rows)
             fine |= {name: each.column.type for name, each in times.items()}
             others = [name for name in int96 if name not in beyond]
             beyond |= {name for name in others if (times[name].beyond if name in times else _beyond(table.column(name)))}
