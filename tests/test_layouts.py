@@ -190,13 +190,19 @@ def test_a_request_for_no_chat_model_after_many_others_is_an_error_of_its_row(en
     rows[551]["url"] = None
     writer = {"jsonl": write_jsonl, "csv": write_csv, "parquet": WRITERS["arrow.parquet"]}[ending]
     writer(tmp_path / f"in.{ending}", rows)
-    for keep in (None, ["url"]):
+    for keep in (None, ["url"], [], ["custom_id"]):
         problems = {}
         for block in blocks(find([str(tmp_path / f"in.{ending}")]), None, keep):
             problems |= {block.first + row: problem.why for row, problem in block.problems.items()}
+            assert block.kept.column_names == [name for name in ("custom_id", "method", "url") if keep is None or name in keep]
         assert list(problems) == [550]
         assert problems[550].startswith("url: expected a request to a chat model (")
         assert problems[550].endswith("got '/v1/embeddings'")
+    said = {"csv": "expected requests"}.get(ending, "row 550: url: expected a request")  # csv: all 600 are its first ones
+    for read_it in (PromptFile.read, lambda path: read_traffic(path, None, "day")):
+        with pytest.raises(ValueError, match=rf"in.{ending}: {said} to a chat .* '?/v1/embeddings'?[:;] take them out"):
+            read_it(tmp_path / f"in.{ending}")
+    assert len(PromptFile.read(tmp_path / f"in.{ending}", "custom_id").prompts) == 600
 
 
 LATE = {  # each with the name of its column, and a row without it
@@ -302,6 +308,17 @@ def test_votes_have_the_prompts_of_conversations_and_nested_columns(tmp_path):
         read(str(tmp_path / "in.jsonl"), columns={"prompt": "request.x"})
 
 
+def test_a_vote_between_conversations_of_other_user_turns_is_skipped_and_counted(tmp_path):
+    rows = [arena(talk, i) for i, talk in enumerate(TALKS)]
+    rows[1]["conversation_b"] = arena(TALKS[2])["conversation_a"]
+    rows[2]["conversation_b"] = None
+    for name in ("in.jsonl", "in.csv", "arrow.parquet"):
+        WRITERS[name](tmp_path / name, rows)
+        votes, dropped = read(str(tmp_path / name), max_dropped=0.5)
+        assert set(votes.prompts) == {TURNS[0], TURNS[2]}
+        assert dropped.counts == {"conversation_b: expected the user's turns of conversation_a, got others": 1}
+
+
 def test_logs_of_answers_and_of_traffic_have_nested_columns(tmp_path):
     rows = [{**openai_chat(talk, i), "model": "x", "completion_tokens": 5, "time": 1e9 + i} for i, talk in enumerate(TALKS)]
     for name in ("in.jsonl", "in.csv", "polars.parquet"):
@@ -323,7 +340,8 @@ def test_votes_nested_without_end_are_invalid_rows(tmp_path):
     """Python reads JSON to a depth at which other readers of it, which call themselves more often, give up."""
     inner = "x"
     for depth in range(0, 480, 40):
-        rows = [arena(TALKS[0]), arena(TALKS[1]) | {"conversation_a": [{"role": "user", "content": inner}]}]
+        nested = [{"role": "user", "content": inner}]
+        rows = [arena(TALKS[0]), arena(TALKS[1]) | {"conversation_a": nested, "conversation_b": nested}]
         write_jsonl(tmp_path / "in.jsonl", rows)
         votes, dropped = read(str(tmp_path / "in.jsonl"), max_dropped=0.5)
         assert set(votes.prompts) == {TURNS[0], *([("x",)] if not depth else [])}

@@ -13,14 +13,14 @@ from p2l_engine.batch.config import ROWS_PER_PART
 from p2l_engine.batch.json_values import json_text
 from p2l_engine.batch.kept import KeptColumns
 from p2l_engine.batch.requests import request_body
-from p2l_engine.tables.chunked import read_rows
+from p2l_engine.tables.chunked import kept_schema, read_rows
 from p2l_engine.tables.formats import kind_of
 from p2l_engine.tables.layouts import PromptColumn, prompt_column
 from p2l_engine.tables.nested import object_of
 from p2l_engine.tables.read_share import ReadShare
 from p2l_engine.tables.rows import InvalidRow
 from p2l_engine.tables.storage import File
-from p2l_engine.tables.turns import CHATS, is_chat, listed_in
+from p2l_engine.tables.turns import URL, is_chat, listed_in, not_a_chat
 
 AS_IT_IS = PromptColumn()  # a cell that is the prompt
 LETTERS = 32 << 20  # of a block's prompts, beyond which it ends early
@@ -90,12 +90,17 @@ def blocks(
     """
     share = ReadShare(files)
     where = prompt_column(files, column, plain_text)
+    only_read = where.cells == "requests" and keep is not None and URL not in keep
+    if keep is not None and only_read:
+        schema = (kept_schema(files, where.column, keep) if schema is None else schema).append(pa.field(URL, pa.string()))
+        keep = [*keep, URL]
     number = first = 0
     begun, read = _BegunBlock(folder, requests), 0.0
     for some in read_rows(files, where.column, keep, schema):
         file, start = some.file, 0
         read = share.after(file, some.read)
         others = _not_chats(some.kept) if where.cells == "requests" else {}
+        kept = some.kept.drop_columns([URL]) if only_read else some.kept
         for i, cell in enumerate(some.prompts):
             turns, body, problem = turns_of(cell, plain_text, where), None, some.problems.get(i) or others.get(i)
             if requests and not isinstance(turns, Unroutable):
@@ -103,12 +108,12 @@ def blocks(
                 problem = problem or no_body
             begun.add(turns, body, problem, file, some.first + i)
             if len(begun.prompts) == rows or begun.letters >= LETTERS:
-                begun.add_columns(file, some.first + start, some.kept[start : i + 1], i + 1 - start)
+                begun.add_columns(file, some.first + start, kept[start : i + 1], i + 1 - start)
                 yield begun.block(number, first, read)
                 number, first, start = number + 1, first + len(begun.prompts), i + 1
                 begun = _BegunBlock(folder, requests)
         if start < len(some.prompts):
-            begun.add_columns(file, some.first + start, some.kept[start:], len(some.prompts) - start)
+            begun.add_columns(file, some.first + start, kept[start:], len(some.prompts) - start)
     if begun.prompts:
         yield begun.block(number, first, 1.0)
 
@@ -161,13 +166,9 @@ def turns_of(cell: Any, plain_text: bool = False, where: PromptColumn = AS_IT_IS
 
 
 def _not_chats(kept: pa.Table) -> dict[int, str]:
-    """What is wrong with the rows whose request is for no chat model, as far as their urls are kept."""
-    urls = kept.column("url").to_pylist() if "url" in kept.column_names else []
-    return {
-        i: f"url: expected a request to a chat model ({', '.join(CHATS)}), got {url!r:.60}"
-        for i, url in enumerate(urls)
-        if not is_chat(url)
-    }
+    """What is wrong with the rows whose request is for no chat model."""
+    urls = kept.column(URL).to_pylist() if URL in kept.column_names else []
+    return {i: not_a_chat(url) for i, url in enumerate(urls) if not is_chat(url)}
 
 
 def _body(

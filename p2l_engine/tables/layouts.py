@@ -15,13 +15,14 @@ from p2l_engine.tables.nested import MISSING, as_object, object_of, split_column
 from p2l_engine.tables.rows import InvalidRow, listed, readable
 from p2l_engine.tables.storage import File
 from p2l_engine.tables.telling import telling_cells, telling_names, tells
-from p2l_engine.tables.turns import CHATS, OF_REQUESTS, cell_turns, is_chat, listed_in
+from p2l_engine.tables.turns import CHATS, OF_REQUESTS, URL, cell_turns, is_chat, listed_in, not_a_chat
 from p2l_engine.tables.whole import Table, read_table
 
 logger = logging.getLogger(__name__)
 
 Cells = Literal["prompts", "requests", "messages"]
 PROMPT = "prompt"
+OTHER_PROMPTS = "take them out, or name the column of the prompts with --column"
 
 
 class FileLayout(NamedTuple):
@@ -131,7 +132,7 @@ def read_prompts(
     table = read_table(path, (wanted, *also), wanted if bare else None, csv_escape=csv_escape)
     where = PromptColumn(wanted)
     if table.names and (wanted not in table.columns or _layouts_of((wanted,), requests=True)):
-        names = {split_column(wanted, table.names)[0], "url", *(layout.column for layout in LAYOUTS)}
+        names = {split_column(wanted, table.names)[0], URL, *(layout.column for layout in LAYOUTS)}
         head = read_table(path, names, wanted if bare else None, heads=True, csv_escape=csv_escape, again=True)
 
         def cells(name: str) -> Sequence[Any]:
@@ -139,10 +140,14 @@ def read_prompts(
             return first if tells(first) else read_table(path, (name,), csv_escape=csv_escape, again=True).columns.get(name, [])
 
         where, line = recognise(table.names, cells, table.shown, column)
-        if where.column not in table.columns:
+        also = (*also, URL) if where.cells == "requests" else also
+        if {where.column, *also} & set(table.names) - set(table.columns):
             table = read_table(path, (where.column, *also), where.column if bare else None, csv_escape=csv_escape, again=True)
         if line:
             logger.info("%s: %s", table.shown, line)
+        for i, url in enumerate(table.columns.get(URL, []) if where.cells == "requests" else []):
+            if not is_chat(url):
+                raise ValueError(f"{table.located(i)}: {not_a_chat(url)}; {OTHER_PROMPTS}")
     return table, where
 
 
@@ -164,8 +169,8 @@ def recognise(
     if len(fitting) > 1:
         choices = " and ".join(f"{layout.column} ({layout.what})" for layout in fitting)
         raise ValueError(f"{shown}: expected one column of prompts, found {choices}: name one with --column")
-    if "body" in names and "url" in names and not {layout.column for layout in fitting} - {"body"}:
-        _check_chats(shown, cells("url"))
+    if "body" in names and URL in names and not {layout.column for layout in fitting} - {"body"}:
+        _check_chats(shown, cells(URL))
     if not fitting:
         _check_no_python(shown, here)
         raise ValueError(
@@ -262,6 +267,6 @@ def _check_chats(shown: str, urls: Iterable[Any]) -> None:
     others = {url for url in urls if not is_chat(url)}
     if others:
         raise ValueError(
-            f"{shown}: expected requests to a chat model ({', '.join(CHATS)}), got some to {listed(sorted(others))}: take them "
-            "out, or name the column of the prompts with --column"
+            f"{shown}: expected requests to a chat model ({', '.join(CHATS)}), got some to {listed(sorted(others))}: "
+            f"{OTHER_PROMPTS}"
         )

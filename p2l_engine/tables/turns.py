@@ -18,6 +18,7 @@ from p2l_engine.tables.nested import as_object
 HUMAN = ("user", "human")  # the second is ShareGPT's
 USUAL_ROLES = ("user", "assistant", "system")
 CHATS = ("/chat/completions", "/responses", "/messages")  # what the url of a chat model's request has in it
+URL = "url"  # the column of a batch file that says which API a request is for
 OF_REQUESTS = ("messages", "input")  # where the APIs' bodies have the conversation
 # Kinds of parts of a content, and of items of the Responses API that are no messages, beside the calls of tools.
 PARTS = ANTHROPIC | {"text", "refusal", "image_url", "file", "input_audio", "input_text", "input_image", "input_file"}
@@ -55,6 +56,11 @@ def cell_turns(cell: object, plain_text: bool = False, as_served: bool = False) 
 def is_chat(url: object) -> bool:
     """Whether a request's url may be that of a chat model."""
     return not isinstance(url, str) or any(part in url for part in CHATS)
+
+
+def not_a_chat(url: object) -> str:
+    """Why a request with this url has no prompt."""
+    return f"{URL}: expected a request to a chat model ({', '.join(CHATS)}), got {url!r:.60}"
 
 
 def listed_in(text: str) -> list[object] | None:

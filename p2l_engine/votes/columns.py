@@ -14,6 +14,7 @@ from p2l_engine.votes.cells import LABELS, seconds_of
 from p2l_engine.votes.scores import SCORES
 
 PROMPTS = ("prompt", "conversation", "conversation_a")
+OTHER = "conversation_b"  # the other answers of the Arena's conversation_a, with the same turns of the user
 COLUMNS = {"model_a", "model_b", "model", "value", "score", "weight", "timestamp", "category", "task", *PROMPTS, *LABELS}
 
 
@@ -30,7 +31,7 @@ def vote_table(
     unknown = sorted(set(columns or {}) - COLUMNS)
     if unknown:
         raise ValueError(f"columns: expected some of {', '.join(sorted(COLUMNS))}, got {', '.join(unknown)}")
-    table = read_table(path, {*COLUMNS, *(columns or {}).values(), *(leave_out or {}), *also}, csv_escape=csv_escape)
+    table = read_table(path, {*COLUMNS, OTHER, *(columns or {}).values(), *(leave_out or {}), *also}, csv_escape=csv_escape)
     table = table.with_numbers_as_text()
     for name, values in (leave_out or {}).items():
         table = _without(table, name, values)

@@ -15,7 +15,7 @@ from p2l_engine.tables.limits import MAX_DROPPED
 from p2l_engine.tables.turns import cell_turns
 from p2l_engine.tables.whole import Table
 from p2l_engine.votes.cells import LABELS, ONE_HOT, Label, Unusable, category_of, label_of, seconds_of, weight_of
-from p2l_engine.votes.columns import PROMPTS, has_scores, vote_table
+from p2l_engine.votes.columns import OTHER, PROMPTS, has_scores, vote_table
 from p2l_engine.votes.scores import from_scores, score_matrix
 from p2l_engine.votes.votes import Votes
 
@@ -69,12 +69,13 @@ def read(
     several of these read as one, each file once; and which rows were skipped.
 
     A row has a prompt (the column prompt, conversation or conversation_a: text, a list of user turns, a list of messages, or
-    such a list as JSON), model_a, model_b, and winner (model_a, model_b, tie, tie (bothbad), both_bad, or FastChat's leftvote,
-    rightvote, tievote, bothbad_vote), or winner_model_a, winner_model_b and winner_tie, a 1 in one of them and 0 in the others,
-    or preference_a or preference_b, the probability in [0, 1] that a or b is the better one, which becomes two votes of that
-    weight; and optionally weight (>= 0), timestamp (seconds since 1970, or ISO 8601) and category. Or it has prompt, model and
-    score: all scores together become votes, see ``from_scores``, and a column task is a category too. For a feedback model of
-    values (ols, poisson): prompt, value (or score), and either model or model_a and model_b. Numbers may be written as text.
+    such a list as JSON; a conversation_b beside conversation_a must have the same user turns), model_a, model_b, and winner
+    (model_a, model_b, tie, tie (bothbad), both_bad, or FastChat's leftvote, rightvote, tievote, bothbad_vote), or
+    winner_model_a, winner_model_b and winner_tie, a 1 in one of them and 0 in the others, or preference_a or preference_b, the
+    probability in [0, 1] that a or b is the better one, which becomes two votes of that weight; and optionally weight (>= 0),
+    timestamp (seconds since 1970, or ISO 8601) and category. Or it has prompt, model and score: all scores together become
+    votes, see ``from_scores``, and a column task is a category too. For a feedback model of values (ols, poisson): prompt,
+    value (or score), and either model or model_a and model_b. Numbers may be written as text.
 
     models: the columns of the votes (for validation data); by default the sorted names in the file. feedback: models of
     values read values; bt skips ties. columns: the file's own name for some of the names above. leave_out: values of the
@@ -168,6 +169,7 @@ class _Rows:
         names |= {name: name for name in ("weight", "timestamp", "category") if name in table.names}
         self.table = table
         self.columns = {ours: table.columns[theirs] for ours, theirs in names.items()}
+        self.other = table.columns.get(OTHER) if prompt == "conversation_a" else None
         self.labels = [table.columns[name] for name in label.columns]
         self.parse, self.pair, self.models = label.parse, pair, models
         self.prompts: dict[tuple[str, ...], int] = {}
@@ -199,6 +201,8 @@ class _Rows:
         weight = weight_of(column["weight"][i]) if "weight" in column else 1.0
         time = seconds_of(column["timestamp"][i]) if "timestamp" in column else 0.0
         prompt = self._prompt(column["prompt"][i])
+        if self.other is not None and self.other[i] is not None and self._prompt(self.other[i]) != prompt:
+            raise Unusable(f"{OTHER}: expected the user's turns of conversation_a, got others")
         place = self.prompts.setdefault(prompt, len(self.prompts))
         if place == len(self.category):
             self.category.append(category_of(column["category"][i] if "category" in column else None))
