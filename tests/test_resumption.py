@@ -412,11 +412,11 @@ def test_a_failure_of_any_write_loses_nothing(scope, router, tmp_path, monkeypat
 
     real, left = storage.write_file, [0]
 
-    def failing(path, data):
+    def failing(path, data, work=None):
         left[0] -= 1
         if left[0] < 0:
             raise OSError(28, "No space left on device", str(path))
-        real(path, data)
+        real(path, data, work)
 
     for module in ("tables.storage", "batch.spill"):
         monkeypatch.setattr(f"p2l_engine.{module}.write_file", failing)
@@ -445,10 +445,10 @@ def test_a_write_that_fails_at_once_ends_the_run(router, tmp_path, monkeypatch):
                 future.set_exception(error)
             return future
 
-    def failing(path, data):
+    def failing(path, data, work=None):
         if "part-" in str(path):
             raise OSError(28, "No space left on device", str(path))
-        real(path, data)
+        real(path, data, work)
 
     from p2l_engine.tables import storage
 
@@ -570,10 +570,29 @@ def test_a_kill_while_a_run_is_marked_as_complete_leaves_nothing(name, router, t
     config = BatchConfig([write(tmp_path / "in.jsonl")], str(tmp_path / "out"))
     run(router, config)
     whole = contents(tmp_path / "out")
+    beside = contents(tmp_path / "out.run")
     (tmp_path / "out" / "_SUCCESS").unlink()
-    (tmp_path / "out" / name).write_bytes(b"")
+    for folder in ("out", "out.run"):  # the first where the two are on different disks
+        (tmp_path / folder / name).write_bytes(b"")
     run(router, config)
     assert contents(tmp_path / "out") == whole
+    assert contents(tmp_path / "out.run") == beside
+
+
+def test_the_output_never_has_a_file_that_is_not_whole(router, tmp_path, monkeypatch):
+    """At which polars would stop after a kill."""
+    given, seen, flush = write(tmp_path / "in.jsonl"), set(), os.fsync
+
+    def look(descriptor):
+        if (tmp_path / "out").is_dir():
+            seen.update(os.listdir(tmp_path / "out"))
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", look)
+    for more in ({}, {"format": "csv"}, {"split_by": "model", "write_as": "openai-batch"}):
+        run(router, BatchConfig([given], str(tmp_path / "out"), rows_per_part=40, **more))
+    assert len(seen) > 8
+    assert all(name == "_SUCCESS" or name.startswith("part-") for name in seen)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -117,3 +118,25 @@ def test_a_link_to_a_folder_stays_one(tmp_path):
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "real" / "new").read_text() == "new"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+
+
+def test_a_file_is_written_in_another_folder_until_it_is_whole_unless_that_is_on_another_disk(tmp_path, monkeypatch):
+    work, seen = tmp_path / "work", []
+    work.mkdir()
+    flush = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (seen.append(os.listdir(work)), flush(descriptor)))
+    write_file(tmp_path / "a", "whole", work)
+    assert (tmp_path / "a").read_text() == "whole"
+    assert seen[0][0].startswith(".a.")
+    rename = atomic.Path.replace
+
+    def apart(self, target):
+        if self.parent == work:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        return rename(self, target)
+
+    monkeypatch.setattr(atomic.Path, "replace", apart)
+    write_file(tmp_path / "b", "whole", work)
+    assert (tmp_path / "b").read_text() == "whole"
+    assert sorted(os.listdir(tmp_path)) == ["a", "b", "work"]
+    assert not os.listdir(work)

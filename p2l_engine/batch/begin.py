@@ -36,7 +36,8 @@ class Begun:
     def parts_to_keep(self, job: Job) -> dict[str, int]:
         """Names and sizes of the parts that need not be written again. Removes those of other decisions; after a crash at any
         moment, the manifest says whether all were removed. Called before the first part is written."""
-        remove_temporary(job.output)
+        for folder in (job.output, job.run):
+            remove_temporary(folder)
         if not self.replaces:
             return parts(job.output)
         write_manifest(job.run, replace(self.manifest, decisions=None))

@@ -30,11 +30,12 @@ Metadata = Mapping[str, str]  # stored in parts of parquet
 
 
 class PartFiles:
-    """The files of a run in its output. written: bytes of each, by name. to_keep: called before the first is written, or at the
-    end: the parts that an earlier run left, and need not be written again, with their sizes."""
+    """The files of a run in its output. run: its own folder, where a file is until it is whole. written: bytes of each, by
+    name. to_keep: called before the first is written, or at the end: the parts that an earlier run left, and need not be
+    written again, with their sizes."""
 
-    def __init__(self, output: Location, to_keep: Callable[[], Mapping[str, int]]) -> None:
-        self.output = output
+    def __init__(self, output: Location, run: Location, to_keep: Callable[[], Mapping[str, int]]) -> None:
+        self.output, self.run = output, run
         self.written: dict[str, int] = {}
         self._to_keep = to_keep
         self._found: Mapping[str, int] | None = None
@@ -46,7 +47,7 @@ class PartFiles:
         if found.get(name) != size:
             if name in found:
                 logger.warning("%s: its size has changed, written again", (self.output / name).shown)
-            (self.output / name).write(data)
+            (self.output / name).write(data, self.run)
 
     def finish(self) -> None:
         """All were written."""

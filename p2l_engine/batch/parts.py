@@ -40,7 +40,7 @@ def other_names(output: Location) -> list[str]:
 
 
 def is_temporary(name: str) -> bool:
-    """Whether an interrupted write left this file."""
+    """Whether an interrupted write of the output left this file."""
     return name.startswith((*(f".{stem}" for stem in STEMS), f".{SUCCESS}.")) and name.endswith(".tmp")
 
 
@@ -51,10 +51,11 @@ def check_no_other_parts(output: Location, expected: Mapping[str, int]) -> None:
         raise ValueError(f"{output.shown}: {', '.join(others[:3])}: expected only parts of this run; remove these files")
 
 
-def remove_temporary(output: Location) -> None:
-    """Removes what interrupted writes left."""
-    if output.is_local:
-        for temporary in Path(output.path).glob(".*.tmp"):
+def remove_temporary(folder: Location) -> None:
+    """Removes what interrupted writes of the output left: in the run's own folder, or where that is on another disk, in the
+    output."""
+    if folder.is_local:
+        for temporary in Path(folder.path).glob(".*.tmp"):
             if is_temporary(temporary.name):
                 temporary.unlink()
 
@@ -73,11 +74,12 @@ def remove_parts(output: Location) -> None:
             os.close(folder)
 
 
-def mark(output: Location) -> None:
-    """Says that the run is complete. Removes what a kill in this very write left."""
+def mark(output: Location, run: Location) -> None:
+    """Says that the run is complete. Removes what a kill in this very write left. run: its own folder."""
     if SUCCESS not in output.names():
-        remove_temporary(output)
-        (output / SUCCESS).write(b"")
+        for folder in (output, run):
+            remove_temporary(folder)
+        (output / SUCCESS).write(b"", run)
 
 
 def unmark(output: Location) -> None:

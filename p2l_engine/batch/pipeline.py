@@ -81,7 +81,7 @@ class Pipeline:
         self.decider = Decider(router, spill.take, per_prompt, config.price, config.coefficients, config.constraints)
         self.recorder = Recorder()
         self.schema = job.kept_schema()
-        self._files = PartFiles(job.output, parts_to_keep)
+        self._files = PartFiles(job.output, job.run, parts_to_keep)
         self.written = self._files.written  # bytes of the parts
         self.writer: TableWriter | RequestWriter = (
             TableWriter(self._files, config.format, split=config.split_by is not None)

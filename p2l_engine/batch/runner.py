@@ -96,7 +96,7 @@ def _run(router: Router, job: Job, restart: bool, progress: Callable[[Report], o
     kept = size if keep or (keep is None and size <= KEPT_BYTES) else 0
     report = replace(pipeline.recorder.report, changed=begun.changed, kept=kept)
     write_manifest(job.run, replace(begun.manifest, report=report, parts=pipeline.written))
-    mark(job.output)
+    mark(job.output, job.run)
     remove_temporary_files(begun.state, job.run)
     if not kept:
         remove_coefficients(begun.state, job.run)
@@ -105,7 +105,7 @@ def _run(router: Router, job: Job, restart: bool, progress: Callable[[Report], o
 
 def _finished(job: Job, begun: Begun, report: Report) -> Report:
     """A run that is complete is left as it is, but for what a crash left undone, and coefficients that shall not be kept."""
-    mark(job.output)
+    mark(job.output, job.run)
     if job.config.keep_coefficients is False and has_coefficients(begun.state):
         remove_coefficients(begun.state, job.run)
     if job.config.strict and report.routed < report.rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -10,10 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def write_file(path: str | Path, data: bytes | memoryview | str) -> None:
-    """Writes a file of a unique name beside ``path``, flushes it to the disk and renames it to ``path``. A crash leaves the old
-    file or the new one; several threads and processes may write the same path. text: UTF-8. What is no regular file, such as
-    /dev/stdout, is written in place. Raises OSError."""
+def write_file(path: str | Path, data: bytes | memoryview | str, work: Path | None = None) -> None:
+    """Writes a file of a unique name in the folder ``work`` (None: beside ``path``), flushes it to the disk and renames it to
+    ``path``. A crash leaves the old file or the new one; several threads and processes may write the same path. text: UTF-8.
+    What is no regular file, such as /dev/stdout, is written in place. Where ``work`` is on another disk, the file is written
+    beside ``path``. Raises OSError."""
     path = Path(path)
     data = data.encode() if isinstance(data, str) else data
     if path.exists() and not path.is_file():
@@ -21,13 +23,17 @@ def write_file(path: str | Path, data: bytes | memoryview | str) -> None:
             stream.write(data)
         return
     path = Path(os.path.realpath(path))  # a link stays one
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    temporary = (work or path.parent) / f".{path.name}.{uuid.uuid4().hex[:12]}.tmp"
     try:
         with temporary.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        if work is None or error.errno != errno.EXDEV:
+            raise
+        write_file(path, data)
     finally:
         temporary.unlink(missing_ok=True)  # it exists only after a failure
     folder = os.open(path.parent, os.O_RDONLY)  # the new name must reach the disk too

@@ -107,10 +107,11 @@ class Location:
         with self._reached(), self.store.open_input_stream(self.path, compression=None) as stream:
             return bytes(stream.read())
 
-    def write(self, data: bytes | memoryview) -> None:
-        """The whole file or nothing, see ``atomic.write_file``; stores put an object at once."""
+    def write(self, data: bytes | memoryview, work: Location | None = None) -> None:
+        """The whole file or nothing; work: a folder for what is not whole yet, see ``atomic.write_file``. Stores put an object
+        at once."""
         if self.is_local:
-            write_file(self.path, data)
+            write_file(self.path, data, None if work is None else Path(work.path))
             return
         with self._reached(), self.store.open_output_stream(self.path, compression=None) as stream:
             stream.write(data)

@@ -97,6 +97,7 @@ def killed(router: Router, given: str, scope: str, rng: random.Random) -> None:
         code = exit_code(child)
         assert code in (0, -signal.SIGKILL), LOG.read_text()
         kills += code != 0
+        assert all(name == "_SUCCESS" or name.startswith("part-") for name in (contents(out) if out.exists() else {}))
         if code == 0 or rng.random() < 0.2:
             assert exit_code(child_run(router, given, str(out), scope)) == 0, LOG.read_text()
             assert contents(out) == whole, "the output differs from that of an uninterrupted run"
@@ -126,6 +127,7 @@ def decided(router: Router, given: str, scope: str, rng: random.Random) -> None:
         assert code in (0, -signal.SIGKILL), LOG.read_text()
         kills += code != 0
         found = contents(out) if out.exists() else {}
+        assert all(name == "_SUCCESS" or name.startswith(("part-", "errors-")) for name in found), sorted(found)
         if "_SUCCESS" in found:
             assert found in wholes, "an output that is marked as complete is of no one run"
         if code == 0 or rng.random() < 0.3:
