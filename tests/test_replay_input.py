@@ -244,3 +244,41 @@ def test_times_as_spark_stores_them(tmp_path):
     ticks = pa.array([0, 1], pa.timestamp("ns"))
     pq.write_table(pa.table({"time": ticks}), path, use_deprecated_int96_timestamps=True)
     assert read_columns(path, ["time"]).column("time").combine_chunks().equals(ticks)
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize("column", ["text", "body.messages"])
+def test_another_column_may_hold_the_prompts(tmp_path, ending, column):
+    """Of logs, matrices and scores; a column named prompt is then another thing."""
+    prompts = ["p", '["two", "turns"]', "p"]
+    lists = [["p"], ["two", "turns"], ["p"]]
+    said = [[{"role": "user", "content": turn} for turn in turns] for turns in lists]
+    cells = prompts if column == "text" else [{"messages": messages} for messages in said]
+    of_prompts = {column.split(".")[0]: cells, "prompt": ["another", "thing", "here"]}
+    scores = {"model": ["alpha", "alpha", "beta"], "score": [0.1, 0.2, 0.3]}
+    known = table(tmp_path / f"scores.{ending}", **of_prompts | scores)
+    chosen = {"id": ["x", "y", "z"], "model": ["alpha", "alpha", "beta"], "propensity": [0.5] * 3}
+    log = read_log(table(tmp_path / f"log.{ending}", **of_prompts | chosen), scores=known, column=column)
+    assert ([log.texts[i] for i in log.prompt], log.reward.tolist()) == ([("p",), ("two", "turns"), ("p",)], [0.1, 0.2, 0.3])
+    with pytest.raises(ValueError, match=r"expected a score of each model on each prompt: 1 are missing, .* of beta on 'two'"):
+        read_log(known, column=column)
+    by_id = table(tmp_path / f"by_id.{ending}", decision=["y"], score=[0.7])
+    found = read_log(tmp_path / f"log.{ending}", scores=by_id, column=column)
+    assert np.array_equal(found.reward, [np.nan, 0.7, np.nan], equal_nan=True)
+    with pytest.raises(ValueError, match="expected the columns 'none.such'; it has "):
+        read_log(tmp_path / f"log.{ending}", column="none.such")
+
+
+AS_TEXT = ['["a", null]', '[{"role": "user"}]', "[]"]
+OTHERS = [[1, 2], ["a", 1], [["a"]], ["a", None], {"a": 1}, 7, True, []]
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+def test_a_prompt_that_is_none_is_refused_with_its_row(tmp_path, ending):
+    """As in every other command, also beside prompts that are fine."""
+    rows = {"model": ["alpha", "beta"], "propensity": [0.5, 0.5], "reward": [1, 0]}
+    for wrong in AS_TEXT + (OTHERS if ending == "jsonl" else []):
+        for place, prompts in enumerate(([wrong, "fine"], ["fine", wrong])):
+            path = table(tmp_path / f"log.{ending}", prompt=prompts, **rows)
+            with pytest.raises(ValueError, match=rf"log.{ending}: row {place}: prompt: .*expected"):
+                read_log(path)

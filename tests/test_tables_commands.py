@@ -9,6 +9,7 @@ import shutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import typer
 
 from p2l_engine.cli.prompts import PromptFile
 from p2l_engine.tables import storage
@@ -141,6 +142,15 @@ def test_an_empty_name_of_a_file_is_refused(checkpoint, tmp_path):
     assert "expected a path or a URI" in done.message
     done = run("frontier", tmp_path / "in.csv", "--column", "", checkpoint=checkpoint)
     assert "expected the columns ''; it has prompt" in done.message
+
+
+def test_every_command_that_reads_tables_has_the_same_options():
+    from p2l_engine.cli.app import app
+
+    readers = {"route", "batch", "frontier", "leaderboard", "strengths", "eval", "adapt", "calibrate", "lengths", "replay"}
+    commands = typer.main.get_group(app).commands
+    for option in ("--column", "--csv-escape"):
+        assert {name for name, command in commands.items() if any(option in of.opts for of in command.params)} == readers
 
 
 def test_an_empty_device_is_refused(checkpoint):

@@ -589,6 +589,18 @@ def test_a_csv_row_of_too_many_or_too_few_cells_is_skipped_and_counted(tmp_path)
         read(str(file), max_dropped=1)
 
 
+@pytest.mark.parametrize("column", ["prompt", "text"])
+@pytest.mark.parametrize("number", [7, 1.5, True])
+def test_a_number_is_no_prompt(column, number, tmp_path):
+    """Also beside texts: numbers of columns of text are text, but in jsonl a prompt is quoted."""
+    rows = [{column: prompt, "model_a": "x", "model_b": "y", "winner": "tie"} for prompt in ("a", number, "b", "c")]
+    (tmp_path / "v.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    votes, dropped = read(tmp_path / "v.jsonl", columns={"prompt": column}, max_dropped=0.5)
+    assert (len(votes), list(dropped.counts)) == (
+        3, [f"prompt: expected a string, a list of user turns or a list of messages, got {type(number).__name__}"]
+    )  # fmt: skip
+
+
 def test_decimals_are_numbers(tmp_path):
     from decimal import Decimal
 

@@ -100,7 +100,7 @@ def pool(options: Pool, data: Path) -> tuple[list[ScoreRow], dict[str, int]]:
 
 def _rows(name: str, source: SourceOptions, data: Path, canonical: Mapping[str, str], seen: set[str]) -> list[ScoreRow]:
     """The rows of one source. Adds the names of its models, as it has them, to ``seen``."""
-    table = read_table(data / source.path, {*COLUMNS[:4], *source.within}).with_numbers_as_text()
+    table = read_table(data / source.path, {*COLUMNS[:4], *source.within}).with_numbers_as_text({"prompt"})
     if missing := [column for column in ("prompt", "model", "score", *source.within) if column not in table.columns]:
         raise ValueError(f"{table.shown}: expected the columns {', '.join(missing)}; it has {', '.join(table.names)}")
     tasks = table.columns.get("task", [None] * len(table))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from p2l_engine.cli.adapted import catalog_with, note_written, show, with_votes, write_learned
-from p2l_engine.cli.inputs import PROMPT_FILE, Column, CsvEscape, Date, Device, Dtype, vote_columns
+from p2l_engine.cli.inputs import PROMPT_FILE, CsvEscape, Date, Device, Dtype, VoteColumn, vote_columns
 from p2l_engine.cli.progress import progress
 from p2l_engine.cli.terminal import note, status
 from p2l_engine.tables.limits import MAX_DROPPED
@@ -73,7 +73,7 @@ def adapt(
             rich_help_panel=LEARNING,
         ),
     ] = None,
-    column: Column = None,
+    column: VoteColumn = None,
     csv_escape: CsvEscape = None,
     max_dropped: Annotated[float, typer.Option(min=0, max=1, help="The share of rows that may be invalid.")] = MAX_DROPPED,
     cache: Annotated[bool, typer.Option(help="Keep hidden states of prompts in the user's cache folder.")] = True,

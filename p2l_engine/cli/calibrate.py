@@ -10,11 +10,11 @@ import typer
 
 from p2l_engine.cli.inputs import (
     PLOTS,
-    Column,
     CsvEscape,
     Date,
     Device,
     Dtype,
+    VoteColumn,
     check_writable,
     load_engine,
     vote_columns,
@@ -51,7 +51,7 @@ def calibrate(
             show_default=False,
         ),
     ] = None,
-    column: Column = None,
+    column: VoteColumn = None,
     csv_escape: CsvEscape = None,
     max_dropped: Annotated[float, typer.Option(min=0, max=1, help="The share of rows that may be invalid.")] = MAX_DROPPED,
     plot: Annotated[

@@ -13,11 +13,11 @@ from p2l_engine.cli.inputs import (
     PLOTS,
     CatalogFile,
     Checkpoint,
-    Column,
     CsvEscape,
     Date,
     Device,
     Dtype,
+    VoteColumn,
     check_model,
     check_writable,
     load_engine,
@@ -47,7 +47,7 @@ def evaluate(
     training: Annotated[
         str | None, typer.Option(help="With --votes: the training votes, for the baselines; named in the same way.")
     ] = None,
-    column: Column = None,
+    column: VoteColumn = None,
     csv_escape: CsvEscape = None,
     max_dropped: Annotated[
         float | None,
@@ -126,7 +126,7 @@ def evaluate(
         from p2l_engine.cli.left_out import sources as left_out_sources
 
         share, columns = MAX_DROPPED if max_dropped is None else max_dropped, vote_columns(column)
-        left_out_sources(engine, votes, by, columns, share, seed, plot, as_json)
+        left_out_sources(engine, votes, by, columns, share, csv_escape, seed, plot, as_json)
         return
     swaps = swaps_of(replace, engine.models)
     check_model(reference, engine.models, "--reference")
@@ -136,6 +136,8 @@ def evaluate(
         raise typer.BadParameter("needs --votes; the training config has its own", param_hint="--max-dropped")
     if votes is None and vote_columns(column):
         raise typer.BadParameter("needs --votes; the training config names the columns of its own votes", param_hint="--column")
+    if votes is None and csv_escape is not None:
+        raise typer.BadParameter("needs --votes; the training config has its own", param_hint="--csv-escape")
     if votes is not None and part != "held-out":
         raise typer.BadParameter("only for the checkpoint's own data, not with --votes", param_hint="--part")
     if engine.feedback.of_values and (swaps or reference or cluster):

@@ -50,6 +50,15 @@ Column = Annotated[
         show_default=False,
     ),
 ]
+VoteColumn = Annotated[
+    str | None,
+    typer.Option(
+        "--column",
+        help="Column of a table, or key of its jsonl objects, that holds the prompts; also one within another, such as "
+        "body.messages. Default: prompt; of votes also conversation or conversation_a.",
+        show_default=False,
+    ),
+]
 CsvEscape = Annotated[
     str | None,
     typer.Option(

@@ -37,6 +37,7 @@ def sources(
     by: str,
     columns: Mapping[str, str] | None,
     max_dropped: float,
+    csv_escape: str | None,
     seed: int,
     plot: Path | None,
     as_json: Path | None,
@@ -44,7 +45,7 @@ def sources(
     """Prints learning curves of the sources that a column of the votes names, and draws and writes them."""
     if plot is not None:  # now: a missing package must not fail a command whose work is done
         from p2l_engine.cli.plots import source_curves as draw
-    votes, source, dropped = read_by_source(path, by, engine.feedback, columns, max_dropped)
+    votes, source, dropped = read_by_source(path, by, engine.feedback, columns, max_dropped, csv_escape)
     for line in dropped.lines():
         note(f"dropped {line}", warning=True)
     states = _states(engine, votes)

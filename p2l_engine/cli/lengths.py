@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from p2l_engine.cli.inputs import Column, CsvEscape, Date, Device, Dtype, check_writable, load_engine, write_json
+from p2l_engine.cli.inputs import CsvEscape, Date, Device, Dtype, VoteColumn, check_writable, load_engine, write_json
 from p2l_engine.cli.progress import progress
 from p2l_engine.cli.terminal import note, out, status
 from p2l_engine.tables.limits import MAX_DROPPED
@@ -37,7 +37,7 @@ def lengths(
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the new checkpoint; missing or empty.")],
-    column: Column = None,
+    column: VoteColumn = None,
     csv_escape: CsvEscape = None,
     max_dropped: Annotated[float, typer.Option(min=0, max=1, help="The share of rows that may be invalid.")] = MAX_DROPPED,
     as_json: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,

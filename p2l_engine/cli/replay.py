@@ -17,6 +17,7 @@ from p2l_engine.cli.inputs import (
     Dtype,
     LeaveOut,
     RewardKind,
+    VoteColumn,
     check_writable,
     load_engine,
     write_json,
@@ -45,16 +46,17 @@ def replay(
     ],
     policy: Annotated[Path, typer.Option(help="YAML file of policies by name.", show_default=False)],
     feedback: Annotated[
-        Path | None, typer.Option(help="Feedback on the decisions. Default: feedback.parquet of an export.", show_default=False)
+        str | None, typer.Option(help="Feedback on the decisions. Default: feedback.parquet of an export.", show_default=False)
     ] = None,
     scores: Annotated[
-        Path | None,
+        str | None,
         typer.Option(help="Scores of answers instead: prompt, model, score; or decision, score.", show_default=False),
     ] = None,
     reward: Annotated[
         RewardKind | None,
         typer.Option(help="Which feedback counts. Default: scores where there are any, else preferences.", show_default=False),
     ] = None,
+    column: VoteColumn = None,
     csv_escape: CsvEscape = None,
     as_json: Annotated[Path | None, typer.Option("--json", help="Write everything that was found to this file.")] = None,
     csv: Annotated[Path | None, typer.Option(help="Write a row for each policy and estimator to this file.")] = None,
@@ -94,7 +96,7 @@ def replay(
     policies = read_policies(policy)
     costs = None if catalog is None else Catalog.from_yaml(catalog)
     with status("reading the log"):
-        logged = read_log(log, feedback, scores, None if reward is None else reward.value, csv_escape)
+        logged = read_log(log, feedback, scores, None if reward is None else reward.value, csv_escape, column)
     report = judge(logged, policies, Engines(load, compute, costs), leave_out)
     if as_json is not None:
         write_json(to_json(report), as_json)

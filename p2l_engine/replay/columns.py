@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,18 @@ from p2l_engine.strict_json import parsed
 from p2l_engine.tables import parquet
 from p2l_engine.tables.find import find
 from p2l_engine.tables.formats import kind_of
+from p2l_engine.tables.nested import split_column, value_at
 from p2l_engine.tables.partitions import with_columns
 from p2l_engine.tables.rows import Rows, listed, readable
+from p2l_engine.tables.storage import File
+from p2l_engine.tables.turns import cell_turns
 from p2l_engine.tables.whole import Table, read_table
 
 logger = logging.getLogger(__name__)
 
 Int64 = npt.NDArray[np.int64]
 MOST = 1e50  # of rewards and costs, and of weights: sums of squares of their products are finite
+PROMPT = "prompt"
 MODELS = b"p2l.models"  # the metadata in which a batch run names the models of its theta, a line each
 POLICY = pa.list_(pa.struct([("model", pa.string()), ("probability", pa.float64())]))
 
@@ -40,19 +44,17 @@ def column_names(path: str | Path, csv_escape: str | None = None) -> list[str]:
     return [*names, *(name for name, _ in file.partitions if name not in names)]
 
 
-def read_columns(path: str | Path, names: Collection[str], csv_escape: str | None = None) -> pa.Table:
+def read_columns(
+    path: str | Path, names: Collection[str], csv_escape: str | None = None, column: str | None = None
+) -> pa.Table:
     """The columns ``names``, as far as there are such, of a file, folder, glob or URI; with the models of a batch run in the
-    metadata, if they are those of all files. csv_escape: see ``tables.find.find_each``. Raises ValueError where it
-    cannot be read, has no row, or has rows that are invalid."""
+    metadata, if they are those of all files. csv_escape: see ``tables.find.find_each``. column: which one is returned as
+    ``prompt``, also one within another (``body.messages``); None: prompt, which may be missing. Raises ValueError where it
+    cannot be read, has no row, has rows that are invalid, or lacks ``column``."""
     files = find([path])
+    prompts = PROMPT if column is None or PROMPT not in names else column
     if all(kind_of(file.location.path) == "parquet" for file in files):
-        parts = []
-        for file in files:
-            with readable(file):
-                part = _plain(parquet.whole(file, names))
-            if file.partitions:
-                part = with_columns(Rows(file, 0, [None] * len(part), part, 1.0), "", list(names)).kept
-            parts.append(part)
+        parts = [_of_parquet(file, names, prompts) for file in files]
         try:
             table = pa.concat_tables(parts, promote_options="permissive")
         except pa.ArrowException as error:
@@ -60,10 +62,14 @@ def read_columns(path: str | Path, names: Collection[str], csv_escape: str | Non
         said = {(part.schema.metadata or {}).get(MODELS, b"") for part in parts}
         table = table.replace_schema_metadata({MODELS: said.pop()} if len(said) == 1 else None)
     else:
-        found = read_table([path], names, csv_escape=csv_escape, again=True)
+        found = read_table([path], {*names, prompts}, csv_escape=csv_escape, again=True)
         for index, row in sorted(found.invalid.items()):
             raise ValueError(f"{found.located(index)}: {row.why}: {row.text}")
-        table = pa.table({name: _array(found, name) for name in found.columns})
+        table = pa.table({name: _array(found, name) for name in found.columns if name in names and name != PROMPT})
+        if prompts in found.columns:
+            table = table.append_column(PROMPT, _prompts(found.columns[prompts], found.located))
+    if prompts != PROMPT and PROMPT not in table.column_names:
+        raise ValueError(f"{path}: expected the columns {prompts!r}; it has {listed(column_names(path, csv_escape))}")
     if not len(table):
         raise ValueError(f"{path}: expected rows, it has none")
     return table
@@ -203,6 +209,45 @@ def _without_booleans(column: pa.Array) -> pa.Array:
     return column
 
 
+def _of_parquet(file: File, names: Collection[str], prompts: str) -> pa.Table:
+    """The columns of one file; prompts: the one that is returned as ``prompt``."""
+    with readable(file):
+        own, within = split_column(prompts, [*parquet.names_of(file), *(name for name, _ in file.partitions)])
+        wanted = [*(name for name in names if name not in (PROMPT, own)), own]
+        part = _plain(parquet.whole(file, wanted))
+    if file.partitions:
+        part = with_columns(Rows(file, 0, [None] * len(part), part, 1.0), "", wanted).kept
+    if own not in part.column_names:
+        return part
+    cells = part.column(own)
+    part = part if own in names and own != PROMPT else part.drop_columns([own])
+    if within:
+
+        def located(row: int) -> str:
+            return f"{file.shown}: row {row}"
+
+        def inner(row: int, cell: Any) -> Any:
+            try:
+                return value_at(cell, within)
+            except ValueError as error:
+                raise ValueError(f"{located(row)}: {own}: {error}") from None
+
+        cells = _prompts([inner(row, cell) for row, cell in enumerate(cells.to_pylist())], located)
+    return part.append_column(PROMPT, cells)
+
+
+def _prompts(cells: Sequence[Any], located: Callable[[int], str]) -> pa.Array:
+    """Cells of prompts as text: lists, of turns or of messages, as JSON. Raises ValueError for cells that are no prompts."""
+    found = list(cells)
+    for row, cell in enumerate(found):
+        if cell is not None and not isinstance(cell, str):
+            try:
+                found[row] = json.dumps(cell_turns(cell), ensure_ascii=False)
+            except ValueError as error:
+                raise ValueError(f"{located(row)}: {error}") from None
+    return pa.array(found, pa.string())
+
+
 def _plain(table: pa.Table) -> pa.Table:
     """Without dictionaries and views, for which arrow lacks some functions."""
     for i, field in enumerate(table.schema):
@@ -228,8 +273,6 @@ def _array(table: Table, name: str) -> pa.Array:
     for i, value in enumerate(values):
         if isinstance(value, int) and not _is_number(value):
             raise ValueError(f"{table.located(i)}: {name}: expected a smaller number, got one of {len(str(value))} digits")
-        if isinstance(value, dict) and name == "prompt":
-            raise ValueError(f"{table.located(i)}: prompt: expected a string or a list, got {value!r:.60}")
     if all(isinstance(value, int | float | None) for value in values):
         return pa.array([None if value is None else float(value) for value in values])
     return pa.array([value if isinstance(value, str | None) else json.dumps(value, ensure_ascii=False) for value in values])

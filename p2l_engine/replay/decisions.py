@@ -32,14 +32,16 @@ def read_decisions(
     scores: str | Path | None = None,
     reward: Reward | None = None,
     csv_escape: str | None = None,
+    column: str | None = None,
 ) -> LoggedDecisions:
     """The decisions of a file or folder, with rewards from feedback, from scores, or from its own column reward (or score, in a
-    table without win_rate: servers and batch runs write the policy's coefficient as score).
+    table without win_rate: servers and batch runs write the policy's coefficient as score). column: of the prompts, None:
+    prompt.
 
     Raises ValueError, with the row, for propensities outside (0, 1], policies that do not sum to 1, ids that occur twice, rows
     without propensity, and logs without any decision or feedback.
     """
-    table = read_columns(path, COLUMNS, csv_escape)
+    table = read_columns(path, COLUMNS, csv_escape, column)
     chosen_column = "chosen" if "chosen" in table.column_names else "model"
     names = texts(table, chosen_column, path)
     ids = texts(table, "id", path) if "id" in table.column_names else None
@@ -67,7 +69,7 @@ def read_decisions(
     if feedback is None and reward is not None:
         raise ValueError(f"{path}: reward: expected a file of feedback, of which {reward!r} is a kind, got none")
     if scores is not None:
-        return _with(log, from_scores(scores, ids, used, log, csv_escape))
+        return _with(log, from_scores(scores, ids, used, log, csv_escape, column))
     if feedback is not None:
         if ids is None:
             raise ValueError(f"{path}: expected a column 'id', which feedback names")
@@ -154,7 +156,8 @@ def _prompts(
             try:
                 found[number] = cell_turns(cell)
             except ValueError as error:
-                raise ValueError(f"{path}: {error}") from None
+                row = rows[valid[prompt[valid] == number][0]]
+                raise ValueError(f"{path}: row {row}: {error}") from None
     return prompt, keys, found
 
 

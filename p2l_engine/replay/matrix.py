@@ -21,13 +21,14 @@ def wide_models(names: list[str]) -> list[str]:
     return [name for name in names if f"{name}{COST}" in names]
 
 
-def read_matrix(path: str | Path, names: list[str], csv_escape: str | None = None) -> ScoreMatrix:
+def read_matrix(path: str | Path, names: list[str], csv_escape: str | None = None, column: str | None = None) -> ScoreMatrix:
     """names: the file's columns: prompt, model, score (and cost, per answer), a row for each answer; or a row for each prompt,
-    with the columns MODEL and MODEL|total_cost. Raises ValueError where an answer is missing, twice, or no number."""
+    with the columns MODEL and MODEL|total_cost. column: of the prompts, None: prompt. Raises ValueError where an answer is
+    missing, twice, or no number."""
     models = wide_models(names)
     if not models:
-        return _long(path, csv_escape)
-    table = read_columns(path, ["prompt", *models, *(f"{model}{COST}" for model in models)], csv_escape)
+        return _long(path, csv_escape, column)
+    table = read_columns(path, ["prompt", *models, *(f"{model}{COST}" for model in models)], csv_escape, column)
     required(table, path, "prompt")
     scores = np.stack([numbers(table, model, path) for model in models], 1)
     costs = np.stack([numbers(table, f"{model}{COST}", path) for model in models], 1)
@@ -35,8 +36,8 @@ def read_matrix(path: str | Path, names: list[str], csv_escape: str | None = Non
     return ScoreMatrix(tuple(models), _turns(table.column("prompt").to_pylist(), path), scores, costs)
 
 
-def _long(path: str | Path, csv_escape: str | None) -> ScoreMatrix:
-    table = read_columns(path, ("prompt", "model", "score", "cost"), csv_escape)
+def _long(path: str | Path, csv_escape: str | None, column: str | None) -> ScoreMatrix:
+    table = read_columns(path, ("prompt", "model", "score", "cost"), csv_escape, column)
     required(table, path, "prompt", "model", "score")
     score = numbers(table, "score", path)
     cost = numbers(table, "cost", path) if "cost" in table.column_names else None

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from p2l_engine.replay.columns import MOST, bounded, comparable, first, numbers, read_columns, required, texts
+from p2l_engine.replay.columns import MOST, bounded, column_names, comparable, first, numbers, read_columns, required, texts
 from p2l_engine.replay.logged import LoggedDecisions
 from p2l_engine.replay.mixture import Float64
 from p2l_engine.tables.turns import cell_turns
@@ -71,13 +71,21 @@ def from_feedback(
 
 
 def from_scores(
-    path: str | Path, ids: pa.Array | None, used: Int64, log: LoggedDecisions, csv_escape: str | None = None
+    path: str | Path,
+    ids: pa.Array | None,
+    used: Int64,
+    log: LoggedDecisions,
+    csv_escape: str | None = None,
+    column: str | None = None,
 ) -> Rewarded:
-    """From a table of scores: (decision or id, score), or (prompt, model, score), joined on prompt and model.
+    """From a table of scores: (decision or id, score), or (prompt, model, score), joined on prompt and model. column: of the
+    prompts, None: prompt.
 
     Raises ValueError where it has two scores of one answer, or none of any answer in the log.
     """
-    table = read_columns(path, ("decision", "id", "prompt", "model", "score"), csv_escape)
+    if column is not None and ids is not None and {"decision", "id"} & set(column_names(path, csv_escape)):
+        column = None  # joined on the decision's id
+    table = read_columns(path, ("decision", "id", "prompt", "model", "score"), csv_escape, column)
     required(table, path, "score")
     score = bounded(numbers(table, "score", path), "score", path)
     if (wrong := np.isnan(score)).any():
@@ -129,11 +137,12 @@ def _joined(table: pa.Table, path: str | Path, score: Float64, log: LoggedDecisi
     prompt = np.asarray(prompts.indices.fill_null(-1).to_numpy(zero_copy_only=False), np.int64)
     of_each = np.full(len(prompts.dictionary) + 1, -1)
     firsts = np.unique(prompt[prompt >= 0], return_index=True)[1]
-    for i, cell in enumerate(cells.take(pa.array(np.flatnonzero(prompt >= 0)[firsts])).to_pylist()):
+    rows = np.flatnonzero(prompt >= 0)[firsts]
+    for i, cell in enumerate(cells.take(pa.array(rows)).to_pylist()):
         try:
             of_each[i] = number.get(cell_turns(cell), -1)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+            raise ValueError(f"{path}: row {rows[i]}: {error}") from None
     prompt = of_each[prompt]
     model = _indices(texts(table, "model", path), log.models)
     known = (prompt >= 0) & (model >= 0)

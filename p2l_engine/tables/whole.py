@@ -64,9 +64,10 @@ class Table:
             rows=[self.rows[i] for i in indices],
         )
 
-    def with_numbers_as_text(self) -> Table:
-        """In columns that hold text, numbers are text too: another file, or row, may have written them as such."""
-        columns = {name: _texts(values) for name, values in self.columns.items()}
+    def with_numbers_as_text(self, prompts: Collection[str] = ()) -> Table:
+        """In columns that hold text, numbers are text too: another file, or row, may have written them as such. prompts:
+        columns of prompts, which no number is."""
+        columns = {name: values if name in prompts else _texts(values) for name, values in self.columns.items()}
         return replace(self, columns=columns)
 
     def renamed(self, names: Mapping[str, str]) -> Table:

@@ -32,7 +32,7 @@ def vote_table(
     if unknown:
         raise ValueError(f"columns: expected some of {', '.join(sorted(COLUMNS))}, got {', '.join(unknown)}")
     table = read_table(path, {*COLUMNS, OTHER, *(columns or {}).values(), *(leave_out or {}), *also}, csv_escape=csv_escape)
-    table = table.with_numbers_as_text()
+    table = table.with_numbers_as_text({*PROMPTS, *(theirs for ours, theirs in (columns or {}).items() if ours in PROMPTS)})
     for name, values in (leave_out or {}).items():
         table = _without(table, name, values)
     for ours, theirs in (columns or {}).items():

@@ -29,7 +29,7 @@ def score_matrix(
     complete: whether every model must have a score on every prompt; where not, missing scores are NaN. Raises ValueError where
     a row is invalid, a model has no score (if complete), or two, on a prompt, or a prompt is empty.
     """
-    table = (source if isinstance(source, Table) else read_table(source, SCORES)).with_numbers_as_text()
+    table = (source if isinstance(source, Table) else read_table(source, SCORES)).with_numbers_as_text(("prompt",))
     path = table.shown
     rows: dict[tuple[str, ...], dict[str, float]] = {}
     if missing := [name for name in SCORES if name not in table.columns]:
