@@ -88,6 +88,10 @@ def test_characters_that_the_encoding_lacks_are_escaped(encoding, checkpoint, tm
     assert found.status == 0, found.err
     assert r"\u65e5\u672c" in found.out
     assert "mean expected cost" in found.out
+    found = p2l_engine("route", "日本 " * 20, "é", "--checkpoint", checkpoint, encoding=encoding)
+    lines = [line for line in found.out.splitlines() if line.startswith(("|", "+"))]
+    assert "..." in found.out
+    assert len({len(line) for line in lines}) == 1  # columns are aligned
     found = p2l_engine("route", "--file", str(tmp_path / "日本.txt"), "--checkpoint", checkpoint, encoding=encoding)
     assert found.status == 2
     assert r"\u65e5\u672c.txt" in found.err

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from p2l_engine.cli.terminal import note, status
+from p2l_engine.cli.terminal import ellipsis, encodable, note, status
 
 if TYPE_CHECKING:
     from p2l_engine.constraints import Shares
@@ -219,5 +219,5 @@ def flat(text: str) -> str:
 
 def short(text: str, width: int) -> str:
     """The text on one line, cut to ``width`` characters."""
-    text = flat(text)
-    return text if len(text) <= width else text[: width - 1] + "…"
+    text, dots = encodable(flat(text)), ellipsis()
+    return text if len(text) <= width else text[: width - len(dots)] + dots

@@ -29,6 +29,17 @@ def err() -> Console:
     return Console(stderr=True)
 
 
+def encodable(text: str) -> str:
+    """The text as standard output can show it: characters that its encoding lacks are escaped before widths are measured."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def ellipsis() -> str:
+    """What stands for text that is left out."""
+    return "…" if encodable("…") == "…" else "..."
+
+
 def note(text: str, warning: bool = False) -> None:
     """One line on stderr, printed literally."""
     err().print(text, style="yellow" if warning else None, markup=False, highlight=False, emoji=False, soft_wrap=True)
