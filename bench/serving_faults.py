@@ -47,7 +47,7 @@ TOLERANCE = 1e-9  # USD
 PARTS = 10
 WARM = 2_000  # requests after which the server's caches are full, at least
 TIMEOUTS = {"connect": 1, "first_byte": 0.5, "whole": 0.5, "idle": 0.5, "total": 5}
-# Faults and how often they happen, relative to each other; those that make somebody wait are rare.
+# Faults and how often they happen, relative to each other; those that make clients wait are rare.
 FAULTS: tuple[tuple[float, dict[str, Any]], ...] = (
     *((1.0, {"fault": name}) for name in ("close", "reset", "cut", "cut_close", "cut_reset", "error_event", "html")),
     *((1.0, {"fault": name, "half": True, "tokens": 5}) for name in ("cut", "cut_close", "cut_reset")),

@@ -59,7 +59,7 @@ def test_runs_votes_and_prompts_of_commands_are_read_alike(router, tmp_path):
     assert list(parts.training.prompts) == [(text,) for text in turns]
     with pytest.raises(ValueError, match="--csv-escape"):
         run(router, BatchConfig([tmp_path / "in.csv"], tmp_path / "never"))
-    with pytest.raises(ValueError, match="csv_escape: expected one sign"):
+    with pytest.raises(ValueError, match="csv_escape: expected one character"):
         BatchConfig([tmp_path / "in.csv"], tmp_path / "never", csv_escape="no")
 
 
@@ -156,7 +156,7 @@ def test_doubled_quotes_beside_backslashes_are_standard(rows, tmp_path):
 )  # fmt: skip
 def test_a_file_with_escaped_quotes_says_so(rows, message, tmp_path):
     (tmp_path / "in.csv").write_text(HEADER + rows)
-    remedy = "it has \\\" in it: say --csv-escape '\\' if a backslash escapes quotes"
+    remedy = "it has \\\" in it: use --csv-escape '\\' if a backslash escapes quotes"
     for read_it in (lambda: prompts(tmp_path / "in.csv", None), lambda: read_table(tmp_path / "in.csv", ["prompt"])):
         with pytest.raises(ValueError) as refused:  # noqa: PT011
             read_it()
@@ -191,7 +191,7 @@ def test_quotes_that_spark_does_not_write_are_refused(rows, message, tmp_path):
 
 @pytest.mark.parametrize("escape", ["", "\\\\", ",", "\n", "é"])
 def test_an_escape_is_one_sign(escape):
-    with pytest.raises(ValueError, match="csv_escape: expected one sign such as"):
+    with pytest.raises(ValueError, match="csv_escape: expected one character such as"):
         find(["in.csv"], csv_escape=escape)
 
 

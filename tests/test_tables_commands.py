@@ -213,7 +213,7 @@ def test_commands_read_quotes_that_a_backslash_escapes(command, checkpoint, tmp_
     shutil.rmtree(tmp_path / "out.run", ignore_errors=True)
     done = run(*options, tmp_path / "a.csv", *more, checkpoint=checkpoint)
     assert (done.status, "a.csv: row 0: more after a value's closing quote" in done.message) == (2, True)
-    assert "say --csv-escape '\\' if a backslash escapes quotes" in done.message
+    assert "use --csv-escape '\\' if a backslash escapes quotes" in done.message
     done = run(*options, "az://container/a.csv", *more, checkpoint=checkpoint)
     assert (done.status, len(done.err.splitlines())) == (2, 1)
     assert done.message.startswith("error: az://container/a.csv: ")

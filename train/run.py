@@ -43,7 +43,7 @@ def train(config: TrainConfig, max_steps: int = -1, if_present: IfPresent = "ref
     ``proj_name.logs``.
 
     max_steps: -1 trains for the config's epochs; 1 and more end after that many optimiser steps (trial runs).
-    if_present: what to do if the folder or states exist. "refuse" raises; "restart" deletes them; "resume" goes on from the
+    if_present: what to do if the folder or states exist. "refuse" raises; "restart" deletes them; "resume" continues from the
     last complete state, and raises if config, data or backbone changed. A resumed run gives the same weights as an
     uninterrupted one.
 

@@ -56,7 +56,7 @@ class Call(NamedTuple):
 
     @property
     def empty(self) -> bool:
-        """Whether nothing is generated: an answer at once without choices, output or content."""
+        """Whether nothing is generated: an answer that is no stream, without choices, output or content."""
         return "empty_choices" in self.quirks and not self.stream
 
     @property
@@ -110,7 +110,7 @@ class Api(ABC):
 
     @abstractmethod
     def whole(self, call: Call) -> Json:
-        """The body of an answer at once."""
+        """The body of an answer that is no stream."""
 
     @abstractmethod
     def events(self, call: Call) -> Events:

@@ -62,12 +62,12 @@ def _slow_tokens(reply: Reply, call: Call, rule: Rule) -> None:
 
 
 def _stall(reply: Reply, call: Call, rule: Rule) -> None:
-    """A stream stops after tokens, an answer at once in its middle; the socket stays open."""
+    """A stream stops after tokens, a plain answer in its middle; the socket stays open."""
     _cut_short(reply, call, rule).end = "hang"
 
 
 def _cut(reply: Reply, call: Call, rule: Rule) -> None:
-    """A stream ends after tokens, properly for HTTP but without its last event; an answer at once ends in its middle."""
+    """A stream ends after tokens, properly for HTTP but without its last event; a plain answer ends in its middle."""
     _cut_short(reply, call, rule)
     if not call.stream:
         reply.length = sum(map(len, reply.pieces))
@@ -142,7 +142,7 @@ def _invalid_json(reply: Reply, call: Call, rule: Rule) -> None:
 
 
 def _invalid_utf8(reply: Reply, call: Call, rule: Rule) -> None:
-    """The first token, or the middle of an answer at once, has a byte that UTF-8 never has."""
+    """The first token, or the middle of a plain answer, has a byte that UTF-8 never has."""
     pieces = list(reply.pieces)
     place = 1 if call.stream else 0
     middle = pieces[place].rindex(b'"')
@@ -181,7 +181,7 @@ def _whole(reply: Reply, status: int, content_type: bytes, body: bytes) -> None:
 def _as_it_is(reply: Reply, call: Call, rule: Rule) -> None:
     """What the answer contains is unusual, and each API writes its own.
 
-    empty_choices: an answer at once has no choices, output or content; a stream of chat begins with a chunk without choices.
+    empty_choices: a plain answer has no choices, output or content; a stream of chat begins with a chunk without choices.
     usage_with_choices, usage_in_every_chunk: in a stream of chat, usage is on the last chunk with choices, or on each chunk as
     it is so far. no_usage: nothing states the usage.
     """

@@ -95,7 +95,7 @@ class Api(Protocol):
         """An error's body."""
 
     def error_event(self, message: str) -> bytes:
-        """An event that ends a stream which cannot go on."""
+        """An event that ends a stream which cannot continue."""
 
 
 def forwarded(ask: Ask, model: str) -> dict[str, Any]:

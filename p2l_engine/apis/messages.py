@@ -224,7 +224,7 @@ def _message(reader: Contents, message: dict[str, Any], where: str) -> None:
 
 
 def _content(reader: Contents, content: object, where: str) -> tuple[str, bytes, bool]:
-    """The text, what else there is as JSON, and whether somebody said something: a tool's result is not a turn."""
+    """The text, what else there is as JSON, and whether the user said something: a tool's result is not a turn."""
     if isinstance(content, str):
         return content, b"", True
     if not isinstance(content, list):

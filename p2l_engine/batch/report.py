@@ -26,7 +26,7 @@ class Reason(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a run has done so far. A report never changes: while a run goes on, each report is a new one.
+    """What a run has done so far. A report never changes: while a run is under way, each report is a new one.
 
     rows: read and decided, or, in the first pass of a batch budget, read and computed. routed: rows without an error. computed:
     prompts that this run computed. resumed: prompts whose coefficients an earlier run left. repeated: rows whose prompt is that

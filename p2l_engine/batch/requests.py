@@ -12,7 +12,7 @@ from p2l_engine.tables.turns import without_nulls
 CHAT, RESPONSES = "/v1/chat/completions", "/v1/responses"
 ROLES = {name: name for name in ("system", "developer", "user", "assistant", "tool", "function")}
 SHARED = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}  # ShareGPT's
-# Keys of Anthropic's requests, and of those that go on under a name of OpenAI's.
+# Keys of Anthropic's requests, and of those that are passed on under OpenAI's names.
 SAME = {"max_tokens": "max_tokens", "temperature": "temperature", "top_p": "top_p", "stop_sequences": "stop"}
 ANTHROPIC_KEYS = ("model", "system", "messages", *SAME)
 KEYS = ("role", "content", "name", "refusal", "tool_calls", "tool_call_id", "function_call", "audio")  # of a message

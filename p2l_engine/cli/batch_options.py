@@ -90,7 +90,7 @@ StrictOption = Annotated[
 ErrorsOption = Annotated[
     Errors | None,
     typer.Option(
-        help="What a row costs that cannot be routed or kept: row, an error in its own column error, or stop, the run. "
+        help="What to do with a row that cannot be routed or kept: row, say why in its column error; stop, end the run. "
         "Default: row.",
         show_default=False,
         rich_help_panel=READING,

@@ -163,7 +163,7 @@ def _show_calibrated(found: Mapping[str, drift.StillCalibrated]) -> None:
     rows = [
         (
             period, f"{of.votes:,}", f"{of.log_loss:.4f}", "" if of.expected is None else f"{of.expected:.4f}", f"{of.p:.4f}",
-            f"{p:.4f}", "not calibrated" if p <= LEVEL else "no sign against it",
+            f"{p:.4f}", "not calibrated" if p <= LEVEL else "no evidence against it",
         )
         for (period, of), p in zip(found.items(), adjusted, strict=True)
     ]  # fmt: skip

@@ -59,7 +59,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Feedback:
-    """What somebody said about a decision: a score, a preference against another decision, or a label.
+    """Feedback on a decision: a score, a preference against another decision, or a label.
 
     Raises ValueError for anything else; its message repeats nothing of a text.
     """

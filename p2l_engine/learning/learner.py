@@ -1,4 +1,4 @@
-"""Rows of a head that go on learning in a service: votes batch after batch, and from time to time all of them again."""
+"""Rows of a head that keep learning in a service: votes batch after batch, and from time to time all of them again."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ class Learner:
         return self._rows.head(self._head, rows, changed), self._rows.merged(self.scales, list(factors), list(factors.values()))
 
     def save(self, path: Path, notes: Mapping[str, Any] | None = None) -> None:
-        """Writes the state, atomically; ``load`` goes on from it. notes: JSON that ``load`` gives back as the attribute
+        """Writes the state, atomically; ``load`` continues from it. notes: JSON that ``load`` gives back as the attribute
         ``notes``. Raises OSError."""
         with self._lock:
             state, rows = self._state, self._rows
@@ -187,7 +187,7 @@ class Learner:
 
     @classmethod
     def load(cls, path: Path, head: Head, feedback: FeedbackModel, uncertainty: Uncertainty | None = None) -> Self:
-        """Goes on from a saved state, with the head, feedback model and uncertainty that it began with. Raises ValueError for
+        """Continues from a saved state, with the head, feedback model and uncertainty that it began with. Raises ValueError for
         another head or feedback model and for damaged files, OSError for missing ones."""
         expected = f"{path}: expected the state of a Learner, version {VERSION}"
         try:

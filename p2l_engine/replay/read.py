@@ -49,7 +49,7 @@ def read_log(
 
 
 def _has_rows(path: Path) -> bool:
-    """Whether somebody said something about the decisions of an export."""
+    """Whether an export has any feedback."""
     import pyarrow.parquet as pq
 
     return path.is_file() and pq.read_metadata(path).num_rows > 0

@@ -251,7 +251,7 @@ def _improve(
     totals = np.array([total * float(row.extra) for row in batch.rows]) - rest
     rows = [row.of(opened.prompts) for row in batch.rows]
     limit = None if time_limit == np.inf else time_limit
-    left, spent = np.maximum(totals, 0.0), np.maximum(-totals, 0.0)  # no choice here mends what the others exceed
+    left, spent = np.maximum(totals, 0.0), np.maximum(-totals, 0.0)  # no choice here makes up for what the others exceed
     try:
         solved = highs.solve_block(opened.noisy, opened.columns, (), rows, left, penalty, opened.weights, limit)
     except NoPolicy:  # elastic rows can always be met

@@ -79,7 +79,7 @@ class BudgetPacer:
       the higher win rate, then the lower cost, then the lower index.
 
     A model that costs more than 2/5 horizon + 1 budgets is chosen only where it is the cheapest. Deterministic: the same
-    stream gives the same choices. Thread-safe; a forked child goes on with a copy.
+    stream gives the same choices. Thread-safe; a forked child continues with a copy.
 
     budget: mean cost per prompt, > 0. price: win rate per unit of cost (``solve_batch_budget(...).prices["budget"]`` of past
     traffic, or ``BudgetPacer.learned``). horizon: a number of prompts from 10 to 10^9, the scale of the credit: the mean of n

@@ -17,7 +17,7 @@ from p2l_engine.tables.storage import File, Location, shown
 
 logger = logging.getLogger(__name__)
 
-HIDDEN = 'names that start with "." or "_" are skipped where a pattern does not spell the sign out'
+HIDDEN = 'names that start with "." or "_" are skipped unless a pattern spells them out'
 HEAD = 1 << 20  # bytes of a .json file in which its first two lines are looked for
 
 
@@ -111,8 +111,8 @@ def _find(location: Location, warn: Callable[..., object], partitions: bool) -> 
     if others:
         warn("%s: skipped, expected files that end in %s: %s", location.shown, EXPECTED, _first(map(os.path.basename, others)))
     if not files:
-        what = "in this folder" if folder else "that match"
-        raise ValueError(f"{location.shown}: expected files {what} that end in {EXPECTED}, found none; {HIDDEN}")
+        what = "files in this folder" if folder else "matching files"
+        raise ValueError(f"{location.shown}: expected {what} that end in {EXPECTED}, found none; {HIDDEN}")
     return files
 
 

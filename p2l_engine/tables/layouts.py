@@ -13,8 +13,8 @@ from p2l_engine.strict_json import DuplicateKeyError
 from p2l_engine.tables.chunked import AT_THE_SAME_TIME, has_rows
 from p2l_engine.tables.nested import MISSING, as_object, object_of, split_column, value_at
 from p2l_engine.tables.rows import InvalidRow, listed, readable
+from p2l_engine.tables.samples import has_content, sample_cells, sample_names
 from p2l_engine.tables.storage import File
-from p2l_engine.tables.telling import telling_cells, telling_names, tells
 from p2l_engine.tables.turns import CHATS, OF_REQUESTS, URL, cell_turns, is_chat, listed_in, not_a_chat
 from p2l_engine.tables.whole import Table, read_table
 
@@ -47,7 +47,7 @@ LAYOUTS = (
 @dataclass(frozen=True, slots=True)
 class PromptColumn:
     """The column of a table that has the prompts, and the path within its cells ("": the cells themselves). cells: what they
-    are: prompts as anybody writes them, requests' bodies, or lists of messages; text holds the last two as JSON."""
+    are: prompts as users write them, requests' bodies, or lists of messages; text holds the last two as JSON."""
 
     column: str = PROMPT
     path: str = ""
@@ -93,11 +93,11 @@ def prompt_column(files: Sequence[File], column: str | PromptColumn | None, plai
     def look(file: File) -> tuple[PromptColumn, str] | None:
         """None: the file has no rows that could tell."""
         with readable(file):
-            names = telling_names(file, lambda names: _has_prompts(names, column))
+            names = sample_names(file, lambda names: _has_prompts(names, column))
             if not names:
                 return None
             try:
-                return recognise(names, lambda name: telling_cells(file, name), file.shown, column, plain_text)
+                return recognise(names, lambda name: sample_cells(file, name), file.shown, column, plain_text)
             except ValueError:
                 if has_rows(file):
                     raise
@@ -137,7 +137,9 @@ def read_prompts(
 
         def cells(name: str) -> Sequence[Any]:
             first = head.columns.get(name, [])
-            return first if tells(first) else read_table(path, (name,), csv_escape=csv_escape, again=True).columns.get(name, [])
+            if has_content(first):
+                return first
+            return read_table(path, (name,), csv_escape=csv_escape, again=True).columns.get(name, [])
 
         where, line = recognise(table.names, cells, table.shown, column)
         also = (*also, URL) if where.cells == "requests" else also

@@ -33,7 +33,7 @@ class Entry(NamedTuple):
 
 
 def is_glob(location: Location) -> bool:
-    """Whether the path, as it was written, has signs of a glob."""
+    """Whether the path, as it was written, has wildcards."""
     return any(sign in _written(location) for sign in MAGIC)
 
 
@@ -46,8 +46,8 @@ def glob_entries(location: Location) -> Iterator[Entry]:
     """The files that a glob matches, and those below the folders that it matches. The first parts that exist as they are
     written are no patterns.
 
-    Names that start with "." or "_" are skipped, unless their part of the pattern starts with that sign, too; but no partition
-    such as ``_day=3``. Links are followed. Raises ValueError for a matched folder that cannot be listed.
+    Names that start with "." or "_" are skipped, unless their part of the pattern starts with that character, too; but no
+    partition such as ``_day=3``. Links are followed. Raises ValueError for a matched folder that cannot be listed.
     """
     written = _written(location)
     parts = [part for part in written.split("/") if part not in ("", ".")]

@@ -12,15 +12,17 @@ BOM = b"\xef\xbb\xbf"
 PIECE = 1 << 20  # bytes that are read at once; more where a row is longer
 SEEN = rb"\""
 REMEDY = (
-    r"""it has \" in it: say --csv-escape '\' if a backslash escapes quotes, as Spark writes them, """
+    r"""it has \" in it: use --csv-escape '\' if a backslash escapes quotes, as Spark writes them, """
     """or --csv-escape '"' if quotes are doubled"""
 )
 
 
-def check_escape(sign: str | None) -> None:
+def check_escape(escape: str | None) -> None:
     """Raises ValueError for what cannot escape quotes."""
-    if sign is not None and (len(sign) != 1 or not " " < sign < "\x7f" or sign == ","):
-        raise ValueError(f"csv_escape: expected one sign such as '\\', or '\"' for quotes that are doubled, got {sign!r}")
+    if escape is not None and (len(escape) != 1 or not " " < escape < "\x7f" or escape == ","):
+        raise ValueError(
+            f"csv_escape: expected one character such as '\\', or '\"' for quotes that are doubled, got {escape!r}"
+        )
 
 
 class OddQuotes(NamedTuple):

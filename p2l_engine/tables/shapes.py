@@ -20,7 +20,7 @@ NAMES: dict[type, str] = {str: "text", bool: "true or false", int: NUMBER, float
 @dataclass(slots=True)
 class Shape:
     """What is at one place of a column's values: how many values of each kind; of the numbers how many are floats, integers
-    that are exact as floats, and integers that fit in 64 bits with a sign, and without; the items of the lists; and the
+    that are exact as floats, and integers that fit in signed and in unsigned 64 bits; the items of the lists; and the
     fields of the objects."""
 
     depth: int = 0

@@ -30,7 +30,7 @@ def shown(uri: str) -> str:
 
 
 def store_of(uri: str, literal: bool = False) -> tuple[Any, str]:
-    """A store and the path within it. A key may have any sign; %20 is a space, unless literal. Raises ValueError."""
+    """A store and the path within it. A key may have any character; %20 is a space, unless literal. Raises ValueError."""
     scheme = uri.partition("://")[0]
     if scheme == "file":
         if any(sign in uri for sign in "?#"):

@@ -156,7 +156,7 @@ def read_table(
 
 
 def _unless_empty(chunks: Iterator[ValueRows], empty: list[EmptyFileError]) -> Iterator[ValueRows]:
-    """Without the error for a file of nothing, which goes to ``empty``: beside other files it has no rows."""
+    """Without the error for an empty file, which goes to ``empty``: beside other files it has no rows."""
     try:
         yield from chunks
     except EmptyFileError as error:
