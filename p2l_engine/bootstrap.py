@@ -109,6 +109,32 @@ def interval(
     return centre - half, centre + half
 
 
+def share_interval(
+    value: npt.ArrayLike,
+    deviations: npt.ArrayLike,
+    weights: WeightSums,
+    level: float = LEVEL,
+    of_hits: bool = False,
+) -> tuple[Float64, Float64]:
+    """As ``interval``, of means [...] of values in [0, 1]: Wilson's score interval (1927) of as many prompts as the bootstrap's
+    spread amounts to. Near 0 and 1 a few values are skewed, and their mean is mostly wrong on the side that has room.
+
+    of_hits: the values are 0 or 1, so that a sample in which all are alike does not say that the share is certain. (0, 1) where
+    ``interval`` is infinite.
+    """
+    p = np.asarray(value, np.float64).clip(0, 1)
+    _, half = interval(np.zeros_like(p), deviations, weights, level)
+    known, room, least = np.isfinite(half), p * (1 - p), 0.0
+    if of_hits and known.any():
+        least = float(student(level, weights.effective - 1)) ** 2 / weights.effective
+    spread = np.where(known, half, 0.0)
+    some = (room > 0) & (spread > 0)
+    a = np.where(some, spread**2 / np.where(some, room, 1.0), least)
+    around = np.sqrt(a * room + a**2 / 4)
+    low, high = (np.clip((p + a / 2 + sign * around) / (1 + a), 0, 1) for sign in (-1, 1))
+    return np.where(known, np.minimum(low, p), 0.0), np.where(known, np.maximum(high, p), 1.0)
+
+
 def student(level: float, freedom: npt.ArrayLike) -> Float64:
     """t [...] with P(-t < T < t) = level for Student's T with these degrees of freedom >= 1/2; to 1e-9 from 1 on.
 

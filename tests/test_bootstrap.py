@@ -6,13 +6,14 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
+from scipy.special import expit
 
-from p2l_engine.bootstrap import WeightSums, effective, interval, poisson, shares, student, with_replacement
+from p2l_engine.bootstrap import WeightSums, effective, interval, poisson, share_interval, shares, student, with_replacement
 from p2l_engine.leaderboard.connected import components
 
 
@@ -68,6 +69,47 @@ def test_intervals_without_knowledge_are_infinite():
     assert interval(0.0, np.ones(0), WeightSums.of(np.ones(10)))[1] == np.inf
     with pytest.raises(ValueError, match="level: expected a probability"):
         interval(0.0, np.ones(3), WeightSums.of(np.ones(10)), level=1.0)
+
+
+@given(
+    values=st.lists(st.floats(0, 1), min_size=1, max_size=12),
+    scale=st.sampled_from([0.0, 1e-200, 1e-9, 1.0]),
+    of_hits=st.booleans(),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=40)
+def test_intervals_of_shares_hold_the_share_within_0_and_1(values, scale, of_hits, seed):
+    """Their ends p are where (p - mean)^2 = a p (1 - p), with a such that the mean has the bootstrap's spread."""
+    x = np.round(values) if of_hits else np.array(values) * scale
+    n, mean, weights = len(x), x.mean(), WeightSums.of(np.ones(len(x)))
+    deviations = (poisson(n, 20, np.random.default_rng(seed)) - 1) @ (x - mean) / n
+    low, high = share_interval(mean, deviations, weights, of_hits=of_hits)
+    assert 0 <= low <= mean <= high <= 1
+    other = share_interval(1 - mean, deviations, weights, of_hits=of_hits)
+    np.testing.assert_allclose([1 - other[1], 1 - other[0]], [low, high], rtol=0, atol=1e-9)
+    _, half = interval(0.0, deviations, weights)
+    if n == 1:
+        assert (low, high) == (0, 1)
+    elif half > 1e-6:
+        for end in (low, high):
+            assert (end - mean) ** 2 * mean * (1 - mean) == pytest.approx(half**2 * end * (1 - end), rel=1e-6, abs=1e-15)
+    elif half == 0:
+        assert (low < high) == of_hits
+
+
+def test_a_skewed_mean_of_win_rates_is_covered(rng):
+    """Even intervals hold these means in 0.89 to 0.94 of the samples."""
+    n, repeats = 10, 4000
+    times = poisson(n, 400, rng) - 1
+    nodes, weight = np.polynomial.hermite_e.hermegauss(60)
+    covered = []
+    for apart in (-0.52, 0.55, 1.22, 1.94):
+        values = expit(apart + np.sqrt(2) * rng.normal(size=(n, repeats)))
+        truth = weight @ expit(apart + np.sqrt(2) * nodes) / weight.sum()
+        low, high = share_interval(values.mean(0), times @ (values - values.mean(0)) / n, WeightSums.of(np.ones(n)))
+        covered.append(((low <= truth) & (truth <= high)).mean())
+    assert min(covered) > 0.92
+    assert 0.94 < np.mean(covered) < 0.96
 
 
 def test_equal_weights_count_each_prompt():

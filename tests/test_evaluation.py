@@ -465,9 +465,9 @@ def test_a_share_of_independent_prompts_is_wilsons(n, hits, seed):
     some = np.arange(n)
     votes = Votes.make([(str(i),) for i in some], "ab", some, 0 * some, 0 * some + 1, 0 * some)
     hit = (some < hits) * 1.0
-    low, high = Resampled.of(votes, 2000, seed).share(hit, np.ones(n))
-    p = hit.mean()
-    assert 0 <= low <= p <= high <= 1
+    found = Resampled.of(votes, 2000, seed).share(hit, np.ones(n))
+    p, low, high = hit.mean(), found.low, found.high
+    assert 0 <= low <= p == found.value <= high <= 1
     assert high > low
     if p in (0, 1) and n > 6:
         exact = binomtest(int(hit.sum()), n).proportion_ci(norm.cdf(t.ppf(0.975, n - 1)) * 2 - 1, method="wilson")

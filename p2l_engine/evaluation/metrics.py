@@ -99,7 +99,9 @@ def figures(prediction: Prediction, votes: Votes, bootstrap: int = 200, seed: in
         ratios["brier"] = (((p[:, : prediction.known] - np.eye(prediction.known)[came]) ** 2).sum(1), every)
     resampled = Resampled.of(votes, bootstrap, seed)
     found = {
-        name: resampled.ratio(top * weight, bottom * weight, RANGES.get(name, (0.0, 1.0)))
+        name: resampled.share(top * weight, bottom * weight)
+        if name.startswith("accuracy")
+        else resampled.ratio(top * weight, bottom * weight, RANGES.get(name, (0.0, 1.0)))
         for name, (top, bottom) in ratios.items()
     }
     if prediction.known > 2 or bool(decided.all()):
@@ -150,8 +152,8 @@ def calibration(prediction: Prediction, votes: Votes, bins: int = BINS, bootstra
         tuple((confidence[some] / weight[some]).tolist()),
         tuple((right[some] / weight[some]).tolist()),
         tuple(weight[some].tolist()),
-        tuple(low for low, _ in ends),
-        tuple(high for _, high in ends),
+        tuple(of.low if of else 0.0 for of in ends),
+        tuple(of.high if of else 1.0 for of in ends),
     )
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import rankdata
 
-from p2l_engine.bootstrap import LEVEL, WeightSums, interval, student, with_replacement
+from p2l_engine.bootstrap import WeightSums, interval, share_interval, with_replacement
 from p2l_engine.reports import Figure
 from p2l_engine.votes import Votes
 
@@ -61,21 +61,15 @@ class Resampled:
         over, under = self.sums(top), self.sums(bottom)
         return self.figure(np.where(under > 0, over / np.where(under > 0, under, 1), np.nan), within, self.weights(bottom))
 
-    def share(self, top: Float64, bottom: Float64) -> Range:
-        """The ends of the interval of the sum of one column [V] over that of another, a share in [0, 1]: Wilson's score
-        interval (1927) of as many prompts as the bootstrap's spread amounts to. Near 0 and 1, samples of few prompts are all
-        alike, and their spread says that a share is certain. (0, 1) for fewer than two prompts."""
-        over, under = self.sums(top), self.sums(bottom)
-        shares, weights = over[under > 0] / under[under > 0], self.weights(bottom)
-        p = min(max(float(shares[0]), 0.0), 1.0)
-        low, high = interval(p, shares[1:] - p, weights)
-        n, half = weights.effective, (float(high) - float(low)) / 2
-        if n < 2 or not np.isfinite(half):
-            return 0.0, 1.0
-        least = float(student(LEVEL, n - 1)) ** 2 / n
-        a = half**2 / (p * (1 - p)) if 0 < p < 1 and half > 0 else least
-        around = float(np.sqrt(a * p * (1 - p) + a**2 / 4))
-        return max(min((p + a / 2 - around) / (1 + a), p), 0.0), min(max((p + a / 2 + around) / (1 + a), p), 1.0)
+    def share(self, hits: Float64, of: Float64) -> Figure | None:
+        """The sum of ``hits`` [V] over that of ``of`` [V], a share in [0, 1]; None for fewer than two prompts."""
+        some, total = self.sums(hits), self.sums(of)
+        weights = self.weights(of)
+        if weights.effective < 2 * (1 - 1e-12):
+            return None
+        shares = some[total > 0] / total[total > 0]
+        low, high = share_interval(shares[0], shares[1:] - shares[0], weights, of_hits=True)
+        return Figure(float(shares[0]), float(low), float(high))
 
     def figure(self, values: Float64, within: Range = ANY, weights: WeightSums | None = None) -> Figure | None:
         """Values [1 + B] as a figure, its interval cut off at the ends of the range ``within``. weights: of the prompts; None:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import expit
 
-from p2l_engine.bootstrap import WeightSums, interval, shares, with_replacement
+from p2l_engine.bootstrap import WeightSums, share_interval, shares, with_replacement
 from p2l_engine.coefficients import Coefficients
 from p2l_engine.evaluation.categories import rows_by_category
 from p2l_engine.reports import CategoryStrengths, Figure, Preference, Replacement, Strengths
@@ -96,5 +96,5 @@ def _samples(rows: npt.NDArray[np.int64], bootstrap: int, seed: int, weights: np
 def _means(values: Float64, samples: Float64) -> list[Figure]:
     """values [n, K] in [0, 1] -> the mean of each column with its interval."""
     means = samples @ values
-    low, high = (end.clip(0, 1) for end in interval(means[0], means[1:] - means[0], WeightSums.of(samples[0])))
+    low, high = share_interval(means[0], means[1:] - means[0], WeightSums.of(samples[0]))
     return [Figure(float(m), float(a), float(b)) for m, a, b in zip(means[0], low, high, strict=True)]
