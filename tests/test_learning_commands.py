@@ -12,6 +12,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from p2l_engine import Engine, checkpoint, learning
+from p2l_engine.checkpoint.export import export
 from p2l_engine.checkpoint.rewrite import rewrite
 from p2l_engine.feedback import feedback_model
 from p2l_engine.learning.hidden import fingerprint, hidden_states
@@ -205,3 +206,18 @@ def test_the_head_is_no_part_of_the_fingerprint(source, tmp_path):
     of = [Engine.from_pretrained(folder, device="cpu") for folder in (source, tmp_path / "other", tmp_path / "seed")]
     one, same, different = map(fingerprint, of)
     assert one == same != different
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"factor": 2.0, "eta_downsize": True}, {"loss_type": "bt"}, {"shards": 3}], ids=str)
+def test_an_export_of_what_was_learned_has_its_coefficients(options, tmp_path):
+    folder = tiny.write(tmp_path / "source", dtype=torch.bfloat16, **options)
+    given = ("--votes", votes(tmp_path / "v.csv"), "-o", str(tmp_path / "new"), "--dtype", "float32")
+    ended = p2l_engine("adapt", str(folder), *given)
+    assert ended.status == 0, ended.err
+    export(tmp_path / "new", tmp_path / "exported")
+    engines = (Engine.from_pretrained(tmp_path / name, device="cpu", dtype=torch.float32) for name in ("new", "exported"))
+    learned, exported = (each.coefficients(PROMPTS) for each in engines)
+    assert learned.models == exported.models == (*tiny.MODELS, "zeta")
+    np.testing.assert_array_equal(learned.theta, exported.theta)
+    np.testing.assert_array_equal(learned.deviation, exported.deviation)

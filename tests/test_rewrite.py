@@ -172,3 +172,19 @@ def test_heads_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(FloatingPointError, match="not finite"):
         rewrite(loaded, tmp_path / "t", Head(head.weight * float("nan"), head.bias, 5))
     assert not (tmp_path / "t").exists()
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_what_another_process_has_written_meanwhile_is_kept(there, tmp_path):
+    loaded = checkpoint.load(tiny.write(tmp_path / "source"))
+    target = tmp_path / "target"
+    if there:
+        target.mkdir()
+
+    def second(_):
+        rewrite(loaded, target, loaded.head, files={"who": b"second"})
+
+    with pytest.raises(ValueError, match="another process has written it meanwhile"):
+        rewrite(loaded, target, loaded.head, files={"who": second})
+    assert (target / "who").read_bytes() == b"second"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]

@@ -104,9 +104,10 @@ def test_folders_are_replaced_whole_or_not_at_all(tmp_path):
     with pytest.raises(ValueError, match="bad"):
         write_folder(target, fill("bad"))
     assert json.loads((target / "a.json").read_text()) == "second"
-    write_folder(target, fill("third"), replace=False)
+    assert not write_folder(target, fill("third"), replace=False)
     assert json.loads((target / "a.json").read_text()) == "second"
-    write_folder(target.parent / "other", fill("first"), replace=False)
+    (target.parent / "other").mkdir()
+    assert write_folder(target.parent / "other", fill("first"), replace=False)
     assert sorted(os.listdir(target.parent)) == ["folder", "other"]
     assert target.stat().st_mode & 0o777 == 0o755
 

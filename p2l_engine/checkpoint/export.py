@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from p2l_engine import checkpoint
 from p2l_engine.backbone.lengths import FILE as LENGTHS_FILE
 from p2l_engine.backbone.theta_map import FILE as MAP_FILE
@@ -18,8 +20,9 @@ from p2l_engine.reports import Evaluation
 
 
 def export(source: str | Path | None, target: Path, evaluation: Path | None = None) -> None:
-    """Writes ``source`` (a folder, a hub name, None for the default) to the folder ``target``: config, bfloat16 safetensors,
-    tokenizer, model_list.json and training_config.json as lmarena/p2l's code reads them, and README.md.
+    """Writes ``source`` (a folder, a hub name, None for the default) to the folder ``target``: config, safetensors (the
+    backbone in bfloat16, the head in its own dtype), tokenizer, model_list.json and training_config.json as lmarena/p2l's code
+    reads them, and README.md.
 
     The same source gives the same bytes. evaluation: figures of ``p2l-engine eval --json`` for the card; None takes the
     source's own evaluation.json where it has one. Raises CheckpointError for a source that cannot be read and for figures of
@@ -49,8 +52,9 @@ def export(source: str | Path | None, target: Path, evaluation: Path | None = No
         ) from None
 
     def fill(work: Path) -> None:
-        body = {f"model.{name}": weight for name, weight in loaded.weights.items()}
-        write_tensors(work / "model.safetensors", body | checkpoint.head_weights(loaded.folder))
+        body = {f"model.{name}": weight.to(torch.bfloat16) for name, weight in loaded.weights.items()}
+        # The head is small, and rows that were learned after training are not rounded: theta stays what it was.
+        write_tensors(work / "model.safetensors", body | checkpoint.head_weights(loaded.folder), dtype=None)
         theirs, tokenizer = loaded.transformers()
         huggingface.write_config(work, theirs)
         huggingface.write_tokenizer(work, tokenizer)
@@ -67,7 +71,7 @@ def export(source: str | Path | None, target: Path, evaluation: Path | None = No
         if catalog.is_file():
             (work / "catalog.yaml").write_bytes(catalog.read_bytes())
 
-    write_whole(target, fill)
+    write_whole(target, fill, replace=False)
 
 
 def _figures(path: Path, must_exist: bool) -> dict[str, Any] | None:

@@ -73,7 +73,7 @@ def rewrite(
             elif data is not None:
                 write_file(work / name, data)
 
-    write_whole(target, fill)
+    write_whole(target, fill, replace=False)
 
 
 def check_target(source: Path, target: Path) -> None:

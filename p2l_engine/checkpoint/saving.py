@@ -15,22 +15,28 @@ from torch import Tensor
 from p2l_engine.tables.atomic import write_file, write_folder
 
 
-def write_whole(folder: Path, fill: Callable[[Path], None]) -> None:
+def write_whole(folder: Path, fill: Callable[[Path], None], replace: bool = True) -> None:
     """Lets ``fill`` write into a temporary folder, then renames it to ``folder``; if anything fails, nothing has changed.
+    replace: whether a checkpoint that is there may be replaced, also one that another process has written meanwhile.
 
-    Raises ValueError where ``folder`` is neither a checkpoint nor empty, and OSError where it cannot be written.
+    Raises ValueError where ``folder`` is neither empty nor a checkpoint that may be replaced, and OSError where it cannot be
+    written.
     """
     folder = folder.resolve()
     if folder.exists() and not replaceable(folder):
         raise ValueError(f"{folder}: expected no folder, an empty one or a checkpoint; nothing was changed")
     try:
-        write_folder(folder, fill)
+        written = write_folder(folder, fill, replace)
     except OSError as error:
         raise OSError(f"{folder}: cannot be written, nothing was kept: {error}") from error
     except Exception as error:
         if type(error) is Exception:  # the tokenizers library raises no other, even for a full disk
             raise OSError(f"{folder}: cannot be written, nothing was kept: {error}") from error
         raise
+    if not written:
+        raise ValueError(
+            f"{folder}: another process has written it meanwhile, which is kept: expected no folder or an empty one"
+        )
 
 
 def replaceable(folder: Path) -> bool:

@@ -43,9 +43,10 @@ def write_file(path: str | Path, data: bytes | memoryview | str, work: Path | No
         os.close(folder)
 
 
-def write_folder(folder: Path, fill: Callable[[Path], None], replace: bool = True) -> None:
+def write_folder(folder: Path, fill: Callable[[Path], None], replace: bool = True) -> bool:
     """``fill`` writes into an empty folder beside ``folder``, which then takes its name. If it raises, nothing changes.
-    replace: whether a folder that exists by then is replaced, instead of kept."""
+    replace: whether a folder that exists by then, and is not empty, is replaced, instead of kept. Returns whether the new one
+    is there."""
     folder = Path(os.path.realpath(folder))  # a link stays one
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -58,7 +59,8 @@ def write_folder(folder: Path, fill: Callable[[Path], None], replace: bool = Tru
             except OSError:
                 if replace or not folder.is_dir():
                     raise
-            return
+                return False
+            return True
         old = folder.parent / f"{work.name}-old"
         folder.rename(old)
         try:
@@ -67,5 +69,6 @@ def write_folder(folder: Path, fill: Callable[[Path], None], replace: bool = Tru
             old.rename(folder)
             raise
         shutil.rmtree(old, ignore_errors=True)
+        return True
     finally:
         shutil.rmtree(work, ignore_errors=True)
