@@ -16,7 +16,7 @@ from p2l_engine.feedback import Outcome, feedback_model
 from p2l_engine.learning.adapt import LARGEST, adapt
 from p2l_engine.learning.curves import leave_one_out
 from p2l_engine.learning.names import check_connected, check_new
-from p2l_engine.learning.new_models import Descriptions
+from p2l_engine.learning.new_models import Described, Descriptions
 from p2l_engine.learning.prior import Basis, Scales, covariance, of_rows
 from p2l_engine.learning.rows import NewModel
 from p2l_engine.votes import Votes
@@ -323,6 +323,8 @@ def test_ratings_become_coefficients_by_least_squares(tmp_path):
         ("models: {}", "models: expected a mapping from names"),
         ("models: {x: {like: 3}}", r"models.x.like: expected the name"),
         ("models: {x: {prior_rating: .nan}}", r"models.x.prior_rating: expected a number"),
+        ("models: {x: {prior_rating: 1.0e+308}}", r"models.x.prior_rating: expected a number of at most 1e\+100"),
+        ("models: {x: {}}\nratings: {a: -1.0e+200}", r"ratings.a: expected a number of at most 1e\+100"),
         ("models: {x: {cost: -1}}", r"models.x.cost: expected a number of at least 0"),
         ("models: {x: {}, x: {}}", "occurs twice"),
         ("models: {1: {}}", "expected a mapping from text"),
@@ -339,6 +341,30 @@ def test_descriptions_that_name_unknown_models_are_refused(tmp_path):
         described(tmp_path, "models: {x: {like: b}}").as_new_models(["a"], np.zeros(1))
     with pytest.raises(ValueError, match="ratings: expected models of the checkpoint"):
         described(tmp_path, "models: {x: {}}\nratings: {b: 3}").as_new_models(["a"], np.zeros(1))
+
+
+@pytest.mark.parametrize("rating", [1290, -1290, 1e39, 1e100])
+@pytest.mark.parametrize("ratings", [{}, {"a": 1.0, "b": 1.0 + 1e-9}, {"a": 0.1, "b": 0.2}])
+def test_ratings_of_another_scale_are_refused(rating, ratings):
+    given = Descriptions((Described("x", prior_rating=rating),), ratings or None)
+    with pytest.raises(
+        ValueError, match=r"models.x.prior_rating: expected a rating on the scale of 'ratings', or without them"
+    ):
+        given.as_new_models(["a", "b"], np.array([-1.0, 1.0]))
+
+
+@given(st.lists(st.floats(-3, 3), min_size=2, max_size=5), st.lists(st.floats(-100, 100), min_size=5, max_size=5))
+def test_a_higher_rating_is_never_worth_less(theta, ratings):
+    known = [str(i) for i in range(len(theta))]
+    given = Descriptions(
+        (Described("x", prior_rating=1.0), Described("y", prior_rating=2.0)), dict(zip(known, ratings, strict=False))
+    )
+    try:
+        low, high = given.as_new_models(known, np.array(theta))
+    except ValueError as error:
+        assert "prior_rating" in str(error)
+    else:
+        assert low.level <= high.level
 
 
 def test_two_wins_widen_no_prior():

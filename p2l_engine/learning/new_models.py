@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,12 @@ from p2l_engine.arguments import finite_number
 from p2l_engine.learning.rows import NewModel
 from p2l_engine.unique_keys import parsed
 
+logger = logging.getLogger(__name__)
+
 KEYS = ("like", "prior_rating", "cost")
 LOGITS_PER_POINT = float(np.log(10) / 400)  # of Elo's scale
+LARGEST = 1e100  # rating: squares of ratings are finite
+FARTHEST = 100.0  # that a new model's mean theta may be from 0, in units of the known models' largest plus 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +56,16 @@ class Descriptions:
         for name, entry in _mapping(f"{path}: models", top["models"]).items():
             where = f"{path}: models.{name}"
             given = _mapping(where, {} if entry is None else entry, KEYS)
-            like, cost = given.get("like"), given.get("cost")
+            like, rating, cost = given.get("like"), given.get("prior_rating"), given.get("cost")
             if like is not None and not isinstance(like, str):
                 raise ValueError(f"{where}.like: expected the name of a known model, got {like!r:.80}")
             if cost is not None:
                 cost = finite_number(f"{where}.cost", cost, "a number of at least 0", lambda c: c >= 0)
-            models.append(Described(name, like, _rating(f"{where}.prior_rating", given.get("prior_rating")), cost))
+            models.append(Described(name, like, None if rating is None else _rating(f"{where}.prior_rating", rating), cost))
         ratings = None
         if "ratings" in top:
             entries = _mapping(f"{path}: ratings", top["ratings"])
-            ratings = {name: finite_number(f"{path}: ratings.{name}", each, "a number") for name, each in entries.items()}
+            ratings = {name: _rating(f"{path}: ratings.{name}", each) for name, each in entries.items()}
         return cls(tuple(models), ratings)
 
     def as_new_models(self, known: Sequence[str], mean_theta: npt.NDArray[np.float64]) -> list[NewModel]:
@@ -68,8 +73,10 @@ class Descriptions:
         over the reference prompts.
 
         A rating r becomes a + b r, by least squares over the known models that have a rating; with one of them, or where they
-        are all equal, b is ln(10) / 400, as Elo's scale has it. Without ratings it is taken as it is. Raises ValueError for a
-        ``like`` that is not known, for ratings of unknown models, and for none at all.
+        are all equal, b is ln(10) / 400, as Elo's scale has it. b is 0, with a warning, where it would be negative: these
+        ratings are of other prompts. Without ratings it is taken as it is. Raises ValueError for a ``like`` that is not known,
+        for ratings of unknown models and for none at all, and for a rating that is a mean theta far beyond those of the known
+        models.
         """
         slope, start = 1.0, 0.0
         if self.ratings is not None:
@@ -79,13 +86,28 @@ class Descriptions:
             rating = np.array(list(self.ratings.values()))
             theta = mean_theta[[list(known).index(name) for name in self.ratings]]
             spread = rating - rating.mean()
-            slope = float(spread @ theta / (spread @ spread)) if spread.any() else LOGITS_PER_POINT
+            size = float(np.abs(spread).max())  # squares of tiny spreads would be 0
+            slope = float((spread / size) @ theta / ((spread / size) @ spread)) if size > 0 else LOGITS_PER_POINT
+            if slope < 0:
+                logger.warning(
+                    "ratings: models that are rated higher have a lower mean theta on these prompts: ratings are not used, and "
+                    "a model with prior_rating gets the mean of the rated ones"
+                )
+                slope = 0.0
             start = float(theta.mean() - slope * rating.mean())
         _check_known("like", [model.like for model in self.models if model.like is not None], known)
-        return [
-            NewModel(model.name, model.like, None if model.prior_rating is None else start + slope * model.prior_rating)
-            for model in self.models
-        ]
+        farthest = FARTHEST * (1 + float(np.abs(mean_theta).max(initial=0.0)))
+        found = []
+        for model in self.models:
+            level = None if model.prior_rating is None else start + slope * model.prior_rating
+            if level is not None and not abs(level) <= farthest:  # NaN is none either
+                raise ValueError(
+                    f"models.{model.name}.prior_rating: expected a rating on the scale of 'ratings', or without them a mean "
+                    f"theta, which is {mean_theta.min():.3g} to {mean_theta.max():.3g} for the known models; "
+                    f"{model.prior_rating:g} would be {level:.3g}"
+                )
+            found.append(NewModel(model.name, model.like, level))
+        return found
 
 
 def _check_known(what: str, names: Mapping[str, Any] | Sequence[str], known: Sequence[str]) -> None:
@@ -94,8 +116,8 @@ def _check_known(what: str, names: Mapping[str, Any] | Sequence[str], known: Seq
         raise ValueError(f"{what}: expected models of the checkpoint ({', '.join(known)}), got {', '.join(unknown)}")
 
 
-def _rating(where: str, value: object) -> float | None:
-    return None if value is None else finite_number(where, value, "a number")
+def _rating(where: str, value: object) -> float:
+    return finite_number(where, value, f"a number of at most {LARGEST:g}", lambda rating: abs(rating) <= LARGEST)
 
 
 def _mapping(where: str, value: Any, keys: Sequence[str] | None = None) -> dict[str, Any]:
