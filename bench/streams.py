@@ -1,15 +1,16 @@
 """What a mean budget over a stream loses to hindsight: python -m bench.streams.
 
 Streams of 10,000 prompts of each kind of bench/traffic.py, routed by the pacer and by dual mirror descent
-(bench/mirror_descent.py), both with the price of past traffic at first and with the pacer's first price. Off the budget: the
+(bench/mirror_descent.py), both with the price of past traffic at first and with the pacer's first price. Both are told the
+number of prompts; "open" is the pacer that is not. Off the budget: the
 mean cost's distance from it, on the stream where that is greatest; lost: points of win rate below the batch budget's optimum
 in hindsight, mean and worst of the streams; more on: on how many of them the pacer loses more. Ahead: the most that dual
 mirror descent had spent beyond the budget of the prompts so far, in budgets; the pacer is never ahead by more than 100 while
 something cheaper is allowed.
 
 Dual mirror descent's step is tuned in its favour: of steps that span two orders, and both mirror maps, the one that loses
-least on all of these streams together (their geometric mean, so that all kinds count alike). It is told the number of
-prompts, and the cheapest costs of those to come.
+least on all of these streams together (their geometric mean, so that all kinds count alike). It is told the cheapest costs
+of the prompts to come, too.
 """
 
 from __future__ import annotations
@@ -67,9 +68,10 @@ def measure(kind: str, number: int, stream: Stream, steps: Sequence[tuple[Mirror
         runs.append(Run(kind, number, first_price, router, 100 * (float(paid.mean()) - 1), lost, ahead))
 
     for first_price, price in (("past", past), ("none", None)):
-        pacer = BudgetPacer(budget, price)
-        start = pacer.price
-        add(first_price, "pacer", [pacer.choose(*prompt) for prompt in zip(v, costs, strict=True)])
+        start = BudgetPacer(budget, price).price
+        for router, prompts in (("pacer", len(v)), ("open", None)):
+            pacer = BudgetPacer(budget, price, prompts=prompts)
+            add(first_price, router, [pacer.choose(*prompt) for prompt in zip(v, costs, strict=True)])
         for mirror, step in steps:
             add(first_price, f"{mirror} {step}", mirror_descent(v, costs, budget, start, step, mirror))
     return runs
@@ -96,17 +98,17 @@ def main() -> None:
         for number, stream in enumerate(streams(kind, arguments.streams, arguments.prompts)):
             runs += measure(kind, number, stream)
     peer = tuned(runs)
-    runs = [run for run in runs if run.router in ("pacer", peer)]
+    runs = [run for run in runs if run.router in ("pacer", "open", peer)]
     title = f"{arguments.streams} streams of {arguments.prompts:,} prompts of each kind; dual mirror descent: {peer} / sqrt(n)"
     table = Table(title=title, title_justify="left")
-    figures = ("off, %: pacer", "peer", "lost: pacer", "peer", "worst: pacer", "peer", "more on", "ahead: peer")
+    figures = ("off, %: pacer", "open", "peer", "lost: pacer", "open", "peer", "worst: pacer", "peer", "more on", "ahead: peer")
     for column in ("stream", "price", *figures):
         table.add_column(column, justify="left" if column in ("stream", "price") else "right")
     for kind, first_price in itertools.product(arguments.kinds, ("past", "none")):
         some = [run for run in runs if (run.kind, run.first_price) == (kind, first_price)]
-        pacer, other = ([run for run in some if run.router == router] for router in ("pacer", peer))
-        off = [f"{max((run.off_percent for run in own), key=abs):+.2f}" for own in (pacer, other)]
-        mean = [f"{np.mean([run.lost_points for run in own]):.3f}" for own in (pacer, other)]
+        pacer, unaware, other = ([run for run in some if run.router == router] for router in ("pacer", "open", peer))
+        off = [f"{max((run.off_percent for run in own), key=abs):+.2f}" for own in (pacer, unaware, other)]
+        mean = [f"{np.mean([run.lost_points for run in own]):.3f}" for own in (pacer, unaware, other)]
         worst = [f"{max(run.lost_points for run in own):.3f}" for own in (pacer, other)]
         more = sum(a.lost_points > b.lost_points for a, b in zip(pacer, other, strict=True))
         ahead = f"{max(run.ahead for run in other):.0f}"

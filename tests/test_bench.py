@@ -254,7 +254,7 @@ def test_streams_run_to_the_end(monkeypatch, capsys, tmp_path):
     run(monkeypatch, streams, "--streams", 2, "--prompts", 60, "--csv", tmp_path / "rows.csv")
     assert "2 streams of 60 prompts" in capsys.readouterr().out
     rows = list(csv.DictReader((tmp_path / "rows.csv").open()))
-    assert len(rows) == len(traffic.KINDS) * 2 * 2 * 2  # streams, first prices, routers
+    assert len(rows) == len(traffic.KINDS) * 2 * 2 * 3  # streams, first prices, routers
     peer = [row for row in rows if row["router"] != "pacer"]
     assert all(float(row["off_percent"]) < 1e-9 for row in peer if row["kind"] not in ("Pareto", "spikes of costs"))
     assert all(float(row["lost_points"]) > -1e-9 for row in peer)

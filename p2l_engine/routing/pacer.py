@@ -16,6 +16,7 @@ from p2l_engine import arguments
 from p2l_engine.arguments import finite_number, whole_number
 from p2l_engine.routing import arrays, exact
 from p2l_engine.routing.arrays import Array, Float64
+from p2l_engine.routing.pace import KNOWN_END, OPEN_END
 from p2l_engine.routing.problem import Problem
 from p2l_engine.routing.solve import solve
 from p2l_engine.routing.values import Values
@@ -24,11 +25,11 @@ from p2l_engine.tables.atomic import write_file
 logger = logging.getLogger(__name__)
 
 VERSION = 2  # of the saved state
-FIRST_PRICE = 0.05  # of one budget, without a learned price: extra cost of one budget must add 5 points of win rate
+HORIZON = 500  # where the number of prompts is not known
+PER_HORIZON = 20  # prompts for each of the horizon where their number is known: their mean then ends within 1% of the budget
+FIRST_PRICE = 0.12  # of one budget, without a learned price: extra cost of one budget must add 12 points of win rate
 LEAST_PRICE = 1e-3  # of one budget: the price where the budget did not bind in the past
 EXTREME = 300.0  # bounds the log of the learned price: far beyond any win rate, and exp stays finite
-LINEAR = 0.1  # share of the price's response that is linear in the credit; the rest is cubic: flat near 0, steep at the ends
-FASTEST = 0.05  # the largest change of the log of the learned price per prompt
 
 # One lock for all pacers: each holds it for microseconds, and forks wait for it. So a forked child finds every pacer between
 # two prompts, and no lock that another thread holds.
@@ -72,39 +73,61 @@ class BudgetPacer:
 
     - ``spent <= budget * count + allowance`` after a choice, or the cheapest allowed model was chosen. ``allowance`` is
       horizon / 5 budgets. What ``settle`` adds counts as spent.
-    - Credit beyond horizon / 5 budgets is kept in reserve and returns at one budget per prompt. However much was saved before,
-      n prompts cost no more than 2 n + 2/5 horizon budgets, settlements aside, as long as an allowed model fits into credit
-      and allowance.
+    - Credit beyond its limit is kept in reserve and returns at one budget per prompt. However much was saved before, n prompts
+      cost no more than 2 n + 2/5 horizon budgets, settlements aside, as long as an allowed model fits into credit and
+      allowance.
+    - With ``prompts``, the limit is 3/25 horizon budgets and 8% of a budget more for each prompt to come, up to horizon
+      budgets; 1.08 budgets return per prompt; and n prompts cost no more than 2.08 n + 6/5 horizon budgets. Where the best
+      models cost at least 1.08 budgets, and no more than fits into credit and allowance, at most 3/25 horizon + 1.08 budgets
+      are left at the end.
     - No chosen model has an allowed alternative of no less win rate and no greater cost that is better in one of them. Ties:
       the higher win rate, then the lower cost, then the lower index.
 
-    A model that costs more than 2/5 horizon + 1 budgets is chosen only where it is the cheapest. Deterministic: the same
+    A model that costs a budget more than limit and allowance is chosen only where it is the cheapest. Deterministic: the same
     stream gives the same choices. Thread-safe; a forked child continues with a copy.
 
     budget: mean cost per prompt, > 0. price: win rate per unit of cost (``solve_batch_budget(...).prices["budget"]`` of past
     traffic, or ``BudgetPacer.learned``). horizon: a number of prompts from 10 to 10^9, the scale of the credit: the mean of n
     prompts is off the budget by at most horizon / (5 n) of it, unless even the cheapest models cost more, or the best less. A
-    larger one loses less win rate.
+    larger one loses less win rate. By default it is 500. prompts: how many the mean is taken over, where that is known: more
+    may be saved for later ones then, the more of them there are, and horizon is prompts / 20 (at least 10), for a mean within
+    1% at the end.
     """
 
-    def __init__(self, budget: float, price: float | None = None, horizon: int = 500) -> None:
+    def __init__(
+        self, budget: float, price: float | None = None, horizon: int | None = None, prompts: int | None = None
+    ) -> None:
         self.budget = _positive("budget", budget)
         if price is not None:
             price = finite_number("price", price, "a number >= 0, or None", lambda x: x >= 0)
+        self.prompts = None if prompts is None else whole_number("prompts", prompts, 1, PER_HORIZON * 10**9)
+        if horizon is None:
+            horizon = HORIZON if self.prompts is None else max(10, self.prompts // PER_HORIZON)
         self.horizon = whole_number("horizon", horizon, 10, 10**9)
+        self._pace = OPEN_END if self.prompts is None else KNOWN_END
         self._level = math.log(FIRST_PRICE if price is None else LEAST_PRICE)  # log of the learned price of one budget
         if price:
             self._level = min(max(math.log(price) + math.log(self.budget), self._level), EXTREME)
         self._income = exact.units(self.budget)
-        self._limit = self._income * horizon // 5  # of the credit, and of the debt
+        self._limit = self._income * self.horizon // 5  # of the debt; and of the credit, where the end is not known
+        self._later = 0 if self.prompts is None else self._income * 2 // 25  # what more may be saved for each prompt to come
         self._credit = self._reserve = self._spent = self._count = 0
+        self._most = self._highest_credit()
         self._warned = False
 
     @classmethod
-    def learned(cls, v: Array | Values, costs: Array, budget: float, horizon: int = 500, allowed: Array | None = None) -> Self:
+    def learned(
+        cls,
+        v: Array | Values,
+        costs: Array,
+        budget: float,
+        horizon: int | None = None,
+        allowed: Array | None = None,
+        prompts: int | None = None,
+    ) -> Self:
         """A pacer that starts from the price of past traffic: v [N, M], costs [M] or [N, M]."""
         policies = solve(Problem(v, costs, _positive("budget", budget), "batch", allowed=allowed))
-        return cls(budget, policies.prices.get("budget", 0.0), horizon)
+        return cls(budget, policies.prices.get("budget", 0.0), horizon, prompts)
 
     def choose(self, v: Array, costs: Array, allowed: Array | None = None) -> int:
         """The model for the next prompt: v [M] its win rates, costs [M] >= 0, allowed [M] bool or None."""
@@ -135,7 +158,8 @@ class BudgetPacer:
                 # Where no lower, or no higher, price would change the choice, learning would only wind the price up.
                 settled = w[k] == w[w.argmax()] if self._credit > 0 else x[k] == lowest
             if not settled:
-                self._learn(response)
+                step = self._pace.step(response, self._count, self.horizon)
+                self._level = min(max(self._level + step, -EXTREME), EXTREME)
             overspent = self._pay(float(x[k]))
         if overspent:  # without the lock, which a handler of the warning may need
             logger.warning(
@@ -185,7 +209,7 @@ class BudgetPacer:
         with _saving:
             with _choosing:
                 state: dict[str, Any] = {"version": VERSION, "budget": self.budget, "horizon": self.horizon}
-                state |= {"level": self._level, "count": self._count}
+                state |= {"prompts": self.prompts, "level": self._level, "count": self._count}
                 state |= {"spent": exact.summands(self._spent), "reserve": exact.summands(self._reserve)}
             write_file(arguments.path("path", path), json.dumps(state) + "\n")
 
@@ -206,7 +230,8 @@ class BudgetPacer:
         try:
             if state["version"] != VERSION:
                 raise ValueError(f"version {state['version']!r}")
-            pacer = cls(state["budget"], horizon=state["horizon"])
+            horizon = whole_number("horizon", state["horizon"], 10)
+            pacer = cls(state["budget"], horizon=horizon, prompts=state.get("prompts"))
             pacer._restore(state)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{expected}, got {error!r}") from None
@@ -222,28 +247,27 @@ class BudgetPacer:
         self._level, self._count = min(max(state["level"], -EXTREME), EXTREME), count
         self._spent, self._reserve = sum(map(exact.units, state["spent"])), sum(map(exact.units, state["reserve"]))
         self._credit = count * self._income - self._spent - self._reserve
-        if self._reserve < 0 or self._credit > self._limit:
+        self._most = self._highest_credit()
+        if self._reserve < 0 or self._credit > self._most:
             raise ValueError(f"reserve: expected the credit beyond its limit after {count} prompts, got {state['reserve']!r}")
 
-    def _response(self) -> float:
-        """The price as a multiple of the learned one: 1 at credit 0, 0 at its limit, infinite at the debt's."""
-        if self._credit <= -self._limit:
-            return math.inf
-        z = self._credit / self._limit
-        z *= LINEAR + (1 - LINEAR) * z * z
-        return (1 - z) / (1 + z) if z > -1 else math.inf
+    def _highest_credit(self) -> int:
+        """The credit's limit: what may be saved, and spent by the end where that is known."""
+        if self.prompts is None:
+            return self._limit
+        return min(self._limit * 3 // 5 + self._later * max(self.prompts - self._count, 0), 5 * self._limit)
 
-    def _learn(self, response: float) -> None:
-        rate = max(0.5 / self.horizon, 1 / (self._count + 100))  # fast at first, when the price is a guess
-        step = rate * math.log(max(response, 1e-9))
-        self._level = min(max(self._level + min(max(step, -FASTEST), FASTEST), -EXTREME), EXTREME)
+    def _response(self) -> float:
+        return self._pace.response(self._credit, self._limit, self._most)
 
     def _pay(self, cost: float) -> bool:
         """Counts a prompt; true once, when the cheapest models cost far more than the budget."""
         self._count += 1
+        if self.prompts is not None:
+            self._most = self._highest_credit()
         self._spent += exact.units(cost)
         self._gain(self._income - exact.units(cost))
-        returned = min(self._reserve, self._income, self._limit - self._credit)
+        returned = min(self._reserve, self._income + self._later, self._most - self._credit)
         self._reserve -= returned
         self._credit += returned
         if self._warned or self._credit >= -10 * self.horizon * self._income:
@@ -254,7 +278,7 @@ class BudgetPacer:
     def _gain(self, credit: int) -> None:
         """Adds to the credit. The reserve takes what exceeds the credit's limit, and pays debt beyond the allowance."""
         self._credit += credit
-        kept = max(0, self._credit - self._limit) - min(self._reserve, max(0, -self._limit - self._credit))
+        kept = max(0, self._credit - self._most) - min(self._reserve, max(0, -self._limit - self._credit))
         self._reserve += kept
         self._credit -= kept
 
