@@ -23,10 +23,13 @@ from p2l_engine.routing import (
     Share,
     SolverError,
     dual,
+    farkas,
     highs,
     rounding,
     solve,
+    surplus,
 )
+from p2l_engine.routing.surplus import NoPolicy
 from p2l_engine.routing.values import ArrayValues
 from tests.support import exact, reference
 
@@ -378,6 +381,41 @@ def test_conflicts_of_both_scopes_are_explained_by_few_lps(seed, n, m, shared):
         assert found.nearest == pytest.approx(one.nearest, rel=1e-9)
         assert sizes.count(n) <= 1 + (n <= highs.BLOCK)
         assert sum(sizes) <= 2 * n + 10
+
+
+@settings(max_examples=40)
+@given(SEEDS, st.integers(1, 4), st.integers(1, 5))
+def test_weights_or_a_mixture_prove_what_exact_rationals_say(seed, n, m):
+    problem = hostile(seed, n, m)
+    n = len(problem.values.take(slice(None)))
+    try:
+        known = farkas.feasible(surplus.reduce(problem.prompt_rows, problem.batch_rows, problem.mask, n, m), n)
+    except NoPolicy:
+        return
+    if known is not None:
+        assert known == (exact.optimum(problem, 1e-9 if known else -1e-9) is not None)
+
+
+@pytest.mark.parametrize("scale", [1.5, 0.5])
+def test_conflicts_of_amounts_of_each_prompt_are_explained_by_one_lp(scale, rng, monkeypatch):
+    """As long as a solution takes: one LP of the whole batch, for the nearest bound, or none where no bound alone mends it."""
+    costs, seconds, tokens = rng.exponential(size=(3, 300, 5)) + 0.1
+    both = (costs + seconds).argmin(1)[:, None]
+    bounds = [scale * float(np.take_along_axis(a, both, 1).mean()) for a in (costs, seconds)]
+    problem = Problem(
+        rng.random((300, 5)), costs, bounds[0], "batch",
+        [Resource("seconds", seconds, bounds[1], "batch"), Resource("tokens", tokens, tokens.min(1) + 0.01)],
+    )  # fmt: skip
+    sizes, real = [], highs.solve_block
+
+    def counted(v, *rest, **named):
+        sizes.append(len(v))
+        return real(v, *rest, **named)
+
+    monkeypatch.setattr(highs, "solve_block", counted)
+    with pytest.raises(Infeasible) as e:
+        solve(problem)
+    assert sizes.count(300) == (e.value.nearest is not None)
 
 
 def test_errors_show_every_digit_of_the_bounds_that_they_compare():

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from p2l_engine.errors import Infeasible, InfeasibleBudget
-from p2l_engine.routing import dual, highs, surplus
+from p2l_engine.routing import dual, farkas, highs, surplus
 from p2l_engine.routing.arrays import Float64
 from p2l_engine.routing.problem import Problem, Row, expected
 from p2l_engine.routing.program import SolverError
@@ -149,6 +149,9 @@ def _of_block(batch: Sequence[Row], prompt: Sequence[Row], mask: Any, n: int, m:
             binding = [reduced.over[k] for k in reduced.binding()]
             if target is None and len(each) + len(binding) < 2:  # its surplus says that it holds
                 return 0.0
+            known = farkas.feasible(reduced, n)
+            if known is False or (known and target is None):
+                return 0.0 if known else None
             if binding:
                 solved = highs.solve_block(goal, reduced.usable, reduced.each, binding)
                 indices, probabilities = highs.narrow(solved.x)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from p2l_engine.arguments import finite_number
 from p2l_engine.native import routing as native
-from p2l_engine.routing import conflicts, dual, highs, rounding, surplus
+from p2l_engine.routing import conflicts, dual, farkas, highs, rounding, surplus
 from p2l_engine.routing.arrays import Float64
 from p2l_engine.routing.hulls import Hulls
 from p2l_engine.routing.policies import Policies
@@ -184,6 +184,8 @@ def _highs(problem: Problem, why: str, time_limit: float | None) -> Policies:
             reduced = surplus.reduce(prompt, batch, problem.mask, *v.shape)
             kept = reduced.binding()
             over = [reduced.over[k] for k in kept]
+            if len(v) > highs.BLOCK and farkas.feasible(reduced, len(v)) is False:
+                raise NoPolicy
             solved = highs.solve_block(v, reduced.usable, reduced.each, over, time_limit=time_limit)
             indices, probabilities = highs.narrow(solved.x)
             of_rows = np.zeros(len(batch))
