@@ -403,6 +403,25 @@ def test_files_of_types_with_no_common_one_are_refused(one, two, message, tmp_pa
     assert len(kept(tmp_path, keep=[])[0]) == 602
 
 
+@pytest.mark.parametrize("place", ["m", "m.inner", "m[]", "rows"])
+def test_objects_of_very_many_keys_of_which_each_has_few_are_refused(place, tmp_path, monkeypatch):
+    """Stored, each would have all."""
+    monkeypatch.setattr("p2l_engine.tables.shapes.MAX_SPARSE", 100)
+    within = {"m": lambda m: {"m": m}, "m.inner": lambda m: {"m": {"inner": m}}, "m[]": lambda m: {"m": [m]}, "rows": dict}
+
+    def given_(keys_of):
+        rows = [within[place](dict.fromkeys(map(str, keys_of(i)), 1)) for i in range(60)]
+        return lines(tmp_path / "in.jsonl", [{"prompt": "p", **row} for row in rows])
+
+    few = given_(lambda i: range(2 * i, 2 * i + 2))
+    said = rf"in.jsonl: .* got {re.escape(place)} \(120 different keys, 2 in the mean object\): write objects .* --keep"
+    with pytest.raises(ValueError, match=said):
+        kept(few)
+    assert kept(few, keep=[])[1] == {}
+    assert kept(given_(lambda i: range(i, i + 2)))[1] == {}  # 61 keys
+    assert kept(given_(lambda i: range(i % 10, 120, 10)))[1] == {}  # 120, a tenth of them in each
+
+
 def test_text_that_is_not_utf_8_costs_its_row(tmp_path):
     (tmp_path / "in.csv").write_bytes(b"id,prompt\n" + b"1,a\n" * 600 + b"\xe9,c\nbad\n2,d")
     odd = pa.array([b"1", b"\xe9", None]).view(pa.string())

@@ -25,13 +25,13 @@ AS_LINES = "write an object a line: with jq -c '.[]' of a list, or to_json(orien
 
 def schema(file: File, column: str, keep: Sequence[str] | None, told: Told = untold) -> pa.Schema | None:
     """See ``formats.Reader``. Reads all rows where columns are kept. Raises ValueError if no value of a column can be stored,
-    or the columns have more than ``MAX_PLACES`` different keys."""
+    the columns have more than ``MAX_PLACES`` different keys, or objects more than ``MAX_SPARSE``, of which each has few."""
     import pyarrow as pa
 
-    from p2l_engine.tables.shapes import MAX_PLACES, Shape, by_key
+    from p2l_engine.tables.shapes import LEAST_FILLED, MAX_PLACES, MAX_SPARSE, Shape, by_key, sparse_keys
 
     shapes, names = dict[str, Shape](), dict[str, None]()
-    begun = False
+    begun, objects = False, 0
     for lines, read in _lines(file):
         told(read)
         rows = [_parsed(line) for line in lines]
@@ -43,7 +43,9 @@ def schema(file: File, column: str, keep: Sequence[str] | None, told: Told = unt
             if column in names:
                 break
             continue
-        for name, found in by_key(row for row in rows if isinstance(row, dict)).items():
+        dicts = [row for row in rows if isinstance(row, dict)]
+        objects += len(dicts)
+        for name, found in by_key(dicts).items():
             if name != column if keep is None else name in keep:
                 shapes.setdefault(name, Shape()).add(found)
         if sum(shape.places() for shape in shapes.values()) > MAX_PLACES:
@@ -54,6 +56,12 @@ def schema(file: File, column: str, keep: Sequence[str] | None, told: Told = unt
             )
     if begun:
         wanted_columns(file, list(names), column, None)
+    sparse = [*sparse_keys("rows", objects, shapes), *(place for name, shape in shapes.items() for place in shape.sparse(name))]
+    if sparse:
+        raise ValueError(
+            f"{file.shown}: expected objects of at most {MAX_SPARSE:,} different keys, or with {LEAST_FILLED:.0%} of them "
+            f"each, got {listed(sparse)}: write objects whose keys are data as text, or name the columns to keep with --keep"
+        )
     types = {name: shape.type() for name, shape in shapes.items()}
     for name, shape in shapes.items():
         if shape.kinds and pa.types.is_null(types[name]):

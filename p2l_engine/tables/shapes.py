@@ -12,6 +12,7 @@ import pyarrow as pa
 
 MAX_DEPTH = 48  # lists and objects within each other that parquet files may hold
 MAX_PLACES = 10_000  # in a file's kept columns: objects whose keys are data would make a column for each
+MAX_SPARSE, LEAST_FILLED = 1_000, 0.05  # different keys of objects that have a smaller share of them in the mean
 EXACT = 1 << 53  # the integers up to which are floats
 NUMBER = "number"
 NAMES: dict[type, str] = {str: "text", bool: "true or false", int: NUMBER, float: NUMBER, list: "list", dict: "object"}
@@ -19,11 +20,12 @@ NAMES: dict[type, str] = {str: "text", bool: "true or false", int: NUMBER, float
 
 @dataclass(slots=True)
 class Shape:
-    """What is at one place of a column's values: how many values of each kind; of the numbers how many are floats, integers
-    that are exact as floats, and integers that fit in signed and in unsigned 64 bits; the items of the lists; and the
-    fields of the objects."""
+    """What is at one place of a column's values: how many values, nulls among them, and how many of each kind; of the numbers
+    how many are floats, integers that are exact as floats, and integers that fit in signed and in unsigned 64 bits; the items
+    of the lists; and the fields of the objects."""
 
     depth: int = 0
+    values: int = 0
     kinds: Counter[str] = field(default_factory=Counter)
     floats: int = 0
     exact: int = 0
@@ -34,6 +36,7 @@ class Shape:
 
     def add(self, values: Sequence[Any]) -> None:
         """More values, as JSON has them."""
+        self.values += len(values)
         for kind, count in Counter(map(type, values)).items():
             if kind is int:
                 self._add_integers([value for value in values if type(value) is int])
@@ -63,6 +66,13 @@ class Shape:
         """How many places there are in it."""
         below = sum(each.places() for each in self.fields.values())
         return 1 + below + (0 if self.items is None else self.items.places())
+
+    def sparse(self, name: str) -> Iterator[str]:
+        """The places with objects of very many keys, of which each object has few."""
+        yield from sparse_keys(name, self.kinds["object"], self.fields)
+        inner = [(f"{name}[]", self.items)] if self.items is not None else []
+        for place, each in (*inner, *((f"{name}.{key}", each) for key, each in self.fields.items())):
+            yield from each.sparse(place)
 
     def mixed(self, name: str) -> Iterator[str]:
         """The places with values of several kinds, and how many of each; of numbers, those that have no common type."""
@@ -102,6 +112,13 @@ class Shape:
     def _number(self) -> pa.DataType:
         held = self._held_by()
         return max(held, key=held.__getitem__) if self._held() else pa.null()
+
+
+def sparse_keys(place: str, objects: int, fields: Mapping[str, Shape]) -> Iterator[str]:
+    """The place, where so many objects have fields of very many keys, and each object few of them: stored, each has all."""
+    values = sum(each.values for each in fields.values())
+    if len(fields) > MAX_SPARSE and values < LEAST_FILLED * objects * len(fields):
+        yield f"{place} ({len(fields):,} different keys, {values / objects:.3g} in the mean object)"
 
 
 def by_key(objects: Iterable[Mapping[str, Any]]) -> dict[str, list[Any]]:
