@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 
 from p2l_engine.cli.prompts import PromptFile
 from p2l_engine.replay.read import read_log
-from p2l_engine.tables import listing
+from p2l_engine.tables.chunked import read_rows
 from p2l_engine.tables.find import find
 from p2l_engine.tables.storage import Location
 from p2l_engine.tables.whole import read_table
+from tests.support.other_user import open_folder, problem_of_other_user
 
 
 def touch(*paths):
@@ -167,21 +168,27 @@ def test_what_is_skipped_is_said_once(ending, tmp_path, caplog):
         assert [line.rpartition(": ")[2] for line in said] == ["dead.csv (a link to nothing)", "notes.txt"]
 
 
-def test_folders_that_cannot_be_listed_are_named(tmp_path, caplog, monkeypatch):
-    touch(tmp_path / "a" / "a.csv", tmp_path / "closed" / "b.csv")
-    scandir = os.scandir
-
-    def denied(folder):
-        if os.fspath(folder).endswith("closed"):
-            raise PermissionError(13, "Permission denied", folder)
-        return scandir(folder)
-
-    monkeypatch.setattr(listing.os, "scandir", denied)
-    for pattern in ("", "closed", "*"):
-        with pytest.raises(ValueError, match="closed: cannot be listed: Permission denied; let this user read it"):
-            found(tmp_path, pattern)
-    assert found(tmp_path, "*/*.csv") == ["a/a.csv"]
-    assert "closed (permission denied)" in caplog.text
+def test_what_another_user_may_not_read_is_named():
+    with open_folder() as folder:
+        touch(folder / "a" / "a.csv", folder / "closed" / "b.csv", folder / "unseen" / "c.csv", folder / "d.csv")
+        for name, mode in (("closed", 0o000), ("unseen", 0o744), ("d.csv", 0o000)):
+            (folder / name).chmod(mode)
+        for pattern in (".", "closed", "*"):
+            said = problem_of_other_user(lambda pattern=pattern: find([f"{folder}/{pattern}"]))
+            assert said.endswith("closed: cannot be listed: Permission denied; let this user read it, or name other folders")
+        assert problem_of_other_user(lambda: found(folder, "a/*.csv")) == ""
+        for name in ("closed/b.csv", "unseen/c.csv"):
+            said = problem_of_other_user(lambda name=name: find([folder / name]))
+            assert said.endswith(f"{name}: expected a file or folder, got permission denied: let this user enter its folder")
+        said = problem_of_other_user(lambda: found(folder, "unseen"))
+        assert said.startswith(f"ValueError: {folder}/unseen: expected files in this folder")
+        for read_it in (
+            lambda: list(read_rows(find([folder / "d.csv"]), "prompt")),
+            lambda: read_table(folder / "d.csv", ["p"]),
+        ):
+            assert problem_of_other_user(read_it).startswith(f"ValueError: {folder}/d.csv: cannot be read: [Errno 13]")
+        (folder / "closed").chmod(0o755)
+        (folder / "unseen").chmod(0o755)
 
 
 def test_names_that_are_not_utf_8_are_refused_where_they_are_read(tmp_path, caplog):

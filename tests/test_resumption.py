@@ -10,6 +10,7 @@ import sys
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -23,11 +24,13 @@ from safetensors.torch import load_file, save_file
 
 from p2l_engine import Engine, Router
 from p2l_engine.batch import BatchConfig, run
+from p2l_engine.batch.identity import _checkpoint
 from p2l_engine.tables.storage import Location
 from tests.support import tiny
 from tests.support.batch_files import PROMPTS, contents, write
 from tests.support.cases import slow_but
 from tests.support.catalogs import COSTS, catalog
+from tests.support.other_user import open_folder, problem_of_other_user
 from tests.support.tiny import MODELS
 
 
@@ -604,6 +607,29 @@ def test_a_run_killed_at_any_moment_resumes_to_identical_output(kind, engine, tm
     done = in_process_of_its_own(kind, engine.folder, "in.jsonl.gz", rng.integers(1 << 30), folder=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     print(done.stdout)
+
+
+def test_a_run_of_another_user_is_read_but_not_written_over(engine, router):
+    let = "let this user write"
+    with open_folder() as folder:
+        given = write(folder / "in.jsonl")
+        run(router, BatchConfig([given], str(folder / "out")))
+        whole = contents(folder / "out")
+        with pytest.MonkeyPatch.context() as patch:  # pytest's folder of the checkpoint is closed to others
+            patch.setattr("p2l_engine.batch.identity._checkpoint", partial(lambda known, _: known, _checkpoint(engine)))
+            assert problem_of_other_user(lambda: run(router, BatchConfig([given], str(folder / "out")))) == ""
+            for more, restart in (({"budget": 2.0}, False), ({}, True)):
+                said = problem_of_other_user(
+                    lambda more=more, restart=restart: run(router, BatchConfig([given], str(folder / "out"), **more), restart)
+                )
+                assert (
+                    said
+                    == f"PermissionError: {folder}/out.run: cannot be written: Permission denied; name another output, or {let}"
+                )
+            said = problem_of_other_user(lambda: run(router, BatchConfig([given], str(folder / "new"))))
+            assert "new.run: cannot be made: " in said
+            assert "name an output in a folder that can be written" in said
+        assert contents(folder / "out") == whole
 
 
 READ_ONLY = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -43,6 +44,15 @@ def make_run_folder(output: Location, run: Location) -> None:
             f"{run.shown}: cannot be made: {error}; a run's own files stand beside its output: name an output in a folder that "
             "can be written"
         ) from error
+
+
+def check_writable(*folders: Location) -> None:
+    """Raises PermissionError for a local folder in which this user cannot write, before hours are spent."""
+    for folder in folders:
+        if folder.is_local and not os.access(folder.path, os.W_OK | os.X_OK):
+            is_read_only = os.statvfs(folder.path).f_flag & os.ST_RDONLY
+            problem = os.strerror(errno.EROFS if is_read_only else errno.EACCES)
+            raise PermissionError(f"{folder.shown}: cannot be written: {problem}; name another output, or let this user write")
 
 
 def state_folder(parent: str | Path | None, run: Location, coefficients: Identity, recorded: str | None = None) -> Path:

@@ -16,6 +16,7 @@ from p2l_engine.batch.parts import check_no_other_parts, mark
 from p2l_engine.batch.pipeline import Pipeline, Workers
 from p2l_engine.batch.report import Report
 from p2l_engine.batch.run_folder import (
+    check_writable,
     coefficient_bytes,
     has_coefficients,
     make_run_folder,
@@ -64,6 +65,8 @@ def run(
     make_run_folder(job.output, job.run)
     with job.run.alone(), _state_alone(job):
         job.output.make_folder()
+        if restart or job.schema is not None:  # else it is finished, and only read
+            check_writable(job.run, job.output)
         return _run(router, job, restart, progress or (lambda _: None), workers)
 
 

@@ -62,11 +62,14 @@ def glob_entries(location: Location) -> Iterator[Entry]:
 
 
 def problem_of(path: str) -> str | None:
-    """Why what a local path names is neither a file nor a folder; None if there is nothing, or one of these."""
+    """Why what a local path names is neither a file nor a folder that this user can see; None if there is nothing, or one of
+    these."""
     try:
         os.lstat(path)
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        return f"{_unreadable(error)}: let this user enter its folder"
     try:
         return _kind(os.stat(path).st_mode)
     except OSError as error:
