@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from p2l_engine.cli.prompts import PromptFile
 from p2l_engine.replay.read import read_log
+from p2l_engine.tables import listing
 from p2l_engine.tables.chunked import read_rows
 from p2l_engine.tables.find import find
 from p2l_engine.tables.storage import Location

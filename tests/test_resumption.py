@@ -182,7 +182,10 @@ def test_damaged_files_are_named(router, tmp_path, caplog):
     assert contents(tmp_path / "again") == contents(tmp_path / "whole")
 
 
-def test_a_run_of_an_adapter_is_refused_where_its_backbone_changed(tmp_path):
+def test_a_run_of_an_adapter_is_refused_where_its_backbone_changed(tmp_path, monkeypatch):
+    """By a single weight, too, which lies between the samples that other fingerprints take."""
+    monkeypatch.setattr("p2l_engine.checkpoint.fingerprint.SAMPLES", 2)
+    monkeypatch.setattr("p2l_engine.checkpoint.fingerprint.SAMPLE", 1 << 12)
     base = tiny.write(tmp_path / "base")
     folder = tmp_path / "adapter"
     folder.mkdir()
@@ -205,8 +208,12 @@ def test_a_run_of_an_adapter_is_refused_where_its_backbone_changed(tmp_path):
     (base / "notes.txt").unlink()
     again()
     weights = load_file(base / "model.safetensors")
+    one = weights["model.layers.1.self_attn.q_proj.weight"].clone()
+    one[3, 5] += 1e-3
     for name, changed in {
-        "model.safetensors": lambda: save_file({n: w + 1e-3 for n, w in weights.items()}, base / "model.safetensors"),
+        "model.safetensors": lambda: save_file(
+            weights | {"model.layers.1.self_attn.q_proj.weight": one}, base / "model.safetensors"
+        ),
         "config.json": lambda: (base / "config.json").write_text(
             (base / "config.json").read_text().replace("10000.0", "20000.0")
         ),

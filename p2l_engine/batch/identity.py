@@ -120,9 +120,11 @@ def _as_json(found: Mapping[str, Any]) -> Identity:
 
 
 def _checkpoint(engine: Engine) -> dict[str, str]:
-    """Digests: of all bytes of the checkpoint's own weights, of samples of an adapter's backbone."""
+    """Digests: of all bytes of the weights, also of an adapter's backbone."""
     digests = fingerprint.of_checkpoint(engine.folder, engine.base)
-    for file in engine.folder.glob("*.safetensors"):
-        with file.open("rb") as opened:
-            digests[file.name] = sha256(opened)
+    folders = {"": engine.folder} | ({} if engine.base == engine.folder else {"backbone/": engine.base})
+    for place, folder in folders.items():
+        for file in folder.glob("*.safetensors"):
+            with file.open("rb") as opened:
+                digests[place + file.name] = sha256(opened)
     return digests
