@@ -16,6 +16,7 @@ import torch
 from transformers import GPT2Config, LlamaConfig
 
 from p2l_engine import Engine, checkpoint
+from p2l_engine.backbone.families import FAMILIES
 from p2l_engine.backbone.packing import Packed, batches
 from p2l_engine.engine import as_device, as_dtype, cpu
 from p2l_engine.engine.compile_watch import CompileWatch
@@ -34,8 +35,7 @@ PROMPTS = [
     "",
 ]
 
-DECODERS = {
-    "llama": tiny.config("llama"),
+DECODERS = {name: tiny.config(name) for name in FAMILIES} | {
     "llama mha": tiny.config("llama", num_key_value_heads=6),
     "llama mqa": tiny.config("llama", num_key_value_heads=1),
     "llama biases": tiny.config("llama", attention_bias=True, mlp_bias=True),
@@ -49,12 +49,11 @@ DECODERS = {
             "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
         },
     ),
-    "qwen2": tiny.config("qwen2"),
     "qwen2 tied mha": tiny.config("qwen2", tie_word_embeddings=True, num_key_value_heads=6),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", slow_but(("llama mqa", "llama3 rope", "llama wide heads", "qwen2"), DECODERS))
+@pytest.mark.parametrize("name", slow_but(("llama mqa", "llama3 rope", "llama wide heads", *FAMILIES), DECODERS))
 def test_equals_transformers_in_float32(name, tmp_path):
     folder = tiny.write(tmp_path, DECODERS[name])
     engine = Engine.from_pretrained(folder, device="cpu", dtype=torch.float32)

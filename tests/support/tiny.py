@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModel, LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast, Qwen2Config
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedTokenizerFast
 
 TEMPLATE = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
 MODELS = ["alpha", "beta", "gamma", "delta", "epsilon"]
@@ -42,8 +42,7 @@ def tokenizer(cls_token: str | None = "<|cls|>", template: str = TEMPLATE) -> Pr
 
 def config(family: str = "llama", **changes: object) -> PretrainedConfig:
     """A tiny decoder's config; ``changes`` override SIZES."""
-    kinds = {"llama": LlamaConfig, "qwen2": Qwen2Config}
-    return kinds[family](**{**SIZES, **changes})
+    return AutoConfig.for_model(family, **{**SIZES, **changes})
 
 
 def write(
@@ -101,7 +100,6 @@ def reference_theta(folder: Path, prompts: list[str], most: int = 8192) -> tuple
     """theta [N, M] and eta [N] by transformers, one prompt at a time, its last ``most`` tokens, in eager attention and
     float32, for single-layer rk heads."""
     from safetensors.torch import load_file
-    from transformers import AutoConfig
 
     tensors = {}
     for file in folder.glob("*.safetensors"):
