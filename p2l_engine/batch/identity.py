@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from typing import Any
 
 import torch
 
+from p2l_engine import __version__
 from p2l_engine.batch.blocks import LETTERS
 from p2l_engine.batch.config import BatchConfig
 from p2l_engine.batch.contents import Content, sha256
@@ -35,7 +35,7 @@ def of_coefficients(
     """All that coefficients and their blocks depend on. prompts: where they are. compute: see ``compute_signature``."""
     return _as_json(
         {
-            "version": version("p2l-engine"),
+            "version": __version__,
             "inputs": [[file.size, file.digest] for file in inputs],
             "column": prompts.name,
             "cells": prompts.cells,

@@ -37,6 +37,9 @@ def of_file(file: Path) -> str:
     size = file.stat().st_size
     found = hashlib.sha256(str(size).encode())
     with file.open("rb") as opened:
+        if size <= SAMPLES * SAMPLE:
+            found.update(opened.read())
+            return found.hexdigest()
         for piece in range(SAMPLES):
             opened.seek(max(0, size - SAMPLE) * piece // (SAMPLES - 1))
             found.update(opened.read(SAMPLE))
