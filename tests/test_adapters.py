@@ -136,6 +136,7 @@ def test_what_peft_saves_is_merged_as_peft_does(values, base, tmp_path_factory):
     assert_merged(folder, by_peft(base, folder, values))
 
 
+@pytest.mark.slow
 def test_dots_of_patterns_stand_for_any_character_as_in_peft(base, tmp_path):
     config = {
         "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "up_proj"],
@@ -144,6 +145,7 @@ def test_dots_of_patterns_stand_for_any_character_as_in_peft(base, tmp_path):
     assert_merged(tmp_path / "adapter", by_peft(base, tmp_path / "adapter", config))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but(("olora",), ["pissa", "pissa_niter_4", "olora"]))
 def test_adapters_that_changed_their_backbone_are_refused_and_converted_ones_merged(name, base, tmp_path):
     config = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "up_proj"]}
@@ -191,6 +193,7 @@ def test_options_that_are_off_are_accepted(base, tmp_path):
     assert_merged(tmp_path / "adapter", {n.removeprefix("model."): w for n, w in merged.items() if n.startswith("model.")})
 
 
+@pytest.mark.slow
 @settings(max_examples=20)
 @given(data=st.data())
 def test_lost_factors_are_refused(data, base, tmp_path_factory):

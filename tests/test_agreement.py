@@ -118,6 +118,7 @@ def test_the_engine_gives_the_coefficients_of_the_model_in_training(name, tmp_pa
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-4 * float(alone.abs().max()))
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_no_gradient(tmp_path, seed, rng):
     backbone(tmp_path, "llama longrope", seed)
     packed, found = Packed.of(families.drawn(rng, LENGTHS)), []

@@ -123,6 +123,7 @@ def at(engine, router, loaded):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_arguments_of_a_wrong_kind_are_named(at):
     wrong = []
     for name, (call, takes) in at.items():
@@ -150,6 +151,7 @@ numbers = st.one_of(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @given(value=numbers)
 def test_finite_numbers_are_those_that_a_float_holds(value):
     real = isinstance(value, int | float | Fraction | Decimal | np.number | np.ndarray) and not isinstance(value, bool)

@@ -124,6 +124,7 @@ def test_packing_puts_every_token_and_key_in_its_place(shapes, p, extra):
     assert all(getattr(packed, n).data_ptr() % 16 == packed.tokens.data_ptr() % 16 for n in ("sources", "last", "starts"))
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=100)
 @given(
     st.lists(st.integers(1, 1100), min_size=1, max_size=12) | st.lists(st.integers(1, 90), min_size=1, max_size=70),

@@ -60,6 +60,7 @@ def test_a_batch_budget_gives_the_routers_decisions(more, router, tmp_path):
     assert manifest(tmp_path / "out")["report"]["prices"] == report.prices
 
 
+@pytest.mark.slow
 def test_the_price_of_a_batch_budget_spends_that_budget(router, tmp_path):
     given = write(tmp_path / "in.parquet")
     before = run(router, BatchConfig([given], str(tmp_path / "out"), budget=1.5, budget_scope="batch", rows_per_part=32))
@@ -76,6 +77,7 @@ def test_the_price_of_a_batch_budget_spends_that_budget(router, tmp_path):
         BatchConfig([given], "x", price=1.0, budget=1.0)
 
 
+@pytest.mark.slow
 def test_coefficients_and_kept_columns(router, tmp_path):
     given = write(tmp_path / "in.parquet", note=list(range(150)), other=["x"] * 150)
     run(router, BatchConfig([given], str(tmp_path / "out"), keep=["note"], coefficients="float32"))
@@ -226,6 +228,7 @@ def test_a_recorder_counts_all_of_many_threads():
     assert all(r.rows == 2 * r.routed == 2 * r.parts == 4 * r.spend for r in reports)  # none is half updated
 
 
+@pytest.mark.slow
 def test_reports_of_a_run_only_grow(router, tmp_path):
     config = BatchConfig([write(tmp_path / "in.parquet")], str(tmp_path / "out"), budget=1.5, rows_per_part=8)
     reports = []

@@ -10,6 +10,7 @@ from unittest.mock import patch
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,6 +23,7 @@ from tests.support.batch_files import output, write
 PROMPTS = st.lists(st.one_of(st.none(), st.text(max_size=30), st.just("x" * 500)), min_size=1, max_size=60)
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(PROMPTS, st.integers(1, 20), st.integers(1, 2000), st.sampled_from([0, 50, 3000]), st.data())
 def test_blocks_end_where_the_prompts_say_whatever_is_kept(prompts, rows, letters, most, data):
@@ -66,6 +68,7 @@ def test_large_kept_columns_go_to_disk_and_come_back_unchanged(tmp_path, monkeyp
     assert all(found[piece].nbytes < 130_000 for piece in slices)
 
 
+@pytest.mark.slow
 def test_rows_with_large_kept_columns_are_several_parts(router, tmp_path, monkeypatch):
     note = ["n" * 1000] * 150
     given = write(tmp_path / "in.parquet", note=note)

@@ -87,6 +87,7 @@ def test_a_changed_budget_says_that_there_was_no_forward_pass(batch):
     assert "budget: was 2.0, is 3.0; its coefficients, from which it could be decided again, are not in" in found.err
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(st.sampled_from(["no text", "cost #", "got # values"]), st.integers(0, 10**6)), max_size=300))
 def test_reasons_that_differ_in_numbers_alone_are_one(rows):
     recorder = Recorder()
@@ -117,6 +118,7 @@ def test_every_count_has_one_status(routed, errors):
     assert status == (0 if not errors else 3 if routed else 4)
 
 
+@pytest.mark.slow
 def test_decisions_are_written_as_requests(batch, tmp_path):
     requests = ("--split-by", "model", "--as", "openai-batch")
     found = batch(["a", "b", None], *requests)

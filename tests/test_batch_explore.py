@@ -54,6 +54,7 @@ def test_rows_are_the_routers_decisions_in_any_parts(options, explorer, tmp_path
     assert len(alike) == 1 or "draw" in options
 
 
+@pytest.mark.slow
 def test_rows_in_another_order_are_drawn_alike(explorer, tmp_path, rng):
     ids, order = [f"row {i}" for i in range(150)], rng.permutation(150).tolist()
     for name, places in (("a", range(150)), ("b", order)):
@@ -89,6 +90,7 @@ def test_an_interrupted_run_is_resumed_to_the_same_bytes(scope, explorer, tmp_pa
     assert {name: whole[name] for name in parts} == {name: broken[name] for name in parts}
 
 
+@pytest.mark.slow
 def test_a_budget_over_the_batch_holds_and_its_propensities_are_the_shares(explorer, tmp_path):
     n = 400
     given = write(tmp_path / "in.parquet", ["one prompt", "another prompt"] * (n // 2))

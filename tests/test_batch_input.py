@@ -13,6 +13,7 @@ from tests.support.batch_files import manifest, output, write
 from tests.support.tiny import MODELS
 
 
+@pytest.mark.slow
 def test_inputs_and_folders_that_cannot_be_used_are_named(router, tmp_path):
     given = write(tmp_path / "in.parquet")
     out = str(tmp_path / "out")

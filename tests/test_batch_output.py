@@ -27,6 +27,7 @@ from p2l_engine.batch.sources import source_columns, source_names
 from p2l_engine.tables.find import find
 from p2l_engine.tables.whole import read_table
 from tests.support.batch_files import PROMPTS, contents, output, write
+from tests.support.cases import slow_but
 
 OWN = ["source_file", "source_row", "model", "policy", "expected_cost", "win_rate", "score", "theta", "eta", "error"]
 
@@ -51,6 +52,7 @@ def expected(found):
     assert all((row["model"] is None) == (row["error"] is not None) for row in found)
 
 
+@pytest.mark.slow
 def test_the_folder_opens_in_polars_duckdb_pandas_and_pyarrow(router, options, tmp_path):
     out = tmp_path / "out"
     run(router, BatchConfig(output=str(out), **options))
@@ -84,7 +86,7 @@ def test_jsonl_and_csv_say_what_parquet_says(router, options, tmp_path):
         assert frame[name].to_list() == [row[name] for row in rows]
 
 
-@pytest.mark.parametrize("name", list(FORMATS))
+@pytest.mark.parametrize("name", slow_but(("csv",), FORMATS))
 def test_a_resumed_run_has_the_same_bytes_in_every_format(name, router, options, tmp_path):
     options |= {"format": name, "split_by": "model"}
     run(router, BatchConfig(output=str(tmp_path / "whole"), **options))
@@ -99,6 +101,7 @@ def test_a_resumed_run_has_the_same_bytes_in_every_format(name, router, options,
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_each_models_rows_have_files_of_their_own(router, options, tmp_path):
     run(router, BatchConfig(output=str(tmp_path / "one"), **options))
     report = run(router, BatchConfig(output=str(tmp_path / "out"), format="jsonl", split_by="model", **options))
@@ -169,6 +172,7 @@ def test_files_are_named_as_the_user_would(tmp_path, monkeypatch):
     assert names(f"file://{tmp_path}/in") == ["a.csv", "day/b.csv", "day/c.csv"]
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.integers(0, 30), min_size=1, max_size=4).filter(any), st.integers(1, 25), st.sampled_from(["parquet", "jsonl"])
 )
@@ -231,6 +235,7 @@ def from_csv(text, value):
     return text == (written.lower() if isinstance(value, bool) else written)
 
 
+@pytest.mark.slow
 @given(st.lists(COLUMNS, min_size=1, max_size=4), TEXTS)
 def test_every_value_comes_back_from_jsonl_and_csv(columns, name):
     table = pa.table([pa.array(column) for column in columns], [f"{name}{i}" for i in range(len(columns))])
@@ -244,6 +249,7 @@ def test_every_value_comes_back_from_jsonl_and_csv(columns, name):
         assert all(map(from_csv, texts, values))
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(st.none() | TEXTS, TEXTS), min_size=1, max_size=4), st.sampled_from(list(FORMATS)))
 def test_texts_and_nulls_come_back_through_the_projects_own_reader(tmp_path_factory, rows, name):
     path = tmp_path_factory.mktemp("own") / f"part-000000.{name}"

@@ -16,6 +16,7 @@ from p2l_engine.batch.request_ids import DistinctIds
 from p2l_engine.batch.requests import endpoint, request_body
 from p2l_engine.catalog import CatalogModel
 from tests.support.batch_files import PROMPTS, contents, output, write
+from tests.support.cases import slow_but
 from tests.support.catalogs import catalog
 from tests.support.layouts import LAYOUTS, TALKS, WRITERS, chat
 
@@ -40,6 +41,7 @@ def requests(folder):
     return found
 
 
+@pytest.mark.slow
 def test_each_model_has_files_of_its_requests_within_the_limits(provided, tmp_path, monkeypatch):
     router, names = provided
     monkeypatch.setattr(request_files, "MAX_REQUESTS", 20)
@@ -71,6 +73,7 @@ def test_each_model_has_files_of_its_requests_within_the_limits(provided, tmp_pa
             assert line == {"custom_id": line["custom_id"], "method": "POST", "url": "/v1/chat/completions", "body": body}
 
 
+@pytest.mark.slow
 def test_a_file_ends_before_it_has_too_many_bytes_and_no_request_is_larger(router, tmp_path, monkeypatch):
     given = write(tmp_path / "in.jsonl")
     monkeypatch.setattr(request_files, "MAX_BYTES", 1000)
@@ -82,6 +85,7 @@ def test_a_file_ends_before_it_has_too_many_bytes_and_no_request_is_larger(route
         run(router, BatchConfig([given], str(tmp_path / "small"), **OPTIONS))
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_and_a_second_one_changes_nothing(router, tmp_path):
     given = write(tmp_path / "in.parquet", [*PROMPTS[:40], None, *PROMPTS[41:]])
     run(router, BatchConfig([given], str(tmp_path / "whole"), **OPTIONS))
@@ -99,6 +103,7 @@ def test_a_stopped_run_goes_on_and_a_second_one_changes_nothing(router, tmp_path
         assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_store_gets_the_same_files(router, tmp_path):
     given, store = write(tmp_path / "in.jsonl"), fsspec.filesystem("memory")
     run(router, BatchConfig([given], str(tmp_path / "out"), **OPTIONS))
@@ -107,6 +112,7 @@ def test_a_store_gets_the_same_files(router, tmp_path):
     assert found == contents(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_ids_are_the_inputs_own_and_must_differ(router, tmp_path):
     ids = [f"mine-{i}" for i in range(150)]
     given = write(tmp_path / "in.jsonl", custom_id=[*ids[:7], None, *ids[8:]])
@@ -204,6 +210,7 @@ JSON = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(st.dictionaries(st.text(max_size=6), JSON, max_size=3), st.sampled_from(["messages", "input"]), JSON)
 def test_a_request_stays_as_it_is(more, key, value):
     body = {**more, key: value}
@@ -233,7 +240,9 @@ def test_a_request_of_anthropics_is_one_of_openais():
 
 
 @pytest.mark.parametrize("layout", sorted(LAYOUTS))
-@pytest.mark.parametrize("name", ["in.jsonl", "in.csv", "arrow.parquet", "text.parquet", "polars.parquet"])
+@pytest.mark.parametrize(
+    "name", slow_but(("in.jsonl", "text.parquet"), ["in.jsonl", "in.csv", "arrow.parquet", "text.parquet", "polars.parquet"])
+)
 def test_a_file_of_each_layout_becomes_requests_of_its_conversations(name, layout, router, tmp_path):
     row_of, _ = LAYOUTS[layout]
     rows = [row_of(talk, i) for i, talk in enumerate(TALKS)]
@@ -271,6 +280,7 @@ def test_the_url_of_the_input_is_used_where_it_is_that_of_the_body():
     assert endpoint(chat, "https://example.com/chat/completions") == endpoint(chat, "") == "/v1/chat/completions"
 
 
+@pytest.mark.slow
 @given(st.lists(st.lists(st.text("ab", max_size=3), max_size=6), max_size=12))
 def test_repeated_ids_are_found_wherever_they_are(calls):
     ids, seen = DistinctIds(), set()

@@ -53,6 +53,7 @@ def router(engine):
         yield router
 
 
+@pytest.mark.slow
 def test_threads_get_what_they_would_get_alone(router):
     alone = [router.route(prompt, 2.5) for prompt in PROMPTS]
     with ThreadPoolExecutor(16) as pool:

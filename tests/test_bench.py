@@ -157,6 +157,7 @@ def test_prompts_that_cannot_be_read(content, tmp_path):
         subjects.read_prompts(file, 3)
 
 
+@pytest.mark.slow
 def test_mistakes_are_errors_of_one_line(monkeypatch, capsys, tmp_path):
     for module, wrong in ((throughput, ("--count", "0")), (latency, ("--calls", "-1")), (latency, ("--callers", "0"))):
         with pytest.raises(SystemExit):
@@ -196,6 +197,7 @@ def test_reading_runs_to_the_end(monkeypatch, capsys):
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["jsonl", "csv", "parquet"]
 
 
+@pytest.mark.slow
 def test_solvers_run_to_the_end(tmp_path, monkeypatch):
     table = tmp_path / "rows.csv"
     sizes = ("--models", 9, 34, "--prompts", 30, "--slow-prompts", 3, "--batch-prompts", 40, "--decisions", 5, "--threads", 1)
@@ -250,6 +252,7 @@ def test_conversations_cost_less_where_the_cache_is_priced(monkeypatch, tmp_path
     assert rows["two alike", "0", "priced"]["usd"] == rows["two alike", "0", "not priced"]["usd"]
 
 
+@pytest.mark.slow
 def test_streams_run_to_the_end(monkeypatch, capsys, tmp_path):
     run(monkeypatch, streams, "--streams", 2, "--prompts", 60, "--csv", tmp_path / "rows.csv")
     assert "2 streams of 60 prompts" in capsys.readouterr().out
@@ -490,12 +493,14 @@ def test_short_prompts_and_well_covered_models_are_taken():
     assert not (kept % 4 == 0).any()
 
 
+@pytest.mark.slow
 def test_a_learning_curve_is_drawn(tmp_path):
     rows = [(0.5, 10, 30, "p2l", "log_loss", 1.2, 1.1, 1.3), (1.0, 20, 60, "p2l", "log_loss", 1.0, 0.9, 1.1)]
     learning_curve.draw(rows, tmp_path / "curve.svg")
     assert "<svg" in (tmp_path / "curve.svg").read_text()
 
 
+@pytest.mark.slow
 def test_exploration_runs_to_the_end(tmp_path, monkeypatch):
     few = ("--prompts", 600, "--worlds", 2, "--known", 100)
     run(monkeypatch, exploration, *few, "--csv", tmp_path / "rows.csv", "--plot", tmp_path / "regret.svg")
@@ -525,6 +530,7 @@ def test_the_learners_stream_runs_to_the_end(tmp_path, monkeypatch):
     assert max(float(row["known_sd"]), float(row["new_sd"])) < 1
 
 
+@pytest.mark.slow
 def test_lengths_run_to_the_end(tmp_path, rng):
     prompts, models = tuple((f"prompt {i}",) for i in range(80)), ("a", "b", "c")
     hidden = rng.normal(size=(80, 6)).astype(np.float32)
