@@ -32,6 +32,7 @@ from p2l_engine.learning.crossed import Crossed, mean_and_error
 from p2l_engine.learning.newton import errors, minimise
 from p2l_engine.votes import Votes, conversations, folds
 from tests.support import tiny
+from tests.support.cases import slow_but
 from tests.support.command import p2l_engine
 from tests.support.simulate import Simulator
 
@@ -147,7 +148,7 @@ def test_votes_that_all_agree_or_all_contradict_have_an_optimum(winner):
 # The simulated world
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", slow_but(("bt", "grk", "poisson"), NAMES))
 def test_a_scaled_and_shifted_checkpoint_is_recovered_within_its_error(name):
     c, votes = world(name, 1500, 4, scale=1.5, shift=0.4)
     kind = "both" if c.feedback.grounded else "temperature"  # where the ground counts, a shift is an offset
@@ -194,7 +195,7 @@ def test_a_calibrated_checkpoint_stays_in_most_draws():
     assert chosen.count("none") >= 8, chosen
 
 
-@pytest.mark.parametrize("name", ["bt", "grk", "poisson"])
+@pytest.mark.parametrize("name", slow_but(("grk",), ["bt", "grk", "poisson"]))
 def test_a_miscalibrated_one_is_mended(name):
     c, votes = world(name, 250, 3, scale=2.0)
     found, report = calibrate(c, votes, ("none", "temperature"), bootstrap=50)
@@ -487,6 +488,7 @@ def test_calibrate_writes_a_checkpoint_a_plot_and_figures(files, monkeypatch, tm
     np.testing.assert_allclose(after.theta, figures["parameters"]["scale"]["value"] * before.theta, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_calibrate_refuses_what_it_cannot_do(files, monkeypatch):
     monkeypatch.chdir(files)
     ended = p2l_engine("calibrate", "c", "--votes", "votes.parquet", "-o", "x", "--map", "platt")

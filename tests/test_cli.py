@@ -66,6 +66,7 @@ def test_markup_and_odd_line_ends_are_text(checkpoint, tmp_path):
     assert "row 1: prompt: message 1" in " ".join(err.split())
 
 
+@pytest.mark.slow
 def test_leaderboard_and_its_plot(checkpoint, tmp_path):
     plot = tmp_path / "out.png"
     status, out, err = run("leaderboard", r"Simplify $\frac$ [/a]", "--plot", str(plot), checkpoint=checkpoint)
@@ -143,6 +144,7 @@ def test_help_lists_the_commands():
     assert all(word in out for word in ("route", "leaderboard", "info"))
 
 
+@pytest.mark.slow
 def test_frontier_shows_the_curve_and_plots_it(checkpoint, tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("\n".join(f"prompt {i}" for i in range(12)))
@@ -158,6 +160,7 @@ def test_frontier_shows_the_curve_and_plots_it(checkpoint, tmp_path):
     assert all(line["win_rate"] >= line["win_rate_per_prompt_budget"] - 1e-12 for line in lines[:3])
 
 
+@pytest.mark.slow
 def test_route_takes_shares(checkpoint):
     prompts = [f"prompt {i}" for i in range(10)]
     top = json.loads(run("route", "--json", prompts[0], checkpoint=checkpoint)[1])["model"]
@@ -170,6 +173,7 @@ def test_route_takes_shares(checkpoint):
     assert "expected NAME=NUMBER" in err
 
 
+@pytest.mark.slow
 def test_batch_routes_a_file_and_prints_a_report(checkpoint, tmp_path):
     prompts, output = tmp_path / "prompts.csv", tmp_path / "out"
     prompts.write_text("prompt,model,id\nHello,somebody,1\n,somebody,2\n")
@@ -207,6 +211,7 @@ def test_a_leaderboard_over_a_file_of_prompts(checkpoint, tmp_path):
     assert "not both" in err
 
 
+@pytest.mark.slow
 def test_export_writes_a_folder_that_routes(checkpoint, tmp_path):
     status, _, err = run("export", str(tmp_path / "out"), "--checkpoint", str(checkpoint))
     assert status == 0, err
@@ -217,6 +222,7 @@ def test_export_writes_a_folder_that_routes(checkpoint, tmp_path):
     assert "expected a folder that does not exist yet" in " ".join(err.split())
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_values_does_not_route(tmp_path):
     folder = tiny.write(tmp_path / "values", loss_type="ols", head_type="bt")
     (folder / "catalog.yaml").write_text(CATALOG)
@@ -305,6 +311,7 @@ def test_prompts_are_read_from_the_column_that_is_named(kind, checkpoint, tmp_pa
         assert "expected the columns answer; it has prompt, question" in found.message
 
 
+@pytest.mark.slow
 def test_dtypes_have_the_names_that_pytorch_users_write(checkpoint):
     for name, shown in (("fp32", "float32"), ("bf16", "bfloat16"), ("torch.bfloat16", "bfloat16")):
         found = p2l_engine("info", "--checkpoint", str(checkpoint), "--device", "cpu", "--dtype", name)

@@ -119,6 +119,7 @@ SCALINGS = st.one_of(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(SCALINGS, st.integers(1, 128), st.floats(500, 1e7), st.booleans())
 def test_frequencies_are_those_of_transformers(scaling, half, theta, old_spelling):

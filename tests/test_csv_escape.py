@@ -106,6 +106,7 @@ def test_every_value_comes_out_as_it_went_in(rows, piece, tmp_path):
     assert not table.invalid
 
 
+@pytest.mark.slow
 @given(rows=st.lists(st.tuples(st.text('"\\,\n\ra ', max_size=8)), min_size=1, max_size=8))
 @settings(deadline=None, max_examples=100)
 def test_what_pythons_csv_escapes_is_read(rows, tmp_path):

@@ -77,6 +77,7 @@ def test_a_run_is_resumed_only_with_its_date(folder, tmp_path):
     assert step.router.engine.date == "2026-01-31T00:00:00"
 
 
+@pytest.mark.slow
 def test_commands_take_a_date(folder):
     ended = p2l_engine("leaderboard", "hello", "--checkpoint", str(folder), "--device", "cpu")
     assert (ended.status, "--date 2026-01-31" in ended.message) == (2, True)

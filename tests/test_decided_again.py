@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from p2l_engine import Engine, Router
 from p2l_engine.batch import BatchConfig, run
 from tests.support.batch_files import PROMPTS, contents, manifest, write
+from tests.support.cases import slow_but
 from tests.support.catalogs import catalog
 from tests.support.tiny import MODELS
 
@@ -65,7 +66,7 @@ DECISIONS = {
 }
 
 
-@pytest.mark.parametrize("name", DECISIONS)
+@pytest.mark.parametrize("name", slow_but(("budget", "scope", "format"), DECISIONS))
 def test_a_finished_run_is_decided_again_without_a_forward_pass(name, router, tmp_path, no_forward_pass):
     options, of_router, changed = DECISIONS[name]
     of_router = {"catalog": catalog(), "seed": 3} | of_router
@@ -120,6 +121,7 @@ def test_any_options_after_any_interruptions_give_the_output_of_a_new_run(router
         assert report.computed + report.resumed == DIFFERENT
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_is_decided_otherwise_from_what_it_has(router, tmp_path):
     given = write(tmp_path / "in.parquet")
 
@@ -161,6 +163,7 @@ def test_how_long_coefficients_are_kept(router, tmp_path, monkeypatch):
     assert run(router, BatchConfig([given], out, budget=2.0, **ROWS)).kept == report.kept  # as the run before was asked
 
 
+@pytest.mark.slow
 def test_decisions_that_fail_leave_those_before(router, tmp_path):
     """The parts of a finished run stay until the new decisions are known."""
     given, out = write(tmp_path / "in.parquet"), tmp_path / "out"
@@ -185,6 +188,7 @@ def test_decisions_that_fail_leave_those_before(router, tmp_path):
     assert run(router, BatchConfig([given], out, budget=1.5, budget_scope="batch", **ROWS)).changed == ()
 
 
+@pytest.mark.slow
 def test_inputs_are_known_by_what_they_hold(router, tmp_path, no_forward_pass):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
@@ -222,6 +226,7 @@ def test_inputs_are_known_by_what_they_hold(router, tmp_path, no_forward_pass):
     assert contents(out) == before
 
 
+@pytest.mark.slow
 def test_files_that_are_added_at_the_end_are_computed_alone(router, tmp_path):
     inputs = tmp_path / "in"
     inputs.mkdir()
@@ -265,6 +270,7 @@ def test_an_input_that_changes_during_a_run_is_noticed_and_costs_its_own_prompts
         run(router, BatchConfig([inputs], tmp_path / "gone", **options), progress=lambda _: changing.unlink(missing_ok=True))
 
 
+@pytest.mark.slow
 def test_an_input_that_changes_while_it_is_decided_again_leaves_the_decisions_before(router, tmp_path):
     given, out = Path(write(tmp_path / "in.jsonl")), tmp_path / "out"
     run(router, BatchConfig([given], out, budget=1.5, budget_scope="batch", **ROWS))
@@ -280,6 +286,7 @@ def test_an_input_that_changes_while_it_is_decided_again_leaves_the_decisions_be
     assert manifest(out) == recorded
 
 
+@pytest.mark.slow
 @given(
     prompts=st.lists(st.sampled_from(["a", "b", "c 1", "d 2", None, "new"]), min_size=1, max_size=90),
     odd=st.booleans(),
@@ -315,7 +322,7 @@ def test_an_input_that_changes_between_its_two_readings_is_named(prompts, odd, e
 
 
 @pytest.mark.parametrize("error", [OSError("Connection reset"), RuntimeError("block 2: the workers read other prompts")])
-@pytest.mark.parametrize("changes", [False, True])
+@pytest.mark.parametrize("changes", slow_but((True,), [False, True]))
 def test_whatever_ends_a_run_a_changed_input_is_named(error, changes, router, tmp_path, monkeypatch):
     path, config = tmp_path / "in.jsonl", BatchConfig([tmp_path / "in.jsonl"], tmp_path / "out", **ROWS)
     write(path)
@@ -338,7 +345,7 @@ def test_whatever_ends_a_run_a_changed_input_is_named(error, changes, router, tm
 
 
 @pytest.mark.parametrize("scope", ["prompt", "batch"])
-@pytest.mark.parametrize("lost", [False, True])
+@pytest.mark.parametrize("lost", slow_but((True,), [False, True]))
 def test_an_interrupted_run_without_coefficients_is_decided_anew(lost, scope, router, tmp_path):
     """It has none where no row could be routed yet, or where the disk of its state is lost: there is nothing to keep."""
     prompts = PROMPTS[:64] if lost else [None] * 64
@@ -358,6 +365,7 @@ def test_an_interrupted_run_without_coefficients_is_decided_anew(lost, scope, ro
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
+@pytest.mark.slow
 def test_a_copied_checkpoint_is_the_same_and_a_changed_one_is_refused(router, tmp_path):
     given, out = write(tmp_path / "in.parquet"), tmp_path / "out"
 
@@ -456,6 +464,7 @@ def test_what_a_store_tells_of_an_object_is_taken_for_what_it_holds(tmp_path):
         assert told.digest == f"{name.lower()} {value}"
 
 
+@pytest.mark.slow
 def test_a_link_to_an_output_is_that_output(router, tmp_path):
     given, out = write(tmp_path / "in.parquet"), tmp_path / "disk" / "out"
     out.mkdir(parents=True)
@@ -465,6 +474,7 @@ def test_a_link_to_an_output_is_that_output(router, tmp_path):
     assert run(router, BatchConfig([given], out, budget=2.0, **ROWS)).computed == 0
 
 
+@pytest.mark.slow
 def test_a_finished_run_whose_part_is_gone_is_not_marked_as_complete_until_it_is(router, tmp_path):
     given, out = write(tmp_path / "in.parquet"), tmp_path / "out"
     run(router, BatchConfig([given], out, **ROWS))

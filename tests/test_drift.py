@@ -20,6 +20,7 @@ from p2l_engine.feedback import feedback_model
 from p2l_engine.learning import drift
 from p2l_engine.learning.traffic import Traffic, consecutive, period_of, read_traffic, rows_of
 from tests.support import tiny
+from tests.support.cases import slow_but
 from tests.support.command import p2l_engine
 from tests.support.simulate import Simulator
 
@@ -58,6 +59,7 @@ def test_the_level_of_both_tests_is_exact(rng):
         assert binom.ppf(0.0005, n, 0.05) <= rejected <= binom.ppf(0.9995, n, 0.05)
 
 
+@pytest.mark.slow
 def test_permuting_prompts_instead_would_not_be(rng):
     """Why sessions are exchanged: prompts of one session resemble each other."""
     rejected = 0
@@ -138,7 +140,7 @@ def popular(rng, sizes, shift=0.0):
     return drift.change(*(coefficients(theta[i]) for i in drawn_from), tuple(drawn_from), 99, seed)
 
 
-@pytest.mark.parametrize("sizes", [(150, 150), (50, 250), (250, 50)])
+@pytest.mark.parametrize("sizes", slow_but([(50, 250)], [(150, 150), (50, 250), (250, 50)]))
 def test_sessions_in_both_periods_do_not_look_like_a_change(rng, sizes):
     """Were their later prompts counted for the earlier period, half of the draws would be called changed."""
     found = [popular(rng, sizes) for _ in range(40)]
@@ -164,6 +166,7 @@ def test_the_same_few_sessions_all_the_time_are_tested(rng):
     assert drift.change(coefficients(noise(one) - [2.0, 0, 0, 0]), coefficients(noise(two)), (one, two), 199).p <= 0.02
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 5)), min_size=4, max_size=20), st.integers(0, 9))
 def test_exchanged_sessions_keep_their_numbers(prompts, seed):
     is_late = np.array([late for late, _ in prompts])
@@ -351,6 +354,7 @@ def test_times_of_other_units_are_named_with_their_row(tmp_path, seconds):
         read_traffic(file, None, "week")
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(st.text(max_size=3), st.integers(0, 3)), min_size=1, max_size=20))
 def test_rows_of_groups_are_found_whatever_their_names(rows):
     group, period = zip(*((name, f"2026-0{1 + month}") for name, month in rows), strict=True)
