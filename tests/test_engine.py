@@ -81,6 +81,7 @@ def test_equals_transformers_from_1_to_8192_tokens(tmp_path):
     np.testing.assert_allclose(hidden[0], hidden[1], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_neighbours_do_not_matter(tmp_path, rng):
     engine = Engine.from_pretrained(tiny.write(tmp_path), device="cpu", dtype=torch.float32)
     alone = np.concatenate([engine.coefficients([prompt]).theta for prompt in PROMPTS])
@@ -90,6 +91,7 @@ def test_neighbours_do_not_matter(tmp_path, rng):
         np.testing.assert_allclose(together, alone[order], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_other_architectures_go_through_transformers(tmp_path, caplog):
     decoder = GPT2Config(n_embd=48, n_layer=2, n_head=4, vocab_size=300, n_positions=1024)
     folder = tiny.write(tmp_path, decoder)
@@ -100,6 +102,7 @@ def test_other_architectures_go_through_transformers(tmp_path, caplog):
     np.testing.assert_allclose(engine.coefficients(PROMPTS).theta, theta, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_rope_that_changes_with_length_sees_one_prompt(tmp_path):
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     decoder = LlamaConfig(**{**tiny.SIZES, "max_position_embeddings": 40}, rope_parameters=rope)
@@ -126,6 +129,7 @@ def test_other_architectures_equal_transformers(name, tmp_path):
     np.testing.assert_allclose(engine.coefficients(PROMPTS).theta, alone, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_backbone_that_sees_both_sides_is_not_packed(tmp_path):
     folder = tiny.write(tmp_path, tiny.config("llama", is_causal=False))
     engine = Engine.from_pretrained(folder, device="cpu", dtype=torch.float32)
@@ -311,6 +315,7 @@ def test_a_cpu_without_bfloat16_products_takes_plain_weights(tmp_path, monkeypat
     np.testing.assert_allclose(plain, with_onednn, atol=0.03 * np.abs(plain).max())
 
 
+@pytest.mark.slow
 def test_threads_share_an_engine(tmp_path):
     """Concurrent forward passes never share buffers."""
     engine = Engine.from_pretrained(tiny.write(tmp_path), device="cpu", dtype="float32")

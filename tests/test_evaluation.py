@@ -40,6 +40,7 @@ def simulated(name="grk", m=5, n=120, each=10):
     return simulator.truth(prompts), simulator.votes(prompts, each)
 
 
+@pytest.mark.slow
 def test_figures_are_what_a_loop_gives():
     c, votes = simulated()
     votes = Votes.make(
@@ -98,6 +99,7 @@ def test_the_area_under_the_curve_is_sklearns_with_weights_and_equal_scores(rng)
     assert found.auc(score, np.zeros(n, bool)) is None
 
 
+@pytest.mark.slow
 def test_the_truth_is_calibrated_and_beats_the_marginal():
     c, votes = simulated(n=600, each=20)
     prediction = Prediction.of(c.feedback, c.theta, c.eta, votes)
@@ -147,6 +149,7 @@ def plain_error(of):
     return np.abs(np.bincount(bin_of(top, BINS), top - hit, BINS)).sum() / len(votes)
 
 
+@pytest.mark.slow
 @given(seed=st.integers(0, 10**6), n=st.integers(1, 40), each=st.integers(1, 4))
 @settings(max_examples=12, deadline=None)
 def test_the_calibration_errors_interval_holds_its_estimate(seed, n, each):
@@ -266,6 +269,7 @@ def test_one_regression_for_all_values_is_the_likeliest(name):
         marginal_values(feedback_model("grk"), votes)
 
 
+@pytest.mark.slow
 def test_the_leaderboard_comes_near_with_more_prompts():
     c, votes = simulated(n=400, each=40)
     report = growth(c, votes, votes, sizes=(1, 10, 400), repeats=5)

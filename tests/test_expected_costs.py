@@ -53,6 +53,7 @@ def chooser(of=None, **more):
     return Chooser(NAMES, feedback_model("bt"), of or prices(), **more)
 
 
+@pytest.mark.slow
 @given(st.integers(0, 6), st.integers(0, 2**32 - 1), st.lists(st.booleans(), min_size=5, max_size=5))
 def test_a_cost_is_tokens_times_prices(n, seed, observed):
     """The oracle: one model and prompt at a time; what the catalog says where there is no price, or nothing was observed."""
@@ -173,6 +174,7 @@ def folder(tmp_path_factory):
     return found
 
 
+@pytest.mark.slow
 def test_a_router_and_batches_agree_on_costs(folder, tmp_path):
     engine = Engine.from_pretrained(folder, device="cpu", dtype="float32")
     router = Router(engine, Catalog.from_yaml(folder / "catalog.yaml"))

@@ -22,6 +22,7 @@ from p2l_engine.decision import Draws
 from p2l_engine.feedback import feedback_model
 from p2l_engine.routing import BudgetPacer, InfeasibleBudget, Resource, bt_score, solve_budget, thompson, values, win_rates
 from tests.support import tiny
+from tests.support.cases import slow_but
 from tests.support.catalogs import COSTS, catalog, same
 from tests.support.tiny import MODELS
 
@@ -67,7 +68,7 @@ def frequency(theta, deviation, budget, q=None, draws=200_000, seed=9):
     return np.array([(p.probabilities * (p.indices == k)).sum(1).mean() for k in range(m)])
 
 
-@pytest.mark.parametrize("budget", [None, 1.25, 2.0])
+@pytest.mark.parametrize("budget", slow_but((1.25,), [None, 1.25, 2.0]))
 @pytest.mark.parametrize(
     ("theta", "deviation"), [([0.0, 0.3], [0.0, 0.5]), ([1.0, 0.9], [0.7, 0.2]), ([0.5, -0.2], [0.3, 0.0])]
 )
@@ -83,6 +84,7 @@ def test_two_models_have_a_closed_form(theta, deviation, budget):
     assert within(sum(d.model == "beta" for d in found), COUNT, share)
 
 
+@pytest.mark.slow
 def test_a_new_model_beside_certain_ones_has_a_closed_form():
     """Of many models only the best certain one and the uncertain one are ever chosen: a normal cdf again."""
     found = decisions([0.2, 1.0, -0.3, 0.9, 0.8], [0.0, 0.0, 0.0, 0.0, 0.6])
@@ -119,6 +121,7 @@ def test_propensities_are_long_run_frequencies(theta, deviation, budget):
             assert abs(weights[k] - 1) < 5.5 * np.sqrt((1 / p - 1) / COUNT)
 
 
+@pytest.mark.slow
 def test_few_draws_are_unbiased_too(monkeypatch):
     """Weights by the propensity given the draws have the mean 1 for any number of draws."""
     monkeypatch.setattr(thompson, "DRAWS", 3)
@@ -131,6 +134,7 @@ def test_few_draws_are_unbiased_too(monkeypatch):
         assert abs(weights.mean() - (1 - (1 - p) ** 4)) < 5.5 * weights.std() / np.sqrt(COUNT)
 
 
+@pytest.mark.slow
 def test_budgets_over_the_batch_hold_at_the_realised_price():
     theta, deviation = [0.0, 0.4, 0.6, 0.7, 0.9], [0.1, 0.3, 0.2, 0.5, 0.4]
     constraints = Constraints(2.2, "batch", max_share={"gamma": 0.15})
@@ -159,6 +163,7 @@ def test_a_pacers_choice_has_its_propensity():
     assert mean <= 2.0 + pacer.allowance / 200
 
 
+@pytest.mark.slow
 @given(st.data())
 def test_paced_rows_are_what_the_pacer_chooses(data):
     m = data.draw(st.integers(1, 5))
@@ -206,6 +211,7 @@ def test_any_posterior_gives_a_sound_decision(data):
             assert (d.propensity, d.propensity_error) == (certain.propensity, 0.0)
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(st.floats(-5, 5), st.sampled_from([0.0, 1e-9, 0.1, 2.0])), min_size=1, max_size=6))
 def test_models_without_a_chance_are_found(rows):
     theta, deviation = np.array(rows).T.copy()
@@ -237,6 +243,7 @@ def test_draws_are_normal_and_independent(kind):
     assert kstest((z**2).sum(1), chi2(3).cdf).pvalue > SURELY
 
 
+@pytest.mark.slow
 def test_draws_are_alike_in_all_processes():
     drawn = "Draws(3, 'ab').generator(['one', 'two'], 'x').standard_normal(3).tolist()"
     code = f"from p2l_engine.decision import Draws; print({drawn})"
@@ -251,6 +258,7 @@ def test_draws_are_alike_in_all_processes():
     assert len(different) == len(others)  # a text and the turns are not run together
 
 
+@pytest.mark.slow
 def test_masks_hold_and_bounds_of_several_kinds_are_refused():
     theta, deviation = [0.0, 0.4, 0.6, 0.7, 0.9], [0.1, 0.3, 0.2, 0.5, 0.4]
     allowed = np.tile([True, False, True, False, True], (200, 1))
@@ -297,6 +305,7 @@ def uncertain(tmp_path_factory):
     return Engine.from_pretrained(folder, device="cpu", dtype="float32")
 
 
+@pytest.mark.slow
 def test_a_router_explores_in_every_call(uncertain):
     prompts = [f"prompt number {i}" * (1 + i % 3) for i in range(30)]
     with Router(uncertain, catalog(), explore="thompson") as router:
@@ -377,6 +386,7 @@ def test_models_that_no_policy_would_choose_are_left_out_and_nothing_changes(see
             np.testing.assert_array_equal(every, few)
 
 
+@pytest.mark.slow
 def test_propensities_are_those_over_all_models_with_rows_over_the_batch_and_masks(rng, monkeypatch):
     n, names = 12, tuple("abcdefgh")
     theta, deviation = rng.normal(0, 2, (n, 8)).astype(np.float32), np.full((n, 8), 0.7, np.float32)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from p2l_engine.feedback import NAMES, Outcome, feedback_model
 from p2l_engine.leaderboard.losses import pair_derivatives
+from tests.support.cases import slow_but
 
 VOTE_MODELS = [name for name in NAMES if not feedback_model(name).of_values]
 coefficients = st.floats(-4, 4)
@@ -36,7 +37,7 @@ def formula(name: str, a: float, b: float, eta: float) -> list[float]:
     return [win, lose, 1 - win - lose - bad, bad]
 
 
-@pytest.mark.parametrize("name", VOTE_MODELS)
+@pytest.mark.parametrize("name", slow_but(("bt", "grk"), VOTE_MODELS))
 @given(a=coefficients, b=coefficients, eta=etas)
 def test_probabilities_are_the_published_formulas(name, a, b, eta):
     tensors = [torch.tensor(x, dtype=torch.float64) for x in (a, b, eta)]
@@ -151,6 +152,7 @@ def test_swapping_the_models_swaps_the_outcomes(name):
     torch.testing.assert_close(model.probabilities(a, b, eta), model.probabilities(b, a, eta)[..., [1, 0, 2, 3]])
 
 
+@pytest.mark.slow
 def test_gradients_match_differences():
     for name in VOTE_MODELS:
         model = feedback_model(name)

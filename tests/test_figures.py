@@ -179,6 +179,7 @@ def test_colours_differ_for_colour_blind_readers():
                 assert np.abs(seen[i] - seen[j]).max() > 50, (i, j)
 
 
+@pytest.mark.slow
 def test_a_frontier_of_many_models_labels_some(tmp_path, rng):
     v, costs = rng.random((8, 130)), rng.random(130) + 0.1
     names = [f"model-{i}" for i in range(130)]

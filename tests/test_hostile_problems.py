@@ -32,6 +32,7 @@ from p2l_engine.routing import (
 from p2l_engine.routing.surplus import NoPolicy
 from p2l_engine.routing.values import ArrayValues
 from tests.support import exact, reference
+from tests.support.cases import slow_but
 
 V3 = np.array([[0.5, 0.9, 0.3], [0.6, 0.7, 0.3], [0.4, 0.8, 0.3]])
 SEEDS = st.integers(0, 2**32 - 1)
@@ -167,6 +168,7 @@ def test_small_problems_equal_exact_rationals(seed, n, m):
         assert all(0 <= price < np.inf for price in answer.prices.values())
 
 
+@pytest.mark.slow
 @settings(max_examples=8)
 @given(SEEDS, st.integers(200, 2000), st.integers(2, 7))
 def test_thousands_of_prompts_are_optimal_by_weak_duality(seed, n, m):
@@ -428,6 +430,7 @@ def test_errors_show_every_digit_of_the_bounds_that_they_compare():
         Problem(v, shares=[Share(0, 0.3, 0.1 + 0.2)])
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(
     SEEDS, st.integers(2, 6), st.sampled_from([1, 1e-160, 1e-200, 1e-300, 1e200, 1e300]), st.sampled_from([1, 1e-160, 1e200])
@@ -561,6 +564,7 @@ class TestSiftingThatDoesNotConverge:
         shares = [Share(int(costs.argmin()), 0.2), Share([1, 2], at_least=0.1)]
         return Problem(v, costs, float(costs.mean()), "batch", shares=shares)  # which equal shares keep to
 
+    @pytest.mark.slow
     def test_highs_answers_and_why_says_so(self, rng, monkeypatch):
         problem = self.problem(rng)
         expected = solve(problem)
@@ -574,7 +578,7 @@ class TestSiftingThatDoesNotConverge:
         assert answer.why.endswith("HiGHS on the whole LP")
         assert answer.value.mean() == pytest.approx(expected.value.mean(), abs=1e-9)
 
-    @pytest.mark.parametrize("n", [1, 50, 3000, 6000])
+    @pytest.mark.parametrize("n", slow_but((1, 50), [1, 50, 3000, 6000]))
     def test_it_ends_after_one_lp_of_the_whole_batch(self, rng, monkeypatch, n):
         problem, sizes, real = self.problem(rng, n), [], highs.solve_block
 
