@@ -22,6 +22,7 @@ from p2l_engine.tables.find import find
 from p2l_engine.tables.layouts import PromptColumn, prompt_column
 from p2l_engine.votes import read
 from tests.support.batch_files import output
+from tests.support.cases import slow_but
 from tests.support.layouts import (
     LAYOUTS,
     TALK,
@@ -42,7 +43,7 @@ def turns_in(path, column=None, **more):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("name", slow_but(("in.jsonl", "in.csv", "arrow.parquet", "pandas.jsonl"), WRITERS))
 def test_a_file_of_each_layout_is_recognised_as_each_tool_writes_it(name, layout, tmp_path, caplog):
     row_of, said = LAYOUTS[layout]
     rows = [row_of(talk, i) for i, talk in enumerate(TALKS)]
@@ -63,6 +64,7 @@ def test_a_file_of_each_layout_is_recognised_as_each_tool_writes_it(name, layout
     assert turns_in(tmp_path / name, column) == TURNS
 
 
+@pytest.mark.slow
 @given(talks=st.lists(TALK, min_size=1, max_size=5), data=st.data())
 @settings(max_examples=25, deadline=None)
 def test_the_same_turns_come_from_files_of_each_layout(tmp_path_factory, talks, data):
@@ -183,7 +185,7 @@ def test_a_map_that_has_a_key_twice_is_an_error_of_its_row(column, tmp_path):
         PromptFile.read(tmp_path / "in.parquet")
 
 
-@pytest.mark.parametrize("ending", ["jsonl", "parquet", "csv"])
+@pytest.mark.parametrize("ending", slow_but(("jsonl",), ["jsonl", "parquet", "csv"]))
 def test_a_request_for_no_chat_model_after_many_others_is_an_error_of_its_row(ending, tmp_path):
     rows = [openai_chat(TALKS[0], i) for i in range(600)]
     rows[550] = {"custom_id": "e", "method": "POST", "url": "/v1/embeddings", "body": {"model": "m", "input": "text"}}
@@ -216,7 +218,7 @@ LATE = {  # each with the name of its column, and a row without it
 
 @pytest.mark.parametrize("name", LATE)
 @pytest.mark.parametrize("keep", [None, [], ["id"]])
-@pytest.mark.parametrize("before", [1, 511, 512, 1100])
+@pytest.mark.parametrize("before", slow_but((1, 512), [1, 511, 512, 1100]))
 def test_a_column_of_prompts_that_the_first_rows_of_jsonl_lack_is_found(name, keep, before, tmp_path):
     """Spark leaves out what is null."""
     column, row_of = LATE[name]

@@ -16,6 +16,7 @@ from p2l_engine.learning.adapt import adapt
 from p2l_engine.learning.learner import Learner
 from p2l_engine.learning.rows import NewModel
 from p2l_engine.votes import Votes
+from tests.support.cases import slow_but
 from tests.support.simulate import Simulator, head_of, words_in
 
 REFERENCE = 60  # prompts
@@ -46,7 +47,7 @@ def theta(head, hidden):
     return out[:, : head.n_models].numpy()
 
 
-@pytest.mark.parametrize("name", sorted(set(NAMES) - {"bag"}))
+@pytest.mark.parametrize("name", slow_but(("grk", "ols"), sorted(set(NAMES) - {"bag"})))
 def test_refined_it_is_what_adapt_finds_from_all_votes(name):
     _, learner, votes, hidden, reference, (head, models, feedback, new) = stream(name)
     for part, some in batches(votes, (1, 7, 30)):
@@ -88,7 +89,7 @@ def test_rows_that_no_vote_touches_keep_their_bits():
     assert set(uncertainty.models) == {world.models[0], world.models[4]}
 
 
-@pytest.mark.parametrize("refine", [False, True])
+@pytest.mark.parametrize("refine", slow_but((True,), [False, True]))
 @pytest.mark.parametrize("name", ["grk", "ols"])
 def test_a_saved_learner_goes_on_alike(name, refine, tmp_path):
     _, learner, votes, hidden, _, (head, _, feedback, _) = stream(name)
@@ -177,6 +178,7 @@ def test_votes_without_weight_change_nothing():
     np.testing.assert_allclose(theta(learner.head()[0], hidden), theta(other.head()[0], hidden), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_many_threads_update_while_it_refines():
     _, learner, votes, hidden, reference, (head, models, feedback, new) = stream("grk", 96)
     parts = list(batches(votes, (6,)))

@@ -20,6 +20,7 @@ from p2l_engine.learning.new_models import Described, Descriptions
 from p2l_engine.learning.prior import Basis, Scales, covariance, of_rows
 from p2l_engine.learning.rows import NewModel
 from p2l_engine.votes import Votes
+from tests.support.cases import slow_but
 from tests.support.simulate import Simulator, head_of, words_in
 
 
@@ -44,6 +45,7 @@ def theta(head, hidden):
     return out[:, : head.n_models]
 
 
+@pytest.mark.slow
 def test_rows_and_pairs_that_no_vote_touches_keep_their_bits():
     world = Simulator.of("grk", 6)
     head, m = head_of(world, 5), 5
@@ -66,6 +68,7 @@ def test_rows_and_pairs_that_no_vote_touches_keep_their_bits():
     assert float(after[:, 5].mean()) > float(before[:, 2].mean())
 
 
+@pytest.mark.slow
 def test_a_known_row_moves_less_the_more_votes_it_counts_for():
     world, moves = Simulator.of("bt-tie", 4), []
     for known_votes in (10, 1_000, 100_000):
@@ -137,6 +140,7 @@ def test_votes_in_two_parts_give_nearly_the_same_as_all_at_once():
     assert float(((one - two)[:, 5].abs() / deviation).mean()) < 0.5
 
 
+@pytest.mark.slow
 @settings(max_examples=8)
 @given(st.integers(1, 40), st.sampled_from(["bt", "grk"]), st.integers(0, 99))
 def test_rows_that_training_fixed_stay_so_after_a_first_run_on_few_prompts(few, name, seed):
@@ -380,7 +384,7 @@ def test_two_wins_widen_no_prior():
     assert after[:9].mean() < after[9] < after[:9].max() + start.level
 
 
-@pytest.mark.parametrize("known_votes", [200, 36_000])
+@pytest.mark.parametrize("known_votes", slow_but((200,), [200, 36_000]))
 def test_of_many_rows_the_others_may_be_held(monkeypatch, known_votes):
     """Beyond ``LARGEST`` parameters: it makes deviations smaller, and hardly, as rows that training fixed hardly move."""
     world = Simulator.of("grk", 6)

@@ -18,6 +18,7 @@ from p2l_engine.feedback import feedback_model
 from p2l_engine.learning.hidden import fingerprint, hidden_states
 from p2l_engine.votes import read
 from tests.support import tiny
+from tests.support.cases import slow_but
 from tests.support.command import p2l_engine
 
 PROMPTS = ["hello", "what is 2 + 2?", "a longer prompt", "hello"]
@@ -76,6 +77,7 @@ def test_a_new_model_joins_is_described_and_another_is_retired(source, tmp_path)
     assert "learned from before" in again.message
 
 
+@pytest.mark.slow
 def test_a_model_is_retired_without_any_votes(source, tmp_path):
     ended = p2l_engine("adapt", str(source), "--drop", "delta", "-o", str(tmp_path / "new"))
     assert ended.status == 0, ended.err
@@ -106,6 +108,7 @@ def test_votes_that_cannot_be_used_are_refused_by_name(source, rows, more, messa
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_it_needs_something_to_learn_and_a_free_folder(source, tmp_path):
     ended = p2l_engine("adapt", str(source), "-o", str(tmp_path / "new"))
     assert "expected votes, what a service learned, descriptions" in ended.message
@@ -140,7 +143,7 @@ def test_folders_that_cannot_be_written_are_named_before_the_work(source, tmp_pa
     assert "file is no folder" in p2l_engine(*given, str(tmp_path / "file" / "new")).message
 
 
-@pytest.mark.parametrize("kind", ["bt", "ols"])
+@pytest.mark.parametrize("kind", slow_but(("bt",), ["bt", "ols"]))
 def test_other_feedback_models_are_adapted_too(kind, tmp_path):
     folder = tiny.write(tmp_path / "source", loss_type=kind, head_type="bt")
     header = ("prompt", "model", "value") if kind == "ols" else ("prompt", "model_a", "model_b", "winner")

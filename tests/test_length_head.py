@@ -52,6 +52,7 @@ def knowing(folder):
     return Engine.from_pretrained(folder, device="cpu", dtype="float32")
 
 
+@pytest.mark.slow
 @given(
     st.integers(1, 9), st.integers(0, 4), st.integers(0, 5), st.integers(1, 3), st.booleans(), st.integers(0, 2**32 - 1),
     st.sampled_from([0.0, 1e-6, 1.0, 1e3]),
@@ -132,6 +133,7 @@ def test_wrong_names_are_named(tmp_path, names, message):
         LengthHead.read(tmp_path / FILE, 48, tuple(tiny.MODELS))
 
 
+@pytest.mark.slow
 @given(st.data())
 def test_damaged_files_are_refused_or_read(tmp_path, data):
     """A file with a changed byte, or without its end, is either refused with its name or gives finite amounts."""

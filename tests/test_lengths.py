@@ -84,6 +84,7 @@ def test_a_regression_of_logarithms_would_bill_too_little(rng):
     assert fit_lengths(h, y, names(6)).expected(h).sum() == pytest.approx(y.sum(), rel=0.05)
 
 
+@pytest.mark.slow
 def test_a_model_with_few_observations_learns_from_the_others(rng):
     h, _, y = world(rng, own=0.03)
     ratios = []

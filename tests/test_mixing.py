@@ -34,6 +34,7 @@ def built(name, seed):
     return config, weights, backbone.build(config, weights, torch.device("cpu"), torch.float32)
 
 
+@pytest.mark.slow
 def test_every_listed_model_type_is_tested():
     tested = {families.config(name).model_type for name in families.FAMILIES}
     assert mixing.PADDED - tested == set()
@@ -114,6 +115,7 @@ def test_a_rope_of_one_kind_of_layer_counts():
     assert mixing.rope_of_length(older)
 
 
+@pytest.mark.slow
 def test_threads_share_a_decoder_with_state(seed, rng):
     config, weights, decoder = built("llama dynamic", seed)
     prompts = families.drawn(rng, [40, 3, 30, 17, 5, 25] * 4)

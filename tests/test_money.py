@@ -7,6 +7,7 @@ from decimal import Decimal
 from fractions import Fraction
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,6 +24,7 @@ amounts = st.one_of(
 )
 
 
+@pytest.mark.slow
 @given(amounts, st.integers(1, 40))
 def test_amounts_round_up_and_down_to_billionths(amount, precision):
     exact = Fraction(str(amount)) * 10**9

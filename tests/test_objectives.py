@@ -24,6 +24,7 @@ def enumerated(theta, q, eta, feedback):
     return np.einsum("nbao,na,o->nb", p, np.broadcast_to(q, theta.shape), [NOT_LOST[o] for o in Outcome])
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=100)
 @given(
     st.sampled_from(["rk", "rk-reparam", "grk", "bag", "bt", "bt-tie"]),
