@@ -25,6 +25,7 @@ from p2l_engine.routing import pacer as pacer_module
 from tests.support.cases import slow_but
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", slow_but([1], range(10)))
 def test_the_mean_holds_within_one_percent_when_the_mix_shifts(seed):
     v, past, costs = stream(seed, 10_000)
@@ -110,6 +111,7 @@ def test_masks_and_settlements(rng):
     assert pacer.price > before
 
 
+@pytest.mark.slow
 def test_state_survives_saving(tmp_path):
     v, past, costs = stream(3, 4000)
     budget = float(np.quantile(costs, 0.3))
@@ -221,6 +223,7 @@ def test_forked_children_of_busy_threads_go_on(tmp_path, monkeypatch):
     assert statuses == [0] * 4
 
 
+@pytest.mark.slow
 def test_threads_lose_nothing():
     v, _, costs = stream(4, 4000)
     pacer = BudgetPacer(float(np.quantile(costs, 0.4)))
@@ -303,6 +306,7 @@ def test_a_saved_pacer_continues_exactly(tmp_path, stream, stop):
         assert (other.spent, other.count, other.price) == (pacer.spent, pacer.count, pacer.price)
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(
     st.integers(1, 400), st.lists(st.sampled_from([1.2, 2.0, 5.0, 7.0]), min_size=1, max_size=40), st.sampled_from([0.0, 0.3])
@@ -340,6 +344,7 @@ def test_what_was_saved_for_a_known_end_is_spent_by_then(prompts, kinds):
         assert (sums[n:] - sums[:-n]).max() <= 2.08 * n + 12 + 1e-9
 
 
+@pytest.mark.slow
 def test_deep_debt_takes_the_cheapest_allowed_model():
     for allowed, right in ((None, 2), ([False, True, True], 2), ([True, True, False], 0)):
         pacer = BudgetPacer(100.0)
@@ -377,7 +382,7 @@ def test_one_dear_prompt_does_not_break_the_mean():
     assert [pacer.choose([0.5, 0.9], [0.1, 1e5]) for _ in range(20_000)] == [0] * 20_000
 
 
-@pytest.mark.parametrize("direction", [1, -1])
+@pytest.mark.parametrize("direction", slow_but((1,), [1, -1]))
 def test_costs_that_drift_by_twenty_times_keep_the_mean(rng, direction):
     base = np.geomspace(0.01, 2, 8)
     v = routing.win_rates(rng.normal(size=(10_000, 8)) + 0.4 * np.log(base), np.full(8, 1 / 8))
@@ -388,6 +393,7 @@ def test_costs_that_drift_by_twenty_times_keep_the_mean(rng, direction):
     assert pacer.mean_cost == pytest.approx(0.4, rel=0.01)
 
 
+@pytest.mark.slow
 def test_after_ten_thousand_cheap_prompts_the_next_thousand_cost_little_more_than_twice_the_budget():
     pacer = BudgetPacer(1.0)
     for _ in range(10_000):

@@ -110,6 +110,7 @@ def test_two_thousand_prompts_equal_highs(seed, batch_only):
     assert ours.value.mean() == pytest.approx(best.value.mean(), rel=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", slow_but([31], [4, 13, 31]))
 def test_prompts_that_are_indifferent_at_the_same_prices_are_split(seed):
     """Values of 0, 1/2 and 1 alone: nearly all prompts have several best models at any prices."""
@@ -134,6 +135,7 @@ def test_the_smallest_feasible_budget_is_feasible(rng):
         assert e.value.smallest == pytest.approx(smallest, rel=1e-8)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=150)
 @given(st.integers(0, 10**9), st.integers(1, 30), st.integers(1, 9), st.floats(0, 1.2))
 @example(7, 7, 4, 1.0)
@@ -390,6 +392,7 @@ def test_values_of_any_size_and_rows_that_leave_nothing(rng):
         LazyWinRates(5, np.ones(1))
 
 
+@pytest.mark.slow
 def test_a_solver_must_fit_and_limits_raise(rng):
     v, costs = rng.random((3000, 30)), rng.exponential(size=30)
     several = Problem(v, costs, float(np.quantile(costs, 0.2)), "batch", shares=[Share(int(costs.argmin()), 0.2)])

@@ -215,6 +215,7 @@ def test_a_prompt_that_the_tokenizer_refuses_is_named():
 CLOCK = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y, %H:%M') }}{% endif %} " + tiny.TEMPLATE
 
 
+@pytest.mark.slow
 @given(shown=st.datetimes(), whole=st.booleans())
 @settings(max_examples=20)
 def test_a_template_with_a_clock_writes_the_date_that_it_is_given(shown, whole):

@@ -116,6 +116,7 @@ def test_the_expectation_over_all_logs_is_the_true_value(world, n):
     assert expected == {"ips": truth, "dr": truth}
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(st.lists(st.tuples(st.integers(0, 9), st.fractions(-3, 3, max_denominator=9)), min_size=1, max_size=8))
 def test_snips_is_ips_where_the_weights_have_mean_1(rows):

@@ -37,6 +37,7 @@ def test_true_and_false_are_no_numbers_beside_others(tmp_path, name, values):
         read_log(table(tmp_path / "log.jsonl", **ROWS | {name: values}))
 
 
+@pytest.mark.slow
 @LOOSE
 @given(st.data())
 def test_a_cell_is_the_number_that_it_says_or_is_refused(tmp_path, data):

@@ -111,6 +111,7 @@ def test_preferences_are_win_rates_against_the_logs_choices(tmp_path):
     assert log.left_out["preferences against decisions that are not in the log, or were left out"] == 1
 
 
+@pytest.mark.slow
 def test_where_the_policy_is_not_that_of_the_draw_the_propensity_counts(tmp_path, rng):
     """A server that explores logs the policy under one draw of the coefficients, and the propensity over all of them."""
     draws = rng.random(400) < 0.7
@@ -283,6 +284,7 @@ def test_prompts_are_known_by_hash_or_text(tmp_path):
     assert log.texts == [("a",), ("b",), None]
 
 
+@pytest.mark.slow
 def test_a_batch_run_is_joined_with_scores(tmp_path, router):
     from p2l_engine.batch import BatchConfig, run
 
@@ -446,6 +448,7 @@ def test_files_of_no_policies_are_refused(tmp_path):
         read_policies(tmp_path / "none.yaml")
 
 
+@pytest.mark.slow
 def test_the_command_needs_no_engine_for_single_models(tmp_path, rng):
     model, propensity, reward = two_models(400, rng)
     log = table(tmp_path / "log.parquet", model=model, propensity=propensity, reward=reward, cost=[1.0] * 400)
@@ -467,6 +470,7 @@ def test_the_command_needs_no_engine_for_single_models(tmp_path, rng):
     assert "<svg" in (tmp_path / "out.svg").read_text()
 
 
+@pytest.mark.slow
 def test_the_command_names_what_it_refuses(tmp_path, rng):
     log = table(tmp_path / "log.csv", model=["alpha"] * 50 + ["beta"], propensity=[1.0] * 51, reward=[1.0] * 51)
     spec = policies(tmp_path, small={"always": "beta"})
@@ -485,6 +489,7 @@ def test_the_command_names_what_it_refuses(tmp_path, rng):
     assert "which 51 of 51 prompts lack" in ended.message
 
 
+@pytest.mark.slow
 def test_the_command_routes_with_a_checkpoint(tmp_path, engine, rng):
     from tests.support.catalogs import COSTS
 

@@ -42,6 +42,7 @@ def test_names_cover_no_other_name(points):
         assert not one.padded(-1).overlaps(other.padded(-1))
 
 
+@pytest.mark.slow
 def test_names_of_a_few_near_policies_stay_at_their_points():
     points = {"as it was": (0.003, 0.71), "tighter": (0.002, 0.705), "on average": (0.00205, 0.708), "small": (0.00195, 0.703)}
     drawing = drawn(report(points))
@@ -53,6 +54,7 @@ def test_names_of_a_few_near_policies_stay_at_their_points():
         assert box.y0 <= y <= box.y1
 
 
+@pytest.mark.slow
 def test_what_has_no_cost_or_was_refused_is_named_above():
     of = [PolicyReplay("x", "refused", reasons=("why",)), PolicyReplay("y", "judged", {"dr": Figure(0.5, 0.4, 0.6)})]
     drawing = drawn(ReplayReport(100, 90, 0, 0, 100, "score", 0.95, tuple(of)))
@@ -60,6 +62,7 @@ def test_what_has_no_cost_or_was_refused_is_named_above():
     assert not names(drawing)
 
 
+@pytest.mark.slow
 def test_costs_of_different_kinds_are_not_compared():
     def policy(name, unit, cost=None):
         spent = {} if cost is None else {"dr": Figure(cost, cost, cost)}

@@ -34,6 +34,7 @@ from tests.support.other_user import open_folder, problem_of_other_user
 from tests.support.tiny import MODELS
 
 
+@pytest.mark.slow
 def test_one_run_at_a_time(router, tmp_path):
     config = BatchConfig([write(tmp_path / "in.parquet")], str(tmp_path / "out"), rows_per_part=32)
     refusals = []
@@ -66,6 +67,7 @@ def test_complete_runs_are_left_unchanged_and_damaged_parts_written_again(router
         run(router, config)
 
 
+@pytest.mark.slow
 def test_state_is_found_after_a_change_of_folder_or_a_move(router, tmp_path, caplog):
     given, options = write(tmp_path / "in.parquet"), {"budget": 1.5, "budget_scope": "batch", "rows_per_part": 32}
 
@@ -90,6 +92,7 @@ def test_state_is_found_after_a_change_of_folder_or_a_move(router, tmp_path, cap
     assert run(router, BatchConfig([given], tmp_path / "there", **options)).resumed >= 30
 
 
+@pytest.mark.slow
 def test_a_run_of_other_inputs_or_prompts_is_refused_and_says_what_changed(router, tmp_path):
     given, out = write(tmp_path / "in.parquet"), tmp_path / "out"
     run(router, BatchConfig([given], out, budget=1.5, rows_per_part=32))
@@ -182,6 +185,7 @@ def test_damaged_files_are_named(router, tmp_path, caplog):
     assert contents(tmp_path / "again") == contents(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_run_of_an_adapter_is_refused_where_its_backbone_changed(tmp_path, monkeypatch):
     """By a single weight, too, which lies between the samples that other fingerprints take."""
     monkeypatch.setattr("p2l_engine.checkpoint.fingerprint.SAMPLES", 2)
@@ -255,6 +259,7 @@ def test_what_is_refused_loses_nothing_of_an_earlier_run(restart, changed, messa
     assert (contents(out), contents(tmp_path / "out.run")) == before
 
 
+@pytest.mark.slow
 @hypothesis.given(models=st.permutations(MODELS), shares=st.permutations(MODELS[:3]), stopped=st.booleans())
 @hypothesis.example(models=MODELS[::-1], shares=MODELS[:3], stopped=False)
 @hypothesis.example(models=MODELS, shares=MODELS[2::-1], stopped=True)
@@ -283,6 +288,7 @@ def test_another_order_of_models_or_shares_is_another_run(models, shares, stoppe
     assert report.computed == 0
 
 
+@pytest.mark.slow
 def test_an_output_without_its_own_folder_is_never_written_over(router, tmp_path):
     given, out, options = write(tmp_path / "in.parquet"), tmp_path / "out", {"rows_per_part": 32}
     run(router, BatchConfig([given], out, **options))
@@ -311,7 +317,7 @@ def test_an_output_without_its_own_folder_is_never_written_over(router, tmp_path
         run(router, BatchConfig([given], tmp_path / "earlier"))
 
 
-@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("restart", slow_but((False,), [False, True]))
 def test_removed_parts_are_gone_on_the_disk_before_the_manifest_says_so(restart, router, tmp_path, monkeypatch):
     """Else a power failure could bring them back, as parts of the new decisions."""
     given, out, events = write(tmp_path / "in.parquet"), tmp_path / "out", []
@@ -334,7 +340,7 @@ def test_removed_parts_are_gone_on_the_disk_before_the_manifest_says_so(restart,
     assert events[last + 1].startswith("out.run/.manifest.json")
 
 
-@pytest.mark.parametrize("place", ["out/x", "out/a/b/x", "out.run/x", "link/x"])
+@pytest.mark.parametrize("place", slow_but(("link/x",), ["out/x", "out/a/b/x", "out.run/x", "link/x"]))
 def test_an_output_within_a_runs_folders_is_refused(place, router, tmp_path):
     """Readers of the outer output would read its rows, too."""
     given, out = write(tmp_path / "in.parquet"), tmp_path / "out"
@@ -348,8 +354,8 @@ def test_an_output_within_a_runs_folders_is_refused(place, router, tmp_path):
 
 
 @pytest.mark.parametrize("copied", [False, True])
-@pytest.mark.parametrize("finished", [False, True])
-@pytest.mark.parametrize("links", [False, True])
+@pytest.mark.parametrize("finished", slow_but((False,), [False, True]))
+@pytest.mark.parametrize("links", slow_but((True,), [False, True]))
 def test_a_renamed_or_copied_run_has_the_coefficients_of_its_state(copied, finished, links, router, tmp_path, monkeypatch):
     given = write(tmp_path / "in.parquet")
     scope = "prompt" if links else "batch"  # in which no part is written before all is computed
@@ -512,6 +518,7 @@ def test_other_files_in_a_state_folder_are_kept(router, tmp_path, monkeypatch):
     assert (kept / "coefficients-000000.npy").read_text() == "foreign"
 
 
+@pytest.mark.slow
 @hypothesis.given(names=st.lists(st.from_regex(r"coefficients-[0-9a-f()\- ]{0,30}\.npy", fullmatch=True), max_size=4))
 @hypothesis.settings(max_examples=5, deadline=None)
 def test_copies_of_coefficients_are_left_alone(names, router, tmp_path_factory):

@@ -49,6 +49,7 @@ def test_a_batch_is_routed_as_its_prompts_are_in_any_order(router, rng):
             same(router.route(PROMPTS[i], 1.5), together[i])
 
 
+@pytest.mark.slow
 def test_draws_follow_the_policy_and_the_seed(engine):
     theta = np.tile(np.array([[0.0, 1.0, 0.0, 0.0, 0.0]], np.float32), (4000, 1))
     prompts = [f"p{i}" for i in range(4000)]

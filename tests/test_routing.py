@@ -41,6 +41,7 @@ def problems(draw):
     return theta, q, costs, budget
 
 
+@pytest.mark.slow
 @given(problems())
 def test_win_rates_match_the_reference(problem):
     theta, q, *_ = problem
@@ -148,6 +149,7 @@ def test_batch_budget_is_feasible_and_dominates(rng):
     assert shares.max() <= 0.25 * 60 * (1 + 1e-6)
 
 
+@pytest.mark.slow
 @given(st.integers(0, 2**32 - 1), st.sampled_from([1.0, 1e4, 1e8, 1e12]), st.sampled_from([1e-9, 1.0, 1e6]))
 @settings(max_examples=100)
 def test_batch_budget_holds_however_far_costs_span(seed, span, unit):
