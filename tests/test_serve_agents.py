@@ -175,6 +175,7 @@ def test_a_session_remembers_the_last_branches():
     assert all(large > 0 and small == 0 for large, small in found[1:])
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.sampled_from([*(mark for pair in AGENTS_OWN for mark in pair), "Hello", " ", "\n", "<", ">", "é"]), max_size=12)
 )

@@ -190,6 +190,7 @@ def test_ids_are_texts_whatever_an_answer_is(answer):
 IDS = st.text("ab\0:,é\ud800", max_size=4)
 
 
+@pytest.mark.slow
 @given(st.sampled_from(["a", "ab", "b"]) | st.none(), IDS, st.sampled_from(["a", "ab", "b"]) | st.none(), IDS)
 def test_no_two_callers_share_a_name(key, name, other_key, other):
     keys = [None if one is None else Key(id=one, sha256="0" * 64) for one in (key, other_key)]

@@ -129,6 +129,7 @@ def state_of(folder: Any, engine: Engine) -> Learner:
     return Learner.load(folder / "state" / "learner.safetensors", engine.head, engine.feedback)
 
 
+@pytest.mark.slow
 def test_feedback_moves_the_routing_and_is_what_adapt_finds(engine, tmp_path):
     outcomes = {"this": Outcome.A, "other": Outcome.B, "tie": Outcome.TIE, "both_bad": Outcome.BOTH_BAD}
     given = list[tuple[str, str, str, Outcome]]()
@@ -160,6 +161,7 @@ def test_feedback_moves_the_routing_and_is_what_adapt_finds(engine, tmp_path):
     np.testing.assert_allclose(theta(learner.head()[0], states), theta(adapted.head, states), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_gives_no_vote_is_counted(engine, tmp_path):
     async def work(client: Client) -> Any:
         first, second = await client.prefer("a prompt", "alpha", "beta")
@@ -248,6 +250,7 @@ def test_where_hidden_states_are_gone_logged_texts_are_computed_again(logged, en
     assert (status["learned"], status["skipped"]) == ((1, {}) if logged else (0, {next_lessons.NO_STATE: 1}))
 
 
+@pytest.mark.slow
 def test_a_reload_adds_models_and_loses_nothing(engine, tmp_path):
     file = tmp_path / "serve.yaml"
     config = config_in(tmp_path, more={"explore": "thompson"})
@@ -288,6 +291,7 @@ def test_a_reload_adds_models_and_loses_nothing(engine, tmp_path):
     assert (deviation[:, 6] < deviation[:, 5] * 3).all()
 
 
+@pytest.mark.slow
 def test_new_models_are_explored_before_their_first_vote(engine, tmp_path):
     async def work(client: Client) -> Any:
         found = []
@@ -301,6 +305,7 @@ def test_new_models_are_explored_before_their_first_vote(engine, tmp_path):
     assert all(0 < decision["propensity"] <= 1 for decision in found)
 
 
+@pytest.mark.slow
 def test_without_a_file_of_prompts_learning_begins_once_enough_were_asked(engine, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "REFERENCE", 8)
 
@@ -318,6 +323,7 @@ def test_without_a_file_of_prompts_learning_begins_once_enough_were_asked(engine
     assert state_of(tmp_path, engine)._rows.basis.matrix.shape[1] > 5
 
 
+@pytest.mark.slow
 def test_a_vote_that_cannot_be_learned_is_counted_and_the_others_are_learned(engine, tmp_path, monkeypatch, caplog):
     update = Learner.update
 
@@ -371,6 +377,7 @@ def test_what_a_server_learned_becomes_a_checkpoint(engine, tmp_path):
     assert checkpoint.load(tmp_path / "other").models == tuple(tiny.MODELS)
 
 
+@pytest.mark.slow
 def test_a_state_that_is_not_the_checkpoints_is_refused(engine, tmp_path):
     async def work(client: Client) -> Any:
         await client.prefer("question", NEW, "alpha")
@@ -391,6 +398,7 @@ def descriptors() -> list[str]:
     return [each for each in os.listdir("/proc/self/fd") if os.path.islink(f"/proc/self/fd/{each}")]
 
 
+@pytest.mark.slow
 def test_what_cannot_learn_is_refused_by_name(engine, tmp_path):
     def refused(config: dict[str, Any], of: Engine = engine) -> str:
         with pytest.raises(ConfigError) as error:

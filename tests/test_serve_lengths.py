@@ -122,6 +122,7 @@ def test_answers_across_a_reload_count_for_their_own_model(tmp_path):
     asyncio.run(run())
 
 
+@pytest.mark.slow
 @given(
     st.lists(
         st.tuples(st.integers(0, 2), st.integers(0, 4000), st.integers(1, 3), st.sampled_from([None, np.nan, 5.0, 700.0])),

@@ -54,6 +54,7 @@ def test_images_count_as_their_providers_document(rule, size, low, tokens):
     assert rule.of(Picture(size, low)) == tokens
 
 
+@pytest.mark.slow
 @given(RULES, st.tuples(st.integers(1, 10**7), st.integers(1, 10**7)) | st.none(), st.booleans())
 def test_no_image_counts_more_than_the_most(rule, size, low):
     assert 1 <= rule.of(Picture(size, low)) <= rule.bound
@@ -113,6 +114,7 @@ HEADS = [
 ]
 
 
+@pytest.mark.slow
 @given(st.sampled_from(HEADS), st.binary(max_size=60), st.integers(0, 3), st.sampled_from(["", "=", "\n", "é"]))
 def test_whatever_an_image_is_it_is_read_as_one_or_as_none(head, rest, lost, tail):
     text = base64.b64encode(head + rest).decode()
@@ -186,6 +188,7 @@ PRICE = st.decimals(0, 200, places=3)
 COUNT = st.integers(0, 10**6)
 
 
+@pytest.mark.slow
 @given(st.tuples(*[PRICE] * 6), st.tuples(*[COUNT] * 6))
 def test_a_cost_with_media_is_exact_and_never_beyond_the_worst_case(amounts, counts):
     names = (

@@ -45,6 +45,7 @@ def limited(tmp_path, amount: float, **serve: Any) -> dict[str, Any]:
     return {"limits": [{"amount": amount}], "store": str(tmp_path / "serve.sqlite"), **serve}
 
 
+@pytest.mark.slow
 def test_the_ledger_is_the_providers_bill(tmp_path):
     async def one():
         async with (
@@ -259,6 +260,7 @@ def test_a_choice_is_the_optimum_of_the_lp(models, share, uniform):
     assert found.propensity > 0
 
 
+@pytest.mark.slow
 @given(
     st.decimals(0, 100, places=4), st.decimals(0, 100, places=4), st.decimals(0, 100, places=4),
     st.integers(0, 10**7), st.integers(0, 10**7), st.integers(0, 10**7),

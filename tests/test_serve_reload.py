@@ -17,6 +17,7 @@ from p2l_engine.routing import SpendLimit
 from p2l_engine.serve import config_file as module
 from p2l_engine.serve import settings
 from tests.support import postgres
+from tests.support.cases import slow_but
 from tests.support.serving import PRICES, config_for, serving
 
 CHAT = {"model": "auto", "max_tokens": 60, "messages": [{"role": "user", "content": "hello"}]}
@@ -38,7 +39,9 @@ async def ask(url: str, **fields: Any) -> int:
         return response.status
 
 
-@pytest.mark.parametrize("amounts", [(100, 50), (100, None), (None, 100), (100, 100), (100, None, 100)])
+@pytest.mark.parametrize(
+    "amounts", slow_but([(100, 50), (100, None, 100)], [(100, 50), (100, None), (None, 100), (100, 100), (100, None, 100)])
+)
 @pytest.mark.parametrize("stream", [False, True])
 def test_requests_under_way_are_settled_across_reloads(amounts, stream, tmp_path):
     """Also where the file has no limits any more, or has its first one."""

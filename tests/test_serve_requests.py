@@ -139,6 +139,7 @@ JSON = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(st.data())
 def test_any_value_in_any_place_is_read_or_refused(data):
     name = data.draw(st.sampled_from(sorted(BODIES)))
@@ -181,6 +182,7 @@ def test_any_value_of_any_field_is_read_or_refused(data):
         assert 400 <= error.status < 500
 
 
+@pytest.mark.slow
 @given(st.data())
 def test_any_event_of_a_provider_is_read(data):
     """What a provider writes is no more to be relied on than what a client does."""
@@ -197,6 +199,7 @@ def test_any_event_of_a_provider_is_read(data):
         APIS[name].fault(event)
 
 
+@pytest.mark.slow
 @given(JSON)
 def test_any_options_are_read_or_refused(value):
     try:

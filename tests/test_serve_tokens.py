@@ -37,6 +37,7 @@ class Pieces:
         return found
 
 
+@pytest.mark.slow
 @given(st.lists(st.sampled_from(["word", " ", "<|im_start|>", "<|endoftext|>", "<|im_", "é"]), max_size=30).map("".join))
 def test_special_tokens_of_a_prompt_are_text_to_a_provider(text):
     specials = sum(text.count(token) * len(token) for token in SPECIAL)

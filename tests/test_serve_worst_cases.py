@@ -257,6 +257,7 @@ def test_usage_is_read_as_it_is_billed():
     assert messages({"usage": {"input_tokens": 5, "output_tokens": 7, **rounds}}) == Usage(105, 57)
 
 
+@pytest.mark.slow
 @given(st.integers(0, 10**6), st.integers(0, 10**6), st.integers(0, 10**6), st.integers(0, 10**6), st.integers(0, 50))
 def test_a_cost_is_never_beyond_the_worst_case_of_its_counts(plain, cached, brief, lasting, calls):
     model = Model(
