@@ -278,6 +278,7 @@ def test_a_rolling_window_frees_late_by_a_thousandth_at_most_and_never_early(ope
     limit.reserve(0.3)
 
 
+@pytest.mark.slow
 def test_an_hour_of_many_requests_keeps_few_rows(tmp_path, clock):
     limit = SpendLimit(Limit(10, timedelta(seconds=10)), tmp_path / "a", clock=clock)
     for _ in range(300):
@@ -432,6 +433,7 @@ def test_any_process_settles_under_any_configuration(open_limit, clock):
     assert used(open_limit([Limit(1, "day", "Asia/Tokyo"), Limit(1, timedelta(hours=1))])) == [(Decimal("0.5"), 0)] * 2
 
 
+@pytest.mark.slow
 def test_threads_never_pass_the_limit(open_limit):
     limit = open_limit([Limit(1), Limit(0.7, "day", each_key=True)])
 
@@ -448,6 +450,7 @@ def test_threads_never_pass_the_limit(open_limit):
     assert limit.balances("0")[-1].spent == 1
 
 
+@pytest.mark.slow
 def test_a_forked_child_shares_the_limit(open_limit):
     limit = open_limit(Limit(1))
     token = limit.reserve(0.5)

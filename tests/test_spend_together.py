@@ -90,6 +90,7 @@ class Spender:
         return tables, sorted((self.tokens.index(token), *rest) for token, *rest in holds)
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=10, deadline=None)
 @hypothesis.given(
     groups=groups,

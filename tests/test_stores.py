@@ -364,6 +364,7 @@ def test_messages_show_no_credentials():
         assert "SECRET" not in str(refused.value)
 
 
+@pytest.mark.slow
 def test_file_uris_and_fsspec_give_the_output_of_local_files(router, tmp_path):
     given = write(tmp_path / "in.parquet")
     options = {"budget": 1.5, "rows_per_part": 32}

@@ -73,6 +73,7 @@ def test_strengths_by_category_are_means_of_win_rates(called, folder):
     assert (folder / "r.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_weights_and_shown_models(called, folder):
     status, _, err = called("p.jsonl", "--model", "gamma", "--model", "alpha", "--replace", "alpha:beta", "--json", "w.json")
     assert status == 0, err
@@ -84,6 +85,7 @@ def test_weights_and_shown_models(called, folder):
     assert whole == pytest.approx((2 * swap["sum"] + swap["poem"]) / 3)
 
 
+@pytest.mark.slow
 def test_prompts_without_categories(called, folder):
     status, _, err = called("p.txt", "--json", "t.json")
     assert status == 0, err

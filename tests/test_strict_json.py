@@ -41,6 +41,7 @@ values = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(value=values)
 def test_json_is_pythons_or_names_a_key_twice(value):
     if names_twice(value):

@@ -209,6 +209,7 @@ def test_all_formats_agree_with_pythons_own_modules(texts, more, tmp_path):
             assert by_commands(path) == [oracle(text) for text in texts]
 
 
+@pytest.mark.slow
 @given(texts=st.lists(st.text('",\r\n ab', max_size=6), min_size=1, max_size=6), quoting=st.sampled_from([0, 1]))
 @settings(deadline=None, max_examples=60)
 def test_what_pythons_csv_writes_is_read(texts, quoting, tmp_path):
@@ -397,6 +398,7 @@ def test_a_csv_file_of_invalid_rows_alone_keeps_their_numbers(tmp_path):
     assert list(read_table(str(tmp_path / "none.csv"), ["prompt"]).invalid) == [0, 1]
 
 
+@pytest.mark.slow
 @given(
     lengths=st.lists(st.sampled_from([1, 2, 2, 3]), min_size=1, max_size=30), batch=st.integers(1, 5), piece=st.integers(16, 64)
 )
@@ -428,6 +430,7 @@ def test_line_breaks_at_the_end_of_a_piece_are_kept(offset, tmp_path):
     assert [cell for chunk in read_rows(find([path]), "prompt") for cell in chunk.prompts] == [prompt] * 2
 
 
+@pytest.mark.slow
 @given(texts=st.lists(st.text('\r\n"a', min_size=1, max_size=60), min_size=1, max_size=8), piece=st.integers(24, 64))
 @example(texts=["\r\n" * 40] * 2, piece=24)
 @example(texts=["\r\n" * 40] * 2, piece=25)

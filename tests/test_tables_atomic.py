@@ -46,6 +46,7 @@ def test_threads_and_processes_write_one_file(tmp_path):
     assert os.listdir(tmp_path) == ["state"]
 
 
+@pytest.mark.slow
 def test_a_pacer_is_saved_from_threads(tmp_path):
     pacer = BudgetPacer(1.0)
 

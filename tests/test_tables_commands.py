@@ -183,7 +183,7 @@ def test_a_working_folder_that_looks_like_a_glob(tmp_path, monkeypatch):
         find(["missing.csv"])
 
 
-@pytest.mark.parametrize("command", slow_but(("route", "batch"), ["route", "frontier", "leaderboard", "strengths", "batch"]))
+@pytest.mark.parametrize("command", slow_but(("route",), ["route", "frontier", "leaderboard", "strengths", "batch"]))
 def test_every_command_refuses_the_same_files(command, checkpoint, tmp_path):
     options = {"route": ["route", "--file"], "leaderboard": ["leaderboard", "--prompts"]}.get(command, [command])
     more = ["--output", tmp_path / "out"] if command == "batch" else []
@@ -202,7 +202,7 @@ def test_every_command_refuses_the_same_files(command, checkpoint, tmp_path):
         assert message in done.message
 
 
-@pytest.mark.parametrize("command", slow_but(("route", "batch"), ["route", "frontier", "leaderboard", "strengths", "batch"]))
+@pytest.mark.parametrize("command", slow_but(("batch",), ["route", "frontier", "leaderboard", "strengths", "batch"]))
 def test_commands_read_quotes_that_a_backslash_escapes(command, checkpoint, tmp_path):
     options = {"route": ["route", "--file"], "leaderboard": ["leaderboard", "--prompts"]}.get(command, [command])
     more = ["--output", tmp_path / "out"] if command == "batch" else []
@@ -219,7 +219,7 @@ def test_commands_read_quotes_that_a_backslash_escapes(command, checkpoint, tmp_
     assert done.message.startswith("error: az://container/a.csv: ")
 
 
-@pytest.mark.parametrize("command", slow_but(("route", "frontier"), ["route", "frontier", "leaderboard", "strengths"]))
+@pytest.mark.parametrize("command", slow_but(("route",), ["route", "frontier", "leaderboard", "strengths"]))
 def test_commands_read_uris_folders_and_globs(command, checkpoint, tmp_path):
     options = {"route": ["route", "--file"], "leaderboard": ["leaderboard", "--prompts"]}.get(command, [command])
     more = ["--bootstrap", 2] if command in ("leaderboard", "strengths") else []
@@ -231,7 +231,7 @@ def test_commands_read_uris_folders_and_globs(command, checkpoint, tmp_path):
     assert "no such file or folder" in run(*options, f"{tmp_path}/none.csv", checkpoint=checkpoint).message
 
 
-@pytest.mark.parametrize("command", slow_but(("route", "batch"), ["route", "frontier", "leaderboard", "strengths", "batch"]))
+@pytest.mark.parametrize("command", slow_but(("batch",), ["route", "frontier", "leaderboard", "strengths", "batch"]))
 def test_commands_recognise_a_batch_file(command, checkpoint, tmp_path, caplog):
     """One line says what is read; results are those of the prompts alone."""
     options = {"route": ["--json", "--file"], "leaderboard": ["--json", "--prompts"]}.get(command, [])

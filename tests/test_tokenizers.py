@@ -138,6 +138,7 @@ def test_every_template_gives_the_same_text(name, tmp_path):
     same(*both(folder), [*PROMPTS, ["two", "turns"]])
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(texts=st.lists(st.text(alphabet=st.characters(exclude_categories=["Cs"])), min_size=1, max_size=3))
 def test_any_text_gives_the_same_tokens(texts, pair):

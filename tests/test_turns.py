@@ -25,6 +25,7 @@ from tests.support.layouts import (
 )
 
 
+@pytest.mark.slow
 @given(talk=TALK)
 @settings(max_examples=60, deadline=None)
 def test_the_same_turns_come_from_each_layout(talk):
@@ -126,6 +127,7 @@ def deep(levels):
     return {"max_tokens": 1, "messages": [{"role": "user", "content": found}]}
 
 
+@pytest.mark.slow
 def test_a_request_without_end_is_an_error_of_its_row():
     assert cell_turns(deep(3) | {"system": "s"}, as_served=True) == ("s",)
     for cell in (deep(20_000), deep(20_000)["messages"]):

@@ -59,6 +59,7 @@ def uncertain(folder):
     return Engine.from_pretrained(folder, device="cpu", dtype="float32")
 
 
+@pytest.mark.slow
 @given(
     st.integers(1, 9), st.integers(1, 7), st.integers(1, 4), st.integers(0, 5), st.integers(0, 3), st.integers(0, 2**32 - 1),
     st.sampled_from([0.0, 1e-12, 1.0, 1e6]),
@@ -146,6 +147,7 @@ def test_which_rows_training_fixed_is_kept(tmp_path):
         replace(given, trained=("beta",))
 
 
+@pytest.mark.slow
 @given(st.data())
 def test_damaged_files_are_refused_or_read(tmp_path, data):
     """A file with a changed byte, or without its end, is either refused with its name or a posterior of finite numbers."""

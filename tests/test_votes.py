@@ -153,6 +153,7 @@ FLAGS = [(0, 0), (1, 1), (0.0, 0), (1.0, 1), ("0", 0), ("1", 1), (False, 0), (Tr
 NO_FLAGS = [(cell, None) for cell in (None, 2, 0.5, "x", "", [1])]
 
 
+@pytest.mark.slow
 @given(rows=st.lists(st.tuples(*[st.sampled_from(FLAGS * 3 + NO_FLAGS)] * 3), min_size=1, max_size=20))
 def test_only_a_1_beside_two_0_is_a_vote(rows, tmp_path):
     names = ("winner_model_a", "winner_model_b", "winner_tie")
@@ -321,6 +322,7 @@ def openings(votes):
     return {" ".join(prompt[0].split()).casefold() for prompt in votes.prompts}
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.integers(1, 6), min_size=2, max_size=40), st.floats(0, 0.9), st.floats(0, 0.9),
     st.sampled_from(["prompt", "hash", "time"]), st.integers(0, 99),
@@ -638,6 +640,7 @@ def test_marginal_leaderboards_of_outcomes_that_never_come(name, outcomes, rng):
         assert loss(found.theta + size * rng.normal(size=4), found.eta + size * rng.normal()) >= best - 1e-9 * abs(best)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but(("bt",), ["bt", "bt-tie", "rk", "grk"]))
 @settings(max_examples=5, deadline=None)
 @given(seed=st.integers(0, 10**6), won=st.booleans(), few=st.integers(1, 4))
@@ -686,6 +689,7 @@ def test_the_lower_end_of_three_wins_is_clopper_and_pearsons():
     assert again["x"].high == pytest.approx(of["x"].high, abs=1e-3)
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(name=st.sampled_from(["bt", "grk"]), wins=st.integers(6, 30), weight=st.sampled_from([1.0, 1e-5, 1e-9, 1e-30]))
 @example("bt", 10, 1e-12)

@@ -57,11 +57,13 @@ def check(kind, name, at):
     assert Window.parse(str(window)) == window
 
 
+@pytest.mark.slow
 @given(st.sampled_from(["day", "month"]), st.sampled_from(ZONES), times)
 def test_a_window_is_a_local_date_from_its_first_to_its_last_instant(kind, name, at):
     check(kind, name, at + 2 * 86_400 * 10**6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but(JUMPING[:1], JUMPING))
 def test_windows_hold_around_every_jump_of_the_clock(name):
     found = transitions(ZoneInfo(name))
@@ -72,6 +74,7 @@ def test_windows_hold_around_every_jump_of_the_clock(name):
         check("month", name, jump)
 
 
+@pytest.mark.slow
 @given(st.integers(1, 36525 * 86_400 * 10**6), times)
 def test_a_rolling_window_keeps_money_for_its_length_and_little_longer(length, at):
     window = Window.of(timedelta(microseconds=length))
