@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 NATIVE := setup.py constraints.txt $(wildcard csrc/*)
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-# One more than there are cores, since some tests wait for servers; each takes about 1 GiB of memory and imports torch.
-WORKERS := -n $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count() + 1, 4))') --dist loadgroup --no-loadscope-reorder
+# More than there are cores, since tests wait for servers and clusters, the slow ones most; but each takes about 1 GiB of memory
+# and imports torch.
+workers = -n $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count() + $(1), 4))') --dist loadgroup --no-loadscope-reorder
 
 # The compiled tests are kept: to compile them takes each worker longer than to run a hundred of them.
 unexport PYTHONDONTWRITEBYTECODE
@@ -20,10 +21,10 @@ serve: $(VENV)/serve.stamp  ## Serve on port 8000, with a mock provider: a page 
 	$(BIN)/python -m bench.serve_demo
 
 test: $(VENV)/test.stamp  ## Run all tests.
-	$(BIN)/python -m pytest $(WORKERS)
+	$(BIN)/python -m pytest $(call workers,2)
 
 test-fast: $(VENV)/test.stamp  ## Run the quick tests: no process, cluster or training.
-	$(BIN)/python -m pytest $(WORKERS) -m "not slow and not cluster and not store and not gpu"
+	$(BIN)/python -m pytest $(call workers,1) -m "not slow and not cluster and not store and not gpu"
 
 lint: $(VENV)/lint.stamp  ## Check style and types.
 	$(BIN)/ruff check .
