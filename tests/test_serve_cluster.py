@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from dataclasses import replace
 from typing import Any
@@ -309,7 +310,8 @@ def test_a_tokenizer_travels_to_other_machines(engine):
 def test_the_command_serves_on_a_cluster_of_its_own_until_it_is_told_to_stop(serve_cluster, engine, tmp_path):
     port = free_port()
     file = tmp_path / "serve.yaml"
-    file.write_text(yaml.safe_dump({"checkpoint": str(engine.folder), "models": {name: {"cost": 1} for name in engine.models}}))
+    values = {"checkpoint": str(engine.folder), "models": {name: {"cost": 1} for name in engine.models}}
+    file.write_text(yaml.safe_dump(values))
     options = ["--config", file, "--port", str(port), "--ray", "local", "--device", "cpu", "--dtype", "float32"]
     process = subprocess.Popen(
         [sys.executable, "-m", "p2l_engine", "serve", *options], stderr=subprocess.PIPE, text=True, cwd=tmp_path
@@ -321,6 +323,10 @@ def test_the_command_serves_on_a_cluster_of_its_own_until_it_is_told_to_stop(ser
         with urllib.request.urlopen(request, timeout=30) as response:
             return json.loads(response.read())
 
+    def catalog() -> list[str]:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=30) as response:
+            return [model["id"] for model in json.loads(response.read())["data"]]
+
     try:
         said = ""
         while "Ctrl-C stops it" not in said:
@@ -328,12 +334,22 @@ def test_the_command_serves_on_a_cluster_of_its_own_until_it_is_told_to_stop(ser
             assert line, said
             said += line
         assert asked()["model"] in engine.models
-        answer = "the configuration was not changed: on a cluster, a change needs a restart"
         process.send_signal(signal.SIGHUP)
-        assert answer in process.stderr.readline()
-        file.write_text(file.read_text() + "\n")
-        assert answer in process.stderr.readline()
-        assert asked()["model"] in engine.models
+        assert f"the configuration was read again: {len(engine.models)} models" in process.stderr.readline()
+        best = engine.models[0]
+        file.write_text(yaml.safe_dump({**values, "models": {best: {"cost": 1}}}))
+        assert "the configuration was read again: 1 models" in process.stderr.readline()
+        assert "left out of the choice" in process.stderr.readline()
+        for _ in range(100):
+            if set(catalog()) == {"auto", best}:
+                break
+            time.sleep(0.1)
+        assert set(catalog()) == {"auto", best}
+        assert asked()["model"] == best
+        for bad in ({**values, "modles": {}}, {**values, "serve": {"learn": {"state": "x"}, "store": "a.sqlite"}}):
+            file.write_text(yaml.safe_dump(bad))
+            assert "the configuration was not changed: " in process.stderr.readline()
+        assert asked()["model"] == best
         process.send_signal(signal.SIGTERM)
         _, last = process.communicate(timeout=120)
     finally:

@@ -275,7 +275,7 @@ def test_a_reload_adds_models_and_loses_nothing(engine, tmp_path):
         ):
             file.write_text(yaml.safe_dump(config_in(tmp_path, wrong)), encoding="utf-8")
             with pytest.raises(ConfigError, match=re.escape(message)):
-                client.server.runtime._plan(settings.load(file))
+                client.server.runtime.planned(settings.load(file))
             assert not await client.server.runtime.reload()
         file.write_text(yaml.safe_dump(config_in(tmp_path, refine=7)), encoding="utf-8")
         assert not await client.server.runtime.reload()  # needs a restart

@@ -99,7 +99,7 @@ def test_what_needs_a_restart_is_refused_by_name(name, value, tmp_path, caplog):
             store = str(tmp_path / "serve.sqlite")
             write(file, config_for(provider, **{"store": store, name: value}))
             async with serving(config_for(provider, store=store)) as server:
-                server.runtime.file = module.ConfigFile(file)
+                server.runtime.source = module.ConfigFile(file)
                 return await server.runtime.reload()
 
     assert asyncio.run(one()) is False
@@ -178,7 +178,7 @@ def test_an_error_that_was_not_foreseen_does_not_end_the_watch(tmp_path, monkeyp
             file = tmp_path / "serve.yaml"
             write(file, config_for(provider, {"large": None}))
             async with serving(config_for(provider)) as server:
-                server.runtime.file = module.ConfigFile(file)
+                server.runtime.source = module.ConfigFile(file)
                 return await server.runtime.reload(), await server.runtime.reload()
 
     assert asyncio.run(one()) == (False, True)

@@ -106,11 +106,11 @@ def serve(
         runtime.plan.config, engine, checkpoint, ray, host, port,
         engines=ray_engines, fronts=ray_fronts, device=device, dtype=dtype, grace=grace,
     )  # fmt: skip
-    with cluster, signals_answered():
+    with cluster, signals_answered() as hangups:
         with status("starting on the cluster"):
             cluster.start()
         note(f"http://{host}:{port}, {cluster.engines} engines, {cluster.fronts} fronts  (Ctrl-C stops it)")
-        until_stopped(runtime.file)
+        until_stopped(cluster, runtime, hangups)
 
 
 def _say_how_open(config: Config, host: str) -> None:

@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
 from starlette.applications import Starlette
 
 from p2l_engine.batch.ray import check_address, cpus_per_worker
@@ -19,15 +21,14 @@ from p2l_engine.checkpoint import fingerprint
 from p2l_engine.engine import Engine
 from p2l_engine.engine.device import parse_device
 from p2l_engine.serve import config_file
-from p2l_engine.serve.config_file import ConfigFile
 from p2l_engine.serve.engine_replicas import BATCH, CheckpointFacts, EngineReplica, RemoteEngines
 from p2l_engine.serve.runtime import NOT_ON_A_CLUSTER, Runtime
 from p2l_engine.serve.settings import Config, ConfigError
+from p2l_engine.serve.shared_config import FollowedConfig, SharedConfig
 
 logger = logging.getLogger(__name__)
 
 NAME = "p2l-engine"  # of the application on the cluster
-UNCHANGED = "the configuration was not changed: on a cluster, a change needs a restart"
 UNDER_WAY = 1_000  # requests at a front: most of them wait for a provider
 
 
@@ -94,7 +95,8 @@ class ServeCluster:
         )
         uncertain = None if engine.uncertainty is None else engine.uncertainty.models
         facts = CheckpointFacts(engine.models, engine.feedback, engine.encoder.tokenizer, uncertain)
-        front = of_fronts(serve.ingress(_application(config, facts))())
+        self._address, self._shared = address, ray.remote(num_cpus=0)(SharedConfig).remote(config)
+        front = of_fronts(serve.ingress(_application(config, facts, self._shared))())
         self._application = front.bind(of_engines(EngineReplica).bind(arguments, expected))
         self._http = {"host": host, "port": port}
 
@@ -104,6 +106,12 @@ class ServeCluster:
         quiet = {"log_level": "WARNING"}
         serve.start(proxy_location="EveryNode", http_options=self._http, logging_config=quiet)
         serve.run(self._application, name=NAME, logging_config=quiet)
+
+    def adopt(self, config: Config) -> None:
+        """Has all fronts use another configuration, each as one swap, within about a second. Raises ConfigError where it needs
+        one machine; RayError where the cluster does not answer."""
+        _check_shared(config, self._address)
+        ray.get(self._shared.replace.remote(config))
 
     def close(self) -> None:
         """Ends the server, and the cluster if this object started it."""
@@ -119,39 +127,63 @@ class ServeCluster:
         self.close()
 
 
+class Hangups:
+    """asked: whether SIGHUP came since it was last set to False."""
+
+    asked = False
+
+
 @contextmanager
-def signals_answered() -> Iterator[None]:
-    """SIGTERM is as Ctrl-C; Ray sets its own handler when it connects, which ends the process at once. SIGHUP gets a line in
-    the log, for a front reads its configuration once."""
+def signals_answered() -> Iterator[Hangups]:
+    """SIGTERM is as Ctrl-C; Ray sets its own handler when it connects, which ends the process at once. SIGHUP is noted."""
+    found = Hangups()
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt), signal.signal(signal.SIGHUP, lambda *_: logger.warning(UNCHANGED))
+    def note(*_: object) -> None:
+        found.asked = True
+
+    before = signal.signal(signal.SIGTERM, interrupt), signal.signal(signal.SIGHUP, note)
     try:
-        yield
+        yield found
     finally:
         signal.signal(signal.SIGTERM, before[0])
         signal.signal(signal.SIGHUP, before[1])
 
 
-def until_stopped(file: ConfigFile | None = None) -> None:
-    """Waits for SIGTERM or Ctrl-C. A change of the file gets a line in the log too."""
+def until_stopped(cluster: ServeCluster, runtime: Runtime, hangups: Hangups) -> None:
+    """Waits for SIGTERM or Ctrl-C. Meanwhile the fronts follow the file that ``runtime`` was made from: it is read again when
+    it changes, and at SIGHUP; one that cannot be used changes nothing and is logged."""
+    file, now = runtime.file, runtime.plan.config
+    seen = None if file is None else file.stamp()
     with suppress(KeyboardInterrupt):
-        seen = None if file is None else file.stamp()
         while True:
             time.sleep(config_file.EVERY)
-            if file is not None and (now := file.stamp()) != seen and now is not None:
-                seen = now
-                logger.warning(UNCHANGED)
+            stamp = None if file is None else file.stamp()
+            if file is None or stamp is None or not (hangups.asked or stamp != seen):
+                continue
+            hangups.asked, seen = False, stamp
+            try:
+                config = file.after(now)
+                plan = runtime.planned(config)
+                cluster.adopt(config)
+            except (ValueError, RayError) as error:
+                logger.error("the configuration was not changed: %s", error)
+                continue
+            now = config
+            logger.warning("the configuration was read again: %d models", len(plan.names))
+            for line in plan.notes:
+                logger.warning("%s", line)
 
 
-def _application(config: Config, facts: CheckpointFacts) -> Callable[[], Starlette]:
+def _application(config: Config, facts: CheckpointFacts, shared: Any) -> Callable[[], Starlette]:
     """Makes a front's application, on its machine."""
 
     def build() -> Starlette:
         engines = serve.get_deployment_handle(EngineReplica.__name__, app_name=NAME)
-        return Runtime(config, facts, computer=RemoteEngines(engines, facts)).application()
+        source = FollowedConfig(shared, config)
+        return Runtime(config, facts, computer=RemoteEngines(engines, facts), source=source).application()
 
     return build
 

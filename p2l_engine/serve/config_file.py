@@ -5,13 +5,23 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from p2l_engine.serve import settings
 from p2l_engine.serve.settings import Config, ConfigError, Learn
 
 FIXED = ("store", "cache", "retention_days", "page", "cors", "traces")  # under serve: changes need a restart
 EVERY = 1.0  # seconds between looks at the file
+
+
+class ConfigSource(Protocol):
+    """Where a running server's configuration comes from."""
+
+    def after(self, before: Config) -> Config:
+        """What it says now. Raises ConfigError, also where the change from ``before`` needs a restart."""
+
+    def changes(self, known: Config) -> AsyncIterator[None]:
+        """Yields whenever it may say something else than before; at first, than ``known``."""
 
 
 class ConfigFile:

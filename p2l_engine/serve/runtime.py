@@ -24,7 +24,7 @@ from p2l_engine.routing import SpendLimit
 from p2l_engine.serve import settings
 from p2l_engine.serve.answers import open_answers
 from p2l_engine.serve.app import application
-from p2l_engine.serve.config_file import ConfigFile, adapted
+from p2l_engine.serve.config_file import ConfigFile, ConfigSource, adapted
 from p2l_engine.serve.encodings import counters
 from p2l_engine.serve.expectations import Expectations
 from p2l_engine.serve.gate import Gate
@@ -51,7 +51,8 @@ NOT_ON_A_CLUSTER = (
 
 
 class Runtime:
-    """Makes the application for an engine and a configuration. file: where that came from, to be read again when it changes.
+    """Makes the application for an engine and a configuration. file: where that came from, to be read again when it changes;
+    source: the same, where it is no file.
 
     watch: is shown the record of each decision. log_prompts: keep the text of prompts whatever the file says. engine: of the
     checkpoint that the configuration names. computer: computes coefficients in its place; then it is asked for its models, its
@@ -66,8 +67,10 @@ class Runtime:
         watch: Callable[[Record], None] | None = None,
         computer: Computer | None = None,
         log_prompts: bool = False,
+        source: ConfigSource | None = None,
     ) -> None:
         self.file = None if file is None else ConfigFile(file, log_prompts)
+        self.source = source or self.file
         config = adapted(config, log_prompts)
         self.learning = None
         if (learn := config.serve.learn) is not None:
@@ -78,13 +81,14 @@ class Runtime:
             self.learning = OnlineLearning(learn, engine, config.serve.retention_days)
             engine = self.learning.engine
         self.engine, self.watch, self.computer = engine, watch, computer
-        self.plan = self._plan(config)
+        self.plan = self.planned(config)
         self.counters, self.notes = counters(config.models)
         self.notes += [] if self.learning is None else self.learning.lines()
         self.server: Server | None = None
         self._reading = asyncio.Lock()
 
-    def _plan(self, config: Config) -> Plan:
+    def planned(self, config: Config) -> Plan:
+        """The plan of a configuration. Raises ConfigError, also for a key that is not in the environment."""
         if config.serve.explore is not None and self.engine.uncertainty is None:
             raise ConfigError(f"serve.{NO_UNCERTAINTY}")
         models = self.engine.models
@@ -137,7 +141,7 @@ class Runtime:
         service.upstream.open()
         service.sessions.open()
         tasks = [_background(self._sweep())]
-        if self.file is not None:
+        if self.source is not None:
             tasks.append(_background(self._watch()))
             if threading.current_thread() is threading.main_thread():
                 loop = asyncio.get_running_loop()
@@ -163,14 +167,14 @@ class Runtime:
                 await asyncio.to_thread(self.server.traces.close)
 
     async def reload(self) -> bool:
-        """Reads the configuration file again. A file that cannot be used keeps the present one and is logged."""
+        """Reads the configuration again. One that cannot be used keeps the present one and is logged."""
         assert self.server is not None
-        assert self.file is not None
+        assert self.source is not None
         async with self._reading:
             before = self.plan
             try:
-                config = await asyncio.to_thread(self.file.after, before.config)
-                plan = self._plan(config)
+                config = await asyncio.to_thread(self.source.after, before.config)
+                plan = self.planned(config)
                 was = limit = self.server.service.purse.limit
                 if plan.serve.limits != before.serve.limits:
                     # Without limits too, where there were some: what is reserved must be settled.
@@ -201,9 +205,9 @@ class Runtime:
         await self.reload()
 
     async def _watch(self) -> None:
-        """Reads the file again when it has changed."""
-        assert self.file is not None
-        async for _ in self.file.changes(self.plan.config):
+        """Reads the configuration again when it has changed."""
+        assert self.source is not None
+        async for _ in self.source.changes(self.plan.config):
             await self.reload()
 
     async def _sweep(self) -> None:
