@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sqlite3
@@ -135,6 +136,22 @@ def test_a_call_at_fault_fails_alone(tmp_path):
         kinds = [type(answer) for answer in answers]
         assert kinds == [str, str, OverflowError, str, UnknownReservation, ValueError]
         assert sum(reservation.worst_case for reservation in limit.reservations()) == 9 * 10**9 + 3
+
+
+@pytest.mark.parametrize(
+    "token", [None, 5, b"x", ["a"], math.nan, "", "\x00", "\ud800", "0" * 32, "0" * 33, "É" * 32, "0" * 31 + "\n"]
+)
+def test_what_is_no_token_fails_alone(tmp_path, token):
+    """Also what a database cannot look for."""
+    with SpendLimit([Limit(10)], tmp_path / "a") as limit:
+        for call in (lambda: limit.settle(token, 1), lambda: limit.release(token)):
+            with pytest.raises(UnknownReservation, match="token: expected one of reserve"):
+                call()
+        first, wrong, second = limit.together([Reserve(1), Settle(token, 1), Reserve(2)])
+        assert isinstance(wrong, UnknownReservation)
+        assert isinstance(first, str)
+        assert isinstance(second, str)
+        assert {row.token for row in limit.reservations()} == {first, second}
 
 
 def test_one_token_is_settled_once_in_a_group(tmp_path):

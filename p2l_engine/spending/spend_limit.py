@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LEVELS = (0.5, 0.8, 0.95)  # shares of a limit that are announced
+TOKEN = re.compile("[0-9a-f]{32}")
 
 
 class SpendLimit:
@@ -114,7 +116,7 @@ class SpendLimit:
         for i, call in enumerate(calls):
             try:
                 entries[i] = self._entry(call)
-            except ValueError as error:
+            except (ValueError, UnknownReservation) as error:
                 answers[i] = error
         answers |= zip(entries, self._made(list(entries.values())), strict=True)
         return [answers[i] for i in range(len(calls))]
@@ -158,10 +160,13 @@ class SpendLimit:
         self.close()
 
     def _entry(self, call: Reserve | Settle) -> _Entry:
-        """Raises ValueError for bad arguments."""
+        """Raises ValueError for bad arguments, UnknownReservation for tokens that no store has and some cannot look for."""
         if isinstance(call, Reserve):
             return _Entry(money.round_up("worst_case", call.worst_case), None, self._windows(call.key))
-        return _Entry(money.round_up("actual", call.actual), call.token, {})
+        actual = money.round_up("actual", call.actual)
+        if not isinstance(call.token, str) or not TOKEN.fullmatch(call.token):
+            raise UnknownReservation(call.token)
+        return _Entry(actual, call.token, {})
 
     def _made(self, entries: Sequence[_Entry]) -> list[str | Settlement | Exception]:
         """Makes entries, in one transaction unless one of them is wrong; then each has one of its own."""
