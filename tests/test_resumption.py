@@ -682,3 +682,25 @@ def test_a_finished_output_on_a_read_only_mount_reports(engine, router, tmp_path
     assert "Read-only file system" in found.stderr
     assert "Traceback" not in found.stderr
     assert contents(tmp_path / "here" / "out") == before
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_another_machine_that_writes_to_the_same_store_is_noticed(same, router, tmp_path):
+    """Stores have no locks; a run of the same inputs and options writes the same bytes."""
+    store = Location.of("memory://two-machines/out")
+    config = BatchConfig([write(tmp_path / "in.jsonl")], store.shown, state=tmp_path / "state", rows_per_part=32)
+
+    def begin_there(_):
+        place = Location.of("memory://two-machines/out.run/manifest.json")
+        found = json.loads(place.read())
+        if not same:
+            found["decisions"]["budget"] = 9.0
+        place.write(json.dumps(found).encode())
+
+    if same:
+        assert run(router, config, restart=True, progress=begin_there).rows == 150
+        return
+    with pytest.raises(ValueError, match=r"out: another run, of other inputs or options, wrote here meanwhile.*--restart one"):
+        run(router, config, restart=True, progress=begin_there)
+    assert "_SUCCESS" not in store.names()
+    assert run(router, config).rows == 150

@@ -11,8 +11,8 @@ from p2l_engine.batch.begin import Begun, begin, check_unclaimed
 from p2l_engine.batch.config import KEPT_BYTES, BatchConfig
 from p2l_engine.batch.identity import compute_signature
 from p2l_engine.batch.job import Job, Reading
-from p2l_engine.batch.manifest import write_manifest
-from p2l_engine.batch.parts import check_no_other_parts, mark
+from p2l_engine.batch.manifest import read_manifest, write_manifest
+from p2l_engine.batch.parts import check_no_other_parts, mark, parts
 from p2l_engine.batch.pipeline import Pipeline, Workers
 from p2l_engine.batch.report import Report
 from p2l_engine.batch.run_folder import (
@@ -95,6 +95,7 @@ def _run(router: Router, job: Job, restart: bool, progress: Callable[[Report], o
         _stages(job, begun, pipeline)
         pipeline.finish()
         check_no_other_parts(job.output, pipeline.written)
+        _check_no_other_run(job, pipeline)
     keep, size = begun.manifest.keep_coefficients, coefficient_bytes(begun.state)
     kept = size if keep or (keep is None and size <= KEPT_BYTES) else 0
     report = replace(pipeline.recorder.report, changed=begun.changed, kept=kept)
@@ -104,6 +105,17 @@ def _run(router: Router, job: Job, restart: bool, progress: Callable[[Report], o
     if not kept:
         remove_coefficients(begun.state, job.run)
     return report
+
+
+def _check_no_other_run(job: Job, pipeline: Pipeline) -> None:
+    """Raises ValueError where another run wrote to the output meanwhile, as another machine's may in a store, which has no
+    locks. One of the same inputs and options writes the same bytes."""
+    now, found = read_manifest(job.output, job.run), parts(job.output)
+    if now is None or not now.is_of(job.coefficients, job.decisions) or found != pipeline.written:
+        raise ValueError(
+            f"{job.output.shown}: another run, of other inputs or options, wrote here meanwhile, so that parts of both may be "
+            "mixed: when it has ended, --restart one of them, or name another folder"
+        )
 
 
 def _finished(job: Job, begun: Begun, report: Report) -> Report:

@@ -91,7 +91,7 @@ def _header(file: File) -> list[str]:
     if following is None and len(head) == HEADER:
         raise pa.ArrowInvalid(f"expected column names within {HEADER:,} bytes: is a quote not closed?")
     if "\ufffd" in "".join(header):
-        raise pa.ArrowInvalid(f"expected column names in UTF-8, got {','.join(header):.300}")
+        raise pa.ArrowInvalid(f"expected column names in UTF-8, got {','.join(header):.300}; write the file in UTF-8")
     return header
 
 

@@ -74,7 +74,8 @@ def unreadable() -> tuple[type[Exception], ...]:
 
 def unreadable_error(file: File, error: Exception, row: int | None = None) -> ValueError:
     after = "" if row is None else f" after row {row}"
-    return ValueError(f"{file.shown}: cannot be read{after}: {error}")
+    remedy = "; Arrow does not know this type: write the column as another" if "not implemented" in str(error) else ""
+    return ValueError(f"{file.shown}: cannot be read{after}: {error}{remedy}")
 
 
 def wanted_columns(file: File, names: Sequence[str], column: str, keep: Sequence[str] | None) -> list[str]:

@@ -38,6 +38,7 @@ DECISIONS: tuple[dict[str, Any], ...] = (
     {"max_share": {"beta": 0.2}, "source": False},
     {"split_by": "model", "write_as": "openai-batch"},
     {"split_by": "model", "format": "csv"},
+    {"format": "jsonl", "budget": 1.2},
 )
 LOG = Path("log")
 
