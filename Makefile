@@ -29,6 +29,7 @@ test-fast: $(VENV)/test.stamp  ## Run the quick tests: no process, cluster or tr
 lint: $(VENV)/lint.stamp  ## Check style and types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror csrc/*.c csrc/*.h
 	@# mypy reads the package as it installs: kernels/ and train/ inside p2l_engine/
 	rm -rf build/lint
 	$(BIN)/python setup.py -q build_py --build-lib build/lint

@@ -71,7 +71,7 @@ test = [
     "anthropic>=0.70",
     *stores,
 ]
-lint = ["ruff>=0.12", "mypy>=1.17", "types-cffi", "types-PyYAML"]
+lint = ["clang-format>=23", "ruff>=0.12", "mypy>=1.17", "types-cffi", "types-PyYAML"]
 
 # Read as text: importing the package needs what this file installs.
 version = re.search(r'^__version__ = "(.+)"$', Path("p2l_engine/__init__.py").read_text(encoding="utf-8"), re.M)[1]

@@ -172,8 +172,8 @@ int64_t p2l_bt_score(const double *theta, const double *q, int q_per_prompt, con
 #pragma omp parallel num_threads(threads) reduction(+ : diverged, failed)
         {
             const int64_t t = omp_get_thread_num(), of = omp_get_num_threads();
-            const int64_t bad = score_range(theta, q, q_per_prompt, rate, n_prompts * t / of, n_prompts * (t + 1) / of,
-                                            n_models, score);
+            const int64_t bad =
+                score_range(theta, q, q_per_prompt, rate, n_prompts * t / of, n_prompts * (t + 1) / of, n_models, score);
             failed += bad < 0;
             diverged += bad < 0 ? 0 : bad;
         }

@@ -102,7 +102,7 @@ INLINE void swiglu_row(const void *restrict gate_up, void *restrict out, int64_t
 
 /* Writes d_gate_up, and recomputes the output, which the gradient of the next product needs. */
 INLINE void swiglu_backward_row(const void *restrict gate_up, const void *restrict d_out, void *restrict d_gate_up,
-                                  void *restrict out, int64_t inner, int bf16) {
+                                void *restrict out, int64_t inner, int bf16) {
     const void *up = from(gate_up, inner, bf16);
     void *d_up = at(d_gate_up, inner, bf16);
 #pragma omp simd
@@ -179,39 +179,39 @@ INLINE void rope_row(void *x, const float *cosine, const float *sine, int64_t ro
 }
 
 /* Loops over one thread's rows, instantiated per dtype (`bf16` is a constant) and compiled per instruction set. */
-#define RANGES(NAME, BF16)                                                                                                    \
-    P2L_CLONES static void rms_norm_##NAME(void *x, const void *delta, const void *weight, void *out, int64_t first,          \
-                                           int64_t last, int64_t columns, float eps) {                                        \
-        for (int64_t n = first; n < last; n++)                                                                                \
-            rms_norm_row(at(x, n * columns, BF16), delta ? from(delta, n * columns, BF16) : 0, weight,                        \
-                         at(out, n * columns, BF16), columns, eps, BF16);                                                     \
-    }                                                                                                                         \
-    P2L_CLONES static void swiglu_##NAME(const void *gate_up, void *out, int64_t first, int64_t last, int64_t inner) {        \
-        for (int64_t n = first; n < last; n++)                                                                                \
-            swiglu_row(from(gate_up, 2 * n * inner, BF16), at(out, n * inner, BF16), inner, BF16);                            \
-    }                                                                                                                         \
-    P2L_CLONES static void rms_norm_backward_##NAME(const void *x, const void *weight, const void *d_out, void *d_x,          \
-                                                    float *d_weight, int64_t first, int64_t last, int64_t columns,            \
-                                                    float eps) {                                                              \
-        for (int64_t n = first; n < last; n++)                                                                                \
-            rms_norm_backward_row(from(x, n * columns, BF16), weight, from(d_out, n * columns, BF16),                         \
-                                  at(d_x, n * columns, BF16), d_weight, columns, eps, BF16);                                  \
-    }                                                                                                                         \
-    P2L_CLONES static void swiglu_backward_##NAME(const void *gate_up, const void *d_out, void *d_gate_up, void *out,         \
-                                                    int64_t first, int64_t last, int64_t inner) {                             \
-        for (int64_t n = first; n < last; n++)                                                                                \
-            swiglu_backward_row(from(gate_up, 2 * n * inner, BF16), from(d_out, n * inner, BF16),                             \
-                                  at(d_gate_up, 2 * n * inner, BF16), at(out, n * inner, BF16), inner, BF16);                 \
-    }                                                                                                                         \
-    P2L_CLONES static void rope_##NAME(void *x, const float *cosine, const float *sine, int64_t first, int64_t last,          \
-                                       int64_t heads, int64_t rotated, int64_t half, int inverse) {                           \
-        for (int64_t n = first; n < last; n++)                                                                                \
-            rope_row(at(x, n * heads * 2 * half, BF16), cosine + n * half, sine + n * half, rotated, half, inverse, BF16);    \
-    }                                                                                                                         \
-    P2L_CLONES static int rope_kv_##NAME(const rope_kv *r, int64_t first, int64_t last) {                                     \
-        int outside = 0;                                                                                                      \
-        for (int64_t n = first; n < last; n++) outside |= rope_kv_row(r, n, BF16);                                            \
-        return outside;                                                                                                       \
+#define RANGES(NAME, BF16)                                                                                                 \
+    P2L_CLONES static void rms_norm_##NAME(void *x, const void *delta, const void *weight, void *out, int64_t first,       \
+                                           int64_t last, int64_t columns, float eps) {                                     \
+        for (int64_t n = first; n < last; n++)                                                                             \
+            rms_norm_row(at(x, n * columns, BF16), delta ? from(delta, n * columns, BF16) : 0, weight,                     \
+                         at(out, n * columns, BF16), columns, eps, BF16);                                                  \
+    }                                                                                                                      \
+    P2L_CLONES static void swiglu_##NAME(const void *gate_up, void *out, int64_t first, int64_t last, int64_t inner) {     \
+        for (int64_t n = first; n < last; n++)                                                                             \
+            swiglu_row(from(gate_up, 2 * n * inner, BF16), at(out, n * inner, BF16), inner, BF16);                         \
+    }                                                                                                                      \
+    P2L_CLONES static void rms_norm_backward_##NAME(const void *x, const void *weight, const void *d_out, void *d_x,       \
+                                                    float *d_weight, int64_t first, int64_t last, int64_t columns,         \
+                                                    float eps) {                                                           \
+        for (int64_t n = first; n < last; n++)                                                                             \
+            rms_norm_backward_row(from(x, n * columns, BF16), weight, from(d_out, n * columns, BF16),                      \
+                                  at(d_x, n * columns, BF16), d_weight, columns, eps, BF16);                               \
+    }                                                                                                                      \
+    P2L_CLONES static void swiglu_backward_##NAME(const void *gate_up, const void *d_out, void *d_gate_up, void *out,      \
+                                                  int64_t first, int64_t last, int64_t inner) {                            \
+        for (int64_t n = first; n < last; n++)                                                                             \
+            swiglu_backward_row(from(gate_up, 2 * n * inner, BF16), from(d_out, n * inner, BF16),                          \
+                                at(d_gate_up, 2 * n * inner, BF16), at(out, n * inner, BF16), inner, BF16);                \
+    }                                                                                                                      \
+    P2L_CLONES static void rope_##NAME(void *x, const float *cosine, const float *sine, int64_t first, int64_t last,       \
+                                       int64_t heads, int64_t rotated, int64_t half, int inverse) {                        \
+        for (int64_t n = first; n < last; n++)                                                                             \
+            rope_row(at(x, n * heads * 2 * half, BF16), cosine + n * half, sine + n * half, rotated, half, inverse, BF16); \
+    }                                                                                                                      \
+    P2L_CLONES static int rope_kv_##NAME(const rope_kv *r, int64_t first, int64_t last) {                                  \
+        int outside = 0;                                                                                                   \
+        for (int64_t n = first; n < last; n++) outside |= rope_kv_row(r, n, BF16);                                         \
+        return outside;                                                                                                    \
     }
 
 RANGES(f32, 0)
@@ -219,25 +219,24 @@ RANGES(bf16, 1)
 
 /* Runs CALL on `threads` threads; each gets its own range [first, last) of the rows. */
 #ifdef _OPENMP
-#define FOR_EACH_THREAD(ROWS, CALL)                                                                                           \
-    _Pragma("omp parallel num_threads(threads) if (threads > 1)") {                                                           \
-        const int64_t t = omp_get_thread_num(), of = omp_get_num_threads();                                                   \
-        const int64_t first = (ROWS) * t / of, last = (ROWS) * (t + 1) / of;                                                  \
-        CALL;                                                                                                                 \
+#define FOR_EACH_THREAD(ROWS, CALL)                                          \
+    _Pragma("omp parallel num_threads(threads) if (threads > 1)") {          \
+        const int64_t t = omp_get_thread_num(), of = omp_get_num_threads();  \
+        const int64_t first = (ROWS) * t / of, last = (ROWS) * (t + 1) / of; \
+        CALL;                                                                \
     }
 #else
-#define FOR_EACH_THREAD(ROWS, CALL)                                                                                           \
-    {                                                                                                                         \
-        const int64_t t = 0, first = 0, last = (ROWS);                                                                        \
-        (void)threads, (void)t;                                                                                               \
-        CALL;                                                                                                                 \
+#define FOR_EACH_THREAD(ROWS, CALL)                    \
+    {                                                  \
+        const int64_t t = 0, first = 0, last = (ROWS); \
+        (void)threads, (void)t;                        \
+        CALL;                                          \
     }
 #endif
 
 void p2l_rms_norm(void *x, const void *delta, const void *weight, void *out, int64_t rows, int64_t columns, double eps,
                   int bf16, int threads) {
-    FOR_EACH_THREAD(rows,
-                    (bf16 ? rms_norm_bf16 : rms_norm_f32)(x, delta, weight, out, first, last, columns, (float)eps))
+    FOR_EACH_THREAD(rows, (bf16 ? rms_norm_bf16 : rms_norm_f32)(x, delta, weight, out, first, last, columns, (float)eps))
 }
 
 void p2l_swiglu(const void *gate_up, void *out, int64_t rows, int64_t inner, int bf16, int threads) {
@@ -245,12 +244,12 @@ void p2l_swiglu(const void *gate_up, void *out, int64_t rows, int64_t inner, int
 }
 
 int p2l_rope_kv(void *x, int64_t tokens, int64_t queries, int64_t keys, int64_t half, const float *cosine, const float *sine,
-               int64_t n_positions, const int32_t *positions, const int32_t *sources, int64_t rows, const void *prefix,
-               int64_t n_prefix, void *kv, int bf16, int threads) {
+                int64_t n_positions, const int32_t *positions, const int32_t *sources, int64_t rows, const void *prefix,
+                int64_t n_prefix, void *kv, int bf16, int threads) {
     const rope_kv r = {x, tokens, queries, keys, half, cosine, sine, n_positions, positions, sources, prefix, n_prefix, kv};
     int outside = 0;
-    FOR_EACH_THREAD(rows, if ((bf16 ? rope_kv_bf16 : rope_kv_f32)(&r, first, last))
-                              __atomic_store_n(&outside, 1, __ATOMIC_RELAXED))
+    FOR_EACH_THREAD(rows,
+                    if ((bf16 ? rope_kv_bf16 : rope_kv_f32)(&r, first, last)) __atomic_store_n(&outside, 1, __ATOMIC_RELAXED))
     return outside;
 }
 
@@ -261,9 +260,9 @@ void p2l_rms_norm_backward(const void *x, const void *weight, const void *d_out,
 }
 
 void p2l_swiglu_backward(const void *gate_up, const void *d_out, void *d_gate_up, void *out, int64_t rows, int64_t inner,
-                           int bf16, int threads) {
-    FOR_EACH_THREAD(rows, (bf16 ? swiglu_backward_bf16 : swiglu_backward_f32)(gate_up, d_out, d_gate_up, out, first, last,
-                                                                              inner))
+                         int bf16, int threads) {
+    FOR_EACH_THREAD(rows,
+                    (bf16 ? swiglu_backward_bf16 : swiglu_backward_f32)(gate_up, d_out, d_gate_up, out, first, last, inner))
 }
 
 void p2l_rope(void *x, const float *cosine, const float *sine, int64_t rows, int64_t heads, int64_t rotated, int64_t half,

@@ -17,9 +17,8 @@
 #define DIGIT_BITS 16
 #define DIGITS (1 << DIGIT_BITS)
 
-static int64_t hulls_range(const double *v, const double *costs, int costs_per_prompt, const uint8_t *allowed,
-                           int64_t first, int64_t last, int64_t n_models, int32_t *sizes, int32_t *models, double *cost,
-                           double *value) {
+static int64_t hulls_range(const double *v, const double *costs, int costs_per_prompt, const uint8_t *allowed, int64_t first,
+                           int64_t last, int64_t n_models, int32_t *sizes, int32_t *models, double *cost, double *value) {
     int32_t *order = malloc(sizeof(int32_t) * 2 * n_models);
     if (!order) return -1;
     int64_t filled = first * n_models;
@@ -147,9 +146,9 @@ int p2l_select_steps(const int64_t *offsets, const double *cost, const double *v
     return 0;
 }
 
-void p2l_take_steps(const int64_t *offsets, const int32_t *models, const double *cost, const double *value,
-                    int64_t n_prompts, double price, double left, int32_t *indices, double *probabilities,
-                    double *policy_value, double *policy_cost) {
+void p2l_take_steps(const int64_t *offsets, const int32_t *models, const double *cost, const double *value, int64_t n_prompts,
+                    double price, double left, int32_t *indices, double *probabilities, double *policy_value,
+                    double *policy_cost) {
     for (int64_t n = 0; n < n_prompts; n++) {
         const int64_t end = offsets[n + 1];
         int64_t i = offsets[n];

@@ -6,7 +6,7 @@
 P2L_CLONES static void outcomes_of(const double *restrict e, double lambda, double ground, int64_t outcomes, int64_t m,
                                    double *restrict out) {
     const int64_t pairs = m * (m - 1) / 2;
-    const double excess = lambda - 1;  /* at least 1e-6, so that its last digits do not matter */
+    const double excess = lambda - 1; /* at least 1e-6, so that its last digits do not matter */
     double *first = out, *second = out + pairs, *tie = out + 2 * pairs, *bad = out + 3 * pairs;
     for (int64_t i = 0, start = 0; i + 1 < m; start += m - 1 - i, i++) {
         const double a = e[i];

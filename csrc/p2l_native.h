@@ -19,8 +19,8 @@
 
 /* v[n, b] = sum_a q[a] sigmoid(theta[n, b] - theta[n, a]); q is [M], or [N, M] when q_per_prompt.
  * Returns 0, or -1 when memory allocation fails. */
-int p2l_win_rates(const double *theta, const double *q, int q_per_prompt, int64_t n_prompts, int64_t n_models,
-                  int threads, double *v);
+int p2l_win_rates(const double *theta, const double *q, int q_per_prompt, int64_t n_prompts, int64_t n_models, int threads,
+                  double *v);
 
 /* The same with ties as half a win: v[n, b] = sum_a q[a] (P(b beats a) + P(neither wins) / 2), for
  * P(b beats a) = phi_b / (phi_b + lambda phi_a + g), phi = exp(theta), lambda = exp(log_lambda[n]) >= 1; g is 1 when grounded
@@ -28,9 +28,9 @@ int p2l_win_rates(const double *theta, const double *q, int q_per_prompt, int64_
 int p2l_tie_win_rates(const double *theta, const double *log_lambda, int grounded, const double *q, int q_per_prompt,
                       int64_t n_prompts, int64_t n_models, int threads, double *v);
 
-/* The same (log_lambda NULL: without ties) of some models alone, whose costs rise: v is [N, n_candidates], and 0 where a cheaper
- * candidate has a coefficient so much higher that rounding cannot hide it. No policy with one bound on costs, and no price of
- * them, would choose those. */
+/* The same (log_lambda NULL: without ties) of some models alone, whose costs rise: v is [N, n_candidates], and 0 where a
+ * cheaper candidate has a coefficient so much higher that rounding cannot hide it. No policy with one bound on costs, and no
+ * price of them, would choose those. */
 int p2l_contending_win_rates(const double *theta, const double *log_lambda, int grounded, const double *q,
                              const int64_t *models, const double *costs, int64_t n_candidates, int64_t n_prompts,
                              int64_t n_models, int threads, double *v);
@@ -59,9 +59,9 @@ int p2l_select_steps(const int64_t *offsets, const double *cost, const double *v
 /* The policies at that dual price: every steeper step, and as many steps of exactly that slope as `left` pays for, in
  * prompt order; at most one prompt ends between two vertices. Fills indices [N, 2], probabilities [N, 2], policy_value and
  * policy_cost [N]. */
-void p2l_take_steps(const int64_t *offsets, const int32_t *models, const double *cost, const double *value,
-                    int64_t n_prompts, double price, double left, int32_t *indices, double *probabilities,
-                    double *policy_value, double *policy_cost);
+void p2l_take_steps(const int64_t *offsets, const int32_t *models, const double *cost, const double *value, int64_t n_prompts,
+                    double price, double left, int32_t *indices, double *probabilities, double *policy_value,
+                    double *policy_cost);
 
 /* Each prompt's best model by v[n, m] - penalty[m] + noise * p2l_noise[first_prompt + n, m] among the allowed ones (allowed
  * [N, M], NULL for all): its index (the lowest of equals), its lead over the runner-up (+inf when there is none) and,
@@ -103,8 +103,8 @@ void p2l_swiglu(const void *gate_up, void *out, int64_t rows, int64_t inner, int
  * [n_positions, half], or row -1 - sources[r] of prefix [n_prefix, 2, keys, 2 half] where that is negative. Returns 0, or 1
  * when a source or a position is out of range; that row is then not written. */
 int p2l_rope_kv(void *x, int64_t tokens, int64_t queries, int64_t keys, int64_t half, const float *cosine, const float *sine,
-               int64_t n_positions, const int32_t *positions, const int32_t *sources, int64_t rows, const void *prefix,
-               int64_t n_prefix, void *kv, int bf16, int threads);
+                int64_t n_positions, const int32_t *positions, const int32_t *sources, int64_t rows, const void *prefix,
+                int64_t n_prefix, void *kv, int bf16, int threads);
 
 /* The backward passes of these steps, for training.
  *
@@ -115,7 +115,7 @@ void p2l_rms_norm_backward(const void *x, const void *weight, const void *d_out,
 
 /* SwiGLU: d_gate_up [rows, 2 inner] from d_out [rows, inner]; also recomputes out [rows, inner]. */
 void p2l_swiglu_backward(const void *gate_up, const void *d_out, void *d_gate_up, void *out, int64_t rows, int64_t inner,
-                           int bf16, int threads);
+                         int bf16, int threads);
 
 /* RoPE in place on the first `rotated` of each row's heads of 2 half columns; cosine and sine [rows, half]; inverse: the
  * inverse rotation, which is also the gradient. */

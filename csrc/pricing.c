@@ -76,9 +76,9 @@ static int best_range(const double *v, const double *penalty, const uint8_t *all
     return 0;
 }
 
-int p2l_best_models(const double *v, const double *penalty, const uint8_t *allowed, int64_t first_prompt,
-                    double noise, int64_t n_prompts, int64_t n_models, int threads, int32_t *best, double *reduced,
-                    double *most, double *lead) {
+int p2l_best_models(const double *v, const double *penalty, const uint8_t *allowed, int64_t first_prompt, double noise,
+                    int64_t n_prompts, int64_t n_models, int threads, int32_t *best, double *reduced, double *most,
+                    double *lead) {
     int failed = 0;
 #ifdef _OPENMP
     if (threads > 1) {

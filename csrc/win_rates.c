@@ -14,8 +14,8 @@
 #define P2L_HIGHER 1e-4
 
 /* One prompt whose coefficients span too much for shared exponentials, pair by pair. */
-static void win_rates_wide(const double *theta, const int64_t *support, const double *weights, int64_t k,
-                           int64_t n_models, double *v) {
+static void win_rates_wide(const double *theta, const int64_t *support, const double *weights, int64_t k, int64_t n_models,
+                           double *v) {
     for (int64_t b = 0; b < n_models; b++) {
         double sum = 0;
         for (int64_t s = 0; s < k; s++) sum += weights[s] * p2l_sigmoid(theta[b] - theta[support[s]]);
@@ -89,7 +89,8 @@ typedef struct {
 } candidates;
 
 /* The places of the candidates that no cheaper one beats, and their exponentials x; returns their number. Win rates rise with
- * the coefficient: at most P2L_NARROW from the others, by far more than rounding where it is P2L_HIGHER. sure: whether it is. */
+ * the coefficient: at most P2L_NARROW from the others, by far more than rounding where it is P2L_HIGHER. sure: whether it is.
+ */
 static int64_t contenders(const double *row, candidates among, int sure, const double *y, int64_t *place, double *x) {
     int64_t found = 0;
     double cheaper = -INFINITY, equal = -INFINITY;
@@ -194,8 +195,8 @@ static int win_rates(const double *theta, ties tie, const double *q, int q_per_p
     return failed;
 }
 
-int p2l_win_rates(const double *theta, const double *q, int q_per_prompt, int64_t n_prompts, int64_t n_models,
-                  int threads, double *v) {
+int p2l_win_rates(const double *theta, const double *q, int q_per_prompt, int64_t n_prompts, int64_t n_models, int threads,
+                  double *v) {
     return win_rates(theta, (ties){NULL, 0}, q, q_per_prompt, n_prompts, n_models, (candidates){NULL, NULL, 0}, threads, v);
 }
 
