@@ -45,14 +45,14 @@ def _long(path: str | Path, csv_escape: str | None, column: str | None) -> Score
     if model.null_count:
         raise ValueError(f"{path}: row {first(model.is_null().to_numpy(zero_copy_only=False))}: model: expected a name")
     models = tuple(sorted(model.unique().to_pylist()))
-    column = pc.index_in(model, value_set=pa.array(models)).to_numpy(zero_copy_only=False)
+    of_model = pc.index_in(model, value_set=pa.array(models)).to_numpy(zero_copy_only=False)
     prompts = comparable(table.column("prompt").combine_chunks()).dictionary_encode()
     if prompts.null_count:
         raise ValueError(f"{path}: row {first(prompts.is_null().to_numpy(zero_copy_only=False))}: prompt: expected one")
     row = np.asarray(prompts.indices.to_numpy(zero_copy_only=False), np.int64)
     where = np.unique(row, return_index=True)[1]
     turns = _turns(table.column("prompt").take(pa.array(where)).to_pylist(), path)
-    times = np.bincount(row * len(models) + column, minlength=len(where) * len(models)).reshape(len(where), len(models))
+    times = np.bincount(row * len(models) + of_model, minlength=len(where) * len(models)).reshape(len(where), len(models))
     if (times > 1).any():
         p, m = np.argwhere(times > 1)[0]
         what = f"{times[p, m]} of {models[m]} on {turns[p][0][:60]!r}"
@@ -65,10 +65,10 @@ def _long(path: str | Path, csv_escape: str | None, column: str | None) -> Score
             "single answers could be judged"
         )
     scores, costs = np.zeros(times.shape), None
-    scores[row, column] = score
+    scores[row, of_model] = score
     if cost is not None and not np.isnan(cost).all():
         costs = np.zeros(times.shape)
-        costs[row, column] = cost
+        costs[row, of_model] = cost
     _check(path, scores, costs)
     return ScoreMatrix(models, turns, scores, costs)
 
