@@ -124,6 +124,14 @@ def _global_seeds(seed) -> None:
         sys.modules["torch"].manual_seed(seed)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_waiting_for_the_disk():
+    """fsync takes milliseconds, a hundred times as long as the write. Tests kill processes, but do not cut the power."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        yield
+
+
 @pytest.fixture
 def rng(seed):
     """Random numbers, which --seed repeats."""
