@@ -12,6 +12,7 @@ import torch
 from p2l_engine import Catalog, Engine, Router, checkpoint
 from p2l_engine.backbone.packing import Packed
 from p2l_engine.checkpoint.adapter import NEW_ROWS
+from p2l_engine.evaluation import routed
 from p2l_engine.evaluation.report import ReportOptions, evaluate
 from p2l_engine.evaluation.sources import scores_of
 from p2l_engine.jsonable import from_json
@@ -74,26 +75,50 @@ def test_it_knows_its_held_out_prompts(data):
     assert kept["held_out_hashes"] == {"held-out": prompts_hash(load(config).held_out)}
 
 
+LONG = ("mmlu", "gpqa", "math", "agentverse-logicgrid")  # these tasks have most of the held-out prompts' text
+
+
 @pytest.mark.slow
 def test_its_card_states_what_held_out_prompts_give(data, default_engine, monkeypatch):
+    """The figures of each task with short prompts; those of all prompts are the tasks' means."""
     stated = from_json(Evaluation, json.loads((checkpoint.DEFAULT / "evaluation.json").read_text()))
     config = TrainConfig.load(CONFIG).model_copy(update={"train_data_path": str(data / "routing_scores.parquet")})
     training, _, held_out = load(config)
     table = read_table(config.train_data_path, SCORES)
+    # What needs no forward pass is computed on all prompts.
     scores = scores_of(default_engine, (table, held_out), (table, training), None)
+    chosen = routed.choices(np.zeros_like(scores.held_out), scores.training, training.category, held_out.category)
+    now, then = routed.table(chosen, scores.held_out, default_engine.models, held_out.category), stated.routing
+    for name in ("best_single", "task_best", "oracle"):
+        assert now.choices[name].mean_score == pytest.approx(then.choices[name].mean_score, abs=1e-9)
+    short = held_out.of(i for i, task in enumerate(held_out.category) if task not in LONG)
+    scores = scores_of(default_engine, (table, short), (table, training), None)
     # The card does not state how its figures grow, which takes most of the report's time.
     monkeypatch.setattr("p2l_engine.evaluation.report.growth", lambda *given, **options: None)
     # As many samples as the card's: they debias the calibration error.
-    measured = evaluate(default_engine, held_out, training, scores, ReportOptions())
+    measured = evaluate(default_engine, short, training, scores, ReportOptions())
+    tasks = stated.votes.categories
+    assert set(measured.votes.categories) == set(tasks) - set(LONG)
     for name in ("p2l", "category", "marginal", "constant"):
         for figure in ("log_loss", "accuracy_4", "ece"):
-            now, then = (of.votes.overall[name][figure].value for of in (measured, stated))
-            assert now == pytest.approx(then, abs=0.005 if figure != "ece" else 0.01)
-    now, then = (of.routing.choices for of in (measured, stated))
-    for name in ("best_single", "task_best", "oracle"):
-        assert now[name].mean_score == pytest.approx(then[name].mean_score, abs=1e-9)
+            for task, found in measured.votes.categories.items():
+                now, then = (of.predictors[name][figure].value for of in (found, tasks[task]))
+                assert now == pytest.approx(then, abs=0.005 if figure != "ece" else 0.01)
+        for figure in ("log_loss", "accuracy_4"):
+            mean = np.average(
+                [of.predictors[name][figure].value for of in tasks.values()], weights=[of.votes for of in tasks.values()]
+            )
+            assert stated.votes.overall[name][figure].value == pytest.approx(mean, abs=1e-9)
+    then = stated.routing.choices
+    mean = np.average(
+        [of.choices["routed"] for of in stated.routing.tasks.values()],
+        weights=[of.prompts for of in stated.routing.tasks.values()],
+    )
+    assert then["routed"].mean_score == pytest.approx(mean, abs=1e-9)
     # In another dtype near-ties between models may fall the other way.
-    assert now["routed"].mean_score == pytest.approx(then["routed"].mean_score, abs=0.01)
+    known = [stated.routing.tasks[task] for task in measured.votes.categories]
+    mean = np.average([of.choices["routed"] for of in known], weights=[of.prompts for of in known])
+    assert measured.routing.choices["routed"].mean_score == pytest.approx(mean, abs=0.01)
     card = (checkpoint.DEFAULT / "README.md").read_text()
     for name in ("p2l", "category", "marginal", "constant"):
         assert f"{stated.votes.overall[name]['log_loss'].value:.3f}" in card
