@@ -16,7 +16,7 @@ from tests.support.virtual_time import VirtualEngine, run
 ENGINES = {  # seconds of a batch, mean of a prompt, spread of its logarithm; rated load, and seconds of it
     "tiny": (0.0015, 0.0025, 1.0, 116, 20),
     "default": (0.01, 0.056, 0.35, 8, 120),
-    "fast": (0.0015, 0.0008, 0.5, 500, 20),
+    "fast": (0.0015, 0.0008, 0.5, 500, 8),
 }
 
 
