@@ -69,7 +69,7 @@ def test_ten_times_the_rated_load_makes_the_served_no_later_than_twice(engine, p
     assert not len(none)
     assert not len(after)
     served = served[64:]  # when it begins, a queue is full
-    assert np.percentile(served, 99) < 2.5 * np.percentile(rated, 99)  # 1 to 2.2: few are that late, of a slow engine above all
+    assert np.percentile(served, 99) < 2 * np.percentile(rated, 99)
     assert len(served) > seconds * rate  # more than at the rated load
     assert np.percentile(refused, 99) < 0.001  # at once
 

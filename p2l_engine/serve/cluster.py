@@ -95,7 +95,8 @@ class ServeCluster:
         )
         uncertain = None if engine.uncertainty is None else engine.uncertainty.models
         facts = CheckpointFacts(engine.models, engine.feedback, engine.encoder.tokenizer, uncertain)
-        self._address, self._shared = address, ray.remote(num_cpus=0)(SharedConfig).remote(config)
+        actor: Any = ray.remote(num_cpus=0)(SharedConfig)
+        self._address, self._shared = address, actor.remote(config)
         front = of_fronts(serve.ingress(_application(config, facts, self._shared))())
         self._application = front.bind(of_engines(EngineReplica).bind(arguments, expected))
         self._http = {"host": host, "port": port}

@@ -17,8 +17,8 @@ from p2l_engine.prompts.parse import Turns
 R = TypeVar("R")
 
 ALWAYS = 4  # prompts that may wait, however long they take
-LONGER = 1.5  # times as long as prompts usually take, one may have to wait while more come than the engine can compute,
-FEW = 2  # or be one of so many that wait
+STEP = 1.02  # by which what is usual moves with each prompt
+FEW = 2  # while more come than the engine can compute: the one that it computes, and one that waits
 MANY = 8  # refusals in a row that are more than a burst
 CALM = 1.0  # seconds without a refusal after which that is over
 TOGETHER = 16  # prompts of a batch that wait at a time
@@ -47,8 +47,8 @@ class Scorer:
     coefficients are remembered. renewed: what brings coefficients up to date that were computed before; None: they stay so.
 
     A burst may wait so long. Where many in a row had to be refused, more come than the engine can compute, and a full queue
-    would only make all of them late: until none has been refused for a second, few may wait, and those that waited before are
-    refused too.
+    would only make all of them late: until none has been refused for a second, a prompt may wait as long as prompts usually
+    take, or behind one other, and those that waited before are refused too.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Scorer:
         self._promised = set[str]()  # of these, those that a batch waits for
         self._refused = 0  # in a row
         self._overloaded = 0.0  # until then, on the monotonic clock
-        self._usual = 0.0  # seconds from a prompt to its coefficients, while not overloaded
+        self._usual = 0.0  # the median of seconds from a prompt to its coefficients, while not overloaded
         self._seconds = 0.0  # that a prompt takes, as a running mean; 0: none was computed yet
 
     @property
@@ -134,7 +134,7 @@ class Scorer:
         """Raises Overloaded where a prompt would have to wait too long."""
         ahead, now = len(self._waiting), time.monotonic()
         overloaded = now < self._overloaded
-        few, patience = (FEW, min(LONGER * self._usual, self.patience)) if overloaded else (ALWAYS, self.patience)
+        few, patience = (FEW, min(self._usual, self.patience)) if overloaded else (ALWAYS, self.patience)
         if ahead < self.most and (ahead < few or ahead * self._seconds <= patience):
             self._refused = 0
             return
@@ -166,7 +166,8 @@ class Scorer:
         took = time.perf_counter() - began
         seconds = took / ahead
         if time.monotonic() >= self._overloaded:
-            self._usual += 0.02 * (min(took, 3 * self._usual) - self._usual) if self._usual else took
+            # Not the mean: a few that the machine kept waiting are not usual.
+            self._usual = self._usual * (STEP if took > self._usual else 1 / STEP) or took
         # Bounded: a prompt that waited for a replica to be replaced says little about the next.
         self._seconds += 0.1 * (min(seconds, 3 * self._seconds) - self._seconds) if self._seconds else seconds
         self._known[key] = found
