@@ -200,8 +200,11 @@ def _how_they_ended(ended: list[Ended], console: Console) -> list[str]:
 def _what_is_left(server: Process, memory: list[float], settle: float, console: Console) -> list[str]:
     """After the last request: memory, tasks, connections."""
     problems = list[str]()
-    if len(memory) == PARTS and (growth := memory[-1] - memory[0]) >= MOST_GROWTH:
-        problems.append(f"the server's memory grew by {growth:.1f} MB after the first tenth")
+    if len(memory) == PARTS:
+        if (growth := memory[-1] - memory[0]) >= MOST_GROWTH:
+            problems.append(f"the server's memory grew by {growth:.1f} MB after the first tenth")
+    else:
+        console.print(f"memory: not judged, the caches are not full; from {PARTS * WARM} requests on it is", highlight=False)
     until, connections = time.monotonic() + settle, 0 if settle == 0 else -1
     while time.monotonic() < until and connections != 0:
         time.sleep(0.5)

@@ -29,6 +29,7 @@ from p2l_engine.serve.upstream import Opened, StreamCut, Whole
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 JSON = b"application/json"
 LAST_WORDS = 1.0  # seconds that a client may take for the event that ends its stream when the server stops
+UNSEEN = ("unreadable", "idle", "deadline")  # ends of a stream after which its provider may have written on, and bill it
 STREAM_HEADERS = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -148,7 +149,7 @@ class Relay:
         except StreamCut as cut:
             self._attempts.cut(cut.error)
             last, outcome = self.call.api.error_event(f"the answer was cut off: {cut.message}"), "cut"
-            written = cut.error != "unreadable"  # what followed was not read, and may be billed
+            written = cut.error not in UNSEEN
         except asyncio.CancelledError:  # the server stops, or the client has left, who does not see this
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LAST_WORDS):
