@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import Any
 
 import aiohttp
@@ -213,9 +214,14 @@ def test_a_refused_connection_and_a_port_without_a_server_are_failures():
 
 
 @pytest.mark.parametrize(
-    ("fault", "stream"), [("silent", False), ("silent", True), ("stall", False), ("stall", True), ("slow_tokens", True)]
+    ("fault", "stream", "api"),
+    [
+        *((fault, stream, "chat") for fault in ("silent", "stall") for stream in (False, True)),
+        *(("silent", False, api) for api in ("responses", "messages")),
+        *(("slow_tokens", True, api) for api in APIS),
+    ],
 )
-def test_a_client_that_leaves_ends_the_request_upstream_within_a_second(fault, stream):
+def test_a_client_that_leaves_ends_the_request_upstream_within_a_second(fault, stream, api):
     async def one():
         async with MockProvider(PRICES) as provider:
             patient = {"timeouts": {"connect": 1, "first_byte": 30, "whole": 30, "idle": 30, "total": 60}}
@@ -223,7 +229,7 @@ def test_a_client_that_leaves_ends_the_request_upstream_within_a_second(fault, s
                 provider.fail(fault, seconds=0.2)
                 with pytest.raises(TimeoutError):
                     async with client.post(
-                        server.url + PATHS["chat"], json=body_for("chat", stream), timeout=aiohttp.ClientTimeout(total=0.5)
+                        server.url + PATHS[api], json=body_for(api, stream), timeout=aiohttp.ClientTimeout(total=0.5)
                     ) as response:
                         await response.read()
                 for _ in range(100):
@@ -236,6 +242,44 @@ def test_a_client_that_leaves_ends_the_request_upstream_within_a_second(fault, s
     assert open_connections == 0
     assert [(record.outcome, record.estimated) for record in records] == [("left", True)]
     assert records[0].cost > 0
+
+
+@pytest.mark.slow
+def test_a_client_that_does_not_read_holds_its_provider_back():
+    """Of a stream without an end, the server takes what the sockets' buffers hold, and no more."""
+    event = b'data: {"choices":[{"index":0,"delta":{"content":"' + b"x" * 50_000 + b'"}}]}\n\n'
+    sent, ended = [0], asyncio.Event()
+
+    async def provide(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n")
+        with contextlib.suppress(ConnectionError):
+            while True:
+                writer.write(event)
+                await writer.drain()
+                sent[0] += len(event)
+        writer.close()
+        ended.set()
+
+    async def one():
+        async with await asyncio.start_server(provide, "127.0.0.1", 0) as provider:
+            url = f"http://127.0.0.1:{provider.sockets[0].getsockname()[1]}/v1"
+            patient = {"connect": 5, "first_byte": 30, "whole": 30, "idle": 30, "total": 60}
+            async with serving(config_for(url, timeouts=patient, answer_mb=4000)) as server:
+                body = orjson.dumps(body_for("chat", True))
+                head = f"POST {PATHS['chat']} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+                reader, writer = await asyncio.open_connection("127.0.0.1", int(server.url.rsplit(":", 1)[1]), limit=4096)
+                writer.write(head.encode() + body)
+                assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+                before = -1
+                while sent[0] != before:  # until nothing more is taken
+                    before = sent[0]
+                    await asyncio.sleep(0.5)
+                writer.close()
+                await asyncio.wait_for(ended.wait(), 30)
+                return before
+
+    assert asyncio.run(one()) < 64e6  # the loopback's buffers are 10 MB
 
 
 def test_several_deployments_share_a_model_by_weight_and_stand_in_for_each_other():
