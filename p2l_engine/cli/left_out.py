@@ -45,7 +45,7 @@ def sources(
     """Prints learning curves of the sources that a column of the votes names, and draws and writes them."""
     if plot is not None:  # now: a missing package must not fail a command whose work is done
         from p2l_engine.cli.plots import source_curves as draw
-    votes, source, dropped = read_by_source(path, by, engine.feedback, columns, max_dropped, csv_escape)
+    votes, source, dropped = read_by_source(path, by, engine.feedback, columns, max_dropped, csv_escape=csv_escape)
     for line in dropped.lines():
         note(f"dropped {line}", warning=True)
     states = _states(engine, votes)
