@@ -249,7 +249,7 @@ def test_a_stream_that_the_server_does_not_let_finish_ends_in_an_error_event(api
 
     async def one() -> Any:
         async with (
-            MockProvider(PRICES, per_token=0.05) as provider,
+            MockProvider(PRICES, per_token=1.0) as provider,
             serving(limited(tmp_path, provider)) as server,
             aiohttp.ClientSession() as client,
         ):
