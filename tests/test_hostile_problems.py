@@ -393,21 +393,25 @@ def test_weights_or_a_mixture_prove_what_exact_rationals_say(seed, n, m):
     try:
         known = farkas.feasible(surplus.reduce(problem.prompt_rows, problem.batch_rows, problem.mask, n, m), n)
     except NoPolicy:
+        assert exact.optimum(problem, -1e-12) is None
         return
     if known is not None:
         assert known == (exact.optimum(problem, 1e-9 if known else -1e-9) is not None)
 
 
+@pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize("scale", [1.5, 0.5])
-def test_conflicts_of_amounts_of_each_prompt_are_explained_by_one_lp(scale, rng, monkeypatch):
+def test_conflicts_of_amounts_of_each_prompt_are_explained_by_one_lp(scale, several, rng, monkeypatch):
     """As long as a solution takes: one LP of the whole batch, for the nearest bound, or none where no bound alone mends it."""
-    costs, seconds, tokens = rng.exponential(size=(3, 300, 5)) + 0.1
+    n = 600 if several else 300
+    costs, seconds, tokens, carbon = rng.exponential(size=(4, n, 5)) + 0.1
     both = (costs + seconds).argmin(1)[:, None]
     bounds = [scale * float(np.take_along_axis(a, both, 1).mean()) for a in (costs, seconds)]
-    problem = Problem(
-        rng.random((300, 5)), costs, bounds[0], "batch",
-        [Resource("seconds", seconds, bounds[1], "batch"), Resource("tokens", tokens, tokens.min(1) + 0.01)],
-    )  # fmt: skip
+    resources = [Resource("seconds", seconds, bounds[1], "batch"), Resource("tokens", tokens, tokens.min(1) + 0.01)]
+    if several:
+        at = np.take_along_axis(carbon, tokens.argmin(1)[:, None], 1)[:, 0]
+        resources.append(Resource("carbon", carbon, at + 0.01))
+    problem = Problem(rng.random((n, 5)), costs, bounds[0], "batch", resources)
     sizes, real = [], highs.solve_block
 
     def counted(v, *rest, **named):
@@ -417,7 +421,7 @@ def test_conflicts_of_amounts_of_each_prompt_are_explained_by_one_lp(scale, rng,
     monkeypatch.setattr(highs, "solve_block", counted)
     with pytest.raises(Infeasible) as e:
         solve(problem)
-    assert sizes.count(300) == (e.value.nearest is not None)
+    assert sizes.count(n) == (e.value.nearest is not None)
 
 
 def test_errors_show_every_digit_of_the_bounds_that_they_compare():

@@ -1,17 +1,19 @@
-"""Whether rows over a batch can be met beside one row for each prompt, without an LP of the batch.
+"""Whether rows over a batch can be met beside the rows of each prompt, without an LP of the batch.
 
 They cannot where weights of theirs prove it: every policy uses more of the weighted sum than the bounds allow (Farkas). The
-least use at given weights is one pass over the prompts, in C; each pass bounds the least use at all other weights (Kelley's
-cutting planes), and a small LP over the passes gives the next weights. The last pass is a proof, or the passes' policies have a
-mixture that meets all rows.
+least use at given weights is one pass over the prompts, in C where each has one row; each pass bounds the least use at all
+other weights (Kelley's cutting planes), and a small LP over the passes gives the next weights. The last pass is a proof, or the
+passes' policies have a mixture that meets all rows.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from p2l_engine.native import routing as native
-from p2l_engine.routing import rounding
+from p2l_engine.routing import highs, rounding
 from p2l_engine.routing.arrays import Float64
 from p2l_engine.routing.problem import expected
 from p2l_engine.routing.program import Program
@@ -24,12 +26,13 @@ LARGEST = 1e3  # use, in what a bound leaves, that the small LP tells apart
 
 
 def feasible(reduced: Reduced, n: int) -> bool | None:
-    """Whether policies of N prompts meet the rows. None: not known, since it is close, or prompts have several rows each."""
+    """Whether policies of N prompts meet the rows. None: not known, since it is close. Raises NoPolicy with the prompts, where
+    some have no policy at all."""
     over = [reduced.over[k] for k in reduced.binding()]
-    if len(reduced.each) > 1:
-        return None
     if not over:
-        return True
+        return None if len(reduced.each) > 1 else True
+    if len(reduced.each) > 1 and any(feasible(replace(reduced, each=(row,)), n) is False for row in reduced.each):
+        return False
     weights, passes = np.full(len(over), 1 / len(over)), np.zeros((0, len(over)))
     for _ in range(ROUNDS):
         use = _least(reduced, n, weights)
@@ -48,17 +51,21 @@ def feasible(reduced: Reduced, n: int) -> bool | None:
 def _least(reduced: Reduced, n: int, weights: Float64) -> Float64:
     """The mean use [K] of the batch rows, in what their bounds leave, by policies that use least of their weighted sum."""
     over, total = [reduced.over[k] for k in reduced.binding()], np.zeros(len(weights))
-    for start in range(0, n, CHUNK):
-        some = slice(start, min(start + CHUNK, n))
+    step = CHUNK if len(reduced.each) < 2 else n
+    for start in range(0, n, step):
+        some = slice(start, min(start + step, n))
         count = some.stop - start
         usable = shown(reduced.usable, some, n)[:count]
         use = [np.where(usable, row.amounts(some) / float(row.extra), 0.0) for row in over]
         gain = np.ascontiguousarray(-sum(w * u for w, u in zip(weights, use, strict=True)))
-        bound, amounts = np.full(count, np.inf), np.zeros(usable.shape)
-        for row in reduced.each:
-            bound = np.ascontiguousarray(np.broadcast_to(row.extra, n)[some], np.float64)
-            amounts = np.ascontiguousarray(np.where(usable, row.amounts(some), 0.0))
-        indices, probabilities, *_ = native.solve_budget(gain, amounts, bound, rounding.highest(bound), usable)
+        if len(reduced.each) > 1:
+            indices, probabilities = highs.solve_prompts(gain, [row.row.of(some) for row in reduced.each], usable)
+        else:
+            bound, amounts = np.full(count, np.inf), np.zeros(usable.shape)
+            for row in reduced.each:
+                bound = np.ascontiguousarray(np.broadcast_to(row.extra, n)[some], np.float64)
+                amounts = np.ascontiguousarray(np.where(usable, row.amounts(some), 0.0))
+            indices, probabilities, *_ = native.solve_budget(gain, amounts, bound, rounding.highest(bound), usable)
         total += [expected(u, indices, probabilities).sum() for u in use]
     return total / n
 

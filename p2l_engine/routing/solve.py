@@ -184,7 +184,8 @@ def _highs(problem: Problem, why: str, time_limit: float | None) -> Policies:
             reduced = surplus.reduce(prompt, batch, problem.mask, *v.shape)
             kept = reduced.binding()
             over = [reduced.over[k] for k in kept]
-            if len(v) > highs.BLOCK and farkas.feasible(reduced, len(v)) is False:
+            few = highs.BLOCK if len(prompt) < 2 else 8 * highs.BLOCK  # prompts whose LP takes no longer than its proof
+            if len(v) > few and farkas.feasible(reduced, len(v)) is False:
                 raise NoPolicy
             solved = highs.solve_block(v, reduced.usable, reduced.each, over, time_limit=time_limit)
             indices, probabilities = highs.narrow(solved.x)
