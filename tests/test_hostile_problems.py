@@ -385,6 +385,19 @@ def test_conflicts_of_both_scopes_are_explained_by_few_lps(seed, n, m, shared):
         assert sum(sizes) <= 2 * n + 10
 
 
+@pytest.mark.parametrize("n", [84, 1000])
+@pytest.mark.parametrize("beside", [{}, {"shares": [Share(1, 0.5)]}, {"resources": [Resource("s", [1.0, 2.0, 3.0], 2.0)]}])
+@pytest.mark.parametrize("solver", ["auto", "highs"])
+def test_the_mean_of_the_cheapest_as_numpy_rounds_it_is_feasible(n, beside, solver):
+    """It may be several roundings short of their exact mean: for costs of all prompts as for costs of each."""
+    for least in (0.2, 0.1, 1 / 3):
+        costs = np.array([least, 2.7, 1.9])
+        bound = float(np.full(n, least).mean())
+        for own in (costs, np.tile(costs, (n, 1))):
+            p = solve(Problem(np.tile([0.1, 0.9, 0.5], (n, 1)), own, bound, "batch", **beside), solver)
+            assert (p.indices[:, 0] == 0).all()
+
+
 @settings(max_examples=40)
 @given(SEEDS, st.integers(1, 4), st.integers(1, 5))
 def test_weights_or_a_mixture_prove_what_exact_rationals_say(seed, n, m):

@@ -158,7 +158,11 @@ def _row(name: str, amounts: Float64, bound: Any, scope: Scope, shape: tuple[int
             f"{most:g}; choose a larger unit"
         )
     if given.ndim == 0:
-        return Row(name, amounts, float(arrays.budgets(bound, 1, name)[0]))
+        one = float(arrays.budgets(bound, 1, name)[0])
+        least = float(amounts.min()) if amounts.ndim == 1 else -np.inf
+        if scope == "batch" and one < least and shape[0] and np.broadcast_to(least, shape[0]).mean() <= one:
+            one = least  # the mean of the least amounts as numpy rounds it, which callers take for the smallest bound
+        return Row(name, amounts, one)
     if scope == "batch":
         raise ValueError(f"{name}: expected one number in scope 'batch', got shape {list(given.shape)}")
     if shape[0] is None:
