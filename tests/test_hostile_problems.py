@@ -398,6 +398,16 @@ def test_the_mean_of_the_cheapest_as_numpy_rounds_it_is_feasible(n, beside, solv
             assert (p.indices[:, 0] == 0).all()
 
 
+def test_frontiers_of_costs_at_the_ends_of_double_precision():
+    """Sums that would be infinite are refused, as under a budget; a mean that rounds to 0 changes nothing at budget 0."""
+    for costs in ([0, 1e308], [[0, 1.7e308]] * 2):
+        with pytest.raises(ValueError, match="costs: expected amounts of at most 1e\\+290"):
+            routing.frontier([[0.5, 0.9], [0.6, 0.7]], costs)
+    v = [[1.0, 0.5], [0.2, 0.7]]
+    assert routing.frontier(v, [5e-324, 0]).at(0) == solve(Problem(v, [5e-324, 0], 0, "batch")).value.mean() == 0.6
+    assert routing.frontier(v, [1e290, 0]).at(1e290) == 0.85
+
+
 @settings(max_examples=40)
 @given(SEEDS, st.integers(1, 4), st.integers(1, 5))
 def test_weights_or_a_mixture_prove_what_exact_rationals_say(seed, n, m):

@@ -10,7 +10,7 @@ import numpy as np
 from p2l_engine.routing import arrays, rounding
 from p2l_engine.routing.arrays import Array, Float64
 from p2l_engine.routing.hulls import Hulls
-from p2l_engine.routing.problem import Problem
+from p2l_engine.routing.problem import Problem, check_summable
 from p2l_engine.routing.values import Values
 
 
@@ -33,7 +33,7 @@ class Frontier:
         """The best mean value within a mean budget, [...] as budget: NaN below the smallest feasible one."""
         limit, smallest = np.asarray(budget, float), self.cost[0]
         limit = np.where((limit < smallest) & (rounding.highest(limit) >= smallest), smallest, limit)
-        value = np.interp(limit, self.cost, self.value, left=np.nan)
+        value = np.where(limit == smallest, self.value[0], np.interp(limit, self.cost, self.value, left=np.nan))
         return value if value.ndim else float(value)
 
     def thinned(self, points: int = 1000) -> Frontier:
@@ -54,6 +54,7 @@ def frontier(v: Array | Values, costs: Array, allowed: Array | None = None) -> F
     if costs is None:
         raise ValueError("costs: expected the models' costs, got None")
     problem = Problem(v, costs, allowed=allowed)
+    check_summable("costs", problem.amounts)
     sums = _ModelSums(problem)
     hulls = Hulls.of(sums, problem.amounts, problem.mask)
     if not len(hulls):

@@ -93,6 +93,7 @@ class Hulls:
         inner = np.ones(len(self.cost), bool)
         inner[self.offsets[:-1]] = False
         extra_cost, extra_value = np.diff(self.cost, prepend=0.0)[inner], np.diff(self.value, prepend=0.0)[inner]
-        slope = extra_value / extra_cost
+        with np.errstate(over="ignore"):  # of the smallest costs: an infinite slope comes first, as it should
+            slope = extra_value / extra_cost
         order = np.argsort(-slope, kind="stable")
         return slope[order], extra_cost[order], extra_value[order]

@@ -142,6 +142,15 @@ def of_models(amounts: Any, indices: npt.NDArray[np.int32]) -> Any:
     return amounts[indices] if amounts.ndim == 1 else amounts[np.arange(len(indices))[:, None], indices]
 
 
+def check_summable(name: str, amounts: Float64) -> None:
+    """Raises ValueError where sums of these amounts over a batch may not be finite."""
+    if (most := amounts.max(initial=0.0)) > LARGEST:
+        raise ValueError(
+            f"{name}: expected amounts of at most {LARGEST:g} in scope 'batch', so that their sums are finite, got "
+            f"{most:g}; choose a larger unit"
+        )
+
+
 def _scope(name: str, scope: str) -> Scope:
     if scope == "prompt":
         return "prompt"
@@ -152,11 +161,8 @@ def _scope(name: str, scope: str) -> Scope:
 
 def _row(name: str, amounts: Float64, bound: Any, scope: Scope, shape: tuple[int | None, int]) -> Row:
     given = arrays.to_numpy(bound, name)
-    if scope == "batch" and (most := amounts.max(initial=0.0)) > LARGEST:
-        raise ValueError(
-            f"{name}: expected amounts of at most {LARGEST:g} in scope 'batch', so that their sums are finite, got "
-            f"{most:g}; choose a larger unit"
-        )
+    if scope == "batch":
+        check_summable(name, amounts)
     if given.ndim == 0:
         one = float(arrays.budgets(bound, 1, name)[0])
         least = float(amounts.min()) if amounts.ndim == 1 else -np.inf
