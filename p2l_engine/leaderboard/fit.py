@@ -19,6 +19,7 @@ Float64 = npt.NDArray[np.float64]
 TOLERANCE = 1e-11  # of a step, relative to 1 + the largest coefficient
 STALLED = 1e-5  # the same, where rounding keeps steps from getting smaller
 ITERATIONS = 300
+SURE = 2.0  # step that is not looked beyond
 LONGEST = 10.0  # step: far from the optimum the quadratic model is poor
 LEAST_ETA = -50.0  # below it lambda - 1 = exp(eta) + 1e-6 is 1e-6 to the last bit
 LOST = 1e-290  # of a pair's weight: what a model's outcomes weigh where its coefficient has left the range of float64
@@ -121,7 +122,7 @@ class _Newton:
     def run(self) -> Fit:
         x = self._start()
         here, shortest, still, stuck, most = self.at(x), np.inf, 0, 0, self._farthest()
-        for iteration in range(ITERATIONS):
+        for iteration in range(ITERATIONS + int(3 * self._range())):  # far from the optimum a step is as short as 1
             self._check_in_range(here)
             step = self._step(here, x)
             length = float(np.abs(step).max()) / (1 + float(np.abs(x).max()))
@@ -138,6 +139,8 @@ class _Newton:
             if stuck > 2:  # no part of such a step lowers the loss
                 break
             x, here = to, self.at(to)
+        else:
+            nothing = False
         if nothing and not self._some_never_came():  # what would hold the rest is below the outcomes' rounding
             return self._fit(x, iteration)
         raise ArithmeticError(
@@ -170,18 +173,30 @@ class _Newton:
         for _ in range(60):
             to = self._onto(x + length * step)
             promised = float(here.gradient @ (to - x)[: len(here.gradient)])
-            if self.loss.value(to) <= here.value + 1e-4 * min(promised, 0.0) + here.noise:
+            lower = self.loss.value(to) <= here.value + 1e-4 * min(promised, 0.0) + here.noise
+            if lower and (length * longest <= SURE or not self._beyond(to, to - x, promised)):
                 return to
             length /= 2
         return x
+
+    def _beyond(self, to: Float64, way: Float64, promised: float) -> bool:
+        """Whether the loss rises again at the end of a way on which it fell by less than ``promised`` at first: from there the
+        next step would lead back."""
+        there = self.at(to).gradient
+        return float(there @ way[: len(there)]) > abs(promised) / 10
 
     def _some_never_came(self) -> bool:
         return bool(((self.counts == 0) & (self.counts.sum(0) > 0)).any())
 
     def _farthest(self) -> float:
-        """Farther than any chain of models, each beaten as rarely as the rarest outcome that came."""
-        share = self.counts / np.maximum(self.counts.sum(0), np.finfo(float).tiny)
-        return 40.0 - self.loss.n_models * math.log(float(share[share > 0].min()))
+        """Farther than any chain of models, each beaten as rarely as the rarest outcome that came, of any pair: what holds a
+        model may come from one pair, and what moves it from another."""
+        return 40.0 + self.loss.n_models * self._range()
+
+    def _range(self) -> float:
+        """The logarithm of the largest of the weights that came over the smallest."""
+        came = self.counts[self.counts > 0]
+        return math.log(float(came.max())) - math.log(float(came.min()))
 
     def _start(self) -> Float64:
         """0; for saturated outcomes where their log-ratios would have it, if the loss is lower there."""
