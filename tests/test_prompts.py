@@ -199,6 +199,30 @@ def test_a_prompt_that_the_template_refuses_is_named_and_fails_no_other(template
         assert caught.value.index == min(refused)
 
 
+PARTS = "{% for part in m['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("body", "whole"),
+    [
+        ("{{ m['content'] }}", True),
+        (PARTS, False),
+        (f"{{% if m['content'] is string %}}{{{{ m['content'] }}}}{{% else %}}{PARTS}{{% endif %}}", True),
+        ("{% if m['content'] is not string %}{{ m['content'] }}{% endif %}", False),
+        ("{{ m['text'] }}", False),
+        ("{{ m['role'] }}", False),
+    ],
+)
+def test_a_template_that_leaves_out_what_the_user_says_is_refused(body, whole):
+    encoder = encoder_of(template=f"{{% for m in messages %}}<{body}>{{% endfor %}}")
+    if whole:
+        encoder.check()
+        return
+    assert encoder.text(["one"]) == encoder.text(["another"])
+    with pytest.raises(ValueError, match="chat template leaves out what the user says"):
+        encoder.check()
+
+
 def test_a_prompt_that_the_tokenizer_refuses_is_named():
     core = tokenizers.Tokenizer(tokenizers.models.WordLevel({"hello": 0, "you": 1}, unk_token="<unk>"))  # which it lacks
     core.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()

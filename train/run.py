@@ -73,6 +73,7 @@ def train(config: TrainConfig, max_steps: int = -1, if_present: IfPresent = "ref
     last = broadcast_object_list(resume_from)[0]
     model, tokenizer = build(config, len(training.models))
     encoder = PromptEncoder(TransformersTokenizer(tokenizer, config.date), config.max_length)
+    encoder.check()
     counts = TrainedCounts()
     dataset = PromptVotes(training, encoder, config.token_dropout, config.seed)
     truncated = sum(len(ids) == config.max_length for ids in dataset.ids)

@@ -73,7 +73,7 @@ class Engine:
             most = positions
         self.encoder = PromptEncoder(loaded.tokenizer, most)
         try:
-            self.encoder.text(["a"])
+            self.encoder.check()
         except ValueError as error:
             raise CheckpointError(f"{self.folder}: {error}") from error
         self.head = loaded.head.to(self.device)

@@ -43,6 +43,15 @@ class PromptEncoder:
             raise ValueError(f"the tokenizer's chat template cannot be rendered: {error}") from error
         return rendered.replace(self.cls_token, "<cls>") + self.cls_token
 
+    def check(self) -> None:
+        """Raises ValueError where the template cannot be rendered, or leaves out what the user says, as those do that read the
+        content of messages in parts only."""
+        if self.text(["a"]) == self.text(["aa"]):
+            raise ValueError(
+                "the tokenizer's chat template leaves out what the user says: expected one that writes the content of messages "
+                "that are text, not lists of parts"
+            )
+
     def encode(self, prompts: Sequence[Prompt], first: int = 0) -> list[_Ids]:
         """Token ids of each prompt, the last of them the CLS token; at most ``max_tokens`` each.
 
