@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import hypothesis
@@ -17,6 +18,7 @@ from p2l_engine.train import data
 from p2l_engine.train import run as runs
 from p2l_engine.train.config import TrainConfig
 from p2l_engine.train.model import CoefficientHead, build
+from tests.support.cases import slow_but
 from tests.support.training import settings, write_votes
 
 # As in their training_configs/, by key; the heads go with the losses.
@@ -203,6 +205,15 @@ def test_heads_of_a_backbone_are_left_out(tmp_path):
     build(config, 3)
     file.write_bytes(file.read_bytes()[:5000])
     with pytest.raises(CheckpointError, match="transformers cannot load the backbone"):
+        build(config, 3)
+
+
+@pytest.mark.parametrize("method", slow_but(["gptq"], ["gptq", "awq", "of tomorrow"]))
+def test_a_quantised_backbone_is_refused_without_its_package(method, tmp_path):
+    config, file = settings(tmp_path), tmp_path / "base" / "config.json"
+    quantised = {"quant_method": method, "bits": 4, "load_in_4bit": True}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": quantised}))
+    with pytest.raises(CheckpointError):
         build(config, 3)
 
 

@@ -198,7 +198,7 @@ def _decoder(folder: Path, dtype: torch.dtype, model_type: str | None) -> Any:
             folder, dtype=dtype, attn_implementation=mixing.attention(described), trust_remote_code=False,
             ignore_mismatched_sizes=True, output_loading_info=True,
         )  # fmt: skip
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: transformers cannot load the backbone: {error}") from error
     wrong = [f"no {name}" for name in sorted(report["missing_keys"])]
     wrong += [f"{name} of shape {[*theirs]} instead of {[*ours]}" for name, theirs, ours in sorted(report["mismatched_keys"])]
