@@ -52,7 +52,8 @@ def test_inputs_and_folders_that_cannot_be_used_are_named(router, tmp_path):
         run(router, BatchConfig([write(tmp_path / "taken.csv", model=["m"] * 150, score=[1] * 150)], str(tmp_path / "taken")))
     for text, message in (
         ('[\n{"prompt": "a"}', None),
-        ("[\n1\n]", "no line of its first 3 is a JSON object: row 0: expected a line of JSON"),
+        ("[\n1\n]", "expected a JSON object on each line, got one document over many lines; write an object a line"),
+        ("1\n[", "no line of its first 2 is a JSON object: row 0: expected a JSON object: got int"),
         ('{"text": "a"}', "expected the columns prompt; it has text"),
     ):
         (tmp_path / "odd.jsonl").write_text(text)
@@ -129,7 +130,9 @@ def test_csv_files_that_are_not_what_they_seem_are_named(router, tmp_path):
         (b'id,prompt\n1,a\n2,"b\nhalf of th', "row 1: a quote is not closed"),
         (b'"id,prompt\n' + b"1,a\n" * 100_000, "expected column names within 131,072 bytes: is a quote not closed"),
         (b'"id,prompt\n' + b"1,a\n" * 1000, "a quote in the column names is not closed by the end of the file"),
-        (b"n\xe9,prompt\n1,a", "expected column names in UTF-8"),
+        (b"n\xe9,prompt\n1,a", "expected column names in UTF-8, got n.,prompt; write the file in UTF-8"),
+        (b"id;prompt\n1;a", "expected the columns prompt; it has id;prompt; if its values are separated by ';', write them"),
+        ("prompt\n".encode("utf-16"), "expected column names in UTF-8"),
     ):
         (tmp_path / "odd.csv").write_bytes(text)
         with pytest.raises(ValueError, match=rf"odd.csv: (cannot be read: )?{message}") as refused:

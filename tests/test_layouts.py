@@ -6,6 +6,7 @@ import json
 import logging
 
 import datasets
+import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -350,3 +351,13 @@ def test_votes_nested_without_end_are_invalid_rows(tmp_path):
         assert len(dropped) == bool(depth)
         for _ in range(40):
             inner = [{"type": "tool_result", "content": inner}]
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_list_that_duckdb_writes_is_refused_also_of_one_object(rows, tmp_path):
+    duckdb.sql(f"copy (select 'hello' prompt from range({rows})) to '{tmp_path}/in.json' (format json, array true)")
+    for read_it in (lambda: turns_in(tmp_path / "in.json"), lambda: PromptFile.read(tmp_path / "in.json")):
+        with pytest.raises(
+            ValueError, match="in.json: expected a JSON object on each line, got one document over many lines; wr"
+        ):
+            read_it()

@@ -1,9 +1,9 @@
 """The stages of a batch run: read, compute each prompt once, decide, write.
 
 Rows go in blocks. A block's new prompts are computed together and their coefficients spilled to one file; its output is one
-parquet part, or several where the kept columns are large. Both are written atomically, and their bytes depend only on the input
-and the options: a resumed run produces byte-identical output. A budget over the batch takes two passes: first all coefficients,
-then the decisions from them.
+part, or several where the kept columns are large or the models have files of their own. Both are written atomically, and their
+bytes depend only on the input and the options: a resumed run produces byte-identical output. A budget over the batch takes two
+passes: first all coefficients, then the decisions from them.
 """
 
 from __future__ import annotations

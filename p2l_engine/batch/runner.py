@@ -37,7 +37,7 @@ def run(
     workers: Workers | None = None,
     reading: Reading | None = None,
 ) -> Report:
-    """Routes all rows of the inputs into the output folder OUT: parquet parts in the order of the rows, and at last the file
+    """Routes all rows of the inputs into the output folder OUT: parts in the order of the rows, and at last the file
     ``_SUCCESS``. The run's own files, its manifest and coefficients, are in the folder OUT.run beside it.
 
     An unfinished run of the same inputs, checkpoint, catalog and options is resumed; a finished one is left unchanged. Where

@@ -124,8 +124,8 @@ def _check_objects(file: File, rows: Sequence[Any], names: Collection[str]) -> N
 def _check_no_document(file: File, lines: Sequence[bytes]) -> None:
     """Raises ValueError if the first lines are the beginning of a list or an object that goes over many."""
     begun = DOCUMENT.match(lines[0]) and isinstance(_parsed(lines[0]), InvalidRow)
-    alone = lines[0].strip(BLANK) == b"["  # as DuckDB writes a list, also of one object
-    if begun and len(lines) > 1 and (alone or isinstance(_parsed(lines[1]), InvalidRow)):
+    whole = lines[0].strip(BLANK) == b"[" and lines[-1].strip(BLANK) == b"]"  # as DuckDB writes a list, also of one object
+    if begun and len(lines) > 1 and (whole or isinstance(_parsed(lines[1]), InvalidRow)):
         raise ValueError(f"{file.shown}: expected a JSON object on each line, got one document over many lines; {AS_LINES}")
 
 

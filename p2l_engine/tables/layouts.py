@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 from p2l_engine.strict_json import DuplicateKeyError
 from p2l_engine.tables.chunked import AT_THE_SAME_TIME, has_rows
 from p2l_engine.tables.nested import MISSING, as_object, object_of, split_column, value_at
-from p2l_engine.tables.rows import InvalidRow, listed, readable
+from p2l_engine.tables.rows import InvalidRow, listed, missing_columns, readable
 from p2l_engine.tables.samples import has_content, sample_cells, sample_names
 from p2l_engine.tables.storage import File
 from p2l_engine.tables.turns import CHATS, OF_REQUESTS, URL, cell_turns, is_chat, listed_in, not_a_chat
@@ -175,9 +175,7 @@ def recognise(
         _check_chats(shown, cells(URL))
     if not fitting:
         _check_no_python(shown, here)
-        raise ValueError(
-            f"{shown}: expected the columns {PROMPT}; it has {listed(names)}; --column names another column of prompts"
-        )
+        raise ValueError(f"{missing_columns(shown, [PROMPT], names)}; --column names another column of prompts")
     (layout, found), *_ = fitting.items()
     if layout.requests:
         keys = {key for cell in found for key in _request_keys(cell)}

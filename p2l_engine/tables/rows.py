@@ -84,8 +84,15 @@ def wanted_columns(file: File, names: Sequence[str], column: str, keep: Sequence
     there, wanted = set(names), {column, *(keep or ())}
     check_names(file, [name for name in names if keep is None or name in wanted])
     if column not in there:
-        raise ValueError(f"{file.shown}: expected the columns {listed([column])}; it has {listed(names)}")
+        raise ValueError(missing_columns(file.shown, [column], names))
     return [name for name in names if name != column] if keep is None else [name for name in keep if name in there]
+
+
+def missing_columns(shown: str, wanted: Sequence[str], names: Sequence[str]) -> str:
+    """What to say of a file with the columns ``names``. shown: its name."""
+    sign = next((sign for sign in ";\t|" if len(names) == 1 and sign in names[0]), None)
+    remedy = "" if sign is None else f"; if its values are separated by {sign!r}, write them with commas"
+    return f"{shown}: expected the columns {listed(wanted)}; it has {listed(names)}{remedy}"
 
 
 def check_names(file: File, names: Sequence[str]) -> None:
