@@ -208,6 +208,16 @@ def test_a_request_for_no_chat_model_after_many_others_is_an_error_of_its_row(en
     assert len(PromptFile.read(tmp_path / f"in.{ending}", "custom_id").prompts) == 600
 
 
+@pytest.mark.parametrize("url", [{"a": 1}, ["/v1/embeddings"], None])
+def test_a_url_that_is_no_text_fails_no_row_where_it_is_not_kept(url, tmp_path):
+    rows = [openai_chat(TALKS[0], i) | {"url": url} for i in range(3)]
+    for name in ("in.jsonl", "arrow.parquet"):
+        WRITERS[name](tmp_path / name, rows)
+        (block,) = blocks(find([str(tmp_path / name)]), None, ["custom_id"])
+        assert (block.prompts, block.problems) == ([TURNS[0]] * 3, {})
+        assert block.kept.to_pylist() == [{"custom_id": f"r{i}"} for i in range(3)]
+
+
 LATE = {  # each with the name of its column, and a row without it
     "prompt": (None, lambda talk: {"prompt": chat(talk)}),
     "text": ("text", lambda talk: {"text": chat(talk)}),

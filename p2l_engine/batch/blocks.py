@@ -23,6 +23,7 @@ from p2l_engine.tables.storage import File
 from p2l_engine.tables.turns import URL, is_chat, listed_in, not_a_chat
 
 AS_IT_IS = PromptColumn()  # a cell that is the prompt
+NO_URL = f"expected {pa.string()} in the column {URL!r}: "  # how ``typed.problem`` begins for a url that is no text
 LETTERS = 32 << 20  # of a block's prompts, beyond which it ends early
 
 
@@ -100,9 +101,12 @@ def blocks(
         file, start = some.file, 0
         read = share.after(file, some.read)
         others = _not_chats(some.kept) if where.cells == "requests" else {}
-        kept = some.kept.drop_columns([URL]) if only_read else some.kept
+        kept, problems = some.kept, some.problems
+        if only_read:
+            kept = kept.drop_columns([URL])
+            problems = {i: why for i, why in problems.items() if not why.startswith(NO_URL)}
         for i, cell in enumerate(some.prompts):
-            turns, body, problem = turns_of(cell, plain_text, where), None, some.problems.get(i) or others.get(i)
+            turns, body, problem = turns_of(cell, plain_text, where), None, problems.get(i) or others.get(i)
             if requests and not isinstance(turns, Unroutable):
                 body, no_body = _body(file, where, cell, turns, plain_text)
                 problem = problem or no_body

@@ -56,7 +56,8 @@ def schema(file: File, column: str, keep: Sequence[str] | None, told: Told = unt
             )
     if begun:
         wanted_columns(file, list(names), column, None)
-    sparse = [*sparse_keys("rows", objects, shapes), *(place for name, shape in shapes.items() for place in shape.sparse(name))]
+    sparse = [place for name, shape in shapes.items() for place in shape.sparse(name)]
+    sparse += sparse_keys("rows", objects, shapes) if keep is None else []  # else the user has named each
     if sparse:
         raise ValueError(
             f"{file.shown}: expected objects of at most {MAX_SPARSE:,} different keys, or with {LEAST_FILLED:.0%} of them "

@@ -62,6 +62,8 @@ def _cast(column: pa.ChunkedArray, field: pa.Field) -> tuple[pa.ChunkedArray, di
                 alone.cast(field.type)
             except UNFIT as error:
                 rows[i], problems[i] = None, problem(field.name, field.type, _shown(column[i], error))
+        if len(problems) == len(rows):  # of some types Arrow casts nothing, no nulls either
+            return pa.chunked_array([pa.nulls(len(rows), field.type)]), problems
         return column.take(pa.array(rows, pa.int64())).cast(field.type), problems
 
 
