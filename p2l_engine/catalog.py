@@ -139,6 +139,25 @@ class Catalog:
         wanted = set(arguments.several("names", names, "names of models"))
         return Catalog(tuple(model for model in self.models if model.name in wanted), self.unit)
 
+    def matched(self, models: tuple[str, ...], unmatched: str) -> Catalog:
+        """The catalog without models that a checkpoint of these ``models`` does not know. Raises CatalogError where it knows
+        none, and, unless ``unmatched`` is "leave_out", where either knows a model that the other does not."""
+        if unmatched not in ("error", "leave_out"):
+            raise ValueError(f"unmatched: expected 'error' or 'leave_out', got {unmatched!r}")
+        unknown = [name for name in self.names if name not in models]
+        without = [name for name in models if name not in self.names]
+        if unmatched == "error" and (unknown or without):
+            problems = [f"the checkpoint does not know {', '.join(unknown)}"] if unknown else []
+            problems += [f"the catalog lacks {', '.join(without)}"] if without else []
+            raise CatalogError(
+                f"catalog: {'; '.join(problems)}; correct the catalog, or leave them out with unmatched='leave_out'"
+            )
+        if len(unknown) == len(self.models):
+            raise CatalogError(
+                f"catalog: the checkpoint knows none of its models ({', '.join(unknown)}); it knows {', '.join(models)}"
+            )
+        return self.only(models)
+
 
 def _mapping(where: str, value: object) -> dict[str, Any]:
     if not isinstance(value, Mapping):

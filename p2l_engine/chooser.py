@@ -5,28 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from p2l_engine import routing
 from p2l_engine.catalog import Catalog
+from p2l_engine.catalog_rates import CatalogRates
 from p2l_engine.coefficients import Coefficients
 from p2l_engine.constraints import UNCONSTRAINED, Constraints
 from p2l_engine.decision import Decision, Draws, generator_of
-from p2l_engine.errors import CatalogError
 from p2l_engine.expected_costs import ExpectedCosts
 from p2l_engine.exploration import DRAWN, Explored, explore, known_deviation, posteriors
 from p2l_engine.feedback import FeedbackModel
-from p2l_engine.native import routing as native
 from p2l_engine.opponents import Opponents, weights_of
 from p2l_engine.prompts.parse import Prompt, user_turns
 from p2l_engine.routing import BudgetPacer, Objective, Policies, arrays, thompson
 from p2l_engine.routing.arrays import Float64
 from p2l_engine.routing.problem import expected
 from p2l_engine.routing.thompson import Posterior
-from p2l_engine.routing.values import Values, compute, contending
+from p2l_engine.routing.values import Values
 
 Explore = Literal["thompson"]
 
@@ -73,12 +72,15 @@ class Chooser:
             raise ValueError(f"explore: expected 'thompson' or None, got {explore!r}")
         self.models, self.feedback, self.seed, self.objective = tuple(models), feedback, seed, objective
         self.explore: Explore | None = explore
-        self.catalog = _matched(catalog, self.models, unmatched)
+        if not isinstance(catalog, Catalog):
+            raise TypeError(f"catalog: expected a Catalog (Catalog.from_yaml reads a file), got {type(catalog).__name__}")
+        self.catalog = catalog.matched(self.models, unmatched)
         self.q = weights_of(opponents, self.models)
         self.names = self.catalog.names
         self._columns = np.array([self.models.index(name) for name in self.names])
         self._expected = ExpectedCosts(self.catalog, self._columns)
         self.costs = self._expected.given
+        self._rates = CatalogRates(self.q, self._columns, objective, feedback)
         self._draws = Draws(seed, self.names)
 
     def decide(
@@ -104,7 +106,7 @@ class Chooser:
                 f"rows over {len(coefficients.models)} models"
             )
         theta = arrays.matrix("theta", coefficients.theta)
-        v = self._rates(theta, coefficients.eta)
+        v = self._rates.of(theta, coefficients.eta)
         turns = [user_turns(prompt, i) for i, prompt in enumerate(prompts)]
         tokens = _tokens(draws, len(turns))
         costs, explored = self.costs_of(coefficients), None
@@ -115,7 +117,7 @@ class Chooser:
             policies = self.solve(v, constraints, costs)
         if explored is not None:
             policies = replace(policies, value=expected(v, policies.indices, policies.probabilities))
-        scores = self._scores(theta, policies, v)
+        scores = self._rates.scores(theta, policies, v)
         bound = "no budget" if constraints.budget is None else f"budget per {constraints.budget_scope}"
         columns = (policies.indices, policies.probabilities, policies.cost, policies.value, scores)
         rows = zip(turns, *(column.tolist() for column in columns), tokens, strict=True)
@@ -133,7 +135,7 @@ class Chooser:
         """The decision for one prompt of a stream, under the pacer's mean budget. prompt and draw: what a router that explores
         draws by, as in ``decide``; the propensity is the one at the pacer's price at this moment."""
         theta = arrays.matrix("theta", coefficients.theta)
-        v = self._rates(theta, coefficients.eta)
+        v = self._rates.of(theta, coefficients.eta)
         posterior = None
         if self.explore is not None:
             if prompt is None:
@@ -141,7 +143,7 @@ class Chooser:
                     "prompt: expected the prompt of these coefficients, by which a router that explores draws, got None"
                 )
             posterior = self.posterior(coefficients, prompt, draw)
-        rates = v if posterior is None else self._rates(posterior.drawn[None], coefficients.eta)
+        rates = v if posterior is None else self._rates.of(posterior.drawn[None], coefficients.eta)
         costs = self._expected.costs_of_one(coefficients)
         choice = pacer.choose_at(rates[0], costs)
         price = choice.price
@@ -155,9 +157,9 @@ class Chooser:
         theta = arrays.matrix("theta", coefficients.theta)
         posterior = self.posterior(coefficients, prompt, draw)
         costs = self._expected.costs_of_one(coefficients)
-        k = int(thompson.paced(self._rates(posterior.drawn[None], coefficients.eta), costs, price)[0])
+        k = int(thompson.paced(self._rates.of(posterior.drawn[None], coefficients.eta), costs, price)[0])
         why = f"highest win rate less cost at {price:.4g} per {self.catalog.unit}"
-        v = self._rates(theta, coefficients.eta)
+        v = self._rates.of(theta, coefficients.eta)
         return self._priced(coefficients, theta, v, posterior, k, costs, price, math.inf, why)
 
     def _priced(
@@ -174,16 +176,19 @@ class Chooser:
     ) -> Decision:
         """The decision for model k, which was chosen at a price among the models of at most this cost."""
         name = self.names[k]
-        score = native.bt_score(theta, self.q, self._bt_value(theta, v, np.array([[k]]), np.ones((1, 1))))
-        decision = Decision(name, {name: 1.0}, float(costs[k]), float(v[0, k]), float(score[0]), why, 1.0)
+        score = self._rates.score_of_model(theta, v, k)
+        decision = Decision(name, {name: 1.0}, float(costs[k]), float(v[0, k]), score, why, 1.0)
         if coefficients.usage is not None:
             (decision,) = self._expected.on([decision], coefficients, np.array([[k]], np.int32), np.ones((1, 1)))
         if posterior is None:
             return decision
         every = np.arange(len(self.names))
-        found = posterior.propensity(
-            1.0, lambda drawn: thompson.paced(self._contending(drawn, coefficients.eta, every, costs), costs, price, most) == k
-        )
+
+        def chosen(drawn: Float64) -> npt.NDArray[np.bool_]:
+            rates = self._rates.contending(drawn, coefficients.eta, every, costs)
+            return thompson.paced(rates, costs, price, most) == k
+
+        found = posterior.propensity(1.0, chosen)
         return replace(decision, why=f"{why}; {DRAWN}", propensity=found.value, propensity_error=found.error)
 
     def posterior(self, coefficients: Coefficients, prompt: Prompt, draw: str | None = None) -> Posterior:
@@ -220,11 +225,11 @@ class Chooser:
         """What is maximised, [N, K]: the win rates of the K models of ``names`` against the opponents. drawn [S, M]: draws of
         one prompt's theta, in place of its own; the result is [S, K]."""
         theta = coefficients.theta if drawn is None else drawn
-        return self._rates(arrays.matrix("theta", theta), coefficients.eta)
+        return self._rates.of(arrays.matrix("theta", theta), coefficients.eta)
 
     def scores(self, coefficients: Coefficients, policies: Policies, v: Float64) -> Float64:
         """The Bradley-Terry score [N] of each prompt's policy; v [N, K] are the same coefficients' ``win_rates``."""
-        return self._scores(arrays.matrix("theta", coefficients.theta), policies, v)
+        return self._rates.scores(arrays.matrix("theta", coefficients.theta), policies, v)
 
     def draw_key(self, turns: Sequence[str], draw: str | None = None) -> bytes:
         """What ``drawn`` draws a prompt's coefficients by; ``draw`` as in ``decide``."""
@@ -258,63 +263,15 @@ class Chooser:
         believed = posteriors(theta, coefficients.deviation, self._draws, turns, tokens)
         return explore(
             believed, constraints, self.names, costs, self._columns,
-            lambda drawn, some: self._rates(drawn, None if eta is None else eta[some]),
-            lambda drawn, i, usable, each: self._contending(drawn, None if eta is None else eta[i : i + 1], usable, each),
+            lambda drawn, some: self._rates.of(drawn, None if eta is None else eta[some]),
+            lambda drawn, i, usable, each: self._rates.contending(drawn, None if eta is None else eta[i : i + 1], usable, each),
             policies,
         )  # fmt: skip
-
-    def _rates(self, theta: Float64, eta: npt.NDArray[np.float32] | None) -> Float64:
-        """Win rates [N, K] of theta [N, M]; eta [N], or [1] for all."""
-        ties = None if eta is None else np.array(np.broadcast_to(arrays.to_float64("eta", eta), len(theta)))
-        return compute(theta, self.q, self.objective, ties, self.feedback.name)[:, self._columns]
 
     def contending(self, coefficients: Coefficients, drawn: Float64, usable: npt.NDArray[np.intp], costs: Float64) -> Float64:
         """``win_rates`` of draws [S, M] of one prompt's theta, [S, K]; 0 for models beside the ``usable`` ones, and for those
         that no policy with one bound on these costs [K], and no price of them, would choose: a cheaper one is better."""
-        return self._contending(drawn, coefficients.eta, usable, costs)
-
-    def _contending(
-        self, theta: Float64, eta: npt.NDArray[np.float32] | None, usable: npt.NDArray[np.intp], costs: Float64
-    ) -> Float64:
-        ties = None if eta is None else np.array(np.broadcast_to(arrays.to_float64("eta", eta), len(theta)))
-        models = self._columns[usable]
-        own = contending(theta, self.q, self.objective, ties, self.feedback.name, models, costs[usable])
-        if len(usable) == len(self.names):
-            return own
-        found = np.zeros((len(theta), len(self.names)))
-        found[:, usable] = own
-        return found
-
-    def _scores(self, theta: Float64, policies: Policies, v: Float64) -> Float64:
-        value = self._bt_value(theta, v, policies.indices, policies.probabilities, policies.value)
-        return native.bt_score(theta, self.q, value)
-
-    def _bt_value(
-        self, theta: Float64, v: Float64, indices: Any, probabilities: Float64, value: Float64 | None = None
-    ) -> Float64:
-        """The policies' Bradley-Terry win rates [N], from which scores are computed."""
-        if self.objective != "bt" or value is None:
-            rates = v if self.objective == "bt" else native.win_rates(theta, self.q)[:, self._columns]
-            value = expected(rates, indices, probabilities)
-        return np.asarray(value.clip(0.0, 1.0))
-
-
-def _matched(catalog: Catalog, models: tuple[str, ...], unmatched: str) -> Catalog:
-    if not isinstance(catalog, Catalog):
-        raise TypeError(f"catalog: expected a Catalog (Catalog.from_yaml reads a file), got {type(catalog).__name__}")
-    if unmatched not in ("error", "leave_out"):
-        raise ValueError(f"unmatched: expected 'error' or 'leave_out', got {unmatched!r}")
-    unknown = [name for name in catalog.names if name not in models]
-    without = [name for name in models if name not in catalog.names]
-    if unmatched == "error" and (unknown or without):
-        problems = [f"the checkpoint does not know {', '.join(unknown)}"] if unknown else []
-        problems += [f"the catalog lacks {', '.join(without)}"] if without else []
-        raise CatalogError(f"catalog: {'; '.join(problems)}; correct the catalog, or leave them out with unmatched='leave_out'")
-    if len(unknown) == len(catalog.models):
-        raise CatalogError(
-            f"catalog: the checkpoint knows none of its models ({', '.join(unknown)}); it knows {', '.join(models)}"
-        )
-    return catalog.only(models)
+        return self._rates.contending(drawn, coefficients.eta, usable, costs)
 
 
 def _tokens(draws: Sequence[str | None] | None, count: int) -> Sequence[str | None]:
