@@ -186,7 +186,7 @@ class Chooser:
 
         def chosen(drawn: Float64) -> npt.NDArray[np.bool_]:
             rates = self._rates.contending(drawn, coefficients.eta, every, costs)
-            return thompson.paced(rates, costs, price, most) == k
+            return np.asarray(thompson.paced(rates, costs, price, most) == k)
 
         found = posterior.propensity(1.0, chosen)
         return replace(decision, why=f"{why}; {DRAWN}", propensity=found.value, propensity_error=found.error)

@@ -84,13 +84,6 @@ class Messages:
     def ask(self, body: dict[str, Any]) -> Ask:
         if (most := count_field(body, "max_tokens", least=0)) is None:  # 0 fills the prompt cache and writes nothing
             raise BadRequest("max_tokens: expected a whole number of at least 0, got nothing", "max_tokens")
-        return self._ask(body, most)
-
-    def ask_to_count(self, body: dict[str, Any]) -> Ask:
-        """The same for counting tokens, where max_tokens is not asked for."""
-        return self._ask(body, None)
-
-    def _ask(self, body: dict[str, Any], most: int | None) -> Ask:
         reader = Contents()
         _opening(reader, body)
         if tools := list_field(body, "tools"):

@@ -177,23 +177,3 @@ def _dispersion(y: Float64, fitted: Float64, freedom: float, family: Family) -> 
     """Pearson's estimate of the variance over that of the family."""
     squares = (y - fitted) ** 2 / (fitted if family == "poisson" else fitted**2)
     return max(float(squares.sum() / max(len(y) - freedom, 1.0)), 1e-6)
-
-
-@dataclass(frozen=True, slots=True)
-class LengthFigures:
-    """How well expected lengths predict observed ones. deviance: see ``deviance``. absolute_error: mean. ratio: the sum of what
-    was expected over that of what was observed. deciles: mean expected and mean observed length of the observations in each
-    tenth by expected length, which agree where the mean is calibrated; fewer where predictions are equal."""
-
-    deviance: float
-    absolute_error: float
-    ratio: float
-    deciles: tuple[tuple[float, float], ...]
-
-
-def length_figures(observed: npt.ArrayLike, expected: npt.ArrayLike, family: Family = "poisson") -> LengthFigures:
-    """Of observations [n] and expected lengths [n], all above 0."""
-    y, e = np.asarray(observed, np.float64), np.asarray(expected, np.float64)
-    tenth = np.searchsorted(np.unique(np.quantile(e, np.linspace(0, 1, 11)[1:-1])), e, "left")
-    deciles = tuple((float(e[tenth == k].mean()), float(y[tenth == k].mean())) for k in np.unique(tenth))
-    return LengthFigures(deviance(y, e, family), float(np.abs(y - e).mean()), float(e.sum() / y.sum()), deciles)
