@@ -193,6 +193,7 @@ def test_every_command_refuses_the_same_files(command, checkpoint, tmp_path):
         ("void.csv", "", "void.csv: cannot be read: expected a line of column names, got nothing"),
         ("other.jsonl", '{"text": "a"}', "other.jsonl: expected the columns prompt; it has text"),
         ("none.parquet", None, "none.parquet: no such file or folder"),
+        ("none", None, "none: no such file or folder"),
     ):
         if text is not None:
             (tmp_path / name).write_text(text)

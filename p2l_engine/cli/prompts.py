@@ -96,9 +96,11 @@ def check_no_column(column: str | None) -> None:
 
 
 def read_text(file: str | Path) -> str:
-    """A text file, or the URI of one. Raises ValueError if it is not UTF-8."""
+    """A text file, or the URI of one. Raises ValueError if there is none, or if it is not UTF-8."""
     try:
         return Location.of(file).read().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise ValueError(f"{shown(str(file))}: no such file or folder") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{shown(str(file))}: expected UTF-8 text: {error}") from None
 
