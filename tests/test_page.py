@@ -850,10 +850,10 @@ class TestServer:
         context.close()
 
 
-# ---- For everybody ----
+# ---- Accessibility ----
 
 
-class TestForEverybody:
+class TestAccessibility:
     pytestmark = browser_test
 
     @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -123,7 +123,7 @@ def test_more_references_than_can_be_looked_up_are_refused():
     assert asyncio.run(one()) == (400, "expected at most 5000 references to earlier answers, got 5001", 0)
 
 
-def test_without_keys_everybody_is_one_caller():
+def test_without_keys_all_are_one_caller():
     async def one() -> Any:
         async with MockProvider(PRICES) as provider, serving(config_for(provider)) as server:
             _, _, data = await send(server.url, "responses", "a", body_for("responses", "auto"))

@@ -645,7 +645,7 @@ def test_marginal_leaderboards_of_outcomes_that_never_come(name, outcomes, rng):
 @settings(max_examples=5, deadline=None)
 @given(seed=st.integers(0, 10**6), won=st.booleans(), few=st.integers(1, 4))
 def test_a_model_that_always_wins_moves_nobody(name, seed, won, few):
-    """Its interval has no upper end; everybody else's is as without it, but for what grk's wins say of goodness."""
+    """Its interval has no upper end; all others' are as without it, but for what grk's wins say of goodness."""
     rng, feedback, n = np.random.default_rng(seed), feedback_model(name), 150
     a = rng.integers(0, 3, n)
     b = (a + rng.integers(1, 3, n)) % 3

@@ -115,4 +115,4 @@ def serve(
 
 def _say_how_open(config: Config, host: str) -> None:
     if not config.serve.keys and host not in ("127.0.0.1", "localhost", "::1"):
-        note("serve.keys names no keys: everybody who reaches this address may spend", warning=True)
+        note("serve.keys names no keys: anyone who can reach this address may spend", warning=True)

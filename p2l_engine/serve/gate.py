@@ -14,7 +14,7 @@ class Unauthorized(PermissionError):
 
 
 class Gate:
-    """keys: those of the configuration; without any, everybody may ask."""
+    """keys: those of the configuration; without any, anyone may ask."""
 
     def __init__(self, keys: Sequence[Key]) -> None:
         self._keys = [(bytes.fromhex(key.sha256), key) for key in keys]

@@ -153,7 +153,7 @@ class Purse:
         self._busy = False
         try:
             answers = made.result()
-        except Exception as error:  # whatever it is, no caller may wait for ever
+        except Exception as error:  # whatever it is, no caller may wait forever
             answers = [error] * len(takers)
         for take, answer in zip(takers, answers, strict=True):
             take(answer)

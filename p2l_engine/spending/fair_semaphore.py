@@ -7,7 +7,7 @@ from collections import deque
 
 
 class FairSemaphore:
-    """threading's own lets a thread that comes back at once pass all that wait: under load, some wait for ever.
+    """threading's own lets a thread that comes back at once pass all that wait: under load, some wait forever.
 
     places: how many threads may have a turn at a time.
     """
