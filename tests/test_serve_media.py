@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import wave
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,6 +18,7 @@ from bench.mock_provider import MockProvider
 from p2l_engine.apis.api import Usage
 from p2l_engine.apis.pictures import Picture, picture_of
 from p2l_engine.apis.registry import APIS
+from p2l_engine.apis.sounds import seconds_of
 from p2l_engine.serve.image_tokens import ImageTokens
 from p2l_engine.serve.model_entry import Model
 from p2l_engine.serve.prices import Prices
@@ -182,6 +185,61 @@ def test_usage_is_billed_by_kind_as_it_is_reported():
     )
     exact = Fraction(26 * 25, 10) + 4 * 1 + 60 * 40 + 10 * 5 + 50 * 80
     assert prices.cost(0, found) == exact / 10**6
+
+
+def wav(seconds: float, rate: int, channels: int, width: int, chunk: bytes = b"") -> bytes:
+    """A WAV file of silence; chunk: what stands before its format."""
+    file = io.BytesIO()
+    with wave.open(file, "wb") as writer:
+        writer.setnchannels(channels)
+        writer.setsampwidth(width)
+        writer.setframerate(rate)
+        writer.writeframes(bytes(round(seconds * rate) * channels * width))
+    data = file.getvalue()
+    return data[:12] + chunk + data[12:]
+
+
+@given(
+    st.floats(0.05, 3),
+    st.sampled_from([8000, 16000, 24000, 44100]),
+    st.integers(1, 2),
+    st.integers(1, 4),
+    st.sampled_from([b"", b"JUNK\x04\0\0\0abcd", b"LIST\x03\0\0\0abc\0"]),
+)
+def test_a_wav_file_lasts_as_long_as_it_plays(seconds, rate, channels, width, chunk):
+    data = wav(seconds, rate, channels, width, chunk)
+    found = seconds_of({"data": base64.b64encode(data).decode(), "format": "wav"})
+    assert found == pytest.approx(seconds, abs=0.02)  # of headers
+
+
+@given(st.binary(max_size=80) | st.binary(max_size=40).map(lambda rest: b"RIFF1234WAVEfmt " + rest), st.integers(0, 3))
+def test_whatever_audio_is_it_has_a_length(data, lost):
+    found = seconds_of({"data": base64.b64encode(data).decode()[lost:]})
+    assert 0 <= found <= 0.2
+    for none in (None, {}, {"data": 5}, {"data": "\u00e9" * 8}, "x", {"data": ""}):
+        assert seconds_of(none) == 0
+
+
+def test_audio_is_expected_at_its_price():
+    """Of two models alike, the one that hears for less takes it; expected is what an exact provider would bill."""
+    dear = {**PRICED, "usd_per_m_audio_in": 40, "usd_per_m_audio_out": 80}
+    prices = Prices({"dear": Model(**dear), "cheap": Model(**{**PRICED, "audio_tokens_per_s": 32})})
+    data = base64.b64encode(wav(60, 8000, 1, 1)).decode()
+    part = {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}
+    asks = [
+        APIS["chat"].ask({"model": "auto", "messages": [{"role": "user", "content": [part]}], "modalities": ["audio"]}),
+        APIS["chat"].ask({"model": "auto", "messages": [{"role": "user", "content": [part, part]}]}),
+        APIS["responses"].ask({"model": "auto", "input": [{"role": "user", "content": [part]}]}),
+    ]
+    zero, out = np.zeros(2), np.full(2, 50.0)
+    for ask, minutes, spoken in zip(asks, (1, 2, 1), (True, False, False), strict=True):
+        assert ask.sound == pytest.approx(60 * minutes, rel=1e-3)
+        assert ask.spoken == spoken
+        bills = [
+            prices.cost(k, Usage(7 + n, 50, audio_in=n, audio_out=50 * spoken))
+            for k, n in enumerate((600 * minutes, 1920 * minutes))
+        ]
+        np.testing.assert_allclose(prices.expected(7, zero, out, ask.sound, ask.spoken), [float(b) for b in bills], rtol=1e-3)
 
 
 PRICE = st.decimals(0, 200, places=3)

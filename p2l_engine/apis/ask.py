@@ -11,6 +11,7 @@ import orjson
 
 from p2l_engine.apis.extras import NOTHING, Extras
 from p2l_engine.apis.pictures import Picture, picture_of
+from p2l_engine.apis.sounds import seconds_of
 from p2l_engine.prompts.parse import Turns
 
 AUTO = "auto"
@@ -65,6 +66,8 @@ class Ask:
     sealed: bool = False  # whether it has what only the provider that wrote it can read: encrypted reasoning, references
     extras: Extras = NOTHING
     pictures: tuple[Picture, ...] = ()
+    sound: float = 0.0  # seconds of audio in its input
+    spoken: bool = False  # whether its answer is to be audio
     references: tuple[str, ...] = ()  # ids of what else its provider keeps of earlier answers: items, containers, audio
 
 
@@ -75,6 +78,7 @@ class Contents:
         self.turns, self.instructions, self.others = list[str](), list[str](), list[str]()
         self.texts = list[bytes]()
         self.images = 0
+        self.sound = 0.0
         self.pictures = list[Picture]()
         self.needs: set[Capability] = {"text"}
         self.sealed = self.lasting = False
@@ -111,6 +115,11 @@ class Contents:
         self.sealed |= isinstance(source, dict) and source.get("file_id") is not None
         self._sources += digest([repr(source).encode()])[:12].encode()  # tells this message from one with another image
         return "[image]"
+
+    def audio(self, source: object) -> None:
+        """Notes audio of the message that is read: its provider alone knows how many tokens it has."""
+        self.needs.add("audio")
+        self.sound += seconds_of(source)
 
     def document(self, source: object) -> str:
         """Notes a document, whose tokens its provider alone can count: about those of an image for each of its pages."""

@@ -91,7 +91,7 @@ class Chat:
         if mapping(body.get("response_format")).get("type") == "json_schema":
             reader.needs.add("json_schema")
             reader.message("schema", "", orjson.dumps(body["response_format"]))
-        if body.get("audio") or "audio" in sequence(body.get("modalities")):
+        if spoken := bool(body.get("audio")) or "audio" in sequence(body.get("modalities")):
             reader.needs.add("audio")
         if body.get("chat_template"):  # vLLM's: it may write any prompt
             reader.unseen.append("chat_template")
@@ -106,7 +106,7 @@ class Chat:
             self.name, body, text_field(body, "model"), flag_field(body, "stream"), reader.of_user(), tuple(reader.texts),
             reader.images, frozenset(reader.needs), count_field(body, "max_completion_tokens", "max_tokens"), reader.session(),
             count_field(body, "n", "best_of") or 1, sealed=reader.sealed, extras=extras, pictures=tuple(reader.pictures),
-            references=tuple(reader.references),
+            sound=reader.sound, spoken=spoken, references=tuple(reader.references),
         )  # fmt: skip
 
     def read(self, reader: Contents, body: dict[str, Any]) -> None:
@@ -215,7 +215,7 @@ def _content(reader: Contents, content: object, where: str) -> str:
             parts.append(reader.document(part.get(kind)))
         else:
             if kind == "input_audio":
-                reader.needs.add("audio")
+                reader.audio(part.get(kind))
             reader.unseen.append(kind[:40])
             text = part.get("text")
             parts.append(text if isinstance(text, str) else f"[{kind[:40]}]")

@@ -108,7 +108,7 @@ class Responses:
         return Ask(
             self.name, body, text_field(body, "model"), flag_field(body, "stream"), reader.of_user(), tuple(reader.texts),
             reader.images, frozenset(reader.needs), count_field(body, "max_output_tokens"), reader.session(), 1, previous,
-            reader.sealed, extras, tuple(reader.pictures), tuple(reader.references),
+            reader.sealed, extras, tuple(reader.pictures), reader.sound, references=tuple(reader.references),
         )  # fmt: skip
 
     def read(self, reader: Contents, body: dict[str, Any]) -> None:
@@ -252,7 +252,7 @@ def _content(reader: Contents, content: object, where: str) -> str:
             parts.append(reader.document(part))
         else:
             if kind == "input_audio":
-                reader.needs.add("audio")
+                reader.audio(part.get(kind))
             reader.unseen.append(kind[:40])
             parts.append(f"[{kind[:40]}]")
     return "\n".join(parts)

@@ -45,8 +45,9 @@ class Model(Section):
     empty: decisions only. usd_per_tool_call, max_tool_calls: price and greatest number, in one request, of calls of tools that
     its provider runs, such as web search. tiers: by service tier or speed, how many times the usual prices it costs. reasons:
     whether it may write, and bill, what its streams do not show. image_tokens: how its provider counts images; None: each as
-    ``serve.tokens_per_image``. usd_per_m_audio_in, usd_per_m_audio_out, usd_per_m_image_in: of tokens that its usage reports as
-    audio or images; None: as other tokens.
+    ``serve.tokens_per_image``. audio_tokens_per_s: tokens that it counts for a second of audio, for expected costs.
+    usd_per_m_audio_in, usd_per_m_audio_out, usd_per_m_image_in: of tokens that its usage reports as audio or images; None: as
+    other tokens.
     """
 
     cost: Price | None = None
@@ -61,6 +62,7 @@ class Model(Section):
     usd_per_m_audio_out: Price | None = None
     usd_per_m_image_in: Price | None = None
     image_tokens: ImageTokens | None = None
+    audio_tokens_per_s: Annotated[float, Field(ge=0)] = 10.0
     usd_per_tool_call: Price | None = None
     max_tool_calls: Tokens | None = None
     tiers: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)

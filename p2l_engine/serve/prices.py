@@ -35,6 +35,8 @@ class Prices:
         image_in = [_exact(_or(model.usd_per_m_image_in, model.usd_per_m_in)) / MILLION for model in entries]
         audio_out = [_exact(_or(model.usd_per_m_audio_out, model.usd_per_m_out)) / MILLION for model in entries]
         self.flat, self.per_in, self.per_out, self.per_cached = map(_floats, (flat, per_in, per_out, cached))
+        self.per_audio_in, self.per_audio_out = map(_floats, (audio_in, audio_out))
+        self.audio_rate = np.array([model.audio_tokens_per_s for model in entries])
         self.max_output = [model.max_output for model in entries]
         kinds = (flat, per_in, per_out, cached, written, lasting, calls, audio_in, image_in, audio_out)
         self._parts = math.lcm(*(amount.denominator for amounts in kinds for amount in amounts))  # of a dollar
@@ -42,10 +44,19 @@ class Prices:
         self._flat, self._in, self._out, self._cached, self._written, self._lasting, self._call, *media = whole
         self._audio_in, self._image_in, self._audio_out = media
 
-    def expected(self, tokens_in: float | npt.NDArray[Any], cached: Float64, tokens_out: Float64) -> Float64:
+    def expected(
+        self,
+        tokens_in: float | npt.NDArray[Any],
+        cached: Float64,
+        tokens_out: Float64,
+        sound: float = 0.0,
+        spoken: bool = False,
+    ) -> Float64:
         """The expected cost [K] of a request. tokens_in: its input tokens, at all models or [K], of which cached [K] are read
-        from a model's cache."""
-        return self.flat + (tokens_in - cached) * self.per_in + cached * self.per_cached + tokens_out * self.per_out
+        from a model's cache; sound: seconds of audio beside them; spoken: whether the answer is audio."""
+        per_out = self.per_audio_out if spoken else self.per_out
+        found = self.flat + (tokens_in - cached) * self.per_in + cached * self.per_cached + tokens_out * per_out
+        return found + sound * self.audio_rate * self.per_audio_in if sound else found
 
     def cost(self, k: int, usage: Usage) -> Fraction:
         """What a request cost at model k. Of cached tokens, as many as can be were text: providers do not tell."""

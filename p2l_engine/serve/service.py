@@ -132,7 +132,8 @@ class Service:
         call.tokens_out = self.expectations.tokens_out(call.ask.max_tokens, call.ask.outputs, call.foreseen)
         bill = call.bill
         tokens_in = np.array([bill.tokens_in(k) for k in range(len(plan.names))]) if bill.differing() else bill.tokens_in()
-        call.costs = plan.prices.expected(tokens_in, np.array(call.cached, float), call.tokens_out)
+        cached = np.array(call.cached, float)
+        call.costs = plan.prices.expected(tokens_in, cached, call.tokens_out, call.ask.sound, call.ask.spoken)
         if call.ask.extras.tier is not None:
             call.costs = call.costs * [float(bill.factor(k)) for k in range(len(plan.names))]
         call.first = call.now = self.chosen(call, call.mask, count=not call.options.dry_run)
