@@ -18,7 +18,7 @@ from p2l_engine.serve import settings
 from p2l_engine.serve.metrics import Metrics
 from p2l_engine.serve.model_entry import Model
 from p2l_engine.serve.prices import Prices
-from p2l_engine.serve.takers import DOWN, Kind
+from p2l_engine.serve.takers import DOWN, NOT_ALLOWED, NOT_OF_KEY, OTHER, Kind, in_words
 from tests.support.records import record
 
 APIS = ("chat", "responses")
@@ -67,6 +67,19 @@ def may_take(plan, k, kind, tokens, max_tokens):
         and (max_tokens is None or max_tokens <= model.max_output)
         and (not group or any(not d.until for d in group))
     )
+
+
+@given(
+    st.integers(0, 30), st.lists(st.sampled_from(["does not accept image", "writes at most 5 tokens", DOWN]), max_size=30),
+    st.sampled_from([OTHER, NOT_OF_KEY, NOT_ALLOWED]),
+)  # fmt: skip
+def test_the_reasons_that_are_told_are_those_of_models_that_the_caller_wants(others, wanted, why):
+    """They were the first eight: with nine models, a named one's was not among them."""
+    reasons = {f"other {i}": why for i in range(others)} | {f"wanted {i}": reason for i, reason in enumerate(wanted)}
+    told = in_words(reasons)
+    assert told.count(": ") == min(len(wanted or reasons), 9 if len(wanted or reasons) == 9 else 8)
+    assert (why in told) == (bool(others) and not wanted)
+    assert not wanted or told.startswith(f"wanted 0: {wanted[0]}")
 
 
 @pytest.mark.slow

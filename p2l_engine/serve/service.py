@@ -28,7 +28,7 @@ from p2l_engine.serve.purse import Purse
 from p2l_engine.serve.scorer import Scorer, key_of
 from p2l_engine.serve.sessions import SessionMemory
 from p2l_engine.serve.settings import Key
-from p2l_engine.serve.takers import DOWN, OTHER, Kind
+from p2l_engine.serve.takers import DOWN, Kind, in_words
 from p2l_engine.serve.tokens import TokenCounter
 from p2l_engine.serve.upstream import Upstream
 
@@ -224,9 +224,9 @@ class Service:
         down = [name for name, why in call.reasons.items() if why == DOWN]
         if down:
             return Refused(503, "all models that could answer are down", None, "unavailable", self.seconds_down(call, down))
-        shown = "; ".join(f"{name}: {why}" for name, why in list(call.reasons.items())[:8] if why != OTHER)
         too_long = any("do not fit into its context" in why for why in call.reasons.values())
-        return Refused(400, f"no model can take this request: {shown}", None, "context_length_exceeded" if too_long else None)
+        message = f"no model can take this request: {in_words(call.reasons)}"
+        return Refused(400, message, None, "context_length_exceeded" if too_long else None)
 
     def seconds_down(self, call: Call, names: list[str]) -> float:
         """Until the first of these models may be tried again."""

@@ -22,6 +22,9 @@ NO_TOKENS: Mapping[int, int] = MappingProxyType({})
 KINDS = 1_000  # that are remembered
 DOWN = "all its deployments failed lately"
 OTHER = "another model was named"
+NOT_OF_KEY = "not among the models of this key"
+NOT_ALLOWED = "not among the models that the caller allows"
+SHOWN = 8  # reasons in a message
 
 
 class Kind(NamedTuple):
@@ -37,6 +40,13 @@ class Kind(NamedTuple):
     allowed: frozenset[str] | None
     kept: str | None
     homes: frozenset[str] | None
+
+
+def in_words(reasons: Mapping[str, str]) -> str:
+    """Why no model may take a request: first of those that the caller wants and may have."""
+    wanted = {name: why for name, why in reasons.items() if why not in (OTHER, NOT_OF_KEY, NOT_ALLOWED)}
+    shown = [f"{name}: {why}" for name, why in (wanted or reasons).items()]
+    return "; ".join([*shown[:SHOWN], f"and {len(shown) - SHOWN} more"] if len(shown) > SHOWN + 1 else shown)
 
 
 class Takers:
@@ -110,9 +120,9 @@ class Takers:
             elif kind.homes is not None and not group(k):
                 why = "its provider cannot read the reasoning that another one has encrypted"
             elif kind.of_key is not None and name not in kind.of_key:
-                why = "not among the models of this key"
+                why = NOT_OF_KEY
             elif kind.allowed is not None and name not in kind.allowed:
-                why = "not among the models that the caller allows"
+                why = NOT_ALLOWED
             elif kind.named is None and k not in self._routed:
                 why = "not known to the checkpoint"
             elif not speaks and not (kind.decision_only and not self._deployments[k]):
