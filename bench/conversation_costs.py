@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import csv
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -145,7 +146,7 @@ def main() -> None:
         table.add_column(column, justify="left" if column in ("setting", "router") else "right")
     for row in rows:
         table.add_row(*(f"{value:.4g}" if isinstance(value, float) else value for value in row))
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
     if arguments.csv:
         with arguments.csv.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)

@@ -63,7 +63,12 @@ def ask(url: str) -> None:
         messages = [{"role": "user", "content": turn} for turn in turns]
         body = json.dumps({"model": "auto", "messages": messages, "max_tokens": 200}).encode()
         request = urllib.request.Request(f"{url}/v1/chat/completions", body, {"content-type": "application/json"})
-        urllib.request.urlopen(request, timeout=60).close()
+        try:
+            urllib.request.urlopen(request, timeout=60).close()
+        except urllib.error.HTTPError:
+            raise
+        except OSError:  # the server was stopped meanwhile
+            return
 
 
 def main() -> None:
