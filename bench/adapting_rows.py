@@ -23,9 +23,8 @@ NAMED = {
     "ridge": (YELLOW, "ridge from scratch"),
     "knn": ("#7a9e3b", "nearest votes"),
     "retrained": (GREY, "head retrained"),
-    "weighted": ("#CC79A7", "adapt, a prompt's votes as one"),
+    "apart": ("#CC79A7", "adapt, each vote by itself"),
     "residual": ("#56B4E9", "adapt with a residual"),
-    "both": ("#000000", "as one, with a residual"),
 }
 
 
@@ -137,7 +136,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     figure = Figure(figsize=(max(1.2 + 2.6 * len(chosen), 6.5), 5.4), layout="constrained")
     grid = figure.subplots(2, len(chosen), squeeze=False, sharex=True)
     for (title, of), (top, bottom) in zip(chosen.items(), grid.T, strict=True):
-        found = [at for at in summary(of) if at.method not in ("residual", "both")]
+        found = [at for at in summary(of) if at.method != "residual"]
         most = max(at.votes for at in found if at.method == "adapt")
         for method, (colour, label) in NAMED.items():
             points = [at for at in found if at.method == method]

@@ -13,7 +13,7 @@ from bench.neighbours import residual_of
 from p2l_engine.backbone.head import Head
 from p2l_engine.feedback import FeedbackModel
 from p2l_engine.leaderboard.losses import pair_derivatives, sums_of_derivatives
-from p2l_engine.learning.adapt import Adapted, adapt
+from p2l_engine.learning.adapt import adapt
 from p2l_engine.learning.likelihood import outcome_shares
 from p2l_engine.learning.objective import Objective, minimise
 from p2l_engine.learning.rows import NewModel
@@ -157,12 +157,12 @@ def compared(task: Task, n: int, seed: int, retrain: bool, residual: bool = Fals
     theta, eta = outputs(task.head, task.test_states)
     found = {}
     new = [NewModel(task.models[-1])]
-    adapted = adapt(task.head, task.models[:-1], task.feedback, votes, task.train.astype(np.float32), new)
+    once = replace(votes, weight=1 / np.bincount(votes.prompt)[votes.prompt])  # as the command has it for scores
+    adapted = adapt(task.head, task.models[:-1], task.feedback, once, task.train.astype(np.float32), new)
     found["adapt"] = figures(task, *outputs(adapted.head, task.test_states))
     if n >= OFTEN:
-        shared = replace(votes, weight=1 / np.bincount(votes.prompt)[votes.prompt])
-        once = adapt(task.head, task.models[:-1], task.feedback, shared, task.train.astype(np.float32), new)
-        found["weighted"] = figures(task, *outputs(once.head, task.test_states))
+        apart = adapt(task.head, task.models[:-1], task.feedback, votes, task.train.astype(np.float32), new)
+        found["apart"] = figures(task, *outputs(apart.head, task.test_states))
     known, known_eta = outputs(task.head, task.train)
     middle = known.mean(1)
     base = np.concatenate([known, middle[:, None]], 1)
@@ -177,18 +177,11 @@ def compared(task: Task, n: int, seed: int, retrain: bool, residual: bool = Fals
     if retrain:
         found["retrained"] = figures(task, *outputs(retrained(task, votes), task.test_states))
     if residual and n:
-        found["residual"] = _with_residual(task, votes, adapted)
-    if residual and n >= OFTEN:
-        found["both"] = _with_residual(task, shared, once)
+        moved, tie = outputs(adapted.head, task.test_states)
+        given = (task.head, task.models, task.feedback, once, task.train, task.test_states)
+        moved[:, -1] += residual_of(*given, *outputs(adapted.head, task.train), adapted)
+        found["residual"] = figures(task, moved, tie)
     return found
-
-
-def _with_residual(task: Task, votes: Votes, adapted: Adapted) -> tuple[float, float, float]:
-    """The figures of these rows with a residual of the new model's votes on top."""
-    moved, eta = outputs(adapted.head, task.test_states)
-    known = outputs(adapted.head, task.train)
-    moved[:, -1] += residual_of(task.head, task.models, task.feedback, votes, task.train, task.test_states, *known, adapted)
-    return figures(task, moved, eta)
 
 
 def retrained(task: Task, votes: Votes) -> Head:

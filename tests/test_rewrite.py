@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -12,6 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from p2l_engine import Engine, checkpoint
 from p2l_engine.backbone.head import Head
+from p2l_engine.checkpoint import rewrite as rewriting
+from p2l_engine.checkpoint import saving
 from p2l_engine.checkpoint.export import export
 from p2l_engine.checkpoint.rewrite import rewrite
 from tests.support import tiny
@@ -188,3 +192,26 @@ def test_what_another_process_has_written_meanwhile_is_kept(there, tmp_path):
         rewrite(loaded, target, loaded.head, files={"who": second})
     assert (target / "who").read_bytes() == b"second"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
+
+
+@pytest.mark.parametrize("last", ["model.safetensors", "model_list.json", None])
+def test_a_kill_while_it_is_written_leaves_no_checkpoint_and_the_next_one_is_whole(last, tmp_path, monkeypatch):
+    loaded = checkpoint.load(tiny.write(tmp_path / "source"))
+    target = tmp_path / "target"
+    written = saving.write_json if last == "model_list.json" else saving.write_tensors
+
+    def die(path, *given, **named):
+        written(path, *given, **named)
+        if path.name == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if (child := os.fork()) == 0:
+        monkeypatch.setattr(rewriting, written.__name__, die)
+        try:
+            rewrite(loaded, target, loaded.head, files={"more": lambda _: os.kill(os.getpid(), signal.SIGKILL)})
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert not target.exists()
+    rewrite(loaded, target, loaded.head)
+    assert torch.equal(checkpoint.load(target).head.weight, loaded.head.weight)

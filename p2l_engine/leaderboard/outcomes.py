@@ -148,7 +148,6 @@ def probabilities(feedback: FeedbackModel, theta: Tensor, eta: Tensor | None) ->
         wide = None if eta is None else eta[:, None]
         return feedback.probabilities(theta[:, a], theta[:, b], wide)[..., :known].movedim(-1, 1)
     e = theta.exp().contiguous().numpy()
-    handicap = None
-    if eta is not None and feedback.has_eta:  # a bt head may have a tie parameter that nothing uses
-        handicap = feedback.log_lambda(eta).exp().contiguous().numpy()
+    used = eta if feedback.has_eta else None  # a bt head may have a tie parameter that nothing uses
+    handicap = None if used is None else feedback.log_lambda(used).exp().contiguous().numpy()
     return torch.from_numpy(native.outcomes(e, handicap, feedback.grounded, known, torch.get_num_threads()))

@@ -15,7 +15,8 @@ from scipy.sparse.linalg import svds
 
 Float64 = npt.NDArray[np.float64]
 
-RANK = 64
+RANK = 128
+SHRUNK = 0.5  # deviation of a new row along those of the head's rows, relative to theirs, which their own errors widen
 SMALLEST = 1e-8  # of a direction's variance, relative to the largest: below it is rounding
 LEAST_DEVIATION = 0.1  # of theta, of what a prior leaves open
 
@@ -23,8 +24,9 @@ LEAST_DEVIATION = 0.1  # of theta, of what a prior leaves open
 @dataclass(frozen=True, slots=True)
 class Basis:
     """matrix [D + 1, r]: the constant, directions in which the head's rows differ, principal directions of the hidden states.
-    coordinates [M, r]: of the head's rows, around their mean. ridge [r]: the variance of each coordinate of a row whose weights
-    are independent and equally variable, scaled to a mean of 1; 0 for the constant."""
+    coordinates [M, r]: of the head's rows, around their mean. ridge [r]: the variance of each coordinate of a row in free
+    directions, scaled to a mean of 1; 0 for the constant. It is half way, as a geometric mean, between that of independent,
+    equally variable weights, for which few directions are nearly all, and one that is the same for each direction."""
 
     matrix: Float64
     coordinates: Float64
@@ -65,7 +67,7 @@ class Basis:
         coordinates = (away[:-1].T @ scaled) / variance
         coordinates[:, 0] = away[-1] + mean @ away[:-1]
         ridge = np.zeros(len(variance))
-        ridge[1:] = (scaled[:, 1:] ** 2).sum(0) / variance[1:] ** 2
+        ridge[1:] = np.sqrt((scaled[:, 1:] ** 2).sum(0)) / variance[1:]
         return cls(matrix, coordinates, ridge / max(ridge[1:].mean() if len(ridge) > 1 else 1.0, 1e-300))
 
 
@@ -96,7 +98,8 @@ def covariance(basis: Basis, scales: Scales) -> Float64:
 
 
 def of_rows(basis: Basis) -> Scales:
-    """What the head's rows say of each other: the deviation of their means, and what is left of a row beside the others'."""
+    """What the head's rows say of each other: the deviation of their means, what is left of a row beside the others', and
+    ``SHRUNK`` of their other deviations."""
     m = len(basis.coordinates)
     if m < 3:
         return Scales(1.0, 1.0, max(1.0, float(np.abs(basis.coordinates[:, 0]).max(initial=0.0))))
@@ -107,7 +110,7 @@ def of_rows(basis: Basis) -> Scales:
         span = np.linalg.svd(others - others.mean(0), full_matrices=False)[2][: m - 2]
         left.append(float(((away - span.T @ (span @ away)) ** 2).sum()))
     free, level = float(np.sqrt(np.mean(left))), float(basis.coordinates[:, 0].std(ddof=1))
-    return Scales(1.0, max(free, LEAST_DEVIATION), max(level, LEAST_DEVIATION))
+    return Scales(SHRUNK, max(free, LEAST_DEVIATION), max(level, LEAST_DEVIATION))
 
 
 def _shrinkage(centred: Float64, square: float) -> tuple[float, float]:
