@@ -10,10 +10,11 @@ Errors: of the predicted mean and of each model's mean, by cross-validation over
 
 Money: on each of --splits halves of the prompts, lengths, means and a ridge regression of the scores are learned; the others
 are routed by the predicted scores under a budget, once with costs that depend on the prompt and once with each model's mean
-cost, whose input and output tokens are those of the first half's answers. A row says, of a budget and of these costs: what was
-really spent over the limit (1: all of it, on average over the splits), how far from 1 that was on average, and the share of
-right answers; the gain in this share over the mean costs'. In brackets, and as low and high: what 95% of the splits lie
-between. ``prompt``: the budget holds for each prompt's expected cost; ``batch``: for their mean.
+cost, whose input and output tokens are those of the first half's answers; over the batch also with the budget divided by
+``routing.overspending`` of the first half, each half of which is predicted from the other (``factor``). A row says, of a budget
+and of these costs: what was really spent over the limit (1: all of it, on average over the splits), how far from 1 that was on
+average, and the share of right answers; the gain in this share over the mean costs'. In brackets, and as low and high: what 95%
+of the splits lie between. ``prompt``: the budget holds for each prompt's expected cost; ``batch``: for their mean.
 """
 
 from __future__ import annotations
@@ -93,33 +94,46 @@ def costs_of(
     }
 
 
+def predicted(
+    data: Matrix, answers: LoggedAnswers, known: npt.NDArray[np.intp], new: npt.NDArray[np.intp]
+) -> tuple[Float64, dict[str, Float64]]:
+    """Scores [n, M] and expected costs of the prompts ``new``, learned from those that are ``known``."""
+    ridge = RidgeCV(np.logspace(1, 5, 9)).fit(data.hidden[known], data.score[known])
+    return np.ascontiguousarray(ridge.predict(data.hidden[new]), np.float64), costs_of(data, answers, known, new)
+
+
 def spent(data: Matrix, answers: LoggedAnswers, splits: int, seed: int) -> dict[tuple[str, float, str], dict[str, Float64]]:
     """Of each scope, budget and kind of costs: figures [splits]."""
     found: dict[tuple[str, float, str], dict[str, list[float]]] = {}
     for split in track(range(splits), "splits"):
         order = np.random.default_rng([seed, split]).permutation(len(data.hidden))
         known, new = np.sort(order[: len(order) // 2]), order[len(order) // 2 :]
-        ridge = RidgeCV(np.logspace(1, 5, 9)).fit(data.hidden[known], data.score[known])
-        value = np.ascontiguousarray(ridge.predict(data.hidden[new]), np.float64)
-        for costs, expected in costs_of(data, answers, known, new).items():
-            for scope in SCOPES:
+        halves = np.array_split(np.random.default_rng([seed, split]).permutation(known), 2)
+        crossed = [predicted(data, answers, half, other) for half, other in (halves, halves[::-1])]
+        values, paid = np.concatenate([each for each, _ in crossed]), data.paid[np.concatenate(halves[::-1])]
+        value, every = predicted(data, answers, known, new)
+        for costs, expected in every.items():
+            others = np.concatenate([of[costs] for _, of in crossed])
+            factor = {budget: routing.overspending(values, others, paid, budget) for budget in BUDGETS}
+            for scope, name in (("prompt", costs), ("batch", costs), ("batch", f"{costs}, factor")):
                 for budget in BUDGETS:
                     # A prompt whose cheapest model costs more than the budget gets that model.
                     limit = np.maximum(budget, expected.min(1)) if scope == "prompt" else budget
+                    if name != costs:
+                        limit = max(budget / factor[budget], float(expected.min(1).mean()) * (1 + 1e-9))
                     chosen = routing.solve(routing.Problem(value, expected, limit, "prompt" if scope == "prompt" else "batch"))
                     real, right = (
                         float((chosen.probabilities * np.take_along_axis(of[new], chosen.indices, 1)).sum(1).mean())
                         for of in (data.paid, data.score)
                     )
-                    of = found.setdefault((scope, budget, costs), {"spent": [], "away": [], "right": []})
+                    of = found.setdefault((scope, budget, name), {"spent": [], "away": [], "right": []})
                     of["spent"].append(real / budget)
                     of["away"].append(abs(real - float(chosen.cost.mean())) / budget)
                     of["right"].append(right)
     figures = {key: {name: np.array(values) for name, values in each.items()} for key, each in found.items()}
     for (scope, budget, costs), figure in figures.items():
-        figure["gain"] = figure["right"] - figures[scope, budget, "each model's mean"]["right"]
-        if costs == "each model's mean":
-            del figure["gain"]
+        if costs != "each model's mean":
+            figure["gain"] = figure["right"] - figures[scope, budget, "each model's mean"]["right"]
     return figures
 
 

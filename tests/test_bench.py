@@ -542,7 +542,7 @@ def test_lengths_run_to_the_end(tmp_path, rng):
     paid, score = 20 * prices[0] + tokens * prices[1], (rng.random((80, 3)) < [0.5, 0.7, 0.9]).astype(float)
     data = lengths.Matrix(models, hidden, np.full(80, 20.0), tokens, score, paid, prices)
     figures = lengths.spent(data, answers, splits=2, seed=0)
-    assert len(figures) == len(lengths.SCOPES) * len(lengths.BUDGETS) * 2
+    assert len(figures) == (len(lengths.SCOPES) + 1) * len(lengths.BUDGETS) * 2
     rows = lengths.rows_of(lengths.errors(hidden, answers, 20), figures, 80)
     lengths.write(rows, tmp_path / "rows.csv")
     read = list(csv.DictReader((tmp_path / "rows.csv").open()))

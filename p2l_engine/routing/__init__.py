@@ -19,6 +19,7 @@ from p2l_engine.native import routing as native
 from p2l_engine.routing import arrays
 from p2l_engine.routing.arrays import Array
 from p2l_engine.routing.frontier import Frontier, frontier
+from p2l_engine.routing.overspending import overspending
 from p2l_engine.routing.pacer import BudgetPacer
 from p2l_engine.routing.policies import Policies
 from p2l_engine.routing.problem import Problem, Resource, Row, Share, of_models
@@ -51,6 +52,7 @@ __all__ = [
     "UnknownReservation",
     "bt_score",
     "frontier",
+    "overspending",
     "solve",
     "solve_batch_budget",
     "solve_budget",
