@@ -54,7 +54,7 @@ def fit(
     always win. Where the optimum is a whole line, as for two models under rk-reparam, or as far as float64 holds the outcomes,
     the fit is one of its points. An eta of -50 means that lambda is as small as it gets. Raises ValueError for outcomes that
     are negative, not finite or all 0, and, without a ridge, where models are unconnected or unbounded; ArithmeticError, which
-    names the coefficients, where there is no optimum within float64.
+    names the coefficients, where there is no optimum within float64, or none is reached: weights may be too far apart.
     """
     counts = np.asarray(outcomes, np.float64)
     if counts.shape != (len(feedback.outcomes), pair_count(n_models)):
