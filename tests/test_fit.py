@@ -212,7 +212,7 @@ def test_weights_far_apart_have_the_exact_optimum(case):
 @settings(max_examples=30)
 @given(seed=st.integers(0, 10**6), m=st.integers(2, 5), span=st.sampled_from([20, 100, 300]), some=st.sampled_from([1.0, 0.6]))
 def test_weights_far_apart_have_the_exact_optimum_or_none(seed, m, span, some):
-    """What is given as the optimum is one: of one draw in fifty it is not reached, and that is said."""
+    """What is given as the optimum is one; where it is not reached, that is said."""
     rng = np.random.default_rng(seed)
     counts = 10.0 ** rng.uniform(-span / 2, span / 2, (2, pair_count(m))) * (rng.random((2, pair_count(m))) < some)
     counts[0, 0] += 1.0
