@@ -650,3 +650,27 @@ class TestSiftingThatDoesNotConverge:
         with pytest.raises(ValueError, match="takes several passes"):
             solve(Problem(lazy, [1.0, 2.0], 1.5, "batch", shares=[Share(0, 0.5)]))
         assert isinstance(ArrayValues([[0.5]]).shape, tuple)
+
+
+@pytest.mark.parametrize("kind", ["random", "tight", "few kinds", "own costs", "infeasible"])
+def test_dual_prices_of_a_sample_change_no_optimum(kind, rng, monkeypatch):
+    """A large batch begins with those of a sample, which may be far from its own."""
+    n, m = 1200, 4
+    v = rng.random((6, m))[rng.integers(6, size=n)] if kind == "few kinds" else rng.random((n, m))
+    v[: n // 2] += 0.3 * np.arange(m)  # the halves differ
+    costs = rng.random((n, m)) + np.arange(m) if kind == "own costs" else np.arange(1.0, m + 1)
+    budget = {"tight": 1.001, "own costs": 1.2}.get(kind, 2.0)
+    shares = [Share(0, 0.4 if kind != "tight" else 1.0), Share(1, 0.3, at_least=0.05 if kind != "tight" else 0.0)]
+    shares += [Share((2, 3), 0.1)] if kind == "infeasible" else []
+    problem = Problem(v, costs, budget, "batch", shares=shares)
+    whole = None if kind == "infeasible" else solve(problem)
+    monkeypatch.setattr(dual, "SAMPLE", 64 * m)
+    monkeypatch.setattr(dual, "OPEN", 100)
+    if whole is None:
+        with pytest.raises(Infeasible):
+            solve(problem)
+        return
+    found = solve(problem)
+    assert found.solver == whole.solver
+    assert found.value.mean() == pytest.approx(whole.value.mean(), abs=3e-9)
+    assert found.cost.mean() <= np.nextafter(budget, np.inf)

@@ -68,17 +68,17 @@ class SpilledWinRates(Values):
     """
 
     def __init__(self, decider: Decider, references: Sequence[npt.NDArray[np.int64]], keys: Sequence[bytes] = ()) -> None:
-        self.decider, self.blocks = decider, list(references)
+        self.decider, self._sizes = decider, [len(some) for some in references]
         self._keys = np.frombuffer(b"".join(keys), np.uint8).reshape(-1, KEY)
-        self.references = np.concatenate([np.zeros(0, np.int64), *self.blocks])
+        self.references = np.concatenate([np.zeros(0, np.int64), *references])
         self.shape = (len(self.references), len(decider.router.names))
 
     def chunks(self) -> Iterator[Float64]:
         first = 0
-        for references in self.blocks:
-            if len(references):
-                yield self.take(slice(first, first + len(references)))
-            first += len(references)
+        for size in self._sizes:
+            if size:
+                yield self.take(slice(first, first + size))
+            first += size
 
     def take(self, prompts: Any) -> Float64:
         references, router = self.references[prompts], self.decider.router
@@ -86,5 +86,7 @@ class SpilledWinRates(Values):
             coefficients = self.decider.coefficients(references)
             keys = [key.tobytes() for key in self._keys[prompts]]
             return np.ascontiguousarray(router.win_rates(coefficients, router.drawn(coefficients, keys)))
+        if (references[1:] > references[:-1]).all():  # as of a block whose prompts are all new
+            return np.ascontiguousarray(router.win_rates(self.decider.coefficients(references)))
         unique, inverse = np.unique(references, return_inverse=True)
         return np.ascontiguousarray(self.decider.router.win_rates(self.decider.coefficients(unique))[inverse])

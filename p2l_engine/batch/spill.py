@@ -9,6 +9,7 @@ import io
 import re
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +40,7 @@ class Spill:
         for (block, digest), path in coefficient_files(folder).items():
             self._found.setdefault(block, {})[digest] = path
         self._paths: dict[int, Path] = {}  # that ``take`` reads
+        self._layouts: dict[Path, tuple[int, int]] = {}  # rows of each file that ``take`` has read, and where they begin
         self._mapped: OrderedDict[Path, npt.NDArray[np.float32]] = OrderedDict()
 
     def has(self, block: int, digest: str) -> bool:
@@ -69,8 +71,10 @@ class Spill:
         ValueError for a damaged file."""
         out = np.empty((len(references), self.width), np.float32)
         blocks, indices = locate(references)
-        for block in np.unique(blocks).tolist():
-            rows, outputs = np.flatnonzero(blocks == block), self._map(block)
+        several = np.unique(blocks) if len(blocks) and (blocks != blocks[0]).any() else blocks[:1]
+        for block in several.tolist():
+            rows: Any = np.flatnonzero(blocks == block) if len(several) > 1 else slice(None)
+            outputs = self._map(block)
             if len(outputs) <= indices[rows].max():
                 raise ValueError(
                     f"{self._paths[block]}: expected more than {indices[rows].max()} rows, got {len(outputs)}; remove this "
@@ -86,12 +90,23 @@ class Spill:
             return self._mapped[path]
         remedy = "remove this file, and the next run computes it again"
         try:
-            found: npt.NDArray[np.float32] = np.load(path, mmap_mode="r", allow_pickle=False)
+            if path not in self._layouts:
+                self._layouts[path] = _layout(path, self.width)
+            rows, offset = self._layouts[path]
+            found: npt.NDArray[np.float32] = np.memmap(path, np.float32, "r", offset, (rows, self.width))
         except (ValueError, EOFError) as error:
             raise ValueError(f"{path}: cannot be read: {error}; {remedy}") from error
-        if found.ndim != 2 or found.shape[1] != self.width:
-            raise ValueError(f"{path}: expected shape [n, {self.width}], got {list(found.shape)}; {remedy}")
         self._mapped[path] = found
         if len(self._mapped) > MAX_MAPPED:
             self._mapped.popitem(last=False)
         return found
+
+
+def _layout(path: Path, width: int) -> tuple[int, int]:
+    """The rows of a file of coefficients, and the byte at which they begin. Raises ValueError, EOFError."""
+    with path.open("rb") as file:
+        np.lib.format.read_magic(file)
+        shape, by_columns, kind = np.lib.format.read_array_header_1_0(file)
+        if len(shape) != 2 or shape[1] != width or by_columns or kind != np.float32:
+            raise ValueError(f"expected {np.dtype(np.float32)} of shape [n, {width}], got {kind} of {list(shape)}")
+        return shape[0], file.tell()

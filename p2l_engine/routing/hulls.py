@@ -13,6 +13,8 @@ from p2l_engine.routing import rounding
 from p2l_engine.routing.arrays import Float64
 from p2l_engine.routing.values import Values
 
+TOGETHER = 64  # chunks whose hulls become one array: of smaller ones that are freed, the process keeps the memory
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Hulls:
@@ -30,16 +32,20 @@ class Hulls:
     @classmethod
     def of(cls, values: Values, amounts: Any, allowed: npt.NDArray[np.bool_] | None = None) -> Hulls:
         """One pass over the values, by chunks. amounts [M] or [N, M]; allowed [N, M]."""
-        parts, start = [], 0
+        groups, parts, start = [], list[tuple[Any, ...]](), 0
         for v in values.chunks():
             some = slice(start, start + len(v))
             per_model = amounts if amounts.ndim == 1 else np.ascontiguousarray(amounts[some], np.float64)
             parts.append(native.hulls(v, per_model, None if allowed is None else allowed[some]))
             start += len(v)
-        sizes, models, cost, value = (
-            (np.concatenate([part[k] for part in parts]) if parts else np.zeros(0, kind))
-            for k, kind in enumerate((np.int32, np.int32, np.float64, np.float64))
-        )
+            if len(parts) == TOGETHER:
+                groups.append(tuple(map(np.concatenate, zip(*parts, strict=True))))
+                parts.clear()
+        kinds = (np.int32, np.int32, np.float64, np.float64)
+        columns = [[np.zeros(0, kind), *(part[k] for part in (*groups, *parts))] for k, kind in enumerate(kinds)]
+        groups.clear()
+        parts.clear()
+        sizes, models, cost, value = (np.concatenate(columns.pop(0)) for _ in kinds)  # never two of all of them in memory
         return cls(np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]), models, cost, value)
 
     def __len__(self) -> int:

@@ -150,6 +150,7 @@ def _hulls(problem: Problem, why: str) -> Policies:
     if smallest > rounding.highest(row.bound):
         raise conflicts.infeasible([row], row, row.bound, smallest)
     indices, probabilities, value, cost, price = hulls.within(row.bound)
+    del hulls  # as large as the policies, of which there is more to compute
     if row.name != "budget":
         cost = expected(problem.amounts, indices, probabilities)
     mixed = of_models(problem.amounts, indices)
