@@ -19,14 +19,14 @@ from torch import Tensor
 from p2l_engine import backbone, checkpoint
 from p2l_engine.arguments import callback, instance, whole_number
 from p2l_engine.backbone import PackedDecoder
-from p2l_engine.backbone.head import after_norm
 from p2l_engine.backbone.packing import Packed, Tokens
 from p2l_engine.checkpoint import Checkpoint
-from p2l_engine.coefficients import Coefficients, ExpectedUsage
+from p2l_engine.coefficients import Coefficients
 from p2l_engine.engine import cpu
 from p2l_engine.engine.compile_watch import CompileWatch
 from p2l_engine.engine.device import as_device, as_dtype
 from p2l_engine.engine.graphs import Graphs
+from p2l_engine.engine.output_layers import OutputLayers
 from p2l_engine.engine.pipeline import InFlightBatch, Outputs, in_flight_batches, prefetch
 from p2l_engine.errors import CheckpointError
 from p2l_engine.prompts.encode import MAX_TOKENS, PromptEncoder
@@ -76,15 +76,11 @@ class Engine:
             self.encoder.check()
         except ValueError as error:
             raise CheckpointError(f"{self.folder}: {error}") from error
-        self.head = loaded.head.to(self.device)
-        self.uncertainty = None if loaded.uncertainty is None else loaded.uncertainty.to(self.device)
-        self.theta_map = None if loaded.theta_map is None else loaded.theta_map.to(self.device)
-        self.lengths = None if loaded.lengths is None else loaded.lengths.to(self.device)
-        self.usage_width = 0 if self.lengths is None else self.lengths.outputs + 1  # of the outputs, for ExpectedUsage
-        self.width = self.head.width + (0 if self.uncertainty is None else len(self.models)) + self.usage_width
-        if self.lengths is not None:
-            self._around = len(self.encoder.encode(["a"])[0]) - 1  # tokens of the template
-            self._observed = np.array([name in self.lengths.tokens.models for name in self.models])
+        template = 0 if loaded.lengths is None else len(self.encoder.encode(["a"])[0]) - 1
+        layers = OutputLayers(loaded, self.device, self.backbone.norm, self.backbone.eps, template)
+        self._layers, self.width, self.usage_width = layers, layers.width, layers.usage_width
+        self.head, self.uncertainty = layers.head, layers.uncertainty
+        self.theta_map, self.lengths = layers.theta_map, layers.lengths
         self.n_parameters = sum(weight.numel() for weight in loaded.weights.values())
         self._graphs: Graphs | None = None
         self._fused_up_to = 0  # prompts: what the warm-up finds
@@ -163,24 +159,9 @@ class Engine:
         return np.asarray(outputs)
 
     def outputs(self, hidden: Tensor) -> Tensor:
-        """The outputs [n, K] float32 for hidden states [n, D] of this engine's backbone: the head's (see ``Head.split``), its
-        theta through the checkpoint's map where it has one, then the M deviations of theta where the checkpoint has an
-        uncertainty, then what answers are expected to take where it has lengths. K is ``width``, of which the last is each
-        prompt's number of tokens, added by ``forward`` and ``stream``, where the checkpoint has lengths."""
-        norm, eps = self.backbone.norm, self.backbone.eps
-        out, slope = self.head(hidden, norm, eps), None
-        if self.theta_map is not None:
-            theta, slope = self.theta_map.with_slope(out[:, : self.head.n_models])
-            out[:, : self.head.n_models] = theta
-        if self.uncertainty is None and self.lengths is None:
-            return out
-        parts, normed = [out], after_norm(hidden, norm, eps)
-        if self.uncertainty is not None:
-            deviation = self.uncertainty.deviation(normed)
-            parts.append(deviation if slope is None else deviation * slope)
-        if self.lengths is not None:
-            parts.append(self.lengths(normed))
-        return torch.cat(parts, 1)
+        """The outputs [n, K] float32 for hidden states [n, D] of this engine's backbone: see ``OutputLayers``. K is ``width``;
+        where the checkpoint has lengths one less, as ``forward`` and ``stream`` add each prompt's number of tokens."""
+        return self._layers(hidden)
 
     def outputs_and_win_rates(self, hidden: Tensor, q: Tensor, fused: bool | None = None) -> tuple[Tensor, Tensor]:
         """The head's outputs, without deviations, and the win rates v [n, M] float32 against q [M] float32, by Triton kernels.
@@ -314,26 +295,19 @@ class Engine:
 
     def _launch(self, rows: npt.NDArray[np.intp], tokens: list[Tokens], stage: Stage | None = None) -> InFlightBatch:
         if stage is None and self._graphs is not None and (done := self._graphs.run(tokens)) is not None:
-            return InFlightBatch(rows, done.tokens, (self._with_counts(torch.from_numpy(done.outputs), tokens),))
+            return InFlightBatch(rows, done.tokens, (self._layers.with_counts(torch.from_numpy(done.outputs), tokens),))
         on_gpu = self.device.type == "cuda"
         packed = Packed.of(tokens, self.backbone.prefix, pin=on_gpu)
         computed = sum(packed.lengths)
         with torch.inference_mode(), self._on_device():
             hidden = self.backbone(packed.to(self.device))
-            results = (self._with_counts(self.outputs(hidden), tokens),) if stage is None else stage(hidden, rows)
+            results = (self._layers.with_counts(self.outputs(hidden), tokens),) if stage is None else stage(hidden, rows)
             if not on_gpu:
                 return InFlightBatch(rows, computed, results)
             copies = tuple(torch.empty(r.shape, dtype=r.dtype, pin_memory=True).copy_(r, non_blocking=True) for r in results)
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(self.device))
         return InFlightBatch(rows, computed, copies, packed, event)
-
-    def _with_counts(self, outputs: Tensor, tokens: Sequence[Tokens]) -> Tensor:
-        """Outputs with each prompt's number of tokens, without the template's, where the checkpoint has lengths."""
-        if self.lengths is None:
-            return outputs
-        counts = torch.tensor([[max(len(ids) - self._around, 0)] for ids in tokens], dtype=torch.float32)
-        return torch.cat([outputs, counts.to(outputs.device)], 1)
 
     def _on_device(self) -> AbstractContextManager[object]:
         """Makes the engine's device the thread's current one, which Triton and new streams use."""
@@ -352,12 +326,4 @@ class Engine:
     def split(self, out: npt.NDArray[np.float32]) -> Coefficients:
         """Outputs [n, K] as coefficients, which may hold numbers that are not finite. Where they end before the numbers of
         ``ExpectedUsage``, there is no usage."""
-        theta, eta = self.head.split(out)
-        eta, m, end = None if eta is None else eta.copy(), len(self.models), self.head.width
-        deviation = usage = None
-        if self.uncertainty is not None:
-            deviation, end = np.ascontiguousarray(out[:, end : end + m]), end + m
-        if self.lengths is not None and out.shape[1] == self.width:
-            seconds = None if self.lengths.seconds is None else np.ascontiguousarray(out[:, end + m : end + 2 * m])
-            usage = ExpectedUsage(out[:, -1].copy(), np.ascontiguousarray(out[:, end : end + m]), seconds, self._observed)
-        return Coefficients(np.ascontiguousarray(theta), eta, self.models, self.feedback, deviation, usage)
+        return self._layers.split(out)

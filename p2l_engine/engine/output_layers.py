@@ -1,0 +1,71 @@
+"""What follows the backbone: hidden states to outputs, and outputs to coefficients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from p2l_engine.backbone.head import after_norm
+from p2l_engine.backbone.packing import Tokens
+from p2l_engine.checkpoint import Checkpoint
+from p2l_engine.coefficients import Coefficients, ExpectedUsage
+
+
+class OutputLayers:
+    """The head of a checkpoint, and the map of theta, its uncertainty and expected lengths, each None where there is none.
+
+    Outputs [n, K] float32 are the head's (see ``Head.split``), its theta through the map, then the M deviations of theta, then
+    what answers are expected to take, and last each prompt's number of tokens, where there are lengths. ``width`` is K,
+    ``usage_width`` what the last two take of it. norm, eps: of the backbone's last RMSNorm, None where it applies that itself.
+    template: the number of the chat template's tokens.
+    """
+
+    def __init__(self, loaded: Checkpoint, device: torch.device, norm: Tensor | None, eps: float, template: int) -> None:
+        self.models, self.feedback, self.norm, self.eps, self.template = loaded.models, loaded.feedback, norm, eps, template
+        self.head = loaded.head.to(device)
+        self.uncertainty = None if loaded.uncertainty is None else loaded.uncertainty.to(device)
+        self.theta_map = None if loaded.theta_map is None else loaded.theta_map.to(device)
+        self.lengths = None if loaded.lengths is None else loaded.lengths.to(device)
+        self.usage_width = 0 if self.lengths is None else self.lengths.outputs + 1
+        self.width = self.head.width + (0 if self.uncertainty is None else len(self.models)) + self.usage_width
+        if self.lengths is not None:
+            self._observed = np.array([name in self.lengths.tokens.models for name in self.models])
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """The outputs for hidden states [n, D], without the numbers of tokens."""
+        out, slope = self.head(hidden, self.norm, self.eps), None
+        if self.theta_map is not None:
+            theta, slope = self.theta_map.with_slope(out[:, : self.head.n_models])
+            out[:, : self.head.n_models] = theta
+        if self.uncertainty is None and self.lengths is None:
+            return out
+        parts, normed = [out], after_norm(hidden, self.norm, self.eps)
+        if self.uncertainty is not None:
+            deviation = self.uncertainty.deviation(normed)
+            parts.append(deviation if slope is None else deviation * slope)
+        if self.lengths is not None:
+            parts.append(self.lengths(normed))
+        return torch.cat(parts, 1)
+
+    def with_counts(self, outputs: Tensor, tokens: Sequence[Tokens]) -> Tensor:
+        """Outputs with each prompt's number of tokens, without the template's, where there are lengths."""
+        if self.lengths is None:
+            return outputs
+        counts = torch.tensor([[max(len(ids) - self.template, 0)] for ids in tokens], dtype=torch.float32)
+        return torch.cat([outputs, counts.to(outputs.device)], 1)
+
+    def split(self, out: npt.NDArray[np.float32]) -> Coefficients:
+        """See ``Engine.split``."""
+        theta, eta = self.head.split(out)
+        eta, m, end = None if eta is None else eta.copy(), len(self.models), self.head.width
+        deviation = usage = None
+        if self.uncertainty is not None:
+            deviation, end = np.ascontiguousarray(out[:, end : end + m]), end + m
+        if self.lengths is not None and out.shape[1] == self.width:
+            seconds = None if self.lengths.seconds is None else np.ascontiguousarray(out[:, end + m : end + 2 * m])
+            usage = ExpectedUsage(out[:, -1].copy(), np.ascontiguousarray(out[:, end : end + m]), seconds, self._observed)
+        return Coefficients(np.ascontiguousarray(theta), eta, self.models, self.feedback, deviation, usage)
