@@ -16,8 +16,7 @@ prompts are measured the log-loss of its votes against every other model, and th
 highest coefficient. Compared: one number for the model, added to the mean of the other models' coefficients (offset); ridge
 regression on hidden states from scratch; the votes on the nearest prompts (knn); the whole head fitted again to all votes,
 those on the other models included (retrained); adapt, where the votes on a prompt weigh one together, as the command has it for
-scores; adapt where each vote weighs one (apart: from 1,000 votes on, of which many are on the same prompts); adapt with a
-Gaussian process on the votes' prompts added to it (residual: of the first draw).
+scores; adapt with a Gaussian process on the votes' prompts added to it (residual: of the first draw).
 """
 
 from __future__ import annotations

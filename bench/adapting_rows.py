@@ -23,7 +23,6 @@ NAMED = {
     "ridge": (YELLOW, "ridge from scratch"),
     "knn": ("#7a9e3b", "nearest votes"),
     "retrained": (GREY, "head retrained"),
-    "apart": ("#CC79A7", "adapt, each vote by itself"),
     "residual": ("#56B4E9", "adapt with a residual"),
 }
 

@@ -25,7 +25,6 @@ OLD_VOTES = 10  # on the other models, for each prompt
 RIDGES = (100.0, 300.0, 1000.0, 3000.0)  # of the head's training, on standardised hidden states
 DIRECTIONS = 200  # of ridge regression from scratch, at most
 NEIGHBOURS = 40
-OFTEN = 1000  # votes: from here on, many are on the same prompts
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,9 +159,6 @@ def compared(task: Task, n: int, seed: int, retrain: bool, residual: bool = Fals
     once = replace(votes, weight=1 / np.bincount(votes.prompt)[votes.prompt])  # as the command has it for scores
     adapted = adapt(task.head, task.models[:-1], task.feedback, once, task.train.astype(np.float32), new)
     found["adapt"] = figures(task, *outputs(adapted.head, task.test_states))
-    if n >= OFTEN:
-        apart = adapt(task.head, task.models[:-1], task.feedback, votes, task.train.astype(np.float32), new)
-        found["apart"] = figures(task, *outputs(apart.head, task.test_states))
     known, known_eta = outputs(task.head, task.train)
     middle = known.mean(1)
     base = np.concatenate([known, middle[:, None]], 1)

@@ -16,7 +16,7 @@ from scipy.sparse.linalg import svds
 Float64 = npt.NDArray[np.float64]
 
 RANK = 128
-SHRUNK = 0.5  # deviation of a new row along those of the head's rows, relative to theirs, which their own errors widen
+SHRUNK = 0.7  # deviation of a new row along those of the head's rows, relative to theirs, which their own errors widen
 SMALLEST = 1e-8  # of a direction's variance, relative to the largest: below it is rounding
 LEAST_DEVIATION = 0.1  # of theta, of what a prior leaves open
 
