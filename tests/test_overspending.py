@@ -24,7 +24,7 @@ def spent(value, costs, real, budget):
     return float((found.probabilities * np.take_along_axis(real, found.indices, 1)).sum(1).mean())
 
 
-@settings(max_examples=8)
+@settings(max_examples=4)
 @given(st.integers(0, 2**32 - 1), st.floats(0, 1), st.floats(0.5, 3))
 def test_the_divided_budget_is_kept(seed, noise, level):
     value, expected, real = world(seed, noise=noise, level=level)
