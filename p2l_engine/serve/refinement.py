@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 from p2l_engine.learning.learner import Learner
 
-OLDEST = 600.0  # seconds after which the optimum is found again, however few votes are new,
-RARELY = 20.0  # or so many times as long as that took last
+OLDEST = 10.0  # seconds after which the optimum is found again, however few votes are new,
+RARELY = 20.0  # or so many times as long as that took last, if that is more: at most a twentieth of a core
 NICE = 10  # where threads have a priority of their own (Linux)
 
 logger = logging.getLogger(__name__)
