@@ -425,7 +425,7 @@ def test_large_files_are_hashed_once(tmp_path, monkeypatch):
     file.write_text('{"prompt": "a"}\n')
     monkeypatch.setattr(module, "SETTLED", -(10**18))  # as if it had been written long ago
     found = module.contents(find([file]))
-    monkeypatch.setattr(module, "sha256", lambda _: "again")
+    monkeypatch.setattr(module, "sha256", lambda *_: "again")
     assert module.contents(find([file]), found) == found
     shutil.copy(file, tmp_path / "copy.jsonl")
     assert module.contents(find([tmp_path / "copy.jsonl"]), found)[0].digest == "again"
