@@ -22,8 +22,8 @@ def calibration_error(top: Float64, hit: Float64, weight: Float64, resampled: Re
 
     Taken from few votes the distances of a perfectly calibrated predictor add up too: chance has no sign. The figure is the
     error under which the plain sum would be a median, and its interval holds the errors under which the sum would lie between
-    the quantiles of ``level``: of errors divided over the bins as they were found, plus the bootstrap's deviations of either
-    sign.
+    the quantiles of ``level``: of errors divided over the bins as they were found, none below its standard error, plus the
+    bootstrap's deviations of either sign.
     """
     total, place = resampled.sums(weight), bin_of(top, BINS)
     if not total[0] > 0:
@@ -37,7 +37,8 @@ def calibration_error(top: Float64, hit: Float64, weight: Float64, resampled: Re
     chance = (gaps[1:] - gaps[0]) / np.sqrt(weights.expected)
     chance = np.concatenate([chance, -chance])
     heavier = float(student(level, weights.effective - 1) / student(level, MANY))
-    part = gaps[0] / plain if plain > 0 else np.full(gaps.shape[1], 1 / gaps.shape[1])
+    part = np.copysign(np.maximum(np.abs(gaps[0]), np.sqrt((chance**2).mean(0))), gaps[0])
+    part = part / np.abs(part).sum() if part.any() else np.full(gaps.shape[1], 1 / gaps.shape[1])
     value = _error_at(plain, part, chance, 0.5)
     low = min(_error_at(plain, part, heavier * chance, (1 + level) / 2), value)
     high = max(_error_at(plain, part, heavier * chance, (1 - level) / 2), value)
