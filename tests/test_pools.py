@@ -91,8 +91,13 @@ def test_a_pool_is_written_and_trained_on(tmp_path):
         ({"names": {"a": ["Z"]}}, "names, leave_out: expected models of the sources, found none named Z"),
         ({"leave_out": ["z"]}, "found none named z"),
         ({"names": {"a": ["b"], "c": ["b"]}}, "names: expected each name of a source once, got twice b"),
-        ({"names": {"a": ["b"]}}, "one.csv: row 1: a second score of 'a' on the same prompt of one"),
+        ({"names": {"a": ["b"]}}, "one.csv: row 1: a second score of 'a' on the same prompt"),
         ({"sources": {"one": {"path": "none.csv", **ORIGIN}}}, "none.csv"),
+        ({"sources": {"one": {"path": "blank.csv", **ORIGIN}}}, "blank.csv: row 1: prompt: empty"),
+        (
+            {"sources": {"one": {"path": "endless.csv", **ORIGIN}}},
+            "endless.csv: row 0: score: expected a finite number",
+        ),
         ({"sources": {}}, "sources: "),
         ({"prices": {}}, "prices: "),
         ({"sources": {"one": {"path": "one.csv", "within": ["judge"], **ORIGIN}}}, "expected the columns judge"),
@@ -100,6 +105,8 @@ def test_a_pool_is_written_and_trained_on(tmp_path):
 )
 def test_what_is_wrong_in_a_pool_is_named(tmp_path, change, message):
     pooled(tmp_path, **change)
+    written(tmp_path / "blank.csv", [("p", "", "a", 1), (" ", "", "b", 1)])
+    written(tmp_path / "endless.csv", [("p", "", "a", "inf"), ("p", "", "b", 1)])
     result = CliRunner().invoke(
         sources.app, [str(tmp_path / "pool.yaml"), "--data", str(tmp_path), "-o", str(tmp_path / "o.parquet")]
     )

@@ -11,10 +11,11 @@ import json
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import typer
@@ -26,7 +27,7 @@ from p2l_engine.tables.atomic import write_file
 from p2l_engine.tables.turns import cell_turns
 from p2l_engine.tables.whole import read_table
 from p2l_engine.unique_keys import parsed
-from p2l_engine.votes.cells import number
+from p2l_engine.votes.scores import SCORES, score_matrix
 
 COLUMNS = ("prompt", "task", "model", "score", "source")
 
@@ -101,31 +102,28 @@ def pool(options: Pool, data: Path) -> tuple[list[ScoreRow], dict[str, int]]:
 def _rows(name: str, source: SourceOptions, data: Path, canonical: Mapping[str, str], seen: set[str]) -> list[ScoreRow]:
     """The rows of one source. Adds the names of its models, as it has them, to ``seen``."""
     table = read_table(data / source.path, {*COLUMNS[:4], *source.within}).with_numbers_as_text({"prompt"})
-    if missing := [column for column in ("prompt", "model", "score", *source.within) if column not in table.columns]:
+    if missing := [column for column in (*SCORES, *source.within) if column not in table.columns]:
         raise ValueError(f"{table.shown}: expected the columns {', '.join(missing)}; it has {', '.join(table.names)}")
-    tasks = table.columns.get("task", [None] * len(table))
-    within = [table.columns[column] for column in source.within]
-    found: dict[tuple[tuple[str, ...], str, str], ScoreRow] = {}
-    turns: dict[Any, tuple[str, ...]] = {}
-    for i in range(len(table)):
-        cell, model, score = table.columns["prompt"][i], table.columns["model"][i], number(table.columns["score"][i])
-        if i in table.invalid or not isinstance(model, str) or score is None:
-            raise ValueError(f"{table.located(i)}: expected a prompt, the name of a model and a finite score")
-        seen.add(model)
-        if not isinstance(cell, str) or cell not in turns:
-            try:
-                parsed_cell = cell_turns(cell)
-            except ValueError as error:
-                raise ValueError(f"{table.located(i)}: {error}") from None
-            if isinstance(cell, str):
-                turns[cell] = parsed_cell
-        else:
-            parsed_cell = turns[cell]
-        group = "/".join([name, *(str(column[i]) for column in within)])
-        row = ScoreRow(parsed_cell, f"{name}/{tasks[i]}" if tasks[i] else name, canonical.get(model, model), score, group)
-        if found.setdefault((row.prompt, row.model, group), row) is not row:
-            raise ValueError(f"{table.located(i)}: a second score of {row.model!r} on the same prompt of {group}")
-    return list(found.values())
+    given = table.columns["model"]
+    seen.update(model for model in given if isinstance(model, str))
+    table = replace(table, columns={**table.columns, "model": [canonical.get(model, model) for model in given]})
+    groups: dict[str, list[int]] = {}
+    for i, values in enumerate(zip([name] * len(table), *(table.columns[column] for column in source.within), strict=True)):
+        groups.setdefault("/".join(map(str, values)), []).append(i)
+    found = []
+    for group, of in groups.items():
+        part = table.take(of)
+        prompts, models, scores = score_matrix(part, complete=False)
+        kinds = part.columns.get("task", [None] * len(part))
+        tasks = {
+            cell_turns(cell): f"{name}/{kind}" if kind else name
+            for cell, kind in zip(part.columns["prompt"], kinds, strict=True)
+        }
+        found += [
+            ScoreRow(prompts[p], tasks[prompts[p]], models[m], float(scores[p, m]), group)
+            for p, m in np.argwhere(np.isfinite(scores)).tolist()
+        ]
+    return found
 
 
 def _connected(rows: list[ScoreRow], least: int) -> tuple[list[ScoreRow], dict[str, int]]:
@@ -191,7 +189,8 @@ def main(
     """Pools score tables of several sources into one table to train on."""
     try:
         options = Pool.load(definition)
-        rows, left_out = pool(options, data)
+        with Console(stderr=True).status(f"reading {len(options.sources)} sources"):
+            rows, left_out = pool(options, data)
         write(rows, output)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
