@@ -42,11 +42,10 @@ class Process:
         self.process = subprocess.Popen(
             self.command, stdout=self._output, stderr=subprocess.STDOUT, env=self._environment, cwd=self._folder
         )
-        try:
+        with contextlib.ExitStack() as unless_ready:
+            unless_ready.callback(self.kill)
             self._wait()
-        except BaseException:
-            self.kill()
-            raise
+            unless_ready.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

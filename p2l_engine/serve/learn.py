@@ -317,11 +317,11 @@ class OnlineLearning:
         self._saved = time.monotonic()
 
     def _save(self) -> None:
-        self._changed = False
+        self._changed, saved = False, False  # before: an update meanwhile is to be saved too
         last = {"number": self._number, "decision": self._decision}
         notes: dict[str, Any] = {**last, "reference": self._reference, "learned": self.learned}
         try:
             self._state.save(self._learner, {**notes, "skipped": dict(self.skipped)})
-        except BaseException:
-            self._changed = True
-            raise
+            saved = True
+        finally:
+            self._changed = self._changed or not saved

@@ -183,11 +183,13 @@ class SharedSessions(SessionMemory):
                 found = sorted(answers.items(), key=itemgetter(0))
                 connection.execute(PUT_KEPT, [{"id": of, "deployment": k.deployment, "tokens": k.tokens} for of, k in found])
 
+        written = False
         try:
             await self._in_thread(write)
-        except BaseException:
-            self._prefixes, self._answers = prefixes | self._prefixes, answers | self._answers
-            raise
+            written = True
+        finally:
+            if not written:  # later, below what is newer
+                self._prefixes, self._answers = prefixes | self._prefixes, answers | self._answers
 
     async def _read(self) -> None:
         own = {"since": self._since - OVERLAP, "seconds": self.seconds, "own": self._own, "most": self.most}

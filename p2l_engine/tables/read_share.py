@@ -11,7 +11,7 @@ Told = Callable[[float], object]  # called with how much was read, 0 to 1
 
 
 def untold(_: float) -> None:
-    """Called where nobody waits for it."""
+    """Does nothing, for callers without a progress bar."""
 
 
 class ReadShare:
