@@ -56,6 +56,14 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
+def command_of(process: psutil.Process) -> str:
+    """Nothing where it has ended."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
+
+
 def config(models: Any, provider: str, **serve: Any) -> settings.Config:
     entries = {name: {**PRICE, "provider": {"base_url": provider, "model": name, "api": "responses"}} for name in models}
     return settings.parse({"models": entries, "serve": serve})
@@ -156,7 +164,7 @@ def test_fronts_share_engines_limits_and_sessions(serve_cluster, engine, url):
             assert float(provider.bill.total) <= 0.05
 
             # An engine that is killed takes nothing with it.
-            killed = [p for p in psutil.Process().children(recursive=True) if "EngineReplica" in " ".join(p.cmdline())]
+            killed = [p for p in psutil.Process().children(recursive=True) if "EngineReplica" in command_of(p)]
             assert len(killed) == 2
             killed[0].kill()
             decided = await asyncio.gather(*(post("/v1/route", {"input": f"new {i}"}) for i in range(20)))

@@ -7,6 +7,8 @@ import gzip
 import io
 import json
 import sys
+import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
@@ -527,3 +529,35 @@ def test_names_of_the_hub_are_looked_up(name, monkeypatch):
 def test_each_format_has_a_reader():
     for each in FORMATS.values():
         assert all(callable(getattr(each.reader, name)) for name in ("schema", "rows", "values"))
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "refused"),
+    [
+        ("in.csv", b"prompt\na\nb\n", None),
+        ("in.csv", b'prompt,note\nhi,"open', "not closed"),
+        ("in.csv.gz", gzip.compress(b"prompt\n" + b"a\n" * 200_000)[:-4], "ended before"),
+    ],
+)
+def test_a_csv_file_is_not_read_any_more_once_its_reader_has_ended(name, data, refused, tmp_path, monkeypatch):
+    """Arrow reads ahead in a thread; a process that ends while that thread waits for Python aborts with status 134."""
+    handles = []
+
+    class Handle(tables_csv._Handle):
+        def __init__(self, read):
+            def slowly(size):
+                time.sleep(0.02)
+                return read(size)
+
+            super().__init__(slowly)
+            handles.append(weakref.ref(self))
+
+    monkeypatch.setattr(tables_csv, "_Handle", Handle)
+    (tmp_path / name).write_bytes(data)
+    try:
+        read_table(str(tmp_path / name), ["prompt"])
+    except (ValueError, EOFError) as error:
+        assert refused in str(error)
+        assert handles[0]() is None
+    assert len(handles) == 1
+    assert handles[0]() is None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import re
+import threading
+import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -163,23 +165,30 @@ class _Parser:
         with _text(self.file) as (opened, raw):
             watch = self._check_quotes if self.file.csv_escape is None else None
             stream = _WithLastLine(opened, f"\n{','.join([END] * len(self.names))}\n", watch)
-            batches = pa.csv.open_csv(
-                pa.PythonFile(stream, "r"),
-                read_options=pa.csv.ReadOptions(block_size=piece, use_threads=False),  # with threads, rows have no numbers
-                parse_options=pa.csv.ParseOptions(newlines_in_values=True, invalid_row_handler=self._on_invalid),
-                convert_options=convert,
-            )
-            first, text, self.skipped = 0, "", 0
-            for batch in batches:
-                table = pa.Table.from_batches([batch])
-                last = [value for column in table[-1:].columns for value in column_values(column) if isinstance(value, str)]
-                text, ended = ",".join(last), last[:1] == [END]
-                table = table[:-1] if ended else table
-                if ended or END not in text:
-                    yield first, table, self.file.share(raw)
-                first += len(table)
-                if ended:
-                    return
+            handle, released, batches = _Handle(stream.read), threading.Event(), None
+            weakref.finalize(handle, released.set)
+            try:
+                batches = pa.csv.open_csv(
+                    pa.PythonFile(handle, "r"),
+                    read_options=pa.csv.ReadOptions(block_size=piece, use_threads=False),  # with threads, rows have no numbers
+                    parse_options=pa.csv.ParseOptions(newlines_in_values=True, invalid_row_handler=self._on_invalid),
+                    convert_options=convert,
+                )
+                first, text, self.skipped = 0, "", 0
+                for batch in batches:
+                    table = pa.Table.from_batches([batch])
+                    last = [value for column in table[-1:].columns for value in column_values(column) if isinstance(value, str)]
+                    text, ended = ",".join(last), last[:1] == [END]
+                    table = table[:-1] if ended else table
+                    if ended or END not in text:
+                        yield first, table, self.file.share(raw)
+                    first += len(table)
+                    if ended:
+                        return
+            finally:
+                stream.stopped = True
+                del handle, batches
+                released.wait()  # Arrow reads ahead in a thread: if Python ended meanwhile, the process would abort
         raise ValueError(f"{self.file.shown}: {_unclosed(first + self.skipped - 1, text.partition(END)[0])}")
 
     def _check_quotes(self) -> None:
@@ -206,7 +215,18 @@ class _Parser:
         return "error"
 
 
-class _WithLastLine(io.RawIOBase):
+@dataclass(slots=True, weakref_slot=True, eq=False)
+class _Handle:
+    """A stream, as Arrow holds it until it reads no more. An error in ``read`` keeps the frames of ``read``, but not this."""
+
+    read: Callable[[int], bytes]
+    closed: bool = False
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class _WithLastLine:
     """A stream, and then one more line: where Arrow does not find it as a row, the file ends within quotes. watch: called where
     there may be escaped quotes.
 
@@ -217,11 +237,11 @@ class _WithLastLine(io.RawIOBase):
     def __init__(self, stream: Any, line: str, watch: Callable[[], None] | None = None) -> None:
         self.stream, self.line, self.held, self.watch = stream, line.encode(), b"", watch
         self.last = b""
+        self.stopped = False  # nothing more is needed
 
-    def readable(self) -> bool:
-        return True
-
-    def read(self, size: int) -> bytes:  # type: ignore[override]
+    def read(self, size: int) -> bytes:
+        if self.stopped:
+            return b""
         data = bytearray(self.held)
         while len(data) < size and (more := self.stream.read(size - len(data))):
             data += more
