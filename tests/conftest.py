@@ -57,7 +57,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if given != "random" and not (given.isdecimal() and int(given) < 2**32):
         raise pytest.UsageError(f"--seed: expected 0 to 2**32 - 1, or random, got {given!r}")
     config.option.seed = secrets.randbits(32) if given == "random" else int(given)
-    if config.getoption("dist", "no") == "loadgroup" and not hasattr(pytest.Item, "_nodeid"):  # where pytest-xdist 3.8 writes groups
+    if config.getoption("dist", "no") == "loadgroup" and not hasattr(pytest.Item, "_nodeid"):  # into which xdist writes
         raise pytest.UsageError(f"pytest {pytest.__version__}: pytest-xdist would group no tests; install constraints.txt")
     os.environ["P2L_TEST_SEED"] = str(config.option.seed)  # for processes that tests start
     if getattr(config.option, "hypothesis_seed", None) is None:
