@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from scipy.spatial.distance import cdist
 from scipy.stats import binom
 
+from p2l_engine.bootstrap import student
 from p2l_engine.coefficients import Coefficients
 from p2l_engine.feedback import feedback_model
 from p2l_engine.learning import drift
@@ -192,6 +193,19 @@ def test_errors_of_gains_are_those_of_redrawn_sessions(rng):
         gains.append((values[40:].mean(0) - values[:40].mean(0), parts.errors(values)))
     spread = np.std([gain for gain, _ in gains], 0)
     np.testing.assert_allclose(np.mean([error for _, error in gains], 0), spread, rtol=0.15)
+
+
+def test_a_few_long_sessions_leave_a_gain_uncertain(rng):
+    """With a degree of freedom for each session, 82% of the intervals would hold the truth, which is 0."""
+    n, held = 200, 0
+    for _ in range(n):
+        early, late = (np.repeat(np.arange(k, k + 20), np.minimum(rng.zipf(1.7, 20), 80)) for k in (0, 20))
+        number = np.concatenate([early, late])
+        shown = (rng.normal(size=40)[number] + rng.normal(0, 0.7, len(number)))[:, None]
+        parts = drift.Parts.of(early, late)
+        gain = shown[len(early) :].mean() - shown[: len(early)].mean()
+        held += abs(gain) <= student(0.95, parts.freedom()) * parts.errors(shown)[0]
+    assert held >= binom.ppf(0.0005, n, 0.95)
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))

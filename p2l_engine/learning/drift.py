@@ -17,7 +17,7 @@ from scipy.spatial.distance import cdist
 from scipy.special import expit
 from scipy.stats import f as f_distribution
 
-from p2l_engine.bootstrap import LEVEL, student
+from p2l_engine.bootstrap import LEVEL, effective, student
 from p2l_engine.coefficients import Coefficients
 from p2l_engine.evaluation.metrics import Prediction
 from p2l_engine.learning.candidates import Candidate, Design
@@ -98,6 +98,12 @@ class Parts:
             row[both] ^= np.repeat(rng.random(len(both) // 2) < 0.5, 2)
         return labels
 
+    def freedom(self) -> float:
+        """The degrees of freedom of ``errors``: the effective sessions of the period with fewer of them, less one. A few long
+        sessions say as little about their own spread as about the mean."""
+        sizes = np.bincount(self.of_prompt)
+        return max(min(effective(sizes[self.late == late]) for late in (False, True)) - 1, 0.5)
+
     def errors(self, shown: Float64) -> Float64:
         """[M]: the standard errors of late means less early ones, of values [N, M], over sessions."""
         late = self.late[self.of_prompt]
@@ -129,7 +135,7 @@ def change(
     distance, p_change = _energy(level[some], parts.of_prompt[some], labels)
     shown = theta if before.feedback.of_values else win_rates(theta)
     moved, p_gain = _gains(shown, parts.of_prompt, labels)
-    half = float(student(LEVEL, min(parts.counts) - 1)) * parts.errors(shown)
+    half = float(student(LEVEL, parts.freedom())) * parts.errors(shown)
     found = [
         Gain(name, float(moved[m]), float(moved[m] - half[m]), float(moved[m] + half[m]), float(p_gain[m]))
         for m, name in enumerate(before.models)
