@@ -283,6 +283,24 @@ def test_ties_alone_are_refused():
             calibrate(c, replace(votes, outcome=np.full_like(votes.outcome, outcome)))
 
 
+def test_coefficients_that_are_not_finite_are_named():
+    c, votes = world("grk", 60, 3)
+    for name, value in (("theta", np.nan), ("theta", np.inf), ("eta", -np.inf)):
+        wrong = getattr(c, name).copy()
+        wrong[7] = value
+        with pytest.raises(ValueError, match=rf"c: expected finite coefficients, got {name} .*{value}.* for prompt 7"):
+            calibrate(replace(c, **{name: wrong}), votes)
+
+
+def test_where_theta_has_too_few_values_to_bend_another_map_is_chosen():
+    c, votes = world("bt", 40, 3, models=2)
+    c = replace(c, theta=c.theta * np.float32(1e-30))  # all different, but not by more than rounding
+    _, report = calibrate(c, votes, ("none", "isotonic"), bootstrap=2)
+    assert [of.candidate for of in report.candidates] == ["none"]
+    with pytest.raises(ValueError, match="isotonic: expected theta of at least three different values"):
+        calibrate(c, votes, ("isotonic",))
+
+
 def test_votes_on_other_models_are_left_out_and_counted():
     _, votes = world("bt", 100, 3)
     models = ("new", "model-003", "model-001", "model-002")

@@ -14,7 +14,7 @@ from p2l_engine.evaluation.metrics import Prediction, calibration, difference, f
 from p2l_engine.evaluation.resampled import Resampled
 from p2l_engine.feedback import FeedbackModel, Outcome
 from p2l_engine.learning.candidates import KINDS as KINDS
-from p2l_engine.learning.candidates import CoefficientMap, candidates
+from p2l_engine.learning.candidates import CoefficientMap, candidates, knots_of, shown
 from p2l_engine.learning.candidates import Kind as Kind
 from p2l_engine.learning.crossed import Crossed
 from p2l_engine.learning.newton import errors
@@ -114,7 +114,8 @@ def calibrate(
         c, votes = c.rows(np.unique(votes.prompt[some])), votes.where(some)
     conversation = _checked(votes)
     fold = folds(votes, FOLDS, seed)
-    wanted = tuple(one for one in candidates(kinds) if one.kind != "isotonic" or len(np.unique(c.theta)) > len(c.models))
+    bends = kinds == ("isotonic",) or len(knots_of(shown(c, votes))) >= 3
+    wanted = tuple(one for one in candidates(kinds) if one.kind != "isotonic" or bends)
     crossed = Crossed(wanted, c, votes, fold, conversation, progress)
     best, judged = crossed.judged()
     design, x = crossed.designs[best], crossed.at[best]
@@ -137,6 +138,10 @@ def _check_fit(c: Coefficients, votes: Votes) -> None:
         raise ValueError(
             f"c: expected coefficients of the votes' {len(votes.prompts)} prompts and models, got {len(c)} of {_some(c.models)}"
         )
+    for name, each in (("theta", c.theta), ("eta", c.eta)):
+        if each is not None and not np.isfinite(each).all():
+            first = tuple(np.argwhere(~np.isfinite(each))[0].tolist())
+            raise ValueError(f"c: expected finite coefficients, got {name} {each[first]} for prompt {first[0]}")
     if votes.are_values != c.feedback.of_values:
         raise ValueError(f"votes: expected {'values' if c.feedback.of_values else 'votes'} for {c.feedback.name}")
 

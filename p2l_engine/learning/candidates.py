@@ -88,6 +88,19 @@ class CoefficientMap:
         return self.offsets.get(model, self.shift)
 
 
+def shown(c: Coefficients, votes: Votes) -> Float64:
+    """The thetas that the votes are on."""
+    theta, paired = c.theta.astype(np.float64), votes.b >= 0
+    return np.concatenate([theta[votes.prompt, votes.a], theta[votes.prompt[paired], votes.b[paired]]])
+
+
+def knots_of(theta: Float64) -> Float64:
+    """The knots of an isotonic map: different quantiles of theta. It bends where there are three at least."""
+    found = np.unique(np.quantile(theta, np.linspace(0, 1, SEGMENTS + 1)))
+    apart: Float64 = found[np.append(True, np.diff(found) > 1e-6 * max(1.0, float(np.ptp(found))))]
+    return apart
+
+
 def piecewise(x: Float64, knots: Float64, values: Float64) -> Float64:
     """The map that is linear between its knots, and beyond them as next to them."""
     at = np.clip(np.searchsorted(knots, x, "right") - 1, 0, len(knots) - 2)
@@ -170,12 +183,11 @@ class Design:
 
     def _add_segments(self) -> Float64:
         """Columns for the slope of each segment; returns what no parameter changes [2, V]."""
-        shown = np.concatenate([self._a, self._b[self._paired > 0]])
-        knots = np.unique(np.quantile(shown, np.linspace(0, 1, SEGMENTS + 1)))
-        knots = knots[np.append(True, np.diff(knots) > 1e-6 * max(1.0, float(np.ptp(knots))))]
+        theta = np.concatenate([self._a, self._b[self._paired > 0]])
+        knots = knots_of(theta)
         if len(knots) < 3:
             raise ValueError("isotonic: expected theta of at least three different values on these votes")
-        self.knots, self.anchor = knots, float(np.median(shown))
+        self.knots, self.anchor = knots, float(np.median(theta))
         low, high = np.append(-np.inf, knots[1:-1]), np.append(knots[1:-1], np.inf)
         for i, (lo, hi) in enumerate(zip(low, high, strict=True)):
             before = np.clip(self.anchor, lo, hi)
