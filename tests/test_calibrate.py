@@ -292,6 +292,17 @@ def test_coefficients_that_are_not_finite_are_named():
             calibrate(replace(c, **{name: wrong}), votes)
 
 
+def test_weights_and_outcomes_that_are_none_are_refused():
+    c, votes = world("bt", 60, 3)
+    for wrong, message in (
+        ({"weight": np.full(len(votes), 1e300)}, r"weight: expected at most 1e\+09 for a vote"),
+        ({"weight": np.full(len(votes), np.inf)}, "weight: expected finite numbers"),
+        ({"outcome": np.full(len(votes), Outcome.TIE)}, "knows no ties"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            calibrate(c, replace(votes, **wrong))
+
+
 def test_where_theta_has_too_few_values_to_bend_another_map_is_chosen():
     c, votes = world("bt", 40, 3, models=2)
     c = replace(c, theta=c.theta * np.float32(1e-30))  # all different, but not by more than rounding

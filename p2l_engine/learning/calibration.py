@@ -13,6 +13,7 @@ from p2l_engine.coefficients import Coefficients
 from p2l_engine.evaluation.metrics import Prediction, calibration, difference, figures, of_values
 from p2l_engine.evaluation.resampled import Resampled
 from p2l_engine.feedback import FeedbackModel, Outcome
+from p2l_engine.learning import likelihood
 from p2l_engine.learning.candidates import KINDS as KINDS
 from p2l_engine.learning.candidates import CoefficientMap, candidates, knots_of, shown
 from p2l_engine.learning.candidates import Kind as Kind
@@ -144,6 +145,7 @@ def _check_fit(c: Coefficients, votes: Votes) -> None:
             raise ValueError(f"c: expected finite coefficients, got {name} {each[first]} for prompt {first[0]}")
     if votes.are_values != c.feedback.of_values:
         raise ValueError(f"votes: expected {'values' if c.feedback.of_values else 'votes'} for {c.feedback.name}")
+    likelihood.check(c.feedback, votes.outcome, votes.weight)
 
 
 def _checked(votes: Votes) -> npt.NDArray[np.int64]:
