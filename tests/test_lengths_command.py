@@ -211,3 +211,37 @@ def test_figures_of_each_models_mean_are_right(rng, tmp_path):
     assert report.models["alpha"].mean == pytest.approx(votes.outcome[votes.a == 0].mean())
     again = length_report("tokens", hidden, votes, bootstrap=100)
     assert again == report
+
+
+PRICED = "models: {" + ", ".join(
+    f"{name}: {{usd_per_m_in: 1, usd_per_m_out: {price}, tokens_in: 9, tokens_out: 9}}"
+    for name, price in zip(MODELS, (1, 4, 1, 8, 2), strict=True)
+) + "}\n"  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_budget_that_is_kept_is_said(source, rng, tmp_path):
+    (catalog := tmp_path / "catalog.yaml").write_text(PRICED)
+    log, figures = table(tmp_path / "log.csv", [*answers(rng), ("hello", "alpha", 7, 1)]), tmp_path / "figures.json"
+    given = ("lengths", str(source), "--log", log, "--budget", "0.0002", "--catalog", str(catalog), "--bootstrap", "2")
+    ended = p2l_engine(*given, "-o", str(tmp_path / "new"), "--json", str(figures))
+    assert ended.status == 0, ended.err
+    found = json.loads(figures.read_text())["budget"]
+    assert (found["prompts"], found["models"]) == (50, ["alpha", "beta", "delta"])  # all answered
+    assert found["holds"] == pytest.approx(0.0002 / found["factor"])
+    assert "a budget of 0.0002 over a batch is kept" in ended.message
+
+
+def test_a_budget_that_cannot_be_judged_is_refused_before_the_work(source, rng, tmp_path):
+    (catalog := tmp_path / "catalog.yaml").write_text(PRICED)
+    log = table(tmp_path / "log.csv", answers(rng))
+    apart = table(tmp_path / "apart.csv", [(f"{name} {row}", name, *more) for row, name, *more in answers(rng)])
+    for options, message in (
+        (("--log", log, "--budget", "0"), "--budget: expected a number above 0"),
+        (("--log", log, "--catalog", str(catalog)), "expected --budget, which it is for"),
+        (("--log", log, "--budget", "1"), "catalog: expected prices for tokens"),
+        (("--log", apart, "--budget", "1", "--catalog", str(catalog)), "got 0 of alpha, beta, delta"),
+    ):
+        ended = p2l_engine("lengths", str(source), *options, "-o", str(tmp_path / "new"))
+        assert (ended.status, message in ended.message) == (2, True), ended.message
+        assert not (tmp_path / "new").exists()

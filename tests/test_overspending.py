@@ -8,6 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from p2l_engine import routing
+from p2l_engine.catalog import Catalog, CatalogModel
+from p2l_engine.chooser import Chooser
+from p2l_engine.coefficients import Coefficients, ExpectedUsage
+from p2l_engine.evaluation.spent import held_budget
+from p2l_engine.feedback import feedback_model
 
 
 def world(seed, n=60, m=4, noise=0.5, level=1.0):
@@ -40,6 +45,31 @@ def test_exact_costs_need_no_factor_and_costs_of_another_unit_their_ratio():
     value, _, real = world(0)
     assert routing.overspending(value, real, real, 2.0) == pytest.approx(1, abs=1e-6)
     assert routing.overspending(value, real / 3, real, 2.0) == pytest.approx(3, rel=1e-6)
+
+
+@settings(max_examples=4)
+@given(st.integers(0, 2**32 - 1), st.floats(0.5, 3))
+def test_a_routers_budget_is_kept_at_what_answers_really_cost(seed, level):
+    """Models without answers, and prompts that some have not answered, are left out; what the catalog says is a cost, too."""
+    rng, names = np.random.default_rng(seed), ("a", "b", "c", "unknown")
+    prices = {"a": (0.5, 1), "b": (0.5, 5), "c": (None, None), "unknown": (0.5, 9)}
+    chooser = Chooser(
+        names, feedback_model("bt"), Catalog(tuple(CatalogModel(name, 1e-4, {}, *of) for name, of in prices.items()))
+    )
+    real = rng.gamma(4, 25, (60, 4))
+    expected = (real / level * np.exp(rng.normal(0, 0.5, real.shape))).astype(np.float32)
+    real[:, 3], real[0, 0] = np.nan, np.nan
+    usage = ExpectedUsage(rng.uniform(1, 9, 60).astype(np.float32), expected, None, np.array([True, True, True, False]))
+    theta = rng.normal([0, 1, 2, 3], size=(60, 4)).astype(np.float32)
+    found = held_budget(chooser, Coefficients(theta, None, names, feedback_model("bt"), usage=usage), expected, real, 2e-4)
+    assert (found.prompts, found.models) == (59, ("a", "b", "c"))
+    costs, paid = (
+        np.where([True, True, False], (0.5 * usage.tokens_in[1:, None] + tokens[1:, :3] * [1, 5, 9]) / 1e6, 1e-4)
+        for tokens in (expected, real)
+    )
+    value = chooser.win_rates(Coefficients(theta, None, names, feedback_model("bt")))[1:, :3]
+    assert found.factor == pytest.approx(routing.overspending(value, costs, paid, 2e-4), rel=1e-4)
+    assert spent(value, costs, paid, found.holds) <= 2e-4 * (1 + 1e-5)
 
 
 @pytest.mark.parametrize(

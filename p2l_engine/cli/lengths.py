@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from p2l_engine.cli.inputs import CsvEscape, Date, Device, Dtype, VoteColumn, check_writable, load_engine, write_json
+from p2l_engine.cli.inputs import (
+    CatalogFile,
+    CsvEscape,
+    Date,
+    Device,
+    Dtype,
+    VoteColumn,
+    check_writable,
+    load_engine,
+    load_router,
+    write_json,
+)
 from p2l_engine.cli.progress import progress
 from p2l_engine.cli.terminal import note, out, status
 from p2l_engine.tables.limits import MAX_DROPPED
@@ -15,9 +26,15 @@ from p2l_engine.tables.limits import MAX_DROPPED
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import numpy as np
+    import numpy.typing as npt
+
     from p2l_engine.engine import Engine
+    from p2l_engine.evaluation.spent import HeldBudget
     from p2l_engine.learning.answers import LeftOut, LoggedAnswers
     from p2l_engine.learning.length_report import LengthReport
+
+    Float32 = npt.NDArray[np.float32]
 
 FIGURES = {
     "absolute_error": "mean absolute error",
@@ -40,6 +57,14 @@ def lengths(
     column: VoteColumn = None,
     csv_escape: CsvEscape = None,
     max_dropped: Annotated[float, typer.Option(min=0, max=1, help="The share of rows that may be invalid.")] = MAX_DROPPED,
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            help="A mean cost of a prompt: also say by what such a budget over a batch is to be divided to be kept by what "
+            "answers really cost. Takes prompts that all models of the catalog with answers have answered."
+        ),
+    ] = None,
+    catalog: CatalogFile = None,
     as_json: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
     bootstrap: Annotated[int, typer.Option(min=2, help="Number of bootstrap samples for the intervals.")] = 200,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the folds and of the bootstrap.")] = 0,
@@ -56,17 +81,26 @@ def lengths(
     check_writable(as_json, "--json")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise typer.BadParameter(f"{output}: expected a folder that does not exist yet, or an empty one", param_hint="--output")
+    if catalog is not None and budget is None:
+        raise typer.BadParameter("expected --budget, which it is for", param_hint="--catalog")
+    from p2l_engine import arguments
     from p2l_engine import checkpoint as checkpoints
+    from p2l_engine.evaluation.spent import answered
     from p2l_engine.jsonable import to_json
     from p2l_engine.learning import hidden, write
     from p2l_engine.learning.answers import read_answers
     from p2l_engine.learning.length_report import FOLDS, LEAST_ANSWERS, LEAST_CONVERSATIONS, fitted, length_report
     from p2l_engine.votes import conversations
 
+    if budget is not None:
+        budget = arguments.finite_number("--budget", budget, "a number above 0", lambda each: each > 0)
     engine = load_engine(checkpoint, device, dtype, date)
     answers, left = read_answers(log, engine.models, column, max_dropped, csv_escape)
     _say(left)
     answers = _readable(engine, answers)
+    if budget is not None:  # now: what it lacks must not fail a command whose work is done
+        with load_router(engine, catalog, leave_out=True) as router:
+            answered(router, answers.mean_tokens())
     with progress(len(answers.prompts)) as advance:
         prompts = [list(turns) for turns in answers.prompts]
         states = hidden.hidden_states(engine, prompts, hidden.cache_folder() if cache else None, advance)
@@ -93,8 +127,32 @@ def lengths(
             note(f"{name}: prompts of this log say no more of them than each model's mean does", warning=True)
     _check_prices(engine)
     note(f"wrote {output}")
+    figures = {name: to_json(report) for name, report in reports.items()}
+    if budget is not None:
+        figures["budget"] = to_json(
+            _held(load_engine(str(output), device, dtype, date), catalog, answers, states, budget, seed)
+        )
     if as_json:
-        write_json({name: to_json(report) for name, report in reports.items()}, as_json)
+        write_json(figures, as_json)
+
+
+def _held(
+    engine: Engine, catalog: Path | None, answers: LoggedAnswers, states: Float32, budget: float, seed: int
+) -> HeldBudget:
+    """By what the budget is to be divided, said."""
+    from p2l_engine.evaluation.spent import held_budget
+    from p2l_engine.learning.length_report import crossed
+
+    with load_router(engine, catalog, leave_out=True) as router:
+        with progress(len(answers.prompts)) as advance:
+            coefficients = engine.coefficients([list(turns) for turns in answers.prompts], advance)
+        _, expected = crossed(states, answers.observed("tokens"), seed)
+        found = held_budget(router, coefficients, expected, answers.mean_tokens(), budget)
+        unit = router.catalog.unit
+    shown = "as it is" if found.factor == 1 else f"divided by {found.factor:.3g}, as {found.holds:.4g} {unit}"
+    of = f"{found.prompts:,} prompts that {len(found.models)} models have answered"
+    note(f"a budget of {budget:g} over a batch is kept {shown}, on {of}")
+    return found
 
 
 def _say(left: LeftOut) -> None:

@@ -53,6 +53,13 @@ class LoggedAnswers:
             self.seconds[some],
         )  # fmt: skip
 
+    def mean_tokens(self) -> Float64:
+        """[P, M]: of each model's answers to each prompt, NaN where there is none."""
+        some = ~np.isnan(self.tokens)
+        cell, shape = self.prompt[some] * len(self.models) + self.model[some], (len(self.prompts), len(self.models))
+        total, count = (np.bincount(cell, of, shape[0] * shape[1]) for of in (self.tokens[some], None))
+        return np.where(count > 0, total / np.maximum(count, 1), np.nan).reshape(shape)
+
     def observed(self, quantity: str) -> Votes:
         """The values of ``tokens`` or ``seconds``, where known, as votes of a model of values; all prompts are kept."""
         values: Float64 = getattr(self, quantity)

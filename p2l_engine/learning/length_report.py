@@ -64,6 +64,24 @@ def fitted(hidden: Float32, observed: Votes) -> Lengths:
     return fit_lengths(hidden[prompt[first]], amounts, [observed.models[k] for k in seen.tolist()])
 
 
+def crossed(
+    hidden: Float32, observed: Votes, seed: int = 0, progress: Callable[[int], object] | None = None
+) -> tuple[Float64, Float64]:
+    """Each model's mean, and the predicted mean, [P, M] each, for prompts that they were not learned from: in five parts, each
+    from the others. hidden and observed as for ``fitted``; progress as for ``length_report``."""
+    fold = folds(observed, FOLDS, seed)
+    means, expected = np.empty((2, len(hidden), len(observed.models)))
+    for part in range(FOLDS):
+        out = fold == part
+        known = observed.of(np.flatnonzero(~out).tolist())
+        head = LengthHead(observed.models, fitted(hidden[~out], known).rows())
+        expected[out] = head(torch.from_numpy(np.ascontiguousarray(hidden[out], np.float32))).double().numpy()
+        means[out] = _means(known)
+        if progress is not None:
+            progress(1)
+    return means, expected
+
+
 def length_report(
     quantity: str,
     hidden: Float32,
@@ -84,20 +102,8 @@ def length_report(
             f"{quantity}: expected at least {LEAST_ANSWERS} answers, to at least {LEAST_CONVERSATIONS} prompts that begin "
             f"differently, got {len(observed)} to {count}"
         )
-    fold = folds(observed, FOLDS, seed)
-    y = np.asarray(observed.outcome, np.float64)
-    before, after = np.empty(len(y)), np.empty(len(y))
-    for part in range(FOLDS):
-        out = np.flatnonzero(fold == part)
-        known = observed.of(np.flatnonzero(fold != part).tolist())
-        mine = fold[observed.prompt] == part
-        at = hidden[out]
-        head = LengthHead(observed.models, fitted(hidden[fold != part], known).rows())
-        expected = head(torch.from_numpy(np.ascontiguousarray(at, np.float32))).double().numpy()
-        after[mine] = expected[np.searchsorted(out, observed.prompt[mine]), observed.a[mine]]
-        before[mine] = _means(known)[observed.a[mine]]
-        if progress is not None:
-            progress(1)
+    y, at = np.asarray(observed.outcome, np.float64), (observed.prompt, observed.a)
+    before, after = (of[at] for of in crossed(hidden, observed, seed, progress))
     samples = with_replacement(count, bootstrap, seed)
     of = conversation[observed.prompt]
 
