@@ -113,6 +113,20 @@ def test_folders_are_replaced_whole_or_not_at_all(tmp_path):
     assert target.stat().st_mode & 0o777 == 0o755
 
 
+def test_many_replace_one_folder_at_once_and_leave_nothing_else(tmp_path):
+    def work(text):
+        def fill(folder):
+            for name in "ab":
+                (folder / name).write_text(text)
+
+        assert all(write_folder(tmp_path / "log", fill) for _ in range(30))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, "abcd"))
+    assert (tmp_path / "log" / "a").read_text() == (tmp_path / "log" / "b").read_text()
+    assert os.listdir(tmp_path) == ["log"]
+
+
 def test_a_link_to_a_folder_stays_one(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")

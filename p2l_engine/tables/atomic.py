@@ -53,22 +53,34 @@ def write_folder(folder: Path, fill: Callable[[Path], None], replace: bool = Tru
     try:
         work.chmod(0o755)
         fill(work)
-        if not (replace and folder.exists()):
-            try:
-                work.rename(folder)
-            except OSError:
-                if replace or not folder.is_dir():
-                    raise
-                return False
-            return True
-        old = folder.parent / f"{work.name}-old"
-        folder.rename(old)
-        try:
-            work.rename(folder)
-        except OSError:
-            old.rename(folder)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-        return True
+        return _put(work, folder, replace)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _put(work: Path, folder: Path, replace: bool) -> bool:
+    """Renames ``work`` to ``folder``, see ``write_folder``; where others do the same, the last one stays."""
+    away: list[Path] = []
+    try:
+        while True:
+            try:
+                work.rename(folder)  # there is none, or an empty one
+                return True
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                if not replace:
+                    return False
+            old = folder.parent / f"{work.name}-old{len(away)}"
+            try:
+                folder.rename(old)
+            except FileNotFoundError:  # another writer is at the same point
+                continue
+            away.append(old)
+    except OSError:
+        if away and not folder.exists():
+            away.pop().rename(folder)
+        raise
+    finally:
+        for old in away:
+            shutil.rmtree(old, ignore_errors=True)
