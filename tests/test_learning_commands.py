@@ -224,3 +224,23 @@ def test_an_export_of_what_was_learned_has_its_coefficients(options, tmp_path):
     assert learned.models == exported.models == (*tiny.MODELS, "zeta")
     np.testing.assert_array_equal(learned.theta, exported.theta)
     np.testing.assert_array_equal(learned.deviation, exported.deviation)
+
+
+@pytest.mark.slow
+def test_an_adapter_learns_as_its_merged_checkpoint_does_and_stays_an_adapter(tmp_path):
+    base = tiny.write(tmp_path / "base")
+    adapter = tiny.adapter_of(tmp_path / "deep" / "source", base, "../../base")
+    new = tmp_path / "new"
+    ended = p2l_engine("adapt", str(adapter), "--votes", votes(tmp_path / "v.csv"), "-o", str(new), "--dtype", "float32")
+    assert ended.status == 0, ended.err
+    assert json.loads((new / "adapter_config.json").read_text())["base_model_name_or_path"] == "../base"
+    before, after = (Engine.from_pretrained(folder, device="cpu", dtype=torch.float32) for folder in (adapter, new))
+    np.testing.assert_array_equal(hidden_states(before, PROMPTS), hidden_states(after, PROMPTS))
+    np.testing.assert_array_equal(before.coefficients(PROMPTS).theta[:, 2:5], after.coefficients(PROMPTS).theta[:, 2:5])
+    export(adapter, tmp_path / "old exported")
+    export(new, tmp_path / "exported")
+    merged, exported = (checkpoint.load(tmp_path / name) for name in ("old exported", "exported"))
+    assert all(torch.equal(weight, exported.weights[name]) for name, weight in merged.weights.items())
+    assert exported.models == (*tiny.MODELS, "zeta")
+    assert torch.equal(exported.head.weight, after.head.weight.cpu())
+    assert exported.uncertainty.models == checkpoint.load(new).uncertainty.models

@@ -10,7 +10,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from p2l_engine import Engine, checkpoint
 from p2l_engine.backbone.head import Head
@@ -27,30 +27,11 @@ def theta(folder):
     return Engine.from_pretrained(folder, device="cpu", dtype=torch.float32).coefficients(PROMPTS)
 
 
-def adapter_of(folder, base, named, prefix="base_model.model."):
-    """A LoRA adapter of rank 2 on one module of ``base``, which it calls ``named``."""
-    folder.mkdir(parents=True)
-    whole = load_file(base / "model.safetensors")
-    module = "model.layers.1.self_attn.q_proj"
-    weight = whole[f"{module}.weight"]
-    torch.manual_seed(1)
-    tensors = {f"{prefix}{name}": w.contiguous() for name, w in whole.items() if name.startswith("head.")}
-    tensors[f"{prefix}{module}.lora_A.weight"] = torch.randn(2, weight.shape[1]) * 0.1
-    tensors[f"{prefix}{module}.lora_B.weight"] = torch.randn(weight.shape[0], 2) * 0.1
-    save_file(tensors, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(
-        json.dumps({"base_model_name_or_path": named, "peft_type": "LORA", "r": 2, "lora_alpha": 4})
-    )
-    for name in ("model_list.json", "training_config.json"):
-        (folder / name).write_text((base / name).read_text())
-    return folder
-
-
 def source(kind, tmp_path):
     if kind == "adapter":
-        return adapter_of(tmp_path / "deep" / "source", tiny.write(tmp_path / "base"), "../../base")
+        return tiny.adapter_of(tmp_path / "deep" / "source", tiny.write(tmp_path / "base"), "../../base")
     if kind == "adapter without prefix":
-        return adapter_of(tmp_path / "deep" / "source", tiny.write(tmp_path / "base"), str(tmp_path / "base"), "")
+        return tiny.adapter_of(tmp_path / "deep" / "source", tiny.write(tmp_path / "base"), str(tmp_path / "base"), "")
     options = {
         "shards": {"shards": 3},
         "two layers": {"factor": 2.0},

@@ -96,6 +96,27 @@ def write(
     return folder
 
 
+def adapter_of(folder: Path, base: Path, named: str, prefix: str = "base_model.model.") -> Path:
+    """A LoRA adapter of rank 2 on one module of ``base``, which it calls ``named``."""
+    from safetensors.torch import load_file
+
+    folder.mkdir(parents=True)
+    whole = load_file(base / "model.safetensors")
+    module = "model.layers.1.self_attn.q_proj"
+    weight = whole[f"{module}.weight"]
+    torch.manual_seed(1)
+    tensors = {f"{prefix}{name}": w.contiguous() for name, w in whole.items() if name.startswith("head.")}
+    tensors[f"{prefix}{module}.lora_A.weight"] = torch.randn(2, weight.shape[1]) * 0.1
+    tensors[f"{prefix}{module}.lora_B.weight"] = torch.randn(weight.shape[0], 2) * 0.1
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": named, "peft_type": "LORA", "r": 2, "lora_alpha": 4})
+    )
+    for name in ("model_list.json", "training_config.json"):
+        (folder / name).write_text((base / name).read_text())
+    return folder
+
+
 def reference_theta(folder: Path, prompts: list[str], most: int = 8192) -> tuple[torch.Tensor, torch.Tensor]:
     """theta [N, M] and eta [N] by transformers, one prompt at a time, its last ``most`` tokens, in eager attention and
     float32, for single-layer rk heads."""
