@@ -141,6 +141,20 @@ def test_folders_that_cannot_be_written_are_named_before_the_work(source, tmp_pa
     given = ("adapt", str(source), "--votes", votes(tmp_path / "v.csv"), "-o")
     assert "a folder outside the checkpoint's own" in p2l_engine(*given, str(source / "new")).message
     assert "file is no folder" in p2l_engine(*given, str(tmp_path / "file" / "new")).message
+    log = table(tmp_path / "log.csv", [("a", "alpha", 5)], ("prompt", "model", "completion_tokens"))
+    given = ("lengths", str(source), "--log", log, "-o")
+    assert "a folder outside the checkpoint's own" in p2l_engine(*given, str(source / "new")).message
+    assert "file is no folder" in p2l_engine(*given, str(tmp_path / "file" / "new")).message
+
+
+def test_a_cache_that_cannot_be_written_is_named_before_the_work(source, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    engine = Engine.from_pretrained(source, device="cpu")
+    hidden_states(engine, PROMPTS, tmp_path / "cache")
+    monkeypatch.setattr(Engine, "stream", None)
+    with pytest.raises(OSError, match=r"file/.*: hidden states cannot be kept here: .*; P2L_ENGINE_CACHE .* --no-cache"):
+        hidden_states(engine, PROMPTS, tmp_path / "file" / "cache")
+    hidden_states(engine, PROMPTS, tmp_path / "cache")  # all are there: nothing is written
 
 
 @pytest.mark.parametrize("kind", slow_but(("bt",), ["bt", "ols"]))

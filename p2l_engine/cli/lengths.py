@@ -79,12 +79,11 @@ def lengths(
     not learned from: the error of the predicted mean, beside that of each model's mean.
     """
     check_writable(as_json, "--json")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise typer.BadParameter(f"{output}: expected a folder that does not exist yet, or an empty one", param_hint="--output")
     if catalog is not None and budget is None:
         raise typer.BadParameter("expected --budget, which it is for", param_hint="--catalog")
     from p2l_engine import arguments
     from p2l_engine import checkpoint as checkpoints
+    from p2l_engine.checkpoint.rewrite import check_target
     from p2l_engine.evaluation.spent import answered
     from p2l_engine.jsonable import to_json
     from p2l_engine.learning import hidden, write
@@ -95,6 +94,7 @@ def lengths(
     if budget is not None:
         budget = arguments.finite_number("--budget", budget, "a number above 0", lambda each: each > 0)
     engine = load_engine(checkpoint, device, dtype, date)
+    check_target(engine.folder, output)
     answers, left = read_answers(log, engine.models, column, max_dropped, csv_escape)
     _say(left)
     answers = _readable(engine, answers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -61,6 +62,8 @@ def hidden_states(
     for key, row in known.items():
         states[rows[key]] = row
     new = [key for key in rows if key not in known]
+    if folder is not None and new:
+        _check_kept(folder)
     if progress is not None and len(new) < len(rows):
         progress(sum(len(rows[key]) for key in known))
     for start in range(0, len(new), PER_FILE):
@@ -77,7 +80,6 @@ def hidden_states(
                 "keys": np.frombuffer(b"".join(part), np.uint8).reshape(-1, 32),
                 "states": found,
             }
-            folder.mkdir(parents=True, exist_ok=True)
             write_file(folder / f"{uuid.uuid4().hex}.safetensors", save(data))
     return states
 
@@ -102,6 +104,18 @@ def fingerprint(engine: Engine) -> str:
     settings += [engine.encoder.text(["a", "b"]), engine.encoder.max_tokens, str(engine.dtype), engine.device.type]
     found.update(json.dumps(settings, sort_keys=True).encode())
     return found.hexdigest()[:32]
+
+
+def _check_kept(folder: Path) -> None:
+    """Makes the folder, and raises OSError where hidden states cannot be kept there: before they are computed."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(
+            f"{folder}: hidden states cannot be kept here: {error}; P2L_ENGINE_CACHE names another folder of caches, "
+            "--no-cache keeps none"
+        ) from error
 
 
 def _sample(tensor: Tensor) -> bytes:
