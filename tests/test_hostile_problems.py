@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from p2l_engine.routing import (
     Resource,
     Share,
     SolverError,
+    conflicts,
     dual,
     farkas,
     highs,
@@ -29,6 +31,7 @@ from p2l_engine.routing import (
     solve,
     surplus,
 )
+from p2l_engine.routing.problem import Row
 from p2l_engine.routing.surplus import NoPolicy
 from p2l_engine.routing.values import ArrayValues
 from tests.support import exact, reference
@@ -422,10 +425,33 @@ def test_weights_or_a_mixture_prove_what_exact_rationals_say(seed, n, m):
         assert known == (exact.optimum(problem, 1e-9 if known else -1e-9) is not None)
 
 
+@settings(max_examples=60)
+@given(SEEDS, st.integers(1, 12), st.integers(1, 5))
+def test_the_nearest_bound_is_the_lps(seed, n, m):
+    """Over amounts that differ by twelve orders, and of rows of zeros and ones; the least use of a row beside the others."""
+    rng = np.random.default_rng(seed)
+
+    def amounts():
+        if rng.random() < 0.3:
+            return (rng.random((n, m)) < 0.5).astype(float)
+        return rng.exponential(size=(n, m)) * 10.0 ** rng.integers(-6, 7) + rng.integers(0, 2)
+
+    each = [Row("each", a, a.min(1) + rng.random() * np.ptp(a, 1)) for a in [amounts()] if rng.random() < 0.7]
+    batch = [Row(f"row {k}", a, a.min(1).mean() + rng.random() * np.ptp(a)) for k, a in enumerate(amounts() for _ in range(3))]
+    target = Row("target", amounts(), 0.0)
+    least = conflicts._of_block(batch, each, None, n, m)
+    for some in (batch[:1], batch[:2], batch):
+        with mock.patch.object(farkas, "least", return_value=None):
+            expected = least([*each, *some], target)
+        found = least([*each, *some], target)
+        assert found == (None if expected is None else pytest.approx(expected, rel=1e-9, abs=1e-12 * target.amounts.max()))
+
+
 @pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize("scale", [1.5, 0.5])
-def test_conflicts_of_amounts_of_each_prompt_are_explained_by_one_lp(scale, several, rng, monkeypatch):
-    """As long as a solution takes: one LP of the whole batch, for the nearest bound, or none where no bound alone mends it."""
+def test_conflicts_of_amounts_of_each_prompt_are_explained_by_one_lp_at_most(scale, several, rng, monkeypatch):
+    """As long as a solution takes. Where prompts have several rows: one LP of the whole batch, for the nearest bound, or none
+    where no bound alone mends it. Where they have one: none."""
     n = 600 if several else 300
     costs, seconds, tokens, carbon = rng.exponential(size=(4, n, 5)) + 0.1
     both = (costs + seconds).argmin(1)[:, None]
@@ -444,7 +470,7 @@ def test_conflicts_of_amounts_of_each_prompt_are_explained_by_one_lp(scale, seve
     monkeypatch.setattr(highs, "solve_block", counted)
     with pytest.raises(Infeasible) as e:
         solve(problem)
-    assert sizes.count(n) == (e.value.nearest is not None)
+    assert sizes.count(n) == (several and e.value.nearest is not None)
 
 
 def test_errors_show_every_digit_of_the_bounds_that_they_compare():

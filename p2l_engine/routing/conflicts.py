@@ -145,13 +145,19 @@ def _of_block(batch: Sequence[Row], prompt: Sequence[Row], mask: Any, n: int, m:
         each, over = [row for row in some if row in prompt], [row for row in some if row in batch]
         goal = np.ascontiguousarray(np.broadcast_to(np.zeros(m) if target is None else -target.amounts, (n, m)))
         try:
-            reduced = surplus.reduce(each, over, mask, n, m)
+            free = () if target is None else (Row(target.name, target.amounts, np.inf),)
+            reduced = surplus.reduce(each, (*over, *free), mask, n, m)
             binding = [reduced.over[k] for k in reduced.binding()]
-            if target is None and len(each) + len(binding) < 2:  # its surplus says that it holds
+            if target is not None and binding and len(each) < 2:
+                nearest = farkas.least(reduced, n, reduced.over[-1])
+                if nearest is not None:
+                    return _raised(nearest)
+            elif target is None and len(each) + len(binding) < 2:  # its surplus says that it holds
                 return 0.0
-            known = farkas.feasible(reduced, n)
-            if known is False or (known and target is None):
-                return 0.0 if known else None
+            else:
+                known = farkas.feasible(reduced, n)
+                if known is False or (known and target is None):
+                    return 0.0 if known else None
             if binding:
                 solved = highs.solve_block(goal, reduced.usable, reduced.each, binding)
                 indices, probabilities = highs.narrow(solved.x)
@@ -169,8 +175,11 @@ def _above(row: Row, indices: npt.NDArray[np.int32], probabilities: Float64) -> 
     """The mean of what policies use of a row, rounded up: a bound that they keep to, whatever the rounding of their shares."""
     use = expected(row.amounts, indices, probabilities)
     mean = float(use.sum(dtype=np.longdouble) / len(use))
-    mixed = bool((probabilities.max(axis=1) < 1).any())
-    return mean + mixed * surplus.ROUNDINGS * float(np.spacing(abs(mean)))
+    return _raised(mean) if (probabilities.max(axis=1) < 1).any() else mean
+
+
+def _raised(mean: float) -> float:
+    return mean + surplus.ROUNDINGS * float(np.spacing(abs(mean)))
 
 
 def _explained(
