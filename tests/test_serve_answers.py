@@ -343,6 +343,39 @@ def test_redis_may_ask_for_a_password(caplog):
     assert "wrong-one" not in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("reply", "found", "failures"),
+    [
+        (b"$4\r\nP2A1\r\n", None, 1), (b"<html>\r\n", None, 1), (b"\x00\xff\r\n", None, 1), (b"$-5\r\n", None, 1),
+        (b"$9\r\nx", None, 1),
+        (b"*1\r\n" * 9999 + b":1\r\n", None, 1), (b"-LOADING\r\n", None, 1), (b":5\r\n", None, 0), (b"$-1\r\n" * 3, None, 0),
+        (b"$%d\r\n%s\r\n" % (len(encode("other", ANSWER)), encode("other", ANSWER)), None, 1),
+        (b"$%d\r\n%s\r\n" % (len(encode("a", ANSWER)), encode("a", ANSWER)), ANSWER, 0),
+    ],
+    ids=lambda value: repr(value[:8]) if isinstance(value, bytes) else "",
+)  # fmt: skip
+def test_what_a_server_in_place_of_redis_says_is_an_answer_or_a_miss(reply, found, failures):
+    """It knows no HELLO either, as redis before 6 and some proxies."""
+
+    async def one() -> None:
+        async def serve(reader, writer):
+            while line := await reader.readline():
+                words = [(await reader.readline(), await reader.readline())[1].strip() for _ in range(int(line[1:]))]
+                writer.write({b"GET": reply, b"HELLO": b"-ERR unknown command\r\n"}.get(words[0], b"+OK\r\n"))
+                if reply.endswith(b"x"):
+                    break
+            writer.close()
+
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        answers = open_answers(AnswerCache(store=f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}/0"))
+        assert await answers.get("a") == found
+        assert answers.failures == failures
+        await answers.close()
+        server.close()
+
+    asyncio.run(one())
+
+
 class Failing:
     """A store that fails, or never answers, while it is told to."""
 

@@ -148,6 +148,7 @@ class InRedis:
             raise ModuleNotFoundError(f"serve.cache.store: {error}: {remedy}") from None
         self._lifetime = max(1, int(1000 * seconds))  # milliseconds
         options: dict[str, Any] = {"password": password, "socket_timeout": timeout, "socket_connect_timeout": timeout}
+        options["protocol"] = 2  # redis before 6, and some proxies, do not know the HELLO of 3
         # Without retries: a request does not wait for a store that is away.
         pool = BlockingConnectionPool.from_url(
             url, max_connections=CONNECTIONS, timeout=timeout, retry=Retry(NoBackoff(), 0), **options
