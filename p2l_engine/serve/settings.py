@@ -203,7 +203,8 @@ class Config(Section):
             if self.serve.store is None or self.serve.store.startswith("postgresql"):
                 raise ValueError(
                     "serve.learn: needs an SQLite file under serve.store, which holds the feedback: servers that share a "
-                    "database would each learn something else"
+                    "database would each learn something else; leave serve.learn out there, and make one checkpoint for all of "
+                    "them with 'p2l-engine log export' and 'p2l-engine adapt'"
                 )
             if unknown := sorted(set(self.serve.learn.models) - set(self.models)):
                 raise ValueError(f"serve.learn.models: expected names under models, got {', '.join(unknown)}")
