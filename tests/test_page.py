@@ -10,6 +10,7 @@ import queue
 import re
 import threading
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -26,6 +27,10 @@ from tests.support.stub_page_server import HOSTILE, NINE, Candidate, Stub, many,
 CHROMIUM = "/usr/bin/chromium"
 WIDE = {"width": 1200, "height": 900}
 NARROW = {"width": 360, "height": 740}
+LONG_COSTS = tuple(
+    replace(model, cost=cost)
+    for model, cost in zip(NINE, (1.23e-7, 7.71e-6, 1.23e-4, 9.87e-8, 0, 12.5, 888_888.88, 8.88e9, 3e-5), strict=True)
+)
 PROMPT = "Prove that there are infinitely many primes of the form 4k + 3."
 
 browser_test = [
@@ -78,6 +83,9 @@ OUTSIDE = """
 [...document.querySelectorAll("body *")].filter((e) =>
   e.checkVisibility() && !e.closest("svg > *") && e.getBoundingClientRect().right > document.documentElement.clientWidth + 0.5
 ).map((e) => e.outerHTML.slice(0, 100))
+"""
+WIDE_COSTS = """
+[...document.querySelectorAll("#board td.cost")].filter((e) => e.scrollWidth > e.clientWidth).map((e) => e.textContent)
 """
 CONTRAST = """
 () => {
@@ -948,8 +956,8 @@ class TestAccessibility:
         opened.page.emulate_media(reduced_motion="no-preference")
         assert opened.run(behaviour) == "smooth"
 
-    @pytest.mark.parametrize("models", [NINE, many(), HOSTILE])
-    def test_no_width_needs_sideways_scrolling(self, opened, models):
+    @pytest.mark.parametrize("models", [NINE, many(), HOSTILE, LONG_COSTS])
+    def test_no_width_needs_sideways_scrolling_and_no_cost_leaves_its_column(self, opened, models):
         opened = opened(Stub(candidates=models))
         opened.rank()
         opened.page.locator("#live-view").wait_for()
@@ -957,6 +965,7 @@ class TestAccessibility:
             opened.page.set_viewport_size({"width": width, "height": 700})
             opened.page.wait_for_timeout(100)
             assert opened.run(OUTSIDE) == [], width
+            assert opened.run(WIDE_COSTS) == [], width
 
     def test_an_unchanged_page_is_not_sent_twice(self, opened):
         import urllib.error
