@@ -527,12 +527,12 @@ def test_an_equal_request_gets_the_same_bytes_at_no_cost(kind, api, stream, plac
         body = body_for(api, text, stream)
         first = await ask(server.url, api, body)
         await stored(server)
-        await server.service.purse.drain()
+        await server.service.spending.drain()
         calls, batches = len(provider.requests), len(engine.batches)
         server.service.scorer._known.clear()
         again = await ask(server.url, api, dict(reversed(body.items())))
         assert (len(provider.requests), len(engine.batches)) == (calls, batches)  # neither a provider nor the engine
-        spent = [float(balance.spent + balance.reserved) for balance in server.service.purse.limit.balances(None)]
+        spent = [float(balance.spent + balance.reserved) for balance in server.service.spending.limit.balances(None)]
         async with aiohttp.ClientSession() as client:
             status = await (await client.get(server.url + "/v1/status")).json()
             metrics = await (await client.get(server.url + "/metrics")).text()
@@ -782,7 +782,7 @@ def test_a_hit_needs_no_money_and_no_provider(tmp_path):
         body = body_for("chat", max_tokens=100)
         await ask(server.url, "chat", body)
         await stored(server)
-        await server.service.purse.drain()
+        await server.service.spending.drain()
         other = await ask(server.url, "chat", body | {"user": "another"})
         for deployment in (d for group in server.runtime.plan.deployments for d in group):
             server.service.health.failed(deployment)

@@ -38,7 +38,7 @@ async def send(
 
 
 def spent(server) -> Decimal:
-    return sum((balance.spent + balance.reserved for balance in server.service.purse.limit.balances("team")), Decimal(0))
+    return sum((balance.spent + balance.reserved for balance in server.service.spending.limit.balances("team")), Decimal(0))
 
 
 def limited(tmp_path, amount: float, **serve: Any) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def test_the_ledger_is_the_providers_bill(tmp_path):
                     for api in APIS
                 ]
                 answers = await asyncio.gather(*(send(client, server.url, api, body) for api, body in bodies))
-            await server.service.purse.drain()
+            await server.service.spending.drain()
             return answers, server.records, spent(server), provider.bill.total
 
     answers, records, ledger, bill = asyncio.run(one())
@@ -101,7 +101,7 @@ def test_concurrent_clients_never_exceed_a_hard_limit(tmp_path):
                 return statuses
 
             found = await asyncio.gather(*(caller(i) for i in range(64)))
-            await server.service.purse.drain()
+            await server.service.spending.drain()
             return [status for statuses in found for status in statuses], most, spent(server), provider.bill.total
 
     statuses, most, ledger, bill = asyncio.run(one())

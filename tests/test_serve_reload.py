@@ -58,7 +58,7 @@ def test_requests_under_way_are_settled_across_reloads(amounts, stream, tmp_path
                     assert await server.runtime.reload()
                 statuses = await asyncio.gather(*under_way)
                 statuses.append(await ask(server.url))
-                await server.service.purse.drain()
+                await server.service.spending.drain()
                 return statuses, [record.cost for record in server.records], float(provider.bill.total)
 
     statuses, costs, bill = asyncio.run(one())
@@ -78,9 +78,9 @@ def test_limits_that_did_not_change_keep_their_connections_and_others_are_closed
             file = tmp_path / "serve.yaml"
             write(file, limited(tmp_path, provider))
             async with serving(limited(tmp_path, provider), file=file) as server:
-                first = server.service.purse.limit
+                first = server.service.spending.limit
                 await asyncio.gather(*(server.runtime.reload() for _ in range(5)))
-                kept = server.service.purse.limit is first, list(closed)
+                kept = server.service.spending.limit is first, list(closed)
                 write(file, limited(tmp_path, provider, 7))
                 await asyncio.gather(*(server.runtime.reload() for _ in range(5)))
                 return kept, closed == [first], await ask(server.url)
@@ -189,13 +189,13 @@ def test_a_clock_that_jumps_counts_no_living_request_in_full(jump, tmp_path, mon
     async def one() -> Any:
         async with MockProvider(PRICES, first_byte=0.3) as provider, serving(limited(tmp_path, provider)) as server:
             under_way = asyncio.create_task(ask(server.url))
-            await until(lambda: server.service.purse.limit.reservations())
+            await until(lambda: server.service.spending.limit.reservations())
             monkeypatch.setattr(time, "time", lambda now=time.time: now() + jump)
-            swept = await server.service.purse.sweep()
+            swept = await server.service.spending.sweep()
             monkeypatch.undo()
             status = await under_way
-            await server.service.purse.drain()
-            (balance,) = server.service.purse.limit.balances()
+            await server.service.spending.drain()
+            (balance,) = server.service.spending.limit.balances()
             return swept, status, float(balance.spent), float(provider.bill.total)
 
     swept, status, spent, bill = asyncio.run(one())
@@ -227,11 +227,11 @@ def test_a_ledger_that_is_full_refuses_and_goes_on_when_there_is_room(tmp_path, 
             sent = len(provider.requests)
             full = False
             found += [await ask(server.url)]
-            await server.service.purse.drain()
+            await server.service.spending.drain()
             log = server.runtime.server.log
             assert log is not None
             await asyncio.to_thread(log.flush)
-            (balance,) = server.service.purse.limit.balances()
+            (balance,) = server.service.spending.limit.balances()
             return found, sent, len(log.recent(10)), float(balance.spent + balance.reserved), float(provider.bill.total)
 
     found, sent, logged, spent, bill = asyncio.run(one())
@@ -258,8 +258,8 @@ def test_a_stream_that_the_server_does_not_let_finish_ends_in_an_error_event(api
                 (answering,) = [task for task in asyncio.all_tasks() if "run_asgi" in repr(task.get_coro())]
                 answering.cancel(msg="Task cancelled, timeout graceful shutdown exceeded")
                 rest = await response.read()
-            await server.service.purse.drain()
-            reserved = server.service.purse.limit.reservations()
+            await server.service.spending.drain()
+            reserved = server.service.spending.limit.reservations()
             return rest, server.records[0], reserved, float(provider.bill.total)
 
     rest, record, reserved, bill = asyncio.run(one())
@@ -273,7 +273,7 @@ def test_a_stream_that_the_server_does_not_let_finish_ends_in_an_error_event(api
 @pytest.mark.xdist_group("postgres")
 def test_a_database_that_goes_away_refuses_and_loses_nothing(monkeypatch):
     """Requests under way are answered and settled when it is back; the log is whole."""
-    monkeypatch.setattr("p2l_engine.serve.purse.RETRIES", (0.05, 0.5, 1.0, 1.0, 1.0, 5.0, 10.0, 20.0))
+    monkeypatch.setattr("p2l_engine.serve.async_spend_limit.RETRIES", (0.05, 0.5, 1.0, 1.0, 1.0, 5.0, 10.0, 20.0))
 
     async def one(url: str) -> Any:
         async with MockProvider(PRICES, first_byte=0.3, tokens_out=10) as provider:
@@ -286,14 +286,14 @@ def test_a_database_that_goes_away_refuses_and_loses_nothing(monkeypatch):
                 found += await asyncio.gather(*under_way)
                 found += [await ask(server.url) for _ in range(2)]
                 await asyncio.to_thread(postgres.control, url, "start")
-                await server.service.purse.drain()
+                await server.service.spending.drain()
                 for _ in range(20):  # a connection that broke may be noticed by the request that uses it
                     found.append(await ask(server.url))
-                await server.service.purse.drain()
+                await server.service.spending.drain()
                 log = server.runtime.server.log
                 assert log is not None
                 assert await asyncio.to_thread(log.flush, 30)
-                (balance,) = server.service.purse.limit.balances()
+                (balance,) = server.service.spending.limit.balances()
                 return found, float(balance.spent), float(balance.reserved), float(provider.bill.total), len(log.recent(100))
 
     with postgres.server() as url:

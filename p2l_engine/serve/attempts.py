@@ -120,7 +120,7 @@ class Attempts:
         if failure.sent:
             self.lost += amount
             call.spent_before += float(call.costs[chosen.model])
-        self.service.purse.settle(self.token, amount)
+        self.service.spending.settle(self.token, amount)
         self.token, self.sending = None, False
 
     def _error_of(self, failure: UpstreamFailed) -> bytes:

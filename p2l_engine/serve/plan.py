@@ -14,11 +14,11 @@ from p2l_engine.chooser import Chooser
 from p2l_engine.coefficients import Coefficients
 from p2l_engine.feedback import FeedbackModel
 from p2l_engine.routing import Objective
+from p2l_engine.serve.eligibility import Eligibility
 from p2l_engine.serve.health import Deployment
 from p2l_engine.serve.model_entry import Model
 from p2l_engine.serve.prices import Prices
 from p2l_engine.serve.settings import Config, ConfigError, Serve
-from p2l_engine.serve.takers import Takers
 from p2l_engine.serve.win_rates import WinRates
 
 
@@ -40,7 +40,7 @@ class Plan:
     deployments: tuple[tuple[Deployment, ...], ...]
     notes: tuple[str, ...]
     index: Mapping[str, int]
-    takers: Takers
+    eligibility: Eligibility
     win_rates: WinRates
     places: npt.NDArray[np.intp]
 
@@ -100,7 +100,7 @@ def make(config: Config, models: Sequence[str], feedback: FeedbackModel, environ
     places = np.array([list(models).index(name) for name in choosers["bt"].names], np.intp)
     return Plan(
         config, names, entries, columns, choosers, Prices(config.models), deployments, tuple(notes), index,
-        Takers(names, entries, deployments, columns), WinRates(choosers, columns, len(names), config.serve.queue.cached),
+        Eligibility(names, entries, deployments, columns), WinRates(choosers, columns, len(names), config.serve.queue.cached),
         places,
     )  # fmt: skip
 

@@ -177,7 +177,7 @@ class Relay:
             usage, own, reported = self._paid(now.model, outcome, usage, written)
             cost, estimated = cost + own, estimated or not reported
             attempts.deployment.reasons |= usage is not None and usage.reasoning > 0
-            service.purse.settle(attempts.token, own)
+            service.spending.settle(attempts.token, own)
             if outcome == "answered":
                 service.sessions.remember(call.session, name, call.bill.counted)
                 k = service.plan.index.get(name)  # of the present configuration, which may be another one than the call's
@@ -186,7 +186,7 @@ class Relay:
                     service.expectations.add(k, usage.tokens_out, call.ask.outputs, foreseen, call.ask.max_tokens)
                 self._remember(kept, attempts.deployment.name, usage)
         else:
-            service.purse.settle(attempts.token, Fraction(0))
+            service.spending.settle(attempts.token, Fraction(0))
         attempts.token = None
         if call.pacer is not None and call.paid is not None:
             call.pacer.settle(float(cost) - call.paid)

@@ -24,13 +24,13 @@ from p2l_engine.routing import SpendLimit
 from p2l_engine.serve import settings
 from p2l_engine.serve.answers import open_answers
 from p2l_engine.serve.app import application
+from p2l_engine.serve.async_spend_limit import AsyncSpendLimit
 from p2l_engine.serve.config_file import ConfigFile, ConfigSource, adapted
 from p2l_engine.serve.encodings import counters
 from p2l_engine.serve.expectations import Expectations
 from p2l_engine.serve.gate import Gate
 from p2l_engine.serve.health import Health
 from p2l_engine.serve.plan import Plan, make
-from p2l_engine.serve.purse import Purse
 from p2l_engine.serve.scorer import Computer, Scorer
 from p2l_engine.serve.server import Server
 from p2l_engine.serve.service import Service, pacer_of
@@ -125,7 +125,7 @@ class Runtime:
             ),
             TokenCounter(as_text(self.engine.encoder.tokenizer)),
             Upstream(),
-            Purse(_spend_limit(plan), serve.timeouts.total),
+            AsyncSpendLimit(_spend_limit(plan), serve.timeouts.total),
             _sessions(serve),
             Health(serve.cooldown),
             Gate(serve.keys),
@@ -154,8 +154,8 @@ class Runtime:
             await asyncio.gather(*tasks, return_exceptions=True)
             await service.upstream.close()
             await service.sessions.close()
-            await service.purse.drain()
-            service.purse.close()
+            await service.spending.drain()
+            service.spending.close()
             await asyncio.to_thread(service.scorer.close)
             if self.learning is not None:
                 await asyncio.to_thread(self.learning.close)
@@ -175,7 +175,7 @@ class Runtime:
             try:
                 config = await asyncio.to_thread(self.source.after, before.config)
                 plan = self.planned(config)
-                was = limit = self.server.service.purse.limit
+                was = limit = self.server.service.spending.limit
                 if plan.serve.limits != before.serve.limits:
                     # Without limits too, where there were some: what is reserved must be settled.
                     limit = await asyncio.to_thread(_spend_limit, plan, was is not None)
@@ -191,7 +191,7 @@ class Runtime:
             service = self.server.service
             service.adopt(plan)
             service.own_counters, self.notes = found, notes
-            service.purse.adopt(limit, plan.serve.timeouts.total)
+            service.spending.adopt(limit, plan.serve.timeouts.total)
             self.plan = plan
             self.server.metrics.names = frozenset(plan.names)
             logger.warning("the configuration was read again: %d models", len(plan.names))
@@ -214,7 +214,7 @@ class Runtime:
         assert self.server is not None
         while True:
             try:
-                await self.server.service.purse.sweep()
+                await self.server.service.spending.sweep()
             except SQLAlchemyError as error:
                 logger.error("reservations of dead processes are not counted yet: the store fails (%s)", type(error).__name__)
             await asyncio.sleep(SWEEP)

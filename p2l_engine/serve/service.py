@@ -16,19 +16,19 @@ from p2l_engine.apis.api import Api
 from p2l_engine.apis.ask import AUTO, BadRequest
 from p2l_engine.errors import InfeasibleBudget, PromptError, SpendLimitReached
 from p2l_engine.routing import BudgetPacer
+from p2l_engine.serve.async_spend_limit import AsyncSpendLimit
 from p2l_engine.serve.bill import Bill
 from p2l_engine.serve.call import Call
 from p2l_engine.serve.choice import Mask, Pick
+from p2l_engine.serve.eligibility import DOWN, Kind, in_words
 from p2l_engine.serve.expectations import Expectations
 from p2l_engine.serve.gate import Gate, secret_of
 from p2l_engine.serve.health import Health
 from p2l_engine.serve.options import of_caller, options_of, session_of
 from p2l_engine.serve.plan import Plan, carry_over
-from p2l_engine.serve.purse import Purse
 from p2l_engine.serve.scorer import Scorer, key_of
 from p2l_engine.serve.sessions import SessionMemory
 from p2l_engine.serve.settings import Key
-from p2l_engine.serve.takers import DOWN, Kind, in_words
 from p2l_engine.serve.tokens import TokenCounter
 from p2l_engine.serve.upstream import Upstream
 
@@ -55,7 +55,7 @@ class Service:
     scorer: Scorer
     counter: TokenCounter
     upstream: Upstream
-    purse: Purse
+    spending: AsyncSpendLimit
     sessions: SessionMemory
     health: Health
     gate: Gate
@@ -153,12 +153,12 @@ class Service:
         Returns the choice and the reservation's token. Raises Refused.
         """
         assert call.now is not None, "decide() comes first"
-        if self.purse.limit is None:
+        if self.spending.limit is None:
             return call.now, None
         chosen, mask, worst = call.now, mask.copy(), call.bill.worst
         while True:
             try:
-                token = await self.purse.reserve(worst(chosen.model), call.key.id if call.key else None)
+                token = await self.spending.reserve(worst(chosen.model), call.key.id if call.key else None)
                 return chosen, token
             except SQLAlchemyError as error:  # no money is spent that cannot be counted
                 logger.error("the store of spend limits cannot be reached: %s", type(error).__name__)
@@ -188,8 +188,8 @@ class Service:
         answer = ask.max_tokens or 1
         tokens = call.bill.most_tokens_in() + answer
         own = {k: call.bill.most_tokens_in(k) + answer for k in call.bill.differing()}
-        unbounded = call.bill.unbounded if self.purse.limit is not None and ask.extras.may_be_unbounded else None
-        call.mask, call.reasons = call.plan.takers.of(
+        unbounded = call.bill.unbounded if self.spending.limit is not None and ask.extras.may_be_unbounded else None
+        call.mask, call.reasons = call.plan.eligibility.of(
             kind, tokens, ask.max_tokens, call.deployments, self.health.is_up, own, unbounded
         )
 
@@ -208,7 +208,7 @@ class Service:
         if ask.previous is not None:
             call.bill.kept = self.sessions.of_answer(of_caller(call.key, ask.previous))
             # A named model may know the answer all the same; but whose it is, or what it costs to read it again, is not known.
-            if call.bill.kept is None and (call.key is not None or not call.pinned or self.purse.limit is not None):
+            if call.bill.kept is None and (call.key is not None or not call.pinned or self.spending.limit is not None):
                 message = "previous_response_id: not known to this server; send the whole input"
                 raise Refused(404, message, "previous_response_id", "previous_response_not_found")
         if call.key is not None and any(self.sessions.of_answer(kept) is None for kept in self._kept_ids(call)):

@@ -87,7 +87,7 @@ def p2l_models(server: Server, key: Key | None) -> Any:
 async def status(server: Server, key: Key | None) -> Any:
     """Models' health, limits, and the last decisions: what the page shows."""
     service = server.service
-    plan, health, limit = service.plan, service.health, service.purse.limit
+    plan, health, limit = service.plan, service.health, service.spending.limit
     deployments = [
         {
             "model": name,

@@ -15,10 +15,10 @@ from p2l_engine.coefficients import Coefficients
 from p2l_engine.feedback import feedback_model
 from p2l_engine.serve import plan as plans
 from p2l_engine.serve import settings
+from p2l_engine.serve.eligibility import DOWN, NOT_ALLOWED, NOT_OF_KEY, OTHER, Kind, in_words
 from p2l_engine.serve.metrics import Metrics
 from p2l_engine.serve.model_entry import Model
 from p2l_engine.serve.prices import Prices
-from p2l_engine.serve.takers import DOWN, NOT_ALLOWED, NOT_OF_KEY, OTHER, Kind, in_words
 from tests.support.records import record
 
 APIS = ("chat", "responses")
@@ -95,7 +95,7 @@ def test_who_may_take_a_request_does_not_depend_on_earlier_ones(models, asked):
         def group(k, api=kind.api):
             return [d for d in plan.deployments[k] if d.provider.api == api]
 
-        mask, reasons = plan.takers.of(kind, tokens, max_tokens, group, lambda d: not d.until)
+        mask, reasons = plan.eligibility.of(kind, tokens, max_tokens, group, lambda d: not d.until)
         expected = [may_take(plan, k, kind, tokens, max_tokens) for k in range(4)]
         assert mask.tolist() == expected
         assert set(reasons) == {name for name, allowed in zip("abcd", expected, strict=True) if not allowed}

@@ -1,4 +1,4 @@
-"""The server's purse: calls that come while the store is busy share a transaction, each with its own answer."""
+"""The server's spend limit: calls that come while the store is busy share a transaction, each with its own answer."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 from sqlalchemy.exc import OperationalError
 
 from p2l_engine.routing import Limit, SpendLimit, SpendLimitReached
-from p2l_engine.serve import purse as module
-from p2l_engine.serve.purse import Purse
+from p2l_engine.serve import async_spend_limit as module
+from p2l_engine.serve.async_spend_limit import AsyncSpendLimit
 from p2l_engine.spending.calls import Reserve, Settle
 
 
@@ -48,23 +48,23 @@ def limit(tmp_path):
 
 def run(limit, body):
     async def one():
-        purse = Purse(limit, 600.0)
+        spending = AsyncSpendLimit(limit, 600.0)
         try:
-            return await asyncio.wait_for(body(purse), 30)
+            return await asyncio.wait_for(body(spending), 30)
         finally:
             limit.free.set()
-            await purse.drain()
-            purse.close()
+            await spending.drain()
+            spending.close()
 
     return asyncio.run(one())
 
 
 def test_calls_that_wait_share_a_transaction_and_are_answered_each(limit):
-    async def body(purse):
+    async def body(spending):
         taken = await busy(limit)
-        first = asyncio.create_task(purse.reserve(Fraction(2), None))
+        first = asyncio.create_task(spending.reserve(Fraction(2), None))
         await taken
-        others = [asyncio.create_task(purse.reserve(Fraction(amount), None)) for amount in (7, 2, 1, 1)]
+        others = [asyncio.create_task(spending.reserve(Fraction(amount), None)) for amount in (7, 2, 1, 1)]
         await asyncio.sleep(0)
         limit.free.set()
         return await asyncio.gather(first, *others, return_exceptions=True)
@@ -77,23 +77,23 @@ def test_calls_that_wait_share_a_transaction_and_are_answered_each(limit):
 def test_settlements_go_with_the_next_reservation_in_order(limit, monkeypatch):
     monkeypatch.setattr(module, "LINGER", 1000.0)
 
-    async def body(purse):
-        token = await purse.reserve(Fraction(10), None)
-        purse.settle(token, Fraction(4))
-        return await purse.reserve(Fraction(6), None)  # fits, since it comes after the settlement
+    async def body(spending):
+        token = await spending.reserve(Fraction(10), None)
+        spending.settle(token, Fraction(4))
+        return await spending.reserve(Fraction(6), None)  # fits, since it comes after the settlement
 
     assert isinstance(run(limit, body), str)
     assert limit.groups == [[Reserve], [Settle, Reserve]]
 
 
 def test_settlements_alone_wait_a_moment(limit):
-    async def body(purse):
-        tokens = [await purse.reserve(Fraction(1), None) for _ in range(3)]
+    async def body(spending):
+        tokens = [await spending.reserve(Fraction(1), None) for _ in range(3)]
         for token in tokens:
-            purse.settle(token, Fraction(1))
+            spending.settle(token, Fraction(1))
         while len(limit.groups) < 4:
             await asyncio.sleep(0.005)
-        await purse.drain()
+        await spending.drain()
         return limit.balances()[0]
 
     balance = run(limit, body)
@@ -104,10 +104,10 @@ def test_settlements_alone_wait_a_moment(limit):
 def test_draining_does_not_wait(limit, monkeypatch):
     monkeypatch.setattr(module, "LINGER", 1000.0)
 
-    async def body(purse):
-        token = await purse.reserve(Fraction(1), None)
-        purse.settle(token, Fraction(1))
-        await asyncio.gather(purse.drain(), purse.drain())
+    async def body(spending):
+        token = await spending.reserve(Fraction(1), None)
+        spending.settle(token, Fraction(1))
+        await asyncio.gather(spending.drain(), spending.drain())
         return limit.balances()[0]
 
     assert run(limit, body).spent == 1
@@ -116,12 +116,12 @@ def test_draining_does_not_wait(limit, monkeypatch):
 def test_settlements_that_linger_while_the_store_is_busy_are_not_forgotten(limit, monkeypatch):
     monkeypatch.setattr(module, "LINGER", 0.001)
 
-    async def body(purse):
-        token = await purse.reserve(Fraction(1), None)
+    async def body(spending):
+        token = await spending.reserve(Fraction(1), None)
         taken = await busy(limit)
-        reserving = asyncio.create_task(purse.reserve(Fraction(1), None))
+        reserving = asyncio.create_task(spending.reserve(Fraction(1), None))
         await taken
-        purse.settle(token, Fraction(1))
+        spending.settle(token, Fraction(1))
         await asyncio.sleep(0.02)  # its time is over before the store is free
         limit.free.set()
         await reserving
@@ -134,21 +134,21 @@ def test_settlements_that_linger_while_the_store_is_busy_are_not_forgotten(limit
 
 @pytest.mark.parametrize("when", ["waiting", "under way", "answered"])
 def test_what_was_reserved_for_a_client_that_left_is_given_back(limit, when):
-    async def body(purse):
+    async def body(spending):
         taken = await busy(limit)
-        first = asyncio.create_task(purse.reserve(Fraction(2), None))
+        first = asyncio.create_task(spending.reserve(Fraction(2), None))
         await taken
-        leaving = first if when != "waiting" else asyncio.create_task(purse.reserve(Fraction(3), None))
+        leaving = first if when != "waiting" else asyncio.create_task(spending.reserve(Fraction(3), None))
         await asyncio.sleep(0)
         if when == "answered":  # by its future, in the moment before the task goes on
-            purse._end, end = (lambda takers, made: (end(takers, made), leaving.cancel())), purse._end
+            spending._end, end = (lambda callbacks, made: (end(callbacks, made), leaving.cancel())), spending._end
         else:
             leaving.cancel()
         limit.free.set()
         with pytest.raises(asyncio.CancelledError):
             await leaving
         await asyncio.gather(first, return_exceptions=True)
-        await purse.drain()
+        await spending.drain()
         return limit.balances()[0]
 
     balance = run(limit, body)
@@ -160,13 +160,13 @@ def test_what_was_reserved_for_a_client_that_left_is_given_back(limit, when):
 def test_a_store_that_is_away_refuses_reservations_and_gets_settlements_again(limit, monkeypatch):
     monkeypatch.setattr(module, "RETRIES", (0.001, 0.001, 0.001))
 
-    async def body(purse):
-        token = await purse.reserve(Fraction(5), None)
+    async def body(spending):
+        token = await spending.reserve(Fraction(5), None)
         limit.failures = 2
-        purse.settle(token, Fraction(2))
+        spending.settle(token, Fraction(2))
         with pytest.raises(OperationalError):
-            await purse.reserve(Fraction(1), None)
-        await purse.drain()
+            await spending.reserve(Fraction(1), None)
+        await spending.drain()
         return limit.balances()[0]
 
     balance = run(limit, body)
@@ -176,15 +176,15 @@ def test_a_store_that_is_away_refuses_reservations_and_gets_settlements_again(li
 def test_what_cannot_be_settled_does_not_keep_the_server_from_ending(limit, monkeypatch, caplog):
     monkeypatch.setattr(module, "RETRIES", (0.001,))
 
-    async def body(purse):
-        token = await purse.reserve(Fraction(5), None)
+    async def body(spending):
+        token = await spending.reserve(Fraction(5), None)
         limit.failures = 5
-        purse.settle(token, Fraction(2))
-        purse.settle(None, Fraction(2))
-        await purse.drain()
+        spending.settle(token, Fraction(2))
+        spending.settle(None, Fraction(2))
+        await spending.drain()
         limit.failures = 0
-        purse.settle("unknown", Fraction(1))
-        await purse.drain()
+        spending.settle("unknown", Fraction(1))
+        await spending.drain()
         return limit.balances()[0]
 
     balance = run(limit, body)
@@ -196,8 +196,8 @@ def test_what_cannot_be_settled_does_not_keep_the_server_from_ending(limit, monk
 def test_a_group_has_no_more_calls_than_others_can_wait_for(limit, monkeypatch):
     monkeypatch.setattr(module, "TOGETHER", 4)
 
-    async def body(purse):
-        return await asyncio.gather(*(purse.reserve(Fraction(1), None) for _ in range(10)))
+    async def body(spending):
+        return await asyncio.gather(*(spending.reserve(Fraction(1), None) for _ in range(10)))
 
     assert len(set(run(limit, body))) == 10
     assert [len(group) for group in limit.groups] == [1, 4, 4, 1]

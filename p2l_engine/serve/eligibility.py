@@ -49,7 +49,7 @@ def in_words(reasons: Mapping[str, str]) -> str:
     return "; ".join([*shown[:SHOWN], f"and {len(shown) - SHOWN} more"] if len(shown) > SHOWN + 1 else shown)
 
 
-class Takers:
+class Eligibility:
     """Of the K models of a plan; columns: the indices of those that can be routed to."""
 
     def __init__(

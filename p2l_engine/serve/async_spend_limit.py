@@ -26,7 +26,7 @@ TOGETHER = 64  # calls of a transaction at most: other processes wait for its en
 Answer = str | Settlement | Exception
 
 
-class Purse:
+class AsyncSpendLimit:
     """limit: None for none. longest: seconds that a request may last, with all its attempts."""
 
     def __init__(self, limit: SpendLimit | None, longest: float) -> None:
@@ -149,13 +149,13 @@ class Purse:
         made = asyncio.get_running_loop().run_in_executor(self._thread, limit.together, [call for call, _ in group])
         made.add_done_callback(lambda made: self._end([take for _, take in group], made))
 
-    def _end(self, takers: list[Callable[[Answer], None]], made: asyncio.Future[list[Answer]]) -> None:
+    def _end(self, callbacks: list[Callable[[Answer], None]], made: asyncio.Future[list[Answer]]) -> None:
         self._busy = False
         try:
             answers = made.result()
         except Exception as error:  # whatever it is, no caller may wait forever
-            answers = [error] * len(takers)
-        for take, answer in zip(takers, answers, strict=True):
+            answers = [error] * len(callbacks)
+        for take, answer in zip(callbacks, answers, strict=True):
             take(answer)
         # No timer: settlements have waited long enough meanwhile, or were too many for one transaction.
         if self._lingering is None or self._settled is not None or any(isinstance(call, Reserve) for call, _ in self._waiting):
