@@ -435,7 +435,7 @@ def test_a_store_that_fails_is_a_miss_and_reported_once(fault, caplog, monkeypat
     name = "ConnectionError" if fault == "away" else "TimeoutError"
     lines = [record.getMessage() for record in caplog.records if record.name.startswith("p2l_engine")]
     assert lines == [
-        f"the store of answers redis://cache:6379 fails ({name}): requests go on without it",
+        f"the store of answers redis://cache:6379 fails ({name}): requests continue without it",
         "the store of answers redis://cache:6379 works again",
     ]
 
@@ -843,7 +843,7 @@ def test_a_server_goes_on_while_redis_is_away(redis, caplog, monkeypatch):
     assert states == [(200, "miss"), (200, "hit"), (200, "miss"), (200, "miss"), (200, "miss"), (200, "hit")]
     assert failures >= 2
     assert [r.getMessage().split(" ", 5)[5] for r in caplog.records if "store of answers" in r.getMessage()] == [
-        "fails (ConnectionError): requests go on without it", "works again",
+        "fails (ConnectionError): requests continue without it", "works again",
     ]  # fmt: skip
 
 

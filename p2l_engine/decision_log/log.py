@@ -197,7 +197,7 @@ class DecisionLog:
                 self._drain()
                 if not closing:
                     self._retain()
-            except Exception as error:  # whatever it is, the thread must go on
+            except Exception as error:  # whatever it is, the thread must continue
                 self._fails(error)
             if self._closed or (closing and not (self._queue or self._rows)):
                 return

@@ -142,7 +142,7 @@ class Answers:
         self.failures += 1
         self._resumes = time.monotonic() + PAUSE
         if not self._failing:  # its type alone: a message may repeat values
-            logger.error("the store of answers %s fails (%s): requests go on without it", self._name, type(error).__name__)
+            logger.error("the store of answers %s fails (%s): requests continue without it", self._name, type(error).__name__)
         self._failing = True
 
     def _works(self) -> None:

@@ -117,7 +117,7 @@ class Predict(Endpoint):
 
 
 class GiveFeedback(Endpoint):
-    """What somebody thinks of a decision: see ``DecisionLog.feedback``."""
+    """What a user thinks of a decision: see ``DecisionLog.feedback``."""
 
     async def handle(self, api: Api, body: dict[str, Any], headers: Mapping[str, str], key: Key | None, send: Send) -> None:
         log = self.server.log

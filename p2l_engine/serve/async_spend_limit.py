@@ -35,12 +35,12 @@ class AsyncSpendLimit:
         self._thread = ThreadPoolExecutor(1, "p2l-spending")
         self._waiting: list[tuple[Reserve | Settle, Callable[[Answer], None]]] = []
         self._unsettled = 0  # settlements that are not stored yet
-        self._settled: asyncio.Event | None = None  # somebody waits until there are none
+        self._settled: asyncio.Event | None = None  # set once there are none, where a caller waits for that
         self._busy = False
         self._lingering: asyncio.TimerHandle | None = None
 
     def adopt(self, limit: SpendLimit | None, longest: float) -> None:
-        """Goes on with other limits on the same store."""
+        """Replaces the limits by others on the same store."""
         self.limit, self._longest = limit, max(self._longest, longest)
 
     async def reserve(self, worst: Fraction, key: str | None) -> str | None:

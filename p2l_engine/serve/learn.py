@@ -24,11 +24,12 @@ from p2l_engine.learning.rows import NewModel
 from p2l_engine.learning.write import last_feedback, retired_models
 from p2l_engine.serve.learn_state import LearnState
 from p2l_engine.serve.learning_engine import LearningEngine
-from p2l_engine.serve.lessons import Lesson, as_votes
-from p2l_engine.serve.next_lessons import next_lessons, reference_prompts, states_of
+from p2l_engine.serve.lessons import Lesson
+from p2l_engine.serve.next_lessons import is_log_of, next_lessons, reference_prompts, states_of
 from p2l_engine.serve.prompt_states import PromptStates
 from p2l_engine.serve.refinement import Refinement, lower_priority
 from p2l_engine.serve.settings import ConfigError, Learn
+from p2l_engine.serve.vote_updates import updated
 
 Float32 = npt.NDArray[np.float32]
 
@@ -151,18 +152,13 @@ class OnlineLearning:
         except OSError as error:
             raise ConfigError(f"{self._state.where}: cannot be written: {error}") from None
         self._log = log
-        if (last := log.last_number()) < self._number or not self._read_from(log):
+        if (last := log.last_number()) < self._number or not is_log_of(log, self._number, self._decision):
             logger.warning("serve.learn: the log is not the one of before: all feedback in it is new")
             self._number, self._decision, self._changed = 0, None, True
         self.waiting, self.oldest = log.waiting(self._number)
         self._thread = threading.Thread(target=self._run, name="learning", daemon=True)
         self._thread.start()
-        logger.info("learning goes on after feedback %d of %d", self._number, last)
-
-    def _read_from(self, log: DecisionLog) -> bool:
-        """Whether the feedback that was read last is in this log, as far as that is known: it may have been deleted."""
-        found = log.feedback_after(self._number - 1, 1) if self._number and self._decision else []
-        return not found or found[0].number != self._number or found[0].feedback.decision == self._decision
+        logger.info("learning continues after feedback %d of %d", self._number, last)
 
     def close(self) -> None:
         """Learns from what was given, saves, and ends."""
@@ -215,7 +211,7 @@ class OnlineLearning:
                 if not self._failing:
                     logger.error("learning waits: the store fails (%s)", type(error).__name__)
                 self._failing = True
-            except Exception:  # whatever it is, the thread goes on, and the feedback is read again
+            except Exception:  # whatever it is, the thread continues, and reads the feedback again
                 self._failed += 1
                 logger.exception("learning failed")
             if closing:
@@ -273,26 +269,15 @@ class OnlineLearning:
         if not usable:
             return
         began = time.perf_counter()
-        try:
-            self._update(usable, states)
-            self.learned += len(usable)
-        except (ValueError, ArithmeticError, np.linalg.LinAlgError):  # one by one, so that only the vote at fault fails
-            for lesson in usable:
-                try:
-                    self._update([lesson], states)
-                    self.learned += 1
-                except (ValueError, ArithmeticError, np.linalg.LinAlgError) as error:
-                    self._failed += 1
-                    skipped[FAILED] += 1
-                    logger.error("a vote on %s and %s cannot be learned from: %s", lesson.a, lesson.b, error)
+        learned = updated(self._learner, usable, states)
+        self.learned += learned
+        if failed := len(usable) - learned:
+            self._failed += failed
+            skipped[FAILED] += failed
         self._publish()
         self.updates += 1
         self.last_seconds = time.perf_counter() - began
         self.seconds += self.last_seconds
-
-    def _update(self, found: list[Lesson], states: dict[str, Float32]) -> None:
-        votes, prompts = as_votes(found, self._learner.models)
-        self._learner.update(votes, np.stack([states[each] for each in prompts]))
 
     def _refined(self) -> None:
         self._publish()

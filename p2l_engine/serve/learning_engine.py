@@ -1,4 +1,4 @@
-"""An engine whose head goes on learning: the backbone computes hidden states, the head of the moment coefficients."""
+"""An engine whose head keeps learning: the backbone computes hidden states, the current head coefficients."""
 
 from __future__ import annotations
 

@@ -42,6 +42,13 @@ def next_lessons(
     return said[-1] if said else None, found, skipped
 
 
+def is_log_of(log: DecisionLog, number: int, decision: str | None) -> bool:
+    """Whether the feedback of this number, the last that was read, is in this log and on this decision, as far as that is
+    known: it may have been deleted, or there was none (0, None)."""
+    found = log.feedback_after(number - 1, 1) if number and decision else []
+    return not found or found[0].number != number or found[0].feedback.decision == decision
+
+
 def states_of(
     found: list[Lesson], kept: PromptStates, engine: Engine, skipped: Counter[str]
 ) -> dict[str, npt.NDArray[np.float32]]:

@@ -44,7 +44,7 @@ class Refinement:
             learner.refine()
             self._done()
             self.count += 1
-        except Exception:  # whatever it is: updates go on
+        except Exception:  # whatever it is, updates continue
             self.failures += 1
             logger.exception("the optimum over all votes was not found")
         self._took = time.perf_counter() - began

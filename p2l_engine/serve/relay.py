@@ -191,7 +191,7 @@ class Relay:
         if call.pacer is not None and call.paid is not None:
             call.pacer.settle(float(cost) - call.paid)
         if outcome == "decision" and call.options.explain:
-            return  # somebody looks at what would be decided, with each pause in typing
+            return  # a look at what would be decided, such as the page takes at each pause in typing
         self.finished(call.record(status, outcome, name, usage, None if outcome == "decision" else cost, estimated))
 
     def _remember(self, kept: Sequence[str], deployment: str, usage: Usage | None) -> None:

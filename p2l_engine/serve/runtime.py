@@ -185,7 +185,7 @@ class Runtime:
             except (ValueError, SQLAlchemyError) as error:
                 logger.error("the configuration was not changed: %s", error)
                 return False
-            except Exception:  # whatever it is, the server goes on, and looks at the file again when it changes
+            except Exception:  # whatever it is, the server keeps running, and reads the file again when it changes
                 logger.exception("the configuration was not changed")
                 return False
             service = self.server.service

@@ -255,6 +255,6 @@ def _line(error: Any) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":  # this module's own: it says what came, where that helps
         return f"{place}: {message}" if place else message
-    if "keys" in error["loc"]:  # somebody may have written the key for its hash
+    if "keys" in error["loc"]:  # the key may have been written in place of its hash
         return f"{place}: {message}"
     return f"{place}: {message}, got {error['input']!r:.80}"
