@@ -18,10 +18,9 @@ from p2l_engine.engine import Engine
 from p2l_engine.learning.hidden import hidden_states
 from p2l_engine.learning.learned import LearnedHead
 from p2l_engine.learning.learner import Learner
-from p2l_engine.learning.names import check_new
-from p2l_engine.learning.new_models import Described, Descriptions
 from p2l_engine.learning.rows import NewModel
 from p2l_engine.learning.write import last_feedback, retired_models
+from p2l_engine.serve.added_models import added
 from p2l_engine.serve.learn_state import LearnState
 from p2l_engine.serve.learning_engine import LearningEngine
 from p2l_engine.serve.lessons import Lesson
@@ -108,19 +107,7 @@ class OnlineLearning:
 
     def additions(self, settings: Learn) -> list[NewModel]:
         """The models of a configuration that are not learned yet. Raises ConfigError."""
-        known = self._checkpoint.models
-        described = {name: Described(name, model.like, model.prior_rating) for name, model in settings.models.items()}
-        joined = self._learner.models[len(known) :]
-        try:
-            check_new(
-                [name for name in described if name not in joined],
-                self._learner.models,
-                self._retired,
-            )
-            all_new = Descriptions(tuple(described.values()), settings.ratings).as_new_models(known, self._learner.mean_theta)
-        except ValueError as error:
-            raise ConfigError(f"serve.learn.models: {error}") from None
-        return [model for model in all_new if model.name not in joined]
+        return added(settings, self._learner, self._checkpoint.models, self._retired)
 
     def adopt(self, settings: Learn) -> None:
         """Takes a new configuration: models that it adds join the head, before their first vote. Raises ConfigError."""
