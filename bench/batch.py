@@ -5,19 +5,17 @@
     OMP_NUM_THREADS=1 python -m bench.batch --spilled 10000000 --csv bench/results/batch_spilled_cpu.csv
 
 The first uses the default checkpoint. The second generates N prompts of a few tokens, nearly all different, and routes them
-with a backbone so small that the other stages dominate. The third solves a budget over N rows, without and with caps on
-shares, from coefficients on disk, each in a process of its own. Memory is the peak of the process less its memory with the
-model loaded.
+with a backbone so small that the other stages dominate. The third solves a budget over N / 5 and N rows, without and with caps
+on shares, from coefficients on disk, each in a process of its own. Memory is the peak of the process less its memory with the
+model loaded; in the third, without the files that it has mapped, which the system writes to the disk when it needs their pages.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import resource
 import shutil
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -31,7 +29,7 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from bench import setting, spilled, subjects
-from bench.measure import apart
+from bench.measure import Peak, apart, resident
 from p2l_engine import Catalog, Engine, Router
 from p2l_engine.batch import BatchConfig, Report, run
 from p2l_engine.catalog import CatalogModel
@@ -55,23 +53,6 @@ class TimedBackbone:
         return getattr(self._backbone, name)
 
 
-class Memory(threading.Thread):
-    """Peak resident memory in GiB from ``start`` on, sampled every 20 ms."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.done, self.most, self.before = threading.Event(), 0.0, resident()
-
-    def run(self) -> None:
-        while not self.done.wait(0.02):
-            self.most = max(self.most, resident())
-
-
-def resident() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 2**30
-
-
 def short_prompts(count: int, path: Path) -> None:
     """Prompts of one to five words; one in a hundred is a repetition."""
     rng, words = np.random.default_rng(0), np.array(subjects.words())
@@ -89,19 +70,14 @@ def bench(router: Router, prompts: str, console: Console) -> tuple[Report, float
     router.engine.coefficients(["warm", "up " * 100, "and again"])
     backbone.seconds = 0.0
     folder = Path(tempfile.mkdtemp())
-    memory = Memory()
-    memory.start()
-    try:
+    with Peak(resident) as memory:
         columns = (TextColumn("{task.description}"), TimeElapsedColumn())
         with Progress(*columns, console=console, transient=True) as bar:
             task = bar.add_task("rows")
             config = BatchConfig([prompts], str(folder / "out"), keep=[], budget=BUDGET, budget_scope="batch")
             report = run(router, config, progress=lambda r: bar.update(task, description=f"{r.rows:,} rows, {r.parts} parts"))
-    finally:
-        memory.done.set()
-        memory.join()
-        shutil.rmtree(folder)
-    return report, backbone.seconds, memory.most - memory.before
+    shutil.rmtree(folder)
+    return report, backbone.seconds, memory.most - memory.first
 
 
 def main() -> None:
@@ -116,10 +92,12 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device("cpu")
     if arguments.spilled:
-        rows = [("rows", f"{arguments.spilled:,}"), ("models", str(spilled.MODELS))]
-        for shares, what in ((False, "a budget"), (True, "a budget and three caps on shares")):
-            figures = apart(spilled.solve_spilled, arguments.spilled, shares)
-            rows += [(f"{what}: {name}", f"{value:.3g}") for name, value in figures.items() if name != "gib"]
+        rows = [("models", str(spilled.MODELS))]
+        for count in (-(-arguments.spilled // 5), arguments.spilled):
+            for shares, what in ((False, "a budget"), (True, "a budget and three caps on shares")):
+                figures = apart(spilled.solve_spilled, count, shares)
+                title = f"{count:,} rows, {what}"
+                rows += [(f"{title}: {name}", f"{value:.3g}") for name, value in figures.items() if name != "gib"]
     else:
         rows, device = end_to_end(arguments.prompts, arguments.short)
     machine = setting.setting(device)

@@ -5,7 +5,6 @@ The coefficients, the budget and the caps on shares are those of ``batch_budgets
 
 from __future__ import annotations
 
-import resource
 import tempfile
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 
 from bench import batch_budgets, subjects
+from bench.measure import Peak, nameless_files, own
 from p2l_engine import Catalog, Engine, Router
 from p2l_engine.batch.config import ROWS_PER_PART
 from p2l_engine.batch.decide import Decider
@@ -22,6 +22,7 @@ from p2l_engine.batch.first_pass import SpilledWinRates
 from p2l_engine.batch.spill import Spill
 from p2l_engine.catalog import CatalogModel
 from p2l_engine.constraints import Constraints
+from p2l_engine.routing.scratch import Scratch, parts
 
 MODELS = 10
 
@@ -41,23 +42,27 @@ def _solve(rows: int, shares: bool, folder: Path) -> dict[str, float]:
     _, budget, caps = batch_budgets.rows_of(MODELS)
     capped = [(int(i), cap.at_most) for cap in caps for i in np.atleast_1d(cap.models)] if shares else []
     most: dict[str | tuple[str, ...], float] = {engine.models[i]: at_most for i, at_most in capped}
-    references = []
+    scratch, sizes = Scratch(folder), []
+    column = scratch.column(np.int64)
     for block, first in enumerate(range(0, rows, ROWS_PER_PART)):
         n = min(ROWS_PER_PART, rows - first)
         outputs = np.zeros((n, engine.width), np.float32)
         outputs[:, :MODELS] = batch_budgets.coefficients(n, MODELS, seed=block)
         spill.write(block, "", outputs)
-        references.append(block * BLOCK_STRIDE + np.arange(n))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        column.add(block * BLOCK_STRIDE + np.arange(n))
+        sizes.append(n)
+    rates = SpilledWinRates(Decider(router, spill.take), column.array(), sizes, scratch)
     start, cpu = time.perf_counter(), time.process_time()
-    solved = router.solve(SpilledWinRates(Decider(router, spill.take), references), Constraints(budget, "batch", most))
+    with Peak(own) as memory, Peak(nameless_files) as files:
+        solved = router.solve(rates, Constraints(budget, "batch", most))
+        spent = sum(float(solved.of(some).cost.sum()) for some in parts(rows))  # read as the writer does
     seconds, used = time.perf_counter() - start, time.process_time() - cpu
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return {
         "seconds": seconds,
         "CPU seconds": used,
-        "GiB at most": after,
-        "bytes a row beyond the model": (after - before) * 2**30 / rows,
+        "MiB of memory beyond the model": 1024 * (memory.most - memory.first),
+        "GiB of temporary files": files.most,
         "GiB of coefficients on disk": rows * engine.width * 4 / 2**30,
+        "mean cost / budget": spent / rows / budget,
         "gap": float(solved.gap),
     }

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -9,11 +14,34 @@ from hypothesis import strategies as st
 
 from p2l_engine import routing
 from p2l_engine.native import routing as native
-from p2l_engine.routing import Infeasible, InfeasibleBudget, LazyWinRates, Problem, Resource, Share, SolverError, solve
+from p2l_engine.routing import (
+    Infeasible,
+    InfeasibleBudget,
+    LazyWinRates,
+    Problem,
+    Resource,
+    Share,
+    SolverError,
+    batch,
+    near,
+    scratch,
+    solve,
+)
 from p2l_engine.routing.batch import Batch, equal_prompts
 from p2l_engine.routing.values import ArrayValues
 from tests.support import reference
 from tests.support.cases import slow_but
+
+
+class OnDisk(ArrayValues):
+    """Values in chunks of a given size, what is noted of each prompt on disk."""
+
+    def __init__(self, v, chunk, folder):
+        super().__init__(v)
+        self.chunk, self.scratch = chunk, scratch.Scratch(folder)
+
+    def chunks(self):
+        return (self.take(slice(start, start + self.chunk)) for start in range(0, len(self.v), self.chunk))
 
 
 def random_problem(seed: int, n: int, m: int, batch_only: bool = False) -> Problem:
@@ -274,6 +302,36 @@ class TestSeveralPasses:
         several, arrays = solve(Problem(LazyWinRates(memmap, q), **rest)), solve(Problem(v, **rest))
         assert several.solver == "dual"
         assert several.value.mean() == pytest.approx(arrays.value.mean(), rel=1e-9)
+
+    @settings(max_examples=12)
+    @example(seed=3, n=1, chunk=1)
+    @example(seed=8, n=33, chunk=2)
+    @given(st.integers(0, 2**31), st.integers(1, 60), st.sampled_from([1, 2, 7, 100]))
+    def test_policies_do_not_depend_on_where_the_arrays_are(self, seed, n, chunk):
+        problem = random_problem(seed, n, 1 + seed % 5, batch_only=True)
+        if seed % 3 == 0:  # groups of equal prompts
+            problem = replace(problem, value=np.repeat(problem.value[:1], n, axis=0), resources=(), budget=None, allowed=None)
+        with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+            for module, name, value in (
+                (scratch, "PART", 3),
+                (near, "PART", 3),
+                (scratch, "SMALL", 0),
+                (batch, "IN_MEMORY", 1),
+            ):
+                patch.setattr(module, name, value)
+            in_memory, on_disk = solve(problem), solve(replace(problem, value=OnDisk(problem.value, chunk, Path(folder))))
+            assert not list(Path(folder).iterdir())
+        for name in ("indices", "probabilities", "value", "cost", "mixed_costs"):
+            np.testing.assert_array_equal(getattr(in_memory, name), getattr(on_disk, name))
+        assert (in_memory.prices, in_memory.gap) == (on_disk.prices, on_disk.gap)
+
+    def test_a_full_disk_is_an_error(self, monkeypatch, tmp_path):
+        def full(*_):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(OSError, match="No space left"):
+            scratch.Scratch(tmp_path).empty(1 << 20, np.float64)
 
     def test_an_iterator_is_read_once(self, rng):
         theta, q = rng.normal(size=(30, 3)), np.full(3, 1 / 3)

@@ -92,7 +92,7 @@ class Pipeline:
         self._lock = threading.Lock()
         self._pending: deque[_PendingBlock] = deque()
         self._error: BaseException | None = None
-        self._first_pass = FirstPass(self.decider)
+        self._first_pass = FirstPass(self.decider, spill.folder)
 
     def compute(self) -> None:
         """Computes and spills the coefficients of all prompts; decides and writes unless the run has bounds over the batch."""
@@ -203,7 +203,8 @@ class Pipeline:
         """Solves one problem over all routable rows, then writes the output block by block."""
         found = self._first_pass
         with self.recorder.timed("solving"):
-            solved = self.router.solve(found.win_rates(), self.config.constraints, found.costs(self.spill.folder))
+            rates = found.win_rates()
+            solved = self.router.solve(rates, self.config.constraints, found.costs(rates, self.spill.folder))
         self.recorder.set_prices(solved.prices)
         for block, rows in found.again(self._blocks()):
             self._write(block, solved.of(rows))

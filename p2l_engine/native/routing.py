@@ -124,17 +124,21 @@ def select_steps(offsets: Offsets, cost: Float64, value: Float64, slack: float) 
 
 
 def take_steps(
-    offsets: Offsets, models: Int32, cost: Float64, value: Float64, price: float, left: float
-) -> tuple[Int32, Float64, Float64, Float64]:
-    """The policies at a dual price: indices [N, 2], probabilities [N, 2], value [N], cost [N]."""
+    offsets: Offsets,
+    models: Int32,
+    cost: Float64,
+    value: Float64,
+    price: float,
+    left: float,
+    out: tuple[Int32, Float64, Float64, Float64],
+) -> None:
+    """The policies at a dual price, into ``out``: indices [N, 2], probabilities [N, 2], value [N], cost [N]."""
     n = len(offsets) - 1
-    indices, probabilities = np.empty((n, 2), np.int32), np.empty((n, 2))
-    policy_value, policy_cost = np.empty(n), np.empty(n)
+    indices, probabilities, policy_value, policy_cost = out
     lib.p2l_take_steps(
         array("int64_t", offsets), array("int32_t", models), _in(cost), _in(value), n, price, left,
         _out_int(indices), _out(probabilities), _out(policy_value), _out(policy_cost),
     )  # fmt: skip
-    return indices, probabilities, policy_value, policy_cost
 
 
 def best_models(

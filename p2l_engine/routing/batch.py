@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from p2l_engine.routing.arrays import Float64
 from p2l_engine.routing.rounding import ordered
+from p2l_engine.routing.scratch import Scratch, parts
 from p2l_engine.routing.surplus import Surplus
-from p2l_engine.routing.values import ArrayValues, Values
+from p2l_engine.routing.values import ArrayValues, SomeValues, Values
 
 Mask = npt.NDArray[np.bool_]
 Indices = npt.NDArray[np.intp]
 
+IN_MEMORY = 1 << 20  # prompts whose values are read once
 ROUNDING = 1e-15  # relative: of the places where a group's models change
 
 
@@ -32,54 +35,70 @@ class Batch:
     @classmethod
     def of_all(cls, values: Values, rows: Sequence[Surplus], usable: Mask | None) -> Batch:
         """Every prompt with weight 1."""
-        return cls(values, tuple(rows), usable, np.ones(values.shape[0] or 0))
+        return cls(values, tuple(rows), usable, values.scratch.full(values.shape[0] or 0, 1.0))
 
     def __len__(self) -> int:
         return len(self.weights)
 
     def of(self, prompts: Indices, weights: Float64 | None = None) -> Batch:
-        """These prompts, with their values in memory."""
+        """These prompts, with their values in memory, unless there are many and those of the batch are on disk."""
         mask = None if self.usable is None else self.usable[prompts]
         rows = tuple(row.of(prompts) for row in self.rows)
-        return Batch(ArrayValues(self.values.take(prompts)), rows, mask, self.weights[prompts] if weights is None else weights)
+        on_disk = self.values.scratch.folder is not None and len(prompts) > IN_MEMORY
+        values = SomeValues(self.values, prompts) if on_disk else ArrayValues(self.values.take(prompts))
+        return Batch(values, rows, mask, self.weights[prompts] if weights is None else weights)
 
-    def used(self, prompts: Indices, choice: npt.NDArray[np.int32], weights: Float64) -> Float64:
-        """The weighted sum of what these prompts' chosen models use of each row beyond the least, [K]."""
-        counts = np.bincount(choice, weights, minlength=self.values.shape[1])
-        sums = []
-        for row in self.rows:
-            if row.row.shared:
-                above = 0.0 if len(row.least) == 1 else weights @ (row.least[prompts] - row.base)
-                sums.append(float(counts @ (row.row.amounts - row.base) - above))
-            else:
-                sums.append(float(weights @ (row.row.amounts[prompts, choice] - row.least[prompts])))
-        return np.array(sums)
+    def used(self, prompts: Indices | None, choice: npt.NDArray[np.int32], weights: Float64) -> Float64:
+        """The weighted sum of what these prompts (None: all) use of each row beyond the least with their chosen models, [K]."""
+        sums = np.zeros(len(self.rows))
+        for some in parts(len(choice)):
+            of: Any = some if prompts is None else prompts[some]
+            chosen, weight = choice[some], weights[some]
+            counts = np.bincount(chosen, weight, minlength=self.values.shape[1])
+            for k, row in enumerate(self.rows):
+                if row.row.shared:
+                    above = 0.0 if len(row.least) == 1 else weight @ (row.least[of] - row.base)
+                    sums[k] += float(counts @ (row.row.amounts - row.base) - above)
+                else:
+                    own = np.take_along_axis(row.row.of(of).amounts, chosen[:, None], 1)[:, 0]
+                    sums[k] += float(weight @ (own - row.least[of]))
+        return sums
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Groups:
-    """Equal prompts: the first of each group [G], the groups' sizes [G], and the group of every prompt [N]."""
+    """Equal prompts: the first of each group [G], the groups' sizes [G], and the group of every prompt [N]. scratch:
+    where the policies of all prompts are to be."""
 
     first: Indices
     sizes: Float64
     group: Indices
+    scratch: Scratch
 
     def spread(self, indices: npt.NDArray[np.int32], probabilities: Float64) -> tuple[npt.NDArray[np.int32], Float64]:
         """From the groups' policies [G, W] to those of the prompts [N, W], in the prompts' order within a group. A prompt gets
         a single model where possible; of a group that mixes j models, at most j - 1 prompts are mixed."""
-        # By rising probability: the last one, whose amounts are small, takes the rounding of the others.
-        rising = np.argsort(probabilities, axis=1, kind="stable")
-        indices, probabilities = np.take_along_axis(indices, rising, 1), np.take_along_axis(probabilities, rising, 1)
-        order = np.argsort(self.group, kind="stable")
-        starts = np.concatenate([[0], np.cumsum(self.sizes)[:-1]])
-        place = np.empty(len(self.group))
-        place[order] = np.arange(len(order)) - starts[self.group[order]]
-        ends = np.cumsum(probabilities, axis=1) * self.sizes[:, None]
-        ends[:, -1] = self.sizes
-        ends, begins = ends[self.group], np.concatenate([np.zeros((len(ends), 1)), ends[:, :-1]], axis=1)[self.group]
-        shares = np.clip(np.minimum(ends, place[:, None] + 1) - np.maximum(begins, place[:, None]), 0.0, 1.0)
-        shares[shares <= ROUNDING * ends] = 0.0
-        return ordered(indices[self.group], shares / shares.sum(axis=1, keepdims=True))
+        n, width = len(self.group), indices.shape[1]
+        found = self.scratch.empty((n, width), np.int32), self.scratch.empty((n, width), np.float64)
+        seen = self.scratch.full(len(self.sizes), 0.0)  # prompts of each group
+        for some in parts(n):
+            group = self.group[some]
+            # By rising probability: the last one, whose amounts are small, takes the rounding of the others.
+            rising = np.argsort(probabilities[group], axis=1, kind="stable")
+            models = np.take_along_axis(indices[group], rising, 1)
+            shares = np.take_along_axis(probabilities[group], rising, 1)
+            order = np.argsort(group, kind="stable")
+            kinds, begins, counts = np.unique(group[order], return_index=True, return_counts=True)
+            place = np.empty(len(group))
+            place[order] = np.arange(len(order)) - np.repeat(begins, counts) + np.repeat(seen[kinds], counts)
+            seen[kinds] += counts
+            ends = np.cumsum(shares, axis=1) * self.sizes[group][:, None]
+            ends[:, -1] = self.sizes[group]
+            begin = np.concatenate([np.zeros((len(ends), 1)), ends[:, :-1]], axis=1)
+            own = np.clip(np.minimum(ends, place[:, None] + 1) - np.maximum(begin, place[:, None]), 0.0, 1.0)
+            own[own <= ROUNDING * ends] = 0.0
+            found[0][some], found[1][some] = ordered(models, own / own.sum(axis=1, keepdims=True))
+        return found
 
 
 def equal_prompts(batch: Batch) -> Groups | None:
@@ -89,21 +108,22 @@ def equal_prompts(batch: Batch) -> Groups | None:
     """
     m = batch.values.shape[1]
     rng = np.random.default_rng(m)
-    keys, start = np.empty(len(batch)), 0
+    keys, start = batch.values.scratch.empty(len(batch), np.float64), 0
     mixers = rng.normal(size=(2 + len(batch.rows), m))
     for v in batch.values.chunks():
         some = slice(start, start + len(v))
-        key = v @ mixers[0]
+        key = _mixed(v, mixers[0])
         if batch.usable is not None:
-            key = key + batch.usable[some] @ mixers[1]
+            key = key + _mixed(batch.usable[some], mixers[1])
         for mixer, row in zip(mixers[2:], batch.rows, strict=True):
             if not row.row.shared:
-                key = key + row.row.of(some).amounts @ mixer
+                key = key + _mixed(row.row.of(some).amounts, mixer)
         keys[some] = key
         start += len(v)
-    if _distinct(keys) > len(batch) / 2:
+    found = _equal(keys, batch.values.scratch)
+    if found is None:
         return None
-    _, first, group, sizes = np.unique(keys, return_index=True, return_inverse=True, return_counts=True)
+    first, group = found.first, found.group
     # Keys may collide: check that equal keys are equal prompts.
     start = 0
     for v in batch.values.chunks():
@@ -116,10 +136,34 @@ def equal_prompts(batch: Batch) -> Groups | None:
         if any((row.amounts[some] != row.amounts[of]).any() for row in (beyond.row for beyond in batch.rows) if not row.shared):
             return None
         start += len(v)
-    return Groups(first, sizes.astype(np.float64), group)
+    return found
 
 
-def _distinct(keys: Float64) -> int:
-    """How many different numbers there are."""
-    ordered = np.sort(keys)
-    return int(np.count_nonzero(ordered[1:] != ordered[:-1])) + min(len(keys), 1)
+def _mixed(rows: npt.NDArray[Any], by: Float64) -> Float64:
+    """rows @ by, [n]: of equal rows the same bits, wherever they are, of which BLAS is not sure."""
+    return np.asarray((rows * by).sum(axis=1))
+
+
+def _equal(keys: Float64, scratch: Scratch) -> Groups | None:
+    """Groups of equal keys [N], in the keys' order; None where there are more than N / 2."""
+    n = len(keys)
+    ordered = scratch.empty(n, np.float64)
+    ordered[:] = keys
+    ordered.sort()
+    different = scratch.column(np.float64)
+    last, count = np.nan, 0
+    for some in parts(n):
+        of = ordered[some]
+        of = of[np.concatenate([[last], of[:-1]]) != of]
+        last, count = ordered[some.stop - 1], count + len(of)
+        if count > n / 2:
+            return None
+        different.add(of)
+    kinds = different.array()
+    group, first, sizes = scratch.empty(n, np.intp), scratch.empty(count, np.intp), scratch.full(count, 0.0)
+    for some in reversed(list(parts(n))):
+        group[some] = np.searchsorted(kinds, keys[some])
+        backwards = group[some][::-1]
+        first[backwards] = np.arange(some.start, some.stop)[::-1]  # the last one that is written stays
+        np.add.at(sizes, backwards, 1.0)
+    return Groups(first, sizes, group, scratch)

@@ -28,8 +28,10 @@ from p2l_engine.native import routing as native
 from p2l_engine.routing import highs, surplus
 from p2l_engine.routing.arrays import Float64
 from p2l_engine.routing.batch import Batch, equal_prompts
+from p2l_engine.routing.near import Near, changed
 from p2l_engine.routing.problem import Row
 from p2l_engine.routing.program import SolverError, TimeLimit
+from p2l_engine.routing.scratch import Scratch, parts, total_of
 from p2l_engine.routing.surplus import NoPolicy
 from p2l_engine.routing.values import Values
 
@@ -110,7 +112,7 @@ def solve(
     if groups is not None:
         batch = batch.of(groups.first, groups.sizes)
     found, of_kept, reached = _sift(batch, deadline, gap, rounds, _of_sample(batch, deadline, gap, rounds))
-    indices, probabilities = _policies(found)
+    indices, probabilities = _policies(found, batch.values.scratch)
     if groups is not None:
         indices, probabilities = groups.spread(indices, probabilities)
     prices = np.zeros(len(rows))
@@ -123,8 +125,8 @@ def price(batch: Batch, prices: Float64, noise: float = 0.0, weight: float = 1.0
     amounts beyond the least."""
     priced = [(p, row) for p, row in zip(prices, batch.rows, strict=True) if p]
     shared = sum((p * (row.row.amounts - row.base) for p, row in priced if row.row.shared), np.zeros(batch.values.shape[1]))
-    best, reduced, most, lead = np.empty(len(batch), np.int32), *(np.empty(len(batch)) for _ in range(3))
-    start = 0
+    new, n, start = batch.values.scratch.empty, len(batch), 0
+    best, reduced, most, lead = new(n, np.int32), new(n, np.float64), new(n, np.float64), new(n, np.float64)
     for v in batch.values.chunks():
         some = slice(start, start + len(v))
         if weight != 1.0:
@@ -157,7 +159,7 @@ def _of_sample(batch: Batch, deadline: float, gap: float, rounds: int) -> Float6
 
 def _sift(batch: Batch, deadline: float, gap: float, rounds: int, first: Float64 | None = None) -> tuple[Found, Float64, float]:
     """first: dual prices that are not far from those that are sought."""
-    n, total = len(batch), float(batch.weights.sum())
+    n, total = len(batch), total_of(batch.weights)
     units = np.array([float(row.extra) for row in batch.rows])
     slack = units * np.array([max(ROUNDING, float(row.rounding)) for row in batch.rows])
     rng = np.random.default_rng(n)
@@ -169,7 +171,7 @@ def _sift(batch: Batch, deadline: float, gap: float, rounds: int, first: Float64
     exceeded = False
     for _ in range(rounds):
         priced = price(batch, prices, noise)
-        value = float(batch.weights @ priced.most) / total + float(prices @ units)
+        value = total_of(batch.weights, priced.most) / total + float(prices @ units)
         better = value < bound
         if better:
             bound, best_prices, best = value, prices, priced
@@ -195,11 +197,9 @@ def _sift(batch: Batch, deadline: float, gap: float, rounds: int, first: Float64
         left = deadline - time.monotonic()
         if left < 0:
             raise TimeLimit(f"batch rows: the time limit was reached at a gap of {reached:.3g}", reached)
-        near = np.argpartition(best.lead, window - 1)[:window] if window < n else np.arange(n)
         sampled = window > limit
-        opened = _open(
-            batch, best_prices, best, near, found, rng.choice(near, limit, replace=False) if sampled else None, noise
-        )
+        near = Near.of(best.lead, window, batch.values.scratch)
+        opened = _open(batch, best_prices, best, near, found, near.sample(limit, rng) if sampled else None, noise)
         improved, prices = _improve(batch, best_prices, best, opened, penalty / units, left)
         exceeded = bool((improved.excess > total * slack).any())
         found = None if sampled else improved
@@ -220,20 +220,19 @@ class Open:
 
 
 def _open(
-    batch: Batch, prices: Float64, priced: Priced, near: Indices, found: Found | None, sample: Indices | None, noise: float
+    batch: Batch, prices: Float64, priced: Priced, near: Near, found: Found | None, sample: Indices | None, noise: float
 ) -> Open:
     """The window's prompts, or a weighted sample of them, each with the models near its best; without a sample also the prompts
     and models of the last exact LP, and the prompts whose best model has changed since."""
-    width = LEEWAY * float(priced.lead[near].max()) if 2 * len(near) <= len(batch) else np.inf
+    width = LEEWAY * near.most if 2 * near.count <= len(batch) else np.inf
     if sample is not None:
         prompts = np.sort(sample)
-        weights = batch.weights[prompts] * (batch.weights[near].sum() / batch.weights[prompts].sum())
+        of_near = total_of(batch.weights, near.marked)
+        weights = batch.weights[prompts] * (of_near / batch.weights[prompts].sum())
     else:
+        prompts = near.prompts()
         if found is not None:
-            moved = np.flatnonzero(priced.best != found.choice)
-            moved = moved[np.argsort(priced.lead[moved], kind="stable")[: len(near)]]
-            near = np.union1d(np.union1d(near, moved), found.open)
-        prompts = np.sort(near)
+            prompts = np.union1d(np.union1d(prompts, changed(priced.best, found.choice, priced.lead, near.count)), found.open)
         weights = batch.weights[prompts]
     v = batch.values.take(prompts)
     noisy = v + noise * native.noise_of(prompts, v.shape[1]) if noise else v
@@ -259,10 +258,10 @@ def _improve(
     The use of the others is that of all less the weighted use of the open ones. So a sample's LP sees the rows' true excess,
     and only how prompts respond to dual prices is estimated.
     """
-    every, total = np.arange(len(batch)), float(batch.weights.sum())
+    total = total_of(batch.weights)
     best = priced.best[opened.prompts]
-    rest = batch.used(every, priced.best, batch.weights) - batch.used(opened.prompts, best, opened.weights)
-    value = float(batch.weights @ priced.reduced - opened.weights @ priced.reduced[opened.prompts] + prices @ rest)
+    rest = batch.used(None, priced.best, batch.weights) - batch.used(opened.prompts, best, opened.weights)
+    value = float(total_of(batch.weights, priced.reduced) - opened.weights @ priced.reduced[opened.prompts] + prices @ rest)
     totals = np.array([total * float(row.extra) for row in batch.rows]) - rest
     rows = [row.of(opened.prompts) for row in batch.rows]
     limit = None if time_limit == np.inf else time_limit
@@ -279,14 +278,17 @@ def _improve(
 def _impossible(batch: Batch, prices: Float64, most: Float64) -> bool:
     """Whether these dual prices prove that no policy satisfies the rows: the least that any policy uses of the rows' weighted
     sum exceeds the weighted sum of what it may use at most (Farkas)."""
-    least = -float(batch.weights @ price(batch, prices, weight=0.0).most) / float(batch.weights.sum())
+    least = -total_of(batch.weights, price(batch, prices, weight=0.0).most) / total_of(batch.weights)
     return least > float(prices @ most)
 
 
-def _policies(found: Found) -> tuple[npt.NDArray[np.int32], Float64]:
+def _policies(found: Found, scratch: Scratch) -> tuple[npt.NDArray[np.int32], Float64]:
     mixed, shares = highs.narrow(found.x)
-    indices = np.repeat(found.choice[:, None], mixed.shape[1], axis=1)
-    probabilities = np.zeros(indices.shape)
+    shape = (len(found.choice), mixed.shape[1])
+    indices, probabilities = scratch.empty(shape, np.int32), scratch.empty(shape, np.float64)
+    for some in parts(len(indices)):
+        indices[some] = found.choice[some, None]
+    probabilities[:] = 0.0
     probabilities[:, 0] = 1.0
     indices[found.open], probabilities[found.open] = mixed, shares
     return indices, probabilities

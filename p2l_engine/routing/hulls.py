@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from p2l_engine.native import routing as native
-from p2l_engine.routing import rounding
+from p2l_engine.routing import rounding, scratch
 from p2l_engine.routing.arrays import Float64
+from p2l_engine.routing.scratch import Scratch
 from p2l_engine.routing.values import Values
 
 TOGETHER = 64  # chunks whose hulls become one array: of smaller ones that are freed, the process keeps the memory
@@ -21,32 +22,43 @@ class Hulls:
     """Upper hulls of N prompts in the plane of amount and value, concatenated.
 
     Prompt n's vertices, by rising amount and value, are offsets[n] to offsets[n + 1] (int64 [N + 1]) of models (int32), cost
-    and value (float64), 20 bytes a vertex.
+    and value (float64), 20 bytes a vertex. scratch: where policies are to be.
     """
 
     offsets: npt.NDArray[np.int64]
     models: npt.NDArray[np.int32]
     cost: Float64
     value: Float64
+    scratch: Scratch = field(default_factory=Scratch)
 
     @classmethod
     def of(cls, values: Values, amounts: Any, allowed: npt.NDArray[np.bool_] | None = None) -> Hulls:
         """One pass over the values, by chunks. amounts [M] or [N, M]; allowed [N, M]."""
-        groups, parts, start = [], list[tuple[Any, ...]](), 0
+        together = TOGETHER if values.scratch.folder is None else 1
+        columns: Any = [values.scratch.column(kind) for kind in (np.int32, np.int32, np.float64, np.float64)]
+        parts, start = list[tuple[Any, ...]](), 0
+
+        def add() -> None:
+            for column, of in zip(columns, zip(*parts, strict=True), strict=bool(parts)):
+                column.add(np.concatenate(of))
+            parts.clear()
+
         for v in values.chunks():
             some = slice(start, start + len(v))
             per_model = amounts if amounts.ndim == 1 else np.ascontiguousarray(amounts[some], np.float64)
             parts.append(native.hulls(v, per_model, None if allowed is None else allowed[some]))
             start += len(v)
-            if len(parts) == TOGETHER:
-                groups.append(tuple(map(np.concatenate, zip(*parts, strict=True))))
-                parts.clear()
-        kinds = (np.int32, np.int32, np.float64, np.float64)
-        columns = [[np.zeros(0, kind), *(part[k] for part in (*groups, *parts))] for k, kind in enumerate(kinds)]
-        groups.clear()
-        parts.clear()
-        sizes, models, cost, value = (np.concatenate(columns.pop(0)) for _ in kinds)  # never two of all of them in memory
-        return cls(np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]), models, cost, value)
+            if len(parts) == together:
+                add()
+        add()
+        sizes = columns.pop(0).array()
+        models, cost, value = (columns.pop(0).array() for _ in range(3))  # never two of all of them in memory
+        offsets = values.scratch.empty(len(sizes) + 1, np.int64)
+        offsets[0] = 0
+        for some in scratch.parts(len(sizes)):
+            np.cumsum(sizes[some], dtype=np.int64, out=offsets[1:][some])
+            offsets[1:][some] += offsets[some.start]
+        return cls(offsets, models, cost, value, values.scratch)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -54,18 +66,26 @@ class Hulls:
     @property
     def smallest(self) -> float:
         """The smallest feasible mean amount: every prompt at its first vertex."""
-        return rounding.mean(self.cost[self.offsets[:-1]]) if len(self) else 0.0
+        return rounding.mean(self._least()) if len(self) else 0.0
+
+    def _least(self) -> Float64:
+        """The least amount of every prompt."""
+        least = self.scratch.empty(len(self), np.float64)
+        for some in scratch.parts(len(self)):
+            least[some] = self.cost[self.offsets[some]]
+        return least
 
     def within(self, bound: float) -> tuple[npt.NDArray[np.int32], Float64, Float64, Float64, float]:
         """The best policies of a mean amount <= bound, at least ``smallest``; at most one prompt is mixed.
 
         indices [N, 2], probabilities [N, 2], value [N], cost [N] and the dual price of the bound.
         """
-        least = self.cost[self.offsets[:-1]]
-        slack = np.inf if bound == np.inf else float(len(self) * np.longdouble(bound) - least.sum(dtype=np.longdouble))
+        n, new = len(self), self.scratch.empty
+        slack = np.inf if bound == np.inf else float(n * np.longdouble(bound) - self._least().sum(dtype=np.longdouble))
+        found = new((n, 2), np.int32), new((n, 2), np.float64), new(n, np.float64), new(n, np.float64)
         for _ in range(rounding.CORRECTIONS):
             price, left = native.select_steps(self.offsets, self.cost, self.value, max(slack, 0.0))
-            found = native.take_steps(self.offsets, self.models, self.cost, self.value, price, left)
+            native.take_steps(self.offsets, self.models, self.cost, self.value, price, left, found)
             over = self._lowered(*found, bound)
             if not over or slack <= 0:
                 break
@@ -77,7 +97,9 @@ class Hulls:
     ) -> float:
         """Lowers the mixed prompt's share of its second vertex, in place, until the mean is within the bound: sums over many
         prompts round. Returns the sum by which it still exceeds it."""
-        mixed = np.flatnonzero(probabilities[:, 1])
+        mixed = np.concatenate(
+            [some.start + np.flatnonzero(probabilities[some, 1]) for some in scratch.parts(len(cost))] or [np.zeros(0, int)]
+        )
         for _ in range(rounding.CORRECTIONS):
             over = rounding.excess(cost, bound)
             if not over or not len(mixed):

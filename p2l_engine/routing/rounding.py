@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from p2l_engine.routing.arrays import Float64
-from p2l_engine.routing.problem import expected
+from p2l_engine.routing.problem import expected, of_models
+from p2l_engine.routing.scratch import Scratch, parts
 
 Int32 = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.bool_]
@@ -54,21 +55,38 @@ def within_each(indices: Int32, probabilities: Float64, amounts: Any, bound: Any
         _lower(indices, probabilities, amounts, usable, over, use[over] - limits[over])
 
 
-def within_mean(indices: Int32, probabilities: Float64, amounts: Any, bound: float, usable: Mask) -> None:
-    """The same for the mean over the prompts, at as few of them as possible."""
+def within_mean(
+    indices: Int32, probabilities: Float64, amounts: Any, bound: float, usable: Mask, scratch: Scratch | None = None
+) -> None:
+    """The same for the mean over the prompts, at as few of them as possible. scratch: where what each uses is noted."""
+    use = (scratch or Scratch()).empty(len(indices), np.float64)
+
+    def of(some: slice) -> Any:
+        return amounts if amounts.ndim == 1 else amounts[some]
+
     for _ in range(CORRECTIONS):
-        at = amounts[indices] if amounts.ndim == 1 else np.take_along_axis(amounts, indices, 1)
-        over = excess(np.asarray((probabilities * at).sum(axis=1)), bound)
+        for some in parts(len(indices)):
+            use[some] = expected(of(some), indices[some], probabilities[some])
+        over = excess(use, bound)
         if not over:
             return
         # What a mixed prompt can give up among its own models; if none is mixed, one becomes so.
-        least = np.where(probabilities > 0, at, np.inf).min(axis=1)
-        spare = ((at - least[:, None]) * probabilities).max(axis=1)
-        if not spare.max() > 0:
-            least = np.broadcast_to(np.where(usable, amounts, np.inf).min(axis=1), least.shape)
-            spare = ((at - least[:, None]) * probabilities).max(axis=1)
-        i = int(spare.argmax())
-        _lower(indices, probabilities, amounts, usable, np.array([i]), np.array([min(over, float(spare[i]))]))
+        i, spare = -1, 0.0
+        for among in ("own", "usable"):
+            for some in parts(len(indices)):
+                p, at = probabilities[some], of_models(of(some), indices[some])
+                if among == "own":
+                    least = np.where(p > 0, at, np.inf).min(axis=1)
+                else:
+                    mask = usable if len(usable) == 1 else usable[some]
+                    least = np.broadcast_to(np.where(mask, of(some), np.inf).min(axis=1), len(p))
+                most = ((at - least[:, None]) * p).max(axis=1)
+                if most.max() > spare:
+                    i, spare = some.start + int(most.argmax()), float(most.max())
+            if spare > 0:
+                break
+        if i >= 0:
+            _lower(indices, probabilities, amounts, usable, np.array([i]), np.array([min(over, spare)]))
 
 
 def _lower(indices: Int32, probabilities: Float64, amounts: Any, usable: Mask, prompts: Any, by: Float64) -> None:

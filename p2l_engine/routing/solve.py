@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from p2l_engine.arguments import finite_number
 from p2l_engine.native import routing as native
-from p2l_engine.routing import conflicts, dual, farkas, highs, rounding, surplus
+from p2l_engine.routing import conflicts, dual, farkas, highs, rounding, scratch, surplus
 from p2l_engine.routing.arrays import Float64
 from p2l_engine.routing.hulls import Hulls
 from p2l_engine.routing.policies import Policies
@@ -152,8 +152,8 @@ def _hulls(problem: Problem, why: str) -> Policies:
     indices, probabilities, value, cost, price = hulls.within(row.bound)
     del hulls  # as large as the policies, of which there is more to compute
     if row.name != "budget":
-        cost = expected(problem.amounts, indices, probabilities)
-    mixed = of_models(problem.amounts, indices)
+        cost = _expected(problem, problem.amounts, indices, probabilities)
+    mixed = _mixed_costs(problem, indices)
     return Policies(indices, probabilities, value, cost, "dual", why, {row.name: price}, mixed_costs=mixed)
 
 
@@ -216,22 +216,41 @@ def _measured(
             rounding.within_each(indices, probabilities, row.amounts, row.bound, usable)
     for row in problem.batch_rows:
         if row.name == "budget":
-            rounding.within_mean(indices, probabilities, row.amounts, row.bound, usable)
+            rounding.within_mean(indices, probabilities, row.amounts, row.bound, usable, problem.values.scratch)
     _check_rows(problem, indices, probabilities)
-    value, start = np.empty(len(indices)), 0
+    value, start = problem.values.scratch.empty(len(indices), np.float64), 0
     for v in problem.values.chunks():
         some = slice(start, start + len(v))
         value[some] = expected(v, indices[some], probabilities[some])
         start += len(v)
-    mixed = of_models(problem.amounts, indices)
-    cost = np.asarray((probabilities * mixed).sum(axis=1))
-    return Policies(indices, probabilities, value, cost, solver, why, prices, gap, mixed)
+    cost = _expected(problem, problem.amounts, indices, probabilities)
+    return Policies(indices, probabilities, value, cost, solver, why, prices, gap, _mixed_costs(problem, indices))
+
+
+def _mixed_costs(problem: Problem, indices: npt.NDArray[np.int32]) -> Float64:
+    """The costs of the models in indices, [N, W]."""
+    mixed = problem.values.scratch.empty(indices.shape, np.float64)
+    for some in scratch.parts(len(indices)):
+        mixed[some] = of_models(_of(problem.amounts, some), indices[some])
+    return mixed
+
+
+def _expected(problem: Problem, amounts: Any, indices: npt.NDArray[np.int32], probabilities: Float64) -> Float64:
+    """``expected``, part by part."""
+    used = problem.values.scratch.empty(len(indices), np.float64)
+    for some in scratch.parts(len(indices)):
+        used[some] = expected(_of(amounts, some), indices[some], probabilities[some])
+    return used
+
+
+def _of(amounts: Any, some: slice) -> Any:
+    return amounts if amounts.ndim == 1 else amounts[some]
 
 
 def _check_rows(problem: Problem, indices: npt.NDArray[np.int32], probabilities: Float64) -> None:
     """Raises SolverError where an LP's tolerances let a row be exceeded by more than rounding."""
     for row in (*problem.prompt_rows, *problem.batch_rows):
-        use = expected(row.amounts, indices, probabilities)
+        use = _expected(problem, row.amounts, indices, probabilities)
         over = np.atleast_1d((use if row in problem.prompt_rows else use.mean()) - row.bound)
         scale = np.maximum(np.abs(np.broadcast_to(row.bound, over.shape)), np.finfo(float).tiny)
         finite = np.isfinite(over)

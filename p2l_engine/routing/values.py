@@ -13,6 +13,7 @@ from p2l_engine.feedback import Outcome, feedback_model
 from p2l_engine.native import routing as native
 from p2l_engine.routing import arrays
 from p2l_engine.routing.arrays import Array, Float64
+from p2l_engine.routing.scratch import Scratch
 
 Objective = Literal["bt", "half-ties", "not-bad"]
 
@@ -20,9 +21,11 @@ CHUNK = 16384  # prompts: their values stay in the CPU's caches or near them
 
 
 class Values(ABC):
-    """v [N, M], read by chunks. ``shape``: (N, M); N is None for an iterator, whose length is not known beforehand."""
+    """v [N, M], read by chunks. ``shape``: (N, M); N is None for an iterator, whose length is not known beforehand. scratch:
+    where solvers keep what they note of each prompt, and the policies."""
 
     shape: tuple[int | None, int]
+    scratch = Scratch()
 
     @abstractmethod
     def chunks(self) -> Iterator[Float64]:
@@ -50,6 +53,21 @@ class ArrayValues(Values):
 
     def _checked(self, prompts: Any, start: int) -> Float64:
         return arrays.finite("v", arrays.to_float64("v", self.v[prompts]), start)
+
+
+class SomeValues(Values):
+    """Those of some prompts [n] among other values', read each time."""
+
+    def __init__(self, values: Values, prompts: npt.NDArray[np.intp]) -> None:
+        self.values, self.prompts, self.scratch = values, prompts, values.scratch
+        self.shape = (len(prompts), values.shape[1])
+
+    def chunks(self) -> Iterator[Float64]:
+        for start in range(0, len(self.prompts), CHUNK):
+            yield self.take(slice(start, start + CHUNK))
+
+    def take(self, prompts: Any) -> Float64:
+        return self.values.take(self.prompts[prompts])
 
 
 class LazyWinRates(Values):
