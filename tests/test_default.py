@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -91,8 +92,8 @@ def test_its_card_states_what_held_out_prompts_give(data, default_engine, monkey
     now, then = routed.table(chosen, scores.held_out, default_engine.models, held_out.category), stated.routing
     for name in ("best_single", "task_best", "oracle"):
         assert now.choices[name].mean_score == pytest.approx(then.choices[name].mean_score, abs=1e-9)
-    short = held_out.of(i for i, task in enumerate(held_out.category) if task not in LONG)
-    scores = scores_of(default_engine, (table, short), (table, training), None)
+    rows = [i for i, task in enumerate(held_out.category) if task not in LONG]
+    short, scores = held_out.of(rows), replace(scores, held_out=scores.held_out[rows])
     # The card does not state how its figures grow, which takes most of the report's time.
     monkeypatch.setattr("p2l_engine.evaluation.report.growth", lambda *given, **options: None)
     # As many samples as the card's: they debias the calibration error.
