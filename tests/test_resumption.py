@@ -30,6 +30,7 @@ from tests.support import tiny
 from tests.support.batch_files import PROMPTS, contents, write
 from tests.support.cases import slow_but
 from tests.support.catalogs import COSTS, catalog
+from tests.support.command import p2l_engine
 from tests.support.other_user import open_folder, problem_of_other_user
 from tests.support.tiny import MODELS
 
@@ -653,23 +654,24 @@ exec "$@"
 
 
 @pytest.mark.slow
-def test_a_finished_output_on_a_read_only_mount_reports(engine, router, tmp_path):
+def test_a_finished_output_on_a_read_only_mount_reports(engine, tmp_path, monkeypatch):
     if not may_mount():
         pytest.skip("needs a file system of its own: unshare --user --mount is not permitted here")
     (tmp_path / "here").mkdir()
     write(tmp_path / "in.jsonl.gz", [f"question {i}" for i in range(30)])
     costs = "".join(f"  {name}: {{cost: {cost}}}\n" for name, cost in zip(MODELS, COSTS, strict=True))
     (tmp_path / "catalog.yaml").write_text(f"models:\n{costs}")
-    command = [sys.executable, "-m", "p2l_engine", "batch", "in.jsonl.gz", "-o", "here/out", "--checkpoint", str(engine.folder),
-               "--device", "cpu", "--dtype", "float32", "--catalog", "catalog.yaml"]  # fmt: skip
+    command = ["batch", "in.jsonl.gz", "-o", "here/out", "--checkpoint", str(engine.folder), "--device", "cpu",
+               "--dtype", "float32", "--catalog", "catalog.yaml"]  # fmt: skip
 
     def ended(*wrapper, more=()):
         return subprocess.run(
-            [*wrapper, *command, *more], cwd=tmp_path, capture_output=True, text=True,
+            [*wrapper, sys.executable, "-m", "p2l_engine", *command, *more], cwd=tmp_path, capture_output=True, text=True,
             env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},
         )  # fmt: skip
 
-    assert ended().returncode == 0
+    monkeypatch.chdir(tmp_path)
+    assert p2l_engine(*command).status == 0
     before = contents(tmp_path / "here" / "out")
     read_only = (*MOUNTS, "sh", "-c", READ_ONLY, "sh")
     found = ended(*read_only)
