@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 NATIVE := setup.py constraints.txt $(wildcard csrc/*)
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-# More than there are cores, since tests wait for servers and clusters, the slow ones most; but each takes about 1 GiB of memory
-# and imports torch.
+# One more than there are cores for all tests, since the slow ones wait for servers and clusters: each takes about 1 GiB of
+# memory, and collects and imports for a dozen seconds.
 workers = -n $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count() + $(1), 4))') --dist loadgroup --no-loadscope-reorder
 
 # The compiled tests are kept: to compile them takes each worker longer than to run a hundred of them.
@@ -21,10 +21,10 @@ serve: $(VENV)/serve.stamp  ## Serve on port 8000, with a mock provider: a page 
 	$(BIN)/python -m bench.serve_demo
 
 test: $(VENV)/test.stamp  ## Run all tests.
-	$(BIN)/python -m pytest $(call workers,2)
+	$(BIN)/python -m pytest $(call workers,1)
 
 test-fast: $(VENV)/test.stamp  ## Run the quick tests: no process, cluster or training.
-	$(BIN)/python -m pytest $(call workers,1) -m "not slow and not cluster and not store and not gpu"
+	$(BIN)/python -m pytest $(call workers,0) -m "not slow and not cluster and not store and not gpu"
 
 lint: $(VENV)/lint.stamp  ## Check style and types.
 	$(BIN)/ruff check .
