@@ -77,6 +77,15 @@ def measure(kind: str, number: int, stream: Stream, steps: Sequence[tuple[Mirror
     return runs
 
 
+def least_short(stream: Stream, allowance: float) -> float:
+    """How far, in percent, any router ends below the budget that is never more than ``allowance`` budgets ahead of it, and
+    takes no model that costs more than the prompt's best: what the last prompts cannot use has to be spent before them."""
+    v = stream.v
+    best = np.where(v == v.max(axis=1, keepdims=True), stream.costs, np.inf).min(axis=1) / stream.budget
+    unused = float(np.cumsum((1 - best)[::-1]).max(initial=0.0))
+    return 100 * max(unused - allowance, 0.0) / len(v)
+
+
 def tuned(runs: Sequence[Run]) -> str:
     """The step of dual mirror descent that loses least on these streams: the geometric mean, where all kinds count alike."""
     losses: dict[str, list[float]] = {f"{mirror} {step}": [] for mirror, step in STEPS}
@@ -94,8 +103,11 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, help="also write a row for each stream and router here")
     arguments = parser.parse_args()
     console, runs = Console(), []
+    short: dict[str, list[float]] = {}
     for kind in track(arguments.kinds, "streams", console=console, transient=True):
         for number, stream in enumerate(streams(kind, arguments.streams, arguments.prompts)):
+            allowance = BudgetPacer(stream.budget, prompts=len(stream.v)).allowance / stream.budget
+            short.setdefault(kind, []).append(least_short(stream, allowance))
             runs += measure(kind, number, stream)
     peer = tuned(runs)
     runs = [run for run in runs if run.router in ("pacer", "open", peer)]
@@ -114,6 +126,10 @@ def main() -> None:
         ahead = f"{max(run.ahead for run in other):.0f}"
         table.add_row(kind, first_price, *off, *mean, *worst, str(more), ahead, end_section=first_price == "none")
     console.print(table)
+    for kind, least in short.items():
+        if any(least):
+            of_each = ", ".join(f"{x:.2f}" for x in least)
+            console.print(f"{kind}: any router within the pacer's allowance ends at least so many % short: {of_each}")
     if arguments.csv:
         with arguments.csv.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, list(asdict(runs[0])))
