@@ -119,6 +119,10 @@ def test_ids_are_the_inputs_own_and_must_differ(router, tmp_path):
     run(router, BatchConfig([given], str(tmp_path / "out"), **OPTIONS))
     found = {line["custom_id"] for lines in requests(tmp_path / "out").values() for line in lines}
     assert found == {*ids[:7], "in.jsonl:7", *ids[8:]}
+    odd = write(tmp_path / "odd.jsonl", custom_id=[{"a": [True, None], "i": i} for i in range(150)])
+    run(router, BatchConfig([odd], str(tmp_path / "objects"), **OPTIONS))
+    found = {line["custom_id"] for lines in requests(tmp_path / "objects").values() for line in lines}
+    assert found == {json.dumps({"a": [True, None], "i": i}) for i in range(150)}
     again = write(tmp_path / "again.jsonl", custom_id=[*ids[:100], ids[3], *ids[101:]])
     with pytest.raises(ValueError, match=r"again.jsonl: row 100: custom_id: 'mine-3' is also an earlier row's, .*--keep ''"):
         run(router, BatchConfig([again], str(tmp_path / "twice"), **OPTIONS))

@@ -746,3 +746,14 @@ def test_what_pandas_makes_of_integers_and_nulls(frames, tmp_path):
     assert not problems
     assert [row["id"] for row in rows[:3]] == [1, 2, 1]
     assert rows[3]["id"] is None or np.isnan(rows[3]["id"])
+
+
+def test_intervals_are_refused_where_they_are_kept(router, tmp_path):
+    path = tmp_path / "in.parquet"
+    what = "'p' || i as prompt, interval 1 month as gap, {'of': [interval (i) day]} as within, uuid() as id, 'x' as \"gap.x\""
+    duckdb.sql(f"copy (select {what} from range(3) t(i)) to '{path}' (format parquet)")
+    for name in ("gap", "within"):
+        with pytest.raises(ValueError, match=rf"in.parquet: column '{name}': it has parquet's INTERVAL.*--keep"):
+            run(router, BatchConfig([str(path)], str(tmp_path / "out"), keep=[name]))
+    config = BatchConfig([str(path)], str(tmp_path / "out"), keep=["id", "gap.x"], format="jsonl")
+    assert run(router, config, restart=True).routed == 3

@@ -9,6 +9,7 @@ import io
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+from uuid import UUID
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -147,6 +148,8 @@ def _csv(table: pa.Table, _: Metadata) -> memoryview:
         if pa.types.is_nested(plain):
             texts = [None if value is None else json_text(value) for value in _json_values(column)]
             columns.append(pa.array(texts, pa.large_string()))
+        elif _is_uuid(column.type):
+            columns.append(pa.array(_json_values(column), plain))
         else:
             columns.append(column.cast(plain))
     written = io.BytesIO()
@@ -165,11 +168,34 @@ def _without_float16(kind: pa.DataType) -> pa.DataType:
 
 
 def _json_values(column: pa.ChunkedArray) -> list[Any]:
-    return list(column.cast(_json_type(column.type)).to_pylist())
+    if not any(map(_is_uuid, _leaves(column.type))):
+        return list(column.cast(_json_type(column.type)).to_pylist())
+    texts = _with_uuids(column.type, pa.large_string())  # Arrow has no cast from them
+    column = pa.chunked_array([_uuid_texts(chunk.to_pylist(), texts) for chunk in column.chunks], texts)
+    return list(column.cast(_json_type(texts)).to_pylist())
+
+
+def _is_uuid(kind: pa.DataType) -> bool:
+    return isinstance(kind, pa.BaseExtensionType) and kind.extension_name == "arrow.uuid"
+
+
+def _with_uuids(kind: pa.DataType, other: pa.DataType) -> pa.DataType:
+    return other if _is_uuid(kind) else with_inner(kind, lambda field: field.with_type(_with_uuids(field.type, other)))
+
+
+def _uuid_texts(values: Any, kind: pa.DataType) -> pa.Array:
+    def told(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: told(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [told(item) for item in value]
+        return str(value) if isinstance(value, UUID) else value
+
+    return pa.array(told(values), kind)
 
 
 def _json_type(kind: pa.DataType) -> pa.DataType:
-    """The type whose values JSON has: times and decimals become texts. Raises ValueError for one that has none."""
+    """The type whose values JSON has: times, decimals and UUIDs become texts. Raises ValueError for one that has none."""
     types = pa.types
     if types.is_dictionary(kind):
         return _json_type(kind.value_type)
@@ -186,6 +212,6 @@ def _json_type(kind: pa.DataType) -> pa.DataType:
         return pa.float32()
     texts = (types.is_string, types.is_large_string, types.is_string_view)
     times = (types.is_date, types.is_timestamp, types.is_time, types.is_decimal)
-    if any(is_such(kind) for is_such in (*texts, *times)):
+    if _is_uuid(kind) or any(is_such(kind) for is_such in (*texts, *times)):
         return pa.large_string()
     raise ValueError(f"the type {kind}")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from p2l_engine.batch.json_values import json_text
 from p2l_engine.tables.chunked import read_rows
 from p2l_engine.tables.read_share import ReadShare, Told
 from p2l_engine.tables.storage import File
@@ -22,9 +24,13 @@ def made_id(file: str, row: int) -> str:
 
 
 def given_ids(kept: pa.Table) -> list[str | None]:
-    """The rows' own ids, where the column is kept."""
+    """The rows' own ids, where the column is kept: objects, lists and booleans as JSON."""
     values = kept.column(CUSTOM_ID).to_pylist() if CUSTOM_ID in kept.column_names else [None] * len(kept)
-    return [None if value is None else str(value) for value in values]
+    return [None if value is None else _text(value) for value in values]
+
+
+def _text(value: Any) -> str:
+    return json_text(value) if isinstance(value, bool | list | dict) else str(value)
 
 
 def check_ids(files: Sequence[File], column: str, of: pa.Field, sources: Mapping[str, str], told: Told) -> None:

@@ -48,6 +48,7 @@ def schema(file: File, column: str, keep: Sequence[str] | None, told: Told = unt
     with _opened(file) as opened:
         found = opened.schema_arrow
         fields = {name: found.field(name) for name in wanted_columns(file, found.names, column, keep)}
+        _check_no_intervals(file, opened, fields)
         int96 = sorted(_int96_columns(file, opened).intersection(fields))
         beyond, fine = set[str](), dict[str, pa.DataType]()
         for first, table, times in _tables(file, opened, int96) if int96 else ():
@@ -152,6 +153,19 @@ def _int96_columns(file: File, opened: pq.ParquetFile) -> set[str]:
     with _opened(file, "ns") as again:
         pairs = zip(opened.schema_arrow, again.schema_arrow, strict=True)
         return {field.name for field, fine in pairs if not field.type.equals(fine.type)}
+
+
+def _check_no_intervals(file: File, opened: pq.ParquetFile, names: Collection[str]) -> None:
+    """Raises ValueError for a column with intervals, as DuckDB writes them: Arrow takes them for 12 bytes of no meaning."""
+    leaves = [opened.schema.column(leaf) for leaf in range(len(opened.schema.names))]
+    of_leaf = ([name for name in opened.schema_arrow.names if f"{leaf.path}.".startswith(f"{name}.")] for leaf in leaves)
+    columns = [max(of, key=len) for leaf, of in zip(leaves, of_leaf, strict=True) if leaf.converted_type == "INTERVAL"]
+    for name in columns:
+        if name in names:
+            raise ValueError(
+                f"{file.shown}: column {name!r}: it has parquet's INTERVAL, whose months, days and milliseconds would be read "
+                "as bytes; leave the column out with --keep, or write it as a number or text"
+            )
 
 
 def _fine_times(coarse: pa.Table, fine: pa.Table) -> dict[str, FineTimes]:
