@@ -157,15 +157,15 @@ def _int96_columns(file: File, opened: pq.ParquetFile) -> set[str]:
 
 def _check_no_intervals(file: File, opened: pq.ParquetFile, names: Collection[str]) -> None:
     """Raises ValueError for a column with intervals, as DuckDB writes them: Arrow takes them for 12 bytes of no meaning."""
-    leaves = [opened.schema.column(leaf) for leaf in range(len(opened.schema.names))]
-    of_leaf = ([name for name in opened.schema_arrow.names if f"{leaf.path}.".startswith(f"{name}.")] for leaf in leaves)
-    columns = [max(of, key=len) for leaf, of in zip(leaves, of_leaf, strict=True) if leaf.converted_type == "INTERVAL"]
-    for name in columns:
-        if name in names:
-            raise ValueError(
-                f"{file.shown}: column {name!r}: it has parquet's INTERVAL, whose months, days and milliseconds would be read "
-                "as bytes; leave the column out with --keep, or write it as a number or text"
-            )
+    of_file = opened.schema
+    for leaf in map(of_file.column, range(len(of_file.names))):
+        if leaf.converted_type == "INTERVAL":
+            name = max((name for name in opened.schema_arrow.names if f"{leaf.path}.".startswith(f"{name}.")), key=len)
+            if name in names:
+                raise ValueError(
+                    f"{file.shown}: column {name!r}: it has parquet's INTERVAL, whose months, days and milliseconds would be "
+                    "read as bytes; leave the column out with --keep, or write it as a number or text"
+                )
 
 
 def _fine_times(coarse: pa.Table, fine: pa.Table) -> dict[str, FineTimes]:
