@@ -680,14 +680,16 @@ def test_a_preference_that_is_repeated_is_one_vote_and_of_decisions_alone_the_ch
         compare(log, 0, "alpha", "beta", "this")
         for preference in ("this", "other", "this"):  # a retry, another opinion, a retry
             log.feedback(new_id(0), None, against=new_id(1), preference=preference)
+        for preference in ("other", "this", "tie"):  # both again, of the other decision; a third opinion
+            log.feedback(new_id(1), None, against=new_id(0), preference=preference)
         for i, name in ((2, "alpha"), (3, "gamma")):
             log.add(record(i, model="", chosen=name, outcome="decision", turns=("which?",)))
         log.feedback(new_id(2), None, against=new_id(3), preference="this")
     found = exported(sqlite, tmp_path / "log")
-    assert found.votes == {"the same was said before": 2}
+    assert found.votes == {"the same was said before": 4}
     rows = pq.read_table(tmp_path / "log" / "votes.parquet").to_pylist()
     assert [(row["model_a"], row["model_b"], row["winner"]) for row in rows] == [
-        ("alpha", "beta", "model_a"), ("alpha", "beta", "model_b"), ("alpha", "gamma", "model_a"),
+        ("alpha", "beta", "model_a"), ("alpha", "beta", "model_b"), ("beta", "alpha", "tie"), ("alpha", "gamma", "model_a"),
     ]  # fmt: skip
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from p2l_engine.decision_log.record import Feedback, Record
+from p2l_engine.decision_log.record import Feedback, Preference, Record
 
 REPEATED = "the same was said before"
 UNANSWERED = ("refused", "failed")
+SWAPPED: dict[Preference, Preference] = {"this": "other", "other": "this"}  # said of the other decision
 
 
 def answering(record: Record) -> str:
@@ -14,7 +15,9 @@ def answering(record: Record) -> str:
 
 
 def content(said: Feedback) -> tuple[object, ...]:
-    """What was said, whenever it was: said of the same decision again, it is no news."""
+    """What was said, whenever it was: said again of the same decision, or of the same two in either order, it is no news."""
+    if said.against is not None and said.preference is not None and said.against < said.decision:
+        return said.against, None, said.decision, SWAPPED.get(said.preference, said.preference), None
     return said.decision, said.score, said.against, said.preference, said.label
 
 

@@ -83,7 +83,8 @@ def export(store: LogStore, output: Path, which: Selection) -> Exported:
                 known = records | store.get(sorted(others))
                 decisions.write([_decision(record, stages) for record in page])
                 feedback.write([_feedback(each) for each in said])
-                news = zip(said, _are_news(said), strict=True)
+                judged = store.feedback_on([*records, *others]) if others else said
+                news = [pair for pair in zip(judged, _are_news(judged), strict=True) if pair[0].decision in records]
                 preferences = [_vote(each, known) if new else REPEATED for each, new in news if each.preference is not None]
                 votes.write(_usable(preferences, found.votes))
                 scores.write(_usable([_score(each, known) for each in said if each.score is not None], found.scores))

@@ -48,13 +48,13 @@ def lessons(
 
     A preference is a vote. A score is one against the newest score of each other model on the same prompt, as in a table of
     scores; k answers weigh k / 2 votes together, as there: each brings half a vote, shared by the votes that it makes, and the
-    first one's half comes with the second. What repeats something that was said of the same decision is none. models: that
-    votes may be on.
+    first one's half comes with the second. What repeats something that was said of the same decision, or of the same two, is
+    none. models: that votes may be on.
     """
     ids = {each.feedback.decision for each in said} | {each.feedback.against for each in said if each.feedback.against}
     records = log.decisions(sorted(ids))
     first = dict[tuple[object, ...], int]()
-    for each in log.said_of(sorted({each.feedback.decision for each in said})):
+    for each in log.said_of(sorted(ids)):
         first.setdefault(content(each.feedback), each.number)
     found, skipped = list[Lesson](), Counter[str]()
     for each in said:
