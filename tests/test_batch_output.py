@@ -334,15 +334,15 @@ def test_kept_columns_that_a_format_cannot_hold_are_refused_by_name():
         check_format("jsonl", twice)
 
 
-def test_uuids_are_texts_in_json_and_csv(tmp_path):
+def test_uuids_and_json_that_duckdb_writes_are_texts_in_json_and_csv(tmp_path):
     texts = ["00000000-0000-0000-0000-000000000001", None, "ffffffff-ffff-ffff-ffff-ffffffffffff"]
     rows = ", ".join(f"({'null' if text is None else repr(text)}::uuid)" for text in texts)
-    what = "u, [u, null] as us, {'a': {'b': u}, 't': date '1970-01-02'} as o"
+    what = "u, [u, null] as us, {'a': {'b': u}, 't': date '1970-01-02', 'j': '[1]'::json} as o"
     duckdb.sql(f"copy (select {what} from (values {rows}) t(u)) to '{tmp_path}/in.parquet' (format parquet)")
     table = pq.read_table(tmp_path / "in.parquet").slice(1)
     check_format("jsonl", table.schema)
     found = [json.loads(line) for line in bytes(FORMATS["jsonl"](table, {})).splitlines()]
-    assert found == [{"u": u, "us": [u, None], "o": {"a": {"b": u}, "t": "1970-01-02"}} for u in texts[1:]]
+    assert found == [{"u": u, "us": [u, None], "o": {"a": {"b": u}, "t": "1970-01-02", "j": "[1]"}} for u in texts[1:]]
     lines = list(csv.reader(io.StringIO(bytes(FORMATS["csv"](table, {})).decode())))
     assert [line[0] for line in lines] == ["u", "", texts[2]]
     assert [json.loads(cell) for cell in lines[2][1:]] == [found[1]["us"], found[1]["o"]]

@@ -148,7 +148,7 @@ def _csv(table: pa.Table, _: Metadata) -> memoryview:
         if pa.types.is_nested(plain):
             texts = [None if value is None else json_text(value) for value in _json_values(column)]
             columns.append(pa.array(texts, pa.large_string()))
-        elif _is_uuid(column.type):
+        elif _of_text(column.type):
             columns.append(pa.array(_json_values(column), plain))
         else:
             columns.append(column.cast(plain))
@@ -168,22 +168,23 @@ def _without_float16(kind: pa.DataType) -> pa.DataType:
 
 
 def _json_values(column: pa.ChunkedArray) -> list[Any]:
-    if not any(map(_is_uuid, _leaves(column.type))):
+    if not any(map(_of_text, _leaves(column.type))):
         return list(column.cast(_json_type(column.type)).to_pylist())
-    texts = _with_uuids(column.type, pa.large_string())  # Arrow has no cast from them
-    column = pa.chunked_array([_uuid_texts(chunk.to_pylist(), texts) for chunk in column.chunks], texts)
+    texts = _as_text(column.type)  # Arrow has no cast from them
+    column = pa.chunked_array([_texts(chunk.to_pylist(), texts) for chunk in column.chunks], texts)
     return list(column.cast(_json_type(texts)).to_pylist())
 
 
-def _is_uuid(kind: pa.DataType) -> bool:
-    return isinstance(kind, pa.BaseExtensionType) and kind.extension_name == "arrow.uuid"
+def _of_text(kind: pa.DataType) -> bool:
+    """UUIDs and JSON, as DuckDB writes them."""
+    return isinstance(kind, pa.UuidType | pa.JsonType)
 
 
-def _with_uuids(kind: pa.DataType, other: pa.DataType) -> pa.DataType:
-    return other if _is_uuid(kind) else with_inner(kind, lambda field: field.with_type(_with_uuids(field.type, other)))
+def _as_text(kind: pa.DataType) -> pa.DataType:
+    return pa.large_string() if _of_text(kind) else with_inner(kind, lambda field: field.with_type(_as_text(field.type)))
 
 
-def _uuid_texts(values: Any, kind: pa.DataType) -> pa.Array:
+def _texts(values: Any, kind: pa.DataType) -> pa.Array:
     def told(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: told(item) for key, item in value.items()}
@@ -195,7 +196,7 @@ def _uuid_texts(values: Any, kind: pa.DataType) -> pa.Array:
 
 
 def _json_type(kind: pa.DataType) -> pa.DataType:
-    """The type whose values JSON has: times, decimals and UUIDs become texts. Raises ValueError for one that has none."""
+    """The type whose values JSON has: times, decimals, UUIDs and JSON become texts. Raises ValueError for one that has none."""
     types = pa.types
     if types.is_dictionary(kind):
         return _json_type(kind.value_type)
@@ -212,6 +213,6 @@ def _json_type(kind: pa.DataType) -> pa.DataType:
         return pa.float32()
     texts = (types.is_string, types.is_large_string, types.is_string_view)
     times = (types.is_date, types.is_timestamp, types.is_time, types.is_decimal)
-    if _is_uuid(kind) or any(is_such(kind) for is_such in (*texts, *times)):
+    if _of_text(kind) or any(is_such(kind) for is_such in (*texts, *times)):
         return pa.large_string()
     raise ValueError(f"the type {kind}")
