@@ -28,7 +28,7 @@ from p2l_engine import Engine, Router
 from p2l_engine.batch import BatchConfig, run
 from tests.support.catalogs import catalog
 
-KILLS = 12  # 48 in both kinds and scopes: an error that one kill in ten shows is missed once in 150 runs
+KILLS = 20
 ROWS = 24  # per part
 SCOPES = ("prompt", "batch")
 DECISIONS: tuple[dict[str, Any], ...] = (
