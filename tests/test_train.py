@@ -193,7 +193,7 @@ def test_an_adapter_carries_the_embedding_of_a_new_cls_token(tmp_path):
         ({"head_type": "bt"}, "head_type: expected 'rk' for loss_type 'grk'"),
         ({"lora": {"rank": 3}}, "lora.rank: Extra inputs"),
         ({"held_out": 1.5}, "held_out"),
-        ({"islands": "train"}, "islands: renamed to disconnected_models"),
+        ({"disconnected": "train"}, "disconnected: Extra inputs are not permitted"),
         pytest.param({"cls_token_if_none": "<|new|>", "lora": {"r": 4}}, None, marks=pytest.mark.slow),
     ],
 )

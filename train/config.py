@@ -114,8 +114,6 @@ class TrainConfig(BaseModel):
     def _renamed(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        if "islands" in values:
-            raise ValueError("islands: renamed to disconnected_models (with the same values)")
         for key, why in WITHOUT_MEANING.items():
             if values.get(key) is not None:
                 raise ValueError(f"{key}: has no meaning here, leave it out: {why}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -77,13 +78,12 @@ class Relay:
         except PassedOn as passed:
             self._finish(passed.status, "refused")
             await respond(send, passed.status, passed.body, self.headers(passed.retry_after))
-        except Exception:
-            self._finish(500, "failed", *self._seen())
-            raise
         finally:
             if self.opened is not None:
                 self.opened.close()
-            self._finish(499, "left", *self._seen())  # unless it has ended: the client left, or the server stops
+            # Unless it has ended: an error of the server's own, or the client left, or the server stops.
+            ended = (500, "failed") if isinstance(sys.exception(), Exception) else (499, "left")
+            self._finish(*ended, *self._seen())
 
     def _seen(self) -> tuple[Usage | None, int | None]:
         """The usage and the bytes of text of a stream so far."""
