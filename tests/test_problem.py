@@ -333,6 +333,12 @@ class TestSeveralPasses:
         with pytest.raises(OSError, match="No space left"):
             scratch.Scratch(tmp_path).empty(1 << 20, np.float64)
 
+    def test_where_the_system_cannot_reserve_a_file_it_is_written(self, monkeypatch, tmp_path):
+        monkeypatch.delattr(os, "posix_fallocate")  # as on macOS
+        made = scratch.Scratch(tmp_path).empty((300_000, 2), np.float64)
+        made[:] = np.arange(600_000).reshape(made.shape)
+        assert (made.ravel() == np.arange(600_000)).all()
+
     def test_an_iterator_is_read_once(self, rng):
         theta, q = rng.normal(size=(30, 3)), np.full(3, 1 / 3)
         lazy = LazyWinRates(iter([theta]), q)

@@ -80,10 +80,11 @@ def test_an_internal_error_is_in_the_apis_own_format(api):
 
             server.service.upstream.send = broken
             async with client.post(server.url + PATHS[api], json=body_for(api, False)) as r:
-                return r.status, await r.json()
+                return r.status, await r.json(), server.records
 
-    status, body = asyncio.run(one())
+    status, body, (record,) = asyncio.run(one())
     assert status == 500
+    assert (record.status, record.outcome) == (500, "failed")
     assert ("type" in body) == (api == "messages")
     assert body["error"]["message"]
 

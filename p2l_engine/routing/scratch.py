@@ -34,6 +34,16 @@ def total_of(weights: npt.NDArray[np.float64], values: npt.NDArray[Any] | None =
     return math.fsum(float(part.sum()) for part in some)
 
 
+def _reserve(file: Any, size: int) -> None:
+    """Room on the disk for a file: a page that finds it full later would end the process."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)
+    else:  # macOS
+        for start in range(0, size, SMALL):
+            file.write(bytes(min(SMALL, size - start)))
+        file.flush()
+
+
 class Scratch:
     """Where arrays are: in files of a local ``folder``; None: in memory."""
 
@@ -46,7 +56,7 @@ class Scratch:
         if self.folder is None or size <= SMALL:
             return np.empty(shape, kind)
         with tempfile.TemporaryFile(dir=self.folder) as file:
-            os.posix_fallocate(file.fileno(), 0, size)  # a page that finds the disk full later would end the process
+            _reserve(file, size)
             return np.frombuffer(mmap.mmap(file.fileno(), size), kind).reshape(shape)
 
     def full(self, n: int, value: float) -> npt.NDArray[np.float64]:
