@@ -44,10 +44,10 @@ def test_the_mean_holds_within_one_percent_when_the_mix_shifts(seed):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_streams_lose_no_more_than_under_dual_mirror_descent(kind):
-    """In the mean of four streams, with the mirror map and the step that lose least on all kinds together; both are told the
+    """In the mean of eight streams, with the mirror map and the step that lose least on all kinds together; both are told the
     number of prompts. A pacer that is not saves less, which costs win rate where the first half's stakes are faint.
     """
-    runs = [run for i, one in enumerate(streams(kind, 4, 10_000)) for run in measure(kind, i, one, [("entropy", 1.0)])]
+    runs = [run for i, one in enumerate(streams(kind, 8, 10_000)) for run in measure(kind, i, one, [("entropy", 1.0)])]
     own = [run for run in runs if run.router in ("pacer", "open")]
     assert all(run.off_percent <= 1 for run in own)
     # Sorted down, the best models cost less than the budget at last.
