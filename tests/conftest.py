@@ -22,6 +22,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    atexit.register(os._exit, 0)  # a worker's results have been sent: freeing all modules takes 3 s
+
 import p2l_engine  # noqa: F401 (before transformers, which would take this repository's kernels/ for the package of that name)
 
 pytest.register_assert_rewrite("tests.support.batch_files", "tests.support.catalogs", "tests.support.training")
@@ -62,6 +65,12 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["P2L_TEST_SEED"] = str(config.option.seed)  # for processes that tests start
     if getattr(config.option, "hypothesis_seed", None) is None:
         config.option.hypothesis_seed = str(config.option.seed)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Without slow tests, a module whose tests are all slow is not imported: it may import what takes seconds."""
+    without = "not slow" in config.option.markexpr and collection_path.suffix == ".py"
+    return True if without and "\npytestmark = pytest.mark.slow" in collection_path.read_text(encoding="utf-8") else None
 
 
 @pytest.hookimpl(wrapper=True)

@@ -69,8 +69,9 @@ from p2l_engine.prompts.tokenizer import TransformersTokenizer
 from tests.support import tiny
 from tests.support.training import skill_votes
 
+pytestmark = pytest.mark.slow  # all benchmarks are imported, with what they compare to
 
-@pytest.mark.slow
+
 def test_random_prompts_have_the_documented_lengths():
     encoder = PromptEncoder(TransformersTokenizer(subjects.tokenizer()))
     around = len(encoder.encode(["a"])[0]) - 1  # the template's tokens and the CLS token
@@ -111,7 +112,6 @@ def run(monkeypatch, module, *arguments):
     module.main()
 
 
-@pytest.mark.slow
 def test_throughput_runs_to_the_end(tmp_path, monkeypatch, capsys):
     folder, table = tiny.write(tmp_path / "checkpoint"), tmp_path / "rows.csv"
     prompts = tmp_path / "prompts.jsonl"
@@ -129,7 +129,6 @@ def test_throughput_runs_to_the_end(tmp_path, monkeypatch, capsys):
         assert "no GPU here" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_latency_runs_to_the_end(tmp_path, monkeypatch):
     folder, table = tiny.write(tmp_path / "checkpoint"), tmp_path / "rows.csv"
     sizes = ("--tokens", 24, "--calls", 5, "--callers", 1, 3)
@@ -157,7 +156,6 @@ def test_prompts_that_cannot_be_read(content, tmp_path):
         subjects.read_prompts(file, 3)
 
 
-@pytest.mark.slow
 def test_mistakes_are_errors_of_one_line(monkeypatch, capsys, tmp_path):
     for module, wrong in ((throughput, ("--count", "0")), (latency, ("--calls", "-1")), (latency, ("--callers", "0"))):
         with pytest.raises(SystemExit):
@@ -197,7 +195,6 @@ def test_reading_runs_to_the_end(monkeypatch, capsys):
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["jsonl", "csv", "parquet"]
 
 
-@pytest.mark.slow
 def test_solvers_run_to_the_end(tmp_path, monkeypatch):
     table = tmp_path / "rows.csv"
     sizes = ("--models", 9, 34, "--prompts", 30, "--slow-prompts", 3, "--batch-prompts", 40, "--decisions", 5, "--threads", 1)
@@ -212,7 +209,6 @@ def test_solvers_run_to_the_end(tmp_path, monkeypatch):
     assert all(float(row["largest_difference"]) < 1e-6 for row in exact)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("shares", [False, True])
 def test_a_budget_is_solved_from_coefficients_on_disk(shares):
     figures = spilled.solve_spilled(20_000, shares)
@@ -227,7 +223,6 @@ def test_stages_over_many_prompts_add_up(stage):
     assert sum(parts) == pytest.approx(figures["end to end"])
 
 
-@pytest.mark.slow
 def test_the_cache_of_answers_runs_to_the_end(monkeypatch, tmp_path):
     run(monkeypatch, answer_cache, "--requests", 60, "--rate", 60, "--csv", tmp_path / "rows.csv")
     rows = list(csv.DictReader((tmp_path / "rows.csv").open()))
@@ -252,7 +247,6 @@ def test_conversations_cost_less_where_the_cache_is_priced(monkeypatch, tmp_path
     assert rows["two alike", "0", "priced"]["usd"] == rows["two alike", "0", "not priced"]["usd"]
 
 
-@pytest.mark.slow
 def test_streams_run_to_the_end(monkeypatch, capsys, tmp_path):
     run(monkeypatch, streams, "--streams", 2, "--prompts", 60, "--csv", tmp_path / "rows.csv")
     assert "2 streams of 60 prompts" in capsys.readouterr().out
@@ -278,7 +272,6 @@ def test_leaderboards_run_to_the_end(tmp_path, monkeypatch):
     assert [(row["feedback"], row["bootstrap"]) for row in rows] == [("bt", "0"), ("bt", "3"), ("grk", "0"), ("grk", "3")]
 
 
-@pytest.mark.slow
 def test_batch_runs_to_the_end(tmp_path, monkeypatch):
     table = tmp_path / "rows.csv"
     run(monkeypatch, batch, "--short", 40, "--csv", table)
@@ -287,7 +280,6 @@ def test_batch_runs_to_the_end(tmp_path, monkeypatch):
     assert int(rows["prompts computed"]) <= 40
 
 
-@pytest.mark.slow
 def test_another_budget_needs_no_forward_pass(tmp_path):
     first, *others = decided_again.decided(60, tmp_path)
     assert (first.rows, first.found) == (60, 0)
@@ -327,7 +319,6 @@ def test_real_budgets_run_to_the_end(tmp_path, monkeypatch):
     assert all(float(row["mean_cost"]) <= float(row["budget"]) + 1e-9 for row in rows if not row["router"].startswith("pacer"))
 
 
-@pytest.mark.slow
 def test_training_runs_to_the_end(tmp_path, monkeypatch):
     votes, table = skill_votes(tmp_path / "votes.parquet", 12), tmp_path / "rows.csv"
     arguments = ("--votes", votes, "--backbone", tiny.write(tmp_path / "base"), "--prompts", 4, "--rounds", 1)
@@ -337,7 +328,6 @@ def test_training_runs_to_the_end(tmp_path, monkeypatch):
     assert all(float(row["votes_per_second"]) > 0 for row in rows)
 
 
-@pytest.mark.slow
 def test_spend_limits_are_timed(tmp_path, monkeypatch):
     monkeypatch.setattr(spend_limits, "READY", 0.1)
     run(monkeypatch, spend_limits, "--requests", 64, "--csv", tmp_path / "rows.csv")
@@ -346,7 +336,6 @@ def test_spend_limits_are_timed(tmp_path, monkeypatch):
     assert all(float(row["requests_per_second"]) > 0 for row in rows)
 
 
-@pytest.mark.slow
 def test_serving_runs_to_the_end(tmp_path, monkeypatch):
     cpus = os.sched_getaffinity(0)
     sizes = ("--rates", 20, "--seconds", 0.5, "--turns", 1)
@@ -362,7 +351,6 @@ def test_serving_runs_to_the_end(tmp_path, monkeypatch):
     assert {row["subject"] for row in rows} == {"direct", "p2l-engine", "published design"}
 
 
-@pytest.mark.slow
 def test_a_server_under_faults(monkeypatch, capsys):
     monkeypatch.setattr(serving_faults, "WARM", 300)
     run(monkeypatch, serving_faults, "--requests", 600, "--settle", 0)
@@ -371,7 +359,6 @@ def test_a_server_under_faults(monkeypatch, capsys):
     assert "nothing was wrong" in out
 
 
-@pytest.mark.slow
 def test_overload_runs_to_the_end(tmp_path, monkeypatch, capsys):
     cpus = os.sched_getaffinity(0)
     try:
@@ -418,7 +405,6 @@ def test_how_a_stream_ended(api, body, end):
     assert callers.how_it_ended(answer, api, stream=True).split(":")[0] == end
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_requests_are_timed_from_when_they_are_due(tmp_path, stream):
     with servers.provider(tmp_path, ["small"], first_byte=0.05) as mock:
@@ -443,7 +429,6 @@ def test_a_compromised_release_is_refused(tmp_path):
         servers.litellm_version(tmp_path)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("feedback", ["grk", "bt-tie"])
 def test_a_left_out_model_is_added_in_every_way(feedback, tmp_path):
     rng = np.random.default_rng(0)
@@ -493,14 +478,12 @@ def test_short_prompts_and_well_covered_models_are_taken():
     assert not (kept % 4 == 0).any()
 
 
-@pytest.mark.slow
 def test_a_learning_curve_is_drawn(tmp_path):
     rows = [(0.5, 10, 30, "p2l", "log_loss", 1.2, 1.1, 1.3), (1.0, 20, 60, "p2l", "log_loss", 1.0, 0.9, 1.1)]
     learning_curve.draw(rows, tmp_path / "curve.svg")
     assert "<svg" in (tmp_path / "curve.svg").read_text()
 
 
-@pytest.mark.slow
 def test_exploration_runs_to_the_end(tmp_path, monkeypatch):
     few = ("--prompts", 600, "--worlds", 2, "--known", 100)
     run(monkeypatch, exploration, *few, "--csv", tmp_path / "rows.csv", "--plot", tmp_path / "regret.svg")
@@ -517,7 +500,6 @@ def test_propensities_run_to_the_end(monkeypatch, capsys):
     assert capsys.readouterr().out.count("pacer") == 2
 
 
-@pytest.mark.slow
 def test_a_server_that_learns_runs_to_the_end(monkeypatch, tmp_path):
     run(monkeypatch, online, "--rounds", 1, "--requests", 10, "--every", 5, "--csv", tmp_path / "rows.csv")
     off, on = csv.DictReader((tmp_path / "rows.csv").open())
@@ -530,7 +512,6 @@ def test_the_learners_stream_runs_to_the_end(tmp_path, monkeypatch):
     assert max(float(row["known_sd"]), float(row["new_sd"])) < 1
 
 
-@pytest.mark.slow
 def test_lengths_run_to_the_end(tmp_path, rng):
     prompts, models = tuple((f"prompt {i}",) for i in range(80)), ("a", "b", "c")
     hidden = rng.normal(size=(80, 6)).astype(np.float32)
@@ -551,7 +532,6 @@ def test_lengths_run_to_the_end(tmp_path, rng):
     assert of["tokens", "each prompt's", "absolute_error"] < of["tokens", "each model's mean", "absolute_error"]
 
 
-@pytest.mark.slow
 def test_coverage_runs_to_the_end(tmp_path, monkeypatch):
     run(monkeypatch, coverage, "--prompts", 5, 6, "--repeats", 2, "--population", 500, "--csv", tmp_path / "rows.csv")
     rows = list(csv.DictReader((tmp_path / "rows.csv").open()))
@@ -579,7 +559,6 @@ def scored_world(rng, n=240):
     return simple_routers.Scored(features, scores, source, task), chance
 
 
-@pytest.mark.slow
 def test_simple_routers_learn_from_scores_with_gaps(rng, monkeypatch):
     monkeypatch.setattr(simple_routers, "PATIENCE", 2)
     world, chance = scored_world(rng)
@@ -621,7 +600,6 @@ def test_a_curve_reaches_the_cheapest_and_the_best_choice(rng):
     assert rows[0].aiq > rows[1].aiq
 
 
-@pytest.mark.slow
 def test_routers_run_to_the_end(tmp_path, monkeypatch, capsys):
     rows = [
         {"prompt": f'["Question {i} of {source}?"]', "task": "t", "model": model, "score": float((i + m) % 2), "source": source}

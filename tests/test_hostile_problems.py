@@ -427,6 +427,7 @@ def test_weights_or_a_mixture_prove_what_exact_rationals_say(seed, n, m):
 
 @settings(max_examples=60)
 @given(SEEDS, st.integers(1, 12), st.integers(1, 5))
+@pytest.mark.slow
 def test_the_nearest_bound_is_the_lps(seed, n, m):
     """Over amounts that differ by twelve orders, and of rows of zeros and ones; the least use of a row beside the others."""
     rng = np.random.default_rng(seed)

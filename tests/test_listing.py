@@ -169,6 +169,7 @@ def test_what_is_skipped_is_said_once(ending, tmp_path, caplog):
         assert [line.rpartition(": ")[2] for line in said] == ["dead.csv (a link to nothing)", "notes.txt"]
 
 
+@pytest.mark.slow
 def test_what_another_user_may_not_read_is_named():
     with open_folder() as folder:
         touch(folder / "a" / "a.csv", folder / "closed" / "b.csv", folder / "unseen" / "c.csv", folder / "d.csv")

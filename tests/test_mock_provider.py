@@ -30,6 +30,8 @@ from tests.support.mock_provider import (
     wire,
 )
 
+pytestmark = pytest.mark.slow  # both official clients are imported
+
 
 def test_openai_reads_a_chat_completion():
     async def test(provider):
@@ -92,7 +94,6 @@ def test_openai_reads_calls_of_tools_and_goes_on_after_them():
     assert after.usage.prompt_tokens_details.cached_tokens == cached < after.usage.prompt_tokens
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("tools", [False, True])
 def test_openai_reads_responses(tools):
     async def test(provider):
@@ -312,7 +313,6 @@ def test_requests_that_come_at_once_are_answered_in_order():
     assert [(entry.api, entry.end) for entry in entries] == [(api, "answered") for api in APIS]
 
 
-@pytest.mark.slow
 def test_what_is_sent_until_the_client_leaves_is_charged():
     async def test(provider):
         async with aiohttp.ClientSession() as session:
@@ -333,7 +333,6 @@ def test_what_is_sent_until_the_client_leaves_is_charged():
     assert bill.total == Fraction(9 * 3 + entry.tokens_out * 15, 10**6)
 
 
-@pytest.mark.slow
 def test_the_command_serves_until_it_is_stopped(tmp_path):
     prices = tmp_path / "prices.json"
     prices.write_text(json.dumps(PRICES), encoding="utf-8")

@@ -624,6 +624,7 @@ def test_a_run_killed_at_any_moment_resumes_to_identical_output(kind, engine, tm
     print(done.stdout)
 
 
+@pytest.mark.slow
 def test_a_run_of_another_user_is_read_but_not_written_over(engine, router):
     let = "let this user write"
     with open_folder() as folder:

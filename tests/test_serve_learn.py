@@ -31,6 +31,7 @@ from p2l_engine.serve.runtime import Runtime
 from p2l_engine.serve.settings import ConfigError
 from p2l_engine.votes import Votes
 from tests.support import tiny
+from tests.support.cases import slow_but
 from tests.support.command import p2l_engine
 from tests.support.serving import Serving, serving
 
@@ -432,7 +433,7 @@ def test_what_cannot_learn_is_refused_by_name(engine, tmp_path):
     assert "expected the state of a Learner" in refused(config)
 
 
-@pytest.mark.parametrize("votes", [1, 3, 5])
+@pytest.mark.parametrize("votes", slow_but((3,), [1, 3, 5]))
 def test_a_log_that_was_replaced_is_read_from_its_beginning(votes, engine, tmp_path, caplog):
     """Also where it has as much feedback as the one before, or more."""
     config = config_in(tmp_path)

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from bench.mock_provider import MockProvider
 from p2l_engine.serve import endpoint
-from tests.support.cases import slow_but
 from tests.support.serving import PRICES, FixedEngine, config_for, serving
 
 PATHS = {"chat": "/v1/chat/completions", "responses": "/v1/responses", "messages": "/v1/messages"}
@@ -99,7 +98,8 @@ ENDS = {
 }
 
 
-@pytest.mark.parametrize("end", slow_but(("whole", "stream"), ENDS))
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ENDS)
 def test_a_request_leaves_no_reference_cycles(end):
     """Its memory is free when it ends: the garbage collector, which would take a fifth of the time, runs seldom."""
 

@@ -50,7 +50,7 @@ def scorer_of(loop, monkeypatch, engine, draw, patience=0.5, most=64):
 
 
 @pytest.mark.parametrize("poisson", [False, True])
-@pytest.mark.parametrize("engine", slow_but(("default",), ["tiny", "default", "fast"]))
+@pytest.mark.parametrize("engine", slow_but(("tiny",), ["tiny", "default", "fast"]))
 def test_ten_times_the_rated_load_makes_the_served_no_later_than_twice(engine, poisson, seed, monkeypatch):
     """All would be five to nine times as late if the queue were kept full."""
     draw = random.Random(seed)

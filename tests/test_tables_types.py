@@ -208,6 +208,7 @@ def test_a_column_that_cannot_be_stored_is_refused(router, tmp_path):
         assert run(router, BatchConfig([given], str(tmp_path / "kept"), keep=[]), restart=True).routed == len(rows)
 
 
+@pytest.mark.slow
 def test_objects_of_many_keys_take_no_longer_than_others(tmp_path):
     keys = 20_000  # of as many objects: their product would take minutes
     rows = [{"prompt": "p", "logprobs": [{f"token {i}": -0.5} for i in range(keys)]}]
@@ -472,6 +473,7 @@ def test_times_as_spark_stores_them_are_right_or_refused(tmp_path):
 @example(names=["t.at", "t"], kinds=["time"] * 4, ticks=[1001, 0, 0, 0], far=True)
 @example(names=["t.at", "t"], kinds=["object", "list"] * 2, ticks=[1001, -1, 0, 0], far=False)
 @settings(deadline=None, max_examples=40)
+@pytest.mark.slow
 def test_times_in_nanoseconds_are_right_unless_others_are_beyond_them(names, kinds, ticks, far, tmp_path):
     def columns(unit, ticks):
         time = pa.timestamp(unit)

@@ -116,4 +116,18 @@ async def serving(config: dict[str, Any], engine: Any = None, **options: Any) ->
         yield Serving(runtime, web.servers[0].sockets[0].getsockname()[1], records)
     finally:
         ticks.cancel()
+        await _shutdown(web)
+
+
+async def _shutdown(web: uvicorn.Server) -> None:
+    """As uvicorn does, which waits for a tenth of a second also where no request runs."""
+    for connection in list(web.server_state.connections):
+        connection.shutdown()
+    await asyncio.sleep(0)  # idle connections are closed
+    if web.server_state.connections or web.server_state.tasks:
         await web.shutdown()
+        return
+    for server in web.servers:
+        server.close()
+        await server.wait_closed()
+    await web.lifespan.shutdown()
