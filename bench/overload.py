@@ -5,6 +5,7 @@ row of rates, each 1.4 times the one before, at which all requests are answered 
 take at the first rate (or ``--rated``). At ``--times`` (10) times that, requests that cannot be served should get 503 with
 Retry-After at once, and those that are served should not wait: their p99 is compared with the p99 at the rated load. Both are
 measured ``--rounds`` times in turn, and percentiles are those of all rounds together: what else the machine does falls on both.
+When an overload begins it may be a burst, whose last prompts are served late; that is part of the rows.
 Times are milliseconds from when a request was due; provider, server and load generator are on the same two cores. Where a row's
 "late p99" is not far below them, the load generator was short, and the row says nothing.
 """
@@ -63,7 +64,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", help="folder, hub name or 'default', instead of a tiny one with random weights")
     parser.add_argument("--rated", type=float, help="requests per second; measured without it")
     parser.add_argument("--times", type=float, default=10.0, help="the rated load (10)")
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each rate; a third of it while the rated load is sought")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each rate (20); at most 2 while the rated load is sought")
     parser.add_argument("--rounds", type=positive, default=1, help="of the rated load and of its multiple (1)")
     parser.add_argument("--queue", type=positive, help="serve.queue.most; the default without it")
     parser.add_argument("--words", type=positive, help="of each prompt at most; without it, as long as Chatbot Arena's")
@@ -93,7 +94,7 @@ def main() -> None:
             return timed, cpu
 
         def sought(rate: float) -> Row:
-            return _row("sought", rate, [measure("sought", rate, arguments.seconds / 3)])
+            return _row("sought", rate, [measure("sought", rate, min(2.0, arguments.seconds))])
 
         measure("warm-up", START, 2.0)
         rated = arguments.rated or _rated(sought)

@@ -306,6 +306,27 @@ def test_a_file_keeps_the_newest_and_no_more_bytes_than_it_may(tmp_path):
     asyncio.run(one())
 
 
+def test_what_a_process_writes_while_another_waits_for_the_file_stays(tmp_path, monkeypatch):
+    clock = Clock()
+    waiting, other = (InFile(str(tmp_path / "a.sqlite"), 10, 2**20, clock) for _ in range(2))
+    begin = waiting._database.begin
+
+    def late():
+        clock.now += 1
+        other._put("b", b"other")
+        return begin()
+
+    monkeypatch.setattr(waiting._database, "begin", late)
+
+    async def one():
+        await waiting.put("a", b"own")
+        assert [await other.get(key) for key in "ab"] == [b"own", b"other"]
+        await waiting.close()
+        await other.close()
+
+    asyncio.run(one())
+
+
 def test_processes_may_share_a_file(tmp_path):
     """Two caches stand for two processes: each has connections of its own."""
 

@@ -62,8 +62,8 @@ def test_ten_times_the_rated_load_makes_the_served_no_later_than_twice(engine, p
         await load(loop, scorer, rate, 2, "before")
         rated = await load(loop, scorer, rate, seconds, "rated", between)
         beyond = await load(loop, scorer, 10 * rate, seconds, "beyond", between)
-        await asyncio.sleep(2)
-        return rated, beyond, await load(loop, scorer, rate, 5, "after")
+        await load(loop, scorer, rate, 3, "recovering", between)
+        return rated, beyond, await load(loop, scorer, rate, 10, "after", between)
 
     (rated, none), (served, refused), (_, after) = run(body)
     assert not len(none)

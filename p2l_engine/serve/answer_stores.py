@@ -120,8 +120,8 @@ class InFile:
         return found
 
     def _put(self, key: str, data: bytes) -> None:
-        living = self._living()
         with self._database.begin() as connection:
+            living = self._living()  # once the file is this process's: entries of others, who had it before, are older
             connection.exec_driver_sql("PRAGMA secure_delete=ON")  # answers must not stay in free pages
             connection.execute(DELETE_EXPIRED, living)
             entry = {"key": key, "expires": living["latest"], "size": len(data) + OVERHEAD, "data": data}

@@ -20,7 +20,8 @@ ALWAYS = 4  # prompts that may wait, however long they take
 STEP = 1.02  # by which what is usual moves with each prompt
 FEW = 2  # while more come than the engine can compute: the one that it computes, and one that waits
 MANY = 8  # refusals in a row that are more than a burst
-CALM = 1.0  # seconds without a refusal after which that is over
+RECENT = 16  # prompts whose share of refusals says whether that goes on
+CALM = 1.0  # seconds after which it is over, from when at most half of these were refused
 TOGETHER = 16  # prompts of a batch that wait at a time
 
 
@@ -47,8 +48,8 @@ class Scorer:
     coefficients are remembered. renewed: what brings coefficients up to date that were computed before; None: they stay so.
 
     A burst may wait so long. Where many in a row had to be refused, more come than the engine can compute, and a full queue
-    would only make all of them late: until none has been refused for a second, a prompt may wait as long as prompts usually
-    take, or behind one other, and those that waited before are refused too.
+    would only make all of them late: until for a second at most half of the recent prompts were refused, a prompt may wait as
+    long as prompts usually take, or behind one other, and those that waited before are refused too.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Scorer:
         self._computing: dict[str, Future[Coefficients]] = {}
         self._promised = set[str]()  # of these, those that a batch waits for
         self._refused = 0  # in a row
+        self._share = 0.0  # of the recent prompts, that were refused
         self._overloaded = 0.0  # until then, on the monotonic clock
         self._usual = 0.0  # the median of seconds from a prompt to its coefficients, while not overloaded
         self._seconds = 0.0  # that a prompt takes, as a running mean; 0: none was computed yet
@@ -135,7 +137,9 @@ class Scorer:
         ahead, now = len(self._waiting), time.monotonic()
         overloaded = now < self._overloaded
         few, patience = (FEW, min(self._usual, self.patience)) if overloaded else (ALWAYS, self.patience)
-        if ahead < self.most and (ahead < few or ahead * self._seconds <= patience):
+        admitted = ahead < self.most and (ahead < few or ahead * self._seconds <= patience)
+        self._share += ((not admitted) - self._share) / RECENT
+        if admitted:
             self._refused = 0
             return
         self._refused += 1
@@ -143,7 +147,7 @@ class Scorer:
             for key, computing in list(self._computing.items()):
                 if key not in self._promised:
                     computing.cancel()  # unless the engine has begun with it
-        if self._refused >= MANY or overloaded:
+        if self._refused >= MANY or (overloaded and self._share > 0.5):
             self._overloaded = now + CALM
         raise self._overload(ahead)
 
