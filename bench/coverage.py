@@ -83,8 +83,8 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, help="also write the rows here")
     arguments = parser.parse_args()
     console, rows = Console(), []
-    shown = Table(title="covered by 95% intervals", title_justify="left")
-    for column in ("what", *(f"{n:,} prompts" for n in arguments.prompts)):
+    shown = Table(title="covered by 95% intervals, by number of prompts", title_justify="left")
+    for column in ("what", *(f"{n:,}" for n in arguments.prompts)):
         shown.add_column(column, justify="left" if column == "what" else "right")
     for what, sample in samplers(arguments.population):
         if arguments.what not in what:
