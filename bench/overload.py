@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", help="folder, hub name or 'default', instead of a tiny one with random weights")
     parser.add_argument("--rated", type=float, help="requests per second; measured without it")
     parser.add_argument("--times", type=float, default=10.0, help="the rated load (10)")
-    parser.add_argument("--seconds", type=float, default=20.0, help="of each rate (20); at most 2 while the rated load is sought")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each rate (20); at most 2 while it is sought")
     parser.add_argument("--rounds", type=positive, default=1, help="of the rated load and of its multiple (1)")
     parser.add_argument("--queue", type=positive, help="serve.queue.most; the default without it")
     parser.add_argument("--words", type=positive, help="of each prompt at most; without it, as long as Chatbot Arena's")
