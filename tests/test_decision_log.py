@@ -865,7 +865,7 @@ def test_every_option_of_the_log_has_a_help_text():
     assert all(param.help for command in commands.values() for param in command.params)
 
 
-def test_a_slow_store_stops_nobody(sqlite, monkeypatch):
+def test_a_slow_store_stops_no_decision(sqlite, monkeypatch):
     """add returns while the writer is within a transaction."""
     entered, leave = threading.Event(), threading.Event()
     with DecisionLog(sqlite) as log:

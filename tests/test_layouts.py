@@ -242,7 +242,7 @@ def test_a_column_of_prompts_that_the_first_rows_of_jsonl_lack_is_found(name, ke
         turns_in(tmp_path / "in.jsonl", "nothing", keep=keep)
 
 
-def test_what_nobody_reads_of_a_request_fails_no_row(tmp_path):
+def test_unread_parts_of_a_request_fail_no_row(tmp_path):
     body = {"messages": [*chat(TALKS[1]), {"role": "assistant", "content": "\ud800", "tool_calls": [{"n": 10**30}]}]}
     write_jsonl(tmp_path / "in.jsonl", [{"custom_id": "r", "body": body | {"seed": 10**40}, "note": "\udfff"}])
     assert turns_in(tmp_path / "in.jsonl") == [TURNS[1]]

@@ -357,7 +357,7 @@ class TestSeveralPasses:
             Problem(LazyWinRates(iter([theta]), q), np.ones((30, 3)), 2.0, "batch")
 
 
-class TestClashes:
+class TestConflictingRows:
     """Infeasible combinations name their rows and the nearest bound."""
 
     v = np.random.default_rng(0).random((50, 3))

@@ -338,7 +338,7 @@ def test_a_deployment_that_is_configured_wrongly_is_named_once_and_left_out(stat
     assert (healed[0], healed[1]["x-p2l-model"], deployment.problem) == (200, "large", None)
 
 
-def test_what_a_provider_says_of_its_key_reaches_nobody(caplog):
+def test_what_a_provider_says_of_its_key_is_not_passed_on(caplog):
     async def one():
         async with MockProvider(PRICES) as provider, serving(config_for(provider, **QUICK)) as server:
             provider.fail("status", status=401)

@@ -644,7 +644,7 @@ def test_marginal_leaderboards_of_outcomes_that_never_come(name, outcomes, rng):
 @pytest.mark.parametrize("name", slow_but(("bt",), ["bt", "bt-tie", "rk", "grk"]))
 @settings(max_examples=5, deadline=None)
 @given(seed=st.integers(0, 10**6), won=st.booleans(), few=st.integers(1, 4))
-def test_a_model_that_always_wins_moves_nobody(name, seed, won, few):
+def test_a_model_that_always_wins_moves_no_other(name, seed, won, few):
     """Its interval has no upper end; all others' are as without it, but for what grk's wins say of goodness."""
     rng, feedback, n = np.random.default_rng(seed), feedback_model(name), 150
     a = rng.integers(0, 3, n)

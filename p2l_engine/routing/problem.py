@@ -137,6 +137,11 @@ def expected(amounts: Any, indices: npt.NDArray[np.int32], probabilities: Float6
     return np.asarray((probabilities * of_models(amounts, indices)).sum(axis=1))
 
 
+def of_prompts(amounts: Any, some: slice) -> Any:
+    """Those of some prompts, [M] or [n, M], from amounts [M] or [N, M]."""
+    return amounts if amounts.ndim == 1 else amounts[some]
+
+
 def of_models(amounts: Any, indices: npt.NDArray[np.int32]) -> Any:
     """The amounts [N, W] of the models that policies mix, from amounts [M] or [N, M]."""
     return amounts[indices] if amounts.ndim == 1 else amounts[np.arange(len(indices))[:, None], indices]

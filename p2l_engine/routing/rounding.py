@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from p2l_engine.routing.arrays import Float64
-from p2l_engine.routing.problem import expected, of_models
+from p2l_engine.routing.problem import expected, of_models, of_prompts
 from p2l_engine.routing.scratch import Scratch, parts
 
 Int32 = npt.NDArray[np.int32]
@@ -60,13 +60,9 @@ def within_mean(
 ) -> None:
     """The same for the mean over the prompts, at as few of them as possible. scratch: where what each uses is noted."""
     use = (scratch or Scratch()).empty(len(indices), np.float64)
-
-    def of(some: slice) -> Any:
-        return amounts if amounts.ndim == 1 else amounts[some]
-
     for _ in range(CORRECTIONS):
         for some in parts(len(indices)):
-            use[some] = expected(of(some), indices[some], probabilities[some])
+            use[some] = expected(of_prompts(amounts, some), indices[some], probabilities[some])
         over = excess(use, bound)
         if not over:
             return
@@ -74,12 +70,12 @@ def within_mean(
         i, spare = -1, 0.0
         for among in ("own", "usable"):
             for some in parts(len(indices)):
-                p, at = probabilities[some], of_models(of(some), indices[some])
+                p, at = probabilities[some], of_models(of_prompts(amounts, some), indices[some])
                 if among == "own":
                     least = np.where(p > 0, at, np.inf).min(axis=1)
                 else:
                     mask = usable if len(usable) == 1 else usable[some]
-                    least = np.broadcast_to(np.where(mask, of(some), np.inf).min(axis=1), len(p))
+                    least = np.broadcast_to(np.where(mask, of_prompts(amounts, some), np.inf).min(axis=1), len(p))
                 most = ((at - least[:, None]) * p).max(axis=1)
                 if most.max() > spare:
                     i, spare = some.start + int(most.argmax()), float(most.max())

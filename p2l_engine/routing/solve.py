@@ -15,7 +15,7 @@ from p2l_engine.routing import conflicts, dual, farkas, highs, rounding, scratch
 from p2l_engine.routing.arrays import Float64
 from p2l_engine.routing.hulls import Hulls
 from p2l_engine.routing.policies import Policies
-from p2l_engine.routing.problem import Problem, Row, expected, of_models
+from p2l_engine.routing.problem import Problem, Row, expected, of_models, of_prompts
 from p2l_engine.routing.program import SolverError, TimeLimit
 from p2l_engine.routing.surplus import NoPolicy
 
@@ -231,7 +231,7 @@ def _mixed_costs(problem: Problem, indices: npt.NDArray[np.int32]) -> Float64:
     """The costs of the models in indices, [N, W]."""
     mixed = problem.values.scratch.empty(indices.shape, np.float64)
     for some in scratch.parts(len(indices)):
-        mixed[some] = of_models(_of(problem.amounts, some), indices[some])
+        mixed[some] = of_models(of_prompts(problem.amounts, some), indices[some])
     return mixed
 
 
@@ -239,12 +239,8 @@ def _expected(problem: Problem, amounts: Any, indices: npt.NDArray[np.int32], pr
     """``expected``, part by part."""
     used = problem.values.scratch.empty(len(indices), np.float64)
     for some in scratch.parts(len(indices)):
-        used[some] = expected(_of(amounts, some), indices[some], probabilities[some])
+        used[some] = expected(of_prompts(amounts, some), indices[some], probabilities[some])
     return used
-
-
-def _of(amounts: Any, some: slice) -> Any:
-    return amounts if amounts.ndim == 1 else amounts[some]
 
 
 def _check_rows(problem: Problem, indices: npt.NDArray[np.int32], probabilities: Float64) -> None:
