@@ -9,7 +9,10 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
-SOURCES = ["win_rates.c", "budget.c", "hulls.c", "pricing.c", "bt_score.c", "outcomes.c", "decoder.c", "machine.c"]
+SOURCES = [
+    "win_rates.c", "budget.c", "hulls.c", "pricing.c", "bt_score.c", "outcomes.c", "decoder.c", "linear.c", "int8.c",
+    "machine.c",
+]  # fmt: skip
 
 
 def declarations() -> str:
@@ -28,7 +31,7 @@ ffi.set_source(
     '#include "p2l_native.h"',
     sources=[f"csrc/{name}" for name in SOURCES],
     include_dirs=["csrc"],
-    depends=["csrc/p2l_native.h", "csrc/hull.h", "csrc/sigmoid_mixture.h"],
+    depends=["csrc/p2l_native.h", "csrc/hull.h", "csrc/sigmoid_mixture.h", "csrc/panels.h"],
     extra_compile_args=["-O3", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", *openmp],
     extra_link_args=openmp,
     libraries=[] if sys.platform == "win32" else ["m"],

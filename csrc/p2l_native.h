@@ -89,6 +89,27 @@ int64_t p2l_bt_score(const double *theta, const double *q, int q_per_prompt, con
 void p2l_outcomes(const double *e, const double *lambda, double ground, int64_t outcomes, int64_t n_prompts, int64_t n_models,
                   int threads, double *out);
 
+/* Products with packed weights: out [rows, columns] = x [rows, depth] times the weights, plus bias [columns] (or NULL). Rows
+ * are float32 or, with bf16, bfloat16; so are weights, bias and out. Packed weights: panels of 32 columns, the last one padded
+ * with zeros, each [depth, 32], or with bf16 [depth / 2, 32, 2] for an even depth. level: of the instruction set, at most
+ * p2l_linear_level. */
+void p2l_linear(const void *x, int64_t rows, int64_t depth, const void *weight, const void *bias, int64_t columns, void *out,
+                int bf16, int level, int threads);
+
+/* 2: AVX-512 (with bf16: AVX512-BF16), 1: AVX2, 0: what the compiler makes of plain C, -1: cannot be computed. */
+int p2l_linear_level(int bf16);
+
+/* The same with int8 weights, stored as weight + offset in uint8 panels [depth / 4, 32, 4] (depth: width, padded to a multiple
+ * of 4), and weight_scale [columns]. Each row of x [rows, width] is quantised to 8 bits first, by groups of 128 values: values
+ * [rows, depth], scale and taken [rows, groups] are scratch. A row with a value that is not finite gives NaN. offset: 128 for
+ * weights of 8 bits; 64 for 7 bits, at level 1. */
+void p2l_int8_linear(const float *x, int64_t rows, int64_t width, const uint8_t *weight, const float *weight_scale,
+                     int64_t offset, const float *bias, int64_t columns, int8_t *values, float *scale, int32_t *taken,
+                     float *out, int level, int threads);
+
+/* 2: AVX-512 with VNNI, 1: AVX2, 0: what the compiler makes of plain C. */
+int p2l_int8_level(void);
+
 /* A decoder's steps between its matrix products. Rows are contiguous, float32 or, with bf16, bfloat16.
  *
  * x [rows, columns] += delta (or NULL), then out = x / sqrt(mean(x^2) + eps) * weight [columns]. */

@@ -21,6 +21,7 @@ from p2l_engine.backbone.packing import Packed, batches
 from p2l_engine.engine import as_device, as_dtype, cpu
 from p2l_engine.engine.compile_watch import CompileWatch
 from p2l_engine.errors import PromptError
+from p2l_engine.native import panels
 from tests.support import families, tiny
 from tests.support.cases import slow_but
 
@@ -160,6 +161,26 @@ def test_bfloat16_stays_near_float32(tmp_path):
     rounded = Engine.from_pretrained(folder, device="cpu", dtype=torch.bfloat16).coefficients(PROMPTS).theta
     # bfloat16 keeps 8 bits: 0.4% a rounding, over three layers of a 48-wide random network.
     assert np.abs(rounded - exact).max() < 0.03 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("template", [tiny.TEMPLATE, "{{ 'You are a helpful assistant. ' * 3 }}" + tiny.TEMPLATE])
+def test_int8_stays_near_float32(tmp_path, family, template):
+    folder = tiny.write(tmp_path, tiny.config(family), template=template)
+    exact = Engine.from_pretrained(folder, device="cpu", dtype="float32").coefficients(PROMPTS).theta
+    engine = Engine.from_pretrained(folder, device="cpu", dtype="int8")
+    assert engine.dtype == torch.int8
+    rounded = engine.coefficients(PROMPTS).theta
+    assert 0 < np.abs(rounded - exact).max() < 0.04 * np.abs(exact).max()
+    alone = np.concatenate([engine.coefficients([prompt]).theta for prompt in PROMPTS])
+    np.testing.assert_allclose(alone, rounded, atol=1e-3 * np.abs(exact).max())
+
+
+def test_int8_is_refused_where_it_is_not_computed(tmp_path):
+    with pytest.raises(ValueError, match="int8 is computed on CPUs alone, got the device 'cuda': use bfloat16"):
+        as_dtype("int8", torch.device("cuda"))
+    with pytest.raises(ValueError, match="dtype: int8 is for decoders that are computed here .*got 'gpt2'.*: use bfloat16"):
+        Engine.from_pretrained(tiny.write(tmp_path, tiny.config("gpt2")), device="cpu", dtype="int8")
 
 
 def test_empty_batch_and_progress(tmp_path):
@@ -306,8 +327,9 @@ def test_wrong_types_of_tokens_and_prompts_are_refused(tmp_path):
         engine.coefficients(["a"])
 
 
-def test_a_cpu_without_bfloat16_products_takes_plain_weights(tmp_path, monkeypatch):
+def test_torchs_bfloat16_products_with_and_without_onednns_layout(tmp_path, monkeypatch):
     folder = tiny.write(tmp_path)
+    monkeypatch.setattr(panels, "level", lambda dtype: -1)
     with_onednn = Engine.from_pretrained(folder, device="cpu", dtype=torch.bfloat16).coefficients(["hello"]).theta
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", lambda *_: pytest.fail("not supported"))
@@ -356,7 +378,7 @@ def test_dtypes_have_the_names_that_pytorch_users_write(name):
     assert as_dtype(None, torch.device("cuda")) == torch.bfloat16
 
 
-@pytest.mark.parametrize("wrong", ["int8", "float31", torch.int8, 32, ""])
+@pytest.mark.parametrize("wrong", ["int4", "float31", torch.int16, 32, ""])
 def test_other_dtypes_are_refused_before_the_checkpoint_is_read(wrong):
     with pytest.raises(ValueError, match="dtype: expected one of float32, fp32, .*, got "):
         Engine.from_pretrained("no-such-folder", device="cpu", dtype=wrong)

@@ -43,9 +43,15 @@ class Backbone(Protocol):
 def build(
     config: DecoderConfig | PretrainedConfig, weights: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype
 ) -> Backbone:
-    """The packed decoder, or transformers' own where the config is transformers'. Raises CheckpointError for wrong weights."""
+    """The packed decoder, or transformers' own where the config is transformers'. Raises CheckpointError for wrong weights, and
+    ValueError for a dtype that it cannot use."""
     if isinstance(config, DecoderConfig):
         return PackedDecoder(config, weights, device, dtype)
+    if dtype == torch.int8:
+        raise ValueError(
+            f"dtype: int8 is for decoders that are computed here (Llama, Qwen2), got {config.model_type!r}, which transformers "
+            "computes: use bfloat16 or float32"
+        )
     from p2l_engine.backbone.unpacked import UnpackedDecoder  # needs transformers
 
     return UnpackedDecoder(config, weights, device, dtype)

@@ -1,4 +1,5 @@
-"""The packed decoder's operations on a CPU, in float32 or bfloat16: the native core's steps between torch's products.
+"""The packed decoder's operations on a CPU, in float32 or bfloat16: the native core's products and steps between them, and
+torch's products where those are faster.
 
 Reference implementations: those of the Triton kernels of the same steps (``p2l_engine.kernels``).
 """
@@ -12,10 +13,11 @@ from torch import Tensor
 
 from p2l_engine.backbone import attention
 from p2l_engine.backbone.packing import Packed
-from p2l_engine.backbone.weights import Linear
-from p2l_engine.native import decoder
+from p2l_engine.backbone.weights import Linear, Product
+from p2l_engine.native import decoder, panels
+from p2l_engine.native.panels import Panels
 
-PACKED_ROWS = 192  # bfloat16: up to this many rows a product is faster with weights in oneDNN's layout (1.4 times at 64)
+PACKED_ROWS = 192  # bfloat16, AMX: up to this many rows a product is faster with weights in oneDNN's layout (1.4 times at 64)
 
 
 class CpuOperations:
@@ -31,6 +33,7 @@ class CpuOperations:
         self._packed = {} if packed is None else packed
         self._packs = dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
         self._buffers: dict[str, Tensor] = {}
+        self._bytes = torch.empty(0, dtype=torch.uint8)
 
     def norm(self, x: Tensor, weight: Tensor, eps: float, delta: Tensor | None = None) -> Tensor:
         """x [T, D] -> its norm, times weight [D]; with delta [T, D], x becomes x + delta first, in place."""
@@ -60,8 +63,11 @@ class CpuOperations:
         kv = self._buffer("kv", len(sources), 2 * size * keys).view(len(sources), 2, keys, size)
         return decoder.rope_kv(x, queries, keys, cos, sin, positions, sources, kv, prefix)
 
-    def linear(self, x: Tensor, layer: Linear, name: str) -> Tensor:
-        """x [T, in] -> [T, out]; bfloat16 products of few rows use weights in oneDNN's layout, kept beside the plain ones."""
+    def linear(self, x: Tensor, layer: Product, name: str) -> Tensor:
+        """x [T, in] -> [T, out]; torch's bfloat16 products of few rows use weights in oneDNN's layout, kept beside the plain
+        ones."""
+        if isinstance(layer, Panels):
+            return panels.multiply(x, layer, self._buffer(name, len(x), layer.columns), self._scratch(layer.scratch(len(x))))
         if self._packs and len(x) <= PACKED_ROWS:
             weight = self._packed.get(layer)
             if weight is None:
@@ -77,6 +83,11 @@ class CpuOperations:
     def attend(self, q: Tensor, kv: Tensor, packed: Packed, last: bool = False) -> Tensor:
         """See ``attention``."""
         return attention.over_runs(q, kv, packed, last, self._buffer("attend", len(q), q.shape[1] * q.shape[2]))
+
+    def _scratch(self, size: int) -> Tensor | None:
+        if size > len(self._bytes):
+            self._bytes = torch.empty(size, dtype=torch.uint8)
+        return self._bytes if size else None
 
     def _buffer(self, name: str, rows: int, columns: int) -> Tensor:
         flat = self._buffers.get(name)

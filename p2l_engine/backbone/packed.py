@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch import Tensor
 from p2l_engine.backbone.families import DecoderConfig
 from p2l_engine.backbone.packing import Packed, Tokens
 from p2l_engine.backbone.weights import Linear, check_weights, layers
+from p2l_engine.native import panels
 from p2l_engine.prompts.encode import MAX_TOKENS
 
 
@@ -43,8 +44,8 @@ class Operations(Protocol):
     ) -> Tensor:
         """RoPE: rotates the queries in place; returns rotated keys, and values, in the order in which attention reads them."""
 
-    def linear(self, x: Tensor, layer: Linear, name: str) -> Tensor:
-        """x times the layer's weight, plus its bias."""
+    def linear(self, x: Tensor, layer: Any, name: str) -> Tensor:
+        """x times the layer's weight, plus its bias. layer: of the kind that the device's operations take."""
 
     def attend(self, q: Tensor, kv: Tensor, packed: Packed, last: bool = False) -> Tensor:
         """Causal attention within each prompt."""
@@ -57,7 +58,7 @@ def operations_for(device: torch.device, dtype: torch.dtype) -> Callable[[], Ope
         from p2l_engine.native.decoder import DTYPES
 
         if dtype not in DTYPES:
-            raise ValueError(f"dtype: expected float32 or bfloat16 on a CPU, got {dtype}")
+            raise ValueError(f"dtype: expected float32, bfloat16 or int8 on a CPU, got {dtype}")
         weights: dict[Linear, Tensor] = {}
         return partial(CpuOperations, dtype, weights)
     from p2l_engine.backbone.on_gpu import GpuOperations  # needs Triton
@@ -80,6 +81,8 @@ class PackedDecoder:
     ) -> None:
         check_weights(config, weights)
         self.name = f"packed {config.model_type}"
+        packed = dtype if device.type == "cpu" and operations is None and panels.level(dtype) >= 0 else None
+        dtype = torch.float32 if dtype == torch.int8 else dtype  # of everything but the products' weights
         self.device, self.dtype = device, dtype
         self.eps = config.rms_norm_eps
         self.heads, self.kv_heads, self.head_size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
@@ -91,9 +94,9 @@ class PackedDecoder:
         # Half precision is widened after the look-up, which gives the same numbers: a wide table is large.
         self.embedding = table.to(device) if dtype == torch.float32 and table.element_size() == 2 else table.to(device, dtype)
         self.norm: Tensor | None = weights["norm.weight"].to(device, dtype)
-        self.layers = layers(config, weights, device, dtype)
+        self.layers = layers(config, weights, device, dtype, packed)
         queries, whole = self.heads * self.head_size, self.layers[-1].qkv
-        self._last_q, self._last_kv = whole.columns(0, queries), whole.columns(queries, whole.weight.shape[1])
+        self._last_q, self._last_kv = whole.part(0, queries), whole.part(queries, queries + 2 * self.kv_heads * self.head_size)
         self.prefix: Tokens | None = None
         self.prefix_kv: list[Tensor | None] = [None] * len(self.layers)
         self._make = operations or operations_for(device, dtype)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from p2l_engine.backbone.families import DecoderConfig
 from p2l_engine.errors import CheckpointError
+from p2l_engine.native.panels import Panels
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -19,9 +20,12 @@ class Linear:
     weight: Tensor
     bias: Tensor | None
 
-    def columns(self, first: int, last: int) -> Linear:
+    def part(self, first: int, last: int) -> Linear:
         """The outputs first to last."""
         return Linear(self.weight[:, first:last], None if self.bias is None else self.bias[first:last])
+
+
+Product = Linear | Panels
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +33,11 @@ class Layer:
     """One layer: queries, keys and values in one product, the gate and up projections of SwiGLU in another."""
 
     attention_norm: Tensor
-    qkv: Linear
-    out: Linear
+    qkv: Product
+    out: Product
     mlp_norm: Tensor
-    gate_up: Linear
-    down: Linear
+    gate_up: Product
+    down: Product
 
 
 # Linear layers of one input, whose weights lie one below the other in one matrix.
@@ -55,16 +59,26 @@ def joined(names: Collection[str]) -> Iterator[tuple[str, ...]]:
         yield found
 
 
-def layers(config: DecoderConfig, weights: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> list[Layer]:
-    """The decoder's layers; weights are named as in transformers' bare model."""
+def layers(
+    config: DecoderConfig,
+    weights: Mapping[str, Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+    packed: torch.dtype | None = None,
+) -> list[Layer]:
+    """The decoder's layers; weights are named as in transformers' bare model. packed: the dtype of their ``Panels``; None:
+    ``Linear``."""
 
     def vector(i: int, name: str) -> Tensor:
         return weights[f"layers.{i}.{name}.weight"].to(device, dtype)
 
-    def linear(i: int, *names: str) -> Linear:
+    def linear(i: int, *names: str) -> Product:
         weight = concatenated([weights[f"layers.{i}.{name}.weight"] for name in names], device, dtype)
         biases = [bias for name in names if (bias := weights.get(f"layers.{i}.{name}.bias")) is not None]
-        return Linear(weight.t(), concatenated(biases, device, dtype) if biases else None)
+        bias = concatenated(biases, device, dtype) if biases else None
+        if packed is None or (packed == torch.bfloat16 and weight.shape[1] % 2):
+            return Linear(weight.t(), bias)
+        return Panels.of(weight, bias, packed)
 
     return [
         Layer(

@@ -10,6 +10,7 @@ DTYPES = {
     "float32": torch.float32, "fp32": torch.float32, "float": torch.float32,
     "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
     "float16": torch.float16, "fp16": torch.float16, "half": torch.float16,
+    "int8": torch.int8,
 }  # fmt: skip
 DEVICES = ("cpu", "cuda")
 
@@ -39,12 +40,14 @@ def parse_device(device: str | torch.device) -> torch.device:
 def as_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
     """A torch dtype, or its name: "float32", "fp32", "torch.float32", "bf16", ...; None: the device's ``natural_dtype``.
 
-    Raises ValueError for other names, and for dtypes that are not floating point.
+    int8 is the dtype of weights alone, on a CPU. Raises ValueError for other names and dtypes, and for int8 on CUDA.
     """
     if dtype is None:
         return natural_dtype(device)
     found = DTYPES.get(dtype.lower().removeprefix("torch.")) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    if found == torch.int8 and device.type != "cpu":
+        raise ValueError(f"dtype: int8 is computed on CPUs alone, got the device {str(device)!r}: use bfloat16, or device cpu")
+    if not isinstance(found, torch.dtype) or not (found.is_floating_point or found == torch.int8):
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, or a floating-point torch.dtype, got {dtype!r}")
     return found
 

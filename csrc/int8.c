@@ -1,0 +1,227 @@
+/* Products of int8: float32 rows are quantised, with one scale for each group of 128 values, and multiplied by packed weights
+ * with a scale for each column.
+ *
+ * One scale for a whole row would be that of its few largest values, and the others would lose their bits: on the default
+ * checkpoint the coefficients' error would be twice as large.
+ *
+ * A group's sums are exact in int32, so every instruction set gives the same ones for weights of the same bits. A weight w is
+ * stored as w + offset, unsigned; offset times the sum of a group's values is taken off again. VNNI multiplies 8 bits by 8
+ * bits into 32. AVX2 adds pairs of products in 16 bits, which hold 2 * 127 * 127: there weights have 7 bits.
+ */
+#include "p2l_native.h"
+#include "panels.h"
+
+#include <math.h>
+#include <string.h>
+
+enum { GROUP = 128 };
+
+/* Arguments of one product; see p2l_native.h. */
+typedef struct {
+    const int8_t *x;
+    const float *scale, *weight_scale, *bias;
+    const int32_t *taken; /* off a group's sums: offset times the sum of its values */
+    const uint8_t *weight;
+    int64_t depth, groups, columns, panel_bytes; /* depth: a multiple of 4 */
+    float *out;
+} product;
+
+/* The end of a group's values in a row. */
+INLINE int64_t end_of(const product *p, int64_t group) {
+    return (group + 1) * GROUP < p->depth ? (group + 1) * GROUP : p->depth;
+}
+
+/* Writes the totals [rows, PANEL] of one panel. */
+INLINE void finish(const product *p, const float *totals, int64_t row, int64_t rows, int64_t column) {
+    const int64_t width = p->columns - column < PANEL ? p->columns - column : PANEL;
+    for (int64_t r = 0; r < rows; r++) {
+        float *out = p->out + (row + r) * p->columns + column;
+#pragma omp simd
+        for (int64_t c = 0; c < width; c++)
+            out[c] = totals[r * PANEL + c] * p->weight_scale[column + c] + (p->bias ? p->bias[column + c] : 0);
+    }
+}
+
+INLINE void tile_portable(const product *p, const void *panel, int64_t row, int64_t column, int rows) {
+    float totals[TILE * PANEL] = {0};
+    for (int r = 0; r < rows; r++) {
+        const int8_t *x = p->x + (row + r) * p->depth;
+        for (int64_t g = 0; g < p->groups; g++) {
+            const int64_t at = (row + r) * p->groups + g;
+            int32_t sums[PANEL];
+            for (int c = 0; c < PANEL; c++) sums[c] = -p->taken[at];
+            for (int64_t k = g * GROUP; k < end_of(p, g); k += 4) {
+                const uint8_t *weight = (const uint8_t *)panel + k * PANEL;
+#pragma omp simd
+                for (int c = 0; c < PANEL; c++)
+                    sums[c] += x[k] * weight[4 * c] + x[k + 1] * weight[4 * c + 1] + x[k + 2] * weight[4 * c + 2] +
+                               x[k + 3] * weight[4 * c + 3];
+            }
+            for (int c = 0; c < PANEL; c++) totals[r * PANEL + c] += (float)sums[c] * p->scale[at];
+        }
+    }
+    finish(p, totals, row, rows, column);
+}
+
+#ifdef P2L_X86
+/* sums += weights times values, each by four bytes. As an intrinsic, GCC 12 copies the sums to memory and back. */
+#define ADD_PRODUCTS(SUMS, WEIGHTS, VALUES) __asm__("vpdpbusd %2, %1, %0" : "+v"(SUMS) : "v"(WEIGHTS), "v"(VALUES))
+
+INLINE int32_t four(const int8_t *x) {
+    int32_t bits;
+    memcpy(&bits, x, sizeof bits);
+    return bits;
+}
+
+/* Adds one group of some rows to totals [rows, PANEL]: `steps` times four values x [rows, depth], by a panel's weights. Its
+ * sums are local to it, and so stay in registers. */
+P2L_VNNI INLINE void group_vnni(const int8_t *x, int64_t depth, const uint8_t *weight, int64_t steps, const int32_t *taken,
+                                const float *scale, int64_t groups, float *totals, int rows) {
+    __m512i sums[TILE][2];
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; r++) sums[r][0] = sums[r][1] = _mm512_setzero_si512();
+    for (int64_t k = 0; k < steps; k++, x += 4, weight += 4 * PANEL) {
+        const __m512i first = _mm512_loadu_si512(weight), second = _mm512_loadu_si512(weight + 64);
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; r++) {
+            const __m512i value = _mm512_set1_epi32(four(x + r * depth));
+            ADD_PRODUCTS(sums[r][0], first, value);
+            ADD_PRODUCTS(sums[r][1], second, value);
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; r++) {
+        const __m512 by = _mm512_set1_ps(scale[r * groups]);
+        const __m512i off = _mm512_set1_epi32(taken[r * groups]);
+        float *total = totals + r * PANEL;
+        const __m512 first = _mm512_cvtepi32_ps(_mm512_sub_epi32(sums[r][0], off));
+        const __m512 second = _mm512_cvtepi32_ps(_mm512_sub_epi32(sums[r][1], off));
+        _mm512_storeu_ps(total, _mm512_fmadd_ps(first, by, _mm512_loadu_ps(total)));
+        _mm512_storeu_ps(total + 16, _mm512_fmadd_ps(second, by, _mm512_loadu_ps(total + 16)));
+    }
+}
+
+/* Two of the panel's four vectors of 8 columns at a time: the sums of more would not fit into 16 registers. */
+P2L_AVX2 INLINE void group_avx2(const int8_t *x, int64_t depth, const uint8_t *weight, int64_t steps, const int32_t *taken,
+                                const float *scale, int64_t groups, float *totals, int rows) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    for (int part = 0; part < PANEL; part += 16) {
+        __m256i sums[AVX2_TILE][2];
+        const uint8_t *by_part = weight + 4 * part;
+        const int8_t *value_of = x;
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; r++) sums[r][0] = sums[r][1] = _mm256_setzero_si256();
+        for (int64_t k = 0; k < steps; k++, value_of += 4, by_part += 4 * PANEL) {
+            const __m256i first = _mm256_loadu_si256((const __m256i *)by_part);
+            const __m256i second = _mm256_loadu_si256((const __m256i *)(by_part + 32));
+#pragma GCC unroll 16
+            for (int r = 0; r < rows; r++) {
+                const __m256i value = _mm256_set1_epi32(four(value_of + r * depth));
+                sums[r][0] = _mm256_add_epi32(sums[r][0], _mm256_madd_epi16(_mm256_maddubs_epi16(first, value), ones));
+                sums[r][1] = _mm256_add_epi32(sums[r][1], _mm256_madd_epi16(_mm256_maddubs_epi16(second, value), ones));
+            }
+        }
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; r++) {
+            const __m256 by = _mm256_set1_ps(scale[r * groups]);
+            const __m256i off = _mm256_set1_epi32(taken[r * groups]);
+            float *total = totals + r * PANEL + part;
+            const __m256 first = _mm256_cvtepi32_ps(_mm256_sub_epi32(sums[r][0], off));
+            const __m256 second = _mm256_cvtepi32_ps(_mm256_sub_epi32(sums[r][1], off));
+            _mm256_storeu_ps(total, _mm256_fmadd_ps(first, by, _mm256_loadu_ps(total)));
+            _mm256_storeu_ps(total + 8, _mm256_fmadd_ps(second, by, _mm256_loadu_ps(total + 8)));
+        }
+    }
+}
+
+#define TILES(NAME, TARGET, MOST)                                                                                \
+    TARGET static void tile_##NAME(const product *p, const void *panel, int64_t row, int64_t column, int rows) { \
+        float totals[TILE * PANEL];                                                                              \
+        memset(totals, 0, (size_t)rows * PANEL * sizeof *totals);                                                \
+        for (int64_t g = 0; g < p->groups; g++) {                                                                \
+            const int8_t *x = p->x + row * p->depth + g * GROUP;                                                 \
+            const uint8_t *weight = (const uint8_t *)panel + g * GROUP * PANEL;                                  \
+            const int64_t steps = (end_of(p, g) - g * GROUP) / 4, groups = p->groups, depth = p->depth;          \
+            const int32_t *taken = p->taken + row * groups + g;                                                  \
+            const float *scale = p->scale + row * groups + g;                                                    \
+            P2L_WITH_CONSTANT(rows, MOST, GROUP_##NAME)                                                          \
+        }                                                                                                        \
+        finish(p, totals, row, rows, column);                                                                    \
+    }
+#define GROUP_vnni(ROWS) group_vnni(x, depth, weight, steps, taken, scale, groups, totals, ROWS)
+#define GROUP_avx2(ROWS) group_avx2(x, depth, weight, steps, taken, scale, groups, totals, ROWS)
+TILES(avx2, P2L_AVX2, AVX2_TILE)
+TILES(vnni, P2L_VNNI, TILE)
+#endif
+
+P2L_PANEL(portable, , TILE, product)
+#ifdef P2L_X86
+P2L_PANEL(avx2, P2L_AVX2, AVX2_TILE, product)
+P2L_PANEL(vnni, P2L_VNNI, TILE, product)
+#endif
+
+/* Quantises rows [first, last) of x [rows, width] to values [rows, depth], with each group's scale, and minus offset times its
+ * sum. */
+P2L_CLONES static void quantise(const float *x, int64_t first, int64_t last, int64_t width, int64_t depth, int8_t *values,
+                                float *scale, int32_t *taken, int32_t offset) {
+    const int64_t groups = (depth + GROUP - 1) / GROUP;
+    for (int64_t n = first * groups; n < last * groups; n++) {
+        const int64_t at = n % groups * GROUP, size = width - at < GROUP ? width - at : GROUP;
+        const float *row = x + n / groups * width + at;
+        int8_t *out = values + n / groups * depth + at;
+        float most = 0, nothing = 0;
+#pragma omp simd reduction(max : most) reduction(+ : nothing)
+        for (int64_t i = 0; i < size; i++) {
+            const float absolute = fabsf(row[i]);
+            most = absolute > most ? absolute : most;
+            nothing += row[i] * 0.0f; /* NaN where a value is not finite */
+        }
+        const float step = most / 127.0f, inverse = step > 0 && nothing == 0 ? 1 / step : 0;
+        int32_t total = 0;
+        if (inverse > 0 && inverse <= 3e38f) {
+#pragma omp simd reduction(+ : total)
+            for (int64_t i = 0; i < size; i++) {
+                const int32_t q = (int32_t)nearbyintf(row[i] * inverse);
+                out[i] = (int8_t)q;
+                total += q;
+            }
+        } else
+            memset(out, 0, (size_t)size); /* all zero, not finite, or too small to be scaled */
+        if (at + GROUP > width) memset(out + size, 0, (size_t)(depth - width));
+        scale[n] = step + nothing;
+        taken[n] = offset * total;
+    }
+}
+
+int p2l_int8_level(void) {
+#ifdef P2L_X86
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("x86-64-v4")) return 2;
+    if (__builtin_cpu_supports("x86-64-v3")) return 1;
+#endif
+    return 0;
+}
+
+void p2l_int8_linear(const float *x, int64_t rows, int64_t width, const uint8_t *weight, const float *weight_scale,
+                     int64_t offset, const float *bias, int64_t columns, int8_t *values, float *scale, int32_t *taken,
+                     float *out, int level, int threads) {
+    const int64_t depth = (width + 3) / 4 * 4, groups = (depth + GROUP - 1) / GROUP;
+    const product p = {values, scale, weight_scale, bias, taken, weight, depth, groups, columns, depth * PANEL, out};
+    void (*panel)(const product *, int64_t, int64_t, int64_t) = panel_portable;
+    (void)threads, (void)level;
+#ifdef P2L_X86
+    panel = level == 2 ? panel_vnni : level == 1 ? panel_avx2 : panel_portable;
+#endif
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        const int64_t t = omp_get_thread_num(), of = omp_get_num_threads();
+        quantise(x, rows * t / of, rows * (t + 1) / of, width, depth, values, scale, taken, (int32_t)offset);
+#pragma omp barrier
+        P2L_FOR_EACH_PANEL(rows, depth, columns, t, of, panel(&p, number, first, last))
+    }
+#else
+    quantise(x, 0, rows, width, depth, values, scale, taken, (int32_t)offset);
+    P2L_FOR_EACH_PANEL(rows, depth, columns, 0, 1, panel(&p, number, first, last))
+#endif
+}
