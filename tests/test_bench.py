@@ -26,6 +26,7 @@ from bench import (
     coverage,
     decided_again,
     demo,
+    dtypes,
     exploration,
     kernels,
     latency,
@@ -172,7 +173,7 @@ def test_mistakes_are_errors_of_one_line(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
-        "adapting", "answer_cache", "batch", "conversation_costs", "coverage", "decided_again", "demo", "exploration",
+        "adapting", "answer_cache", "batch", "conversation_costs", "coverage", "decided_again", "demo", "dtypes", "exploration",
         "kernels", "latency", "leaderboards", "learner", "learning_curve", "lengths", "online", "overload", "propensities",
         "published_server", "reading", "real_budgets", "replay_coverage", "routers", "screenshots", "seeds", "serve_demo",
         "serving", "serving_faults", "solvers", "spend_limits", "startup", "streams", "throughput", "training",
@@ -557,6 +558,14 @@ def scored_world(rng, n=240):
     scores[source == "one", 0] = scores[source == "two", 5] = np.nan
     task = np.where(features[:, 0] > 0, "high", "low")
     return simple_routers.Scored(features, scores, source, task), chance
+
+
+def test_dtypes_run_to_the_end(tmp_path, monkeypatch):
+    run(monkeypatch, dtypes, "--model", "tiny", "--count", 5, "--csv", tmp_path / "rows.csv")
+    rows = list(csv.DictReader((tmp_path / "rows.csv").open()))
+    assert [row["dtype"] for row in rows] == ["float32", "bfloat16", "int8"]
+    assert float(rows[0]["deviation"]) == 0 < float(rows[1]["deviation"]) < 0.1
+    assert 0 < float(rows[2]["deviation"]) < 0.1
 
 
 def test_simple_routers_learn_from_scores_with_gaps(rng, monkeypatch):
