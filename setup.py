@@ -88,7 +88,7 @@ setup(
     packages=sorted({*find_packages(include=["p2l_engine", "p2l_engine.*"]), "p2l_engine.kernels", "p2l_engine.train"}),
     package_dir={"p2l_engine.kernels": "kernels", "p2l_engine.train": "train"},
     package_data={
-        "p2l_engine": ["py.typed", "default/*"],
+        "p2l_engine": ["py.typed", "builtin/*/*"],
         "p2l_engine.evaluation": ["*.j2"],
         "p2l_engine.serve": ["page.html"],
         "p2l_engine.train": ["configs/*.yaml", "pools/*.yaml"],

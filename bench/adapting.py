@@ -2,13 +2,13 @@
 
     python -m bench.adapting --backbone frozen --csv bench/results/adapting.csv --plot docs/adapting.svg
 
-frozen: the default checkpoint's backbone before its training. default: the default checkpoint's, which never saw votes on other
+frozen: the backbone of builtin/llmrouter-9 before its training. default: this checkpoint's, which never saw votes on other
 tables than its own. A head is fitted to the votes on the other models of the table, so that nothing has seen the model that is
-left out. Over the default backbone the table that it was trained on is an exception: the head is the default checkpoint's,
+left out. Over the default backbone the table that it was trained on is an exception: the head is the checkpoint's,
 without that model's row, and the figures are too good.
 
 Of a table are taken: models with scores on 95% of its prompts, at most twelve; prompts of at most 600 characters on which all
-of these have scores; and models to leave out whose names the default checkpoint does not have, unless it has them all. Each
+of these have scores; and models to leave out whose names the checkpoint does not have, unless it has them all. Each
 choice is at random, with a fixed seed.
 
 Votes to learn from are on two thirds of the prompts: the new model against a random other one on a random prompt. On the other
@@ -34,7 +34,6 @@ import numpy.typing as npt
 from bench.adapting_rows import SIZES, Row, draw, panels, read, show, write
 from bench.ways_to_join import compared, task_of
 from p2l_engine import Engine
-from p2l_engine.checkpoint import DEFAULT
 from p2l_engine.evaluation.features import frozen
 from p2l_engine.feedback import feedback_model
 from p2l_engine.learning.hidden import cache_folder, hidden_states
@@ -42,6 +41,7 @@ from p2l_engine.votes import score_matrix
 
 Float64 = npt.NDArray[np.float64]
 
+CHECKPOINT = "builtin/llmrouter-9"
 COVERED = 0.95  # of the prompts, by a model's scores
 MOST_MODELS = 12
 
@@ -65,8 +65,8 @@ PLAN = Plan()
 
 def measured(path: Path, backbone: str, plan: Plan) -> Iterator[Row]:
     """The rows of a table's left-out models."""
-    training = json.loads((DEFAULT / "training_config.json").read_text(encoding="utf-8"))
-    engine = Engine.from_pretrained()
+    engine = Engine.from_pretrained(CHECKPOINT)
+    training = json.loads((engine.folder / "training_config.json").read_text(encoding="utf-8"))
     every, names, table = score_matrix(path, complete=False)
     kept, columns, scores = part_of(every, table, plan.prompts)
     names = tuple(names[i] for i in columns)

@@ -15,7 +15,7 @@ from rich.table import Table
 from p2l_engine.plotting import BLUE, GREY, ORANGE, YELLOW, save
 
 SIZES = (0, 10, 30, 100, 300, 1000, 3000)
-TRAINED_ON = "routing_scores"  # what the default checkpoint was trained on
+TRAINED_ON = "routing_scores"  # what builtin/llmrouter-9 was trained on
 COLUMNS = ("source", "backbone", "model", "seed", "votes", "method", "log_loss", "standard_error", "score")
 NAMED = {
     "adapt": (BLUE, "adapt"),

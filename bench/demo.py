@@ -30,7 +30,7 @@ BUDGET = 0.3
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.demo", description=__doc__)
-    parser.add_argument("--checkpoint", help="folder or hub name of a checkpoint with a catalog.yaml (default: the built-in)")
+    parser.add_argument("--checkpoint", help="folder or name of a checkpoint with a catalog.yaml")
     parser.add_argument("--budget", type=float, default=BUDGET, help="mean cost allowed, in the catalog's unit")
     arguments = parser.parse_args()
     console, start, budget = Console(), time.perf_counter(), arguments.budget

@@ -125,7 +125,7 @@ def measured(folder: Path, given: argparse.Namespace) -> list[Row]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", help="a folder, hub name, or 'default'; left out: a tiny one")
+    parser.add_argument("--checkpoint", help="folder or name; left out: a tiny one")
     parser.add_argument("--rounds", type=positive, default=10, help="blocks of requests to each server")
     parser.add_argument("--requests", type=positive, default=200, help="of a block")
     parser.add_argument("--every", type=positive, default=10, help="requests for one piece of feedback")

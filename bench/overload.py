@@ -61,7 +61,7 @@ class Row:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", help="folder, hub name or 'default', instead of a tiny one with random weights")
+    parser.add_argument("--checkpoint", help="folder or name, instead of a tiny one with random weights")
     parser.add_argument("--rated", type=float, help="requests per second; measured without it")
     parser.add_argument("--times", type=float, default=10.0, help="the rated load (10)")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each rate (20); at most 2 while it is sought")

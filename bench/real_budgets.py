@@ -1,6 +1,6 @@
 """What budgets buy on real prompts: python -m bench.real_budgets.
 
-The default checkpoint routes the held-out prompts of routing_scores.parquet (never trained on, train/configs/default.yaml) at
+builtin/llmrouter-9 routes the held-out prompts of routing_scores.parquet (never trained on, train/configs/llmrouter-9.yaml) at
 five mean budgets. True score: what the chosen models really scored, in expectation over mixed policies. "best single": the
 model with the best mean score on the training prompts among those within the budget. The pacer sees the prompts one by one,
 in the order of the file, and starts from the price that the training prompts had (horizon 100). The oracle knows every score:
@@ -43,9 +43,9 @@ def certain(chosen: Float64, costs: Float64) -> Policies:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.real_budgets", description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", help="folder or hub name of a checkpoint with a catalog.yaml (default: the built-in)")
+    parser.add_argument("--checkpoint", default="builtin/llmrouter-9", help="folder or name, with a catalog.yaml")
     parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS, help="mean costs, in the catalog's unit")
-    parser.add_argument("--config", default="train/configs/default.yaml", help="data and split")
+    parser.add_argument("--config", default="train/configs/llmrouter-9.yaml", help="data and split")
     parser.add_argument("--csv", type=Path, help="also write the rows here")
     arguments = parser.parse_args()
     config, console = TrainConfig.load(arguments.config), Console()

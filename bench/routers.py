@@ -149,7 +149,7 @@ def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pool", type=Path, help="a table of p2l_engine.train.sources")
-    parser.add_argument("--checkpoint", nargs="*", default=["default"], help="folders, hub names or 'default'")
+    parser.add_argument("--checkpoint", nargs="*", default=["default"], help="folders or names")
     parser.add_argument("--features", default="builtin/smollm2-135m-instruct", help="the backbone of the simple routers")
     parser.add_argument("--max-tokens", type=positive, default=384, help="of a prompt that the simple routers read")
     parser.add_argument("--part", choices=("validation", "held-out"), default="validation", help="held-out: once, at the end")

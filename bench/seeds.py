@@ -1,7 +1,7 @@
 """One table of several evaluations: mean and spread over seeds, each row on the same split.
 
 for s in 0 1 2: train with split_seed: s, then p2l-engine eval --checkpoint runs/NAME-s
-    --catalog p2l_engine/default/catalog.yaml --probes --budget 0.2 --json s.json
+    --catalog p2l_engine/builtin/llmrouter-9/catalog.yaml --probes --budget 0.2 --json s.json
 python -m bench.seeds s0.json s1.json s2.json --csv bench/results/seeds.csv
 """
 

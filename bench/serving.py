@@ -167,7 +167,7 @@ class Bench:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", help="folder, hub name or 'default', instead of a tiny one with random weights")
+    parser.add_argument("--checkpoint", help="folder or name, instead of a tiny one with random weights")
     parser.add_argument("--rates", type=float, nargs="+", default=[10, 50, 200, 500, 1000], help="requests per second")
     parser.add_argument("--coefficients", choices=("cached", "new", "both"), default="cached")
     parser.add_argument("--new-rates", type=float, nargs="+", help="rates for prompts that are not cached (the same)")

@@ -25,7 +25,7 @@ def add_subjects(parser: argparse.ArgumentParser) -> None:
     from bench.subjects import ARCHITECTURES
 
     parser.add_argument("--model", nargs="+", choices=ARCHITECTURES, help="architectures with random weights")
-    parser.add_argument("--checkpoint", help="a checkpoint instead: folder, hub name, or 'default'")
+    parser.add_argument("--checkpoint", help="a checkpoint instead: folder or name")
     parser.add_argument("--models", type=positive, default=130, help="models that random heads rank")
     parser.add_argument("--device", help="cpu or cuda; CUDA where there is one")
     parser.add_argument("--csv", type=Path, help="also write the rows here")

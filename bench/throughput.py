@@ -167,7 +167,7 @@ def subject(name: str, device: torch.device, n_models: int) -> tuple[Checkpoint,
     if name in subjects.ARCHITECTURES:
         loaded = subjects.checkpoint(name, n_models, device, natural_dtype(device))
     else:
-        loaded = checkpoint.load(None if name == "default" else name)
+        loaded = checkpoint.load(name)
     return loaded, Engine(loaded, device)
 
 

@@ -273,7 +273,7 @@ def test_a_relative_base_starts_at_the_adapter(tmp_path, monkeypatch):
     ("change", "message"),
     [
         ({"use_dora": True}, "use_dora: expected it to be off, found True"),
-        ({"base_model_name_or_path": "./nowhere"}, "expected a folder or a hub name"),
+        ({"base_model_name_or_path": "./nowhere"}, "expected a folder, a hub name"),
         ({"r": 5}, "of rank 5"),
         ({"r": None}, "r: expected a int, found None"),
         ({"base_model_name_or_path": None}, "base_model_name_or_path: expected a str, found None"),

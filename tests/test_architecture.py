@@ -61,7 +61,7 @@ def test_every_module_is_in_the_table(room):
 
 def test_every_room_is_in_the_table():
     rooms = {room_of(module) for module in MODULES if module not in ("p2l_engine", "p2l_engine.__main__")}
-    assert rooms - set(BESIDE) == {room for room in table() if room != "default"}
+    assert rooms - set(BESIDE) == {room for room in table() if room != "builtin"}
 
 
 @pytest.mark.slow

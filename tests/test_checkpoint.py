@@ -213,7 +213,7 @@ def test_feedback_models_by_names_with_underscores(loss_type, tmp_path):
 
 
 def test_an_unknown_name_is_refused():
-    with pytest.raises(CheckpointError, match="expected a folder or a hub name like 'owner/name'"):
+    with pytest.raises(CheckpointError, match="expected a folder, a hub name like 'owner/name'"):
         checkpoint.load("no-such-folder")
 
 

@@ -135,7 +135,7 @@ def test_an_absent_device_is_an_error(device, checkpoint):
 def test_a_missing_checkpoint_is_an_error():
     status, _, err = run("info", "--checkpoint", "nowhere")
     assert status == 2
-    assert "expected a folder or a hub name" in err
+    assert "expected a folder, a hub name" in err
 
 
 def test_help_lists_the_commands():

@@ -138,7 +138,9 @@ def test_few_categories_have_their_names_in_the_table():
 
 
 def test_an_evaluations_tables_fit_80_columns():
-    report = from_json(Evaluation, json.loads((checkpoint.DEFAULT / "evaluation.json").read_text(encoding="utf-8")))
+    report = from_json(
+        Evaluation, json.loads((checkpoint.find("builtin/llmrouter-9") / "evaluation.json").read_text(encoding="utf-8"))
+    )
     console = Console(width=80, file=io.StringIO())
     figures.show(report, console, strengths=True, top=TOP)
     lines = console.file.getvalue().splitlines()

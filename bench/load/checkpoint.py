@@ -31,12 +31,10 @@ def write_tiny(folder: Path, models: int = MODELS) -> tuple[str, ...]:
     return found.models
 
 
-def use(given: str | None, folder: Path) -> tuple[str | None, tuple[str, ...]]:
-    """What ``--checkpoint`` of the commands takes, and the models that it ranks: a tiny one in ``folder`` where none is given,
-    and the default one for "default"."""
+def use(given: str | None, folder: Path) -> tuple[str, tuple[str, ...]]:
+    """A checkpoint's name or folder, and the models that it ranks: a tiny one in ``folder`` where none is given."""
     if given is None:
         return str(folder / "tiny"), write_tiny(folder / "tiny")
     from p2l_engine import checkpoint
 
-    path = None if given == "default" else given
-    return path, checkpoint.load(path).models
+    return given, checkpoint.load(given).models

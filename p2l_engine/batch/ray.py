@@ -52,7 +52,7 @@ class Cluster:
     """Workers on a Ray cluster, for ``run(..., workers=cluster)``; a context manager.
 
     engine: the router's engine. It computes nothing here; workers whose checkpoint differs from its checkpoint stop the run.
-    checkpoint: a folder that exists on every node, or a hub name; None for the built-in default. address: "local" starts a
+    checkpoint: a folder that exists on every node, or a name; None for the default. address: "local" starts a
     cluster on this machine for the run; otherwise "auto" or HOST:PORT of a cluster of which this machine is a node (it reads
     the input). A Ray connection that this process already has is used. workers: None for one per GPU or, without GPUs, one per
     node. Each worker gets one GPU, or an equal share of the CPUs. device, dtype, tokens_per_batch: of the workers' engines.

@@ -34,7 +34,7 @@ class Route:
     and other pipelines.
 
     All arguments can be pickled; the checkpoint is loaded where the object is made, once per worker. checkpoint: a folder, a
-    hub name, or None for the built-in default. catalog: a catalog, its file, or None for the checkpoint's own. column,
+    hub or built-in name, or None for the default. catalog: a catalog, its file, or None for the checkpoint's own. column,
     plain_text: as in ``BatchConfig``. budget: upper bound on each row's expected cost. price: instead of a budget, see
     ``BatchConfig``. coefficients: also return theta and eta, in this type. device, dtype, tokens_per_batch, date:
     as in ``Engine.from_pretrained``. opponents, objective, seed, unmatched, explore: as in ``Router``; draw: as in

@@ -1,7 +1,6 @@
 """Find, read, merge, write, export and describe P2L checkpoints."""
 
 from p2l_engine.checkpoint.read import (
-    DEFAULT,
     Checkpoint,
     as_transformers,
     decoder_weights,
@@ -14,7 +13,6 @@ from p2l_engine.checkpoint.read import (
 )
 
 __all__ = [
-    "DEFAULT",
     "Checkpoint",
     "as_transformers",
     "decoder_weights",

@@ -20,9 +20,9 @@ from p2l_engine.reports import Evaluation
 
 
 def export(source: str | Path | None, target: Path, evaluation: Path | None = None) -> None:
-    """Writes ``source`` (a folder, a hub name, None for the default) to the folder ``target``: config, safetensors (the
-    backbone in bfloat16, the head in its own dtype), tokenizer, model_list.json and training_config.json as lmarena/p2l's code
-    reads them, and README.md.
+    """Writes ``source`` (a folder, a hub or built-in name, None for the default) to the folder ``target``: config, safetensors
+    (the backbone in bfloat16, the head in its own dtype), tokenizer, model_list.json and training_config.json as lmarena/p2l's
+    code reads them, and README.md.
 
     The same source gives the same bytes. evaluation: figures of ``p2l-engine eval --json`` for the card; None takes the
     source's own evaluation.json where it has one. Raises CheckpointError for a source that cannot be read and for figures of

@@ -1,4 +1,4 @@
-"""Find and read a P2L checkpoint: the published folder layout, a hub name, or an adapter over another backbone.
+"""Find and read a P2L checkpoint: the published folder layout, a built-in or hub name, or an adapter over another backbone.
 
 Published layout (lmarena/p2l): config.json, model.safetensors or shards with their index, the tokenizer, model_list.json
 (the M names in column order) and training_config.json (model_type, head_type, loss_type, optionally
@@ -31,7 +31,7 @@ from p2l_engine.backbone.rope import UnsupportedConfig
 from p2l_engine.backbone.theta_map import FILE as MAP_FILE
 from p2l_engine.backbone.theta_map import ThetaMap
 from p2l_engine.backbone.uncertainty import FILE, Uncertainty
-from p2l_engine.checkpoint import smollm2
+from p2l_engine.checkpoint import builtin
 from p2l_engine.checkpoint.adapter import NEW_ROWS, PEFT_PREFIX, merge
 from p2l_engine.checkpoint.files import read_json, read_tensors, read_weights
 from p2l_engine.checkpoint.lora import Lora, field
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DEFAULT = Path(__file__).parent.parent / "default"
 HEADS = ("lm_head.", "head.")  # weights that are none of the bare decoder's
 
 
@@ -76,7 +75,7 @@ class Checkpoint:
 
 
 def load(path_or_repo: str | Path | None = None, date: str | Date | None = None) -> Checkpoint:
-    """Reads a checkpoint: a local folder, else a hub repository's name; None is the built-in default.
+    """Reads a checkpoint, see ``find``; None is the built-in default.
 
     date: what the clock shows to a chat template that reads it; None: the ``date`` of training_config.json.
 
@@ -85,7 +84,7 @@ def load(path_or_repo: str | Path | None = None, date: str | Date | None = None)
     """
     if path_or_repo is not None:
         arguments.path("path_or_repo", path_or_repo)
-    folder = DEFAULT if path_or_repo is None else find(path_or_repo)
+    folder = builtin.folder(builtin.DEFAULT) if path_or_repo is None else find(path_or_repo)
     models = _models(folder)
     training = read_json(folder / "training_config.json", dict)
     if date is not None:
@@ -191,15 +190,21 @@ def with_vocabulary(config: DecoderConfig | PretrainedConfig, size: int) -> Deco
 
 
 def find(path_or_repo: str | Path) -> Path:
-    """The local folder of a path, of the built-in backbone's name, or of a hub repository (downloaded when need be)."""
+    """The local folder of a path, else of a built-in name (``builtin.NAMES``) or a hub repository (downloaded when need be).
+
+    Raises CheckpointError.
+    """
     name = str(path_or_repo)
     path = Path(path_or_repo).expanduser()
     if name and path.is_dir():
         return path
-    if name == smollm2.NAME:
-        return smollm2.folder()
+    if builtin.is_builtin(name):
+        return builtin.folder(name)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise CheckpointError(f"checkpoint: expected a folder or a hub name like 'owner/name', found neither at {name!r}")
+        raise CheckpointError(
+            f"checkpoint: expected a folder, a hub name like 'owner/name', or one of {', '.join(builtin.NAMES)}; found none of "
+            f"these at {name!r}{builtin.nearest(name)}"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

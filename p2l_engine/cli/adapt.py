@@ -25,7 +25,10 @@ LEARNING = "Learning"  # heading of options in the help
 
 def adapt(
     checkpoint: Annotated[
-        str | None, typer.Argument(help="Checkpoint folder or name on the hub. Default: the built-in checkpoint.")
+        str | None,
+        typer.Argument(
+            help="Folder, name on the hub, or built-in name, such as builtin/llmrouter-9. Default: the default checkpoint."
+        ),
     ] = None,
     votes: Annotated[
         str | None,

@@ -34,7 +34,7 @@ OF_VALUES = {"log_loss": "log-loss", "squared_error": "squared error", "bias": "
 
 
 def calibrate(
-    checkpoint: Annotated[str, typer.Argument(help="Checkpoint folder or name on the hub.")],
+    checkpoint: Annotated[str, typer.Argument(help="Folder, name on the hub, or built-in name, such as builtin/llmrouter-9.")],
     votes: Annotated[
         str,
         typer.Option(

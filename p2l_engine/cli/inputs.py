@@ -68,7 +68,7 @@ CsvEscape = Annotated[
 Checkpoint = Annotated[
     str | None,
     typer.Option(
-        help="Checkpoint folder or name on the hub. Default: the built-in checkpoint.",
+        help="Folder, name on the hub, or built-in name, such as builtin/llmrouter-9. Default: the default checkpoint.",
         show_default=False,
         rich_help_panel=ENGINE,
     ),

@@ -45,7 +45,7 @@ FIGURES = {
 
 
 def lengths(
-    checkpoint: Annotated[str, typer.Argument(help="Checkpoint folder or name on the hub.")],
+    checkpoint: Annotated[str, typer.Argument(help="Folder, name on the hub, or built-in name, such as builtin/llmrouter-9.")],
     log: Annotated[
         str,
         typer.Option(

@@ -104,7 +104,7 @@ class Engine:
         tokens_per_batch: int | None = None,
         date: str | Date | None = None,
     ) -> Engine:
-        """Reads a checkpoint: a folder, a hub name, or None for the built-in default.
+        """Reads a checkpoint: a folder, a hub name, a built-in name such as "builtin/llmrouter-9", or None for the default.
 
         device: "cpu", "cuda", "cuda:1" or a torch.device; None: CUDA where there is one, else the CPU. dtype: "float32",
         "bfloat16", "bf16", ... or a torch.dtype; None: bfloat16 on CUDA and on CPUs that multiply it in hardware (AMX,

@@ -100,7 +100,7 @@ def _policy(where: str, name: str, entry: object, folder: Path) -> PolicySpec:
 
 
 def _beside(checkpoint: str, folder: Path) -> str:
-    """A checkpoint's folder beside the file, or a name on the hub."""
+    """A checkpoint's folder beside the file, or its name."""
     return str(folder / checkpoint) if (folder / checkpoint).is_dir() else checkpoint
 
 

@@ -35,8 +35,8 @@ UNDER_WAY = 1_000  # requests at a front: most of them wait for a provider
 class ServeCluster:
     """A server on a Ray cluster, from ``start`` to the end of a ``with``.
 
-    engine: of the checkpoint; it computes nothing here. checkpoint: a folder that exists on every node, or a hub name; None for
-    the built-in default. address: "local" starts a cluster on this machine; otherwise "auto" or HOST:PORT of a cluster of
+    engine: of the checkpoint; it computes nothing here. checkpoint: a folder that exists on every node, or a name; None for
+    the default. address: "local" starts a cluster on this machine; otherwise "auto" or HOST:PORT of a cluster of
     which this machine is a node. host, port: where each node listens. engines: replicas; None for one per GPU or, without GPUs,
     one per node. fronts: replicas of the server; None for one per node. grace: seconds that requests get at the end.
     Raises ConfigError where the configuration needs one machine; ValueError; ConnectionError where no cluster answers.
