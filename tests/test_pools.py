@@ -45,6 +45,32 @@ def test_scores_of_sources_are_pooled(tmp_path):
     assert {row.model for row in without} == {"a", "b", "d"}
 
 
+def test_a_source_has_names_of_its_own(tmp_path):
+    """They come before those of all sources."""
+    definition = pooled(tmp_path, names={"d": ["A"]}, min_prompts=1)
+    values = yaml.safe_load(definition.read_text())
+    values["sources"]["two"]["names"] = {"e": ["d"], "a-of-two": ["A"]}
+    definition.write_text(yaml.safe_dump(values))
+    rows, _ = sources.pool(sources.Pool.load(definition), tmp_path)
+    assert {row.model for row in rows if row.group == "two/j"} == {"e", "a-of-two"}
+    assert {row.model for row in rows if row.group == "one"} == {"a", "b", "c", "rare"}
+
+
+def test_equal_prompts_of_two_sources_are_spelled_as_in_the_first(tmp_path):
+    one = ["What is 2+2?", "Go: ++", "go --"]
+    two = ["what  is 2 + 2", "GO! **", "What is 22?", "other"]
+    written(tmp_path / "one.csv", [(p, "", m, 1) for p in one for m in "ab"])
+    written(tmp_path / "two.csv", [(p, "", m, 1) for p in two[:2] + two[3:] for m in "ab"])
+    written(tmp_path / "three.csv", [(p, "", m, 1) for p in two for m in "ab"])
+    named = {name: {"path": f"{name}.csv", **ORIGIN} for name in ("one", "two", "three")}
+    (tmp_path / "pool.yaml").write_text(yaml.safe_dump({"sources": named}))
+    rows, _ = sources.pool(sources.Pool.load(tmp_path / "pool.yaml"), tmp_path)
+    prompts = {group: {row.prompt[0] for row in rows if row.group == group} for group in named}
+    assert prompts["one"] == set(one)  # within a source, punctuation may be what is asked
+    assert prompts["two"] == {"What is 2+2?", "GO! **", "other"}
+    assert prompts["three"] == set(two)  # two of its texts fold to that of the first source: which one is meant is not known
+
+
 def test_a_model_goes_with_the_models_that_tied_it_to_the_others(tmp_path):
     written(tmp_path / "one.csv", [(f"p{i}", "", model, 1) for i in range(3) for model in ("a", "b")])
     written(
@@ -68,6 +94,15 @@ def test_a_pool_is_written_and_trained_on(tmp_path):
         outputs.append((tmp_path / name).read_bytes())
     assert outputs[0] == outputs[1]
     assert "left out" in result.output
+    result = CliRunner().invoke(
+        sources.app, [*arguments, "-o", str(tmp_path / "one.parquet"), "--card", str(tmp_path / "card.md")]
+    )
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "card.md").read_text().splitlines()[2:] == [
+        "| [one](https://example.org) | MIT | 4 | 3 | 12 |",
+        "| [two](https://example.org) | MIT | 3 | 2 | 12 |",
+        "| all | | 7 | 4 | 24 |",
+    ]
     found = pq.read_table(tmp_path / "one.parquet")
     assert found.column_names == ["prompt", "task", "model", "score", "source"]
     assert json.loads(found["prompt"][0].as_py()) == ["p0"]
@@ -90,6 +125,14 @@ def test_a_pool_is_written_and_trained_on(tmp_path):
     [
         ({"names": {"a": ["Z"]}}, "names, leave_out: expected models of the sources, found none named Z"),
         ({"leave_out": ["z"]}, "found none named z"),
+        (
+            {"sources": {"one": {"path": "one.csv", "names": {"x": ["d"]}, **ORIGIN}}, "names": {}},
+            "sources.one.names: expected models of the source, found none named d",
+        ),
+        (
+            {"sources": {"one": {"path": "one.csv", "names": {"x": ["a"], "y": ["a"]}, **ORIGIN}}, "names": {}},
+            "sources.one.names: expected each name of a source once, got twice a",
+        ),
         ({"names": {"a": ["b"], "c": ["b"]}}, "names: expected each name of a source once, got twice b"),
         ({"names": {"a": ["b"]}}, "one.csv: row 1: a second score of 'a' on the same prompt"),
         ({"sources": {"one": {"path": "none.csv", **ORIGIN}}}, "none.csv"),

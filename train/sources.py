@@ -2,6 +2,10 @@
 
 The table has the columns prompt, task, model, score and source. Training reads it with ``sources: source``: scores compare
 within one source only, since two sources grade differently.
+
+Prompts of different sources that differ in case, space and punctuation alone are one prompt, spelled as in the first source.
+Within a source they stay apart, since there punctuation may be what is asked (a sokoban board, a program); splits by hash keep
+them in one part.
 """
 
 from __future__ import annotations
@@ -28,13 +32,14 @@ from p2l_engine.tables.turns import cell_turns
 from p2l_engine.tables.whole import read_table
 from p2l_engine.unique_keys import parsed
 from p2l_engine.votes.scores import SCORES, score_matrix
+from p2l_engine.votes.splits import folded
 
 COLUMNS = ("prompt", "task", "model", "score", "source")
 
 
 class SourceOptions(BaseModel):
     """One source. path: relative to the data's folder. origin, license: for the model card. within: columns within whose values
-    alone scores compare, such as the judge."""
+    alone scores compare, such as the judge. names: as in ``Pool``, for this source; it comes first."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -42,6 +47,7 @@ class SourceOptions(BaseModel):
     origin: str
     license: str
     within: list[str] = []
+    names: dict[str, list[str]] = {}
 
 
 class Pool(BaseModel):
@@ -85,18 +91,43 @@ def pool(options: Pool, data: Path) -> tuple[list[ScoreRow], dict[str, int]]:
     Raises ValueError for a row that is invalid, a second score of a model on a prompt within a source, and a name of ``names``
     or ``leave_out`` that no source has.
     """
-    canonical = {other: name for name, others in options.names.items() for other in others}
-    if repeated := [name for name, count in Counter(n for o in options.names.values() for n in o).items() if count > 1]:
-        raise ValueError(f"names: expected each name of a source once, got twice {', '.join(sorted(repeated))}")
-    rows: list[ScoreRow] = []
+    canonical = _canonical("names", options.names)
+    found: dict[str, list[ScoreRow]] = {}
     seen: set[str] = set()
     for name, source in options.sources.items():
-        rows += _rows(name, source, data, canonical, seen)
-    unknown = sorted({*canonical, *options.leave_out} - seen)
-    if unknown:
+        of_source: set[str] = set()
+        own = _canonical(f"sources.{name}.names", source.names)
+        found[name] = _rows(name, source, data, canonical | own, of_source)
+        if unknown := sorted(set(own) - of_source):
+            raise ValueError(f"sources.{name}.names: expected models of the source, found none named {', '.join(unknown)}")
+        seen |= of_source
+    known = {row.model for rows in found.values() for row in rows}
+    if unknown := sorted(set(canonical) - seen | set(options.leave_out) - known):
         raise ValueError(f"names, leave_out: expected models of the sources, found none named {', '.join(unknown)}")
-    rows = [row for row in rows if row.model not in options.leave_out]
+    rows = [row for row in _spelled_alike(found) if row.model not in options.leave_out]
     return _connected(rows, options.min_prompts)
+
+
+def _canonical(where: str, names: Mapping[str, list[str]]) -> dict[str, str]:
+    """The name of a model by each of its other names."""
+    if repeated := [name for name, count in Counter(n for others in names.values() for n in others).items() if count > 1]:
+        raise ValueError(f"{where}: expected each name of a source once, got twice {', '.join(sorted(repeated))}")
+    return {other: name for name, others in names.items() for other in others}
+
+
+def _spelled_alike(found: Mapping[str, list[ScoreRow]]) -> list[ScoreRow]:
+    """The rows of all sources, in which prompts of different sources that fold to the same text are spelled as in the first.
+    Texts of which one source has several are left alone."""
+    spelled: dict[tuple[str, ...], tuple[str, ...]] = {}
+    rows: list[ScoreRow] = []
+    for of_source in found.values():
+        own: defaultdict[tuple[str, ...], set[tuple[str, ...]]] = defaultdict(set)
+        for prompt in {row.prompt for row in of_source}:
+            own[tuple(map(folded, prompt))].add(prompt)
+        alike = {prompts.pop(): key for key, prompts in own.items() if len(prompts) == 1}
+        shared = {prompt: spelled.setdefault(key, prompt) for prompt, key in alike.items()}
+        rows += [replace(row, prompt=shared.get(row.prompt, row.prompt)) for row in of_source]
+    return rows
 
 
 def _rows(name: str, source: SourceOptions, data: Path, canonical: Mapping[str, str], seen: set[str]) -> list[ScoreRow]:
@@ -161,18 +192,34 @@ def write(rows: list[ScoreRow], path: Path) -> None:
     write_file(path, stream.getbuffer())
 
 
+def counts(rows: list[ScoreRow], options: Pool) -> dict[str, tuple[str, str, str]]:
+    """Numbers of prompts, models and scores by source, and of all."""
+    parts = {name: [row for row in rows if row.group.split("/")[0] == name] for name in options.sources}
+    return {
+        name: (f"{len({row.prompt for row in part}):,}", f"{len({row.model for row in part}):,}", f"{len(part):,}")
+        for name, part in (parts | {"all": rows}).items()
+    }
+
+
+def card(rows: list[ScoreRow], options: Pool) -> str:
+    """The sources with their licences as a table in Markdown, for a model card."""
+    lines = ["| source | licence | prompts | models | scores |", "|---|---|---|---|---|"]
+    of = counts(rows, options)
+    lines += [
+        f"| [{name}]({source.origin}) | {source.license} | {' | '.join(of[name])} |" for name, source in options.sources.items()
+    ]
+    return "\n".join([*lines, f"| all | | {' | '.join(of['all'])} |", ""])
+
+
 def summary(rows: list[ScoreRow], options: Pool, left_out: Mapping[str, int]) -> TextTable:
     """Prompts, models and scores by source, and the models that were left out."""
     table = TextTable("source", "license", "prompts", "models", "scores", title="Pooled scores")
-    for name, source in options.sources.items():
-        own = [row for row in rows if row.group.split("/")[0] == name]
-        counts = (len({row.prompt for row in own}), len({row.model for row in own}), len(own))
-        table.add_row(name, source.license, *(f"{count:,}" for count in counts))
-    total = (len({row.prompt for row in rows}), len({row.model for row in rows}), len(rows))
-    table.add_row("all", "", *(f"{count:,}" for count in total))
+    for name, found in counts(rows, options).items():
+        table.add_row(name, options.sources[name].license if name in options.sources else "", *found)
     if left_out:
         table.caption = (
-            f"left out, as they share under {options.min_prompts:,} prompts with another model: {len(left_out)} models"
+            f"left out, as they share under {options.min_prompts:,} prompts with another model: {len(left_out)} models: "
+            + ", ".join(f"{name} ({count:,})" for name, count in sorted(left_out.items()))
         )
     return table
 
@@ -185,6 +232,9 @@ def main(
     definition: Annotated[Path, typer.Argument(metavar="POOL.yaml", help="Which sources, and under which names.")],
     data: Annotated[Path, typer.Option(help="The folder of the sources' files.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The parquet file to write.")],
+    card_file: Annotated[
+        Path | None, typer.Option("--card", help="Also write the sources with their licences here, for a model card.")
+    ] = None,
 ) -> None:
     """Pools score tables of several sources into one table to train on."""
     try:
@@ -192,6 +242,8 @@ def main(
         with Console(stderr=True).status(f"reading {len(options.sources)} sources"):
             rows, left_out = pool(options, data)
         write(rows, output)
+        if card_file is not None:
+            write_file(card_file, card(rows, options))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
