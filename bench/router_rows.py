@@ -11,12 +11,13 @@ import numpy.typing as npt
 
 from bench.simple_routers import Float64, Scored
 
-LEAST = 30  # held-out prompts of a source, for a row of its own
+LEAST = 30  # prompts of a source, or of a task that was left out, for a row of its own
 
 
 @dataclass(frozen=True, slots=True)
 class RouterRow:
-    """One router on one source: mean true score, gain over the best single model in points, and its standard error."""
+    """One router on one source, or on a task that was left out: mean true score, gain over the best single model in points, and
+    its standard error."""
 
     router: str
     source: str
@@ -50,10 +51,16 @@ def compare(predicted: Mapping[str, Float64], test: Scored, single: str = "sourc
     rows = np.arange(len(test.scores))
     got = {name: test.scores[rows, chosen(values, test.scores)] for name, values in predicted.items()}
     got["oracle"] = np.nanmax(test.scores, 1)
+    return rows_of(got, test.source, single)
+
+
+def rows_of(got: Mapping[str, Float64], part: npt.NDArray[np.str_], single: str) -> list[RouterRow]:
+    """Each router's row for every part of the prompts that has enough of them, and for all together. got: the true scores [N]
+    of what each chose; part [N]; single: the one that others are compared with."""
     found = []
-    sources = [name for name in sorted(set(test.source.tolist())) if (test.source == name).sum() >= LEAST]
-    for source in ["all", *sources]:
-        of = np.ones(len(rows), bool) if source == "all" else test.source == source
+    parts = [name for name in sorted(set(part.tolist())) if (part == name).sum() >= LEAST]
+    for source in ["all", *parts]:
+        of = np.ones(len(part), bool) if source == "all" else part == source
         for name, score in got.items():
             gain = 100 * (score[of] - got[single][of])
             error = gain.std(ddof=1) / math.sqrt(len(gain)) if len(gain) > 1 else 0.0

@@ -9,8 +9,11 @@ the prompt's source and the best model of its task; ridge regression, nearest ne
 on hidden states of the untrained backbone (``bench.simple_routers``); the checkpoint; and the oracle. Gains are over the best
 single model, with their standard errors; "all" is the mean over prompts.
 
+With --leave-out the simple routers on sources, or tasks, that they never saw (``bench.left_out``): on all prompts that are not
+held out, or on the held-out ones.
+
 With a catalog (--catalog) also the cost-quality curves: the choice maximises predicted score less price times cost, at every
-price.
+price. Models that the catalog does not have are left out of them, and prompts on which no other model has a score.
 AIQ is the area under the upper hull of (cost, score), divided by the highest cost of any router and model (RouterBench,
 https://arxiv.org/abs/2403.12031); "mixture" is the hull of the single models. RouterArena's score
 (https://arxiv.org/abs/2510.00202) is 1.1 A C / (0.1 A + C), with A the mean score without a limit, and C the cost of 1,000
@@ -32,11 +35,13 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from bench.left_out import among, left_out
 from bench.router_rows import CurveRow, RouterRow, compare, curves
 from bench.setting import positive
 from bench.setting import run as run_main
 from bench.simple_routers import Float64, Scored, predictions
 from p2l_engine import Catalog, Engine, plotting
+from p2l_engine.catalog import DEFAULT_UNIT
 from p2l_engine.evaluation import features
 from p2l_engine.learning import hidden
 from p2l_engine.tables.turns import cell_turns
@@ -85,11 +90,23 @@ def read_pool(path: Path, held_out: float = 0.1, validation: float = 0.1) -> Poo
 
 
 def costs_of(catalog: Catalog, models: tuple[str, ...]) -> Float64:
-    """[M]: the catalog's cost of each model in USD a prompt."""
+    """[M]: the catalog's cost of each model in USD a prompt, NaN where it has none. Raises ValueError where it knows none of
+    the models, and for costs in another unit."""
+    if catalog.unit != DEFAULT_UNIT:
+        raise ValueError(f"catalog: unit: expected {DEFAULT_UNIT!r}, got {catalog.unit!r}")
     cost = {model.name: model.cost for model in catalog.models}
-    if missing := sorted(set(models) - set(cost)):
-        raise ValueError(f"catalog: expected a cost for each model of the pool, found none for {', '.join(missing)}")
-    return np.array([cost[model] for model in models])
+    if not set(models) & set(cost):
+        raise ValueError("catalog: expected costs of models of the pool, found none")
+    return np.array([cost.get(model, np.nan) for model in models])
+
+
+def with_costs(predicted: Mapping[str, Float64], test: Scored, costs: Float64) -> tuple[dict[str, Float64], Scored]:
+    """What is predicted of models with a cost, on the prompts on which one of these has a score. costs [M], NaN where there is
+    none."""
+    known = np.isfinite(costs)
+    scored = among(test, known)
+    rows = np.isfinite(scored.scores).any(1)
+    return {name: values[rows][:, known] for name, values in predicted.items()}, scored.of(rows)
 
 
 def theta_of(name: str, models: tuple[str, ...], prompts: list[tuple[str, ...]], console: Console) -> Float64:
@@ -120,14 +137,15 @@ def progress(console: Console, name: str, total: int) -> Iterator[Callable[[int]
 
 
 def show(found: Sequence[RouterRow], console: Console) -> None:
-    """The mean scores and gains by source."""
+    """The mean scores and gains by source or task."""
     table = Table(
-        "router",
-        *dict.fromkeys(f"{row.source} ({row.prompts:,})" for row in found),
+        "prompts of",
+        *dict.fromkeys(row.router for row in found),
         title="Mean true score, and points over the best single model (s.e.)",
     )
-    for name in dict.fromkeys(row.router for row in found):
-        table.add_row(name, *(f"{row.score:.4f} {row.points:+.1f} ({row.error:.1f})" for row in found if row.router == name))
+    for name, count in dict.fromkeys((row.source, row.prompts) for row in found):
+        of = [row for row in found if row.source == name]
+        table.add_row(f"{name} ({count:,})", *(f"{row.score:.4f} {row.points:+.1f} ({row.error:.1f})" for row in of))
     console.print(table)
 
 
@@ -149,7 +167,8 @@ def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pool", type=Path, help="a table of p2l_engine.train.sources")
-    parser.add_argument("--checkpoint", nargs="*", default=["default"], help="folders or names")
+    parser.add_argument("--checkpoint", nargs="*", help="folders or names; left out: the default one")
+    parser.add_argument("--leave-out", choices=("source", "task"), help="sources or tasks that no router has seen")
     parser.add_argument("--features", default="builtin/smollm2-135m-instruct", help="the backbone of the simple routers")
     parser.add_argument("--max-tokens", type=positive, default=384, help="of a prompt that the simple routers read")
     parser.add_argument("--part", choices=("validation", "held-out"), default="validation", help="held-out: once, at the end")
@@ -159,19 +178,33 @@ def main() -> None:
     args = parser.parse_args()
     if args.plot and not args.catalog:
         raise ValueError("--plot: the curves need costs: give --catalog")
+    if args.leave_out and (args.checkpoint or args.catalog):
+        raise ValueError("--leave-out: expected no --checkpoint, which has seen all sources, and no --catalog")
     console, pool = Console(), read_pool(args.pool)
     states = backbone_states(args.features, pool.prompts, args.max_tokens, console)
+    if args.leave_out:
+        found = never_seen(pool, states, args.leave_out, args.part, console)
+        show(found, console)
+        if args.csv:
+            write(args.csv, found)
+        return
     training, validation, held_out = (pool.scored(states, part) for part in range(3))
     test, part = (validation, 1) if args.part == "validation" else (held_out, 2)
     predicted = predictions(training, validation, test)
-    for name in args.checkpoint:
+    for name in args.checkpoint or ["default"]:
         predicted[name] = theta_of(name, pool.models, [pool.prompts[i] for i in pool.parts[part]], console)
     found = compare(predicted, test)
     show(found, console)
     written: list[RouterRow | CurveRow] = [*found]
     if args.catalog:
-        costs = np.tile(costs_of(Catalog.from_yaml(args.catalog), pool.models), (len(test.scores), 1))
-        rows, hulls = curves(predicted, test, costs)
+        costs = costs_of(Catalog.from_yaml(args.catalog), pool.models)
+        affordable, scored = with_costs(predicted, test, costs)
+        costs = costs[np.isfinite(costs)]
+        rows, hulls = curves(affordable, scored, np.tile(costs, (len(scored.scores), 1)))
+        console.print(
+            f"curves: {len(costs)} of {len(pool.models)} models have a cost; one of them has a score on "
+            f"{len(scored.scores):,} of {len(test.scores):,} prompts"
+        )
         table = Table("router", "AIQ", "score", "USD a prompt", "score at a fifth", "RouterArena")
         for row in rows:
             table.add_row(
@@ -183,6 +216,15 @@ def main() -> None:
         written += rows
     if args.csv:
         write(args.csv, written)
+
+
+def never_seen(pool: Pooled, states: Float64, by: str, part: str, console: Console) -> list[RouterRow]:
+    """The simple routers' rows on sources or tasks that they never saw."""
+    training, validation, held_out = pool.parts
+    places = (training, validation, held_out if part == "held-out" else [*training, *validation])
+    every = Scored(states, pool.scores, pool.source, pool.task)
+    texts = [[pool.prompts[i][0] for i in of] for of in places]
+    return left_out(*(every.of(np.array(of, np.int64)) for of in places), texts, by, console.print)
 
 
 def write(path: Path, rows: Sequence[RouterRow | CurveRow]) -> None:

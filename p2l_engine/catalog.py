@@ -6,12 +6,13 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from p2l_engine import arguments
+from p2l_engine.apis.ask import Capability
 from p2l_engine.errors import CatalogError
 
 PRICES = ("usd_per_m_in", "usd_per_m_out", "tokens_in", "tokens_out")
@@ -28,7 +29,9 @@ class CatalogModel:
     provider.
 
     usd_per_m_in, usd_per_m_out: its prices in USD per million tokens, both or neither; a checkpoint that expects how long
-    answers are (``p2l-engine lengths``) then gives each prompt a cost of its own, in place of ``cost``.
+    answers are (``p2l-engine lengths``) then gives each prompt a cost of its own, in place of ``cost``. context: its context
+    window in tokens; accepts: what a request may contain; None: not known. A server that decides by this catalog alone leaves
+    the model out of requests that do not fit; a router does not read them.
     """
 
     name: str
@@ -36,6 +39,8 @@ class CatalogModel:
     provider: Mapping[str, Any] = field(default_factory=dict)
     usd_per_m_in: float | None = None
     usd_per_m_out: float | None = None
+    context: int | None = None
+    accepts: tuple[Capability, ...] | None = None
 
     @property
     def per_token(self) -> bool:
@@ -69,6 +74,7 @@ class Catalog:
             _amount(f"catalog: models.{model.name}.cost", model.cost)
             prices = {key: getattr(model, key) for key in PRICES[:2]}
             given = {key: price for key, price in prices.items() if price is not None}
+            _limits(f"catalog: models.{model.name}", model.context, model.accepts)
             for key, price in given.items():
                 _amount(f"catalog: models.{model.name}.{key}", price)
             if len(given) == 1:
@@ -80,10 +86,11 @@ class Catalog:
     def from_yaml(cls, path: str | Path) -> Catalog:
         """Reads a catalog. Raises CatalogError, which names the key, what was expected and what was found.
 
-        Either ``models: {name: {cost, provider?}}``, where instead of ``cost`` (per request) there may be prices in dollars
-        per million tokens and the expected tokens of a request (usd_per_m_in, usd_per_m_out, tokens_in, tokens_out), and
-        ``unit`` names the unit of the costs; or the layout of lmarena/p2l's router, ``model_configs: {name: {cost, type,
-        temp, ...}}``, whose other settings become the provider's, and beside it the router's ``name``, which is not used.
+        Either ``models: {name: {cost, provider?, context?, accepts?}}``, where instead of ``cost`` (per request) there may be
+        prices in dollars per million tokens and the expected tokens of a request (usd_per_m_in, usd_per_m_out, tokens_in,
+        tokens_out), and ``unit`` names the unit of the costs; or the layout of lmarena/p2l's router, ``model_configs: {name:
+        {cost, type, temp, ...}}``, whose other settings become the provider's, and beside it the router's ``name``, which is
+        not used.
         """
         try:
             text = arguments.path("path", path).read_text(encoding="utf-8")
@@ -191,20 +198,36 @@ def _amount(where: str, value: object) -> float:
 
 def _model(where: str, name: str, entry: object) -> CatalogModel:
     values = _mapping(where, entry)
-    _known(where, values, ("cost", *PRICES, "provider"))
+    _known(where, values, ("cost", *PRICES, "provider", "context", "accepts"))
     provider = _mapping(f"{where}.provider", values.get("provider", {}))
+    context, accepts = _limits(where, values.get("context"), values.get("accepts"))
     prices = [key for key in PRICES if key in values]
     if "cost" in values:
         if prices:
             raise CatalogError(f"{where}: expected either cost or prices, got cost and {', '.join(prices)}")
-        return CatalogModel(name, _amount(f"{where}.cost", values["cost"]), provider)
+        cost = _amount(f"{where}.cost", values["cost"])
+        return CatalogModel(name, cost, provider, context=context, accepts=accepts)
     if not prices:
         raise CatalogError(f"{where}: expected 'cost', or {', '.join(PRICES)}; got {sorted(values) or 'nothing'}")
     missing = [key for key in PRICES if key not in values]
     if missing:
         raise CatalogError(f"{where}: prices need {', '.join(PRICES)}; missing {', '.join(missing)}")
     price_in, price_out, tokens_in, tokens_out = (_amount(f"{where}.{key}", values[key]) for key in PRICES)
-    return CatalogModel(name, (price_in * tokens_in + price_out * tokens_out) / 1e6, provider, price_in, price_out)
+    cost = (price_in * tokens_in + price_out * tokens_out) / 1e6
+    return CatalogModel(name, cost, provider, price_in, price_out, context, accepts)
+
+
+def _limits(where: str, context: object, accepts: object) -> tuple[int | None, tuple[Capability, ...] | None]:
+    known: tuple[Capability, ...] = get_args(Capability)
+    try:
+        window = None if context is None else arguments.whole_number(f"{where}.context", context, 1)
+    except ValueError as error:
+        raise CatalogError(str(error)) from None
+    if accepts is None:
+        return window, None
+    if isinstance(accepts, str) or not isinstance(accepts, Sequence) or not set(map(str, accepts)) <= set(known):
+        raise CatalogError(f"{where}.accepts: expected a list of {', '.join(known)}, got {accepts!r:.80}")
+    return window, tuple(capability for capability in known if capability in accepts)
 
 
 def _p2l_model(where: str, name: str, entry: object) -> CatalogModel:

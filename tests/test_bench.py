@@ -68,6 +68,7 @@ from p2l_engine.learning.answers import LoggedAnswers
 from p2l_engine.prompts.encode import PromptEncoder
 from p2l_engine.prompts.tokenizer import TransformersTokenizer
 from tests.support import tiny
+from tests.support.scored import scored_world
 from tests.support.training import skill_votes
 
 pytestmark = pytest.mark.slow  # all benchmarks are imported, with what they compare to
@@ -549,17 +550,6 @@ def test_coverage_of_replay_runs_to_the_end(tmp_path, monkeypatch):
     assert {row["refused"] for row in rows if "softmax" in row["pair"]} == {"1"}
 
 
-def scored_world(rng, n=240):
-    """Six models whose scores depend on features; each of two sources lacks one of them."""
-    features = rng.normal(size=(n, 8))
-    chance = 1 / (1 + np.exp(-features @ rng.normal(size=(8, 6)) - rng.normal(size=6)))
-    scores = (rng.random((n, 6)) < chance).astype(float)
-    source = np.where(np.arange(n) % 2 == 0, "one", "two")
-    scores[source == "one", 0] = scores[source == "two", 5] = np.nan
-    task = np.where(features[:, 0] > 0, "high", "low")
-    return simple_routers.Scored(features, scores, source, task), chance
-
-
 def test_dtypes_run_to_the_end(tmp_path, monkeypatch):
     run(monkeypatch, dtypes, "--model", "tiny", "--count", 5, "--csv", tmp_path / "rows.csv")
     rows = list(csv.DictReader((tmp_path / "rows.csv").open()))
@@ -622,7 +612,7 @@ def test_routers_run_to_the_end(tmp_path, monkeypatch, capsys):
     )
     monkeypatch.setattr(routers, "theta_of", lambda name, models, prompts, _: np.zeros((len(prompts), len(models))))
     models = {name: {"cost": cost} for name, cost in zip("xyz", (1e-4, 1e-3, 1e-2), strict=True)}
-    (tmp_path / "catalog.yaml").write_text(yaml.safe_dump({"unit": "USD", "models": models}))
+    (tmp_path / "catalog.yaml").write_text(yaml.safe_dump({"models": models}))
     arguments = ["pool.parquet", "--catalog", "catalog.yaml", "--csv", "rows.csv", "--plot", "curves.svg"]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["routers", *arguments])
@@ -631,3 +621,14 @@ def test_routers_run_to_the_end(tmp_path, monkeypatch, capsys):
         found = list(csv.DictReader(file))
     assert {row["router"] for row in found} >= {"source", "task", "ridge", "knn", "mlp", "mf", "default", "oracle", "mixture"}
     assert (tmp_path / "curves.svg").stat().st_size > 1000
+    assert "3 of 3 models have a cost" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["routers", "pool.parquet", "--leave-out", "source", "--csv", "rows.csv"])
+    routers.main()
+    with open("rows.csv", newline="") as file:
+        found = list(csv.DictReader(file))
+    assert {row["router"] for row in found} == {"single", "ridge", "knn", "mlp", "mf", "oracle"}
+    assert {row["source"] for row in found} == {"all", "one", "two"}
+    for more in (["--catalog", "catalog.yaml"], ["--checkpoint", "default"]):
+        monkeypatch.setattr(sys, "argv", ["routers", "pool.parquet", "--leave-out", "source", *more])
+        with pytest.raises(ValueError, match="--leave-out: expected no --checkpoint"):
+            routers.main()

@@ -23,9 +23,11 @@ def test_costs_prices_and_provider_settings(tmp_path):
         models:
           cheap: {cost: 0.5, provider: {type: openai, base_url: "http://localhost:1"}}
           expensive: {usd_per_m_in: 2, usd_per_m_out: 8, tokens_in: 500, tokens_out: 250}
-          free: {cost: 0}
+          free: {cost: 0, context: 8192, accepts: [tools, text]}
         """,
     )
+    assert (catalog.models[2].context, catalog.models[2].accepts) == (8192, ("text", "tools"))
+    assert (catalog.models[1].context, catalog.models[1].accepts) == (None, None)
     assert catalog.names == ("cheap", "expensive", "free")
     np.testing.assert_allclose(catalog.costs, [0.5, 0.003, 0.0])
     assert catalog.models[0].provider["type"] == "openai"
@@ -58,6 +60,10 @@ def test_the_layout_of_lmarena_p2l(tmp_path):
     ("text", "message"),
     [
         ("models: {a: {cst: 1}}", "models.a: unknown key 'cst', expected cost, .*did you mean 'cost'"),
+        ("models: {a: {cost: 1, context: 0}}", "models.a.context: expected a whole number of at least 1, got 0"),
+        ("models: {a: {cost: 1, context: 8k}}", "models.a.context: expected a whole number of at least 1, got '8k'"),
+        ("models: {a: {cost: 1, accepts: text}}", "models.a.accepts: expected a list of text, image, .*got 'text'"),
+        ("models: {a: {cost: 1, accepts: [text, smell]}}", "models.a.accepts: expected a list of text, image, .*smell"),
         ("model: {}", "unknown key 'model', expected models, unit; did you mean 'models'"),
         ("models: {}", "expected at least one model, got none"),
         ("unit: x", "expected the key 'models'"),

@@ -10,11 +10,12 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.applications import Starlette
 
+from p2l_engine.apis.ask import Capability
 from p2l_engine.catalog import Catalog
 from p2l_engine.decision_log.log import DecisionLog
 from p2l_engine.decision_log.record import Record
@@ -226,8 +227,15 @@ def decisions_only(engine: Any) -> Config:
     if not file.is_file():
         raise ConfigError(f"the checkpoint has no catalog.yaml: give a configuration with --config ({file} not found)")
     catalog = Catalog.from_yaml(file)
-    accepts = ["text", "image", "audio", "tools", "json_schema"]  # nothing is sent
-    models = {model.name: {"cost": model.cost, "accepts": accepts} for model in catalog.models}
+    everything = get_args(Capability)  # nothing is sent
+    models = {
+        model.name: {
+            "cost": model.cost,
+            "accepts": everything if model.accepts is None else model.accepts,
+            "context": model.context,
+        }
+        for model in catalog.models
+    }
     return settings.parse({"models": models, "unit": catalog.unit}, str(file))
 
 
