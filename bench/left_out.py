@@ -2,7 +2,8 @@
 
 The choice is among models that the remaining prompts have scores of, on prompts where two of these have a score. The best
 single model ("single") is the one with the highest effect in the scores of the remaining prompts: each score is the sum of an
-effect of its prompt and one of its model, fitted by least squares, as not every source asked every model.
+effect of its prompt and one of its model, fitted by least squares, as not every source asked every model. For the same reason
+routers learn scores less the effect of their prompt: otherwise a model that was asked easy questions alone would seem good.
 
 Prompts that the left-out part shares with others (but for case, space and punctuation) are not learned from.
 """
@@ -45,6 +46,12 @@ def model_effects(scores: Float64) -> Float64:
     return np.asarray(np.linalg.pinv(laplacian, hermitian=True) @ gains)
 
 
+def without_prompts(prompts: Scored, effects: Float64) -> Scored:
+    """With scores less the effect of their prompt. effects [M]: of the models."""
+    of_prompt = np.nanmean(prompts.scores - effects, 1, keepdims=True)
+    return Scored(prompts.features, prompts.scores - of_prompt, prompts.source, prompts.task)
+
+
 def left_out(
     learned: Scored,
     chosen_on: Scored,
@@ -77,7 +84,10 @@ def left_out(
             advance(f"{', '.join(np.unique(parts[2][test]))}: no prompts with scores of two models that are known")
             continue
         training, validation, new = (among(of, known) for of in (training, validation, tested.of(rows)))
-        predicted = {"single": np.tile(model_effects(training.scores), (len(rows), 1))} | predictions(training, validation, new)
+        validation = validation.of(np.isfinite(validation.scores).any(1))
+        effects = model_effects(training.scores)
+        learned_from = (without_prompts(of, effects) for of in (training, validation))
+        predicted = {"single": np.tile(effects, (len(rows), 1))} | predictions(*learned_from, new)
         for name in ("source", "task") if by == "source" else ("task",):
             predicted.pop(name)  # they are not known
         for name, values in predicted.items():

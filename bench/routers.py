@@ -167,7 +167,7 @@ def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pool", type=Path, help="a table of p2l_engine.train.sources")
-    parser.add_argument("--checkpoint", nargs="*", help="folders or names; left out: the default one")
+    parser.add_argument("--checkpoint", nargs="*", help="folders or names; left out: the default one; none: none")
     parser.add_argument("--leave-out", choices=("source", "task"), help="sources or tasks that no router has seen")
     parser.add_argument("--features", default="builtin/smollm2-135m-instruct", help="the backbone of the simple routers")
     parser.add_argument("--max-tokens", type=positive, default=384, help="of a prompt that the simple routers read")
@@ -191,7 +191,7 @@ def main() -> None:
     training, validation, held_out = (pool.scored(states, part) for part in range(3))
     test, part = (validation, 1) if args.part == "validation" else (held_out, 2)
     predicted = predictions(training, validation, test)
-    for name in args.checkpoint or ["default"]:
+    for name in ["default"] if args.checkpoint is None else args.checkpoint:
         predicted[name] = theta_of(name, pool.models, [pool.prompts[i] for i in pool.parts[part]], console)
     found = compare(predicted, test)
     show(found, console)

@@ -1,4 +1,5 @@
-"""bench/left_out.py: routers on sources and tasks that they never saw; bench/routers.py: models without a cost."""
+"""bench/left_out.py: routers on sources and tasks that they never saw; bench/routers.py: models without a cost;
+bench/prompts_needed.py: how many prompts a model needs."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from bench import left_out, routers, simple_routers
+from bench import left_out, prompts_needed, routers, simple_routers
 from p2l_engine import Catalog
 from p2l_engine.catalog import CatalogModel
 from tests.support.scored import scored_world
@@ -41,6 +42,9 @@ def test_model_effects_are_least_squares(rng):
     np.testing.assert_allclose(found, expected - expected.mean(), atol=1e-10)
     shifted = scores + rng.random((30, 1))  # how hard a prompt is changes nothing
     np.testing.assert_allclose(left_out.model_effects(shifted), found, atol=1e-10)
+    of_prompts = left_out.without_prompts(simple_routers.Scored(np.zeros((30, 1)), scores, *[np.array(["s"] * 30)] * 2), found)
+    np.testing.assert_allclose(np.nanmean(of_prompts.scores - found, 1), 0, atol=1e-10)
+    np.testing.assert_array_equal(np.isfinite(of_prompts.scores), np.isfinite(scores))
     apart = np.array([[1.0, 0.0, np.nan, np.nan, np.nan], [np.nan, np.nan, 0.2, 0.8, np.nan], [np.nan] * 4 + [1.0]])
     np.testing.assert_allclose(left_out.model_effects(apart), [0.5, -0.5, -0.3, 0.3, 0], atol=1e-10)
 
@@ -81,3 +85,25 @@ def test_each_task_is_left_out_once(rng):
         assert len(set(groups[task == name])) == 1
     sizes = [len(set(task[groups == group])) for group in range(left_out.GROUPS)]
     assert max(sizes) - min(sizes) <= 1
+
+
+def test_ridge_is_the_penalised_optimum(rng):
+    x, y = rng.normal(size=(40, 6)) + 3, rng.normal(size=40)
+    for penalty, (weight, intercept) in zip((0.1, 10.0), prompts_needed.ridge(x, y, (0.1, 10.0)), strict=True):
+        residual = x @ weight + intercept - y
+        assert residual.sum() == pytest.approx(0, abs=1e-9)
+        np.testing.assert_allclose(x.T @ residual + penalty * weight, 0, atol=1e-9)
+
+
+def test_more_prompts_predict_better(rng):
+    """Of models whose scores depend on the features; of coins, prompts predict nothing."""
+    x = rng.normal(size=(1500, 8))
+    scores = 1 / (1 + np.exp(-x @ rng.normal(size=(8, 4))))
+    scores[rng.random(scores.shape) < 0.2] = np.nan
+    few, many, most = prompts_needed.measured("s", x, scores, (30, 300, 900), 2)
+    assert few.gain < many.gain
+    assert many.gain > 50
+    assert (many.models, most.prompts) == (4, 900)
+    assert prompts_needed.measured("s", x, scores, (1400,), 2) == []  # no model has so many
+    coins = prompts_needed.measured("s", x, rng.random((1500, 4)), (800,), 2)[0]
+    assert abs(coins.gain) < 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from p2l_engine.serve.eligibility import DOWN, NOT_ALLOWED, NOT_OF_KEY, OTHER, K
 from p2l_engine.serve.metrics import Metrics
 from p2l_engine.serve.model_entry import Model
 from p2l_engine.serve.prices import Prices
+from p2l_engine.serve.runtime import decisions_only
 from tests.support.records import record
 
 APIS = ("chat", "responses")
@@ -169,3 +171,12 @@ def test_kept_parts_of_counters_are_those_of_their_labels():
     assert 'p2l_requests_total{api="chat",model="b",outcome="answered",status="200"} 1.0' in text
     assert 'p2l_requests_total{api="chat",model="other",outcome="answered",status="503"} 1.0' in text
     assert 'p2l_tokens_total{kind="in",model="a"} 30.0' in text
+
+
+def test_a_checkpoints_catalog_says_what_its_models_take(tmp_path):
+    """Those that do not say take everything, as nothing is sent."""
+    text = "models: {a: {cost: 1, context: 100, accepts: [tools, text]}, b: {cost: 2}}"
+    (tmp_path / "catalog.yaml").write_text(text)
+    models = decisions_only(SimpleNamespace(folder=tmp_path)).models
+    assert (models["a"].context, models["a"].accepts) == (100, ("text", "tools"))
+    assert (models["b"].context, set(models["b"].accepts)) == (None, {"text", "image", "audio", "tools", "json_schema"})
