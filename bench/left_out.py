@@ -71,23 +71,24 @@ def left_out(
     parts = [sources_of(prompts) if by == "source" else prompts.task for prompts in every]
     sizes = np.cumsum([len(part) for part in parts])[:-1]
     groups = np.split(groups_of(np.concatenate(parts), by), sizes)
-    keys = [np.array([folded(text) for text in of]) for of in texts]
+    number: dict[str, int] = {}
+    keys = [np.array([number.setdefault(folded(text), len(number)) for text in of]) for of in texts]
     got: dict[str, list[Float64]] = {}
     part: list[npt.NDArray[np.str_]] = []
     for group in np.unique(groups[2]):
         test = np.flatnonzero(groups[2] == group)
         seen = [(groups[i] != group) & ~np.isin(keys[i], keys[2][test]) for i in range(2)]
         training, validation = learned.of(seen[0]), chosen_on.of(seen[1])
-        known = np.isfinite(training.scores).any(0)
+        known = np.flatnonzero(np.isfinite(training.scores).any(0))
         rows = test[np.isfinite(tested.scores[test][:, known]).sum(1) > 1]
         if not len(rows) or not seen[1].any():
             advance(f"{', '.join(np.unique(parts[2][test]))}: no prompts with scores of two models that are known")
             continue
         training, validation, new = (among(of, known) for of in (training, validation, tested.of(rows)))
-        validation = validation.of(np.isfinite(validation.scores).any(1))
+        validation = validation.of(np.flatnonzero(np.isfinite(validation.scores).any(1)))
         effects = model_effects(training.scores)
-        learned_from = (without_prompts(of, effects) for of in (training, validation))
-        predicted = {"single": np.tile(effects, (len(rows), 1))} | predictions(*learned_from, new)
+        training, validation = (without_prompts(of, effects) for of in (training, validation))
+        predicted = {"single": np.tile(effects, (len(rows), 1))} | predictions(training, validation, new)
         for name in ("source", "task") if by == "source" else ("task",):
             predicted.pop(name)  # they are not known
         for name, values in predicted.items():
@@ -100,6 +101,6 @@ def left_out(
     return rows_of({name: np.concatenate(of) for name, of in got.items()}, np.concatenate(part), "single")
 
 
-def among(prompts: Scored, models: npt.NDArray[np.bool_]) -> Scored:
+def among(prompts: Scored, models: npt.NDArray[np.int64]) -> Scored:
     """With the scores of these models alone."""
     return Scored(prompts.features, prompts.scores[:, models], prompts.source, prompts.task)

@@ -103,9 +103,9 @@ def costs_of(catalog: Catalog, models: tuple[str, ...]) -> Float64:
 def with_costs(predicted: Mapping[str, Float64], test: Scored, costs: Float64) -> tuple[dict[str, Float64], Scored]:
     """What is predicted of models with a cost, on the prompts on which one of these has a score. costs [M], NaN where there is
     none."""
-    known = np.isfinite(costs)
+    known = np.flatnonzero(np.isfinite(costs))
     scored = among(test, known)
-    rows = np.isfinite(scored.scores).any(1)
+    rows = np.flatnonzero(np.isfinite(scored.scores).any(1))
     return {name: values[rows][:, known] for name, values in predicted.items()}, scored.of(rows)
 
 
@@ -224,7 +224,8 @@ def never_seen(pool: Pooled, states: Float64, by: str, part: str, console: Conso
     places = (training, validation, held_out if part == "held-out" else [*training, *validation])
     every = Scored(states, pool.scores, pool.source, pool.task)
     texts = [[pool.prompts[i][0] for i in of] for of in places]
-    return left_out(*(every.of(np.array(of, np.int64)) for of in places), texts, by, console.print)
+    learned, chosen_on, tested = (every.of(np.array(of, np.int64)) for of in places)
+    return left_out(learned, chosen_on, tested, texts, by, console.print)
 
 
 def write(path: Path, rows: Sequence[RouterRow | CurveRow]) -> None:

@@ -3,9 +3,13 @@ bench/prompts_needed.py: how many prompts a model needs."""
 
 from __future__ import annotations
 
+import csv
+import sys
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from bench import left_out, prompts_needed, routers, simple_routers
@@ -107,3 +111,25 @@ def test_more_prompts_predict_better(rng):
     assert prompts_needed.measured("s", x, scores, (1400,), 2) == []  # no model has so many
     coins = prompts_needed.measured("s", x, rng.random((1500, 4)), (800,), 2)[0]
     assert abs(coins.gain) < 4
+
+
+def test_a_pool_is_measured_from_its_texts(tmp_path, monkeypatch, capsys, rng):
+    """Models that are good at one subject each: words say who is right."""
+    rows = []
+    for i in range(60):
+        subject = ("apples pears", "rivers lakes")[i % 2]
+        for m, model in enumerate(("x", "y", "z")):
+            score = float(m == i % 2) if m < 2 else float(rng.random())
+            prompt = f'["Question {i} on {subject}"]'
+            rows.append({"prompt": prompt, "task": "t", "model": model, "score": score, "source": "one"})
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pool.parquet")
+    monkeypatch.setattr(prompts_needed, "LEAST", 50)
+    monkeypatch.setattr(prompts_needed, "COMPONENTS", 3)
+    table = tmp_path / "rows.csv"
+    monkeypatch.setattr(sys, "argv", ["prompts_needed", str(tmp_path / "pool.parquet"), "--sizes", "40", "--csv", str(table)])
+    prompts_needed.main()
+    with table.open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert (row["source"], row["prompts"], row["models"]) == ("one", "40", "3")
+    assert float(row["gain"]) > 30
+    assert "one" in capsys.readouterr().out

@@ -101,10 +101,10 @@ class PriceTable:
         for provider, model, usd_in, usd_out, _ in zip(*(table.columns[name] for name in columns), strict=True):
             if usd_out in (None, ""):
                 continue
-            pair = number(usd_in), number(usd_out)
-            if pair[0] is None or pair[1] is None or min(pair) < 0:
+            per_in, per_out = number(usd_in), number(usd_out)
+            if per_in is None or per_out is None or per_in < 0 or per_out < 0:
                 raise ValueError(f"{table.shown}: {provider}, {model}: expected prices >= 0, got {usd_in!r} and {usd_out!r}")
-            if found.setdefault((provider, model), (pair[0], pair[1])) != pair:
+            if found.setdefault((provider, model), (per_in, per_out)) != (per_in, per_out):
                 raise ValueError(f"{table.shown}: {provider}, {model}: expected one price, got two")
         return cls(found, tuple(sorted(set(table.columns["source"]))))
 
