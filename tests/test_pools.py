@@ -25,7 +25,7 @@ def written(path, rows, header=("prompt", "task", "model", "score")):
 
 
 def pooled(folder, **options):
-    one = [(f"p{i}", "math", model, int(model == "a")) for i in range(4) for model in "abc"]
+    one = [(f"p{i}", ("math", "one/math")[i % 2], model, int(model == "a")) for i in range(4) for model in "abc"]
     two = [(f"q{i}", "", model, 0.5, judge) for i in range(3) for model in ("A", "d") for judge in ("j", "k")]
     written(folder / "one.csv", [*one, ("p0", "math", "rare", 1)])
     written(folder / "two.csv", [*two, ("alone", "", "lonely", 1, "j")], ("prompt", "task", "model", "score", "judge"))

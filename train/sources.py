@@ -147,7 +147,7 @@ def _rows(name: str, source: SourceOptions, data: Path, canonical: Mapping[str, 
         prompts, models, scores = score_matrix(part, complete=False)
         kinds = part.columns.get("task", [None] * len(part))
         tasks = {
-            cell_turns(cell): f"{name}/{kind}" if kind else name
+            cell_turns(cell): f"{name}/{str(kind).removeprefix(f'{name}/')}" if kind else name
             for cell, kind in zip(part.columns["prompt"], kinds, strict=True)
         }
         found += [
