@@ -10,9 +10,9 @@ from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
 SOURCES = [
-    "win_rates.c", "budget.c", "hulls.c", "pricing.c", "bt_score.c", "outcomes.c", "decoder.c", "linear.c", "int8.c",
-    "machine.c",
+    "win_rates", "budget", "hulls", "pricing", "bt_score", "outcomes", "decoder", "linear", "int8", "attention", "machine",
 ]  # fmt: skip
+HEADERS = ["p2l_native", "hull", "sigmoid_mixture", "bfloat16", "panels", "attention_task"]
 
 
 def declarations() -> str:
@@ -29,9 +29,9 @@ ffi.cdef(declarations())
 ffi.set_source(
     "p2l_engine._native",
     '#include "p2l_native.h"',
-    sources=[f"csrc/{name}" for name in SOURCES],
+    sources=[f"csrc/{name}.c" for name in SOURCES],
     include_dirs=["csrc"],
-    depends=["csrc/p2l_native.h", "csrc/hull.h", "csrc/sigmoid_mixture.h", "csrc/panels.h"],
+    depends=[f"csrc/{name}.h" for name in HEADERS],
     extra_compile_args=["-O3", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", *openmp],
     extra_link_args=openmp,
     libraries=[] if sys.platform == "win32" else ["m"],

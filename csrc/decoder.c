@@ -4,6 +4,7 @@
  * Rows are float32 or bfloat16 (as uint16_t). Arithmetic is float32; results are rounded once, to nearest, ties to even.
  * Reference implementations: p2l_engine/kernels/{rms_norm,rotary,swiglu}.py.
  */
+#include "bfloat16.h"
 #include "p2l_native.h"
 
 #include <math.h>
@@ -11,22 +12,6 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
-
-#define INLINE static inline __attribute__((always_inline))
-
-INLINE float widened(uint16_t bits) {
-    const uint32_t wide = (uint32_t)bits << 16;
-    float x;
-    memcpy(&x, &wide, sizeof x);
-    return x;
-}
-
-INLINE uint16_t narrowed(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    return (uint16_t)(x != x ? 0x7fc0 : rounded); /* rounding a NaN's bits could make it infinite */
-}
 
 INLINE float get(const void *x, int64_t i, int bf16) {
     return bf16 ? widened(((const uint16_t *)x)[i]) : ((const float *)x)[i];

@@ -63,7 +63,7 @@ INLINE void tile_portable(const product *p, const void *panel, int64_t row, int6
     finish(p, totals, row, rows, column);
 }
 
-#ifdef P2L_X86
+#ifdef P2L_LEVELS
 /* sums += weights times values, each by four bytes. As an intrinsic, GCC 12 copies the sums to memory and back. */
 #define ADD_PRODUCTS(SUMS, WEIGHTS, VALUES) __asm__("vpdpbusd %2, %1, %0" : "+v"(SUMS) : "v"(WEIGHTS), "v"(VALUES))
 
@@ -155,7 +155,7 @@ TILES(vnni, P2L_VNNI, TILE)
 #endif
 
 P2L_PANEL(portable, , TILE, product)
-#ifdef P2L_X86
+#ifdef P2L_LEVELS
 P2L_PANEL(avx2, P2L_AVX2, AVX2_TILE, product)
 P2L_PANEL(vnni, P2L_VNNI, TILE, product)
 #endif
@@ -194,7 +194,7 @@ P2L_CLONES static void quantise(const float *x, int64_t first, int64_t last, int
 }
 
 int p2l_int8_level(void) {
-#ifdef P2L_X86
+#ifdef P2L_LEVELS
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("x86-64-v4")) return 2;
     if (__builtin_cpu_supports("x86-64-v3")) return 1;
@@ -209,7 +209,7 @@ void p2l_int8_linear(const float *x, int64_t rows, int64_t width, const uint8_t 
     const product p = {values, scale, weight_scale, bias, taken, weight, depth, groups, columns, depth * PANEL, out};
     void (*panel)(const product *, int64_t, int64_t, int64_t) = panel_portable;
     (void)threads, (void)level;
-#ifdef P2L_X86
+#ifdef P2L_LEVELS
     panel = level == 2 ? panel_vnni : level == 1 ? panel_avx2 : panel_portable;
 #endif
 #ifdef _OPENMP

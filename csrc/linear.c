@@ -16,13 +16,6 @@ typedef struct {
 
 INLINE int64_t width_at(const product *p, int64_t column) { return p->columns - column < PANEL ? p->columns - column : PANEL; }
 
-INLINE float widened(uint16_t bits) {
-    const uint32_t wide = (uint32_t)bits << 16;
-    float x;
-    memcpy(&x, &wide, sizeof x);
-    return x;
-}
-
 INLINE void tile_portable(const product *p, const void *panel, int64_t row, int64_t column, int rows) {
     const int64_t width = width_at(p, column);
     const float *bias = p->bias ? (const float *)p->bias + column : 0;
@@ -37,7 +30,7 @@ INLINE void tile_portable(const product *p, const void *panel, int64_t row, int6
     }
 }
 
-#ifdef P2L_X86
+#ifdef P2L_LEVELS
 P2L_AVX512 INLINE void rows_avx512(const product *p, const void *panel, int64_t row, int64_t column, int rows) {
     const float *x = (const float *)p->x + row * p->depth, *weight = panel;
     __m512 sums[TILE][2];
@@ -139,14 +132,14 @@ TILES(bf16, P2L_BF16, TILE)
 #endif
 
 P2L_PANEL(portable, , TILE, product)
-#ifdef P2L_X86
+#ifdef P2L_LEVELS
 P2L_PANEL(avx512, P2L_AVX512, TILE, product)
 P2L_PANEL(avx2, P2L_AVX2, AVX2_TILE, product)
 P2L_PANEL(bf16, P2L_BF16, TILE, product)
 #endif
 
 int p2l_linear_level(int bf16) {
-#ifdef P2L_X86
+#ifdef P2L_LEVELS
     __builtin_cpu_init();
     if (bf16) return __builtin_cpu_supports("avx512bf16") ? 2 : -1;
     if (__builtin_cpu_supports("x86-64-v4")) return 2;
@@ -161,7 +154,7 @@ void p2l_linear(const void *x, int64_t rows, int64_t depth, const void *weight, 
     const product p = {x, weight, bias, depth, columns, depth * PANEL * size, out};
     void (*panel)(const product *, int64_t, int64_t, int64_t) = panel_portable;
     (void)threads, (void)level;
-#ifdef P2L_X86
+#ifdef P2L_LEVELS
     panel = bf16 ? panel_bf16 : level == 2 ? panel_avx512 : level == 1 ? panel_avx2 : panel_portable;
 #endif
 #ifdef _OPENMP

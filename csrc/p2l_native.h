@@ -13,6 +13,7 @@
 /* GCC compiles one copy per instruction set; the loader picks the best one that the CPU supports. */
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__gnu_linux__)
 #define P2L_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define P2L_LEVELS /* functions may have a target of their own, chosen by p2l_isa_level */
 #else
 #define P2L_CLONES
 #endif
@@ -126,6 +127,15 @@ void p2l_swiglu(const void *gate_up, void *out, int64_t rows, int64_t inner, int
 int p2l_rope_kv(void *x, int64_t tokens, int64_t queries, int64_t keys, int64_t half, const float *cosine, const float *sine,
                 int64_t n_positions, const int32_t *positions, const int32_t *sources, int64_t rows, const void *prefix,
                 int64_t n_prefix, void *kv, int bf16, int threads);
+
+/* Causal attention within each of N prompts, softmax(q k' / sqrt(size)) v, where heads / kv_heads query heads share a key head.
+ * q: `queries` rows of [heads, size], q_stride elements apart; kv [keys, 2, kv_heads, size]; starts and key_starts [N + 1]: the
+ * offsets of the prompts in q and kv. A prompt has no fewer keys than queries; its last query sees them all, the one before it
+ * all but one. last: q holds each prompt's last query alone. Fills out [queries, heads, size]. Returns 0, 1 when the offsets do
+ * not fit (nothing is written then), or -1 when memory allocation fails. */
+int p2l_attention(const void *q, int64_t q_stride, int64_t queries, const void *kv, int64_t keys, const int32_t *starts,
+                  const int32_t *key_starts, int64_t prompts, int64_t heads, int64_t kv_heads, int64_t size, int last, int bf16,
+                  int threads, void *out);
 
 /* The backward passes of these steps, for training.
  *

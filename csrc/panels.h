@@ -2,13 +2,14 @@
 #ifndef P2L_PANELS_H
 #define P2L_PANELS_H
 
+#include "p2l_native.h"
+
 #include <stdint.h>
 #ifdef _OPENMP
 #include <omp.h>
 #endif
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef P2L_LEVELS
 #include <immintrin.h>
-#define P2L_X86 1
 #define P2L_AVX2 __attribute__((target("avx2,fma")))
 #define P2L_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma")))
 #define P2L_VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")))

@@ -11,7 +11,6 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from p2l_engine.backbone import attention
 from p2l_engine.backbone.packing import Packed
 from p2l_engine.backbone.weights import Linear, Product
 from p2l_engine.native import decoder, panels
@@ -81,8 +80,9 @@ class CpuOperations:
         return torch.addmm(layer.bias, x, layer.weight, out=out)
 
     def attend(self, q: Tensor, kv: Tensor, packed: Packed, last: bool = False) -> Tensor:
-        """See ``attention``."""
-        return attention.over_runs(q, kv, packed, last, self._buffer("attend", len(q), q.shape[1] * q.shape[2]))
+        """q [T, heads, S], or [N, heads, S] of the last tokens only, and kv as ``rope`` returns it -> [T or N, heads * S]."""
+        out = self._buffer("attend", len(q), q.shape[1] * q.shape[2])
+        return decoder.attention(q, kv, packed.starts, packed.key_starts, last, out)
 
     def _scratch(self, size: int) -> Tensor | None:
         if size > len(self._bytes):

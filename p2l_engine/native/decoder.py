@@ -1,7 +1,8 @@
 """A decoder's steps between its matrix products, and their backward passes, on CPU tensors in one pass over memory each.
 
 Tensors are contiguous float32 or bfloat16, all of one dtype; arithmetic is float32. Reference implementations:
-``p2l_engine.kernels`` (rms_norm, swiglu, rotary). All functions raise ValueError for other dtypes, devices, strides and shapes.
+``p2l_engine.kernels`` (rms_norm, swiglu, rotary, attention). All functions raise ValueError for other dtypes, devices, strides
+and shapes.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from p2l_engine.native.binding import lib, tensor, threads
+from p2l_engine.native.binding import check, lib, tensor, threads
 
 DTYPES = (torch.float32, torch.bfloat16)
 ELEMENTS_PER_THREAD = 4096  # below this a thread costs more than it saves
+PRODUCTS_PER_THREAD = 1 << 18  # the same in attention, of queries' elements times keys
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, delta: Tensor | None = None) -> Tensor:
@@ -85,6 +87,31 @@ def rope_kv(
     return kv
 
 
+def attention(q: Tensor, kv: Tensor, starts: Tensor, key_starts: Tensor, last: bool, out: Tensor) -> Tensor:
+    """Causal attention within each of N prompts: out [Q, heads S] = softmax(q k' / sqrt(S)) v, with grouped heads.
+
+    q [Q, heads, S], whose rows may be apart; kv [R, 2, kv heads, S]; starts and key_starts [N + 1] int32: the offsets of the
+    prompts in q and kv. A prompt has no fewer keys than queries; its last query sees them all, the one before it all but one.
+    last: q holds each prompt's last query alone. A prompt's result depends on nothing but its own rows.
+    """
+    _check(q, q=q[:1], kv=kv, out=out)
+    if kv.ndim != 4 or kv.shape[1] != 2 or q.shape[1] % max(kv.shape[2], 1) or q.shape[2] != kv.shape[3] or not kv.shape[2]:
+        raise ValueError(f"kv: expected [R, 2, heads, S], whole groups of q's heads, got {list(kv.shape)} and {list(q.shape)}")
+    if out.shape != (len(q), q.shape[1] * q.shape[2]):
+        raise ValueError(f"out: expected [{len(q)}, {q.shape[1] * q.shape[2]}], got {list(out.shape)}")
+    if not 1 <= len(starts) == len(key_starts):
+        raise ValueError(f"starts, key_starts: expected [N + 1] both, got {len(starts)} and {len(key_starts)}")
+    n, (heads, size) = len(starts) - 1, q.shape[1:]
+    count = threads(q.numel() * len(kv) // max(n, 1), PRODUCTS_PER_THREAD, torch.get_num_threads())
+    status = lib.p2l_attention(
+        _at(q), q.stride(0), len(q), _at(kv), len(kv), _integers(starts), _integers(key_starts), n, heads, kv.shape[2], size,
+        last, q.dtype == torch.bfloat16, count, _at(out),
+    )  # fmt: skip
+    if check(status, "attention"):
+        raise ValueError("starts, key_starts: expected offsets of all of q and kv, no prompt with fewer keys than queries")
+    return out
+
+
 def rope(x: Tensor, cos: Tensor, sin: Tensor, heads: int, rotated: int, inverse: bool = False) -> None:
     """Rotates, in place, the first ``rotated`` of the ``heads`` heads of x [T, heads S] by cos and sin [T, S / 2] float32.
 
@@ -123,7 +150,9 @@ def _integers(index: Tensor) -> object:
 
 def _typed(given: Tensor, dtype: torch.dtype) -> Tensor:
     if given.dtype != dtype or not given.is_contiguous() or given.device.type != "cpu":
-        raise ValueError(f"cos, sin, positions, sources: expected contiguous {dtype} on the CPU, got {given.dtype}")
+        raise ValueError(
+            f"cos, sin, positions, sources, starts, key_starts: expected contiguous {dtype} on the CPU, got {given.dtype}"
+        )
     return given
 
 

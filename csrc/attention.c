@@ -1,0 +1,162 @@
+/* Causal attention within each prompt of a packed batch, with grouped heads: out = softmax(q k' / sqrt(size)) v.
+ *
+ * The queries of all heads that share a key head are the rows of one matrix, taken ROWS at a time; a task is a few such blocks
+ * of one prompt. Scores are computed transposed, a key a line and a row a lane: the softmax needs no steps across lanes, a
+ * prompt of a few tokens fills whole vectors, and keys that no row of a block may see are not computed. Keys come KEYS at a
+ * time, and what was summed before shrinks when a higher score comes (Milakov and Gimelshein, 2018; Dao et al., 2022), so that
+ * all of it stays in the first-level cache.
+ *
+ * A prompt's result depends on neither the other prompts nor the number of threads. Storage is float32 or bfloat16, arithmetic
+ * float32. Reference implementation: p2l_engine/kernels/attention.py.
+ */
+#include "bfloat16.h"
+#include "p2l_native.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum {
+    ROWS = 16,      /* of a block, and lanes of a line */
+    TASK_ROWS = 96, /* at most: enough that copying the keys costs little, few enough that one prompt fills several threads */
+    KEYS = 72,      /* computed at once: a multiple of every TILE */
+    SPARE = 8,      /* lines that a tile may reach beyond them */
+};
+
+typedef struct {
+    const void *q, *kv;
+    int64_t q_stride;
+    const int32_t *starts, *key_starts;
+    int64_t prompts, heads, kv_heads, size;
+    int last, bf16;
+    void *out;
+} attention;
+
+/* Rows first to first + rows, of a prompt's queries times the heads of one key head. */
+typedef struct {
+    int64_t prompt, head, first, rows;
+} task;
+
+/* One thread's memory. padded: the size rounded up to whole vectors, of any instruction set. */
+typedef struct {
+    int64_t padded;
+    float *q;       /* [blocks, size, ROWS] */
+    float *wide;    /* [ROWS, size]: bfloat16 rows of q */
+    float *k;       /* [KEYS + SPARE, size], times the scale */
+    float *v;       /* [KEYS, padded] */
+    float *weights; /* [KEYS + SPARE, ROWS] */
+    float *sums;    /* [TASK_ROWS, padded]: of values times weights */
+    float highest[TASK_ROWS], total[TASK_ROWS], shrink[ROWS];
+    int32_t position[TASK_ROWS]; /* the last key that a row sees */
+} scratch;
+
+/* Four floats, and a choice of four from two of them. */
+typedef float four __attribute__((vector_size(16)));
+#ifdef __clang__
+#define SHUFFLED(A, B, ...) __builtin_shufflevector(A, B, __VA_ARGS__)
+#else
+typedef int32_t choice __attribute__((vector_size(16)));
+#define SHUFFLED(A, B, ...) __builtin_shuffle(A, B, (choice){__VA_ARGS__})
+#endif
+
+static int64_t queries_of(const attention *a, int64_t prompt) {
+    return a->last ? 1 : a->starts[prompt + 1] - a->starts[prompt];
+}
+
+#define JOINED(A, B) A##B
+#define JOIN(A, B) JOINED(A, B)
+#define OF(NAME) JOIN(NAME, SUFFIX)
+
+#define SUFFIX _base
+#define TARGET
+#define LANES 4
+#define TILE 6
+#include "attention_task.h"
+
+#ifdef P2L_LEVELS
+#define SUFFIX _v3
+#define TARGET __attribute__((target("arch=x86-64-v3")))
+#define LANES 8
+#define TILE 6
+#include "attention_task.h"
+
+#define SUFFIX _v4
+#define TARGET __attribute__((target("arch=x86-64-v4")))
+#define LANES 16
+#define TILE 8
+#include "attention_task.h"
+#endif
+
+typedef void (*task_function)(const attention *a, scratch *s, task t);
+
+static task_function best_function(void) {
+#ifdef P2L_LEVELS
+    const int level = p2l_isa_level();
+    if (level == 4) return attend_v4;
+    if (level == 3) return attend_v3;
+#endif
+    return attend_base;
+}
+
+/* In one allocation; NULL when there is no memory. */
+static scratch *new_scratch(int64_t size) {
+    const int64_t padded = (size + 15) / 16 * 16;
+    const int64_t sizes[] = {TASK_ROWS * size, ROWS * size,           (KEYS + SPARE) * size,
+                             KEYS * padded,    (KEYS + SPARE) * ROWS, TASK_ROWS * padded};
+    int64_t bytes = (sizeof(scratch) + 63) / 64 * 64;
+    for (int i = 0; i < 6; i++) bytes += (sizes[i] + 15) / 16 * 64;
+    scratch *s = aligned_alloc(64, bytes);
+    if (!s) return NULL;
+    float **const parts[] = {&s->q, &s->wide, &s->k, &s->v, &s->weights, &s->sums};
+    char *next = (char *)s + (sizeof(scratch) + 63) / 64 * 64;
+    for (int i = 0; i < 6; i++) {
+        *parts[i] = (float *)next;
+        next += (sizes[i] + 15) / 16 * 64;
+    }
+    s->padded = padded;
+    if (padded > size) memset(s->v, 0, KEYS * padded * sizeof(float)); /* the columns beyond the size */
+    return s;
+}
+
+static int out_of_range(const attention *a, int64_t queries, int64_t keys) {
+    if (a->starts[0] || a->key_starts[0] || a->key_starts[a->prompts] != keys) return 1;
+    if ((a->last ? a->prompts : a->starts[a->prompts]) != queries) return 1;
+    for (int64_t i = 0; i < a->prompts; i++) {
+        const int64_t own = queries_of(a, i);
+        if (own < 0 || a->key_starts[i + 1] - a->key_starts[i] < own) return 1;
+    }
+    return 0;
+}
+
+int p2l_attention(const void *q, int64_t q_stride, int64_t queries, const void *kv, int64_t keys, const int32_t *starts,
+                  const int32_t *key_starts, int64_t prompts, int64_t heads, int64_t kv_heads, int64_t size, int last, int bf16,
+                  int threads, void *out) {
+    const attention a = {q, kv, q_stride, starts, key_starts, prompts, heads, kv_heads, size, last, bf16, out};
+    if (out_of_range(&a, queries, keys)) return 1;
+    const task_function attend = best_function();
+    int64_t taken = 0;
+    int failed = 0;
+    (void)threads;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        scratch *s = new_scratch(size);
+        if (!s) __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
+        /* Tasks differ in work, so a thread takes the next one when it is done with one. They are numbered prompt by prompt, of
+         * one prompt the later rows first: they see more keys. */
+        int64_t prompt = 0, before = 0;
+        while (s) {
+            const int64_t number = __atomic_fetch_add(&taken, 1, __ATOMIC_RELAXED);
+            int64_t rows = 0, parts = 0;
+            for (; prompt < prompts; before += parts * kv_heads, prompt++) {
+                rows = queries_of(&a, prompt) * (heads / kv_heads);
+                parts = (rows + TASK_ROWS - 1) / TASK_ROWS;
+                if (number < before + parts * kv_heads) break;
+            }
+            if (prompt == prompts) break;
+            const int64_t first = (parts - 1 - (number - before) / kv_heads) * TASK_ROWS, left = rows - first;
+            attend(&a, s, (task){prompt, (number - before) % kv_heads, first, left < TASK_ROWS ? left : TASK_ROWS});
+        }
+        free(s);
+    }
+    return failed ? -1 : 0;
+}
