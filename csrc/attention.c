@@ -70,7 +70,7 @@ static int64_t queries_of(const attention *a, int64_t prompt) {
 #define SUFFIX _base
 #define TARGET
 #define LANES 4
-#define TILE 6
+#define TILE 4
 #include "attention_task.h"
 
 #ifdef P2L_LEVELS

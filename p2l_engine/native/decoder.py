@@ -94,18 +94,25 @@ def attention(q: Tensor, kv: Tensor, starts: Tensor, key_starts: Tensor, last: b
     prompts in q and kv. A prompt has no fewer keys than queries; its last query sees them all, the one before it all but one.
     last: q holds each prompt's last query alone. A prompt's result depends on nothing but its own rows.
     """
-    _check(q, q=q[:1], kv=kv, out=out)
-    if kv.ndim != 4 or kv.shape[1] != 2 or q.shape[1] % max(kv.shape[2], 1) or q.shape[2] != kv.shape[3] or not kv.shape[2]:
-        raise ValueError(f"kv: expected [R, 2, heads, S], whole groups of q's heads, got {list(kv.shape)} and {list(q.shape)}")
-    if out.shape != (len(q), q.shape[1] * q.shape[2]):
-        raise ValueError(f"out: expected [{len(q)}, {q.shape[1] * q.shape[2]}], got {list(out.shape)}")
-    if not 1 <= len(starts) == len(key_starts):
-        raise ValueError(f"starts, key_starts: expected [N + 1] both, got {len(starts)} and {len(key_starts)}")
-    n, (heads, size) = len(starts) - 1, q.shape[1:]
-    count = threads(q.numel() * len(kv) // max(n, 1), PRODUCTS_PER_THREAD, torch.get_num_threads())
+    fits = q.ndim == 3 and kv.ndim == 4 and kv.shape[1] == 2 and q.shape[2] == kv.shape[3] and kv.shape[2] > 0
+    if not fits or q.shape[1] % kv.shape[2]:
+        raise ValueError(
+            f"q, kv: expected [Q, heads, S] and [R, 2, a divisor of the heads, S], got {list(q.shape)} and {list(kv.shape)}"
+        )
+    (queries, heads, size), (keys, _, kv_heads, _), (apart, *strides) = q.shape, kv.shape, q.stride()
+    if q.dtype != kv.dtype or strides != [size, 1] or q.device.type != "cpu":
+        raise ValueError(f"q: expected contiguous rows of {kv.dtype} on the CPU, got {q.dtype}, strides {q.stride()}")
+    _check(kv, kv=kv, out=out)
+    n = starts.numel() - 1
+    if out.shape != (queries, heads * size) or key_starts.numel() != n + 1 or n < 0:
+        raise ValueError(
+            f"out, starts, key_starts: expected [{queries}, {heads * size}] and [N + 1] twice, got {list(out.shape)}, "
+            f"{list(starts.shape)} and {list(key_starts.shape)}"
+        )
+    count = threads(queries * heads * size * keys // max(n, 1), PRODUCTS_PER_THREAD, torch.get_num_threads())
     status = lib.p2l_attention(
-        _at(q), q.stride(0), len(q), _at(kv), len(kv), _integers(starts), _integers(key_starts), n, heads, kv.shape[2], size,
-        last, q.dtype == torch.bfloat16, count, _at(out),
+        _at(q), apart, queries, _at(kv), keys, _integers(starts), _integers(key_starts), n, heads, kv_heads, size, last,
+        q.dtype == torch.bfloat16, count, _at(out),
     )  # fmt: skip
     if check(status, "attention"):
         raise ValueError("starts, key_starts: expected offsets of all of q and kv, no prompt with fewer keys than queries")
