@@ -53,8 +53,8 @@ def main() -> None:
     arguments = parser.parse_args()
     console, rows = Console(), []
     instruction_set = f"{binding.isa()}; torch {torch.backends.cpu.get_cpu_capability()}"
-    table = Table(title=instruction_set, title_justify="left")
-    for column in ("type", "threads", "prompts", "length", "ms", "torch ms", "times faster", "on the clock", "GFLOP/s"):
+    table = Table(title=instruction_set, title_justify="left", box=None)
+    for column in ("type", "threads", "prompts", "length", "ms", "torch ms", "faster", "clock", "GFLOP/s"):
         table.add_column(column, justify="right")
     for dtype in (torch.float32, torch.bfloat16):
         for threads in arguments.threads:

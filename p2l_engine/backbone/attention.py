@@ -1,4 +1,4 @@
-"""Causal attention within each prompt of a packed batch, by torch's own kernels: on CPUs, and in float32 on GPUs.
+"""Causal attention within each prompt of a packed batch, by torch's own kernels: in float32 on GPUs.
 
 Queries q [T, heads, size], or [N, heads, size] of the last tokens only; keys and values kv [R, 2, kv heads, size]. A query sees
 the keys up to its own token. A prompt has as many keys as queries, plus those of the shared prefix.
