@@ -20,6 +20,7 @@ from bench import (
     adapting,
     adapting_rows,
     answer_cache,
+    attention,
     batch,
     batch_budgets,
     conversation_costs,
@@ -174,10 +175,11 @@ def test_mistakes_are_errors_of_one_line(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
-        "adapting", "answer_cache", "batch", "conversation_costs", "coverage", "decided_again", "demo", "dtypes", "exploration",
-        "kernels", "latency", "leaderboards", "learner", "learning_curve", "lengths", "online", "overload", "prompts_needed",
-        "propensities", "published_server", "reading", "real_budgets", "replay_coverage", "routers", "screenshots", "seeds",
-        "serve_demo", "serving", "serving_faults", "solvers", "spend_limits", "startup", "streams", "throughput", "training",
+        "adapting", "answer_cache", "attention", "batch", "conversation_costs", "coverage", "decided_again", "demo", "dtypes",
+        "exploration", "kernels", "latency", "leaderboards", "learner", "learning_curve", "lengths", "online", "overload",
+        "prompts_needed", "propensities", "published_server", "reading", "real_budgets", "replay_coverage", "routers",
+        "screenshots", "seeds", "serve_demo", "serving", "serving_faults", "solvers", "spend_limits", "startup", "streams",
+        "throughput", "training",
     ],
 )  # fmt: skip
 def test_every_benchmark_has_help(name, monkeypatch, capsys):
@@ -190,6 +192,22 @@ def test_no_benchmark_is_left_out():
     folder = Path(kernels.__file__).parent
     found = {file.stem for file in folder.glob("*.py") if "def main()" in file.read_text()}
     assert found == set(test_every_benchmark_has_help.pytestmark[0].args[1])
+
+
+def test_attention_runs_to_the_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(attention, "SECONDS", 0)
+    before = torch.get_num_threads()
+    try:
+        run(monkeypatch, attention, "--lengths", 8, 5000, "--threads", 1, "--csv", tmp_path / "rows.csv")
+    finally:
+        torch.set_num_threads(before)
+    with (tmp_path / "rows.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    cases = [("1", "8"), ("512", "8"), ("1", "5000")]
+    assert [(row["dtype"], row["prompts"], row["length"]) for row in rows] == [
+        (dtype, *case) for dtype in ("float32", "bfloat16") for case in cases
+    ]
+    assert all(float(row["milliseconds"]) > 0 for row in rows)
 
 
 def test_reading_runs_to_the_end(monkeypatch, capsys):
