@@ -163,7 +163,7 @@ class Router(Chooser):
             index = torch.from_numpy(rows)
             if device.type == "cuda":
                 index = index.pin_memory().to(device, non_blocking=True)
-            out, v = self.engine.outputs_and_win_rates(hidden, weights)
+            out, v = self.engine.head_win_rates(hidden, weights)
             theta = self.engine.head.split(out)[0]
             return cuda.policies(theta, v, columns, costs, on_device.index_select(0, index), q)
 

@@ -1,7 +1,7 @@
 """Causal attention within each prompt of a packed batch, by torch's own kernels: in float32 on GPUs.
 
 Queries q [T, heads, size], or [N, heads, size] of the last tokens only; keys and values kv [R, 2, kv heads, size]. A query sees
-the keys up to its own token. A prompt has as many keys as queries, plus those of the shared prefix.
+the keys up to its own token. A prompt has as many keys as queries, plus the known ones before it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from p2l_engine.backbone.packing import Packed
 
-LONGEST_MASKED = 128  # own tokens behind a shared prefix
+LONGEST_MASKED = 128  # own tokens behind fewer known ones
 
 
 def over_runs(q: Tensor, kv: Tensor, packed: Packed, last: bool, out: Tensor) -> Tensor:
@@ -25,9 +25,9 @@ def over_runs(q: Tensor, kv: Tensor, packed: Packed, last: bool, out: Tensor) ->
         some = q[row : row + rows].view(count, queries, -1, size).transpose(1, 2)
         k, v = kv[key : key + count * keys].view(count, keys, 2, -1, size).permute(2, 0, 3, 1, 4)
         causal, mask, dummies = not last and length > 1, None, 0
-        if causal and shared and length > LONGEST_MASKED:
+        if causal and shared and length > max(LONGEST_MASKED, shared):
             # With a mask, torch computes all keys for all queries. Prepend dummy queries instead, so that its causal path
-            # applies, which computes half of that.
+            # applies, which computes half of that: less, where they are fewer than the queries.
             some, dummies = F.pad(some, (0, 0, shared, 0)), shared
         elif causal and shared:
             mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(shared)

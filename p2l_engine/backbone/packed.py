@@ -7,7 +7,7 @@ residual sum of each block is added in the norm that follows it.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, Protocol
 
@@ -109,31 +109,37 @@ class PackedDecoder:
         """
         self.prefix, self.prefix_kv = None, [None] * len(self.layers)
         if prefix is not None and len(prefix):
-            kv: list[Tensor] = []
-            self._forward(Packed.of([prefix]).to(self.device), kv)
-            self.prefix, self.prefix_kv = prefix, [*kv]
+            found: list[Tensor | None] = []
+            self.behind(Packed.of([prefix]).to(self.device), self.prefix_kv, lambda kv: found.append(kv.clone()))
+            self.prefix, self.prefix_kv = prefix, found
 
     def __call__(self, packed: Packed) -> Tensor:
         """See Backbone."""
-        return self._forward(packed, None)
+        return self.behind(packed, self.prefix_kv)
 
     @torch.inference_mode()
-    def _forward(self, packed: Packed, kept: list[Tensor] | None) -> Tensor:
-        """The last tokens' hidden states before the final norm; appends the keys and values of every layer to ``kept``."""
+    def behind(self, packed: Packed, known: Iterable[Tensor | None], keep: Callable[[Tensor], object] | None = None) -> Tensor:
+        """The last tokens' hidden states [N, D] before the final norm.
+
+        known: for each layer, the keys and values [P, 2, kv heads, size] that the prompts are packed behind; None for none.
+        keep: is given each layer's [R, 2, kv heads, size], which the next layer overwrites.
+        """
         try:  # append and pop of a deque are atomic
             operations = self._idle.pop()
         except IndexError:
             operations = self._make()
         try:
-            return self._layers(operations, packed, kept)
+            return self._layers(operations, packed, known, keep)
         finally:
             self._idle.append(operations)
 
-    def _layers(self, do: Operations, packed: Packed, kept: list[Tensor] | None) -> Tensor:
+    def _layers(
+        self, do: Operations, packed: Packed, known: Iterable[Tensor | None], keep: Callable[[Tensor], object] | None
+    ) -> Tensor:
         cos, sin = self.rope(packed.longest)
         queries, rows = self.heads * self.head_size, packed.last
         x, delta = F.embedding(packed.tokens, self.embedding).to(self.dtype), None
-        for layer, prefix in zip(self.layers, self.prefix_kv, strict=True):
+        for layer, prefix in zip(self.layers, known, strict=True):
             last = layer is self.layers[-1]
             normed = do.norm(x, layer.attention_norm, self.eps, delta)
             if last:
@@ -147,8 +153,8 @@ class PackedDecoder:
                 projected = do.linear(normed, layer.qkv, "qkv")
                 kv = do.rope(projected, self.heads, self.kv_heads, cos, sin, packed.positions, packed.sources, prefix)
                 q = projected[:, :queries]
-            if kept is not None:
-                kept.append(kv.clone())
+            if keep is not None:
+                keep(kv)
             attended = do.attend(q.view(len(q), self.heads, self.head_size), kv, packed, last)
             normed = do.norm(x, layer.mlp_norm, self.eps, do.linear(attended, layer.out, "delta"))
             delta = do.linear(do.swiglu(do.linear(normed, layer.gate_up, "gate_up")), layer.down, "delta")

@@ -1,7 +1,8 @@
 """Prompts packed into one sequence of tokens, with the offsets of the prompts: nothing is padded.
 
-Prompts that start with a shared prefix (the constant text of a chat template) are packed without it: their tokens take the
-positions after it, and attention reads the prefix's keys and values, computed once, before each prompt's own.
+Prompts whose first tokens have known keys and values (the constant text of a chat template, the earlier turns of a chat) are
+packed without those tokens: their own take the positions after them, and attention reads the known keys and values, computed
+once, before each prompt's own.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ import torch
 from torch import Tensor
 
 Tokens = npt.NDArray[np.int32]
+Rows = npt.NDArray[np.intp]
 
 _Sizes = tuple[int, int, int, int, int, int]
 
 
 class Run(NamedTuple):
-    """Adjacent prompts of one shape: index of the first, number of prompts, tokens of each and of the prefix before it."""
+    """Adjacent prompts of one shape: index of the first, number of prompts, own tokens of each and known ones before it."""
 
     first: int
     prompts: int
@@ -32,12 +34,12 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """N prompts with T tokens and R keys in total; a prompt that shares the prefix has the prefix's keys too.
+    """N prompts with T tokens and R keys in total: those of the prompts' own tokens and the known ones before them.
 
-    All tensors are int32 on one device. tokens and positions [T]; sources [R]: the token of each key, or -1 - its index in the
-    prefix; last [N]: the index of each prompt's last (CLS) token; starts and key_starts [N + 1]: the offsets of the prompts in
-    tokens and keys. lengths and shared [N], on the host: tokens of each prompt and of the prefix before it; longest_own: the
-    maximum of lengths; longest: the maximum of lengths + shared.
+    All tensors are int32 on one device. tokens and positions [T]; sources [R]: the token of each key, or -1 - its index among
+    the known ones; last [N]: the index of each prompt's last (CLS) token; starts and key_starts [N + 1]: the offsets of the
+    prompts in tokens and keys. lengths and shared [N], on the host: own tokens of each prompt, and known ones before it;
+    longest_own: the maximum of lengths; longest: the maximum of lengths + shared.
     """
 
     tokens: Tensor
@@ -66,7 +68,14 @@ class Packed:
         if fill:
             own += np.array_split(np.zeros(fill[0] - sum(map(len, own)), np.int32), fill[1] - len(own))
             shares += [p] * (fill[1] - len(shares))
-        lengths, shared = np.array([len(ids) for ids in own]), np.array(shares)
+        rows = np.arange(p)
+        return cls.behind(own, [rows[:s] for s in shares], pin)
+
+    @classmethod
+    def behind(cls, own: Sequence[Tokens], known: Sequence[Rows], pin: bool = False) -> Packed:
+        """Packs the own tokens of prompts, one at least each. known: the rows of each one's keys and values that are known, in
+        the tensors that the decoder is given with the batch. pin: as in ``of``."""
+        lengths, shared = np.array([len(ids) for ids in own]), np.array([len(rows) for rows in known])
         starts, before = np.concatenate([[0], lengths.cumsum()]), np.concatenate([[0], shared.cumsum()])
         total, keys = int(starts[-1]), int(starts[-1] + before[-1])
         sizes = (total, total, keys, len(own), len(own) + 1, len(own) + 1)
@@ -75,13 +84,14 @@ class Packed:
         index = np.arange(total)
         np.concatenate(own, out=tokens)
         positions[:] = index - np.repeat(starts[:-1] - shared, lengths)
-        sources[index + np.repeat(before[1:], lengths)] = index
-        sharing = np.flatnonzero(shared)
-        sources[((starts + before)[sharing][:, None] + np.arange(p)).ravel()] = np.tile(-1 - np.arange(p), len(sharing))
+        of_own = np.zeros(keys, bool)
+        of_own[index + np.repeat(before[1:], lengths)] = True
+        sources[of_own] = index
+        sources[~of_own] = -1 - np.concatenate(known)
         last[:] = np.maximum(starts[1:] - 1, 0)
         all_starts[:], key_starts[:] = starts, starts + before
         longest_own, longest = (int(sizes.max(initial=0)) for sizes in (lengths, lengths + shared))
-        return cls(*parts, tuple(lengths.tolist()), tuple(shares), longest_own, longest)
+        return cls(*parts, tuple(lengths.tolist()), tuple(shared.tolist()), longest_own, longest)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -102,7 +112,7 @@ class Packed:
         return Packed(*_split(buffer, self._sizes()), self.lengths, self.shared, self.longest_own, self.longest)
 
     def runs(self) -> list[Run]:
-        """The runs of adjacent prompts with equal length and equal prefix."""
+        """The runs of adjacent prompts with equally many own tokens behind equally many known ones."""
         runs, first = [], 0
         for (length, shared), group in groupby(zip(self.lengths, self.shared, strict=True)):
             runs.append(Run(first, sum(1 for _ in group), length, shared))

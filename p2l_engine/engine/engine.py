@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import date as Date
@@ -19,15 +18,17 @@ from torch import Tensor
 from p2l_engine import backbone, checkpoint
 from p2l_engine.arguments import callback, instance, whole_number
 from p2l_engine.backbone import PackedDecoder
-from p2l_engine.backbone.packing import Packed, Tokens
+from p2l_engine.backbone.packing import Packed, Tokens, weight_of
 from p2l_engine.checkpoint import Checkpoint
 from p2l_engine.coefficients import Coefficients
 from p2l_engine.engine import cpu
 from p2l_engine.engine.compile_watch import CompileWatch
 from p2l_engine.engine.device import as_device, as_dtype
 from p2l_engine.engine.graphs import Graphs
+from p2l_engine.engine.head_win_rates import HeadWinRates
 from p2l_engine.engine.output_layers import OutputLayers
-from p2l_engine.engine.pipeline import InFlightBatch, Outputs, in_flight_batches, prefetch
+from p2l_engine.engine.pipeline import InFlightBatch, Outputs, in_flight_batches, outputs_in_order, prefetch
+from p2l_engine.engine.prefix_cache import PrefixBytes, PrefixCache, checked_bytes, open_prefix_cache
 from p2l_engine.errors import CheckpointError
 from p2l_engine.prompts.encode import MAX_TOKENS, PromptEncoder
 from p2l_engine.prompts.parse import Prompt, parse_batch
@@ -53,6 +54,7 @@ class Engine:
         dtype: str | torch.dtype | None = None,
         tokens_per_batch: int | None = None,
         max_tokens: int | None = None,
+        prefix_cache_bytes: PrefixBytes = 0,
     ) -> None:
         instance("loaded", loaded, Checkpoint)
         self.device = as_device(device)
@@ -80,14 +82,15 @@ class Engine:
         layers = OutputLayers(loaded, self.device, self.backbone.norm, self.backbone.eps, template)
         self._layers, self.width, self.usage_width = layers, layers.width, layers.usage_width
         self.head, self.uncertainty = layers.head, layers.uncertainty
+        self.head_win_rates = HeadWinRates(layers)
         self.theta_map, self.lengths = layers.theta_map, layers.lengths
         self.n_parameters = sum(weight.numel() for weight in loaded.weights.values())
         self._graphs: Graphs | None = None
-        self._fused_up_to = 0  # prompts: what the warm-up finds
         if isinstance(self.backbone, PackedDecoder):
             prefix = self.encoder.prefix()
             with CompileWatch.paused(), self._on_device():
                 self.backbone.share(prefix if len(prefix) >= LEAST_PREFIX else None)
+        self.prefix_cache = open_prefix_cache(prefix_cache_bytes, self.backbone, self.device, self.encoder)
 
     @property
     def date(self) -> str | None:
@@ -103,6 +106,7 @@ class Engine:
         dtype: str | torch.dtype | None = None,
         tokens_per_batch: int | None = None,
         date: str | Date | None = None,
+        prefix_cache_bytes: PrefixBytes = 0,
     ) -> Engine:
         """Reads a checkpoint: a folder, a hub name, a built-in name such as "builtin/llmrouter-9", or None for the default.
 
@@ -111,13 +115,16 @@ class Engine:
         AVX512-BF16), else float32. tokens_per_batch: at most in a forward pass, where a shared prefix counts as an eighth of
         its tokens (a longer prompt gets a pass of its own); None: 4,096 on a CPU, 32,768 on CUDA. date: what the clock shows to
         a chat template that reads it, such as "2026-01-31"; None: as in training, if its config has a date; such a template
-        without a date is refused. Raises CheckpointError, and ValueError for a device, dtype or date that cannot be used.
+        without a date is refused. prefix_cache_bytes: for the keys and values of prompts, so that a turn that is added to a
+        chat computes its own tokens only (see ``prefix_cache``); 0: none are kept; "auto": 512 MiB on a CPU for Llama and Qwen2
+        backbones, for which alone they can be kept. Raises CheckpointError, and ValueError for an argument that cannot be used.
         """
         place = as_device(device)
         kind = as_dtype(dtype, place)
         if tokens_per_batch is not None:
-            whole_number("tokens_per_batch", tokens_per_batch, 1)  # all checked before the checkpoint is read
-        return cls(checkpoint.load(path_or_repo, date), place, kind, tokens_per_batch)
+            whole_number("tokens_per_batch", tokens_per_batch, 1)
+        checked_bytes(prefix_cache_bytes, place)  # all checked before the checkpoint is read
+        return cls(checkpoint.load(path_or_repo, date), place, kind, tokens_per_batch, None, prefix_cache_bytes)
 
     def coefficients(self, prompts: Sequence[Prompt], progress: Callable[[int], object] | None = None) -> Coefficients:
         """The coefficients of each prompt, in order. An empty batch gives empty arrays.
@@ -151,35 +158,15 @@ class Engine:
         for i, ids in enumerate(tokens):
             if not len(ids):
                 raise ValueError(f"tokens[{i}]: expected one token at least, got none")
-            if self.backbone.positions is not None and len(ids) > self.backbone.positions:
-                raise ValueError(
-                    f"tokens[{i}]: expected at most {self.backbone.positions} tokens, the backbone's positions, got {len(ids)}"
-                )
-        (outputs,) = self._launch(np.arange(len(tokens)), list(tokens)).wait()[1]
+            if (most := self.backbone.positions) is not None and len(ids) > most:
+                raise ValueError(f"tokens[{i}]: expected at most {most} tokens, the backbone's positions, got {len(ids)}")
+        (outputs,) = self._launch(np.arange(len(tokens)), list(tokens), None, self.prefix_cache).wait()[1]
         return np.asarray(outputs)
 
     def outputs(self, hidden: Tensor) -> Tensor:
         """The outputs [n, K] float32 for hidden states [n, D] of this engine's backbone: see ``OutputLayers``. K is ``width``;
         where the checkpoint has lengths one less, as ``forward`` and ``stream`` add each prompt's number of tokens."""
         return self._layers(hidden)
-
-    def outputs_and_win_rates(self, hidden: Tensor, q: Tensor, fused: bool | None = None) -> tuple[Tensor, Tensor]:
-        """The head's outputs, without deviations, and the win rates v [n, M] float32 against q [M] float32, by Triton kernels.
-
-        fused: in one launch (True) or two (False); None: whichever the warm-up measured to be faster for n prompts.
-        """
-        from p2l_engine.kernels.pool_head import pool_head
-        from p2l_engine.kernels.pool_head_win_rates import pool_head_win_rates
-        from p2l_engine.kernels.win_rates import win_rates
-
-        head, norm, eps = self.head, self.backbone.norm, self.backbone.eps
-        if self.theta_map is not None:
-            out = self.outputs(hidden)[:, : head.width]
-            return out, win_rates(head.split(out)[0].contiguous(), q)
-        if fused or (fused is None and len(hidden) <= self._fused_up_to):
-            return pool_head_win_rates(hidden, head.weight, head.bias, q, norm, eps)
-        out = pool_head(hidden, head.weight, head.bias, norm, eps)
-        return out, win_rates(head.split(out)[0], q)
 
     def warmup(self) -> float:
         """Compiles kernels, captures CUDA graphs and allocates buffers before the first request. Returns the seconds it took.
@@ -195,7 +182,7 @@ class Engine:
 
                 for n in VARIANTS:
                     self.outputs(torch.zeros((n, self.head.weight.shape[1]), dtype=self.dtype, device=self.device))
-                self._fused_up_to = self._fusing_pays()
+                self.head_win_rates.measure(self.device, self.dtype)
                 halves = self.dtype in (torch.bfloat16, torch.float16)  # else attention is a call for each length: no one graph
                 if isinstance(self.backbone, PackedDecoder) and halves:
                     prefix = self.backbone.prefix
@@ -205,29 +192,12 @@ class Engine:
                 prompt = np.zeros(min(256, self.encoder.max_tokens), np.int32)  # a full batch, so that its memory is allocated
                 self.forward([prompt] * (self.tokens_per_batch // len(prompt)))
                 CompileWatch.start()
+        if self.prefix_cache is not None:
+            self.prefix_cache.clear()
         seconds = time.perf_counter() - start
-        logger.info("warm-up: %.1f s; head and win rates in one launch up to %d prompts", seconds, self._fused_up_to)
+        fused = self.head_win_rates.fused_up_to
+        logger.info("warm-up: %.1f s; head and win rates in one launch up to %d prompts", seconds, fused)
         return seconds
-
-    def _fusing_pays(self) -> int:
-        """The largest number of prompts for which one launch for head and win rates beats two, measured on this GPU."""
-        q = torch.full((self.head.n_models,), 1 / self.head.n_models, device=self.device)
-        best = 0
-        for n in (1, 16, 64, 256, 1024, 4096):
-            hidden = torch.randn(n, self.head.weight.shape[1], device=self.device).to(self.dtype)
-            if self._seconds(hidden, q, fused=True) > self._seconds(hidden, q, fused=False):
-                break
-            best = n
-        return best
-
-    def _seconds(self, hidden: Tensor, q: Tensor, fused: bool) -> float:
-        for repeat in range(23):
-            if repeat == 3:  # compiled, and the clocks are up
-                torch.cuda.synchronize(self.device)
-                start = time.perf_counter()
-            self.outputs_and_win_rates(hidden, q, fused)
-        torch.cuda.synchronize(self.device)
-        return time.perf_counter() - start
 
     def stream(
         self, prompts: Sequence[Prompt], stage: Stage | None = None
@@ -247,60 +217,43 @@ class Engine:
             return self.encoder.encode(turns[chunk.start : chunk.stop], chunk.start)
 
         tokens = prefetch(encode, chunks) if len(turns) > PROMPTS_PER_CHUNK else map(encode, chunks)
-        for batch in self._in_flight(tokens, stage):
+        for batch in self._in_flight(tokens, stage, self.prefix_cache):
             yield batch.wait()
 
     def outputs_of(self, chunks: Iterable[Sequence[Prompt]]) -> Iterator[Outputs]:
         """The outputs of each chunk of prompts, in order; every chunk has at least one prompt.
 
         For endless streams: a thread draws and tokenises at most two chunks in advance. Prompts of different chunks never share
-        a batch, so equal chunks give bit-identical outputs (on one machine, with the same number of threads). Outputs are NaN
-        for prompts that the template or the tokenizer refuses (``encoder.problem`` says why); the caller checks that outputs
-        are finite. Raises PromptError, with the index within its chunk, for a prompt that cannot be parsed.
+        a batch, and the prefix cache is not used, so equal chunks give bit-identical outputs (on one machine, with the same
+        number of threads). Outputs are NaN for prompts that the template or the tokenizer refuses (``encoder.problem`` says
+        why); the caller checks that outputs are finite. Raises PromptError, with the index within its chunk, for a prompt that
+        cannot be parsed.
         """
-        sizes: deque[int] = deque()
-        refused: deque[list[int]] = deque()  # of each chunk
+        return outputs_in_order(chunks, self.encoder.encode_each, lambda tokens: self._in_flight(tokens, None, None))
 
-        def encode(chunk: Sequence[Prompt]) -> list[Tokens]:
-            tokens, problems = self.encoder.encode_each(chunk)
-            refused.append(list(problems))
-            return tokens
-
-        def counted() -> Iterator[list[Tokens] | None]:
-            for tokens in prefetch(encode, chunks):
-                if tokens is not None:
-                    sizes.append(len(tokens))
-                yield tokens
-
-        found = before = computed = 0
-        for batch in self._in_flight(counted(), None):
-            rows, (part,) = batch.wait()
-            if not found:
-                out = np.empty((sizes[0], part.shape[1]), np.float32)
-            out[rows - before] = part
-            found, computed = found + len(rows), computed + batch.tokens
-            if found == sizes[0]:
-                out[refused.popleft()] = np.nan
-                yield Outputs(out, computed)
-                before, found, computed = before + sizes.popleft(), 0, 0
-
-    def _in_flight(self, chunks: Iterable[list[Tokens] | None], stage: Stage | None) -> Iterator[InFlightBatch]:
+    def _in_flight(
+        self, chunks: Iterable[list[Tokens] | None], stage: Stage | None, cache: PrefixCache | None
+    ) -> Iterator[InFlightBatch]:
         return in_flight_batches(
             chunks,
-            lambda rows, tokens: self._launch(rows, tokens, stage),
-            self.backbone.prefix,
+            lambda rows, tokens: self._launch(rows, tokens, stage, cache),
+            (lambda ids: weight_of(ids, self.backbone.prefix)) if cache is None else cache.weight,
             self.tokens_per_batch,
             BATCHES_IN_FLIGHT if self.device.type == "cuda" else 0,
         )
 
-    def _launch(self, rows: npt.NDArray[np.intp], tokens: list[Tokens], stage: Stage | None = None) -> InFlightBatch:
+    def _launch(
+        self, rows: npt.NDArray[np.intp], tokens: list[Tokens], stage: Stage | None, cache: PrefixCache | None
+    ) -> InFlightBatch:
         if stage is None and self._graphs is not None and (done := self._graphs.run(tokens)) is not None:
             return InFlightBatch(rows, done.tokens, (self._layers.with_counts(torch.from_numpy(done.outputs), tokens),))
         on_gpu = self.device.type == "cuda"
-        packed = Packed.of(tokens, self.backbone.prefix, pin=on_gpu)
-        computed = sum(packed.lengths)
         with torch.inference_mode(), self._on_device():
-            hidden = self.backbone(packed.to(self.device))
+            if cache is not None:
+                hidden, computed = cache.hidden(tokens)
+            else:
+                packed = Packed.of(tokens, self.backbone.prefix, pin=on_gpu)
+                hidden, computed = self.backbone(packed.to(self.device)), sum(packed.lengths)
             results = (self._layers.with_counts(self.outputs(hidden), tokens),) if stage is None else stage(hidden, rows)
             if not on_gpu:
                 return InFlightBatch(rows, computed, results)

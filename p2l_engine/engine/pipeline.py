@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from p2l_engine.backbone.packing import Packed, Tokens, batches, weight_of
+from p2l_engine.backbone.packing import Packed, Tokens, batches
 
 Rows = npt.NDArray[np.intp]
 Chunk = TypeVar("Chunk", bound=Sequence[Any])
@@ -77,11 +77,11 @@ def prefetch(encode: Callable[[Chunk], list[Tokens]], chunks: Iterable[Chunk]) -
 def in_flight_batches(
     chunks: Iterable[list[Tokens] | None],
     launch: Callable[[Rows, list[Tokens]], InFlightBatch],
-    prefix: Tokens | None,
+    weigh: Callable[[Tokens], int],
     token_budget: int,
     most_in_flight: int,
 ) -> Iterator[InFlightBatch]:
-    """Launches each chunk's prompts in batches of similar length, and yields the batches in the order of their launch.
+    """Launches each chunk's prompts in batches of similar weight, and yields the batches in the order of their launch.
 
     Up to ``most_in_flight`` batches are launched before the first is yielded. None in place of a chunk says that the next one
     is not ready: all pending batches are yielded first.
@@ -93,9 +93,45 @@ def in_flight_batches(
             yield from in_flight
             in_flight.clear()
             continue
-        for batch in batches([weight_of(ids, prefix) for ids in tokens], token_budget):
+        for batch in batches([weigh(ids) for ids in tokens], token_budget):
             in_flight.append(launch(np.array(batch) + start, [tokens[i] for i in batch]))
             if len(in_flight) > most_in_flight:
                 yield in_flight.popleft()
         start += len(tokens)
     yield from in_flight
+
+
+def outputs_in_order(
+    chunks: Iterable[Sequence[Any]],
+    encode: Callable[[Sequence[Any]], tuple[list[Tokens], dict[int, str]]],
+    launch: Callable[[Iterator[list[Tokens] | None]], Iterator[InFlightBatch]],
+) -> Iterator[Outputs]:
+    """The outputs of each chunk of prompts, in order: see ``Engine.outputs_of``.
+
+    encode: prompts to their tokens, and what is wrong with some, by index, whose outputs are NaN. launch: of their batches.
+    """
+    sizes: deque[int] = deque()
+    refused: deque[list[int]] = deque()  # of each chunk
+
+    def tokens_of(chunk: Sequence[Any]) -> list[Tokens]:
+        tokens, problems = encode(chunk)
+        refused.append(list(problems))
+        return tokens
+
+    def counted() -> Iterator[list[Tokens] | None]:
+        for tokens in prefetch(tokens_of, chunks):
+            if tokens is not None:
+                sizes.append(len(tokens))
+            yield tokens
+
+    found = before = computed = 0
+    for batch in launch(counted()):
+        rows, (part,) = batch.wait()
+        if not found:
+            out = np.empty((sizes[0], part.shape[1]), np.float32)
+        out[rows - before] = part
+        found, computed = found + len(rows), computed + batch.tokens
+        if found == sizes[0]:
+            out[refused.popleft()] = np.nan
+            yield Outputs(out, computed)
+            before, found, computed = before + sizes.popleft(), 0, 0

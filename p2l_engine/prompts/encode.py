@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise, takewhile
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,7 @@ BOUNDARY_WITHIN = 1 << 16  # characters that are searched for the beginning of a
 BETWEEN_LETTERS = re.compile(r"[^\W\d_] [^\W\d_]")
 
 PROBES = ("a", "The", "7", " x", "(", "\u4e2d", "\n\n", "\tz", "<", "é")  # turns with nothing in common
+CHAT = ("The", "sky is blue", "why", "7 times 8", "no")  # turns of one chat
 
 
 class PromptEncoder:
@@ -109,6 +111,20 @@ class PromptEncoder:
         shortest = min(map(len, probes))
         same = np.logical_and.reduce([ids[:shortest] == probes[0][:shortest] for ids in probes])
         return probes[0][: shortest if same.all() else int(same.argmin())]
+
+    def appends(self) -> bool:
+        """Whether a further user turn leaves the tokens of those before it as they are, but for the chat's end.
+
+        The end is what very different turns have in common behind them, such as a closing tag and the CLS token. False for a
+        template that rewrites history: that marks or numbers the last turn, or gives it what the first had.
+        """
+        try:
+            backwards = [ids[::-1] for ids in self.tokenizer.ids([self.text([turn]) for turn in PROBES])]
+            chats = self.tokenizer.ids([self.text(CHAT[:n]) for n in range(1, len(CHAT) + 1)])
+        except ValueError:  # a template that refuses some turns: nothing is known to stay
+            return False
+        end = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*backwards, strict=False)))
+        return all(list(longer[: len(ids) - end]) == list(ids[: len(ids) - end]) for ids, longer in pairwise(chats))
 
     def _tokens(self, texts: list[str]) -> list[_Ids]:
         if self.max_tokens < 1:

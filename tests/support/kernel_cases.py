@@ -291,7 +291,7 @@ def case_router(device: str) -> None:
     limits = np.linspace(1.0, 4.0, 12)
     for budget in (None, 2.5, limits):
         for fused in (0, 100):
-            engine._fused_up_to = fused
+            engine.head_win_rates.fused_up_to = fused
             with poisoned():
                 got = router._route_on_gpu(prompts, Constraints(budget), None)
             for one, other in zip(got, router.decide(engine.coefficients(prompts), prompts, Constraints(budget)), strict=True):
