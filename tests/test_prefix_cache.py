@@ -19,6 +19,7 @@ from p2l_engine import Engine, checkpoint
 from p2l_engine.engine.batcher import Batcher
 from p2l_engine.engine.prefix_cache import LEAST_REUSED, checked_bytes
 from p2l_engine.engine.prefix_tree import PrefixTree
+from p2l_engine.learning.hidden import hidden_states
 from p2l_engine.prompts.encode import PromptEncoder
 from p2l_engine.prompts.tokenizer import TransformersTokenizer
 from tests.support import tiny
@@ -273,6 +274,14 @@ def test_one_layer_splits_without_sharing_memory(tmp_path, rng):
     assert len(nodes(cached.prefix_cache._tree)) == 3
 
 
+def test_hidden_states_use_what_is_known(loaded, rng):
+    """As a server that learns computes prompts."""
+    cached, plain, turns = engine_of(loaded), engine_of(loaded, 0), chat(rng, 4)
+    for n in range(1, 5):
+        np.testing.assert_allclose(hidden_states(cached, [turns[:n]]), hidden_states(plain, [turns[:n]]), atol=1e-4)
+    assert cached.prefix_cache.hits == 3
+
+
 def test_outputs_of_chunks_do_not_depend_on_what_was_asked(loaded, rng):
     cached, prompts = engine_of(loaded), [chat(rng, 3) for _ in range(5)]
     (before,) = cached.outputs_of([prompts])
@@ -328,12 +337,12 @@ def test_a_later_prefix_of_the_decoder_changes_nothing(loaded, rng):
 # Templates and settings
 
 
-LAST_MARKED = "{% for m in messages %}{{ '<|im_start|>' + ('now: ' if loop.last else 'then: ') + m['content'] + '<|im_end|>' }}{% endfor %}"
+LAST_MARKED = "{% for m in messages %}{{ (loop.last and 'now: ' or 'then: ') + m['content'] + '<|im_end|>' }}{% endfor %}"
 COUNTED = "{{ messages | length }} turns: " + tiny.TEMPLATE
 NEWEST_FIRST = "{% for m in messages | reverse %}{{ m['content'] + '<|im_end|>' }}{% endfor %}"
 LAST_TWO = "{% for m in messages[-2:] %}{{ m['content'] + '<|im_end|>' }}{% endfor %}"
 ALTERNATING = (
-    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('alternate') }}{% endif %}"
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('no') }}{% endif %}"
     "{{ '[INST]' + m['content'] + '[/INST]' }}{% endfor %}"
 )
 CLOSED = tiny.TEMPLATE + "{{ 'The end.' }}"
@@ -362,8 +371,8 @@ def test_templates_that_append_are_cached(template, tmp_path, rng):
     assert cached.prefix_cache.hits == 3
 
 
-def test_a_template_that_refuses_chats_appends_nothing():
-    template = "{% if messages | length > 1 %}{{ raise_exception('one') }}{% endif %}{% if 'The' in messages[0]['content'] %}{{ raise_exception('no') }}{% endif %}"
+def test_a_template_that_refuses_turns_appends_nothing():
+    template = "{% if 'The' in messages[0]['content'] %}{{ raise_exception('no') }}{% endif %}" + tiny.TEMPLATE
     assert not PromptEncoder(TransformersTokenizer(tiny.tokenizer(template=template))).appends()
 
 
@@ -385,7 +394,9 @@ def test_bytes_that_cannot_be_used_are_refused_by_name(loaded, most, message):
 
 
 def test_a_gpu_is_refused_by_name():
-    with pytest.raises(ValueError, match="prefix_cache_bytes: expected 0 on cuda, got 1000: keys and values are kept on a CPU"):
+    with pytest.raises(
+        ValueError, match="prefix_cache_bytes: expected 0 on cuda, got 1000: keys and values are kept on a CPU alone"
+    ):
         checked_bytes(1000, torch.device("cuda"))
     assert checked_bytes(0, torch.device("cuda")) == 0
 

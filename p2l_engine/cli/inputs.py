@@ -118,12 +118,13 @@ def load_engine(
     dtype: str | None,
     date: str | None = None,
     tokens_per_batch: int | None = None,
+    prefix_cache_bytes: int | Literal["auto"] = 0,
 ) -> Engine:
-    """Raises ValueError for a device, dtype or date that cannot be used, CheckpointError."""
+    """See ``Engine.from_pretrained``. Raises ValueError for an argument that cannot be used, CheckpointError."""
     with status("loading the checkpoint"):
         from p2l_engine.engine import Engine
 
-        return Engine.from_pretrained(checkpoint, device, dtype, tokens_per_batch, date)
+        return Engine.from_pretrained(checkpoint, device, dtype, tokens_per_batch, date, prefix_cache_bytes)
 
 
 def load_router(

@@ -80,7 +80,11 @@ def serve(
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(f"--ray: needs {error.name}: pip install 'p2l-engine[serve-ray]'") from None
     checkpoint = checkpoint or (found.checkpoint if found else None)
-    engine = load_engine(checkpoint, device if ray is None else "cpu", dtype, date)
+    if ray is None:
+        remembered = (settings.Serve() if found is None else found.serve).prefix_cache_bytes
+        engine = load_engine(checkpoint, device, dtype, date, prefix_cache_bytes=remembered)
+    else:
+        engine = load_engine(checkpoint, "cpu", dtype, date)
     from p2l_engine.serve.listener import run
     from p2l_engine.serve.runtime import Runtime, decisions_only
 

@@ -26,7 +26,10 @@ from p2l_engine.prompts.encode import PromptEncoder
 logger = logging.getLogger(__name__)
 
 NATURAL_BYTES = 2**29  # what "auto" keeps: some 11,000 tokens of SmolLM2-135M in float32, 23,000 in bfloat16
-WHERE = "keys and values are kept on a CPU, for the families that are computed over packed tokens (llama, qwen2)"
+WHERE = (
+    "keys and values are kept on a CPU alone, for the families that are computed over packed tokens (llama, qwen2); leave it "
+    "out, as a server's prefix_cache_mb"
+)
 LEAST_REUSED = 16  # tokens: computing fewer costs less than it does that prompts of a batch differ in what is known of them
 
 PrefixBytes = int | Literal["auto"]
@@ -162,7 +165,7 @@ def open_prefix_cache(
     if device.type != "cpu" or not isinstance(backbone, PackedDecoder):
         if most != "auto":
             raise ValueError(f"prefix_cache_bytes: expected 0 for the backbone {backbone.name!r}, got {most}: {WHERE}")
-        logger.info("no prefix cache: %s", WHERE)
+        logger.info("no prefix cache on %s for the backbone %r", device.type, backbone.name)
         return None
     if not encoder.appends():
         logger.warning(

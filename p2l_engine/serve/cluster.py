@@ -82,7 +82,7 @@ class ServeCluster:
             undo.pop_all()
         if checkpoint is not None and Path(checkpoint).exists():
             checkpoint = str(Path(checkpoint).resolve())  # replicas run in other working directories
-        arguments = (checkpoint, kind, dtype, engine.tokens_per_batch, engine.date)
+        arguments = (checkpoint, kind, dtype, engine.tokens_per_batch, engine.date, config.serve.prefix_cache_bytes)
         expected = fingerprint.of_checkpoint(engine.folder, engine.base)
         resources = {"num_gpus": 1, "num_cpus": 1} if kind == "cuda" else {"num_cpus": _cpus(cpus, self.engines)}
         of_engines = serve.deployment(num_replicas=self.engines, ray_actor_options=resources, max_ongoing_requests=4 * BATCH)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from p2l_engine.serve import settings
 from p2l_engine.serve.settings import Config, ConfigError, Learn
 
-FIXED = ("store", "cache", "retention_days", "page", "cors", "traces")  # under serve: changes need a restart
+FIXED = ("store", "cache", "prefix_cache_mb", "retention_days", "page", "cors", "traces")  # under serve: changes need a restart
 EVERY = 1.0  # seconds between looks at the file
 
 

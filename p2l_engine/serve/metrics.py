@@ -12,6 +12,7 @@ from p2l_engine.serve.answers import Answers
 from p2l_engine.serve.scorer import Scorer
 
 if TYPE_CHECKING:
+    from p2l_engine.engine.prefix_cache import PrefixCache
     from p2l_engine.serve.learn import OnlineLearning
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -79,6 +80,18 @@ class Metrics:
             ]
         )
         self._skipped = Gauge("p2l_learning_skipped", "Feedback that gave no vote", ("reason",), registry=self.registry)
+
+    def show_prefixes(self, cache: PrefixCache) -> None:
+        """Adds what an engine tells of the turns that it remembers."""
+        self._add(
+            [
+                ("p2l_prefix_cache_hits", "Prompts that began with turns whose keys were cached", lambda: cache.hits),
+                ("p2l_prefix_cache_misses", "Prompts of which all tokens were computed", lambda: cache.misses),
+                ("p2l_prefix_cache_saved_tokens", "Tokens that were not computed, since they were cached", lambda: cache.saved),
+                ("p2l_prefix_cache_bytes", "Memory of the keys and values that are cached", lambda: cache.bytes),
+                ("p2l_prefix_cache_evictions", "Parts of prompts that left it for others", lambda: cache.evictions),
+            ]
+        )
 
     def _add(self, gauges: Sequence[tuple[str, str, Callable[[], float]]]) -> None:
         for name, text, value in gauges:

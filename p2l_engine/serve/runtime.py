@@ -74,6 +74,7 @@ class Runtime:
         self.source = source or self.file
         config = adapted(config, log_prompts)
         self.learning = None
+        self._prefixes = None if computer is not None else engine.prefix_cache
         if (learn := config.serve.learn) is not None:
             if computer is not None:
                 raise ConfigError(NOT_ON_A_CLUSTER)
@@ -102,6 +103,8 @@ class Runtime:
         cache = self.plan.serve.cache
         answers = None if cache is None else open_answers(cache)
         self.server = Server(self._service(), _log(self.plan), self.watch, answers)
+        if self._prefixes is not None:
+            self.server.metrics.show_prefixes(self._prefixes)
         if self.plan.serve.traces:
             self.server.traces = Traces()
         if self.learning is not None:

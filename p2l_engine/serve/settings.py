@@ -146,7 +146,8 @@ class Learn(Section):
 
 
 class Serve(Section):
-    """How the server behaves. Amounts in USD."""
+    """How the server behaves. Amounts in USD. prefix_cache_mb: of keys and values of chats' earlier turns, in MiB, 0 for none;
+    auto: 512 where the engine can keep them."""
 
     budget: Annotated[float, Field(gt=0)] | None = None  # mean over the requests that bring no budget of their own
     horizon: Annotated[int, Field(ge=10)] = 500  # of the pacer that holds it
@@ -164,6 +165,7 @@ class Serve(Section):
     sessions: Sessions = Sessions()
     queue: Queue = Queue()
     cache: AnswerCache | None = None
+    prefix_cache_mb: Literal["auto"] | Annotated[float, Field(ge=0)] = "auto"
     store: str | None = None  # an SQLite file, or the URL of a PostgreSQL database; None: nothing is kept
     log_prompts: bool = False
     retention_days: Annotated[float, Field(gt=0)] | None = None
@@ -174,6 +176,11 @@ class Serve(Section):
     page: bool = True
     cors: tuple[str, ...] = ()  # origins of other web pages that may ask, such as https://chat.example.com
     traces: bool = False  # spans for OpenTelemetry, exported as the environment variables OTEL_... say
+
+    @property
+    def prefix_cache_bytes(self) -> int | Literal["auto"]:
+        """``prefix_cache_mb`` as an engine takes it."""
+        return "auto" if self.prefix_cache_mb == "auto" else int(self.prefix_cache_mb * 2**20)
 
 
 class Config(Section):

@@ -38,6 +38,7 @@ class FixedEngine:
     """theta: the coefficients of every prompt, or None: drawn by the prompt's text. seconds: of a batch. deviation: of them."""
 
     encoder = _Encoder()
+    prefix_cache = None
 
     def __init__(
         self,
