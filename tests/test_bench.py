@@ -24,6 +24,7 @@ from bench import (
     batch,
     batch_budgets,
     conversation_costs,
+    conversations,
     coverage,
     decided_again,
     demo,
@@ -175,11 +176,11 @@ def test_mistakes_are_errors_of_one_line(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
-        "adapting", "answer_cache", "attention", "batch", "conversation_costs", "coverage", "decided_again", "demo", "dtypes",
-        "exploration", "kernels", "latency", "leaderboards", "learner", "learning_curve", "lengths", "online", "overload",
-        "prompts_needed", "propensities", "published_server", "reading", "real_budgets", "replay_coverage", "routers",
-        "screenshots", "seeds", "serve_demo", "serving", "serving_faults", "solvers", "spend_limits", "startup", "streams",
-        "throughput", "training",
+        "adapting", "answer_cache", "attention", "batch", "conversation_costs", "conversations", "coverage", "decided_again",
+        "demo", "dtypes", "exploration", "kernels", "latency", "leaderboards", "learner", "learning_curve", "lengths", "online",
+        "overload", "prompts_needed", "propensities", "published_server", "reading", "real_budgets", "replay_coverage",
+        "routers", "screenshots", "seeds", "serve_demo", "serving", "serving_faults", "solvers", "spend_limits", "startup",
+        "streams", "throughput", "training",
     ],
 )  # fmt: skip
 def test_every_benchmark_has_help(name, monkeypatch, capsys):
@@ -265,6 +266,17 @@ def test_conversations_cost_less_where_the_cache_is_priced(monkeypatch, tmp_path
     assert all(float(priced[0]["objective"]) > float(row["objective"]) for row in others)
     # Where money has no price, the cache changes nothing.
     assert rows["two alike", "0", "priced"]["usd"] == rows["two alike", "0", "not priced"]["usd"]
+
+
+def test_a_long_chat_runs_to_the_end(monkeypatch, tmp_path):
+    arguments = ("--model", "tiny", "--dtype", "float32", "--turns", 6, "--tokens", 300, "--at", 1, 6, "--rounds", 2)
+    run(monkeypatch, conversations, *arguments, "--csv", tmp_path / "rows.csv")
+    first, last = csv.DictReader((tmp_path / "rows.csv").open())
+    assert [first["turn"], last["turn"]] == ["1", "6"]
+    assert int(last["tokens"]) == pytest.approx(300, abs=10)
+    assert int(last["computed"]) == pytest.approx(50, abs=12)
+    assert all(float(row["difference"]) < 1e-4 < float(row["spread"]) for row in (first, last))
+    assert float(last["mib"]) > float(first["mib"]) > 0
 
 
 def test_streams_run_to_the_end(monkeypatch, capsys, tmp_path):

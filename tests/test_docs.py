@@ -60,7 +60,8 @@ def test_the_examples_in_python_run(default_engine, capsys):
         exec(compile(block, "docs/python.md", "exec"), names)
     assert names["c"].theta.shape[0] == 2
     assert names["decision"].model in names["engine"].models
-    assert len(capsys.readouterr().out.splitlines()) == 5
+    assert names["chats"].prefix_cache.hits == 2
+    assert len(capsys.readouterr().out.splitlines()) == 6
 
 
 @pytest.mark.slow
