@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,14 +91,14 @@ def conversation(
             cached.coefficients([chat])
             continue
         wordings = [[*chat, _turn(whole, chat, until, rng)] for _ in range(rounds)]
-        taken: dict[str, list[tuple[float, float]]] = {"cached": [], "whole": []}
+        taken: dict[str, list[tuple[float, float]]] = {"cached": [], "whole": []}  # seconds, and CPU seconds
         thetas: dict[str, list[np.ndarray]] = {"cached": [], "whole": []}
         saved = cache.saved
         for i, wording in enumerate(wordings):
             for what, engine in [("cached", cached), ("whole", whole)][:: -1 if i % 2 else 1]:
-                seconds, theta = timed(lambda engine=engine, wording=wording: engine.coefficients([wording]).theta)
-                taken[what].append(seconds)
-                thetas[what].append(theta)
+                wall, cpu = time.perf_counter(), time.process_time()
+                thetas[what].append(engine.coefficients([wording]).theta)
+                taken[what].append((time.perf_counter() - wall, time.process_time() - cpu))
         chat = wordings[-1]
         length = len(whole.encoder.encode([chat])[0])
         known = (0 if cached.backbone.prefix is None else len(cached.backbone.prefix)) + (cache.saved - saved) // rounds
@@ -113,13 +112,6 @@ def conversation(
             )
         )  # fmt: skip
     return rows
-
-
-def timed(call: Callable[[], np.ndarray]) -> tuple[tuple[float, float], np.ndarray]:
-    """Seconds and CPU seconds of a call, and its result."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    result = call()
-    return (time.perf_counter() - wall, time.process_time() - cpu), result
 
 
 def _turn(engine: Engine, before: list[str], until: int, rng: np.random.Generator) -> str:
