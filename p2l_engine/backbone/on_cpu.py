@@ -32,6 +32,7 @@ class CpuOperations:
         self._packed = {} if packed is None else packed
         self._packs = dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
         self._buffers: dict[str, Tensor] = {}
+        self._last: dict[str, Tensor] = {}  # the last view of each
         self._bytes = torch.empty(0, dtype=torch.uint8)
 
     def norm(self, x: Tensor, weight: Tensor, eps: float, delta: Tensor | None = None) -> Tensor:
@@ -40,7 +41,7 @@ class CpuOperations:
 
     def swiglu(self, gate_up: Tensor) -> Tensor:
         """gate_up [T, 2 I], the gate's columns first -> silu(gate) * up [T, I]."""
-        return decoder.swiglu(gate_up, self._buffer("gate", len(gate_up), gate_up.shape[1] // 2))
+        return decoder.swiglu(gate_up, self._buffer("gate", gate_up.shape[0], gate_up.shape[1] // 2))
 
     def rope(
         self,
@@ -66,7 +67,9 @@ class CpuOperations:
         """x [T, in] -> [T, out]; torch's bfloat16 products of few rows use weights in oneDNN's layout, kept beside the plain
         ones."""
         if isinstance(layer, Panels):
-            return panels.multiply(x, layer, self._buffer(name, len(x), layer.columns), self._scratch(layer.scratch(len(x))))
+            return panels.multiply(
+                x, layer, self._buffer(name, x.shape[0], layer.columns), self._scratch(layer.scratch(x.shape[0]))
+            )
         if self._packs and len(x) <= PACKED_ROWS:
             weight = self._packed.get(layer)
             if weight is None:
@@ -81,16 +84,20 @@ class CpuOperations:
 
     def attend(self, q: Tensor, kv: Tensor, packed: Packed, last: bool = False) -> Tensor:
         """q [T, heads, S], or [N, heads, S] of the last tokens only, and kv as ``rope`` returns it -> [T or N, heads * S]."""
-        out = self._buffer("attend", len(q), q.shape[1] * q.shape[2])
+        out = self._buffer("attend", q.shape[0], q.shape[1] * q.shape[2])
         return decoder.attention(q, kv, packed.starts, packed.key_starts, last, out)
 
     def _scratch(self, size: int) -> Tensor | None:
-        if size > len(self._bytes):
+        if size > self._bytes.numel():
             self._bytes = torch.empty(size, dtype=torch.uint8)
         return self._bytes if size else None
 
     def _buffer(self, name: str, rows: int, columns: int) -> Tensor:
+        last = self._last.get(name)
+        if last is not None and last.shape == (rows, columns):  # as in the layer before
+            return last
         flat = self._buffers.get(name)
-        if flat is None or len(flat) < rows * columns:
+        if flat is None or flat.numel() < rows * columns:
             flat = self._buffers[name] = torch.empty(rows * columns, dtype=self.dtype)
-        return flat[: rows * columns].view(rows, columns)
+        self._last[name] = view = flat[: rows * columns].view(rows, columns)
+        return view

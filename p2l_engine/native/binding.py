@@ -15,6 +15,9 @@ __all__ = ["address", "array", "check", "isa", "lib", "max_threads", "new", "ten
 
 _ISA = {4: "x86-64-v4 (AVX-512)", 3: "x86-64-v3 (AVX2)", 2: "x86-64-v2 (SSE4.2)", 0: "the compiler's baseline"}
 
+# Parsed once: a name takes as long as the cast.
+_POINTERS = {kind: ffi.typeof(f"{kind} *") for kind in ("void", "float", "double", "int8_t", "uint8_t", "int32_t", "int64_t")}
+
 _pool_started = False  # OpenMP keeps its threads from the first parallel region on
 _pool_lost = False  # they do not survive a fork: in the child, a parallel region would wait for them forever
 
@@ -66,7 +69,7 @@ def tensor(kind: str, values: Any) -> object:
 
 def address(kind: str, at: int) -> object:
     """An address in memory that the caller keeps, as a ``kind *``."""
-    return ffi.cast(f"{kind} *", at)
+    return ffi.cast(_POINTERS[kind], at)
 
 
 def new(kind: str) -> Any:

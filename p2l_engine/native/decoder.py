@@ -100,7 +100,7 @@ def attention(q: Tensor, kv: Tensor, starts: Tensor, key_starts: Tensor, last: b
             f"q, kv: expected [Q, heads, S] and [R, 2, a divisor of the heads, S], got {list(q.shape)} and {list(kv.shape)}"
         )
     (queries, heads, size), (keys, _, kv_heads, _), (apart, *strides) = q.shape, kv.shape, q.stride()
-    if q.dtype != kv.dtype or strides != [size, 1] or q.device.type != "cpu":
+    if q.dtype != kv.dtype or strides != [size, 1] or not q.is_cpu:
         raise ValueError(f"q: expected contiguous rows of {kv.dtype} on the CPU, got {q.dtype}, strides {q.stride()}")
     _check(kv, kv=kv, out=out)
     n = starts.numel() - 1
@@ -136,7 +136,7 @@ def _check(like: Tensor, **tensors: Tensor | None) -> None:
         if given is None:
             continue
         fits = given.dtype == like.dtype and given.dtype in DTYPES and given.is_contiguous()
-        if not fits or given.device.type != "cpu":
+        if not fits or not given.is_cpu:
             raise ValueError(
                 f"{name}: expected contiguous float32 or bfloat16 on the CPU, all of one type, got {given.dtype} on "
                 f"{given.device}, strides {given.stride()}"
@@ -156,7 +156,7 @@ def _integers(index: Tensor) -> object:
 
 
 def _typed(given: Tensor, dtype: torch.dtype) -> Tensor:
-    if given.dtype != dtype or not given.is_contiguous() or given.device.type != "cpu":
+    if given.dtype != dtype or not given.is_contiguous() or not given.is_cpu:
         raise ValueError(
             f"cos, sin, positions, sources, starts, key_starts: expected contiguous {dtype} on the CPU, got {given.dtype}"
         )

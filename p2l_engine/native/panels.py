@@ -105,7 +105,7 @@ def multiply(x: Tensor, weight: Panels, out: Tensor, scratch: Tensor | None = No
     dtype = torch.bfloat16 if weight.data.dtype == torch.bfloat16 else torch.float32
     rows = x.shape[0]
     for name, given, shape in (("x", x, (rows, weight.depth)), ("out", out, (rows, weight.columns))):
-        if given.dtype != dtype or given.shape != shape or not given.is_contiguous() or given.device.type != "cpu":
+        if given.dtype != dtype or given.shape != shape or not given.is_contiguous() or not given.is_cpu:
             raise ValueError(
                 f"{name}: expected contiguous {dtype} {list(shape)} on the CPU, got {given.dtype} {list(given.shape)}, strides "
                 f"{given.stride()}, on {given.device}"
