@@ -124,6 +124,8 @@ class Chooser:
         decisions = [self._draws.decide(user, bound, *row) for user, *row in rows]
         if coefficients.usage is not None:
             decisions = self._expected.on(decisions, coefficients, policies.indices, policies.probabilities)
+        if coefficients.kept is not None:
+            decisions = [one.with_kept(kept) for one, kept in zip(decisions, coefficients.kept.tolist(), strict=True)]
         if explored is None:
             return decisions
         models = [self.names.index(decision.model) for decision in decisions]
@@ -180,6 +182,8 @@ class Chooser:
         decision = Decision(name, {name: 1.0}, float(costs[k]), float(v[0, k]), score, why, 1.0)
         if coefficients.usage is not None:
             (decision,) = self._expected.on([decision], coefficients, np.array([[k]], np.int32), np.ones((1, 1)))
+        if coefficients.kept is not None:
+            decision = decision.with_kept(float(coefficients.kept[0]))
         if posterior is None:
             return decision
         every = np.arange(len(self.names))
@@ -189,7 +193,7 @@ class Chooser:
             return np.asarray(thompson.paced(rates, costs, price, most) == k)
 
         found = posterior.propensity(1.0, chosen)
-        return replace(decision, why=f"{why}; {DRAWN}", propensity=found.value, propensity_error=found.error)
+        return replace(decision, why=f"{decision.why}; {DRAWN}", propensity=found.value, propensity_error=found.error)
 
     def posterior(self, coefficients: Coefficients, prompt: Prompt, draw: str | None = None) -> Posterior:
         """What is believed of one prompt's coefficients, and the draw from it; ``draw`` as in ``decide``. Raises PromptError;

@@ -43,6 +43,8 @@ class Coefficients:
 
     deviation [N, M] float32 >= 0: the posterior standard deviation of theta; None where the checkpoint has no uncertainty.
     usage: what answers are expected to take; None where the checkpoint has not learned it.
+    kept [N] float32 in [0, 1]: the share of the differences between models that was kept; the rest of the way, theta was moved
+    to one leaderboard for all prompts, since the prompt is far from those of training. None where the checkpoint shrinks none.
     """
 
     theta: npt.NDArray[np.float32]
@@ -51,6 +53,7 @@ class Coefficients:
     feedback: FeedbackModel
     deviation: npt.NDArray[np.float32] | None = None
     usage: ExpectedUsage | None = None
+    kept: npt.NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         return len(self.theta)
@@ -65,10 +68,10 @@ class Coefficients:
             return self
         deviation = None if self.deviation is None else self.deviation[:, :count]
         usage = None if self.usage is None else self.usage.of_first(count)
-        return Coefficients(self.theta[:, :count], self.eta, self.models[:count], self.feedback, deviation, usage)
+        return Coefficients(self.theta[:, :count], self.eta, self.models[:count], self.feedback, deviation, usage, self.kept)
 
     def rows(self, some: slice | npt.NDArray[np.integer[Any]]) -> Coefficients:
         """The coefficients of these prompts."""
-        eta, deviation = (None if part is None else part[some] for part in (self.eta, self.deviation))
+        eta, deviation, kept = (None if part is None else part[some] for part in (self.eta, self.deviation, self.kept))
         usage = None if self.usage is None else self.usage.rows(some)
-        return Coefficients(self.theta[some], eta, self.models, self.feedback, deviation, usage)
+        return Coefficients(self.theta[some], eta, self.models, self.feedback, deviation, usage, kept)

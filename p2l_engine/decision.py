@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+
+NEARLY_ALL = 0.995  # which is shown as 100%
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +25,9 @@ class Decision:
 
     expected_tokens, expected_seconds: the policy's output tokens and how long they take, None where the checkpoint has not
     learned it.
+
+    kept: the share of the prompt's own differences between models that was kept, see ``Coefficients``; None where the
+    checkpoint shrinks none.
     """
 
     model: str
@@ -35,6 +40,18 @@ class Decision:
     propensity_error: float = 0.0
     expected_tokens: float | None = None
     expected_seconds: float | None = None
+    kept: float | None = None
+
+    def with_kept(self, kept: float) -> Decision:
+        """This decision from coefficients of which so much was kept."""
+        return replace(self, why=why_with(self.why, kept), kept=kept)
+
+
+def why_with(why: str, kept: float | None) -> str:
+    """``why``, and how much of a prompt's own coefficients is kept, where that is less than nearly all of them."""
+    if kept is None or kept >= NEARLY_ALL:
+        return why
+    return f"{why}; far from the training prompts: {kept:.0%} of the differences between models are kept"
 
 
 class Draws:

@@ -143,6 +143,7 @@ class Router(Chooser):
             and constraints.only_prompt_budgets
             and fits
             and self.engine.lengths is None
+            and self.engine.shrinkage is None  # decisions say what it kept
             and self.engine.device.type == "cuda"
         ):
             return self._route_on_gpu(turns, constraints, progress)

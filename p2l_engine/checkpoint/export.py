@@ -10,6 +10,7 @@ import torch
 
 from p2l_engine import checkpoint
 from p2l_engine.backbone.lengths import FILE as LENGTHS_FILE
+from p2l_engine.backbone.shrinkage import FILE as SHRINKAGE_FILE
 from p2l_engine.backbone.theta_map import FILE as MAP_FILE
 from p2l_engine.backbone.uncertainty import FILE
 from p2l_engine.checkpoint import card, fingerprint, huggingface
@@ -37,6 +38,11 @@ def export(source: str | Path | None, target: Path, evaluation: Path | None = No
             f"{loaded.folder}: {MAP_FILE}: a monotone map of theta, which lmarena/p2l's code cannot read: calibrate the "
             "checkpoint it came from with linear maps alone (p2l-engine calibrate --map temperature --map offsets --map both), "
             "and export that"
+        )
+    if loaded.shrinkage is not None:
+        raise CheckpointError(
+            f"{loaded.folder}: {SHRINKAGE_FILE}: shrinks the coefficients of prompts far from those of training, which "
+            "lmarena/p2l's code cannot read: export the checkpoint it came from, or a copy of this one without that file"
         )
     training = json.loads((loaded.folder / "training_config.json").read_text(encoding="utf-8"))
     path = evaluation or loaded.folder / "evaluation.json"

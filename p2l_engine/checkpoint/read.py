@@ -6,8 +6,9 @@ linear_head_downsize_factor and head_config). Weights: ``model.*`` of transforme
 heads, ``head.eta_head.*``. An adapter folder holds, instead of model.safetensors, peft's adapter_config.json, which names the
 backbone, and adapter_model.safetensors: LoRA factors, the whole head, and embeddings of new tokens. A checkpoint that was
 adapted to votes also has the posterior of its head's rows (``backbone.uncertainty``), one that was calibrated may have a
-monotone map of theta (``backbone.theta_map``), and one that has learned from logged answers what these take
-(``backbone.lengths``). Weights are read with safetensors only: nothing in a checkpoint is ever executed.
+monotone map of theta (``backbone.theta_map``), one that knows its training prompts may shrink the coefficients of others
+(``backbone.shrinkage``), and one that has learned from logged answers what these take (``backbone.lengths``). Weights are read
+with safetensors only: nothing in a checkpoint is ever executed.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from p2l_engine.backbone.head import Head
 from p2l_engine.backbone.lengths import FILE as LENGTHS_FILE
 from p2l_engine.backbone.lengths import LengthHead
 from p2l_engine.backbone.rope import UnsupportedConfig
+from p2l_engine.backbone.shrinkage import FILE as SHRINKAGE_FILE
+from p2l_engine.backbone.shrinkage import Shrinkage
 from p2l_engine.backbone.theta_map import FILE as MAP_FILE
 from p2l_engine.backbone.theta_map import ThetaMap
 from p2l_engine.backbone.uncertainty import FILE, Uncertainty
@@ -57,7 +60,8 @@ class Checkpoint:
     weights: the bare decoder's, without the prefix ``model.``. models: the M names in column order. transformers: reads the
     backbone's config and the tokenizer as transformers' objects, each time that it is called. uncertainty: the posterior of the
     head's rows, None where the folder has none. theta_map: what is applied to the head's theta, None: nothing. lengths: what
-    answers are expected to take, None where the folder does not say.
+    answers are expected to take, None where the folder does not say. shrinkage: of hidden states before the head reads them,
+    None: they stay as they are.
     """
 
     folder: Path
@@ -72,6 +76,7 @@ class Checkpoint:
     uncertainty: Uncertainty | None = None
     theta_map: ThetaMap | None = None
     lengths: LengthHead | None = None
+    shrinkage: Shrinkage | None = None
 
 
 def load(path_or_repo: str | Path | None = None, date: str | Date | None = None) -> Checkpoint:
@@ -130,9 +135,12 @@ def load(path_or_repo: str | Path | None = None, date: str | Date | None = None)
     lengths = (
         LengthHead.read(folder / LENGTHS_FILE, int(config.hidden_size), models) if (folder / LENGTHS_FILE).exists() else None
     )
+    shrinks = (folder / SHRINKAGE_FILE).exists()
+    shrinkage = Shrinkage.read(folder / SHRINKAGE_FILE, int(config.hidden_size)) if shrinks else None
     return Checkpoint(
-        folder, base, config, tokenizer, models, feedback, weights, head, transformers, uncertainty, theta_map, lengths
-    )
+        folder, base, config, tokenizer, models, feedback, weights, head, transformers, uncertainty, theta_map, lengths,
+        shrinkage,
+    )  # fmt: skip
 
 
 def as_transformers(

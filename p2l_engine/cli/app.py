@@ -22,6 +22,7 @@ from p2l_engine.cli.lengths import lengths
 from p2l_engine.cli.replay import replay
 from p2l_engine.cli.route import route
 from p2l_engine.cli.serve import serve
+from p2l_engine.cli.shrink import shrink
 from p2l_engine.cli.strengths import strengths
 from p2l_engine.cli.terminal import interruptible
 from p2l_engine.cli.train import train
@@ -64,6 +65,7 @@ for name, command in (
     ("train", train),
     ("adapt", adapt),
     ("calibrate", calibrate),
+    ("shrink", shrink),
     ("lengths", lengths),
     ("export", export),
     ("info", info),
@@ -91,5 +93,5 @@ def options(
     """Prompt-to-Leaderboard: predicts which chat models answer a prompt best, and chooses one within a budget.
 
     Exit status: 0 if all went well, 2 after an error (written to standard error), 130 after Ctrl-C; of batch, also 3 if some
-    rows have an error, and 4 if no row was routed.
+    rows have an error, and 4 if no row was routed; of shrink, also 1 if nothing was written.
     """

@@ -83,7 +83,7 @@ class Engine:
         self._layers, self.width, self.usage_width = layers, layers.width, layers.usage_width
         self.head, self.uncertainty = layers.head, layers.uncertainty
         self.head_win_rates = HeadWinRates(layers)
-        self.theta_map, self.lengths = layers.theta_map, layers.lengths
+        self.theta_map, self.lengths, self.shrinkage = layers.theta_map, layers.lengths, layers.shrinkage
         self.n_parameters = sum(weight.numel() for weight in loaded.weights.values())
         self._graphs: Graphs | None = None
         if isinstance(self.backbone, PackedDecoder):
@@ -167,6 +167,10 @@ class Engine:
         """The outputs [n, K] float32 for hidden states [n, D] of this engine's backbone: see ``OutputLayers``. K is ``width``;
         where the checkpoint has lengths one less, as ``forward`` and ``stream`` add each prompt's number of tokens."""
         return self._layers(hidden)
+
+    def read(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the head reads of hidden states [n, D]: see ``OutputLayers.read``."""
+        return self._layers.read(hidden)
 
     def warmup(self) -> float:
         """Compiles kernels, captures CUDA graphs and allocates buffers before the first request. Returns the seconds it took.

@@ -25,7 +25,7 @@ class HeadWinRates:
         from p2l_engine.kernels.win_rates import win_rates
 
         head, norm, eps = self._layers.head, self._layers.norm, self._layers.eps
-        if self._layers.theta_map is not None:
+        if self._layers.theta_map is not None or self._layers.shrinkage is not None:
             out = self._layers(hidden)[:, : head.width]
             return out, win_rates(head.split(out)[0].contiguous(), q)
         if fused or (fused is None and len(hidden) <= self.fused_up_to):

@@ -16,11 +16,13 @@ from p2l_engine.coefficients import Coefficients, ExpectedUsage
 
 
 class OutputLayers:
-    """The head of a checkpoint, and the map of theta, its uncertainty and expected lengths, each None where there is none.
+    """The head of a checkpoint, and the shrinkage of what it reads, the map of theta, its uncertainty and expected lengths,
+    each None where there is none.
 
     Outputs [n, K] float32 are the head's (see ``Head.split``), its theta through the map, then the M deviations of theta, then
-    what answers are expected to take, and last each prompt's number of tokens, where there are lengths. ``width`` is K,
-    ``usage_width`` what the last two take of it. norm, eps: of the backbone's last RMSNorm, None where it applies that itself.
+    the share that is kept of the differences between models, where there is a shrinkage, then what answers are expected to
+    take, and last each prompt's number of tokens, where there are lengths. ``width`` is K, ``usage_width`` what the last two
+    take of it. norm, eps: of the backbone's last RMSNorm, None where it applies that itself.
     template: the number of the chat template's tokens.
     """
 
@@ -30,26 +32,42 @@ class OutputLayers:
         self.uncertainty = None if loaded.uncertainty is None else loaded.uncertainty.to(device)
         self.theta_map = None if loaded.theta_map is None else loaded.theta_map.to(device)
         self.lengths = None if loaded.lengths is None else loaded.lengths.to(device)
+        self.shrinkage = None if loaded.shrinkage is None else loaded.shrinkage.to(device)
         self.usage_width = 0 if self.lengths is None else self.lengths.outputs + 1
-        self.width = self.head.width + (0 if self.uncertainty is None else len(self.models)) + self.usage_width
+        deviations = 0 if self.uncertainty is None else len(self.models)
+        self.width = self.head.width + deviations + (self.shrinkage is not None) + self.usage_width
         if self.lengths is not None:
             self._observed = np.array([name in self.lengths.tokens.models for name in self.models])
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """The outputs for hidden states [n, D], without the numbers of tokens."""
-        out, slope = self.head(hidden, self.norm, self.eps), None
+        normed = kept = slope = None
+        if self.shrinkage is None:
+            out = self.head(hidden, self.norm, self.eps)
+        else:
+            normed, kept = self.read(hidden)
+            out = self.head(normed, None, 0.0)
         if self.theta_map is not None:
             theta, slope = self.theta_map.with_slope(out[:, : self.head.n_models])
             out[:, : self.head.n_models] = theta
-        if self.uncertainty is None and self.lengths is None:
+        if self.uncertainty is None and self.lengths is None and kept is None:
             return out
-        parts, normed = [out], after_norm(hidden, self.norm, self.eps)
+        parts = [out]
+        if normed is None:
+            normed = after_norm(hidden, self.norm, self.eps)
         if self.uncertainty is not None:
             deviation = self.uncertainty.deviation(normed)
             parts.append(deviation if slope is None else deviation * slope)
+        if kept is not None:
+            parts.append(kept[:, None])
         if self.lengths is not None:
             parts.append(self.lengths(normed))
         return torch.cat(parts, 1)
+
+    def read(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the head reads of hidden states [n, D], and the share [n] that is kept of them, None where all of it is."""
+        states = after_norm(hidden, self.norm, self.eps)
+        return (states, None) if self.shrinkage is None else self.shrinkage(states)
 
     def with_counts(self, outputs: Tensor, tokens: Sequence[Tokens]) -> Tensor:
         """Outputs with each prompt's number of tokens, without the template's, where there are lengths."""
@@ -62,10 +80,12 @@ class OutputLayers:
         """See ``Engine.split``."""
         theta, eta = self.head.split(out)
         eta, m, end = None if eta is None else eta.copy(), len(self.models), self.head.width
-        deviation = usage = None
+        deviation = kept = usage = None
         if self.uncertainty is not None:
             deviation, end = np.ascontiguousarray(out[:, end : end + m]), end + m
+        if self.shrinkage is not None:
+            kept, end = out[:, end].copy(), end + 1
         if self.lengths is not None and out.shape[1] == self.width:
             seconds = None if self.lengths.seconds is None else np.ascontiguousarray(out[:, end + m : end + 2 * m])
             usage = ExpectedUsage(out[:, -1].copy(), np.ascontiguousarray(out[:, end : end + m]), seconds, self._observed)
-        return Coefficients(np.ascontiguousarray(theta), eta, self.models, self.feedback, deviation, usage)
+        return Coefficients(np.ascontiguousarray(theta), eta, self.models, self.feedback, deviation, usage, kept)

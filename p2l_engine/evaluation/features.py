@@ -16,7 +16,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from p2l_engine import checkpoint
-from p2l_engine.backbone.head import Head, after_norm
+from p2l_engine.backbone.head import Head
 from p2l_engine.checkpoint import Checkpoint
 from p2l_engine.coefficients import Coefficients
 from p2l_engine.engine import Engine
@@ -32,13 +32,12 @@ Advance = Callable[[int], object]
 def hidden_states(
     engine: Engine, prompts: Sequence[Prompt], advance: Advance | None = None
 ) -> tuple[npt.NDArray[np.float32], Coefficients]:
-    """The hidden states [N, D] that the engine's head reads, after the final norm, and the coefficients that it computes from
+    """The hidden states [N, D] that the engine's head reads (``Engine.read``), and the coefficients that it computes from
     them, without expected usage, in one pass. ``advance`` is called with the number of prompts of each forward pass."""
-    norm, eps = engine.backbone.norm, engine.backbone.eps
     width = engine.width - engine.usage_width
 
     def stage(hidden: Tensor, _: object) -> tuple[Tensor, Tensor]:
-        return after_norm(hidden, norm, eps), engine.outputs(hidden)[:, :width]
+        return engine.read(hidden)[0], engine.outputs(hidden)[:, :width]
 
     states = np.empty((len(prompts), engine.head.weight.shape[1]), np.float32)
     out = np.empty((len(prompts), width), np.float32)

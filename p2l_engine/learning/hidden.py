@@ -40,12 +40,20 @@ def cache_folder() -> Path:
 def hidden_states(
     engine: Engine, prompts: Sequence[Prompt], cache: Path | None = None, progress: Callable[[int], object] | None = None
 ) -> Float32:
-    """[P, D]: what the head reads, after the final norm.
+    """[P, D]: what the head reads: see ``states_and_kept``."""
+    return states_and_kept(engine, prompts, cache, progress)[0]
 
-    cache: a folder of hidden states by fingerprint of the engine's backbone and by content of the prompt; those that it lacks
-    are computed and added, a file for each 1,024 prompts. Several processes may share it. progress: called with numbers of
-    prompts that are finished. Raises PromptError for a prompt that cannot be read, ValueError for a damaged file of the cache,
-    OSError where the cache cannot be written.
+
+def states_and_kept(
+    engine: Engine, prompts: Sequence[Prompt], cache: Path | None = None, progress: Callable[[int], object] | None = None
+) -> tuple[Float32, Float32 | None]:
+    """[P, D]: what the head reads, after the final norm, and after the checkpoint's shrinkage where it has one; and the share
+    [P] that this kept, else None.
+
+    cache: a folder of hidden states, before a shrinkage, by fingerprint of the engine's backbone and by content of the
+    prompt; those that it lacks are computed and added, a file for each 1,024 prompts. Several processes may share it.
+    progress: called with numbers of prompts that are finished. Raises PromptError for a prompt that cannot be read,
+    ValueError for a damaged file of the cache, OSError where the cache cannot be written.
     """
     turns = parse_batch(prompts)
     keys = [hashlib.sha256(json.dumps(list(one)).encode()).digest() for one in turns]
@@ -81,7 +89,11 @@ def hidden_states(
                 "states": found,
             }
             write_file(folder / f"{uuid.uuid4().hex}.safetensors", save(data))
-    return states
+    if engine.shrinkage is None:
+        return states, None
+    with torch.inference_mode():
+        read, kept = engine.shrinkage(torch.from_numpy(states).to(engine.device))
+    return read.cpu().numpy(), kept.cpu().numpy()
 
 
 def fingerprint(engine: Engine) -> str:

@@ -27,8 +27,9 @@ class LearnedHead:
     models: tuple[str, ...]
     feedback: FeedbackModel
 
-    def coefficients(self, hidden: Float32) -> LearnedCoefficients:
-        """Of hidden states [N, D] after the final norm. Raises FloatingPointError where they are not finite."""
+    def coefficients(self, hidden: Float32, kept: Float32 | None = None) -> LearnedCoefficients:
+        """Of hidden states [N, D] as the head reads them, and the share [N] that a shrinkage kept of them. Raises
+        FloatingPointError where coefficients are not finite."""
         with torch.inference_mode():
             states = torch.from_numpy(hidden)
             theta, eta = self.head.split(F.linear(states, self.head.weight, self.head.bias).numpy())
@@ -36,7 +37,9 @@ class LearnedHead:
         if not np.isfinite(theta).all():
             raise FloatingPointError("the backbone gave coefficients that are not finite; are the checkpoint's weights sound?")
         ties = None if eta is None else eta.copy()
-        return LearnedCoefficients(np.ascontiguousarray(theta), ties, self.models, self.feedback, deviation, None, hidden, self)
+        return LearnedCoefficients(
+            np.ascontiguousarray(theta), ties, self.models, self.feedback, deviation, None, kept, hidden, self
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,5 +53,6 @@ class LearnedCoefficients(Coefficients):
         """The coefficients of these prompts."""
         plain = Coefficients.rows(self, some)
         return LearnedCoefficients(
-            plain.theta, plain.eta, self.models, self.feedback, plain.deviation, plain.usage, self.hidden[some], self.by
-        )
+            plain.theta, plain.eta, self.models, self.feedback, plain.deviation, plain.usage, plain.kept, self.hidden[some],
+            self.by,
+        )  # fmt: skip

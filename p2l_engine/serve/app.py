@@ -96,6 +96,8 @@ class CoefficientsOf(Endpoint):
         value: dict[str, Any] = {"models": found[0].models, "feedback": found[0].feedback.name, "theta": theta, "eta": eta}
         if found[0].deviation is not None:
             value["deviation"] = np.concatenate([one.deviation for one in found if one.deviation is not None])
+        if found[0].kept is not None:
+            value["kept"] = np.concatenate([one.kept for one in found if one.kept is not None])
         usages = [one.usage for one in found if one.usage is not None]
         if usages:
             value["tokens_out"] = np.concatenate([usage.tokens_out for usage in usages])

@@ -16,6 +16,7 @@ from p2l_engine import routing
 from p2l_engine.apis.api import Api, Usage
 from p2l_engine.apis.ask import AUTO, Ask
 from p2l_engine.coefficients import Coefficients
+from p2l_engine.decision import why_with
 from p2l_engine.decision_log.record import Attempt, Record
 from p2l_engine.errors import InfeasibleBudget
 from p2l_engine.routing import BudgetPacer, Objective
@@ -163,6 +164,11 @@ class Call:
         rates = self.plan.win_rates.of(self.turns_hash, self.coefficients, "bt")
         value = min(max(sum(p * rates[k] for k, p in chosen.policy.items()), 0.0), 1.0)
         return float(routing.bt_score(self.coefficients.theta, chooser.q, np.array([value]))[0])
+
+    def why(self, chosen: Pick) -> str:
+        """Why a model was chosen, and how much of the prompt's own coefficients this relies on."""
+        kept = None if self.pinned or self.coefficients is None else self.coefficients.kept
+        return why_with(chosen.why, None if kept is None else float(kept[0]))
 
     def deployments(self, k: int) -> list[Deployment]:
         """Where model k takes requests of this API."""

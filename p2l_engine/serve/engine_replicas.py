@@ -27,8 +27,8 @@ from p2l_engine.serve.service import Refused
 logger = logging.getLogger(__name__)
 
 R = TypeVar("R")
-# A prompt's theta [M], eta, deviation [M] and expected usage, or what is wrong with it.
-Row = tuple[npt.NDArray[np.float32], float | None, npt.NDArray[np.float32] | None, ExpectedUsage | None] | str
+# A prompt's theta [M], eta, deviation [M], expected usage and share that is kept, or what is wrong with it.
+Row = tuple[npt.NDArray[np.float32], float | None, npt.NDArray[np.float32] | None, ExpectedUsage | None, float | None] | str
 
 
 BATCH = 64  # prompts that a replica computes together
@@ -83,7 +83,9 @@ class EngineReplica:
         none = [None] * len(prompts)
         eta = none if found.eta is None else found.eta.tolist()
         usage = none if found.usage is None else [found.usage.rows(slice(i, i + 1)) for i in range(len(prompts))]
-        return list(zip(found.theta, eta, none if found.deviation is None else found.deviation, usage, strict=True))
+        deviation = none if found.deviation is None else found.deviation
+        kept = none if found.kept is None else found.kept.tolist()
+        return list(zip(found.theta, eta, deviation, usage, kept, strict=True))
 
 
 class RemoteEngines:
@@ -110,7 +112,7 @@ class RemoteEngines:
             row = await self._row(prompt)
             if isinstance(row, str):
                 raise PromptError(0, row)
-            theta, eta, deviation, usage = row
+            theta, eta, deviation, usage, kept = row
             facts = self._facts
             found = Coefficients(
                 theta[None],
@@ -119,6 +121,7 @@ class RemoteEngines:
                 facts.feedback,
                 None if deviation is None else deviation[None],
                 usage,
+                None if kept is None else np.array([kept], np.float32),
             )
             done.set_result(finish(found))
         except Exception as error:

@@ -26,10 +26,12 @@ def decision(call: Call) -> dict[str, Any]:
         "expected_cost": first.cost,
         "win_rate": first.rate,
         "score": score if score is not None and math.isfinite(score) else None,
-        "why": first.why,
+        "why": call.why(first),
         "tokens_in": call.bill.tokens_in(first.model),
         "unit": call.plan.config.unit,
     }
+    if call.coefficients is not None and call.coefficients.kept is not None:
+        found["kept"] = float(call.coefficients.kept[0])
     return found | (_explained(call) if call.options.explain else {})
 
 

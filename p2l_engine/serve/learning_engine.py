@@ -11,7 +11,7 @@ import numpy.typing as npt
 from p2l_engine.coefficients import Coefficients
 from p2l_engine.engine import Engine
 from p2l_engine.feedback import FeedbackModel
-from p2l_engine.learning.hidden import hidden_states
+from p2l_engine.learning.hidden import states_and_kept
 from p2l_engine.learning.learned import LearnedCoefficients, LearnedHead
 from p2l_engine.prompts.parse import Turns
 from p2l_engine.serve.scorer import key_of
@@ -49,14 +49,14 @@ class LearningEngine:
 
     def coefficients(self, prompts: Sequence[Turns]) -> Coefficients:
         """As ``Engine.coefficients``; rows keep their hidden states."""
-        hidden = hidden_states(self.engine, prompts)
+        hidden, kept = states_and_kept(self.engine, prompts)
         for turns, state in zip(prompts, hidden, strict=True):
             self.remember(key_of(turns), state)
-        return self.current.coefficients(hidden)
+        return self.current.coefficients(hidden, kept)
 
     def renewed(self, found: Coefficients) -> Coefficients:
         """The same prompt's coefficients by the current head."""
         current = self.current
         if not isinstance(found, LearnedCoefficients) or found.by is current:
             return found
-        return current.coefficients(found.hidden)
+        return current.coefficients(found.hidden, found.kept)

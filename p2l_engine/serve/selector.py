@@ -68,7 +68,7 @@ async def _selected(server: Server, request: Request) -> dict[str, Any]:
     server.finished(call.record(200, "decision", None, None, None, False))
     name = call.plan.names[first.model]
     found = {"id": call.id, "win_rate": first.rate, "expected_cost": first.cost, "fallbacks": call.fallbacks()}
-    return {"selected_model": name, "thinking": first.why, "full_response": orjson.dumps(found).decode()}
+    return {"selected_model": name, "thinking": call.why(first), "full_response": orjson.dumps(found).decode()}
 
 
 def _query(body: bytes) -> tuple[str, list[str] | None]:

@@ -1,0 +1,141 @@
+"""p2l-engine shrink."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from p2l_engine.cli.inputs import CsvEscape, Date, Device, Dtype, VoteColumn, check_writable, vote_columns, write_json
+from p2l_engine.cli.progress import progress
+from p2l_engine.cli.terminal import note, out, status
+from p2l_engine.tables.limits import MAX_DROPPED
+
+if TYPE_CHECKING:
+    from p2l_engine.learning.shrinkage import ShrinkageReport
+
+MOST = 5000  # training prompts whose hidden states are computed
+
+
+def shrink(
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint folder or name on the hub.")],
+    trained_on: Annotated[
+        str,
+        typer.Option(
+            help="The votes or scores that the checkpoint was trained on: a table (.parquet, .csv, .jsonl), a folder, glob or "
+            "URI of such files, or a data set on the hub. Prompts that --votes has too are left out."
+        ),
+    ],
+    votes: Annotated[
+        str, typer.Option(help="Votes or scores on prompts of other kinds, beside some of the same kinds: the same formats.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the new checkpoint; missing or empty.")],
+    by: Annotated[
+        str | None,
+        typer.Option(
+            help="The column of --votes that names their sources, or 'file': what is chosen is measured on each source by the "
+            "others. Default: five parts at random.",
+            show_default=False,
+        ),
+    ] = None,
+    column: VoteColumn = None,
+    csv_escape: CsvEscape = None,
+    max_dropped: Annotated[float, typer.Option(min=0, max=1, help="The share of rows that may be invalid.")] = MAX_DROPPED,
+    cache: Annotated[bool, typer.Option(help="Keep hidden states of prompts in the user's cache folder.")] = True,
+    as_json: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the parts and of the sample of training prompts.")] = 0,
+    device: Device = None,
+    dtype: Dtype = None,
+    date: Date = None,
+) -> None:
+    """Let coefficients of prompts far from the training prompts fall back to one leaderboard, as far as votes ask for it.
+
+    Nothing is written, and the exit status is 1, where no shrinkage makes votes likelier by a standard error.
+    """
+    check_writable(as_json, "--json")
+    with status("loading"):
+        import numpy as np
+
+        from p2l_engine import checkpoint as checkpoints
+        from p2l_engine.checkpoint.rewrite import check_target
+        from p2l_engine.engine import Engine
+        from p2l_engine.jsonable import to_json
+        from p2l_engine.learning import hidden, shrinkage
+        from p2l_engine.learning.calibration import among_known
+        from p2l_engine.votes import read
+        from p2l_engine.votes.by_source import balanced, read_by_source
+
+        loaded = checkpoints.load(checkpoint, date)
+    if loaded.theta_map is not None:
+        raise ValueError(
+            f"{loaded.folder}: calibrated by a monotone map (calibration.json), which comes behind a shrinkage: shrink the "
+            "checkpoint it came from, and calibrate that again"
+        )
+    check_target(loaded.folder, output)
+    columns = vote_columns(column)
+    source = None
+    if by is None:
+        given, dropped = read(
+            votes, None, loaded.feedback, columns, max_dropped, complete=False, answers_once=True, csv_escape=csv_escape
+        )
+    else:
+        given, label, dropped = read_by_source(
+            votes, by, loaded.feedback, columns, max_dropped, answers_once=True, csv_escape=csv_escape
+        )
+        source = dict(zip((given.prompts[p] for p in given.prompt), label.tolist(), strict=True))
+    trained, other = read(
+        trained_on, None, loaded.feedback, columns, max_dropped, complete=False, answers_once=True, csv_escape=csv_escape
+    )
+    for line in (*dropped.lines(), *other.lines()):
+        note(f"dropped {line}", warning=True)
+    known, strangers = among_known(given, loaded.models)
+    if strangers:
+        note(f"skipped {strangers:,} votes on models that the checkpoint does not know", warning=True)
+    trained, _ = among_known(trained, loaded.models)
+    measured_on = set(known.prompts)
+    rest = [i for i, prompt in enumerate(trained.prompts) if prompt not in measured_on]
+    if len(rest) < len(trained.prompts):
+        note(f"left {len(trained.prompts) - len(rest):,} prompts out of --trained-on: --votes has them too")
+    trained = trained.of(rest)
+    some = np.random.default_rng(seed).permutation(len(rest))[:MOST]
+    every = [*(trained.prompts[i] for i in some), *known.prompts]
+    engine = Engine(replace(loaded, shrinkage=None), device, dtype)
+    store = hidden.cache_folder() if cache else None
+    with progress(len(every)) as advance:
+        states = hidden.hidden_states(engine, [list(turns) for turns in every], store, advance)
+    outputs = shrinkage.marginal_outputs(loaded.feedback, trained)
+    start, away = shrinkage.of_training(loaded.head, outputs, states[: len(some)], seed)
+    parts = None
+    if source is not None:
+        parts = np.array([source[prompt] for prompt in known.prompts])
+        known = balanced(known, parts[known.prompt], 0.0)  # each source counts alike
+    found, report = shrinkage.fit(start, away, loaded.head, loaded.feedback, known, states[len(some) :], parts, seed)
+    _show(report, by)
+    if as_json is not None:
+        write_json(to_json(report), as_json)
+    if found is None:
+        note("no shrinkage makes these votes likelier by a standard error: nothing was written", warning=True)
+        raise typer.Exit(1)
+    with status("writing"):
+        shrinkage.write(loaded, output, found, report)
+    note(f"wrote {output}")
+
+
+def _show(report: ShrinkageReport, by: str | None) -> None:
+    from p2l_engine.cli.table import print_table
+
+    rows = [
+        (name, f"{prompts:,}", f"{kept:.1%}", f"{gain:+.4f} ({error:.4f})")
+        for name, (prompts, kept, gain, error) in report.by_part.items()
+    ]
+    rows.append(("all", f"{report.prompts:,}", f"{report.kept:.1%}", f"{report.gain:+.4f} ({report.gain_error:.4f})"))
+    losses = f"{report.before:.4f}, shrunk as the other parts ask for {report.after:.4f}"
+    title = f"log-loss of {report.votes:,} votes: {losses}"
+    print_table(title, (by or "part", "prompts", "kept", "gain (std. error)"), rows, out())
+    if report.radius is not None and report.power is not None:
+        note(
+            f"differences between models are kept up to distance {report.radius:.2f} from the training prompts, beyond it "
+            f"(distance / {report.radius:.2f})^-{report.power:g} of them"
+        )
