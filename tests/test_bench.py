@@ -176,11 +176,11 @@ def test_mistakes_are_errors_of_one_line(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
-        "adapting", "answer_cache", "attention", "batch", "conversation_costs", "conversations", "coverage", "decided_again",
-        "demo", "dtypes", "exploration", "kernels", "latency", "leaderboards", "learner", "learning_curve", "lengths", "online",
-        "overload", "prompts_needed", "propensities", "published_server", "reading", "real_budgets", "replay_coverage",
-        "routers", "screenshots", "seeds", "serve_demo", "serving", "serving_faults", "solvers", "spend_limits", "startup",
-        "streams", "throughput", "training",
+        "adapting", "answer_cache", "attention", "away", "batch", "conversation_costs", "conversations", "coverage",
+        "decided_again", "demo", "dtypes", "exploration", "kernels", "latency", "leaderboards", "learner", "learning_curve",
+        "lengths", "online", "overload", "prompts_needed", "propensities", "published_server", "reading", "real_budgets",
+        "replay_coverage", "routers", "screenshots", "seeds", "serve_demo", "serving", "serving_faults", "solvers",
+        "spend_limits", "startup", "streams", "throughput", "training",
     ],
 )  # fmt: skip
 def test_every_benchmark_has_help(name, monkeypatch, capsys):

@@ -122,8 +122,9 @@ class Shrinkage:
                 raise CheckpointError(f"{path}: {name}: expected one number, found {list(tensors[name].shape)}")
         if tensors["anchor"].shape != (hidden,):
             raise CheckpointError(f"{path}: anchor: expected {[hidden]}, found {list(tensors['anchor'].shape)}")
-        numbers = {name: float(tensors.pop(name)) for name in NUMBERS}
+        anchor, centre, spread, basis, deviations = (tensors[name].float() for name in (*VECTORS, "basis", "deviations"))
+        rest, radius, power = (float(tensors[name]) for name in NUMBERS)
         try:
-            return cls(**{name: tensor.float() for name, tensor in tensors.items()}, **numbers)
+            return cls(anchor, centre, spread, basis, deviations, rest, radius, power)
         except ValueError as error:
             raise CheckpointError(f"{path}: {error}") from None

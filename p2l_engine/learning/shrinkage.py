@@ -25,7 +25,7 @@ Float64 = npt.NDArray[np.float64]
 RANK = 48  # directions in which training prompts vary most
 LEAST_PROMPTS = 100  # of training, and of votes
 PARTS = 5
-QUANTILES = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99)  # of training prompts' distances: candidates of the radius
+QUANTILES = (0.9, 0.95, 0.98, 0.99)  # of training prompts' distances: candidates of the radius, so that most keep all
 POWERS = (1.0, 2.0, 4.0, 8.0)
 LEAST_SPREAD = 1e-3  # of a dimension or direction, relative to the widest: divisors stay away from 0
 
@@ -98,10 +98,10 @@ def _gaussian(hidden: Float64, at: Float64) -> Shrinkage:
     rest = variances[rank:].mean() if rank < d else variances[-1]
     rest = max(float(rest), LEAST_SPREAD**2 * float(variances[0]), 1e-12)
     deviations = np.sqrt(np.maximum(variances[:rank], rest))
-    arrays = (at, hidden.mean(0), spread, np.ascontiguousarray(directions[:, :rank]))
-    narrow = [torch.from_numpy(each).float() for each in arrays]
-    least = np.float32(math.sqrt(rest))
-    return Shrinkage(*narrow, torch.from_numpy(np.maximum(deviations.astype(np.float32), least)), float(least), 1.0, 1.0)
+    arrays = (at, hidden.mean(0), spread, np.ascontiguousarray(directions[:, :rank]), deviations)
+    least = float(np.float32(math.sqrt(rest)))
+    anchored, centre, wide, basis, along = (torch.from_numpy(each).float() for each in arrays)
+    return Shrinkage(anchored, centre, wide, basis, along.clamp_min(least), least, 1.0, 1.0)
 
 
 def fit(
