@@ -237,7 +237,7 @@ def test_a_replica_that_dies_is_replaced_by_another(serve_cluster, engine, monke
     facts = engine_replicas.CheckpointFacts(engine.models, engine.feedback, engine.encoder.tokenizer)
     alone = engine.coefficients(["hello"])
     usage = ExpectedUsage(np.ones(1, np.float32), np.exp(alone.theta), None, np.ones(alone.theta.shape[1], bool))
-    row = (alone.theta[0], float(alone.eta[0]), alone.theta[0] ** 2, usage)
+    row = (alone.theta[0], float(alone.eta[0]), alone.theta[0] ** 2, usage, 0.62)
 
     def asked(*outcomes: Any) -> Any:
         async def one() -> Any:
@@ -252,6 +252,7 @@ def test_a_replica_that_dies_is_replaced_by_another(serve_cluster, engine, monke
         np.testing.assert_array_equal(found.eta, alone.eta)
         np.testing.assert_array_equal(found.deviation, alone.theta**2)
         assert found.usage is usage
+        np.testing.assert_array_equal(found.kept, np.float32([0.62]))
         assert (found.models, found.feedback) == (engine.models, engine.feedback)
     with pytest.raises(Refused) as refused:
         asked(ActorDiedError(), ActorDiedError(), ActorDiedError())
@@ -279,10 +280,13 @@ def test_a_prompt_that_is_refused_fails_alone(serve_cluster, engine, monkeypatch
     rows = replica._rows([["one"], ["bad"], ["two"], ["bad"]])
     assert rows[1] == rows[3] == "the template refuses it"
     np.testing.assert_allclose([rows[0][0], rows[2][0]], whole(["one", "two"]).theta, atol=1e-5)
-    assert rows[0][2:] == (None, None)  # this checkpoint has neither uncertainty nor lengths
+    assert rows[0][2:] == (None, None, None)  # this checkpoint has neither uncertainty nor lengths nor a shrinkage
     usage = ExpectedUsage(np.ones(2, np.float32), np.array([[1.0], [2.0]], np.float32), None, np.ones(1, bool))
     monkeypatch.setattr(engine, "coefficients", lambda prompts: replace(whole(prompts), usage=usage))
     assert [row[3].tokens_out.tolist() for row in replica._rows([["one"], ["two"]])] == [[[1.0]], [[2.0]]]
+    kept = np.float32([0.5, 1.0])
+    monkeypatch.setattr(engine, "coefficients", lambda prompts: replace(whole(prompts), kept=kept))
+    assert [row[4] for row in replica._rows([["one"], ["two"]])] == [0.5, 1.0]
 
 
 @pytest.mark.parametrize(
