@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -87,7 +88,7 @@ def main() -> None:
                 prompts = subjects.prompts(args.count) if votes is None else votes.held_out.prompts
             with Progress(console=console) as bar:
                 task = bar.add_task(f"{name}, {dtype}", total=len(prompts))
-                found = engine.coefficients(prompts, lambda count, bar=bar, task=task: bar.advance(task, count))
+                found = engine.coefficients(prompts, partial(bar.advance, task))
             exact = found if exact is None else exact
             rows.append(row(name, dtype, exact, found, votes))
     table = Table("", "dtype", "prompts", "rms", "largest", "loss", "routed", "other", "lost", "most", title="Beside float32")

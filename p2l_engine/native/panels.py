@@ -43,10 +43,7 @@ class Panels:
     ) -> None:
         self.data, self.columns, self.depth = data, columns, depth
         self.bias, self.scale, self.offset, self.level = bias, scale, offset, level
-        if scale is None:
-            self.pointers = (tensor("void", data), tensor("void", bias))
-        else:
-            self.pointers = (tensor("uint8_t", data), tensor("float", scale), tensor("float", bias))
+        self.pointers = (tensor("void", data), tensor("float", scale), tensor("void", bias))
 
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, at_level: int | None = None) -> Panels:
@@ -67,10 +64,10 @@ class Panels:
             packed = (values + offset).to(torch.uint8)
         else:
             packed = weight.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
+        bias = None if bias is None else bias.to(torch.float32 if dtype == torch.int8 else dtype).contiguous()
         packed = F.pad(packed, (0, -depth % together, 0, -columns % PANEL))
         data = packed.view(-1, PANEL, packed.shape[1] // together, together).transpose(1, 2).contiguous()
-        return cls(data, columns, depth, None if bias is None else bias.contiguous(), scale, offset, chosen)
+        return cls(data, columns, depth, bias, scale, offset, chosen)
 
     def part(self, first: int, last: int) -> Panels:
         """The outputs first to last; a view where both are multiples of 32 or ends."""
@@ -112,7 +109,7 @@ def multiply(x: Tensor, weight: Panels, out: Tensor, scratch: Tensor | None = No
             )
     count = threads(rows * weight.depth * weight.columns, PRODUCTS_PER_THREAD, torch.get_num_threads())
     if weight.scale is None:
-        data, bias = weight.pointers
+        data, _, bias = weight.pointers
         lib.p2l_linear(
             tensor("void", x), rows, weight.depth, data, bias, weight.columns, tensor("void", out), dtype == torch.bfloat16,
             weight.level, count,
