@@ -53,6 +53,8 @@ serve = [
 tiktoken = ["tiktoken>=0.9"]  # OpenAI's tokenizers
 otel = ["opentelemetry-sdk>=1.30", "opentelemetry-exporter-otlp-proto-http>=1.30"]
 serve_ray = [*serve, *ray, "ray[serve]>=2.55,<2.64"]
+# Other runtimes, which bench.latency and bench.throughput compare the engine with.
+peers = ["openvino>=2026.4", "onnxruntime>=1.32", "onnx>=1.23", "xllamacpp>=2026.10", "gguf>=0.17"]
 bench = ["cvxpy>=1.6", "scipy>=1.15", "rich>=14", "threadpoolctl>=3.5"]
 # Servers for the tests, of S3's kind and of Google's; moto[server] pulls much more.
 stores = ["moto[s3]>=5.1", "flask>=3", "flask-cors>=5", "gcp-storage-emulator>=2026.7"]
@@ -109,7 +111,8 @@ setup(
         "tiktoken": tiktoken,
         "learn": learn,
         "bench": bench,
-        "test": [*default, *cli, *train, *ray, *postgres, *redis, *serve, *serve_ray, *otel, *tiktoken, *bench, *test],
+        "peers": peers,
+        "test": [*default, *cli, *train, *ray, *postgres, *redis, *serve, *serve_ray, *otel, *tiktoken, *bench, *peers, *test],
         "lint": lint,
     },
     entry_points={"console_scripts": ["p2l-engine=p2l_engine.cli:main"]},

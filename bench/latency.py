@@ -5,6 +5,14 @@ coefficients; ``decide``, coefficients to decision; ``whole`` is Router.route. `
 time, to coefficients only. ``N callers``: N threads, each sending its next prompt when it has its decision; calls per second
 and the latency of each call. ``weights``: a lower bound for ``forward``, the time to read all weights but the embedding table
 once, at the rate of a large copy.
+
+With --lengths instead: the forward pass of one prompt, token ids to theta, by its number of tokens and by threads; of the
+engine in float32 and each --dtype, of transformers, and of --peers in each precision that they have (bench/peers says how each
+is set). All are checked to give the same theta within their precision, and run in turns; wall and CPU time, ratios to the
+engine.
+Everything at once, in a quarter of an hour:
+
+    python -m bench.latency --checkpoint default --lengths --threads 1 2 --peers openvino onnxruntime llama.cpp
 """
 
 from __future__ import annotations
@@ -15,20 +23,23 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench import subjects
-from bench.peers import Transformers
-from bench.setting import add_subjects, positive, run, write_rows
-from bench.throughput import subject
+from bench import latency_by_length, peers, subjects
+from bench.latency_by_length import LENGTHS
+from bench.peers.transformers import Transformers
+from bench.setting import add_engines, add_subjects, dtypes, float_dtype, positive, run, write_rows
 from p2l_engine import Catalog, Engine, Router
 from p2l_engine.backbone import PackedDecoder
 from p2l_engine.catalog import CatalogModel
+from p2l_engine.checkpoint import Checkpoint
 from p2l_engine.constraints import Constraints
+from p2l_engine.engine import cpu
 
 
 @dataclass(frozen=True)
@@ -36,6 +47,7 @@ class Row:
     """Milliseconds at three percentiles."""
 
     model: str
+    dtype: str
     what: str
     calls: int
     p50: float
@@ -47,29 +59,68 @@ class Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_subjects(parser)
-    parser.add_argument("--tokens", type=positive, default=64)
-    parser.add_argument("--calls", type=positive, help="of each kind (100 on a CPU, 500 on a GPU)")
-    parser.add_argument("--callers", type=positive, nargs="*", default=[1, 2, 4, 8, 16, 32, 64])
+    add_engines(parser)
+    parser.add_argument("--tokens", type=positive, help="of each prompt (64)")
+    parser.add_argument("--calls", type=positive, help="of each kind (100 on a CPU, 500 on a GPU; with --lengths 5 to 15)")
+    parser.add_argument("--callers", type=positive, nargs="*", help="numbers of concurrent callers (1 2 4 8 16 32 64)")
+    parser.add_argument("--lengths", type=positive, nargs="*", help=f"tokens of single prompts ({' '.join(map(str, LENGTHS))})")
+    parser.add_argument("--threads", type=positive, nargs="+", help="with --lengths: numbers of threads, one after the other")
     arguments = parser.parse_args()
+    if arguments.lengths is None and (arguments.threads or arguments.peers):
+        parser.error("--threads and --peers: expected --lengths beside them, which may be without numbers")
+    if arguments.lengths is not None and (arguments.tokens or arguments.callers is not None):
+        parser.error("--tokens and --callers: expected no --lengths beside them, which measures single prompts alone")
     console = Console(width=None if sys.stdout.isatty() else 120)
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cpu" and not torch.cuda.is_available():
         console.print("no GPU here: the rows of the CPU alone")
-    calls = arguments.calls or (500 if device.type == "cuda" else 100)
+    peers.check(arguments.peers, device)
     names = arguments.model or ([] if arguments.checkpoint else ["smollm2-135m"])
-    rows: list[Row] = []
+    rows: list[Any] = []
     for name in [*names, *([arguments.checkpoint] if arguments.checkpoint else [])]:
-        loaded, engine = subject(name, device, arguments.models)
-        console.print(f"{name}: warm-up {engine.warmup():.1f} s")
-        texts = prompts_of(engine, arguments.tokens, calls)
-        peer = Transformers(loaded, device, engine.dtype)
-        loaded.weights.clear()  # engine and peer hold them now
-        found = stages(name, engine, texts, peer)
-        found += [under_load(name, engine, texts, callers) for callers in arguments.callers]
-        console.print(table(f"{name}, {arguments.tokens} tokens, milliseconds", found))
-        rows += found
+        loaded = subjects.load(name, device, arguments.models)
+        if arguments.lengths is None:
+            rows += of_stages(name, loaded, device, arguments, console)
+        else:
+            rows += by_length(name, loaded, device, arguments, console)
         if arguments.csv:
             write_rows(arguments.csv, rows, device)
+
+
+def by_length(
+    name: str, loaded: Checkpoint, device: torch.device, arguments: argparse.Namespace, console: Console
+) -> list[latency_by_length.Row]:
+    if device.type != "cpu":
+        raise ValueError(f"--lengths: expected --device cpu, since threads are compared, got {device}")
+    threads = arguments.threads or [torch.get_num_threads()]
+    if max(threads) > cpu.available():
+        raise ValueError(f"--threads: expected at most {cpu.available()}, the CPUs of this process, got {max(threads)}")
+    lengths = arguments.lengths or LENGTHS
+    return latency_by_length.measured(
+        name, loaded, dtypes(arguments, device), lengths, threads, arguments.peers, arguments.calls, console
+    )
+
+
+def of_stages(
+    name: str, loaded: Checkpoint, device: torch.device, arguments: argparse.Namespace, console: Console
+) -> list[Row]:
+    calls = arguments.calls or (500 if device.type == "cuda" else 100)
+    tokens = arguments.tokens or 64
+    rows = []
+    names = dtypes(arguments, device)
+    for dtype in names:
+        engine = Engine(loaded, device, dtype)
+        console.print(f"{name} {dtype}: warm-up {engine.warmup():.1f} s")
+        texts = prompts_of(engine, tokens, calls)
+        peer = Transformers(loaded, device, float_dtype(dtype))
+        if dtype == names[-1]:
+            loaded.weights.clear()  # engine and peer hold them now
+        found = stages(name, dtype, engine, texts, peer)
+        for callers in (1, 2, 4, 8, 16, 32, 64) if arguments.callers is None else arguments.callers:
+            found.append(under_load(name, dtype, engine, texts, callers))
+        console.print(table(f"{name} {dtype}, {tokens} tokens, milliseconds", found))
+        rows += found
+    return rows
 
 
 def prompts_of(engine: Engine, tokens: int, count: int) -> list[str]:
@@ -96,7 +147,7 @@ def catalog_of(engine: Engine) -> Catalog:
     return Catalog(tuple(CatalogModel(name, float(cost)) for name, cost in zip(engine.models, costs, strict=True)))
 
 
-def stages(name: str, engine: Engine, texts: list[str], peer: Transformers) -> list[Row]:
+def stages(name: str, dtype: str, engine: Engine, texts: list[str], peer: Transformers) -> list[Row]:
     with Router(engine, catalog_of(engine)) as router:
         budget = float(np.mean(router.costs))
         coefficients = [engine.coefficients([text]) for text in texts]
@@ -117,12 +168,12 @@ def stages(name: str, engine: Engine, texts: list[str], peer: Transformers) -> l
                 start = time.perf_counter()
                 call(i)
                 taken[what].append(time.perf_counter() - start)
-    rows = [row(name, what, seconds) for what, seconds in taken.items()]
+    rows = [row(name, dtype, what, seconds) for what, seconds in taken.items()]
     least = 1e3 * _seconds_to_read(engine)
-    return [*rows, Row(name, "weights", 1, least, least, least)]
+    return [*rows, Row(name, dtype, "weights", 1, least, least, least)]
 
 
-def under_load(name: str, engine: Engine, texts: list[str], callers: int) -> Row:
+def under_load(name: str, dtype: str, engine: Engine, texts: list[str], callers: int) -> Row:
     taken: list[list[float]] = [[] for _ in range(callers)]
     with Router(engine, catalog_of(engine)) as router:
         budget = float(np.mean(router.costs))
@@ -141,7 +192,7 @@ def under_load(name: str, engine: Engine, texts: list[str], callers: int) -> Row
             thread.join()
         whole = time.perf_counter() - start
     seconds = [each for some in taken for each in some]
-    return row(name, f"{callers} callers", seconds, len(seconds) / whole)
+    return row(name, dtype, f"{callers} callers", seconds, len(seconds) / whole)
 
 
 def _seconds_to_read(engine: Engine) -> float:
@@ -161,9 +212,9 @@ def _seconds_to_read(engine: Engine) -> float:
     return float(read / (2 * len(a) / best))
 
 
-def row(name: str, what: str, seconds: list[float], calls_per_s: float | None = None) -> Row:
+def row(name: str, dtype: str, what: str, seconds: list[float], calls_per_s: float | None = None) -> Row:
     p50, p95, p99 = (float(1e3 * x) for x in np.percentile(seconds, [50, 95, 99]))
-    return Row(name, what, len(seconds), p50, p95, p99, calls_per_s)
+    return Row(name, dtype, what, len(seconds), p50, p95, p99, calls_per_s)
 
 
 def table(title: str, rows: list[Row]) -> Table:

@@ -9,15 +9,18 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bench.machine import cpu
+from bench.machine import cpu, instructions
 
 if TYPE_CHECKING:
     import torch
+
+PEERS = ("openvino", "onnxruntime", "llama.cpp")
 
 
 def add_subjects(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +32,30 @@ def add_subjects(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", type=positive, default=130, help="models that random heads rank")
     parser.add_argument("--device", help="cpu or cuda; CUDA where there is one")
     parser.add_argument("--csv", type=Path, help="also write the rows here")
+
+
+def add_engines(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments for the engine's dtypes and its peers."""
+    parser.add_argument("--dtype", nargs="+", help="of the engine, one after the other (the device's natural one)")
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=[], help="runtimes besides transformers, on a CPU")
+
+
+def dtypes(arguments: argparse.Namespace, device: torch.device) -> list[str]:
+    """The names of --dtype, each once and in full."""
+    from p2l_engine.engine.device import DTYPES, natural_dtype
+
+    given = arguments.dtype or [str(natural_dtype(device))]
+    names = [name.lower().removeprefix("torch.") for name in given]
+    return list(dict.fromkeys(str(DTYPES.get(name, name)).removeprefix("torch.") for name in names))
+
+
+def float_dtype(dtype: str) -> torch.dtype:
+    """What transformers is compared in: the engine's dtype, float32 where that is none of torch's floating-point ones."""
+    import torch
+
+    from p2l_engine.engine.device import DTYPES
+
+    return DTYPES.get(dtype, torch.float32)
 
 
 def positive(text: str) -> int:
@@ -60,16 +87,17 @@ def write_rows(path: Path, rows: Sequence[Any], device: torch.device) -> None:
 
 
 def setting(device: torch.device) -> str:
-    """The device's name, its cores, and the versions that matter."""
+    """The device's name, a CPU's instructions and threads, and the versions that matter, of loaded peers too."""
     import torch
     import transformers
 
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
+    versions += "".join(f", {name} {version(name)}" for name in ("openvino", "onnxruntime", "xllamacpp") if name in sys.modules)
     if device.type == "cuda":
         import triton
 
         return f"{torch.cuda.get_device_name(device)}; {versions}, triton {triton.__version__}"
-    return f"{cpu()}, {torch.get_num_threads()} threads; {versions}"
+    return f"{cpu()}, {instructions()}, {torch.get_num_threads()} threads; {versions}"
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -15,10 +15,12 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast, Qwen2Config
 
+import p2l_engine.checkpoint
 from p2l_engine.backbone.families import DecoderConfig
 from p2l_engine.backbone.head import Head
 from p2l_engine.backbone.weights import expected_shapes
 from p2l_engine.checkpoint import Checkpoint
+from p2l_engine.engine import natural_dtype
 from p2l_engine.feedback import feedback_model
 from p2l_engine.prompts.tokenizer import TransformersTokenizer
 from p2l_engine.tables.whole import read_table
@@ -80,6 +82,13 @@ def checkpoint(name: str, n_models: int, device: torch.device, dtype: torch.dtyp
         head,
         lambda: (theirs, words),
     )
+
+
+def load(name: str, device: torch.device, n_models: int) -> Checkpoint:
+    """An architecture with random weights, or a checkpoint: a folder, a hub name, or "default"."""
+    if name in ARCHITECTURES:
+        return checkpoint(name, n_models, device, natural_dtype(device))
+    return p2l_engine.checkpoint.load(None if name == "default" else name)
 
 
 def words(count: int = 4000, seed: int = 0) -> list[str]:

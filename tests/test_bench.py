@@ -65,6 +65,7 @@ from bench.mirror_descent import mirror_descent
 from bench.mock_provider import FAULTS, Rule
 from p2l_engine.backbone.families import DecoderConfig
 from p2l_engine.backbone.weights import expected_shapes
+from p2l_engine.engine import natural_dtype
 from p2l_engine.feedback import feedback_model
 from p2l_engine.learning.answers import LoggedAnswers
 from p2l_engine.prompts.encode import PromptEncoder
@@ -127,6 +128,8 @@ def test_throughput_runs_to_the_end(tmp_path, monkeypatch, capsys):
     assert [int(row["prompts"]) for row in rows.values()] == [6, 6, 2]
     assert float(rows["reference"]["times_reference"]) == 1.0
     assert 0 < float(rows["engine"]["largest_difference"]) < 0.2
+    assert rows["engine"]["precision"] == rows["reference"]["precision"]
+    assert float(rows["engine"]["times_engine"]) == 1.0
     assert all(0 < float(row["utilisation"]) < 1 for row in rows.values())
     assert "torch" in rows["engine"]["setting"]
     if not torch.cuda.is_available():
@@ -138,6 +141,7 @@ def test_latency_runs_to_the_end(tmp_path, monkeypatch):
     sizes = ("--tokens", 24, "--calls", 5, "--callers", 1, 3)
     run(monkeypatch, latency, "--checkpoint", folder, "--device", "cpu", *sizes, "--csv", table)
     rows = {row["what"]: row for row in csv.DictReader(table.open())}
+    assert {row["dtype"] for row in rows.values()} == {str(natural_dtype(torch.device("cpu"))).removeprefix("torch.")}
     whats = ["whole", "tokenise", "forward", "decide", "reference", "weights", "1 callers", "3 callers"]
     assert list(rows) == whats
     assert all(float(row["p50"]) <= float(row["p95"]) <= float(row["p99"]) for row in rows.values())

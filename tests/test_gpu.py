@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench import subjects
-from bench.peers import Transformers
+from bench.peers.transformers import Transformers
 from p2l_engine import Engine
 from p2l_engine.backbone.packing import Packed
 from p2l_engine.engine.graphs import BUCKETS, MOST_PROMPTS, Graphs
