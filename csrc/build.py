@@ -23,6 +23,7 @@ def declarations() -> str:
 
 # macOS's clang has no OpenMP of its own: there the core runs on one thread.
 openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
+COMPILER_FLAGS = ["-O3", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", *openmp]
 
 ffi = FFI()
 ffi.cdef(declarations())
@@ -32,7 +33,7 @@ ffi.set_source(
     sources=[f"csrc/{name}.c" for name in SOURCES],
     include_dirs=["csrc"],
     depends=[f"csrc/{name}.h" for name in HEADERS],
-    extra_compile_args=["-O3", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", *openmp],
+    extra_compile_args=COMPILER_FLAGS,
     extra_link_args=openmp,
     libraries=[] if sys.platform == "win32" else ["m"],
 )
