@@ -70,7 +70,7 @@ def main() -> None:
         parser.error("--threads and --peers: expected --lengths beside them, which may be without numbers")
     if arguments.lengths is not None and (arguments.tokens or arguments.callers is not None):
         parser.error("--tokens and --callers: expected no --lengths beside them, which measures single prompts alone")
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = Console(width=None if sys.stdout.isatty() else 140)
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cpu" and not torch.cuda.is_available():
         console.print("no GPU here: the rows of the CPU alone")

@@ -133,9 +133,9 @@ def of_paths(
 
 def table(title: str, rows: list[Row]) -> Table:
     """A line for each path, a column for each length."""
-    shown = Table(title=title, title_justify="left")
-    for column in ("", *dict.fromkeys(str(row.tokens) for row in rows), "theta off by"):
-        shown.add_column(column, justify="left" if not column else "right")
+    shown = Table(title=title, title_justify="left", box=None)
+    for column in ("", *dict.fromkeys(str(row.tokens) for row in rows), "off"):
+        shown.add_column(column, justify="left" if not column else "right", no_wrap=True)
     for path in dict.fromkeys((row.path, row.precision) for row in rows):
         some = [row for row in rows if (row.path, row.precision) == path]
         shown.add_row(" ".join(path), *(f"{r.p50:,.1f} {r.times_float32:.2f}" for r in some), f"{some[0].off:.1e}")

@@ -174,17 +174,17 @@ def bench(name: str, device: torch.device, arguments: argparse.Namespace, consol
     per_prompt = {path.path: path.per_prompt for path in reversed(paths)}  # of the engine's, the first one
     rows = []
     for path in paths:
-        n, each, ours = path.prompts, path.per_prompt, engines.get(path.precision) if path.path == "engine" else None
+        n, taken, ours = path.prompts, path.per_prompt, engines.get(path.precision) if path.path == "engine" else None
         lengths = tuple(whole[:n]) if ours is None else packed.lengths[:n]
         shared = (0,) * n if ours is None else packed.shared[:n]
         rate = rates.get(path.precision)
         rows.append(
             Row(
-                name, path.path, path.precision, n, sum(lengths), percentiles, each * n, min(path.seconds), max(path.seconds),
-                float(np.median(path.cpu)), 1 / each, sum(lengths) / (each * n),
-                per_prompt["reference"] / each, per_prompt["engine"] / each,
-                None if rate is None else subjects.flops(loaded.config, lengths, shared) / (each * n) / rate,
-                None if ours is None else _after_theta(ours, texts) / (each * n),
+                name, path.path, path.precision, n, sum(lengths), percentiles, taken * n, min(path.seconds), max(path.seconds),
+                float(np.median(path.cpu)), 1 / taken, sum(lengths) / (taken * n),
+                per_prompt["reference"] / taken, per_prompt["engine"] / taken,
+                None if rate is None else subjects.flops(loaded.config, lengths, shared) / (taken * n) / rate,
+                None if ours is None else _after_theta(ours, texts) / (taken * n),
                 None if ours is None or on_gpu else _elsewhere(ours, texts[:200]),
                 None if ours is None else peak, None if ours is None else float(np.abs(_theta(ours, checked) - theirs).max()),
                 None if ours is None else float(theirs.std()), path.off,

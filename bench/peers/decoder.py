@@ -62,13 +62,13 @@ def rounded(weight: Floats, block: int, bits: int) -> tuple[npt.NDArray[np.int8]
     """
     blocks = weight.reshape(len(weight), -1, block)
     largest = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=2, keepdims=True), axis=2)
-    scales = largest / -8 if bits == 4 else np.abs(largest) / (2 ** (bits - 1) - 1)
-    scales = np.where(scales == 0, 1, scales).astype(np.float32)
+    scales: Floats = largest / -8 if bits == 4 else np.abs(largest) / (2 ** (bits - 1) - 1)
+    scales[scales == 0] = 1
     return np.rint(blocks / scales).clip(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1).astype(np.int8), scales
 
 
 def nibbles(values: npt.NDArray[np.int8]) -> npt.NDArray[np.uint8]:
     """Whole numbers of four bits, two to a byte along the last axis, the first one in the lower half."""
     low, high = values[..., 0::2].view(np.uint8), values[..., 1::2].view(np.uint8)
-    packed: npt.NDArray[np.uint8] = (low & 15) | (high << 4)
+    packed: npt.NDArray[np.uint8] = np.bitwise_or(low & 15, high << 4, dtype=np.uint8)
     return packed

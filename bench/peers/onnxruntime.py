@@ -134,7 +134,11 @@ class Graph:
             self.node("MatMul", [x, self.constant(f"{name}.weight", weight.T)], [name])
         elif self.precision == "int8":
             values, scales = rounded(weight, weight.shape[1], 8 if "VNNI" in extensions() else 7)
-            parts = {"weight": values[:, 0].T, "scales": scales.reshape(-1), "zeros": np.zeros(len(weight), np.int8)}
+            parts: dict[str, npt.NDArray[Any]] = {
+                "weight": values[:, 0].T,
+                "scales": scales.reshape(-1),
+                "zeros": np.zeros(len(weight), np.int8),
+            }
             self.node("DynamicQuantizeMatMul", [x, *self._constants(name, parts)], [name], OWN)
         else:
             bits = 8 if self.precision == "int8 blocks" else 4
