@@ -62,7 +62,7 @@ def rounded(weight: Floats, block: int, bits: int) -> tuple[npt.NDArray[np.int8]
     """
     blocks = weight.reshape(len(weight), -1, block)
     largest = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=2, keepdims=True), axis=2)
-    scales: Floats = largest / -8 if bits == 4 else np.abs(largest) / (2 ** (bits - 1) - 1)
+    scales = (largest / -8 if bits == 4 else np.abs(largest) / (2 ** (bits - 1) - 1)).astype(np.float32)
     scales[scales == 0] = 1
     return np.rint(blocks / scales).clip(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1).astype(np.int8), scales
 
