@@ -203,9 +203,11 @@ int p2l_int8_level(void) {
 }
 
 void p2l_int8_linear(const float *x, int64_t rows, int64_t width, const uint8_t *weight, const float *weight_scale,
-                     int64_t offset, const float *bias, int64_t columns, int8_t *values, float *scale, int32_t *taken,
-                     float *out, int level, int threads) {
+                     int64_t offset, const float *bias, int64_t columns, uint8_t *scratch, float *out, int level, int threads) {
     const int64_t depth = (width + 3) / 4 * 4, groups = (depth + GROUP - 1) / GROUP;
+    float *scale = (float *)scratch;
+    int32_t *taken = (int32_t *)(scratch + 4 * rows * groups);
+    int8_t *values = (int8_t *)(scratch + 8 * rows * groups);
     const product p = {values, scale, weight_scale, bias, taken, weight, depth, groups, columns, depth * PANEL, out};
     void (*panel)(const product *, int64_t, int64_t, int64_t) = panel_portable;
     (void)threads, (void)level;

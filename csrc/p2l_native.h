@@ -105,8 +105,7 @@ int p2l_linear_level(int bf16);
  * [rows, depth], scale and taken [rows, groups] are scratch. A row with a value that is not finite gives NaN. offset: 128 for
  * weights of 8 bits; 64 for 7 bits, at level 1. */
 void p2l_int8_linear(const float *x, int64_t rows, int64_t width, const uint8_t *weight, const float *weight_scale,
-                     int64_t offset, const float *bias, int64_t columns, int8_t *values, float *scale, int32_t *taken,
-                     float *out, int level, int threads);
+                     int64_t offset, const float *bias, int64_t columns, uint8_t *scratch, float *out, int level, int threads);
 
 /* 2: AVX-512 with VNNI, 1: AVX2, 0: what the compiler makes of plain C. */
 int p2l_int8_level(void);

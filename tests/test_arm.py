@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from p2l_engine.native import decoder, routing
+from p2l_engine.native import decoder, panels, routing
+from p2l_engine.native.panels import Panels
 from tests.support import arm
 
 pytestmark = [
@@ -155,9 +156,39 @@ def test_the_decoders_steps(rows, heads, half, dtype, core):
         decoder.rope(back, cos[:rows], sin[:rows], 4 * heads, heads, inverse=True)
         return steps(x, kv, turned, back)
 
-    for step in (norm, norm_backward, swiglu, rope):
+    def attention():
+        # Prompts of some rows and of one, both behind two known keys.
+        starts = torch.tensor([0, rows, rows + 1], dtype=torch.int32)
+        key_starts = starts + torch.tensor([0, 2, 4], dtype=torch.int32)
+        q, kv = random(rows + 1, 2 * heads, size, seed=8), random(rows + 5, 2, heads, size, seed=9)
+        out, last = random(rows + 1, 2 * heads * size), random(2, 2 * heads * size)
+        decoder.attention(q, kv, starts, key_starts, False, out)
+        decoder.attention(q[[rows - 1, rows]], kv, starts, key_starts, True, last)
+        return steps(out, last)
+
+    for step in (norm, norm_backward, swiglu, rope, attention):
         same(core, step, **rough)
     assert core.called >= functions(decoder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+@pytest.mark.parametrize(("rows", "depth", "columns"), [(1, 3, 1), (13, 150, 70), (40, 576, 96)])
+def test_products(rows, depth, columns, dtype, core):
+    def product():
+        rng = torch.Generator().manual_seed(0)
+        x, weight, bias = (torch.randn(*shape, generator=rng) for shape in ((rows, depth), (columns, depth), (columns,)))
+        packed = Panels.of(weight, bias, dtype, at_level=0)
+        out, scratch = torch.zeros(rows, columns), torch.zeros(packed.scratch(rows), dtype=torch.uint8)
+        return [panels.multiply(x, packed, out, scratch).numpy()]
+
+    same(core, product, rtol=1e-4, atol=1e-4)
+
+
+def test_levels_of_products(core):
+    with pytest.MonkeyPatch.context() as patch:
+        arm.use(core, patch)
+        # torch's products are faster than what the compiler makes of plain C; int8 has no others.
+        assert [panels.level(dtype) for dtype in panels.DTYPES] == [-1, -1, 0]
 
 
 def test_an_infeasible_prompt_and_a_wrong_source_are_told(core):
@@ -174,4 +205,4 @@ def test_an_infeasible_prompt_and_a_wrong_source_are_told(core):
 
 
 def test_no_function_is_left_out(core):
-    assert functions(routing) | functions(decoder) | COUNTED == set(core.kinds)
+    assert functions(routing) | functions(decoder) | functions(panels) | COUNTED == set(core.kinds)

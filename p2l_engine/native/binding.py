@@ -11,7 +11,7 @@ from typing import Any
 
 from p2l_engine._native import ffi, lib
 
-__all__ = ["address", "array", "check", "isa", "lib", "max_threads", "new", "tensor", "threads"]
+__all__ = ["array", "check", "isa", "lib", "max_threads", "new", "tensor", "threads"]
 
 _ISA = {4: "x86-64-v4 (AVX-512)", 3: "x86-64-v3 (AVX2)", 2: "x86-64-v2 (SSE4.2)", 0: "the compiler's baseline"}
 
@@ -64,12 +64,7 @@ def array(kind: str, values: Any, writable: bool = False) -> object:
 
 def tensor(kind: str, values: Any) -> object:
     """A torch tensor's data (None: NULL) as a ``kind *``; the caller has checked dtype, device and strides."""
-    return ffi.NULL if values is None else address(kind, values.data_ptr())
-
-
-def address(kind: str, at: int) -> object:
-    """An address in memory that the caller keeps, as a ``kind *``."""
-    return ffi.cast(_POINTERS[kind], at)
+    return ffi.NULL if values is None else ffi.cast(_POINTERS[kind], values.data_ptr())
 
 
 def new(kind: str) -> Any:

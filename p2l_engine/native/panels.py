@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from p2l_engine.native.binding import address, lib, tensor, threads
+from p2l_engine.native.binding import lib, tensor, threads
 
 PANEL = 32  # columns whose weights lie together
 GROUP = 128  # values of a row that int8 products scale together
@@ -118,11 +118,9 @@ def multiply(x: Tensor, weight: Panels, out: Tensor, scratch: Tensor | None = No
     needed = weight.scratch(rows)
     if scratch is None or scratch.dtype != torch.uint8 or scratch.numel() < needed or not scratch.is_contiguous():
         raise ValueError(f"scratch: expected {needed} contiguous bytes, got {None if scratch is None else list(scratch.shape)}")
-    groups, start = 4 * rows * -(-weight.depth // GROUP), scratch.data_ptr()
     data, scale, bias = weight.pointers
     lib.p2l_int8_linear(
         tensor("float", x), rows, weight.depth, data, scale, weight.offset, bias, weight.columns,
-        address("int8_t", start + 2 * groups), address("float", start), address("int32_t", start + groups),
-        tensor("float", out), weight.level, count,
+        tensor("uint8_t", scratch), tensor("float", out), weight.level, count,
     )  # fmt: skip
     return out

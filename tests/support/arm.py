@@ -14,7 +14,7 @@ import subprocess
 from pathlib import Path
 
 from p2l_engine._native import ffi
-from p2l_engine.native import binding, decoder, routing
+from p2l_engine.native import binding, decoder, panels, routing
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPILER, EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64"
@@ -82,7 +82,7 @@ def build(folder: Path) -> Path:
     source, program = folder / "calls.c", folder / "calls"
     source.write_text(HEAD + "\n".join(cases) + TAIL)
     description = _description()
-    sources = [ROOT / "csrc" / name for name in description["SOURCES"]]
+    sources = [ROOT / "csrc" / f"{name}.c" for name in description["SOURCES"]]
     flags = [*description["COMPILER_FLAGS"], "-Werror", "-march=armv8.2-a", "-static", f"-I{ROOT / 'csrc'}"]
     subprocess.run([COMPILER, *flags, *sources, source, "-o", program, "-lm"], check=True)
     return program
@@ -146,6 +146,7 @@ def tensor(kind: str, values):
 
 def use(core: Core, monkeypatch) -> None:
     """The package's modules call ``core`` instead of the core that was compiled for this machine."""
-    for module in (routing, decoder):
+    for module in (routing, decoder, panels):
         monkeypatch.setattr(module, "lib", core)
-    monkeypatch.setattr(decoder, "tensor", tensor)
+    for module in (decoder, panels):
+        monkeypatch.setattr(module, "tensor", tensor)
