@@ -1,4 +1,4 @@
-/* Products of int8: float32 rows are quantised, with one scale for each group of 128 values, and multiplied by packed weights
+/* Products of int8: float32 rows are quantised, with one scale for each group of 192 values, and multiplied by packed weights
  * with a scale for each column.
  *
  * One scale for a whole row would be that of its few largest values, and the others would lose their bits: on the default
@@ -14,7 +14,7 @@
 #include <math.h>
 #include <string.h>
 
-enum { GROUP = 128 };
+enum { GROUP = 192 };
 
 /* Arguments of one product; see p2l_native.h. */
 typedef struct {

@@ -14,7 +14,7 @@ from torch import Tensor
 from p2l_engine.native.binding import lib, tensor, threads
 
 PANEL = 32  # columns whose weights lie together
-GROUP = 128  # values of a row that int8 products scale together
+GROUP = 192  # values of a row that int8 products scale together
 PRODUCTS_PER_THREAD = 1 << 19  # below this a thread costs more than it saves
 DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 
