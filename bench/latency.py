@@ -208,7 +208,7 @@ def _seconds_to_read(engine: Engine) -> float:
             torch.cuda.synchronize(engine.device)
         best = min(best, time.perf_counter() - start)
     embedding = engine.backbone.embedding.numel() if isinstance(engine.backbone, PackedDecoder) else 0
-    read = (engine.n_parameters - embedding) * torch.finfo(engine.dtype).bits / 8
+    read = (engine.n_parameters - embedding) * engine.dtype.itemsize
     return float(read / (2 * len(a) / best))
 
 

@@ -10,8 +10,8 @@ DTYPES = {
     "float32": torch.float32, "fp32": torch.float32, "float": torch.float32,
     "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
     "float16": torch.float16, "fp16": torch.float16, "half": torch.float16,
-    "int8": torch.int8,
 }  # fmt: skip
+INT8 = {"int8": torch.int8}  # of weights alone
 DEVICES = ("cpu", "cuda")
 
 
@@ -44,11 +44,11 @@ def as_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dty
     """
     if dtype is None:
         return natural_dtype(device)
-    found = DTYPES.get(dtype.lower().removeprefix("torch.")) if isinstance(dtype, str) else dtype
+    found = (DTYPES | INT8).get(dtype.lower().removeprefix("torch.")) if isinstance(dtype, str) else dtype
     if found == torch.int8 and device.type != "cpu":
         raise ValueError(f"dtype: int8 is computed on CPUs alone, got the device {str(device)!r}: use bfloat16, or device cpu")
     if not isinstance(found, torch.dtype) or not (found.is_floating_point or found == torch.int8):
-        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, or a floating-point torch.dtype, got {dtype!r}")
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES | INT8)}, or a floating-point torch.dtype, got {dtype!r}")
     return found
 
 
