@@ -41,10 +41,11 @@ def assert_equal_to_ours(published, folders):
     jobs = [{"folder": str(folder), "prompts": PROMPTS} for folder in folders]
     for folder, theirs in zip(folders, published(jobs), strict=True):
         ours = Engine.from_pretrained(folder, device="cpu", dtype=torch.float32).coefficients(PROMPTS)
-        np.testing.assert_allclose(theirs["theta"], ours.theta, rtol=0, atol=1e-5, err_msg=str(folder))
+        # The engine's products and torch's sum in other orders: theta of 17 differs by seven roundings of float32.
+        np.testing.assert_allclose(theirs["theta"], ours.theta, rtol=2e-6, atol=2e-5, err_msg=str(folder))
         assert (theirs["eta"] is None) == (ours.eta is None)
         if ours.eta is not None:
-            np.testing.assert_allclose(theirs["eta"], ours.eta, rtol=0, atol=1e-5, err_msg=str(folder))
+            np.testing.assert_allclose(theirs["eta"], ours.eta, rtol=2e-6, atol=2e-5, err_msg=str(folder))
         assert theirs["dtype"] == "torch.bfloat16"
 
 

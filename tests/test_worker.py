@@ -89,7 +89,7 @@ def test_invalid_columns_and_options_are_refused(arguments):
     with pytest.raises(ValueError, match="price: cannot be combined with a budget"):
         Route(**arguments, budget=2.0, price=1.0)
     with pytest.raises(ValueError, match="dtype: expected one of float32"):
-        Route(**{**arguments, "dtype": "int8"})
+        Route(**{**arguments, "dtype": "int4"})
 
 
 def test_a_price_maximises_win_rate_less_cost(arguments, engine):
