@@ -10,6 +10,7 @@ random weights and random prompts, which have no votes.
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -72,7 +73,8 @@ def main() -> None:
     parser.add_argument("--count", type=positive, default=100, help="random prompts of an architecture")
     parser.add_argument("--csv", type=Path, help="also write the rows here")
     args = parser.parse_args()
-    console, rows, device = Console(), list[DtypeRow](), torch.device("cpu")
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    rows, device = list[DtypeRow](), torch.device("cpu")
     for name in [*(args.checkpoint or ([] if args.model else ["default"])), *args.model]:
         random = name in args.model
         loaded = (

@@ -42,19 +42,8 @@ def test_route_prints_a_table_and_json_lines(checkpoint):
     assert status == 0, err
     lines = [json.loads(line) for line in out.splitlines()]
     assert [line["prompt"] for line in lines] == ["one", "two"]
-    fields = {
-        "prompt",
-        "model",
-        "policy",
-        "expected_cost",
-        "win_rate",
-        "score",
-        "why",
-        "propensity",
-        "propensity_error",
-        "kept",
-    }
-    assert set(lines[0]) == {*fields, "expected_tokens", "expected_seconds"}
+    fields = {"prompt", "model", "policy", "expected_cost", "win_rate", "score", "why", "propensity", "propensity_error"}
+    assert set(lines[0]) == {*fields, "kept", "expected_tokens", "expected_seconds"}
 
 
 def test_route_reads_jsonl(checkpoint, tmp_path):

@@ -147,19 +147,8 @@ def test_an_empty_name_of_a_file_is_refused(checkpoint, tmp_path):
 def test_every_command_that_reads_tables_has_the_same_options():
     from p2l_engine.cli.app import app
 
-    readers = {
-        "route",
-        "batch",
-        "frontier",
-        "leaderboard",
-        "strengths",
-        "eval",
-        "adapt",
-        "calibrate",
-        "lengths",
-        "replay",
-        "shrink",
-    }
+    by_prompt = {"route", "batch", "frontier", "leaderboard", "strengths"}
+    readers = by_prompt | {"eval", "adapt", "calibrate", "lengths", "replay", "shrink"}
     commands = typer.main.get_group(app).commands
     for option in ("--column", "--csv-escape"):
         assert {name for name, command in commands.items() if any(option in of.opts for of in command.params)} == readers

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from p2l_engine.backbone.families import DecoderConfig
 from p2l_engine.backbone.head import Head
-from p2l_engine.backbone.weights import Layer, layers
+from p2l_engine.backbone.weights import Layer, Linear, layers
 from p2l_engine.checkpoint import Checkpoint
 from p2l_engine.prompts.encode import MAX_TOKENS
 
@@ -25,7 +25,7 @@ class Decoder:
     config: DecoderConfig
     embedding: Floats
     norm: Floats
-    layers: list[Layer]
+    layers: list[Layer[Linear]]
     head: Head
 
     @classmethod

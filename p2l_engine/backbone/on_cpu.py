@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from p2l_engine.backbone.packing import Packed
-from p2l_engine.backbone.weights import Linear, Product
+from p2l_engine.backbone.weights import Linear
 from p2l_engine.native import decoder, panels
 from p2l_engine.native.panels import Panels
 
@@ -63,7 +63,7 @@ class CpuOperations:
         kv = self._buffer("kv", len(sources), 2 * size * keys).view(len(sources), 2, keys, size)
         return decoder.rope_kv(x, queries, keys, cos, sin, positions, sources, kv, prefix)
 
-    def linear(self, x: Tensor, layer: Product, name: str) -> Tensor:
+    def linear(self, x: Tensor, layer: Linear | Panels, name: str) -> Tensor:
         """x [T, in] -> [T, out]; torch's bfloat16 products of few rows use weights in oneDNN's layout, kept beside the plain
         ones."""
         if isinstance(layer, Panels):

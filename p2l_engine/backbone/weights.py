@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -25,19 +26,19 @@ class Linear:
         return Linear(self.weight[:, first:last], None if self.bias is None else self.bias[first:last])
 
 
-Product = Linear | Panels
+P = TypeVar("P", Linear, Panels, Linear | Panels)
 
 
 @dataclass(frozen=True, slots=True)
-class Layer:
+class Layer(Generic[P]):
     """One layer: queries, keys and values in one product, the gate and up projections of SwiGLU in another."""
 
     attention_norm: Tensor
-    qkv: Product
-    out: Product
+    qkv: P
+    out: P
     mlp_norm: Tensor
-    gate_up: Product
-    down: Product
+    gate_up: P
+    down: P
 
 
 # Linear layers of one input, whose weights lie one below the other in one matrix.
@@ -59,20 +60,36 @@ def joined(names: Collection[str]) -> Iterator[tuple[str, ...]]:
         yield found
 
 
+@overload
+def layers(
+    config: DecoderConfig, weights: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype
+) -> list[Layer[Linear]]: ...
+
+
+@overload
+def layers(
+    config: DecoderConfig,
+    weights: Mapping[str, Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+    packed: torch.dtype | None,
+) -> list[Layer[Linear | Panels]]: ...
+
+
 def layers(
     config: DecoderConfig,
     weights: Mapping[str, Tensor],
     device: torch.device,
     dtype: torch.dtype,
     packed: torch.dtype | None = None,
-) -> list[Layer]:
+) -> list[Layer[Linear]] | list[Layer[Linear | Panels]]:
     """The decoder's layers; weights are named as in transformers' bare model. packed: the dtype of their ``Panels``; None:
     ``Linear``."""
 
     def vector(i: int, name: str) -> Tensor:
         return weights[f"layers.{i}.{name}.weight"].to(device, dtype)
 
-    def linear(i: int, *names: str) -> Product:
+    def linear(i: int, *names: str) -> Linear | Panels:
         weight = concatenated([weights[f"layers.{i}.{name}.weight"] for name in names], device, dtype)
         biases = [bias for name in names if (bias := weights.get(f"layers.{i}.{name}.bias")) is not None]
         bias = concatenated(biases, device, dtype) if biases else None
