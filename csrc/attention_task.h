@@ -163,7 +163,7 @@ INLINED void OF(attend_as)(const attention *a, scratch *s, task t, int bf16) {
             OF(copy)(a->kv, from + i * width, s->k + i * size, size, scale, bf16);
             OF(copy)(a->kv, from + i * width + width / 2, s->v + i * s->padded, size, 1, bf16);
         }
-        memset(s->k + count * size, 0, (TILE - 1) * size * sizeof(float)); /* keys of the last tile that nobody sees */
+        memset(s->k + count * size, 0, (TILE - 1) * size * sizeof(float)); /* keys of the last tile that no row sees */
         for (int64_t block = 0; block < blocks; block++) {
             const int64_t seen = s->position[block * ROWS + ROWS - 1] + 1 - start, n = seen < count ? seen : count;
             if (n <= 0) continue;
