@@ -73,7 +73,7 @@ def main() -> None:
 def _loaded(name: str, n_models: int, dtype: torch.dtype) -> Checkpoint:
     if name in subjects.ARCHITECTURES:
         return subjects.checkpoint(name, n_models, torch.device("cpu"), dtype)
-    return checkpoint.load(None if name == "default" else name)
+    return checkpoint.load(name)
 
 
 def conversation(

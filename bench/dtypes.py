@@ -77,11 +77,7 @@ def main() -> None:
     rows, device = list[DtypeRow](), torch.device("cpu")
     for name in [*(args.checkpoint or ([] if args.model else ["default"])), *args.model]:
         random = name in args.model
-        loaded = (
-            subjects.checkpoint(name, 130, device, torch.float32)
-            if random
-            else checkpoint.load(None if name == "default" else name)
-        )
+        loaded = subjects.checkpoint(name, 130, device, torch.float32) if random else checkpoint.load(name)
         votes, exact = None, None
         for dtype in ["float32", *args.dtype]:
             engine = Engine(loaded, device, dtype)

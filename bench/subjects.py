@@ -88,7 +88,7 @@ def load(name: str, device: torch.device, n_models: int) -> Checkpoint:
     """An architecture with random weights, or a checkpoint: a folder, a hub name, or "default"."""
     if name in ARCHITECTURES:
         return checkpoint(name, n_models, device, natural_dtype(device))
-    return p2l_engine.checkpoint.load(None if name == "default" else name)
+    return p2l_engine.checkpoint.load(name)
 
 
 def words(count: int = 4000, seed: int = 0) -> list[str]:

@@ -1,8 +1,7 @@
 /* Products of int8: float32 rows are quantised, with one scale for each group of 192 values, and multiplied by packed weights
  * with a scale for each column.
  *
- * One scale for a whole row would be that of its few largest values, and the others would lose their bits: on the default
- * checkpoint the coefficients' error would be twice as large.
+ * One scale for a whole row would be that of its few largest values, and the others would lose their bits.
  *
  * A group's sums are exact in int32, so every instruction set gives the same ones for weights of the same bits. A weight w is
  * stored as w + offset, unsigned; offset times the sum of a group's values is taken off again. VNNI multiplies 8 bits by 8

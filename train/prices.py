@@ -21,13 +21,13 @@ from typing import Annotated
 
 import typer
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from p2l_engine.apis.ask import Capability
 from p2l_engine.tables.atomic import write_file
 from p2l_engine.tables.turns import cell_turns
 from p2l_engine.tables.whole import read_table
-from p2l_engine.unique_keys import parsed
+from p2l_engine.train.definition import Definition
 from p2l_engine.votes.cells import number
 
 CHARACTERS = 4  # to a token, about
@@ -52,24 +52,11 @@ class ModelOptions(BaseModel):
         return self
 
 
-class Models(BaseModel):
+class Models(Definition):
     """All models. answer_tokens: of an ordinary answer."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     answer_tokens: Annotated[int, Field(ge=1)]
     models: Annotated[dict[str, ModelOptions], Field(min_length=1)]
-
-    @classmethod
-    def load(cls, path: Path) -> Models:
-        """Reads a YAML file. Raises ValueError that names each unknown, missing or invalid key, and OSError."""
-        try:
-            return cls.model_validate(parsed(path.read_text(encoding="utf-8")))
-        except ValidationError as error:
-            lines = [f"{'.'.join(map(str, e['loc'])) or 'models'}: {e['msg']}, got {e['input']!r:.80}" for e in error.errors()]
-            raise ValueError(f"{path}: " + "; ".join(lines)) from None
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
 
 
 @dataclass(frozen=True, slots=True)

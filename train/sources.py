@@ -23,14 +23,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import typer
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 from rich.table import Table as TextTable
 
 from p2l_engine.tables.atomic import write_file
 from p2l_engine.tables.turns import cell_turns
 from p2l_engine.tables.whole import read_table
-from p2l_engine.unique_keys import parsed
+from p2l_engine.train.definition import Definition
 from p2l_engine.votes.scores import SCORES, score_matrix
 from p2l_engine.votes.splits import folded
 
@@ -50,28 +50,15 @@ class SourceOptions(BaseModel):
     names: dict[str, list[str]] = {}
 
 
-class Pool(BaseModel):
+class Pool(Definition):
     """What is pooled. names: for each model the other names under which sources have it; models of other names, other versions
     among them, are other models. leave_out: models. min_prompts: models with fewer prompts that they share with another model
     are left out."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     sources: Annotated[dict[str, SourceOptions], Field(min_length=1)]
-    names: dict[str, list[str]] = {}
-    leave_out: list[str] = []
+    names: dict[str, list[str]] = Field(default_factory=dict)
+    leave_out: list[str] = Field(default_factory=list)
     min_prompts: Annotated[int, Field(ge=1)] = 1
-
-    @classmethod
-    def load(cls, path: Path) -> Pool:
-        """Reads a YAML file. Raises ValueError that names each unknown, missing or invalid key, and OSError."""
-        try:
-            return cls.model_validate(parsed(path.read_text(encoding="utf-8")))
-        except ValidationError as error:
-            lines = [f"{'.'.join(map(str, e['loc'])) or 'pool'}: {e['msg']}, got {e['input']!r:.80}" for e in error.errors()]
-            raise ValueError(f"{path}: " + "; ".join(lines)) from None
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
 
 
 @dataclass(frozen=True, slots=True)

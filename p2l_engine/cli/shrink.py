@@ -90,9 +90,9 @@ def shrink(
     )
     for line in (*dropped.lines(), *other.lines()):
         note(f"dropped {line}", warning=True)
-    known, strangers = among_known(given, loaded.models)
-    if strangers:
-        note(f"skipped {strangers:,} votes on models that the checkpoint does not know", warning=True)
+    known, unknown = among_known(given, loaded.models)
+    if unknown:
+        note(f"skipped {unknown:,} votes on models that the checkpoint does not know", warning=True)
     trained, _ = among_known(trained, loaded.models)
     measured_on = set(known.prompts)
     rest = [i for i, prompt in enumerate(trained.prompts) if prompt not in measured_on]
