@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8000)
     port = parser.parse_args().port
     FOLDER.mkdir(parents=True, exist_ok=True)
-    engine = Engine.from_pretrained()
+    engine = Engine.from_pretrained(prefix_cache_bytes="auto")
     engine.warmup()
     command = [sys.executable, "-m", "bench.mock_provider", "--port", "0", "--per-token", "0.01"]
     provider = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
