@@ -39,7 +39,7 @@ from p2l_engine.backbone import PackedDecoder
 from p2l_engine.catalog import CatalogModel
 from p2l_engine.checkpoint import Checkpoint
 from p2l_engine.constraints import Constraints
-from p2l_engine.engine import cpu
+from p2l_engine.native import cpus
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,8 @@ def by_length(
     if device.type != "cpu":
         raise ValueError(f"--lengths: expected --device cpu, since threads are compared, got {device}")
     threads = arguments.threads or [torch.get_num_threads()]
-    if max(threads) > cpu.available():
-        raise ValueError(f"--threads: expected at most {cpu.available()}, the CPUs of this process, got {max(threads)}")
+    if max(threads) > cpus.available():
+        raise ValueError(f"--threads: expected at most {cpus.available()}, the CPUs of this process, got {max(threads)}")
     lengths = arguments.lengths or LENGTHS
     return latency_by_length.measured(
         name, loaded, dtypes(arguments, device), lengths, threads, arguments.peers, arguments.calls, console

@@ -11,6 +11,7 @@
  */
 #include "bfloat16.h"
 #include "p2l_native.h"
+#include "pool.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -128,35 +129,46 @@ static int out_of_range(const attention *a, int64_t queries, int64_t keys) {
     return 0;
 }
 
+/* Tasks are numbered prompt by prompt, of one prompt the later rows first: they see more keys. */
+typedef struct {
+    const attention *a;
+    task_function attend;
+    struct {
+        scratch *memory;
+        int64_t prompt, before; /* where the thread's last task was: `before` tasks are of earlier prompts */
+    } threads[P2L_MOST_THREADS];
+    int failed;
+} step;
+
+static int64_t parts_of(const attention *a, int64_t prompt) {
+    return (queries_of(a, prompt) * (a->heads / a->kv_heads) + TASK_ROWS - 1) / TASK_ROWS;
+}
+
+static void attend_task(void *work, int64_t number, int thread) {
+    step *s = work;
+    const attention *a = s->a;
+    int64_t prompt = s->threads[thread].prompt, before = s->threads[thread].before, parts;
+    if (!s->threads[thread].memory && !(s->threads[thread].memory = new_scratch(a->size))) {
+        __atomic_store_n(&s->failed, 1, __ATOMIC_RELAXED);
+        return;
+    }
+    while (number >= before + (parts = parts_of(a, prompt)) * a->kv_heads) before += parts * a->kv_heads, prompt++;
+    s->threads[thread].prompt = prompt, s->threads[thread].before = before;
+    const int64_t first = (parts - 1 - (number - before) / a->kv_heads) * TASK_ROWS;
+    const int64_t left = queries_of(a, prompt) * (a->heads / a->kv_heads) - first;
+    s->attend(a, s->threads[thread].memory,
+              (task){prompt, (number - before) % a->kv_heads, first, left < TASK_ROWS ? left : TASK_ROWS});
+}
+
 int p2l_attention(const void *q, int64_t q_stride, int64_t queries, const void *kv, int64_t keys, const int32_t *starts,
                   const int32_t *key_starts, int64_t prompts, int64_t heads, int64_t kv_heads, int64_t size, int last, int bf16,
                   int threads, void *out) {
     const attention a = {q, kv, q_stride, starts, key_starts, prompts, heads, kv_heads, size, last, bf16, out};
     if (out_of_range(&a, queries, keys)) return 1;
-    const task_function attend = best_function();
-    int64_t taken = 0;
-    int failed = 0;
-    (void)threads;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        scratch *s = new_scratch(size);
-        if (!s) __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
-        /* Tasks differ in work, so a thread takes the next one when it is done with one. They are numbered prompt by prompt, of
-         * one prompt the later rows first: they see more keys. */
-        int64_t prompt = 0, before = 0;
-        while (s) {
-            const int64_t number = __atomic_fetch_add(&taken, 1, __ATOMIC_RELAXED);
-            int64_t rows = 0, parts = 0;
-            for (; prompt < prompts; before += parts * kv_heads, prompt++) {
-                rows = queries_of(&a, prompt) * (heads / kv_heads);
-                parts = (rows + TASK_ROWS - 1) / TASK_ROWS;
-                if (number < before + parts * kv_heads) break;
-            }
-            if (prompt == prompts) break;
-            const int64_t first = (parts - 1 - (number - before) / kv_heads) * TASK_ROWS, left = rows - first;
-            attend(&a, s, (task){prompt, (number - before) % kv_heads, first, left < TASK_ROWS ? left : TASK_ROWS});
-        }
-        free(s);
-    }
-    return failed ? -1 : 0;
+    step s = {&a, best_function(), {{0}}, 0};
+    int64_t tasks = 0;
+    for (int64_t i = 0; i < prompts; i++) tasks += parts_of(&a, i) * kv_heads;
+    p2l_run(threads, tasks, attend_task, &s);
+    for (int i = 0; i < P2L_MOST_THREADS; i++) free(s.threads[i].memory);
+    return s.failed ? -1 : 0;
 }

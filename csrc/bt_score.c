@@ -7,13 +7,11 @@
  * widening the bracket handles.
  */
 #include "p2l_native.h"
+#include "pool.h"
 #include "sigmoid_mixture.h"
 
 #include <float.h>
 #include <stdlib.h>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 #define MAX_STEPS 100
 #define X_TOLERANCE 1e-13
@@ -123,11 +121,21 @@ P2L_CLONES static void exponentials(const double *restrict theta, double shift, 
     for (int64_t s = 0; s < k; s++) e[s] = p2l_exp(theta[s] - shift);
 }
 
-static int64_t score_range(const double *theta, const double *q, int q_per_prompt, const double *rate, int64_t first,
-                           int64_t last, int64_t n_models, double *score) {
-    const int64_t capacity = n_models + P2L_GROUP;
+typedef struct {
+    const double *theta, *q;
+    int q_per_prompt;
+    const double *rate;
+    int64_t n_models;
+    double *score;
+} batch;
+
+/* Returns the number of prompts that did not converge. */
+static int64_t score_range(const void *work, int64_t first, int64_t last, int64_t task) {
+    const batch *b = work;
+    const int64_t n_models = b->n_models, capacity = n_models + P2L_GROUP;
     double *scratch = malloc(sizeof(double) * 3 * capacity);
     int64_t *support = malloc(sizeof(int64_t) * capacity);
+    (void)task;
     if (!scratch || !support) {
         free(scratch);
         free(support);
@@ -136,25 +144,27 @@ static int64_t score_range(const double *theta, const double *q, int q_per_promp
     double *coefficients = scratch, *e = scratch + capacity, *weights = scratch + 2 * capacity;
     int64_t k = 0, diverged = 0;
     for (int64_t n = first; n < last; n++) {
-        if (n == first || q_per_prompt) k = p2l_pack_support(q + (q_per_prompt ? n * n_models : 0), n_models, support, weights);
-        if (rate[n] <= 0 || rate[n] >= 1) {
-            score[n] = rate[n] <= 0 ? -INFINITY : INFINITY;
+        const double rate = b->rate[n];
+        if (n == first || b->q_per_prompt)
+            k = p2l_pack_support(b->q + (b->q_per_prompt ? n * n_models : 0), n_models, support, weights);
+        if (rate <= 0 || rate >= 1) {
+            b->score[n] = rate <= 0 ? -INFINITY : INFINITY;
             continue;
         }
         double low = INFINITY, high = -INFINITY;
         for (int64_t s = 0; s < k; s++) {
-            const double t = coefficients[s] = theta[n * n_models + support[s]];
+            const double t = coefficients[s] = b->theta[n * n_models + support[s]];
             low = t < low ? t : low;
             high = t > high ? t : high;
         }
-        mixture g = {coefficients, e, weights, k, high, log(rate[n]) - log1p(-rate[n]), 0};
+        mixture g = {coefficients, e, weights, k, high, log(rate) - log1p(-rate), 0};
         /* |x - shift| is at most the span plus |logit R| < 746 / 2; both must stay inside exp's range. */
         g.wide = !(high - low < P2L_SPAN) || fabs(g.logit_rate) > 500;
         if (!g.wide) exponentials(coefficients, high, k, e);
         int converged;
-        score[n] = solve(&g, low, high, &converged);
+        b->score[n] = solve(&g, low, high, &converged);
         if (!converged) {
-            score[n] = NAN;
+            b->score[n] = NAN;
             diverged++;
         }
     }
@@ -165,21 +175,6 @@ static int64_t score_range(const double *theta, const double *q, int q_per_promp
 
 int64_t p2l_bt_score(const double *theta, const double *q, int q_per_prompt, const double *rate, int64_t n_prompts,
                      int64_t n_models, int threads, double *score) {
-#ifdef _OPENMP
-    if (threads > 1) {
-        int64_t diverged = 0;
-        int failed = 0;
-#pragma omp parallel num_threads(threads) reduction(+ : diverged, failed)
-        {
-            const int64_t t = omp_get_thread_num(), of = omp_get_num_threads();
-            const int64_t bad =
-                score_range(theta, q, q_per_prompt, rate, n_prompts * t / of, n_prompts * (t + 1) / of, n_models, score);
-            failed += bad < 0;
-            diverged += bad < 0 ? 0 : bad;
-        }
-        return failed ? -1 : diverged;
-    }
-#endif
-    (void)threads;
-    return score_range(theta, q, q_per_prompt, rate, 0, n_prompts, n_models, score);
+    const batch b = {theta, q, q_per_prompt, rate, n_models, score};
+    return p2l_run_ranges(threads, p2l_parts(threads), n_prompts, score_range, &b);
 }

@@ -6,12 +6,10 @@
  */
 #include "hull.h"
 #include "p2l_native.h"
+#include "pool.h"
 
 #include <float.h>
 #include <stdlib.h>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 static void merge_sort_by_cost(int32_t *order, int32_t *scratch, const double *costs, int64_t count) {
     /* Bottom-up and stable: equal costs stay in index order. */
@@ -64,18 +62,30 @@ static inline int exceeds(double a, double b, double share, double limit) {
     return rest * a + share * b > limit || (long double)rest * a + (long double)share * b > limit;
 }
 
-static int64_t solve_range(const double *v, const double *costs, int costs_per_prompt, const double *budget,
-                           const double *highest, const uint8_t *allowed, int64_t first, int64_t last, int64_t n_models,
-                           int32_t *indices, double *probabilities, double *value, double *cost) {
+typedef struct {
+    const double *v, *costs;
+    int costs_per_prompt;
+    const double *budget, *highest;
+    const uint8_t *allowed;
+    int64_t n_models;
+    int32_t *indices;
+    double *probabilities, *value, *cost;
+} batch;
+
+/* Returns the number of infeasible prompts. */
+static int64_t solve_range(const void *work, int64_t first, int64_t last, int64_t task) {
+    const batch *of = work;
+    const int64_t n_models = of->n_models;
     int32_t *order = malloc(sizeof(int32_t) * 3 * n_models);
+    (void)task;
     if (!order) return -1;
     int32_t *hull = order + n_models, *scratch = order + 2 * n_models;
     int64_t infeasible = 0;
     for (int64_t n = first; n < last; n++) {
-        const double *c = costs + (costs_per_prompt ? n * n_models : 0), *w = v + n * n_models;
-        const double limit = budget[n], reach = highest[n];
-        if (n == first || costs_per_prompt) p2l_sort_models(order, scratch, c, n_models);
-        const int64_t size = p2l_upper_hull(c, w, allowed ? allowed + n * n_models : 0, order, n_models, hull);
+        const double *c = of->costs + (of->costs_per_prompt ? n * n_models : 0), *w = of->v + n * n_models;
+        const double limit = of->budget[n], reach = of->highest[n];
+        if (n == first || of->costs_per_prompt) p2l_sort_models(order, scratch, c, n_models);
+        const int64_t size = p2l_upper_hull(c, w, of->allowed ? of->allowed + n * n_models : 0, order, n_models, hull);
         if (!size || c[hull[0]] > reach) {
             infeasible++;
             continue;
@@ -91,12 +101,12 @@ static int64_t solve_range(const double *v, const double *costs, int costs_per_p
                 share = by < 1 ? share - share * by : 0;
             if (share == 0) b = a;
         }
-        indices[2 * n] = a;
-        indices[2 * n + 1] = b;
-        probabilities[2 * n] = 1 - share;
-        probabilities[2 * n + 1] = share;
-        value[n] = w[a] + share * (w[b] - w[a]);
-        cost[n] = share > 0 ? limit : c[a];
+        of->indices[2 * n] = a;
+        of->indices[2 * n + 1] = b;
+        of->probabilities[2 * n] = 1 - share;
+        of->probabilities[2 * n + 1] = share;
+        of->value[n] = w[a] + share * (w[b] - w[a]);
+        of->cost[n] = share > 0 ? limit : c[a];
     }
     free(order);
     return infeasible;
@@ -105,22 +115,6 @@ static int64_t solve_range(const double *v, const double *costs, int costs_per_p
 int64_t p2l_solve_budget(const double *v, const double *costs, int costs_per_prompt, const double *budget,
                          const double *highest, const uint8_t *allowed, int64_t n_prompts, int64_t n_models, int threads,
                          int32_t *indices, double *probabilities, double *value, double *cost) {
-#ifdef _OPENMP
-    if (threads > 1) {
-        int64_t infeasible = 0;
-        int failed = 0;
-#pragma omp parallel num_threads(threads) reduction(+ : infeasible, failed)
-        {
-            const int64_t t = omp_get_thread_num(), of = omp_get_num_threads();
-            const int64_t bad = solve_range(v, costs, costs_per_prompt, budget, highest, allowed, n_prompts * t / of,
-                                            n_prompts * (t + 1) / of, n_models, indices, probabilities, value, cost);
-            failed += bad < 0;
-            infeasible += bad < 0 ? 0 : bad;
-        }
-        return failed ? -1 : infeasible;
-    }
-#endif
-    (void)threads;
-    return solve_range(v, costs, costs_per_prompt, budget, highest, allowed, 0, n_prompts, n_models, indices, probabilities,
-                       value, cost);
+    const batch of = {v, costs, costs_per_prompt, budget, highest, allowed, n_models, indices, probabilities, value, cost};
+    return p2l_run_ranges(threads, p2l_parts(threads), n_prompts, solve_range, &of);
 }

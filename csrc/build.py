@@ -10,9 +10,9 @@ from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
 SOURCES = [
-    "win_rates", "budget", "hulls", "pricing", "bt_score", "outcomes", "decoder", "linear", "int8", "attention", "machine",
+    "win_rates", "budget", "hulls", "pricing", "bt_score", "outcomes", "decoder", "linear", "int8", "attention", "pool", "machine",
 ]  # fmt: skip
-HEADERS = ["p2l_native", "hull", "sigmoid_mixture", "bfloat16", "panels", "attention_task"]
+HEADERS = ["p2l_native", "hull", "sigmoid_mixture", "bfloat16", "panels", "attention_task", "pool"]
 
 
 def declarations() -> str:
@@ -21,9 +21,7 @@ def declarations() -> str:
     return "\n".join(re.findall(r"^(?:int|int64_t|void) p2l_\w+\([^;]*\);", header, flags=re.M))
 
 
-# macOS's clang has no OpenMP of its own: there the core runs on one thread.
-openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
-COMPILER_FLAGS = ["-O3", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", *openmp]
+COMPILER_FLAGS = ["-O3", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-pthread", "-fopenmp-simd"]
 
 ffi = FFI()
 ffi.cdef(declarations())
@@ -34,6 +32,6 @@ ffi.set_source(
     include_dirs=["csrc"],
     depends=[f"csrc/{name}.h" for name in HEADERS],
     extra_compile_args=COMPILER_FLAGS,
-    extra_link_args=openmp,
+    extra_link_args=["-pthread", "-fopenmp-simd"],
     libraries=[] if sys.platform == "win32" else ["m"],
 )

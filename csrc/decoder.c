@@ -6,12 +6,10 @@
  */
 #include "bfloat16.h"
 #include "p2l_native.h"
+#include "pool.h"
 
 #include <math.h>
 #include <string.h>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 INLINE float get(const void *x, int64_t i, int bf16) {
     return bf16 ? widened(((const uint16_t *)x)[i]) : ((const float *)x)[i];
@@ -163,94 +161,113 @@ INLINE void rope_row(void *x, const float *cosine, const float *sine, int64_t ro
     }
 }
 
-/* Loops over one thread's rows, instantiated per dtype (`bf16` is a constant) and compiled per instruction set. */
-#define RANGES(NAME, BF16)                                                                                                 \
-    P2L_CLONES static void rms_norm_##NAME(void *x, const void *delta, const void *weight, void *out, int64_t first,       \
-                                           int64_t last, int64_t columns, float eps) {                                     \
-        for (int64_t n = first; n < last; n++)                                                                             \
-            rms_norm_row(at(x, n * columns, BF16), delta ? from(delta, n * columns, BF16) : 0, weight,                     \
-                         at(out, n * columns, BF16), columns, eps, BF16);                                                  \
-    }                                                                                                                      \
-    P2L_CLONES static void swiglu_##NAME(const void *gate_up, void *out, int64_t first, int64_t last, int64_t inner) {     \
-        for (int64_t n = first; n < last; n++)                                                                             \
-            swiglu_row(from(gate_up, 2 * n * inner, BF16), at(out, n * inner, BF16), inner, BF16);                         \
-    }                                                                                                                      \
-    P2L_CLONES static void rms_norm_backward_##NAME(const void *x, const void *weight, const void *d_out, void *d_x,       \
-                                                    float *d_weight, int64_t first, int64_t last, int64_t columns,         \
-                                                    float eps) {                                                           \
-        for (int64_t n = first; n < last; n++)                                                                             \
-            rms_norm_backward_row(from(x, n * columns, BF16), weight, from(d_out, n * columns, BF16),                      \
-                                  at(d_x, n * columns, BF16), d_weight, columns, eps, BF16);                               \
-    }                                                                                                                      \
-    P2L_CLONES static void swiglu_backward_##NAME(const void *gate_up, const void *d_out, void *d_gate_up, void *out,      \
-                                                  int64_t first, int64_t last, int64_t inner) {                            \
-        for (int64_t n = first; n < last; n++)                                                                             \
-            swiglu_backward_row(from(gate_up, 2 * n * inner, BF16), from(d_out, n * inner, BF16),                          \
-                                at(d_gate_up, 2 * n * inner, BF16), at(out, n * inner, BF16), inner, BF16);                \
-    }                                                                                                                      \
-    P2L_CLONES static void rope_##NAME(void *x, const float *cosine, const float *sine, int64_t first, int64_t last,       \
-                                       int64_t heads, int64_t rotated, int64_t half, int inverse) {                        \
-        for (int64_t n = first; n < last; n++)                                                                             \
-            rope_row(at(x, n * heads * 2 * half, BF16), cosine + n * half, sine + n * half, rotated, half, inverse, BF16); \
-    }                                                                                                                      \
-    P2L_CLONES static int rope_kv_##NAME(const rope_kv *r, int64_t first, int64_t last) {                                  \
-        int outside = 0;                                                                                                   \
-        for (int64_t n = first; n < last; n++) outside |= rope_kv_row(r, n, BF16);                                         \
-        return outside;                                                                                                    \
+/* The arguments of a step over rows. */
+typedef struct {
+    int64_t columns; /* of a row; of SwiGLU `inner` */
+    void *x;
+    const void *delta, *weight;
+    const void *gate_up, *d_out;
+    void *out, *d_x;
+    float *d_weight, eps;
+    const float *cosine, *sine;
+    int64_t heads, rotated, half;
+    int inverse;
+    const rope_kv *kv;
+} step;
+
+/* Loops over a range of rows, instantiated per dtype (`bf16` is a constant) and compiled per instruction set. */
+#define RANGES(NAME, BF16)                                                                                                   \
+    P2L_CLONES static int64_t rms_norm_##NAME(const void *work, int64_t first, int64_t last, int64_t task) {                 \
+        const step *s = work;                                                                                                \
+        (void)task;                                                                                                          \
+        for (int64_t n = first; n < last; n++)                                                                               \
+            rms_norm_row(at(s->x, n * s->columns, BF16), s->delta ? from(s->delta, n * s->columns, BF16) : 0, s->weight,     \
+                         at(s->out, n * s->columns, BF16), s->columns, s->eps, BF16);                                        \
+        return 0;                                                                                                            \
+    }                                                                                                                        \
+    P2L_CLONES static int64_t swiglu_##NAME(const void *work, int64_t first, int64_t last, int64_t task) {                   \
+        const step *s = work;                                                                                                \
+        (void)task;                                                                                                          \
+        for (int64_t n = first; n < last; n++)                                                                               \
+            swiglu_row(from(s->gate_up, 2 * n * s->columns, BF16), at(s->out, n * s->columns, BF16), s->columns, BF16);      \
+        return 0;                                                                                                            \
+    }                                                                                                                        \
+    P2L_CLONES static int64_t rms_norm_backward_##NAME(const void *work, int64_t first, int64_t last, int64_t task) {        \
+        const step *s = work;                                                                                                \
+        for (int64_t n = first; n < last; n++)                                                                               \
+            rms_norm_backward_row(from(s->x, n * s->columns, BF16), s->weight, from(s->d_out, n * s->columns, BF16),         \
+                                  at(s->d_x, n * s->columns, BF16), s->d_weight ? s->d_weight + task * s->columns : 0,       \
+                                  s->columns, s->eps, BF16);                                                                 \
+        return 0;                                                                                                            \
+    }                                                                                                                        \
+    P2L_CLONES static int64_t swiglu_backward_##NAME(const void *work, int64_t first, int64_t last, int64_t task) {          \
+        const step *s = work;                                                                                                \
+        (void)task;                                                                                                          \
+        for (int64_t n = first; n < last; n++)                                                                               \
+            swiglu_backward_row(from(s->gate_up, 2 * n * s->columns, BF16), from(s->d_out, n * s->columns, BF16),            \
+                                at(s->d_x, 2 * n * s->columns, BF16), at(s->out, n * s->columns, BF16), s->columns, BF16);   \
+        return 0;                                                                                                            \
+    }                                                                                                                        \
+    P2L_CLONES static int64_t rope_##NAME(const void *work, int64_t first, int64_t last, int64_t task) {                     \
+        const step *s = work;                                                                                                \
+        (void)task;                                                                                                          \
+        for (int64_t n = first; n < last; n++)                                                                               \
+            rope_row(at(s->x, n * s->heads * 2 * s->half, BF16), s->cosine + n * s->half, s->sine + n * s->half, s->rotated, \
+                     s->half, s->inverse, BF16);                                                                             \
+        return 0;                                                                                                            \
+    }                                                                                                                        \
+    P2L_CLONES static int64_t rope_kv_##NAME(const void *work, int64_t first, int64_t last, int64_t task) {                  \
+        const step *s = work;                                                                                                \
+        int outside = 0;                                                                                                     \
+        (void)task;                                                                                                          \
+        for (int64_t n = first; n < last; n++) outside |= rope_kv_row(s->kv, n, BF16);                                       \
+        return outside;                                                                                                      \
     }
 
 RANGES(f32, 0)
 RANGES(bf16, 1)
 
-/* Runs CALL on `threads` threads; each gets its own range [first, last) of the rows. */
-#ifdef _OPENMP
-#define FOR_EACH_THREAD(ROWS, CALL)                                          \
-    _Pragma("omp parallel num_threads(threads) if (threads > 1)") {          \
-        const int64_t t = omp_get_thread_num(), of = omp_get_num_threads();  \
-        const int64_t first = (ROWS) * t / of, last = (ROWS) * (t + 1) / of; \
-        CALL;                                                                \
-    }
-#else
-#define FOR_EACH_THREAD(ROWS, CALL)                    \
-    {                                                  \
-        const int64_t t = 0, first = 0, last = (ROWS); \
-        (void)threads, (void)t;                        \
-        CALL;                                          \
-    }
-#endif
-
 void p2l_rms_norm(void *x, const void *delta, const void *weight, void *out, int64_t rows, int64_t columns, double eps,
                   int bf16, int threads) {
-    FOR_EACH_THREAD(rows, (bf16 ? rms_norm_bf16 : rms_norm_f32)(x, delta, weight, out, first, last, columns, (float)eps))
+    const step s = {.columns = columns, .x = x, .delta = delta, .weight = weight, .out = out, .eps = (float)eps};
+    p2l_run_ranges(threads, p2l_parts(threads), rows, bf16 ? rms_norm_bf16 : rms_norm_f32, &s);
 }
 
 void p2l_swiglu(const void *gate_up, void *out, int64_t rows, int64_t inner, int bf16, int threads) {
-    FOR_EACH_THREAD(rows, (bf16 ? swiglu_bf16 : swiglu_f32)(gate_up, out, first, last, inner))
+    const step s = {.columns = inner, .gate_up = gate_up, .out = out};
+    p2l_run_ranges(threads, p2l_parts(threads), rows, bf16 ? swiglu_bf16 : swiglu_f32, &s);
 }
 
 int p2l_rope_kv(void *x, int64_t tokens, int64_t queries, int64_t keys, int64_t half, const float *cosine, const float *sine,
                 int64_t n_positions, const int32_t *positions, const int32_t *sources, int64_t rows, const void *prefix,
                 int64_t n_prefix, void *kv, int bf16, int threads) {
     const rope_kv r = {x, tokens, queries, keys, half, cosine, sine, n_positions, positions, sources, prefix, n_prefix, kv};
-    int outside = 0;
-    FOR_EACH_THREAD(rows,
-                    if ((bf16 ? rope_kv_bf16 : rope_kv_f32)(&r, first, last)) __atomic_store_n(&outside, 1, __ATOMIC_RELAXED))
-    return outside;
+    const step s = {.kv = &r};
+    return p2l_run_ranges(threads, p2l_parts(threads), rows, bf16 ? rope_kv_bf16 : rope_kv_f32, &s) != 0;
 }
 
+/* One part for each thread, since each adds to a sum of its own: in the same order in every run. */
 void p2l_rms_norm_backward(const void *x, const void *weight, const void *d_out, void *d_x, float *d_weight, int64_t rows,
                            int64_t columns, double eps, int bf16, int threads) {
-    FOR_EACH_THREAD(rows, (bf16 ? rms_norm_backward_bf16 : rms_norm_backward_f32)(
-                              x, weight, d_out, d_x, d_weight ? d_weight + t * columns : 0, first, last, columns, (float)eps))
+    const step s = {.columns = columns,
+                    .x = (void *)x,
+                    .weight = weight,
+                    .d_out = d_out,
+                    .d_x = d_x,
+                    .d_weight = d_weight,
+                    .eps = (float)eps};
+    p2l_run_ranges(threads, threads, rows, bf16 ? rms_norm_backward_bf16 : rms_norm_backward_f32, &s);
 }
 
 void p2l_swiglu_backward(const void *gate_up, const void *d_out, void *d_gate_up, void *out, int64_t rows, int64_t inner,
                          int bf16, int threads) {
-    FOR_EACH_THREAD(rows,
-                    (bf16 ? swiglu_backward_bf16 : swiglu_backward_f32)(gate_up, d_out, d_gate_up, out, first, last, inner))
+    const step s = {.columns = inner, .gate_up = gate_up, .d_out = d_out, .d_x = d_gate_up, .out = out};
+    p2l_run_ranges(threads, p2l_parts(threads), rows, bf16 ? swiglu_backward_bf16 : swiglu_backward_f32, &s);
 }
 
 void p2l_rope(void *x, const float *cosine, const float *sine, int64_t rows, int64_t heads, int64_t rotated, int64_t half,
               int inverse, int bf16, int threads) {
-    FOR_EACH_THREAD(rows, (bf16 ? rope_bf16 : rope_f32)(x, cosine, sine, first, last, heads, rotated, half, inverse))
+    const step s = {
+        .x = x, .cosine = cosine, .sine = sine, .heads = heads, .rotated = rotated, .half = half, .inverse = inverse};
+    p2l_run_ranges(threads, p2l_parts(threads), rows, bf16 ? rope_bf16 : rope_f32, &s);
 }

@@ -7,64 +7,58 @@
  */
 #include "hull.h"
 #include "p2l_native.h"
+#include "pool.h"
 
 #include <stdlib.h>
 #include <string.h>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 #define DIGIT_BITS 16
 #define DIGITS (1 << DIGIT_BITS)
 
-static int64_t hulls_range(const double *v, const double *costs, int costs_per_prompt, const uint8_t *allowed, int64_t first,
-                           int64_t last, int64_t n_models, int32_t *sizes, int32_t *models, double *cost, double *value) {
+typedef struct {
+    const double *v, *costs;
+    int costs_per_prompt;
+    const uint8_t *allowed;
+    int64_t n_models;
+    int32_t *sizes, *models;
+    double *cost, *value;
+    int64_t *counts; /* vertices of each task, whose hulls begin where they would if all earlier ones were full */
+} batch;
+
+static int64_t hulls_range(const void *work, int64_t first, int64_t last, int64_t task) {
+    const batch *b = work;
+    const int64_t n_models = b->n_models;
     int32_t *order = malloc(sizeof(int32_t) * 2 * n_models);
     if (!order) return -1;
     int64_t filled = first * n_models;
     for (int64_t n = first; n < last; n++) {
-        const double *c = costs + (costs_per_prompt ? n * n_models : 0), *w = v + n * n_models;
-        if (n == first || costs_per_prompt) p2l_sort_models(order, order + n_models, c, n_models);
-        int32_t *hull = models + filled;
-        sizes[n] = (int32_t)p2l_upper_hull(c, w, allowed ? allowed + n * n_models : 0, order, n_models, hull);
-        for (int32_t i = 0; i < sizes[n]; i++) {
-            cost[filled + i] = c[hull[i]];
-            value[filled + i] = w[hull[i]];
+        const double *c = b->costs + (b->costs_per_prompt ? n * n_models : 0), *w = b->v + n * n_models;
+        if (n == first || b->costs_per_prompt) p2l_sort_models(order, order + n_models, c, n_models);
+        int32_t *hull = b->models + filled;
+        b->sizes[n] = (int32_t)p2l_upper_hull(c, w, b->allowed ? b->allowed + n * n_models : 0, order, n_models, hull);
+        for (int32_t i = 0; i < b->sizes[n]; i++) {
+            b->cost[filled + i] = c[hull[i]];
+            b->value[filled + i] = w[hull[i]];
         }
-        filled += sizes[n];
+        filled += b->sizes[n];
     }
     free(order);
-    return filled - first * n_models;
+    return b->counts[task] = filled - first * n_models;
 }
 
 int64_t p2l_hulls(const double *v, const double *costs, int costs_per_prompt, const uint8_t *allowed, int64_t n_prompts,
                   int64_t n_models, int threads, int32_t *sizes, int32_t *models, double *cost, double *value) {
-    if (threads < 1) threads = 1;
-    int64_t *counts = malloc(sizeof(int64_t) * threads), total = 0;
+    const int64_t tasks = p2l_parts(threads);
+    int64_t *counts = malloc(sizeof(int64_t) * tasks), moved = 0;
     if (!counts) return -1;
-    int parts = 1;
-#ifdef _OPENMP
-#pragma omp parallel num_threads(threads)
-    {
-        const int64_t t = omp_get_thread_num(), of = omp_get_num_threads();
-        if (t == 0) parts = (int)of;
-        counts[t] = hulls_range(v, costs, costs_per_prompt, allowed, n_prompts * t / of, n_prompts * (t + 1) / of, n_models,
-                                sizes, models, cost, value);
-    }
-#else
-    counts[0] = hulls_range(v, costs, costs_per_prompt, allowed, 0, n_prompts, n_models, sizes, models, cost, value);
-#endif
-    /* Every thread wrote from where its first prompt would start if all hulls were full; close the gaps. */
-    for (int64_t t = 0; t < parts && total >= 0; t++) {
-        const int64_t from = n_prompts * t / parts * n_models, count = counts[t];
-        if (count < 0) {
-            total = -1;
-            break;
-        }
-        memmove(models + total, models + from, sizeof(int32_t) * count);
-        memmove(cost + total, cost + from, sizeof(double) * count);
-        memmove(value + total, value + from, sizeof(double) * count);
-        total += count;
+    const batch b = {v, costs, costs_per_prompt, allowed, n_models, sizes, models, cost, value, counts};
+    const int64_t total = p2l_run_ranges(threads, tasks, n_prompts, hulls_range, &b);
+    for (int64_t t = 0; t < tasks && total >= 0; t++) { /* close the gaps */
+        const int64_t from = n_prompts * t / tasks * n_models, count = counts[t];
+        memmove(models + moved, models + from, sizeof(int32_t) * count);
+        memmove(cost + moved, cost + from, sizeof(double) * count);
+        memmove(value + moved, value + from, sizeof(double) * count);
+        moved += count;
     }
     free(counts);
     return total;
@@ -82,18 +76,29 @@ static inline uint64_t bits_of(double slope) {
     return bits;
 }
 
-/* spent [DIGITS]: the cost of the steps whose leading bits equal the prefix, by their next 16 bits. */
-static void histogram(const int64_t *offsets, const double *cost, const double *value, int64_t first, int64_t last,
-                      uint64_t prefix, int shift, double *spent) {
-    const uint64_t mask = shift + DIGIT_BITS == 64 ? 0 : ~(uint64_t)0 << (shift + DIGIT_BITS);
+typedef struct {
+    const int64_t *offsets;
+    const double *cost, *value;
+    uint64_t prefix;
+    int shift;
+    double *spent;
+} steps;
+
+/* spent [tasks, DIGITS]: the cost of the steps whose leading bits equal the prefix, by their next 16 bits. */
+static int64_t histogram(const void *work, int64_t first, int64_t last, int64_t task) {
+    const steps *s = work;
+    const uint64_t mask = s->shift + DIGIT_BITS == 64 ? 0 : ~(uint64_t)0 << (s->shift + DIGIT_BITS);
+    double *spent = s->spent + task * DIGITS;
+    memset(spent, 0, sizeof(double) * DIGITS);
     for (int64_t n = first; n < last; n++) {
         double slope = __builtin_inf();
-        for (int64_t i = offsets[n] + 1; i < offsets[n + 1]; i++) {
-            slope = slope_to(cost, value, i, slope);
+        for (int64_t i = s->offsets[n] + 1; i < s->offsets[n + 1]; i++) {
+            slope = slope_to(s->cost, s->value, i, slope);
             const uint64_t bits = bits_of(slope);
-            if ((bits & mask) == prefix) spent[(bits >> shift) & (DIGITS - 1)] += cost[i] - cost[i - 1];
+            if ((bits & mask) == s->prefix) spent[(bits >> s->shift) & (DIGITS - 1)] += s->cost[i] - s->cost[i - 1];
         }
     }
+    return 0;
 }
 
 int p2l_select_steps(const int64_t *offsets, const double *cost, const double *value, int64_t n_prompts, double slack,
@@ -104,25 +109,14 @@ int p2l_select_steps(const int64_t *offsets, const double *cost, const double *v
     uint64_t prefix = 0;
     int found = 1;
     for (int shift = 64 - DIGIT_BITS; shift >= 0 && found; shift -= DIGIT_BITS) {
-        int parts = 1;
-#ifdef _OPENMP
-#pragma omp parallel num_threads(threads)
-        {
-            const int64_t t = omp_get_thread_num(), of = omp_get_num_threads();
-            if (t == 0) parts = (int)of;
-            memset(spent + t * DIGITS, 0, sizeof(double) * DIGITS);
-            histogram(offsets, cost, value, n_prompts * t / of, n_prompts * (t + 1) / of, prefix, shift, spent + t * DIGITS);
-        }
-#else
-        memset(spent, 0, sizeof(double) * DIGITS);
-        histogram(offsets, cost, value, 0, n_prompts, prefix, shift, spent);
-#endif
+        const steps s = {offsets, cost, value, prefix, shift, spent};
+        p2l_run_ranges(threads, threads, n_prompts, histogram, &s); /* one part for each thread: the sums are large */
         found = 0;
         int64_t last = -1; /* the smallest slope with this prefix, and the cost of its steps */
         double least = 0;
         for (int64_t digit = DIGITS - 1; digit >= 0; digit--) {
             double here = 0;
-            for (int t = 0; t < parts; t++) here += spent[(int64_t)t * DIGITS + digit];
+            for (int t = 0; t < threads; t++) here += spent[(int64_t)t * DIGITS + digit];
             if (here <= 0) continue;
             last = digit;
             least = here;

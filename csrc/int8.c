@@ -13,7 +13,7 @@
 #include <math.h>
 #include <string.h>
 
-enum { GROUP = 192 };
+enum { GROUP = 192, ROWS_PER_TASK = 16 /* quantised by one thread */ };
 
 /* Arguments of one product; see p2l_native.h. */
 typedef struct {
@@ -201,28 +201,36 @@ int p2l_int8_level(void) {
     return 0;
 }
 
+typedef struct {
+    const float *x;
+    int64_t rows, width, depth, tasks;
+    int8_t *values;
+    float *scale;
+    int32_t *taken;
+    int32_t offset;
+} quantisation;
+
+static void quantise_some(void *work, int64_t task, int thread) {
+    const quantisation *w = work;
+    (void)thread;
+    quantise(w->x, w->rows * task / w->tasks, w->rows * (task + 1) / w->tasks, w->width, w->depth, w->values, w->scale,
+             w->taken, w->offset);
+}
+
 void p2l_int8_linear(const float *x, int64_t rows, int64_t width, const uint8_t *weight, const float *weight_scale,
                      int64_t offset, const float *bias, int64_t columns, uint8_t *scratch, float *out, int level, int threads) {
     const int64_t depth = (width + 3) / 4 * 4, groups = (depth + GROUP - 1) / GROUP;
     float *scale = (float *)scratch;
     int32_t *taken = (int32_t *)(scratch + 4 * rows * groups);
     int8_t *values = (int8_t *)(scratch + 8 * rows * groups);
+    const int64_t tasks = threads > 1 ? (rows + ROWS_PER_TASK - 1) / ROWS_PER_TASK : 1;
+    quantisation all = {x, rows, width, depth, tasks, values, scale, taken, (int32_t)offset};
+    p2l_run(threads, tasks, quantise_some, &all);
     const product p = {values, scale, weight_scale, bias, taken, weight, depth, groups, columns, depth * PANEL, out};
-    void (*panel)(const product *, int64_t, int64_t, int64_t) = panel_portable;
-    (void)threads, (void)level;
+    p2l_panel panel = panel_portable;
+    (void)level;
 #ifdef P2L_LEVELS
     panel = level == 2 ? panel_vnni : level == 1 ? panel_avx2 : panel_portable;
 #endif
-#ifdef _OPENMP
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        const int64_t t = omp_get_thread_num(), of = omp_get_num_threads();
-        quantise(x, rows * t / of, rows * (t + 1) / of, width, depth, values, scale, taken, (int32_t)offset);
-#pragma omp barrier
-        P2L_FOR_EACH_PANEL(rows, depth, columns, t, of, panel(&p, number, first, last))
-    }
-#else
-    quantise(x, 0, rows, width, depth, values, scale, taken, (int32_t)offset);
-    P2L_FOR_EACH_PANEL(rows, depth, columns, 0, 1, panel(&p, number, first, last))
-#endif
+    p2l_all_panels(&p, panel, rows, depth, columns, threads);
 }

@@ -152,15 +152,10 @@ void p2l_linear(const void *x, int64_t rows, int64_t depth, const void *weight, 
                 int bf16, int level, int threads) {
     const int64_t size = bf16 ? 2 : 4;
     const product p = {x, weight, bias, depth, columns, depth * PANEL * size, out};
-    void (*panel)(const product *, int64_t, int64_t, int64_t) = panel_portable;
-    (void)threads, (void)level;
+    p2l_panel panel = panel_portable;
+    (void)level;
 #ifdef P2L_LEVELS
     panel = bf16 ? panel_bf16 : level == 2 ? panel_avx512 : level == 1 ? panel_avx2 : panel_portable;
 #endif
-#ifdef _OPENMP
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    P2L_FOR_EACH_PANEL(rows, depth * size, columns, omp_get_thread_num(), omp_get_num_threads(), panel(&p, number, first, last))
-#else
-    P2L_FOR_EACH_PANEL(rows, depth * size, columns, 0, 1, panel(&p, number, first, last))
-#endif
+    p2l_all_panels(&p, panel, rows, depth * size, columns, threads);
 }

@@ -1,9 +1,5 @@
-/* The CPU's instruction set and the number of threads. */
+/* The CPU's instruction set. */
 #include "p2l_native.h"
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 int p2l_isa_level(void) {
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -13,13 +9,5 @@ int p2l_isa_level(void) {
     return 2;
 #else
     return 0;
-#endif
-}
-
-int p2l_max_threads(void) {
-#ifdef _OPENMP
-    return omp_get_max_threads();
-#else
-    return 1;
 #endif
 }

@@ -1,5 +1,6 @@
 /* The outcome probabilities of every pair of models, from exp(theta), with divisions only. */
 #include "p2l_native.h"
+#include "pool.h"
 
 /* One prompt: out [outcomes, M (M - 1) / 2], pairs i < j in row-major order. Ties are sums of positive terms (see
  * p2l_engine/feedback/formulas.py), not what is left of 1: nothing cancels. */
@@ -38,13 +39,25 @@ P2L_CLONES static void outcomes_of(const double *restrict e, double lambda, doub
     }
 }
 
+typedef struct {
+    const double *e, *lambda;
+    double ground;
+    int64_t outcomes, n_models;
+    double *out;
+} batch;
+
+static int64_t outcomes_range(const void *work, int64_t first, int64_t last, int64_t task) {
+    const batch *b = work;
+    const int64_t width = b->outcomes * (b->n_models * (b->n_models - 1) / 2);
+    (void)task;
+    for (int64_t n = first; n < last; n++)
+        outcomes_of(b->e + n * b->n_models, b->lambda ? b->lambda[n] : 1, b->ground, b->outcomes, b->n_models,
+                    b->out + n * width);
+    return 0;
+}
+
 void p2l_outcomes(const double *e, const double *lambda, double ground, int64_t outcomes, int64_t n_prompts, int64_t n_models,
                   int threads, double *out) {
-    const int64_t pairs = n_models * (n_models - 1) / 2;
-#ifdef _OPENMP
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-#endif
-    for (int64_t n = 0; n < n_prompts; n++)
-        outcomes_of(e + n * n_models, lambda ? lambda[n] : 1, ground, outcomes, n_models, out + n * outcomes * pairs);
-    (void)threads;
+    const batch b = {e, lambda, ground, outcomes, n_models, out};
+    p2l_run_ranges(threads, p2l_parts(threads), n_prompts, outcomes_range, &b);
 }

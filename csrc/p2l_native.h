@@ -3,7 +3,7 @@
  *
  * Arrays are row-major, contiguous float64 unless a type says otherwise; N prompts, M models. Callers check their arguments
  * (finite values, q >= 0 with sum 1, costs >= 0); nothing is validated here. Routines are batched over prompts and run on
- * `threads` >= 1 OpenMP threads; 1 stays on the calling thread. Reference implementations: tests/support/reference.py.
+ * `threads` >= 1 threads (see pool.h); 1 stays on the calling thread. Reference implementations: tests/support/reference.py.
  */
 #ifndef P2L_NATIVE_H
 #define P2L_NATIVE_H
@@ -154,8 +154,5 @@ void p2l_rope(void *x, const float *cosine, const float *sine, int64_t rows, int
 
 /* The instruction set that the loader chose: 4, 3 or 2 for x86-64-v4 (AVX-512), v3 (AVX2), v2; 0 elsewhere. */
 int p2l_isa_level(void);
-
-/* OpenMP's maximum number of threads (OMP_NUM_THREADS, or the CPUs available); 1 without OpenMP. */
-int p2l_max_threads(void);
 
 #endif

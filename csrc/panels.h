@@ -3,11 +3,9 @@
 #define P2L_PANELS_H
 
 #include "p2l_native.h"
+#include "pool.h"
 
 #include <stdint.h>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 #ifdef P2L_LEVELS
 #include <immintrin.h>
 #define P2L_AVX2 __attribute__((target("avx2,fma")))
@@ -22,7 +20,8 @@ enum {
     PANEL = 32, /* columns whose weights lie together */
     TILE = 12,  /* rows whose sums with a panel stay in registers; with AVX2, of half a panel: */
     AVX2_TILE = 6,
-    CACHED = 384 << 10 /* bytes of rows that are multiplied by a panel before the next one: they stay in the L2 cache */
+    CACHED = 384 << 10,   /* bytes of rows that are multiplied by a panel before the next one: they stay in the L2 cache */
+    TASKS_PER_THREAD = 32 /* of a product, so that a thread that starts late leaves more to the others */
 };
 
 /* CALL(rows) with a constant, so that it is compiled for each number of rows up to MOST, which is 6 or 12. */
@@ -68,7 +67,8 @@ enum {
 
 /* Defines panel_NAME: all rows [first, last) by one panel, in tiles of nearly equal size by tile_NAME. */
 #define P2L_PANEL(NAME, TARGET, MOST, PRODUCT)                                                         \
-    TARGET static void panel_##NAME(const PRODUCT *p, int64_t number, int64_t first, int64_t last) {   \
+    TARGET static void panel_##NAME(const void *of, int64_t number, int64_t first, int64_t last) {     \
+        const PRODUCT *p = of;                                                                         \
         const void *panel = (const char *)p->weight + number * p->panel_bytes;                         \
         const int64_t column = number * PANEL, tiles = (last - first + MOST - 1) / MOST;               \
         for (int64_t t = 0; t < tiles; t++) {                                                          \
@@ -77,16 +77,31 @@ enum {
         }                                                                                              \
     }
 
-/* Calls CALL for this thread's share of the (block of rows, panel) pairs, with `number`, `first` and `last` set. */
-#define P2L_FOR_EACH_PANEL(ROWS, ROW_BYTES, COLUMNS, THREAD, THREADS, CALL)                               \
-    {                                                                                                     \
-        const int64_t panels_ = ((COLUMNS) + PANEL - 1) / PANEL;                                          \
-        const int64_t blocks_ = ((ROWS) * (ROW_BYTES) + CACHED - 1) / CACHED, all_ = blocks_ * panels_;   \
-        for (int64_t at_ = all_ * (THREAD) / (THREADS); at_ < all_ * ((THREAD) + 1) / (THREADS); at_++) { \
-            const int64_t block_ = at_ / panels_, number = at_ % panels_;                                 \
-            const int64_t first = (ROWS) * block_ / blocks_, last = (ROWS) * (block_ + 1) / blocks_;      \
-            CALL;                                                                                         \
-        }                                                                                                 \
+typedef void (*p2l_panel)(const void *product, int64_t number, int64_t first, int64_t last);
+
+typedef struct {
+    const void *product;
+    p2l_panel panel;
+    int64_t rows, blocks, panels, tasks;
+} p2l_panels;
+
+static void p2l_some_panels(void *work, int64_t task, int thread) {
+    const p2l_panels *w = work;
+    const int64_t all = w->blocks * w->panels;
+    (void)thread;
+    for (int64_t i = all * task / w->tasks; i < all * (task + 1) / w->tasks; i++) {
+        const int64_t block = i / w->panels;
+        w->panel(w->product, i % w->panels, w->rows * block / w->blocks, w->rows * (block + 1) / w->blocks);
     }
+}
+
+/* Calls panel(product, number, first, last) for every panel of columns and block of rows, block by block. */
+INLINE void p2l_all_panels(const void *product, p2l_panel panel, int64_t rows, int64_t row_bytes, int64_t columns,
+                           int threads) {
+    const int64_t blocks = (rows * row_bytes + CACHED - 1) / CACHED, panels = (columns + PANEL - 1) / PANEL;
+    const int64_t most = threads > 1 ? TASKS_PER_THREAD * threads : 1, all = blocks * panels;
+    p2l_panels work = {product, panel, rows, blocks, panels, all < most ? all : most};
+    p2l_run(threads, work.tasks, p2l_some_panels, &work);
+}
 
 #endif

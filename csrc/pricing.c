@@ -4,12 +4,10 @@
  * little noise, a hash of prompt and model and so the same in every pass, breaks these ties. */
 #include "hull.h"
 #include "p2l_native.h"
+#include "pool.h"
 
 #include <math.h>
 #include <stdlib.h>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 /* A number in [-1, 0) from a prompt and a model (splitmix64). */
 static inline double noise_of(int64_t prompt, int64_t n_models, int64_t model) {
@@ -52,25 +50,36 @@ P2L_CLONES static double maximum(const double *values, int64_t count) {
     return top;
 }
 
-static int best_range(const double *v, const double *penalty, const uint8_t *allowed, int64_t first, int64_t last,
-                      int64_t first_prompt, double noise, int64_t n_models, int32_t *best, double *reduced, double *most,
-                      double *lead) {
+typedef struct {
+    const double *v, *penalty;
+    const uint8_t *allowed;
+    int64_t first_prompt;
+    double noise;
+    int64_t n_models;
+    int32_t *best;
+    double *reduced, *most, *lead;
+} batch;
+
+static int64_t best_range(const void *work, int64_t first, int64_t last, int64_t task) {
+    const batch *b = work;
+    const int64_t n_models = b->n_models;
     double *row = malloc(sizeof(double) * n_models);
+    (void)task;
     if (!row) return -1;
     for (int64_t n = first; n < last; n++) {
-        const double *w = v + n * n_models;
-        double top = reduce(w, penalty, allowed ? allowed + n * n_models : 0, n_models, row);
-        most[n] = top;
-        if (noise > 0) {
-            add_noise(row, first_prompt + n, n_models, noise);
+        const double *w = b->v + n * n_models;
+        double top = reduce(w, b->penalty, b->allowed ? b->allowed + n * n_models : 0, n_models, row);
+        b->most[n] = top;
+        if (b->noise > 0) {
+            add_noise(row, b->first_prompt + n, n_models, b->noise);
             top = maximum(row, n_models);
         }
         int64_t m = 0;
         while (row[m] != top) m++;
         row[m] = -INFINITY;
-        best[n] = (int32_t)m;
-        reduced[n] = w[m] - penalty[m];
-        lead[n] = top - maximum(row, n_models);
+        b->best[n] = (int32_t)m;
+        b->reduced[n] = w[m] - b->penalty[m];
+        b->lead[n] = top - maximum(row, n_models);
     }
     free(row);
     return 0;
@@ -79,20 +88,8 @@ static int best_range(const double *v, const double *penalty, const uint8_t *all
 int p2l_best_models(const double *v, const double *penalty, const uint8_t *allowed, int64_t first_prompt, double noise,
                     int64_t n_prompts, int64_t n_models, int threads, int32_t *best, double *reduced, double *most,
                     double *lead) {
-    int failed = 0;
-#ifdef _OPENMP
-    if (threads > 1) {
-#pragma omp parallel num_threads(threads) reduction(+ : failed)
-        {
-            const int64_t t = omp_get_thread_num(), of = omp_get_num_threads();
-            failed += best_range(v, penalty, allowed, n_prompts * t / of, n_prompts * (t + 1) / of, first_prompt, noise,
-                                 n_models, best, reduced, most, lead) != 0;
-        }
-        return failed ? -1 : 0;
-    }
-#endif
-    (void)threads;
-    return best_range(v, penalty, allowed, 0, n_prompts, first_prompt, noise, n_models, best, reduced, most, lead);
+    const batch b = {v, penalty, allowed, first_prompt, noise, n_models, best, reduced, most, lead};
+    return (int)p2l_run_ranges(threads, p2l_parts(threads), n_prompts, best_range, &b);
 }
 
 void p2l_noise(const int64_t *prompts, int64_t n_prompts, int64_t n_models, double *noise) {

@@ -3,12 +3,10 @@
  *     P(b beats a) + P(neither wins) / 2
  *         = (phi_b / (phi_b + lambda phi_a + g) + (lambda phi_b + g) / (lambda phi_b + phi_a + g)) / 2. */
 #include "p2l_native.h"
+#include "pool.h"
 #include "sigmoid_mixture.h"
 
 #include <stdlib.h>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 #define P2L_NARROW 20.0
 #define P2L_HIGHER 1e-4
@@ -152,11 +150,23 @@ static void one_prompt(const double *row, ties tie, int64_t n, const int64_t *su
     for (int64_t c = 0; c < count; c++) v[of.place[c]] = out[c];
 }
 
-static int win_rates_range(const double *theta, ties tie, const double *q, int q_per_prompt, int64_t first, int64_t last,
-                           int64_t n_models, candidates among, double *v) {
-    const int64_t capacity = n_models + P2L_GROUP;
+/* The arguments of all three functions. */
+typedef struct {
+    const double *theta;
+    ties tie;
+    const double *q;
+    int q_per_prompt;
+    int64_t n_models;
+    candidates among;
+    double *v;
+} batch;
+
+static int64_t win_rates_range(const void *work, int64_t first, int64_t last, int64_t task) {
+    const batch *b = work;
+    const int64_t n_models = b->n_models, capacity = n_models + P2L_GROUP;
     double *numbers = malloc(sizeof(double) * 5 * capacity);
     int64_t *support = malloc(sizeof(int64_t) * 2 * capacity);
+    (void)task;
     if (!numbers || !support) {
         free(numbers);
         free(support);
@@ -165,50 +175,33 @@ static int win_rates_range(const double *theta, ties tie, const double *q, int q
     double *weights = numbers;
     const scratch of = {numbers + capacity, numbers + 2 * capacity, numbers + 3 * capacity, numbers + 4 * capacity,
                         support + capacity};
-    const int64_t width = among.count ? among.count : n_models;
+    const int64_t width = b->among.count ? b->among.count : n_models;
     int64_t k = 0;
     for (int64_t n = first; n < last; n++) {
-        if (n == first || q_per_prompt) k = p2l_pack_support(q + (q_per_prompt ? n * n_models : 0), n_models, support, weights);
-        one_prompt(theta + n * n_models, tie, n, support, weights, k, n_models, among, of, v + n * width);
+        if (n == first || b->q_per_prompt)
+            k = p2l_pack_support(b->q + (b->q_per_prompt ? n * n_models : 0), n_models, support, weights);
+        one_prompt(b->theta + n * n_models, b->tie, n, support, weights, k, n_models, b->among, of, b->v + n * width);
     }
     free(numbers);
     free(support);
     return 0;
 }
 
-static int win_rates(const double *theta, ties tie, const double *q, int q_per_prompt, int64_t n_prompts, int64_t n_models,
-                     candidates among, int threads, double *v) {
-    int failed = 0;
-#ifdef _OPENMP
-    if (threads > 1) {
-#pragma omp parallel num_threads(threads) reduction(+ : failed)
-        {
-            const int64_t t = omp_get_thread_num(), of = omp_get_num_threads();
-            failed += win_rates_range(theta, tie, q, q_per_prompt, n_prompts * t / of, n_prompts * (t + 1) / of, n_models,
-                                      among, v) != 0;
-        }
-        return failed ? -1 : 0;
-    }
-#endif
-    (void)threads;
-    failed = win_rates_range(theta, tie, q, q_per_prompt, 0, n_prompts, n_models, among, v);
-    return failed;
-}
-
 int p2l_win_rates(const double *theta, const double *q, int q_per_prompt, int64_t n_prompts, int64_t n_models, int threads,
                   double *v) {
-    return win_rates(theta, (ties){NULL, 0}, q, q_per_prompt, n_prompts, n_models, (candidates){NULL, NULL, 0}, threads, v);
+    const batch b = {theta, {NULL, 0}, q, q_per_prompt, n_models, {NULL, NULL, 0}, v};
+    return (int)p2l_run_ranges(threads, p2l_parts(threads), n_prompts, win_rates_range, &b);
 }
 
 int p2l_tie_win_rates(const double *theta, const double *log_lambda, int grounded, const double *q, int q_per_prompt,
                       int64_t n_prompts, int64_t n_models, int threads, double *v) {
-    return win_rates(theta, (ties){log_lambda, grounded != 0}, q, q_per_prompt, n_prompts, n_models,
-                     (candidates){NULL, NULL, 0}, threads, v);
+    const batch b = {theta, {log_lambda, grounded != 0}, q, q_per_prompt, n_models, {NULL, NULL, 0}, v};
+    return (int)p2l_run_ranges(threads, p2l_parts(threads), n_prompts, win_rates_range, &b);
 }
 
 int p2l_contending_win_rates(const double *theta, const double *log_lambda, int grounded, const double *q,
                              const int64_t *models, const double *costs, int64_t n_candidates, int64_t n_prompts,
                              int64_t n_models, int threads, double *v) {
-    return win_rates(theta, (ties){log_lambda, grounded != 0}, q, 0, n_prompts, n_models,
-                     (candidates){models, costs, n_candidates}, threads, v);
+    const batch b = {theta, {log_lambda, grounded != 0}, q, 0, n_models, {models, costs, n_candidates}, v};
+    return (int)p2l_run_ranges(threads, p2l_parts(threads), n_prompts, win_rates_range, &b);
 }

@@ -21,7 +21,7 @@ from p2l_engine.backbone.packing import Packed, batches
 from p2l_engine.engine import as_device, as_dtype, cpu
 from p2l_engine.engine.compile_watch import CompileWatch
 from p2l_engine.errors import PromptError
-from p2l_engine.native import panels
+from p2l_engine.native import cpus, panels
 from tests.support import families, tiny
 from tests.support.cases import slow_but
 
@@ -290,19 +290,19 @@ def test_late_compilation_is_logged(caplog, monkeypatch):
 
 
 def test_threads_are_those_of_the_container(tmp_path, monkeypatch):
-    everything = cpu.available(tmp_path)  # no cgroup files: the affinity
+    everything = cpus.available(tmp_path)  # no cgroup files: the affinity
     assert everything >= 1
     (tmp_path / "cpu.max").write_text("max 100000\n")
-    assert cpu.available(tmp_path) == everything
+    assert cpus.available(tmp_path) == everything
     (tmp_path / "cpu.max").write_text("50000 100000\n")
-    assert cpu.available(tmp_path) == 1
+    assert cpus.available(tmp_path) == 1
     (tmp_path / "cpu.max").unlink()
     (tmp_path / "cpu").mkdir()
     (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("-1\n")
     (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
-    assert cpu.available(tmp_path) == everything
+    assert cpus.available(tmp_path) == everything
     before, threads = torch.get_num_threads(), 2
-    monkeypatch.setattr(cpu, "available", lambda: 1)
+    monkeypatch.setattr(cpus, "available", lambda: 1)
     try:
         torch.set_num_threads(threads)
         monkeypatch.setenv("OMP_NUM_THREADS", "2")

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from p2l_engine import Engine, Leaderboard
+from p2l_engine.native import routing
 from p2l_engine.train.batches import PromptVotes, collate
 from p2l_engine.train.model import build
 from p2l_engine.votes import read
@@ -63,8 +64,53 @@ def test_gradients_of_training(tmp_path):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.parametrize("how", ["arrays", "arrays torch", "engine"])
 def test_a_forked_child_does_not_wait_for_its_parents_threads(how):
-    """OpenMP's threads, the native core's and torch's, do not survive a fork: the child gets the same answers on one thread."""
+    """Threads do not survive a fork: the native core starts others in the child, torch stays on one; the answers are the same."""
     command = [sys.executable, "-m", "tests.support.forked", *how.split()]
     subprocess.run(
         command, cwd=Path(__file__).parent.parent, env=os.environ | {"OMP_NUM_THREADS": "2"}, check=True, timeout=1200
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("environment", "code", "expected"),
+    [
+        ("3", "", "3"),
+        ("2,4", "", "2"),
+        ("", "", "CPUs"),
+        ("none", "", "CPUs"),
+        ("0", "", "CPUs"),
+        ("3", "import torch; torch.set_num_threads(2)", "2"),
+        ("3", "import torch; torch.set_num_threads(5)", "3"),
+    ],
+)
+def test_the_most_threads(environment, code, expected):
+    """Read when the first call asks, in a process of its own."""
+    command = f"from p2l_engine.native import binding, cpus\n{code}\nprint(binding.max_threads(), cpus.available())"
+    found = subprocess.run(
+        [sys.executable, "-c", command], env=os.environ | {"OMP_NUM_THREADS": environment}, check=True, capture_output=True
+    )
+    most, available = found.stdout.decode().split()
+    assert most == (available if expected == "CPUs" else expected)
+
+
+@pytest.mark.parametrize("n", [1, 31, 32, 33, 64, 1000])
+def test_routing_does_not_depend_on_threads(n, monkeypatch):
+    """Not in the last bit, but for the sums over all prompts that choose a batch's dual price."""
+    rng = np.random.default_rng(n)
+    v, costs, q = rng.random((n, 7)), rng.exponential(size=7), rng.dirichlet(np.ones(7))
+    theta, lam = 30 * rng.normal(size=(n, 7)), rng.exponential(size=n)
+    budget = np.full(n, costs.mean())
+
+    def answers():
+        each = routing.solve_budget(v, costs, budget, budget)
+        hulls = routing.hulls(v, costs)
+        return [routing.win_rates(theta, q), routing.tie_win_rates(theta, lam, True, q), *each, *hulls]
+
+    found = []
+    for most in (1, 2, 3, 7):
+        monkeypatch.setattr(routing.binding, "max_threads", lambda most=most: most)
+        found.append(answers())
+    for other in found[1:]:
+        for first, again in zip(found[0], other, strict=True):
+            np.testing.assert_array_equal(np.asarray(again), np.asarray(first))

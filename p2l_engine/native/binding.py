@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import cache
 from typing import Any
 
 from p2l_engine._native import ffi, lib
+from p2l_engine.native import cpus
 
 __all__ = ["array", "check", "isa", "lib", "max_threads", "new", "tensor", "threads"]
 
@@ -18,15 +20,11 @@ _ISA = {4: "x86-64-v4 (AVX-512)", 3: "x86-64-v3 (AVX2)", 2: "x86-64-v2 (SSE4.2)"
 # Parsed once: a name takes as long as the cast.
 _POINTERS = {kind: ffi.typeof(f"{kind} *") for kind in ("void", "float", "double", "int8_t", "uint8_t", "int32_t", "int64_t")}
 
-_pool_started = False  # OpenMP keeps its threads from the first parallel region on
-_pool_lost = False  # they do not survive a fork: in the child, a parallel region would wait for them forever
 
 
 def _after_fork() -> None:
-    global _pool_lost
     torch = sys.modules.get("torch")
-    _pool_lost = _pool_started or torch is not None  # torch's threads are of the same pool
-    if torch is not None:
+    if torch is not None:  # its threads do not survive a fork: a parallel region would wait for them forever
         torch.set_num_threads(1)
 
 
@@ -39,22 +37,27 @@ def isa() -> str:
     return _ISA[lib.p2l_isa_level()]
 
 
+@cache
+def _from_environment() -> int:
+    """OMP_NUM_THREADS, of whose list the first number counts; without it the CPUs of this process."""
+    first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    return int(first) if first.isdecimal() and int(first) > 0 else cpus.available()
+
+
 def max_threads() -> int:
-    """OpenMP's maximum: OMP_NUM_THREADS, or the CPUs available."""
-    return int(lib.p2l_max_threads())
+    """OMP_NUM_THREADS, or the CPUs available; where torch is loaded at most its number of threads (``torch.set_num_threads``)."""
+    count = getattr(sys.modules.get("torch"), "get_num_threads", None)  # None, too, while torch is being loaded
+    return _from_environment() if count is None else min(_from_environment(), int(count()))
 
 
 def threads(work: int, per_thread: int, most: int | None = None) -> int:
     """Threads for ``work`` units: one per ``per_thread`` of them, at most ``most`` (None: ``max_threads``), at least 1.
 
-    Always 1 in a forked child of a process whose OpenMP threads were running, or that had loaded torch, which starts them too.
+    In a forked child of a process that had loaded torch it is 1, as torch's own number of threads.
     """
-    global _pool_started
-    if _pool_lost or work < 2 * per_thread:
+    if work < 2 * per_thread:
         return 1
-    count = min(work // per_thread, max_threads() if most is None else most)
-    _pool_started |= count > 1
-    return max(1, count)
+    return max(1, min(work // per_thread, max_threads() if most is None else most))
 
 
 def array(kind: str, values: Any, writable: bool = False) -> object:

@@ -109,7 +109,7 @@ def attention(q: Tensor, kv: Tensor, starts: Tensor, key_starts: Tensor, last: b
             f"out, starts, key_starts: expected [{queries}, {heads * size}] and [N + 1] twice, got {list(out.shape)}, "
             f"{list(starts.shape)} and {list(key_starts.shape)}"
         )
-    count = threads(queries * heads * size * keys // max(n, 1), PRODUCTS_PER_THREAD, torch.get_num_threads())
+    count = threads(queries * heads * size * keys // max(n, 1), PRODUCTS_PER_THREAD)
     status = lib.p2l_attention(
         _at(q), apart, queries, _at(kv), keys, _integers(starts), _integers(key_starts), n, heads, kv_heads, size, last,
         q.dtype == torch.bfloat16, count, _at(out),
@@ -165,4 +165,4 @@ def _typed(given: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _how(given: Tensor) -> tuple[bool, int]:
     """Whether it is bfloat16, and the number of threads."""
-    return given.dtype == torch.bfloat16, threads(given.numel(), ELEMENTS_PER_THREAD, torch.get_num_threads())
+    return given.dtype == torch.bfloat16, threads(given.numel(), ELEMENTS_PER_THREAD)

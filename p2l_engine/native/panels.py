@@ -107,7 +107,7 @@ def multiply(x: Tensor, weight: Panels, out: Tensor, scratch: Tensor | None = No
                 f"{name}: expected contiguous {dtype} {list(shape)} on the CPU, got {given.dtype} {list(given.shape)}, strides "
                 f"{given.stride()}, on {given.device}"
             )
-    count = threads(rows * weight.depth * weight.columns, PRODUCTS_PER_THREAD, torch.get_num_threads())
+    count = threads(rows * weight.depth * weight.columns, PRODUCTS_PER_THREAD)
     if weight.scale is None:
         data, _, bias = weight.pointers
         lib.p2l_linear(

@@ -22,7 +22,7 @@ PROMPTS_PER_THREAD = 16  # below this a thread costs more than it saves
 
 
 def threads(n_prompts: int) -> int:
-    """Threads for a batch: one per 16 prompts, at most OpenMP's maximum (the CPUs available, or OMP_NUM_THREADS)."""
+    """Threads for a batch: one per 16 prompts, at most ``binding.max_threads``."""
     return binding.threads(n_prompts, PROMPTS_PER_THREAD)
 
 

@@ -1,0 +1,178 @@
+/* See pool.h. A step is published in one word, from which all threads take the numbers of tasks. */
+#include "pool.h"
+
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <string.h>
+#include <time.h>
+
+enum {
+    AWAKE_NS = 100000,   /* a thread looks for work before it sleeps: Python needs 5 to 50 us from step to step */
+    PAUSES = 64,         /* between two looks at the clock, and before the caller offers its CPU to late threads */
+    MOST_TASKS = 1 << 22 /* of one word */
+};
+
+typedef struct {
+    pthread_mutex_t lock;
+    pthread_cond_t woken;
+    int asleep;
+} helper;
+
+static struct {
+    helper helpers[P2L_MOST_THREADS - 1];
+    int started; /* helpers, changed by the caller that has the pool */
+    int taken;   /* by a caller */
+    void (*run)(void *, int64_t, int);
+    void *work;
+    /* Apart, since all threads write them. */
+    uint64_t step __attribute__((aligned(64))); /* the next task, the number of tasks (23 bits each), the number of threads */
+    int64_t done __attribute__((aligned(64)));
+} pool;
+
+static inline uint64_t next_of(uint64_t step) { return step & 0x7fffff; }
+static inline uint64_t tasks_of(uint64_t step) { return step >> 23 & 0x7fffff; }
+static inline int is_open(uint64_t step, int thread) { return next_of(step) < tasks_of(step) && thread < (int)(step >> 46); }
+
+static inline void pause_briefly(void) {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+static int64_t nanoseconds(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+}
+
+/* Takes tasks until none are left. The step of the moment may be another one than was seen before: what counts is the word that
+ * is exchanged, and a step cannot end while a task that was taken from it runs. */
+static void take_tasks(int thread) {
+    uint64_t step = __atomic_load_n(&pool.step, __ATOMIC_ACQUIRE);
+    while (is_open(step, thread)) {
+        if (!__atomic_compare_exchange_n(&pool.step, &step, step + 1, 1, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) continue;
+        pool.run(pool.work, (int64_t)next_of(step), thread);
+        __atomic_fetch_add(&pool.done, 1, __ATOMIC_RELEASE);
+        step = __atomic_load_n(&pool.step, __ATOMIC_ACQUIRE);
+    }
+}
+
+static void sleep_until_woken(helper *h, int thread) {
+    pthread_mutex_lock(&h->lock);
+    __atomic_store_n(&h->asleep, 1, __ATOMIC_SEQ_CST);
+    /* A caller writes the step first and reads `asleep` then: one of the two sees the other. */
+    if (!is_open(__atomic_load_n(&pool.step, __ATOMIC_SEQ_CST), thread)) pthread_cond_wait(&h->woken, &h->lock);
+    __atomic_store_n(&h->asleep, 0, __ATOMIC_SEQ_CST);
+    pthread_mutex_unlock(&h->lock);
+}
+
+static void *help(void *of) {
+    helper *h = of;
+    const int thread = (int)(h - pool.helpers) + 1;
+    for (int64_t idle_since = nanoseconds();;) {
+        take_tasks(thread);
+        for (int i = 0; i < PAUSES && !is_open(__atomic_load_n(&pool.step, __ATOMIC_ACQUIRE), thread); i++) pause_briefly();
+        if (is_open(__atomic_load_n(&pool.step, __ATOMIC_ACQUIRE), thread)) {
+            idle_since = INT64_MAX; /* read the clock when it is idle again */
+        } else if (idle_since == INT64_MAX) {
+            idle_since = nanoseconds();
+        } else if (nanoseconds() - idle_since > AWAKE_NS) {
+            sleep_until_woken(h, thread);
+            idle_since = INT64_MAX;
+        }
+    }
+    return 0;
+}
+
+/* As many as can be started: a step needs none of them. Signals are left to the threads that Python knows. */
+static void start(int helpers) {
+    sigset_t all, before;
+    pthread_attr_t detached;
+    if (pool.started >= helpers || pthread_attr_init(&detached)) return;
+    pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED);
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    for (pthread_t thread; pool.started < helpers; pool.started++) {
+        helper *h = &pool.helpers[pool.started];
+        pthread_mutex_init(&h->lock, 0);
+        pthread_cond_init(&h->woken, 0);
+        if (pthread_create(&thread, &detached, help, h)) break;
+    }
+    pthread_sigmask(SIG_SETMASK, &before, 0);
+    pthread_attr_destroy(&detached);
+}
+
+static void forget_threads(void) { memset(&pool, 0, sizeof pool); }
+
+__attribute__((constructor)) static void watch_forks(void) { pthread_atfork(0, 0, forget_threads); }
+
+static void run_together(int threads, int64_t tasks) {
+    __atomic_store_n(&pool.done, 0, __ATOMIC_RELAXED);
+    __atomic_store_n(&pool.step, (uint64_t)threads << 46 | (uint64_t)tasks << 23, __ATOMIC_SEQ_CST);
+    for (int i = 0; i < threads - 1; i++) {
+        helper *h = &pool.helpers[i];
+        if (!__atomic_load_n(&h->asleep, __ATOMIC_SEQ_CST)) continue;
+        pthread_mutex_lock(&h->lock);
+        pthread_cond_signal(&h->woken);
+        pthread_mutex_unlock(&h->lock);
+    }
+    take_tasks(0);
+    for (int i = 0; __atomic_load_n(&pool.done, __ATOMIC_ACQUIRE) < tasks; i++) {
+        if (i < 16 * PAUSES)
+            pause_briefly();
+        else
+            sched_yield(); /* the thread that is late may need this CPU */
+    }
+}
+
+typedef struct {
+    void (*run)(void *, int64_t, int);
+    void *work;
+    int64_t first;
+} later;
+
+static void run_later(void *work, int64_t task, int thread) {
+    const later *l = work;
+    l->run(l->work, l->first + task, thread);
+}
+
+void p2l_run(int threads, int64_t tasks, void (*run)(void *work, int64_t task, int thread), void *work) {
+    if (threads > P2L_MOST_THREADS) threads = P2L_MOST_THREADS;
+    if (threads < 2 || tasks < 2 || __atomic_exchange_n(&pool.taken, 1, __ATOMIC_ACQUIRE)) {
+        for (int64_t task = 0; task < tasks; task++) run(work, task, 0);
+        return;
+    }
+    start(threads - 1);
+    if (threads > pool.started + 1) threads = pool.started + 1;
+    for (later l = {run, work, 0}; l.first < tasks; l.first += MOST_TASKS) {
+        pool.run = run_later, pool.work = &l;
+        run_together(threads, tasks - l.first < MOST_TASKS ? tasks - l.first : MOST_TASKS);
+    }
+    __atomic_store_n(&pool.taken, 0, __ATOMIC_RELEASE);
+}
+
+typedef struct {
+    p2l_range range;
+    const void *work;
+    int64_t tasks, rows, total;
+    int failed;
+} ranges;
+
+static void run_range(void *work, int64_t task, int thread) {
+    ranges *r = work;
+    (void)thread;
+    const int64_t found = r->range(r->work, r->rows * task / r->tasks, r->rows * (task + 1) / r->tasks, task);
+    if (found < 0)
+        __atomic_store_n(&r->failed, 1, __ATOMIC_RELAXED);
+    else if (found)
+        __atomic_fetch_add(&r->total, found, __ATOMIC_RELAXED);
+}
+
+int64_t p2l_run_ranges(int threads, int64_t tasks, int64_t rows, p2l_range range, const void *work) {
+    ranges r = {range, work, tasks, rows, 0, 0};
+    p2l_run(threads, tasks, run_range, &r);
+    return r.failed ? -1 : r.total;
+}
