@@ -10,15 +10,17 @@ from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
 SOURCES = [
-    "win_rates", "budget", "hulls", "pricing", "bt_score", "outcomes", "decoder", "linear", "int8", "attention", "pool", "machine",
+    "win_rates", "budget", "hulls", "pricing", "bt_score", "outcomes", "decoder", "linear", "int8", "attention", "layer",
+    "pool", "machine",
 ]  # fmt: skip
 HEADERS = ["p2l_native", "hull", "sigmoid_mixture", "bfloat16", "panels", "attention_task", "pool"]
 
 
 def declarations() -> str:
-    """The prototypes of p2l_native.h, the only place that spells them."""
+    """The structs and prototypes of p2l_native.h, the only place that spells them."""
     header = re.sub(r"/\*.*?\*/", "", (HERE / "p2l_native.h").read_text(), flags=re.S)
-    return "\n".join(re.findall(r"^(?:int|int64_t|void) p2l_\w+\([^;]*\);", header, flags=re.M))
+    structs = re.findall(r"^typedef struct \{.*?^\} p2l_\w+;", header, flags=re.M | re.S)
+    return "\n".join([*structs, *re.findall(r"^(?:int|int64_t|void) p2l_\w+\([^;]*\);", header, flags=re.M)])
 
 
 COMPILER_FLAGS = ["-O3", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-pthread", "-fopenmp-simd"]

@@ -136,6 +136,39 @@ int p2l_attention(const void *q, int64_t q_stride, int64_t queries, const void *
                   const int32_t *key_starts, int64_t prompts, int64_t heads, int64_t kv_heads, int64_t size, int last, int bf16,
                   int threads, void *out);
 
+/* Packed weights [depth, columns] and their bias (or NULL): as in p2l_linear, or with a scale as in p2l_int8_linear. */
+typedef struct {
+    const void *data, *bias;
+    const float *scale;
+    int64_t depth, columns, offset;
+    int level;
+} p2l_weight;
+
+/* gate_up: both products of SwiGLU, the gate's columns first. */
+typedef struct {
+    const void *attention_norm, *mlp_norm;
+    p2l_weight qkv, out, gate_up, down;
+} p2l_layer_weights;
+
+/* A packed batch on its way through the layers. Given: its shape, positions and sources as in p2l_rope_kv, starts and
+ * key_starts as in p2l_attention, the threads of each step. x [tokens, columns] and delta, its next summand; the others are
+ * scratch, of the size of the step's result. */
+typedef struct {
+    int64_t tokens, keys, prompts, heads, kv_heads, half, n_positions;
+    double eps;
+    int bf16, norm_threads, qkv_threads, rope_threads, attention_threads, out_threads, gate_up_threads, gate_threads,
+        down_threads;
+    const float *cosine, *sine;
+    const int32_t *positions, *sources, *starts, *key_starts;
+    void *x, *delta, *normed, *projected, *kv, *attended, *gate_up, *gate;
+    uint8_t *scratch;
+} p2l_batch;
+
+/* One layer: x += delta (not in the first layer), attention, MLP. Its keys and values are left in kv [keys, 2, kv_heads, size],
+ * what is still to be added to x in delta. Returns 0, 1 when sources, positions or offsets are out of range, or -1 when memory
+ * allocation fails. */
+int p2l_layer(const p2l_layer_weights *w, const p2l_batch *b, int first, const void *prefix, int64_t n_prefix);
+
 /* The backward passes of these steps, for training.
  *
  * RMSNorm: adds the gradient of the input to d_x [rows, columns]; d_weight [threads, columns] (or NULL), zeros on entry,

@@ -21,7 +21,7 @@ enum {
     TILE = 12,  /* rows whose sums with a panel stay in registers; with AVX2, of half a panel: */
     AVX2_TILE = 6,
     CACHED = 384 << 10,   /* bytes of rows that are multiplied by a panel before the next one: they stay in the L2 cache */
-    TASKS_PER_THREAD = 32 /* of a product, so that a thread that starts late leaves more to the others */
+    TASKS_PER_THREAD = 16 /* of a product, so that a thread that starts late leaves more to the others */
 };
 
 /* CALL(rows) with a constant, so that it is compiled for each number of rows up to MOST, which is 6 or 12. */

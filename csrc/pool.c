@@ -48,16 +48,19 @@ static int64_t nanoseconds(void) {
     return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
 }
 
-/* Takes tasks until none are left. The step of the moment may be another one than was seen before: what counts is the word that
- * is exchanged, and a step cannot end while a task that was taken from it runs. */
-static void take_tasks(int thread) {
+/* Takes tasks until none are left; returns how many. The step of the moment may be another one than was seen before: what
+ * counts is the word that is exchanged, and a step cannot end while a task that was taken from it runs. */
+static int64_t take_tasks(int thread) {
     uint64_t step = __atomic_load_n(&pool.step, __ATOMIC_ACQUIRE);
+    int64_t taken = 0;
     while (is_open(step, thread)) {
         if (!__atomic_compare_exchange_n(&pool.step, &step, step + 1, 1, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) continue;
         pool.run(pool.work, (int64_t)next_of(step), thread);
-        __atomic_fetch_add(&pool.done, 1, __ATOMIC_RELEASE);
+        taken++;
         step = __atomic_load_n(&pool.step, __ATOMIC_ACQUIRE);
     }
+    if (taken) __atomic_fetch_add(&pool.done, taken, __ATOMIC_RELEASE);
+    return taken;
 }
 
 static void sleep_until_woken(helper *h, int thread) {
@@ -73,16 +76,13 @@ static void *help(void *of) {
     helper *h = of;
     const int thread = (int)(h - pool.helpers) + 1;
     for (int64_t idle_since = nanoseconds();;) {
-        take_tasks(thread);
-        for (int i = 0; i < PAUSES && !is_open(__atomic_load_n(&pool.step, __ATOMIC_ACQUIRE), thread); i++) pause_briefly();
-        if (is_open(__atomic_load_n(&pool.step, __ATOMIC_ACQUIRE), thread)) {
-            idle_since = INT64_MAX; /* read the clock when it is idle again */
-        } else if (idle_since == INT64_MAX) {
+        if (take_tasks(thread))
             idle_since = nanoseconds();
-        } else if (nanoseconds() - idle_since > AWAKE_NS) {
+        else if (nanoseconds() - idle_since > AWAKE_NS) {
             sleep_until_woken(h, thread);
-            idle_since = INT64_MAX;
+            idle_since = nanoseconds();
         }
+        for (int i = 0; i < PAUSES && !is_open(__atomic_load_n(&pool.step, __ATOMIC_ACQUIRE), thread); i++) pause_briefly();
     }
     return 0;
 }

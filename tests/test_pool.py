@@ -25,7 +25,17 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("gcc") is None, 
 def test_every_task_runs_once(sanitizer, arguments, tmp_path):
     flags = [] if sanitizer is None else [f"-fsanitize={sanitizer}"]
     source, program = ROOT / "tests/support/pool_stress.c", tmp_path / "stress"
-    command = ["gcc", "-std=gnu11", "-O1", "-g", "-pthread", *flags, f"-I{ROOT / 'csrc'}", str(source), str(ROOT / "csrc/pool.c")]
+    command = [
+        "gcc",
+        "-std=gnu11",
+        "-O1",
+        "-g",
+        "-pthread",
+        *flags,
+        f"-I{ROOT / 'csrc'}",
+        str(source),
+        str(ROOT / "csrc/pool.c"),
+    ]
     subprocess.run([*command, "-o", str(program)], check=True)
     done = subprocess.run([str(program), *map(str, arguments)], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (0, "0 wrong\n"), done.stdout + done.stderr

@@ -64,7 +64,7 @@ def test_gradients_of_training(tmp_path):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.parametrize("how", ["arrays", "arrays torch", "engine"])
 def test_a_forked_child_does_not_wait_for_its_parents_threads(how):
-    """Threads do not survive a fork: the native core starts others in the child, torch stays on one; the answers are the same."""
+    """Threads do not survive a fork: the native core starts others in the child, torch stays on one; the answers stay."""
     command = [sys.executable, "-m", "tests.support.forked", *how.split()]
     subprocess.run(
         command, cwd=Path(__file__).parent.parent, env=os.environ | {"OMP_NUM_THREADS": "2"}, check=True, timeout=1200

@@ -6,14 +6,17 @@ Reference implementations: those of the Triton kernels of the same steps (``p2l_
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
 from torch import Tensor
 
+from p2l_engine.backbone.operations import LayerRun, Shape
 from p2l_engine.backbone.packing import Packed
 from p2l_engine.backbone.weights import Linear
 from p2l_engine.native import decoder, panels
+from p2l_engine.native.layer import LayerWeights, Pass
 from p2l_engine.native.panels import Panels
 
 PACKED_ROWS = 192  # bfloat16, AMX: up to this many rows a product is faster with weights in oneDNN's layout (1.4 times at 64)
@@ -24,11 +27,14 @@ class CpuOperations:
 
     The buffers are kept from pass to pass, since page faults of fresh memory cost a CPU as much as the products that fill it.
     packed: the weights of short passes in oneDNN's layout, shared by the operations of all threads; two threads may lay out the
-    same weight at once, which is only redundant.
+    same weight at once, which is only redundant. whole: the layers that are computed in one call each, all but the last; empty
+    where torch has the products.
     """
 
-    def __init__(self, dtype: torch.dtype, packed: dict[Linear, Tensor] | None = None) -> None:
-        self.dtype = dtype
+    def __init__(
+        self, dtype: torch.dtype, packed: dict[Linear, Tensor] | None = None, whole: Sequence[LayerWeights] = ()
+    ) -> None:
+        self.dtype, self._whole = dtype, whole
         self._packed = {} if packed is None else packed
         self._packs = dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
         self._buffers: dict[str, Tensor] = {}
@@ -86,6 +92,19 @@ class CpuOperations:
         """q [T, heads, S], or [N, heads, S] of the last tokens only, and kv as ``rope`` returns it -> [T or N, heads * S]."""
         out = self._buffer("attend", q.shape[0], q.shape[1] * q.shape[2])
         return decoder.attention(q, kv, packed.starts, packed.key_starts, last, out)
+
+    def whole_layers(self, x: Tensor, packed: Packed, shape: Shape, tables: tuple[Tensor, Tensor]) -> LayerRun | None:
+        """See Operations."""
+        if not self._whole:
+            return None
+        indices = (packed.positions, packed.sources, packed.starts, packed.key_starts)
+        batch = Pass(x, self._whole[0], shape.heads, shape.kv_heads, shape.eps, tables, indices, self._buffer, self._scratch)
+
+        def run(number: int, prefix: Tensor | None) -> tuple[Tensor, Tensor]:
+            batch.run(self._whole[number], prefix)
+            return batch.kv, batch.delta
+
+        return run
 
     def _scratch(self, size: int) -> Tensor | None:
         if size > self._bytes.numel():

@@ -7,51 +7,26 @@ residual sum of each block is added in the norm that follows it.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from p2l_engine.backbone.families import DecoderConfig
+from p2l_engine.backbone.operations import Operations, Shape
 from p2l_engine.backbone.packing import Packed, Tokens
-from p2l_engine.backbone.weights import Linear, check_weights, layers
+from p2l_engine.backbone.weights import Layer, Linear, check_weights, layers
 from p2l_engine.native import panels
+from p2l_engine.native.layer import LayerWeights
+from p2l_engine.native.panels import Panels
 from p2l_engine.prompts.encode import MAX_TOKENS
 
 
-class Operations(Protocol):
-    """The decoder's steps on its device. A result may be overwritten by the next result of the same method and name."""
-
-    def norm(self, x: Tensor, weight: Tensor, eps: float, delta: Tensor | None = None) -> Tensor:
-        """x += delta, in place, where there is a delta; returns RMSNorm(x) times the weight."""
-
-    def swiglu(self, gate_up: Tensor) -> Tensor:
-        """silu(gate) * up."""
-
-    def rope(
-        self,
-        x: Tensor,
-        queries: int,
-        keys: int,
-        cos: Tensor,
-        sin: Tensor,
-        positions: Tensor,
-        sources: Tensor,
-        prefix: Tensor | None = None,
-    ) -> Tensor:
-        """RoPE: rotates the queries in place; returns rotated keys, and values, in the order in which attention reads them."""
-
-    def linear(self, x: Tensor, layer: Any, name: str) -> Tensor:
-        """x times the layer's weight, plus its bias. layer: of the kind that the device's operations take."""
-
-    def attend(self, q: Tensor, kv: Tensor, packed: Packed, last: bool = False) -> Tensor:
-        """Causal attention within each prompt."""
-
-
-def operations_for(device: torch.device, dtype: torch.dtype) -> Callable[[], Operations]:
+def operations_for(
+    device: torch.device, dtype: torch.dtype, layers: Sequence[Layer[Linear | Panels]]
+) -> Callable[[], Operations]:
     """A function that makes the operations for one forward pass at a time. Raises ValueError for a dtype they cannot use."""
     if device.type == "cpu":
         from p2l_engine.backbone.on_cpu import CpuOperations
@@ -60,10 +35,23 @@ def operations_for(device: torch.device, dtype: torch.dtype) -> Callable[[], Ope
         if dtype not in DTYPES:
             raise ValueError(f"dtype: expected float32, bfloat16 or int8 on a CPU, got {dtype}")
         weights: dict[Linear, Tensor] = {}
-        return partial(CpuOperations, dtype, weights)
+        return partial(CpuOperations, dtype, weights, whole(layers[:-1]))
     from p2l_engine.backbone.on_gpu import GpuOperations  # needs Triton
 
     return GpuOperations
+
+
+def whole(layers: Sequence[Layer[Linear | Panels]]) -> list[LayerWeights]:
+    """The layers for the native core, if all their products are its own; else none."""
+    found = []
+    for layer in layers:
+        qkv, out, gate_up, down = layer.qkv, layer.out, layer.gate_up, layer.down
+        if not (
+            isinstance(qkv, Panels) and isinstance(out, Panels) and isinstance(gate_up, Panels) and isinstance(down, Panels)
+        ):
+            return []
+        found.append(LayerWeights(layer.attention_norm, qkv, out, layer.mlp_norm, gate_up, down))
+    return found
 
 
 class PackedDecoder:
@@ -99,7 +87,7 @@ class PackedDecoder:
         self._last_q, self._last_kv = whole.part(0, queries), whole.part(queries, queries + 2 * self.kv_heads * self.head_size)
         self.prefix: Tokens | None = None
         self.prefix_kv: list[Tensor | None] = [None] * len(self.layers)
-        self._make = operations or operations_for(device, dtype)
+        self._make = operations or operations_for(device, dtype, self.layers)
         self._idle: deque[Operations] = deque()  # each forward pass takes one and returns it with its buffers
 
     def share(self, prefix: Tokens | None) -> None:
@@ -136,11 +124,17 @@ class PackedDecoder:
     def _layers(
         self, do: Operations, packed: Packed, known: Iterable[Tensor | None], keep: Callable[[Tensor], object] | None
     ) -> Tensor:
-        cos, sin = self.rope(packed.longest)
+        cos, sin = tables = self.rope(packed.longest)
         queries, rows = self.heads * self.head_size, packed.last
         x, delta = F.embedding(packed.tokens, self.embedding).to(self.dtype), None
-        for layer, prefix in zip(self.layers, known, strict=True):
+        run = do.whole_layers(x, packed, Shape(self.heads, self.kv_heads, self.eps), tables)
+        for i, (layer, prefix) in enumerate(zip(self.layers, known, strict=True)):
             last = layer is self.layers[-1]
+            if run is not None and not last:
+                kv, delta = run(i, prefix)
+                if keep is not None:
+                    keep(kv)
+                continue
             normed = do.norm(x, layer.attention_norm, self.eps, delta)
             if last:
                 projected = do.linear(normed, self._last_kv, "qkv")

@@ -13,13 +13,12 @@ from typing import Any
 from p2l_engine._native import ffi, lib
 from p2l_engine.native import cpus
 
-__all__ = ["array", "check", "isa", "lib", "max_threads", "new", "tensor", "threads"]
+__all__ = ["array", "check", "ffi", "isa", "lib", "max_threads", "new", "tensor", "threads"]
 
 _ISA = {4: "x86-64-v4 (AVX-512)", 3: "x86-64-v3 (AVX2)", 2: "x86-64-v2 (SSE4.2)", 0: "the compiler's baseline"}
 
 # Parsed once: a name takes as long as the cast.
 _POINTERS = {kind: ffi.typeof(f"{kind} *") for kind in ("void", "float", "double", "int8_t", "uint8_t", "int32_t", "int64_t")}
-
 
 
 def _after_fork() -> None:
@@ -45,7 +44,7 @@ def _from_environment() -> int:
 
 
 def max_threads() -> int:
-    """OMP_NUM_THREADS, or the CPUs available; where torch is loaded at most its number of threads (``torch.set_num_threads``)."""
+    """OMP_NUM_THREADS, or the CPUs available; where torch is loaded at most its own number (``torch.set_num_threads``)."""
     count = getattr(sys.modules.get("torch"), "get_num_threads", None)  # None, too, while torch is being loaded
     return _from_environment() if count is None else min(_from_environment(), int(count()))
 
