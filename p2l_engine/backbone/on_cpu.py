@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from p2l_engine.backbone.operations import LayerRun, Shape
+from p2l_engine.backbone.operations import Heads, LayerRun
 from p2l_engine.backbone.packing import Packed
 from p2l_engine.backbone.weights import Linear
 from p2l_engine.native import decoder, panels
@@ -93,12 +93,12 @@ class CpuOperations:
         out = self._buffer("attend", q.shape[0], q.shape[1] * q.shape[2])
         return decoder.attention(q, kv, packed.starts, packed.key_starts, last, out)
 
-    def whole_layers(self, x: Tensor, packed: Packed, shape: Shape, tables: tuple[Tensor, Tensor]) -> LayerRun | None:
+    def whole_layers(self, x: Tensor, packed: Packed, heads: Heads, tables: tuple[Tensor, Tensor]) -> LayerRun | None:
         """See Operations."""
         if not self._whole:
             return None
         indices = (packed.positions, packed.sources, packed.starts, packed.key_starts)
-        batch = Pass(x, self._whole[0], shape.heads, shape.kv_heads, shape.eps, tables, indices, self._buffer, self._scratch)
+        batch = Pass(x, self._whole[0], heads.queries, heads.keys, heads.eps, tables, indices, self._buffer, self._scratch)
 
         def run(number: int, prefix: Tensor | None) -> tuple[Tensor, Tensor]:
             batch.run(self._whole[number], prefix)

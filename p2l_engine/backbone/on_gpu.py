@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from p2l_engine.backbone.attention import over_runs
-from p2l_engine.backbone.operations import Shape
+from p2l_engine.backbone.operations import Heads
 from p2l_engine.backbone.packing import Packed
 from p2l_engine.backbone.weights import Linear
 from p2l_engine.kernels.attention import attention
@@ -22,7 +22,7 @@ class GpuOperations:
     swiglu = staticmethod(swiglu)
     rope = staticmethod(rotary)
 
-    def whole_layers(self, x: Tensor, packed: Packed, shape: Shape, tables: tuple[Tensor, Tensor]) -> None:
+    def whole_layers(self, x: Tensor, packed: Packed, heads: Heads, tables: tuple[Tensor, Tensor]) -> None:
         """See Operations: by steps."""
 
     def linear(self, x: Tensor, layer: Linear, name: str) -> Tensor:

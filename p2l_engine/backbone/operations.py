@@ -12,11 +12,11 @@ from p2l_engine.backbone.packing import Packed
 LayerRun = Callable[[int, Tensor | None], tuple[Tensor, Tensor]]
 
 
-class Shape(NamedTuple):
-    """Heads of queries and of keys; the epsilon of the norms."""
+class Heads(NamedTuple):
+    """Heads of queries and of keys, and the epsilon of the norms."""
 
-    heads: int
-    kv_heads: int
+    queries: int
+    keys: int
     eps: float
 
 
@@ -48,7 +48,7 @@ class Operations(Protocol):
     def attend(self, q: Tensor, kv: Tensor, packed: Packed, last: bool = False) -> Tensor:
         """Causal attention within each prompt."""
 
-    def whole_layers(self, x: Tensor, packed: Packed, shape: Shape, tables: tuple[Tensor, Tensor]) -> LayerRun | None:
+    def whole_layers(self, x: Tensor, packed: Packed, heads: Heads, tables: tuple[Tensor, Tensor]) -> LayerRun | None:
         """A function that computes a layer in one call: its number, and the known keys and values or None -> its keys and
         values, and the delta that is still to be added to x. It is called for all layers but the last, in order. None: layers
         are computed by steps. x [T, D] is changed in place; tables: cos and sin."""

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from p2l_engine.backbone.families import DecoderConfig
-from p2l_engine.backbone.operations import Operations, Shape
+from p2l_engine.backbone.operations import Heads, Operations
 from p2l_engine.backbone.packing import Packed, Tokens
 from p2l_engine.backbone.weights import Layer, Linear, check_weights, layers
 from p2l_engine.native import panels
@@ -127,7 +127,7 @@ class PackedDecoder:
         cos, sin = tables = self.rope(packed.longest)
         queries, rows = self.heads * self.head_size, packed.last
         x, delta = F.embedding(packed.tokens, self.embedding).to(self.dtype), None
-        run = do.whole_layers(x, packed, Shape(self.heads, self.kv_heads, self.eps), tables)
+        run = do.whole_layers(x, packed, Heads(self.heads, self.kv_heads, self.eps), tables)
         for i, (layer, prefix) in enumerate(zip(self.layers, known, strict=True)):
             last = layer is self.layers[-1]
             if run is not None and not last:
