@@ -9,7 +9,7 @@ once, at the rate of a large copy.
 With --lengths instead: the forward pass of one prompt, token ids to theta, by its number of tokens and by threads; of the
 engine in float32 and each --dtype, of transformers, and of --peers in each precision that they have (bench/peers says how each
 is set). All are checked to give the same theta within their precision, and run in turns; wall and CPU time, ratios to the
-engine.
+engine. --busy: beside so many processes that compute without pause, as on a machine that others share.
 Everything at once, in a quarter of an hour:
 
     python -m bench.latency --checkpoint default --lengths --threads 1 2 --peers openvino onnxruntime llama.cpp
@@ -65,9 +65,12 @@ def main() -> None:
     parser.add_argument("--callers", type=positive, nargs="*", help="numbers of concurrent callers (1 2 4 8 16 32 64)")
     parser.add_argument("--lengths", type=positive, nargs="*", help=f"tokens of single prompts ({' '.join(map(str, LENGTHS))})")
     parser.add_argument("--threads", type=positive, nargs="+", help="with --lengths: numbers of threads, one after the other")
+    parser.add_argument("--busy", type=int, nargs="+", help="with --lengths: numbers of processes that compute meanwhile (0)")
     arguments = parser.parse_args()
-    if arguments.lengths is None and (arguments.threads or arguments.peers):
-        parser.error("--threads and --peers: expected --lengths beside them, which may be without numbers")
+    if arguments.lengths is None and (arguments.threads or arguments.peers or arguments.busy):
+        parser.error("--threads, --peers and --busy: expected --lengths beside them, which may be without numbers")
+    if min(arguments.busy or [0]) < 0:
+        parser.error(f"--busy: expected numbers of processes from 0 on, got {min(arguments.busy)}")
     if arguments.lengths is not None and (arguments.tokens or arguments.callers is not None):
         parser.error("--tokens and --callers: expected no --lengths beside them, which measures single prompts alone")
     console = Console(width=None if sys.stdout.isatty() else 140)
@@ -97,8 +100,9 @@ def by_length(
         raise ValueError(f"--threads: expected at most {cpus.available()}, the CPUs of this process, got {max(threads)}")
     lengths = arguments.lengths or LENGTHS
     return latency_by_length.measured(
-        name, loaded, dtypes(arguments, device), lengths, threads, arguments.peers, arguments.calls, console
-    )
+        name, loaded, dtypes(arguments, device), lengths, threads, arguments.peers, arguments.calls, arguments.busy or [0],
+        console,
+    )  # fmt: skip
 
 
 def of_stages(

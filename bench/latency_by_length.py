@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +34,8 @@ REST = 0.01  # seconds before each call, until the threads of the one before hav
 
 @dataclass(frozen=True)
 class Row:
-    """One path at one length. Milliseconds: median and least, and the median of CPU time, of all threads.
+    """One path at one length, beside so many busy processes. Milliseconds: median and least, and the median of CPU time, of all
+    threads.
 
     times_float32, times_fastest: the median over that of the engine in float32, and in whichever dtype is fastest here;
     off: of theta, as in ``peers.expected``.
@@ -41,6 +45,7 @@ class Row:
     path: str
     precision: str
     threads: int
+    busy: int
     tokens: int
     calls: int
     p50: float
@@ -67,10 +72,11 @@ class EnginePath:
 
 def measured(
     name: str, loaded: Checkpoint, dtypes: Sequence[str], lengths: Sequence[int], threads: Sequence[int],
-    others: Sequence[str], calls: int | None, console: Console,
+    others: Sequence[str], calls: int | None, busy: Sequence[int], console: Console,
 ) -> list[Row]:  # fmt: skip
     """The rows of all paths. dtypes: the engine's, besides float32; others: peers besides transformers; calls: of each path at
-    each length, None: 5 to 15. Raises ValueError for a path whose theta is another model's."""
+    each length, None: 5 to 15; busy: numbers of processes that compute meanwhile. Raises ValueError for a path whose theta is
+    another model's."""
     every, rows = list(dict.fromkeys(["float32", *dtypes])), []
     floats = [dtype for dtype in every if dtype in DTYPES]
     decoder = Decoder.of(loaded) if others else None
@@ -87,9 +93,12 @@ def measured(
                 console.print(f"{name}: {len(paths)} paths on {count} threads")
                 expected = Expected.of(engines[0].engine)
                 off = [expected.off(path) for path in paths]
-                found = of_paths(name, paths, prompts, count, off)
-                console.print(table(f"{name}, {count} threads, p50 in ms, and how many times the engine's in float32", found))
-                rows += found
+                for beside in busy:
+                    with busy_processes(beside):
+                        found = of_paths(name, paths, prompts, count, beside, off)
+                    title = f"{name}, {count} threads, {beside} busy processes, p50 in ms, and times the engine's in float32"
+                    console.print(table(title, found))
+                    rows += found
     finally:
         torch.set_num_threads(kept)
     return rows
@@ -105,9 +114,22 @@ def prompts_of(encoder: PromptEncoder, tokens: int, count: int) -> list[npt.NDAr
     return [np.append(text[start : start + tokens - 1], encoded[0][-1]).astype(np.int32) for start in starts]
 
 
+@contextmanager
+def busy_processes(count: int) -> Iterator[None]:
+    """Processes beside this one that compute without pause."""
+    running = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+
+
 def of_paths(
-    name: str, paths: Sequence[Peer], prompts: dict[int, list[npt.NDArray[np.int32]]], threads: int, off: list[float]
-) -> list[Row]:
+    name: str, paths: Sequence[Peer], prompts: dict[int, list[npt.NDArray[np.int32]]], threads: int, busy: int,
+    off: list[float],
+) -> list[Row]:  # fmt: skip
     """The paths in turns, one call each, so that other load on the machine slows all alike; the first is the engine's in
     float32."""
     rows = []
@@ -123,8 +145,8 @@ def of_paths(
         fastest = min(p50[i] for i, path in enumerate(paths) if path.name == "engine")
         rows += [
             Row(
-                name, path.name, path.precision, threads, tokens, len(some), float(p50[i]), float(least[i]), float(cpu_p50[i]),
-                float(p50[i] / p50[0]), float(p50[i] / fastest), off[i],
+                name, path.name, path.precision, threads, busy, tokens, len(some), float(p50[i]), float(least[i]),
+                float(cpu_p50[i]), float(p50[i] / p50[0]), float(p50[i] / fastest), off[i],
             )
             for i, path in enumerate(paths)
         ]  # fmt: skip

@@ -135,10 +135,12 @@ def run(monkeypatch, module, *arguments):
 def test_latency_by_length_runs_to_the_end(name, tmp_path, monkeypatch):
     folder, table = tiny.write(tmp_path / "checkpoint", tiny.config(**SIZES)), tmp_path / "rows.csv"
     threads = torch.get_num_threads()
-    few = ("--device", "cpu", "--dtype", "fp32", "--lengths", 8, 16, "--threads", 1, "--calls", 2)
+    few = ("--device", "cpu", "--dtype", "fp32", "--lengths", 8, 16, "--threads", 1, "--busy", 0, 1, "--calls", 2)
     run(monkeypatch, latency, "--checkpoint", folder, *few, "--peers", name, "--csv", table)
     assert torch.get_num_threads() == threads
     rows = list(csv.DictReader(table.open()))
+    assert [row["busy"] for row in rows] == ["0"] * (len(rows) // 2) + ["1"] * (len(rows) // 2)
+    rows = rows[: len(rows) // 2]
     paths = [(row["path"], row["precision"]) for row in rows if row["tokens"] == "8"]
     assert paths[:3] == [("engine", "float32"), ("transformers", "float32"), (name, "float32")]
     assert len(set(paths)) == len(paths) == len(rows) / 2
@@ -173,6 +175,8 @@ def test_mistakes_are_errors_of_one_line(monkeypatch, capsys, tmp_path):
     few = ("--checkpoint", folder, "--device", "cpu")
     for wrong, told in (
         (("--threads", 1), "expected --lengths"),
+        (("--busy", 1), "expected --lengths"),
+        (("--lengths", "--busy", -1), "--busy: expected numbers of processes from 0 on, got -1"),
         (("--peers", "openvino"), "expected --lengths"),
         (("--lengths", "--tokens", 64), "expected no --lengths"),
         (("--lengths", "--peers", "vllm"), "invalid choice: 'vllm'"),
