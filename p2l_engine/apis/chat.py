@@ -51,7 +51,7 @@ class ChatStream(Progress):
         data = data_of(event)
         if not data:
             return True
-        if data.strip() == b"[DONE]":
+        if not data.startswith(b"{") and data.strip() == b"[DONE]":
             self.ended = True
             return True
         try:
@@ -59,21 +59,26 @@ class ChatStream(Progress):
         except orjson.JSONDecodeError:
             self.error = UNREADABLE
             return False
-        self.error = error_text(chunk)
-        if self.error is not None:
-            return False
         chunk = mapping(chunk)
+        if chunk.get("error") is not None:
+            self.error = error_text(chunk)
+            return False
         choices = chunk.get("choices")
         for choice in sequence(choices):
             delta = mapping(mapping(choice).get("delta"))
-            self.kept += _audio(delta)
-            self.written += size(delta.get("content")) + size(delta.get("refusal"))
-            self.written += size(delta.get("reasoning_content")) or size(delta.get("reasoning"))
-            for call in (delta.get("function_call"), *sequence(delta.get("tool_calls"))):
-                self.written += size(mapping(mapping(call).get("function", call)).get("arguments"))
+            self.written += size(delta.get("content"))
+            if len(delta) > 1 or "content" not in delta:  # most have a word alone
+                self._read_others(delta)
         found = usage_of(chunk)
         self.usage = found or self.usage
         return not (found and not choices) or self._usage_wanted
+
+    def _read_others(self, delta: dict[str, Any]) -> None:
+        self.kept += _audio(delta)
+        self.written += size(delta.get("refusal"))
+        self.written += size(delta.get("reasoning_content")) or size(delta.get("reasoning"))
+        for call in (delta.get("function_call"), *sequence(delta.get("tool_calls"))):
+            self.written += size(mapping(mapping(call).get("function", call)).get("arguments"))
 
 
 class Chat:

@@ -21,17 +21,18 @@ class Splitter:
 
     def feed(self, data: bytes) -> list[bytes]:
         """The events that ``data`` completes. Raises EventTooLong."""
-        if self._rest:
-            # A boundary may have begun in the last three bytes.
-            start = max(len(self._rest) - 3, 0)
-            data = self._rest + data
+        # A boundary may have begun in the last three bytes.
+        start = max(len(self._rest) - 3, 0)
+        data = self._rest + data
+        if b"\r" in data:
+            events, begin = list[bytes](), 0
+            for found in BOUNDARY.finditer(data, start):
+                events.append(data[begin : found.end()])
+                begin = found.end()
+            self._rest = data[begin:]
         else:
-            start = 0
-        events, begin = list[bytes](), 0
-        for found in BOUNDARY.finditer(data, start):
-            events.append(data[begin : found.end()])
-            begin = found.end()
-        self._rest = data[begin:]
+            *whole, self._rest = data.split(b"\n\n")  # several times as fast, and what all providers write
+            events = [each + b"\n\n" for each in whole]
         if len(self._rest) > MOST:
             raise EventTooLong(f"expected events of at most {MOST} bytes, got a longer one")
         return events
