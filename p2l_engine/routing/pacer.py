@@ -135,7 +135,7 @@ class BudgetPacer:
 
     def choose_at(self, v: Array, costs: Array, allowed: Array | None = None) -> PacedChoice:
         """``choose``, with the price at which it chose."""
-        w, x = _checked(v, costs)
+        w, x, lowest, highest = _checked(v, costs)
         models = None
         if allowed is not None:
             mask = arrays.to_numpy(allowed)
@@ -143,7 +143,7 @@ class BudgetPacer:
                 raise ValueError(f"allowed: expected bools [{len(w)}], one of them true, got {mask!r}")
             models = np.flatnonzero(mask)
             w, x = w[models], x[models]
-        lowest, highest = float(x[x.argmin()]), float(x[x.argmax()])
+            lowest, highest = float(x[x.argmin()]), float(x[x.argmax()])
         with _choosing:
             limit, response = self._credit + self._income + self._limit, self._response()
             price = math.exp(self._level) * response
@@ -160,7 +160,7 @@ class BudgetPacer:
             if not settled:
                 step = self._pace.step(response, self._count, self.horizon)
                 self._level = min(max(self._level + step, -EXTREME), EXTREME)
-            overspent = self._pay(float(x[k]))
+            overspent = self._pay(exact.units(float(x[k])))
         if overspent:  # without the lock, which a handler of the warning may need
             logger.warning(
                 "BudgetPacer: %d prompts cost %.4g on average for a budget of %.4g, though the cheapest models were chosen: "
@@ -260,13 +260,13 @@ class BudgetPacer:
     def _response(self) -> float:
         return self._pace.response(self._credit, self._limit, self._most)
 
-    def _pay(self, cost: float) -> bool:
-        """Counts a prompt; true once, when the cheapest models cost far more than the budget."""
+    def _pay(self, cost: int) -> bool:
+        """Counts a prompt of so many units; true once, when the cheapest models cost far more than the budget."""
         self._count += 1
         if self.prompts is not None:
             self._most = self._highest_credit()
-        self._spent += exact.units(cost)
-        self._gain(self._income - exact.units(cost))
+        self._spent += cost
+        self._gain(self._income - cost)
         returned = min(self._reserve, self._income + self._later, self._most - self._credit)
         self._reserve -= returned
         self._credit += returned
@@ -283,15 +283,17 @@ class BudgetPacer:
         self._credit -= kept
 
 
-def _checked(v: Array, costs: Array) -> tuple[Float64, Float64]:
-    """Win rates [M], finite, and costs [M], finite and >= 0."""
+def _checked(v: Array, costs: Array) -> tuple[Float64, Float64, float, float]:
+    """Win rates [M], finite; costs [M], finite and >= 0; the lowest and the highest cost."""
     w, x = arrays.to_float64("v", v), arrays.to_float64("costs", costs)
     if w.ndim == 1 and len(w) and w.shape == x.shape:
-        ends = w[w.argmin()], w[w.argmax()], x[x.argmin()], x[x.argmax()]  # NaN, where there is one; ten times as fast as min
-        if -math.inf < ends[0] and ends[1] < math.inf and ends[2] >= 0 and ends[3] < math.inf:
-            return w, x
+        # NaN, where there is one; ten times as fast as min
+        lowest, highest = float(x[x.argmin()]), float(x[x.argmax()])
+        if -math.inf < w[w.argmin()] and w[w.argmax()] < math.inf and lowest >= 0 and highest < math.inf:
+            return w, x, lowest, highest
     rates = arrays.matrix("v", w[None])
-    return rates[0], arrays.costs(x[None], rates.shape)[0]
+    x = arrays.costs(x[None], rates.shape)[0]
+    return rates[0], x, float(x.min()), float(x.max())
 
 
 def _best(scores: Float64, w: Float64, x: Float64) -> int:
