@@ -49,7 +49,8 @@ class Forward:
         """decoder: ``plain``, or what wraps it."""
         way = "padded" if self.way == "packed" and packed.longest_own > self.window else self.way
         # Set before each pass and left so: with gradient checkpointing, the backward pass computes the layers again.
-        self.plain.config._attn_implementation = attention.NAME if way == "packed" else self._own
+        # For its own implementations transformers makes a mask, all tokens by all tokens, that neither of these two reads.
+        self.plain.config._attn_implementation = attention.NAME if way in ("packed", "fused") else self._own
         if way in ("padded", "by length"):
             return last_hidden(decoder, packed, way == "padded")
         positions = packed.positions.long()
