@@ -24,8 +24,8 @@ WINNERS = ("model_a", "model_b", "tie", "tie (bothbad)")
 
 
 def write(votes, path):
-    names = np.array(votes.models)
-    columns = {"prompt": [json.dumps(votes.prompts[p]) for p in votes.prompt], "model_a": names[votes.a]}
+    names, prompts = np.array(votes.models), np.array([json.dumps(prompt) for prompt in votes.prompts])
+    columns = {"prompt": prompts[votes.prompt], "model_a": names[votes.a]}
     if votes.are_values:
         columns = {"prompt": columns["prompt"], "model": columns["model_a"], "value": votes.outcome}
     else:

@@ -129,23 +129,26 @@ def read_table(
             add_columns(chunk.names)
             nested = [name for name in dotted if split_column(name, chunk.names)[1]]
             has_columns = has_columns or bool(chunk.names)
-            for row in chunk.rows:
+            kept: list[dict[str, Any]] = []
+            for number, row in enumerate(chunk.rows, start=len(rows)):
                 if not isinstance(row, dict):
-                    invalid[len(rows)] = row if isinstance(row, InvalidRow) else not_an_object(row)
+                    invalid[number] = row if isinstance(row, InvalidRow) else not_an_object(row)
                     row = {}
                 elif bare is None and not _is_text(row):
-                    invalid[len(rows)] = InvalidRow("expected valid Unicode", "a lone surrogate", f"{row!r:.60}")
+                    invalid[number] = InvalidRow("expected valid Unicode", "a lone surrogate", f"{row!r:.60}")
                     row = {}
                 elif nested:
                     try:
                         row |= _nested_values(row, nested)
                     except ValueError as error:
-                        invalid[len(rows)] = InvalidRow(str(error))
+                        invalid[number] = InvalidRow(str(error))
                         row = {}
                     add_columns([name for name in nested if name in row])
-                for name, values in columns.items():
-                    values.append(row.get(name))
-                rows.append((place if len(parts) > 1 else "", len(rows) - first))
+                kept.append(row)
+            for name, values in columns.items():
+                values += [row.get(name) for row in kept]
+            shown_place = place if len(parts) > 1 else ""
+            rows += [(shown_place, number - first) for number in range(len(rows), len(rows) + len(kept))]
         if first in invalid and not has_columns and bare is None:
             raise ValueError(f"{place}: expected a JSON object on each line, found none: row 0: {invalid[first].why}")
     if not found and bare is None and not empty:
@@ -171,18 +174,18 @@ def _nested_values(row: Mapping[str, Any], names: Sequence[str]) -> dict[str, An
 
 def _is_text(value: Any) -> bool:
     """Whether all texts within a value, however deep, can be encoded: JSON may hold half a surrogate pair."""
-    within = [value]
+    within: list[dict[str, Any] | list[Any]] = [[value]]
     while within:
         value = within.pop()
-        if isinstance(value, str):
-            try:
-                value.encode()
-            except UnicodeEncodeError:
-                return False
-        elif isinstance(value, dict):
-            within += [*value, *value.values()]
-        elif isinstance(value, list):
-            within += value
+        for part in (*value, *value.values()) if isinstance(value, dict) else value:
+            if isinstance(part, str):
+                if not part.isascii():
+                    try:
+                        part.encode()
+                    except UnicodeEncodeError:
+                        return False
+            elif isinstance(part, dict | list):
+                within.append(part)
     return True
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -131,7 +132,7 @@ def votes_of(
         logger.warning("%s: votes are read from the column %s, and not from %s", path, read_from, " and ".join(ignored))
     rows = _Rows(table, prompt, pair, label, models)
     dropped = rows.read()
-    if not rows.votes:
+    if not rows.votes[0]:
         reasons = "; ".join(dropped.lines()) or "the table is empty"
         raise ValueError(f"{path}: expected at least one vote that can be used, got none: {reasons}")
     if len(dropped) > max_dropped * dropped.rows:
@@ -174,9 +175,11 @@ class _Rows:
         self.parse, self.pair, self.models = label.parse, pair, models
         self.prompts: dict[tuple[str, ...], int] = {}
         self.category: list[str] = []
-        self.votes: list[tuple[int, str, str, float, float, float]] = []
+        # Prompt, a, b, outcome, weight, time of each vote. In arrays: a tuple for each would keep the garbage collector busy.
+        self.votes = tuple(array(code) for code in "qqqddd")
         self._known = None if models is None else set(models)
-        self._parsed: dict[Any, tuple[str, ...]] = {}
+        self._names: dict[str, int] = {}  # in their order in the table
+        self._parsed: dict[str, tuple[str, ...]] = {}
 
     def read(self) -> Dropped:
         """Fills prompts, categories and votes."""
@@ -194,7 +197,7 @@ class _Rows:
             row = self.table.invalid[i]
             raise Unusable(f"row: {row.reason}", row.text)
         a = self._model(column["a"][i], "model_a" if self.pair else "model")
-        b = self._model(column["b"][i], "model_b") if self.pair else ""
+        b = self._model(column["b"][i], "model_b") if self.pair else -1
         if a == b:
             raise Unusable("a model against itself")
         parsed = self.parse(*(cells[i] for cells in self.labels))
@@ -206,19 +209,24 @@ class _Rows:
         place = self.prompts.setdefault(prompt, len(self.prompts))
         if place == len(self.category):
             self.category.append(category_of(column["category"][i] if "category" in column else None))
-        self.votes += [(place, a, b, outcome, weight * share, time) for outcome, share in parsed if share > 0]
+        for outcome, share in parsed:
+            if share > 0:
+                for values, value in zip(self.votes, (place, a, b, outcome, weight * share, time), strict=True):
+                    values.append(value)
 
-    def _model(self, name: Any, column: str) -> str:
+    def _model(self, name: Any, column: str) -> int:
+        if type(name) is str and (known := self._names.get(name)) is not None:
+            return known
         if not isinstance(name, str) or not name.strip():
             raise Unusable(f"{column}: expected a name", name)
         if self._known is not None and name not in self._known:
             raise Unusable(f"{column}: expected one of the training votes' (or the checkpoint's) models", name)
-        return name
+        return self._names.setdefault(name, len(self._names))
 
     def _prompt(self, value: Any) -> tuple[str, ...]:
         key = value if isinstance(value, str) else None
-        if key is not None and key in self._parsed:
-            return self._parsed[key]
+        if key is not None and (known := self._parsed.get(key)) is not None:
+            return known
         try:
             prompt = cell_turns(value)
         except ValueError as error:
@@ -232,13 +240,12 @@ class _Rows:
         return prompt
 
     def make(self, values: bool) -> Votes:
-        place, a, b, outcome, weight, time = zip(*self.votes, strict=True)
-        models = self.models or tuple(sorted({*a, *b} - {""}))
-        given: Any = np.array(outcome, np.float64 if values else np.int64)
-        column = {name: i for i, name in enumerate(models)} | {"": -1}
+        place, a, b, outcome, weight, time = map(np.array, self.votes)
+        names = list(self._names)
+        models = self.models or tuple(sorted(names[i] for i in np.union1d(a, b) if i >= 0))
+        column = {name: i for i, name in enumerate(models)}
+        of_name = np.array([column.get(name, -1) for name in names] + [-1], np.int64)  # the last: of -1, no model
         return Votes.make(
-            self.prompts, models, np.array(place, np.int64), np.array([column[name] for name in a], np.int64),
-            np.array([column[name] for name in b], np.int64), given,
-            np.array(weight), self.category if "category" in self.columns else None,
-            np.array(time) if "timestamp" in self.columns else None,
+            self.prompts, models, place, of_name[a], of_name[b], outcome if values else outcome.astype(np.int64),
+            weight, self.category if "category" in self.columns else None, time if "timestamp" in self.columns else None,
         )  # fmt: skip
