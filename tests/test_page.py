@@ -121,6 +121,24 @@ def chromium():
         browser.close()
 
 
+@pytest.fixture(scope="module")
+def windows(chromium):
+    """A browser context for each set of options. An empty page keeps its window open: a window costs half a second of CPU, and
+    a tab in it a tenth. Pages share nothing: the stubs' ports are their origins, and what a page keeps is its tab's."""
+    kept = {}
+
+    def window(**options):
+        key = repr(sorted(options.items()))
+        if key not in kept:
+            kept[key] = chromium.new_context(**options)
+            kept[key].new_page()
+        return kept[key]
+
+    yield window
+    for context in kept.values():
+        context.close()
+
+
 class Opened:
     """A page, the stub that answers it, and what it must not do."""
 
@@ -172,20 +190,23 @@ class Opened:
 
 
 @pytest.fixture
-def opened(chromium):
+def opened(chromium, windows):
     """Opens the page of a stub, and checks at the end what holds for every page.
 
-    faults: the test makes some on purpose. clock: the page's timers stand still, and the test moves them on.
+    faults: the test makes some on purpose. clock: the page's timers stand still, and the test moves them on; all pages of a
+    window have one clock, so it gets a window of its own.
     """
     with contextlib.ExitStack() as stack:
         pages = []
 
         def open_page(stub=None, faults=False, clock=False, **options):
             stub = stack.enter_context(serve(stub or Stub()))
-            context = chromium.new_context(**{"viewport": WIDE, "reduced_motion": "reduce", **options})
-            stack.callback(context.close)
-            context.set_default_timeout(20_000)
-            pages.append((Opened(context.new_page(), stub, clock), faults))
+            context = (chromium.new_context if clock else windows)(**{"viewport": WIDE, "reduced_motion": "reduce", **options})
+            page = context.new_page()
+            stack.callback(context.close if clock else page.close)
+            stack.callback(context.set_offline, False)  # a test that fails may leave it so
+            page.set_default_timeout(20_000)
+            pages.append((Opened(page, stub, clock), faults))
             return pages[-1][0]
 
         yield open_page
