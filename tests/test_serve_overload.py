@@ -10,7 +10,6 @@ import pytest
 
 from p2l_engine.serve import scorer as module
 from p2l_engine.serve.scorer import Overloaded, Scorer
-from tests.support.cases import slow_but
 from tests.support.virtual_time import VirtualEngine, run
 
 ENGINES = {  # seconds of a batch, mean of a prompt, spread of its logarithm; rated load, and seconds of it
@@ -49,8 +48,9 @@ def scorer_of(loop, monkeypatch, engine, draw, patience=0.5, most=64):
     return Scorer(computer, patience, most, 10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("poisson", [False, True])
-@pytest.mark.parametrize("engine", slow_but(("tiny",), ["tiny", "default", "fast"]))
+@pytest.mark.parametrize("engine", ENGINES)
 def test_ten_times_the_rated_load_makes_the_served_no_later_than_twice(engine, poisson, seed, monkeypatch):
     """All would be five to nine times as late if the queue were kept full."""
     draw = random.Random(seed)
