@@ -111,14 +111,11 @@ def of_stages(
     calls = arguments.calls or (500 if device.type == "cuda" else 100)
     tokens = arguments.tokens or 64
     rows = []
-    names = dtypes(arguments, device)
-    for dtype in names:
+    for dtype in dtypes(arguments, device):
         engine = Engine(loaded, device, dtype)
         console.print(f"{name} {dtype}: warm-up {engine.warmup():.1f} s")
         texts = prompts_of(engine, tokens, calls)
         peer = Transformers(loaded, device, float_dtype(dtype))
-        if dtype == names[-1]:
-            loaded.weights.clear()  # engine and peer hold them now
         found = stages(name, dtype, engine, texts, peer)
         for callers in (1, 2, 4, 8, 16, 32, 64) if arguments.callers is None else arguments.callers:
             found.append(under_load(name, dtype, engine, texts, callers))

@@ -8,6 +8,8 @@ tokenizer (16, 24, 105, 400; mean 102). Their words are made up, and a BPE token
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,7 @@ import p2l_engine.checkpoint
 from p2l_engine.backbone.families import DecoderConfig
 from p2l_engine.backbone.head import Head
 from p2l_engine.backbone.weights import expected_shapes
-from p2l_engine.checkpoint import Checkpoint
+from p2l_engine.checkpoint import Checkpoint, StoredWeights
 from p2l_engine.engine import natural_dtype
 from p2l_engine.feedback import feedback_model
 from p2l_engine.prompts.tokenizer import TransformersTokenizer
@@ -62,14 +64,11 @@ def checkpoint(name: str, n_models: int, device: torch.device, dtype: torch.dtyp
     """The architecture ``name`` with random weights (standard deviation 0.02) and a grk head over ``n_models``."""
     theirs, words = ARCHITECTURES[name](), tokenizer()
     config = DecoderConfig.read(theirs.to_dict())
-    torch.manual_seed(0)
-    weights = {
-        name: torch.ones(shape, device=device, dtype=dtype)
-        if "norm" in name
-        else 0.02 * torch.randn(shape, device=device, dtype=dtype)
-        for name, shape in expected_shapes(config).items()
-    }
-    head = Head(torch.randn(n_models + 1, config.hidden_size) / config.hidden_size**0.5, torch.zeros(n_models + 1), n_models)
+    count = sum(prod(shape) for shape in expected_shapes(config).values())
+    weights = StoredWeights(partial(random_weights, config, device, dtype), count, None)
+    rng = torch.Generator().manual_seed(0)
+    rows = torch.randn(n_models + 1, config.hidden_size, generator=rng) / config.hidden_size**0.5
+    head = Head(rows, torch.zeros(n_models + 1), n_models)
     names = tuple(f"model-{i}" for i in range(n_models))
     return Checkpoint(
         Path(name),
@@ -82,6 +81,17 @@ def checkpoint(name: str, n_models: int, device: torch.device, dtype: torch.dtyp
         head,
         lambda: (theirs, words),
     )
+
+
+def random_weights(config: DecoderConfig, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The same ones each time; norms are ones."""
+    rng = torch.Generator(device).manual_seed(0)
+    return {
+        name: torch.ones(shape, device=device, dtype=dtype)
+        if "norm" in name
+        else 0.02 * torch.randn(shape, device=device, dtype=dtype, generator=rng)
+        for name, shape in expected_shapes(config).items()
+    }
 
 
 def load(name: str, device: torch.device, n_models: int) -> Checkpoint:

@@ -144,7 +144,6 @@ def bench(name: str, device: torch.device, arguments: argparse.Namespace, consol
     rates = {dtype: matrix_rate(device, DTYPES[dtype]) for dtype in {*names, "float32"} if dtype in DTYPES}
     peer = Transformers(loaded, device, float_dtype(names[0]))
     others = others_of(loaded, engines, arguments.peers, texts[:some], console) if arguments.peers else []
-    loaded.weights.clear()  # engine and peer hold them now; a third copy only takes memory
     budget = _fastest_budget("hf-batched", lambda size: peer.batched(few, size), device, console)
     paths = [
         *(Timed("engine", dtype, len(texts), partial(_theta, each)) for dtype, each in engines.items()),

@@ -11,13 +11,20 @@ import importlib.util
 import os
 import random
 import secrets
+import shutil
 import sys
+import tempfile
 import zlib
 from pathlib import Path
 
 # One thread for each process, before numpy and torch start theirs: the models are so small that threads only wait for each
 # other, up to 20 times longer on a busy machine. Tests of threads set their own. OMP_NUM_THREADS from outside has precedence.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Packed weights that a run's processes share, so that the default checkpoint is read and merged once in a run.
+if "P2L_ENGINE_WEIGHT_CACHE" not in os.environ:
+    os.environ["P2L_ENGINE_WEIGHT_CACHE"] = tempfile.mkdtemp(prefix="p2l-weights-")
+    atexit.register(shutil.rmtree, os.environ["P2L_ENGINE_WEIGHT_CACHE"])
 
 import numpy as np
 import pytest

@@ -82,7 +82,7 @@ def by_peft(base, folder, config, **saving):
 
 
 def assert_merged(folder, expected):
-    found = checkpoint.load(folder).weights
+    found = checkpoint.load(folder).weights.read()
     assert set(found) == set(expected)
     for name, weight in expected.items():
         torch.testing.assert_close(found[name].float(), weight.float(), rtol=0, atol=2e-6, msg=name)
@@ -158,7 +158,7 @@ def test_adapters_that_changed_their_backbone_are_refused_and_converted_ones_mer
     expected = by_peft(
         base, tmp_path / "plain", config | {"init_lora_weights": name}, path_initial_model_for_weight_conversion=start
     )
-    found = checkpoint.load(tmp_path / "plain").weights
+    found = checkpoint.load(tmp_path / "plain").weights.read()
     for key, weight in expected.items():
         torch.testing.assert_close(found[key], weight, rtol=0, atol=1e-5, msg=key)
 
@@ -262,7 +262,7 @@ def test_a_relative_base_starts_at_the_adapter(tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path / place)
         loaded = checkpoint.load(Path(tmp_path / "models" / "adapter"))
         torch.testing.assert_close(
-            loaded.weights["layers.1.mlp.up_proj.weight"], merged["model.layers.1.mlp.up_proj.weight"], rtol=0, atol=1e-6
+            loaded.weights.read()["layers.1.mlp.up_proj.weight"], merged["model.layers.1.mlp.up_proj.weight"], rtol=0, atol=1e-6
         )
     monkeypatch.chdir(tmp_path)
     change_config(tmp_path / "models" / "adapter", base_model_name_or_path="models/base")  # else where the process runs

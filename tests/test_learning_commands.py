@@ -254,7 +254,7 @@ def test_an_adapter_learns_as_its_merged_checkpoint_does_and_stays_an_adapter(tm
     export(adapter, tmp_path / "old exported")
     export(new, tmp_path / "exported")
     merged, exported = (checkpoint.load(tmp_path / name) for name in ("old exported", "exported"))
-    assert all(torch.equal(weight, exported.weights[name]) for name, weight in merged.weights.items())
+    assert all(torch.equal(weight, exported.weights.read()[name]) for name, weight in merged.weights.read().items())
     assert exported.models == (*tiny.MODELS, "zeta")
     assert torch.equal(exported.head.weight, after.head.weight.cpu())
     assert exported.uncertainty.models == checkpoint.load(new).uncertainty.models

@@ -31,7 +31,7 @@ def built(name, seed):
     torch.manual_seed(seed)
     config = families.config(name)
     weights = families.weights(config)
-    return config, weights, backbone.build(config, weights, torch.device("cpu"), torch.float32)
+    return config, weights, backbone.build(config, lambda: weights, torch.device("cpu"), torch.float32)
 
 
 @pytest.mark.slow
@@ -89,7 +89,7 @@ def test_any_neighbours_and_any_history(name, data):
 )
 def test_the_longest_prompt_is_found(name, changes, expected, rng):
     config = families.config(name, **changes)
-    decoder = backbone.build(config, families.weights(config), torch.device("cpu"), torch.float32)
+    decoder = backbone.build(config, lambda: families.weights(config), torch.device("cpu"), torch.float32)
     assert decoder.positions == expected
     longest = expected or 40
     (ids,) = families.drawn(rng, [longest])
@@ -102,7 +102,7 @@ def test_the_longest_prompt_is_found(name, changes, expected, rng):
 def test_a_decoder_that_needs_more_than_tokens_is_refused():
     config = T5Config(vocab_size=300, d_model=48, d_kv=12, d_ff=80, num_layers=1, num_heads=4)
     with pytest.raises(CheckpointError, match="expected a decoder that token ids alone run in float32, got model_type 't5'"):
-        backbone.build(config, families.weights(config), torch.device("cpu"), torch.float32)
+        backbone.build(config, lambda: families.weights(config), torch.device("cpu"), torch.float32)
 
 
 def test_a_rope_of_one_kind_of_layer_counts():

@@ -173,7 +173,7 @@ def test_the_untrained_backbone_is_read_as_transformers_objects_too(tmp_path):
     folder = tiny.write(tmp_path, template=tiny.TEMPLATE)
     loaded = frozen(str(folder), json.loads((folder / "training_config.json").read_text()))
     config, theirs = loaded.transformers()
-    assert config.vocab_size == loaded.config.vocab_size == len(loaded.weights["embed_tokens.weight"])
+    assert config.vocab_size == loaded.config.vocab_size == len(loaded.weights.read()["embed_tokens.weight"])
     same(PromptEncoder(loaded.tokenizer), PromptEncoder(TransformersTokenizer(theirs)))
 
 

@@ -22,7 +22,7 @@ from p2l_engine.backbone.packing import Packed
 from p2l_engine.backbone.unpacked import positions
 from p2l_engine.checkpoint import huggingface
 from p2l_engine.checkpoint.adapter import NEW_ROWS, PEFT_PREFIX
-from p2l_engine.checkpoint.read import HEADS
+from p2l_engine.checkpoint.stored import HEADS
 from p2l_engine.engine import cpu
 from p2l_engine.errors import CheckpointError
 from p2l_engine.feedback import feedback_model

@@ -20,7 +20,7 @@ def write_tiny(folder: Path, models: int = MODELS) -> tuple[str, ...]:
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    tensors = {f"model.{name}": weight for name, weight in found.weights.items()}
+    tensors = {f"model.{name}": weight for name, weight in found.weights.read().items()}
     weight, bias = found.head.weight, found.head.bias
     tensors |= {"head.head.weight": weight[:models], "head.head.bias": bias[:models]}
     tensors |= {"head.eta_head.weight": weight[models:], "head.eta_head.bias": bias[models:]}

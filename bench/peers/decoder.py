@@ -33,12 +33,12 @@ class Decoder:
         """Raises ValueError for a backbone that runs through transformers alone."""
         if not isinstance(loaded.config, DecoderConfig):
             raise ValueError(f"--peers: expected a backbone of Llama's or Qwen2's kind, got {loaded.config.model_type}")
-        single = torch.device("cpu"), torch.float32
+        single, weights = (torch.device("cpu"), torch.float32), loaded.weights.read()
         return cls(
             loaded.config,
-            loaded.weights["embed_tokens.weight"].to(*single).numpy(),
-            loaded.weights["norm.weight"].to(*single).numpy(),
-            layers(loaded.config, loaded.weights, *single),
+            weights["embed_tokens.weight"].to(*single).numpy(),
+            weights["norm.weight"].to(*single).numpy(),
+            layers(loaded.config, weights, *single),
             loaded.head,
         )
 

@@ -27,7 +27,7 @@ class Transformers:
         self.device, self.precision = device, str(dtype).removeprefix("torch.")
         with torch.device(device):
             self.model: Any = AutoModel.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
-        self.model.load_state_dict({name: weight for name, weight in loaded.weights.items() if "inv_freq" not in name})
+        self.model.load_state_dict({name: weight for name, weight in loaded.weights.read().items() if "inv_freq" not in name})
         self.weight, self.bias = loaded.head.weight.to(device), loaded.head.bias.to(device)
 
     def text(self, prompt: str) -> str:

@@ -6,21 +6,27 @@ AutoModel, padded, or with prompts of one length at a time: slower, with the sam
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from p2l_engine.backbone.families import DecoderConfig
-from p2l_engine.backbone.packed import PackedDecoder
+from p2l_engine.backbone.packed import PackedDecoder, operations_for
 from p2l_engine.backbone.packing import Packed, Tokens
+from p2l_engine.backbone.ready import DecoderWeights
 from p2l_engine.backbone.rope import UnsupportedConfig
+from p2l_engine.native import panels
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["Backbone", "DecoderConfig", "PackedDecoder", "UnsupportedConfig", "build"]
+__all__ = ["Backbone", "DecoderConfig", "DecoderWeights", "Keep", "PackedDecoder", "UnsupportedConfig", "build"]
+
+
+# Given what tensors depend on beside the checkpoint, and a function that makes them: these tensors, made now or earlier.
+Keep = Callable[[str, Callable[[], dict[str, Tensor]]], Mapping[str, Tensor]]
 
 
 class Backbone(Protocol):
@@ -41,12 +47,31 @@ class Backbone(Protocol):
 
 
 def build(
-    config: DecoderConfig | PretrainedConfig, weights: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype
+    config: DecoderConfig | PretrainedConfig,
+    weights: Callable[[], Mapping[str, Tensor]],
+    device: torch.device,
+    dtype: torch.dtype,
+    keep: Keep | None = None,
 ) -> Backbone:
-    """The packed decoder, or transformers' own where the config is transformers'. Raises CheckpointError for wrong weights, and
-    ValueError for a dtype that it cannot use."""
+    """The packed decoder, or transformers' own where the config is transformers'.
+
+    weights: reads them, named as in transformers' bare model. keep: of a packed decoder's weights on a CPU; None: they are made
+    anew. Raises CheckpointError for wrong weights, and ValueError for a dtype that it cannot use.
+    """
     if isinstance(config, DecoderConfig):
-        return PackedDecoder(config, weights, device, dtype)
+        wide = torch.float32 if dtype == torch.int8 else dtype  # of everything but the products' weights
+        operations = operations_for(device, wide)
+        level = panels.level(dtype) if device.type == "cpu" else -1
+
+        def made() -> DecoderWeights:
+            return DecoderWeights.of(config, weights(), device, wide, dtype if level >= 0 else None)
+
+        if device.type == "cpu" and keep is not None:
+            how = f"{dtype}, products at level {level}, layout {panels.LAYOUT}"
+            ready = DecoderWeights.of_tensors(keep(how, lambda: made().tensors()))
+        else:
+            ready = made()
+        return PackedDecoder(config, ready, device, wide, operations)
     if dtype == torch.int8:
         raise ValueError(
             f"dtype: int8 is for decoders that are computed here (Llama, Qwen2), got {config.model_type!r}, which transformers "
@@ -54,4 +79,4 @@ def build(
         )
     from p2l_engine.backbone.unpacked import UnpackedDecoder  # needs transformers
 
-    return UnpackedDecoder(config, weights, device, dtype)
+    return UnpackedDecoder(config, weights(), device, dtype)

@@ -7,7 +7,7 @@ residual sum of each block is added in the norm that follows it.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import torch
@@ -17,8 +17,8 @@ from torch import Tensor
 from p2l_engine.backbone.families import DecoderConfig
 from p2l_engine.backbone.operations import Heads, Operations
 from p2l_engine.backbone.packing import Packed, Tokens
-from p2l_engine.backbone.weights import Layer, Linear, check_weights, layers
-from p2l_engine.native import panels
+from p2l_engine.backbone.ready import DecoderWeights
+from p2l_engine.backbone.weights import Layer, Linear
 from p2l_engine.native.layer import LayerWeights
 from p2l_engine.native.panels import Panels
 from p2l_engine.prompts.encode import MAX_TOKENS
@@ -35,13 +35,13 @@ def operations_for(
         if dtype not in DTYPES:
             raise ValueError(f"dtype: expected float32, bfloat16 or int8 on a CPU, got {dtype}")
         weights: dict[Linear, Tensor] = {}
-        return partial(CpuOperations, dtype, weights, whole(layers[:-1]))
+        return partial(CpuOperations, dtype, weights, native_layers(layers[:-1]))
     from p2l_engine.backbone.on_gpu import GpuOperations  # needs Triton
 
     return GpuOperations
 
 
-def whole(layers: Sequence[Layer[Linear | Panels]]) -> list[LayerWeights]:
+def native_layers(layers: Sequence[Layer[Linear | Panels]]) -> list[LayerWeights]:
     """The layers for the native core, if all their products are its own; else none."""
     found = []
     for layer in layers:
@@ -55,22 +55,19 @@ def whole(layers: Sequence[Layer[Linear | Panels]]) -> list[LayerWeights]:
 
 
 class PackedDecoder:
-    """See Backbone; weights are named as in transformers' bare model. Safe to call from several threads."""
+    """See Backbone. Safe to call from several threads."""
 
     positions: int | None = None
 
     def __init__(
         self,
         config: DecoderConfig,
-        weights: Mapping[str, Tensor],
+        weights: DecoderWeights,
         device: torch.device,
         dtype: torch.dtype,
         operations: Callable[[], Operations] | None = None,
     ) -> None:
-        check_weights(config, weights)
         self.name = f"packed {config.model_type}"
-        packed = dtype if device.type == "cpu" and operations is None and panels.level(dtype) >= 0 else None
-        dtype = torch.float32 if dtype == torch.int8 else dtype  # of everything but the products' weights
         self.device, self.dtype = device, dtype
         self.eps = config.rms_norm_eps
         self.heads, self.kv_heads, self.head_size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
@@ -78,11 +75,8 @@ class PackedDecoder:
         self._frequencies = frequencies.to(device)
         # On a GPU at full size from the start: CUDA graphs keep the addresses of these tables.
         self._tables = self._angles(MAX_TOKENS if device.type == "cuda" else 512)
-        table = weights["embed_tokens.weight"]
-        # Half precision is widened after the look-up, which gives the same numbers: a wide table is large.
-        self.embedding = table.to(device) if dtype == torch.float32 and table.element_size() == 2 else table.to(device, dtype)
-        self.norm: Tensor | None = weights["norm.weight"].to(device, dtype)
-        self.layers = layers(config, weights, device, dtype, packed)
+        self.embedding, self.layers = weights.embedding, weights.layers
+        self.norm: Tensor | None = weights.norm
         queries, whole = self.heads * self.head_size, self.layers[-1].qkv
         self._last_q, self._last_kv = whole.part(0, queries), whole.part(queries, queries + 2 * self.kv_heads * self.head_size)
         self.prefix: Tokens | None = None

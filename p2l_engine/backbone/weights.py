@@ -21,6 +21,15 @@ class Linear:
     weight: Tensor
     bias: Tensor | None
 
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Tensor]) -> Linear:
+        """From what ``tensors`` returned."""
+        return cls(tensors["weight"].t(), tensors.get("bias"))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The stored weight [out, in], and the bias where there is one."""
+        return {"weight": self.weight.t()} | ({} if self.bias is None else {"bias": self.bias})
+
     def part(self, first: int, last: int) -> Linear:
         """The outputs first to last."""
         return Linear(self.weight[:, first:last], None if self.bias is None else self.bias[first:last])

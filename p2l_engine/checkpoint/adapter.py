@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,32 +18,46 @@ PEFT_PREFIX = "base_model.model."
 SIDES = ("lora_A", "lora_B")
 
 
-def merge(folder: Path, weights: dict[str, Tensor], update: dict[str, Tensor], lora: Lora) -> dict[str, Tensor]:
-    """W + scale B A in float32 for every pair of LoRA factors (Hu et al. 2021; peft's file format).
+@dataclass(frozen=True, slots=True, eq=False)
+class Adapter:
+    """What an adapter changes of its backbone. factors: LoRA's B, A and their scale for each weight that they change; new_rows
+    [N, D]: embeddings of further tokens, None for none."""
 
-    weights: the backbone's; update: the tensors of the adapter in ``folder``. Weights of one product lie one below the other in
-    the result. Raises CheckpointError for tensors that are not supported, that do not fit or that are missing.
-    """
-    factors = _factors(folder, weights, update, lora)
-    merged = dict(weights)
-    if NEW_ROWS in update:
-        table, new = weights["embed_tokens.weight"], update[NEW_ROWS]
-        if new.ndim != 2 or new.shape[1] != table.shape[1]:
-            raise CheckpointError(f"{folder}: {NEW_ROWS}: expected rows of {table.shape[1]}, found {list(new.shape)}")
-        merged["embed_tokens.weight"] = torch.cat([table, new.to(table.dtype)])
-    product = torch.empty(0)  # one buffer for all: fresh memory costs as much as the sums
-    for names in joined(factors):
-        rows = [len(weights[target]) for target in names]
-        out = torch.empty(sum(rows), weights[names[0]].shape[1])
-        for target, part in zip(names, out.split(rows), strict=True):
-            up, down = factors[target]
-            torch.mm(up.float(), down.float(), out=product.resize_(0))
-            merged[target] = part.copy_(weights[target]).add_(product.mul_(lora.scale_of(target.removesuffix(".weight"))))
-    return merged
+    factors: Mapping[str, tuple[Tensor, Tensor, float]]
+    new_rows: Tensor | None
+
+    @classmethod
+    def of(cls, folder: Path, weights: Mapping[str, Tensor], update: Mapping[str, Tensor], lora: Lora) -> Adapter:
+        """weights: the backbone's; update: the tensors of the adapter in ``folder``. Raises CheckpointError for tensors that
+        are not supported, that do not fit or that are missing."""
+        factors, new = _factors(folder, weights, update, lora), update.get(NEW_ROWS)
+        if new is not None:
+            columns = weights["embed_tokens.weight"].shape[1]
+            if new.ndim != 2 or new.shape[1] != columns:
+                raise CheckpointError(f"{folder}: {NEW_ROWS}: expected rows of {columns}, found {list(new.shape)}")
+        scaled = {name: (up, down, lora.scale_of(name.removesuffix(".weight"))) for name, (up, down) in factors.items()}
+        return cls(scaled, new)
+
+    def merged(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The backbone's weights, with W + scale B A in float32 for every pair of factors (Hu et al. 2021; peft's file format).
+        Weights of one product lie one below the other in the result."""
+        found = dict(weights)
+        if self.new_rows is not None:
+            table = weights["embed_tokens.weight"]
+            found["embed_tokens.weight"] = torch.cat([table, self.new_rows.to(table.dtype)])
+        product = torch.empty(0)  # one buffer for all: fresh memory costs as much as the sums
+        for names in joined(self.factors):
+            rows = [len(weights[target]) for target in names]
+            out = torch.empty(sum(rows), weights[names[0]].shape[1])
+            for target, part in zip(names, out.split(rows), strict=True):
+                up, down, scale = self.factors[target]
+                torch.mm(up.float(), down.float(), out=product.resize_(0))
+                found[target] = part.copy_(weights[target]).add_(product.mul_(scale))
+        return found
 
 
 def _factors(
-    folder: Path, weights: dict[str, Tensor], update: dict[str, Tensor], lora: Lora
+    folder: Path, weights: Mapping[str, Tensor], update: Mapping[str, Tensor], lora: Lora
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """LoRA's B and A for each weight that they change. Raises CheckpointError."""
     found: dict[str, dict[str, Tensor]] = {}

@@ -58,7 +58,7 @@ def export(source: str | Path | None, target: Path, evaluation: Path | None = No
         ) from None
 
     def fill(work: Path) -> None:
-        body = {f"model.{name}": weight.to(torch.bfloat16) for name, weight in loaded.weights.items()}
+        body = {f"model.{name}": weight.to(torch.bfloat16) for name, weight in loaded.weights.read().items()}
         # The head is small, and rows that were learned after training are not rounded: theta stays what it was.
         write_tensors(work / "model.safetensors", body | checkpoint.head_weights(loaded.folder), dtype=None)
         theirs, tokenizer = loaded.transformers()

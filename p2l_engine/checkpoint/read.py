@@ -21,8 +21,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from p2l_engine import arguments
 from p2l_engine.backbone.families import DecoderConfig
 from p2l_engine.backbone.head import Head
@@ -34,10 +32,11 @@ from p2l_engine.backbone.shrinkage import Shrinkage
 from p2l_engine.backbone.theta_map import FILE as MAP_FILE
 from p2l_engine.backbone.theta_map import ThetaMap
 from p2l_engine.backbone.uncertainty import FILE, Uncertainty
-from p2l_engine.checkpoint import builtin
-from p2l_engine.checkpoint.adapter import NEW_ROWS, PEFT_PREFIX, merge
+from p2l_engine.checkpoint import builtin, fingerprint
+from p2l_engine.checkpoint.adapter import PEFT_PREFIX, Adapter
 from p2l_engine.checkpoint.files import read_json, read_tensors, read_weights
 from p2l_engine.checkpoint.lora import Lora, field
+from p2l_engine.checkpoint.stored import StoredWeights, decoder_weights
 from p2l_engine.checkpoint.tokenizer import NeedsTransformers, read_fast_tokenizer
 from p2l_engine.errors import CheckpointError
 from p2l_engine.feedback import NAMES, FeedbackModel, feedback_model
@@ -48,20 +47,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-HEADS = ("lm_head.", "head.")  # weights that are none of the bare decoder's
-
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A P2L checkpoint in memory, on the CPU, in the dtypes that its files hold (adapters merged in float32).
+    """A P2L checkpoint, on the CPU.
 
-    base: the folder of the backbone, which is another one for adapters.
-
-    weights: the bare decoder's, without the prefix ``model.``. models: the M names in column order. transformers: reads the
-    backbone's config and the tokenizer as transformers' objects, each time that it is called. uncertainty: the posterior of the
-    head's rows, None where the folder has none. theta_map: what is applied to the head's theta, None: nothing. lengths: what
-    answers are expected to take, None where the folder does not say. shrinkage: of hidden states before the head reads them,
-    None: they stay as they are.
+    base: the folder of the backbone, which is another one for adapters. models: the M names in column order. transformers:
+    reads the backbone's config and the tokenizer as transformers' objects, each time that it is called. uncertainty: the
+    posterior of the head's rows, None where the folder has none. theta_map: what is applied to the head's theta, None: nothing.
+    lengths: what answers are expected to take, None where the folder does not say. shrinkage: of hidden states before the head
+    reads them, None: they stay as they are.
     """
 
     folder: Path
@@ -70,7 +65,7 @@ class Checkpoint:
     tokenizer: ChatTokenizer
     models: tuple[str, ...]
     feedback: FeedbackModel
-    weights: dict[str, Tensor]
+    weights: StoredWeights
     head: Head
     transformers: Callable[[], tuple[PretrainedConfig, PreTrainedTokenizerBase]]
     uncertainty: Uncertainty | None = None
@@ -96,22 +91,22 @@ def load(path_or_repo: str | Path | None = None, date: str | Date | None = None)
         training["date"] = str(date)
     feedback = _feedback(folder, training)
     adapter = folder / "adapter_config.json"
-    if adapter.is_file():
-        settings = read_json(adapter, dict)
-        base = _base(folder, field(adapter, settings, "base_model_name_or_path", str))
-        lora = Lora.read(adapter, settings)
-        weights = decoder_weights(base)
-        update = {n.removeprefix(PEFT_PREFIX): w for n, w in read_tensors(folder / "adapter_model.safetensors").items()}
-        weights = merge(folder, weights, update, lora)
-        heads = update
-    else:
-        base = folder
-        heads = read_weights(folder)
-        weights = {n.removeprefix("model."): w for n, w in heads.items() if n.startswith("model.")}
-    grown = adapter.is_file() and NEW_ROWS in heads
+    named = field(adapter, read_json(adapter, dict), "base_model_name_or_path", str) if adapter.is_file() else None
+    base = folder if named is None else _base(folder, named)
+    files = fingerprint.of_weights(folder, base)  # before they are opened: what changes from here on has another one
     config = read_config(base)
-    if grown:
-        config = with_vocabulary(config, len(weights["embed_tokens.weight"]))
+    if named is None:
+        heads = read_weights(folder)
+        weights = StoredWeights.of(
+            {n.removeprefix("model."): w for n, w in heads.items() if n.startswith("model.")}, None, files
+        )
+    else:
+        lora, stored = Lora.read(adapter, read_json(adapter, dict)), decoder_weights(base)
+        heads = {n.removeprefix(PEFT_PREFIX): w for n, w in read_tensors(folder / "adapter_model.safetensors").items()}
+        changes = Adapter.of(folder, stored, heads, lora)
+        weights = StoredWeights.of(stored, changes, files)
+        if changes.new_rows is not None:
+            config = with_vocabulary(config, len(stored["embed_tokens.weight"]) + len(changes.new_rows))
     if not (folder / "tokenizer.json").is_file() and not adapter.is_file():
         raise CheckpointError(f"{folder}: expected the tokenizer's tokenizer.json, found none")
     words = folder if (folder / "tokenizer.json").is_file() else base
@@ -227,18 +222,6 @@ def _base(folder: Path, name: str) -> Path:
     """The backbone that the adapter in ``folder`` names: a relative path starts there, else where the process runs."""
     beside = folder / Path(name).expanduser()
     return beside if beside.is_dir() else find(name)
-
-
-def decoder_weights(folder: Path) -> dict[str, Tensor]:
-    """The bare decoder's weights of a folder that holds a decoder, a language model or a P2L checkpoint."""
-    return {n.removeprefix("model."): w for n, w in read_weights(folder).items() if not n.startswith(HEADS)}
-
-
-def head_weights(folder: Path) -> dict[str, Tensor]:
-    """The head's weights under their published names, layer by layer, of a checkpoint or an adapter."""
-    adapter = folder / "adapter_model.safetensors"
-    tensors = read_tensors(adapter) if adapter.is_file() else read_weights(folder)
-    return {n: w for name, w in tensors.items() if (n := name.removeprefix(PEFT_PREFIX)).startswith("head.")}
 
 
 def _models(folder: Path) -> tuple[str, ...]:

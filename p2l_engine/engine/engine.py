@@ -19,7 +19,7 @@ from p2l_engine import backbone, checkpoint
 from p2l_engine.arguments import callback, instance, whole_number
 from p2l_engine.backbone import PackedDecoder
 from p2l_engine.backbone.packing import Packed, Tokens, weight_of
-from p2l_engine.checkpoint import Checkpoint
+from p2l_engine.checkpoint import Checkpoint, weight_cache
 from p2l_engine.coefficients import Coefficients
 from p2l_engine.engine import cpu
 from p2l_engine.engine.compile_watch import CompileWatch
@@ -66,7 +66,8 @@ class Engine:
         self.dtype = as_dtype(dtype, self.device)
         self.models, self.feedback = loaded.models, loaded.feedback
         self.folder, self.base = loaded.folder, loaded.base
-        self.backbone = backbone.build(loaded.config, loaded.weights, self.device, self.dtype)
+        keep = weight_cache.keep_for(loaded.weights.fingerprint)
+        self.backbone = backbone.build(loaded.config, loaded.weights.read, self.device, self.dtype, keep)
         positions = self.backbone.positions
         if positions is not None and positions < most:
             logger.warning(
@@ -84,7 +85,7 @@ class Engine:
         self.head, self.uncertainty = layers.head, layers.uncertainty
         self.head_win_rates = HeadWinRates(layers)
         self.theta_map, self.lengths, self.shrinkage = layers.theta_map, layers.lengths, layers.shrinkage
-        self.n_parameters = sum(weight.numel() for weight in loaded.weights.values())
+        self.n_parameters = loaded.weights.parameters
         self._graphs: Graphs | None = None
         if isinstance(self.backbone, PackedDecoder):
             prefix = self.encoder.prefix()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from p2l_engine import checkpoint
 from p2l_engine.backbone.head import Head
-from p2l_engine.checkpoint import Checkpoint
+from p2l_engine.checkpoint import Checkpoint, StoredWeights
 from p2l_engine.coefficients import Coefficients
 from p2l_engine.engine import Engine
 from p2l_engine.feedback import feedback_model
@@ -60,8 +60,9 @@ def frozen(base: str, training: Mapping[str, Any]) -> Checkpoint:
     weights["embed_tokens.weight"] = torch.cat([table, table[end].expand(grown, -1)])
     decoder = checkpoint.with_vocabulary(decoder, len(table) + grown)
     transformers = partial(checkpoint.as_transformers, folder, folder, training, len(table) + grown)
+    whole = StoredWeights.of(weights, None, None)
     head = Head(torch.zeros(1, int(decoder.hidden_size)), torch.zeros(1), 1)
-    return Checkpoint(folder, folder, decoder, tokenizer, ("none",), feedback_model("bt"), weights, head, transformers)
+    return Checkpoint(folder, folder, decoder, tokenizer, ("none",), feedback_model("bt"), whole, head, transformers)
 
 
 def probes(training: Float64, scores: Float64, test: Float64, seed: int = 0) -> dict[str, Float64]:

@@ -18,7 +18,7 @@ from safetensors.numpy import save
 from torch import Tensor
 
 from p2l_engine.backbone.head import after_norm
-from p2l_engine.checkpoint import smollm2
+from p2l_engine.checkpoint import cache_folder as caches
 from p2l_engine.checkpoint.adapter import PEFT_PREFIX
 from p2l_engine.checkpoint.files import read_json, read_tensors, read_weights
 from p2l_engine.engine import Engine
@@ -34,7 +34,7 @@ NAMES = ("base_model_name_or_path", "inference_mode", "peft_version")  # setting
 
 def cache_folder() -> Path:
     """Where the commands keep hidden states: in the user's cache."""
-    return smollm2.cache_folder() / "hidden"
+    return caches.cache_folder() / "hidden"
 
 
 def hidden_states(

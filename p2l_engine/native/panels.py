@@ -7,6 +7,8 @@ beside AMX, which torch uses; int8 everywhere. Reference implementation: ``Panel
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,6 +19,7 @@ PANEL = 32  # columns whose weights lie together
 GROUP = 192  # values of a row that int8 products scale together
 PRODUCTS_PER_THREAD = 1 << 19  # below this a thread costs more than it saves
 DTYPES = (torch.float32, torch.bfloat16, torch.int8)
+LAYOUT = 1  # of what ``Panels.tensors`` returns: count it up with each change, so that files of earlier ones are made anew
 
 
 def level(dtype: torch.dtype) -> int:
@@ -68,6 +71,18 @@ class Panels:
         packed = F.pad(packed, (0, -depth % together, 0, -columns % PANEL))
         data = packed.view(-1, PANEL, packed.shape[1] // together, together).transpose(1, 2).contiguous()
         return cls(data, columns, depth, bias, scale, offset, chosen)
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Tensor]) -> Panels:
+        """From what ``tensors`` returned."""
+        columns, depth, offset, level = map(int, tensors["sizes"])
+        return cls(tensors["data"], columns, depth, tensors.get("bias"), tensors.get("scale"), offset, level)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it as named tensors, without those that it does not have."""
+        sizes = torch.tensor([self.columns, self.depth, self.offset, self.level])
+        found = {"data": self.data, "bias": self.bias, "scale": self.scale, "sizes": sizes}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def part(self, first: int, last: int) -> Panels:
         """The outputs first to last; a view where both are multiples of 32 or ends."""

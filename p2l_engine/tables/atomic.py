@@ -7,26 +7,27 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 
-def write_file(path: str | Path, data: bytes | memoryview | str, work: Path | None = None) -> None:
+def write_file(path: str | Path, data: bytes | memoryview | str | Sequence[memoryview], work: Path | None = None) -> None:
     """Writes a file of a unique name in the folder ``work`` (None: beside ``path``), flushes it to the disk and renames it to
-    ``path``. A crash leaves the old file or the new one; several threads and processes may write the same path. text: UTF-8.
-    What is no regular file, such as /dev/stdout, is written in place. Where ``work`` is on another disk, the file is written
-    beside ``path``. Raises OSError."""
+    ``path``. A crash leaves the old file or the new one; several threads and processes may write the same path. text: UTF-8; a
+    sequence: its parts, one after the other. What is no regular file, such as /dev/stdout, is written in place. Where ``work``
+    is on another disk, the file is written beside ``path``. Raises OSError."""
     path = Path(path)
     data = data.encode() if isinstance(data, str) else data
+    parts = [data] if isinstance(data, bytes | memoryview) else data
     if path.exists() and not path.is_file():
         with path.open("wb") as stream:
-            stream.write(data)
+            stream.writelines(parts)
         return
     path = Path(os.path.realpath(path))  # a link stays one
     temporary = (work or path.parent) / f".{path.name}.{uuid.uuid4().hex[:12]}.tmp"
     try:
         with temporary.open("xb") as file:
-            file.write(data)
+            file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

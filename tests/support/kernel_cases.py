@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import AutoModel
 
 from p2l_engine import Catalog, Engine, InfeasibleBudget, Router, routing
-from p2l_engine.backbone import DecoderConfig, PackedDecoder
+from p2l_engine.backbone import DecoderConfig, DecoderWeights, PackedDecoder
 from p2l_engine.backbone.on_gpu import GpuOperations
 from p2l_engine.backbone.packing import Packed
 from p2l_engine.catalog import CatalogModel
@@ -244,9 +244,10 @@ def case_decoder(device: str) -> None:
     """The decoder on Triton's kernels, with and without a shared prefix, against the CPU's own steps in float32."""
     for config in (tiny.config("llama", num_hidden_layers=2), tiny.config("qwen2", num_hidden_layers=1)):
         weights = {k: v + 0.05 * torch.randn_like(v) for k, v in AutoModel.from_config(config).state_dict().items()}
-        packed = DecoderConfig.read(config.to_dict())
-        ours = PackedDecoder(packed, weights, torch.device(device), torch.float32, GpuOperations)
-        theirs = PackedDecoder(packed, weights, torch.device("cpu"), torch.float32)
+        packed, cpu = DecoderConfig.read(config.to_dict()), torch.device("cpu")
+        of = [DecoderWeights.of(packed, weights, place, torch.float32, None) for place in (torch.device(device), cpu)]
+        ours = PackedDecoder(packed, of[0], torch.device(device), torch.float32, GpuOperations)
+        theirs = PackedDecoder(packed, of[1], cpu, torch.float32)
         prefix = np.arange(5, dtype=np.int32)
         prompts = [np.concatenate([prefix, np.arange(n)]).astype(np.int32) for n in (1, 7, 7, 19)] + [prefix[1:]]
         for shared in (None, prefix):

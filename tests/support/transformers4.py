@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from p2l_engine.checkpoint.smollm2 import cache_folder
+from p2l_engine.checkpoint.cache_folder import cache_folder
 from p2l_engine.tables.atomic import write_folder
 
 PACKAGES = ("transformers==4.57.6", "tokenizers==0.22.2", "huggingface-hub==0.36.2")  # 16 MB to download
