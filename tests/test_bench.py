@@ -36,6 +36,7 @@ from bench import (
     learner,
     learning_curve,
     lengths,
+    loading,
     online,
     overload,
     propensities,
@@ -148,6 +149,16 @@ def test_latency_runs_to_the_end(tmp_path, monkeypatch):
     assert [int(rows[f"{n} callers"]["calls"]) for n in (1, 3)] == [5, 5]
 
 
+def test_loading_runs_to_the_end(tmp_path, monkeypatch):
+    folder, table = tiny.write(tmp_path / "checkpoint"), tmp_path / "rows.csv"
+    monkeypatch.setenv("P2L_ENGINE_WEIGHT_CACHE", "off")  # which the benchmark changes
+    run(monkeypatch, loading, "--checkpoint", folder, "--dtype", "float32", "--rounds", 1, "--csv", table)
+    rows = {row["path"]: row for row in csv.DictReader(table.open())}
+    assert list(rows) == ["without", "first", "later"]
+    assert all(float(row["seconds"]) > 0 and float(row["cpu_s"]) > 0 for row in rows.values())
+    assert all(float(row[name]) > 0 for row in rows.values() for name in ("private_mib", "private_batch_mib", "mapped_mib"))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_kernels_say_that_there_is_no_gpu(monkeypatch, capsys):
     run(monkeypatch, kernels)
@@ -182,9 +193,9 @@ def test_mistakes_are_errors_of_one_line(monkeypatch, capsys, tmp_path):
     [
         "adapting", "answer_cache", "attention", "away", "batch", "conversation_costs", "conversations", "coverage",
         "decided_again", "demo", "dtypes", "exploration", "kernels", "latency", "leaderboards", "learner", "learning_curve",
-        "lengths", "online", "overload", "prompts_needed", "propensities", "published_server", "reading", "real_budgets",
-        "replay_coverage", "routers", "screenshots", "seeds", "serve_demo", "serving", "serving_faults", "solvers",
-        "spend_limits", "startup", "streams", "throughput", "training",
+        "lengths", "loading", "online", "overload", "prompts_needed", "propensities", "published_server", "reading",
+        "real_budgets", "replay_coverage", "routers", "screenshots", "seeds", "serve_demo", "serving", "serving_faults",
+        "solvers", "spend_limits", "startup", "streams", "throughput", "training",
     ],
 )  # fmt: skip
 def test_every_benchmark_has_help(name, monkeypatch, capsys):
