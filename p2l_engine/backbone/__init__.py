@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from p2l_engine.backbone.families import DecoderConfig
-from p2l_engine.backbone.packed import PackedDecoder, operations_for
+from p2l_engine.backbone.packed import PackedDecoder, check_dtype
 from p2l_engine.backbone.packing import Packed, Tokens
 from p2l_engine.backbone.ready import DecoderWeights
 from p2l_engine.backbone.rope import UnsupportedConfig
@@ -60,7 +60,7 @@ def build(
     """
     if isinstance(config, DecoderConfig):
         wide = torch.float32 if dtype == torch.int8 else dtype  # of everything but the products' weights
-        operations = operations_for(device, wide)
+        check_dtype(device, wide)
         level = panels.level(dtype) if device.type == "cpu" else -1
 
         def made() -> DecoderWeights:
@@ -71,7 +71,7 @@ def build(
             ready = DecoderWeights.of_tensors(keep(how, lambda: made().tensors()))
         else:
             ready = made()
-        return PackedDecoder(config, ready, device, wide, operations)
+        return PackedDecoder(config, ready, device, wide)
     if dtype == torch.int8:
         raise ValueError(
             f"dtype: int8 is for decoders that are computed here (Llama, Qwen2), got {config.model_type!r}, which transformers "

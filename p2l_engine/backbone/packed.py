@@ -19,21 +19,25 @@ from p2l_engine.backbone.operations import Heads, Operations
 from p2l_engine.backbone.packing import Packed, Tokens
 from p2l_engine.backbone.ready import DecoderWeights
 from p2l_engine.backbone.weights import Layer, Linear
+from p2l_engine.native.decoder import DTYPES
 from p2l_engine.native.layer import LayerWeights
 from p2l_engine.native.panels import Panels
 from p2l_engine.prompts.encode import MAX_TOKENS
 
 
+def check_dtype(device: torch.device, dtype: torch.dtype) -> None:
+    """Raises ValueError for a dtype that the operations on this device cannot use."""
+    if device.type == "cpu" and dtype not in DTYPES:
+        raise ValueError(f"dtype: expected float32, bfloat16 or int8 on a CPU, got {dtype}")
+
+
 def operations_for(
     device: torch.device, dtype: torch.dtype, layers: Sequence[Layer[Linear | Panels]]
 ) -> Callable[[], Operations]:
-    """A function that makes the operations for one forward pass at a time. Raises ValueError for a dtype they cannot use."""
+    """A function that makes the operations for one forward pass at a time."""
     if device.type == "cpu":
         from p2l_engine.backbone.on_cpu import CpuOperations
-        from p2l_engine.native.decoder import DTYPES
 
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype: expected float32, bfloat16 or int8 on a CPU, got {dtype}")
         weights: dict[Linear, Tensor] = {}
         return partial(CpuOperations, dtype, weights, native_layers(layers[:-1]))
     from p2l_engine.backbone.on_gpu import GpuOperations  # needs Triton
