@@ -1,10 +1,9 @@
-"""What a dtype costs in quality: python -m bench.dtypes --checkpoint default --csv bench/results/dtypes.csv.
+"""How far theta in each dtype is from float32's, by shape: python -m bench.dtypes --model smollm2-135m qwen2.5-0.5b.
 
-The checkpoint's held-out prompts in each dtype that this CPU computes, beside float32: the deviation of theta (root mean square
-and largest, of differences between a prompt's models: what all of them share changes nothing), log-loss per vote, mean true
-score of the routed model, the share of prompts whose chosen model is another one, and what that choice loses in win rate
-against all models (points, by float32's win rates: mean over all prompts, and largest). With --model: an architecture with
-random weights and random prompts, which have no votes.
+Architectures with random weights and random prompts: no checkpoint of most sizes is at hand. What a dtype costs in quality,
+``p2l-engine eval --dtype float32 --dtype int8`` measures on a checkpoint's held-out prompts. Random weights have none of the
+outlier columns of trained ones, which cost int8 the most, so that these figures are too good; ``smollm2-135m`` beside the
+default checkpoint, which has that shape, says by how much.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import Progress
@@ -23,79 +21,57 @@ from rich.table import Table
 
 from bench import subjects
 from bench.setting import positive, run, write_rows
-from p2l_engine import Engine, checkpoint, routing
-from p2l_engine.coefficients import Coefficients
-from p2l_engine.evaluation import sources
-from p2l_engine.evaluation.metrics import Prediction
-from p2l_engine.evaluation.sources import Sources
+from p2l_engine import Engine
+from p2l_engine.engine import as_dtype
+from p2l_engine.evaluation import dtypes
 
 
 @dataclass(frozen=True)
 class DtypeRow:
-    """One dtype; log_loss and routed are None where there are no votes, and the rest is 0 for float32. Win rates in points."""
+    """One dtype of one shape. deviation, largest: of theta, root mean square and largest, over theta's standard deviation in
+    float32. weight_bits: of int8's weights."""
 
     subject: str
     dtype: str
+    weight_bits: int | None
     prompts: int
     deviation: float
     largest: float
-    log_loss: float | None
-    routed: float | None
-    other_choice: float
-    win_rate_lost: float
-    most_lost: float
 
 
-def row(subject: str, dtype: str, exact: Coefficients, found: Coefficients, votes: Sources | None) -> DtypeRow:
-    """found: the coefficients in ``dtype``; exact: those in float32."""
-    difference = (found.theta - exact.theta).astype(np.float64)
-    difference -= difference.mean(1, keepdims=True)
-    rows, chosen, first = np.arange(len(exact)), found.theta.argmax(1), exact.theta.argmax(1)
-    v = routing.win_rates(exact.theta.astype(np.float64), np.full(len(exact.models), 1 / len(exact.models)))
-    lost = 100 * (v[rows, first] - v[rows, chosen])
-    log_loss = routed = None
-    if votes is not None:
-        prediction = Prediction.of(exact.feedback, found.theta, found.eta, votes.held_out)
-        log_loss = float(np.average(prediction.loss, weights=votes.held_out.weight))
-        routed = None if votes.scores is None else float(votes.scores.held_out[rows, chosen].mean())
-    return DtypeRow(
-        subject, dtype, len(exact), float(np.sqrt(np.square(difference).mean())), float(np.abs(difference).max()), log_loss,
-        routed, float((chosen != first).mean()), float(lost.mean()), float(lost.max()),
-    )  # fmt: skip
+def rows(name: str, names: list[str], count: int, console: Console) -> list[DtypeRow]:
+    """Of the architecture ``name``, a row for each dtype."""
+    device, prompts = torch.device("cpu"), subjects.prompts(count)
+    loaded = subjects.checkpoint(name, 130, device, torch.float32)
+    exact, found = None, []
+    for kind in dict.fromkeys([torch.float32, *(as_dtype(one, device) for one in names)]):
+        engine = Engine(loaded, device, kind)
+        with Progress(console=console) as bar:
+            task = bar.add_task(f"{name}, {kind}", total=count)
+            c = engine.coefficients(prompts, partial(bar.advance, task))
+        exact = c if exact is None else exact
+        of, spread = dtypes.of(kind, c, exact, None), float(exact.theta.std())
+        found.append(DtypeRow(name, of.dtype, of.weight_bits, count, of.deviation / spread, of.largest / spread))
+    return found
 
 
 def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", nargs="*", default=[], help="folders, hub names or 'default'")
-    parser.add_argument("--model", nargs="*", default=[], choices=subjects.ARCHITECTURES, help="random weights")
-    parser.add_argument("--dtype", nargs="+", default=["bfloat16", "int8"], help="compared with float32")
-    parser.add_argument("--count", type=positive, default=100, help="random prompts of an architecture")
+    parser.add_argument("--model", nargs="+", required=True, choices=subjects.ARCHITECTURES, help="with random weights")
+    parser.add_argument("--dtype", nargs="+", default=["bfloat16", "int8", "int7"], help="compared with float32")
+    parser.add_argument("--count", type=positive, default=100, help="random prompts")
     parser.add_argument("--csv", type=Path, help="also write the rows here")
     args = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 120)
-    rows, device = list[DtypeRow](), torch.device("cpu")
-    for name in [*(args.checkpoint or ([] if args.model else ["default"])), *args.model]:
-        random = name in args.model
-        loaded = subjects.checkpoint(name, 130, device, torch.float32) if random else checkpoint.load(name)
-        votes, exact = None, None
-        for dtype in ["float32", *args.dtype]:
-            engine = Engine(loaded, device, dtype)
-            if exact is None:
-                votes = None if random else sources.of_config(engine, "held-out", None)
-                prompts = subjects.prompts(args.count) if votes is None else votes.held_out.prompts
-            with Progress(console=console) as bar:
-                task = bar.add_task(f"{name}, {dtype}", total=len(prompts))
-                found = engine.coefficients(prompts, partial(bar.advance, task))
-            exact = found if exact is None else exact
-            rows.append(row(name, dtype, exact, found, votes))
-    table = Table("", "dtype", "prompts", "rms", "largest", "loss", "routed", "other", "lost", "most", title="Beside float32")
-    for r in rows:
-        figures_of = (r.deviation, r.largest, r.log_loss, r.routed, r.other_choice, r.win_rate_lost, r.most_lost)
-        table.add_row(r.subject, r.dtype, str(r.prompts), *("" if value is None else f"{value:.4f}" for value in figures_of))
+    found = [row for name in args.model for row in rows(name, args.dtype, args.count, console)]
+    table = Table("", "dtype", "bits", "prompts", "rms", "largest", title="theta beside float32's, over its standard deviation")
+    for r in found:
+        bits = "" if r.weight_bits is None else str(r.weight_bits)
+        table.add_row(r.subject, r.dtype, bits, str(r.prompts), f"{r.deviation:.4f}", f"{r.largest:.4f}")
     console.print(table)
     if args.csv:
-        write_rows(args.csv, rows, device)
+        write_rows(args.csv, found, torch.device("cpu"))
 
 
 if __name__ == "__main__":

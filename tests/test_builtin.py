@@ -21,12 +21,15 @@ from p2l_engine import Catalog, Engine, Router, checkpoint
 from p2l_engine.backbone.packing import Packed
 from p2l_engine.checkpoint import builtin
 from p2l_engine.checkpoint.adapter import NEW_ROWS
+from p2l_engine.engine import as_dtype
 from p2l_engine.errors import CheckpointError
-from p2l_engine.evaluation import routed
+from p2l_engine.evaluation import dtypes, routed
 from p2l_engine.evaluation.report import ReportOptions, evaluate
 from p2l_engine.evaluation.sources import scores_of
 from p2l_engine.jsonable import from_json
+from p2l_engine.native.panels import weight_bits
 from p2l_engine.reports import Evaluation
+from p2l_engine.reports.dtypes import too_much
 from p2l_engine.tables.whole import read_table
 from p2l_engine.train.config import TrainConfig
 from p2l_engine.train.data import load
@@ -226,3 +229,22 @@ def test_its_card_states_what_held_out_prompts_give(data, llmrouter, monkeypatch
         assert f"{stated.votes.overall[name]['log_loss'].value:.3f}" in card
     for name in ("routed", "best_single", "task_best", "oracle", "ridge", "knn", "mlp"):
         assert f"{then[name].mean_score:.4f}" in card
+
+
+@pytest.mark.slow
+def test_its_card_states_what_dtypes_cost(data, llmrouter):
+    """Of short prompts here: theta is off by about as much as of all of them, and auto reads it."""
+    stated = {of.dtype: of for of in from_json(Evaluation, json.loads((FOLDER / "evaluation.json").read_text())).dtypes}
+    config = TrainConfig.load(CONFIG).model_copy(update={"train_data_path": str(data / "routing_scores.parquet")})
+    held_out = load(config).held_out
+    short = held_out.of([i for i, turns in enumerate(held_out.prompts) if sum(map(len, turns)) < 300][:60])
+    loaded = checkpoint.load("builtin/llmrouter-9")
+    exact = Engine(loaded, "cpu", "float32").coefficients(short.prompts)
+    for name in ("bfloat16", "int8", "int7"):
+        dtype = as_dtype(name, torch.device("cpu"))
+        if stated[name].weight_bits == weight_bits(dtype):
+            found = dtypes.of(dtype, Engine(loaded, "cpu", dtype).coefficients(short.prompts), exact, short)
+            assert 0.6 < found.deviation / stated[name].deviation < 1.6
+    allowed = not too_much(stated["int7" if weight_bits(torch.int8) == 7 else "int8"], stated["float32"])
+    amx = torch.cpu._is_amx_tile_supported()
+    assert Engine(loaded, "cpu", "auto").dtype == (torch.int8 if allowed and not amx else as_dtype(None, torch.device("cpu")))

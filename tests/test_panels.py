@@ -17,7 +17,7 @@ INT8_LEVELS = range(lib.p2l_int8_level() + 1)
 BF16_LEVEL = lib.p2l_linear_level(True)
 KINDS = [
     *((torch.float32, level) for level in FLOAT_LEVELS),
-    *((torch.int8, level) for level in INT8_LEVELS),
+    *((dtype, level) for dtype in panels.INTEGERS for level in INT8_LEVELS),
     *([(torch.bfloat16, BF16_LEVEL)] if BF16_LEVEL > 0 else []),
 ]
 
@@ -103,6 +103,28 @@ def test_int8_sums_do_not_saturate(level, signs):
     x, w = (torch.full(shape, float(sign)) for shape, sign in zip([(3, 4864), (64, 4864)], signs, strict=True))
     weight = Panels.of(w, None, torch.int8, level)
     assert torch.allclose(product(x, weight), torch.full((3, 64), signs[0] * signs[1] * 4864.0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("level", INT8_LEVELS)
+def test_int7_weights_have_7_bits_on_all_instruction_sets(level):
+    weight = torch.randn(40, 150)
+    found, of_avx2 = Panels.of(weight, None, torch.int7, level), Panels.of(weight, None, torch.int8, 1)
+    assert torch.equal(found.data, of_avx2.data)
+    assert torch.equal(found.scale, of_avx2.scale)
+    assert (found.level, found.offset, of_avx2.offset) == (level, 64, 64)
+
+
+def test_bits_of_weights(monkeypatch):
+    assert panels.weight_bits(torch.int7) == 7
+    assert panels.weight_bits(torch.bfloat16) is None
+    for level, bits in ((0, 8), (1, 7), (2, 8)):
+        monkeypatch.setattr(panels, "level", lambda dtype, level=level: level)
+        assert panels.weight_bits(torch.int8) == bits
+
+
+def test_no_rows_need_no_scratch_memory():
+    weight = Panels.of(torch.randn(40, 64), None, torch.int8)
+    assert panels.multiply(torch.empty(0, 64), weight, torch.empty(0, 40)).shape == (0, 40)
 
 
 def test_int8_sums_are_equal_on_all_instruction_sets_for_weights_of_the_same_bits():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from p2l_engine.backbone.families import DecoderConfig
-from p2l_engine.backbone.packed import PackedDecoder, check_dtype
+from p2l_engine.backbone.packed import PackedDecoder, check_operations
 from p2l_engine.backbone.packing import Packed, Tokens
 from p2l_engine.backbone.ready import DecoderWeights
 from p2l_engine.backbone.rope import UnsupportedConfig
@@ -22,7 +22,7 @@ from p2l_engine.native import panels
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["Backbone", "DecoderConfig", "DecoderWeights", "Keep", "PackedDecoder", "UnsupportedConfig", "build"]
+__all__ = ["Backbone", "DecoderConfig", "DecoderWeights", "Keep", "PackedDecoder", "UnsupportedConfig", "build", "check_dtype"]
 
 
 # Given what tensors depend on beside the checkpoint, and a function that makes them: these tensors, made now or earlier.
@@ -58,9 +58,9 @@ def build(
     weights: reads them, named as in transformers' bare model. keep: of a packed decoder's weights on a CPU; None: they are made
     anew. Raises CheckpointError for wrong weights, and ValueError for a dtype that it cannot use.
     """
+    check_dtype(config, device, dtype)
     if isinstance(config, DecoderConfig):
-        wide = torch.float32 if dtype == torch.int8 else dtype  # of everything but the products' weights
-        check_dtype(device, wide)
+        wide = _wide(dtype)
         level = panels.level(dtype) if device.type == "cpu" else -1
 
         def made() -> DecoderWeights:
@@ -72,11 +72,22 @@ def build(
         else:
             ready = made()
         return PackedDecoder(config, ready, device, wide)
-    if dtype == torch.int8:
-        raise ValueError(
-            f"dtype: int8 is for decoders that are computed here (Llama, Qwen2), got {config.model_type!r}, which transformers "
-            "computes: use bfloat16 or float32"
-        )
     from p2l_engine.backbone.unpacked import UnpackedDecoder  # needs transformers
 
     return UnpackedDecoder(config, weights(), device, dtype)
+
+
+def check_dtype(config: DecoderConfig | PretrainedConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises ValueError for a dtype in which a backbone of this config cannot be computed on the device."""
+    if isinstance(config, DecoderConfig):
+        check_operations(device, _wide(dtype) if device.type == "cpu" else dtype)
+    elif dtype in panels.INTEGERS:
+        raise ValueError(
+            f"dtype: {str(dtype).removeprefix('torch.')} is for decoders that are computed here (Llama, Qwen2), got "
+            f"{config.model_type!r}, which transformers computes: use bfloat16 or float32"
+        )
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """Of everything but the products' weights."""
+    return torch.float32 if dtype in panels.INTEGERS else dtype

@@ -174,4 +174,7 @@ def compare(expected: Mapping[str, tuple[int, ...]], weights: Mapping[str, Tenso
     # Old checkpoints keep the rotary frequencies, which the config determines.
     unknown = sorted(name for name in set(weights) - set(expected) if not name.endswith("rotary_emb.inv_freq"))
     if unknown:
-        raise CheckpointError(f"model.{unknown[0]}: unexpected weight ({len(unknown)} such); does config.json fit this file?")
+        raise CheckpointError(
+            f"model.{unknown[0]}: unexpected weight ({len(unknown)} such); does config.json fit this file, and was it not "
+            "quantised?"
+        )

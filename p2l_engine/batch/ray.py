@@ -26,6 +26,7 @@ from ray.data.exceptions import SystemException
 from ray.exceptions import ActorDiedError, RayError, RayTaskError
 from ray.util.annotations import RayDeprecationWarning
 
+from p2l_engine.backbone import PackedDecoder
 from p2l_engine.batch.blocks import blocks
 from p2l_engine.batch.config import BatchConfig
 from p2l_engine.batch.deduplicator import Deduplicator
@@ -33,7 +34,8 @@ from p2l_engine.batch.identity import compute_signature
 from p2l_engine.batch.worker import Route
 from p2l_engine.checkpoint import fingerprint
 from p2l_engine.engine import Engine
-from p2l_engine.engine.device import as_dtype, parse_device
+from p2l_engine.engine.auto_dtype import auto_dtype
+from p2l_engine.engine.device import as_dtype, is_auto, parse_device
 from p2l_engine.engine.engine import TOKENS_PER_BATCH
 from p2l_engine.engine.pipeline import Outputs
 from p2l_engine.tables.storage import File
@@ -93,12 +95,16 @@ class Cluster:
         self._resources = (
             {"num_gpus": 1, "num_cpus": 1} if kind == "cuda" else {"num_cpus": cpus_per_worker(cpus, self.workers)}
         )
-        dtype = as_dtype(dtype, torch.device(kind))
+        place = torch.device(kind)
+        if is_auto(dtype):
+            dtype = auto_dtype(engine.folder, engine.head, isinstance(engine.backbone, PackedDecoder), place)
+        dtype = as_dtype(dtype, place)
         tokens = TOKENS_PER_BATCH[kind] if tokens_per_batch is None else tokens_per_batch
         self.compute = compute_signature(kind, dtype, tokens)
         if checkpoint is not None and Path(checkpoint).exists():
             checkpoint = str(Path(checkpoint).resolve())  # workers run in other working directories
-        self._arguments = (checkpoint, kind, dtype, tokens, engine.date, fingerprint.of_checkpoint(engine.folder, engine.base))
+        files = fingerprint.of_checkpoint(engine.folder, engine.base)
+        self._arguments = (checkpoint, kind, dtype, tokens, engine.date, files, self.compute)
 
     def close(self) -> None:
         """Ends the cluster or connection, if this object started it."""
@@ -207,8 +213,9 @@ class _Compute:
         tokens_per_batch: int,
         date: str | None,
         expected: Mapping[str, Any],
+        compute: str,
     ) -> None:
-        self.arguments, self.expected = (checkpoint, device, dtype, tokens_per_batch, date), expected
+        self.arguments, self.expected, self.compute = (checkpoint, device, dtype, tokens_per_batch, date), expected, compute
 
     @cached_property  # not in the constructor: Ray returns its errors only as text
     def engine(self) -> Engine:
@@ -219,6 +226,11 @@ class _Compute:
             raise ValueError(
                 f"checkpoint: {engine.folder} on node {ray.util.get_node_ip_address()} differs from that of the machine "
                 f"that started the run: {', '.join(different)}"
+            )
+        if (compute := compute_signature(engine.device.type, engine.dtype, engine.tokens_per_batch)) != self.compute:
+            raise ValueError(
+                f"dtype: expected what the machine that started the run computes, {self.compute}, got {compute} on node "
+                f"{ray.util.get_node_ip_address()}: use int7, whose weights have 7 bits on all machines, or float32"
             )
         return engine
 

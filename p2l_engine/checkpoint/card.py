@@ -9,7 +9,8 @@ from typing import Any
 
 from p2l_engine.checkpoint.saving import write_json
 from p2l_engine.jsonable import to_json
-from p2l_engine.reports import Evaluation, Figure, RoutingFigures, ValueFigures, VoteFigures
+from p2l_engine.reports import DtypeFigures, Evaluation, Figure, RoutingFigures, ValueFigures, VoteFigures
+from p2l_engine.reports.dtypes import too_much
 from p2l_engine.tables.atomic import write_file
 
 FIGURES = {
@@ -92,6 +93,8 @@ def _evaluation_lines(report: Evaluation) -> list[str]:
         lines += [*_routing_lines(report.routing), ""]
     if report.value_figures is not None:
         lines += [*_value_lines(report.value_figures), *intervals]
+    if report.dtypes:
+        lines += [*_dtype_lines(report.dtypes), ""]
     return lines[:-1]
 
 
@@ -122,6 +125,28 @@ def _routing_lines(routing: RoutingFigures) -> list[str]:
             of = routing.choices[name]
             gain = f"{of.points_over_best_single:+.2f} ({of.standard_error_points:.1f})"
             lines.append(f"| {label.format(routing.best_single_model)} | {of.mean_score:.4f} | {gain} |")
+    return lines
+
+
+def _dtype_lines(of: Sequence[DtypeFigures]) -> list[str]:
+    """float32 is the first."""
+    lines = [
+        f"What a dtype costs, on the same {of[0].prompts:,} prompts:",
+        "",
+        "| dtype | theta off by: root mean square (largest) | log-loss | mean true score | another model chosen | "
+        "win rate lost by that, points: mean (most) | acceptable |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for each in of:
+        off, choice, lost, verdict = "", "", "", ""
+        if each is not of[0]:
+            off = f"{each.deviation:.4f} ({each.largest:.3f})"
+            choice = "" if each.other_choice is None else f"{each.other_choice:.1%}"
+            lost = "" if each.win_rate_lost is None else f"{each.win_rate_lost:.3f} ({each.most_lost:.2f})"
+            verdict = "; ".join(too_much(each, of[0])) or "yes"
+        score = "" if each.mean_score is None else f"{each.mean_score:.4f}"
+        loss = "" if each.log_loss is None else f"{each.log_loss:.4f}"
+        lines.append(f"| {each.name} | {off} | {loss} | {score} | {choice} | {lost} | {verdict} |")
     return lines
 
 

@@ -36,7 +36,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: damaged, truncated or no safetensors file: {error}; fetch it again") from error
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
-            raise CheckpointError(f"{path}: {name}: expected floating point, found {tensor.dtype}")
+            raise CheckpointError(
+                f"{path}: {name}: expected floating point, found {tensor.dtype}: take the weights before they were quantised; "
+                "dtype int8 quantises them when they are read"
+            )
     return tensors
 
 

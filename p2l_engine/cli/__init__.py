@@ -31,6 +31,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # also read by transformers; the commands show their own
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[LogLines()])
     logging.getLogger("p2l_engine.tables.layouts").setLevel(logging.INFO)  # where it found the prompts
+    logging.getLogger("p2l_engine.engine.auto_dtype").setLevel(logging.INFO)  # which dtype it took
     try:
         from p2l_engine.cli.app import app
 

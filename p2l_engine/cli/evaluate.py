@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from p2l_engine.cli.inputs import (
+    ENGINE,
     PLOTS,
     CatalogFile,
     Checkpoint,
     CsvEscape,
     Date,
     Device,
-    Dtype,
     VoteColumn,
     check_model,
     check_writable,
@@ -26,7 +27,7 @@ from p2l_engine.cli.inputs import (
     write_json,
 )
 from p2l_engine.cli.progress import progress
-from p2l_engine.cli.terminal import note, out
+from p2l_engine.cli.terminal import note, out, status
 from p2l_engine.cli.top import All, Top, limit
 from p2l_engine.plotting import TOP
 from p2l_engine.tables.limits import MAX_DROPPED
@@ -34,6 +35,8 @@ from p2l_engine.tables.limits import MAX_DROPPED
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+
+    from p2l_engine.engine import Engine
 
 
 def evaluate(
@@ -95,7 +98,16 @@ def evaluate(
     catalog: CatalogFile = None,
     checkpoint: Checkpoint = None,
     device: Device = None,
-    dtype: Dtype = None,
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="float32 (fp32), bfloat16 (bf16) or, on CPUs, int8 or int7; auto: as in other commands. Repeated: the report "
+            "is in the first, and has a table of what each costs in quality, beside float32. Default: bfloat16 where hardware "
+            "multiplies it, else float32.",
+            show_default=False,
+            rich_help_panel=ENGINE,
+        ),
+    ] = None,
     date: Date = None,
 ) -> None:
     """Evaluate a checkpoint on votes: accuracy, calibration, leaderboards, routing, strengths and weaknesses."""
@@ -119,9 +131,10 @@ def evaluate(
         raise typer.BadParameter("needs --by", param_hint="--plot")
     if by is not None and (
         html or card or training or probes or cluster or budget or reference or replace or part != "held-out"
-    ):
+        or len(dtype or ()) > 1
+    ):  # fmt: skip
         raise typer.BadParameter("prints learning curves alone: leave out the options of the report", param_hint="--by")
-    engine = load_engine(checkpoint, device, dtype, date)
+    engine, others = _engines(checkpoint, device, dtype or [], date)
     if by is not None and votes is not None:
         from p2l_engine.cli.left_out import sources as left_out_sources
 
@@ -169,8 +182,9 @@ def evaluate(
             base = str(found.config["pretrain_model_name"])
             predicted = reports.probes(base, found.config, found.training, held_out, found.scores, advance)
     options = reports.ReportOptions(bootstrap, seed, budget, reference, replacements=swaps, probes=predicted, cluster=cluster)
-    with progress(len(held_out.prompts)) as advance:
-        report = reports.evaluate(engine, held_out, found.training, found.scores, options, advance)
+    with progress(len(held_out.prompts) * (1 + len(others))) as advance:
+        made = (make() for make in others)
+        report = reports.evaluate(engine, held_out, found.training, found.scores, options, advance, made)
     shown = limit(top, all_models)
     show(report, out(), strengths=reference is not None, top=shown)
     if adapting:
@@ -185,6 +199,32 @@ def evaluate(
     if html:
         pages.write(report, html, shown)
         note(f"wrote {html}")
+
+
+def _engines(
+    name: str | None, device: str | None, dtypes: Sequence[str], date: str | None
+) -> tuple[Engine, list[Callable[[], Engine]]]:
+    """The report's engine, in the first dtype. Where there are several, also what makes the others, float32 among them: one at
+    a time, as each may have gigabytes. Raises ValueError for a dtype that cannot be used, before anything is computed."""
+    if len(dtypes) < 2:
+        return load_engine(name, device, dtypes[0] if dtypes else None, date), []
+    import torch
+
+    from p2l_engine import checkpoint
+    from p2l_engine.backbone import check_dtype
+    from p2l_engine.engine import Engine, as_device, as_dtype
+    from p2l_engine.engine.device import is_auto
+
+    if any(map(is_auto, dtypes)):
+        raise typer.BadParameter("auto is one of the others: leave it out, or give it alone", param_hint="--dtype")
+    place = as_device(device)
+    kinds = list(dict.fromkeys([*(as_dtype(one, place) for one in dtypes), torch.float32]))
+    with status("loading the checkpoint"):
+        loaded = checkpoint.load(name, date)
+        for kind in kinds:
+            check_dtype(loaded.config, place, kind)
+        first, *rest = (partial(Engine, loaded, place, kind) for kind in kinds)
+        return first(), list(rest)
 
 
 def _check_budgets(budgets: Sequence[float], costs: npt.NDArray[np.float64] | None) -> None:

@@ -17,6 +17,7 @@ from p2l_engine.cli.top import cut
 from p2l_engine.reports import (
     BaseReport,
     CategoryStrengths,
+    DtypeFigures,
     Evaluation,
     Figure,
     Figures,
@@ -24,6 +25,7 @@ from p2l_engine.reports import (
     RoutingFigures,
     Strengths,
 )
+from p2l_engine.reports.dtypes import too_much
 
 NARROW = 4  # characters for a percentage under a category's number, and the space before it
 
@@ -36,6 +38,8 @@ def show(report: Evaluation, out: Console, strengths: bool, top: int | None) -> 
     _overall(f"{title}; 95% intervals over prompts", overall, out)
     if report.routing is not None:
         _routing(report.routing, out)
+    if report.dtypes:
+        _dtypes(report.dtypes, out)
     if strengths:
         show_strengths(report, out, top)
     show_replacements(report.replacements or (), out)
@@ -94,6 +98,24 @@ def _routing(routing: RoutingFigures, out: Console) -> None:
         scores = (f"{of.mean_score:.3f}" for of in row.routers.values())
         rows.append((f"{row.budget:g}", *scores, f"{row.best_single.mean_score:.3f}", row.best_single.model))
     print_table(title, ("budget", *routing.budgets.rows[0].routers, "single", "model"), rows, out, dense=True)
+
+
+def _dtypes(of: Sequence[DtypeFigures], out: Console) -> None:
+    rows = []
+    for each in of:
+        name = each.dtype if each.weight_bits is None else f"{each.dtype} ({each.weight_bits} bits)"
+        other = "" if each.other_choice is None else f"{each.other_choice:.1%}"
+        rest = (_number(number) for number in (each.deviation, each.largest, each.log_loss, each.mean_score))
+        rows.append((name, *rest, other, _number(each.win_rate_lost, 3)))
+    title = "what a dtype costs: theta beside float32's; points of win rate that another choice costs"
+    print_table(title, ("dtype", "rms", "largest", "log-loss", "score", "other", "points"), rows, out)
+    for each in of[1:]:
+        problems = too_much(each, of[0])
+        out.print(Text(f"{each.name}: {'; '.join(problems) if problems else 'within the limits'}"))
+
+
+def _number(value: float | None, digits: int = 4) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
 
 
 def _legend(of: Strengths, out: Console) -> None:

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from p2l_engine import backbone, checkpoint
 from p2l_engine.arguments import callback, instance, whole_number
-from p2l_engine.backbone import PackedDecoder
+from p2l_engine.backbone import DecoderConfig, PackedDecoder
 from p2l_engine.backbone.packing import Packed, Tokens, weight_of
 from p2l_engine.checkpoint import Checkpoint, weight_cache
 from p2l_engine.coefficients import Coefficients
 from p2l_engine.engine import cpu
+from p2l_engine.engine.auto_dtype import auto_dtype
 from p2l_engine.engine.compile_watch import CompileWatch
-from p2l_engine.engine.device import as_device, as_dtype
+from p2l_engine.engine.device import AUTO, as_device, as_dtype, is_auto
 from p2l_engine.engine.graphs import Graphs
 from p2l_engine.engine.head_win_rates import HeadWinRates
 from p2l_engine.engine.output_layers import OutputLayers
@@ -63,7 +64,9 @@ class Engine:
         most = MAX_TOKENS if max_tokens is None else whole_number("max_tokens", max_tokens, 1)
         if self.device.type == "cpu":
             cpu.limit_threads()
-        self.dtype = as_dtype(dtype, self.device)
+        packed = isinstance(loaded.config, DecoderConfig)
+        chosen = auto_dtype(loaded.folder, loaded.head, packed, self.device) if is_auto(dtype) else dtype
+        self.dtype = as_dtype(chosen, self.device)
         self.models, self.feedback = loaded.models, loaded.feedback
         self.folder, self.base = loaded.folder, loaded.base
         keep = weight_cache.keep_for(loaded.weights.fingerprint)
@@ -113,15 +116,17 @@ class Engine:
 
         device: "cpu", "cuda", "cuda:1" or a torch.device; None: CUDA where there is one, else the CPU. dtype: "float32",
         "bfloat16", "bf16", ... or a torch.dtype; None: bfloat16 on CUDA and on CPUs that multiply it in hardware (AMX,
-        AVX512-BF16), else float32. tokens_per_batch: at most in a forward pass, where a shared prefix counts as an eighth of
-        its tokens (a longer prompt gets a pass of its own); None: 4,096 on a CPU, 32,768 on CUDA. date: what the clock shows to
-        a chat template that reads it, such as "2026-01-31"; None: as in training, if its config has a date; such a template
-        without a date is refused. prefix_cache_bytes: for the keys and values of prompts, so that a turn that is added to a
-        chat computes its own tokens only (see ``prefix_cache``); 0: none are kept; "auto": 512 MiB on a CPU for Llama and Qwen2
-        backbones, for which alone they can be kept. Raises CheckpointError, and ValueError for an argument that cannot be used.
+        AVX512-BF16), else float32; "int8" and "int7" on CPUs (see ``as_dtype``); "auto": int8 where the checkpoint's own
+        figures say that it loses little, else as None (see ``auto_dtype``). tokens_per_batch: at most in a forward pass, where
+        a shared prefix counts as an eighth of its tokens (a longer prompt gets a pass of its own); None: 4,096 on a CPU, 32,768
+        on CUDA. date: what the clock shows to a chat template that reads it, such as "2026-01-31"; None: as in training, if its
+        config has a date; such a template without a date is refused. prefix_cache_bytes: for the keys and values of prompts, so
+        that a turn that is added to a chat computes its own tokens only (see ``prefix_cache``); 0: none are kept; "auto": 512
+        MiB on a CPU for Llama and Qwen2 backbones, for which alone they can be kept. Raises CheckpointError, and ValueError for
+        an argument that cannot be used.
         """
         place = as_device(device)
-        kind = as_dtype(dtype, place)
+        kind = AUTO if is_auto(dtype) else as_dtype(dtype, place)
         if tokens_per_batch is not None:
             whole_number("tokens_per_batch", tokens_per_batch, 1)
         checked_bytes(prefix_cache_bytes, place)  # all checked before the checkpoint is read

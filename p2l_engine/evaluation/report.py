@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from p2l_engine import routing
 from p2l_engine.checkpoint import fingerprint
 from p2l_engine.coefficients import Coefficients
 from p2l_engine.engine import Engine
-from p2l_engine.evaluation import clusters, features, predictors, routed, strengths
+from p2l_engine.evaluation import clusters, dtypes, features, predictors, routed, strengths
 from p2l_engine.evaluation.categories import rows_by_category
 from p2l_engine.evaluation.features import Advance
 from p2l_engine.evaluation.growth import growth
@@ -79,9 +79,11 @@ def evaluate(
     scores: Scores | None = None,
     options: ReportOptions | None = None,
     advance: Advance | None = None,
+    others: Iterable[Engine] = (),
 ) -> Evaluation:
-    """Every figure that the data allow. ``advance`` is called with the number of prompts of each forward pass. Raises
-    ValueError where the votes' models are not the checkpoint's."""
+    """Every figure that the data allow. ``advance`` is called with the number of prompts of each forward pass. others: engines
+    of the same checkpoint in other dtypes, to be compared with float32, which is one of theirs or ``engine``'s. Raises
+    ValueError where the votes' models are not the checkpoint's, and where there are others but none in float32."""
     options = options or ReportOptions()
     for name, votes in (("held-out", held_out), ("training", training)):
         if votes is not None and votes.models != engine.models:
@@ -97,6 +99,7 @@ def evaluate(
         leaderboards=boards,
         held_out=Counts(len(held_out.prompts), len(held_out)),
         training=None if training is None else Counts(len(training.prompts), len(training)),
+        dtypes=dtypes.figures(engine, c, others, held_out, None if scores is None else scores.held_out, advance),
     )
     if engine.feedback.of_values:
         return replace(report, value_figures=predictors.value_figures(c, training, held_out, options.bootstrap, options.seed))

@@ -18,17 +18,25 @@ from p2l_engine.native.binding import lib, tensor, threads
 PANEL = 32  # columns whose weights lie together
 GROUP = 192  # values of a row that int8 products scale together
 PRODUCTS_PER_THREAD = 1 << 19  # below this a thread costs more than it saves
-DTYPES = (torch.float32, torch.bfloat16, torch.int8)
+INTEGERS = (torch.int8, torch.int7)  # of weights alone
+DTYPES = (torch.float32, torch.bfloat16, *INTEGERS)
 LAYOUT = 1  # of what ``Panels.tensors`` returns: count it up with each change, so that files of earlier ones are made anew
 
 
 def level(dtype: torch.dtype) -> int:
     """The best instruction set of the products of weights of this dtype: see p2l_native.h; -1 where torch's are faster."""
-    if dtype == torch.int8:
+    if dtype in INTEGERS:
         return int(lib.p2l_int8_level())
     if dtype not in DTYPES or (dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()):
         return -1
     return int(lib.p2l_linear_level(dtype == torch.bfloat16)) or -1
+
+
+def weight_bits(dtype: torch.dtype) -> int | None:
+    """The bits of whole-numbered weights on this CPU: int7's 7; int8's 8, or 7 where AVX2 multiplies them; None for others."""
+    if dtype not in INTEGERS:
+        return None
+    return 7 if dtype == torch.int7 or level(dtype) == 1 else 8
 
 
 class Panels:
@@ -50,16 +58,19 @@ class Panels:
 
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, at_level: int | None = None) -> Panels:
-        """Packs a weight [out, in]. dtype: float32, bfloat16 or int8: rounded to 8 bits, 7 at level 1, with one scale for each
-        output. Raises ValueError for another dtype, and for bfloat16 with an odd number of inputs."""
+        """Packs a weight [out, in]. dtype: float32, bfloat16, int8 (rounded to 8 bits, 7 at level 1, with one scale for each
+        output) or int7 (to 7 bits at all levels). Raises ValueError for another dtype, and for bfloat16 with an odd number of
+        inputs."""
         chosen = level(dtype) if at_level is None else at_level
         columns, depth = weight.shape
-        together = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4}.get(dtype)
+        together = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4, torch.int7: 4}.get(dtype)
         if together is None or (dtype == torch.bfloat16 and depth % 2):
-            raise ValueError(f"weight: expected float32, int8, or bfloat16 with even inputs, got {dtype} and {depth} inputs")
+            raise ValueError(
+                f"weight: expected float32, int8, int7, or bfloat16 with even inputs, got {dtype} and {depth} inputs"
+            )
         scale, offset = None, 0
-        if dtype == torch.int8:
-            most = 63 if chosen == 1 else 127
+        if dtype in INTEGERS:
+            most = 63 if dtype == torch.int7 or chosen == 1 else 127
             offset = most + 1
             wide = weight.float()
             scale = wide.abs().amax(1) / most
@@ -67,7 +78,7 @@ class Panels:
             packed = (values + offset).to(torch.uint8)
         else:
             packed = weight.to(dtype)
-        bias = None if bias is None else bias.to(torch.float32 if dtype == torch.int8 else dtype).contiguous()
+        bias = None if bias is None else bias.to(torch.float32 if dtype in INTEGERS else dtype).contiguous()
         packed = F.pad(packed, (0, -depth % together, 0, -columns % PANEL))
         data = packed.view(-1, PANEL, packed.shape[1] // together, together).transpose(1, 2).contiguous()
         return cls(data, columns, depth, bias, scale, offset, chosen)
@@ -131,7 +142,8 @@ def multiply(x: Tensor, weight: Panels, out: Tensor, scratch: Tensor | None = No
         )  # fmt: skip
         return out
     needed = weight.scratch(rows)
-    if scratch is None or scratch.dtype != torch.uint8 or scratch.numel() < needed or not scratch.is_contiguous():
+    fits = scratch is not None and scratch.dtype == torch.uint8 and scratch.numel() >= needed and scratch.is_contiguous()
+    if needed and not fits:
         raise ValueError(f"scratch: expected {needed} contiguous bytes, got {None if scratch is None else list(scratch.shape)}")
     data, scale, bias = weight.pointers
     lib.p2l_int8_linear(

@@ -3,6 +3,7 @@
 library.
 """
 
+from p2l_engine.reports.dtypes import DtypeFigures
 from p2l_engine.reports.figures import Calibration, CategoryFigures, Counts, Figure, Figures, ValueFigures, VoteFigures
 from p2l_engine.reports.leaderboards import Distance, Growth, Leaderboards, Standing
 from p2l_engine.reports.report import BaseReport, Evaluation, Subject, Survey
@@ -33,6 +34,7 @@ __all__ = [
     "Choice",
     "Counts",
     "Distance",
+    "DtypeFigures",
     "Evaluation",
     "Figure",
     "Figures",

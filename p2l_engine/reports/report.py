@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from p2l_engine.reports.dtypes import DtypeFigures
 from p2l_engine.reports.figures import Counts, ValueFigures, VoteFigures
 from p2l_engine.reports.leaderboards import Growth, Leaderboards
 from p2l_engine.reports.routed import RoutingFigures
@@ -41,7 +42,7 @@ class BaseReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation(BaseReport):
-    """The figures of a checkpoint on held-out votes or values."""
+    """The figures of a checkpoint on held-out votes or values. dtypes: of several dtypes, float32 first."""
 
     held_out: Counts
     training: Counts | None = None
@@ -49,6 +50,7 @@ class Evaluation(BaseReport):
     value_figures: ValueFigures | None = None
     growth: Growth | None = None
     routing: RoutingFigures | None = None
+    dtypes: tuple[DtypeFigures, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
