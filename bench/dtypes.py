@@ -1,9 +1,9 @@
 """How far theta in each dtype is from float32's, by shape: python -m bench.dtypes --model smollm2-135m qwen2.5-0.5b.
 
 Architectures with random weights and random prompts: no checkpoint of most sizes is at hand. What a dtype costs in quality,
-``p2l-engine eval --dtype float32 --dtype int8`` measures on a checkpoint's held-out prompts. Random weights have none of the
-outlier columns of trained ones, which cost int8 the most, so that these figures are too good; ``smollm2-135m`` beside the
-default checkpoint, which has that shape, says by how much.
+``p2l-engine eval --dtype float32 --dtype int8`` measures on a checkpoint's held-out prompts. These figures say how roundings
+add up over a shape's layers, and nothing about choices; ``smollm2-135m`` is to be read beside the default checkpoint, which has
+that shape and trained weights.
 """
 
 from __future__ import annotations

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 
 from p2l_engine.engine import cpu
-from p2l_engine.native.panels import weight_bits
+from p2l_engine.native.panels import INT7, weight_bits
 
 DTYPES = {
     "float32": torch.float32, "fp32": torch.float32, "float": torch.float32,
     "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
     "float16": torch.float16, "fp16": torch.float16, "half": torch.float16,
 }  # fmt: skip
-INTEGERS = {"int8": torch.int8, "int7": torch.int7}  # of weights alone, on CPUs
+INTEGERS = {"int8": torch.int8, "int7": INT7}  # of weights alone, on CPUs
 AUTO = "auto"  # see ``auto_dtype``
 DEVICES = ("cpu", "cuda")
 

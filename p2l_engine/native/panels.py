@@ -18,7 +18,8 @@ from p2l_engine.native.binding import lib, tensor, threads
 PANEL = 32  # columns whose weights lie together
 GROUP = 192  # values of a row that int8 products scale together
 PRODUCTS_PER_THREAD = 1 << 19  # below this a thread costs more than it saves
-INTEGERS = (torch.int8, torch.int7)  # of weights alone
+INT7: torch.dtype = torch.int7  # type: ignore[attr-defined]  # torch's type hints lack it
+INTEGERS = (torch.int8, INT7)  # of weights alone
 DTYPES = (torch.float32, torch.bfloat16, *INTEGERS)
 LAYOUT = 1  # of what ``Panels.tensors`` returns: count it up with each change, so that files of earlier ones are made anew
 
@@ -36,7 +37,7 @@ def weight_bits(dtype: torch.dtype) -> int | None:
     """The bits of whole-numbered weights on this CPU: int7's 7; int8's 8, or 7 where AVX2 multiplies them; None for others."""
     if dtype not in INTEGERS:
         return None
-    return 7 if dtype == torch.int7 or level(dtype) == 1 else 8
+    return 7 if dtype == INT7 or level(dtype) == 1 else 8
 
 
 class Panels:
@@ -63,14 +64,14 @@ class Panels:
         inputs."""
         chosen = level(dtype) if at_level is None else at_level
         columns, depth = weight.shape
-        together = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4, torch.int7: 4}.get(dtype)
+        together = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4, INT7: 4}.get(dtype)
         if together is None or (dtype == torch.bfloat16 and depth % 2):
             raise ValueError(
                 f"weight: expected float32, int8, int7, or bfloat16 with even inputs, got {dtype} and {depth} inputs"
             )
         scale, offset = None, 0
         if dtype in INTEGERS:
-            most = 63 if dtype == torch.int7 or chosen == 1 else 127
+            most = 63 if dtype == INT7 or chosen == 1 else 127
             offset = most + 1
             wide = weight.float()
             scale = wide.abs().amax(1) / most
