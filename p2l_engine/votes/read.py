@@ -176,7 +176,7 @@ class _Rows:
         self.prompts: dict[tuple[str, ...], int] = {}
         self.category: list[str] = []
         # Prompt, a, b, outcome, weight, time of each vote. In arrays: a tuple for each would keep the garbage collector busy.
-        self.votes = tuple(array(code) for code in "qqqddd")
+        self.votes: tuple[array[Any], ...] = tuple(array(code) for code in "qqqddd")
         self._known = None if models is None else set(models)
         self._names: dict[str, int] = {}  # in their order in the table
         self._parsed: dict[str, tuple[str, ...]] = {}
