@@ -181,6 +181,24 @@ def test_new_models_that_are_no_new_ones_are_refused(new, message):
         adapt(head_of(world, 3), world.models, world.feedback, none, words_in([]).reshape(0, 12), new)
 
 
+@pytest.mark.parametrize(
+    ("names", "b", "states", "message"),
+    [
+        (("model-000", "other"), 1, np.ones((1, 12)), "votes: expected votes on model-000, model-001, model-002, x, got other"),
+        (("model-000", "x"), 1, np.ones((2, 12)), r"hidden: expected \[1, 12\], got \[2, 12\]"),
+        (("model-000", "x"), 1, np.ones((1, 11)), r"hidden: expected \[1, 12\], got \[1, 11\]"),
+        (("model-000", "x"), 1, np.full((1, 12), np.nan), "hidden: expected finite numbers"),
+        (("model-000", "x"), -1, np.ones((1, 12)), "votes: b: expected 0 to 1, got -1"),
+    ],
+)
+def test_votes_and_hidden_states_that_do_not_fit_are_refused_by_name(names, b, states, message):
+    world, zero = Simulator.of("bt", 3), np.zeros(1, np.int64)
+    votes = Votes.make([("p",)], names, zero, zero, zero + b, zero)
+    given = states.astype(np.float32)
+    with pytest.raises(ValueError, match=message):
+        adapt(head_of(world, 3), world.models, world.feedback, votes, given, [NewModel("x")], reference=words_in(["a", "b"]))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["grk", "bt-tie"])
 def test_learning_curves_come_near_the_row_that_was_left_out(name):

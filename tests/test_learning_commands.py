@@ -147,6 +147,16 @@ def test_folders_that_cannot_be_written_are_named_before_the_work(source, tmp_pa
     assert "file is no folder" in p2l_engine(*given, str(tmp_path / "file" / "new")).message
 
 
+def test_a_mount_point_is_named_before_the_work(source, tmp_path, monkeypatch):
+    (tmp_path / "volume").mkdir()
+    monkeypatch.setattr(type(tmp_path), "is_mount", lambda path: path.name == "volume")
+    monkeypatch.setattr(learning.hidden, "hidden_states", None)
+    given = ("adapt", str(source), "--votes", votes(tmp_path / "v.csv"), "-o")
+    ended = p2l_engine(*given, str(tmp_path / "volume"))
+    assert ended.status == 2
+    assert "volume: cannot be written, nothing was kept: it is a mount point: name a folder within it" in ended.message
+
+
 def test_a_cache_that_cannot_be_written_is_named_before_the_work(source, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     engine = Engine.from_pretrained(source, device="cpu")

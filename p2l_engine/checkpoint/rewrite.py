@@ -83,6 +83,8 @@ def check_target(source: Path, target: Path) -> None:
         raise ValueError(f"{target}: expected a folder that does not exist yet, or an empty one")
     if source.resolve() in (target.resolve(), *target.resolve().parents):
         raise ValueError(f"{target}: expected a folder outside the checkpoint's own, {source}")
+    if target.is_mount():  # the finished folder takes its name, which no mount point gives up
+        raise OSError(f"{target}: cannot be written, nothing was kept: it is a mount point: name a folder within it")
     above = next(folder for folder in target.resolve().parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         why = "read-only" if above.is_dir() else "no folder"

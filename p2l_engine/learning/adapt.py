@@ -59,10 +59,12 @@ def adapt(
     of the basis, unless there is one already. scales: of the new rows' prior; None: chosen by the evidence of the votes
     (Laplace's approximation, the known rows fixed), starting from what the head's rows say of each other.
 
-    Raises ArithmeticError where the maximum is not reached.
+    Raises ValueError as ``HeadRows.of`` and ``HeadRows.check`` do, and for votes that the feedback model does not know;
+    ArithmeticError where the maximum is not reached.
     """
     reference = hidden if reference is None else reference
     rows = HeadRows.of(head, models, new, reference, uncertainty, known_votes, rank)
+    rows.check(votes, hidden, feedback)
     m, names = rows.known, rows.names
     column = np.array([names.index(name) for name in votes.models] + [-1], np.int64)
     votes = replace(votes, models=names, a=column[votes.a], b=column[votes.b])

@@ -11,7 +11,9 @@ import torch
 
 from p2l_engine.backbone.head import Head
 from p2l_engine.backbone.uncertainty import Uncertainty
+from p2l_engine.feedback import FeedbackModel
 from p2l_engine.learning.prior import RANK, Basis, Scales, covariance
+from p2l_engine.votes import Votes
 
 Float64 = npt.NDArray[np.float64]
 
@@ -91,6 +93,25 @@ class HeadRows:
         """[M] of the known models, over the reference prompts."""
         found: Float64 = self.means[: self.known, :-1] @ self.middle + self.means[: self.known, -1]
         return found
+
+    def check(self, votes: Votes, hidden: npt.NDArray[np.float32], feedback: FeedbackModel) -> None:
+        """Raises ValueError for votes on models that are no rows, for votes that name no model or prompt, and for hidden states
+        that are not finite or not [P, D], of the votes' prompts."""
+        if unknown := sorted(set(votes.models) - set(self.names)):
+            raise ValueError(f"votes: expected votes on {', '.join(self.names)}, got {', '.join(unknown)}")
+        width = len(self.basis.matrix) - 1
+        if hidden.shape != (len(votes.prompts), width):
+            raise ValueError(f"hidden: expected {[len(votes.prompts), width]}, got {list(hidden.shape)}")
+        if not np.isfinite(hidden).all():
+            raise ValueError("hidden: expected finite numbers")
+        least_b = -1 if feedback.of_values else 0
+        for what, index, least, count in (
+            ("prompt", votes.prompt, 0, len(votes.prompts)),
+            ("a", votes.a, 0, len(votes.models)),
+            ("b", votes.b, least_b, len(votes.models)),
+        ):
+            if len(index) and not least <= index.min() <= index.max() < count:
+                raise ValueError(f"votes: {what}: expected {least} to {count - 1}, got {index.min()} to {index.max()}")
 
     def coefficients(self, hidden: npt.NDArray[np.float32]) -> tuple[Float64, Float64 | None]:
         """theta [P, M + new] at the means, and eta [P] where there is one."""

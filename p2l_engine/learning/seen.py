@@ -37,24 +37,9 @@ class Seen:
     def of(cls, votes: Votes, hidden: npt.NDArray[np.float32], rows: HeadRows, feedback: FeedbackModel) -> Seen:
         """Votes on prompts of these hidden states [P, D]. Raises ValueError for models that are no rows, for votes that name no
         model or prompt, for what the feedback model does not know, and for other shapes."""
-        names = rows.names
-        if unknown := sorted(set(votes.models) - set(names)):
-            raise ValueError(f"votes: expected votes on {', '.join(names)}, got {', '.join(unknown)}")
-        width = len(rows.basis.matrix) - 1
-        if hidden.shape != (len(votes.prompts), width):
-            raise ValueError(f"hidden: expected {[len(votes.prompts), width]}, got {list(hidden.shape)}")
-        if not np.isfinite(hidden).all():
-            raise ValueError("hidden: expected finite numbers")
-        least_b = -1 if feedback.of_values else 0
-        for what, index, least, count in (
-            ("prompt", votes.prompt, 0, len(votes.prompts)),
-            ("a", votes.a, 0, len(votes.models)),
-            ("b", votes.b, least_b, len(votes.models)),
-        ):
-            if len(index) and not least <= index.min() <= index.max() < count:
-                raise ValueError(f"votes: {what}: expected {least} to {count - 1}, got {index.min()} to {index.max()}")
+        rows.check(votes, hidden, feedback)
         likelihood.check(feedback, votes.outcome, votes.weight)
-        column = np.array([names.index(name) for name in votes.models] + [-1])
+        column = np.array([rows.names.index(name) for name in votes.models] + [-1])
         base, eta = rows.coefficients(hidden)
         return cls(
             rows.basis.features(hidden).astype(np.float32), base.astype(np.float32),
