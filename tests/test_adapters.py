@@ -101,6 +101,18 @@ def test_an_adapter_is_merged(base, tmp_path):
     assert np.abs(theta(same) - theta(base)).max() > 1e-3
 
 
+def test_an_adapter_on_no_module_is_a_head_over_the_backbone_as_it_is(base, tmp_path):
+    whole = load_file(base / "model.safetensors")
+    head = {f"base_model.model.{n}": w for n, w in whole.items() if n.startswith("head.")}
+    (tmp_path / "adapter").mkdir()
+    write(tmp_path / "adapter", base, head, {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": []})
+    np.testing.assert_array_equal(theta(tmp_path / "adapter"), theta(base))
+    factors = {f"base_model.model.model.layers.0.self_attn.q_proj.lora_{side}.weight": torch.zeros(1, 1) for side in "AB"}
+    change_factors(tmp_path / "adapter", lambda tensors: tensors | factors)
+    with pytest.raises(CheckpointError):
+        checkpoint.load(tmp_path / "adapter")
+
+
 settings_of_peft = st.fixed_dictionaries(
     {
         "r": st.integers(1, 6),

@@ -38,6 +38,24 @@ class LoraOptions(BaseModel):
     first_layer: Annotated[int, Field(ge=0)] = 0
 
 
+class HeadOptimum(BaseModel):
+    """The head alone, at its greatest posterior probability (see ``optimum``). deviations: of the prior; of several the
+    validation votes choose one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    deviations: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)]
+
+
+# What only training in steps reads.
+OF_STEPS = (
+    "learning_rate", "adam_epsilon", "batch_size", "gradient_accumulation_steps", "num_train_epochs", "lr_schedule",
+    "init_type", "linear_head_downsize_factor", "head_config", "warmup_ratio", "weight_decay", "max_grad_norm",
+    "token_dropout", "head_dropout", "shuffle", "gradient_checkpointing", "save_steps", "report_to", "deepspeed", "fsdp",
+    "fsdp_config",
+)  # fmt: skip
+
+
 def _known_feedback(name: str) -> str:
     feedback_model(name)
     return name.replace("_", "-")
@@ -58,7 +76,7 @@ class TrainConfig(BaseModel):
     load_val_data_from_disk: bool = False
     weighted_loss: bool = True  # false: each vote counts 1, whatever the column weight says
     output_dir: str = "runs"
-    learning_rate: Annotated[float, Field(gt=0)]
+    learning_rate: Annotated[float, Field(gt=0)] | None = None  # required, but for a head_optimum
     adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
     batch_size: Annotated[int, Field(gt=0)] = 16  # prompts per process and forward pass, each with all its votes
     gradient_accumulation_steps: Annotated[int, Field(gt=0)] = 1
@@ -79,13 +97,14 @@ class TrainConfig(BaseModel):
     license: str | None = None  # of the weights, for the model card
     description: str | None = None  # Markdown, for the model card
     lora: LoraOptions | None = None
+    head_optimum: HeadOptimum | None = None  # with train_head_only: not in steps, but at once
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     token_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of prompt tokens left out, against overfitting
     head_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # dropout on the hidden state before the head
     shuffle: bool = True  # false: prompts in data order, as in the paper
-    dtype: Literal["bfloat16", "float32"] | None = None  # of matrix products; trained weights stay float32
+    dtype: Literal["bfloat16", "float32", "int8"] | None = None  # of matrix products; trained weights stay float32
     gradient_checkpointing: bool = False
     seed: int = 42
     # data,
@@ -145,7 +164,24 @@ class TrainConfig(BaseModel):
             raise ValueError("deepspeed, fsdp: expected at most one of them")
         if self.lora and self.train_head_only:
             raise ValueError("train_head_only: expected false where lora is given")
+        self._check_optimum()
         return self
+
+    def _check_optimum(self) -> None:
+        if self.head_optimum is None:
+            if self.learning_rate is None:
+                raise ValueError("learning_rate: expected a number above 0, got none")
+            if self.dtype == "int8":
+                raise ValueError(
+                    "dtype: int8 is for weights that do not change: expected bfloat16 or float32, or a head_optimum"
+                )
+            return
+        if not self.train_head_only:
+            raise ValueError("head_optimum: expected train_head_only: true beside it, as the backbone stays as it is")
+        if given := [key for key in OF_STEPS if getattr(self, key) != type(self).model_fields[key].default]:
+            raise ValueError(f"{', '.join(given)}: mean nothing where head_optimum is given: leave them out")
+        if len(self.head_optimum.deviations) > 1 and not (self.validation or self.val_data_path):
+            raise ValueError("head_optimum.deviations: expected one, or validation prompts that choose among them")
 
     @classmethod
     def load(cls, path: str | Path) -> TrainConfig:

@@ -23,15 +23,15 @@ from p2l_engine.backbone import mixing
 from p2l_engine.checkpoint.saving import replaceable
 from p2l_engine.prompts.encode import PromptEncoder
 from p2l_engine.prompts.tokenizer import TransformersTokenizer
-from p2l_engine.train import data, resumption
+from p2l_engine.train import data, frozen, resumption
 from p2l_engine.train.batches import PromptVotes, collate
-from p2l_engine.train.config import TrainConfig
+from p2l_engine.train.config import HeadOptimum, TrainConfig
 from p2l_engine.train.model import bare, build, dtype_of
 from p2l_engine.train.progress import EpochSetter, ProgressBar, TrainedCounts
 from p2l_engine.train.resumption import IfPresent
-from p2l_engine.train.saving import write
+from p2l_engine.train.saving import unseen_hashes, write
 from p2l_engine.train.trainer import VoteTrainer
-from p2l_engine.votes import prompts_hash
+from p2l_engine.votes import Splits
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,8 @@ def train(config: TrainConfig, max_steps: int = -1, if_present: IfPresent = "ref
     Saved states are in ``output_dir/proj_name.run`` until the checkpoint is complete; TensorBoard's files stay in
     ``proj_name.logs``.
 
-    max_steps: -1 trains for the config's epochs; 1 and more end after that many optimiser steps (trial runs).
+    max_steps: -1 trains for the config's epochs; 1 and more end after that many optimiser steps (trial runs). A head_optimum
+    takes no such steps, and its states are the hidden states in the user's cache.
     if_present: what to do if the folder or states exist. "refuse" raises; "restart" deletes them; "resume" continues from the
     last complete state, and raises if config, data or backbone changed. A resumed run gives the same weights as an
     uninterrupted one.
@@ -57,8 +58,10 @@ def train(config: TrainConfig, max_steps: int = -1, if_present: IfPresent = "ref
         raise ValueError(f"max_steps: expected at least 1, or -1 for the config's epochs, got {max_steps}")
     _check_deepspeed(config)
     parts = data.load(config)
-    training, validation, held_out = parts
+    training, validation, _ = parts
     inputs = resumption.inputs_of(config, parts, max_steps)
+    if config.head_optimum is not None:
+        return _at_once(config, config.head_optimum, folder, parts, inputs, if_present)
     arguments = _arguments(config, state, max_steps, len(training.prompts), validation is not None)
     process = PartialState()
     if folder.exists() and not state.exists() and if_present == "resume":
@@ -111,11 +114,27 @@ def train(config: TrainConfig, max_steps: int = -1, if_present: IfPresent = "ref
         trainer.train(resume_from_checkpoint=last)
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.is_world_process_zero():
-        unseen = {"held-out": held_out, "validation": validation}
-        hashes = {name: prompts_hash(votes) for name, votes in unseen.items() if votes is not None}
-        write(folder, model, weights, tokenizer, training.models, config, hashes, inputs)
+        write(folder, model, weights, tokenizer, training.models, config, unseen_hashes(parts), inputs)
         shutil.rmtree(state)
     trainer.accelerator.wait_for_everyone()
+    return folder
+
+
+def _at_once(
+    config: TrainConfig, wanted: HeadOptimum, folder: Path, parts: Splits, inputs: dict[str, Any], if_present: IfPresent
+) -> Path:
+    """The run of a ``head_optimum``."""
+    if inputs["max_steps"] != -1:
+        raise ValueError(f"max_steps: expected -1, as head_optimum takes no such steps, got {inputs['max_steps']}")
+    if (processes := PartialState().num_processes) > 1:
+        raise ValueError(f"head_optimum: expected one process, got {processes}")
+    if folder.exists() and if_present == "resume":
+        resumption.check_finished(folder, config, inputs)
+        logger.info("%s is already complete", folder)
+        return folder
+    if folder.exists() and (if_present == "refuse" or not replaceable(folder)):
+        raise ValueError(f"{folder}: exists already; --restart replaces it if it is a checkpoint, and never another folder")
+    frozen.train(config, wanted, folder, parts, inputs)
     return folder
 
 

@@ -7,13 +7,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from p2l_engine.checkpoint import huggingface
+from p2l_engine.checkpoint import Checkpoint, huggingface, read_config
+from p2l_engine.checkpoint.adapter import NEW_ROWS, PEFT_PREFIX
 from p2l_engine.checkpoint.saving import write_json, write_tensors, write_whole
 from p2l_engine.train.config import TrainConfig
 from p2l_engine.train.model import P2LModel, bare, published_tensors
+from p2l_engine.train.optimum import Optimum
+from p2l_engine.votes import Splits, prompts_hash
 
 
 def write(
@@ -23,24 +27,20 @@ def write(
     tokenizer: PreTrainedTokenizerBase,
     models: Sequence[str],
     config: TrainConfig,
-    held_out_hashes: Mapping[str, str] | None = None,
+    hashes: Mapping[str, str] | None = None,
     inputs: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes the checkpoint in bfloat16, in the published layout; for LoRA an adapter folder, which names its backbone.
 
-    state: the whole model's state dict, gathered from all processes. inputs: ``resumption.inputs_of`` the run, kept in
-    training_config.json. The folder is written atomically. Raises OSError where it cannot be written, FloatingPointError for
-    weights that are not finite; then nothing is kept.
+    state: the whole model's state dict, gathered from all processes. hashes: ``unseen_hashes`` of the votes; inputs:
+    ``resumption.inputs_of`` the run; training_config.json keeps both. The folder is written atomically. Raises OSError where it
+    cannot be written, FloatingPointError for weights that are not finite; then nothing is kept.
     """
 
     def fill(work: Path) -> None:
         tensors = published_tensors(state, model.grown, config.lora is not None)
-        write_json(work / "model_list.json", list(models))
         decoder = bare(model.model)
-        hashes = {"held_out_hashes": dict(held_out_hashes)} if held_out_hashes else {}
-        kept = config.model_dump(mode="json")
-        made_of = {"inputs": dict(inputs)} if inputs else {}
-        write_json(work / "training_config.json", {"model_type": decoder.config.model_type} | kept | hashes | made_of)
+        _describe(work, models, decoder.config.model_type, config, hashes, inputs)
         if config.lora is None:
             write_tensors(work / "model.safetensors", tensors)
             huggingface.write_config(work, decoder.config)
@@ -48,19 +48,70 @@ def write(
             return
         write_tensors(work / "adapter_model.safetensors", tensors)
         adapted = (name.split(".lora_A.")[0] for name in tensors if ".lora_A." in name)
-        adapter = {
-            "peft_type": "LORA",
-            "base_model_name_or_path": _from(folder, config.pretrain_model_name),
-            "r": config.lora.r,
-            "lora_alpha": config.lora.alpha,
-            # With their parents: the experts of a mixture may have modules of the same last names.
-            "target_modules": sorted({".".join(name.split(".")[-2:]) for name in adapted}),
-            "layers_to_transform": list(range(config.lora.first_layer, int(decoder.config.num_hidden_layers))),
-            "bias": "none",
-        }
+        # With their parents: the experts of a mixture may have modules of the same last names.
+        modules = sorted({".".join(name.split(".")[-2:]) for name in adapted})
+        layers = list(range(config.lora.first_layer, int(decoder.config.num_hidden_layers)))
+        adapter = _adapter(folder, config, config.lora.r, config.lora.alpha, modules) | {"layers_to_transform": layers}
         write_json(work / "adapter_config.json", adapter)
 
     write_whole(folder, fill)
+
+
+def write_head(
+    folder: Path, base: Checkpoint, found: Optimum, config: TrainConfig, parts: Splits, inputs: Mapping[str, Any]
+) -> None:
+    """Writes a head over the backbone ``base`` as an adapter folder without factors, in float32; else as ``write``."""
+    m, head = found.head.n_models, found.head
+    tensors = {"head.head.weight": head.weight[:m], "head.head.bias": head.bias[:m]}
+    if head.has_eta:
+        tensors |= {"head.eta_head.weight": head.weight[m:], "head.eta_head.bias": head.bias[m:]}
+    table = base.weights["embed_tokens.weight"]
+    grown = len(table) - int(read_config(base.folder).vocab_size)
+    if grown:
+        tensors[NEW_ROWS] = table[-grown:]
+    optimum = {"deviation": found.deviation, "validation_log_loss": {f"{key:g}": loss for key, loss in found.losses.items()}}
+
+    def fill(work: Path) -> None:
+        model_type = str(base.config.model_type)
+        _describe(work, parts.training.models, model_type, config, unseen_hashes(parts), inputs, {"optimum": optimum})
+        write_tensors(work / "adapter_model.safetensors", {f"{PEFT_PREFIX}{n}": w for n, w in tensors.items()}, torch.float32)
+        write_json(work / "adapter_config.json", _adapter(folder, config, 1, 1, []))
+
+    write_whole(folder, fill)
+
+
+def unseen_hashes(parts: Splits) -> dict[str, str]:
+    """By which ``p2l-engine eval`` knows the prompts that were not trained on."""
+    unseen = {"held-out": parts.held_out, "validation": parts.validation}
+    return {name: prompts_hash(votes) for name, votes in unseen.items() if votes is not None}
+
+
+def _describe(
+    work: Path,
+    models: Sequence[str],
+    model_type: str,
+    config: TrainConfig,
+    hashes: Mapping[str, str] | None,
+    inputs: Mapping[str, Any] | None,
+    more: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes model_list.json and training_config.json. more: what else the latter keeps."""
+    write_json(work / "model_list.json", list(models))
+    kept = {"model_type": model_type} | config.model_dump(mode="json")
+    kept |= {"held_out_hashes": dict(hashes)} if hashes else {}
+    write_json(work / "training_config.json", kept | ({"inputs": dict(inputs)} if inputs else {}) | dict(more or {}))
+
+
+def _adapter(folder: Path, config: TrainConfig, rank: int, alpha: int, modules: list[str]) -> dict[str, Any]:
+    """The content of adapter_config.json. modules: on which there are factors."""
+    return {
+        "peft_type": "LORA",
+        "base_model_name_or_path": _from(folder, config.pretrain_model_name),
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": modules,
+        "bias": "none",
+    }
 
 
 def _from(folder: Path, backbone: str) -> str:

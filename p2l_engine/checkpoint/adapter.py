@@ -99,7 +99,7 @@ def _check_targets(folder: Path, weights: Mapping[str, Tensor], found: Collectio
     targets = lora.targets(linear)
     lost = sorted((targets or set()) - set(found))
     other = sorted(set(found) - targets) if targets is not None else []
-    if lost or not found:
+    if lost or (not found and targets != set()):
         which = f"none for {lost[0]} ({len(lost)} such)" if lost else "none"
         raise CheckpointError(
             f"{folder}: adapter_model.safetensors: expected factors for every target module, found {which}: were they gathered "

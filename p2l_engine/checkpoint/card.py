@@ -77,6 +77,9 @@ def _training_lines(training: Mapping[str, Any]) -> list[str]:
         "train_data_path": "votes", "num_train_epochs": "epochs", "batch_size": "prompts a batch",
         "learning_rate": "learning rate", "max_length": "tokens at most",
     }  # fmt: skip
+    if found := training.get("optimum"):
+        how += f", at its greatest posterior probability for a prior of deviation {found['deviation']:g}"
+        named = {key: named[key] for key in ("train_data_path", "max_length")}
     given = [f"{name} {_joined(training[key])}" for key, name in named.items() if training.get(key) is not None]
     return [f"- **Training**: {how}; {', '.join(given)}"]
 

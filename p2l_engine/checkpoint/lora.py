@@ -93,7 +93,8 @@ class Lora:
         return found.pop() if found else default
 
     def targets(self, modules: Iterable[str]) -> set[str] | None:
-        """Those of the backbone's modules that the adapter is on; None where the settings do not say which.
+        """Those of the backbone's modules that the adapter is on: none where the list is empty, so that the head is all that
+        it has; None where the settings do not say which.
 
         peft's rules (tuners_utils.check_target_module_exists): a text is a regular expression for the whole name, and a list
         has ends of names. The backbone's names start with "model." or not, as the adapter was made. Raises CheckpointError.
@@ -101,6 +102,8 @@ class Lora:
         given = self.values.get("target_modules")
         if given is None:
             return None
+        if given == []:
+            return set()
         found = {name for name in modules if self._selected("target_modules", name) and self._in_layers(name)}
         found -= {name for name in found if self._selected("exclude_modules", name)}
         if not found:

@@ -1,0 +1,55 @@
+"""A run that trains the head alone, at its optimum: hidden states are computed once, and kept in the user's cache."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from p2l_engine.engine import Engine
+from p2l_engine.evaluation import features
+from p2l_engine.feedback import feedback_model
+from p2l_engine.learning import hidden
+from p2l_engine.train import optimum
+from p2l_engine.train.config import HeadOptimum, TrainConfig
+from p2l_engine.train.saving import write_head
+from p2l_engine.votes import Splits, Votes
+
+logger = logging.getLogger(__name__)
+
+
+def train(config: TrainConfig, wanted: HeadOptimum, folder: Path, parts: Splits, inputs: Mapping[str, Any]) -> None:
+    """Writes the checkpoint to ``folder``: the head, and the settings of an adapter that changes nothing else of the backbone.
+
+    An interrupted run goes on where the cache of hidden states ends. Raises CheckpointError for a backbone that cannot be read,
+    ArithmeticError where the optimum is not reached, and OSError where the cache or the checkpoint cannot be written.
+    """
+    loaded = features.frozen(config.pretrain_model_name, config.model_dump())
+    engine = Engine(loaded, dtype=config.dtype, max_tokens=config.max_length)
+    known = _states(engine, parts.training, "training")
+    chosen_on = None if parts.validation is None else (parts.validation, _states(engine, parts.validation, "validation"))
+    found = optimum.best(feedback_model(config.loss_type), parts.training, known, chosen_on, wanted.deviations)
+    write_head(folder, loaded, found, config, parts, inputs)
+
+
+def _states(engine: Engine, votes: Votes, part: str) -> npt.NDArray[np.float32]:
+    """[P, D]: what a head reads of the votes' prompts."""
+    cache = hidden.cache_folder()
+    logger.info("hidden states of %s %s prompts, kept in %s", f"{len(votes.prompts):,}", part, cache)
+    columns = (
+        TextColumn(f"{part} prompts"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=len(votes.prompts))
+        return hidden.hidden_states(engine, votes.prompts, cache, lambda count: bar.advance(task, count))

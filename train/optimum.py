@@ -1,0 +1,143 @@
+"""The head of greatest posterior probability over a backbone that stays as it is: found without learning rates and epochs.
+
+Hidden states h [D] after the final norm are standardised over the training prompts, z = (h - mean) / spread. The rows of the
+head are independent of each other but for a part that all models share: w_m = c + v_m, where the entries of c and v_m are
+normal with the variance deviation^2 / D. So ``deviation`` is, in units of theta, how far a prompt of ordinary length |z|^2 = D
+moves a model from its mean, before any vote. The tie parameter's row has the same prior; offsets are nearly free.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy.optimize import minimize
+
+from p2l_engine.backbone.head import Head
+from p2l_engine.feedback import FeedbackModel
+from p2l_engine.votes import Votes
+
+logger = logging.getLogger(__name__)
+
+Float32 = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
+
+OFFSET = 10.0  # the prior's standard deviation of offsets, in units of theta
+CHUNK = 1 << 16  # votes whose loss is computed at once: their terms stay in the cache
+MOST_STEPS = 1000
+TOLERANCE = 1e-7  # of the objective, relative: what a step gains at the end
+
+
+@dataclass(frozen=True, slots=True)
+class Optimum:
+    """head: for hidden states as they are. deviation: of its prior. losses: the validation votes' mean loss by deviation."""
+
+    head: Head
+    deviation: float
+    losses: dict[float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """The negative log-posterior of a head's standardised parameters, given votes on the prompts z [P, D]."""
+
+    feedback: FeedbackModel
+    votes: Votes
+    z: Float64
+    deviation: float
+
+    @property
+    def rows(self) -> int:
+        """K + 1: the models' own parts, the tie parameter's where there is one, and the part that the models share."""
+        return len(self.votes.models) + self.feedback.has_eta + 1
+
+    @property
+    def scale(self) -> Float64:
+        """[D + 1]: the prior's deviations of a row's weights and offset."""
+        d = self.z.shape[1]
+        return np.append(np.full(d, self.deviation / math.sqrt(d)), OFFSET)
+
+    def head(self, x: Float64) -> Float64:
+        """[K, D + 1]: weights and offsets for z, of parameters x [(K + 1) (D + 1)], which are normal with variance 1."""
+        u = x.reshape(self.rows, -1)
+        of = u[:-1].copy()
+        of[: len(self.votes.models)] += u[-1]
+        return np.asarray(of * self.scale)
+
+    def __call__(self, x: Float64) -> tuple[float, Float64]:
+        """The objective at x, and its gradient."""
+        head, m = self.head(x), len(self.votes.models)
+        loss, by_output = likelihood(self.feedback, self.votes, self.z @ head[:, :-1].T + head[:, -1])
+        by_head = np.concatenate([by_output.T @ self.z, by_output.sum(0)[:, None]], 1) * self.scale
+        gradient = np.concatenate([by_head, by_head[:m].sum(0)[None]])
+        return loss + float(x @ x) / 2, gradient.ravel() + x
+
+
+def likelihood(feedback: FeedbackModel, votes: Votes, outputs: Float64) -> tuple[float, Float64]:
+    """The weighted sum of the votes' negative log-likelihoods at the head's outputs [P, K], and its derivatives [P, K]."""
+    m = len(votes.models)
+    flat = torch.from_numpy(np.concatenate([outputs, np.zeros((len(outputs), 1))], 1)).flatten()
+    width = outputs.shape[1] + 1
+    places = [votes.prompt * width + np.where(of < 0, width - 1, of) for of in (votes.a, votes.b)]
+    if feedback.has_eta:
+        places.append(votes.prompt * width + m)
+    place, outcome, weight = torch.from_numpy(np.stack(places)), torch.from_numpy(votes.outcome), torch.from_numpy(votes.weight)
+    total, by_output = 0.0, torch.zeros_like(flat)
+    for start in range(0, len(votes), CHUNK):
+        of = slice(start, start + CHUNK)
+        linear = flat[place[:, of]].requires_grad_()
+        eta = linear[2] if feedback.has_eta else None
+        loss = -(weight[of] * feedback.log_likelihood(linear[0], linear[1], eta, outcome[of])).sum()
+        (slope,) = torch.autograd.grad(loss, linear)
+        by_output.index_add_(0, place[:, of].flatten(), slope.flatten())
+        total += float(loss.detach())
+    return total, by_output.reshape(-1, width)[:, :-1].numpy()
+
+
+def fit(
+    feedback: FeedbackModel, votes: Votes, z: Float64, deviation: float, start: Float64 | None = None
+) -> tuple[Float64, Float64]:
+    """The head [K, D + 1] of greatest posterior probability for z [P, D], and its parameters, for a next ``start``.
+
+    Raises ArithmeticError where the search ends before its tolerance.
+    """
+    objective = Objective(feedback, votes, z, deviation)
+    x = np.zeros(objective.rows * (z.shape[1] + 1)) if start is None else start
+    found = minimize(
+        objective, x, jac=True, method="L-BFGS-B", options={"maxiter": MOST_STEPS, "maxcor": 20, "ftol": TOLERANCE, "gtol": 0.0}
+    )
+    if not found.success:
+        raise ArithmeticError(f"the head's optimum was not reached in {found.nit} steps: {found.message}")
+    logger.info("deviation %g: the optimum in %d steps, %s", deviation, found.nit, found.message)
+    return objective.head(found.x), found.x
+
+
+def best(
+    feedback: FeedbackModel,
+    training: Votes,
+    hidden: Float32,
+    chosen_on: tuple[Votes, Float32] | None,
+    deviations: Sequence[float],
+) -> Optimum:
+    """The head whose prior has the one of these deviations with which the validation votes ``chosen_on`` are likeliest.
+
+    hidden [P, D]: of the training prompts; with the validation votes come those of their prompts, None where there is one
+    deviation. Raises as ``fit``."""
+    mean, spread = hidden.mean(0, dtype=np.float64), np.maximum(hidden.std(0, dtype=np.float64), 1e-9)
+    z, losses, heads, start = (hidden - mean) / spread, {}, {}, None
+    for deviation in sorted(deviations, reverse=True):
+        heads[deviation], start = fit(feedback, training, z, deviation, start)
+        if chosen_on is not None:
+            votes, unseen = chosen_on
+            outputs = (unseen - mean) / spread @ heads[deviation][:, :-1].T + heads[deviation][:, -1]
+            losses[deviation] = likelihood(feedback, votes, outputs)[0] / float(votes.weight.sum())
+            logger.info("deviation %g: validation log-loss %.4f", deviation, losses[deviation])
+    chosen = min(losses, key=losses.__getitem__) if losses else deviations[0]
+    weight = heads[chosen][:, :-1] / spread
+    weight, bias = (torch.from_numpy(part).float() for part in (weight, heads[chosen][:, -1] - weight @ mean))
+    return Optimum(Head(weight, bias, len(training.models)), chosen, losses)
