@@ -37,7 +37,6 @@ from rich.table import Table
 
 from bench.left_out import among, left_out
 from bench.router_rows import CurveRow, RouterRow, compare, curves
-from bench.setting import positive
 from bench.setting import run as run_main
 from bench.simple_routers import Float64, Scored, predictions
 from p2l_engine import Catalog, Engine, plotting
@@ -46,7 +45,11 @@ from p2l_engine.evaluation import features
 from p2l_engine.learning import hidden
 from p2l_engine.tables.turns import cell_turns
 from p2l_engine.tables.whole import read_table
+from p2l_engine.train import frozen
+from p2l_engine.train.config import TrainConfig
 from p2l_engine.votes.splits import hashed
+
+CONFIG = Path(__file__).parent.parent / "train" / "configs" / "pool.yaml"
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,10 +124,10 @@ def theta_of(name: str, models: tuple[str, ...], prompts: list[tuple[str, ...]],
     return found
 
 
-def backbone_states(base: str, prompts: list[tuple[str, ...]], max_tokens: int, console: Console) -> Float64:
-    """The hidden states [N, D] of a backbone that was not trained, kept in the user's cache."""
-    engine = Engine(features.frozen(base, {}), max_tokens=max_tokens)
-    with progress(console, base, len(prompts)) as advance:
+def backbone_states(config: TrainConfig, prompts: list[tuple[str, ...]], console: Console) -> Float64:
+    """The hidden states [N, D] that training with this config starts from, kept in the user's cache."""
+    engine = Engine(frozen.base(config), dtype=config.dtype, max_tokens=config.max_length)
+    with progress(console, config.pretrain_model_name, len(prompts)) as advance:
         return hidden.hidden_states(engine, prompts, hidden.cache_folder(), advance).astype(np.float64)
 
 
@@ -169,8 +172,7 @@ def main() -> None:
     parser.add_argument("pool", type=Path, help="a table of p2l_engine.train.sources")
     parser.add_argument("--checkpoint", nargs="*", help="folders or names; left out: the default one; none: none")
     parser.add_argument("--leave-out", choices=("source", "task"), help="sources or tasks that no router has seen")
-    parser.add_argument("--features", default="builtin/smollm2-135m-instruct", help="the backbone of the simple routers")
-    parser.add_argument("--max-tokens", type=positive, default=384, help="of a prompt that the simple routers read")
+    parser.add_argument("--config", type=Path, default=CONFIG, help="of training: the backbone that the simple routers read")
     parser.add_argument("--part", choices=("validation", "held-out"), default="validation", help="held-out: once, at the end")
     parser.add_argument("--catalog", type=Path, help="costs in USD a prompt, for the curves")
     parser.add_argument("--csv", type=Path, help="also write the rows here")
@@ -181,7 +183,7 @@ def main() -> None:
     if args.leave_out and (args.checkpoint or args.catalog):
         raise ValueError("--leave-out: expected no --checkpoint, which has seen all sources, and no --catalog")
     console, pool = Console(), read_pool(args.pool)
-    states = backbone_states(args.features, pool.prompts, args.max_tokens, console)
+    states = backbone_states(TrainConfig.load(args.config), pool.prompts, console)
     if args.leave_out:
         found = never_seen(pool, states, args.leave_out, args.part, console)
         show(found, console)

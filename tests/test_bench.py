@@ -15,6 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from rich.console import Console
+from transformers import AutoModel, AutoTokenizer
 
 from bench import (
     adapting,
@@ -73,6 +75,7 @@ from p2l_engine.prompts.encode import PromptEncoder
 from p2l_engine.prompts.tokenizer import TransformersTokenizer
 from tests.support import tiny
 from tests.support.scored import scored_world
+from tests.support.training import settings as training_settings
 from tests.support.training import skill_votes
 
 pytestmark = pytest.mark.slow  # all benchmarks are imported, with what they compare to
@@ -643,6 +646,20 @@ def test_a_curve_reaches_the_cheapest_and_the_best_choice(rng):
     assert hulls["truth"][0, 0] == pytest.approx(cheapest)
     assert {row.router for row in rows} == {"truth", "mixture"}
     assert rows[0].aiq > rows[1].aiq
+
+
+def test_simple_routers_read_what_training_starts_from(tmp_path, monkeypatch):
+    monkeypatch.setenv("P2L_ENGINE_CACHE", str(tmp_path / "cache"))
+    config = training_settings(tmp_path, dtype="float32")
+    states = routers.backbone_states(config, [("sum 1",), ("poem", "2"), ("sum 1",)], Console(quiet=True))
+    tokenizer, decoder = AutoTokenizer.from_pretrained(tmp_path / "base"), AutoModel.from_pretrained(tmp_path / "base")
+    for row, turns in zip(states, (["sum 1"], ["poem", "2"], ["sum 1"]), strict=True):
+        messages = [{"role": "user", "content": turn} for turn in turns]
+        text = tokenizer.apply_chat_template(messages, tokenize=False) + tokenizer.cls_token
+        tokens = tokenizer(text, return_tensors="pt", add_special_tokens=False)
+        with torch.inference_mode():
+            expected = decoder.float()(input_ids=tokens.input_ids).last_hidden_state[0, -1]
+        np.testing.assert_allclose(row, expected, atol=1e-4)
 
 
 def test_routers_run_to_the_end(tmp_path, monkeypatch, capsys):

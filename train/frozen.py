@@ -12,6 +12,7 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from p2l_engine.checkpoint import Checkpoint
 from p2l_engine.engine import Engine
 from p2l_engine.evaluation import features
 from p2l_engine.feedback import feedback_model
@@ -30,12 +31,17 @@ def train(config: TrainConfig, wanted: HeadOptimum, folder: Path, parts: Splits,
     An interrupted run goes on where the cache of hidden states ends. Raises CheckpointError for a backbone that cannot be read,
     ArithmeticError where the optimum is not reached, and OSError where the cache or the checkpoint cannot be written.
     """
-    loaded = features.frozen(config.pretrain_model_name, config.model_dump())
+    loaded = base(config)
     engine = Engine(loaded, dtype=config.dtype, max_tokens=config.max_length)
     known = _states(engine, parts.training, "training")
     chosen_on = None if parts.validation is None else (parts.validation, _states(engine, parts.validation, "validation"))
     found = optimum.best(feedback_model(config.loss_type), parts.training, known, chosen_on, wanted.deviations)
     write_head(folder, loaded, found, config, parts, inputs)
+
+
+def base(config: TrainConfig) -> Checkpoint:
+    """The backbone before training, with the config's template and CLS token, and an empty head. Raises CheckpointError."""
+    return features.frozen(config.pretrain_model_name, config.model_dump())
 
 
 def _states(engine: Engine, votes: Votes, part: str) -> npt.NDArray[np.float32]:
