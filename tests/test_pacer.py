@@ -140,6 +140,7 @@ def test_state_survives_saving(tmp_path):
     [
         ("count", -5), ("count", 2.5), ("count", "5"), ("count", True), ("count", 10**400), ("level", math.nan), ("level", 1),
         ("spent", 3.0), ("spent", [math.inf]), ("spent", [True]), ("spent", [-1e9]), ("reserve", [-1.0]), ("reserve", None),
+        ("reserve", [1e9]), ("reserve", [102.0]),
         ("budget", -1.0), ("budget", "1"), ("horizon", 5.5), ("horizon", None), ("version", 1), ("version", None),
         ("prompts", 0), ("prompts", 2.0), ("prompts", "9"), ("prompts", True),
     ],

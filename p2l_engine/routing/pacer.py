@@ -248,7 +248,8 @@ class BudgetPacer:
         self._spent, self._reserve = sum(map(exact.units, state["spent"])), sum(map(exact.units, state["reserve"]))
         self._credit = count * self._income - self._spent - self._reserve
         self._most = self._highest_credit()
-        if self._reserve < 0 or self._credit > self._most:
+        in_debt = self._reserve > 0 and self._credit < -self._limit  # which the reserve would have paid
+        if self._reserve < 0 or self._credit > self._most or in_debt:
             raise ValueError(f"reserve: expected the credit beyond its limit after {count} prompts, got {state['reserve']!r}")
 
     def _highest_credit(self) -> int:
