@@ -19,7 +19,7 @@ from p2l_engine.feedback import NAMES, feedback_model
 from p2l_engine.learning import hidden
 from p2l_engine.train import data, optimum
 from p2l_engine.train.config import TrainConfig
-from p2l_engine.train.optimum import OFFSET, Objective, best, fit, likelihood
+from p2l_engine.train.optimum import OFFSET, Objective, at_marginal, best, fit, likelihood
 from p2l_engine.train.run import train
 from p2l_engine.votes import Votes
 from p2l_engine.votes.marginal import marginal_fit
@@ -98,9 +98,24 @@ def test_the_fit_is_at_the_maximum(name, m, deviation, seed):
     # The prior's curvature bounds how much is left to gain: half the gradient's square in units of the prior, at most twice.
     scale = torch.from_numpy(Objective(feedback, votes, z, deviation).scale)
     left = float(((gradient * scale) ** 2).sum()) * (m + 1) / 2
-    assert left < 1e-3 * (1 + abs(float(value)))
+    assert left < 1e-3 * (1 + abs(value.item()))
     again, _ = fit(feedback, votes, z, deviation, x)
     np.testing.assert_allclose(again, head, atol=0.02 * (1 + np.abs(head).max()))
+
+
+@pytest.mark.parametrize("name", ["bt", "grk", "ols"])
+def test_the_search_starts_at_the_marginal_leaderboard(name):
+    rng, feedback = np.random.default_rng(2), feedback_model(name)
+    votes, z = random_votes(rng, feedback, 20, 3, 400), rng.normal(size=(20, 4))
+    objective = Objective(feedback, votes, z, 1.0)
+    start = at_marginal(feedback, votes, 4)
+    assert not objective.head(start)[:, :-1].any()
+    offsets = start.reshape(-1, 5)[:-1, -1]
+    for i in range(len(offsets)):
+        for step in (-0.05, 0.05):
+            moved = start.copy()
+            moved[5 * i + 4] += step
+            assert objective(start)[0] < objective(moved)[0]
 
 
 def test_parts_of_the_votes_sum_to_the_whole(monkeypatch):

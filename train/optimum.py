@@ -12,14 +12,17 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy.optimize import minimize
+from scipy.optimize import OptimizeResult, minimize
 
 from p2l_engine.backbone.head import Head
 from p2l_engine.feedback import FeedbackModel
+from p2l_engine.learning.rows import INFORMATION
+from p2l_engine.learning.shrinkage import marginal_outputs
 from p2l_engine.votes import Votes
 
 logger = logging.getLogger(__name__)
@@ -30,6 +33,7 @@ Float64 = npt.NDArray[np.float64]
 OFFSET = 10.0  # the prior's standard deviation of offsets, in units of theta
 CHUNK = 1 << 16  # votes whose loss is computed at once: their terms stay in the cache
 MOST_STEPS = 1000
+STEPS_PER_LINE = 10
 TOLERANCE = 1e-7  # of the objective, relative: what a step gains at the end
 
 
@@ -61,6 +65,16 @@ class Objective:
         """[D + 1]: the prior's deviations of a row's weights and offset."""
         d = self.z.shape[1]
         return np.append(np.full(d, self.deviation / math.sqrt(d)), OFFSET)
+
+    @property
+    def lengths(self) -> Float64:
+        """[K + 1, D + 1]: about how far each parameter may move at ordinary curvature, on which the search's speed depends: it
+        steps in these units. Exact where entries of z are uncorrelated and all votes know as much."""
+        m = len(self.votes.models)
+        each = 2 * float(self.votes.weight.sum()) / m * INFORMATION
+        bend = each * self.scale**2 * np.append((self.z**2).mean(0), 1.0)
+        of_row = np.append(np.full(self.rows - 1, 1.0), m)
+        return np.asarray(1 / np.sqrt(1 + of_row[:, None] * bend))
 
     def head(self, x: Float64) -> Float64:
         """[K, D + 1]: weights and offsets for z, of parameters x [(K + 1) (D + 1)], which are normal with variance 1."""
@@ -108,13 +122,33 @@ def fit(
     """
     objective = Objective(feedback, votes, z, deviation)
     x = np.zeros(objective.rows * (z.shape[1] + 1)) if start is None else start
-    found = minimize(
-        objective, x, jac=True, method="L-BFGS-B", options={"maxiter": MOST_STEPS, "maxcor": 20, "ftol": TOLERANCE, "gtol": 0.0}
-    )
+    steps = count(1)
+
+    def progress(intermediate_result: OptimizeResult) -> None:
+        if (step := next(steps)) % STEPS_PER_LINE == 0:
+            logger.info("deviation %g: step %d, objective %.1f", deviation, step, intermediate_result.fun)
+
+    lengths = objective.lengths.ravel()
+
+    def even(y: Float64) -> tuple[float, Float64]:
+        value, gradient = objective(y * lengths)
+        return value, gradient * lengths
+
+    options = {"maxiter": MOST_STEPS, "maxcor": 20, "ftol": TOLERANCE, "gtol": 0.0}
+    found = minimize(even, x / lengths, jac=True, method="L-BFGS-B", callback=progress, options=options)
     if not found.success:
         raise ArithmeticError(f"the head's optimum was not reached in {found.nit} steps: {found.message}")
     logger.info("deviation %g: the optimum in %d steps, %s", deviation, found.nit, found.message)
-    return objective.head(found.x), found.x
+    return objective.head(found.x * lengths), found.x * lengths
+
+
+def at_marginal(feedback: FeedbackModel, votes: Votes, width: int) -> Float64:
+    """Parameters of the head for z [P, width] that has one leaderboard, the likeliest, for all prompts: near the optimum, as
+    prompts move models less than models differ."""
+    outputs = marginal_outputs(feedback, votes)
+    u = np.zeros((len(outputs) + 1, width + 1))
+    u[:-1, -1] = outputs / OFFSET
+    return u.ravel()
 
 
 def best(
@@ -129,15 +163,19 @@ def best(
     hidden [P, D]: of the training prompts; with the validation votes come those of their prompts, None where there is one
     deviation. Raises as ``fit``."""
     mean, spread = hidden.mean(0, dtype=np.float64), np.maximum(hidden.std(0, dtype=np.float64), 1e-9)
-    z, losses, heads, start = (hidden - mean) / spread, {}, {}, None
+    # Turned so that its entries are uncorrelated, as the search wants them; the prior is the same in every direction.
+    z = (hidden - mean) / spread
+    turn = np.linalg.eigh(z.T @ z)[1]
+    z, losses, heads = z @ turn, {}, {}
+    start = at_marginal(feedback, training, z.shape[1])
     for deviation in sorted(deviations, reverse=True):
         heads[deviation], start = fit(feedback, training, z, deviation, start)
         if chosen_on is not None:
             votes, unseen = chosen_on
-            outputs = (unseen - mean) / spread @ heads[deviation][:, :-1].T + heads[deviation][:, -1]
+            outputs = (unseen - mean) / spread @ turn @ heads[deviation][:, :-1].T + heads[deviation][:, -1]
             losses[deviation] = likelihood(feedback, votes, outputs)[0] / float(votes.weight.sum())
             logger.info("deviation %g: validation log-loss %.4f", deviation, losses[deviation])
     chosen = min(losses, key=losses.__getitem__) if losses else deviations[0]
-    weight = heads[chosen][:, :-1] / spread
+    weight = heads[chosen][:, :-1] @ turn.T / spread
     weight, bias = (torch.from_numpy(part).float() for part in (weight, heads[chosen][:, -1] - weight @ mean))
     return Optimum(Head(weight, bias, len(training.models)), chosen, losses)
