@@ -171,6 +171,7 @@ def _check_deepspeed(config: TrainConfig) -> None:
 
 def _arguments(config: TrainConfig, state: Path, max_steps: int, prompts: int, has_validation: bool) -> TrainingArguments:
     per_step = config.batch_size * config.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", "1"))
+    assert config.learning_rate is not None  # steps need one, which the config has checked
     steps = int(np.ceil(prompts / per_step) * config.num_train_epochs) if max_steps < 0 else max_steps
     saving: dict[str, Any] = {"save_strategy": "epoch"}
     if config.save_steps is not None:
