@@ -251,6 +251,7 @@ def test_int7s_figures_hold_where_int8_has_7_bits(ours, caplog, monkeypatch):
 def test_auto_of_other_engines_and_commands(ours, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("p2l_engine.engine.auto_dtype"), "level", logging.NOTSET)  # as commands find it
     assert Route(str(ours), catalog(), device="cpu", dtype="auto").router.engine.dtype == torch.int8
+    caplog.clear()
     ended = p2l_engine("info", "--checkpoint", str(ours), "--device", "cpu", "--dtype", "auto")
     assert ended.status == 0, ended.err
     assert [record.getMessage()[:16] for record in caplog.records if record.name.endswith("auto_dtype")] == ["dtype auto: int8"]
@@ -316,8 +317,11 @@ def test_int8_of_weights_that_are_quantised_already(tmp_path):
 
 
 def test_training_has_no_int8():
-    with pytest.raises(ValueError, match=r"dtype\n.*Input should be 'bfloat16' or 'float32'"):
-        TrainConfig(pretrain_model_name="x", train_data_path="y", output_dir="z", dtype="int8")
+    given = {"proj_name": "p", "pretrain_model_name": "x", "train_data_path": "y", "output_dir": "z", "learning_rate": 1e-4,
+             "head_type": "rk", "loss_type": "grk"}  # fmt: skip
+    assert TrainConfig(**given, dtype="bfloat16").dtype == "bfloat16"
+    with pytest.raises(ValueError, match="dtype: int8 is for weights that do not change: expected bfloat16 or float32"):
+        TrainConfig(**given, dtype="int8")
 
 
 def test_runs_and_kept_states_say_how_many_bits_weights_have(monkeypatch):

@@ -19,7 +19,7 @@ from p2l_engine.feedback import NAMES, feedback_model
 from p2l_engine.learning import hidden
 from p2l_engine.train import data, optimum
 from p2l_engine.train.config import TrainConfig
-from p2l_engine.train.optimum import OFFSET, Objective, at_marginal, best, fit, likelihood
+from p2l_engine.train.optimum import OFFSET, HeadObjective, at_marginal, best, fit, likelihood
 from p2l_engine.train.run import train
 from p2l_engine.votes import Votes
 from p2l_engine.votes.marginal import marginal_fit
@@ -67,7 +67,7 @@ def log_posterior(head, feedback, votes, z, deviation):
 def test_the_objective_and_its_gradient_are_those_of_the_definition(name, p, m, d, v, deviation, size, seed):
     rng, feedback = np.random.default_rng(seed), feedback_model(name)
     votes, z = random_votes(rng, feedback, p, m, v), rng.normal(size=(p, d))
-    objective = Objective(feedback, votes, z, deviation)
+    objective = HeadObjective(feedback, votes, z, deviation)
     x = size * rng.normal(size=objective.rows * (d + 1))
     value, gradient = objective(x)
     u = x.reshape(objective.rows, -1)
@@ -96,7 +96,7 @@ def test_the_fit_is_at_the_maximum(name, m, deviation, seed):
     value = log_posterior(found, feedback, votes, z, deviation)
     (gradient,) = torch.autograd.grad(value, found)
     # The prior's curvature bounds how much is left to gain: half the gradient's square in units of the prior, at most twice.
-    scale = torch.from_numpy(Objective(feedback, votes, z, deviation).scale)
+    scale = torch.from_numpy(HeadObjective(feedback, votes, z, deviation).scale)
     left = float(((gradient * scale) ** 2).sum()) * (m + 1) / 2
     assert left < 1e-3 * (1 + abs(value.item()))
     again, _ = fit(feedback, votes, z, deviation, x)
@@ -107,7 +107,7 @@ def test_the_fit_is_at_the_maximum(name, m, deviation, seed):
 def test_the_search_starts_at_the_marginal_leaderboard(name):
     rng, feedback = np.random.default_rng(2), feedback_model(name)
     votes, z = random_votes(rng, feedback, 20, 3, 400), rng.normal(size=(20, 4))
-    objective = Objective(feedback, votes, z, 1.0)
+    objective = HeadObjective(feedback, votes, z, 1.0)
     start = at_marginal(feedback, votes, 4)
     assert not objective.head(start)[:, :-1].any()
     offsets = start.reshape(-1, 5)[:-1, -1]

@@ -6,7 +6,6 @@ import asyncio
 import json
 import pickle
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ import psutil
 import pytest
 import yaml
 
+from bench.load.process import free_port
 from bench.mock_provider import MockProvider
 from p2l_engine import cli
 from p2l_engine.coefficients import ExpectedUsage
@@ -48,12 +48,6 @@ def serve_cluster():
         from p2l_engine.serve import cluster
 
         yield cluster
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def command_of(process: psutil.Process) -> str:

@@ -38,7 +38,7 @@ TOLERANCE = 1e-7  # of the objective, relative: what a step gains at the end
 
 
 @dataclass(frozen=True, slots=True)
-class Optimum:
+class FittedHead:
     """head: for hidden states as they are. deviation: of its prior. losses: the validation votes' mean loss by deviation."""
 
     head: Head
@@ -47,7 +47,7 @@ class Optimum:
 
 
 @dataclass(frozen=True, slots=True)
-class Objective:
+class HeadObjective:
     """The negative log-posterior of a head's standardised parameters, given votes on the prompts z [P, D]."""
 
     feedback: FeedbackModel
@@ -120,7 +120,7 @@ def fit(
 
     Raises ArithmeticError where the search ends before its tolerance.
     """
-    objective = Objective(feedback, votes, z, deviation)
+    objective = HeadObjective(feedback, votes, z, deviation)
     x = np.zeros(objective.rows * (z.shape[1] + 1)) if start is None else start
     steps = count(1)
 
@@ -157,7 +157,7 @@ def best(
     hidden: Float32,
     chosen_on: tuple[Votes, Float32] | None,
     deviations: Sequence[float],
-) -> Optimum:
+) -> FittedHead:
     """The head whose prior has the one of these deviations with which the validation votes ``chosen_on`` are likeliest.
 
     hidden [P, D]: of the training prompts; with the validation votes come those of their prompts, None where there is one
@@ -178,4 +178,4 @@ def best(
     chosen = min(losses, key=losses.__getitem__) if losses else deviations[0]
     weight = heads[chosen][:, :-1] @ turn.T / spread
     weight, bias = (torch.from_numpy(part).float() for part in (weight, heads[chosen][:, -1] - weight @ mean))
-    return Optimum(Head(weight, bias, len(training.models)), chosen, losses)
+    return FittedHead(Head(weight, bias, len(training.models)), chosen, losses)

@@ -16,7 +16,7 @@ from p2l_engine.checkpoint.adapter import NEW_ROWS, PEFT_PREFIX
 from p2l_engine.checkpoint.saving import write_json, write_tensors, write_whole
 from p2l_engine.train.config import TrainConfig
 from p2l_engine.train.model import P2LModel, bare, published_tensors
-from p2l_engine.train.optimum import Optimum
+from p2l_engine.train.optimum import FittedHead
 from p2l_engine.votes import Splits, prompts_hash
 
 
@@ -58,14 +58,14 @@ def write(
 
 
 def write_head(
-    folder: Path, base: Checkpoint, found: Optimum, config: TrainConfig, parts: Splits, inputs: Mapping[str, Any]
+    folder: Path, base: Checkpoint, found: FittedHead, config: TrainConfig, parts: Splits, inputs: Mapping[str, Any]
 ) -> None:
     """Writes a head over the backbone ``base`` as an adapter folder without factors, in float32; else as ``write``."""
     m, head = found.head.n_models, found.head
     tensors = {"head.head.weight": head.weight[:m], "head.head.bias": head.bias[:m]}
     if head.has_eta:
         tensors |= {"head.eta_head.weight": head.weight[m:], "head.eta_head.bias": head.bias[m:]}
-    table = base.weights["embed_tokens.weight"]
+    table = base.weights.read()["embed_tokens.weight"]
     grown = len(table) - int(read_config(base.folder).vocab_size)
     if grown:
         tensors[NEW_ROWS] = table[-grown:]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import socket
 import subprocess
 import tempfile
@@ -103,7 +104,10 @@ class Process:
 
 
 def free_port() -> int:
-    """A free port."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    """A free port, below those that the system gives to outgoing connections: one of these could take it before its server
+    does."""
+    for port in random.sample(range(15_000, 32_000), 100):
+        with socket.socket() as found, contextlib.suppress(OSError):
+            found.bind(("127.0.0.1", port))
+            return port
+    raise OSError("expected a free port from 15,000 to 32,000, found none in a hundred tries")
