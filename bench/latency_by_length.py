@@ -29,7 +29,7 @@ from p2l_engine.engine.device import DTYPES
 from p2l_engine.prompts.encode import PromptEncoder
 
 LENGTHS = (8, 16, 32, 64, 128, 256, 700)  # tokens
-REST = 0.01  # seconds before each call, until the threads of the one before have stopped waiting for more work
+REST = 0.2  # seconds before each call, until the threads of the one before have stopped waiting for more work
 
 
 @dataclass(frozen=True)
