@@ -66,7 +66,10 @@ def spark():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYSPARK_PYTHON", sys.executable)
         patch.setenv("SPARK_LOCAL_IP", "127.0.0.1")
-        session = SparkSession.builder.master("local[1]").config("spark.ui.enabled", "false").getOrCreate()
+        # Java compiles once, quickly: these jobs end before better code would pay.
+        java = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
+        made = SparkSession.builder.master("local[1]").config("spark.driver.extraJavaOptions", java)
+        session = made.config("spark.ui.enabled", "false").config("spark.sql.shuffle.partitions", 1).getOrCreate()
         yield session
         session.stop()
 
