@@ -23,8 +23,8 @@ from p2l_engine.tables.atomic import write_folder
 PACKAGES = ("transformers==4.57.6", "tokenizers==0.22.2", "huggingface-hub==0.36.2")  # 16 MB to download
 
 # Reads a job from each line of standard input, and writes its answer as a line of JSON to the file descriptor that its argument
-# names. {"folder": ..., "prompts": ...}: theta and eta in float32, all prompts in one padded batch. {"folder": ...,
-# "positions": ...}: cosines of RoPE at the last of so many positions.
+# names. {"folder": ..., "prompts": ...}: theta and eta in float32 and in float64, all prompts in one padded batch. {"folder":
+# ..., "positions": ...}: cosines of RoPE at the last of so many positions.
 READER = """
 import json, os, sys
 from pathlib import Path
@@ -71,12 +71,15 @@ def coefficients(folder, prompts):
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
         texts.append(text.replace(tokenizer.cls_token, "<cls>") + tokenizer.cls_token)
     batch = tokenizer(texts, return_tensors="pt", max_length=8192, padding="longest", truncation=True)
+    found = {"dtype": str(AutoConfig.from_pretrained(folder).torch_dtype)}
     with torch.no_grad():
-        states = model.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-        at_cls = states[batch["input_ids"] == tokenizer.cls_token_id]
-        eta = model.head.eta_head(at_cls).squeeze(-1).tolist() if training["head_type"] == "rk" else None
-        theta, config = model.head.head(at_cls).tolist(), AutoConfig.from_pretrained(folder)
-        return {"theta": theta, "eta": eta, "dtype": str(config.torch_dtype)}
+        for dtype in (torch.float32, torch.float64):
+            model = model.to(dtype)
+            states = model.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+            at_cls = states[batch["input_ids"] == tokenizer.cls_token_id]
+            eta = model.head.eta_head(at_cls).squeeze(-1).tolist() if training["head_type"] == "rk" else None
+            found[str(dtype)] = {"theta": model.head.head(at_cls).tolist(), "eta": eta}
+    return found
 
 def cosines(folder, positions):
     rope = LlamaRotaryEmbedding(AutoConfig.from_pretrained(folder))
