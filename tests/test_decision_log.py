@@ -547,6 +547,55 @@ def test_nothing_of_a_deleted_prompt_is_left_in_the_file(tmp_path):
     assert not any(b"a secret prompt" in file.read_bytes() for file in tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("how", ["another process", "this log", "retention"])
+def test_nothing_of_a_deleted_prompt_is_left_beside_a_server_that_runs(how, tmp_path, monkeypatch):
+    monkeypatch.setattr(logs, "HOUR", 0.05)
+
+    def left():
+        return [file.name for file in tmp_path.iterdir() if b"a secret prompt" in file.read_bytes()]
+
+    path, retention = tmp_path / "serve.sqlite", timedelta(days=1) if how == "retention" else None
+    with DecisionLog(path) as running, DecisionLog(path, retention=retention) as log:
+        for number in range(2_000):  # more than SQLite leaves in the write-ahead log
+            log.add(record(number, key="team-a", time=time.time() - 2 * 86_400, turns=("a secret prompt" * 20,)))
+        log.flush()
+        if how == "another process":
+            ended = p2l_engine("log", "delete", "--store", str(path), "--key", "team-a")
+            assert (ended.status, ended.err) == (0, "")
+        elif how == "this log":
+            log.delete(key="team-a")
+        _wait(lambda: not left() if how == "retention" else True)
+        assert left() == []
+        assert running.recent(9) == []
+
+
+def test_a_file_that_others_read_keeps_its_write_ahead_log(tmp_path):
+    path = tmp_path / "serve.sqlite"
+    store = LogStore(path, timeout=0.1)
+    store.add([row_of(record(0, turns=("a secret prompt",)))])
+    with sqlite3.connect(path) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT * FROM log_decision").fetchall()
+        assert store.delete(ALL).decisions == 1
+        assert not store.purge()
+        reader.execute("COMMIT")
+    assert store.purge()
+    assert not any(b"a secret prompt" in file.read_bytes() for file in tmp_path.iterdir())
+    store.close()
+
+
+def test_a_file_that_is_read_all_the_time_is_said(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(log_store.Database, "empty_log", lambda _: False)
+    path = tmp_path / "serve.sqlite"
+    with DecisionLog(path) as log:
+        log.add(record(0, key="team-a"))
+        assert log.delete(key="team-a").decisions == 1
+    assert caplog.messages == [logs.BUSY]
+    ended = p2l_engine("log", "delete", "--store", str(path), "--key", "team-a")
+    assert ended.status == 0
+    assert logs.BUSY in " ".join(ended.err.split())
+
+
 def test_retention_is_at_the_start_and_again(store, monkeypatch):
     now = time.time()
     monkeypatch.setattr(log_store, "PAGE", 4)

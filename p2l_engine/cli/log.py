@@ -61,14 +61,17 @@ def delete(
     ] = None,
 ) -> None:
     """Delete the decisions of a key, or before a time, with their feedback. Asks nothing."""
+    from p2l_engine.decision_log.log import BUSY
     from p2l_engine.decision_log.store import Selection
 
     if key is None and before is None:
         raise typer.BadParameter("expected one of them, or both", param_hint="--key, --before")
     which = Selection(None, _seconds(before, "--before"), key)
     with _opened(store) as log, status("deleting"):
-        found = log.delete(which)
+        found, purged = log.delete(which), log.purge()
     out().print(f"deleted: {found.decisions:,} decisions, {found.feedback:,} pieces of feedback", highlight=False)
+    if not purged:
+        note(BUSY, warning=True)
 
 
 def show(

@@ -23,6 +23,7 @@ BATCH = 50  # records that one transaction writes: preparing more would hold up 
 PAUSE = 0.02  # seconds between two looks at the queue
 LONGEST_PAUSE = 5.0  # while the store fails
 HOUR = 3600.0
+BUSY = "the log's file is in use all the time: it may hold what was deleted until its last process ends, or more is deleted"
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class DecisionLog:
         self.dropped = 0
         self._retention = None if retention is None else retention.total_seconds()
         self._retained = -HOUR  # monotonic time
+        self._retaining = False  # whether something was deleted since
         self._writer = threading.Thread(target=self._write, name="decision-log", daemon=True)
         self._writer.start()
 
@@ -177,7 +179,9 @@ class DecisionLog:
         until = None
         if before is not None:
             until = (before if before.tzinfo else before.replace(tzinfo=UTC)).timestamp()
-        return self._store.delete(Selection(until=until, key=key))
+        deleted = self._store.delete(Selection(until=until, key=key))
+        self._purge()
+        return deleted
 
     def _flush(self) -> None:
         if not self.flush():
@@ -232,11 +236,18 @@ class DecisionLog:
         if self._retention is None or time.monotonic() < self._retained + HOUR:
             return
         deleted = self._store.delete_page(Selection(until=time.time() - self._retention))
-        self._succeeds()
+        self._retaining = self._retaining or deleted.decisions > 0
         if deleted.decisions < PAGE:
-            self._retained = time.monotonic()
+            if self._retaining:
+                self._purge()
+            self._retained, self._retaining = time.monotonic(), False
         else:
             self._wake.set()
+        self._succeeds()
+
+    def _purge(self) -> None:
+        if not self._store.purge():
+            logger.warning(BUSY)
 
     def _succeeds(self) -> None:
         """The store works, and the queue was empty just now."""

@@ -136,7 +136,7 @@ class LogStore:
             connection.execute(sql.ADD_FEEDBACK, feedback_row(feedback))
 
     def delete(self, which: Selection) -> Deleted:
-        """Deletes decisions, with all feedback that names them."""
+        """Deletes decisions, with all feedback that names them. Call ``purge`` afterwards."""
         total = Deleted(0, 0)
         while True:
             found = self.delete_page(which)
@@ -155,6 +155,10 @@ class LogStore:
                 return Deleted(0, 0)
             feedback = connection.execute(sql.DELETE_FEEDBACK, ids).rowcount
             return Deleted(connection.execute(sql.DELETE, ids).rowcount, feedback)
+
+    def purge(self) -> bool:
+        """Removes what was deleted from an SQLite file and its write-ahead log; False where others keep them busy."""
+        return self._database.empty_log()
 
     def close(self) -> None:
         """Closes the connections."""

@@ -7,7 +7,7 @@ import random
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +45,7 @@ class Database:
     @contextmanager
     def begin(self) -> Iterator[Connection]:
         """A transaction: committed at the end of the block, rolled back by an exception."""
-        if self._pid != os.getpid():
-            _of_parents.append(self._engine)
-            self._start()
+        self._start_in_child()
         turns = self._turns
         if not turns.acquire(self._timeout):
             raise TimeoutError(f"store: this process's other transactions took longer than {self._timeout:g} s")
@@ -63,6 +61,30 @@ class Database:
         with self.begin() as connection:
             connection.execute(insert.on_conflict_do_nothing(), rows)
 
+    def empty_log(self) -> bool:
+        """Writes SQLite's write-ahead log into the file and empties it: both hold old copies of what was changed until then.
+
+        False where others read or write without a pause of their own for ``timeout`` seconds. PostgreSQL needs none.
+        """
+        if not self.is_sqlite:
+            return True
+        self._start_in_child()
+        deadline = time.monotonic() + self._timeout
+        if not self._turns.acquire(self._timeout):
+            return False
+        try:
+            with closing(self._engine.raw_connection()) as connection:
+                cursor = connection.cursor()
+                while cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:  # others use it
+                    if time.monotonic() > deadline:
+                        return False
+                    time.sleep(random.uniform(0.0002, 0.002))
+                return True
+        except sqlite3.Error as error:
+            raise OperationalError("PRAGMA wal_checkpoint", None, error) from None
+        finally:
+            self._turns.release()
+
     @staticmethod
     def has_failed(error: Exception) -> bool:
         """Whether an error is the database's own (it cannot be reached, is locked or full), whatever it was asked."""
@@ -72,6 +94,11 @@ class Database:
         """Closes the connections; a later transaction opens one again."""
         if self._pid == os.getpid():
             self._engine.dispose()
+
+    def _start_in_child(self) -> None:
+        if self._pid != os.getpid():
+            _of_parents.append(self._engine)
+            self._start()
 
     def _start(self) -> None:
         self._engine, self._turns, self._pid = self._connect(), FairSemaphore(self._connections), os.getpid()
