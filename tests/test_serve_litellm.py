@@ -150,6 +150,90 @@ def test_what_the_router_refuses_is_the_callers_error():
         assert caught.value.status == status
 
 
+def nested(depth):
+    found = 1
+    for _ in range(depth):
+        found = [found]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("more", "status", "match"),
+    [
+        ({"messages": [{"role": "user", "content": "x" * 2**20}]}, 413, "at most 1048576 bytes"),
+        ({"tools": nested(300)}, 400, "nested at most 250"),
+        ({"tools": nested(100_000)}, 400, "JSON .RecursionError"),
+        ({"tools": [object()]}, 400, "JSON .TypeError"),
+        ({"max_tokens": float("nan")}, 400, "JSON .ValueError"),
+        ({"p2l": "budget"}, 400, "p2l: expected an object, got str"),
+        ({"p2l": {"models": "small"}}, 400, "p2l.models: expected a list"),
+        ({"p2l": {"models": ["small", "smalll"]}}, 400, "p2l.models: expected models that the router knows"),
+        ({"p2l": {"budget": "0.01"}}, 400, "p2l.budget"),
+        ({"proxy_server_request": {"headers": {"x-p2l-session": "a\r\nb"}}}, 400, "x-p2l-session"),
+        ({"litellm_session_id": "a\r\nx-p2l-models: small"}, None, ""),
+        ({"litellm_session_id": "a\ud800\0" * 50_000}, None, ""),
+        ({"proxy_server_request": {"headers": {"x-p2l-models": " medium , "}}}, None, ""),
+    ],
+)
+def test_what_one_client_sends_leaves_the_router_to_the_others(more, status, match):
+    async def run():
+        async with MockProvider(PRICES) as provider, serving(config_for(provider, body_mb=1)) as server:
+            choice = ModelChoice(server.url, fallback="small")
+            refusal, data = None, {"model": "auto", "messages": HELLO, **more}
+            try:
+                await choice.set_model(data, "acompletion")
+            except Refusal as found:
+                refusal = found
+            other = {"model": "auto", "messages": HELLO}
+            await choice.set_model(other, "acompletion")
+            await choice.close()
+            return refusal, data["model"], other["model"]
+
+    refusal, own, other = asyncio.run(run())
+    assert other == "large"
+    if status is None:
+        assert refusal is None
+        assert own == ("medium" if "proxy_server_request" in more else "large")
+    else:
+        assert refusal.status == status
+        assert re.search(match, str(refusal))
+
+
+def test_the_routers_models_may_change_while_the_proxy_runs():
+    async def run():
+        found = []
+        async with MockProvider(PRICES) as provider:
+            before, after = (config_for(provider, {name: None}) for name in ("large", "small"))
+            choice = ModelChoice("http://127.0.0.1:1")
+            for config in (before, after):
+                async with serving(config) as server:
+                    choice.url = server.url
+                    data = {"model": "auto", "messages": HELLO}
+                    await choice.set_model(data, "acompletion", ["auto", "large", "medium", "small"])
+                    found.append((data["model"], data["fallbacks"]))
+                    await choice.close()
+        return found
+
+    assert asyncio.run(run()) == [("medium", ["small"]), ("large", ["medium"])]
+
+
+def test_models_that_the_router_refuses_are_asked_for_once_more_only():
+    asked = []
+
+    class Contradicting(ModelChoice):
+        async def _ask(self, method, path, body=None, headers=None):
+            asked.append(path)
+            if path == "/v1/models":
+                return {"data": [{"id": "small"}]}
+            raise Refusal(400, "p2l.models: expected models of the catalog", "p2l.models")
+
+    choice = Contradicting("http://127.0.0.1:1")
+    for _ in range(2):
+        with pytest.raises(Refusal, match="catalog"):
+            asyncio.run(choice.set_model({"model": "auto", "messages": HELLO}, "acompletion", ["auto", "small"]))
+    assert asked == ["/v1/models", "/v1/route", *["/v1/route", "/v1/models", "/v1/route"]]
+
+
 @pytest.mark.parametrize("failure", ["closed", "key", "slow", "other"])
 def test_a_router_that_fails_is_said_once_and_the_fallback_takes_over(failure, caplog):
     settings = {
@@ -198,10 +282,16 @@ def test_a_router_that_failed_is_left_alone_for_a_while():
     assert asyncio.run(run()) == ["small", "small", "large"]
 
 
-def test_without_a_fallback_or_with_one_that_the_key_may_not_use_requests_are_refused():
-    for settings, own in (({}, ()), ({"fallback": "large"}, ["auto", "small"])):
+def test_without_a_fallback_or_with_one_that_the_key_or_the_caller_does_not_allow_requests_are_refused():
+    headers = {"proxy_server_request": {"headers": {"x-p2l-models": "medium,small"}}}
+    for settings, own, more in (
+        ({}, (), {}),
+        ({"fallback": "large"}, ["auto", "small"], {}),
+        ({"fallback": "large"}, (), {"p2l": {"models": ["small"]}}),
+        ({"fallback": "large"}, (), headers),
+    ):
         with pytest.raises(Refusal, match="not available") as caught:
-            chosen({"model": "auto", "messages": HELLO}, own, url="http://127.0.0.1:1", **settings)
+            chosen({"model": "auto", "messages": HELLO, **more}, own, url="http://127.0.0.1:1", **settings)
         assert caught.value.status == 503
 
 
@@ -289,6 +379,35 @@ def test_a_router_in_this_process_keeps_budgets(router):
     with pytest.raises(Refusal, match="budget") as caught:
         in_process(router, {"model": "auto", "messages": HELLO, "p2l": {"budget": cheapest / 2}})
     assert caught.value.status == 402
+
+
+@pytest.mark.parametrize(
+    ("more", "match"),
+    [
+        ({"p2l": {"budget": "0.01"}}, "p2l.budget: expected USD >= 0, got '0.01'"),
+        ({"p2l": {"budget": True}}, "p2l.budget"),
+        ({"p2l": {"budget": float("nan")}}, "p2l.budget"),
+        ({"proxy_server_request": {"headers": {"x-p2l-budget": "much"}}}, "p2l.budget"),
+        ({"p2l": {"objective": "bt"}}, "p2l.objective: expected only budget, models, session here"),
+        ({"proxy_server_request": {"headers": {"x-p2l-objective": "bt"}}}, "p2l.objective"),
+        ({"p2l": {"bugdet": 1}}, "p2l.bugdet"),
+        ({"messages": 5}, "messages: expected a list, got int"),
+    ],
+)
+def test_wishes_that_a_router_in_this_process_cannot_meet_are_refused(router, more, match):
+    with pytest.raises(Refusal, match=match) as caught:
+        in_process(router, {"model": "auto", "messages": HELLO, **more}, fallback="small")
+    assert caught.value.status == 400
+
+
+def test_a_router_in_this_process_reads_headers_too(router):
+    cheapest = min(router.costs)
+    request = {"headers": {"X-P2L-Budget": str(cheapest * 1.5), "x-p2l-session": "s", "x-session-id": "t"}}
+    data = in_process(router, {"model": "auto", "messages": HELLO, "proxy_server_request": request})
+    assert data["metadata"]["p2l"]["expected_cost"] <= cheapest * 1.5 * (1 + 1e-9)
+    request = {"headers": {"x-p2l-models": router.names[1]}}
+    data = in_process(router, {"model": "auto", "messages": HELLO, "proxy_server_request": request})
+    assert data["model"] == router.names[1]
 
 
 def test_a_router_in_this_process_that_breaks_falls_back(caplog):
@@ -418,13 +537,17 @@ def test_a_litellm_proxy_goes_where_the_router_says_and_on_without_it(litellm_py
                 else:
                     text = raw.parse().choices[0].message.content
                 found.append((raw.headers.get("x-p2l-model"), raw.headers.get("x-p2l-decision"), len(text.split())))
-            await create(model="medium", messages=HELLO)
+            written = {"metadata": {"p2l": {"model": "mine", "id": "dec_1"}}}
+            raw = await raw_create(model="medium", messages=HELLO, extra_body=written)
+            assert "x-p2l-model" not in raw.headers
             await create(model="auto", messages=HELLO, extra_body={"p2l": {"models": ["small"]}})
             with pytest.raises(openai.APIStatusError) as caught:
                 await create(model="auto", messages=HELLO, extra_body={"p2l": {"budget": 1e-12}})
             models = {model.id async for model in client.models.list()}
             records, to = list(server.records), sent(provider)
 
+            raw = await raw_create(model="auto", messages=HELLO, extra_body={"litellm_session_id": "line 1\nline 2"})
+            assert raw.headers["x-p2l-decision"] == server.records[-1].id
             limited = {"models": ["large", "medium"]}
             await create(model="auto", messages=HELLO, extra_body={"p2l": limited})
             best = server.records[-1].chosen

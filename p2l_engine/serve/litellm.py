@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import fnmatch
+import json
 import logging
+import math
 import os
+import re
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
@@ -33,8 +36,11 @@ READ = (
 SESSION_HEADERS = (
     "x-session-id", "x-conversation-id", "x-openwebui-chat-id", "x-librechat-conversation-id", "x-claude-code-session-id",
 )  # fmt: skip
+IN_PROCESS = frozenset({"budget", "models", "session"})  # wishes that a router in this process can meet; it has no sessions
+CONTROL = re.compile("[\x00-\x08\x0a-\x1f\x7f]")  # no HTTP client sends these in a header
+MODELS_SECONDS = 60.0  # for which the router's list of models is taken to be the same
 EXPLAINED = ("policy", "propensity", "propensity_error", "expected_cost", "win_rate", "why")  # of a decision, for logs
-REFUSED = (400, 402)  # what the router says of the request itself; any other error is the router's own
+REFUSED = (400, 402, 413)  # what the router says of the request itself; any other error is the router's own
 NOT_KEPT = ("previous_response_not_found", "not_found")  # codes of a 404 that is the request's too
 EVERY_MODEL = frozenset({"*", "all-proxy-models", "all-team-models"})
 
@@ -52,15 +58,19 @@ class Decides(Protocol):
 
 
 class Refusal(Exception):
-    """The request itself cannot be routed; it is answered with this status. status: HTTP."""
+    """The request itself cannot be routed; it is answered with this status. status: HTTP; param: what is wrong with it."""
 
-    def __init__(self, status: int, message: str) -> None:
+    def __init__(self, status: int, message: str, param: str | None = None) -> None:
         super().__init__(message)
-        self.status = status
+        self.status, self.param = status, param
 
 
 class RouterFailed(Exception):
     """No decision could be had from the router."""
+
+
+class Decided(dict[str, Any]):
+    """A decision in a request's metadata: what a client writes there itself is none."""
 
 
 class ModelChoice:
@@ -96,7 +106,7 @@ class ModelChoice:
         self.timeout, self.pause, self.fallbacks = timeout, pause, fallbacks
         self._asked_again_at, self._failing = 0.0, False
         self._session: aiohttp.ClientSession | None = None
-        self._known = list[str]()
+        self._known, self._known_until = list[str](), -math.inf
 
     async def set_model(self, data: dict[str, Any], call_type: str, own: Iterable[str] = ()) -> None:
         """Replaces the alias in a request by a model, and notes the decision in its metadata under ``p2l``.
@@ -106,17 +116,18 @@ class ModelChoice:
         if data.get("model") != self.alias or call_type not in CALLS:
             return
         own = [] if set(own) <= {self.alias} or EVERY_MODEL & set(own) else list(own)
-        wishes = data.pop("p2l", None)  # no provider knows it
+        wishes = _wishes(data)
         try:
-            decision = await self._decision(data, wishes if isinstance(wishes, dict) else {}, own)
+            decision = await self._decision(data, wishes, own)
         except RouterFailed as failed:
             if self._asked_again_at <= time.monotonic():
                 self._asked_again_at = time.monotonic() + self.pause
-            if self.fallback is None or not _permitted(self.fallback, own):
+            wished = [self._theirs(name) for name in wishes.get("models") or ()]
+            if self.fallback is None or not _permitted(self.fallback, own) or (wished and self.fallback not in wished):
                 raise Refusal(503, f"the router of {self.alias!r} is not available: {failed}") from None
             if not self._failing:
                 logger.warning("the router failed (%s): requests for %r go to %r", failed, self.alias, self.fallback)
-            self._failing, decision = True, {"model": self.fallback, "fallbacks": [], "why": "the router failed"}
+            self._failing, decision = True, Decided(model=self.fallback, fallbacks=[], why="the router failed")
         else:
             if self._failing:
                 logger.warning("the router decides again: requests for %r are routed", self.alias)
@@ -131,39 +142,49 @@ class ModelChoice:
         if self._session is not None:
             await self._session.close()
 
-    async def _decision(self, data: Mapping[str, Any], wishes: dict[str, Any], own: list[str]) -> dict[str, Any]:
+    async def _decision(self, data: Mapping[str, Any], wishes: dict[str, Any], own: list[str]) -> Decided:
         if self._asked_again_at > time.monotonic():
             raise RouterFailed("it failed a moment ago")
-        headers, allowed = _headers(data), None
-        if "models" not in wishes and "x-p2l-models" in headers:
-            wishes = {**wishes, "models": [name.strip() for name in headers["x-p2l-models"].split(",")]}
-        wished = wishes.get("models")
-        if own or wished is not None:
-            known = await self._models() if self.router is None else list(self.router.names)
-            allowed = [name for name in known if _permitted(self._theirs(name), own)]
-            if not allowed:
-                raise Refusal(400, f"{self.alias}: the router knows none of the models that this key may use")
-            allowed = [name for name in allowed if not isinstance(wished, list) or name in wished]
-            if not allowed:
-                raise Refusal(400, "p2l.models: expected models that the router knows and this key may use")
-            wishes = {**wishes, "models": allowed}
+        headers, allowed, began = _headers(data), None, time.monotonic()
+        if own or wishes.get("models") is not None:
+            allowed = await self._allowed(own, wishes.get("models"))
         if self.router is not None:
-            return await self._in_process(self.router, data, wishes.get("budget"), allowed)
+            return await self._in_process(self.router, data, _budget_in_process(wishes, headers), allowed)
         body = {name: data[name] for name in READ if data.get(name) is not None}
         metadata = data.get("metadata")
         if isinstance(metadata, dict) and isinstance(metadata.get("user_id"), str):
             body["metadata"] = {"user_id": metadata["user_id"]}
-        found = await self._ask("POST", "/v1/route", {**body, "model": "auto", "p2l": wishes}, headers)
+        sent = wishes if allowed is None else {**wishes, "models": allowed}
+        try:
+            found = await self._ask("POST", "/v1/route", {**body, "model": "auto", "p2l": sent}, headers)
+        except Refusal as refusal:
+            if refusal.param != "p2l.models" or allowed is None or self._known_until >= began + MODELS_SECONDS:
+                raise
+            self._known_until = -math.inf  # its models may be others by now
+            return await self._decision(data, wishes, own)
         model, after = found.get("model"), found.get("fallbacks")
         if not isinstance(model, str) or not model:
             raise RouterFailed("its answer names no model")
         after = [self._theirs(name) for name in after if isinstance(name, str)] if isinstance(after, list) else []
         kept = ("id", *EXPLAINED)
-        return {"model": self._theirs(model), "fallbacks": after, **{name: found[name] for name in kept if name in found}}
+        explained = {name: found[name] for name in kept if name in found}
+        return Decided(model=self._theirs(model), fallbacks=after, **explained)
+
+    async def _allowed(self, own: list[str], wished: list[str] | None) -> list[str]:
+        """The router's models that a key may use and its request wishes for. Raises Refusal."""
+        known = await self._models() if self.router is None else list(self.router.names)
+        allowed = [name for name in known if _permitted(self._theirs(name), own)]
+        if not allowed:
+            raise Refusal(400, f"{self.alias}: the router knows none of the models that this key may use")
+        if wished is not None:
+            allowed = [name for name in allowed if name in wished]
+            if not allowed or not set(wished) <= set(known):
+                raise Refusal(400, "p2l.models: expected models that the router knows and this key may use", "p2l.models")
+        return allowed
 
     async def _in_process(
         self, router: Decides, data: Mapping[str, Any], budget: float | None, allowed: list[str] | None
-    ) -> dict[str, Any]:
+    ) -> Decided:
         turns = _turns(data)
         try:
             if allowed is None:
@@ -181,14 +202,16 @@ class ModelChoice:
         except Exception as error:
             raise RouterFailed(f"{type(error).__name__}: {error}") from error
         kept = {name: getattr(found, name) for name in EXPLAINED if hasattr(found, name)}
-        return {"model": self._theirs(found.model), "fallbacks": [], **kept}
+        return Decided(model=self._theirs(found.model), fallbacks=[], **kept)
 
     async def _models(self) -> list[str]:
-        """The router's models, asked for once."""
-        if not self._known:
+        """The router's models, asked for once a minute."""
+        if time.monotonic() >= self._known_until:
             entries = (await self._ask("GET", "/v1/models")).get("data")
             entries = entries if isinstance(entries, list) else []
-            self._known = [entry["id"] for entry in entries if isinstance(entry, dict) and entry.get("id") != "auto"]
+            names = [entry.get("id") for entry in entries if isinstance(entry, dict)]
+            self._known = [name for name in names if isinstance(name, str) and name != "auto"]
+            self._known_until = time.monotonic() + MODELS_SECONDS
         return self._known
 
     async def _ask(
@@ -199,9 +222,12 @@ class ModelChoice:
             self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=self.timeout))
         own = {} if self.key is None else {"authorization": f"Bearer {self.key}"}
         try:
-            async with self._session.request(
-                method, f"{self.url}{path}", json=body, headers={**(headers or {}), **own}
-            ) as answer:
+            text = None if body is None else json.dumps(body, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise Refusal(400, f"the request cannot be written as JSON ({type(error).__name__})") from None
+        sent = {**(headers or {}), **own, **({} if text is None else {"content-type": "application/json"})}
+        try:
+            async with self._session.request(method, f"{self.url}{path}", data=text, headers=sent) as answer:
                 found, status = await answer.json(content_type=None), answer.status
         except TimeoutError:
             raise RouterFailed(f"no answer within {self.timeout:g} s") from None
@@ -211,10 +237,10 @@ class ModelChoice:
         if status == 200:
             return found
         problem = found.get("error")
-        message = str(problem.get("message") if isinstance(problem, dict) else f"status {status}")[:500]
-        code = problem.get("code") if isinstance(problem, dict) else None
-        if status in REFUSED or (status == 404 and code in NOT_KEPT):
-            raise Refusal(status, message)
+        problem = problem if isinstance(problem, dict) else {}
+        message = str(problem.get("message", f"status {status}"))[:500]
+        if status in REFUSED or (status == 404 and problem.get("code") in NOT_KEPT):
+            raise Refusal(status, message, problem.get("param"))
         raise RouterFailed(f"{path} answered {status}: {message}")
 
     def _theirs(self, name: str) -> str:
@@ -235,6 +261,8 @@ def _turns(data: Mapping[str, Any]) -> list[str]:
     given = data.get("messages") or data.get("input") or ""
     if isinstance(given, str):
         return [given]
+    if not isinstance(given, list):
+        raise Refusal(400, f"messages: expected a list, got {type(given).__name__}", "messages")
     user, other = list[str](), [str(data[name]) for name in ("system", "instructions") if data.get(name)]
     for message in given:
         parts = message.get("content") if isinstance(message, dict) else None
@@ -252,15 +280,53 @@ def _permitted(name: str, own: list[str]) -> bool:
 
 
 def _headers(data: Mapping[str, Any]) -> dict[str, str]:
-    """Of the client's headers, those that the router reads."""
+    """Of the client's headers, those that the router reads. Raises Refusal."""
+    found = {name: value for name, value in _given(data).items() if name.startswith("x-p2l-") or name in SESSION_HEADERS}
+    for name, value in found.items():
+        if CONTROL.search(value):
+            raise Refusal(400, f"{name}: expected text without control characters", name)
+    return found
+
+
+def _given(data: Mapping[str, Any]) -> dict[str, str]:
     request = data.get("proxy_server_request")
     given = request.get("headers") if isinstance(request, dict) else None
-    lower = {str(name).lower(): str(value) for name, value in given.items()} if isinstance(given, dict) else {}
-    found = {name: value for name, value in lower.items() if name.startswith("x-p2l-") or name in SESSION_HEADERS}
-    session = data.get("litellm_session_id") or lower.get("x-litellm-session-id")
-    if session:
-        found.setdefault("x-p2l-session", str(session))
-    return found
+    return {str(name).lower(): str(value) for name, value in given.items()} if isinstance(given, dict) else {}
+
+
+def _wishes(data: dict[str, Any]) -> dict[str, Any]:
+    """What a request asks of the router, taken out of its body: no provider knows it. Raises Refusal."""
+    found, given = data.pop("p2l", None), _given(data)
+    if not isinstance(found, dict | None):
+        raise Refusal(400, f"p2l: expected an object, got {type(found).__name__}", "p2l")
+    wishes = {name: value for name, value in (found or {}).items() if value is not None}
+    if "models" not in wishes and "x-p2l-models" in given:
+        wishes["models"] = [name.strip() for name in given["x-p2l-models"].split(",") if name.strip()]
+    models = wishes.get("models", [])
+    if not (isinstance(models, list) and all(isinstance(name, str) for name in models)):
+        raise Refusal(400, "p2l.models: expected a list of names of models", "p2l.models")
+    session = data.get("litellm_session_id") or given.get("x-litellm-session-id")
+    if session and "session" not in wishes and "x-p2l-session" not in given:  # any text, which no header may be
+        wishes["session"] = str(session).encode("utf-8", "replace").decode()
+    return wishes
+
+
+def _budget_in_process(wishes: Mapping[str, Any], headers: Mapping[str, str]) -> float | None:
+    """The budget that a request wishes for. Raises Refusal where it wishes for what a router in this process cannot do."""
+    asked = set(wishes) | {name.removeprefix("x-p2l-").replace("-", "_") for name in headers if name.startswith("x-p2l-")}
+    if others := sorted(asked - IN_PROCESS):
+        raise Refusal(400, f"p2l.{others[0]:.40}: expected only {', '.join(sorted(IN_PROCESS))} here", "p2l")
+    budget = wishes.get("budget")
+    if budget is None and "x-p2l-budget" in headers:
+        try:
+            budget = float(headers["x-p2l-budget"])
+        except ValueError:
+            budget = headers["x-p2l-budget"]
+    if budget is not None and (
+        isinstance(budget, bool | str) or not isinstance(budget, int | float) or not 0 <= budget < math.inf
+    ):
+        raise Refusal(400, f"p2l.budget: expected USD >= 0, got {budget!r:.40}", "p2l.budget")
+    return None if budget is None else float(budget)
 
 
 def callback(choice: ModelChoice | None = None, **settings: Any) -> Any:
@@ -291,10 +357,10 @@ def callback(choice: ModelChoice | None = None, **settings: Any) -> Any:
             self, data: dict[str, Any], user_api_key_dict: Any, response: Any, request_headers: Any = None, **more: Any
         ) -> dict[str, str] | None:
             decision = metadata_of(data).get("p2l")
-            if not isinstance(decision, dict):
+            if not isinstance(decision, Decided):
                 return None
             shown = {"x-p2l-model": decision["model"], "x-p2l-decision": decision.get("id")}
-            return {name: str(value) for name, value in shown.items() if value is not None}
+            return {k: str(v).encode("ascii", "backslashreplace").decode() for k, v in shown.items() if v is not None}
 
     return P2LRouter()
 
