@@ -585,7 +585,7 @@ def test_a_file_that_others_read_keeps_its_write_ahead_log(tmp_path):
 
 
 def test_a_file_that_is_read_all_the_time_is_said(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(log_store.Database, "empty_log", lambda _: False)
+    monkeypatch.setattr(log_store.Database, "empty_log", lambda *_: False)
     path = tmp_path / "serve.sqlite"
     with DecisionLog(path) as log:
         log.add(record(0, key="team-a"))

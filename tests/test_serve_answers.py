@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from bench.mock_provider import MockProvider
 from p2l_engine.apis.api import Usage
 from p2l_engine.serve import answers as answers_module
+from p2l_engine.serve import runtime as runtime_module
 from p2l_engine.serve.answer_stores import OVERHEAD, InFile, InMemory, InRedis
 from p2l_engine.serve.answers import Answers, CachedAnswer, decode, encode, key_of, open_answers
 from p2l_engine.serve.settings import AnswerCache, ConfigError, parse
@@ -251,6 +252,72 @@ def test_a_file_forgets_what_is_too_old(tmp_path):
     with sqlite3.connect(tmp_path / "a.sqlite") as connection:
         assert connection.execute("SELECT key, size FROM cached_answer").fetchall() == [("new", 1 + OVERHEAD)]
     assert b"secret" not in (tmp_path / "a.sqlite").read_bytes()
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_file_forgets_what_is_too_old_without_new_answers_too(again, tmp_path):
+    """Beside another process that has the file open; also where the server was started again meanwhile."""
+    clock = Clock()
+
+    def left():
+        return [file.name for file in tmp_path.iterdir() if b"secret" in file.read_bytes()]
+
+    async def one():
+        path = str(tmp_path / "a.sqlite")
+        store, other = (InFile(path, 10, 2**20, clock) for _ in range(2))
+        for i in range(300):
+            await store.put(str(i), b"secret" * 100)
+        assert left()
+        clock.now += 11
+        if again:
+            await store.close()
+            store = InFile(path, 10, 2**20, clock)
+        await store.prune()
+        assert left() == []
+        await store.close()
+        await other.close()
+
+    asyncio.run(one())
+
+
+def test_memory_forgets_what_is_too_old():
+    clock = Clock()
+
+    async def one():
+        store = InMemory(10, 2**20, clock)
+        await store.put("old", b"1")
+        clock.now += 9
+        await store.put("new", b"22")
+        clock.now += 1
+        await store.prune()
+        assert (store.size, await store.get("new")) == (2 + OVERHEAD, b"22")
+
+    asyncio.run(one())
+
+
+def test_a_server_removes_answers_that_are_too_old(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(runtime_module, "SWEEP", 0.05)
+    path = tmp_path / "answers.sqlite"
+
+    def rows():
+        with sqlite3.connect(path) as connection:
+            return connection.execute("SELECT count(*) FROM cached_answer").fetchone()[0]
+
+    async def run(provider, server):
+        await ask(server.url, "chat", body_for("chat"))
+        await stored(server)
+        async with asyncio.timeout(30):
+            while rows():
+                await asyncio.sleep(0.02)
+            path.rename(tmp_path / "moved")  # a store that fails stops no sweep
+            path.mkdir()
+            server.runtime.server.answers._store._database.close()
+            while not caplog.messages:
+                await asyncio.sleep(0.02)
+        assert not any(task.done() for task in asyncio.all_tasks())
+
+    served(run, {"store": str(path), "seconds": 0.2})
+    assert "the store of answers" in caplog.messages[0]
 
 
 @pytest.mark.store

@@ -9,7 +9,22 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
-from sqlalchemy import Column, Float, Index, Integer, LargeBinary, MetaData, String, Table, bindparam, delete, func, select
+from sqlalchemy import (
+    Column,
+    Connection,
+    Delete,
+    Float,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    bindparam,
+    delete,
+    func,
+    select,
+)
 from sqlalchemy.dialects.sqlite import insert
 
 from p2l_engine.spending.database import Database
@@ -54,6 +69,9 @@ class AnswerStore(Protocol):
     async def put(self, key: str, data: bytes) -> None:
         """Stores an entry, in place of an earlier one."""
 
+    async def prune(self) -> None:
+        """Removes what is too old."""
+
     async def close(self) -> None:
         """Ends threads and connections."""
 
@@ -84,6 +102,11 @@ class InMemory:
         while self.size > self._most:
             self._drop(next(iter(self._entries)))
 
+    async def prune(self) -> None:
+        now = self._clock()
+        for key in [key for key, (expires, _) in self._entries.items() if expires <= now]:
+            self._drop(key)
+
     async def close(self) -> None:
         self._entries.clear()
         self.size = 0
@@ -103,12 +126,16 @@ class InFile:
         self._seconds, self._most, self._clock = seconds, most, clock
         self._database = Database(path, TABLES, fsync=False, timeout=LOCK)
         self._thread = ThreadPoolExecutor(1, "p2l-answers")
+        self._deleted = False  # since the write-ahead log was emptied
 
     async def get(self, key: str) -> bytes | None:
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._get, key)
 
     async def put(self, key: str, data: bytes) -> None:
         await asyncio.get_running_loop().run_in_executor(self._thread, self._put, key, data)
+
+    async def prune(self) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._prune)
 
     async def close(self) -> None:
         await asyncio.to_thread(self._thread.shutdown)
@@ -122,12 +149,21 @@ class InFile:
     def _put(self, key: str, data: bytes) -> None:
         with self._database.begin() as connection:
             living = self._living()  # once the file is this process's: entries of others, who had it before, are older
-            connection.exec_driver_sql("PRAGMA secure_delete=ON")  # answers must not stay in free pages
-            connection.execute(DELETE_EXPIRED, living)
+            self._delete(connection, DELETE_EXPIRED, living)
             entry = {"key": key, "expires": living["latest"], "size": len(data) + OVERHEAD, "data": data}
             connection.execute(PUT, entry)
             if int(connection.scalar(SIZE) or 0) > self._most:
-                connection.execute(DELETE_OLDEST, {"kept": int(self._most * KEPT)})
+                self._delete(connection, DELETE_OLDEST, {"kept": int(self._most * KEPT)})
+
+    def _prune(self) -> None:
+        with self._database.begin() as connection:
+            self._delete(connection, DELETE_EXPIRED, self._living())
+        if self._deleted and self._database.empty_log(timeout=0):  # requests wait for this thread
+            self._deleted = False
+
+    def _delete(self, connection: Connection, which: Delete, values: dict[str, Any]) -> None:
+        connection.exec_driver_sql("PRAGMA secure_delete=ON")  # answers must not stay in free pages
+        self._deleted = connection.execute(which, values).rowcount > 0 or self._deleted
 
     def _living(self) -> dict[str, float]:
         now = self._clock()
@@ -161,6 +197,9 @@ class InRedis:
 
     async def put(self, key: str, data: bytes) -> None:
         await self._client.set(PREFIX + key, data, px=self._lifetime)
+
+    async def prune(self) -> None:
+        """redis does so itself."""
 
     async def close(self) -> None:
         await self._client.aclose()

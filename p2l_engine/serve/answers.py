@@ -104,6 +104,13 @@ class Answers:
         self._putting.add(task)
         task.add_done_callback(self._putting.discard)
 
+    async def prune(self) -> None:
+        """Removes answers that are too old from the store."""
+        try:
+            await self._store.prune()
+        except Exception as error:
+            self._failed(error)
+
     async def drain(self) -> None:
         """Waits until everything is stored, or could not be."""
         while self._putting:

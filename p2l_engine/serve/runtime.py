@@ -44,7 +44,7 @@ from p2l_engine.serve.upstream import Upstream
 
 logger = logging.getLogger(__name__)
 
-SWEEP = 60.0  # seconds between sweeps of what dead processes have reserved
+SWEEP = 60.0  # seconds between sweeps of what dead processes have reserved, and of answers that are too old
 NOT_ON_A_CLUSTER = (
     "serve.learn: works on one machine alone: replicas on a cluster would each learn something else; serve without --ray, or "
     "learn from the log export with 'p2l-engine adapt'"
@@ -221,6 +221,8 @@ class Runtime:
                 await self.server.service.spending.sweep()
             except SQLAlchemyError as error:
                 logger.error("reservations of dead processes are not counted yet: the store fails (%s)", type(error).__name__)
+            if self.server.answers is not None:
+                await self.server.answers.prune()
             await asyncio.sleep(SWEEP)
 
 

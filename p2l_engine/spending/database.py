@@ -61,16 +61,18 @@ class Database:
         with self.begin() as connection:
             connection.execute(insert.on_conflict_do_nothing(), rows)
 
-    def empty_log(self) -> bool:
+    def empty_log(self, timeout: float | None = None) -> bool:
         """Writes SQLite's write-ahead log into the file and empties it: both hold old copies of what was changed until then.
 
-        False where others read or write without a pause of their own for ``timeout`` seconds. PostgreSQL needs none.
+        timeout: seconds to wait for others that use it; None: as for a lock. False where they use it all the time. PostgreSQL
+        has no such copies.
         """
         if not self.is_sqlite:
             return True
         self._start_in_child()
-        deadline = time.monotonic() + self._timeout
-        if not self._turns.acquire(self._timeout):
+        timeout = self._timeout if timeout is None else timeout
+        deadline = time.monotonic() + timeout
+        if not self._turns.acquire(timeout):
             return False
         try:
             with closing(self._engine.raw_connection()) as connection:
