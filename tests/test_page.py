@@ -691,6 +691,53 @@ class TestFailures:
         page.wait_for_timeout(2500)
         assert len(opened.stub.polls) == polls  # without a key it does not knock again and again
 
+    @pytest.mark.parametrize("how", ["forgotten", "revoked", "forgotten while the server is away"])
+    def test_what_a_key_was_told_goes_with_it(self, opened, how):
+        opened = opened(Stub(key="secret-7"), faults=True)
+        page, stub = opened.page, opened.stub
+        page.fill("#key", "secret-7")
+        page.press("#key", "Enter")
+        page.locator("#connection[data-state=live]").wait_for()
+        opened.rank()
+        assert stub.candidates[0].model in opened.text("main")
+        if how == "revoked":
+            stub.key = "other"
+        else:
+            if "away" in how:
+                page.context.set_offline(True)
+            page.locator("#forget").click()
+        page.locator("#live-empty").wait_for()
+        if "away" not in how:
+            page.locator("#key-form").wait_for()
+        for selector in ("#live-view", "#results"):
+            assert page.locator(selector).is_hidden()
+        shown = page.locator("body").evaluate("e => [...e.querySelectorAll('main, footer')].map((e) => e.textContent).join()")
+        assert not any(candidate.model in shown for candidate in stub.candidates)
+        assert "$" not in opened.text("main")
+        page.context.set_offline(False)
+        page.locator("#key-form").wait_for()
+        page.fill("#key", stub.key)
+        page.press("#key", "Enter")
+        page.locator("#live-view").wait_for()
+        page.locator("#results").wait_for()  # the prompt is still there
+        assert stub.candidates[0].model in opened.text("main")
+
+    def test_an_answer_to_an_earlier_key_is_dropped(self, opened):
+        opened = opened(Stub(key="secret-7"), faults=True)
+        page, stub = opened.page, opened.stub
+        page.locator("#key-form").wait_for()
+        page.fill("#key", "secret-6")
+        stub.slow = True
+        page.press("#key", "Enter")  # its refusal comes after the next key
+        while len(stub.polls) < 2:
+            page.wait_for_timeout(10)
+        page.evaluate("key => { $('key').value = key; useKey(new Event('submit')); }", "secret-7")
+        stub.slow = False
+        page.locator("#connection[data-state=live]").wait_for()
+        page.wait_for_timeout(100)
+        assert page.locator("#key-form").is_hidden()
+        assert page.locator("#live-view").is_visible()
+
     def test_hostile_names_are_text(self, opened):
         for viewport in (WIDE, NARROW):
             page = opened(Stub(candidates=HOSTILE), viewport=viewport)
@@ -755,6 +802,15 @@ class TestLive:
         assert opened.text("#recent-empty") == "None yet."
         assert opened.text("#spending") == "No limit and no mean budget is set."
         assert opened.text("#healthy summary") == "9 models without trouble"
+
+    def test_a_request_that_no_model_took_and_a_single_vote(self, opened):
+        stub = Stub()
+        stub.recent = [{**stub.status()["recent"][0], "model": "", "outcome": "refused", "status": 400, "win_rate": None}]
+        stub.learning = {"learned": 1, "waiting": 0, "failures": 1}
+        opened = opened(stub)
+        opened.page.locator("#live-view").wait_for()
+        assert opened.text("#recent .name") == "none"
+        assert "Learned from 1 vote, 1 failure." in opened.text("footer")
 
     def test_unusual_amounts(self, opened):
         limit = {"limit": "none at all", "amount": 0.0, "spent": 0.0, "reserved": 0.0, "left": 0.0, "ends": None}

@@ -97,6 +97,8 @@ class Stub:
     polls: list[float] = field(default_factory=list)  # when the status was asked for
     headers: list[dict[str, str]] = field(default_factory=list)  # of all requests, with their address
     unit: str = "USD"
+    slow: bool = False  # whether the status waits
+    learning: dict[str, int] | None = None
 
     # ---- What it knows of a prompt ----
 
@@ -187,6 +189,7 @@ class Stub:
             "limits": self.limits,
             "pacer": self.pacer,
             "coefficient_cache": {"hits": 912, "misses": 288},
+            "learning": self.learning,
             "recent": self._decisions() if self.recent is None else self.recent,
         }
 
@@ -271,7 +274,10 @@ def app(stub: Stub) -> Starlette:
 
     async def status(request: Request) -> Response:
         stub.polls.append(time.monotonic())
-        return refused(request) or JSONResponse(stub.status())
+        answer = refused(request) or JSONResponse(stub.status())
+        while stub.slow:
+            await asyncio.sleep(0.01)
+        return answer
 
     return Starlette(
         routes=[Route("/", index), Route("/v1/route", route, methods=["POST"]), Route("/v1/status", status)],
