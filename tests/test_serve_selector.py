@@ -97,6 +97,28 @@ def test_bodies_over_the_limit_are_refused():
     assert (status, set(found)) == (413, {"error"})
 
 
+def test_a_body_that_does_not_come_is_not_waited_for():
+    async def run():
+        config = config_for("http://127.0.0.1:1/v1", timeouts={"idle": 0.2})
+        async with serving(config) as server:
+            reader, writer = await asyncio.open_connection("127.0.0.1", int(server.url.rpartition(":")[2]))
+            writer.write(b'POST /route HTTP/1.1\r\nhost: a\r\ncontent-length: 100\r\n\r\n{"query": ')
+            try:
+                head = await asyncio.wait_for(reader.readline(), 20)
+            finally:
+                writer.close()
+            return head, server.runtime.server.running
+
+    head, running = asyncio.run(run())
+    assert head.startswith(b"HTTP/1.1 408 ")
+    assert running == 0
+
+
+def test_a_body_that_is_compressed_is_refused():
+    ((status, found),), _ = asked({"query": "a"}, headers={"content-encoding": "gzip"})
+    assert (status, set(found)) == (415, {"error"})
+
+
 def test_keys_and_budgets_hold_here_too():
     ((status, _),), _ = asked({"query": "Hello"}, keys=KEYS)
     assert status == 401

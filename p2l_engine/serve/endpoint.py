@@ -57,7 +57,7 @@ class Endpoint(ABC):
         try:
             key = self.server.service.gate.caller(headers)
             serve = self.server.service.plan.serve
-            body = _object(await _body(receive, headers, int(serve.body_mb * 2**20), serve.timeouts.idle))
+            body = _object(await read_body(receive, headers, int(serve.body_mb * 2**20), serve.timeouts.idle))
             api = self.api or shaped_like(body)
             await _until_left(self.handle(api, body, headers, key, sending), receive)
         except ClientLeft:
@@ -121,7 +121,7 @@ def _object(body: bytes) -> dict[str, Any]:
     return found
 
 
-async def _body(receive: Receive, headers: Mapping[str, str], most: int, idle: float) -> bytes:
+async def read_body(receive: Receive, headers: Mapping[str, str], most: int, idle: float) -> bytes:
     """The request's body. idle: seconds that a piece may take. Raises TooLarge, ClientLeft, BadRequest."""
     if (coding := headers.get("content-encoding", "identity").lower()) != "identity":
         raise BadRequest(f"content-encoding: expected a body that is not compressed, got {coding:.20}", status=415)

@@ -9,12 +9,13 @@ import re
 from typing import TYPE_CHECKING, Any
 
 import orjson
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from p2l_engine.apis.ask import BadRequest
 from p2l_engine.apis.registry import APIS
+from p2l_engine.serve.endpoint import ClientLeft, read_body
 from p2l_engine.serve.gate import Unauthorized
 from p2l_engine.serve.scorer import Overloaded
 from p2l_engine.serve.service import Refused
@@ -33,7 +34,7 @@ def routes(server: Server) -> list[BaseRoute]:
         server.running += 1
         try:
             return Response(orjson.dumps(await _selected(server, request)), media_type="application/json")
-        except ClientDisconnect:
+        except ClientLeft:
             return Response(status_code=400)  # the client is gone
         except Unauthorized as error:
             return _error(401, str(error))
@@ -55,7 +56,8 @@ def routes(server: Server) -> list[BaseRoute]:
 async def _selected(server: Server, request: Request) -> dict[str, Any]:
     service = server.service
     key = service.gate.caller(request.headers)
-    task, models = _query(await _body(request, int(service.plan.serve.body_mb * 2**20)))
+    serve = service.plan.serve
+    task, models = _query(await read_body(request.receive, request.headers, int(serve.body_mb * 2**20), serve.timeouts.idle))
     options: dict[str, Any] = {}
     if models is not None:
         known = [name for name in models if name in service.plan.index]
@@ -84,16 +86,6 @@ def _query(body: bytes) -> tuple[str, list[str] | None]:
     if match is None:
         return query, None
     return match["task"], [name.strip() for name in match["models"].split(",") if name.strip()]
-
-
-async def _body(request: Request, most: int) -> bytes:
-    parts, size = list[bytes](), 0
-    async for part in request.stream():
-        size += len(part)
-        if size > most:
-            raise BadRequest(f"expected a body of at most {most} bytes, got more", status=413)
-        parts.append(part)
-    return b"".join(parts)
 
 
 def _error(status: int, message: str, after: float | None = None) -> Response:
