@@ -31,7 +31,7 @@ def sent(*requests, engine=None):
     """(path, headers, body) each: the answers, what the provider got, and the records."""
 
     async def run():
-        async with MockProvider(PRICES) as provider, serving(config_for(provider, LARGE, log_prompts=True), engine) as server:
+        async with MockProvider(PRICES) as provider, serving(config_for(provider, LARGE), engine, log_prompts=True) as server:
             found = []
             async with aiohttp.ClientSession(skip_auto_headers=["user-agent"]) as client:
                 for path, headers, body in requests:
@@ -250,7 +250,7 @@ def run_program(variable, home, command, environment, faults=()):
         patient = {"connect": 1, "first_byte": 10, "whole": 10, "idle": 2, "total": 60}
         async with (
             MockProvider(PRICES) as provider,
-            serving(config_for(provider, LARGE, timeouts=patient, log_prompts=True)) as server,
+            serving(config_for(provider, LARGE, timeouts=patient), log_prompts=True) as server,
         ):
             for fault in faults:
                 provider.fail(**fault)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import importlib.util
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import aiohttp
 import pytest
@@ -17,8 +19,10 @@ import yaml
 from bench.mock_provider import MockProvider
 from p2l_engine.serve import settings
 from p2l_engine.serve.plan import make
+from p2l_engine.serve.section import Section
 from p2l_engine.serve.settings import ConfigError
 from p2l_engine.serve.traces import Traces
+from tests.support.command import p2l_engine
 from tests.support.serving import PRICES, FixedEngine, config_for, serving
 
 CHAT = {"model": "auto", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 60}
@@ -41,6 +45,18 @@ WRONG = {
     "auto": ({"models": {"auto": MODEL}}, "'auto' is the name under which requests are routed"),
     "a line break in a name": ({"models": {"a\nb": MODEL}}, "printable"),
     "a limit without a store": ({"models": {"a": MODEL}, "serve": {"limits": [{"amount": 1}]}}, "need serve.store"),
+    "texts of prompts without a log": (
+        {"models": {"a": MODEL}, "serve": {"log_prompts": True}},
+        "log_prompts: needs serve.store",
+    ),
+    "a retention without a log": (
+        {"models": {"a": MODEL}, "serve": {"retention_days": 1}},
+        "retention_days: needs serve.store",
+    ),
+    "an origin with a path": (
+        {"models": {"a": MODEL}, "serve": {"cors": ["https://chat.example.com/"]}},
+        "expected an origin such as https://chat.example.com, without a path",
+    ),
     "a limit of a key that is not there": (
         {"models": {"a": MODEL}, "serve": {"limits": [{"amount": 1, "key": "k"}], "store": "s"}},
         "expected the id of a key, got 'k'",
@@ -73,6 +89,37 @@ def test_a_wrong_configuration_is_an_error_that_names_the_key(case):
     assert message in str(caught.value)
     assert str(caught.value).startswith("serve.yaml: ")
     assert "my-secret" not in str(caught.value)
+
+
+def test_origins_of_web_pages():
+    given = ["*", "null", "http://localhost:3000", "https://[::1]:8443", "app://obsidian.md", "chrome-extension://abc"]
+    assert list(settings.parse({"models": {"a": MODEL}, "serve": {"cors": given}}).serve.cors) == given
+
+
+def test_prompts_are_logged_where_there_is_a_log(tmp_path):
+    (tmp_path / "serve.yaml").write_text(yaml.safe_dump({"models": {"alpha": MODEL}}), encoding="utf-8")
+    for given in (["--config", str(tmp_path / "serve.yaml")], []):
+        ended = p2l_engine("serve", *given, "--check", "--log-prompts")
+        assert ended.status == 2
+        assert "needs serve.store" in " ".join(ended.err.split())
+
+
+def test_the_pages_configuration_is_valid_and_names_every_setting():
+    page = (Path(__file__).resolve().parents[1] / "docs" / "serve.md").read_text(encoding="utf-8")
+    whole, learning = (yaml.safe_load(block) for block in re.findall(r"^```yaml\n(.*?)^```$", page, re.M | re.S))
+    settings.parse(whole, "docs/serve.md")
+    settings.parse({"models": whole["models"], **learning}, "docs/serve.md")
+    sections = [settings.Config]
+    while sections:
+        section = sections.pop()
+        for name, field in section.model_fields.items():
+            assert re.search(rf"\b{name}\b", page), f"{section.__name__}.{name}"
+            sections += [one for one in _types(field.annotation) if issubclass(one, Section)]
+
+
+def _types(annotation):
+    inner = get_args(annotation)
+    return [one for each in inner for one in _types(each)] if inner else [annotation] if isinstance(annotation, type) else []
 
 
 def test_a_key_that_is_not_in_the_environment_is_named():

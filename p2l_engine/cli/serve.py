@@ -72,6 +72,8 @@ def serve(
     found = None if config is None else settings.load(config)
     if found is not None and found.checkpoint is not None and checkpoint is not None:
         raise typer.BadParameter(f"{config} names one too; give it in one place", param_hint="--checkpoint")
+    if log_prompts and (found is None or found.serve.store is None):
+        raise typer.BadParameter("needs serve.store in the configuration, which keeps the log", param_hint="--log-prompts")
     if ray is None and (ray_engines or ray_fronts):
         raise typer.BadParameter("needs --ray", param_hint="--ray-engines" if ray_engines else "--ray-fronts")
     if ray is not None:

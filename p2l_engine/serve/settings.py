@@ -25,6 +25,12 @@ def _answer_store(store: str) -> str:
     return store
 
 
+def _origin(origin: str) -> str:
+    if not re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#\s]+", origin):
+        raise ValueError("expected an origin such as https://chat.example.com, without a path, or *")
+    return origin
+
+
 class LimitEntry(Section):
     """A hard limit on money really spent, as ``routing.Limit``. window: total, day, month, or seconds."""
 
@@ -174,7 +180,9 @@ class Serve(Section):
     body_mb: Annotated[float, Field(gt=0)] = 20.0
     answer_mb: Annotated[float, Field(gt=0)] = 64.0
     page: bool = True
-    cors: tuple[str, ...] = ()  # origins of other web pages that may ask, such as https://chat.example.com
+    cors: tuple[
+        Annotated[str, AfterValidator(_origin)], ...
+    ] = ()  # origins of other web pages that may ask, such as https://chat.example.com
     traces: bool = False  # spans for OpenTelemetry, exported as the environment variables OTEL_... say
 
     @property
@@ -215,6 +223,9 @@ class Config(Section):
                 )
             if unknown := sorted(set(self.serve.learn.models) - set(self.models)):
                 raise ValueError(f"serve.learn.models: expected names under models, got {', '.join(unknown)}")
+        logged = [name for name in ("log_prompts", "retention_days") if getattr(self.serve, name)]
+        if logged and self.serve.store is None:
+            raise ValueError(f"serve.{logged[0]}: needs serve.store, a file such as serve.sqlite, which keeps the log")
         if self.serve.limits and self.serve.store is None:
             raise ValueError("serve.limits: need serve.store, a file such as serve.sqlite, which keeps what was spent")
         unbounded = [
