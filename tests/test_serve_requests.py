@@ -300,12 +300,25 @@ def test_paths_and_methods_that_are_not_there():
                 ("POST", "/v1/nope"),
                 ("DELETE", "/metrics"),
                 ("GET", "/v1/responses/resp_1"),
+                ("PUT", "/v1/messages"),
+                ("GET", "/v1/messages/batches"),
             ):
                 async with client.request(method, server.url + path) as response:
-                    found.append((response.status, orjson.loads(await response.read())["error"]["message"]))
+                    body = orjson.loads(await response.read())
+                    found.append(
+                        (
+                            response.status,
+                            sorted(response.headers.get("allow", "").split(", ")),
+                            body.get("type"),
+                            bool(body["error"]["message"]),
+                        )
+                    )
             return found
 
-    assert [status for status, _ in asyncio.run(one())] == [405, 404, 405, 404]
+    assert asyncio.run(one()) == [
+        (405, ["POST"], None, True), (404, [""], None, True), (405, ["GET", "HEAD"], None, True), (404, [""], None, True),
+        (405, ["POST"], "error", True), (404, [""], "error", True),  # in Anthropic's format
+    ]  # fmt: skip
 
 
 def test_coefficients_are_computed_once_for_equal_turns_and_refused_beyond_the_queue():

@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from p2l_engine import __version__
+from p2l_engine.apis.api import Api
 from p2l_engine.apis.registry import APIS
 from p2l_engine.decision_log.record import Record
 from p2l_engine.routing import SpendLimit
@@ -193,12 +194,14 @@ def readyz(server: Server) -> Callable[[Request], Awaitable[Response]]:
 
 async def not_found(request: Request, error: Exception) -> Response:
     """404."""
-    return _error(404, f"no such path: {request.method} {request.url.path:.80}")
+    return _error(404, f"no such path: {request.method} {request.url.path:.80}", _api_of(request))
 
 
 async def wrong_method(request: Request, error: Exception) -> Response:
-    """405."""
-    return _error(405, f"{request.method} is not what this path takes")
+    """405, with the methods that the path takes."""
+    found = _error(405, f"{request.method} is not what this path takes", _api_of(request))
+    found.headers.update(getattr(error, "headers", None) or {})
+    return found
 
 
 async def failed(request: Request, error: Exception) -> Response:
@@ -206,5 +209,10 @@ async def failed(request: Request, error: Exception) -> Response:
     return _error(500, "an internal error; the server's log has it")
 
 
-def _error(status: int, message: str) -> Response:
-    return Response(orjson.dumps(APIS["chat"].error(status, message)), status, media_type=JSON)
+def _api_of(request: Request) -> Api:
+    """In whose format a path's errors are."""
+    return APIS["messages" if request.url.path.startswith("/v1/messages") else "chat"]
+
+
+def _error(status: int, message: str, api: Api = APIS["chat"]) -> Response:
+    return Response(orjson.dumps(api.error(status, message)), status, media_type=JSON)
