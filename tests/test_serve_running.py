@@ -53,6 +53,14 @@ WRONG = {
         {"models": {"a": MODEL}, "serve": {"retention_days": 1}},
         "retention_days: needs serve.store",
     ),
+    "a retention of millennia": (
+        {"models": {"a": MODEL}, "serve": {"retention_days": 1e300, "store": "s"}},
+        "serve.retention_days",
+    ),
+    "a window of millennia": (
+        {"models": {"a": MODEL}, "serve": {"limits": [{"amount": 1, "window": 1e15}], "store": "s"}},
+        "serve.limits.0.window",
+    ),
     "an origin with a path": (
         {"models": {"a": MODEL}, "serve": {"cors": ["https://chat.example.com/"]}},
         "expected an origin such as https://chat.example.com, without a path",

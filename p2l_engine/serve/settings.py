@@ -174,7 +174,7 @@ class Serve(Section):
     prefix_cache_mb: Literal["auto"] | Annotated[float, Field(ge=0)] = "auto"
     store: str | None = None  # an SQLite file, or the URL of a PostgreSQL database; None: nothing is kept
     log_prompts: bool = False
-    retention_days: Annotated[float, Field(gt=0)] | None = None
+    retention_days: Annotated[float, Field(gt=0, le=10_000)] | None = None
     token_margin: Annotated[float, Field(ge=1)] = 1.25  # providers' token counts over the P2L tokenizer's, at most
     tokens_per_image: Tokens = 1_600
     body_mb: Annotated[float, Field(gt=0)] = 20.0
