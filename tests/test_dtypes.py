@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -99,6 +100,24 @@ def test_models_of_values_have_no_choices():
     of = dtypes.of(torch.bfloat16, exact, exact, None, np.ones((3, 3)))
     assert (of.mean_score, of.other_choice, of.win_rate_lost, of.most_lost, of.log_loss) == (None,) * 5
     assert from_json(DtypeFigures, json.loads(json.dumps(to_json(of)))) == of
+
+
+@pytest.mark.parametrize("name", ["ols", "poisson"])
+def test_values_of_one_model_and_of_two_have_a_loss(name):
+    rng, feedback = np.random.default_rng(3), feedback_model(name)
+    theta = rng.normal(size=(6, 3)).astype(np.float32)
+    exact = Coefficients(theta, None, tuple("abc"), feedback)
+    prompt, a, b = np.arange(12) % 6, rng.integers(3, size=12), rng.integers(-1, 3, size=12)
+    value, weight = rng.poisson(2.0, 12).astype(float), rng.random(12) + 0.1
+    votes = Votes.make([(str(i),) for i in range(6)], "abc", prompt, a, b, value, weight)
+    losses = []
+    for p, one, other, y in zip(prompt, a, b, value, strict=True):
+        x = float(theta[p, one]) - (0.0 if other < 0 else float(theta[p, other]))
+        losses.append(
+            np.exp(x) - y * x + math.lgamma(y + 1) if name == "poisson" else (y - x) ** 2 / 2 + math.log(2 * math.pi) / 2
+        )
+    found = dtypes.of(torch.float32, exact, exact, votes)
+    assert found.log_loss == pytest.approx(np.average(losses, weights=weight), rel=1e-9)
 
 
 def test_engines_are_compared_with_float32_whatever_their_order(tmp_path):

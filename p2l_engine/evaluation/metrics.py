@@ -34,9 +34,9 @@ RANGES_OF_VALUES: dict[str, Range] = {
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What a predictor gives for V votes. probabilities [V, 4] of A, B, tie, both bad; loss [V]: the negative log-likelihood of
-    the outcome; known: how many of the four outcomes the predictor distinguishes. The others have probability 0, and count as
-    the last known one."""
+    """What a predictor gives for V votes. probabilities [V, 4] of A, B, tie, both bad; or [V, 1], the predicted values,
+    of a model of values. loss [V]: the negative log-likelihood of the outcome; known: how many of the four outcomes the
+    predictor distinguishes. The others have probability 0, and count as the last known one."""
 
     probabilities: Float64
     loss: Float64
@@ -45,12 +45,22 @@ class Prediction:
     @classmethod
     def of(cls, feedback: FeedbackModel, theta: npt.NDArray[Any], eta: npt.NDArray[Any] | None, votes: Votes) -> Prediction:
         """From coefficients theta [P, M], eta [P] of the votes' prompts, or theta [1, M], eta [1] for all of them."""
-        row = votes.prompt if len(theta) > 1 else np.zeros(len(votes), np.int64)
-        wide = torch.from_numpy(np.asarray(theta, np.float64))
-        tie = None if eta is None else torch.from_numpy(np.asarray(eta, np.float64))[row]
-        a, b = wide[row, votes.a], wide[row, votes.b]
+        one, other = votes.sides(theta)
+        if feedback.of_values:
+            return cls.of_linear(feedback, one - other, votes)
+        a, b = torch.from_numpy(one), torch.from_numpy(other)
+        tie = None
+        if eta is not None:
+            tie = torch.from_numpy(np.broadcast_to(eta, len(votes.prompts))[votes.prompt].astype(np.float64))
         loss = -feedback.log_likelihood(a, b, tie, torch.from_numpy(votes.outcome))
         return cls(feedback.probabilities(a, b, tie).numpy(), loss.numpy(), len(feedback.outcomes))
+
+    @classmethod
+    def of_linear(cls, feedback: FeedbackModel, linear: Float64, votes: Votes) -> Prediction:
+        """Of a model of values, from its linear predictor [V]."""
+        x, value = torch.from_numpy(linear), torch.from_numpy(votes.outcome.astype(np.float64))
+        loss = -feedback.log_likelihood(x, torch.zeros_like(x), None, value)
+        return cls((np.exp(linear) if feedback.counts else linear)[:, None], loss.numpy(), 1)
 
     @classmethod
     def constant(cls, known: int, n_votes: int) -> Prediction:
@@ -112,19 +122,19 @@ def figures(prediction: Prediction, votes: Votes, bootstrap: int = 200, seed: in
     return {name: figure for name, figure in found.items() if figure is not None}
 
 
-def of_values(predicted: Float64, loss: Float64, votes: Votes, bootstrap: int = 200, seed: int = 0) -> dict[str, Figure]:
-    """Figures of predicted values [V], for ols and poisson, by weighted values.
+def of_values(prediction: Prediction, votes: Votes, bootstrap: int = 200, seed: int = 0) -> dict[str, Figure]:
+    """Figures of predicted values, for ols and poisson, by weighted values.
 
-    log_loss: mean negative log-likelihood (loss [V]) of a value. squared_error, absolute_error: means. explained: 1 minus the
+    log_loss: mean negative log-likelihood of a value. squared_error, absolute_error: means. explained: 1 minus the
     squared error divided by the values' variance, at most 1. bias: mean predicted value minus mean value. rank_correlation:
     Spearman's, of values whose weight is above 0.
     """
-    value = votes.outcome.astype(np.float64)
+    predicted, value = prediction.probabilities[:, 0], votes.outcome.astype(np.float64)
     resampled = Resampled.of(votes, bootstrap, seed)
     error, centred = resampled.mean((predicted - value) ** 2), value - resampled.mean(value)[0]
     variance = resampled.mean(centred**2) - resampled.mean(centred) ** 2
     of = {
-        "log_loss": resampled.mean(loss),
+        "log_loss": resampled.mean(prediction.loss),
         "squared_error": error,
         "absolute_error": resampled.mean(np.abs(predicted - value)),
         "explained": 1 - error / np.where(variance > 0, variance, np.nan),

@@ -6,12 +6,10 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from p2l_engine.coefficients import Coefficients
 from p2l_engine.evaluation.categories import rows_by_category
 from p2l_engine.evaluation.metrics import Prediction, calibration, difference, figures, of_values
-from p2l_engine.feedback import FeedbackModel
 from p2l_engine.leaderboard.fit import Fit
 from p2l_engine.reports import CategoryFigures, Figures, ValueFigures, VoteFigures
 from p2l_engine.votes import Votes
@@ -71,18 +69,18 @@ def value_figures(
     are training votes, and of the mean value of the training votes, or else of these, as the ``constant``; overall and by
     category."""
     feedback = coefficients.feedback
-    of = {"p2l": _linear(coefficients.theta.astype(np.float64), votes)}
+    of = {"p2l": Prediction.of(feedback, coefficients.theta, None, votes)}
     if training is not None:
-        of["marginal"] = _linear(marginal_values(feedback, training)[None], votes)
+        of["marginal"] = Prediction.of(feedback, marginal_values(feedback, training)[None], None, votes)
     known = votes if training is None else training
     mean = np.average(known.outcome, weights=known.weight)
-    of["constant"] = np.full(len(votes), np.log(max(mean, 1e-12)) if feedback.counts else mean)
-    values = torch.from_numpy(votes.outcome.astype(np.float64))
-    losses = {name: _loss(feedback, linear, values) for name, linear in of.items()}
-    predicted = {name: np.exp(linear) if feedback.counts else linear for name, linear in of.items()}
+    of["constant"] = Prediction.of_linear(
+        feedback, np.full(len(votes), np.log(max(mean, 1e-12)) if feedback.counts else mean), votes
+    )
 
     def figures_of(chosen: npt.NDArray[np.bool_], some: Votes) -> dict[str, Figures]:
-        return {name: of_values(predicted[name][chosen], losses[name][chosen], some, bootstrap, seed) for name in of}
+        parts = {name: prediction.of_votes(chosen) for name, prediction in of.items()}
+        return {name: of_values(part, some, bootstrap, seed) for name, part in parts.items()}
 
     overall = figures_of(np.ones(len(votes), bool), votes)
     if votes.category is None:
@@ -100,15 +98,3 @@ def _categories(votes: Votes) -> Iterator[tuple[str, npt.NDArray[np.bool_], Vote
     for name, prompts in rows_by_category(votes.category, len(votes.prompts)).items():
         if len(prompts) >= CATEGORY_AT_LEAST:
             yield name, np.isin(votes.prompt, prompts), votes.of(prompts.tolist())
-
-
-def _linear(theta: Float64, votes: Votes) -> Float64:
-    """[V]: theta_a - theta_b, or theta_a for a value of one model; theta [P, M], or [1, M] for all prompts."""
-    row = votes.prompt if len(theta) > 1 else np.zeros(len(votes), np.int64)
-    result: Float64 = theta[row, votes.a] - np.where(votes.b < 0, 0.0, theta[row, np.maximum(votes.b, 0)])
-    return result
-
-
-def _loss(feedback: FeedbackModel, linear: Float64, values: torch.Tensor) -> Float64:
-    wide = torch.from_numpy(linear)
-    return -feedback.log_likelihood(wide, torch.zeros_like(wide), None, values).numpy()

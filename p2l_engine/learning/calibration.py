@@ -7,12 +7,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from p2l_engine.coefficients import Coefficients
 from p2l_engine.evaluation.metrics import Prediction, calibration, difference, figures, of_values
 from p2l_engine.evaluation.resampled import Resampled
-from p2l_engine.feedback import FeedbackModel, Outcome
+from p2l_engine.feedback import Outcome
 from p2l_engine.learning import likelihood
 from p2l_engine.learning.candidates import KINDS as KINDS
 from p2l_engine.learning.candidates import CoefficientMap, candidates, knots_of, shown
@@ -122,7 +121,7 @@ def calibrate(
     design, x = crossed.designs[best], crossed.at[best]
     spread = errors(design.objective, x, conversation[votes.prompt]) if len(x) else np.zeros(0)
     after = _held_out(crossed, c, fold)
-    both = [_prediction(c.feedback, theta, eta, votes) for theta, eta in ((c.theta, c.eta), after)]
+    both = [Prediction.of(c.feedback, theta, eta, votes) for theta, eta in ((c.theta, c.eta), after)]
     of_before, of_after = (_figures(one, votes, bootstrap, seed) for one in both)
     curve_before, curve_after = (_curve(one, votes, bootstrap, seed) for one in both)
     parameters = {name: Estimate(*pair) for name, *pair in zip(design.names, x.tolist(), spread.tolist(), strict=True)}
@@ -177,22 +176,9 @@ def _held_out(crossed: Crossed, c: Coefficients, fold: npt.NDArray[np.int64]) ->
     return theta, eta
 
 
-def _prediction(
-    feedback: FeedbackModel, theta: npt.NDArray[np.floating], eta: npt.NDArray[np.floating] | None, votes: Votes
-) -> Prediction:
-    """Of values: the predicted value [V, 1] in place of probabilities."""
-    if not feedback.of_values:
-        return Prediction.of(feedback, theta, eta, votes)
-    wide = theta.astype(np.float64)
-    linear = wide[votes.prompt, votes.a] - np.where(votes.b < 0, 0.0, wide[votes.prompt, votes.b])
-    x = torch.from_numpy(linear)
-    loss = -feedback.log_likelihood(x, torch.zeros_like(x), None, torch.from_numpy(votes.outcome))
-    return Prediction((np.exp(linear) if feedback.counts else linear)[:, None], loss.numpy(), 1)
-
-
 def _figures(of: Prediction, votes: Votes, bootstrap: int, seed: int) -> Figures:
     if votes.are_values:
-        return of_values(of.probabilities[:, 0], of.loss, votes, bootstrap, seed)
+        return of_values(of, votes, bootstrap, seed)
     return figures(of, votes, bootstrap, seed)
 
 

@@ -170,10 +170,9 @@ def losses_of(of: Shrinkage, head: Head, feedback: FeedbackModel, votes: Votes, 
     weight, bias = head.weight.double().cpu(), head.bias.double().cpu()
     own, at = (torch.nn.functional.linear(x.double(), weight, bias).numpy() for x in (hidden, of.anchor.cpu()[None]))
     out = at + kept[:, None] * (own - at)
-    theta = np.concatenate([out[:, : head.n_models], np.zeros((len(out), 1))], 1)  # b = -1 is the last
     eta = out[:, -1] if head.has_eta else np.zeros(len(out))
-    row = votes.prompt
-    return likelihood.losses(feedback, np.stack([theta[row, votes.a], theta[row, votes.b], eta[row]]), votes.outcome)
+    linear = np.stack([*votes.sides(out[:, : head.n_models]), eta[votes.prompt]])
+    return likelihood.losses(feedback, linear, votes.outcome)
 
 
 def mean_and_error(gain: Float64, weight: Float64, conversation: npt.NDArray[np.int64]) -> tuple[float, float]:

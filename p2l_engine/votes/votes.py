@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -65,6 +66,13 @@ class Votes:
     def bounds(self) -> Integers:
         """[P + 1]: prompt p has the votes bounds[p] to bounds[p + 1]."""
         return np.searchsorted(self.prompt, np.arange(len(self.prompts) + 1)).astype(np.int64)
+
+    def sides(self, theta: npt.NDArray[Any]) -> tuple[Floats, Floats]:
+        """[V] each: the coefficients of the votes' models a and b, of theta [P, M], or [1, M] for all prompts; 0 for b where
+        there is no second model."""
+        of_prompt = np.broadcast_to(theta, (len(self.prompts), len(self.models)))
+        a, b = (of_prompt[self.prompt, side].astype(np.float64) for side in (self.a, self.b))
+        return a, np.where(self.b < 0, 0.0, b)
 
     def of(self, prompts: Iterable[int]) -> Votes:
         """Only these prompts, in this order; all models are kept."""
