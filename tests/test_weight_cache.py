@@ -6,6 +6,7 @@ import json
 import logging
 import multiprocessing
 import os
+import pwd
 import resource
 import shutil
 import time
@@ -166,6 +167,22 @@ def test_the_folder_is_named_or_off(base, tmp_path, monkeypatch):
     monkeypatch.setenv("P2L_ENGINE_CACHE", str(tmp_path / "cache"))
     theta(base)
     assert [path.suffix for path in (tmp_path / "cache" / "weights").iterdir()] == [weight_cache.SUFFIX]
+
+
+def test_a_user_without_a_home_has_no_file_and_that_is_said_once(base, monkeypatch, caplog):
+    """As in a container whose user is a number alone."""
+    expected = without(monkeypatch, theta, base)
+    for name in ("HOME", "P2L_ENGINE_WEIGHT_CACHE", "P2L_ENGINE_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def unknown(uid):
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    for _ in range(2):
+        assert np.array_equal(theta(base), expected)
+    assert len(said(caplog)) == 1
+    assert "this user has no home directory; P2L_ENGINE_CACHE names a folder" in said(caplog)[0]
 
 
 # Weights that changed

@@ -7,14 +7,13 @@ made or used.
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from functools import cache, partial
 from pathlib import Path
 
@@ -25,9 +24,11 @@ from p2l_engine.backbone import Keep
 from p2l_engine.checkpoint import mapped
 from p2l_engine.checkpoint.cache_folder import cache_folder
 from p2l_engine.checkpoint.mapped import DamagedFile
+from p2l_engine.tables.locks import folder_lock
 
 VARIABLE = "P2L_ENGINE_WEIGHT_CACHE"
 SUFFIX = ".p2l-weights"
+WAITING = "waiting for another process, which packs weights in %s"
 MOST_BYTES = 8 << 30  # of all files together, but for the newest
 
 logger = logging.getLogger(__name__)
@@ -36,10 +37,21 @@ logger = logging.getLogger(__name__)
 def keep_for(fingerprint: str | None) -> Keep | None:
     """What keeps the weights of the checkpoint with this fingerprint (``fingerprint.of_weights``); None where it has none, or
     where the cache is off. Raises ValueError for a P2L_ENGINE_WEIGHT_CACHE that is neither off nor an absolute path."""
-    given = os.environ.get(VARIABLE) or str(cache_folder().absolute() / "weights")
-    if given != "off" and not Path(given).is_absolute():
+    given = os.environ.get(VARIABLE)
+    if given and given != "off" and not Path(given).is_absolute():
         raise ValueError(f"{VARIABLE}: expected off, or the absolute path of a folder, got {given!r}")
-    return None if fingerprint is None or given == "off" else partial(kept, Path(given), fingerprint)
+    if fingerprint is None or given == "off":
+        return None
+
+    def keep(how: str, make: Callable[[], dict[str, Tensor]]) -> Mapping[str, Tensor]:
+        try:
+            folder = Path(given) if given else cache_folder().absolute() / "weights"
+        except OSError as error:
+            _say_none(Path("~"), error)
+            return make()
+        return kept(folder, fingerprint, how, make)
+
+    return keep
 
 
 def kept(folder: Path, fingerprint: str, how: str, make: Callable[[], dict[str, Tensor]]) -> Mapping[str, Tensor]:
@@ -57,7 +69,7 @@ def kept(folder: Path, fingerprint: str, how: str, make: Callable[[], dict[str, 
             found = _read(path, key)
             if found is None:
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # a checkpoint may be its owner's secret
-                held.enter_context(_alone(folder))
+                held.enter_context(folder_lock(folder, partial(logger.info, WAITING, folder)))
                 found = _read(path, key)  # another process may have made it meanwhile
         except OSError as error:
             _say_none(folder, error)
@@ -85,21 +97,6 @@ def _read(path: Path, key: str) -> Mapping[str, Tensor] | None:
     except DamagedFile as error:
         _say(f"{path}: {error}; this file of packed weights is made anew")
         return None
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Locks the folder, after other processes that make files in it. Raises OSError."""
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("waiting for another process, which packs weights in %s", folder)
-            fcntl.flock(opened, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(opened)
 
 
 def _make_room(folder: Path, size: int) -> None:

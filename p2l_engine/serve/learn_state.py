@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from p2l_engine.learning.learner import FILE, Learner
 from p2l_engine.serve.prompt_states import PromptStates
 from p2l_engine.serve.settings import ConfigError, Learn
 from p2l_engine.tables.atomic import write_file
+from p2l_engine.tables.locks import folder_lock
 
 NOT_COMPUTED_WITH = ("catalog.yaml",)
 
@@ -29,7 +30,7 @@ class LearnState:
     def __init__(self, settings: Learn, engine: Engine) -> None:
         self.folder, self.where = Path(settings.state), f"serve.learn.state: {settings.state}"
         self._learner, self._checkpoint = self.folder / FILE, self.folder / "checkpoint.json"
-        self._lock: int | None = None
+        self._lock = ExitStack()
         there = self.folder if self.folder.exists() else self.folder.parent
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
             raise ConfigError(f"{self.where}: expected a folder that can be written, or a name in one")
@@ -60,8 +61,7 @@ class LearnState:
         that are kept. Raises ConfigError."""
         try:
             self.folder.mkdir(exist_ok=True)
-            self._lock = os.open(self.folder, os.O_RDONLY)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock.enter_context(folder_lock(self.folder))
             write_file(self._checkpoint, json.dumps(self._of, indent=1))
             return PromptStates(self.folder / "prompts.sqlite", most, days)
         except BlockingIOError:
@@ -77,6 +77,4 @@ class LearnState:
 
     def close(self) -> None:
         """Others may learn there."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self._lock.close()

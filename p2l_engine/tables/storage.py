@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import gzip
 import os
 import zlib
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import IO, Any
 
 from p2l_engine.tables.atomic import write_file
 from p2l_engine.tables.compression import compression_of
+from p2l_engine.tables.locks import folder_lock
 
 Partitions = tuple[tuple[str, str | None], ...]
 
@@ -122,14 +122,14 @@ class Location:
         if not self.is_local:
             yield
             return
-        folder = os.open(self.path, os.O_RDONLY)
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with ExitStack() as held:
+            try:
+                held.enter_context(folder_lock(self.path))
+            except BlockingIOError:
+                raise RuntimeError(
+                    f"{self.shown}: another run is writing here; wait for its end, or name another folder"
+                ) from None
             yield
-        except BlockingIOError:
-            raise RuntimeError(f"{self.shown}: another run is writing here; wait for its end, or name another folder") from None
-        finally:
-            os.close(folder)
 
     def make_folder(self) -> None:
         with self._reached():
