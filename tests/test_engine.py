@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 import threading
@@ -289,13 +290,39 @@ def test_late_compilation_is_logged(caplog, monkeypatch):
     assert calls == [{"fn": SimpleNamespace(name="kernel_x"), "key": "k"}]
 
 
+@pytest.mark.parametrize(
+    ("groups", "quotas", "expected"),
+    [
+        ("0::/system.slice/p2l.service", {"system.slice/p2l.service/cpu.max": "250000 100000"}, 3),
+        ("0::/pod/box", {"pod/box/cpu.max": "max 100000", "pod/cpu.max": "100000 50000"}, 2),
+        ("0::/pod/box", {"pod/box/cpu.max": "800000 100000", "cpu.max": "400000 100000"}, 4),
+        ("0::/pod/box", {"other/cpu.max": "100000 100000"}, 64),
+        ("0::/../box", {"box/cpu.max": "100000 100000"}, 64),
+        ("0::/", {"cpu.max": "100000 100000"}, 1),
+        (
+            "4:memory:/mem\n3:cpu,cpuacct:/box\n0::/",
+            {"cpu/box/cpu.cfs_quota_us": "200000", "cpu/box/cpu.cfs_period_us": "100000", "cpu/mem/cpu.max": "1 1"},
+            2,
+        ),
+    ],
+)
+def test_quotas_of_the_own_group_and_of_those_around_it(groups, quotas, expected, tmp_path, monkeypatch):
+    """A service of systemd, or a process in a container's inner group, has no quota at the root."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(64), raising=False)
+    for name, text in quotas.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{text}\n")
+    (tmp_path / "own").write_text(f"{groups}\n")
+    assert cpus.available(tmp_path, tmp_path / "own") == expected
+
+
 def test_threads_are_those_of_the_container(tmp_path, monkeypatch):
     everything = cpus.available(tmp_path)  # no cgroup files: the affinity
     assert everything >= 1
     (tmp_path / "cpu.max").write_text("max 100000\n")
     assert cpus.available(tmp_path) == everything
     (tmp_path / "cpu.max").write_text("50000 100000\n")
-    assert cpus.available(tmp_path) == 1
+    assert cpus.available(tmp_path) == cpus.available(tmp_path, tmp_path / "none") == 1
     (tmp_path / "cpu.max").unlink()
     (tmp_path / "cpu").mkdir()
     (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("-1\n")
