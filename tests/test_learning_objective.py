@@ -199,7 +199,7 @@ def test_both_computations_of_second_derivatives_agree(name, rng):
     first, second = likelihood.curvature(feedback, linear, outcome)
     np.testing.assert_allclose(near.losses, likelihood.losses(feedback, linear, outcome), rtol=1e-12)
     np.testing.assert_allclose(near.first, first.T, rtol=1e-10, atol=1e-13)
-    np.testing.assert_allclose(near.first, likelihood.gradient(feedback, linear, outcome).T, rtol=1e-10, atol=1e-13)
+    np.testing.assert_allclose(near.first, likelihood.gradient(feedback, linear, outcome)[1].T, rtol=1e-10, atol=1e-13)
     np.testing.assert_allclose(near.exact, np.moveaxis(second, 2, 0), rtol=1e-9, atol=1e-13)
     assert np.linalg.eigvalsh(near.definite).min() > -1e-12
 

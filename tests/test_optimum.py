@@ -16,10 +16,10 @@ from p2l_engine.evaluation import features
 from p2l_engine.evaluation.metrics import Prediction
 from p2l_engine.evaluation.sources import of_config
 from p2l_engine.feedback import NAMES, feedback_model
-from p2l_engine.learning import hidden
+from p2l_engine.learning import hidden, likelihood
 from p2l_engine.train import data, optimum
 from p2l_engine.train.config import TrainConfig
-from p2l_engine.train.optimum import OFFSET, HeadObjective, at_marginal, best, fit, likelihood
+from p2l_engine.train.optimum import OFFSET, HeadObjective, at_marginal, best, fit, votes_loss
 from p2l_engine.train.run import train
 from p2l_engine.votes import Votes
 from p2l_engine.votes.marginal import marginal_fit
@@ -121,9 +121,9 @@ def test_the_search_starts_at_the_marginal_leaderboard(name):
 def test_parts_of_the_votes_sum_to_the_whole(monkeypatch):
     rng, feedback = np.random.default_rng(0), feedback_model("grk")
     votes, outputs = random_votes(rng, feedback, 8, 4, 100), rng.normal(size=(8, 5))
-    loss, slope = likelihood(feedback, votes, outputs)
-    monkeypatch.setattr(optimum, "CHUNK", 7)
-    parts = likelihood(feedback, votes, outputs)
+    loss, slope = votes_loss(feedback, votes, outputs)
+    monkeypatch.setattr(likelihood, "CHUNK", 7)
+    parts = votes_loss(feedback, votes, outputs)
     assert parts[0] == pytest.approx(loss, rel=1e-12)
     np.testing.assert_allclose(parts[1], slope, atol=1e-12)
 
@@ -146,6 +146,19 @@ def test_validation_votes_choose_the_deviation():
         theta = found.head(torch.from_numpy(states[200:]), None, 0.0).numpy()
         if not noise:
             assert ((theta[:, 0] > theta[:, 1]) == (decided[200:] == 0)).mean() > 0.95
+
+
+@pytest.mark.parametrize("seed", range(3, 9))
+def test_a_search_that_begins_at_the_optimum_ends_there(seed):
+    """States and votes that say nothing of the models: rounding leaves no step that gains."""
+    rng, feedback = np.random.default_rng(seed), feedback_model("rk")
+    a = rng.integers(3, size=60)
+    votes = Votes.make([(str(i),) for i in range(20)], "abc", np.arange(60) % 20, a, (a + 1) % 3, np.full(60, 2))
+    states = np.repeat(rng.normal(size=(1, 4)), 20, 0).astype(np.float32)
+    found = best(feedback, votes, states, (votes, states), [3.0, 0.3])
+    outputs = found.head.weight.double().numpy() @ states[0] + found.head.bias.double().numpy()
+    np.testing.assert_allclose(outputs[:3], 0, atol=1e-3)
+    assert max(found.losses.values()) < 0.05  # all are ties
 
 
 def test_a_search_that_does_not_end_is_an_error(monkeypatch):

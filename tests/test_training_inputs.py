@@ -7,6 +7,8 @@ import os
 import signal
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from safetensors.torch import load_file, save_file
@@ -17,6 +19,7 @@ from p2l_engine.errors import CheckpointError
 from p2l_engine.evaluation import sources
 from p2l_engine.evaluation.report import evaluate
 from p2l_engine.jsonable import to_json
+from p2l_engine.train import data
 from p2l_engine.train.config import TrainConfig
 from p2l_engine.train.progress import ProgressBar
 from p2l_engine.train.run import train
@@ -74,6 +77,17 @@ def test_a_killed_run_is_not_resumed_with_other_data(what, config, tmp_path):
         skill_votes(tmp_path / "val.parquet", n=10, start=1000)
     with pytest.raises(ValueError, match=f"cannot be resumed, since this changed: {what}: "):
         train(config, 20, "resume")
+
+
+def test_validation_votes_without_weight_are_refused_before_anything_is_computed(config, tmp_path):
+    path = tmp_path / "val.parquet"
+    skill_votes(path, n=20, start=1000)
+    table = pq.read_table(path)
+    pq.write_table(table.append_column("weight", pa.array([0.0] * len(table))), path)
+    given = {"held_out": 0.0, "val_data_path": str(path)}
+    with pytest.raises(ValueError, match="val.parquet: expected at least one validation vote with a weight above 0, got none"):
+        data.load(config.model_copy(update=given))
+    data.load(config.model_copy(update=given | {"weighted_loss": False}))
 
 
 def test_evaluation_refuses_validation_prompts_that_changed(config, tmp_path):

@@ -37,6 +37,9 @@ def load(config: TrainConfig) -> Splits:
         parts = _largest_component(parts, summary.disconnected)
         summary = Summary.of(parts.training)
     _check(config, parts.training, summary)
+    if parts.validation is not None and not parts.validation.weight.sum() > 0:
+        path = config.val_data_path or config.train_data_path
+        raise ValueError(f"{path}: expected at least one validation vote with a weight above 0, got none")
     return parts
 
 

@@ -21,6 +21,7 @@ from scipy.optimize import OptimizeResult, minimize
 
 from p2l_engine.backbone.head import Head
 from p2l_engine.feedback import FeedbackModel
+from p2l_engine.learning import likelihood
 from p2l_engine.learning.rows import INFORMATION
 from p2l_engine.learning.shrinkage import marginal_outputs
 from p2l_engine.votes import Votes
@@ -31,7 +32,6 @@ Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 
 OFFSET = 10.0  # the prior's standard deviation of offsets, in units of theta
-CHUNK = 1 << 16  # votes whose loss is computed at once: their terms stay in the cache
 MOST_STEPS = 1000
 STEPS_PER_LINE = 10
 TOLERANCE = 1e-7  # of the objective, relative: what a step gains at the end
@@ -86,31 +86,24 @@ class HeadObjective:
     def __call__(self, x: Float64) -> tuple[float, Float64]:
         """The objective at x, and its gradient."""
         head, m = self.head(x), len(self.votes.models)
-        loss, by_output = likelihood(self.feedback, self.votes, self.z @ head[:, :-1].T + head[:, -1])
+        loss, by_output = votes_loss(self.feedback, self.votes, self.z @ head[:, :-1].T + head[:, -1])
         by_head = np.concatenate([by_output.T @ self.z, by_output.sum(0)[:, None]], 1) * self.scale
         gradient = np.concatenate([by_head, by_head[:m].sum(0)[None]])
         return loss + float(x @ x) / 2, gradient.ravel() + x
 
 
-def likelihood(feedback: FeedbackModel, votes: Votes, outputs: Float64) -> tuple[float, Float64]:
+def votes_loss(feedback: FeedbackModel, votes: Votes, outputs: Float64) -> tuple[float, Float64]:
     """The weighted sum of the votes' negative log-likelihoods at the head's outputs [P, K], and its derivatives [P, K]."""
-    m = len(votes.models)
-    flat = torch.from_numpy(np.concatenate([outputs, np.zeros((len(outputs), 1))], 1)).flatten()
-    width = outputs.shape[1] + 1
-    places = [votes.prompt * width + np.where(of < 0, width - 1, of) for of in (votes.a, votes.b)]
+    m, of, weight = len(votes.models), votes.prompt, votes.weight
+    eta = outputs[of, m] if feedback.has_eta else np.zeros(len(votes))
+    losses, slope = likelihood.gradient(feedback, np.stack([*votes.sides(outputs[:, :m]), eta]), votes.outcome)
+    slope *= weight
+    row, paired = of * outputs.shape[1], votes.b >= 0
+    place, by = [row + votes.a, (row + votes.b)[paired]], [slope[0], slope[1, paired]]
     if feedback.has_eta:
-        places.append(votes.prompt * width + m)
-    place, outcome, weight = torch.from_numpy(np.stack(places)), torch.from_numpy(votes.outcome), torch.from_numpy(votes.weight)
-    total, by_output = 0.0, torch.zeros_like(flat)
-    for start in range(0, len(votes), CHUNK):
-        of = slice(start, start + CHUNK)
-        linear = flat[place[:, of]].requires_grad_()
-        eta = linear[2] if feedback.has_eta else None
-        loss = -(weight[of] * feedback.log_likelihood(linear[0], linear[1], eta, outcome[of])).sum()
-        (slope,) = torch.autograd.grad(loss, linear)
-        by_output.index_add_(0, place[:, of].flatten(), slope.flatten())
-        total += float(loss.detach())
-    return total, by_output.reshape(-1, width)[:, :-1].numpy()
+        place, by = [*place, row + m], [*by, slope[2]]
+    by_output = np.bincount(np.concatenate(place), np.concatenate(by), outputs.size)
+    return float(weight @ losses), by_output.reshape(outputs.shape)
 
 
 def fit(
@@ -136,7 +129,9 @@ def fit(
 
     options = {"maxiter": MOST_STEPS, "maxcor": 20, "ftol": TOLERANCE, "gtol": 0.0}
     found = minimize(even, x / lengths, jac=True, method="L-BFGS-B", callback=progress, options=options)
-    if not found.success:
+    # Where no step gains anything any more, as where it starts at the optimum, rounding may end the search: its steps are of
+    # about unit curvature, so that half the gradient's square is what was left to gain.
+    if not found.success and found.jac @ found.jac / 2 > TOLERANCE * max(1.0, abs(found.fun)):
         raise ArithmeticError(f"the head's optimum was not reached in {found.nit} steps: {found.message}")
     logger.info("deviation %g: the optimum in %d steps, %s", deviation, found.nit, found.message)
     return objective.head(found.x * lengths), found.x * lengths
@@ -173,7 +168,7 @@ def best(
         if chosen_on is not None:
             votes, unseen = chosen_on
             outputs = (unseen - mean) / spread @ turn @ heads[deviation][:, :-1].T + heads[deviation][:, -1]
-            losses[deviation] = likelihood(feedback, votes, outputs)[0] / float(votes.weight.sum())
+            losses[deviation] = votes_loss(feedback, votes, outputs)[0] / float(votes.weight.sum())
             logger.info("deviation %g: validation log-loss %.4f", deviation, losses[deviation])
     chosen = min(losses, key=losses.__getitem__) if losses else deviations[0]
     weight = heads[chosen][:, :-1] @ turn.T / spread

@@ -19,6 +19,7 @@ from p2l_engine.leaderboard.losses import pair_derivatives, sums_of_derivatives
 Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
 
+CHUNK = 1 << 16  # votes that are differentiated at once: their terms stay in the cache
 HEAVIEST = 1e9  # of a vote: beyond it float64 no longer sees the prior, or other votes, beside it
 OF_VALUES = np.array([1.0, -1.0, 0.0])  # derivatives of theta_a - theta_b by the linear predictors
 
@@ -41,13 +42,20 @@ def losses(feedback: FeedbackModel, linear: Float64, outcome: npt.NDArray[np.gen
         return _losses(feedback, torch.from_numpy(linear), outcome).numpy()
 
 
-def gradient(feedback: FeedbackModel, linear: Float64, outcome: npt.NDArray[np.generic]) -> Float64:
-    """[3, V]: the derivatives of ``losses`` by the linear predictors."""
-    return curvature(feedback, linear, outcome)[0]
+def gradient(feedback: FeedbackModel, linear: Float64, outcome: npt.NDArray[np.generic]) -> tuple[Float64, Float64]:
+    """``losses`` [V], and their derivatives by the linear predictors [3, V]: several times as fast as ``curvature``."""
+    loss, slope = np.empty(len(outcome)), np.empty_like(linear)
+    for start in range(0, len(outcome), CHUNK):
+        of = slice(start, start + CHUNK)
+        x = torch.from_numpy(linear[:, of]).requires_grad_()
+        each = _losses(feedback, x, outcome[of])
+        (slope[:, of],) = torch.autograd.grad(each.sum(), x)
+        loss[of] = each.detach()
+    return loss, slope
 
 
 def curvature(feedback: FeedbackModel, linear: Float64, outcome: npt.NDArray[np.generic]) -> tuple[Float64, Float64]:
-    """``gradient`` [3, V], and the second derivatives [3, 3, V]."""
+    """The derivatives of ``losses`` by the linear predictors [3, V], and the second derivatives [3, 3, V]."""
     if feedback.of_values:
         x = torch.from_numpy(linear).requires_grad_()
         (first,) = torch.autograd.grad(_losses(feedback, x, outcome).sum(), x, create_graph=True)

@@ -69,7 +69,7 @@ class LinearFit:
 
     def scores(self, x: Float64) -> csr_array:
         """[V, k]: each vote's gradient."""
-        by = likelihood.gradient(self.feedback, self.linear(x), self.outcome) * self.weight
+        by = likelihood.curvature(self.feedback, self.linear(x), self.outcome)[0] * self.weight
         return _placed(by[None]) @ self.columns
 
     def derivatives(self, x: Float64) -> tuple[Float64, Float64]:
