@@ -175,8 +175,8 @@ class _Rows:
         self.parse, self.pair, self.models = label.parse, pair, models
         self.prompts: dict[tuple[str, ...], int] = {}
         self.category: list[str] = []
-        # Prompt, a, b, outcome, weight, time of each vote, one after the other. In one array: a tuple for each would keep the
-        # garbage collector busy, and six arrays take twice the time.
+        # Prompt, a, b, outcome, weight, time of each vote, one after the other. In an array: a tuple for each would keep the
+        # garbage collector busy.
         self.votes = array("d")
         self._known = None if models is None else set(models)
         self._names: dict[str, int] = {}  # in their order in the table
