@@ -169,6 +169,8 @@ def nested(depth):
         ({"p2l": {"models": "small"}}, 400, "p2l.models: expected a list"),
         ({"p2l": {"models": ["small", "smalll"]}}, 400, "p2l.models: expected models that the router knows"),
         ({"p2l": {"budget": "0.01"}}, 400, "p2l.budget"),
+        ({"p2l": {"dry_run": True}}, 400, "p2l.dry_run: LiteLLM sends what it routes"),
+        ({"proxy_server_request": {"headers": {"X-P2L-Explain": "1"}}}, 400, "p2l.explain"),
         ({"proxy_server_request": {"headers": {"x-p2l-session": "a\r\nb"}}}, 400, "x-p2l-session"),
         ({"litellm_session_id": "a\r\nx-p2l-models: small"}, None, ""),
         ({"litellm_session_id": "a\ud800\0" * 50_000}, None, ""),

@@ -37,6 +37,7 @@ SESSION_HEADERS = (
     "x-session-id", "x-conversation-id", "x-openwebui-chat-id", "x-librechat-conversation-id", "x-claude-code-session-id",
 )  # fmt: skip
 IN_PROCESS = frozenset({"budget", "models", "session"})  # wishes that a router in this process can meet; it has no sessions
+LOOKS = ("dry_run", "explain")  # wishes for a decision alone, which LiteLLM cannot give
 CONTROL = re.compile("[\x00-\x08\x0a-\x1f\x7f]")  # no HTTP client sends these in a header
 MODELS_SECONDS = 60.0  # for which the router's list of models is taken to be the same
 EXPLAINED = ("policy", "propensity", "propensity_error", "expected_cost", "win_rate", "why")  # of a decision, for logs
@@ -305,6 +306,9 @@ def _wishes(data: dict[str, Any]) -> dict[str, Any]:
     models = wishes.get("models", [])
     if not (isinstance(models, list) and all(isinstance(name, str) for name in models)):
         raise Refusal(400, "p2l.models: expected a list of names of models", "p2l.models")
+    for name in LOOKS:
+        if wishes.get(name) or given.get(f"x-p2l-{name.replace('_', '-')}", "").lower() in ("true", "1"):
+            raise Refusal(400, f"p2l.{name}: LiteLLM sends what it routes; ask the router itself, at /v1/route", f"p2l.{name}")
     session = data.get("litellm_session_id") or given.get("x-litellm-session-id")
     if session and "session" not in wishes and "x-p2l-session" not in given:  # any text, which no header may be
         wishes["session"] = str(session).encode("utf-8", "replace").decode()
