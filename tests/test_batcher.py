@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import CancelledError, ThreadPoolExecutor
@@ -243,6 +245,32 @@ def test_closing_waits_for_calls_in_their_own_threads():
     batcher.close()
     caller.join(60)
     assert done == [3]
+
+
+ENDS_EARLY = """
+import time, torch
+from p2l_engine.engine.batcher import Batcher
+
+class Engine:
+    def coefficients(self, prompts):
+        a, until = torch.ones(300, 300), time.monotonic() + 0.5
+        while time.monotonic() < until:
+            torch.mm(a, a)
+        raise ValueError("computed")
+
+batcher = Batcher(Engine())
+first = batcher.submit("a", lambda c: c)
+while not first.running():
+    time.sleep(0.01)
+others = [batcher.submit("b", lambda c: c) for _ in range(20)]
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_ends_while_a_batch_is_computed_ends_well():
+    """A daemon thread that is in torch when Python ends is ended by force, and aborts the process (status 134 in a shell)."""
+    ended = subprocess.run([sys.executable, "-c", ENDS_EARLY], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")

@@ -239,6 +239,37 @@ def test_an_interrupted_command_ends_in_one_line(interrupted, command, line, che
     assert len(found.err.splitlines()) == 1
 
 
+ENDS = """
+import atexit, sys, threading, time
+from p2l_engine import cli
+
+def run():
+    import torch
+    atexit.register(print, "a handler of a library")
+    a, busy = torch.ones(300, 300), threading.Event()
+    def compute():
+        while True:
+            torch.mm(a, a)
+            busy.set()
+    threading.Thread(target=compute, daemon=True).start()
+    busy.wait()
+    threading.Timer(0.2, print, ["a thread that is waited for"]).start()
+    sys.stdout.write("output without an end of line; ")
+    {last}
+
+cli.run = run
+cli.main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("last", "status"), [("return 3", 3), ("return 0", 0)])
+def test_a_command_ends_with_its_status_whatever_threads_do(last, status):
+    ended = subprocess.run([sys.executable, "-c", ENDS.replace("{last}", last)], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stderr) == (status, "")
+    assert ended.stdout == "output without an end of line; a thread that is waited for\na handler of a library\n"
+
+
 def test_train_takes_one_of_resume_and_restart():
     found = p2l_engine("train", "--config", "c.yaml", "--resume", "--restart")
     assert found.status == 2

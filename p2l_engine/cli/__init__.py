@@ -5,6 +5,7 @@ Starting it is cheap: this package loads typer and nothing else; each command im
 
 from __future__ import annotations
 
+import atexit
 import io
 import logging
 import os
@@ -16,7 +17,25 @@ from p2l_engine.cli.terminal import LogLines, error_line
 
 def main() -> None:
     """The console script."""
-    sys.exit(run())
+    ended: list[int] = []
+    atexit.register(_leave, ended)  # before any library registers a handler, and so called after all of them
+    ended.append(run())
+    sys.exit(ended[0])
+
+
+def _leave(ended: Sequence[int]) -> None:
+    """Ends the process here, with the status of a command that has ended: when Python takes itself apart, a thread that is
+    still in torch or Arrow would abort it (status 134). Output that cannot be written is left to Python, which says so."""
+    if not ended:  # an error that keeps its traceback
+        return
+    logging.shutdown()
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None and not stream.closed:
+                stream.flush()
+    except OSError:
+        return
+    os._exit(ended[0])
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

@@ -4,12 +4,14 @@ A call that finds the engine idle runs at once, in its own thread. Calls that ar
 together. Callers who have just been served often call again at once. So, when calls are waiting as a batch ends, the next batch
 waits until as many calls have arrived as the last one had, at most ``wait`` seconds.
 
-Importing this module registers one fork hook: a child process has none of its parent's threads, so every batcher starts anew
-there.
+Importing this module registers two hooks. A forked child has none of its parent's threads, so every batcher starts anew there.
+When Python ends, calls that wait are cancelled and the batch under way is waited for: a thread that is in torch then would
+abort the process.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
 import weakref
@@ -31,6 +33,7 @@ _all: weakref.WeakSet[Batcher] = weakref.WeakSet()
 
 WAIT = 0.0008  # seconds
 CALLS_PER_BATCH = 512
+LONGEST_END = 30.0  # seconds that the end of Python waits for a batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +108,17 @@ class Batcher:
         if self._worker is not None and self._worker is not threading.current_thread():
             self._worker.join()
 
+    def _end_early(self) -> None:
+        """As ``close``, but calls that wait are cancelled, and those that run in threads of their callers are theirs."""
+        with self._changed:
+            self._closed = True
+            for call in self._waiting:
+                call.future.cancel()
+            self._waiting.clear()
+            self._changed.notify_all()
+        if self._worker is not None:
+            self._worker.join(LONGEST_END)
+
     def _serve(self) -> None:
         while True:
             with self._changed:
@@ -143,6 +157,12 @@ class Batcher:
             except BaseException as error:
                 call.future.set_exception(error)
         return len(calls)
+
+
+@atexit.register
+def _end_early() -> None:
+    for batcher in list(_all):
+        batcher._end_early()
 
 
 def _start_anew() -> None:
