@@ -499,6 +499,16 @@ def test_processes_that_start_together_make_one_file_and_share_it(tmp_path):
     assert all(equal and shared for _, equal, shared in found)
 
 
+def test_a_file_that_is_loaded_counts_as_used(folder, monkeypatch):
+    weight_cache.kept(folder, "f", "how", lambda: {"a": torch.arange(3)})
+    path, now = only(folder), time.time()
+    os.utime(path, (now - 3600, now - 7200))
+    monkeypatch.setattr(mapped, "read", lambda path, key: {})  # as on a disk that notes no reading
+    weight_cache.kept(folder, "f", "how", lambda: pytest.fail("made anew"))
+    assert path.stat().st_atime > now - 10
+    assert path.stat().st_mtime == pytest.approx(now - 7200, abs=1)
+
+
 def test_files_used_longest_ago_are_removed(folder, monkeypatch):
     monkeypatch.setattr(weight_cache, "MOST_BYTES", 7 * PAGE)
     folder.mkdir()

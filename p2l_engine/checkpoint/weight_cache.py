@@ -12,8 +12,9 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import cache, partial
 from pathlib import Path
 
@@ -91,12 +92,20 @@ def kept(folder: Path, fingerprint: str, how: str, make: Callable[[], dict[str, 
 def _read(path: Path, key: str) -> Mapping[str, Tensor] | None:
     """The tensors, None where there is no sound file. Raises OSError."""
     try:
-        return mapped.read(path, key)
+        found = mapped.read(path, key)
+        _used(path)
+        return found
     except FileNotFoundError:
         return None
     except DamagedFile as error:
         _say(f"{path}: {error}; this file of packed weights is made anew")
         return None
+
+
+def _used(path: Path) -> None:
+    """Notes that a file was used, which file systems do once a day, or never."""
+    with suppress(OSError):  # of another user, on a read-only disk, removed meanwhile: it is read all the same
+        os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
 
 
 def _make_room(folder: Path, size: int) -> None:
