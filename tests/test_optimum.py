@@ -221,6 +221,7 @@ def test_a_new_cls_token_has_the_embedding_that_hidden_states_were_computed_with
         ({"learning_rate": 0.1, "weight_decay": 0.1}, "learning_rate, weight_decay: mean nothing where head_optimum is given"),
         ({"head_optimum": {"deviations": []}}, "deviations: List should have at least 1 item"),
         ({"head_optimum": {"deviations": [0.0]}}, "deviations.0: Input should be greater than 0"),
+        ({"head_optimum": {"deviations": [1.0, 1e7]}}, "deviations.1: Input should be less than or equal to 1000000"),
         ({"validation": 0.0}, "deviations: expected one, or validation prompts"),
         ({"head_optimum": None}, "learning_rate: expected a number above 0, got none"),
         ({"head_optimum": None, "learning_rate": 0.1, "dtype": "int8"}, "dtype: int8 is for weights that do not change"),

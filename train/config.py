@@ -44,7 +44,7 @@ class HeadOptimum(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    deviations: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)]
+    deviations: Annotated[list[Annotated[float, Field(gt=0, le=1e6)]], Field(min_length=1)]
 
 
 # What only training in steps reads.

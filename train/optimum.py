@@ -102,7 +102,7 @@ def votes_loss(feedback: FeedbackModel, votes: Votes, outputs: Float64) -> tuple
     place, by = [row + votes.a, (row + votes.b)[paired]], [slope[0], slope[1, paired]]
     if feedback.has_eta:
         place, by = [*place, row + m], [*by, slope[2]]
-    by_output = np.bincount(np.concatenate(place), np.concatenate(by), outputs.size)
+    by_output = np.asarray(np.bincount(np.concatenate(place), np.concatenate(by), outputs.size), np.float64)
     return float(weight @ losses), by_output.reshape(outputs.shape)
 
 
