@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from p2l_engine import Engine, Router, cli
+from p2l_engine import Engine, Router
 from p2l_engine.batch import BatchConfig, Route, run
 from p2l_engine.batch.blocks import blocks
 from p2l_engine.batch.identity import compute_signature
@@ -29,6 +29,7 @@ from p2l_engine.tables.whole import read_table
 from p2l_engine.votes import read
 from tests.support.batch_files import contents
 from tests.support.catalogs import catalog
+from tests.support.command import p2l_engine
 from tests.support.layouts import LAYOUTS, TALKS, TURNS, chat, write_jsonl
 
 pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("clusters")]
@@ -334,7 +335,7 @@ def test_the_example_in_the_docs_gives_the_routers_decisions(package, engine, re
     np.testing.assert_allclose([row["expected_cost"] for row in rows], BUDGET)
 
 
-def test_the_command_starts_and_ends_a_cluster_of_its_own(router, ray_module, tmp_path, monkeypatch, capsys):
+def test_the_command_starts_and_ends_a_cluster_of_its_own(router, ray_module, tmp_path, monkeypatch):
     ray_module.shutdown()
     write_catalog(tmp_path)
     pq.write_table(pa.table({"prompt": ["one", "two", "three"]}), tmp_path / "in.parquet")
@@ -343,13 +344,11 @@ def test_the_command_starts_and_ends_a_cluster_of_its_own(router, ray_module, tm
     shared = ["in.parquet", "--checkpoint", "checkpoint", "--catalog", "catalog.yaml", "--dtype", "float32", "--device", "cpu"]
 
     def command(*more):
-        monkeypatch.setattr("sys.argv", ["p2l-engine", "batch", *shared, *more])
-        with pytest.raises(SystemExit) as ended, one_thread():
-            cli.main()
-        return ended.value.code, " ".join(capsys.readouterr().err.split())
+        with one_thread():
+            return p2l_engine("batch", *shared, *more)
 
-    assert not command("-o", "one")[0]
-    assert not command("-o", "ray", "--ray", "local")[0]
+    assert not command("-o", "one").status
+    assert not command("-o", "ray", "--ray", "local").status
     assert contents(tmp_path / "ray") == contents(tmp_path / "one")
     assert not ray_module.is_initialized()
     for more, message in (
@@ -357,6 +356,6 @@ def test_the_command_starts_and_ends_a_cluster_of_its_own(router, ray_module, tm
         (["--ray", "127.0.0.1:9"], "expected a Ray cluster's head at 127.0.0.1:9, nothing answers there"),
         (["--ray", "nonsense"], "address: expected local, auto or HOST:PORT, got 'nonsense'"),
     ):
-        code, said = command("-o", "other", *more)
-        assert (code, message in said) == (2, True), said
+        ended = command("-o", "other", *more)
+        assert (ended.status, message in ended.message) == (2, True), ended.err
     assert not ray_module.is_initialized()

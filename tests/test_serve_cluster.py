@@ -21,13 +21,13 @@ import yaml
 
 from bench.load.process import free_port
 from bench.mock_provider import MockProvider
-from p2l_engine import cli
 from p2l_engine.coefficients import ExpectedUsage
 from p2l_engine.errors import PromptError
 from p2l_engine.serve import settings
 from p2l_engine.serve.service import Refused
 from p2l_engine.serve.settings import ConfigError
 from tests.support import postgres
+from tests.support.command import p2l_engine
 
 pytestmark = [
     pytest.mark.cluster,
@@ -290,7 +290,7 @@ def test_a_prompt_that_is_refused_fails_alone(serve_cluster, engine, monkeypatch
         (["--ray-fronts", "2"], "needs --ray"),
     ],
 )
-def test_what_the_command_refuses(options, message, monkeypatch, capsys):
+def test_what_the_command_refuses(options, message, monkeypatch):
     monkeypatch.setitem(sys.modules, "fastapi", None)
     for name in [
         name
@@ -298,10 +298,8 @@ def test_what_the_command_refuses(options, message, monkeypatch, capsys):
         if name.startswith(("ray.serve", "p2l_engine.serve.cluster", "p2l_engine.serve.engine_replicas"))
     ]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr("sys.argv", ["p2l-engine", "serve", *options])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    assert (ended.value.code, message in capsys.readouterr().err) == (2, True)
+    ended = p2l_engine("serve", *options)
+    assert (ended.status, message in ended.message) == (2, True), ended.err
 
 
 def test_a_tokenizer_travels_to_other_machines(engine):

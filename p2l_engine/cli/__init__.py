@@ -16,7 +16,8 @@ from p2l_engine.cli.terminal import LogLines, error_line
 
 
 def main() -> None:
-    """The console script."""
+    """The console script: it ends the process, with the command's status, even if its caller catches SystemExit. Programs that
+    go on call ``run``."""
     ended: list[int] = []
     atexit.register(_leave, ended)  # before any library registers a handler, and so called after all of them
     ended.append(run())

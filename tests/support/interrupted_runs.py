@@ -174,12 +174,7 @@ def full_disk(router: Router, given: str, scope: str, command: Sequence[str]) ->
 def through_command(arguments: Sequence[str]) -> int:
     from p2l_engine import cli
 
-    sys.argv = ["p2l-engine", "batch", *arguments]
-    try:
-        cli.main()
-    except SystemExit as ended:
-        return int(ended.code or 0)
-    return 0
+    return cli.run(["batch", *arguments])
 
 
 def main() -> None:
