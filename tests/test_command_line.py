@@ -270,6 +270,17 @@ def test_a_command_ends_with_its_status_whatever_threads_do(last, status):
     assert ended.stdout == "output without an end of line; a thread that is waited for\na handler of a library\n"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_commands_run_where_streams_are_closed(closed, checkpoint, tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"prompt": "hello"}\n')
+    given = f"--checkpoint {checkpoint} --device cpu --dtype float32 --catalog {checkpoint}/catalog.yaml"
+    command = f"{sys.executable} -m p2l_engine batch {tmp_path}/in.jsonl -o {tmp_path}/out {given} {closed}"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    assert subprocess.run(command, shell=True, env=environment, cwd=tmp_path, capture_output=True).returncode == 0
+    assert (tmp_path / "out" / "_SUCCESS").is_file()
+
+
 def test_train_takes_one_of_resume_and_restart():
     found = p2l_engine("train", "--config", "c.yaml", "--resume", "--restart")
     assert found.status == 2

@@ -18,6 +18,9 @@ from p2l_engine.cli.terminal import LogLines, error_line
 def main() -> None:
     """The console script: it ends the process, with the command's status, even if its caller catches SystemExit. Programs that
     go on call ``run``."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by 2>&-: what is written there goes nowhere, and not into the next file
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (until the process ends)
     ended: list[int] = []
     atexit.register(_leave, ended)  # before any library registers a handler, and so called after all of them
     ended.append(run())
@@ -32,7 +35,7 @@ def _leave(ended: Sequence[int]) -> None:
     logging.shutdown()
     try:
         for stream in (sys.stdout, sys.stderr):
-            if stream is not None and not stream.closed:
+            if not stream.closed:
                 stream.flush()
     except OSError:
         return
