@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from p2l_engine.checkpoint import weight_cache
+from p2l_engine.tables import locks
 from p2l_engine.tables.locks import folder_lock
 from p2l_engine.tables.storage import Location
 
@@ -58,17 +59,21 @@ def test_a_child_that_leaves_the_block_does_not_end_its_parents_lock(tmp_path):
     assert is_free(tmp_path)
 
 
-def test_who_waits_is_told_and_has_the_lock_next(tmp_path):
+def test_who_waits_is_told_and_has_the_lock_next(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "TOLD_AFTER", 0.0)
     reading, writing = os.pipe()
 
     def hold():
         with folder_lock(tmp_path):
             os.write(writing, b"x")
-            time.sleep(0.1)
+            time.sleep(0.2)
 
     child, told = forked(hold), []
     os.read(reading, 1)
-    with folder_lock(tmp_path, lambda: told.append(1)):
+    with pytest.raises(BlockingIOError), folder_lock(tmp_path, 0.03):
+        pass
+    assert not told
+    with folder_lock(tmp_path, 60, lambda: told.append(1)):
         assert told == [1]
     os.waitpid(child, 0)
     os.close(reading)
@@ -96,3 +101,23 @@ def test_packed_weights_leave_no_lock_to_a_process_that_was_forked_while_they_we
     finally:
         os.kill(children[0], signal.SIGKILL)
         os.waitpid(children[0], 0)
+
+
+def test_a_process_that_is_stopped_while_it_packs_weights_stops_no_other(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(weight_cache, "LONGEST_WAIT", 0.1)
+    monkeypatch.setattr(locks, "TOLD_AFTER", 0.05)
+
+    def stopped():
+        os.kill(os.getpid(), signal.SIGSTOP)
+        return {"a": torch.arange(3)}
+
+    child = forked(lambda: weight_cache.kept(tmp_path, "f", "how", stopped))
+    os.waitpid(child, os.WUNTRACED)
+    try:
+        assert torch.equal(weight_cache.kept(tmp_path, "g", "how", lambda: {"a": torch.arange(5)})["a"], torch.arange(5))
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    said = [record.getMessage() for record in caplog.records]
+    assert said[0] == f"waiting for another process, which packs weights in {tmp_path}"
+    assert "no packed weights can be kept here: another process has been packing weights for 0.1 s" in said[1]

@@ -30,6 +30,7 @@ from p2l_engine.tables.locks import folder_lock
 VARIABLE = "P2L_ENGINE_WEIGHT_CACHE"
 SUFFIX = ".p2l-weights"
 WAITING = "waiting for another process, which packs weights in %s"
+LONGEST_WAIT = 600.0  # seconds
 MOST_BYTES = 8 << 30  # of all files together, but for the newest
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,8 @@ def kept(folder: Path, fingerprint: str, how: str, make: Callable[[], dict[str, 
     made where it is not there or damaged. how: what they depend on beside the checkpoint.
 
     Where no file can be kept they are those of this process alone, which is logged once. Of several processes that need the
-    same file one makes it, and the others wait. Files used least recently are removed, see ``MOST_BYTES``.
+    same file one makes it, and the others wait, at most ``LONGEST_WAIT``. Files used least recently are removed, see
+    ``MOST_BYTES``.
     """
     about = json.dumps([__version__, fingerprint, how])
     key = hashlib.sha256(about.encode()).hexdigest()[:40]
@@ -70,8 +72,11 @@ def kept(folder: Path, fingerprint: str, how: str, make: Callable[[], dict[str, 
             found = _read(path, key)
             if found is None:
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # a checkpoint may be its owner's secret
-                held.enter_context(folder_lock(folder, partial(logger.info, WAITING, folder)))
+                held.enter_context(folder_lock(folder, LONGEST_WAIT, partial(logger.warning, WAITING, folder)))
                 found = _read(path, key)  # another process may have made it meanwhile
+        except BlockingIOError:
+            _say_none(folder, f"another process has been packing weights for {LONGEST_WAIT:g} s")
+            return make()
         except OSError as error:
             _say_none(folder, error)
             return make()
@@ -124,7 +129,7 @@ def _make_room(folder: Path, size: int) -> None:
         raise OSError(errno.ENOSPC, f"expected {2 * size / 1e6:.0f} MB of free space, found {free / 1e6:.0f} MB")
 
 
-def _say_none(folder: Path, why: Exception) -> None:
+def _say_none(folder: Path, why: Exception | str) -> None:
     _say(
         f"{folder}: no packed weights can be kept here: {why}; they are packed at each start, and not shared with other "
         f"processes ({VARIABLE} names another folder, or is off)"

@@ -7,21 +7,19 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from time import monotonic, sleep
+
+TOLD_AFTER = 5.0  # seconds
+BETWEEN = 0.02  # seconds between two tries
 
 
 @contextmanager
-def folder_lock(folder: str | Path, waiting: Callable[[], object] | None = None) -> Iterator[None]:
-    """Keeps a folder from everybody else who locks it. waiting: called before it waits for another's lock; None: it does not
-    wait. Raises BlockingIOError where it does not wait and another has the lock, and OSError."""
+def folder_lock(folder: str | Path, wait: float = 0.0, waiting: Callable[[], object] | None = None) -> Iterator[None]:
+    """Keeps a folder from everybody else who locks it. wait: seconds for another's lock to end, as a process that is stopped
+    keeps it; waiting: called once some of them have passed. Raises BlockingIOError where they are over, and OSError."""
     opened, owner = os.open(folder, os.O_RDONLY), os.getpid()
     try:
-        try:
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if waiting is None:
-                raise
-            waiting()
-            fcntl.flock(opened, fcntl.LOCK_EX)
+        _lock(opened, wait, waiting)
         try:
             yield
         finally:
@@ -31,3 +29,18 @@ def folder_lock(folder: str | Path, waiting: Callable[[], object] | None = None)
                 fcntl.flock(opened, fcntl.LOCK_UN)
     finally:
         os.close(opened)
+
+
+def _lock(opened: int, wait: float, waiting: Callable[[], object] | None) -> None:
+    start = monotonic()
+    while True:
+        try:
+            return fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waited = monotonic() - start
+            if waited >= wait:
+                raise
+        if waiting is not None and waited >= TOLD_AFTER:
+            waiting()
+            waiting = None
+        sleep(BETWEEN)
