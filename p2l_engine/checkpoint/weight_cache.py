@@ -83,14 +83,15 @@ def kept(folder: Path, fingerprint: str, how: str, make: Callable[[], dict[str, 
         if found is not None:
             return found
         made = make()
+        size = mapped.size_of(made)
         try:
-            _make_room(folder, mapped.size_of(made))
+            _make_room(folder, size)
             mapped.write(path, key, made)
             found = mapped.read(path, key)  # as all processes do, so that this one shares it too
         except (OSError, DamagedFile) as error:
             _say_none(folder, error)
             return made
-        logger.info("weights are packed, once for this checkpoint and dtype, in %s (%.0f MB)", path, path.stat().st_size / 1e6)
+        logger.info("weights are packed, once for this checkpoint and dtype, in %s (%.0f MB)", path, size / 1e6)
         return found
 
 
