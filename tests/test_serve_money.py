@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sqlalchemy.exc import OperationalError
 
 from bench.mock_provider import MockProvider
 from p2l_engine.apis.api import Usage
@@ -158,6 +159,39 @@ def test_each_key_has_its_own_limit_and_models(tmp_path):
     assert not any(
         "secret" in text for text in (*sent, *(str(record) for record in records), *(str(answer) for answer in found))
     )
+
+
+def test_limits_whose_store_fails_refuse_requests_and_say_so_once(tmp_path, caplog):
+    async def one():
+        async with (
+            MockProvider(PRICES) as provider,
+            serving(config_for(provider, **limited(tmp_path, 1))) as server,
+            aiohttp.ClientSession() as client,
+        ):
+            limit, found = server.service.spending.limit, []
+
+            def fails(*_: Any) -> Any:
+                raise OperationalError("INSERT", None, Exception("database or disk is full"))
+
+            async def ask(number: int) -> None:
+                answered = await send(client, server.url, "chat", body_for("chat", f"{number}", max_tokens=60))
+                found.append((answered[0], answered[1].get("retry-after")))
+
+            with pytest.MonkeyPatch.context() as patched:
+                patched.setattr(limit, "together", fails)
+                patched.setattr(limit, "balances", fails)
+                for number in range(3):
+                    await ask(number)
+                    async with client.get(f"{server.url}/v1/status") as response:
+                        assert (await response.json())["limits"] is None
+            for number in range(2):
+                await ask(number)
+            return found, len(provider.requests)
+
+    assert asyncio.run(one()) == ([(503, "5")] * 3 + [(200, None)] * 2, 2)
+    assert [record.message.split(" (")[0] for record in caplog.records] == [
+        "the store of spend limits fails", "the store of spend limits works again",
+    ]  # fmt: skip
 
 
 @pytest.mark.slow

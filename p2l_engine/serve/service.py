@@ -62,6 +62,7 @@ class Service:
     pacer: BudgetPacer | None
     expectations: Expectations
     own_counters: Mapping[str, TokenCounter]  # by model, where its provider's tokens are known
+    spending_fails: bool = False  # whether the last reservation could not be made, since its store fails
 
     def adopt(self, plan: Plan) -> None:
         """Replaces the configuration, at once: requests under way keep theirs. What was learned is carried over."""
@@ -159,11 +160,13 @@ class Service:
         while True:
             try:
                 token = await self.spending.reserve(worst(chosen.model), call.key.id if call.key else None)
+                self.note_spending_store(None)
                 return chosen, token
             except SQLAlchemyError as error:  # no money is spent that cannot be counted
-                logger.error("the store of spend limits cannot be reached: %s", type(error).__name__)
+                self.note_spending_store(error)
                 raise Refused(503, "what may be spent cannot be looked up; try again", None, "unavailable", 5.0) from None
             except SpendLimitReached as refused:
+                self.note_spending_store(None)
                 left = float(refused.left)
                 retry = None if refused.frees_at is None else max(refused.frees_at.timestamp() - time.time(), 1.0)
                 mask[chosen.model] = False
@@ -175,6 +178,14 @@ class Service:
                     message = f"this request may cost {float(refused.worst_case):g} USD, and {left:g} USD are left of {limits}"
                     raise Refused(402, message, None, "spend_limit", retry) from None
                 chosen = call.now = self.chosen(call, mask, count=False)
+
+    def note_spending_store(self, error: SQLAlchemyError | None) -> None:
+        """Says once that the store of spend limits fails, and once that it works again."""
+        if error is not None and not self.spending_fails:
+            logger.error("the store of spend limits fails (%s): requests are refused until it works", type(error).__name__)
+        elif error is None and self.spending_fails:
+            logger.warning("the store of spend limits works again")
+        self.spending_fails = error is not None
 
     def _mask(self, call: Call) -> None:
         """Which models may take the request, and why others may not."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -18,18 +17,17 @@ from p2l_engine import __version__
 from p2l_engine.apis.api import Api
 from p2l_engine.apis.registry import APIS
 from p2l_engine.decision_log.record import Record
-from p2l_engine.routing import SpendLimit
 from p2l_engine.serve.endpoint import as_json
 from p2l_engine.serve.gate import Unauthorized
 from p2l_engine.serve.page import page
 from p2l_engine.serve.server import Server
+from p2l_engine.serve.service import Service
 from p2l_engine.serve.settings import Key
 
 if TYPE_CHECKING:
     from p2l_engine.serve.learn import OnlineLearning
 
 JSON = "application/json"
-logger = logging.getLogger(__name__)
 
 
 def told(server: Server, answer: Callable[[Server, Key | None], Any]) -> Callable[[Request], Awaitable[Response]]:
@@ -88,7 +86,7 @@ def p2l_models(server: Server, key: Key | None) -> Any:
 async def status(server: Server, key: Key | None) -> Any:
     """Models' health, limits, and the last decisions: what the page shows."""
     service = server.service
-    plan, health, limit = service.plan, service.health, service.spending.limit
+    plan, health = service.plan, service.health
     deployments = [
         {
             "model": name,
@@ -111,7 +109,7 @@ async def status(server: Server, key: Key | None) -> Any:
         "version": __version__,
         "started": server.started,
         "models": deployments,
-        "limits": [] if limit is None else await asyncio.to_thread(_balances, limit, key),  # None: their store fails
+        "limits": await _limits(service, key),
         "pacer": None
         if pacer is None
         else {"budget": pacer.budget, "mean_cost": _finite(pacer.mean_cost), "count": pacer.count},
@@ -127,11 +125,15 @@ def _learning(learning: OnlineLearning) -> dict[str, Any]:
     return {name: getattr(learning, name) for name in names}
 
 
-def _balances(limit: SpendLimit, key: Key | None) -> list[dict[str, Any]] | None:
+async def _limits(service: Service, key: Key | None) -> list[dict[str, Any]] | None:
+    """None: their store fails."""
+    limit = service.spending.limit
+    if limit is None:
+        return []
     try:
-        found = limit.balances(key.id if key else None)
+        found = await asyncio.to_thread(limit.balances, key.id if key else None)
     except SQLAlchemyError as error:
-        logger.error("the store of spend limits cannot be reached: %s", type(error).__name__)
+        service.note_spending_store(error)
         return None
     return [
         {
