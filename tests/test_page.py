@@ -658,6 +658,10 @@ class TestFailures:
         opened = opened(Stub(failures={"/v1/status": (200, {"version": "1", "started": 0}, {})}), faults=True)
         opened.page.locator("#connection[data-state=away]").wait_for()
         assert "status could not be read" in opened.text("#connection")
+        polls = len(opened.stub.polls)
+        while len(opened.stub.polls) < polls + 2:  # nor the next time
+            opened.page.wait_for_timeout(100)
+        assert "status could not be read" in opened.text("#connection")
 
     def test_asks_for_a_key_and_keeps_it_in_the_tab_alone(self, opened):
         opened = opened(Stub(key="secret-7"), faults=True)

@@ -342,6 +342,10 @@ def test_pages_of_other_origins_may_ask_where_they_are_named():
             async with client.options(url, headers=headers) as response:
                 asked = response.headers.get("access-control-allow-origin")
             async with client.post(url, json=CHAT, headers=headers) as response:
+                if asked:
+                    shown = response.headers["access-control-expose-headers"].split(", ")
+                    assert {name.lower() for name in response.headers if name.lower().startswith("x-")} <= set(shown)
+                    assert "retry-after" in shown  # clients' SDKs read it
                 return asked, response.headers.get("access-control-allow-origin"), (await response.json())["model"]
 
     assert asyncio.run(one(["https://chat.example.com"])) == (*["https://chat.example.com"] * 2, "large")

@@ -42,6 +42,7 @@ from p2l_engine.serve.status import (
     told,
     wrong_method,
 )
+from p2l_engine.serve.upstream import KEPT_HEADERS
 
 logger = logging.getLogger(__name__)
 
@@ -191,7 +192,8 @@ def application(server: Server) -> Starlette:
     if server.service.plan.serve.page:
         routes.append(Route("/", front_page))
     cors = server.service.plan.serve.cors
-    shown = ["x-p2l-decision", "x-p2l-model", "x-p2l-expected-cost", "x-p2l-win-rate", "x-p2l-attempts", "x-p2l-cache"]
+    own = ["x-p2l-decision", "x-p2l-model", "x-p2l-expected-cost", "x-p2l-win-rate", "x-p2l-attempts", "x-p2l-cache"]
+    shown = [*own, "retry-after", *KEPT_HEADERS]
     allowing = Middleware(CORSMiddleware, allow_origins=cors, allow_methods=["*"], allow_headers=["*"], expose_headers=shown)
     return Starlette(
         routes=routes,
