@@ -584,6 +584,23 @@ def test_a_file_that_others_read_keeps_its_write_ahead_log(tmp_path):
     store.close()
 
 
+def test_nothing_waits_for_a_purge_that_waits_for_others(tmp_path):
+    path = tmp_path / "serve.sqlite"
+    store = LogStore(path, timeout=60.0)
+    store.add([row_of(record(0))])
+    with sqlite3.connect(path) as reader, ThreadPoolExecutor(1) as threads:
+        reader.execute("BEGIN")
+        reader.execute("SELECT * FROM log_decision").fetchall()
+        store.delete(ALL)
+        purged = threads.submit(store.purge)
+        for number in range(1, 20):
+            store.add([row_of(record(number))])
+        assert not purged.done()
+        reader.execute("COMMIT")
+        assert purged.result()
+    store.close()
+
+
 def test_a_file_that_is_read_all_the_time_is_said(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(log_store.Database, "empty_log", lambda *_: False)
     path = tmp_path / "serve.sqlite"

@@ -72,20 +72,24 @@ class Database:
         self._start_in_child()
         timeout = self._timeout if timeout is None else timeout
         deadline = time.monotonic() + timeout
-        if not self._turns.acquire(timeout):
+        while not self._emptied(timeout):
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(random.uniform(0.002, 0.02))  # transactions of this process come in between
+        return True
+
+    def _emptied(self, timeout: float) -> bool:
+        turns = self._turns
+        if not turns.acquire(timeout):
             return False
         try:
             with closing(self._engine.raw_connection()) as connection:
-                cursor = connection.cursor()
-                while cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:  # others use it
-                    if time.monotonic() > deadline:
-                        return False
-                    time.sleep(random.uniform(0.0002, 0.002))
-                return True
+                (busy, *_) = connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+                return not busy
         except sqlite3.Error as error:
             raise OperationalError("PRAGMA wal_checkpoint", None, error) from None
         finally:
-            self._turns.release()
+            turns.release()
 
     @staticmethod
     def has_failed(error: Exception) -> bool:
