@@ -869,7 +869,7 @@ class TestLive:
     def polled(opened, count):
         """Waits until the page has read the status this often, and no more."""
         deadline = time.monotonic() + 20
-        while len(opened.stub.polls) < count or opened.run("live.asking"):
+        while len(opened.stub.polls) < count or opened.run("live.asking !== null"):
             assert time.monotonic() < deadline
             opened.page.wait_for_timeout(10)
         assert len(opened.stub.polls) == count
