@@ -56,9 +56,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("p2l_engine.tables.layouts").setLevel(logging.INFO)  # where it found the prompts
     logging.getLogger("p2l_engine.engine.auto_dtype").setLevel(logging.INFO)  # which dtype it took
     try:
-        from p2l_engine.cli.app import app
+        from p2l_engine.cli.app import command_line
 
-        app(arguments)
+        command_line()(arguments)
     except SystemExit as ended:
         if ended.code is None or isinstance(ended.code, int):
             return ended.code or 0
