@@ -38,6 +38,16 @@ class LoraOptions(BaseModel):
     first_layer: Annotated[int, Field(ge=0)] = 0
 
 
+class TopicsOptimum(BaseModel):
+    """Topics beside hidden states (see ``topics``): the votes' categories, of which each has a leaderboard. deviation: of the
+    prior of a topic's logit; leaderboards: of the prior of what a topic adds to a model's theta."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    deviation: Annotated[float, Field(gt=0, le=1e6)] = 4.0
+    leaderboards: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+
+
 class HeadOptimum(BaseModel):
     """The head alone, at its greatest posterior probability (see ``optimum``). deviations: of the prior; of several the
     validation votes choose one."""
@@ -45,6 +55,7 @@ class HeadOptimum(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     deviations: Annotated[list[Annotated[float, Field(gt=0, le=1e6)]], Field(min_length=1)]
+    topics: TopicsOptimum | None = None
 
 
 # What only training in steps reads.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from p2l_engine.engine import Engine
 from p2l_engine.evaluation import features
 from p2l_engine.feedback import feedback_model
 from p2l_engine.learning import hidden
-from p2l_engine.train import optimum
+from p2l_engine.train import optimum, topics
 from p2l_engine.train.config import HeadOptimum, TrainConfig
 from p2l_engine.train.saving import write_head
 from p2l_engine.votes import Splits, Votes
@@ -26,17 +26,28 @@ logger = logging.getLogger(__name__)
 
 
 def train(config: TrainConfig, wanted: HeadOptimum, folder: Path, parts: Splits, inputs: Mapping[str, Any]) -> None:
-    """Writes the checkpoint to ``folder``: the head, and the settings of an adapter that changes nothing else of the backbone.
+    """Writes the checkpoint to ``folder``: the head, topics where they are wanted, and the settings of an adapter that changes
+    nothing else of the backbone.
 
-    An interrupted run goes on where the cache of hidden states ends. Raises CheckpointError for a backbone that cannot be read,
+    An interrupted run goes on where the cache of hidden states ends. Raises ValueError for topics of votes without categories,
+    CheckpointError for a backbone that cannot be read,
     ArithmeticError where the optimum is not reached, and OSError where the cache or the checkpoint cannot be written.
     """
     loaded = base(config)
     engine = Engine(loaded, dtype=config.dtype, max_tokens=config.max_length)
     known = _states(engine, parts.training, "training")
     chosen_on = None if parts.validation is None else (parts.validation, _states(engine, parts.validation, "validation"))
-    found = optimum.best(feedback_model(config.loss_type), parts.training, known, chosen_on, wanted.deviations)
+    of = None if wanted.topics is None else topics.fit(known, _categories(parts.training), wanted.topics.deviation)
+    leaderboards = 1.0 if wanted.topics is None else wanted.topics.leaderboards
+    feedback = feedback_model(config.loss_type)
+    found = optimum.best(feedback, parts.training, known, chosen_on, wanted.deviations, of, leaderboards)
     write_head(folder, loaded, found, config, parts, inputs)
+
+
+def _categories(votes: Votes) -> Sequence[str]:
+    if votes.category is None:
+        raise ValueError("head_optimum: topics: expected votes with a category (or scores with a task), found neither column")
+    return votes.category
 
 
 def base(config: TrainConfig) -> Checkpoint:

@@ -3,7 +3,8 @@
 Hidden states h [D] after the final norm are standardised over the training prompts, z = (h - mean) / spread. The rows of the
 head are independent of each other but for a part that all models share: w_m = c + v_m, where the entries of c and v_m are
 normal with the variance deviation^2 / D. So ``deviation`` is, in units of theta, how far a prompt of ordinary length |z|^2 = D
-moves a model from its mean, before any vote. The tie parameter's row has the same prior; offsets are nearly free.
+moves a model from its mean, before any vote. The tie parameter's row has the same prior; offsets are nearly free. Where the
+head also reads topics, what a topic adds to a model has a variance of its own.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from scipy.optimize import OptimizeResult, minimize
 
 from p2l_engine.backbone.head import Head
+from p2l_engine.backbone.topics import Topics
 from p2l_engine.feedback import FeedbackModel
 from p2l_engine.learning import likelihood
 from p2l_engine.learning.rows import INFORMATION
@@ -39,11 +41,24 @@ TOLERANCE = 1e-7  # of the objective, relative: what a step gains at the end
 
 @dataclass(frozen=True, slots=True)
 class FittedHead:
-    """head: for hidden states as they are. deviation: of its prior. losses: the validation votes' mean loss by deviation."""
+    """head: for hidden states as they are, and the topics beside them, None where there are none. deviation: of its prior.
+    losses: the validation votes' mean loss by deviation."""
 
     head: Head
     deviation: float
     losses: dict[float, float]
+    topics: Topics | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TopicsPrior:
+    """Of the last ``count`` columns of z, probabilities of topics. deviation: of what one adds to theta, before any vote."""
+
+    count: int
+    deviation: float
+
+
+NO_TOPICS = TopicsPrior(0, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +69,7 @@ class HeadObjective:
     votes: Votes
     z: Float64
     deviation: float
+    topics: TopicsPrior = NO_TOPICS
 
     @property
     def rows(self) -> int:
@@ -63,8 +79,9 @@ class HeadObjective:
     @property
     def scale(self) -> Float64:
         """[D + 1]: the prior's deviations of a row's weights and offset."""
-        d = self.z.shape[1]
-        return np.append(np.full(d, self.deviation / math.sqrt(d)), OFFSET)
+        t = self.topics
+        d = self.z.shape[1] - t.count
+        return np.concatenate([np.full(d, self.deviation / math.sqrt(d)), np.full(t.count, t.deviation), [OFFSET]])
 
     @property
     def lengths(self) -> Float64:
@@ -107,13 +124,18 @@ def votes_loss(feedback: FeedbackModel, votes: Votes, outputs: Float64) -> tuple
 
 
 def fit(
-    feedback: FeedbackModel, votes: Votes, z: Float64, deviation: float, start: Float64 | None = None
+    feedback: FeedbackModel,
+    votes: Votes,
+    z: Float64,
+    deviation: float,
+    start: Float64 | None = None,
+    topics: TopicsPrior = NO_TOPICS,
 ) -> tuple[Float64, Float64]:
     """The head [K, D + 1] of greatest posterior probability for z [P, D], and its parameters, for a next ``start``.
 
     Raises ArithmeticError where the search ends before its tolerance.
     """
-    objective = HeadObjective(feedback, votes, z, deviation)
+    objective = HeadObjective(feedback, votes, z, deviation, topics)
     x = np.zeros(objective.rows * (z.shape[1] + 1)) if start is None else start
     steps = count(1)
 
@@ -152,25 +174,36 @@ def best(
     hidden: Float32,
     chosen_on: tuple[Votes, Float32] | None,
     deviations: Sequence[float],
+    topics: Topics | None = None,
+    leaderboards: float = 1.0,
 ) -> FittedHead:
     """The head whose prior has the one of these deviations with which the validation votes ``chosen_on`` are likeliest.
 
     hidden [P, D]: of the training prompts; with the validation votes come those of their prompts, None where there is one
-    deviation. Raises as ``fit``."""
+    deviation. topics: what the head reads beside them; leaderboards: the prior's deviation of what a topic adds to theta.
+    Raises as ``fit``."""
     mean, spread = hidden.mean(0, dtype=np.float64), np.maximum(hidden.std(0, dtype=np.float64), 1e-9)
     # Turned so that its entries are uncorrelated, as the search wants them; the prior is the same in every direction.
     z = (hidden - mean) / spread
     turn = np.linalg.eigh(z.T @ z)[1]
-    z, losses, heads = z @ turn, {}, {}
+    d, prior = len(turn), NO_TOPICS if topics is None else TopicsPrior(len(topics.names), leaderboards)
+
+    def read(states: Float32) -> Float64:
+        turned = (states - mean) / spread @ turn
+        return turned if topics is None else np.concatenate([turned, topics.probabilities(torch.from_numpy(states))], 1)
+
+    z, losses, heads = read(hidden), {}, {}
     start = at_marginal(feedback, training, z.shape[1])
     for deviation in sorted(deviations, reverse=True):
-        heads[deviation], start = fit(feedback, training, z, deviation, start)
+        heads[deviation], start = fit(feedback, training, z, deviation, start, prior)
         if chosen_on is not None:
             votes, unseen = chosen_on
-            outputs = (unseen - mean) / spread @ turn @ heads[deviation][:, :-1].T + heads[deviation][:, -1]
+            outputs = read(unseen) @ heads[deviation][:, :-1].T + heads[deviation][:, -1]
             losses[deviation] = votes_loss(feedback, votes, outputs)[0] / float(votes.weight.sum())
             logger.info("deviation %g: validation log-loss %.4f", deviation, losses[deviation])
     chosen = min(losses, key=losses.__getitem__) if losses else deviations[0]
-    weight = heads[chosen][:, :-1] @ turn.T / spread
-    weight, bias = (torch.from_numpy(part).float() for part in (weight, heads[chosen][:, -1] - weight @ mean))
-    return FittedHead(Head(weight, bias, len(training.models)), chosen, losses)
+    of_states, of_topics, offset = np.split(heads[chosen], [d, z.shape[1]], axis=1)
+    of_states = of_states @ turn.T / spread
+    weight = torch.from_numpy(np.concatenate([of_states, of_topics], 1)).float()
+    bias = torch.from_numpy(offset[:, 0] - of_states @ mean).float()
+    return FittedHead(Head(weight, bias, len(training.models)), chosen, losses, topics)

@@ -12,6 +12,7 @@ from p2l_engine import checkpoint
 from p2l_engine.backbone.lengths import FILE as LENGTHS_FILE
 from p2l_engine.backbone.shrinkage import FILE as SHRINKAGE_FILE
 from p2l_engine.backbone.theta_map import FILE as MAP_FILE
+from p2l_engine.backbone.topics import FILE as TOPICS_FILE
 from p2l_engine.backbone.uncertainty import FILE
 from p2l_engine.checkpoint import card, fingerprint, huggingface
 from p2l_engine.checkpoint.saving import write_json, write_tensors, write_whole
@@ -43,6 +44,11 @@ def export(source: str | Path | None, target: Path, evaluation: Path | None = No
         raise CheckpointError(
             f"{loaded.folder}: {SHRINKAGE_FILE}: shrinks the coefficients of prompts far from those of training, which "
             "lmarena/p2l's code cannot read: export the checkpoint it came from, or a copy of this one without that file"
+        )
+    if loaded.topics is not None:
+        raise CheckpointError(
+            f"{loaded.folder}: {TOPICS_FILE}: the head reads topics beside hidden states, which lmarena/p2l's code cannot "
+            "compute: train one without them (topics: null in the training config), and export that"
         )
     training = json.loads((loaded.folder / "training_config.json").read_text(encoding="utf-8"))
     path = evaluation or loaded.folder / "evaluation.json"

@@ -7,8 +7,9 @@ heads, ``head.eta_head.*``. An adapter folder holds, instead of model.safetensor
 backbone, and adapter_model.safetensors: LoRA factors, the whole head, and embeddings of new tokens. A checkpoint that was
 adapted to votes also has the posterior of its head's rows (``backbone.uncertainty``), one that was calibrated may have a
 monotone map of theta (``backbone.theta_map``), one that knows its training prompts may shrink the coefficients of others
-(``backbone.shrinkage``), and one that has learned from logged answers what these take (``backbone.lengths``). Weights are read
-with safetensors only: nothing in a checkpoint is ever executed.
+(``backbone.shrinkage``), one whose head also reads what a prompt is about has topics (``backbone.topics``), and one that has
+learned from logged answers knows what these take (``backbone.lengths``). Weights are read with safetensors only: nothing in a
+checkpoint is ever executed.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from p2l_engine.backbone.shrinkage import FILE as SHRINKAGE_FILE
 from p2l_engine.backbone.shrinkage import Shrinkage
 from p2l_engine.backbone.theta_map import FILE as MAP_FILE
 from p2l_engine.backbone.theta_map import ThetaMap
+from p2l_engine.backbone.topics import FILE as TOPICS_FILE
+from p2l_engine.backbone.topics import Topics
 from p2l_engine.backbone.uncertainty import FILE, Uncertainty
 from p2l_engine.checkpoint import builtin, fingerprint
 from p2l_engine.checkpoint.adapter import PEFT_PREFIX, Adapter
@@ -56,7 +59,7 @@ class Checkpoint:
     reads the backbone's config and the tokenizer as transformers' objects, each time that it is called. uncertainty: the
     posterior of the head's rows, None where the folder has none. theta_map: what is applied to the head's theta, None: nothing.
     lengths: what answers are expected to take, None where the folder does not say. shrinkage: of hidden states before the head
-    reads them, None: they stay as they are.
+    reads them, None: they stay as they are. topics: what the head reads beside hidden states, None: nothing.
     """
 
     folder: Path
@@ -72,6 +75,7 @@ class Checkpoint:
     theta_map: ThetaMap | None = None
     lengths: LengthHead | None = None
     shrinkage: Shrinkage | None = None
+    topics: Topics | None = None
 
 
 def load(path_or_repo: str | Path | None = None, date: str | Date | None = None) -> Checkpoint:
@@ -120,21 +124,21 @@ def load(path_or_repo: str | Path | None = None, date: str | Date | None = None)
             f"{folder}: the tokenizer has {len(tokenizer)} tokens, but the backbone's vocab_size is {config.vocab_size}: "
             "expected an embedding for every token, the CLS token among them"
         )
+    topics = Topics.read(folder / TOPICS_FILE, int(config.hidden_size)) if (folder / TOPICS_FILE).exists() else None
+    width = int(config.hidden_size) + (0 if topics is None else len(topics.names))  # of what the head reads
     head = Head.from_tensors(
         {n.removeprefix("head."): w for n, w in heads.items() if n.startswith("head.")},
-        hidden=int(config.hidden_size), n_models=len(models), training=training, where=str(folder),
+        hidden=width, n_models=len(models), training=training, where=str(folder),
     )  # fmt: skip
     transformers = partial(as_transformers, base, words, training, int(config.vocab_size))
-    uncertainty = Uncertainty.read(folder / FILE, int(config.hidden_size), models) if (folder / FILE).exists() else None
+    uncertainty = Uncertainty.read(folder / FILE, width, models) if (folder / FILE).exists() else None
     theta_map = ThetaMap.read(folder / MAP_FILE, models) if (folder / MAP_FILE).exists() else None
-    lengths = (
-        LengthHead.read(folder / LENGTHS_FILE, int(config.hidden_size), models) if (folder / LENGTHS_FILE).exists() else None
-    )
+    lengths = LengthHead.read(folder / LENGTHS_FILE, width, models) if (folder / LENGTHS_FILE).exists() else None
     shrinks = (folder / SHRINKAGE_FILE).exists()
-    shrinkage = Shrinkage.read(folder / SHRINKAGE_FILE, int(config.hidden_size)) if shrinks else None
+    shrinkage = Shrinkage.read(folder / SHRINKAGE_FILE, width) if shrinks else None
     return Checkpoint(
         folder, base, config, tokenizer, models, feedback, weights, head, transformers, uncertainty, theta_map, lengths,
-        shrinkage,
+        shrinkage, topics,
     )  # fmt: skip
 
 

@@ -88,6 +88,7 @@ class Engine:
         self.head, self.uncertainty = layers.head, layers.uncertainty
         self.head_win_rates = HeadWinRates(layers)
         self.theta_map, self.lengths, self.shrinkage = layers.theta_map, layers.lengths, layers.shrinkage
+        self.topics, self.hidden_size = layers.topics, layers.hidden_size
         self.n_parameters = loaded.weights.parameters
         self._graphs: Graphs | None = None
         if isinstance(self.backbone, PackedDecoder):
@@ -178,6 +179,10 @@ class Engine:
         """What the head reads of hidden states [n, D]: see ``OutputLayers.read``."""
         return self._layers.read(hidden)
 
+    def read_normed(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``read`` of hidden states [n, D] after the final norm."""
+        return self._layers.read_normed(hidden)
+
     def warmup(self) -> float:
         """Compiles kernels, captures CUDA graphs and allocates buffers before the first request. Returns the seconds it took.
 
@@ -191,7 +196,7 @@ class Engine:
                 from p2l_engine.kernels.pool_head import VARIANTS
 
                 for n in VARIANTS:
-                    self.outputs(torch.zeros((n, self.head.weight.shape[1]), dtype=self.dtype, device=self.device))
+                    self.outputs(torch.zeros((n, self.hidden_size), dtype=self.dtype, device=self.device))
                 self.head_win_rates.measure(self.device, self.dtype)
                 halves = self.dtype in (torch.bfloat16, torch.float16)  # else attention is a call for each length: no one graph
                 if isinstance(self.backbone, PackedDecoder) and halves:

@@ -25,7 +25,7 @@ class HeadWinRates:
         from p2l_engine.kernels.win_rates import win_rates
 
         head, norm, eps = self._layers.head, self._layers.norm, self._layers.eps
-        if self._layers.theta_map is not None or self._layers.shrinkage is not None:
+        if self._layers.theta_map is not None or not self._layers.reads_hidden:
             out = self._layers(hidden)[:, : head.width]
             return out, win_rates(head.split(out)[0].contiguous(), q)
         if fused or (fused is None and len(hidden) <= self.fused_up_to):
@@ -39,7 +39,7 @@ class HeadWinRates:
         q = torch.full((head.n_models,), 1 / head.n_models, device=device)
         self.fused_up_to = 0
         for n in (1, 16, 64, 256, 1024, 4096):
-            hidden = torch.randn(n, head.weight.shape[1], device=device).to(dtype)
+            hidden = torch.randn(n, self._layers.hidden_size, device=device).to(dtype)
             if self._seconds(hidden, q, fused=True) > self._seconds(hidden, q, fused=False):
                 break
             self.fused_up_to = n

@@ -16,8 +16,8 @@ from p2l_engine.coefficients import Coefficients, ExpectedUsage
 
 
 class OutputLayers:
-    """The head of a checkpoint, and the shrinkage of what it reads, the map of theta, its uncertainty and expected lengths,
-    each None where there is none.
+    """The head of a checkpoint, the topics and the shrinkage of what it reads, the map of theta, its uncertainty and expected
+    lengths, each None where there is none.
 
     Outputs [n, K] float32 are the head's (see ``Head.split``), its theta through the map, then the M deviations of theta, then
     the share that is kept of the differences between models, where there is a shrinkage, then what answers are expected to
@@ -32,6 +32,7 @@ class OutputLayers:
         self.uncertainty = None if loaded.uncertainty is None else loaded.uncertainty.to(device)
         self.theta_map = None if loaded.theta_map is None else loaded.theta_map.to(device)
         self.lengths = None if loaded.lengths is None else loaded.lengths.to(device)
+        self.topics = None if loaded.topics is None else loaded.topics.to(device)
         self.shrinkage = None if loaded.shrinkage is None else loaded.shrinkage.to(device)
         self.usage_width = 0 if self.lengths is None else self.lengths.outputs + 1
         deviations = 0 if self.uncertainty is None else len(self.models)
@@ -41,33 +42,47 @@ class OutputLayers:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """The outputs for hidden states [n, D], without the numbers of tokens."""
-        normed = kept = slope = None
-        if self.shrinkage is None:
+        states = kept = slope = None
+        if self.reads_hidden:
             out = self.head(hidden, self.norm, self.eps)
         else:
-            normed, kept = self.read(hidden)
-            out = self.head(normed, None, 0.0)
+            states, kept = self.read(hidden)
+            out = self.head(states, None, 0.0)
         if self.theta_map is not None:
             theta, slope = self.theta_map.with_slope(out[:, : self.head.n_models])
             out[:, : self.head.n_models] = theta
         if self.uncertainty is None and self.lengths is None and kept is None:
             return out
         parts = [out]
-        if normed is None:
-            normed = after_norm(hidden, self.norm, self.eps)
+        if states is None:
+            states, _ = self.read(hidden)
         if self.uncertainty is not None:
-            deviation = self.uncertainty.deviation(normed)
+            deviation = self.uncertainty.deviation(states)
             parts.append(deviation if slope is None else deviation * slope)
         if kept is not None:
             parts.append(kept[:, None])
         if self.lengths is not None:
-            parts.append(self.lengths(normed))
+            parts.append(self.lengths(states))
         return torch.cat(parts, 1)
 
     def read(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """What the head reads of hidden states [n, D], and the share [n] that is kept of them, None where all of it is."""
-        states = after_norm(hidden, self.norm, self.eps)
+        return self.read_normed(after_norm(hidden, self.norm, self.eps))
+
+    def read_normed(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``read`` of hidden states after the final norm."""
+        states = hidden if self.topics is None else self.topics(hidden)
         return (states, None) if self.shrinkage is None else self.shrinkage(states)
+
+    @property
+    def reads_hidden(self) -> bool:
+        """Whether the head reads hidden states as they are, so that a kernel can apply norm and head together."""
+        return self.topics is None and self.shrinkage is None
+
+    @property
+    def hidden_size(self) -> int:
+        """D."""
+        return self.head.weight.shape[1] - (0 if self.topics is None else len(self.topics.names))
 
     def with_counts(self, outputs: Tensor, tokens: Sequence[Tokens]) -> Tensor:
         """Outputs with each prompt's number of tokens, without the template's, where there are lengths."""

@@ -47,10 +47,10 @@ def hidden_states(
 def states_and_kept(
     engine: Engine, prompts: Sequence[Prompt], cache: Path | None = None, progress: Callable[[int], object] | None = None
 ) -> tuple[Float32, Float32 | None]:
-    """[P, D]: what the head reads, after the final norm, and after the checkpoint's shrinkage where it has one; and the share
-    [P] that this kept, else None.
+    """[P, D]: what the head reads, after the final norm, beside topics where the checkpoint has them, and after its shrinkage
+    where it has one; and the share [P] that this kept, else None.
 
-    cache: a folder of hidden states, before a shrinkage, by fingerprint of the engine's backbone and by content of the
+    cache: a folder of hidden states, before topics and shrinkage, by fingerprint of the engine's backbone and by content of the
     prompt; those that it lacks are computed and added, a file for each 1,024 prompts. Several processes may share it.
     progress: called with numbers of prompts that are finished. Raises PromptError for a prompt that cannot be read,
     ValueError for a damaged file of the cache, OSError where the cache cannot be written.
@@ -61,7 +61,7 @@ def states_and_kept(
     def stage(hidden: Tensor, _: object) -> tuple[Tensor]:
         return (after_norm(hidden, engine.backbone.norm, engine.backbone.eps),)
 
-    states = np.empty((len(turns), engine.head.weight.shape[1]), np.float32)
+    states = np.empty((len(turns), engine.hidden_size), np.float32)
     folder = None if cache is None else cache / fingerprint(engine)
     known = {} if folder is None else _find(folder, set(keys), states.shape[1])
     rows: dict[bytes, list[int]] = {}
@@ -89,11 +89,9 @@ def states_and_kept(
                 "states": found,
             }
             write_file(folder / f"{uuid.uuid4().hex}.safetensors", save(data))
-    if engine.shrinkage is None:
-        return states, None
     with torch.inference_mode():
-        read, kept = engine.shrinkage(torch.from_numpy(states).to(engine.device))
-    return read.cpu().numpy(), kept.cpu().numpy()
+        read, kept = engine.read_normed(torch.from_numpy(states).to(engine.device))
+    return read.cpu().numpy(), None if kept is None else kept.cpu().numpy()
 
 
 def fingerprint(engine: Engine) -> str:
