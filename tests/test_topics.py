@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -147,7 +146,7 @@ def states(tmp_path_factory):
 def test_every_path_of_the_engine_reads_topics(engine, folder, states):
     head, read = checkpoint.load(folder).head, read_by_definition(some_topics(), states)
     expected = read @ head.weight.double().numpy().T + head.bias.double().numpy()
-    assert np.abs(expected[:, 0] - (expected[:, 0] - read[:, D:] @ head.weight[0, D:].double().numpy())).min() > 0.01
+    assert np.abs(read[:, D:] @ head.weight[:5, D:].double().numpy().T).max(1).min() > 0.1  # they matter
     together, (again, evaluated) = engine.coefficients(PROMPTS), features.hidden_states(engine, PROMPTS)
     batcher = Batcher(engine)
     alone = [batcher.submit(prompt, lambda found: found).result() for prompt in PROMPTS]
@@ -199,30 +198,29 @@ def test_exports_are_refused(folder, tmp_path):
 # ---- What builds on it ----
 
 
-def write_votes(path, rows=60):
+def write_votes(path, about, rows=240):
     names = tiny.MODELS
     with path.open("w") as file:
         for i in range(rows):
             winner = ("model_a", "model_b", "tie", "both_bad")[i % 4]
-            vote = {"prompt": f"question {i}", "model_a": names[i % 5], "model_b": names[(i + 1) % 5], "winner": winner}
+            vote = {"prompt": f"{about} {i}", "model_a": names[i % 5], "model_b": names[(i + 1) % 5], "winner": winner}
             file.write(json.dumps(vote) + "\n")
     return path
 
 
 @pytest.mark.slow
 def test_commands_that_change_the_head_keep_topics(folder, tmp_path):
-    votes = write_votes(tmp_path / "votes.jsonl", 240)
+    votes, trained_on = (write_votes(tmp_path / f"{about}.jsonl", about) for about in ("question", "poem"))
     before = Engine.from_pretrained(folder, "cpu", "float32").coefficients(PROMPTS)
     shared = (str(folder), "--votes", str(votes), "--device", "cpu")
     calls = (
         ("adapt", *shared, "-o", str(tmp_path / "adapted")),
         ("calibrate", *shared, "-o", str(tmp_path / "calibrated")),
-        ("shrink", *shared, "--trained-on", str(votes), "-o", str(tmp_path / "shrunk")),
+        ("shrink", *shared, "--trained-on", str(trained_on), "-o", str(tmp_path / "shrunk")),
     )
     for call in calls:
-        ended = p2l_engine(*call)
-        target = tmp_path / call[call.index("-o") + 1]
-        assert ended.status in (0, 1), ended.err  # 1: nothing is better than nothing
+        ended, target = p2l_engine(*call), tmp_path / call[-1]
+        assert ended.status in (0, 1), ended.err  # 1: no shrinkage is better than none
         if ended.status == 0:
             assert (target / FILE).read_bytes() == (folder / FILE).read_bytes()
             after = Engine.from_pretrained(target, "cpu", "float32")
@@ -340,7 +338,4 @@ def test_the_head_is_for_states_as_they_are():
     assert found.topics is of
     theta = found.head(of(torch.from_numpy(states)), None, 0.0).numpy()
     assert ((theta[:, 0] > theta[:, 1]) == (decided == 0)).mean() > 0.95
-    z = (states - states.mean(0, dtype=np.float64)) / states.std(0, dtype=np.float64)
-    plain = replace(found, topics=None)
-    assert plain.head.weight.shape == (2, 8)
-    assert np.isfinite(z).all()
+    assert found.head.weight.shape == (2, 8)
