@@ -215,14 +215,15 @@ def test_no_benchmark_is_left_out():
 
 def test_attention_runs_to_the_end(tmp_path, monkeypatch):
     monkeypatch.setattr(attention, "SECONDS", 0)
+    monkeypatch.setattr(attention, "TOKENS", 400)
     before = torch.get_num_threads()
     try:
-        run(monkeypatch, attention, "--lengths", 8, 5000, "--threads", 1, "--csv", tmp_path / "rows.csv")
+        run(monkeypatch, attention, "--lengths", 8, 500, "--threads", 1, "--csv", tmp_path / "rows.csv")
     finally:
         torch.set_num_threads(before)
     with (tmp_path / "rows.csv").open() as file:
         rows = list(csv.DictReader(file))
-    cases = [("1", "8"), ("512", "8"), ("1", "5000")]
+    cases = [("1", "8"), ("50", "8"), ("1", "500")]
     assert [(row["dtype"], row["prompts"], row["length"]) for row in rows] == [
         (dtype, *case) for dtype in ("float32", "bfloat16") for case in cases
     ]
@@ -263,7 +264,7 @@ def test_stages_over_many_prompts_add_up(stage):
 
 
 def test_the_cache_of_answers_runs_to_the_end(monkeypatch, tmp_path):
-    run(monkeypatch, answer_cache, "--requests", 60, "--rate", 60, "--csv", tmp_path / "rows.csv")
+    run(monkeypatch, answer_cache, "--requests", 20, "--rate", 40, "--csv", tmp_path / "rows.csv")
     rows = list(csv.DictReader((tmp_path / "rows.csv").open()))
     assert [(row["store"], row["stream"]) for row in rows] == [
         (store, stream) for store in ("none", "memory", "SQLite") for stream in ("False", "True")
