@@ -860,7 +860,7 @@ class TestLive:
     def test_leaves_what_has_not_changed_as_it_is(self, opened):
         opened = opened(Stub(recent=Stub().status()["recent"]), clock=True)
         self.polled(opened, 1)
-        opened.run("() => { window.row = document.querySelector('#recent tbody tr'); }")  # somebody selects text in it
+        opened.run("() => { window.row = document.querySelector('#recent tbody tr'); }")  # a user selects text in it
         opened.page.clock.run_for(2000)
         self.polled(opened, 2)
         assert opened.run("window.row.isConnected")

@@ -513,7 +513,7 @@ def test_files_used_longest_ago_are_removed(folder, monkeypatch):
     monkeypatch.setattr(weight_cache, "MOST_BYTES", 7 * PAGE)
     folder.mkdir()
     other, left = folder / "notes.weights", folder / f".x{weight_cache.SUFFIX}.0123.tmp"
-    other.write_text("of somebody else")
+    other.write_text("of another program")
     left.write_text("of a process that was killed")
 
     def keep(name, pages):
@@ -536,5 +536,5 @@ def test_files_used_longest_ago_are_removed(folder, monkeypatch):
     assert one.exists()
     assert keep("large", 50)  # the newest is always kept
     assert [path.stat().st_size for path in folder.glob(f"*{weight_cache.SUFFIX}")] == [51 * PAGE]
-    assert other.read_text() == "of somebody else"
+    assert other.read_text() == "of another program"
     assert not keep("large", 50)

@@ -150,7 +150,7 @@ class GiveFeedback(Endpoint):
 
     def _store(self, log: DecisionLog, id: str, key: Key | None, given: dict[str, Any]) -> None:
         if self.server.learning is not None:
-            self.server.learning.flush()  # what is learned from it must outlive the process, as it does
+            self.server.learning.flush()  # stored before the feedback is, so that it can be learned from after a restart
         log.feedback(id, key.id if key else None, **given)
 
 

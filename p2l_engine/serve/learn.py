@@ -228,8 +228,8 @@ class OnlineLearning:
         self._save_if_due()
 
     def flush(self) -> None:
-        """Writes the hidden states that are in memory: feedback on these prompts outlives the process. Raises
-        SQLAlchemyError."""
+        """Writes the hidden states that are in memory: feedback on these prompts can be learned from after a
+        restart. Raises SQLAlchemyError."""
         if self._states is not None:
             self._states.flush()
 

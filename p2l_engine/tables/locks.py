@@ -15,8 +15,8 @@ BETWEEN = 0.02  # seconds between two tries
 
 @contextmanager
 def folder_lock(folder: str | Path, wait: float = 0.0, waiting: Callable[[], object] | None = None) -> Iterator[None]:
-    """Keeps a folder from everybody else who locks it. wait: seconds for another's lock to end, as a process that is stopped
-    keeps it; waiting: called once some of them have passed. Raises BlockingIOError where they are over, and OSError."""
+    """Locks a folder against other processes that lock it. wait: seconds for another's lock to end, which a stopped process
+    keeps; waiting: called once some of them have passed. Raises BlockingIOError where they are over, and OSError."""
     opened, owner = os.open(folder, os.O_RDONLY), os.getpid()
     try:
         _lock(opened, wait, waiting)
