@@ -101,5 +101,5 @@ def options(
 
 @cache
 def command_line() -> Any:
-    """The commands, made of their functions once: that takes 30 ms."""
+    """The commands, made of their functions once in a process."""
     return get_command(app)

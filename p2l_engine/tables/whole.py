@@ -173,7 +173,7 @@ def _nested_values(row: Mapping[str, Any], names: Sequence[str]) -> dict[str, An
 
 
 def _is_ascii(row: Mapping[str, Any]) -> bool:
-    """Whether a row holds ASCII text, numbers and nothing else, as most do: found in a third of the time of ``_is_text``."""
+    """Whether a row holds ASCII text, numbers and nothing else, as most do: found sooner than by ``_is_text``."""
     for value in row.values():
         if value is None or type(value) in (float, int):
             continue
