@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from sklearn.linear_model import LogisticRegression
+from transformers import GPT2Config
 
 from p2l_engine import Engine, checkpoint
 from p2l_engine.backbone.lengths import FILE as LENGTHS_FILE
@@ -19,6 +20,7 @@ from p2l_engine.backbone.shrinkage import FILE as SHRINKAGE_FILE
 from p2l_engine.backbone.topics import FILE, Topics
 from p2l_engine.backbone.uncertainty import FILE as UNCERTAINTY_FILE
 from p2l_engine.backbone.uncertainty import Uncertainty
+from p2l_engine.backbone.words import words
 from p2l_engine.checkpoint.export import export
 from p2l_engine.engine.batcher import Batcher
 from p2l_engine.errors import CheckpointError
@@ -27,7 +29,7 @@ from p2l_engine.feedback import feedback_model
 from p2l_engine.learning import hidden
 from p2l_engine.train import optimum, topics
 from p2l_engine.train.config import TrainConfig
-from p2l_engine.train.optimum import HeadObjective, TopicsPrior
+from p2l_engine.train.optimum import HeadObjective, Inputs, TopicsPrior
 from p2l_engine.train.run import train
 from p2l_engine.votes import Votes
 from tests.support import tiny
@@ -38,15 +40,19 @@ PROMPTS = ["one", "two words", "", "three more words " * 20]
 D, NAMES = 48, ("maths", "poems", "code")  # D of the tiny checkpoint
 
 
-def some_topics(width=D, names=NAMES, seed=0):
+def some_topics(width=D, names=NAMES, seed=0, words=0):
+    """Topics of hidden states [width], and of as many numbers for a prompt's words."""
     rng = np.random.default_rng(seed)
-    weight, bias = rng.normal(size=(len(names), width)), rng.normal(size=len(names))
-    return Topics(torch.from_numpy(weight).float(), torch.from_numpy(bias).float(), names)
+    shapes = (len(names), width), (len(names),), (len(names), words)
+    weight, bias, of_words = (torch.from_numpy(rng.normal(size=shape)).float() for shape in shapes)
+    return Topics(weight, bias, names, 20 * of_words if words else None)
 
 
-def read_by_definition(of, states):
+def read_by_definition(of, states, words=None):
     """[h; p] in float64."""
     logits = states.astype(np.float64) @ of.weight.double().numpy().T + of.bias.double().numpy()
+    if words is not None:
+        logits += words.astype(np.float64) @ of.of_words.double().numpy().T
     p = np.exp(logits - logits.max(1, keepdims=True))
     return np.concatenate([states, p / p.sum(1, keepdims=True)], 1)
 
@@ -54,22 +60,36 @@ def read_by_definition(of, states):
 # ---- The file ----
 
 
-@given(st.integers(1, 9), st.integers(1, 8), st.integers(0, 6), st.sampled_from([0.0, 1.0, 1e4]), st.integers(0, 2**32 - 1))
-def test_what_the_head_reads_is_the_definition(width, count, n, size, seed):
-    of = some_topics(width, tuple(map(str, range(count))), seed)
-    states = (np.random.default_rng(seed + 1).normal(size=(n, width)) * size).astype(np.float32)
-    found = of(torch.from_numpy(states))
+@given(
+    st.integers(1, 9), st.integers(1, 8), st.integers(0, 6), st.sampled_from([0.0, 1.0, 1e4]), st.integers(0, 5),
+    st.integers(0, 2**32 - 1),
+)  # fmt: skip
+def test_what_the_head_reads_is_the_definition(width, count, n, size, of_words, seed):
+    of = some_topics(width, tuple(map(str, range(count))), seed, of_words)
+    rng = np.random.default_rng(seed + 1)
+    states, words = ((rng.normal(size=(n, d)) * size).astype(np.float32) for d in (width, of_words))
+    known = (torch.from_numpy(words), words) if of_words else (None, None)
+    found = of(torch.from_numpy(states), known[0])
     assert found.dtype == torch.float32
     assert torch.equal(found[:, :width], torch.from_numpy(states))
-    np.testing.assert_allclose(found, read_by_definition(of, states), rtol=1e-4, atol=2e-6 * max(1.0, size))
+    np.testing.assert_allclose(found, read_by_definition(of, states, known[1]), rtol=1e-4, atol=4e-5 * max(1.0, size))
     np.testing.assert_allclose(found[:, width:].sum(1), 1, rtol=1e-5)
 
 
-def test_a_file_reads_back_and_is_the_same_each_time(tmp_path):
-    before = some_topics(names=("a b", "漢字", ""))
+@pytest.mark.parametrize("words", [0, 5])
+def test_words_come_exactly_where_topics_read_them(words):
+    with pytest.raises(ValueError, match="words: expected some: the topics read them" if words else "words: expected none"):
+        some_topics(words=words)(torch.ones(2, D), None if words else torch.ones(2, 5))
+
+
+@pytest.mark.parametrize("words", [0, 7])
+def test_a_file_reads_back_and_is_the_same_each_time(tmp_path, words):
+    before = some_topics(names=("a b", "漢字", ""), words=words)
     before.write(tmp_path / FILE)
     again = Topics.read(tmp_path / FILE, D)
     assert (torch.equal(again.weight, before.weight), torch.equal(again.bias, before.bias)) == (True, True)
+    assert (again.of_words is None) == (words == 0)
+    assert not words or torch.equal(again.of_words, before.of_words)
     assert again.names == before.names
     again.write(tmp_path / "again")
     assert (tmp_path / "again").read_bytes() == (tmp_path / FILE).read_bytes()
@@ -78,8 +98,11 @@ def test_a_file_reads_back_and_is_the_same_each_time(tmp_path):
 @pytest.mark.parametrize(
     ("change", "names", "message"),
     [
-        (lambda t: {"weight": t["weight"]}, None, "expected the tensors bias, weight, found weight"),
-        (lambda t: t | {"more": t["bias"] * 2}, None, "expected the tensors bias, weight, found bias, more, weight"),
+        (lambda t: {"weight": t["weight"]}, None, "expected the tensors bias, weight, with or without of_words, found weight"),
+        (lambda t: t | {"more": t["bias"] * 2}, None, "expected the tensors bias, weight, .* found bias, more, weight"),
+        (lambda t: t | {"of_words": t["weight"][:-1] * 2}, None, r"of_words: expected \[3, E\], found \[2, 48\]"),
+        (lambda t: t | {"of_words": t["weight"][:, :0] * 2}, None, r"of_words: expected \[3, E\], found \[3, 0\]"),
+        (lambda t: t | {"of_words": t["weight"] * torch.inf}, None, "of_words: expected finite numbers in float32"),
         (lambda t: t | {"weight": t["weight"][:, :-1]}, None, r"weight: expected \[3, 48\], .* found \[3, 47\]"),
         (lambda t: t | {"weight": t["weight"][:-1]}, None, r"weight: expected \[3, D\], found \[2, 48\]"),
         (lambda t: t | {"bias": t["bias"][:-1]}, None, r"bias: expected \[3\], found \[2\]"),
@@ -126,9 +149,15 @@ def with_topics(folder, of, **how):
     return folder
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return with_topics(tmp_path_factory.mktemp("topics") / "checkpoint", some_topics())
+@pytest.fixture(scope="module", params=[0, D], ids=["states", "states and words"])
+def folder(tmp_path_factory, request):
+    return with_topics(tmp_path_factory.mktemp("topics") / "checkpoint", some_topics(words=request.param))
+
+
+def bags(engine, prompts=PROMPTS):
+    """The mean embedding of each prompt's different tokens, in float64."""
+    table = engine.backbone.embedding.double().numpy()
+    return np.stack([np.mean([table[i] for i in set(map(int, ids))], 0) for ids in engine.encoder.encode(prompts)])
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +173,9 @@ def states(tmp_path_factory):
 
 
 def test_every_path_of_the_engine_reads_topics(engine, folder, states):
-    head, read = checkpoint.load(folder).head, read_by_definition(some_topics(), states)
+    loaded = checkpoint.load(folder)
+    head, of = loaded.head, loaded.topics
+    read = read_by_definition(of, states, None if of.of_words is None else bags(engine))
     expected = read @ head.weight.double().numpy().T + head.bias.double().numpy()
     assert np.abs(read[:, D:] @ head.weight[:5, D:].double().numpy().T).max(1).min() > 0.1  # they matter
     together, (again, evaluated) = engine.coefficients(PROMPTS), features.hidden_states(engine, PROMPTS)
@@ -158,6 +189,7 @@ def test_every_path_of_the_engine_reads_topics(engine, folder, states):
     np.testing.assert_allclose(again, read, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(hidden.hidden_states(engine, PROMPTS), read, rtol=1e-4, atol=1e-5)
     assert (engine.hidden_size, engine.topics.names) == (D, NAMES)
+    assert engine.state_size == (D if of.of_words is None else 2 * D)
     assert engine.warmup() > 0
 
 
@@ -193,6 +225,49 @@ def test_a_head_of_another_width_is_refused(folder, tmp_path):
 def test_exports_are_refused(folder, tmp_path):
     with pytest.raises(CheckpointError, match="topics.safetensors: the head reads topics beside hidden states"):
         export(folder, tmp_path / "exported")
+
+
+@given(st.lists(st.text(max_size=40), max_size=5), st.integers(0, 2**32 - 1))
+def test_words_are_the_mean_of_different_tokens(prompts, seed):
+    rng, table = np.random.default_rng(seed), torch.randn(300, 7, generator=torch.Generator().manual_seed(seed))
+    tokens = [rng.integers(300, size=rng.integers(1, 60)) for _ in prompts]
+    found = words(tokens, table)
+    assert (found.shape, found.dtype) == ((len(tokens), 7), torch.float32)
+    for row, ids in zip(found, tokens, strict=True):
+        np.testing.assert_allclose(row, np.mean([table[i].double().numpy() for i in set(ids)], 0), atol=1e-6)
+        assert torch.equal(words([ids], table)[0], row)  # whatever else is in the batch
+
+
+def test_words_of_another_backbone_are_refused(tmp_path):
+    with_topics(tmp_path / "other", some_topics(words=D + 1))
+    with pytest.raises(
+        CheckpointError, match=r"of_words: expected \[3, 48\], as the backbone's embeddings have it, found \[3, 49\]"
+    ):
+        Engine.from_pretrained(tmp_path / "other", "cpu", "float32")
+
+
+def test_words_of_a_backbone_that_transformers_computes(tmp_path):
+    gpt2 = GPT2Config(n_embd=D, n_layer=2, n_head=4, vocab_size=300, n_positions=512)
+    engine = Engine.from_pretrained(with_topics(tmp_path / "gpt2", some_topics(words=D), decoder=gpt2), "cpu", "float32")
+    assert (engine.hidden_size, engine.state_size) == (D, 2 * D)
+    np.testing.assert_allclose(engine.words(PROMPTS), bags(engine), atol=1e-6)
+    read = hidden.hidden_states(engine, PROMPTS)
+    np.testing.assert_allclose(read, read_by_definition(engine.topics, read[:, :D], bags(engine)), rtol=1e-4, atol=1e-5)
+    expected = read @ engine.head.weight.numpy().T + engine.head.bias.numpy()
+    np.testing.assert_allclose(engine.coefficients(PROMPTS).theta, expected[:, :5], rtol=1e-4, atol=1e-4)
+
+
+def test_words_of_chats_behind_a_prefix_cache(tmp_path):
+    with_topics(tmp_path / "checkpoint", some_topics(words=D))
+    plain, cached = (
+        Engine.from_pretrained(tmp_path / "checkpoint", "cpu", "float32", prefix_cache_bytes=size) for size in (0, 2**20)
+    )
+    chats = [["first " * n, *["and more " * 9] * turns] for n in (8, 9) for turns in range(4)]
+    for chat in chats:
+        np.testing.assert_allclose(cached.coefficients([chat]).theta, plain.coefficients([chat]).theta, rtol=1e-4, atol=1e-4)
+    assert cached.prefix_cache.hits > 0
+    np.testing.assert_allclose(cached.words(chats), bags(cached, chats), atol=1e-6)
+    assert cached.words([]).shape == (0, D)
 
 
 # ---- What builds on it ----
@@ -250,6 +325,17 @@ def test_the_fit_is_that_of_scikit_learn(count, width, n, deviation, seed):
     np.testing.assert_allclose(found.probabilities(torch.from_numpy(states)), theirs.predict_proba(z), atol=0.01)
 
 
+def test_the_fit_reads_words_like_states():
+    rng = np.random.default_rng(0)
+    label = [str(i % 3) for i in range(90)]
+    states, words = rng.normal(size=(90, 5)).astype(np.float32), rng.normal(size=(90, 4)).astype(np.float32)
+    words[np.arange(90), np.arange(90) % 3] += 2
+    found, joined = topics.fit(states, label, 2.0, words), topics.fit(np.concatenate([states, words], 1), label, 2.0)
+    assert torch.equal(torch.cat([found.weight, found.of_words], 1), joined.weight)
+    right = found.probabilities(torch.from_numpy(states), torch.from_numpy(words)).argmax(1) == torch.arange(90) % 3
+    assert right.float().mean() > 0.8
+
+
 def test_one_category_and_a_search_that_does_not_end_are_errors(monkeypatch):
     states = np.random.default_rng(0).normal(size=(30, 4)).astype(np.float32)
     with pytest.raises(ValueError, match="topics: expected prompts of two categories at least, got 'none' alone"):
@@ -294,16 +380,19 @@ def of_topics(tmp_path, **changes):
 
 
 @pytest.mark.slow
-def test_a_run_learns_a_leaderboard_of_each_topic(tmp_path, monkeypatch):
+@pytest.mark.parametrize("reads_words", [True, False])
+def test_a_run_learns_a_leaderboard_of_each_topic(tmp_path, monkeypatch, reads_words):
     monkeypatch.setenv("P2L_ENGINE_CACHE", str(tmp_path / "cache"))
-    folder = train(of_topics(tmp_path))
+    of = {"deviation": 5.0, "leaderboards": 2.0, "words": reads_words}
+    folder = train(of_topics(tmp_path, topics=of))
     engine = Engine.from_pretrained(folder, device="cpu", dtype=torch.float32)
     assert engine.topics.names == ("rain", "sums")
+    assert (engine.topics.of_words is not None) == reads_words
     theta = engine.coefficients(["rain 5000", "sums 5000", "rain 77", "sums 78"]).theta
     assert [engine.models[k] for k in theta.argmax(1)] == ["x", "z", "x", "z"]
     files = [FILE, "adapter_model.safetensors"]
     before = [(folder / name).read_bytes() for name in files]
-    train(of_topics(tmp_path), if_present="restart")
+    train(of_topics(tmp_path, topics=of), if_present="restart")
     assert [(folder / name).read_bytes() for name in files] == before
     assert not (folder / LENGTHS_FILE).exists()
     assert not (folder / SHRINKAGE_FILE).exists()
@@ -334,8 +423,8 @@ def test_the_head_is_for_states_as_they_are():
     zeros = np.zeros(200, np.int64)
     votes = Votes.make([(str(i),) for i in range(200)], ("x", "y"), np.arange(200), zeros, zeros + 1, decided)
     of = topics.fit(states, [("low", "high")[int(flag)] for flag in decided], 5.0)
-    found = optimum.best(feedback, votes, states, (votes, states), [1.0, 0.01], of, 2.0)
-    assert found.topics is of
+    read = Inputs(states, of.probabilities(torch.from_numpy(states)).numpy())
+    found = optimum.best(feedback, votes, read, (votes, read), [1.0, 0.01], 2.0)
     theta = found.head(of(torch.from_numpy(states)), None, 0.0).numpy()
     assert ((theta[:, 0] > theta[:, 1]) == (decided == 0)).mean() > 0.95
     assert found.head.weight.shape == (2, 8)

@@ -40,12 +40,14 @@ class LoraOptions(BaseModel):
 
 class TopicsOptimum(BaseModel):
     """Topics beside hidden states (see ``topics``): the votes' categories, of which each has a leaderboard. deviation: of the
-    prior of a topic's logit; leaderboards: of the prior of what a topic adds to a model's theta."""
+    prior of a topic's logit; leaderboards: of the prior of what a topic adds to a model's theta; words: whether topics are
+    predicted from the prompts' words too."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     deviation: Annotated[float, Field(gt=0, le=1e6)] = 4.0
     leaderboards: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    words: bool = True
 
 
 class HeadOptimum(BaseModel):

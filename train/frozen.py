@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from p2l_engine.backbone.topics import Topics
 from p2l_engine.checkpoint import Checkpoint
 from p2l_engine.engine import Engine
 from p2l_engine.evaluation import features
@@ -19,6 +19,7 @@ from p2l_engine.feedback import feedback_model
 from p2l_engine.learning import hidden
 from p2l_engine.train import optimum, topics
 from p2l_engine.train.config import HeadOptimum, TrainConfig
+from p2l_engine.train.optimum import Float32, Inputs
 from p2l_engine.train.saving import write_head
 from p2l_engine.votes import Splits, Votes
 
@@ -36,12 +37,25 @@ def train(config: TrainConfig, wanted: HeadOptimum, folder: Path, parts: Splits,
     loaded = base(config)
     engine = Engine(loaded, dtype=config.dtype, max_tokens=config.max_length)
     known = _states(engine, parts.training, "training")
-    chosen_on = None if parts.validation is None else (parts.validation, _states(engine, parts.validation, "validation"))
-    of = None if wanted.topics is None else topics.fit(known, _categories(parts.training), wanted.topics.deviation)
+    of, reads = None, Inputs(known)
+    if wanted.topics is not None:
+        words = engine.words(parts.training.prompts) if wanted.topics.words else None
+        of = topics.fit(known, _categories(parts.training), wanted.topics.deviation, words)
+        reads = _inputs(of, known, words)
+    chosen_on = None
+    if parts.validation is not None:
+        unseen = _states(engine, parts.validation, "validation")
+        words = engine.words(parts.validation.prompts) if of is not None and of.of_words is not None else None
+        chosen_on = parts.validation, Inputs(unseen) if of is None else _inputs(of, unseen, words)
     leaderboards = 1.0 if wanted.topics is None else wanted.topics.leaderboards
     feedback = feedback_model(config.loss_type)
-    found = optimum.best(feedback, parts.training, known, chosen_on, wanted.deviations, of, leaderboards)
-    write_head(folder, loaded, found, config, parts, inputs)
+    found = optimum.best(feedback, parts.training, reads, chosen_on, wanted.deviations, leaderboards)
+    write_head(folder, loaded, found, of, config, parts, inputs)
+
+
+def _inputs(of: Topics, hidden: Float32, words: Float32 | None) -> Inputs:
+    known = None if words is None else torch.from_numpy(words)
+    return Inputs(hidden, of.probabilities(torch.from_numpy(hidden), known).numpy())
 
 
 def _categories(votes: Votes) -> Sequence[str]:
@@ -55,7 +69,7 @@ def base(config: TrainConfig) -> Checkpoint:
     return features.frozen(config.pretrain_model_name, config.model_dump())
 
 
-def _states(engine: Engine, votes: Votes, part: str) -> npt.NDArray[np.float32]:
+def _states(engine: Engine, votes: Votes, part: str) -> Float32:
     """[P, D]: what a head reads of the votes' prompts."""
     cache = hidden.cache_folder()
     logger.info("hidden states of %s %s prompts, kept in %s", f"{len(votes.prompts):,}", part, cache)

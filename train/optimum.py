@@ -21,7 +21,6 @@ import torch
 from scipy.optimize import OptimizeResult, minimize
 
 from p2l_engine.backbone.head import Head
-from p2l_engine.backbone.topics import Topics
 from p2l_engine.feedback import FeedbackModel
 from p2l_engine.learning import likelihood
 from p2l_engine.learning.rows import INFORMATION
@@ -41,13 +40,20 @@ TOLERANCE = 1e-7  # of the objective, relative: what a step gains at the end
 
 @dataclass(frozen=True, slots=True)
 class FittedHead:
-    """head: for hidden states as they are, and the topics beside them, None where there are none. deviation: of its prior.
-    losses: the validation votes' mean loss by deviation."""
+    """head: for hidden states as they are, and what is known of topics beside them. deviation: of its prior. losses: the
+    validation votes' mean loss by deviation."""
 
     head: Head
     deviation: float
     losses: dict[float, float]
-    topics: Topics | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What the head reads of P prompts: hidden states [P, D], and the probabilities [P, T] of topics, None for none."""
+
+    hidden: Float32
+    topics: Float32 | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,28 +177,27 @@ def at_marginal(feedback: FeedbackModel, votes: Votes, width: int) -> Float64:
 def best(
     feedback: FeedbackModel,
     training: Votes,
-    hidden: Float32,
-    chosen_on: tuple[Votes, Float32] | None,
+    inputs: Inputs,
+    chosen_on: tuple[Votes, Inputs] | None,
     deviations: Sequence[float],
-    topics: Topics | None = None,
     leaderboards: float = 1.0,
 ) -> FittedHead:
     """The head whose prior has the one of these deviations with which the validation votes ``chosen_on`` are likeliest.
 
-    hidden [P, D]: of the training prompts; with the validation votes come those of their prompts, None where there is one
-    deviation. topics: what the head reads beside them; leaderboards: the prior's deviation of what a topic adds to theta.
-    Raises as ``fit``."""
+    inputs: of the training prompts; with the validation votes come those of their prompts, None where there is one deviation.
+    leaderboards: the prior's deviation of what a topic adds to theta. Raises as ``fit``."""
+    hidden = inputs.hidden
     mean, spread = hidden.mean(0, dtype=np.float64), np.maximum(hidden.std(0, dtype=np.float64), 1e-9)
     # Turned so that its entries are uncorrelated, as the search wants them; the prior is the same in every direction.
     z = (hidden - mean) / spread
     turn = np.linalg.eigh(z.T @ z)[1]
-    d, prior = len(turn), NO_TOPICS if topics is None else TopicsPrior(len(topics.names), leaderboards)
+    d, prior = len(turn), NO_TOPICS if inputs.topics is None else TopicsPrior(inputs.topics.shape[1], leaderboards)
 
-    def read(states: Float32) -> Float64:
-        turned = (states - mean) / spread @ turn
-        return turned if topics is None else np.concatenate([turned, topics.probabilities(torch.from_numpy(states))], 1)
+    def read(of: Inputs) -> Float64:
+        turned = (of.hidden - mean) / spread @ turn
+        return turned if of.topics is None else np.concatenate([turned, of.topics], 1)
 
-    z, losses, heads = read(hidden), {}, {}
+    z, losses, heads = read(inputs), {}, {}
     start = at_marginal(feedback, training, z.shape[1])
     for deviation in sorted(deviations, reverse=True):
         heads[deviation], start = fit(feedback, training, z, deviation, start, prior)
@@ -206,4 +211,4 @@ def best(
     of_states = of_states @ turn.T / spread
     weight = torch.from_numpy(np.concatenate([of_states, of_topics], 1)).float()
     bias = torch.from_numpy(offset[:, 0] - of_states @ mean).float()
-    return FittedHead(Head(weight, bias, len(training.models)), chosen, losses, topics)
+    return FittedHead(Head(weight, bias, len(training.models)), chosen, losses)

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from p2l_engine.backbone.topics import FILE as TOPICS_FILE
+from p2l_engine.backbone.topics import Topics
 from p2l_engine.checkpoint import Checkpoint, huggingface, read_config
 from p2l_engine.checkpoint.adapter import NEW_ROWS, PEFT_PREFIX
 from p2l_engine.checkpoint.saving import write_json, write_tensors, write_whole
@@ -59,10 +60,16 @@ def write(
 
 
 def write_head(
-    folder: Path, base: Checkpoint, found: FittedHead, config: TrainConfig, parts: Splits, inputs: Mapping[str, Any]
+    folder: Path,
+    base: Checkpoint,
+    found: FittedHead,
+    topics: Topics | None,
+    config: TrainConfig,
+    parts: Splits,
+    inputs: Mapping[str, Any],
 ) -> None:
-    """Writes a head over the backbone ``base``, and its topics, as an adapter folder without factors, in float32; else as
-    ``write``."""
+    """Writes a head over the backbone ``base``, and the topics that it reads, as an adapter folder without factors, in float32;
+    else as ``write``."""
     m, head = found.head.n_models, found.head
     tensors = {"head.head.weight": head.weight[:m], "head.head.bias": head.bias[:m]}
     if head.has_eta:
@@ -78,8 +85,8 @@ def write_head(
         _describe(work, parts.training.models, model_type, config, unseen_hashes(parts), inputs, {"optimum": optimum})
         write_tensors(work / "adapter_model.safetensors", {f"{PEFT_PREFIX}{n}": w for n, w in tensors.items()}, torch.float32)
         write_json(work / "adapter_config.json", _adapter(folder, config, 1, 1, []))
-        if found.topics is not None:
-            found.topics.write(work / TOPICS_FILE)
+        if topics is not None:
+            topics.write(work / TOPICS_FILE)
 
     write_whole(folder, fill)
 

@@ -23,20 +23,22 @@ MOST_STEPS = 500
 TOLERANCE = 1e-6  # of the objective, relative: what a step gains at the end
 
 
-def fit(hidden: Float32, category: Sequence[str], deviation: float) -> Topics:
-    """The topics of greatest posterior probability for hidden states [P, D] of these categories.
+def fit(hidden: Float32, category: Sequence[str], deviation: float, words: Float32 | None = None) -> Topics:
+    """The topics of greatest posterior probability for hidden states [P, D] of these categories, and the prompts' words [P, E]
+    where topics should read them.
 
-    deviation: how far a prompt of ordinary length moves a topic's logit before any is seen: weights on standardised states are
-    normal with variance deviation^2 / D; biases are free. Raises ValueError for a single category, and ArithmeticError where
-    the search ends before its tolerance.
+    deviation: how far a prompt of ordinary length moves a topic's logit before any is seen: weights on standardised states and
+    words are normal with variance deviation^2 / (D + E); biases are free. Raises ValueError for a single category, and
+    ArithmeticError where the search ends before its tolerance.
     """
     names = sorted(set(category))
     if len(names) < 2:
         raise ValueError(f"topics: expected prompts of two categories at least, got {names[0]!r} alone")
     index = {name: i for i, name in enumerate(names)}
     label = np.array([index[name] for name in category])
-    mean, spread = hidden.mean(0, dtype=np.float64), np.maximum(hidden.std(0, dtype=np.float64), 1e-9)
-    z = (hidden - mean) / spread
+    inputs = hidden if words is None else np.concatenate([hidden, words], 1)
+    mean, spread = inputs.mean(0, dtype=np.float64), np.maximum(inputs.std(0, dtype=np.float64), 1e-9)
+    z = (inputs - mean) / spread
     rows, (t, d) = np.arange(len(z)), (len(names), z.shape[1])
     scale = deviation / math.sqrt(d)
 
@@ -58,4 +60,5 @@ def fit(hidden: Float32, category: Sequence[str], deviation: float) -> Topics:
     weight = scale * u[:, :-1] / spread
     logger.info("%d topics: the optimum in %d steps, %.2f nats a prompt", t, found.nit, found.fun / len(z))
     bias = u[:, -1] - weight @ mean
-    return Topics(torch.from_numpy(weight).float(), torch.from_numpy(bias).float(), tuple(names))
+    of_hidden, of_words = (torch.from_numpy(part).float() for part in np.split(weight, [hidden.shape[1]], axis=1))
+    return Topics(of_hidden, torch.from_numpy(bias).float(), tuple(names), None if words is None else of_words)

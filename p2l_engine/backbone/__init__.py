@@ -34,6 +34,7 @@ class Backbone(Protocol):
 
     norm [D], eps: the final norm, which the head applies; None where the hidden states have been through it. prefix: the
     tokens whose keys and values prompts may share, None for none. positions: the tokens of the longest prompt, None for any.
+    embedding [V, E]: the input embeddings of the tokens, on the backbone's device.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Backbone(Protocol):
     eps: float
     prefix: Tokens | None
     positions: int | None
+    embedding: Tensor
 
     def __call__(self, packed: Packed) -> Tensor:
         """N prompts, packed with this prefix, on this device -> the hidden state of each one's last token [N, D]."""

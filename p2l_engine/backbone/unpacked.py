@@ -86,6 +86,7 @@ class UnpackedDecoder:
         self._forward = threading.Lock()
         self.positions = positions(self.model)  # on the CPU: a GPU would not survive a position too many
         self.model.to(device)
+        self.embedding: Tensor = self.model.get_input_embeddings().weight.detach()
 
     @torch.inference_mode()
     def __call__(self, packed: Packed) -> Tensor:

@@ -19,6 +19,7 @@ from p2l_engine import backbone, checkpoint
 from p2l_engine.arguments import callback, instance, whole_number
 from p2l_engine.backbone import DecoderConfig, PackedDecoder
 from p2l_engine.backbone.packing import Packed, Tokens, weight_of
+from p2l_engine.backbone.words import words
 from p2l_engine.checkpoint import Checkpoint, weight_cache
 from p2l_engine.coefficients import Coefficients
 from p2l_engine.engine import cpu
@@ -83,12 +84,12 @@ class Engine:
         except ValueError as error:
             raise CheckpointError(f"{self.folder}: {error}") from error
         template = 0 if loaded.lengths is None else len(self.encoder.encode(["a"])[0]) - 1
-        layers = OutputLayers(loaded, self.device, self.backbone.norm, self.backbone.eps, template)
+        layers = OutputLayers(loaded, self.device, self.backbone, template)
         self._layers, self.width, self.usage_width = layers, layers.width, layers.usage_width
         self.head, self.uncertainty = layers.head, layers.uncertainty
         self.head_win_rates = HeadWinRates(layers)
         self.theta_map, self.lengths, self.shrinkage = layers.theta_map, layers.lengths, layers.shrinkage
-        self.topics, self.hidden_size = layers.topics, layers.hidden_size
+        self.topics, self.hidden_size, self.state_size = layers.topics, layers.hidden_size, layers.state_size
         self.n_parameters = loaded.weights.parameters
         self._graphs: Graphs | None = None
         if isinstance(self.backbone, PackedDecoder):
@@ -170,18 +171,31 @@ class Engine:
         (outputs,) = self._launch(np.arange(len(tokens)), list(tokens), None, self.prefix_cache).wait()[1]
         return np.asarray(outputs)
 
-    def outputs(self, hidden: Tensor) -> Tensor:
-        """The outputs [n, K] float32 for hidden states [n, D] of this engine's backbone: see ``OutputLayers``. K is ``width``;
-        where the checkpoint has lengths one less, as ``forward`` and ``stream`` add each prompt's number of tokens."""
-        return self._layers(hidden)
+    def outputs(self, states: Tensor) -> Tensor:
+        """The outputs [n, K] float32 for states [n, S] of this engine, as ``stream`` has them: see ``OutputLayers``. K is
+        ``width``; one less where the checkpoint has lengths: ``forward`` and ``stream`` add each prompt's number of tokens."""
+        return self._layers(states)
 
-    def read(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What the head reads of hidden states [n, D]: see ``OutputLayers.read``."""
-        return self._layers.read(hidden)
+    def read(self, states: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the head reads of states [n, S]: see ``OutputLayers.read``."""
+        return self._layers.read(states)
 
-    def read_normed(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        """``read`` of hidden states [n, D] after the final norm."""
-        return self._layers.read_normed(hidden)
+    def read_normed(self, states: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``read`` of states [n, S] after the final norm (``normed``)."""
+        return self._layers.read_normed(states)
+
+    def normed(self, states: Tensor) -> Tensor:
+        """States [n, S] float32, their hidden states through the final norm: see ``OutputLayers.normed``."""
+        return self._layers.normed(states)
+
+    def words(self, prompts: Sequence[Prompt]) -> npt.NDArray[np.float32]:
+        """[n, E]: the words of prompts, as topics may read them (see ``backbone.words``), without a forward pass. Raises as
+        ``coefficients``."""
+        turns, found = parse_batch(prompts), []
+        for start in range(0, len(turns), PROMPTS_PER_CHUNK):
+            tokens = self.encoder.encode(turns[start : start + PROMPTS_PER_CHUNK], start)
+            found.append(words(tokens, self.backbone.embedding).cpu())
+        return np.asarray(torch.cat(found).numpy()) if found else np.empty((0, self.backbone.embedding.shape[1]), np.float32)
 
     def warmup(self) -> float:
         """Compiles kernels, captures CUDA graphs and allocates buffers before the first request. Returns the seconds it took.
@@ -196,10 +210,12 @@ class Engine:
                 from p2l_engine.kernels.pool_head import VARIANTS
 
                 for n in VARIANTS:
-                    self.outputs(torch.zeros((n, self.hidden_size), dtype=self.dtype, device=self.device))
+                    self.outputs(torch.zeros((n, self.state_size), dtype=self.dtype, device=self.device))
                 self.head_win_rates.measure(self.device, self.dtype)
                 halves = self.dtype in (torch.bfloat16, torch.float16)  # else attention is a call for each length: no one graph
-                if isinstance(self.backbone, PackedDecoder) and halves:
+                if self._layers.reads_words:
+                    logger.info("no CUDA graphs: the checkpoint's topics read words")
+                elif isinstance(self.backbone, PackedDecoder) and halves:
                     prefix = self.backbone.prefix
                     keep = (self.backbone.prefix_kv, self.backbone.rope(0))
                     self._graphs = Graphs(lambda packed: self.outputs(self.backbone(packed)), prefix, self.device, keep)
@@ -217,9 +233,10 @@ class Engine:
     def stream(
         self, prompts: Sequence[Prompt], stage: Stage | None = None
     ) -> Iterator[tuple[npt.NDArray[np.intp], tuple[npt.NDArray[Any], ...]]]:
-        """The results of ``stage`` on the prompts' hidden states, batch by batch.
+        """The results of ``stage`` on the prompts' states, batch by batch.
 
-        stage: hidden [n, D] and the rows of the n prompts -> tensors [n, ...] on the engine's device; it must not wait for the
+        stage: states [n, S] (hidden states [n, D], with words behind them where the checkpoint's topics read these: see
+        ``OutputLayers``) and the rows of the n prompts -> tensors [n, ...] on the engine's device; it must not wait for the
         device. None: ``outputs`` [n, K]. Yields the rows, and the tensors as arrays. Every prompt comes once; a batch
         holds prompts of similar length. A thread tokenises the next chunk meanwhile, and on a GPU several batches run at once.
         Raises PromptError, and TypeError as ``coefficients`` does.
@@ -269,7 +286,8 @@ class Engine:
             else:
                 packed = Packed.of(tokens, self.backbone.prefix, pin=on_gpu)
                 hidden, computed = self.backbone(packed.to(self.device)), sum(packed.lengths)
-            results = (self._layers.with_counts(self.outputs(hidden), tokens),) if stage is None else stage(hidden, rows)
+            states = self._layers.with_words(hidden, tokens)
+            results = (self._layers.with_counts(self.outputs(states), tokens),) if stage is None else stage(states, rows)
             if not on_gpu:
                 return InFlightBatch(rows, computed, results)
             copies = tuple(torch.empty(r.shape, dtype=r.dtype, pin_memory=True).copy_(r, non_blocking=True) for r in results)

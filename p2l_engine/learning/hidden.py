@@ -17,7 +17,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from torch import Tensor
 
-from p2l_engine.backbone.head import after_norm
 from p2l_engine.checkpoint import cache_folder as caches
 from p2l_engine.checkpoint.adapter import PEFT_PREFIX
 from p2l_engine.checkpoint.files import read_json, read_tensors, read_weights
@@ -50,16 +49,16 @@ def states_and_kept(
     """[P, D]: what the head reads, after the final norm, beside topics where the checkpoint has them, and after its shrinkage
     where it has one; and the share [P] that this kept, else None.
 
-    cache: a folder of hidden states, before topics and shrinkage, by fingerprint of the engine's backbone and by content of the
-    prompt; those that it lacks are computed and added, a file for each 1,024 prompts. Several processes may share it.
+    cache: a folder of hidden states alone, before topics and shrinkage, by fingerprint of the engine's backbone and by content
+    of the prompt; those that it lacks are computed and added, a file for each 1,024 prompts. Several processes may share it.
     progress: called with numbers of prompts that are finished. Raises PromptError for a prompt that cannot be read,
     ValueError for a damaged file of the cache, OSError where the cache cannot be written.
     """
     turns = parse_batch(prompts)
     keys = [hashlib.sha256(json.dumps(list(one)).encode()).digest() for one in turns]
 
-    def stage(hidden: Tensor, _: object) -> tuple[Tensor]:
-        return (after_norm(hidden, engine.backbone.norm, engine.backbone.eps),)
+    def stage(states: Tensor, _: object) -> tuple[Tensor]:
+        return (engine.normed(states)[:, : engine.hidden_size],)
 
     states = np.empty((len(turns), engine.hidden_size), np.float32)
     folder = None if cache is None else cache / fingerprint(engine)
@@ -89,6 +88,8 @@ def states_and_kept(
                 "states": found,
             }
             write_file(folder / f"{uuid.uuid4().hex}.safetensors", save(data))
+    if engine.state_size > engine.hidden_size:
+        states = np.concatenate([states, engine.words(turns)], 1)
     with torch.inference_mode():
         read, kept = engine.read_normed(torch.from_numpy(states).to(engine.device))
     return read.cpu().numpy(), None if kept is None else kept.cpu().numpy()
