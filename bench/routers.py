@@ -9,6 +9,9 @@ the prompt's source and the best model of its task; ridge regression, nearest ne
 on hidden states of the untrained backbone (``bench.simple_routers``); the checkpoint; and the oracle. Gains are over the best
 single model, with their standard errors; "all" is the mean over prompts.
 
+With --folds all prompts that are not held out, each predicted by what was learned from the other folds: the simple routers, the
+head that training makes with this config, and the predicted task's mean scores (``bench.in_folds``).
+
 With --leave-out the simple routers on sources, or tasks, that they never saw (``bench.left_out``): on all prompts that are not
 held out, or on the held-out ones.
 
@@ -35,8 +38,10 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from bench.in_folds import in_folds
 from bench.left_out import among, left_out
 from bench.router_rows import CurveRow, RouterRow, compare, curves
+from bench.setting import positive
 from bench.setting import run as run_main
 from bench.simple_routers import Float64, Scored, predictions
 from p2l_engine import Catalog, Engine, plotting
@@ -124,11 +129,12 @@ def theta_of(name: str, models: tuple[str, ...], prompts: list[tuple[str, ...]],
     return found
 
 
-def backbone_states(config: TrainConfig, prompts: list[tuple[str, ...]], console: Console) -> Float64:
-    """The hidden states [N, D] that training with this config starts from, kept in the user's cache."""
+def backbone_states(config: TrainConfig, prompts: list[tuple[str, ...]], console: Console) -> tuple[Float64, Float64]:
+    """The hidden states [N, D] that training with this config starts from, kept in the user's cache, and the words [N, E]."""
     engine = Engine(frozen.base(config), dtype=config.dtype, max_tokens=config.max_length)
     with progress(console, config.pretrain_model_name, len(prompts)) as advance:
-        return hidden.hidden_states(engine, prompts, hidden.cache_folder(), advance).astype(np.float64)
+        states = hidden.hidden_states(engine, prompts, hidden.cache_folder(), advance)
+    return states.astype(np.float64), engine.words(prompts).astype(np.float64)
 
 
 @contextmanager
@@ -172,6 +178,8 @@ def main() -> None:
     parser.add_argument("pool", type=Path, help="a table of p2l_engine.train.sources")
     parser.add_argument("--checkpoint", nargs="*", help="folders or names; left out: the default one; none: none")
     parser.add_argument("--leave-out", choices=("source", "task"), help="sources or tasks that no router has seen")
+    parser.add_argument("--folds", type=positive, metavar="K", help="all prompts that are not held out, in K folds")
+    parser.add_argument("--words", action="store_true", help="the simple routers read the prompts' words beside hidden states")
     parser.add_argument("--config", type=Path, default=CONFIG, help="of training: the backbone that the simple routers read")
     parser.add_argument("--part", choices=("validation", "held-out"), default="validation", help="held-out: once, at the end")
     parser.add_argument("--catalog", type=Path, help="costs in USD a prompt, for the curves")
@@ -180,10 +188,26 @@ def main() -> None:
     args = parser.parse_args()
     if args.plot and not args.catalog:
         raise ValueError("--plot: the curves need costs: give --catalog")
-    if args.leave_out and (args.checkpoint or args.catalog):
-        raise ValueError("--leave-out: expected no --checkpoint, which has seen all sources, and no --catalog")
+    if (args.leave_out or args.folds) and (args.checkpoint or args.catalog):
+        raise ValueError("--leave-out, --folds: expected no --checkpoint, which has seen all prompts, and no --catalog")
+    if args.leave_out and args.folds:
+        raise ValueError("--leave-out, --folds: expected one of them")
     console, pool = Console(), read_pool(args.pool)
-    states = backbone_states(TrainConfig.load(args.config), pool.prompts, console)
+    config = TrainConfig.load(args.config).model_copy(update={"train_data_path": str(args.pool)})
+    states, words = backbone_states(config, pool.prompts, console)
+    if args.folds:
+        if config.head_optimum is None:
+            raise ValueError(f"--folds: expected head_optimum in {args.config}, found none")
+        every = Scored(states, pool.scores, pool.source, pool.task)
+        found = in_folds(
+            config, config.head_optimum, pool.prompts, every, words, pool.models, args.words, args.folds, console.print
+        )
+        show(found, console)
+        if args.csv:
+            write(args.csv, found)
+        return
+    if args.words:
+        states = np.hstack([states, words])
     if args.leave_out:
         found = never_seen(pool, states, args.leave_out, args.part, console)
         show(found, console)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib
+import json
 import os
 import sys
 from dataclasses import astuple
@@ -652,15 +653,17 @@ def test_a_curve_reaches_the_cheapest_and_the_best_choice(rng):
 def test_simple_routers_read_what_training_starts_from(tmp_path, monkeypatch):
     monkeypatch.setenv("P2L_ENGINE_CACHE", str(tmp_path / "cache"))
     config = training_settings(tmp_path, dtype="float32")
-    states = routers.backbone_states(config, [("sum 1",), ("poem", "2"), ("sum 1",)], Console(quiet=True))
+    states, words = routers.backbone_states(config, [("sum 1",), ("poem", "2"), ("sum 1",)], Console(quiet=True))
     tokenizer, decoder = AutoTokenizer.from_pretrained(tmp_path / "base"), AutoModel.from_pretrained(tmp_path / "base")
-    for row, turns in zip(states, (["sum 1"], ["poem", "2"], ["sum 1"]), strict=True):
+    for row, word, turns in zip(states, words, (["sum 1"], ["poem", "2"], ["sum 1"]), strict=True):
         messages = [{"role": "user", "content": turn} for turn in turns]
         text = tokenizer.apply_chat_template(messages, tokenize=False) + tokenizer.cls_token
         tokens = tokenizer(text, return_tensors="pt", add_special_tokens=False)
         with torch.inference_mode():
             expected = decoder.float()(input_ids=tokens.input_ids).last_hidden_state[0, -1]
         np.testing.assert_allclose(row, expected, atol=1e-4)
+        different = decoder.get_input_embeddings().weight[sorted(set(tokens.input_ids[0].tolist()))]
+        np.testing.assert_allclose(word, different.double().mean(0).detach(), atol=1e-6)
 
 
 def test_routers_run_to_the_end(tmp_path, monkeypatch, capsys):
@@ -672,7 +675,9 @@ def test_routers_run_to_the_end(tmp_path, monkeypatch, capsys):
     ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pool.parquet")
     monkeypatch.setattr(
-        routers, "backbone_states", lambda base, prompts, *_: np.random.default_rng(0).normal(size=(len(prompts), 4))
+        routers,
+        "backbone_states",
+        lambda _, prompts, *__: tuple(np.random.default_rng(i).normal(size=(len(prompts), 4)) for i in (0, 1)),
     )
     monkeypatch.setattr(routers, "theta_of", lambda name, models, prompts, _: np.zeros((len(prompts), len(models))))
     models = {name: {"cost": cost} for name, cost in zip("xyz", (1e-4, 1e-3, 1e-2), strict=True)}
@@ -692,7 +697,43 @@ def test_routers_run_to_the_end(tmp_path, monkeypatch, capsys):
         found = list(csv.DictReader(file))
     assert {row["router"] for row in found} == {"single", "ridge", "knn", "mlp", "mf", "oracle"}
     assert {row["source"] for row in found} == {"all", "one", "two"}
-    for more in (["--catalog", "catalog.yaml"], ["--checkpoint", "default"]):
-        monkeypatch.setattr(sys, "argv", ["routers", "pool.parquet", "--leave-out", "source", *more])
-        with pytest.raises(ValueError, match="--leave-out: expected no --checkpoint"):
-            routers.main()
+    for alone in (["--leave-out", "source"], ["--folds", "3"]):
+        for more in (["--catalog", "catalog.yaml"], ["--checkpoint", "default"]):
+            monkeypatch.setattr(sys, "argv", ["routers", "pool.parquet", *alone, *more])
+            with pytest.raises(ValueError, match="--leave-out, --folds: expected no --checkpoint"):
+                routers.main()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [True, False])
+def test_routers_in_folds_know_what_the_words_tell(tmp_path, monkeypatch, words):
+    """Three models, of which another one is right on each task; hidden states know nothing, words know the task."""
+    rng, rows, about = np.random.default_rng(0), [], {}
+    for i in range(360):
+        task, prompt = f"task {i % 3}", json.dumps([f"Question {i}?"])
+        about[f"Question {i}?"] = i % 3
+        for m, model in enumerate("xyz"):
+            score = float(rng.random() < (0.9 if m == i % 3 else 0.2))
+            rows.append({"prompt": prompt, "task": task, "model": model, "score": score, "source": f"source {i // 3 % 2}"})
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pool.parquet")
+
+    def states(_, prompts, *__):
+        know = np.eye(3)[[about[turns[0]] for turns in prompts]] * 4 + rng.normal(size=(len(prompts), 3))
+        return rng.normal(size=(len(prompts), 4)), know
+
+    monkeypatch.setattr(routers, "backbone_states", states)
+    training = yaml.safe_load(routers.CONFIG.read_text(encoding="utf-8"))
+    training["head_optimum"] = {"deviations": [1.0, 0.1], "topics": {"words": words}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(training))
+    monkeypatch.chdir(tmp_path)
+    arguments = ["pool.parquet", "--folds", "3", "--config", "config.yaml", "--csv", "rows.csv"]
+    monkeypatch.setattr(sys, "argv", ["routers", *arguments, *(["--words"] if words else [])])
+    routers.main()
+    with open("rows.csv", newline="") as file:
+        found = {row["router"]: row for row in csv.DictReader(file) if row["source"] == "all"}
+    assert set(found) == {"source", "task", "ridge", "knn", "mlp", "mf", "task predicted", "head", "oracle"}
+    assert 300 < int(found["head"]["prompts"]) < 360  # those that are not held out
+    task, of = float(found["task"]["score"]), {name: float(row["score"]) for name, row in found.items()}
+    assert task > of["source"] + 0.3
+    for name in ("ridge", "knn", "task predicted", "head"):
+        assert (of[name] > task - 0.1) == words

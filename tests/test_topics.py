@@ -227,10 +227,10 @@ def test_exports_are_refused(folder, tmp_path):
         export(folder, tmp_path / "exported")
 
 
-@given(st.lists(st.text(max_size=40), max_size=5), st.integers(0, 2**32 - 1))
-def test_words_are_the_mean_of_different_tokens(prompts, seed):
-    rng, table = np.random.default_rng(seed), torch.randn(300, 7, generator=torch.Generator().manual_seed(seed))
-    tokens = [rng.integers(300, size=rng.integers(1, 60)) for _ in prompts]
+@given(st.integers(0, 5), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), st.integers(0, 2**32 - 1))
+def test_words_are_the_mean_of_different_tokens(count, dtype, seed):
+    rng, table = np.random.default_rng(seed), torch.randn(300, 7, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    tokens = [rng.integers(300, size=rng.integers(1, 60)) for _ in range(count)]
     found = words(tokens, table)
     assert (found.shape, found.dtype) == ((len(tokens), 7), torch.float32)
     for row, ids in zip(found, tokens, strict=True):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ from p2l_engine.backbone.topics import Topics
 from p2l_engine.checkpoint import Checkpoint
 from p2l_engine.engine import Engine
 from p2l_engine.evaluation import features
-from p2l_engine.feedback import feedback_model
+from p2l_engine.feedback import FeedbackModel, feedback_model
 from p2l_engine.learning import hidden
 from p2l_engine.train import optimum, topics
 from p2l_engine.train.config import HeadOptimum, TrainConfig
-from p2l_engine.train.optimum import Float32, Inputs
+from p2l_engine.train.optimum import FittedHead, Float32, Inputs
 from p2l_engine.train.saving import write_head
 from p2l_engine.votes import Splits, Votes
 
@@ -36,32 +37,49 @@ def train(config: TrainConfig, wanted: HeadOptimum, folder: Path, parts: Splits,
     """
     loaded = base(config)
     engine = Engine(loaded, dtype=config.dtype, max_tokens=config.max_length)
-    known = _states(engine, parts.training, "training")
-    of, reads = None, Inputs(known)
-    if wanted.topics is not None:
-        words = engine.words(parts.training.prompts) if wanted.topics.words else None
-        of = topics.fit(known, _categories(parts.training), wanted.topics.deviation, words)
-        reads = _inputs(of, known, words)
-    chosen_on = None
-    if parts.validation is not None:
-        unseen = _states(engine, parts.validation, "validation")
-        words = engine.words(parts.validation.prompts) if of is not None and of.of_words is not None else None
-        chosen_on = parts.validation, Inputs(unseen) if of is None else _inputs(of, unseen, words)
-    leaderboards = 1.0 if wanted.topics is None else wanted.topics.leaderboards
-    feedback = feedback_model(config.loss_type)
-    found = optimum.best(feedback, parts.training, reads, chosen_on, wanted.deviations, leaderboards)
+    reads_words = wanted.topics is not None and wanted.topics.words
+
+    def known(votes: Votes, part: str) -> Known:
+        return Known(votes, _states(engine, votes, part), engine.words(votes.prompts) if reads_words else None)
+
+    chosen_on = None if parts.validation is None else known(parts.validation, "validation")
+    found, of = fitted(feedback_model(config.loss_type), wanted, known(parts.training, "training"), chosen_on)
     write_head(folder, loaded, found, of, config, parts, inputs)
 
 
-def _inputs(of: Topics, hidden: Float32, words: Float32 | None) -> Inputs:
-    known = None if words is None else torch.from_numpy(words)
-    return Inputs(hidden, of.probabilities(torch.from_numpy(hidden), known).numpy())
+@dataclass(frozen=True, slots=True)
+class Known:
+    """Votes, and of their P prompts the hidden states [P, D], and the words [P, E] where topics should read them."""
+
+    votes: Votes
+    hidden: Float32
+    words: Float32 | None
+
+    def inputs(self, of: Topics | None) -> Inputs:
+        """What a head reads beside these topics."""
+        if of is None:
+            return Inputs(self.hidden)
+        words = None if self.words is None else torch.from_numpy(self.words)
+        return Inputs(self.hidden, of.probabilities(torch.from_numpy(self.hidden), words).numpy())
 
 
-def _categories(votes: Votes) -> Sequence[str]:
-    if votes.category is None:
-        raise ValueError("head_optimum: topics: expected votes with a category (or scores with a task), found neither column")
-    return votes.category
+def fitted(
+    feedback: FeedbackModel, wanted: HeadOptimum, training: Known, chosen_on: Known | None
+) -> tuple[FittedHead, Topics | None]:
+    """The head, and the topics where they are wanted. Raises ValueError for topics of votes without categories, and
+    ArithmeticError where an optimum is not reached."""
+    of, leaderboards = None, 1.0
+    if wanted.topics is not None:
+        if (category := training.votes.category) is None:
+            raise ValueError(
+                "head_optimum: topics: expected votes with a category (or scores with a task), found neither column"
+            )
+        of, leaderboards = (
+            topics.fit(training.hidden, category, wanted.topics.deviation, training.words),
+            wanted.topics.leaderboards,
+        )
+    validation = None if chosen_on is None else (chosen_on.votes, chosen_on.inputs(of))
+    return optimum.best(feedback, training.votes, training.inputs(of), validation, wanted.deviations, leaderboards), of
 
 
 def base(config: TrainConfig) -> Checkpoint:

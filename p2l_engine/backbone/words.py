@@ -13,8 +13,7 @@ from p2l_engine.backbone.packing import Tokens
 
 
 def words(tokens: Sequence[Tokens], embedding: Tensor) -> Tensor:
-    """[N, E] float32, on the embedding's device, for N tokenised prompts of one token at least; embedding [V, E], in whose
-    precision the means are rounded.
+    """[N, E] float32, on the embedding's device, for N tokenised prompts of one token at least; embedding [V, E].
 
     A prompt's words do not depend on the others'. On a GPU the host does not wait.
     """
@@ -25,4 +24,5 @@ def words(tokens: Sequence[Tokens], embedding: Tensor) -> Tensor:
     starts = torch.from_numpy(np.cumsum([0, *map(len, different[:-1])]))
     if embedding.is_cuda:
         ids, starts = (x.pin_memory().to(embedding.device, non_blocking=True) for x in (ids, starts))
-    return F.embedding_bag(ids, embedding, starts, mode="mean").float()
+    rows = F.embedding(ids, embedding).float()  # before the mean, which would be rounded to the embedding's dtype
+    return F.embedding_bag(torch.arange(len(rows), device=rows.device), rows, starts, mode="mean")
