@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,10 @@ import torch
 from bench import subjects
 from bench.peers.transformers import Transformers
 from p2l_engine import Engine
+from p2l_engine.backbone.head import Head, after_norm
 from p2l_engine.backbone.packing import Packed
+from p2l_engine.backbone.topics import Topics
+from p2l_engine.backbone.words import words
 from p2l_engine.engine.graphs import BUCKETS, MOST_PROMPTS, Graphs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")]
@@ -133,3 +137,21 @@ def test_the_largest_batches_fit_on_a_small_card():
     torch.cuda.reset_peak_memory_stats()
     engine.coefficients(["word " * 300] * 120)
     assert torch.cuda.max_memory_allocated() < 24 * 2**30
+
+
+def test_topics_and_words_are_those_of_the_definition():
+    loaded = subjects.checkpoint("tiny", 20, CUDA, torch.bfloat16)
+    width, names = int(loaded.config.hidden_size), tuple("abc")
+    draw = torch.Generator().manual_seed(0)
+    weight, bias, of_words, rows = (torch.randn(n, generator=draw) for n in ((3, width), (3,), (3, width), (21, width + 3)))
+    topics = Topics(weight, bias, names, 20 * of_words)
+    engine = Engine(replace(loaded, topics=topics, head=Head(rows, torch.zeros(21), 20)), "cuda")
+    engine.warmup()
+    texts = subjects.prompts(60, seed=2)
+    for some, (states, outputs) in engine.stream(texts, lambda states, _: (states, engine.outputs(states))):
+        tokens = engine.encoder.encode([texts[i] for i in some])
+        hidden, bags = torch.from_numpy(states).split([width, width], 1)
+        torch.testing.assert_close(bags, words(tokens, engine.backbone.embedding.cpu()), rtol=1e-5, atol=1e-6)
+        read = topics(after_norm(hidden, engine.backbone.norm.cpu(), engine.backbone.eps), bags)
+        np.testing.assert_allclose(outputs, (read.double() @ rows.double().T).numpy(), rtol=1e-2, atol=1e-2)
+    assert np.isfinite(engine.coefficients(texts[:1]).theta).all()

@@ -193,6 +193,11 @@ def test_every_path_of_the_engine_reads_topics(engine, folder, states):
     assert engine.warmup() > 0
 
 
+def test_info_names_topics(engine, folder):
+    shown = p2l_engine("info", "--checkpoint", str(folder), "--device", "cpu").out
+    assert f"3 topics of hidden states{' and words' if engine.state_size > D else ''}" in shown
+
+
 def test_the_cache_of_hidden_states_does_not_depend_on_topics(engine, states, tmp_path, monkeypatch):
     first = hidden.hidden_states(engine, PROMPTS, tmp_path)
     (path,) = tmp_path.rglob("*.safetensors")

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
 from p2l_engine.cli.inputs import Checkpoint, Date, Device, Dtype, load_engine
 from p2l_engine.cli.terminal import out
+
+if TYPE_CHECKING:
+    from p2l_engine.engine import Engine
 
 
 def info(checkpoint: Checkpoint = None, device: Device = None, dtype: Dtype = None, date: Date = None) -> None:
@@ -32,8 +38,23 @@ def info(checkpoint: Checkpoint = None, device: Device = None, dtype: Dtype = No
         "checkpoint": str(engine.folder),
         "consecutive user turns": "joined by blank lines" if engine.encoder.tokenizer.template.joins else "one message each",
         "feedback model": engine.feedback.name,
+        "beside the head": ", ".join(_beside(engine)) or "nothing",
         f"{len(engine.models)} models": "\n".join(engine.models),
     }
     for name, value in rows.items():
         table.add_row(name, Text(value))
     out().print(table)
+
+
+def _beside(engine: Engine) -> Iterator[str]:
+    """What else the checkpoint computes of a hidden state."""
+    if engine.topics is not None:
+        yield f"{len(engine.topics.names)} topics of hidden states{'' if engine.topics.of_words is None else ' and words'}"
+    if engine.shrinkage is not None:
+        yield "shrinkage of far prompts"
+    if engine.theta_map is not None:
+        yield "calibrated coefficients"
+    if engine.uncertainty is not None:
+        yield "deviations of coefficients"
+    if engine.lengths is not None:
+        yield "expected lengths of answers"
