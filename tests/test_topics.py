@@ -411,6 +411,7 @@ def test_topics_need_categories(tmp_path, monkeypatch):
     path.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "category"}) + "\n" for row in rows))
     with pytest.raises(ValueError, match="topics: expected votes with a category"):
         train(config)
+    assert not (tmp_path / "cache" / "hidden").exists()  # found before hidden states are computed
 
 
 @pytest.mark.parametrize("bad", [{"deviation": 0.0}, {"leaderboards": -1.0}, {"deviation": 1e7}, {"more": 1}])

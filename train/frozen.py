@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ def train(config: TrainConfig, wanted: HeadOptimum, folder: Path, parts: Splits,
     CheckpointError for a backbone that cannot be read,
     ArithmeticError where the optimum is not reached, and OSError where the cache or the checkpoint cannot be written.
     """
+    if wanted.topics is not None:
+        _categories(parts.training)  # before hours of hidden states
     loaded = base(config)
     engine = Engine(loaded, dtype=config.dtype, max_tokens=config.max_length)
     reads_words = wanted.topics is not None and wanted.topics.words
@@ -70,16 +72,17 @@ def fitted(
     ArithmeticError where an optimum is not reached."""
     of, leaderboards = None, 1.0
     if wanted.topics is not None:
-        if (category := training.votes.category) is None:
-            raise ValueError(
-                "head_optimum: topics: expected votes with a category (or scores with a task), found neither column"
-            )
-        of, leaderboards = (
-            topics.fit(training.hidden, category, wanted.topics.deviation, training.words),
-            wanted.topics.leaderboards,
-        )
+        category = _categories(training.votes)
+        of = topics.fit(training.hidden, category, wanted.topics.deviation, training.words)
+        leaderboards = wanted.topics.leaderboards
     validation = None if chosen_on is None else (chosen_on.votes, chosen_on.inputs(of))
     return optimum.best(feedback, training.votes, training.inputs(of), validation, wanted.deviations, leaderboards), of
+
+
+def _categories(votes: Votes) -> Sequence[str]:
+    if votes.category is None:
+        raise ValueError("head_optimum: topics: expected votes with a category (or scores with a task), found neither column")
+    return votes.category
 
 
 def base(config: TrainConfig) -> Checkpoint:

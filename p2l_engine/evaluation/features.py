@@ -36,8 +36,8 @@ def hidden_states(
     them, without expected usage, in one pass. ``advance`` is called with the number of prompts of each forward pass."""
     width = engine.width - engine.usage_width
 
-    def stage(read: Tensor, _: object) -> tuple[Tensor, Tensor]:
-        return engine.read(read)[0], engine.outputs(read)[:, :width]
+    def stage(inputs: Tensor, _: object) -> tuple[Tensor, Tensor]:
+        return engine.read(inputs)[0], engine.outputs(inputs)[:, :width]
 
     states = np.empty((len(prompts), engine.head.weight.shape[1]), np.float32)
     out = np.empty((len(prompts), width), np.float32)
