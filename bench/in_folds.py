@@ -59,7 +59,7 @@ def in_folds(
         rest, test = np.flatnonzero(part != fold), np.flatnonzero(part == fold)
         inner = folds(votes.of(rest.tolist()), INNER)
         training, chosen_on = rest[inner > 0], rest[inner == 0]
-        found = predictions(*(features.of(place[of]) for of in (training, chosen_on, test)))
+        found = predictions(features.of(place[training]), features.of(place[chosen_on]), features.of(place[test]))
         learned, new = known(training), known(test)
         head, topics = frozen.fitted(feedback, wanted, learned, known(chosen_on))
         read = torch.from_numpy(new.hidden)
