@@ -19,7 +19,7 @@ from p2l_engine.feedback import NAMES, feedback_model
 from p2l_engine.learning import hidden, likelihood
 from p2l_engine.train import data, optimum
 from p2l_engine.train.config import TrainConfig
-from p2l_engine.train.optimum import OFFSET, HeadObjective, at_marginal, best, fit, votes_loss
+from p2l_engine.train.optimum import OFFSET, HeadObjective, Inputs, at_marginal, best, fit, votes_loss
 from p2l_engine.train.run import train
 from p2l_engine.votes import Votes
 from p2l_engine.votes.marginal import marginal_fit
@@ -140,7 +140,7 @@ def test_validation_votes_choose_the_deviation():
             Votes.make([(str(i),) for i in range(200)], ("x", "y"), rows, zeros, zeros + 1, outcome[of])
             for of in (slice(0, 200), slice(200, 400))
         ]
-        found = best(feedback, parts[0], states[:200], (parts[1], states[200:]), deviations)
+        found = best(feedback, parts[0], Inputs(states[:200]), (parts[1], Inputs(states[200:])), deviations)
         assert found.deviation == expected
         assert set(found.losses) == set(deviations)
         theta = found.head(torch.from_numpy(states[200:]), None, 0.0).numpy()
@@ -155,7 +155,8 @@ def test_a_search_that_begins_at_the_optimum_ends_there(seed):
     a = rng.integers(3, size=60)
     votes = Votes.make([(str(i),) for i in range(20)], "abc", np.arange(60) % 20, a, (a + 1) % 3, np.full(60, 2))
     states = np.repeat(rng.normal(size=(1, 4)), 20, 0).astype(np.float32)
-    found = best(feedback, votes, states, (votes, states), [3.0, 0.3])
+    read = Inputs(states)
+    found = best(feedback, votes, read, (votes, read), [3.0, 0.3])
     outputs = found.head.weight.double().numpy() @ states[0] + found.head.bias.double().numpy()
     np.testing.assert_allclose(outputs[:3], 0, atol=1e-3)
     assert max(found.losses.values()) < 0.05  # all are ties

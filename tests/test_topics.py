@@ -289,6 +289,7 @@ def write_votes(path, about, rows=240):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("folder", [D], indirect=True, ids=["states and words"])
 def test_commands_that_change_the_head_keep_topics(folder, tmp_path):
     votes, trained_on = (write_votes(tmp_path / f"{about}.jsonl", about) for about in ("question", "poem"))
     before = Engine.from_pretrained(folder, "cpu", "float32").coefficients(PROMPTS)
