@@ -103,7 +103,7 @@ def draw(rows: list[tuple[float, int, int, str, str, float, float, float]], path
             axes.fill_between(votes, low, high, color=colour, alpha=0.15, linewidth=0)
     axes.set_xscale("log")
     axes.set_xlabel("training votes")
-    axes.set_ylabel("log-loss of a held-out vote, 95% interval over prompts")
+    axes.set_ylabel("held-out log-loss, 95% interval over prompts")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     save(figure, path)
