@@ -24,6 +24,7 @@ from bench.mock_provider import MockProvider
 from p2l_engine.serve import litellm as plugin
 from p2l_engine.serve.gate import Gate
 from p2l_engine.serve.litellm import ModelChoice, Refusal
+from p2l_engine.serve.litellm_in_process import RouterChoice
 from p2l_engine.serve.settings import Key
 from tests.support.serving import PRICES, FixedEngine, config_for, serving
 
@@ -351,7 +352,7 @@ def test_the_file_stands_alone():
 
 
 def in_process(router, data, own=(), **settings):
-    choice = ModelChoice(router=router, timeout=30, **settings)
+    choice = RouterChoice(router, timeout=30, **settings)
     asyncio.run(choice.set_model(data, "acompletion", own))
     return data
 

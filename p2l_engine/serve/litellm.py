@@ -1,13 +1,12 @@
 """A plugin for the LiteLLM proxy: requests for the model ``auto`` go to the model that P2L chooses.
 
 This file imports nothing of p2l_engine, and litellm only where LiteLLM asks for the callback, so that it can be copied next to
-the proxy's ``config.yaml``. ``callbacks: p2l_router.router`` takes its settings from the environment (``SETTINGS``); another
-module may call ``callback(...)`` instead. See docs/gateways.md.
+the proxy's ``config.yaml``, from where LiteLLM loads a single file. ``callbacks: p2l_router.router`` takes its settings from
+the environment (``SETTINGS``); another module may call ``callback(...)`` instead. See docs/gateways.md.
 """
 
 from __future__ import annotations
 
-import asyncio
 import fnmatch
 import json
 import logging
@@ -16,7 +15,7 @@ import os
 import re
 import time
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import aiohttp
 
@@ -36,7 +35,6 @@ READ = (
 SESSION_HEADERS = (
     "x-session-id", "x-conversation-id", "x-openwebui-chat-id", "x-librechat-conversation-id", "x-claude-code-session-id",
 )  # fmt: skip
-IN_PROCESS = frozenset({"budget", "models", "session"})  # wishes that a router in this process can meet; it has no sessions
 LOOKS = ("dry_run", "explain")  # wishes for a decision alone, which LiteLLM cannot give
 CONTROL = re.compile("[\x00-\x08\x0a-\x1f\x7f]")  # no HTTP client sends these in a header
 MODELS_SECONDS = 60.0  # for which the router's list of models is taken to be the same
@@ -44,18 +42,6 @@ EXPLAINED = ("policy", "propensity", "propensity_error", "expected_cost", "win_r
 REFUSED = (400, 402, 413)  # what the router says of the request itself; any other error is the router's own
 NOT_KEPT = ("previous_response_not_found", "not_found")  # codes of a 404 that is the request's too
 EVERY_MODEL = frozenset({"*", "all-proxy-models", "all-team-models"})
-
-
-class Decides(Protocol):
-    """A ``p2l_engine.Router``, in the same process."""
-
-    names: Any
-
-    async def aroute(self, prompt: Any, budget: float | None = None) -> Any:
-        """The decision for one prompt, with its ``model``."""
-
-    def route_batch(self, prompts: Any, budget: float | None = None, *, allowed: Any = None) -> Any:
-        """The decisions for several; allowed: [N, K] booleans over ``names``."""
 
 
 class Refusal(Exception):
@@ -74,23 +60,19 @@ class Decided(dict[str, Any]):
     """A decision in a request's metadata: what a client writes there itself is none."""
 
 
-class ModelChoice:
-    """Sets the model of LiteLLM's requests.
+class AutoChoice:
+    """Sets the model of LiteLLM's requests; how a decision is had is left to its classes.
 
-    url: of a running p2l-engine server, without /v1; key: one of its keys. router: decides in this process instead. alias: the
-    model name whose requests are routed; others are left alone. fallback: the model that takes requests while the router fails,
-    which is logged once for each outage; None: they are refused with 503. names: {P2L's name: LiteLLM's ``model_name``} of
-    models that LiteLLM calls otherwise. timeout: seconds that a decision may take. pause: seconds after a failure in which the
-    router is not asked. fallbacks: whether LiteLLM is told which models come next, where the request does not say so itself.
-    Raises ValueError.
+    alias: the model name whose requests are routed; others are left alone. fallback: the model that takes requests while the
+    router fails, which is logged once for each outage; None: they are refused with 503. names: {P2L's name: LiteLLM's
+    ``model_name``} of models that LiteLLM calls otherwise. timeout: seconds that a decision may take. pause: seconds after a
+    failure in which the router is not asked. fallbacks: whether LiteLLM is told which models come next, where the request does
+    not say so itself. Raises ValueError.
     """
 
     def __init__(
         self,
-        url: str | None = None,
-        key: str | None = None,
         *,
-        router: Decides | None = None,
         alias: str = "auto",
         fallback: str | None = None,
         names: Mapping[str, str] | None = None,
@@ -98,16 +80,22 @@ class ModelChoice:
         pause: float = 5.0,
         fallbacks: bool = True,
     ) -> None:
-        if (url is None) == (router is None):
-            raise ValueError("expected the url of a p2l-engine server (P2L_URL) or a router, and not both")
         if fallback == alias:
             raise ValueError(f"fallback: expected a model of LiteLLM's, got the alias {alias!r} itself")
-        self.url, self.key, self.router = None if url is None else url.rstrip("/"), key, router
         self.alias, self.fallback, self.names = alias, fallback, dict(names or {})
         self.timeout, self.pause, self.fallbacks = timeout, pause, fallbacks
         self._asked_again_at, self._failing = 0.0, False
-        self._session: aiohttp.ClientSession | None = None
-        self._known, self._known_until = list[str](), -math.inf
+
+    async def models(self) -> list[str]:
+        """The router's models. Raises RouterFailed."""
+        raise NotImplementedError
+
+    async def decide(
+        self, data: Mapping[str, Any], wishes: Mapping[str, Any], headers: Mapping[str, str], allowed: list[str] | None
+    ) -> Decided:
+        """The decision for a request, among the models ``allowed`` (None: any). wishes, headers: what it asks of the router.
+        Raises Refusal, RouterFailed."""
+        raise NotImplementedError
 
     async def set_model(self, data: dict[str, Any], call_type: str, own: Iterable[str] = ()) -> None:
         """Replaces the alias in a request by a model, and notes the decision in its metadata under ``p2l``.
@@ -123,7 +111,7 @@ class ModelChoice:
         except RouterFailed as failed:
             if self._asked_again_at <= time.monotonic():
                 self._asked_again_at = time.monotonic() + self.pause
-            wished = [self._theirs(name) for name in wishes.get("models") or ()]
+            wished = [self.theirs(name) for name in wishes.get("models") or ()]
             if self.fallback is None or not _permitted(self.fallback, own) or (wished and self.fallback not in wished):
                 raise Refusal(503, f"the router of {self.alias!r} is not available: {failed}") from None
             if not self._failing:
@@ -138,43 +126,17 @@ class ModelChoice:
             data.setdefault("fallbacks", decision["fallbacks"])
         metadata_of(data)["p2l"] = decision
 
-    async def close(self) -> None:
-        """Closes the connections to the router."""
-        if self._session is not None:
-            await self._session.close()
-
     async def _decision(self, data: Mapping[str, Any], wishes: dict[str, Any], own: list[str]) -> Decided:
         if self._asked_again_at > time.monotonic():
             raise RouterFailed("it failed a moment ago")
-        headers, allowed, began = _headers(data), None, time.monotonic()
-        if own or wishes.get("models") is not None:
-            allowed = await self._allowed(own, wishes.get("models"))
-        if self.router is not None:
-            return await self._in_process(self.router, data, _budget_in_process(wishes, headers), allowed)
-        body = {name: data[name] for name in READ if data.get(name) is not None}
-        metadata = data.get("metadata")
-        if isinstance(metadata, dict) and isinstance(metadata.get("user_id"), str):
-            body["metadata"] = {"user_id": metadata["user_id"]}
-        sent = wishes if allowed is None else {**wishes, "models": allowed}
-        try:
-            found = await self._ask("POST", "/v1/route", {**body, "model": "auto", "p2l": sent}, headers)
-        except Refusal as refusal:
-            if refusal.param != "p2l.models" or allowed is None or self._known_until >= began + MODELS_SECONDS:
-                raise
-            self._known_until = -math.inf  # its models may be others by now
-            return await self._decision(data, wishes, own)
-        model, after = found.get("model"), found.get("fallbacks")
-        if not isinstance(model, str) or not model:
-            raise RouterFailed("its answer names no model")
-        after = [self._theirs(name) for name in after if isinstance(name, str)] if isinstance(after, list) else []
-        kept = ("id", *EXPLAINED)
-        explained = {name: found[name] for name in kept if name in found}
-        return Decided(model=self._theirs(model), fallbacks=after, **explained)
+        headers, wished = _headers(data), wishes.get("models")
+        allowed = None if not own and wished is None else await self._allowed(own, wished)
+        return await self.decide(data, wishes, headers, allowed)
 
     async def _allowed(self, own: list[str], wished: list[str] | None) -> list[str]:
         """The router's models that a key may use and its request wishes for. Raises Refusal."""
-        known = await self._models() if self.router is None else list(self.router.names)
-        allowed = [name for name in known if _permitted(self._theirs(name), own)]
+        known = await self.models()
+        allowed = [name for name in known if _permitted(self.theirs(name), own)]
         if not allowed:
             raise Refusal(400, f"{self.alias}: the router knows none of the models that this key may use")
         if wished is not None:
@@ -183,29 +145,57 @@ class ModelChoice:
                 raise Refusal(400, "p2l.models: expected models that the router knows and this key may use", "p2l.models")
         return allowed
 
-    async def _in_process(
-        self, router: Decides, data: Mapping[str, Any], budget: float | None, allowed: list[str] | None
-    ) -> Decided:
-        turns = _turns(data)
+    def theirs(self, name: str) -> str:
+        """LiteLLM's name of a model."""
+        return self.names.get(name, name)
+
+
+class ModelChoice(AutoChoice):
+    """Asks a running p2l-engine server. url: its address, without /v1; key: one of its keys; settings: see ``AutoChoice``."""
+
+    def __init__(self, url: str | None = None, key: str | None = None, **settings: Any) -> None:
+        if url is None:
+            raise ValueError("expected the url of a p2l-engine server (P2L_URL), got none")
+        super().__init__(**settings)
+        self.url, self.key = url.rstrip("/"), key
+        self._session: aiohttp.ClientSession | None = None
+        self._known, self._known_until = list[str](), -math.inf
+
+    async def close(self) -> None:
+        """Closes the connections to the router."""
+        if self._session is not None:
+            await self._session.close()
+
+    async def _decision(self, data: Mapping[str, Any], wishes: dict[str, Any], own: list[str]) -> Decided:
+        began = time.monotonic()
         try:
-            if allowed is None:
-                work = router.aroute(turns, budget)
-            else:
-                import numpy as np  # as p2l_engine does
+            return await super()._decision(data, wishes, own)
+        except Refusal as refusal:
+            named = own or wishes.get("models") is not None
+            if refusal.param != "p2l.models" or not named or self._known_until >= began + MODELS_SECONDS:
+                raise
+            self._known_until = -math.inf  # its models may be others by now
+            return await super()._decision(data, wishes, own)
 
-                mask = np.array([[name in allowed for name in router.names]])
-                work = asyncio.to_thread(lambda: router.route_batch([turns], budget, allowed=mask)[0])
-            found = await asyncio.wait_for(work, self.timeout)
-        except TimeoutError:
-            raise RouterFailed(f"no decision within {self.timeout:g} s") from None
-        except ValueError as error:  # text that is no Unicode; a budget below the cheapest model
-            raise Refusal(402 if type(error).__name__ == "InfeasibleBudget" else 400, str(error)) from None
-        except Exception as error:
-            raise RouterFailed(f"{type(error).__name__}: {error}") from error
-        kept = {name: getattr(found, name) for name in EXPLAINED if hasattr(found, name)}
-        return Decided(model=self._theirs(found.model), fallbacks=[], **kept)
+    async def decide(
+        self, data: Mapping[str, Any], wishes: Mapping[str, Any], headers: Mapping[str, str], allowed: list[str] | None
+    ) -> Decided:
+        """See ``AutoChoice``."""
+        body = {name: data[name] for name in READ if data.get(name) is not None}
+        metadata = data.get("metadata")
+        if isinstance(metadata, dict) and isinstance(metadata.get("user_id"), str):
+            body["metadata"] = {"user_id": metadata["user_id"]}
+        sent = wishes if allowed is None else {**wishes, "models": allowed}
+        found = await self._ask("POST", "/v1/route", {**body, "model": "auto", "p2l": sent}, headers)
+        model, after = found.get("model"), found.get("fallbacks")
+        if not isinstance(model, str) or not model:
+            raise RouterFailed("its answer names no model")
+        after = [self.theirs(name) for name in after if isinstance(name, str)] if isinstance(after, list) else []
+        kept = ("id", *EXPLAINED)
+        explained = {name: found[name] for name in kept if name in found}
+        return Decided(model=self.theirs(model), fallbacks=after, **explained)
 
-    async def _models(self) -> list[str]:
+    async def models(self) -> list[str]:
         """The router's models, asked for once a minute."""
         if time.monotonic() >= self._known_until:
             entries = (await self._ask("GET", "/v1/models")).get("data")
@@ -244,9 +234,6 @@ class ModelChoice:
             raise Refusal(status, message, problem.get("param"))
         raise RouterFailed(f"{path} answered {status}: {message}")
 
-    def _theirs(self, name: str) -> str:
-        return self.names.get(name, name)
-
 
 def metadata_of(data: dict[str, Any]) -> dict[str, Any]:
     """Where LiteLLM keeps what it notes of a request; the API's own ``metadata`` is the caller's."""
@@ -255,24 +242,6 @@ def metadata_of(data: dict[str, Any]) -> dict[str, Any]:
         data[name] = {}
     found: dict[str, Any] = data[name]
     return found
-
-
-def _turns(data: Mapping[str, Any]) -> list[str]:
-    """The user's turns, or what else was said where there are none; parts of messages that are no text by their kind."""
-    given = data.get("messages") or data.get("input") or ""
-    if isinstance(given, str):
-        return [given]
-    if not isinstance(given, list):
-        raise Refusal(400, f"messages: expected a list, got {type(given).__name__}", "messages")
-    user, other = list[str](), [str(data[name]) for name in ("system", "instructions") if data.get(name)]
-    for message in given:
-        parts = message.get("content") if isinstance(message, dict) else None
-        parts = [{"text": parts}] if isinstance(parts, str) else parts if isinstance(parts, list) else []
-        parts = [part for part in parts if isinstance(part, dict) and part.get("type") != "tool_result"]
-        text = "\n".join(str(part.get("text") or f"[{part.get('type')}]") for part in parts)
-        if parts:
-            (user if message.get("role") == "user" else other).append(text)
-    return user or other or [""]
 
 
 def _permitted(name: str, own: list[str]) -> bool:
@@ -315,25 +284,7 @@ def _wishes(data: dict[str, Any]) -> dict[str, Any]:
     return wishes
 
 
-def _budget_in_process(wishes: Mapping[str, Any], headers: Mapping[str, str]) -> float | None:
-    """The budget that a request wishes for. Raises Refusal where it wishes for what a router in this process cannot do."""
-    asked = set(wishes) | {name.removeprefix("x-p2l-").replace("-", "_") for name in headers if name.startswith("x-p2l-")}
-    if others := sorted(asked - IN_PROCESS):
-        raise Refusal(400, f"p2l.{others[0]:.40}: expected only {', '.join(sorted(IN_PROCESS))} here", "p2l")
-    budget = wishes.get("budget")
-    if budget is None and "x-p2l-budget" in headers:
-        try:
-            budget = float(headers["x-p2l-budget"])
-        except ValueError:
-            budget = headers["x-p2l-budget"]
-    if budget is not None and (
-        isinstance(budget, bool | str) or not isinstance(budget, int | float) or not 0 <= budget < math.inf
-    ):
-        raise Refusal(400, f"p2l.budget: expected USD >= 0, got {budget!r:.40}", "p2l.budget")
-    return None if budget is None else float(budget)
-
-
-def callback(choice: ModelChoice | None = None, **settings: Any) -> Any:
+def callback(choice: AutoChoice | None = None, **settings: Any) -> Any:
     """A LiteLLM callback: an instance of ``litellm.integrations.custom_logger.CustomLogger``.
 
     settings: those of ``ModelChoice``; without any, those of the environment. Raises ValueError.
