@@ -8,10 +8,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from p2l_engine.backbone import tensor_file
 from p2l_engine.errors import CheckpointError
 
 FILE = "lengths.safetensors"  # in a checkpoint's folder
@@ -121,15 +120,9 @@ class LengthHead:
         with the names of each quantity's models. The same rows give the same bytes. Raises OSError."""
         of = self.of_quantities()
         tensors = {
-            f"{name}.{part}": getattr(rows, part).detach().to("cpu", torch.float32).contiguous()
-            for name, rows in of.items()
-            for part in PARTS
+            f"{name}.{part}": getattr(rows, part).to("cpu", torch.float32) for name, rows in of.items() for part in PARTS
         }
-        try:
-            save_file(tensors, path, metadata={"models": json.dumps({name: rows.models for name, rows in of.items()})})
-        except SafetensorError as error:  # a full disk, among others
-            raise OSError(f"{path.name}: {error}") from error
-        path.chmod(0o644)
+        tensor_file.write(path, tensors, {"models": json.dumps({name: rows.models for name, rows in of.items()})})
 
     @classmethod
     def read(cls, path: Path, hidden: int, models: tuple[str, ...]) -> LengthHead:
@@ -137,7 +130,7 @@ class LengthHead:
 
         Raises CheckpointError for a file that cannot be read, and for tensors or names that do not fit.
         """
-        tensors, names = _contents(path)
+        tensors, metadata = tensor_file.read(path)
         named = [name for name in QUANTITIES if any(key.startswith(f"{name}.") for key in tensors)]
         expected = sorted(f"{name}.{part}" for name in named or QUANTITIES[:1] for part in PARTS)
         if sorted(tensors) != expected or "tokens" not in named:
@@ -149,7 +142,7 @@ class LengthHead:
         for name in named:
             try:
                 parts = {part: tensors[f"{name}.{part}"].float() for part in PARTS}
-                rows[name] = LengthRows(_names(names, name), **parts)
+                rows[name] = LengthRows(_names(metadata.get("models"), name), **parts)
             except ValueError as error:
                 raise CheckpointError(f"{path}: {name}.{error}") from None
         if (found := rows["tokens"].weight.shape[1]) != hidden:
@@ -158,15 +151,6 @@ class LengthHead:
             return cls(models, **rows)
         except ValueError as error:
             raise CheckpointError(f"{path}: {error}") from None
-
-
-def _contents(path: Path) -> tuple[dict[str, Tensor], str | None]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            return tensors, (file.metadata() or {}).get("models")
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
 
 
 def _names(text: str | None, quantity: str) -> tuple[str, ...]:

@@ -7,10 +7,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from p2l_engine.backbone import tensor_file
 from p2l_engine.errors import CheckpointError
 
 FILE = "shrinkage.safetensors"  # in a checkpoint's folder
@@ -97,21 +96,13 @@ class Shrinkage:
         OSError."""
         tensors = {name: getattr(self, name).detach().to("cpu", torch.float32) for name in (*VECTORS, "basis", "deviations")}
         numbers = {name: torch.tensor([getattr(self, name)], dtype=torch.float32) for name in NUMBERS}
-        try:
-            save_file({name: tensor.contiguous() for name, tensor in (tensors | numbers).items()}, path)
-        except SafetensorError as error:  # a full disk, among others
-            raise OSError(f"{path.name}: {error}") from error
-        path.chmod(0o644)
+        tensor_file.write(path, tensors | numbers)
 
     @classmethod
     def read(cls, path: Path, hidden: int) -> Shrinkage:
         """Reads what ``write`` wrote, for a checkpoint of hidden states [D = hidden]. Raises CheckpointError for a file that
         cannot be read, and for tensors that do not fit."""
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: damaged, truncated or no safetensors file: {error}; fetch it again") from error
+        tensors, _ = tensor_file.read(path)
         expected = sorted((*VECTORS, "basis", "deviations", *NUMBERS))
         if sorted(tensors) != expected:
             raise CheckpointError(

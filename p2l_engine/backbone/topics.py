@@ -8,10 +8,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from p2l_engine.backbone import tensor_file
 from p2l_engine.errors import CheckpointError
 
 FILE = "topics.safetensors"  # in a checkpoint's folder
@@ -77,23 +76,14 @@ class Topics:
     def write(self, path: Path) -> None:
         """Writes a safetensors file with the tensors, and the names in its metadata; the same gives the same bytes. Raises
         OSError."""
-        tensors = {name: part.detach().cpu().contiguous() for name, part in self._tensors().items()}
-        try:
-            save_file(tensors, path, metadata={"names": json.dumps(self.names)})
-        except SafetensorError as error:  # a full disk, among others
-            raise OSError(f"{path.name}: {error}") from error
-        path.chmod(0o644)
+        tensor_file.write(path, self._tensors(), {"names": json.dumps(self.names)})
 
     @classmethod
     def read(cls, path: Path, hidden: int) -> Topics:
         """Reads what ``write`` wrote, for a backbone of hidden states [D = hidden]. Raises CheckpointError for a file that
         cannot be read, and for tensors or names that do not fit."""
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-                stored = (file.metadata() or {}).get("names", "null")
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: damaged, truncated or no safetensors file: {error}; fetch it again") from error
+        tensors, metadata = tensor_file.read(path)
+        stored = metadata.get("names", "null")
         if sorted(set(tensors) - {OF_WORDS}) != sorted(TENSORS):
             raise CheckpointError(
                 f"{path}: expected the tensors {', '.join(TENSORS)}, with or without {OF_WORDS}, found "

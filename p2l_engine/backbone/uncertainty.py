@@ -6,13 +6,11 @@ import json
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from p2l_engine.backbone import tensor_file
 from p2l_engine.errors import CheckpointError
 
 FILE = "uncertainty.safetensors"  # in a checkpoint's folder
@@ -76,14 +74,10 @@ class Uncertainty:
         are ``trained``, which [K], and the names in its metadata. The same posterior gives the same bytes. Raises OSError."""
         rows, columns = torch.tril_indices(*self.factors.shape[1:])
         tensors = {"basis": self.basis, "factors": self.factors.cpu()[:, rows, columns]}
-        narrow = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
+        narrow = {name: tensor.to("cpu", torch.float32) for name, tensor in tensors.items()}
         if self.trained:
             narrow["trained"] = torch.tensor([name in self.trained for name in self.models])
-        try:
-            save_file(narrow, path, metadata={"models": json.dumps(self.models)})
-        except SafetensorError as error:  # a full disk, among others
-            raise OSError(f"{path.name}: {error}") from error
-        path.chmod(0o644)
+        tensor_file.write(path, narrow, {"models": json.dumps(self.models)})
 
     @classmethod
     def read(cls, path: Path, hidden: int, models: tuple[str, ...]) -> Uncertainty:
@@ -127,12 +121,7 @@ class Uncertainty:
 
 
 def _contents(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata: dict[str, Any] = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: damaged, truncated or no safetensors file: {error}; fetch it again") from error
+    tensors, metadata = tensor_file.read(path)
     try:
         names = json.loads(metadata.get("models", "null"))
     except json.JSONDecodeError:

@@ -75,7 +75,7 @@ def remove_parts(output: Location) -> None:
 
 
 def mark(output: Location, run: Location) -> None:
-    """Says that the run is complete. Removes what a kill in this very write left. run: its own folder."""
+    """Says that the run is complete. Removes what a kill during this write left. run: its own folder."""
     if SUCCESS not in output.names():
         for folder in (output, run):
             remove_temporary(folder)

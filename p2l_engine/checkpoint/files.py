@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from p2l_engine.backbone import tensor_file
 from p2l_engine.errors import CheckpointError
 
 
@@ -27,13 +27,7 @@ def read_json(path: Path, kind: type) -> Any:
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, mapped into memory: nothing is read before it is used."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent}: expected the file {path.name}, found none") from None
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: damaged, truncated or no safetensors file: {error}; fetch it again") from error
+    tensors, _ = tensor_file.read(path)
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise CheckpointError(

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
+from p2l_engine.backbone import tensor_file
 from p2l_engine.tables.atomic import write_file, write_folder
 
 
@@ -58,11 +57,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype 
             # A layer that theta and eta share is stored under both names, which safetensors refuses for shared memory.
             ready[name] = tensor.clone()
         stored.add(storage)
-    try:
-        save_file(ready, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # a full disk, among others
-        raise OSError(f"{path.name}: {error}") from error
-    path.chmod(0o644)
+    tensor_file.write(path, ready, {"format": "pt"})
 
 
 def write_json(path: Path, value: Any) -> None:
