@@ -40,11 +40,12 @@ PRICE = {"usd_per_m_in": 3.0, "usd_per_m_out": 15.0, "tokens_in": 100, "tokens_o
 
 @pytest.fixture(scope="module")
 def serve_cluster():
-    """The module; skips where Ray Serve is not installed. Ray's workers compute with one thread."""
+    """The module; skips where Ray Serve is not installed. Ray's workers compute with one thread, at the tests' priority."""
     pytest.importorskip("ray", reason="Ray is not installed")
     pytest.importorskip("fastapi", reason="Ray Serve is not installed (extra serve-ray)")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("RAY_worker_niceness", "0")
         from p2l_engine.serve import cluster
 
         yield cluster

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import socket
 import warnings
-from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
@@ -20,16 +20,14 @@ import numpy as np
 import pyarrow as pa
 import ray
 import torch
-from ray.data import ActorPoolStrategy, DataContext, Dataset, Datasource, ReadTask, read_datasource
-from ray.data.block import BlockMetadata
+from ray.data import ActorPoolStrategy, DataContext, Dataset, read_datasource
 from ray.data.exceptions import SystemException
 from ray.exceptions import ActorDiedError, RayError, RayTaskError
 from ray.util.annotations import RayDeprecationWarning
 
 from p2l_engine.backbone import PackedDecoder
-from p2l_engine.batch.blocks import blocks
+from p2l_engine.batch.block_source import BlockSource, Done
 from p2l_engine.batch.config import BatchConfig
-from p2l_engine.batch.deduplicator import Deduplicator
 from p2l_engine.batch.identity import compute_signature
 from p2l_engine.batch.worker import Route
 from p2l_engine.checkpoint import fingerprint
@@ -46,8 +44,6 @@ logger = logging.getLogger(__name__)
 
 MAX_RESTARTS = 3  # of a worker that died, and retries of its block
 RAY_ERRORS = (RayError, SystemException)
-Done = Collection[tuple[int, str]]  # numbers and digests of blocks
-PROMPTS = pa.schema([("block", pa.int64()), ("prompts", pa.list_(pa.list_(pa.string())))])
 
 
 class Cluster:
@@ -136,7 +132,7 @@ class Cluster:
         context.enable_progress_bars = False
         context.target_max_block_size = 1  # byte: each of Ray's blocks is one row, which holds one of ours
         context.raise_original_map_exception = True
-        source = _Blocks(files, config, done)
+        source = BlockSource(files, config, done)
         with DataContext.current(context), warnings.catch_warnings():
             # Without these arguments, Ray restarts workers without end.
             warnings.simplefilter("ignore", RayDeprecationWarning)
@@ -169,37 +165,6 @@ def check_address(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=10).close()
     except (OSError, OverflowError) as error:
         raise ConnectionError(f"address: expected a Ray cluster's head at {address}, nothing answers there: {error}") from None
-
-
-class _Blocks(Datasource):
-    """The new prompts of each block that is not in ``done``, one row per block, read by one task."""
-
-    def __init__(self, files: Sequence[File], config: BatchConfig, done: Done) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.files, self.config, self.done = files, config, done
-
-    def get_name(self) -> str:
-        return "Blocks"
-
-    @property
-    def supports_distributed_reads(self) -> bool:
-        return False  # local files are on the machine that started the run
-
-    def estimate_inmemory_data_size(self) -> int | None:
-        return None
-
-    def get_read_tasks(
-        self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
-    ) -> list[ReadTask]:
-        unknown = BlockMetadata(num_rows=None, size_bytes=None, exec_stats=None, input_files=None)
-        return [ReadTask(self._read, unknown, PROMPTS)]
-
-    def _read(self) -> Iterator[pa.Table]:
-        config, deduplicator = self.config, Deduplicator()
-        for block in blocks(self.files, config.column, [], config.rows_per_part, config.plain_text):
-            deduplicated = deduplicator.add(block)
-            if deduplicated.new_prompts and (block.number, deduplicated.digest) not in self.done:
-                yield pa.table([[block.number], [deduplicated.new_prompts]], PROMPTS)
 
 
 class _Compute:

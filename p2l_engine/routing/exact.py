@@ -12,7 +12,7 @@ MOST = int(sys.float_info.max) * UNIT
 def units(amount: float) -> int:
     """An amount in whole multiples of 1 / UNIT; exact."""
     numerator, denominator = amount.as_integer_ratio()
-    return numerator * (UNIT // denominator)
+    return numerator << (UNIT.bit_length() - denominator.bit_length())  # the denominator is a power of two, as UNIT is
 
 
 def amount(count: int) -> float:
