@@ -9,7 +9,9 @@ once, at the rate of a large copy.
 With --lengths instead: the forward pass of one prompt, token ids to theta, by its number of tokens and by threads; of the
 engine in float32 and each --dtype, of transformers, and of --peers in each precision that they have (bench/peers says how each
 is set). All are checked to give the same theta within their precision, and run in turns; wall and CPU time, ratios to the
-engine. --busy: beside so many processes that compute without pause, as on a machine that others share.
+engine. --busy: beside so many processes that compute without pause, as on a machine that others share. --rest: seconds before
+each call.
+
 Everything at once, in a quarter of an hour:
 
     python -m bench.latency --checkpoint default --lengths --threads 1 2 --peers openvino onnxruntime llama.cpp
@@ -18,6 +20,7 @@ Everything at once, in a quarter of an hour:
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import threading
 import time
@@ -31,7 +34,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import latency_by_length, peers, subjects
-from bench.latency_by_length import LENGTHS
+from bench.latency_by_length import LENGTHS, REST
 from bench.peers.transformers import Transformers
 from bench.setting import add_engines, add_subjects, dtypes, float_dtype, positive, run, write_rows
 from p2l_engine import Catalog, Engine, Router
@@ -66,9 +69,13 @@ def main() -> None:
     parser.add_argument("--lengths", type=positive, nargs="*", help=f"tokens of single prompts ({' '.join(map(str, LENGTHS))})")
     parser.add_argument("--threads", type=positive, nargs="+", help="with --lengths: numbers of threads, one after the other")
     parser.add_argument("--busy", type=int, nargs="+", help="with --lengths: numbers of processes that compute meanwhile (0)")
+    parser.add_argument("--rest", type=float, help=f"with --lengths: seconds before each call ({REST})")
     arguments = parser.parse_args()
-    if arguments.lengths is None and (arguments.threads or arguments.peers or arguments.busy):
-        parser.error("--threads, --peers and --busy: expected --lengths beside them, which may be without numbers")
+    if arguments.lengths is None and (arguments.threads or arguments.peers or arguments.busy or arguments.rest is not None):
+        parser.error("--threads, --peers, --busy and --rest: expected --lengths beside them, which may be without numbers")
+    rest = REST if arguments.rest is None else arguments.rest
+    if not 0 <= rest < math.inf:
+        parser.error(f"--rest: expected a number of seconds >= 0, got {rest}")
     if min(arguments.busy or [0]) < 0:
         parser.error(f"--busy: expected numbers of processes from 0 on, got {min(arguments.busy)}")
     if arguments.lengths is not None and (arguments.tokens or arguments.callers is not None):
@@ -85,13 +92,13 @@ def main() -> None:
         if arguments.lengths is None:
             rows += of_stages(name, loaded, device, arguments, console)
         else:
-            rows += by_length(name, loaded, device, arguments, console)
+            rows += by_length(name, loaded, device, arguments, rest, console)
         if arguments.csv:
             write_rows(arguments.csv, rows, device)
 
 
 def by_length(
-    name: str, loaded: Checkpoint, device: torch.device, arguments: argparse.Namespace, console: Console
+    name: str, loaded: Checkpoint, device: torch.device, arguments: argparse.Namespace, rest: float, console: Console
 ) -> list[latency_by_length.Row]:
     if device.type != "cpu":
         raise ValueError(f"--lengths: expected --device cpu, since threads are compared, got {device}")
@@ -101,7 +108,7 @@ def by_length(
     lengths = arguments.lengths or LENGTHS
     return latency_by_length.measured(
         name, loaded, dtypes(arguments, device), lengths, threads, arguments.peers, arguments.calls, arguments.busy or [0],
-        console,
+        rest, console,
     )  # fmt: skip
 
 

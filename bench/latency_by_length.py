@@ -72,11 +72,11 @@ class EnginePath:
 
 def measured(
     name: str, loaded: Checkpoint, dtypes: Sequence[str], lengths: Sequence[int], threads: Sequence[int],
-    others: Sequence[str], calls: int | None, busy: Sequence[int], console: Console,
+    others: Sequence[str], calls: int | None, busy: Sequence[int], rest: float, console: Console,
 ) -> list[Row]:  # fmt: skip
     """The rows of all paths. dtypes: the engine's, besides float32; others: peers besides transformers; calls: of each path at
-    each length, None: 5 to 15; busy: numbers of processes that compute meanwhile. Raises ValueError for a path whose theta is
-    another model's."""
+    each length, None: 5 to 15; busy: numbers of processes that compute meanwhile; rest: seconds before each call. Raises
+    ValueError for a path whose theta is another model's."""
     every, rows = list(dict.fromkeys(["float32", *dtypes])), []
     floats = [dtype for dtype in every if dtype in DTYPES]
     decoder = Decoder.of(loaded) if others else None
@@ -95,8 +95,9 @@ def measured(
                 off = [expected.off(path) for path in paths]
                 for beside in busy:
                     with busy_processes(beside):
-                        found = of_paths(name, paths, prompts, count, beside, off)
-                    title = f"{name}, {count} threads, {beside} busy processes, p50 in ms, and times the engine's in float32"
+                        found = of_paths(name, paths, prompts, count, beside, rest, off)
+                    around = f"{count} threads, {beside} busy processes, {rest:g} s of rest"
+                    title = f"{name}, {around}, p50 in ms, and times the engine's in float32"
                     console.print(table(title, found))
                     rows += found
     finally:
@@ -127,7 +128,7 @@ def busy_processes(count: int) -> Iterator[None]:
 
 
 def of_paths(
-    name: str, paths: Sequence[Peer], prompts: dict[int, list[npt.NDArray[np.int32]]], threads: int, busy: int,
+    name: str, paths: Sequence[Peer], prompts: dict[int, list[npt.NDArray[np.int32]]], threads: int, busy: int, rest: float,
     off: list[float],
 ) -> list[Row]:  # fmt: skip
     """The paths in turns, one call each, so that other load on the machine slows all alike; the first is the engine's in
@@ -137,7 +138,7 @@ def of_paths(
         wall, cpu = np.empty((2, len(paths), len(some)))
         for call, ids in enumerate([some[0], *some], -1):  # the first, at -1, warms up and is overwritten
             for i, path in enumerate(paths):
-                time.sleep(REST)
+                time.sleep(rest)
                 start, used = time.perf_counter(), time.process_time()
                 path.run([[ids]])
                 wall[i, call], cpu[i, call] = time.perf_counter() - start, time.process_time() - used

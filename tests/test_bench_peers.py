@@ -135,7 +135,24 @@ def run(monkeypatch, module, *arguments):
 def test_latency_by_length_runs_to_the_end(name, tmp_path, monkeypatch):
     folder, table = tiny.write(tmp_path / "checkpoint", tiny.config(**SIZES)), tmp_path / "rows.csv"
     threads = torch.get_num_threads()
-    few = ("--device", "cpu", "--dtype", "fp32", "--lengths", 8, 16, "--threads", 1, "--busy", 0, 1, "--calls", 2)
+    few = (
+        "--device",
+        "cpu",
+        "--dtype",
+        "fp32",
+        "--lengths",
+        8,
+        16,
+        "--threads",
+        1,
+        "--busy",
+        0,
+        1,
+        "--calls",
+        2,
+        "--rest",
+        0.01,
+    )
     run(monkeypatch, latency, "--checkpoint", folder, *few, "--peers", name, "--csv", table)
     assert torch.get_num_threads() == threads
     rows = list(csv.DictReader(table.open()))
@@ -177,6 +194,8 @@ def test_mistakes_are_errors_of_one_line(monkeypatch, capsys, tmp_path):
         (("--threads", 1), "expected --lengths"),
         (("--busy", 1), "expected --lengths"),
         (("--lengths", "--busy", -1), "--busy: expected numbers of processes from 0 on, got -1"),
+        (("--rest", 1), "expected --lengths"),
+        (("--lengths", "--rest", "nan"), "--rest: expected a number of seconds >= 0, got nan"),
         (("--peers", "openvino"), "expected --lengths"),
         (("--lengths", "--tokens", 64), "expected no --lengths"),
         (("--lengths", "--peers", "vllm"), "invalid choice: 'vllm'"),

@@ -24,7 +24,10 @@ from p2l_engine.serve.page import page as page_file
 from tests.support.serving import PRICES, config_for, serving
 from tests.support.stub_page_server import HOSTILE, NINE, Candidate, Stub, many, serve
 
-CHROMIUM = "/usr/bin/chromium"
+# The headless shell draws the same pages in half the CPU time, as it has no windows.
+BROWSERS = [Path("/usr/bin/chromium-headless-shell"), Path("/usr/bin/chromium")]
+CHROMIUM = next((path for path in BROWSERS if path.exists()), None)
+ARGUMENTS = ["--no-sandbox", "--renderer-process-limit=1", "--disable-site-isolation-trials"]  # one renderer for all pages
 WIDE = {"width": 1200, "height": 900}
 NARROW = {"width": 360, "height": 740}
 LONG_COSTS = tuple(
@@ -35,7 +38,7 @@ PROMPT = "Prove that there are infinitely many primes of the form 4k + 3."
 
 browser_test = [
     pytest.mark.slow,
-    pytest.mark.skipif(not Path(CHROMIUM).exists(), reason=f"no {CHROMIUM}: apt-get install --no-install-recommends chromium"),
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install --no-install-recommends chromium-headless-shell"),
 ]
 
 
@@ -116,7 +119,7 @@ CONTRAST = """
 @pytest.fixture(scope="module")
 def chromium():
     with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
         yield browser
         browser.close()
 

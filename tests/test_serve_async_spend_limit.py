@@ -101,6 +101,46 @@ def test_settlements_alone_wait_a_moment(limit):
     assert (balance.spent, balance.reserved) == (3, 0)
 
 
+@pytest.mark.parametrize("when", ["it was made", "it is being settled", "its client left as it was made"])
+def test_no_reservation_of_this_process_counts_in_full_however_old_it_seems(when, limit, monkeypatch):
+    """Its clock may jump. The loop is busy meanwhile, so that all transactions end before it is told of the first."""
+    monkeypatch.setattr(module, "MARGIN", -1200.0)  # all seem to be of dead processes
+
+    async def body(spending):
+        if when == "it is being settled":
+            spending.settle(await spending.reserve(Fraction(4), None), Fraction(1))
+        else:
+            taken = await busy(limit)
+            reserving = asyncio.create_task(spending.reserve(Fraction(4), None))
+            await taken
+            if when != "it was made":
+                reserving.cancel()
+        sweeping = asyncio.create_task(spending.sweep())
+        await asyncio.sleep(0)
+        limit.free.set()
+        spending._thread.submit(bool).result(30)
+        swept = await sweeping
+        if when == "it was made":
+            spending.settle(await reserving, Fraction(1))
+        await spending.drain()
+        return swept, limit.balances()[0]
+
+    swept, balance = run(limit, body)
+    assert (swept, balance.reserved) == (0, 0)
+    assert balance.spent == (0 if when.startswith("its client") else 1)
+
+
+def test_a_dead_processs_reservation_counts_in_full(limit, monkeypatch):
+    monkeypatch.setattr(module, "MARGIN", -1200.0)
+    limit.reserve(Fraction(4))
+
+    async def body(spending):
+        return await spending.sweep(), await spending.sweep()
+
+    assert run(limit, body) == (1, 0)
+    assert limit.balances()[0].spent == 4
+
+
 def test_draining_does_not_wait(limit, monkeypatch):
     monkeypatch.setattr(module, "LINGER", 1000.0)
 

@@ -31,7 +31,7 @@ class AsyncSpendLimit:
 
     def __init__(self, limit: SpendLimit | None, longest: float) -> None:
         self.limit, self._longest = limit, longest
-        self._held = set[str]()  # reservations of requests under way here: not of a dead process, whatever the clock says
+        self._held = set[str]()  # reservations that this process will settle: not of a dead one, whatever the clock says
         self._thread = ThreadPoolExecutor(1, "p2l-spending")
         self._waiting: list[tuple[Reserve | Settle, Callable[[Answer], None]]] = []
         self._unsettled = 0  # settlements that are not stored yet
@@ -53,6 +53,7 @@ class AsyncSpendLimit:
             if isinstance(answer, str) and answered.done():  # the client has left meanwhile
                 self.settle(answer, Fraction(0))
             elif isinstance(answer, str):
+                self._held.add(answer)
                 answered.set_result(answer)
             elif isinstance(answer, Exception) and not answered.done():
                 answered.set_exception(answer)
@@ -61,9 +62,7 @@ class AsyncSpendLimit:
         self._waiting.append(entry)
         self._begin()
         try:
-            token = await answered
-            self._held.add(token)
-            return token
+            return await answered
         except asyncio.CancelledError:  # the client has left
             if entry in self._waiting:
                 self._waiting.remove(entry)
@@ -76,7 +75,7 @@ class AsyncSpendLimit:
         if token is None or self.limit is None:
             return
         self._unsettled += 1
-        self._held.discard(token)
+        self._held.add(token)
         self._try(Settle(token, amount), 0)
 
     async def sweep(self) -> int:
@@ -84,18 +83,22 @@ class AsyncSpendLimit:
         if self.limit is None:
             return 0
         limit, before = self.limit, time.time() - self._longest - MARGIN
+        loop = asyncio.get_running_loop()
+        found = await loop.run_in_executor(self._thread, limit.reservations)
+        # Here, not in the thread: by now the loop has been told of each reservation that was made before these were read.
+        dead = [of for of in found if of.made.timestamp() < before and of.token not in self._held]
 
         def count_in_full() -> int:
-            old = [found for found in limit.reservations() if found.made.timestamp() < before]
-            dead = [found for found in old if found.token not in self._held]
+            counted = 0
             for reservation in dead:
                 try:
                     limit.settle(reservation.token, reservation.worst_case)
                 except UnknownReservation:  # another process was faster
                     continue
-            return len(dead)
+                counted += 1
+            return counted
 
-        count = await asyncio.get_running_loop().run_in_executor(self._thread, count_in_full)
+        count = await loop.run_in_executor(self._thread, count_in_full) if dead else 0
         if count:
             logger.warning("%d reservations of processes that died were counted in full", count)
         return count
@@ -127,6 +130,7 @@ class AsyncSpendLimit:
                 logger.warning("a reservation was settled by another process, in full")
             elif isinstance(answer, Exception):
                 logger.error("a settlement could not be stored; its reservation counts in full", exc_info=answer)
+            self._held.discard(call.token)
             self._unsettled -= 1
 
         self._waiting.append((call, take))
