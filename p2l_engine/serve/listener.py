@@ -12,6 +12,9 @@ from p2l_engine.serve.runtime import Runtime
 from p2l_engine.serve.server import Server
 
 GRACE = 30  # seconds that running requests get when the server stops
+# Seconds that a connection without a request stays open. Load balancers and clients keep theirs for up to 60 (uvicorn: 5): the
+# one that closes first must not be the server, which may do so just as a request arrives.
+IDLE = 75
 GROWTH = 10_000  # objects more than after the last collection, at which garbage is collected
 
 
@@ -36,7 +39,7 @@ def run(runtime: Runtime, host: str, port: int, grace: int = GRACE) -> None:
     assert runtime.server is not None
     config = uvicorn.Config(
         app, host, port, loop="uvloop", http="httptools", ws="none", access_log=False, log_config=None, server_header=False,
-        timeout_graceful_shutdown=grace, lifespan="on", proxy_headers=False,
+        timeout_graceful_shutdown=grace, timeout_keep_alive=IDLE, lifespan="on", proxy_headers=False,
     )  # fmt: skip
     # Requests leave no reference cycles (a test checks it), but each makes so many objects that the collector would run for it,
     # at its usual threshold. What was loaded until now stays.
