@@ -23,6 +23,7 @@ import yaml
 
 from bench.demo import PROMPTS
 from p2l_engine import Catalog, Engine
+from p2l_engine.apis.registry import APIS
 from p2l_engine.serve import settings
 from p2l_engine.serve.listener import run
 from p2l_engine.serve.runtime import Runtime
@@ -42,7 +43,9 @@ def configuration(catalog: Catalog, provider: str) -> dict[str, Any]:
             "context": 8192,
             "max_output": 2048,
             "accepts": ["text", "tools", "json_schema"],
-            "provider": {"base_url": f"{provider}/v1", "model": model.name},
+            "provider": [
+                {"base_url": f"{provider}/v1", "model": model.name, "api": api, "name": f"{model.name}-{api}"} for api in APIS
+            ],
         }
         for model in catalog.models
     }

@@ -18,7 +18,10 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from bench import serve_demo
 from bench.mock_provider import MockProvider
+from p2l_engine import Catalog
+from p2l_engine.catalog import CatalogModel
 from p2l_engine.serve import settings
 from tests.support.serving import APIS, PRICES, config_for, serving
 
@@ -769,3 +772,18 @@ def test_the_pages_javascript_runs(node):
 
     model, *text = served(test, keys=KEYS).split()
     assert (model, len(text)) == ("large", 50)
+
+
+def test_the_demos_server_answers_the_clients_that_the_readme_names(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    serve_demo.FOLDER.mkdir(parents=True)
+    models = Catalog(tuple(CatalogModel(name, cost) for name, (_, cost, _) in PRICES.items()))
+
+    async def run():
+        async with MockProvider(PRICES) as provider, serving(serve_demo.configuration(models, provider.url)) as server:
+            chat = await openai_client(server).chat.completions.create(model="auto", messages=HELLO, max_tokens=60)
+            response = await openai_client(server).responses.create(model="auto", input="Hello", max_output_tokens=60)
+            message = await anthropic_client(server).messages.create(model="auto", messages=HELLO, max_tokens=60)
+            return chat.choices[0].message.content, response.output_text, message.content[0].text
+
+    assert all(asyncio.run(run()))
