@@ -14,6 +14,7 @@ import math
 import os
 import re
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -60,7 +61,7 @@ class Decided(dict[str, Any]):
     """A decision in a request's metadata: what a client writes there itself is none."""
 
 
-class AutoChoice:
+class AutoChoice(ABC):
     """Sets the model of LiteLLM's requests; how a decision is had is left to its classes.
 
     alias: the model name whose requests are routed; others are left alone. fallback: the model that takes requests while the
@@ -86,16 +87,16 @@ class AutoChoice:
         self.timeout, self.pause, self.fallbacks = timeout, pause, fallbacks
         self._asked_again_at, self._failing = 0.0, False
 
+    @abstractmethod
     async def models(self) -> list[str]:
         """The router's models. Raises RouterFailed."""
-        raise NotImplementedError
 
+    @abstractmethod
     async def decide(
         self, data: Mapping[str, Any], wishes: Mapping[str, Any], headers: Mapping[str, str], allowed: list[str] | None
     ) -> Decided:
         """The decision for a request, among the models ``allowed`` (None: any). wishes, headers: what it asks of the router.
         Raises Refusal, RouterFailed."""
-        raise NotImplementedError
 
     async def set_model(self, data: dict[str, Any], call_type: str, own: Iterable[str] = ()) -> None:
         """Replaces the alias in a request by a model, and notes the decision in its metadata under ``p2l``.
