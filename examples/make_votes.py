@@ -7,7 +7,7 @@ from pathlib import Path
 random.seed(0)
 target = Path(__file__).parent / "votes.jsonl"
 with target.open("w", encoding="utf-8") as file:
-    for i in range(120):
+    for i in range(80):
         a, b = random.randint(10, 99), random.randint(10, 99)
         if i % 2:
             prompt, good, bad = f"What is the sum of {a} and {b}?", "calculator", "poet"

@@ -196,7 +196,7 @@ def postgres_url():
         yield url
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def data():
     """The folder of real votes and scores; skips where a clone has none."""
     if not DATA.is_dir():

@@ -53,6 +53,18 @@ def llmrouter():
     return Engine.from_pretrained("builtin/llmrouter-9")
 
 
+@pytest.fixture(scope="module")
+def config(data):
+    """Of its training."""
+    return TrainConfig.load(CONFIG).model_copy(update={"train_data_path": str(data / "routing_scores.parquet")})
+
+
+@pytest.fixture(scope="module")
+def parts(config):
+    """The votes that it was trained on, validated on, and did not see."""
+    return load(config)
+
+
 def test_each_ships_within_its_size():
     assert set(MEGABYTES) == set(builtin.CHECKPOINTS)
     for name, most in MEGABYTES.items():
@@ -184,11 +196,10 @@ LONG = ("mmlu", "gpqa", "math", "agentverse-logicgrid")  # these tasks have most
 
 
 @pytest.mark.slow
-def test_its_card_states_what_held_out_prompts_give(data, llmrouter, monkeypatch):
+def test_its_card_states_what_held_out_prompts_give(config, parts, llmrouter, monkeypatch):
     """The figures of each task with short prompts; those of all prompts are the tasks' means."""
     stated = from_json(Evaluation, json.loads((FOLDER / "evaluation.json").read_text()))
-    config = TrainConfig.load(CONFIG).model_copy(update={"train_data_path": str(data / "routing_scores.parquet")})
-    training, _, held_out = load(config)
+    training, _, held_out = parts
     table = read_table(config.train_data_path, SCORES)
     # What needs no forward pass is computed on all prompts.
     scores = scores_of(llmrouter, (table, held_out), (table, training), None)
@@ -232,11 +243,10 @@ def test_its_card_states_what_held_out_prompts_give(data, llmrouter, monkeypatch
 
 
 @pytest.mark.slow
-def test_its_card_states_what_dtypes_cost(data, llmrouter):
+def test_its_card_states_what_dtypes_cost(parts, llmrouter):
     """Of short prompts here: theta is off by about as much as of all of them, and auto reads it."""
     stated = {of.dtype: of for of in from_json(Evaluation, json.loads((FOLDER / "evaluation.json").read_text())).dtypes}
-    config = TrainConfig.load(CONFIG).model_copy(update={"train_data_path": str(data / "routing_scores.parquet")})
-    held_out = load(config).held_out
+    held_out = parts.held_out
     short = held_out.of([i for i, turns in enumerate(held_out.prompts) if sum(map(len, turns)) < 300][:60])
     loaded = checkpoint.load("builtin/llmrouter-9")
     exact = Engine(loaded, "cpu", "float32").coefficients(short.prompts)

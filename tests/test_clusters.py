@@ -144,7 +144,7 @@ def test_workers_whose_int8_has_other_bits_stop_the_run(router, ray):
 
     folder = router.engine.folder
     files, started = fingerprint.of_checkpoint(folder, router.engine.base), "cpu int8 with 9-bit weights, 4096 tokens per batch"
-    worker = _Compute(str(folder), "cpu", torch.int8, 4096, None, files, started)
+    worker = _Compute(str(folder), "cpu", "torch.int8", 4096, None, files, started)
     with pytest.raises(
         ValueError, match=f"dtype: expected what the machine that started .*{started}, got cpu int8 .* use int7"
     ):

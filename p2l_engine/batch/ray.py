@@ -100,7 +100,8 @@ class Cluster:
         if checkpoint is not None and Path(checkpoint).exists():
             checkpoint = str(Path(checkpoint).resolve())  # workers run in other working directories
         files = fingerprint.of_checkpoint(engine.folder, engine.base)
-        self._arguments = (checkpoint, kind, dtype, tokens, engine.date, files, self.compute)
+        # The dtype's name: a worker that reads it needs no torch before it computes.
+        self._arguments = (checkpoint, kind, str(dtype), tokens, engine.date, files, self.compute)
 
     def close(self) -> None:
         """Ends the cluster or connection, if this object started it."""
@@ -174,7 +175,7 @@ class _Compute:
         self,
         checkpoint: str | None,
         device: str,
-        dtype: torch.dtype,
+        dtype: str,
         tokens_per_batch: int,
         date: str | None,
         expected: Mapping[str, Any],

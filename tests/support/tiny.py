@@ -117,15 +117,18 @@ def adapter_of(folder: Path, base: Path, named: str, prefix: str = "base_model.m
     return folder
 
 
-def reference_theta(folder: Path, prompts: list[str], most: int = 8192) -> tuple[torch.Tensor, torch.Tensor]:
-    """theta [N, M] and eta [N] by transformers, one prompt at a time, its last ``most`` tokens, in eager attention and
-    float32, for single-layer rk heads."""
+def reference_theta(
+    folder: Path, prompts: list[str], most: int = 8192, attention: str = "eager"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """theta [N, M] and eta [N] by transformers in float32, one prompt at a time, its last ``most`` tokens, for single-layer rk
+    heads."""
     from safetensors.torch import load_file
 
     tensors = {}
     for file in folder.glob("*.safetensors"):
         tensors |= load_file(file)
-    body = AutoModel.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32, attn_implementation="eager").eval()
+    config = AutoConfig.from_pretrained(folder)
+    body = AutoModel.from_config(config, dtype=torch.float32, attn_implementation=attention).eval()
     body.load_state_dict({n.removeprefix("model."): w.float() for n, w in tensors.items() if n.startswith("model.")})
     tok, rows = tokenizer(), []
     for prompt in prompts:

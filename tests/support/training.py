@@ -27,18 +27,40 @@ from tests.support.threads import threads
 ROOT = Path(__file__).resolve().parents[2]
 
 # Training runs, one after the other, whose weights are saved in float32 (a checkpoint has them in bfloat16). Arguments: jobs as
-# JSON, [config, weights file, steps]; the step at which each job's process, a fork, kills itself, or 0: no forks. A job that is
-# refused leaves its message in a file.
+# JSON, [config, weights file, steps]; the step at which each job's process, a fork, kills itself, or 0: no forks; and the number
+# of processes that train together: forks, with the environment of torchrun, whose launcher and processes would each import
+# everything again. A job that is refused leaves its message in a file.
 SCRIPT = """
-import json, os, signal, sys
+import json, os, signal, socket, sys
 import torch
 from safetensors.torch import save_file
 from p2l_engine.train import run
 from p2l_engine.train.config import TrainConfig
 from p2l_engine.train.progress import ProgressBar
 
-jobs, kill_at = json.loads(sys.argv[1]), int(sys.argv[2])
+jobs, kill_at, processes = json.loads(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 torch.set_num_threads(1)
+if processes > 1:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes)}
+    os.environ["LOCAL_WORLD_SIZE"] = str(processes)
+    children = set()
+    for rank in range(processes):
+        os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
+        child = os.fork()
+        if not child:
+            break
+        children.add(child)
+    else:
+        while children:
+            ended, status = os.wait()
+            children.remove(ended)
+            if status:  # the others would wait for it
+                for child in children:
+                    os.kill(child, signal.SIGKILL)
+                sys.exit(1)
+        sys.exit()
 on_step_end = ProgressBar.on_step_end
 def killing(self, args, state, control, **rest):
     on_step_end(self, args, state, control, **rest)
@@ -139,8 +161,7 @@ def start(tmp_path: Path, jobs: dict[str, TrainConfig], steps: int = 20, kill_at
         rows.append([str(file), str(tmp_path / f"{name}.safetensors"), steps])
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    command = [sys.executable, *launcher, str(script), json.dumps(rows), str(kill_at)]
+    command = [sys.executable, str(script), json.dumps(rows), str(kill_at), str(processes)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
