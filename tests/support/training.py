@@ -27,8 +27,8 @@ from tests.support.threads import threads
 ROOT = Path(__file__).resolve().parents[2]
 
 # Training runs, one after the other, whose weights are saved in float32 (a checkpoint has them in bfloat16). Arguments: jobs as
-# JSON, [config, weights file, steps]; the step at which each job's process, a fork, kills itself, or 0: no forks; and the number
-# of processes that train together: forks, with the environment of torchrun, whose launcher and processes would each import
+# JSON, [config, weights file, steps]; the step at which each job's process, a fork, kills itself, or 0: no forks; the number of
+# processes that train together: forks with the environment of torchrun, whose launcher and processes would each import
 # everything again. A job that is refused leaves its message in a file.
 SCRIPT = """
 import json, os, signal, socket, sys
