@@ -50,10 +50,12 @@ class CatalogModel:
 
 @dataclass(frozen=True, slots=True)
 class Catalog:
-    """The chat models that a router may choose from. ``unit`` is the unit of their costs, and so of budgets."""
+    """The chat models that a router may choose from. ``unit`` is the unit of their costs, and so of budgets. left_out: models
+    that a checkpoint knows and that are never chosen, such as those that nobody sells any more."""
 
     models: tuple[CatalogModel, ...]
     unit: str = DEFAULT_UNIT
+    left_out: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         given: object = self.models
@@ -66,7 +68,7 @@ class Catalog:
             if not isinstance(model, CatalogModel):
                 raise CatalogError(f"catalog: models[{i}]: expected a CatalogModel, got {model!r:.80}")
             _text(f"catalog: models[{i}].name", model.name)
-        names = [model.name for model in self.models]
+        names = [*(model.name for model in self.models), *_names("catalog: left_out", self.left_out)]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise CatalogError(f"catalog: expected every model once, got {', '.join(twice)} more than once")
@@ -88,9 +90,9 @@ class Catalog:
 
         Either ``models: {name: {cost, provider?, context?, accepts?}}``, where instead of ``cost`` (per request) there may be
         prices in dollars per million tokens and the expected tokens of a request (usd_per_m_in, usd_per_m_out, tokens_in,
-        tokens_out), and ``unit`` names the unit of the costs; or the layout of lmarena/p2l's router, ``model_configs: {name:
-        {cost, type, temp, ...}}``, whose other settings become the provider's, and beside it the router's ``name``, which is
-        not used.
+        tokens_out), ``unit`` names the unit of the costs, and ``left_out`` lists models of the checkpoint that are never
+        chosen; or the layout of lmarena/p2l's router, ``model_configs: {name: {cost, type, temp, ...}}``, whose other settings
+        become the provider's, and beside it the router's ``name``, which is not used.
         """
         try:
             text = arguments.path("path", path).read_text(encoding="utf-8")
@@ -113,12 +115,13 @@ class Catalog:
             _text(f"{where}: name", top.get("name", ""))
             entries = _mapping(f"{where}: model_configs", top["model_configs"])
             return cls(tuple(_p2l_model(f"{where}: model_configs.{name}", name, entry) for name, entry in entries.items()))
-        _known(where, top, ("models", "unit"))
+        _known(where, top, ("models", "unit", "left_out"))
         if "models" not in top:
             raise CatalogError(f"{where}: expected the key 'models' (or lmarena/p2l's 'model_configs'), got {sorted(top)}")
         unit = _text(f"{where}: unit", top.get("unit", DEFAULT_UNIT))
+        left_out = _names(f"{where}: left_out", top.get("left_out", ()))
         entries = _mapping(f"{where}: models", top["models"])
-        return cls(tuple(_model(f"{where}: models.{name}", name, entry) for name, entry in entries.items()), unit)
+        return cls(tuple(_model(f"{where}: models.{name}", name, entry) for name, entry in entries.items()), unit, left_out)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -144,17 +147,19 @@ class Catalog:
     def only(self, names: Iterable[str]) -> Catalog:
         """The catalog without the models that are not named."""
         wanted = set(arguments.several("names", names, "names of models"))
-        return Catalog(tuple(model for model in self.models if model.name in wanted), self.unit)
+        return Catalog(tuple(model for model in self.models if model.name in wanted), self.unit, self.left_out)
 
     def matched(self, models: tuple[str, ...], unmatched: str) -> Catalog:
         """The catalog without models that a checkpoint of these ``models`` does not know. Raises CatalogError where it knows
-        none, and, unless ``unmatched`` is "leave_out", where either knows a model that the other does not."""
+        none, and, unless ``unmatched`` is "leave_out", where either knows a model that the other does not; the catalog knows
+        those that it leaves out."""
         if unmatched not in ("error", "leave_out"):
             raise ValueError(f"unmatched: expected 'error' or 'leave_out', got {unmatched!r}")
         unknown = [name for name in self.names if name not in models]
-        without = [name for name in models if name not in self.names]
-        if unmatched == "error" and (unknown or without):
-            problems = [f"the checkpoint does not know {', '.join(unknown)}"] if unknown else []
+        foreign = [*unknown, *(name for name in self.left_out if name not in models)]
+        without = [name for name in models if name not in self.names and name not in self.left_out]
+        if unmatched == "error" and (foreign or without):
+            problems = [f"the checkpoint does not know {', '.join(foreign)}"] if foreign else []
             problems += [f"the catalog lacks {', '.join(without)}"] if without else []
             raise CatalogError(
                 f"catalog: {'; '.join(problems)}; correct the catalog, or leave them out with unmatched='leave_out'"
@@ -187,6 +192,12 @@ def _text(where: str, value: object) -> str:
     if not isinstance(value, str):
         raise CatalogError(f"{where}: expected text, got {value!r}")
     return value
+
+
+def _names(where: str, value: object) -> tuple[str, ...]:
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
+        raise CatalogError(f"{where}: expected a list of names, got {value!r:.80}")
+    return tuple(_text(f"{where}[{i}]", name) for i, name in enumerate(value))
 
 
 def _amount(where: str, value: object) -> float:

@@ -64,7 +64,7 @@ def test_the_layout_of_lmarena_p2l(tmp_path):
         ("models: {a: {cost: 1, context: 8k}}", "models.a.context: expected a whole number of at least 1, got '8k'"),
         ("models: {a: {cost: 1, accepts: text}}", "models.a.accepts: expected a list of text, image, .*got 'text'"),
         ("models: {a: {cost: 1, accepts: [text, smell]}}", "models.a.accepts: expected a list of text, image, .*smell"),
-        ("model: {}", "unknown key 'model', expected models, unit; did you mean 'models'"),
+        ("model: {}", "unknown key 'model', expected models, unit, left_out; did you mean 'models'"),
         ("models: {}", "expected at least one model, got none"),
         ("unit: x", "expected the key 'models'"),
         ("models: [a]", "models: expected a mapping, got list"),
@@ -85,9 +85,13 @@ def test_the_layout_of_lmarena_p2l(tmp_path):
         ("model_configs: {a: {type: openai}}", "model_configs.a: expected 'cost'"),
         ("model_configs: {a: {cost: 1}}\nname: [x]", "name: expected text, got .'x'."),
         ("model_configs: {a: {cost: 1}}\nnames: x", "unknown key 'names', expected model_configs, name; did you mean 'name'"),
-        ("models: {a: {cost: 1}}\nname: x", "unknown key 'name', expected models, unit"),
+        ("models: {a: {cost: 1}}\nname: x", "unknown key 'name', expected models, unit, left_out"),
         ("model_configs: {a: {cost: 1, tempo: 2}}", "unknown key 'tempo', .*did you mean 'temp'"),
         ("unit: 3\nmodels: {a: {cost: 1}}", "unit: expected text, got 3"),
+        ("left_out: b\nmodels: {a: {cost: 1}}", "left_out: expected a list of names, got 'b'"),
+        ("left_out: [b, 2]\nmodels: {a: {cost: 1}}", r"left_out\[1\]: expected text, got 2"),
+        ("left_out: [b, a]\nmodels: {a: {cost: 1}}", "every model once, got a more than once"),
+        ("left_out: [b, b]\nmodels: {a: {cost: 1}}", "every model once, got b more than once"),
     ],
 )
 def test_what_is_wrong_is_named(text, message, tmp_path):

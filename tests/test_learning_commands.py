@@ -9,11 +9,13 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.numpy import load_file, save_file
 
 from p2l_engine import Engine, checkpoint, learning
 from p2l_engine.checkpoint.export import export
 from p2l_engine.checkpoint.rewrite import rewrite
+from p2l_engine.cli.adapted import catalog_with
 from p2l_engine.feedback import feedback_model
 from p2l_engine.learning.hidden import fingerprint, hidden_states
 from p2l_engine.votes import read
@@ -45,6 +47,14 @@ def table(path, rows, header=("prompt", "model_a", "model_b", "winner")):
 
 def votes(path, new="zeta", n=12, winner="model_b"):
     return table(path, [(f"prompt {i}", tiny.MODELS[i % 2], new, winner) for i in range(n)])
+
+
+def test_models_that_a_catalog_leaves_out_stay_so_unless_they_are_dropped_or_get_a_cost(tmp_path):
+    file = tmp_path / "catalog.yaml"
+    file.write_text("left_out: [b, c, d]\nmodels: {a: {cost: 1}}\n")
+    assert catalog_with(file, {}, "abcd", [], []) is None
+    found = yaml.safe_load(catalog_with(file, {"b": 2.0}, "abcd", [], ["c"]))
+    assert found == {"left_out": ["d"], "models": {"a": {"cost": 1}, "b": {"cost": 2.0}}}
 
 
 @pytest.mark.slow

@@ -54,7 +54,6 @@ def test_a_catalog_has_the_makers_price_or_the_median_of_hosts(tmp_path):
     text = (tmp_path / "c.yaml").read_text()
     head = [line for line in text.splitlines() if line.startswith("# ")]
     assert "as listed in 2026-08 by list@1 (MIT)" in head[0]
-    assert any(line.endswith("left out of the choice: unpriced.") for line in head)
     values = yaml.safe_load(text)["models"]
     tokens_in = (40 + 160) / 2 / prices.CHARACTERS  # each prompt once
     assert values["a"] == {
@@ -65,7 +64,7 @@ def test_a_catalog_has_the_makers_price_or_the_median_of_hosts(tmp_path):
     assert values["t"]["tokens_out"] == 50 + 200
     assert values["u"]["tokens_out"] == 50 + 200  # as the others that think
     catalog = Catalog.from_yaml(tmp_path / "c.yaml")
-    assert catalog.names == ("a", "b", "t", "u")
+    assert (catalog.names, catalog.left_out) == (("a", "b", "t", "u"), ("unpriced",))
     assert catalog.models[0].cost == pytest.approx((2 * 25 + 8 * 50) / 1e6)
     assert (catalog.models[0].context, catalog.models[0].accepts) == (8192, ("text", "tools"))
     assert (catalog.models[1].context, catalog.models[1].accepts) == (None, None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -93,6 +95,10 @@ def test_models_that_only_one_side_knows(engine):
     with pytest.raises(CatalogError, match="does not know zeta; the catalog lacks gamma, delta, epsilon") as caught:
         Router(engine, partly)
     assert "unmatched='leave_out'" in str(caught.value)
+    known = partly.only(["beta", "alpha"])
+    assert Router(engine, replace(known, left_out=("gamma", "delta", "epsilon"))).names == ("beta", "alpha")
+    with pytest.raises(CatalogError, match="does not know eta; the catalog lacks delta, epsilon"):
+        Router(engine, replace(known, left_out=("gamma", "eta")))
     router = Router(engine, partly, unmatched="leave_out")
     assert router.names == ("beta", "alpha")
     assert router.route("hi", budget=1.0).model == "beta"

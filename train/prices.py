@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
@@ -136,10 +136,17 @@ def thinking_tokens(path: Path, models: Mapping[str, ModelOptions]) -> dict[str,
 
 
 def catalog(
-    options: Models, prices: Mapping[str, Price], tokens_in: int, thinking: Mapping[str, int], head: Iterable[str]
+    options: Models,
+    prices: Mapping[str, Price],
+    tokens_in: int,
+    thinking: Mapping[str, int],
+    without: Sequence[str],
+    head: Iterable[str],
 ) -> str:
-    """The catalog in YAML. head: lines of its first comment."""
-    lines = [*(f"# {line}" for line in head), "unit: USD per request", "models:"]
+    """The catalog in YAML. without: models that have no price; head: lines of its first comment."""
+    lines = [*(f"# {line}" for line in head), "unit: USD per request"]
+    lines += ["left_out:  # which have no price", *(f"  - {_scalar(name)}" for name in without)] if without else []
+    lines += ["models:"]
     for name, price in sorted(prices.items()):
         model = options.models[name]
         entry: dict[str, object] = {
@@ -152,8 +159,12 @@ def catalog(
         entry |= {"accepts": model.accepts} if model.accepts is not None else {}
         whose = price.of or ("median of " + ", ".join(price.hosts) if len(price.hosts) > 1 else price.hosts[0])
         text = yaml.safe_dump(entry, default_flow_style=True, sort_keys=False, width=10_000).rstrip()
-        lines += [f"  # {whose}", f"  {yaml.safe_dump(name, width=10_000).splitlines()[0]}: {text}"]
+        lines += [f"  # {whose}", f"  {_scalar(name)}: {text}"]
     return "\n".join([*lines, ""])
+
+
+def _scalar(name: str) -> str:
+    return str(yaml.safe_dump(name, width=10_000).splitlines()[0])
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -181,9 +192,9 @@ def main(
         head = [
             f"Prices in USD per million tokens, as listed in {date} by {', '.join(table.sources)}.",
             "Made by p2l_engine.train.prices. Above each model: whose price it is, its maker's or the median of its hosts'.",
-            f"Without a price, and so left out of the choice: {', '.join(without) or 'none'}.",
         ]
-        text = catalog(options, found, prompt_tokens(pooled.columns["prompt"]), thinking_tokens(answers, options.models), head)
+        tokens, thinking = prompt_tokens(pooled.columns["prompt"]), thinking_tokens(answers, options.models)
+        text = catalog(options, found, tokens, thinking, without, head)
         write_file(output, text)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -69,7 +69,8 @@ def catalog_with(
 
     from p2l_engine.unique_keys import UniqueKeys
 
-    values = yaml.load(file.read_text(encoding="utf-8"), UniqueKeys)
+    before = yaml.load(file.read_text(encoding="utf-8"), UniqueKeys)
+    values = dict(before)
     key = "model_configs" if "model_configs" in values else "models"
     entries = {name: entry for name, entry in values[key].items() if name not in drop}
     entries |= {name: {"cost": cost} for name, cost in costs.items() if name not in entries}
@@ -82,9 +83,10 @@ def catalog_with(
         )
     if not entries and set(models) - set(drop):
         raise ValueError(f"{file}: without {', '.join(drop)} it has no model: expected the cost of another one, in --models")
-    if entries == values[key]:
-        return None
-    return yaml.safe_dump(values | {key: entries}, sort_keys=False, allow_unicode=True).encode()
+    if "left_out" in values:
+        values["left_out"] = [name for name in values["left_out"] if name not in [*entries, *drop]]
+    changed = values | {key: entries}
+    return None if changed == before else yaml.safe_dump(changed, sort_keys=False, allow_unicode=True).encode()
 
 
 def show(adapted: Adapted, votes: Votes, states: npt.NDArray[np.float32], feedback: Any, tensor: Any) -> None:
