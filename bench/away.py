@@ -252,7 +252,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pool", type=Path, help="a table of p2l_engine.train.sources")
     parser.add_argument("--scores", type=Path, required=True, help="the scores that the checkpoint was trained on")
-    parser.add_argument("--checkpoint", default=None, help="folder or hub name; left out: the built-in one")
+    parser.add_argument("--checkpoint", default="builtin/llmrouter-9", help="folder or name (%(default)s)")
     parser.add_argument("--training-prompts", type=positive, default=2000, help="of which hidden states are computed, at most")
     parser.add_argument("--prompts", type=positive, default=400, help="of each other source, at most")
     parser.add_argument("--of", nargs="+", default=[], metavar="SOURCE=N", help="of these sources, at most so many instead")

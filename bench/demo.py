@@ -25,7 +25,8 @@ PROMPTS = [
     "Explain the measurement problem in quantum mechanics to a physicist.",
     ["I have flour, eggs and milk. What can I cook?", "And without an oven?"],
 ]
-BUDGET = 0.3
+BUDGET = 0.0005
+TOP = 10
 
 
 def main() -> None:
@@ -54,10 +55,10 @@ def main() -> None:
     for name, decisions in (("no budget", free), (f"budget {budget:g}", bounded)):
         cost = sum(d.expected_cost for d in decisions) / len(decisions)
         rate = sum(d.win_rate for d in decisions) / len(decisions)
-        console.print(f"{name}: mean expected cost {cost:.3f} {catalog.unit}, mean win rate {rate:.1%}")
+        console.print(f"{name}: mean expected cost {cost:.3g} {catalog.unit}, mean win rate {rate:.1%}")
     board = Leaderboard.of(engine.coefficients([PROMPTS[3]]))
-    console.print(f"\nThe leaderboard of: {PROMPTS[3]}")
-    for place in board:
+    console.print(f"\nThe leaderboard's top of {len(engine.models)} models for: {PROMPTS[3]}")
+    for place in list(board)[:TOP]:
         console.print(f"{place.rank:3}  {place.coefficient:7.2f}  {place.win_rate:6.1%}  {place.model}", highlight=False)
     console.print(f"\n{time.perf_counter() - start:.1f} s from start to end", style="dim")
 

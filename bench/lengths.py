@@ -3,7 +3,7 @@
     python -m bench.lengths --csv bench/results/lengths.csv
 
 Prompts of ../shared/data/scores/medical_mcq_2025.parquet with answers of all its models: completion tokens, latency, prices and
-whether the answer was right. Hidden states are the default checkpoint's, kept in the user's cache.
+whether the answer was right. Hidden states are those of builtin/llmrouter-9, kept in the user's cache.
 
 Errors: of the predicted mean and of each model's mean, by cross-validation over prompts, with 95% intervals over prompts, as
 ``p2l-engine lengths`` prints them; of all models, and of those that write 100 tokens or more on average.
@@ -174,7 +174,7 @@ def read(count: int, seed: int) -> tuple[LoggedAnswers, Matrix, LoggedAnswers]:
     tokens, seconds, tokens_in, score, usd_in, usd_out = values
     priced = np.flatnonzero(~np.isnan(usd_in).any(0))
     turns = tuple(tuple(json.loads(prompt)) for prompt in chosen)
-    engine = Engine.from_pretrained()
+    engine = Engine.from_pretrained("builtin/llmrouter-9")
     hidden = hidden_states(engine, [list(each) for each in turns], cache_folder())
     around = len(engine.encoder.encode(["a"])[0]) - 1
     own = np.array([len(ids) - around for ids in engine.encoder.encode([list(each) for each in turns])], np.float64)

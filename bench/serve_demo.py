@@ -29,18 +29,18 @@ from p2l_engine.serve.listener import run
 from p2l_engine.serve.runtime import Runtime
 
 FOLDER = Path("build/serve-demo")
-FREE = "codegemma-7b"  # one model costs nothing here, as if it ran on one's own machine
+FREE = "llama-3.1-8b-instruct"  # one model costs nothing here, as if it ran on one's own machine
 
 
 def configuration(catalog: Catalog, provider: str) -> dict[str, Any]:
-    """serve.yaml for the checkpoint's models. Their list has one price for each: it is taken for input and output alike."""
+    """serve.yaml for the models of a catalog with prices for tokens."""
     models = {
         model.name: {
-            "usd_per_m_in": 0.0 if model.name == FREE else model.cost,
-            "usd_per_m_out": 0.0 if model.name == FREE else model.cost,
+            "usd_per_m_in": 0.0 if model.name == FREE else model.usd_per_m_in,
+            "usd_per_m_out": 0.0 if model.name == FREE else model.usd_per_m_out,
             "tokens_in": 100,
             "tokens_out": 60,
-            "context": 8192,
+            "context": model.context,
             "max_output": 2048,
             "accepts": ["text", "tools", "json_schema"],
             "provider": [
@@ -50,7 +50,7 @@ def configuration(catalog: Catalog, provider: str) -> dict[str, Any]:
         for model in catalog.models
     }
     limits = [{"amount": 0.05, "window": "day"}, {"amount": 1.0, "window": "month"}]
-    return {"models": models, "serve": {"budget": 0.00003, "limits": limits, "store": str(FOLDER / "serve.sqlite")}}
+    return {"models": models, "serve": {"budget": 0.0005, "limits": limits, "store": str(FOLDER / "serve.sqlite")}}
 
 
 def ask(url: str) -> None:

@@ -28,7 +28,7 @@ from bench.machine import machine
 TORCH = "import torch"
 FIRST_DECISION = (
     "from p2l_engine import Catalog, Engine, Router; e = Engine.from_pretrained(); "
-    "r = Router(e, Catalog.from_yaml(e.folder / 'catalog.yaml')); print(r.route('What is 17 * 23?', budget=0.3).model)"
+    "r = Router(e, Catalog.from_yaml(e.folder / 'catalog.yaml')); print(r.route('What is 17 * 23?', budget=0.0005).model)"
 )
 
 

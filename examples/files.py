@@ -15,8 +15,8 @@ rows = [{"id": i, "prompt": ["What is 17 * 23?", "Write a haiku about rain."][i 
 
 engine = Engine.from_pretrained()
 router = Router(engine, Catalog.from_yaml(engine.folder / "catalog.yaml"))
-config = BatchConfig([str(folder / "prompts.jsonl")], str(folder / "decisions"), budget=0.3, budget_scope="batch")
+config = BatchConfig([str(folder / "prompts.jsonl")], str(folder / "decisions"), budget=0.0005, budget_scope="batch")
 report = run(router, config)
-print(f"{report.routed} of {report.rows} rows routed, {report.computed} different prompts computed, spend {report.spend:.2f}")
+print(f"{report.routed} of {report.rows} rows routed, {report.computed} different prompts computed, spend {report.spend:.4f}")
 for row in pq.read_table(folder / "decisions").select(["id", "model", "expected_cost", "error"]).to_pylist():
     print(row)

@@ -10,7 +10,8 @@ PROMPTS = {
 categories = [category for category, prompts in PROMPTS.items() for _ in prompts]
 engine = Engine.from_pretrained()
 coefficients = engine.coefficients([prompt for prompts in PROMPTS.values() for prompt in prompts])
-found = strengths.by_category(coefficients, categories, reference="gemma-2-9b-it")
+found = strengths.by_category(coefficients, categories, reference="gpt-4o")
 for category, entry in found.categories.items():
-    rates = ", ".join(f"{model} {rate.value:.0%}" for model, rate in entry.win_rate.items())
-    print(f"{category} ({entry.prompts} prompts), win rates against {found.reference}: {rates}")
+    best = sorted(entry.win_rate.items(), key=lambda item: -item[1].value)[:5]
+    rates = ", ".join(f"{model} {rate.value:.0%}" for model, rate in best)
+    print(f"{category} ({entry.prompts} prompts), the highest win rates against {found.reference}: {rates}")

@@ -350,7 +350,7 @@ def test_demo_runs_to_the_end(tmp_path, monkeypatch, capsys):
     run(monkeypatch, demo, "--checkpoint", routable(tmp_path / "checkpoint"), "--budget", 0.25)
     out = capsys.readouterr().out
     assert "budget 0.25: mean expected cost" in out
-    assert "The leaderboard of" in out
+    assert "The leaderboard's top of 5 models for" in out
 
 
 def test_real_budgets_run_to_the_end(tmp_path, monkeypatch):

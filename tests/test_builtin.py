@@ -1,4 +1,4 @@
-"""Checkpoints that the package carries: names, sizes, what is installed; of builtin/llmrouter-9 also its card's figures on
+"""Checkpoints that the package carries: names, sizes, catalogs, what is installed; of builtin/llmrouter-9 also its card's figures on
 held-out prompts, and the same theta as transformers and peft."""
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 
 from p2l_engine import Catalog, Engine, Router, checkpoint
 from p2l_engine.backbone.packing import Packed
-from p2l_engine.checkpoint import builtin
+from p2l_engine.checkpoint import builtin, card
 from p2l_engine.checkpoint.adapter import NEW_ROWS
 from p2l_engine.engine import as_dtype
 from p2l_engine.errors import CheckpointError
@@ -40,8 +40,9 @@ from tests.support.command import p2l_engine
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = checkpoint.find("builtin/llmrouter-9")
-MEGABYTES = {"builtin/llmrouter-9": 12}  # at most
-CONFIG = ROOT / "train" / "configs" / "llmrouter-9.yaml"
+MEGABYTES = {"builtin/pool-85": 8, "builtin/llmrouter-9": 12}  # at most
+CONFIGS = {"builtin/pool-85": "pool.yaml", "builtin/llmrouter-9": "llmrouter-9.yaml"}
+CONFIG = ROOT / "train" / "configs" / CONFIGS["builtin/llmrouter-9"]
 PROMPTS = ["What is the capital of France?", "Prove that there are infinitely many primes.", "Write a haiku.", ""]
 
 
@@ -75,9 +76,20 @@ def test_each_ships_within_its_size():
 def test_each_has_a_catalog_of_its_models_and_a_card(name):
     folder = checkpoint.find(name)
     catalog = Catalog.from_yaml(folder / "catalog.yaml")
-    assert set(catalog.names) <= set(json.loads((folder / "model_list.json").read_text()))
+    assert {*catalog.names, *catalog.left_out} == set(json.loads((folder / "model_list.json").read_text()))
     assert (folder / "README.md").is_file()
     assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] in builtin.NAMES
+
+
+@pytest.mark.parametrize("name", builtin.CHECKPOINTS)
+def test_cards_are_made_of_what_is_beside_them(name):
+    folder = checkpoint.find(name)
+    models, training, evaluation = (
+        json.loads((folder / f"{part}.json").read_text()) for part in ("model_list", "training_config", "evaluation")
+    )
+    assert (folder / "README.md").read_text() == card.text(models, training, from_json(Evaluation, evaluation))
+    config = TrainConfig.load(ROOT / "train" / "configs" / CONFIGS[name])
+    assert training["description"] == config.description
 
 
 def test_default_is_a_name_of_the_default_checkpoint(tmp_path, monkeypatch):
@@ -103,7 +115,7 @@ def test_default_is_a_name_of_the_default_checkpoint(tmp_path, monkeypatch):
     ],
 )
 def test_an_unknown_name_is_refused_with_the_nearest(name, near):
-    with pytest.raises(CheckpointError, match="one of default, builtin/llmrouter-9, builtin/smollm2-135m-instruct") as error:
+    with pytest.raises(CheckpointError, match="one of default, builtin/pool-85, builtin/llmrouter-9, builtin/smollm2") as error:
         checkpoint.find(name)
     assert str(error.value).endswith(f"{name!r}{near}")
 
@@ -135,8 +147,8 @@ def test_it_loads_without_a_network(llmrouter, monkeypatch):
         raise AssertionError("a socket was opened")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    for name in ("builtin/llmrouter-9", Path("default")):
-        assert checkpoint.load(name).models == llmrouter.models
+    assert checkpoint.load("builtin/llmrouter-9").models == llmrouter.models
+    assert len(checkpoint.load(Path("default")).models) == 85
 
 
 @pytest.mark.slow
@@ -147,6 +159,16 @@ def test_commands_take_its_name(llmrouter):
     done = p2l_engine("info", "--checkpoint", "builtin/llmrouter9")
     assert done.status == 2
     assert "did you mean 'builtin/llmrouter-9'?" in done.message
+
+
+@pytest.mark.slow
+def test_the_default_one_routes_among_models_with_a_price(default_engine):
+    catalog = Catalog.from_yaml(default_engine.folder / "catalog.yaml")
+    router = Router(default_engine, catalog)
+    for budget in (None, 0.0001, 0.001):
+        for decision in router.route_batch(PROMPTS, budget):
+            assert decision.model in catalog.names
+            assert budget is None or decision.expected_cost <= budget * (1 + 1e-9)
 
 
 @pytest.mark.slow

@@ -777,7 +777,7 @@ def test_the_pages_javascript_runs(node):
 def test_the_demos_server_answers_the_clients_that_the_readme_names(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     serve_demo.FOLDER.mkdir(parents=True)
-    models = Catalog(tuple(CatalogModel(name, cost) for name, (_, cost, _) in PRICES.items()))
+    models = Catalog(tuple(CatalogModel(name, 1e-4, {}, *prices[:2], context=8192) for name, prices in PRICES.items()))
 
     async def run():
         async with MockProvider(PRICES) as provider, serving(serve_demo.configuration(models, provider.url)) as server:

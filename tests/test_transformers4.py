@@ -64,9 +64,12 @@ def assert_equal_to_ours(published, folders):
         assert theirs["dtype"] == "torch.bfloat16"
 
 
-def test_the_exported_default_checkpoint(published, default_engine, tmp_path):
-    export(None, tmp_path / "default")
-    assert_equal_to_ours(published, [tmp_path / "default"])
+def test_an_exported_checkpoint_of_the_package(published, default_engine, tmp_path):
+    """Not the default one, which reads topics: export refuses it."""
+    export("builtin/llmrouter-9", tmp_path / "nine")
+    assert_equal_to_ours(published, [tmp_path / "nine"])
+    with pytest.raises(ValueError, match="topics"):
+        export(None, tmp_path / "default")
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])

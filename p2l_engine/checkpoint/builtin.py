@@ -11,8 +11,8 @@ from p2l_engine.checkpoint import smollm2
 from p2l_engine.errors import CheckpointError
 
 PREFIX = "builtin/"
-DEFAULT = "builtin/llmrouter-9"  # where no checkpoint is named
-CHECKPOINTS = ("builtin/llmrouter-9",)
+DEFAULT = "builtin/pool-85"  # where no checkpoint is named
+CHECKPOINTS = (DEFAULT, "builtin/llmrouter-9")
 ALIASES = {"default": DEFAULT}
 PACKAGE = Path(__file__).parent.parent  # each checkpoint is in the folder of its name
 FOLDERS: Mapping[str, Callable[[], Path]] = {
