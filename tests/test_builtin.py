@@ -1,4 +1,4 @@
-"""Checkpoints that the package carries: names, sizes, catalogs, cards, what is installed; of builtin/llmrouter-9 also its card's
+"""Checkpoints that the package carries: names, sizes, catalogs, cards, what is installed; of builtin/llmrouter-9 its card's
 figures on held-out prompts, and the same theta as transformers and peft."""
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ def test_what_is_wrong_is_named(tmp_path, change, message):
 def test_the_committed_catalog_is_of_the_committed_names():
     """Its prices are those of the table in ../shared/data: see the test below."""
     options = prices.Models.load(ROOT / "train" / "pools" / "models.yaml")
-    catalog = Catalog.from_yaml(ROOT / "train" / "pools" / "catalog.yaml")
+    catalog = Catalog.from_yaml(ROOT / "p2l_engine" / "builtin" / "pool-85" / "catalog.yaml")
     assert set(catalog.names) == set(options.models)
     for model in catalog.models:
         known = options.models[model.name]
@@ -106,6 +106,6 @@ def test_the_committed_catalog_is_of_the_committed_names():
 def test_the_committed_catalog_has_the_tables_prices(data):
     options = prices.Models.load(ROOT / "train" / "pools" / "models.yaml")
     found = prices.PriceTable.read(data / "model_prices_2026_08.parquet").of(options.models)
-    for model in Catalog.from_yaml(ROOT / "train" / "pools" / "catalog.yaml").models:
+    for model in Catalog.from_yaml(ROOT / "p2l_engine" / "builtin" / "pool-85" / "catalog.yaml").models:
         assert model.usd_per_m_in == pytest.approx(found[model.name].usd_per_m_in)
         assert model.usd_per_m_out == pytest.approx(found[model.name].usd_per_m_out)
