@@ -51,7 +51,7 @@ class CatalogModel:
 @dataclass(frozen=True, slots=True)
 class Catalog:
     """The chat models that a router may choose from. ``unit`` is the unit of their costs, and so of budgets. left_out: models
-    that a checkpoint knows and that are never chosen, such as those that nobody sells any more."""
+    that a checkpoint knows and that are never chosen, such as those without a price."""
 
     models: tuple[CatalogModel, ...]
     unit: str = DEFAULT_UNIT
