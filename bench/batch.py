@@ -4,7 +4,7 @@
     python -m bench.batch --short 1000000
     OMP_NUM_THREADS=1 python -m bench.batch --spilled 10000000 --csv bench/results/batch_spilled_cpu.csv
 
-The first uses the default checkpoint. The second generates N prompts of a few tokens, nearly all different, and routes them
+The first uses builtin/llmrouter-9. The second generates N prompts of a few tokens, nearly all different, and routes them
 with a backbone so small that the other stages dominate. The third solves a budget over N / 5 and N rows, without and with caps
 on shares, from coefficients on disk, each in a process of its own. Memory is the peak of the process less its memory with the
 model loaded; in the third, without the files that it has mapped, which the system writes to the disk when it needs their pages.
@@ -85,7 +85,7 @@ def main() -> None:
         prog="python -m bench.batch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     subject = parser.add_mutually_exclusive_group(required=True)
-    subject.add_argument("--prompts", help="a file with a column prompt: route it with the default checkpoint")
+    subject.add_argument("--prompts", help="a file with a column prompt: route it with builtin/llmrouter-9")
     subject.add_argument("--short", type=setting.positive, metavar="N", help="route N short prompts with a tiny backbone")
     subject.add_argument("--spilled", type=setting.positive, metavar="N", help="solve a budget over N rows from disk")
     parser.add_argument("--csv", type=Path, help="also write the rows here")
@@ -118,7 +118,7 @@ def end_to_end(prompts: str | None, short: int | None) -> tuple[list[tuple[str, 
     """The figures of a run of these prompts, or of so many short ones; and its device."""
     with tempfile.TemporaryDirectory() as work:
         if prompts is not None:
-            engine = Engine.from_pretrained()
+            engine = Engine.from_pretrained("builtin/llmrouter-9")
             catalog = Catalog.from_yaml(engine.folder / "catalog.yaml")
         else:
             device, prompts = torch.device("cpu"), str(Path(work) / "prompts.parquet")

@@ -1,4 +1,6 @@
-"""A long chat, turn by turn, with and without the prefix cache, on a CPU: python -m bench.conversations --checkpoint default.
+"""A long chat, turn by turn, with and without the prefix cache, on a CPU.
+
+    python -m bench.conversations --checkpoint builtin/llmrouter-9
 
 One user's chat grows to --turns turns and --tokens tokens of made-up words. ``cached`` remembers the turns before, ``whole``
 computes all tokens. At the last turn (or those of --at) both compute --rounds other wordings of that turn, alternately: seconds

@@ -14,7 +14,7 @@ each call.
 
 Everything at once, in a quarter of an hour:
 
-    python -m bench.latency --checkpoint default --lengths --threads 1 2 --peers openvino onnxruntime llama.cpp
+    python -m bench.latency --checkpoint builtin/llmrouter-9 --lengths --threads 1 2 --peers openvino onnxruntime llama.cpp
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a server does with ten times its rated load: python -m bench.overload [--checkpoint default].
+"""What a server does with ten times its rated load: python -m bench.overload.
 
 Every request has a prompt that no request had before, so that the engine is what is short. The rated load is the highest of a
 row of rates, each 1.4 times the one before, at which all requests are answered and half of them within twice the time that they

@@ -1,7 +1,7 @@
 """Routers on prompts that they never saw, by the true scores of what they choose.
 
     python -m p2l_engine.train.sources train/pools/default.yaml --data ../shared/data -o pool.parquet
-    python -m bench.routers pool.parquet --checkpoint default --csv bench/results/routers.csv --plot docs/routers.svg
+    python -m bench.routers pool.parquet --checkpoint builtin/pool-85 --csv bench/results/routers.csv --plot docs/routers.svg
 
 The pool is split by hash as in training: 10% of the prompts are held out, 10% of the rest are for choosing settings. Each
 router predicts every model's score, and chooses among those that have a score on the prompt. Compared: the best single model of

@@ -1,4 +1,4 @@
-"""Time and CPU that a routing server adds to a request: python -m bench.serving [--litellm ENVIRONMENT] [--checkpoint default].
+"""Time and CPU that a routing server adds to a request: python -m bench.serving.
 
 Mock provider, server and load generator are processes of their own on the same two cores. Requests come at a fixed rate,
 whatever becomes of those before, and are timed from when they were due. ``direct`` goes to the provider itself; the columns

@@ -155,11 +155,12 @@ class Catalog:
         those that it leaves out."""
         if unmatched not in ("error", "leave_out"):
             raise ValueError(f"unmatched: expected 'error' or 'leave_out', got {unmatched!r}")
-        unknown = [name for name in self.names if name not in models]
-        foreign = [*unknown, *(name for name in self.left_out if name not in models)]
+        unknown, unknown_left_out = ([name for name in of if name not in models] for of in (self.names, self.left_out))
         without = [name for name in models if name not in self.names and name not in self.left_out]
-        if unmatched == "error" and (foreign or without):
-            problems = [f"the checkpoint does not know {', '.join(foreign)}"] if foreign else []
+        if unmatched == "error" and (unknown or unknown_left_out or without):
+            problems = []
+            if unknown or unknown_left_out:
+                problems.append(f"the checkpoint does not know {', '.join([*unknown, *unknown_left_out])}")
             problems += [f"the catalog lacks {', '.join(without)}"] if without else []
             raise CatalogError(
                 f"catalog: {'; '.join(problems)}; correct the catalog, or leave them out with unmatched='leave_out'"

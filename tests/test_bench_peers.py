@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from bench.peers.decoder import Decoder, nibbles, rounded
 from bench.peers.expected import TOLERANCE, Expected
 from bench.peers.transformers import Transformers
 from p2l_engine import Engine, checkpoint
+from p2l_engine.backbone.topics import Topics
 from tests.support import tiny
 
 pytestmark = pytest.mark.slow  # other runtimes are imported and compile their graphs
@@ -67,6 +69,13 @@ def test_transformers_computes_the_engines_theta(loaded):
     assert Expected.of(engine).off(peer) < 1e-5
     prompts = ["a", "much longer than the others", "b c"]
     np.testing.assert_allclose(peer.one_by_one(prompts), peer.batched(prompts, 30), atol=1e-4)
+
+
+def test_a_head_that_reads_more_than_hidden_states_is_refused(loaded):
+    topics = Topics(torch.zeros(2, SIZES["hidden_size"]), torch.zeros(2), ("a", "b"))
+    for start in (Decoder.of, lambda of: Transformers(of, CPU, torch.float32)):
+        with pytest.raises(ValueError, match="--checkpoint: expected a head that reads hidden states alone.* has topics"):
+            start(replace(loaded, topics=topics))
 
 
 def test_a_peer_with_another_models_weights_is_refused(loaded, tmp_path):
@@ -136,23 +145,8 @@ def test_latency_by_length_runs_to_the_end(name, tmp_path, monkeypatch):
     folder, table = tiny.write(tmp_path / "checkpoint", tiny.config(**SIZES)), tmp_path / "rows.csv"
     threads = torch.get_num_threads()
     few = (
-        "--device",
-        "cpu",
-        "--dtype",
-        "fp32",
-        "--lengths",
-        8,
-        16,
-        "--threads",
-        1,
-        "--busy",
-        0,
-        1,
-        "--calls",
-        2,
-        "--rest",
-        0.01,
-    )
+        "--device", "cpu", "--dtype", "fp32", "--lengths", 8, 16, "--threads", 1, "--busy", 0, 1, "--calls", 2, "--rest", 0.01,
+    )  # fmt: skip
     run(monkeypatch, latency, "--checkpoint", folder, *few, "--peers", name, "--csv", table)
     assert torch.get_num_threads() == threads
     rows = list(csv.DictReader(table.open()))

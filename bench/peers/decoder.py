@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
+from bench.peers.peer import head_of
 from p2l_engine.backbone.families import DecoderConfig
 from p2l_engine.backbone.head import Head
 from p2l_engine.backbone.weights import Layer, Linear, layers
@@ -30,7 +31,7 @@ class Decoder:
 
     @classmethod
     def of(cls, loaded: Checkpoint) -> Decoder:
-        """Raises ValueError for a backbone that runs through transformers alone."""
+        """Raises ValueError for a backbone that runs through transformers alone, and as ``head_of``."""
         if not isinstance(loaded.config, DecoderConfig):
             raise ValueError(f"--peers: expected a backbone of Llama's or Qwen2's kind, got {loaded.config.model_type}")
         single, weights = (torch.device("cpu"), torch.float32), loaded.weights.read()
@@ -39,7 +40,7 @@ class Decoder:
             weights["embed_tokens.weight"].to(*single).numpy(),
             weights["norm.weight"].to(*single).numpy(),
             layers(loaded.config, weights, *single),
-            loaded.head,
+            head_of(loaded),
         )
 
     def rotations(self) -> tuple[Floats, Floats]:

@@ -9,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from bench.peers.batches import Batch
+from p2l_engine.backbone.head import Head
+from p2l_engine.checkpoint import Checkpoint
 
 
 class Peer(Protocol):
@@ -19,3 +21,14 @@ class Peer(Protocol):
 
     def run(self, batches: Sequence[Batch]) -> list[npt.NDArray[np.float32]]:
         """The head's outputs [n, K] of each batch of n prompts."""
+
+
+def head_of(loaded: Checkpoint) -> Head:
+    """The head, where it reads hidden states alone: peers compute nothing else. Raises ValueError where it does not."""
+    beside = [name for name in ("topics", "shrinkage") if getattr(loaded, name) is not None]
+    if beside:
+        raise ValueError(
+            f"--checkpoint: expected a head that reads hidden states alone, which is all that transformers and other runtimes "
+            f"compute here; {loaded.folder} has {' and '.join(beside)}: take builtin/llmrouter-9"
+        )
+    return loaded.head

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from transformers import AutoModel
 
 from bench.peers.batches import Batch, in_batches, padded
+from bench.peers.peer import head_of
 from p2l_engine.checkpoint import Checkpoint
 
 MAX_TOKENS = 8192
@@ -23,12 +24,13 @@ class Transformers:
     name = "transformers"
 
     def __init__(self, loaded: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+        head = head_of(loaded)
         config, self.tokenizer = loaded.transformers()
         self.device, self.precision = device, str(dtype).removeprefix("torch.")
         with torch.device(device):
             self.model: Any = AutoModel.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
         self.model.load_state_dict({name: weight for name, weight in loaded.weights.read().items() if "inv_freq" not in name})
-        self.weight, self.bias = loaded.head.weight.to(device), loaded.head.bias.to(device)
+        self.weight, self.bias = head.weight.to(device), head.bias.to(device)
 
     def text(self, prompt: str) -> str:
         """The text of a P2L prompt."""
