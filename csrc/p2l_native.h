@@ -1,5 +1,5 @@
 /* The native core: win rates, the one-budget LP per prompt and per batch, the router's Bradley-Terry score, pair outcomes,
- * and a decoder's steps between its matrix products.
+ * the loss of votes, and a decoder's steps between its matrix products.
  *
  * Arrays are row-major, contiguous float64 unless a type says otherwise; N prompts, M models. Callers check their arguments
  * (finite values, q >= 0 with sum 1, costs >= 0); nothing is validated here. Routines are batched over prompts and run on
@@ -89,6 +89,16 @@ int64_t p2l_bt_score(const double *theta, const double *q, int q_per_prompt, con
  * exp(theta) [N, M], lambda [N] (NULL: 1) and ground (0, or 1 for grounded models), into out [N, outcomes, M (M - 1) / 2]. */
 void p2l_outcomes(const double *e, const double *lambda, double ground, int64_t outcomes, int64_t n_prompts, int64_t n_models,
                   int threads, double *out);
+
+/* The votes' negative log-likelihoods, summed by prompt with their weights into loss [N], and the derivatives: by theta, added
+ * to slope [N, M] (zeros), and by lambda, into by_excess [N]. t = theta - shift[n] [N, M], e = exp(t), ground = exp(-shift) [N]
+ * (NULL: models without a ground), excess = lambda - 1 [N] (NULL: 0). Prompt n has the votes bounds[n] to bounds[n + 1] on
+ * models a and b: outcome 0 a, 1 b, 2 tie, 3 both bad; `outcomes` as above, 3 counts both bad as a tie; half_ties counts either
+ * tie as half a win and half a loss. Within 300 of each other, theta and log lambda neither overflow nor underflow. */
+void p2l_votes_loss(const double *t, const double *e, const double *ground, const double *excess, const int64_t *bounds,
+                    const int64_t *a, const int64_t *b, const int64_t *outcome, const double *weight, int64_t outcomes,
+                    int half_ties, int64_t n_prompts, int64_t n_models, int threads, double *loss, double *slope,
+                    double *by_excess);
 
 /* Products with packed weights: out [rows, columns] = x [rows, depth] times the weights, plus bias [columns] (or NULL). Rows
  * are float32 or, with bf16, bfloat16; so are weights, bias and out. Packed weights: panels of 32 columns, the last one padded

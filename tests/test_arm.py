@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from p2l_engine.native import decoder, panels, routing
+from p2l_engine.native import decoder, panels, routing, votes
 from p2l_engine.native.panels import Panels
 from tests.support import arm
 
@@ -112,6 +112,30 @@ def test_routing(n, m, spread, core):
     assert core.called >= functions(routing)
 
 
+@pytest.mark.parametrize("spread", [1.0, 40.0])
+@pytest.mark.parametrize(("n", "m"), SIZES[1:])
+def test_the_loss_of_votes(n, m, spread, core):
+    rng = np.random.default_rng(n * 1000 + m)
+    theta, excess, prompt = (
+        spread * rng.normal(size=(n, m)).clip(-3, 3),
+        rng.exponential(size=n),
+        np.sort(rng.integers(n, size=9 * n)),
+    )
+    a = rng.integers(m, size=9 * n)
+    b = (a + rng.integers(1, m, size=9 * n)) % m
+    for outcomes, grounded, half_ties in (
+        (2, False, False),
+        (2, False, True),
+        (3, False, False),
+        (3, True, False),
+        (4, True, False),
+    ):
+        outcome = rng.integers(4 if half_ties or outcomes > 2 else 2, size=9 * n)
+        drawn = votes.VoteArrays(np.searchsorted(prompt, np.arange(n + 1)), a, b, outcome, rng.exponential(size=9 * n))
+        of = (theta, excess if outcomes > 2 else None, grounded, drawn, outcomes, half_ties)
+        same(core, lambda of=of: votes.votes_loss(*of))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("rows", "heads", "half"), [(1, 1, 1), (3, 2, 5), (65, 3, 32)])
 def test_the_decoders_steps(rows, heads, half, dtype, core):
@@ -205,4 +229,4 @@ def test_an_infeasible_prompt_and_a_wrong_source_are_told(core):
 
 
 def test_no_function_is_left_out(core):
-    assert functions(routing) | functions(decoder) | functions(panels) | OTHERS == set(core.kinds)
+    assert functions(routing) | functions(votes) | functions(decoder) | functions(panels) | OTHERS == set(core.kinds)

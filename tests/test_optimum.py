@@ -16,31 +16,18 @@ from p2l_engine.evaluation import features
 from p2l_engine.evaluation.metrics import Prediction
 from p2l_engine.evaluation.sources import of_config
 from p2l_engine.feedback import NAMES, feedback_model
-from p2l_engine.learning import hidden, likelihood
+from p2l_engine.learning import hidden
 from p2l_engine.train import data, optimum
 from p2l_engine.train.config import TrainConfig
-from p2l_engine.train.optimum import OFFSET, HeadObjective, Inputs, at_marginal, best, fit, votes_loss
+from p2l_engine.train.optimum import OFFSET, HeadObjective, Inputs, at_marginal, best, fit
 from p2l_engine.train.run import train
 from p2l_engine.votes import Votes
 from p2l_engine.votes.marginal import marginal_fit
 from tests.support import tiny
+from tests.support.random_votes import random_votes
 from tests.support.training import settings as run_settings
 
 STEPS = {"learning_rate": None, "batch_size": 16, "num_train_epochs": 1}  # as if they were not given
-
-
-def random_votes(rng, feedback, p, m, v):
-    """Votes (or values) of any weights, 0 among them; values on single models too."""
-    a = rng.integers(m, size=v)
-    b = (a + rng.integers(1, m, size=v)) % m
-    if feedback.of_values:
-        b[rng.random(v) < 0.5] = -1
-        outcome = rng.poisson(2.0, v).astype(float) if feedback.counts else rng.normal(size=v)
-    else:
-        outcome = rng.integers(4 if feedback.has_ties else 2, size=v)
-    weight = rng.exponential(size=v) * (rng.random(v) < 0.8)
-    prompts, models = [(str(i),) for i in range(p)], [str(i) for i in range(m)]
-    return Votes.make(prompts, models, rng.integers(p, size=v), a, b, outcome, weight)
 
 
 def log_posterior(head, feedback, votes, z, deviation):
@@ -116,16 +103,6 @@ def test_the_search_starts_at_the_marginal_leaderboard(name):
             moved = start.copy()
             moved[5 * i + 4] += step
             assert objective(start)[0] < objective(moved)[0]
-
-
-def test_parts_of_the_votes_sum_to_the_whole(monkeypatch):
-    rng, feedback = np.random.default_rng(0), feedback_model("grk")
-    votes, outputs = random_votes(rng, feedback, 8, 4, 100), rng.normal(size=(8, 5))
-    loss, slope = votes_loss(feedback, votes, outputs)
-    monkeypatch.setattr(likelihood, "CHUNK", 7)
-    parts = votes_loss(feedback, votes, outputs)
-    assert parts[0] == pytest.approx(loss, rel=1e-12)
-    np.testing.assert_allclose(parts[1], slope, atol=1e-12)
 
 
 def test_validation_votes_choose_the_deviation():

@@ -22,9 +22,9 @@ from scipy.optimize import OptimizeResult, minimize
 
 from p2l_engine.backbone.head import Head
 from p2l_engine.feedback import FeedbackModel
-from p2l_engine.learning import likelihood
 from p2l_engine.learning.rows import INFORMATION
 from p2l_engine.learning.shrinkage import marginal_outputs
+from p2l_engine.learning.votes_loss import votes_loss
 from p2l_engine.votes import Votes
 
 logger = logging.getLogger(__name__)
@@ -113,20 +113,6 @@ class HeadObjective:
         by_head = np.concatenate([by_output.T @ self.z, by_output.sum(0)[:, None]], 1) * self.scale
         gradient = np.concatenate([by_head, by_head[:m].sum(0)[None]])
         return loss + float(x @ x) / 2, gradient.ravel() + x
-
-
-def votes_loss(feedback: FeedbackModel, votes: Votes, outputs: Float64) -> tuple[float, Float64]:
-    """The weighted sum of the votes' negative log-likelihoods at the head's outputs [P, K], and its derivatives [P, K]."""
-    m, of, weight = len(votes.models), votes.prompt, votes.weight
-    eta = outputs[of, m] if feedback.has_eta else np.zeros(len(votes))
-    losses, slope = likelihood.gradient(feedback, np.stack([*votes.sides(outputs[:, :m]), eta]), votes.outcome)
-    slope *= weight
-    row, paired = of * outputs.shape[1], votes.b >= 0
-    place, by = [row + votes.a, (row + votes.b)[paired]], [slope[0], slope[1, paired]]
-    if feedback.has_eta:
-        place, by = [*place, row + m], [*by, slope[2]]
-    by_output = np.asarray(np.bincount(np.concatenate(place), np.concatenate(by), outputs.size), np.float64)
-    return float(weight @ losses), by_output.reshape(outputs.shape)
 
 
 def fit(

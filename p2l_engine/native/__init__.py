@@ -1,1 +1,1 @@
-"""Calls into the native core in C (csrc/): ``routing`` on numpy arrays, ``decoder`` on torch tensors, ``binding`` for both."""
+"""Calls into the C core (csrc/): ``routing``, ``votes`` on numpy arrays, ``decoder`` on torch tensors, ``binding`` for all."""
