@@ -1,24 +1,23 @@
 """Routers on the prompts of a pool that are not held out, each predicted by what was learned from the other folds.
 
-Beside the simple routers: "head", what ``p2l_engine.train`` makes of the votes with this config; and, where it has topics,
-"task predicted", the tasks' mean scores (shrunk to their source's, as if of 20 more prompts), mixed by the topics'
-probabilities.
+Beside the simple routers: "head", what ``p2l_engine.train`` makes of the votes with this config; where it has topics, "task
+predicted", the tasks' mean scores (shrunk to their source's, as if of 20 more prompts), mixed by the topics' probabilities; and
+"ensemble", the sum of all of these but "source" and "task", which know what a router does not. Its weights have the least
+squared error of how much better than others a model is on a prompt, among weights that are not negative.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
-import numpy.typing as npt
-import torch
+from scipy.optimize import nnls
 
-from bench.router_rows import RouterRow, compare
+from bench.router_rows import LossRow, RouterRow, compare
 from bench.simple_routers import Float64, Scored, predictions
+from bench.trained_heads import PoolVotes, Rows
 from p2l_engine.backbone.topics import Topics
-from p2l_engine.feedback import feedback_model
-from p2l_engine.train import data, frozen
-from p2l_engine.train.config import HeadOptimum, TrainConfig
 from p2l_engine.votes.splits import folds
 
 INNER = 10  # of the other folds' prompts, one in as many is for choosing settings
@@ -26,53 +25,57 @@ PRIOR = 20  # prompts
 
 
 def in_folds(
-    config: TrainConfig,
-    wanted: HeadOptimum,
-    prompts: Sequence[tuple[str, ...]],
-    every: Scored,
-    words: Float64,
-    models: Sequence[str],
-    simple_read_words: bool,
-    count: int,
-    advance: Callable[[str], object],
-) -> list[RouterRow]:
-    """Each router's rows. every: the pool's prompts, with hidden states as features; words [N, E] of them. models: of the
-    scores' columns. simple_read_words: whether the simple routers read words too. advance: called with a line on each fold."""
-    votes = data.load(config.model_copy(update={"validation": 0.0})).training
-    part = folds(votes, count)
-    first: dict[tuple[str, ...], int] = {}
-    for row, prompt in enumerate(prompts):
-        first.setdefault(prompt, row)
-    place = np.array([first[prompt] for prompt in votes.prompts])
-    both = np.hstack([every.features, words]) if simple_read_words else every.features
-    features = Scored(both, every.scores, every.source, every.task)
-    feedback, column = feedback_model(config.loss_type), [votes.models.index(model) for model in models]
+    heads: PoolVotes, every: Scored, rows: Rows, count: int, share: float, advance: Callable[[str], object]
+) -> tuple[list[RouterRow], list[LossRow]]:
+    """Each router's rows, with what "head" has over it, and the log-losses of the votes.
+
+    every: the pool's prompts, with the features that simple routers read; rows: those that are not held out. share: of the
+    other folds' prompts, which are learned from; a smaller share is part of a larger one. advance: called with a line on each
+    fold. Raises ArithmeticError where a head's optimum is not reached."""
+    prompt, first = np.unique(heads.of_row[rows], return_index=True)
+    prompt, rows = prompt[prompt >= 0], rows[first[prompt >= 0]]
+    votes = heads.votes.of(prompt.tolist())
+    part, order = folds(votes, count), np.random.default_rng(0).random(len(rows))
     predicted: dict[str, list[Float64]] = {}
-    tested: list[npt.NDArray[np.int64]] = []
-
-    def known(of: npt.NDArray[np.int64]) -> frozen.Known:
-        rows = place[of]
-        of_words = words[rows].astype(np.float32) if wanted.topics is not None and wanted.topics.words else None
-        return frozen.Known(votes.of(of.tolist()), every.features[rows].astype(np.float32), of_words)
-
+    losses: dict[str, list[float]] = {}
+    tested: list[Rows] = []
     for fold in range(count):
-        rest, test = np.flatnonzero(part != fold), np.flatnonzero(part == fold)
+        rest, test = np.flatnonzero((part != fold) & (order < share)), rows[part == fold]
         inner = folds(votes.of(rest.tolist()), INNER)
-        training, chosen_on = rest[inner > 0], rest[inner == 0]
-        found = predictions(features.of(place[training]), features.of(place[chosen_on]), features.of(place[test]))
-        learned, new = known(training), known(test)
-        head, topics = frozen.fitted(feedback, wanted, learned, known(chosen_on))
-        read = torch.from_numpy(new.hidden)
-        if topics is not None:
-            read = topics(read, None if new.words is None else torch.from_numpy(new.words))
-            p = read[:, new.hidden.shape[1] :].double().numpy()
-            found["task predicted"] = p @ task_means(every.of(place[training]), topics, learned.votes.category)
-        found["head"] = head.head(read, None, 0.0).numpy()[:, column].astype(np.float64)
+        training, chosen_on = rest[inner > 0], rows[rest[inner == 0]]
+        new = np.concatenate([chosen_on, test])
+        found = predictions(every.of(rows[training]), every.of(chosen_on), every.of(new))
+        head = heads.fit(rows[training], chosen_on)
+        if head.topics is not None:
+            p = head.reads(new)[:, heads.hidden.shape[1] :].astype(np.float64)
+            category = votes.of(training.tolist()).category
+            found["task predicted"] = p @ task_means(every.of(rows[training]), head.topics, category)
+        found["head"] = head.theta(new)
+        together = [values for name, values in found.items() if name not in ("source", "task")]
+        weights = summed([values[: len(chosen_on)] for values in together], every.scores[chosen_on])
+        found["ensemble"] = np.tensordot(weights, np.stack(together), 1)
         for name, values in found.items():
-            predicted.setdefault(name, []).append(values)
-        tested.append(place[test])
-        advance(f"fold {fold + 1} of {count}: {len(training):,} prompts to learn from, deviation {head.deviation:g}")
-    return compare({name: np.concatenate(of) for name, of in predicted.items()}, every.of(np.concatenate(tested)))
+            predicted.setdefault(name, []).append(values[len(chosen_on) :])
+        for name, loss in head.log_losses(test).items():
+            losses.setdefault(name, []).append(loss)
+        tested.append(test)
+        advance(f"fold {fold + 1} of {count}: {len(training):,} prompts to learn from, deviation {head.fitted.deviation:g}")
+    joined = {name: np.concatenate(of) for name, of in predicted.items()}
+    found_rows = compare(joined, every.of(np.concatenate(tested)), ahead="head")
+    of_votes = [LossRow(name, "all", len(rows), float(name == "head"), float(np.mean(of))) for name, of in losses.items()]
+    return [replace(row, share=share) for row in found_rows], [replace(row, share=share) for row in of_votes]
+
+
+def summed(predicted: Sequence[Float64], scores: Float64) -> Float64:
+    """[R]: the weights of R routers' predictions [N, M], at least 0, with which their sum differs least from the scores [N, M],
+    NaN where there is none, both less their mean over the prompt's models."""
+    there = np.isfinite(scores)
+
+    def centred(of: Float64) -> Float64:
+        of = np.where(there, of, np.nan)
+        return np.asarray((of - np.nanmean(of, 1, keepdims=True))[there])
+
+    return np.asarray(nnls(np.stack([centred(of) for of in predicted], 1), centred(scores))[0])
 
 
 def task_means(known: Scored, topics: Topics, category: Sequence[str] | None) -> Float64:

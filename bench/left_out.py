@@ -6,17 +6,23 @@ effect of its prompt and one of its model, fitted by least squares, as not every
 routers learn scores less the effect of their prompt: otherwise a model that was asked easy questions alone would seem good.
 
 Prompts that the left-out part shares with others (but for case, space and punctuation) are not learned from.
+
+"head" is what training makes of the remaining prompts' votes; "shrunk" the same with coefficients that fall back to the one
+leaderboard of these prompts the further a prompt is from them, by the radius and power with which the votes on the other
+left-out parts are likeliest, each part counting alike; "leaderboard" is that leaderboard for every prompt.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from bench.router_rows import RouterRow, chosen, rows_of
+from bench.router_rows import LossRow, RouterRow, chosen, rows_of
 from bench.simple_routers import Float64, Scored, predictions
+from bench.trained_heads import LearnedHead, PoolVotes, Rows
 from p2l_engine.votes.splits import folded
 
 GROUPS = 10  # of tasks, which are left out together: each task is predicted by routers that never saw it
@@ -53,38 +59,29 @@ def without_prompts(prompts: Scored, effects: Float64) -> Scored:
 
 
 def left_out(
-    learned: Scored,
-    chosen_on: Scored,
-    tested: Scored,
-    texts: Sequence[Sequence[str]],
-    by: str,
-    advance: Callable[[str], object],
-) -> list[RouterRow]:
-    """Each router's row for the tested prompts of every source or task, as learned from the others; gains are over the best
-    single model.
+    heads: PoolVotes, every: Scored, parts: Sequence[Rows], texts: Sequence[str], by: str, advance: Callable[[str], object]
+) -> tuple[list[RouterRow], list[LossRow]]:
+    """Each router's rows for the tested prompts of every source or task, as learned from the others; gains are over the best
+    single model. And the log-losses of the votes there, by the heads.
 
-    learned, chosen_on: prompts to train on, and to choose settings on; tested may be among them. texts: the first turns of the
-    three. by: "source" or "task". advance: called with a line on each part that is done. Raises ValueError where no part can be
-    left out.
+    parts: the numbers of the prompts to train on, to choose settings on, and to test; the last may be among the others. texts
+    [N]: the prompts' first turns. by: "source" or "task". advance: called with a line on each part that is done. Raises
+    ValueError where no part can be left out.
     """
-    every = (learned, chosen_on, tested)
-    parts = [sources_of(prompts) if by == "source" else prompts.task for prompts in every]
-    sizes = np.cumsum([len(part) for part in parts])[:-1]
-    groups = np.split(groups_of(np.concatenate(parts), by), sizes)
-    number: dict[str, int] = {}
-    keys = [np.array([number.setdefault(folded(text), len(number)) for text in of]) for of in texts]
+    part = sources_of(every) if by == "source" else every.task
+    group, known_prompt = groups_of(part, by), np.unique([folded(text) for text in texts], return_inverse=True)[1]
     got: dict[str, list[Float64]] = {}
-    part: list[npt.NDArray[np.str_]] = []
-    for group in np.unique(groups[2]):
-        test = np.flatnonzero(groups[2] == group)
-        seen = [(groups[i] != group) & ~np.isin(keys[i], keys[2][test]) for i in range(2)]
-        training, validation = learned.of(seen[0]), chosen_on.of(seen[1])
-        known = np.flatnonzero(np.isfinite(training.scores).any(0))
-        rows = test[np.isfinite(tested.scores[test][:, known]).sum(1) > 1]
-        if not len(rows) or not seen[1].any():
-            advance(f"{', '.join(np.unique(parts[2][test]))}: no prompts with scores of two models that are known")
+    of_part: list[npt.NDArray[np.str_]] = []
+    unseen: list[Unseen] = []
+    for left in np.unique(group[parts[2]]):
+        test = parts[2][group[parts[2]] == left]
+        seen = [rows[(group[rows] != left) & ~np.isin(known_prompt[rows], known_prompt[test])] for rows in parts[:2]]
+        known = np.flatnonzero(np.isfinite(every.scores[seen[0]]).any(0))
+        rows = test[np.isfinite(every.scores[test][:, known]).sum(1) > 1]
+        if not len(rows) or not len(seen[1]):
+            advance(f"{', '.join(np.unique(part[test]))}: no prompts with scores of two models that are known")
             continue
-        training, validation, new = (among(of, known) for of in (training, validation, tested.of(rows)))
+        training, validation, new = (among(every.of(of), known) for of in (*seen, rows))
         validation = validation.of(np.flatnonzero(np.isfinite(validation.scores).any(1)))
         effects = model_effects(training.scores)
         training, validation = (without_prompts(of, effects) for of in (training, validation))
@@ -92,13 +89,48 @@ def left_out(
         for name in ("source", "task") if by == "source" else ("task",):
             predicted.pop(name)  # they are not known
         for name, values in predicted.items():
-            got.setdefault(name, []).append(new.scores[np.arange(len(rows)), chosen(values, new.scores)])
+            got.setdefault(name, []).append(score_of(values, new))
         got.setdefault("oracle", []).append(np.nanmax(new.scores, 1))
-        part.append(parts[2][rows])
-        advance(", ".join(np.unique(parts[2][rows])))
-    if not part:
+        of_part.append(part[rows])
+        name = ", ".join(np.unique(part[rows])) if by == "source" else f"tasks, part {left + 1}"
+        unseen.append(Unseen.of(name, heads.fit(*seen), rows, known, new))
+        advance(", ".join(np.unique(part[rows])))
+    if not of_part:
         raise ValueError(f"--leave-out: expected two {by}s whose prompts have scores of two models in common, got none")
-    return rows_of({name: np.concatenate(of) for name, of in got.items()}, np.concatenate(part), "single")
+    losses: list[LossRow] = []
+    by_way = np.array([one.losses for one in unseen])  # [parts, ways]
+    for k, one in enumerate(unseen):
+        chosen_way = int(np.delete(by_way, k, 0)[:, :-1].sum(0).argmin())  # none, where no other part is left
+        for name, way in (("head", 0), ("shrunk", chosen_way), ("leaderboard", -1)):
+            got.setdefault(name, []).append(one.scores[way])
+            losses.append(LossRow(name, one.name, one.scores.shape[1], one.kept[way], one.losses[way]))
+    return rows_of({name: np.concatenate(of) for name, of in got.items()}, np.concatenate(of_part), "single"), losses
+
+
+@dataclass(frozen=True, slots=True)
+class Unseen:
+    """A part that was left out. By each way to fall back: the mean share of the prompts' own coefficients that is kept, the
+    log-loss of a vote, and the true scores [ways, n] of what is chosen."""
+
+    name: str
+    kept: list[float]
+    losses: list[float]
+    scores: Float64
+
+    @classmethod
+    def of(cls, name: str, head: LearnedHead, rows: Rows, models: Rows, prompts: Scored) -> Unseen:
+        """The prompts ``rows`` of the pool, among these models alone."""
+        kept, losses, scores = [], [], []
+        for way in head.shrunk(rows, models):
+            kept.append(way.kept)
+            losses.append(way.log_loss)
+            scores.append(score_of(way.theta[:, models], prompts))
+        return cls(name, kept, losses, np.stack(scores))
+
+
+def score_of(predicted: Float64, prompts: Scored) -> Float64:
+    """[N]: the true scores of what is chosen."""
+    return np.asarray(prompts.scores[np.arange(len(prompts.scores)), chosen(predicted, prompts.scores)])
 
 
 def among(prompts: Scored, models: npt.NDArray[np.int64]) -> Scored:

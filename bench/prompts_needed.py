@@ -19,7 +19,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from bench.routers import read_pool
+from bench.pooled import read_pool
 from bench.setting import run as run_main
 from bench.simple_routers import Float64
 

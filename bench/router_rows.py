@@ -17,7 +17,8 @@ LEAST = 30  # prompts of a source, or of a task that was left out, for a row of 
 @dataclass(frozen=True, slots=True)
 class RouterRow:
     """One router on one source, or on a task that was left out: mean true score, gain over the best single model in points, and
-    its standard error."""
+    its standard error. behind: the points by which the router that is compared with all others is above this one on the same
+    prompts, and their standard error; NaN where there is none. share: of the training prompts, that were learned from."""
 
     router: str
     source: str
@@ -25,6 +26,22 @@ class RouterRow:
     score: float
     points: float
     error: float
+    behind: float
+    behind_error: float
+    share: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class LossRow:
+    """The log-loss of a vote on prompts that were not learned from, and the mean share of their own coefficients that is kept.
+    share: of the training prompts, that were learned from."""
+
+    router: str
+    source: str
+    prompts: int
+    kept: float
+    log_loss: float
+    share: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,27 +62,35 @@ def chosen(predicted: Float64, scores: Float64) -> npt.NDArray[np.int64]:
     return np.asarray(np.where(np.isfinite(scores), predicted, -np.inf).argmax(1))
 
 
-def compare(predicted: Mapping[str, Float64], test: Scored, single: str = "source") -> list[RouterRow]:
-    """Each router's row for every source and for all together, and the oracle's. predicted: [N, M] for each router; single: the
-    one that others are compared with."""
+def compare(
+    predicted: Mapping[str, Float64], test: Scored, single: str = "source", ahead: str | None = None
+) -> list[RouterRow]:
+    """Each router's row for every source and for all together, and the oracle's. predicted: [N, M] for each router; single,
+    ahead: those that others are compared with."""
     rows = np.arange(len(test.scores))
     got = {name: test.scores[rows, chosen(values, test.scores)] for name, values in predicted.items()}
     got["oracle"] = np.nanmax(test.scores, 1)
-    return rows_of(got, test.source, single)
+    return rows_of(got, test.source, single, ahead)
 
 
-def rows_of(got: Mapping[str, Float64], part: npt.NDArray[np.str_], single: str) -> list[RouterRow]:
+def rows_of(got: Mapping[str, Float64], part: npt.NDArray[np.str_], single: str, ahead: str | None = None) -> list[RouterRow]:
     """Each router's row for every part of the prompts that has enough of them, and for all together. got: the true scores [N]
-    of what each chose; part [N]; single: the one that others are compared with."""
+    of what each chose; part [N]; single, ahead: those that others are compared with."""
     found = []
     parts = [name for name in sorted(set(part.tolist())) if (part == name).sum() >= LEAST]
     for source in ["all", *parts]:
         of = np.ones(len(part), bool) if source == "all" else part == source
         for name, score in got.items():
-            gain = 100 * (score[of] - got[single][of])
-            error = gain.std(ddof=1) / math.sqrt(len(gain)) if len(gain) > 1 else 0.0
-            found.append(RouterRow(name, source, int(of.sum()), float(score[of].mean()), float(gain.mean()), float(error)))
+            gain = points(score[of] - got[single][of])
+            behind = (math.nan, math.nan) if ahead is None else points(got[ahead][of] - score[of])
+            found.append(RouterRow(name, source, int(of.sum()), float(score[of].mean()), *gain, *behind))
     return found
+
+
+def points(gain: Float64) -> tuple[float, float]:
+    """The mean of gains [N] in points, and its standard error."""
+    error = 100 * float(gain.std(ddof=1)) / math.sqrt(len(gain)) if len(gain) > 1 else 0.0
+    return 100 * float(gain.mean()), error
 
 
 def curve(predicted: Float64, scores: Float64, costs: Float64) -> Float64:

@@ -10,10 +10,11 @@ on hidden states of the untrained backbone (``bench.simple_routers``); the check
 single model, with their standard errors; "all" is the mean over prompts.
 
 With --folds all prompts that are not held out, each predicted by what was learned from the other folds: the simple routers, the
-head that training makes with this config, and the predicted task's mean scores (``bench.in_folds``).
+head that training makes with this config, the predicted task's mean scores, and the sum of all of these (``bench.in_folds``);
+with --shares from these shares of the other folds' prompts alone.
 
-With --leave-out the simple routers on sources, or tasks, that they never saw (``bench.left_out``): on all prompts that are not
-held out, or on the held-out ones.
+With --leave-out the simple routers and the head on sources, or tasks, that they never saw (``bench.left_out``): on all prompts
+that are not held out, or on the held-out ones.
 
 With a catalog (--catalog) also the cost-quality curves: the choice maximises predicted score less price times cost, at every
 price. Models that the catalog does not have are left out of them, and prompts on which no other model has a score.
@@ -29,72 +30,30 @@ import argparse
 import csv
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from bench.in_folds import in_folds
 from bench.left_out import among, left_out
-from bench.router_rows import CurveRow, RouterRow, compare, curves
-from bench.setting import positive
+from bench.pooled import Pooled, read_pool
+from bench.router_rows import CurveRow, LossRow, RouterRow, compare, curves
+from bench.setting import positive, share
 from bench.setting import run as run_main
 from bench.simple_routers import Float64, Scored, predictions
+from bench.trained_heads import PoolVotes
 from p2l_engine import Catalog, Engine, plotting
 from p2l_engine.catalog import DEFAULT_UNIT
 from p2l_engine.evaluation import features
 from p2l_engine.learning import hidden
-from p2l_engine.tables.turns import cell_turns
-from p2l_engine.tables.whole import read_table
 from p2l_engine.train import frozen
 from p2l_engine.train.config import TrainConfig
-from p2l_engine.votes.splits import hashed
 
 CONFIG = Path(__file__).parent.parent / "train" / "configs" / "pool.yaml"
-
-
-@dataclass(frozen=True, slots=True)
-class Pooled:
-    """A pool's prompts by source, with their parts: training, validation, held out."""
-
-    prompts: list[tuple[str, ...]]
-    models: tuple[str, ...]
-    scores: Float64
-    source: npt.NDArray[np.str_]
-    task: npt.NDArray[np.str_]
-    parts: tuple[list[int], list[int], list[int]]
-
-    def scored(self, features: Float64, part: int) -> Scored:
-        """One part, with the features [N, D] of all."""
-        rows = np.array(self.parts[part], np.int64)
-        return Scored(features, self.scores, self.source, self.task).of(rows)
-
-
-def read_pool(path: Path, held_out: float = 0.1, validation: float = 0.1) -> Pooled:
-    """A table of ``p2l_engine.train.sources``."""
-    table = read_table(path, ("prompt", "task", "model", "score", "source"))
-    models = tuple(sorted(set(table.columns["model"])))
-    column = {model: m for m, model in enumerate(models)}
-    place: dict[tuple[str, str], int] = {}
-    task: list[str] = []
-    found: list[tuple[int, int, float]] = []
-    for prompt, kind, model, score, source in zip(
-        *(table.columns[c] for c in ("prompt", "task", "model", "score", "source")), strict=True
-    ):
-        row = place.setdefault((prompt, source), len(place))
-        if row == len(task):
-            task.append(kind)
-        found.append((row, column[model], score))
-    scores = np.full((len(place), len(models)), np.nan)
-    rows, columns, values = zip(*found, strict=True)
-    scores[list(rows), list(columns)] = values
-    prompts = [cell_turns(prompt) for prompt, _ in place]
-    sources = np.array([source for _, source in place])
-    return Pooled(prompts, models, scores, sources, np.array(task), hashed(prompts, held_out, validation))
 
 
 def costs_of(catalog: Catalog, models: tuple[str, ...]) -> Float64:
@@ -179,6 +138,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", nargs="*", help="folders or names; left out: the default one; none: none")
     parser.add_argument("--leave-out", choices=("source", "task"), help="sources or tasks that no router has seen")
     parser.add_argument("--folds", type=positive, metavar="K", help="all prompts that are not held out, in K folds")
+    parser.add_argument("--shares", type=share, nargs="+", default=[1.0], help="with --folds: of the prompts to learn from")
     parser.add_argument("--words", action="store_true", help="the simple routers read the prompts' words beside hidden states")
     parser.add_argument("--config", type=Path, default=CONFIG, help="of training: the backbone that the simple routers read")
     parser.add_argument("--part", choices=("validation", "held-out"), default="validation", help="held-out: once, at the end")
@@ -190,38 +150,29 @@ def main() -> None:
         raise ValueError("--plot: the curves need costs: give --catalog")
     if (args.leave_out or args.folds) and (args.checkpoint or args.catalog):
         raise ValueError("--leave-out, --folds: expected no --checkpoint, which has seen all prompts, and no --catalog")
+    if args.shares != [1.0] and not args.folds:
+        raise ValueError("--shares: expected --folds")
     if args.leave_out and args.folds:
         raise ValueError("--leave-out, --folds: expected one of them")
     console, pool = Console(), read_pool(args.pool)
     config = TrainConfig.load(args.config).model_copy(update={"train_data_path": str(args.pool)})
     states, words = backbone_states(config, pool.prompts, console)
-    if args.folds:
+    every = pool.scored(np.hstack([states, words]) if args.words else states)
+    if args.folds or args.leave_out:
         if config.head_optimum is None:
-            raise ValueError(f"--folds: expected head_optimum in {args.config}, found none")
-        every = Scored(states, pool.scores, pool.source, pool.task)
-        found = in_folds(
-            config, config.head_optimum, pool.prompts, every, words, pool.models, args.words, args.folds, console.print
-        )
-        show(found, console)
-        if args.csv:
-            write(args.csv, found)
+            raise ValueError(f"--leave-out, --folds: expected head_optimum in {args.config}, found none")
+        heads = PoolVotes.read(config, config.head_optimum, pool, states, words)
+        never_seen(args, heads, pool, every, console)
         return
-    if args.words:
-        states = np.hstack([states, words])
-    if args.leave_out:
-        found = never_seen(pool, states, args.leave_out, args.part, console)
-        show(found, console)
-        if args.csv:
-            write(args.csv, found)
-        return
-    training, validation, held_out = (pool.scored(states, part) for part in range(3))
-    test, part = (validation, 1) if args.part == "validation" else (held_out, 2)
+    part = pool.part(1 if args.part == "validation" else 2)
+    training, validation, test = (every.of(of) for of in (pool.part(0), pool.part(1), part))
     predicted = predictions(training, validation, test)
-    for name in ["default"] if args.checkpoint is None else args.checkpoint:
-        predicted[name] = theta_of(name, pool.models, [pool.prompts[i] for i in pool.parts[part]], console)
-    found = compare(predicted, test)
+    names = ["default"] if args.checkpoint is None else args.checkpoint
+    for name in names:
+        predicted[name] = theta_of(name, pool.models, [pool.prompts[i] for i in part], console)
+    found = compare(predicted, test, ahead=names[-1] if names else None)
     show(found, console)
-    written: list[RouterRow | CurveRow] = [*found]
+    written: list[RouterRow | CurveRow | LossRow] = [*found]
     if args.catalog:
         costs = costs_of(Catalog.from_yaml(args.catalog), pool.models)
         affordable, scored = with_costs(predicted, test, costs)
@@ -244,18 +195,31 @@ def main() -> None:
         write(args.csv, written)
 
 
-def never_seen(pool: Pooled, states: Float64, by: str, part: str, console: Console) -> list[RouterRow]:
-    """The simple routers' rows on sources or tasks that they never saw."""
-    training, validation, held_out = pool.parts
-    places = (training, validation, held_out if part == "held-out" else [*training, *validation])
-    every = Scored(states, pool.scores, pool.source, pool.task)
-    texts = [[pool.prompts[i][0] for i in of] for of in places]
-    learned, chosen_on, tested = (every.of(np.array(of, np.int64)) for of in places)
-    return left_out(learned, chosen_on, tested, texts, by, console.print)
+def never_seen(args: argparse.Namespace, heads: PoolVotes, pool: Pooled, every: Scored, console: Console) -> None:
+    """Shows, and writes, what routers choose on the folds or on the sources or tasks that they did not learn from."""
+    training, validation, held_out = (pool.part(k) for k in range(3))
+    seen = np.concatenate([training, validation])
+    found: list[RouterRow] = []
+    losses: list[LossRow] = []
+    if args.leave_out:
+        parts, texts = (training, validation, held_out if args.part == "held-out" else seen), [p[0] for p in pool.prompts]
+        found, losses = left_out(heads, every, parts, texts, args.leave_out, console.print)
+        show(found, console)
+    for part in sorted(args.shares) if args.folds else []:
+        rows, of_votes = in_folds(heads, every, seen, args.folds, part, console.print)
+        console.print(f"{part:g} of the other folds' prompts:")
+        show(rows, console)
+        found, losses = [*found, *rows], [*losses, *of_votes]
+    table = Table("prompts of", "learned from", "router", "prompts", "kept", "log-loss of a vote")
+    for row in losses:
+        table.add_row(row.source, f"{row.share:g}", row.router, f"{row.prompts:,}", f"{row.kept:.1%}", f"{row.log_loss:.4f}")
+    console.print(table)
+    if args.csv:
+        write(args.csv, [*found, *losses])
 
 
-def write(path: Path, rows: Sequence[RouterRow | CurveRow]) -> None:
-    """The rows of both kinds as CSV, with the columns that a kind lacks left empty."""
+def write(path: Path, rows: Sequence[RouterRow | CurveRow | LossRow]) -> None:
+    """The rows of all kinds as CSV, with the columns that a kind lacks left empty."""
     names = list(dict.fromkeys(name for row in rows for name in asdict(row)))
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, names)

@@ -66,6 +66,17 @@ def positive(text: str) -> int:
     return number
 
 
+def share(text: str) -> float:
+    """A share above 0, as a command line gives it. Raises argparse.ArgumentTypeError."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, at most 1, got {text!r}")
+    return value
+
+
 def run(main: Callable[[], None]) -> None:
     """Runs ``main``; prints the user's mistakes as one line instead of a traceback."""
     try:

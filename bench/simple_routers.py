@@ -112,6 +112,7 @@ def _nearest(known: Scored, chosen_on: Scored, new: Scored) -> Float64:
     """Each model's mean score over its nearest prompts, by cosine; over all of its prompts where none is near."""
     overall = _mean(known.scores)
     unit = known.features / np.linalg.norm(known.features, axis=1, keepdims=True)
+    there = np.ascontiguousarray(np.isfinite(known.scores).T)
 
     def means(prompts: Scored) -> dict[int, Float64]:
         found = {k: np.empty((len(prompts.features), len(overall))) for k in NEIGHBOURS}
@@ -121,16 +122,16 @@ def _nearest(known: Scored, chosen_on: Scored, new: Scored) -> Float64:
             count = min(SEARCHED, len(unit))
             near = np.argpartition(-similar, count - 1, axis=1)[:, :count]
             near = np.take_along_axis(near, np.argsort(-np.take_along_axis(similar, near, 1), axis=1, kind="stable"), 1)
-            scores = known.scores[near]  # [n, count, M]
-            there = np.isfinite(scores)
-            rank = there.cumsum(1)
+            asked = there[:, near]  # [M, n, count]
+            rank = asked.cumsum(2, np.int16)  # SEARCHED fits
+            model, row, place = np.nonzero(asked & (rank <= max(NEIGHBOURS)))
+            score, rank, cell = known.scores[near[row, place], model], rank[model, row, place], row * len(there) + model
             for k in NEIGHBOURS:
-                kept = there & (rank <= k)
-                number = kept.sum(1)
-                mean = np.divide(
-                    np.where(kept, scores, 0).sum(1), number, out=np.tile(overall, (len(some), 1)), where=number > 0
-                )
-                found[k][start : start + 256] = mean
+                kept = rank <= k
+                number = np.bincount(cell[kept], minlength=len(some) * len(there)).reshape(len(some), -1)
+                total = np.bincount(cell[kept], score[kept], len(some) * len(there)).reshape(len(some), -1)
+                mean = np.divide(total, number, out=np.tile(overall, (len(some), 1)), where=number > 0)
+                found[k][start : start + len(some)] = mean
         return found
 
     on_validation = means(chosen_on)

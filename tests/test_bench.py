@@ -668,8 +668,14 @@ def test_simple_routers_read_what_training_starts_from(tmp_path, monkeypatch):
 
 def test_routers_run_to_the_end(tmp_path, monkeypatch, capsys):
     rows = [
-        {"prompt": f'["Question {i} of {source}?"]', "task": "t", "model": model, "score": float((i + m) % 2), "source": source}
-        for i in range(40)
+        {
+            "prompt": f'["Question {i} of {source}?"]',
+            "task": f"{source} {i % 3}",
+            "model": model,
+            "score": float((i + m) % 2),
+            "source": source,
+        }
+        for i in range(150)
         for source in ("one", "two")
         for m, model in enumerate(("x", "y", "z"))
     ]
@@ -695,8 +701,14 @@ def test_routers_run_to_the_end(tmp_path, monkeypatch, capsys):
     routers.main()
     with open("rows.csv", newline="") as file:
         found = list(csv.DictReader(file))
-    assert {row["router"] for row in found} == {"single", "ridge", "knn", "mlp", "mf", "oracle"}
+    heads = {"head", "shrunk", "leaderboard"}
+    assert {row["router"] for row in found} == {"single", "ridge", "knn", "mlp", "mf", "oracle", *heads}
     assert {row["source"] for row in found} == {"all", "one", "two"}
+    losses = [row for row in found if row["log_loss"]]
+    assert sorted((row["source"], row["router"]) for row in losses) == [
+        (s, name) for s in ("one", "two") for name in sorted(heads)
+    ]
+    assert {row["kept"] for row in losses if row["router"] != "shrunk"} == {"0", "1"}
     for alone in (["--leave-out", "source"], ["--folds", "3"]):
         for more in (["--catalog", "catalog.yaml"], ["--checkpoint", "default"]):
             monkeypatch.setattr(sys, "argv", ["routers", "pool.parquet", *alone, *more])
@@ -726,14 +738,22 @@ def test_routers_in_folds_know_what_the_words_tell(tmp_path, monkeypatch, words)
     training["head_optimum"] = {"deviations": [1.0, 0.1], "topics": {"words": words}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(training))
     monkeypatch.chdir(tmp_path)
-    arguments = ["pool.parquet", "--folds", "3", "--config", "config.yaml", "--csv", "rows.csv"]
+    arguments = ["pool.parquet", "--folds", "3", "--shares", "0.5", "1", "--config", "config.yaml", "--csv", "rows.csv"]
     monkeypatch.setattr(sys, "argv", ["routers", *arguments, *(["--words"] if words else [])])
     routers.main()
     with open("rows.csv", newline="") as file:
-        found = {row["router"]: row for row in csv.DictReader(file) if row["source"] == "all"}
-    assert set(found) == {"source", "task", "ridge", "knn", "mlp", "mf", "task predicted", "head", "oracle"}
+        rows = [row for row in csv.DictReader(file) if row["source"] == "all"]
+    assert {row["share"] for row in rows} == {"0.5", "1"}
+    rows = [row for row in rows if row["share"] == "1"]
+    found = {row["router"]: row for row in rows if row["score"]}
+    losses = {row["router"]: float(row["log_loss"]) for row in rows if row["log_loss"]}
+    assert set(losses) == {"head", "leaderboard"}
+    assert (losses["head"] < 0.9 * losses["leaderboard"]) == words
+    assert float(found["head"]["behind"]) == 0
+    assert float(found["source"]["behind"]) == pytest.approx(float(found["head"]["points"]))
+    assert set(found) == {"source", "task", "ridge", "knn", "mlp", "mf", "task predicted", "head", "ensemble", "oracle"}
     assert 300 < int(found["head"]["prompts"]) < 360  # those that are not held out
     task, of = float(found["task"]["score"]), {name: float(row["score"]) for name, row in found.items()}
     assert task > of["source"] + 0.3
-    for name in ("ridge", "knn", "task predicted", "head"):
+    for name in ("ridge", "knn", "task predicted", "head", "ensemble"):
         assert (of[name] > task - 0.1) == words

@@ -1,9 +1,10 @@
-"""bench/left_out.py: routers on sources and tasks that they never saw; bench/routers.py: models without a cost;
-bench/prompts_needed.py: how many prompts a model needs."""
+"""bench/left_out.py, bench/trained_heads.py: routers on sources and tasks that they never saw; bench/routers.py: models without
+a cost; bench/prompts_needed.py: how many prompts a model needs."""
 
 from __future__ import annotations
 
 import csv
+import json
 import sys
 from dataclasses import replace
 
@@ -11,10 +12,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
-from bench import left_out, prompts_needed, routers, simple_routers
+from bench import left_out, pooled, prompts_needed, routers, simple_routers, trained_heads
 from p2l_engine import Catalog
 from p2l_engine.catalog import CatalogModel
+from p2l_engine.train import data, frozen
+from p2l_engine.train.config import TrainConfig
 from tests.support.scored import scored_world
 
 
@@ -53,6 +57,21 @@ def test_model_effects_are_least_squares(rng):
     np.testing.assert_allclose(left_out.model_effects(apart), [0.5, -0.5, -0.3, 0.3, 0], atol=1e-10)
 
 
+class Fits:
+    """Heads that know nothing, and the prompts that they were fitted to."""
+
+    def __init__(self):
+        self.seen = []
+
+    def fit(self, training, chosen_on):
+        self.seen.append((training, chosen_on))
+        return self
+
+    def shrunk(self, rows, models):
+        for kept in (1.0, 0.5, 0.0):
+            yield trained_heads.Shrunk(np.zeros((len(rows), 6)), kept, 1.0 - kept / 2)
+
+
 def test_what_is_left_out_is_not_learned_from(rng, monkeypatch):
     """Neither the part itself nor prompts that it shares with others, whatever their case and punctuation."""
     world, _ = scored_world(rng)
@@ -66,19 +85,116 @@ def test_what_is_left_out_is_not_learned_from(rng, monkeypatch):
         return {name: np.zeros_like(test.scores) for name in ("source", "task", "ridge")}
 
     monkeypatch.setattr(left_out, "predictions", spied)
-    rows = [np.arange(0, 200), np.arange(200, 240), np.arange(240)]
-    parts = [world.of(of) for of in rows]
-    found = left_out.left_out(*parts, [[texts[i] for i in of] for of in rows], "source", lambda line: None)
-    assert {row.router for row in found} == {"single", "ridge", "oracle"}
+    heads, parts = Fits(), [np.arange(0, 200), np.arange(200, 240), np.arange(240)]
+    found, losses = left_out.left_out(heads, world, parts, texts, "source", lambda line: None)
+    assert {row.router for row in found} == {"single", "ridge", "head", "shrunk", "leaderboard", "oracle"}
     assert {row.source for row in found} == {"all", "one", "two"}
-    for training, validation, test in seen:
+    for (training, validation, test), of_head in zip(seen, heads.seen, strict=True):
         tested = set(left_out.sources_of(test))
         assert len(tested) == 1
-        for part in (training, validation):
+        for part, rows in zip((training, validation), of_head, strict=True):
             assert not tested & set(left_out.sources_of(part))
+            np.testing.assert_array_equal(part.features, world.features[rows])  # heads learn from the same prompts
         shared = world.features[1] if "one" in tested else world.features[0]
         assert not (training.features == shared).all(1).any()
     assert all(row.points == 0 for row in found if row.router == "single")
+    of_losses = {(row.source, row.router): (row.kept, row.log_loss) for row in losses}
+    each = {"head": (1.0, 0.5), "shrunk": (1.0, 0.5), "leaderboard": (0.0, 1.0)}
+    assert of_losses == {(source, name): pair for source in ("one", "two") for name, pair in each.items()}
+
+
+def test_the_way_to_fall_back_is_chosen_on_the_other_parts(rng, monkeypatch):
+    """Each of three sources alone has another way of least log-loss."""
+    world, _ = scored_world(rng)
+    world = replace(world, source=np.array(["a", "b", "c"] * 80), scores=rng.random((240, 6)))
+    losses = {"a": [0.0, 3.0, 2.0, 9.0], "b": [4.0, 0.0, 3.0, 9.0], "c": [4.0, 2.0, 0.0, 9.0]}
+    monkeypatch.setattr(
+        left_out, "predictions", lambda _, __, test: {n: np.zeros_like(test.scores) for n in ("source", "task")}
+    )
+
+    class Ways(Fits):
+        def shrunk(self, rows, models):
+            for way, loss in enumerate(losses[world.source[rows[0]]]):
+                theta = np.zeros((len(rows), 6))
+                theta[:, way] = 1.0
+                yield trained_heads.Shrunk(theta, float(way), loss)
+
+    rows = [np.arange(0, 200), np.arange(200, 240), np.arange(240)]
+    found, of_losses = left_out.left_out(Ways(), world, rows, [str(i) for i in range(240)], "source", lambda line: None)
+    chosen = {row.source: int(row.kept) for row in of_losses if row.router == "shrunk"}
+    # a: b and c lose 8, 2, 3; b: a and c lose 4, 5, 2; c: a and b lose 4, 3, 5. Never the last, the leaderboard alone.
+    assert chosen == {"a": 1, "b": 2, "c": 1}
+    for row in found:
+        if row.router == "shrunk" and row.source != "all":
+            assert row.score == pytest.approx(world.scores[world.source == row.source, chosen[row.source]].mean())
+
+
+def pool_votes(tmp_path, rng, prompts=240):
+    """Heads of a pool of two sources, whose models are right by what the hidden state says; and the pool."""
+    rows, hidden = [], rng.normal(size=(prompts, 4))
+    for i in range(prompts):
+        for m, model in enumerate("wxyz"):
+            score = float(rng.random() < 1 / (1 + np.exp(-2 * hidden[i, m])))
+            source = ("one", "two")[i % 2]
+            rows.append(
+                {"prompt": json.dumps([f"Question {i}?"]), "task": f"{source} {i % 3}", "model": model, "score": score}
+                | {"source": source}
+            )
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pool.parquet")
+    pool = pooled.read_pool(tmp_path / "pool.parquet")
+    config = TrainConfig.load(routers.CONFIG).model_copy(update={"train_data_path": str(tmp_path / "pool.parquet")})
+    heads = trained_heads.PoolVotes.read(config, config.head_optimum, pool, hidden, rng.normal(size=(prompts, 3)))
+    return heads, pool
+
+
+def test_heads_are_those_of_training(tmp_path, rng):
+    """Fitted to the training part of a split, as ``data.load`` and ``frozen.fitted`` make them; log-losses are torch's."""
+    heads, pool = pool_votes(tmp_path, rng)
+    config = TrainConfig.load(routers.CONFIG).model_copy(update={"train_data_path": str(tmp_path / "pool.parquet")})
+    training, validation, held_out = (pool.part(k) for k in range(3))
+    parts, row = data.load(config), {prompt: i for i, prompt in enumerate(pool.prompts)}
+
+    def known(votes):
+        rows = [row[prompt] for prompt in votes.prompts]
+        return frozen.Known(votes, heads.hidden[rows], heads.words[rows])
+
+    expected, topics = frozen.fitted(heads.feedback, heads.wanted, known(parts.training), known(parts.validation))
+    found = heads.fit(training, validation)
+    unseen = known(parts.held_out)
+    read = topics(torch.from_numpy(unseen.hidden), torch.from_numpy(unseen.words))
+    rows = np.array([row[prompt] for prompt in parts.held_out.prompts])
+    outputs = expected.head(read, None, 0.0)
+    theta = outputs[:, [parts.held_out.models.index(model) for model in pool.models]]
+    np.testing.assert_allclose(found.theta(rows), theta, atol=2e-3)
+    votes = parts.held_out
+    of = [torch.from_numpy(each) for each in (votes.prompt, votes.a, votes.b)]
+    likelihood = heads.feedback.log_likelihood(
+        outputs[of[0], of[1]], outputs[of[0], of[2]], outputs[of[0], -1], torch.from_numpy(votes.outcome)
+    )
+    loss = float(-(likelihood.double() * torch.from_numpy(votes.weight)).sum() / votes.weight.sum())
+    losses = found.log_losses(held_out)
+    assert losses["head"] == pytest.approx(loss, abs=1e-3)
+    assert losses["leaderboard"] > losses["head"] + 0.02
+
+
+def test_shrunk_coefficients_lie_between_their_own_and_the_leaderboard(tmp_path, rng):
+    heads, pool = pool_votes(tmp_path, rng)
+    training, validation, test = (pool.part(k) for k in range(3))
+    head = heads.fit(training, validation)
+    every, ways = np.arange(len(pool.models)), list(head.shrunk(test, np.arange(len(pool.models))))
+    np.testing.assert_allclose(ways[0].theta, head.theta(test), atol=1e-5)
+    assert (ways[0].kept, ways[-1].kept) == (1.0, 0.0)
+    np.testing.assert_array_equal(ways[-1].theta, np.tile(ways[-1].theta[0], (len(test), 1)))
+    of = {name: loss for name, loss in head.log_losses(test).items()}
+    assert ways[0].log_loss == pytest.approx(of["head"], abs=1e-6)
+    assert ways[-1].log_loss == pytest.approx(of["leaderboard"], abs=1e-3)  # outputs at the anchor are those, to rounding
+    low, high = np.minimum(ways[0].theta, ways[-1].theta), np.maximum(ways[0].theta, ways[-1].theta)
+    for way in ways[1:-1]:
+        assert ((way.theta >= low - 1e-6) & (way.theta <= high + 1e-6)).all()
+        assert 0 < way.kept <= 1
+    two = list(head.shrunk(test, every[:2]))  # votes on two models alone count
+    np.testing.assert_array_equal(two[3].theta, ways[3].theta)
+    assert two[0].log_loss != ways[0].log_loss
 
 
 def test_each_task_is_left_out_once(rng):

@@ -130,10 +130,8 @@ def fit(
         raise ValueError(f"source: expected two sources at least, got {names[0]!r} alone")
     states = torch.from_numpy(hidden)
     distances = start.distance(states).double().numpy()
-    candidates = [
-        replace(start, radius=max(float(np.quantile(away, q)), 1e-6), power=power) for q in QUANTILES for power in POWERS
-    ]
-    shares = [np.ones(len(distances))] + [share(one, distances) for one in candidates]
+    compared = candidates(start, away)
+    shares = [np.ones(len(distances))] + [share(one, distances) for one in compared]
     losses = np.stack([losses_of(start, head, feedback, votes, states, kept) for kept in shares])  # [candidates + 1, V]
     weight, conversation = votes.weight, conversations(votes)[votes.prompt]
     of_vote = part[votes.prompt]
@@ -150,13 +148,18 @@ def fit(
             *mean_and_error((losses[0] - held)[own], weight[own], conversation[own]),
         )  # fmt: skip
     best = _choice(losses, weight, conversation)
-    found = None if best == 0 else candidates[best - 1]
+    found = None if best == 0 else compared[best - 1]
     before, after = (float(weight @ of / weight.sum()) for of in (losses[0], held))
     report = ShrinkageReport(
         len(votes), len(votes.prompts), None if found is None else found.radius, None if found is None else found.power,
         float(shares[best].mean()), before, after, gain, error, by_part,
     )  # fmt: skip
     return found, report
+
+
+def candidates(start: Shrinkage, away: Float64) -> list[Shrinkage]:
+    """``start`` with each radius and power that are compared. away [T]: the training prompts' distances."""
+    return [replace(start, radius=max(float(np.quantile(away, q)), 1e-6), power=power) for q in QUANTILES for power in POWERS]
 
 
 def share(of: Shrinkage, distances: Float64) -> Float64:

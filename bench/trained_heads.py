@@ -1,0 +1,138 @@
+"""Heads that training makes of some of a pool's prompts, to compare on others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from bench.pooled import Pooled
+from bench.simple_routers import Float64
+from p2l_engine.backbone.topics import Topics
+from p2l_engine.feedback import FeedbackModel, feedback_model
+from p2l_engine.learning import shrinkage
+from p2l_engine.learning.votes_loss import votes_loss
+from p2l_engine.train import data, frozen
+from p2l_engine.train.config import HeadOptimum, TrainConfig
+from p2l_engine.train.frozen import Known
+from p2l_engine.train.optimum import FittedHead
+from p2l_engine.votes import Votes
+
+Rows = npt.NDArray[np.int64]
+Float32 = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PoolVotes:
+    """The votes on a pool's prompts, and what is known of these: hidden [N, D], words [N, E]. of_row [N]: each prompt's number
+    in the votes, -1 where it has none; column [M]: of the pool's models in the votes."""
+
+    feedback: FeedbackModel
+    wanted: HeadOptimum
+    votes: Votes
+    of_row: Rows
+    column: Rows
+    hidden: Float32
+    words: Float32
+
+    @classmethod
+    def read(cls, config: TrainConfig, wanted: HeadOptimum, pool: Pooled, hidden: Float64, words: Float64) -> PoolVotes:
+        """The votes of the config, whose data is the pool; of all prompts. Raises what ``data.load`` raises."""
+        votes = data.load(config.model_copy(update={"held_out": 0.0, "validation": 0.0})).training
+        number = {prompt: p for p, prompt in enumerate(votes.prompts)}
+        of_row = np.array([number.get(prompt, -1) for prompt in pool.prompts], np.int64)
+        column = np.array([votes.models.index(model) for model in pool.models], np.int64)
+        known = (each.astype(np.float32) for each in (hidden, words))
+        return cls(feedback_model(config.loss_type), wanted, votes, of_row, column, *known)
+
+    def fit(self, training: Rows, chosen_on: Rows) -> LearnedHead:
+        """What training makes of the prompts ``training`` of the pool; the deviation is chosen on the others. Models without
+        votes there have a coefficient all the same. Raises ArithmeticError where an optimum is not reached."""
+        learned = self._known(training)
+        head, topics = frozen.fitted(self.feedback, self.wanted, learned, self._known(chosen_on))
+        return LearnedHead(self, learned, head, topics)
+
+    def _known(self, rows: Rows) -> Known:
+        """Each prompt once."""
+        prompt, first = np.unique(self.of_row[rows], return_index=True)
+        rows = rows[first[prompt >= 0]]
+        return Known(self.votes.of(prompt[prompt >= 0].tolist()), self.hidden[rows], self.words_of(rows))
+
+    def words_of(self, rows: Rows) -> Float32 | None:
+        """[n, E]: of these prompts, where topics read words."""
+        reads = self.wanted.topics is not None and self.wanted.topics.words
+        return self.words[rows] if reads else None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LearnedHead:
+    """A head, its topics where it has some, and the prompts that it was fitted to."""
+
+    pool: PoolVotes
+    learned: Known
+    fitted: FittedHead
+    topics: Topics | None
+
+    def reads(self, rows: Rows) -> Float32:
+        """[n, D + T]: what the head reads of these prompts of the pool."""
+        return self._reads(self.pool.hidden[rows], self.pool.words_of(rows))
+
+    def _reads(self, hidden: Float32, words: Float32 | None) -> Float32:
+        states = torch.from_numpy(hidden)
+        if self.topics is None:
+            return hidden
+        return self.topics(states, None if words is None else torch.from_numpy(words)).numpy()
+
+    def theta(self, rows: Rows) -> Float64:
+        """[n, M]: of the pool's models."""
+        read = torch.from_numpy(self.reads(rows))
+        return np.asarray(self.fitted.head(read, None, 0.0).numpy()[:, self.pool.column], np.float64)
+
+    def log_losses(self, rows: Rows) -> dict[str, float]:
+        """The log-loss of a vote on these prompts: by the head, and by the one leaderboard of the prompts that it was fitted
+        to."""
+        prompt, first = np.unique(self.pool.of_row[rows], return_index=True)
+        votes = self.pool.votes.of(prompt.tolist())
+        own = self.fitted.head(torch.from_numpy(self.reads(rows[first])), None, 0.0).double().numpy()
+        marginal = shrinkage.marginal_outputs(self.pool.feedback, self.learned.votes)
+        total = float(votes.weight.sum())
+        return {
+            name: votes_loss(self.pool.feedback, votes, outputs)[0] / total
+            for name, outputs in (("head", own), ("leaderboard", np.tile(marginal, (len(own), 1))))
+        }
+
+    def shrunk(self, rows: Rows, models: Rows) -> Iterator[Shrunk]:
+        """What is left of the head's coefficients of these prompts by each radius and power that ``shrinkage.fit`` compares:
+        first all of it, then these, last the leaderboard of the training prompts alone.
+
+        models: of the pool, on which votes count."""
+        start, away = shrinkage.of_training(
+            self.fitted.head,
+            shrinkage.marginal_outputs(self.pool.feedback, self.learned.votes),
+            self._reads(self.learned.hidden, self.learned.words),
+        )
+        read = torch.from_numpy(self.reads(rows))
+        distances = start.distance(read).double().numpy()
+        ways = [shrinkage.share(one, distances) for one in shrinkage.candidates(start, away)]
+        own, at = (self.fitted.head(of, None, 0.0).double().numpy()[:, self.pool.column] for of in (read, start.anchor[None]))
+        prompt, first = np.unique(self.pool.of_row[rows], return_index=True)
+        prompt, first = prompt[prompt >= 0], first[prompt >= 0]
+        votes = self.pool.votes.of(prompt.tolist())
+        counts = np.isin(np.arange(len(votes.models)), self.pool.column[models])
+        votes = replace(votes, weight=votes.weight * (counts[votes.a] & (counts[votes.b] | (votes.b < 0))))
+        for kept in (np.ones(len(rows)), *ways, np.zeros(len(rows))):
+            losses = shrinkage.losses_of(start, self.fitted.head, self.pool.feedback, votes, read[first], kept[first])
+            theta = at + kept[:, None] * (own - at)
+            yield Shrunk(theta, float(kept.mean()), float(votes.weight @ losses / votes.weight.sum()))
+
+
+@dataclass(frozen=True, slots=True)
+class Shrunk:
+    """theta [n, M] of prompts; kept: the mean share of their own coefficients; log_loss: of a vote on them."""
+
+    theta: Float64
+    kept: float
+    log_loss: float
