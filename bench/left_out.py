@@ -1,9 +1,10 @@
 """Routers on sources or tasks that they never saw: each is left out in turn, and predicted from all others.
 
-The choice is among models that the remaining prompts have scores of, on prompts where two of these have a score. The best
-single model ("single") is the one with the highest effect in the scores of the remaining prompts: each score is the sum of an
-effect of its prompt and one of its model, fitted by least squares, as not every source asked every model. For the same reason
-routers learn scores less the effect of their prompt: otherwise a model that was asked easy questions alone would seem good.
+The choice is among models that share enough of the remaining prompts with another one, as the pool's own rule has it, on
+prompts where two of these have a score. The best single model ("single") is the one with the highest effect in the scores of
+the remaining prompts: each score is the sum of an effect of its prompt and one of its model, fitted by least squares, as not
+every source asked every model. For the same reason routers learn scores less the effect of their prompt: otherwise a model
+that was asked easy questions alone would seem good.
 
 Prompts that the left-out part shares with others (but for case, space and punctuation) are not learned from.
 
@@ -42,6 +43,17 @@ def groups_of(part: npt.NDArray[np.str_], by: str, seed: int = 0) -> npt.NDArray
     return np.asarray(order[of] % GROUPS, np.int64)
 
 
+def known_models(scores: Float64, least: int) -> Rows:
+    """The models that share at least so many prompts with another one of them, by scores [N, M]."""
+    there = np.isfinite(scores)
+    known = np.ones(there.shape[1], bool)
+    while True:
+        shared = (there & known)[(there & known).sum(1) > 1].sum(0)
+        if (shared >= least)[known].all():
+            return np.flatnonzero(known)
+        known &= shared >= least
+
+
 def model_effects(scores: Float64) -> Float64:
     """[M]: the models' effects in scores [N, M], NaN where there is none. Their mean is 0 among models that prompts connect; a
     model without scores beside another's has 0."""
@@ -59,14 +71,20 @@ def without_prompts(prompts: Scored, effects: Float64) -> Scored:
 
 
 def left_out(
-    heads: PoolVotes, every: Scored, parts: Sequence[Rows], texts: Sequence[str], by: str, advance: Callable[[str], object]
+    heads: PoolVotes,
+    every: Scored,
+    parts: Sequence[Rows],
+    texts: Sequence[str],
+    by: str,
+    advance: Callable[[str], object],
+    min_prompts: int,
 ) -> tuple[list[RouterRow], list[LossRow]]:
     """Each router's rows for the tested prompts of every source or task, as learned from the others; gains are over the best
     single model. And the log-losses of the votes there, by the heads.
 
     parts: the numbers of the prompts to train on, to choose settings on, and to test; the last may be among the others. texts
-    [N]: the prompts' first turns. by: "source" or "task". advance: called with a line on each part that is done. Raises
-    ValueError where no part can be left out.
+    [N]: the prompts' first turns. by: "source" or "task". advance: called with a line on each part that is done. min_prompts:
+    that a known model shares with another. Raises ValueError where no part can be left out.
     """
     part = sources_of(every) if by == "source" else every.task
     group, known_prompt = groups_of(part, by), np.unique([folded(text) for text in texts], return_inverse=True)[1]
@@ -76,13 +94,12 @@ def left_out(
     for left in np.unique(group[parts[2]]):
         test = parts[2][group[parts[2]] == left]
         seen = [rows[(group[rows] != left) & ~np.isin(known_prompt[rows], known_prompt[test])] for rows in parts[:2]]
-        known = np.flatnonzero(np.isfinite(every.scores[seen[0]]).any(0))
+        known = known_models(every.scores[seen[0]], min_prompts)
         rows = test[np.isfinite(every.scores[test][:, known]).sum(1) > 1]
         if not len(rows) or not len(seen[1]):
             advance(f"{', '.join(np.unique(part[test]))}: no prompts with scores of two models that are known")
             continue
-        training, validation, new = (among(every.of(of), known) for of in (*seen, rows))
-        validation = validation.of(np.flatnonzero(np.isfinite(validation.scores).any(1)))
+        training, validation, new = (scored(among(every.of(of), known)) for of in (*seen, rows))
         effects = model_effects(training.scores)
         training, validation = (without_prompts(of, effects) for of in (training, validation))
         predicted = {"single": np.tile(effects, (len(rows), 1))} | predictions(training, validation, new)
@@ -93,7 +110,7 @@ def left_out(
         got.setdefault("oracle", []).append(np.nanmax(new.scores, 1))
         of_part.append(part[rows])
         name = ", ".join(np.unique(part[rows])) if by == "source" else f"tasks, part {left + 1}"
-        unseen.append(Unseen.of(name, heads.fit(*seen), rows, known, new))
+        unseen.append(Unseen.of(name, heads.among(known).fit(*seen), rows, known, new))
         advance(", ".join(np.unique(part[rows])))
     if not of_part:
         raise ValueError(f"--leave-out: expected two {by}s whose prompts have scores of two models in common, got none")
@@ -121,7 +138,7 @@ class Unseen:
     def of(cls, name: str, head: LearnedHead, rows: Rows, models: Rows, prompts: Scored) -> Unseen:
         """The prompts ``rows`` of the pool, among these models alone."""
         kept, losses, scores = [], [], []
-        for way in head.shrunk(rows, models):
+        for way in head.shrunk(rows):
             kept.append(way.kept)
             losses.append(way.log_loss)
             scores.append(score_of(way.theta[:, models], prompts))
@@ -131,6 +148,11 @@ class Unseen:
 def score_of(predicted: Float64, prompts: Scored) -> Float64:
     """[N]: the true scores of what is chosen."""
     return np.asarray(prompts.scores[np.arange(len(prompts.scores)), chosen(predicted, prompts.scores)])
+
+
+def scored(prompts: Scored) -> Scored:
+    """Those with a score."""
+    return prompts.of(np.flatnonzero(np.isfinite(prompts.scores).any(1)))
 
 
 def among(prompts: Scored, models: npt.NDArray[np.int64]) -> Scored:

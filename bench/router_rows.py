@@ -47,13 +47,15 @@ class LossRow:
 @dataclass(frozen=True, slots=True)
 class CurveRow:
     """One router's cost-quality curve: its area, its score without a limit and that at a fifth of the cost of the best single
-    model; RouterArena's score."""
+    model; the cost at which it reaches that model's score, as a share of that model's, NaN where it never does; RouterArena's
+    score."""
 
     router: str
     aiq: float
     score: float
     cost: float
     at_a_fifth: float
+    reaches: float
     arena: float
 
 
@@ -131,6 +133,16 @@ def area(points: Float64, highest: float) -> float:
     return float(np.trapezoid(y, x) / highest)
 
 
+def score_at(points: Float64, cost: float) -> float:
+    """The score of a hull at a cost, NaN below its least one."""
+    return float(np.interp(cost, *points.T)) if cost >= points[0, 0] else math.nan
+
+
+def cost_of(points: Float64, score: float) -> float:
+    """The least cost at which a hull has a score, NaN where it never does."""
+    return float(np.interp(score, points[:, 1], points[:, 0])) if score <= points[-1, 1] else math.nan
+
+
 def arena(score: float, usd: float) -> float:
     """RouterArena's score of a mean score and the USD of 1,000 prompts."""
     cheap = (math.log2(200) - math.log2(min(max(usd, 0.0044), 200))) / (math.log2(200) - math.log2(0.0044))
@@ -143,15 +155,13 @@ def curves(
     """Each router's row, with the mixture of single models, and their hulls. costs [N, M] in USD a prompt."""
     rows = np.arange(len(test.scores))
     best = chosen(predicted[single], test.scores)
-    limit = costs[rows, best].mean() / 5
+    single_cost, single_score = float(costs[rows, best].mean()), float(test.scores[rows, best].mean())
     hulls = {name: hull(curve(values, test.scores, costs)) for name, values in predicted.items() if name != single}
     hulls["mixture"] = hull(curve(predicted[single], test.scores, costs))
     highest = max(float(points[-1, 0]) for points in hulls.values())
     found = []
     for name, points in hulls.items():
-        at = float(np.interp(limit, points[:, 0], points[:, 1])) if limit >= points[0, 0] else math.nan
-        cost, score = points[-1]
-        found.append(
-            CurveRow(name, area(points, highest), float(score), float(cost), at, arena(float(score), 1000 * float(cost)))
-        )
+        cost, score = (float(last) for last in points[-1])
+        at, share = score_at(points, single_cost / 5), cost_of(points, single_score) / single_cost
+        found.append(CurveRow(name, area(points, highest), score, cost, at, share, arena(score, 1000 * cost)))
     return found, hulls

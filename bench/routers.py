@@ -18,10 +18,11 @@ that are not held out, or on the held-out ones.
 
 With a catalog (--catalog) also the cost-quality curves: the choice maximises predicted score less price times cost, at every
 price. Models that the catalog does not have are left out of them, and prompts on which no other model has a score.
-AIQ is the area under the upper hull of (cost, score), divided by the highest cost of any router and model (RouterBench,
-https://arxiv.org/abs/2403.12031); "mixture" is the hull of the single models. RouterArena's score
-(https://arxiv.org/abs/2510.00202) is 1.1 A C / (0.1 A + C), with A the mean score without a limit, and C the cost of 1,000
-prompts in USD on a logarithmic scale: 0 at 200, 1 at 0.0044.
+The score at a fifth is that at a fifth of the best single model's cost; "single's score at" is the share of that cost at which
+a router reaches that model's score. AIQ is the area under the upper hull of (cost, score), divided by the highest cost of any
+router and model (RouterBench, https://arxiv.org/abs/2403.12031); "mixture" is the hull of the single models. RouterArena's
+score (https://arxiv.org/abs/2510.00202) is 1.1 A C / (0.1 A + C), with A the mean score without a limit, and C the cost of
+1,000 prompts in USD on a logarithmic scale: 0 at 200, 1 at 0.0044.
 """
 
 from __future__ import annotations
@@ -137,6 +138,12 @@ def main() -> None:
     parser.add_argument("pool", type=Path, help="a table of p2l_engine.train.sources")
     parser.add_argument("--checkpoint", nargs="*", help="folders or names; left out: the default one; none: none")
     parser.add_argument("--leave-out", choices=("source", "task"), help="sources or tasks that no router has seen")
+    parser.add_argument(
+        "--min-prompts",
+        type=positive,
+        default=500,
+        help="with --leave-out: that a known model shares with another (%(default)s)",
+    )
     parser.add_argument("--folds", type=positive, metavar="K", help="all prompts that are not held out, in K folds")
     parser.add_argument("--shares", type=share, nargs="+", default=[1.0], help="with --folds: of the prompts to learn from")
     parser.add_argument("--words", action="store_true", help="the simple routers read the prompts' words beside hidden states")
@@ -182,11 +189,10 @@ def main() -> None:
             f"curves: {len(costs)} of {len(pool.models)} models have a cost; one of them has a score on "
             f"{len(scored.scores):,} of {len(test.scores):,} prompts"
         )
-        table = Table("router", "AIQ", "score", "USD a prompt", "score at a fifth", "RouterArena")
+        table = Table("router", "AIQ", "score", "USD a prompt", "score at a fifth", "single's score at", "RouterArena")
         for row in rows:
-            table.add_row(
-                row.router, f"{row.aiq:.4f}", f"{row.score:.4f}", f"{row.cost:.3g}", f"{row.at_a_fifth:.4f}", f"{row.arena:.4f}"
-            )
+            quality = (f"{row.aiq:.4f}", f"{row.score:.4f}", f"{row.cost:.3g}", f"{row.at_a_fifth:.4f}")
+            table.add_row(row.router, *quality, f"{row.reaches:.3f}", f"{row.arena:.4f}")
         console.print(table)
         if args.plot:
             draw(hulls, args.plot)
@@ -203,7 +209,7 @@ def never_seen(args: argparse.Namespace, heads: PoolVotes, pool: Pooled, every: 
     losses: list[LossRow] = []
     if args.leave_out:
         parts, texts = (training, validation, held_out if args.part == "held-out" else seen), [p[0] for p in pool.prompts]
-        found, losses = left_out(heads, every, parts, texts, args.leave_out, console.print)
+        found, losses = left_out(heads, every, parts, texts, args.leave_out, console.print, args.min_prompts)
         show(found, console)
     for part in sorted(args.shares) if args.folds else []:
         rows, of_votes = in_folds(heads, every, seen, args.folds, part, console.print)

@@ -48,6 +48,12 @@ class PoolVotes:
         known = (each.astype(np.float32) for each in (hidden, words))
         return cls(feedback_model(config.loss_type), wanted, votes, of_row, column, *known)
 
+    def among(self, models: Rows) -> PoolVotes:
+        """With the votes on these of the pool's models alone: others weigh nothing."""
+        counts = np.isin(np.arange(len(self.votes.models)), self.column[models])
+        both = counts[self.votes.a] & (counts[self.votes.b] | (self.votes.b < 0))
+        return replace(self, votes=replace(self.votes, weight=self.votes.weight * both))
+
     def fit(self, training: Rows, chosen_on: Rows) -> LearnedHead:
         """What training makes of the prompts ``training`` of the pool; the deviation is chosen on the others. Models without
         votes there have a coefficient all the same. Raises ArithmeticError where an optimum is not reached."""
@@ -104,11 +110,9 @@ class LearnedHead:
             for name, outputs in (("head", own), ("leaderboard", np.tile(marginal, (len(own), 1))))
         }
 
-    def shrunk(self, rows: Rows, models: Rows) -> Iterator[Shrunk]:
+    def shrunk(self, rows: Rows) -> Iterator[Shrunk]:
         """What is left of the head's coefficients of these prompts by each radius and power that ``shrinkage.fit`` compares:
-        first all of it, then these, last the leaderboard of the training prompts alone.
-
-        models: of the pool, on which votes count."""
+        first all of it, then these, last the leaderboard of the training prompts alone."""
         start, away = shrinkage.of_training(
             self.fitted.head,
             shrinkage.marginal_outputs(self.pool.feedback, self.learned.votes),
@@ -121,8 +125,6 @@ class LearnedHead:
         prompt, first = np.unique(self.pool.of_row[rows], return_index=True)
         prompt, first = prompt[prompt >= 0], first[prompt >= 0]
         votes = self.pool.votes.of(prompt.tolist())
-        counts = np.isin(np.arange(len(votes.models)), self.pool.column[models])
-        votes = replace(votes, weight=votes.weight * (counts[votes.a] & (counts[votes.b] | (votes.b < 0))))
         for kept in (np.ones(len(rows)), *ways, np.zeros(len(rows))):
             losses = shrinkage.losses_of(start, self.fitted.head, self.pool.feedback, votes, read[first], kept[first])
             theta = at + kept[:, None] * (own - at)

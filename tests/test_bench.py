@@ -636,6 +636,12 @@ def test_hulls_and_areas(rng):
     on = np.interp(points[:, 0], found[:, 0], found[:, 1])
     assert (points[:, 1] <= on + 1e-12).all()
     assert router_rows.area(np.array([[0.5, 0.25], [1.0, 0.75]]), 2.0) == pytest.approx((0.25 + 0.75) / 2)
+    vertices = np.array([[0.5, 0.25], [1.0, 0.75], [2.0, 0.85]])
+    assert [router_rows.score_at(vertices, cost) for cost in (0.5, 0.75, 9.0)] == pytest.approx([0.25, 0.5, 0.85])
+    assert [router_rows.cost_of(vertices, score) for score in (0.1, 0.25, 0.5, 0.8, 0.85)] == pytest.approx(
+        [0.5, 0.5, 0.75, 1.5, 2]
+    )
+    assert np.isnan([router_rows.score_at(vertices, 0.4), router_rows.cost_of(vertices, 0.86)]).all()
     assert router_rows.arena(0.7, 0.0044) == pytest.approx(1.1 * 0.7 / (0.1 * 0.7 + 1))
     assert router_rows.arena(0.7, 200) == 0
 
@@ -647,6 +653,7 @@ def test_a_curve_reaches_the_cheapest_and_the_best_choice(rng):
     cheapest = np.where(np.isfinite(world.scores), costs, np.inf).min(1).mean()
     assert hulls["truth"][0, 0] == pytest.approx(cheapest)
     assert {row.router for row in rows} == {"truth", "mixture"}
+    assert rows[0].reaches < 1  # the best single model's score, for less
     assert rows[0].aiq > rows[1].aiq
 
 
@@ -697,7 +704,9 @@ def test_routers_run_to_the_end(tmp_path, monkeypatch, capsys):
     assert {row["router"] for row in found} >= {"source", "task", "ridge", "knn", "mlp", "mf", "default", "oracle", "mixture"}
     assert (tmp_path / "curves.svg").stat().st_size > 1000
     assert "3 of 3 models have a cost" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", ["routers", "pool.parquet", "--leave-out", "source", "--csv", "rows.csv"])
+    monkeypatch.setattr(
+        sys, "argv", ["routers", "pool.parquet", "--leave-out", "source", "--min-prompts", "20", "--csv", "rows.csv"]
+    )
     routers.main()
     with open("rows.csv", newline="") as file:
         found = list(csv.DictReader(file))

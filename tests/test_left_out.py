@@ -67,7 +67,11 @@ class Fits:
         self.seen.append((training, chosen_on))
         return self
 
-    def shrunk(self, rows, models):
+    def among(self, models):
+        self.models = models
+        return self
+
+    def shrunk(self, rows):
         for kept in (1.0, 0.5, 0.0):
             yield trained_heads.Shrunk(np.zeros((len(rows), 6)), kept, 1.0 - kept / 2)
 
@@ -86,7 +90,7 @@ def test_what_is_left_out_is_not_learned_from(rng, monkeypatch):
 
     monkeypatch.setattr(left_out, "predictions", spied)
     heads, parts = Fits(), [np.arange(0, 200), np.arange(200, 240), np.arange(240)]
-    found, losses = left_out.left_out(heads, world, parts, texts, "source", lambda line: None)
+    found, losses = left_out.left_out(heads, world, parts, texts, "source", lambda line: None, 20)
     assert {row.router for row in found} == {"single", "ridge", "head", "shrunk", "leaderboard", "oracle"}
     assert {row.source for row in found} == {"all", "one", "two"}
     for (training, validation, test), of_head in zip(seen, heads.seen, strict=True):
@@ -113,14 +117,14 @@ def test_the_way_to_fall_back_is_chosen_on_the_other_parts(rng, monkeypatch):
     )
 
     class Ways(Fits):
-        def shrunk(self, rows, models):
+        def shrunk(self, rows):
             for way, loss in enumerate(losses[world.source[rows[0]]]):
                 theta = np.zeros((len(rows), 6))
                 theta[:, way] = 1.0
                 yield trained_heads.Shrunk(theta, float(way), loss)
 
     rows = [np.arange(0, 200), np.arange(200, 240), np.arange(240)]
-    found, of_losses = left_out.left_out(Ways(), world, rows, [str(i) for i in range(240)], "source", lambda line: None)
+    found, of_losses = left_out.left_out(Ways(), world, rows, [str(i) for i in range(240)], "source", lambda line: None, 20)
     chosen = {row.source: int(row.kept) for row in of_losses if row.router == "shrunk"}
     # a: b and c lose 8, 2, 3; b: a and c lose 4, 5, 2; c: a and b lose 4, 3, 5. Never the last, the leaderboard alone.
     assert chosen == {"a": 1, "b": 2, "c": 1}
@@ -181,7 +185,7 @@ def test_shrunk_coefficients_lie_between_their_own_and_the_leaderboard(tmp_path,
     heads, pool = pool_votes(tmp_path, rng)
     training, validation, test = (pool.part(k) for k in range(3))
     head = heads.fit(training, validation)
-    every, ways = np.arange(len(pool.models)), list(head.shrunk(test, np.arange(len(pool.models))))
+    ways = list(head.shrunk(test))
     np.testing.assert_allclose(ways[0].theta, head.theta(test), atol=1e-5)
     assert (ways[0].kept, ways[-1].kept) == (1.0, 0.0)
     np.testing.assert_array_equal(ways[-1].theta, np.tile(ways[-1].theta[0], (len(test), 1)))
@@ -192,9 +196,31 @@ def test_shrunk_coefficients_lie_between_their_own_and_the_leaderboard(tmp_path,
     for way in ways[1:-1]:
         assert ((way.theta >= low - 1e-6) & (way.theta <= high + 1e-6)).all()
         assert 0 < way.kept <= 1
-    two = list(head.shrunk(test, every[:2]))  # votes on two models alone count
-    np.testing.assert_array_equal(two[3].theta, ways[3].theta)
-    assert two[0].log_loss != ways[0].log_loss
+
+
+def test_heads_among_some_models_read_their_votes_alone(tmp_path, rng):
+    heads, pool = pool_votes(tmp_path, rng)
+    training, validation, test = (pool.part(k) for k in range(3))
+    few = heads.among(np.array([0, 2]))
+    counts = np.isin(heads.votes.a, heads.column[[0, 2]]) & np.isin(heads.votes.b, heads.column[[0, 2]])
+    np.testing.assert_array_equal(few.votes.weight, np.where(counts, heads.votes.weight, 0))
+    other = replace(heads.votes, outcome=np.where(counts, heads.votes.outcome, 3 - heads.votes.outcome))
+    same = replace(heads, votes=other).among(np.array([0, 2]))  # what others' votes say changes nothing
+    np.testing.assert_array_equal(few.fit(training, validation).theta(test), same.fit(training, validation).theta(test))
+
+
+def test_models_with_few_shared_prompts_are_unknown():
+    """As the pool's rule has it: until all that stay share enough with others that stay."""
+    scores = np.full((30, 4), np.nan)
+    scores[:20, 0] = scores[:20, 1] = 0.5  # the first two share 20 prompts
+    scores[20:, 1] = scores[20:28, 2] = 1.0  # the third shares 8 with the second
+    scores[:9, 3] = 0.0
+    assert left_out.known_models(scores, 9).tolist() == [0, 1, 3]
+    assert left_out.known_models(scores, 8).tolist() == [0, 1, 2, 3]
+    assert left_out.known_models(scores, 21).tolist() == []
+    chain = np.full((12, 3), np.nan)
+    chain[:6, :2] = chain[6:8, 1:] = 1.0  # without the third, the second shares six
+    assert left_out.known_models(chain, 6).tolist() == [0, 1]
 
 
 def test_each_task_is_left_out_once(rng):
