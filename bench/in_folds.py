@@ -32,9 +32,8 @@ def in_folds(
     every: the pool's prompts, with the features that simple routers read; rows: those that are not held out. share: of the
     other folds' prompts, which are learned from; a smaller share is part of a larger one. advance: called with a line on each
     fold. Raises ArithmeticError where a head's optimum is not reached."""
-    prompt, first = np.unique(heads.of_row[rows], return_index=True)
-    prompt, rows = prompt[prompt >= 0], rows[first[prompt >= 0]]
-    votes = heads.votes.of(prompt.tolist())
+    votes, first = heads.votes_on(rows)
+    rows = rows[first]
     part, order = folds(votes, count), np.random.default_rng(0).random(len(rows))
     predicted: dict[str, list[Float64]] = {}
     losses: dict[str, list[float]] = {}

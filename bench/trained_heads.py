@@ -61,11 +61,14 @@ class PoolVotes:
         head, topics = frozen.fitted(self.feedback, self.wanted, learned, self._known(chosen_on))
         return LearnedHead(self, learned, head, topics)
 
-    def _known(self, rows: Rows) -> Known:
-        """Each prompt once."""
+    def votes_on(self, rows: Rows) -> tuple[Votes, Rows]:
+        """The votes on these prompts, each prompt once, and where it is among the rows."""
         prompt, first = np.unique(self.of_row[rows], return_index=True)
-        rows = rows[first[prompt >= 0]]
-        return Known(self.votes.of(prompt[prompt >= 0].tolist()), self.hidden[rows], self.words_of(rows))
+        return self.votes.of(prompt[prompt >= 0].tolist()), first[prompt >= 0]
+
+    def _known(self, rows: Rows) -> Known:
+        votes, first = self.votes_on(rows)
+        return Known(votes, self.hidden[rows[first]], self.words_of(rows[first]))
 
     def words_of(self, rows: Rows) -> Float32 | None:
         """[n, E]: of these prompts, where topics read words."""
@@ -100,8 +103,7 @@ class LearnedHead:
     def log_losses(self, rows: Rows) -> dict[str, float]:
         """The log-loss of a vote on these prompts: by the head, and by the one leaderboard of the prompts that it was fitted
         to."""
-        prompt, first = np.unique(self.pool.of_row[rows], return_index=True)
-        votes = self.pool.votes.of(prompt.tolist())
+        votes, first = self.pool.votes_on(rows)
         own = self.fitted.head(torch.from_numpy(self.reads(rows[first])), None, 0.0).double().numpy()
         marginal = shrinkage.marginal_outputs(self.pool.feedback, self.learned.votes)
         total = float(votes.weight.sum())
@@ -122,9 +124,7 @@ class LearnedHead:
         distances = start.distance(read).double().numpy()
         ways = [shrinkage.share(one, distances) for one in shrinkage.candidates(start, away)]
         own, at = (self.fitted.head(of, None, 0.0).double().numpy()[:, self.pool.column] for of in (read, start.anchor[None]))
-        prompt, first = np.unique(self.pool.of_row[rows], return_index=True)
-        prompt, first = prompt[prompt >= 0], first[prompt >= 0]
-        votes = self.pool.votes.of(prompt.tolist())
+        votes, first = self.pool.votes_on(rows)
         for kept in (np.ones(len(rows)), *ways, np.zeros(len(rows))):
             losses = shrinkage.losses_of(start, self.fitted.head, self.pool.feedback, votes, read[first], kept[first])
             theta = at + kept[:, None] * (own - at)

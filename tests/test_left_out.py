@@ -198,6 +198,19 @@ def test_shrunk_coefficients_lie_between_their_own_and_the_leaderboard(tmp_path,
         assert 0 < way.kept <= 1
 
 
+def test_prompts_without_votes_do_not_count(tmp_path, rng):
+    heads, pool = pool_votes(tmp_path, rng)
+    training, validation, test = (pool.part(k) for k in range(3))
+    without = replace(heads, of_row=np.where(np.isin(np.arange(len(pool.prompts)), [test[3], training[5]]), -1, heads.of_row))
+    found, few = without.fit(training, validation), np.delete(test, 3)
+    expected = heads.fit(np.delete(training, 5), validation)
+    assert found.log_losses(test) == pytest.approx(found.log_losses(few), rel=1e-6)
+    assert found.log_losses(test) == pytest.approx(expected.log_losses(few), rel=1e-6)
+    for way, other in zip(found.shrunk(test), found.shrunk(few), strict=True):
+        assert way.log_loss == pytest.approx(other.log_loss, rel=1e-6)
+        np.testing.assert_allclose(np.delete(way.theta, 3, 0), other.theta, atol=1e-5)  # it has coefficients all the same
+
+
 def test_heads_among_some_models_read_their_votes_alone(tmp_path, rng):
     heads, pool = pool_votes(tmp_path, rng)
     training, validation, test = (pool.part(k) for k in range(3))
