@@ -3,8 +3,9 @@
     python -m p2l_engine.train.sources train/pools/default.yaml --data ../shared/data -o pool.parquet
     python -m bench.away pool.parquet --scores ../shared/data/routing_scores.parquet --csv bench/results/away.csv
 
-theta' = m + s (theta - m), and eta alike: m is the leaderboard of all training prompts, s = min(1, (radius / d)^power), d one
-of the distances of ``bench.distances``. Radius (a quantile of training prompts' distances) and power have the least log-loss
+theta' = m + s (theta - m), and eta alike: m is the leaderboard of all training prompts, d one of the distances of
+``bench.distances``, s = 1 / (1 + exp((d - middle) / width)). Middle (a quantile of training prompts' distances) and width have
+the least log-loss
 
 - "tasks": on tasks that were left out, of the distance and of a head that is learned without them (the backbone has seen
   them), and on a fifth of the other prompts, which the head has not seen; half of the weight each. No other source is used.
@@ -15,7 +16,7 @@ Compared on held-out prompts and on each other source: the true score of the bes
 and that the checkpoint knows, and the mean log-loss of a prompt's votes; beside no shrinkage, one constant s, the leaderboard
 alone (s = 0), the best single model by the training prompts' scores, and the one that is best on the source itself.
 Differences are to no shrinkage, with standard errors over prompts. "all others": the mean over prompts of the other sources;
-"tasks left out": each by radius and power of the other tasks.
+"tasks left out": each by middle and width of the other tasks.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import numpy as np
 import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
+from scipy.special import expit
 
 from bench.away_votes import Kind, losses, outputs, read, refit, scored
 from bench.distances import DISTANCES, Distance, Fit
@@ -38,7 +40,7 @@ from p2l_engine import Engine, checkpoint
 from p2l_engine.backbone.head import Head
 from p2l_engine.checkpoint.files import read_json
 from p2l_engine.feedback import FeedbackModel
-from p2l_engine.learning.shrinkage import POWERS, QUANTILES, marginal_outputs
+from p2l_engine.learning.shrinkage import QUANTILES, WIDTHS, marginal_outputs, upper_half
 
 Float64 = npt.NDArray[np.float64]
 
@@ -52,7 +54,7 @@ class Row:
     """One way on one kind of prompts. known: models of the checkpoint that have scores there, at most. kept: mean s. score:
     mean true score; points: 100 times its difference to no shrinkage; single: the score of the best single model by the
     training prompts, over_single: 100 times the difference to it. own_single: the score of the model that is best on these
-    prompts. loss: mean log-loss; gain: how much lower it is than without shrinkage. *_error: standard errors. quantile, power:
+    prompts. loss: mean log-loss; gain: how much lower it is than without shrinkage. *_error: standard errors. quantile, width:
     that were chosen, of a constant the constant and 0; NaN where several were."""
 
     way: str
@@ -72,11 +74,11 @@ class Row:
     gain: float
     gain_error: float
     quantile: float
-    power: float
+    width: float
 
 
-Way = tuple[float, float]  # quantile and power; power 0: the constant share ``quantile``
-GRID: list[Way] = [(1.0, 0.0), *((q, p) for q in QUANTILES for p in POWERS)]
+Way = tuple[float, float]  # quantile and width; width 0: the constant share ``quantile``
+GRID: list[Way] = [(1.0, 0.0), *((q, w) for q in QUANTILES for w in WIDTHS)]
 PENALTIES = (3e-4, 1e-3, 3e-3)
 NONE, MARGINAL = (1.0, 0.0), (0.0, 0.0)
 
@@ -94,10 +96,10 @@ class Measured:
 
     def kept(self, way: Way) -> Float64:
         """s [N]."""
-        quantile, power = way
-        if power == 0:
+        quantile, width = way
+        if width == 0:
             return np.full(len(self.distances), quantile)
-        return np.minimum(1.0, (np.quantile(self.away, quantile) / np.maximum(self.distances, 1e-300)) ** power)
+        return np.asarray(expit((np.quantile(self.away, quantile) - self.distances) / (width * upper_half(self.away))))
 
     def shrunk(self, way: Way) -> Float64:
         """Outputs [N, K]."""
@@ -117,11 +119,12 @@ class Measured:
         return Measured(self.kind.of(rows), self.out[rows], self.marginal, self.away, self.distances[rows], self.feedback)
 
 
-def crossed(fit: Fit, states: Float64, head: Head) -> Float64:
+def crossed(fit: Fit, training: Kind, head: Head) -> Float64:
     """Each training prompt's distance from the others, by five parts."""
-    part, found = np.random.default_rng(0).permutation(len(states)) % FOLDS, np.empty(len(states))
+    part, found = np.random.default_rng(0).permutation(len(training.states)) % FOLDS, np.empty(len(training.states))
     for k in range(FOLDS):
-        found[part == k] = fit(states[part != k], head)(states[part == k])
+        rest = training.of(part != k)
+        found[part == k] = fit(rest.states, rest.task, head)(training.states[part == k])
     return found
 
 
@@ -158,11 +161,11 @@ def row(way: str, chosen_on: str, name: str, parts: Sequence[tuple[Measured, Way
     single = np.concatenate([scored(m.kind, known) for m, _ in parts])
     own = np.concatenate([_own_best(m.kind) for m, _ in parts])
     chosen = {w for _, w in parts}
-    quantile, power = chosen.pop() if len(chosen) == 1 else (np.nan, np.nan)
+    quantile, width = chosen.pop() if len(chosen) == 1 else (np.nan, np.nan)
     return Row(
         way, chosen_on, name, len(score), int(np.isfinite(scores).sum(1).max()), float(kept.mean()), float(score.mean()),
         *_points(score - score_0), float(single.mean()), *_points(score - single), float(own.mean()), float(loss.mean()),
-        float((loss_0 - loss).mean()), _points(loss_0 - loss)[1] / 100, float(quantile), float(power),
+        float((loss_0 - loss).mean()), _points(loss_0 - loss)[1] / 100, float(quantile), float(width),
     )  # fmt: skip
 
 
@@ -195,12 +198,12 @@ def compare(kinds: Sequence[Kind], known: Float64, marginal: Float64, engine: En
 
     for name, fit in DISTANCES.items():
         console.print(f"distance: {name}")
-        away, distance = crossed(fit, training.states, head), fit(training.states, head)
+        away, distance = crossed(fit, training, head), fit(training.states, training.task, head)
         tests = {kind.name: measured(kind, head, away, distance) for kind in (held, *others)}
         halves = [tests[held.name].of(rows_) for rows_ in (first, ~first)]
         pairs = {}
         for task, (rest, by, fifth, left) in tasks.items():
-            far = fit(rest.states, by)
+            far = fit(rest.states, rest.task, by)
             unseen = far(fifth.states)
             pairs[task] = measured(fifth, by, unseen, far), measured(left, by, unseen, far)
         ways: list[tuple[str, Sequence[Way]]] = [(name, GRID)]

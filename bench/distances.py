@@ -16,26 +16,50 @@ from p2l_engine.learning.rows import INFORMATION
 from p2l_engine.learning.shrinkage import of_training
 
 Float64 = npt.NDArray[np.float64]
+Names = npt.NDArray[np.str_]
 Distance = Callable[[Float64], Float64]  # of hidden states [N, D], [N]
-Fit = Callable[[Float64, Head], Distance]  # to the training prompts' hidden states [T, D], behind this head
+Fit = Callable[[Float64, Names, Head], Distance]  # to training prompts: their hidden states [T, D], their tasks [T], a head
 
 CENTROIDS, COMPONENTS, RANK = 64, 16, 48
 
 
-def mahalanobis(training: Float64, head: Head) -> Distance:
-    """Mahalanobis's, for a covariance of low rank and a diagonal: what a checkpoint stores."""
-    found, _ = of_training(head, np.zeros(head.width), training.astype(np.float32))
+def kinds(training: Float64, task: Names, head: Head) -> Distance:
+    """To the nearest of the training prompts' tasks, less that to all of them: what a checkpoint stores."""
+    found, _ = of_training(head, np.zeros(head.width), training.astype(np.float32), training.shape[1], task.tolist())
     return lambda states: found.distance(torch.from_numpy(states.astype(np.float32))).double().numpy()
 
 
-def centroids(training: Float64, _: Head) -> Distance:
+def clusters(training: Float64, task: Names, head: Head) -> Distance:
+    """The same to the nearest of k clusters: what a checkpoint stores where tasks are not known."""
+    return kinds(training, np.full(len(task), ""), head)
+
+
+def mahalanobis(training: Float64, _: Names, __: Head) -> Distance:
+    """Mahalanobis's, for a covariance of low rank and a diagonal (probabilistic PCA of standardised states)."""
+    standard = _standardised(training)
+    z = standard(training)
+    variances, directions = np.linalg.eigh(z.T @ z / len(z))
+    rank = max(1, min(RANK, z.shape[1] - 1, len(z) // 2))
+    rest = max(float(variances[:-rank].mean()), 1e-6)
+    main, along = directions[:, -rank:], np.maximum(variances[-rank:], rest)
+
+    def distance(states: Float64) -> Float64:
+        of = standard(states)
+        p = of @ main
+        across = np.maximum(np.square(of).sum(1) - np.square(p).sum(1), 0) / rest
+        return np.asarray(np.sqrt((np.square(p) / along).sum(1) + across), np.float64)
+
+    return distance
+
+
+def centroids(training: Float64, _: Names, __: Head) -> Distance:
     """To the nearest of the centroids, in standardised states."""
     standard = _standardised(training)
     means = KMeans(CENTROIDS, n_init=2, random_state=0).fit(standard(training))
     return lambda states: np.asarray(means.transform(standard(states)).min(1), np.float64)
 
 
-def laplace(training: Float64, head: Head) -> Distance:
+def laplace(training: Float64, _: Names, head: Head) -> Distance:
     """The standard deviation of theta under Laplace's posterior of a row of the head: each prompt has a vote on the model
     against each other one, and rows are normal, as widely spread as the head's."""
     rows = head.weight[: head.n_models].double().numpy()
@@ -46,7 +70,7 @@ def laplace(training: Float64, head: Head) -> Distance:
     return lambda states: np.linalg.norm(states @ half[:, :-1].T + half[:, -1], axis=1)
 
 
-def density(training: Float64, _: Head) -> Distance:
+def density(training: Float64, _: Names, __: Head) -> Distance:
     """The root of minus twice the logarithm of a density, but for a constant: a mixture of normal distributions of one
     covariance along the widest directions, and a normal distribution across them."""
     standard = _standardised(training)
@@ -67,7 +91,10 @@ def density(training: Float64, _: Head) -> Distance:
     return distance
 
 
-DISTANCES: dict[str, Fit] = {"mahalanobis": mahalanobis, "centroids": centroids, "laplace": laplace, "density": density}
+DISTANCES: dict[str, Fit] = {
+    "kinds": kinds, "clusters": clusters, "mahalanobis": mahalanobis, "centroids": centroids, "laplace": laplace,
+    "density": density,
+}  # fmt: skip
 
 
 def _standardised(training: Float64) -> Callable[[Float64], Float64]:

@@ -58,7 +58,8 @@ def in_folds(
         for name, loss in head.log_losses(test).items():
             losses.setdefault(name, []).append(loss)
         tested.append(test)
-        advance(f"fold {fold + 1} of {count}: {len(training):,} prompts to learn from, deviation {head.fitted.deviation:g}")
+        deviation = head.fitted.best.deviation
+        advance(f"fold {fold + 1} of {count}: {len(training):,} prompts to learn from, deviation {deviation:g}")
     joined = {name: np.concatenate(of) for name, of in predicted.items()}
     found_rows = compare(joined, every.of(np.concatenate(tested)), ahead="head")
     of_votes = [LossRow(name, "all", len(rows), float(name == "head"), float(np.mean(of))) for name, of in losses.items()]

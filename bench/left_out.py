@@ -9,8 +9,9 @@ that was asked easy questions alone would seem good.
 Prompts that the left-out part shares with others (but for case, space and punctuation) are not learned from.
 
 "head" is what training makes of the remaining prompts' votes; "shrunk" the same with coefficients that fall back to the one
-leaderboard of these prompts the further a prompt is from them, by the radius and power with which the votes on the other
-left-out parts are likeliest, each part counting alike; "leaderboard" is that leaderboard for every prompt.
+leaderboard of these prompts the less a prompt is like their tasks, by the middle and width with which votes are likeliest: on
+the other left-out parts, each counting alike, and as much on the remaining prompts that settings are chosen on, which the head
+has not seen ("known" in the rows of log-losses); "leaderboard" is that leaderboard for every prompt.
 """
 
 from __future__ import annotations
@@ -110,39 +111,53 @@ def left_out(
         got.setdefault("oracle", []).append(np.nanmax(new.scores, 1))
         of_part.append(part[rows])
         name = ", ".join(np.unique(part[rows])) if by == "source" else f"tasks, part {left + 1}"
-        unseen.append(Unseen.of(name, heads.among(known).fit(*seen), rows, known, new))
+        unseen.append(Unseen.of(name, heads.among(known).fit(*seen), rows, seen[1], known, new))
         advance(", ".join(np.unique(part[rows])))
     if not of_part:
         raise ValueError(f"--leave-out: expected two {by}s whose prompts have scores of two models in common, got none")
     losses: list[LossRow] = []
     by_way = np.array([one.losses for one in unseen])  # [parts, ways]
     for k, one in enumerate(unseen):
-        chosen_way = int(np.delete(by_way, k, 0)[:, :-1].sum(0).argmin())  # none, where no other part is left
+        others = np.delete(by_way, k, 0).sum(0) / max(len(unseen) - 1, 1)
+        chosen_way = int((others + one.known_losses)[:-1].argmin())
         for name, way in (("head", 0), ("shrunk", chosen_way), ("leaderboard", -1)):
             got.setdefault(name, []).append(one.scores[way])
             losses.append(LossRow(name, one.name, one.scores.shape[1], one.kept[way], one.losses[way]))
+            losses.append(LossRow(name, f"known, without {one.name}", one.known, one.known_kept[way], one.known_losses[way]))
+    best = (by_way + np.array([one.known_losses for one in unseen])).sum(0)[:-1].argmin()
+    advance(f"of least log-loss on all parts together: {unseen[0].ways[best]}")
     return rows_of({name: np.concatenate(of) for name, of in got.items()}, np.concatenate(of_part), "single"), losses
 
 
 @dataclass(frozen=True, slots=True)
 class Unseen:
-    """A part that was left out. By each way to fall back: the mean share of the prompts' own coefficients that is kept, the
-    log-loss of a vote, and the true scores [ways, n] of what is chosen."""
+    """A part that was left out. By each of the ways to fall back: the mean share of the prompts' own coefficients that is kept,
+    the log-loss of a vote, and the true scores [ways, n] of what is chosen; known: how many prompts the other parts have that
+    the head has not seen, and their shares and log-losses."""
 
     name: str
+    ways: list[str]
     kept: list[float]
     losses: list[float]
     scores: Float64
+    known: int
+    known_kept: list[float]
+    known_losses: list[float]
 
     @classmethod
-    def of(cls, name: str, head: LearnedHead, rows: Rows, models: Rows, prompts: Scored) -> Unseen:
-        """The prompts ``rows`` of the pool, among these models alone."""
-        kept, losses, scores = [], [], []
+    def of(cls, name: str, head: LearnedHead, rows: Rows, known: Rows, models: Rows, prompts: Scored) -> Unseen:
+        """The prompts ``rows`` of the pool, and those of the other parts, among these models alone."""
+        ways, kept, losses, scores = [], [], [], []
         for way in head.shrunk(rows):
+            ways.append(way.way)
             kept.append(way.kept)
             losses.append(way.log_loss)
             scores.append(score_of(way.theta[:, models], prompts))
-        return cls(name, kept, losses, np.stack(scores))
+        of_known = list(head.shrunk(known))
+        return cls(
+            name, ways, kept, losses, np.stack(scores), len(known), [way.kept for way in of_known],
+            [way.log_loss for way in of_known],
+        )  # fmt: skip
 
 
 def score_of(predicted: Float64, prompts: Scored) -> Float64:

@@ -18,7 +18,7 @@ from p2l_engine.learning.votes_loss import votes_loss
 from p2l_engine.train import data, frozen
 from p2l_engine.train.config import HeadOptimum, TrainConfig
 from p2l_engine.train.frozen import Known
-from p2l_engine.train.optimum import FittedHead
+from p2l_engine.train.optimum import FittedLayers
 from p2l_engine.votes import Votes
 
 Rows = npt.NDArray[np.int64]
@@ -58,8 +58,7 @@ class PoolVotes:
         """What training makes of the prompts ``training`` of the pool; the deviation is chosen on the others. Models without
         votes there have a coefficient all the same. Raises ArithmeticError where an optimum is not reached."""
         learned = self._known(training)
-        head, topics = frozen.fitted(self.feedback, self.wanted, learned, self._known(chosen_on))
-        return LearnedHead(self, learned, head, topics)
+        return LearnedHead(self, learned, frozen.fitted(self.feedback, self.wanted, learned, self._known(chosen_on)))
 
     def votes_on(self, rows: Rows) -> tuple[Votes, Rows]:
         """The votes on these prompts, each prompt once, and where it is among the rows."""
@@ -78,12 +77,15 @@ class PoolVotes:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LearnedHead:
-    """A head, its topics where it has some, and the prompts that it was fitted to."""
+    """A head, with its topics and shrinkage where it has some, and the prompts that it was fitted to."""
 
     pool: PoolVotes
     learned: Known
-    fitted: FittedHead
-    topics: Topics | None
+    fitted: FittedLayers
+
+    @property
+    def topics(self) -> Topics | None:
+        return self.fitted.topics
 
     def reads(self, rows: Rows) -> Float32:
         """[n, D + T]: what the head reads of these prompts of the pool."""
@@ -97,14 +99,20 @@ class LearnedHead:
 
     def theta(self, rows: Rows) -> Float64:
         """[n, M]: of the pool's models."""
+        return self.outputs(rows)[:, self.pool.column]
+
+    def outputs(self, rows: Rows) -> Float64:
+        """[n, K]."""
         read = torch.from_numpy(self.reads(rows))
-        return np.asarray(self.fitted.head(read, None, 0.0).numpy()[:, self.pool.column], np.float64)
+        if self.fitted.shrinkage is not None:
+            read, _ = self.fitted.shrinkage(read)
+        return np.asarray(self.fitted.best.head(read, None, 0.0).double().numpy())
 
     def log_losses(self, rows: Rows) -> dict[str, float]:
         """The log-loss of a vote on these prompts: by the head, and by the one leaderboard of the prompts that it was fitted
         to."""
         votes, first = self.pool.votes_on(rows)
-        own = self.fitted.head(torch.from_numpy(self.reads(rows[first])), None, 0.0).double().numpy()
+        own = self.outputs(rows[first])
         marginal = shrinkage.marginal_outputs(self.pool.feedback, self.learned.votes)
         total = float(votes.weight.sum())
         return {
@@ -113,28 +121,38 @@ class LearnedHead:
         }
 
     def shrunk(self, rows: Rows) -> Iterator[Shrunk]:
-        """What is left of the head's coefficients of these prompts by each radius and power that ``shrinkage.fit`` compares:
-        first all of it, then these, last the leaderboard of the training prompts alone."""
+        """Coefficients of these prompts, as the head has them alone, by what is kept of them: first all, then what each middle
+        and width that ``shrinkage.fit`` compares keeps, last nothing but the leaderboard of the training prompts."""
+        head = self.fitted.best.head
         start, away = shrinkage.of_training(
-            self.fitted.head,
+            head,
             shrinkage.marginal_outputs(self.pool.feedback, self.learned.votes),
             self._reads(self.learned.hidden, self.learned.words),
+            self.pool.hidden.shape[1],
+            self.learned.votes.category,
         )
         read = torch.from_numpy(self.reads(rows))
         distances = start.distance(read).double().numpy()
-        ways = [shrinkage.share(one, distances) for one in shrinkage.candidates(start, away)]
-        own, at = (self.fitted.head(of, None, 0.0).double().numpy()[:, self.pool.column] for of in (read, start.anchor[None]))
+        ways = {"all is kept": np.ones(len(rows))}
+        for quantile in shrinkage.QUANTILES:
+            for width in shrinkage.WIDTHS:
+                of = shrinkage.at_quantile(start, away, quantile, width)
+                ways[f"quantile {quantile:g}, width {width:g}"] = shrinkage.share(of, distances)
+        ways["leaderboard"] = np.zeros(len(rows))
+        own, at = (head(of, None, 0.0).double().numpy()[:, self.pool.column] for of in (read, start.anchor[None]))
         votes, first = self.pool.votes_on(rows)
-        for kept in (np.ones(len(rows)), *ways, np.zeros(len(rows))):
-            losses = shrinkage.losses_of(start, self.fitted.head, self.pool.feedback, votes, read[first], kept[first])
+        for way, kept in ways.items():
+            losses = shrinkage.losses_of(start, head, self.pool.feedback, votes, read[first], kept[first])
             theta = at + kept[:, None] * (own - at)
-            yield Shrunk(theta, float(kept.mean()), float(votes.weight @ losses / votes.weight.sum()))
+            yield Shrunk(way, theta, float(kept.mean()), float(votes.weight @ losses / votes.weight.sum()))
 
 
 @dataclass(frozen=True, slots=True)
 class Shrunk:
-    """theta [n, M] of prompts; kept: the mean share of their own coefficients; log_loss: of a vote on them."""
+    """By one way to fall back: theta [n, M] of prompts; kept: the mean share of their own coefficients; log_loss: of a vote on
+    them."""
 
+    way: str
     theta: Float64
     kept: float
     log_loss: float

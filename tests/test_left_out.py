@@ -73,7 +73,7 @@ class Fits:
 
     def shrunk(self, rows):
         for kept in (1.0, 0.5, 0.0):
-            yield trained_heads.Shrunk(np.zeros((len(rows), 6)), kept, 1.0 - kept / 2)
+            yield trained_heads.Shrunk(str(kept), np.zeros((len(rows), 6)), kept, 1.0 - kept / 2)
 
 
 def test_what_is_left_out_is_not_learned_from(rng, monkeypatch):
@@ -104,11 +104,21 @@ def test_what_is_left_out_is_not_learned_from(rng, monkeypatch):
     assert all(row.points == 0 for row in found if row.router == "single")
     of_losses = {(row.source, row.router): (row.kept, row.log_loss) for row in losses}
     each = {"head": (1.0, 0.5), "shrunk": (1.0, 0.5), "leaderboard": (0.0, 1.0)}
-    assert of_losses == {(source, name): pair for source in ("one", "two") for name, pair in each.items()}
+    names = [name for source in ("one", "two") for name in (source, f"known, without {source}")]
+    assert of_losses == {(of, name): pair for of in names for name, pair in each.items()}
 
 
-def test_the_way_to_fall_back_is_chosen_on_the_other_parts(rng, monkeypatch):
-    """Each of three sources alone has another way of least log-loss."""
+@pytest.mark.parametrize(
+    ("known", "expected"),
+    [
+        # The others' mean losses: a 4, 1, 1.5; b 2, 2.5, 1; c 2, 1.5, 2.5. Never the last, the leaderboard alone.
+        ([0.0, 0.0, 0.0, 0.0], {"a": 1, "b": 2, "c": 1}),
+        ([0.0, 0.2, 3.0, 0.0], {"a": 1, "b": 0, "c": 1}),
+        ([0.0, 4.0, 4.0, 4.0], {"a": 0, "b": 0, "c": 0}),
+    ],
+)
+def test_the_way_to_fall_back_is_chosen_on_the_other_parts(rng, monkeypatch, known, expected):
+    """Each of three sources alone has another way of least log-loss; known: losses on prompts of the others."""
     world, _ = scored_world(rng)
     world = replace(world, source=np.array(["a", "b", "c"] * 80), scores=rng.random((240, 6)))
     losses = {"a": [0.0, 3.0, 2.0, 9.0], "b": [4.0, 0.0, 3.0, 9.0], "c": [4.0, 2.0, 0.0, 9.0]}
@@ -118,16 +128,20 @@ def test_the_way_to_fall_back_is_chosen_on_the_other_parts(rng, monkeypatch):
 
     class Ways(Fits):
         def shrunk(self, rows):
-            for way, loss in enumerate(losses[world.source[rows[0]]]):
+            of = set(world.source[rows].tolist())
+            for way, loss in enumerate(known if len(of) > 1 else losses[of.pop()]):
                 theta = np.zeros((len(rows), 6))
                 theta[:, way] = 1.0
-                yield trained_heads.Shrunk(theta, float(way), loss)
+                yield trained_heads.Shrunk(str(way), theta, float(way), loss)
 
     rows = [np.arange(0, 200), np.arange(200, 240), np.arange(240)]
-    found, of_losses = left_out.left_out(Ways(), world, rows, [str(i) for i in range(240)], "source", lambda line: None, 20)
+    said = []
+    found, of_losses = left_out.left_out(Ways(), world, rows, [str(i) for i in range(240)], "source", said.append, 20)
+    together = np.array([[8.0, 5.0, 5.0]]) + 3 * np.array(known[:3])
+    assert said[-1] == f"of least log-loss on all parts together: {together.argmin()}"
     chosen = {row.source: int(row.kept) for row in of_losses if row.router == "shrunk"}
-    # a: b and c lose 8, 2, 3; b: a and c lose 4, 5, 2; c: a and b lose 4, 3, 5. Never the last, the leaderboard alone.
-    assert chosen == {"a": 1, "b": 2, "c": 1}
+    assert {name: way for name, way in chosen.items() if len(name) == 1} == expected
+    assert {name[-1]: way for name, way in chosen.items() if len(name) > 1} == expected
     for row in found:
         if row.router == "shrunk" and row.source != "all":
             assert row.score == pytest.approx(world.scores[world.source == row.source, chosen[row.source]].mean())
@@ -162,12 +176,12 @@ def test_heads_are_those_of_training(tmp_path, rng):
         rows = [row[prompt] for prompt in votes.prompts]
         return frozen.Known(votes, heads.hidden[rows], heads.words[rows])
 
-    expected, topics = frozen.fitted(heads.feedback, heads.wanted, known(parts.training), known(parts.validation))
+    expected = frozen.fitted(heads.feedback, heads.wanted, known(parts.training), known(parts.validation))
     found = heads.fit(training, validation)
     unseen = known(parts.held_out)
-    read = topics(torch.from_numpy(unseen.hidden), torch.from_numpy(unseen.words))
+    read = expected.topics(torch.from_numpy(unseen.hidden), torch.from_numpy(unseen.words))
     rows = np.array([row[prompt] for prompt in parts.held_out.prompts])
-    outputs = expected.head(read, None, 0.0)
+    outputs = expected.best.head(read if expected.shrinkage is None else expected.shrinkage(read)[0], None, 0.0)
     theta = outputs[:, [parts.held_out.models.index(model) for model in pool.models]]
     np.testing.assert_allclose(found.theta(rows), theta, atol=2e-3)
     votes = parts.held_out

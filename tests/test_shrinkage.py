@@ -1,5 +1,5 @@
-"""Coefficients of prompts far from those of training fall back to one leaderboard: the distance, the file, every path of the
-engine, what a decision says of it, and what radius and power votes ask for."""
+"""Coefficients of prompts of new kinds fall back to one leaderboard: the distance, the file, every path of the engine, what a
+decision says of it, and what middle and width votes ask for."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from scipy.special import expit
+from scipy.stats import norm
 
 from p2l_engine import Engine, Router, checkpoint
 from p2l_engine.backbone.head import Head
@@ -42,39 +44,40 @@ PROMPTS = ["one", "two words", "", "three more words " * 20]
 D = 48  # of the tiny checkpoint
 
 
-def shrinkage(width=D, rank=5, radius=1.0, power=2.0, seed=0, at=None):
+def shrinkage(width=D, rank=5, kinds=7, middle=0.0, slope=2.0, seed=0, at=None, beside=0):
     rng = np.random.default_rng(seed)
-    basis = np.linalg.qr(rng.normal(size=(width, rank)))[0]
-    rest = 0.3
     arrays = (
-        rng.normal(size=width) if at is None else at, rng.normal(size=width), rng.uniform(0.2, 2, width), basis,
-        rest + rng.exponential(size=rank),
+        rng.normal(size=width + beside) if at is None else at, rng.normal(size=(width, rank)) / width**0.5,
+        rng.normal(size=rank), rng.exponential(size=rank), rng.normal(size=(kinds, rank)),
     )  # fmt: skip
-    return Shrinkage(*(torch.from_numpy(np.ascontiguousarray(each)).float() for each in arrays), rest, radius, power)
+    return Shrinkage(*(torch.from_numpy(np.ascontiguousarray(each)).float() for each in arrays), middle, slope)
 
 
 def oracle(of, states):
-    """s [N] by the covariance itself, inverted in float64."""
-    spread, basis, deviations = (each.double().numpy() for each in (of.spread, of.basis, of.deviations))
-    inner = of.rest**2 * np.eye(len(spread)) + (basis * (deviations**2 - of.rest**2)) @ basis.T
-    inverse = np.linalg.inv(spread[:, None] * inner * spread)
-    away = states.astype(np.float64) - of.centre.double().numpy()
-    distance = np.sqrt(np.einsum("nd,de,ne->n", away, inverse, away) / len(spread))
-    return distance, np.minimum(1.0, (of.radius / np.maximum(distance, 1e-300)) ** of.power)
+    """d and s [N] by log-densities of normal distributions in float64: of each kind, and of new ones."""
+    directions, offset, between, centres = (
+        each.double().numpy() for each in (of.directions, of.offset, of.between, of.centres)
+    )
+    y = states[:, : len(directions)].astype(np.float64) @ directions - offset
+    known = np.max([norm.logpdf(y, centre).sum(1) for centre in centres], 0)
+    new = norm.logpdf(y, 0, np.sqrt(1 + between)).sum(1)
+    distance = 2 * (new - known) + np.log1p(between).sum()
+    return distance, expit((of.middle - distance) / of.width)
 
 
 @pytest.mark.slow
 @given(
-    st.integers(2, 9), st.integers(1, 8), st.integers(0, 6), st.floats(0.1, 10), st.sampled_from([0.5, 1.0, 2.0, 8.0]),
-    st.integers(0, 2**32 - 1), st.sampled_from([0.0, 1e-3, 1.0, 100.0]),
+    st.integers(1, 9), st.integers(1, 8), st.integers(1, 6), st.integers(0, 6), st.floats(-20, 20),
+    st.sampled_from([0.1, 1.0, 10.0]), st.integers(0, 2**32 - 1), st.sampled_from([0.0, 1e-3, 1.0, 30.0]), st.integers(0, 3),
 )  # fmt: skip
-def test_what_the_head_reads_is_the_definition(width, rank, n, radius, power, seed, scale):
-    of = shrinkage(width, min(rank, width), radius, power, seed)
-    states = (np.random.default_rng(seed + 1).normal(size=(n, width)) * scale).astype(np.float32)
+def test_what_the_head_reads_is_the_definition(width, rank, kinds, n, middle, slope, seed, scale, beside):
+    of = shrinkage(width, rank, kinds, middle, slope, seed, beside=beside)
+    states = (np.random.default_rng(seed + 1).normal(size=(n, width + beside)) * scale).astype(np.float32)
     read, kept = of(torch.from_numpy(states))
     distance, share = oracle(of, states)
-    np.testing.assert_allclose(of.distance(torch.from_numpy(states)), distance, rtol=2e-3, atol=1e-4)
-    np.testing.assert_allclose(kept, share, rtol=2e-3 * power, atol=1e-6)
+    size = np.square(states[:, :width].astype(np.float64) @ of.directions.double().numpy()).sum(1).max(initial=0) + 100
+    np.testing.assert_allclose(of.distance(torch.from_numpy(states)), distance, atol=3e-6 * size)
+    np.testing.assert_allclose(kept, share, atol=1e-6 * size / slope)
     anchor = of.anchor.double().numpy()
     expected = anchor + kept.double().numpy()[:, None] * (states.astype(np.float64) - anchor)
     np.testing.assert_allclose(read, expected, rtol=1e-5, atol=1e-5 * max(1.0, np.abs(states).max(initial=0)))
@@ -85,33 +88,31 @@ def test_what_the_head_reads_is_the_definition(width, rank, n, radius, power, se
 
 
 @pytest.mark.slow
-@given(st.integers(0, 2**32 - 1), st.floats(0.2, 5), st.floats(0.5, 8))
-def test_the_further_the_less_is_kept(seed, radius, power):
-    of = shrinkage(8, 3, radius, power, seed)
-    direction = torch.from_numpy(np.random.default_rng(seed).normal(size=8)).float()
-    ray = of.centre + direction * torch.logspace(-2, 4, 40)[:, None]
+@given(st.integers(0, 2**32 - 1), st.floats(0.2, 5))
+def test_far_from_all_kinds_nothing_is_kept(seed, slope):
+    of = shrinkage(8, 3, 4, middle=1.0, slope=slope, seed=seed)
+    ray = torch.from_numpy(np.random.default_rng(seed).normal(size=8)).float() * torch.tensor([[1e3], [1e4], [1e5]])
     distance, kept = of.distance(ray), of(ray)[1]
     assert (distance.diff() > 0).all()
-    assert (kept.diff() <= 0).all()
-    assert kept[0] > kept[-1]
-    assert (kept[distance < 0.999 * radius] == 1).all()
-    assert kept[-1] < 0.1
+    assert kept[-1] == 0
+    torch.testing.assert_close(of(ray)[0][-1], of.anchor)
 
 
-def test_a_state_at_the_centre_is_kept():
-    of = shrinkage()
-    read, kept = of(of.centre[None])
-    assert kept.item() == 1
-    assert torch.equal(read[0], of.centre)
+def test_a_state_at_a_kinds_centre_is_kept():
+    of = shrinkage(rank=5, kinds=7, middle=10.0, slope=0.5)
+    at = torch.linalg.lstsq(of.directions.T.double(), (of.centres + of.offset).double().T).solution.T.float()
+    read, kept = of(at)
+    assert (kept == 1).all()
+    assert torch.equal(read, at)
 
 
 def test_file_reads_back_and_is_the_same_each_time(tmp_path):
-    before = shrinkage(radius=1.7, power=4.0)
+    before = shrinkage(middle=-1.7, slope=4.0, beside=3)
     before.write(tmp_path / FILE)
-    again, states = Shrinkage.read(tmp_path / FILE, D), torch.randn(7, D)
+    again, states = Shrinkage.read(tmp_path / FILE, D + 3), torch.randn(7, D + 3)
     again.write(tmp_path / "again")
     assert (tmp_path / "again").read_bytes() == (tmp_path / FILE).read_bytes()
-    third = Shrinkage.read(tmp_path / "again", D)
+    third = Shrinkage.read(tmp_path / "again", D + 3)
     assert all(torch.equal(*both) for both in zip(again(states), third(states), strict=True))
     for one, other in zip(before(states), again(states), strict=True):
         torch.testing.assert_close(one, other)
@@ -120,19 +121,21 @@ def test_file_reads_back_and_is_the_same_each_time(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: {k: v for k, v in t.items() if k != "rest"}, "expected the tensors anchor, basis, centre, .* found anchor"),
-        (lambda t: t | {"more": t["rest"] * 2}, "expected the tensors .* found .*more"),
+        (lambda t: {k: v for k, v in t.items() if k != "middle"}, "expected the tensors anchor, between, .* found anchor"),
+        (lambda t: t | {"more": t["middle"] * 2}, "expected the tensors .* found .*more"),
         (lambda t: t | {"anchor": t["anchor"][:-1]}, r"anchor: expected \[48\], found \[47\]"),
-        (lambda t: t | {"centre": t["centre"][:-1]}, r"centre: expected \[48\], found \[47\]"),
-        (lambda t: t | {"basis": t["basis"][:, :0]}, r"expected \[D\] or \[D, r\]"),
-        (lambda t: t | {"basis": t["basis"] * 2}, "basis: expected orthonormal columns"),
-        (lambda t: t | {"deviations": t["deviations"][:-1]}, r"deviations: expected \[5\], found \[4\]"),
-        (lambda t: t | {"deviations": t["deviations"] * 0}, "deviations: expected numbers from rest"),
-        (lambda t: t | {"spread": t["spread"] * 0}, "spread: expected numbers above 0"),
+        (lambda t: t | {"directions": t["directions"][:, :0]}, r"directions: expected \[D, r\], found \[48, 0\]"),
+        (lambda t: t | {"directions": t["directions"][:, 0]}, r"directions: expected \[D, r\], found \[48\]"),
+        (lambda t: t | {"directions": torch.randn(49, 5)}, r"anchor: expected \[W\], W at least 49, found \[48\]"),
+        (lambda t: t | {"offset": t["offset"][:-1]}, r"offset: expected \[5\], found \[4\]"),
+        (lambda t: t | {"centres": t["centres"][:, :-1]}, r"centres: expected \[7, 5\], found \[7, 4\]"),
+        (lambda t: t | {"centres": t["centres"][:0]}, r"centres: expected \[1, 5\], found \[0, 5\]"),
+        (lambda t: t | {"between": t["between"][:-1]}, r"between: expected \[5\], found \[4\]"),
+        (lambda t: t | {"between": -t["between"]}, "between: expected numbers from 0 up"),
         (lambda t: t | {"anchor": t["anchor"] * torch.nan}, "anchor: expected finite numbers"),
-        (lambda t: t | {"radius": t["radius"] * 0}, "radius: expected a finite number above 0, got 0.0"),
-        (lambda t: t | {"power": t["power"] * torch.inf}, "power: expected a finite number above 0, got inf"),
-        (lambda t: t | {"rest": t["anchor"] * 2}, r"rest: expected one number, found \[48\]"),
+        (lambda t: t | {"width": t["width"] * 0}, "width: expected a finite number above 0, got 0.0"),
+        (lambda t: t | {"middle": t["width"] * torch.inf}, "middle: expected a finite number, got inf"),
+        (lambda t: t | {"middle": t["anchor"] * 2}, r"middle: expected one number, found \[48\]"),
     ],
 )
 def test_wrong_tensors_are_named(tmp_path, change, message):
@@ -159,9 +162,10 @@ def states(plain):
 
 @pytest.fixture(scope="module")
 def some(states):
-    """Keeps all of one prompt and less of the others."""
-    of = shrinkage(power=1.0)
-    return replace(of, radius=1.001 * float(of.distance(torch.from_numpy(states)).min()))
+    """Keeps most of one prompt and less of the others."""
+    of = shrinkage()
+    far = of.distance(torch.from_numpy(states)).sort().values.tolist()
+    return replace(of, middle=(far[0] + far[1]) / 2, width=(far[-1] - far[0]) / 12)
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +176,7 @@ def shrinking(plain, some, tmp_path_factory):
 def test_every_path_of_the_engine_shrinks(shrinking, some, states, plain):
     head = checkpoint.load(plain).head
     _, share = oracle(some, states)
-    assert 0 < (share == 1).sum() < len(share)
+    assert share.min() < 0.1 < 0.6 < share.max()
     own, at = (torch.nn.functional.linear(x, head.weight, head.bias).numpy() for x in (torch.from_numpy(states), some.anchor))
     expected = at + share[:, None] * (own - at)
     together, (read, evaluated) = shrinking.coefficients(PROMPTS), features.hidden_states(shrinking, PROMPTS)
@@ -204,7 +208,7 @@ def test_the_cache_of_hidden_states_serves_both(shrinking, some, plain, states, 
 
 def test_where_all_is_kept_the_numbers_are_the_same(plain, some, tmp_path):
     """Bit by bit."""
-    wide = Engine.from_pretrained(with_shrinkage(plain, tmp_path / "wide", replace(some, radius=1e6)), "cpu", "float32")
+    wide = Engine.from_pretrained(with_shrinkage(plain, tmp_path / "wide", replace(some, middle=1e6)), "cpu", "float32")
     plainly = Engine.from_pretrained(plain, "cpu", "float32")
     assert plainly.shrinkage is None
     assert plainly.width == plainly.head.width == wide.width - 1
@@ -222,7 +226,7 @@ def test_where_all_is_kept_the_numbers_are_the_same(plain, some, tmp_path):
 def test_far_prompts_have_the_marginals_order(plain, states, tmp_path):
     loaded, marginal = checkpoint.load(plain), np.array([0.3, -1.0, 2.0, 0.1, -0.2, 1.5])
     at = learned.anchor(loaded.head, marginal, np.random.default_rng(0).normal(size=(200, D)))
-    of = shrinkage(at=at, radius=1e-6, power=4.0)
+    of = shrinkage(at=at, middle=-1e6)
     far = Engine.from_pretrained(with_shrinkage(plain, tmp_path / "far", of), "cpu", "float32")
     found = far.coefficients(PROMPTS)
     np.testing.assert_allclose(found.theta, np.tile(marginal[:5], (4, 1)), atol=1e-4)
@@ -363,7 +367,7 @@ def simulated(rng, far_truth):
     theta = states.astype(np.float64) @ head.weight.double().numpy().T
     theta[150:] = far_truth(theta[150:])
     outputs = np.array([0.5, 0.0, -0.5])
-    start, away = learned.of_training(head, outputs, training)
+    start, away = learned.of_training(head, outputs, training, 12)
     return start, away, head, feedback, prompt_votes(rng, feedback, theta, None), states
 
 
@@ -373,11 +377,11 @@ def test_votes_that_ask_for_it_shrink_far_prompts_alone(rng):
     source = np.repeat(["near", "far"], 150)
     found, report = learned.fit(*given_, votes, states)
     _, kept = found(torch.from_numpy(states))
-    assert kept[:150].mean() > 0.9
-    assert kept[150:].mean() < 0.3
+    assert kept[:150].mean() > 0.85
+    assert kept[150:].mean() < 0.1
     assert report.gain > 5 * report.gain_error > 0
     assert report.after < report.before - 0.2
-    assert (report.radius, report.power) == (found.radius, found.power)
+    assert (report.middle, report.width) == (found.middle, found.width)
     _, apart = learned.fit(*given_, votes, states, source)
     assert apart.by_part["near"][0] == apart.by_part["far"][0] == 150
     assert abs(apart.by_part["far"][2]) < 1e-9  # near prompts alone ask for nothing
@@ -387,7 +391,7 @@ def test_votes_that_ask_for_it_shrink_far_prompts_alone(rng):
 def test_votes_that_come_true_ask_for_nothing(rng):
     found, report = learned.fit(*simulated(rng, lambda theta: theta))
     assert found is None
-    assert report.radius is None
+    assert report.middle is None
     assert report.kept == 1
     assert report.gain == pytest.approx(0, abs=2 * report.gain_error + 1e-12)
 
@@ -395,19 +399,70 @@ def test_votes_that_come_true_ask_for_nothing(rng):
 def test_distances_of_training_prompts_are_of_the_others(rng):
     head = Head(torch.randn(2, 6), torch.zeros(2), 2)
     training = (rng.normal(size=(300, 6)) * [3, 2, 1, 1, 0.5, 0]).astype(np.float32)  # one dimension does not vary
-    of, away = learned.of_training(head, np.zeros(2), training)
+    of, away = learned.of_training(head, np.zeros(2), training, 6)
     assert away.shape == (300,)
-    assert np.sqrt((away**2).mean()) == pytest.approx(1, abs=0.1)
-    assert of.radius >= away.max()
+    own = of.distance(torch.from_numpy(training)).double().numpy()
+    assert away.mean() > own.mean()  # no prompt is in the kind that it is compared with
     assert (of(torch.from_numpy(training))[1] == 1).all()
     assert np.isfinite(of.distance(torch.from_numpy(training + 5)).numpy()).all()
+
+
+@pytest.mark.parametrize("beside", [0, 3])
+def test_prompts_of_new_kinds_are_told_from_those_of_known_ones(rng, beside):
+    """And the distance is the likelihood ratio of the kinds' true distribution, but for what is lost by learning it."""
+    d, kinds = 12, 40
+    mixing = np.linalg.qr(rng.normal(size=(d, d)))[0] * rng.uniform(0.5, 2, d)
+    centres = rng.normal(size=(kinds + 40, d)) * np.repeat([3.0, 0.0], [4, d - 4])  # apart in four directions
+    label = np.repeat(np.arange(kinds + 40), 200)
+    states = (rng.normal(size=(len(label), d)) + centres[label]) @ mixing
+    read = np.concatenate([states, rng.normal(size=(len(label), beside))], 1).astype(np.float32)
+    known, split = label < kinds, np.arange(len(label)) % 2 == 0
+    head = Head(torch.randn(2, d + beside), torch.zeros(2), 2)
+    names = [f"kind {k}" for k in label[known & split]]
+    of, away = learned.of_training(head, np.zeros(2), read[known & split], d, names)
+    assert of.directions.shape == (d, d)
+    found = {seen: of.distance(torch.from_numpy(read[(known == seen) & ~split])).double().numpy() for seen in (True, False)}
+    y = states @ np.linalg.inv(mixing)
+    nearest = -0.5 * np.square(y[:, None] - centres[:kinds]).sum(2).min(1)
+    truth = 2 * (norm.logpdf(y, 0, np.where(np.arange(d) < 4, 10**0.5, 1)).sum(1) + 0.5 * d * np.log(2 * np.pi) - nearest)
+    expected = {seen: truth[(known == seen) & ~split] for seen in (True, False)}
+    for seen in (True, False):
+        assert np.corrcoef(found[seen], expected[seen])[0, 1] > 0.85
+
+    def told(of: dict[bool, np.ndarray]) -> float:
+        return float((of[False][:, None] > of[True]).mean())
+
+    assert told(found) > told(expected) - 0.03 > 0.8
+    assert np.median(away) == pytest.approx(np.median(found[True]), abs=1.0)  # others' prompts are as far as unseen ones
+    half = learned.at_quantile(of, away, 0.9, 0.3)
+    assert (half(torch.from_numpy(read[known & ~split]))[1] > 0.5).double().mean() == pytest.approx(0.9, abs=0.03)
+
+
+def test_kinds_are_categories_of_enough_prompts_or_clusters(rng):
+    centres = rng.normal(size=(5, 8)) * 20
+    truth = np.repeat(np.arange(5), 40)
+    states = centres[truth] + rng.normal(size=(200, 8))
+    names = np.array(["a", "b", "c", "d", "e"])[truth]
+    names[:3] = "rare"
+    label = learned.kinds_of(states, names.tolist())
+    assert (label[:3] == -1).all()
+    assert [set(label[names == name]) for name in "abcde"] == [{k} for k in range(5)]
+    for none in (None, ["all"] * 200):
+        clusters = learned.kinds_of(states, none)
+        assert len(set(clusters.tolist())) > 1
+        for k in set(clusters.tolist()):
+            assert len(set(truth[clusters == k].tolist())) <= 2
+        np.testing.assert_array_equal(clusters, learned.kinds_of(states, none))
+    of, away = learned.of_training(Head(torch.randn(2, 8), torch.zeros(2), 2), np.zeros(2), states.astype(np.float32), 8, names)
+    assert len(of.centres) == 5
+    assert np.isfinite(away).all()
 
 
 def test_too_few_prompts_and_sources_are_refused(rng):
     head = Head(torch.randn(2, 6), torch.zeros(2), 2)
     with pytest.raises(ValueError, match="training: expected at least 100 prompts, got 99"):
-        learned.of_training(head, np.zeros(2), rng.normal(size=(99, 6)).astype(np.float32))
-    start, away = learned.of_training(head, np.zeros(2), rng.normal(size=(100, 6)).astype(np.float32))
+        learned.of_training(head, np.zeros(2), rng.normal(size=(99, 6)).astype(np.float32), 6)
+    start, away = learned.of_training(head, np.zeros(2), rng.normal(size=(100, 6)).astype(np.float32), 6)
     theta = rng.normal(size=(100, 2))
     votes, states = prompt_votes(rng, feedback_model("bt"), theta, None), rng.normal(size=(100, 6)).astype(np.float32)
     with pytest.raises(ValueError, match="source: expected two sources at least, got 'a' alone"):
@@ -448,9 +503,9 @@ def test_the_command_fits_and_writes_it(plain, rng, tmp_path, monkeypatch):
     assert report["prompts"] == 120
     assert report["after"] < report["before"]
     loaded = checkpoint.load(tmp_path / "new")
-    assert loaded.shrinkage.radius == pytest.approx(report["radius"])
+    assert loaded.shrinkage.middle == pytest.approx(report["middle"])
     record = json.loads((tmp_path / "new" / "training_config.json").read_text())["shrinkage"]
-    assert (record["prompts"], record["power"]) == (120, report["power"])
+    assert (record["prompts"], record["width"]) == (120, report["width"])
     found = Engine(loaded, "cpu", "float32").coefficients([*near, *far])
     assert found.kept[60:].mean() < found.kept[:60].mean()
     by = p2l_engine(*arguments, "--by", "source", "-o", str(tmp_path / "by"))

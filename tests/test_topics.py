@@ -404,6 +404,33 @@ def test_a_run_learns_a_leaderboard_of_each_topic(tmp_path, monkeypatch, reads_w
     assert not (folder / SHRINKAGE_FILE).exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("has_topics", [True, False])
+def test_a_run_falls_back_on_prompts_of_new_kinds(tmp_path, monkeypatch, has_topics):
+    monkeypatch.setenv("P2L_ENGINE_CACHE", str(tmp_path / "cache"))
+    how = {"fallback": {"quantile": 0.9, "width": 0.3}, "topics": {} if has_topics else None}
+    folder = train(of_topics(tmp_path, **how))
+    engine = Engine.from_pretrained(folder, device="cpu", dtype=torch.float32)
+    assert len(engine.shrinkage.centres) == 2
+    known = engine.coefficients([f"{about} {i}" for i in range(400, 440) for about in ("rain", "sums")])
+    assert (known.kept > 0.5).mean() > 0.75
+    new = engine.coefficients(["Ω" * 30, "Я" * 40])
+    assert (new.kept < 0.1).all()
+    marginal = engine.head(engine.shrinkage.anchor[None], None, 0.0)[0].numpy()
+    np.testing.assert_allclose(new.theta, np.tile(marginal, (2, 1)), atol=0.1 * np.ptp(known.theta))
+    before = (folder / SHRINKAGE_FILE).read_bytes()
+    train(of_topics(tmp_path, **how), if_present="restart")
+    assert (folder / SHRINKAGE_FILE).read_bytes() == before
+
+
+@pytest.mark.parametrize("bad", [{"quantile": 1.0}, {"quantile": 0.0}, {"width": 0.0}, {"more": 1}])
+def test_a_fallback_that_means_nothing_is_refused(bad, tmp_path):
+    values = of_topics(tmp_path).model_dump()
+    values["head_optimum"]["fallback"] = {"quantile": 0.9, "width": 0.3} | bad
+    with pytest.raises(ValueError, match="fallback"):
+        TrainConfig.model_validate(values)
+
+
 def test_topics_need_categories(tmp_path, monkeypatch):
     monkeypatch.setenv("P2L_ENGINE_CACHE", str(tmp_path / "cache"))
     config = of_topics(tmp_path)

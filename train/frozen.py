@@ -17,10 +17,10 @@ from p2l_engine.checkpoint import Checkpoint
 from p2l_engine.engine import Engine
 from p2l_engine.evaluation import features
 from p2l_engine.feedback import FeedbackModel, feedback_model
-from p2l_engine.learning import hidden
+from p2l_engine.learning import hidden, shrinkage
 from p2l_engine.train import optimum, topics
 from p2l_engine.train.config import HeadOptimum, TrainConfig
-from p2l_engine.train.optimum import FittedHead, Float32, Inputs
+from p2l_engine.train.optimum import FittedLayers, Float32, Inputs
 from p2l_engine.train.saving import write_head
 from p2l_engine.votes import Splits, Votes
 
@@ -28,12 +28,12 @@ logger = logging.getLogger(__name__)
 
 
 def train(config: TrainConfig, wanted: HeadOptimum, folder: Path, parts: Splits, inputs: Mapping[str, Any]) -> None:
-    """Writes the checkpoint to ``folder``: the head, topics where they are wanted, and the settings of an adapter that changes
-    nothing else of the backbone.
+    """Writes the checkpoint to ``folder``: the head, topics and fallback where they are wanted, and the settings of an adapter
+    that changes nothing else of the backbone.
 
-    An interrupted run goes on where the cache of hidden states ends. Raises ValueError for topics of votes without categories,
-    CheckpointError for a backbone that cannot be read,
-    ArithmeticError where the optimum is not reached, and OSError where the cache or the checkpoint cannot be written.
+    An interrupted run goes on where the cache of hidden states ends. Raises ValueError for topics of votes without categories
+    and for a fallback of too few prompts, CheckpointError for a backbone that cannot be read, ArithmeticError where the optimum
+    is not reached, and OSError where the cache or the checkpoint cannot be written.
     """
     if wanted.topics is not None:
         _categories(parts.training)  # before hours of hidden states
@@ -45,8 +45,8 @@ def train(config: TrainConfig, wanted: HeadOptimum, folder: Path, parts: Splits,
         return Known(votes, _states(engine, votes, part), engine.words(votes.prompts) if reads_words else None)
 
     chosen_on = None if parts.validation is None else known(parts.validation, "validation")
-    found, of = fitted(feedback_model(config.loss_type), wanted, known(parts.training, "training"), chosen_on)
-    write_head(folder, loaded, found, of, config, parts, inputs)
+    found = fitted(feedback_model(config.loss_type), wanted, known(parts.training, "training"), chosen_on)
+    write_head(folder, loaded, found, config, parts, inputs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,18 +65,24 @@ class Known:
         return Inputs(self.hidden, of.probabilities(torch.from_numpy(self.hidden), words).numpy())
 
 
-def fitted(
-    feedback: FeedbackModel, wanted: HeadOptimum, training: Known, chosen_on: Known | None
-) -> tuple[FittedHead, Topics | None]:
-    """The head, and the topics where they are wanted. Raises ValueError for topics of votes without categories, and
-    ArithmeticError where an optimum is not reached."""
+def fitted(feedback: FeedbackModel, wanted: HeadOptimum, training: Known, chosen_on: Known | None) -> FittedLayers:
+    """The head, and what is wanted beside it. Raises ValueError for topics of votes without categories and for a fallback of
+    too few prompts, and ArithmeticError where an optimum is not reached."""
     of, leaderboards = None, 1.0
     if wanted.topics is not None:
         category = _categories(training.votes)
         of = topics.fit(training.hidden, category, wanted.topics.deviation, training.words)
         leaderboards = wanted.topics.leaderboards
     validation = None if chosen_on is None else (chosen_on.votes, chosen_on.inputs(of))
-    return optimum.best(feedback, training.votes, training.inputs(of), validation, wanted.deviations, leaderboards), of
+    reads = training.inputs(of)
+    best = optimum.best(feedback, training.votes, reads, validation, wanted.deviations, leaderboards)
+    if wanted.fallback is None:
+        return FittedLayers(best, of, None)
+    start, away = shrinkage.of_training(
+        best.head, shrinkage.marginal_outputs(feedback, training.votes), reads.together(), training.hidden.shape[1],
+        training.votes.category,
+    )  # fmt: skip
+    return FittedLayers(best, of, shrinkage.at_quantile(start, away, wanted.fallback.quantile, wanted.fallback.width))
 
 
 def _categories(votes: Votes) -> Sequence[str]:

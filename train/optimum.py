@@ -21,6 +21,8 @@ import torch
 from scipy.optimize import OptimizeResult, minimize
 
 from p2l_engine.backbone.head import Head
+from p2l_engine.backbone.shrinkage import Shrinkage
+from p2l_engine.backbone.topics import Topics
 from p2l_engine.feedback import FeedbackModel
 from p2l_engine.learning.rows import INFORMATION
 from p2l_engine.learning.shrinkage import marginal_outputs
@@ -48,12 +50,25 @@ class FittedHead:
     losses: dict[float, float]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class FittedLayers:
+    """What follows the backbone: the head, and topics and shrinkage where they are wanted."""
+
+    best: FittedHead
+    topics: Topics | None
+    shrinkage: Shrinkage | None
+
+
 @dataclass(frozen=True, slots=True)
 class Inputs:
     """What the head reads of P prompts: hidden states [P, D], and the probabilities [P, T] of topics, None for none."""
 
     hidden: Float32
     topics: Float32 | None = None
+
+    def together(self) -> Float32:
+        """[P, D + T]."""
+        return self.hidden if self.topics is None else np.concatenate([self.hidden, self.topics], 1)
 
 
 @dataclass(frozen=True, slots=True)

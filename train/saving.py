@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from p2l_engine.backbone.shrinkage import FILE as SHRINKAGE_FILE
 from p2l_engine.backbone.topics import FILE as TOPICS_FILE
-from p2l_engine.backbone.topics import Topics
 from p2l_engine.checkpoint import Checkpoint, huggingface, read_config
 from p2l_engine.checkpoint.adapter import NEW_ROWS, PEFT_PREFIX
 from p2l_engine.checkpoint.saving import write_json, write_tensors, write_whole
 from p2l_engine.train.config import TrainConfig
 from p2l_engine.train.model import P2LModel, bare, published_tensors
-from p2l_engine.train.optimum import FittedHead
+from p2l_engine.train.optimum import FittedLayers
 from p2l_engine.votes import Splits, prompts_hash
 
 
@@ -62,15 +62,14 @@ def write(
 def write_head(
     folder: Path,
     base: Checkpoint,
-    found: FittedHead,
-    topics: Topics | None,
+    found: FittedLayers,
     config: TrainConfig,
     parts: Splits,
     inputs: Mapping[str, Any],
 ) -> None:
-    """Writes a head over the backbone ``base``, and the topics that it reads, as an adapter folder without factors, in float32;
-    else as ``write``."""
-    m, head = found.head.n_models, found.head
+    """Writes a head over the backbone ``base``, with topics and shrinkage of what it reads, as an adapter folder without
+    factors, in float32; else as ``write``."""
+    best, head, m = found.best, found.best.head, found.best.head.n_models
     tensors = {"head.head.weight": head.weight[:m], "head.head.bias": head.bias[:m]}
     if head.has_eta:
         tensors |= {"head.eta_head.weight": head.weight[m:], "head.eta_head.bias": head.bias[m:]}
@@ -78,15 +77,17 @@ def write_head(
     grown = len(table) - int(read_config(base.folder).vocab_size)
     if grown:
         tensors[NEW_ROWS] = table[-grown:]
-    optimum = {"deviation": found.deviation, "validation_log_loss": {f"{key:g}": loss for key, loss in found.losses.items()}}
+    optimum = {"deviation": best.deviation, "validation_log_loss": {f"{key:g}": loss for key, loss in best.losses.items()}}
 
     def fill(work: Path) -> None:
         model_type = str(base.config.model_type)
         _describe(work, parts.training.models, model_type, config, unseen_hashes(parts), inputs, {"optimum": optimum})
         write_tensors(work / "adapter_model.safetensors", {f"{PEFT_PREFIX}{n}": w for n, w in tensors.items()}, torch.float32)
         write_json(work / "adapter_config.json", _adapter(folder, config, 1, 1, []))
-        if topics is not None:
-            topics.write(work / TOPICS_FILE)
+        if found.topics is not None:
+            found.topics.write(work / TOPICS_FILE)
+        if found.shrinkage is not None:
+            found.shrinkage.write(work / SHRINKAGE_FILE)
 
     write_whole(folder, fill)
 

@@ -50,7 +50,9 @@ def shrink(
     dtype: Dtype = None,
     date: Date = None,
 ) -> None:
-    """Let coefficients of prompts far from the training prompts fall back to one leaderboard, as far as votes ask for it.
+    """Let coefficients of prompts of new kinds fall back to one leaderboard, as far as votes ask for it.
+
+    The kinds of training prompts are the column category (of scores: task) of --trained-on, or clusters where there is none.
 
     Nothing is written, and the exit status is 1, where no shrinkage makes votes likelier by a standard error.
     """
@@ -106,7 +108,8 @@ def shrink(
     with progress(len(every)) as advance:
         states = hidden.hidden_states(engine, [list(turns) for turns in every], store, advance)
     outputs = shrinkage.marginal_outputs(loaded.feedback, trained)
-    start, away = shrinkage.of_training(loaded.head, outputs, states[: len(some)], seed)
+    kinds = None if trained.category is None else [trained.category[i] for i in some]
+    start, away = shrinkage.of_training(loaded.head, outputs, states[: len(some)], int(loaded.config.hidden_size), kinds, seed)
     parts = None
     if source is not None:
         parts = np.array([source[prompt] for prompt in known.prompts])
@@ -134,8 +137,8 @@ def _show(report: ShrinkageReport, by: str | None) -> None:
     losses = f"{report.before:.4f}, shrunk as the other parts ask for {report.after:.4f}"
     title = f"log-loss of {report.votes:,} votes: {losses}"
     print_table(title, (by or "part", "prompts", "kept", "gain (std. error)"), rows, out())
-    if report.radius is not None and report.power is not None:
+    if report.middle is not None and report.width is not None:
         note(
-            f"differences between models are kept up to distance {report.radius:.2f} from the training prompts, beyond it "
-            f"(distance / {report.radius:.2f})^-{report.power:g} of them"
+            f"half of the differences between models are kept at distance {report.middle:.1f} from the kinds of training "
+            f"prompts, 95% at {report.middle - 3 * report.width:.1f}, 5% at {report.middle + 3 * report.width:.1f}"
         )

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy.cluster.vq import kmeans2
+from scipy.linalg import eigh
+from scipy.special import expit
 
 from p2l_engine.backbone.head import Head
 from p2l_engine.backbone.shrinkage import FILE, Shrinkage
@@ -21,26 +25,29 @@ from p2l_engine.votes.marginal import marginal_fit, marginal_values
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
+Int64 = npt.NDArray[np.int64]
 
-RANK = 48  # directions in which training prompts vary most
 LEAST_PROMPTS = 100  # of training, and of votes
+LEAST_OF_KIND = 5  # prompts; those of smaller kinds do not count
+CLUSTERS, OF_CLUSTER = 64, 20  # where kinds are not known: at most so many, of so many prompts in the mean
 PARTS = 5
-QUANTILES = (0.9, 0.95, 0.98, 0.99)  # of training prompts' distances: candidates of the radius, so that most keep all
-POWERS = (1.0, 2.0, 4.0, 8.0)
-LEAST_SPREAD = 1e-3  # of a dimension or direction, relative to the widest: divisors stay away from 0
+QUANTILES = (0.7, 0.8, 0.9, 0.95, 0.98)  # of training prompts' distances: candidates of where half is kept
+WIDTHS = (0.1, 0.3, 1.0)  # candidates of the width, in units of the distances' upper half
+RANK = 32  # directions, at most, in which kinds are most apart
+RIDGE = 0.03  # the share of a sphere in the covariance within kinds
 
 
 @dataclass(frozen=True, slots=True)
 class ShrinkageReport:
-    """What ``fit`` found. radius, power: of the shrinkage, None where none is better by a standard error. kept: the mean share
+    """What ``fit`` found. middle, width: of the shrinkage, None where none is better by a standard error. kept: the mean share
     that is kept on the votes' prompts. before, after: the log-loss of a vote that neither the shrinkage nor its choice has
     seen; gain: by how much it fell, and its standard error over conversations. by_part: of each part that was left out, its
     prompts, mean share and gain with its standard error."""
 
     votes: int
     prompts: int
-    radius: float | None
-    power: float | None
+    middle: float | None
+    width: float | None
     kept: float
     before: float
     after: float
@@ -57,22 +64,53 @@ def marginal_outputs(feedback: FeedbackModel, votes: Votes) -> Float64:
     return found.theta if found.eta is None else np.append(found.theta, found.eta)
 
 
-def of_training(head: Head, outputs: Float64, hidden: Float32, seed: int = 0) -> tuple[Shrinkage, Float64]:
-    """A shrinkage that keeps all of the training prompts' states ``hidden`` [T, D], and each one's distance [T] from the
-    others: the covariance of four parts of five measures the fifth.
+def of_training(
+    head: Head, outputs: Float64, read: Float32, size: int, kinds: Sequence[str] | None = None, seed: int = 0
+) -> tuple[Shrinkage, Float64]:
+    """A shrinkage that keeps all of what the head reads of the training prompts, ``read`` [T, W], and each one's distance [T]
+    from the others: kinds that are learned from four parts of five measure the fifth.
 
-    outputs [K]: of the head, at the anchor. Raises ValueError for fewer than LEAST_PROMPTS prompts.
+    outputs [K]: of the head, at the anchor. size: D, of the hidden states in ``read``, which are its first columns. kinds [T]:
+    of the prompts, such as their tasks; None, or fewer than two kinds of enough prompts: clusters of hidden states. Raises
+    ValueError for fewer than LEAST_PROMPTS prompts.
     """
-    if len(hidden) < LEAST_PROMPTS:
-        raise ValueError(f"training: expected at least {LEAST_PROMPTS} prompts, got {len(hidden)}")
-    wide = hidden.astype(np.float64)
+    if len(read) < LEAST_PROMPTS:
+        raise ValueError(f"training: expected at least {LEAST_PROMPTS} prompts, got {len(read)}")
+    wide = read.astype(np.float64)
+    states, none = np.ascontiguousarray(wide[:, :size]), np.zeros(wide.shape[1])
+    label = kinds_of(states, kinds, seed)
     part = np.random.default_rng([seed, 3]).permutation(len(wide)) % PARTS
     away = np.empty(len(wide))
     for k in range(PARTS):
-        others = _gaussian(wide[part != k], np.zeros(wide.shape[1]))
-        away[part == k] = others.distance(torch.from_numpy(hidden[part == k])).double().numpy()
-    found = _gaussian(wide, anchor(head, outputs, wide))
-    return replace(found, radius=max(float(away.max()), found.radius)), away
+        others = _discriminants(states[part != k], label[part != k], none)
+        away[part == k] = others.distance(torch.from_numpy(read[part == k])).double().numpy()
+    found = _discriminants(states, label, anchor(head, outputs, wide))
+    spread = upper_half(away)
+    return replace(found, middle=float(away.max()) + 20 * spread, width=spread), away
+
+
+def kinds_of(states: Float64, kinds: Sequence[str] | None, seed: int = 0) -> Int64:
+    """[T]: the number of each prompt's kind, -1 for kinds of fewer than LEAST_OF_KIND prompts; by k-means on standardised
+    ``states`` [T, D] where no two kinds are left."""
+    if kinds is not None:
+        _, label, count = np.unique(np.asarray(kinds), return_inverse=True, return_counts=True)
+        enough = count >= LEAST_OF_KIND
+        if enough.sum() > 1:
+            return np.asarray(np.where(enough, np.cumsum(enough) - 1, -1)[label], np.int64)
+    z = (states - states.mean(0)) / spread_of(states)
+    _, label = kmeans2(z, min(CLUSTERS, len(z) // OF_CLUSTER), minit="++", seed=np.random.default_rng([seed, 4]))
+    return np.asarray(np.unique(label, return_inverse=True)[1], np.int64)
+
+
+def upper_half(away: Float64) -> float:
+    """How wide the upper half of these distances is: from the median to the 95% quantile."""
+    return max(float(np.quantile(away, 0.95) - np.median(away)), 1e-6)
+
+
+def spread_of(states: Float64) -> Float64:
+    """[D]: standard deviations, away from 0 where a dimension does not vary."""
+    spread = states.std(0)
+    return np.asarray(np.maximum(spread, 1e-3 * max(float(spread.max()), 1e-12)), np.float64)
 
 
 def anchor(head: Head, outputs: Float64, hidden: Float64) -> Float64:
@@ -86,22 +124,24 @@ def anchor(head: Head, outputs: Float64, hidden: Float64) -> Float64:
     return found
 
 
-def _gaussian(hidden: Float64, at: Float64) -> Shrinkage:
-    """Probabilistic PCA of standardised states [T, D], whose root mean square distance is 1; radius and power are 1."""
-    t, d = hidden.shape
-    spread = hidden.std(0)
-    spread = np.maximum(spread, LEAST_SPREAD * max(float(spread.max()), 1e-12))
-    z = (hidden - hidden.mean(0)) / spread
-    variances, directions = np.linalg.eigh(z.T @ z / t)
-    variances, directions = np.maximum(variances[::-1], 0), directions[:, ::-1]
-    rank = max(1, min(RANK, d - 1, t // 2))
-    rest = variances[rank:].mean() if rank < d else variances[-1]
-    rest = max(float(rest), LEAST_SPREAD**2 * float(variances[0]), 1e-12)
-    deviations = np.sqrt(np.maximum(variances[:rank], rest))
-    arrays = (at, hidden.mean(0), spread, np.ascontiguousarray(directions[:, :rank]), deviations)
-    least = float(np.float32(math.sqrt(rest)))
-    anchored, centre, wide, basis, along = (torch.from_numpy(each).float() for each in arrays)
-    return Shrinkage(anchored, centre, wide, basis, along.clamp_min(least), least, 1.0, 1.0)
+def _discriminants(states: Float64, label: Int64, at: Float64) -> Shrinkage:
+    """Linear discriminants of states [T, D] of these kinds [T]; where all prompts are of one kind, of one centre."""
+    mean, spread = states.mean(0), spread_of(states)
+    z, label = ((states - mean) / spread)[label >= 0], np.unique(label[label >= 0], return_inverse=True)[1]
+    count = np.bincount(label)
+    member = np.zeros((len(count), len(z)))
+    member[label, np.arange(len(z))] = 1 / count[label]
+    centres = member @ z
+    apart = z - centres[label]
+    within = apart.T @ apart / len(z)
+    within = (1 - RIDGE) * within + RIDGE * max(float(np.trace(within)) / len(within), 1e-9) * np.eye(len(within))
+    among = (centres.T * count) @ centres / len(z)
+    rank = max(1, min(RANK, len(count) - 1, len(within)))
+    between, directions = eigh(among, within, subset_by_index=[len(within) - rank, len(within) - 1])
+    directions /= spread[:, None]
+    arrays = (at, directions, mean @ directions, np.maximum(between, 0), centres @ (directions * spread[:, None]))
+    anchored, along, offset, variances, of_kinds = (torch.from_numpy(np.ascontiguousarray(each)).float() for each in arrays)
+    return Shrinkage(anchored, along, offset, variances, of_kinds, 0.0, 1.0)
 
 
 def fit(
@@ -114,12 +154,12 @@ def fit(
     source: npt.NDArray[np.str_] | None = None,
     seed: int = 0,
 ) -> tuple[Shrinkage | None, ShrinkageReport]:
-    """``start`` with the radius and power that make votes likeliest; None where that is better than none by less than a
+    """``start`` with the middle and width that make votes likeliest; None where that is better than none by less than a
     standard error over conversations.
 
-    away [T]: distances of training prompts, whose quantiles are the radii that are compared. votes: on the head's models, of
-    prompts that were not trained on; hidden [P, D]: of these prompts, before any shrinkage. source [P]: the parts for which
-    radius and power are chosen by the others; None: five parts at random. Raises ValueError for fewer than LEAST_PROMPTS
+    away [T]: distances of training prompts, of whose quantiles the middle is one. votes: on the head's models, of prompts that
+    were not trained on; hidden [P, W]: what the head reads of these prompts, before any shrinkage. source [P]: the parts for
+    which middle and width are chosen by the others; None: five parts at random. Raises ValueError for fewer than LEAST_PROMPTS
     prompts, and for a single source.
     """
     if len(votes.prompts) < LEAST_PROMPTS:
@@ -151,21 +191,26 @@ def fit(
     found = None if best == 0 else compared[best - 1]
     before, after = (float(weight @ of / weight.sum()) for of in (losses[0], held))
     report = ShrinkageReport(
-        len(votes), len(votes.prompts), None if found is None else found.radius, None if found is None else found.power,
+        len(votes), len(votes.prompts), None if found is None else found.middle, None if found is None else found.width,
         float(shares[best].mean()), before, after, gain, error, by_part,
     )  # fmt: skip
     return found, report
 
 
 def candidates(start: Shrinkage, away: Float64) -> list[Shrinkage]:
-    """``start`` with each radius and power that are compared. away [T]: the training prompts' distances."""
-    return [replace(start, radius=max(float(np.quantile(away, q)), 1e-6), power=power) for q in QUANTILES for power in POWERS]
+    """``start`` with each middle and width that are compared. away [T]: the training prompts' distances."""
+    return [at_quantile(start, away, quantile, width) for quantile in QUANTILES for width in WIDTHS]
+
+
+def at_quantile(start: Shrinkage, away: Float64, quantile: float, width: float) -> Shrinkage:
+    """``start`` that keeps half at this quantile of the training prompts' distances ``away`` [T]. width: in units of
+    ``upper_half``."""
+    return replace(start, middle=float(np.quantile(away, quantile)), width=width * upper_half(away))
 
 
 def share(of: Shrinkage, distances: Float64) -> Float64:
     """s [N] at these distances [N]."""
-    found: Float64 = np.minimum(1.0, (of.radius / np.maximum(distances, 1e-300)) ** of.power)
-    return found
+    return np.asarray(expit((of.middle - distances) / of.width))
 
 
 def losses_of(of: Shrinkage, head: Head, feedback: FeedbackModel, votes: Votes, hidden: torch.Tensor, kept: Float64) -> Float64:
@@ -200,7 +245,7 @@ def write(source: Checkpoint, target: Path, found: Shrinkage, report: ShrinkageR
     """Writes ``source`` with this shrinkage, and what it was fitted to in training_config.json, to the folder ``target``.
     Raises what ``checkpoint.rewrite`` raises."""
     record = {
-        "votes": report.votes, "prompts": report.prompts, "radius": report.radius, "power": report.power,
+        "votes": report.votes, "prompts": report.prompts, "middle": report.middle, "width": report.width,
         "held_out_log_loss": {"before": report.before, "after": report.after},
     }  # fmt: skip
     rewrite(source, target, source.head, training={"shrinkage": record}, files={FILE: found.write})
