@@ -458,6 +458,14 @@ def test_kinds_are_categories_of_enough_prompts_or_clusters(rng):
     assert np.isfinite(away).all()
 
 
+@pytest.mark.parametrize("kinds", [None, ["a"] * 60 + ["b"] * 60, [str(i) for i in range(120)]])
+@pytest.mark.parametrize("states", [np.ones((120, 6)), np.zeros((120, 6)), np.repeat(np.eye(2, 6), 60, 0)])
+def test_states_that_are_alike_are_kept(states, kinds):
+    of, away = learned.of_training(Head(torch.randn(2, 6), torch.zeros(2), 2), np.zeros(2), states.astype(np.float32), 6, kinds)
+    assert np.isfinite(away).all()
+    assert (of(torch.from_numpy(states))[1] == 1).all()
+
+
 def test_too_few_prompts_and_sources_are_refused(rng):
     head = Head(torch.randn(2, 6), torch.zeros(2), 2)
     with pytest.raises(ValueError, match="training: expected at least 100 prompts, got 99"):

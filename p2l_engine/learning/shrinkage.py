@@ -97,9 +97,10 @@ def kinds_of(states: Float64, kinds: Sequence[str] | None, seed: int = 0) -> Int
         enough = count >= LEAST_OF_KIND
         if enough.sum() > 1:
             return np.asarray(np.where(enough, np.cumsum(enough) - 1, -1)[label], np.int64)
-    z = (states - states.mean(0)) / spread_of(states)
-    _, label = kmeans2(z, min(CLUSTERS, len(z) // OF_CLUSTER), minit="++", seed=np.random.default_rng([seed, 4]))
-    return np.asarray(np.unique(label, return_inverse=True)[1], np.int64)
+    different, prompt = np.unique((states - states.mean(0)) / spread_of(states), axis=0, return_inverse=True)
+    count = min(CLUSTERS, len(states) // OF_CLUSTER, len(different))
+    _, label = kmeans2(different, count, minit="++", seed=np.random.default_rng([seed, 4]))
+    return np.asarray(np.unique(label[prompt], return_inverse=True)[1], np.int64)
 
 
 def upper_half(away: Float64) -> float:
