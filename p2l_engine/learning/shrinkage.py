@@ -98,8 +98,8 @@ def kinds_of(states: Float64, kinds: Sequence[str] | None, seed: int = 0) -> Int
         if enough.sum() > 1:
             return np.asarray(np.where(enough, np.cumsum(enough) - 1, -1)[label], np.int64)
     different, prompt = np.unique((states - states.mean(0)) / spread_of(states), axis=0, return_inverse=True)
-    count = min(CLUSTERS, len(states) // OF_CLUSTER, len(different))
-    _, label = kmeans2(different, count, minit="++", seed=np.random.default_rng([seed, 4]))
+    clusters = min(CLUSTERS, len(states) // OF_CLUSTER, len(different))
+    _, label = kmeans2(different, clusters, minit="++", seed=np.random.default_rng([seed, 4]))
     return np.asarray(np.unique(label[prompt], return_inverse=True)[1], np.int64)
 
 
