@@ -40,7 +40,8 @@ from p2l_engine import Engine, checkpoint
 from p2l_engine.backbone.head import Head
 from p2l_engine.checkpoint.files import read_json
 from p2l_engine.feedback import FeedbackModel
-from p2l_engine.learning.shrinkage import QUANTILES, WIDTHS, marginal_outputs, upper_half
+from p2l_engine.learning import shrinkage
+from p2l_engine.learning.shrinkage import marginal_outputs, upper_half
 
 Float64 = npt.NDArray[np.float64]
 
@@ -78,7 +79,7 @@ class Row:
 
 
 Way = tuple[float, float]  # quantile and width; width 0: the constant share ``quantile``
-GRID: list[Way] = [(1.0, 0.0), *((q, w) for q in QUANTILES for w in WIDTHS)]
+GRID: list[Way] = [(1.0, 0.0), *shrinkage.GRID]
 PENALTIES = (3e-4, 1e-3, 3e-3)
 NONE, MARGINAL = (1.0, 0.0), (0.0, 0.0)
 

@@ -134,10 +134,8 @@ class LearnedHead:
         read = torch.from_numpy(self.reads(rows))
         distances = start.distance(read).double().numpy()
         ways = {"all is kept": np.ones(len(rows))}
-        for quantile in shrinkage.QUANTILES:
-            for width in shrinkage.WIDTHS:
-                of = shrinkage.at_quantile(start, away, quantile, width)
-                ways[f"quantile {quantile:g}, width {width:g}"] = shrinkage.share(of, distances)
+        for (quantile, width), of in zip(shrinkage.GRID, shrinkage.candidates(start, away), strict=True):
+            ways[f"quantile {quantile:g}, width {width:g}"] = shrinkage.share(of, distances)
         ways["leaderboard"] = np.zeros(len(rows))
         own, at = (head(of, None, 0.0).double().numpy()[:, self.pool.column] for of in (read, start.anchor[None]))
         votes, first = self.pool.votes_on(rows)

@@ -468,7 +468,7 @@ def test_states_that_are_alike_are_kept(states, kinds):
 
 def test_too_few_prompts_and_sources_are_refused(rng):
     head = Head(torch.randn(2, 6), torch.zeros(2), 2)
-    with pytest.raises(ValueError, match="training: expected at least 100 prompts, got 99"):
+    with pytest.raises(ValueError, match="training: expected at least 100 prompts for a shrinkage, got 99"):
         learned.of_training(head, np.zeros(2), rng.normal(size=(99, 6)).astype(np.float32), 6)
     start, away = learned.of_training(head, np.zeros(2), rng.normal(size=(100, 6)).astype(np.float32), 6)
     theta = rng.normal(size=(100, 2))

@@ -408,7 +408,7 @@ def test_a_run_learns_a_leaderboard_of_each_topic(tmp_path, monkeypatch, reads_w
 @pytest.mark.parametrize("has_topics", [True, False])
 def test_a_run_falls_back_on_prompts_of_new_kinds(tmp_path, monkeypatch, has_topics):
     monkeypatch.setenv("P2L_ENGINE_CACHE", str(tmp_path / "cache"))
-    how = {"fallback": {"quantile": 0.9, "width": 0.3}, "topics": {} if has_topics else None}
+    how = {"shrinkage": {"quantile": 0.9, "width": 0.3}, "topics": {} if has_topics else None}
     folder = train(of_topics(tmp_path, **how))
     engine = Engine.from_pretrained(folder, device="cpu", dtype=torch.float32)
     assert len(engine.shrinkage.centres) == 2
@@ -424,11 +424,21 @@ def test_a_run_falls_back_on_prompts_of_new_kinds(tmp_path, monkeypatch, has_top
 
 
 @pytest.mark.parametrize("bad", [{"quantile": 1.0}, {"quantile": 0.0}, {"width": 0.0}, {"more": 1}])
-def test_a_fallback_that_means_nothing_is_refused(bad, tmp_path):
+def test_a_shrinkage_that_means_nothing_is_refused(bad, tmp_path):
     values = of_topics(tmp_path).model_dump()
-    values["head_optimum"]["fallback"] = {"quantile": 0.9, "width": 0.3} | bad
-    with pytest.raises(ValueError, match="fallback"):
+    values["head_optimum"]["shrinkage"] = {"quantile": 0.9, "width": 0.3} | bad
+    with pytest.raises(ValueError, match="shrinkage"):
         TrainConfig.model_validate(values)
+
+
+def test_a_shrinkage_needs_prompts(tmp_path, monkeypatch):
+    monkeypatch.setenv("P2L_ENGINE_CACHE", str(tmp_path / "cache"))
+    config = of_topics(tmp_path, shrinkage={"quantile": 0.9, "width": 0.3})
+    path = tmp_path / "votes.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:60]))
+    with pytest.raises(ValueError, match="training: expected at least 100 prompts for a shrinkage, got "):
+        train(config)
+    assert not (tmp_path / "cache" / "hidden").exists()  # found before hidden states are computed
 
 
 def test_topics_need_categories(tmp_path, monkeypatch):

@@ -50,7 +50,7 @@ class TopicsOptimum(BaseModel):
     words: bool = True
 
 
-class Fallback(BaseModel):
+class ShrinkageOptimum(BaseModel):
     """How coefficients of prompts of new kinds fall back to one leaderboard (see ``backbone.shrinkage``): half of their
     differences are kept at this quantile of the training prompts' distances. width: of the decline, in units of their upper
     half, from the median to the 95% quantile."""
@@ -63,13 +63,13 @@ class Fallback(BaseModel):
 
 class HeadOptimum(BaseModel):
     """The head alone, at its greatest posterior probability (see ``optimum``). deviations: of the prior; of several the
-    validation votes choose one. Kinds of prompts, for the fallback, are the votes' categories."""
+    validation votes choose one. Kinds of prompts, for the shrinkage, are the votes' categories."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     deviations: Annotated[list[Annotated[float, Field(gt=0, le=1e6)]], Field(min_length=1)]
     topics: TopicsOptimum | None = None
-    fallback: Fallback | None = None
+    shrinkage: ShrinkageOptimum | None = None
 
 
 # What only training in steps reads.

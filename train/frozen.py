@@ -28,15 +28,17 @@ logger = logging.getLogger(__name__)
 
 
 def train(config: TrainConfig, wanted: HeadOptimum, folder: Path, parts: Splits, inputs: Mapping[str, Any]) -> None:
-    """Writes the checkpoint to ``folder``: the head, topics and fallback where they are wanted, and the settings of an adapter
+    """Writes the checkpoint to ``folder``: the head, topics and shrinkage where they are wanted, and the settings of an adapter
     that changes nothing else of the backbone.
 
     An interrupted run goes on where the cache of hidden states ends. Raises ValueError for topics of votes without categories
-    and for a fallback of too few prompts, CheckpointError for a backbone that cannot be read, ArithmeticError where the optimum
-    is not reached, and OSError where the cache or the checkpoint cannot be written.
+    and for a shrinkage of too few prompts, CheckpointError for a backbone that cannot be read, ArithmeticError where the
+    optimum is not reached, and OSError where the cache or the checkpoint cannot be written.
     """
     if wanted.topics is not None:
         _categories(parts.training)  # before hours of hidden states
+    if wanted.shrinkage is not None:
+        shrinkage.check_enough(len(parts.training.prompts))
     loaded = base(config)
     engine = Engine(loaded, dtype=config.dtype, max_tokens=config.max_length)
     reads_words = wanted.topics is not None and wanted.topics.words
@@ -66,7 +68,7 @@ class Known:
 
 
 def fitted(feedback: FeedbackModel, wanted: HeadOptimum, training: Known, chosen_on: Known | None) -> FittedLayers:
-    """The head, and what is wanted beside it. Raises ValueError for topics of votes without categories and for a fallback of
+    """The head, and what is wanted beside it. Raises ValueError for topics of votes without categories and for a shrinkage of
     too few prompts, and ArithmeticError where an optimum is not reached."""
     of, leaderboards = None, 1.0
     if wanted.topics is not None:
@@ -76,13 +78,13 @@ def fitted(feedback: FeedbackModel, wanted: HeadOptimum, training: Known, chosen
     validation = None if chosen_on is None else (chosen_on.votes, chosen_on.inputs(of))
     reads = training.inputs(of)
     best = optimum.best(feedback, training.votes, reads, validation, wanted.deviations, leaderboards)
-    if wanted.fallback is None:
+    if wanted.shrinkage is None:
         return FittedLayers(best, of, None)
     start, away = shrinkage.of_training(
         best.head, shrinkage.marginal_outputs(feedback, training.votes), reads.together(), training.hidden.shape[1],
         training.votes.category,
     )  # fmt: skip
-    return FittedLayers(best, of, shrinkage.at_quantile(start, away, wanted.fallback.quantile, wanted.fallback.width))
+    return FittedLayers(best, of, shrinkage.at_quantile(start, away, wanted.shrinkage.quantile, wanted.shrinkage.width))
 
 
 def _categories(votes: Votes) -> Sequence[str]:

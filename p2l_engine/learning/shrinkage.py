@@ -33,6 +33,7 @@ CLUSTERS, OF_CLUSTER = 64, 20  # where kinds are not known: at most so many, of 
 PARTS = 5
 QUANTILES = (0.7, 0.8, 0.9, 0.95, 0.98)  # of training prompts' distances: candidates of where half is kept
 WIDTHS = (0.1, 0.3, 1.0)  # candidates of the width, in units of the distances' upper half
+GRID = [(quantile, width) for quantile in QUANTILES for width in WIDTHS]
 RANK = 32  # directions, at most, in which kinds are most apart
 RIDGE = 0.03  # the share of a sphere in the covariance within kinds
 
@@ -74,8 +75,7 @@ def of_training(
     of the prompts, such as their tasks; None, or fewer than two kinds of enough prompts: clusters of hidden states. Raises
     ValueError for fewer than LEAST_PROMPTS prompts.
     """
-    if len(read) < LEAST_PROMPTS:
-        raise ValueError(f"training: expected at least {LEAST_PROMPTS} prompts, got {len(read)}")
+    check_enough(len(read))
     wide = read.astype(np.float64)
     states, none = np.ascontiguousarray(wide[:, :size]), np.zeros(wide.shape[1])
     label = kinds_of(states, kinds, seed)
@@ -87,6 +87,12 @@ def of_training(
     found = _discriminants(states, label, anchor(head, outputs, wide))
     spread = upper_half(away)
     return replace(found, middle=float(away.max()) + 20 * spread, width=spread), away
+
+
+def check_enough(prompts: int) -> None:
+    """Raises ValueError where there are fewer training prompts than LEAST_PROMPTS."""
+    if prompts < LEAST_PROMPTS:
+        raise ValueError(f"training: expected at least {LEAST_PROMPTS} prompts for a shrinkage, got {prompts}")
 
 
 def kinds_of(states: Float64, kinds: Sequence[str] | None, seed: int = 0) -> Int64:
@@ -199,8 +205,8 @@ def fit(
 
 
 def candidates(start: Shrinkage, away: Float64) -> list[Shrinkage]:
-    """``start`` with each middle and width that are compared. away [T]: the training prompts' distances."""
-    return [at_quantile(start, away, quantile, width) for quantile in QUANTILES for width in WIDTHS]
+    """``start`` with each quantile and width of GRID. away [T]: the training prompts' distances."""
+    return [at_quantile(start, away, quantile, width) for quantile, width in GRID]
 
 
 def at_quantile(start: Shrinkage, away: Float64, quantile: float, width: float) -> Shrinkage:
