@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-NEARLY_ALL = 0.995  # which is shown as 100%
+FAR = 0.5  # a prompt that keeps less is farther away than nearly all of training: see ``backbone.shrinkage``
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +42,19 @@ class Decision:
     expected_seconds: float | None = None
     kept: float | None = None
 
+    @property
+    def far(self) -> bool:
+        """Whether less than half of the prompt's own differences between models was kept."""
+        return self.kept is not None and self.kept < FAR
+
     def with_kept(self, kept: float) -> Decision:
         """This decision from coefficients of which so much was kept."""
         return replace(self, why=why_with(self.why, kept), kept=kept)
 
 
 def why_with(why: str, kept: float | None) -> str:
-    """``why``, and how much of a prompt's own coefficients is kept, where that is less than nearly all of them."""
-    if kept is None or kept >= NEARLY_ALL:
+    """``why``, and how much of a prompt's own coefficients is kept, where that is less than half."""
+    if kept is None or kept >= FAR:
         return why
     return f"{why}; far from the training prompts: {kept:.0%} of the differences between models are kept"
 

@@ -172,6 +172,22 @@ def test_the_default_one_routes_among_models_with_a_price(default_engine):
 
 
 @pytest.mark.slow
+def test_the_default_one_falls_back_where_prompts_are_like_none_of_training(default_engine):
+    """There its theta is one leaderboard for all prompts, but for little, and decisions say so."""
+    apples = "Janet has 3 apples and buys 4 more bags with 6 apples each. How many apples does she have?"
+    known, far = [apples, "Solve: 12*7+3 ="], ["SELECT * FROM users WHERE", "<html><body>", "x" * 3000, "0 1 " * 500]
+    found = default_engine.coefficients([*known, *far])
+    assert found.kept[:2].min() > 0.7
+    assert found.kept[2:].max() < 0.1
+    apart = np.abs(found.theta[:, None] - found.theta).max(2)
+    assert apart[2:, 2:].max() < 0.5 < apart[0, 1]
+    router = Router(default_engine, Catalog.from_yaml(default_engine.folder / "catalog.yaml"))
+    near, *others = router.route_batch([apples, *far], 0.0005)
+    assert near.kept > 0.7
+    assert all("far from the training prompts" in decision.why for decision in others)
+
+
+@pytest.mark.slow
 def test_it_routes_over_its_own_catalog(llmrouter):
     catalog = Catalog.from_yaml(FOLDER / "catalog.yaml")
     router = Router(llmrouter, catalog)

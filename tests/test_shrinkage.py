@@ -276,8 +276,8 @@ def test_a_decision_says_how_much_is_kept(shrinking):
     found = shrinking.coefficients(PROMPTS).kept
     for decision, kept in zip(router.route_batch(PROMPTS, budget=2.5), found.tolist(), strict=True):
         assert decision.kept == pytest.approx(kept)
-        assert ("far from the training prompts: " in decision.why) == (kept < 0.995)
-        if kept < 0.995:
+        assert ("far from the training prompts: " in decision.why) == (kept < 0.5)
+        if kept < 0.5:
             assert decision.why.endswith(
                 f"; far from the training prompts: {kept:.0%} of the differences between models are kept"
             )
@@ -287,17 +287,31 @@ def test_a_decision_says_how_much_is_kept(shrinking):
     router.close()
 
 
-@pytest.mark.parametrize(("kept", "said"), [(None, False), (1.0, False), (0.995, False), (0.99, True), (0.0, True)])
-def test_nearly_all_is_not_worth_a_word(kept, said):
+@pytest.mark.parametrize(("kept", "said"), [(None, False), (1.0, False), (0.5, False), (0.49, True), (0.0, True)])
+def test_half_and_more_is_not_worth_a_word(kept, said):
     assert (why_with("why", kept) != "why") == said
 
 
+def test_the_command_counts_far_prompts(shrinking, plain):
+    prompts = [prompt for prompt in PROMPTS if prompt]
+    rates = "models:\n" + "".join(f"  {name}: {{cost: {i + 1}}}\n" for i, name in enumerate(tiny.MODELS))
+    for engine in (shrinking, Engine.from_pretrained(plain, "cpu", "float32")):
+        (engine.folder / "catalog.yaml").write_text(rates)
+        kept = engine.coefficients(prompts).kept
+        options = ("--checkpoint", str(engine.folder), "--device", "cpu", "--dtype", "float32")
+        done = p2l_engine("route", *prompts, *options)
+        assert done.status == 0, done.err
+        said = "" if kept is None else f"{(kept < 0.5).sum()} of {len(prompts)} far from the training prompts"
+        assert said in done.out
+        assert ("far from the training prompts" in done.out) == (kept is not None)
+
+
 class FarEngine(FixedEngine):
-    """Keeps 0.62 of every prompt."""
+    """Keeps 0.32 of every prompt."""
 
     def coefficients(self, prompts):
         found = super().coefficients(prompts)
-        return replace(found, kept=np.full(len(found), 0.62, np.float32))
+        return replace(found, kept=np.full(len(found), 0.32, np.float32))
 
 
 def test_a_server_explains_it():
@@ -308,9 +322,9 @@ def test_a_server_explains_it():
                 decision = await response.json()
             async with http.post(f"{server.url}/v1/coefficients", json={"prompts": ["hello", "you"]}) as response:
                 coefficients = await response.json()
-        assert decision["kept"] == pytest.approx(0.62)
-        assert decision["why"].endswith("far from the training prompts: 62% of the differences between models are kept")
-        assert coefficients["kept"] == pytest.approx([0.62, 0.62])
+        assert decision["kept"] == pytest.approx(0.32)
+        assert decision["why"].endswith("far from the training prompts: 32% of the differences between models are kept")
+        assert coefficients["kept"] == pytest.approx([0.32, 0.32])
 
     asyncio.run(ask())
 

@@ -76,6 +76,9 @@ def route(
     out().print(decisions_table(batch, decisions, router.catalog.unit, out().width))
     mean = sum(decision.expected_cost for decision in decisions) / len(decisions)
     out().print(f"mean expected cost {mean:.4g} {router.catalog.unit}", style="dim", markup=False)
+    if far := sum(decision.far for decision in decisions):
+        line = f"{far:,} of {len(decisions):,} far from the training prompts: chosen mostly by one leaderboard for all prompts"
+        out().print(line, style="dim", markup=False)
 
 
 def _fields(decision: Decision) -> dict[str, Any]:
