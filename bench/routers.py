@@ -209,6 +209,7 @@ def never_seen(args: argparse.Namespace, heads: PoolVotes, pool: Pooled, every: 
     losses: list[LossRow] = []
     if args.leave_out:
         parts, texts = (training, validation, held_out if args.part == "held-out" else seen), [p[0] for p in pool.prompts]
+        heads = heads.without_shrinkage()
         found, losses = left_out(heads, every, parts, texts, args.leave_out, console.print, args.min_prompts)
         show(found, console)
     for part in sorted(args.shares) if args.folds else []:

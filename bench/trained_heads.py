@@ -54,6 +54,10 @@ class PoolVotes:
         both = counts[self.votes.a] & (counts[self.votes.b] | (self.votes.b < 0))
         return replace(self, votes=replace(self.votes, weight=self.votes.weight * both))
 
+    def without_shrinkage(self) -> PoolVotes:
+        """Of heads that keep all of their coefficients, whatever the config wants."""
+        return replace(self, wanted=self.wanted.model_copy(update={"shrinkage": None}))
+
     def fit(self, training: Rows, chosen_on: Rows) -> LearnedHead:
         """What training makes of the prompts ``training`` of the pool; the deviation is chosen on the others. Models without
         votes there have a coefficient all the same. Raises ArithmeticError where an optimum is not reached."""

@@ -198,7 +198,8 @@ def test_heads_are_those_of_training(tmp_path, rng):
 def test_shrunk_coefficients_lie_between_their_own_and_the_leaderboard(tmp_path, rng):
     heads, pool = pool_votes(tmp_path, rng)
     training, validation, test = (pool.part(k) for k in range(3))
-    head = heads.fit(training, validation)
+    head = heads.without_shrinkage().fit(training, validation)
+    assert (heads.wanted.shrinkage is None, head.fitted.shrinkage is None) == (False, True)
     ways = list(head.shrunk(test))
     np.testing.assert_allclose(ways[0].theta, head.theta(test), atol=1e-5)
     assert (ways[0].kept, ways[-1].kept) == (1.0, 0.0)

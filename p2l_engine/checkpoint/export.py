@@ -40,15 +40,15 @@ def export(source: str | Path | None, target: Path, evaluation: Path | None = No
             "checkpoint it came from with linear maps alone (p2l-engine calibrate --map temperature --map offsets --map both), "
             "and export that"
         )
-    if loaded.shrinkage is not None:
-        raise CheckpointError(
-            f"{loaded.folder}: {SHRINKAGE_FILE}: shrinks the coefficients of prompts far from those of training, which "
-            "lmarena/p2l's code cannot read: export the checkpoint it came from, or a copy of this one without that file"
-        )
     if loaded.topics is not None:
         raise CheckpointError(
             f"{loaded.folder}: {TOPICS_FILE}: the head reads topics beside hidden states, which lmarena/p2l's code cannot "
             "compute: train one without them (topics: null in the training config), and export that"
+        )
+    if loaded.shrinkage is not None:
+        raise CheckpointError(
+            f"{loaded.folder}: {SHRINKAGE_FILE}: shrinks the coefficients of prompts far from those of training, which "
+            "lmarena/p2l's code cannot read: export the checkpoint it came from, or a copy of this one without that file"
         )
     training = json.loads((loaded.folder / "training_config.json").read_text(encoding="utf-8"))
     path = evaluation or loaded.folder / "evaluation.json"
