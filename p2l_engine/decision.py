@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-FAR = 0.5  # a prompt that keeps less is farther away than nearly all of training: see ``backbone.shrinkage``
+FAR = 0.5  # a prompt that keeps less is farther away than most of training: see ``backbone.shrinkage``
 
 
 @dataclass(frozen=True, slots=True)
