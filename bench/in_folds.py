@@ -38,6 +38,8 @@ def in_folds(
     predicted: dict[str, list[Float64]] = {}
     losses: dict[str, list[float]] = {}
     tested: list[Rows] = []
+    kept: list[Float64] = []
+    learned_from: list[int] = []
     for fold in range(count):
         rest, test = np.flatnonzero((part != fold) & (order < share)), rows[part == fold]
         inner = folds(votes.of(rest.tolist()), INNER)
@@ -58,12 +60,19 @@ def in_folds(
         for name, loss in head.log_losses(test).items():
             losses.setdefault(name, []).append(loss)
         tested.append(test)
+        kept.append(head.kept(test))
+        learned_from.append(len(training))
         deviation = head.fitted.best.deviation
         advance(f"fold {fold + 1} of {count}: {len(training):,} prompts to learn from, deviation {deviation:g}")
     joined = {name: np.concatenate(of) for name, of in predicted.items()}
     found_rows = compare(joined, every.of(np.concatenate(tested)), ahead="head")
-    of_votes = [LossRow(name, "all", len(rows), float(name == "head"), float(np.mean(of))) for name, of in losses.items()]
-    return [replace(row, share=share) for row in found_rows], [replace(row, share=share) for row in of_votes]
+    mean_kept = {"head": float(np.concatenate(kept).mean()), "leaderboard": 0.0}
+    of_votes = [LossRow(name, "all", len(rows), mean_kept[name], float(np.mean(of))) for name, of in losses.items()]
+    size = round(float(np.mean(learned_from)))
+    return (
+        [replace(row, share=share, learned_from=size) for row in found_rows],
+        [replace(row, share=share, learned_from=size) for row in of_votes],
+    )
 
 
 def summed(predicted: Sequence[Float64], scores: Float64) -> Float64:

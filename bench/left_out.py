@@ -30,11 +30,6 @@ from p2l_engine.votes.splits import folded
 GROUPS = 10  # of tasks, which are left out together: each task is predicted by routers that never saw it
 
 
-def sources_of(prompts: Scored) -> npt.NDArray[np.str_]:
-    """[N]: the source of each prompt, without the columns within which its scores compare."""
-    return np.array([name.split("/")[0] for name in prompts.source.tolist()])
-
-
 def groups_of(part: npt.NDArray[np.str_], by: str, seed: int = 0) -> npt.NDArray[np.int64]:
     """[N]: which prompts are left out together: those of one source; of tasks, a tenth of them, at random."""
     names, of = np.unique(part, return_inverse=True)
@@ -87,7 +82,7 @@ def left_out(
     [N]: the prompts' first turns. by: "source" or "task". advance: called with a line on each part that is done. min_prompts:
     that a known model shares with another. Raises ValueError where no part can be left out.
     """
-    part = sources_of(every) if by == "source" else every.task
+    part = every.sources() if by == "source" else every.task
     group, known_prompt = groups_of(part, by), np.unique([folded(text) for text in texts], return_inverse=True)[1]
     got: dict[str, list[Float64]] = {}
     of_part: list[npt.NDArray[np.str_]] = []

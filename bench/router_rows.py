@@ -17,8 +17,9 @@ LEAST = 30  # prompts of a source, or of a task that was left out, for a row of 
 @dataclass(frozen=True, slots=True)
 class RouterRow:
     """One router on one source, or on a task that was left out: mean true score, gain over the best single model in points, and
-    its standard error. behind: the points by which the router that is compared with all others is above this one on the same
-    prompts, and their standard error; NaN where there is none. share: of the training prompts, that were learned from."""
+    its standard error. A prompt counts once for each source, and judge, that has scores on it. behind: the points by which the
+    router that is compared with all others is above this one on the same prompts, and their standard error; NaN where there is
+    none. share: of the training prompts, that were learned from; learned_from: how many these are, 0 where it is not said."""
 
     router: str
     source: str
@@ -29,12 +30,13 @@ class RouterRow:
     behind: float
     behind_error: float
     share: float = 1.0
+    learned_from: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class LossRow:
     """The log-loss of a vote on prompts that were not learned from, and the mean share of their own coefficients that is kept.
-    share: of the training prompts, that were learned from."""
+    share, learned_from: as of a RouterRow."""
 
     router: str
     source: str
@@ -42,13 +44,14 @@ class LossRow:
     kept: float
     log_loss: float
     share: float = 1.0
+    learned_from: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class CurveRow:
-    """One router's cost-quality curve: its area, its score without a limit and that at a fifth of the cost of the best single
-    model; the cost at which it reaches that model's score, as a share of that model's, NaN where it never does; RouterArena's
-    score."""
+    """One router's cost-quality curve: its area; its score and cost where money has no price; its score at a fifth of the cost
+    of the best single model; the cost at which it reaches that model's score, as a share of that model's, NaN where it never
+    does; RouterArena's score."""
 
     router: str
     aiq: float
@@ -60,8 +63,14 @@ class CurveRow:
 
 
 def chosen(predicted: Float64, scores: Float64) -> npt.NDArray[np.int64]:
-    """[N]: the model with the highest prediction among those that have a score."""
-    return np.asarray(np.where(np.isfinite(scores), predicted, -np.inf).argmax(1))
+    """[N]: the model with the highest prediction among those that have a score. predicted: -inf for models that the router does
+    not know. Raises ValueError where it knows none of them."""
+    among = np.where(np.isfinite(scores), predicted, -np.inf)
+    if unknown := int((among.max(1) == -np.inf).sum()):
+        raise ValueError(
+            f"{unknown:,} of {len(scores):,} prompts have no score of a model that the router knows: expected none"
+        )
+    return np.asarray(among.argmax(1))
 
 
 def compare(
@@ -72,7 +81,7 @@ def compare(
     rows = np.arange(len(test.scores))
     got = {name: test.scores[rows, chosen(values, test.scores)] for name, values in predicted.items()}
     got["oracle"] = np.nanmax(test.scores, 1)
-    return rows_of(got, test.source, single, ahead)
+    return rows_of(got, test.sources(), single, ahead)
 
 
 def rows_of(got: Mapping[str, Float64], part: npt.NDArray[np.str_], single: str, ahead: str | None = None) -> list[RouterRow]:
@@ -99,7 +108,8 @@ def curve(predicted: Float64, scores: Float64, costs: Float64) -> Float64:
     """[K, 2]: mean cost and mean true score at every price of money, by falling price. predicted, scores, costs [N, M]."""
     there = np.isfinite(scores)
     spread = np.where(there, costs, np.nan)
-    scale = (np.nanmax(predicted) - np.nanmin(predicted)) / max(float(np.nanmedian(spread)), 1e-300)
+    known = predicted[np.isfinite(predicted)]
+    scale = (known.max() - known.min()) / max(float(np.nanmedian(spread)), 1e-300)
     prices = np.concatenate([[0.0], scale * np.geomspace(1e-6, 1e6, 241)])
     rows, points = np.arange(len(scores)), []
     for price in prices:
@@ -152,16 +162,18 @@ def arena(score: float, usd: float) -> float:
 def curves(
     predicted: Mapping[str, Float64], test: Scored, costs: Float64, single: str = "source"
 ) -> tuple[list[CurveRow], dict[str, Float64]]:
-    """Each router's row, with the mixture of single models, and their hulls. costs [N, M] in USD a prompt."""
+    """Each router's row, and their hulls; "mixture" is the curve of ``single``, the best model of a source at each price. costs
+    [N, M] in USD a prompt."""
     rows = np.arange(len(test.scores))
     best = chosen(predicted[single], test.scores)
     single_cost, single_score = float(costs[rows, best].mean()), float(test.scores[rows, best].mean())
-    hulls = {name: hull(curve(values, test.scores, costs)) for name, values in predicted.items() if name != single}
-    hulls["mixture"] = hull(curve(predicted[single], test.scores, costs))
+    routers = {name: values for name, values in predicted.items() if name != single} | {"mixture": predicted[single]}
+    hulls = {name: hull(curve(values, test.scores, costs)) for name, values in routers.items()}
     highest = max(float(points[-1, 0]) for points in hulls.values())
     found = []
     for name, points in hulls.items():
-        cost, score = (float(last) for last in points[-1])
+        free = chosen(routers[name], test.scores)
+        cost, score = float(costs[rows, free].mean()), float(test.scores[rows, free].mean())
         at, share = score_at(points, single_cost / 5), cost_of(points, single_score) / single_cost
         found.append(CurveRow(name, area(points, highest), score, cost, at, share, arena(score, 1000 * cost)))
     return found, hulls

@@ -20,9 +20,9 @@ With a catalog (--catalog) also the cost-quality curves: the choice maximises pr
 price. Models that the catalog does not have are left out of them, and prompts on which no other model has a score.
 The score at a fifth is that at a fifth of the best single model's cost; "single's score at" is the share of that cost at which
 a router reaches that model's score. AIQ is the area under the upper hull of (cost, score), divided by the highest cost of any
-router and model (RouterBench, https://arxiv.org/abs/2403.12031); "mixture" is the hull of the single models. RouterArena's
-score (https://arxiv.org/abs/2510.00202) is 1.1 A C / (0.1 A + C), with A the mean score without a limit, and C the cost of
-1,000 prompts in USD on a logarithmic scale: 0 at 200, 1 at 0.0044.
+router and model (RouterBench, https://arxiv.org/abs/2403.12031); "mixture" is the hull of each source's best model at each
+price. RouterArena's score (https://arxiv.org/abs/2510.00202) is 1.1 A C / (0.1 A + C), with A the mean score where money has no
+price, and C the cost of 1,000 prompts in USD on a logarithmic scale: 0 at 200, 1 at 0.0044.
 """
 
 from __future__ import annotations

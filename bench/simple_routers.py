@@ -28,6 +28,10 @@ class Scored:
     source: npt.NDArray[np.str_]
     task: npt.NDArray[np.str_]
 
+    def sources(self) -> npt.NDArray[np.str_]:
+        """[N]: the source of each prompt, without the columns within which its scores compare."""
+        return np.array([name.split("/")[0] for name in self.source.tolist()])
+
     def of(self, rows: npt.NDArray[np.bool_] | npt.NDArray[np.int64]) -> Scored:
         """Only these prompts."""
         return Scored(self.features[rows], self.scores[rows], self.source[rows], self.task[rows])

@@ -112,6 +112,12 @@ class LearnedHead:
             read, _ = self.fitted.shrinkage(read)
         return np.asarray(self.fitted.best.head(read, None, 0.0).double().numpy())
 
+    def kept(self, rows: Rows) -> Float64:
+        """[n]: the share of their own coefficients that is kept of these prompts, 1 without a shrinkage."""
+        if self.fitted.shrinkage is None:
+            return np.ones(len(rows))
+        return np.asarray(self.fitted.shrinkage(torch.from_numpy(self.reads(rows)))[1].double().numpy())
+
     def log_losses(self, rows: Rows) -> dict[str, float]:
         """The log-loss of a vote on these prompts: by the head, and by the one leaderboard of the prompts that it was fitted
         to."""

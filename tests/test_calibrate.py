@@ -245,7 +245,7 @@ def test_held_out_maps_have_not_seen_the_votes_that_they_are_judged_on():
 
 
 def test_folds_keep_conversations_whole(rng):
-    prompts = [(f"Opening {i % 40}", *(["then"] * (i // 40))) for i in range(100)] + [("opening  3",)]
+    prompts = [(f"Opening {i % 40}", *(["then"] * (i // 40))) for i in range(100)] + [("opening  3!",)]
     n = len(prompts)
     votes = Votes.make(prompts, "ab", np.arange(n), np.zeros(n, int), np.ones(n, int), rng.integers(0, 2, n))
     fold = folds(votes, 5, seed=3)
@@ -255,7 +255,7 @@ def test_folds_keep_conversations_whole(rng):
         assert len({fold[i] for i in range(100) if i % 40 == opening}) == 1
     assert fold[100] == fold[3]
     np.testing.assert_array_equal(fold, folds(votes, 5, seed=3))
-    with pytest.raises(ValueError, match="expected 1 to 40 parts, as there are 40 conversations, got 41"):
+    with pytest.raises(ValueError, match="expected 1 to 40 parts, as there are 40 different first turns, got 41"):
         folds(votes, 41)
 
 

@@ -94,10 +94,10 @@ def test_what_is_left_out_is_not_learned_from(rng, monkeypatch):
     assert {row.router for row in found} == {"single", "ridge", "head", "shrunk", "leaderboard", "oracle"}
     assert {row.source for row in found} == {"all", "one", "two"}
     for (training, validation, test), of_head in zip(seen, heads.seen, strict=True):
-        tested = set(left_out.sources_of(test))
+        tested = set(test.sources().tolist())
         assert len(tested) == 1
         for part, rows in zip((training, validation), of_head, strict=True):
-            assert not tested & set(left_out.sources_of(part))
+            assert not tested & set(part.sources().tolist())
             np.testing.assert_array_equal(part.features, world.features[rows])  # heads learn from the same prompts
         shared = world.features[1] if "one" in tested else world.features[0]
         assert not (training.features == shared).all(1).any()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import unicodedata
 
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from p2l_engine.feedback import feedback_model
@@ -15,6 +18,7 @@ from p2l_engine.train import sources
 from p2l_engine.train.config import TrainConfig
 from p2l_engine.train.data import load
 from p2l_engine.votes.by_source import read_by_source
+from p2l_engine.votes.splits import folded
 
 ORIGIN = {"origin": "https://example.org", "license": "MIT"}
 
@@ -57,8 +61,8 @@ def test_a_source_has_names_of_its_own(tmp_path):
 
 
 def test_equal_prompts_of_two_sources_are_spelled_as_in_the_first(tmp_path):
-    one = ["What is 2+2?", "Go: ++", "go --"]
-    two = ["what  is 2 + 2", "GO! **", "What is 22?", "other"]
+    one = ["What is 2+2?", "Go, now", "go now!"]
+    two = ["what  is 2 + 2", "GO NOW", "What is 2 + 2 ?", "other"]
     written(tmp_path / "one.csv", [(p, "", m, 1) for p in one for m in "ab"])
     written(tmp_path / "two.csv", [(p, "", m, 1) for p in two[:2] + two[3:] for m in "ab"])
     written(tmp_path / "three.csv", [(p, "", m, 1) for p in two for m in "ab"])
@@ -67,8 +71,54 @@ def test_equal_prompts_of_two_sources_are_spelled_as_in_the_first(tmp_path):
     rows, _ = sources.pool(sources.Pool.load(tmp_path / "pool.yaml"), tmp_path)
     prompts = {group: {row.prompt[0] for row in rows if row.group == group} for group in named}
     assert prompts["one"] == set(one)  # within a source, punctuation may be what is asked
-    assert prompts["two"] == {"What is 2+2?", "GO! **", "other"}
-    assert prompts["three"] == set(two)  # two of its texts fold to that of the first source: which one is meant is not known
+    assert prompts["two"] == {"What is 2+2?", "GO NOW", "other"}  # the first source has two such prompts: which is meant?
+    assert prompts["three"] == set(two)  # two of its texts are that of the first source
+
+
+ALIKE = [
+    ("What is 2+2?", "what  is 2 + 2"),
+    ("Hello, world!", "hello world"),
+    ('Say "yes".', "say \u201cyes\u201d"),
+    ("What\u2019s new?", "what's new"),
+    ("\uff21\uff22\uff23 stra\u00dfe", "abc strasse ..."),
+    ("f( x, y )", "f(x, y)"),
+    ("?!", "?!"),
+]
+APART = [
+    ("What is 12+3?", "What is 12*3?"),
+    ("1 + 2 * 3", "(1 + 2) * 3"),
+    ("1.5 + 1", "15 + 1"),
+    ("Sort 1, 2", "Sort 12"),
+    ("Compute 5!", "Compute 5"),
+    ("Compute n!", "Compute n"),
+    ("f(x,y)", "f(xy)"),
+    ("f'(x)", "f(x)"),
+    ("x - 2018", "x + 2018"),
+    ("a < b", "a > b"),
+    ("C++", "C#"),
+    ("?!", "!?"),
+]
+
+
+@pytest.mark.parametrize(("one", "other", "same"), [(*p, True) for p in ALIKE] + [(*p, False) for p in APART])
+def test_prompts_of_two_sources_are_one_where_they_ask_the_same(tmp_path, one, other, same):
+    written(tmp_path / "one.csv", [(one, "", m, 1) for m in "ab"])
+    written(tmp_path / "two.csv", [(other, "", m, 1) for m in "ab"])
+    named = {name: {"path": f"{name}.csv", **ORIGIN} for name in ("one", "two")}
+    (tmp_path / "pool.yaml").write_text(yaml.safe_dump({"sources": named}))
+    rows, _ = sources.pool(sources.Pool.load(tmp_path / "pool.yaml"), tmp_path)
+    assert {row.prompt[0] for row in rows} == ({one} if same else {one, other})
+
+
+# marks that join a letter would join another one without the white space
+PLAIN = st.characters(categories=("L", "N", "P", "S", "Zs")).filter(lambda c: unicodedata.is_normalized("NFKD", c))
+
+
+@given(text=st.text(PLAIN, min_size=1), space=st.sampled_from(["  ", "\n", "\t "]))
+def test_a_spelling_keeps_letters_and_digits_and_not_how_wide_the_space_is(text, space):
+    if any(c.isalnum() for c in text):
+        assert sources.spelling(space + text.replace(" ", space) + space) == sources.spelling(text)
+        assert folded(sources.spelling(text)) == folded(text)
 
 
 def test_a_model_goes_with_the_models_that_tied_it_to_the_others(tmp_path):
@@ -134,13 +184,23 @@ def test_a_pool_is_written_and_trained_on(tmp_path):
             "sources.one.names: expected each name of a source once, got twice a",
         ),
         ({"names": {"a": ["b"], "c": ["b"]}}, "names: expected each name of a source once, got twice b"),
-        ({"names": {"a": ["b"]}}, "one.csv: row 1: a second score of 'a' on the same prompt"),
+        ({"names": {"a": ["b"]}}, "one.csv: row 1: names: 'a' and 'b' are both 'a'"),
         ({"sources": {"one": {"path": "none.csv", **ORIGIN}}}, "none.csv"),
         ({"sources": {"one": {"path": "blank.csv", **ORIGIN}}}, "blank.csv: row 1: prompt: empty"),
         (
             {"sources": {"one": {"path": "endless.csv", **ORIGIN}}},
             "endless.csv: row 0: score: expected a finite number",
         ),
+        ({"sources": {"one": {"path": "percent.csv", **ORIGIN}}}, "percent.csv: score: expected 0 to 1, since"),
+        ({"sources": {"one": {"path": "below.csv", **ORIGIN}}}, "below.csv: score: expected 0 to 1, since"),
+        (
+            {"sources": {"one": {"path": "tasks.csv", **ORIGIN}}},
+            "tasks.csv: row 2: task: expected the prompt's first one, 'one/t'",
+        ),
+        ({"sources": {"all": {"path": "one.csv", **ORIGIN}}}, "expected names without '/', other than 'all', got 'all'"),
+        ({"sources": {"a/b": {"path": "one.csv", **ORIGIN}}}, "expected names without '/', other than 'all', got 'a/b'"),
+        ({"min_prompts": 5}, "sources: no row of one, two is left"),
+        ({"leave_out": ["a", "d"], "min_prompts": 1}, "sources: no row of two is left"),
         ({"sources": {}}, "sources: "),
         ({"prices": {}}, "prices: "),
         ({"sources": {"one": {"path": "one.csv", "within": ["judge"], **ORIGIN}}}, "expected the columns judge"),
@@ -150,9 +210,21 @@ def test_what_is_wrong_in_a_pool_is_named(tmp_path, change, message):
     pooled(tmp_path, **change)
     written(tmp_path / "blank.csv", [("p", "", "a", 1), (" ", "", "b", 1)])
     written(tmp_path / "endless.csv", [("p", "", "a", "inf"), ("p", "", "b", 1)])
+    written(tmp_path / "percent.csv", [("p", "", "a", 95), ("p", "", "b", 1)])
+    written(tmp_path / "below.csv", [("p", "", "a", -1), ("p", "", "b", 1)])
+    written(tmp_path / "tasks.csv", [("p", "t", "a", 0), ("q", "t", "a", 1), ("p", "s", "b", 1)])
     result = CliRunner().invoke(
         sources.app, [str(tmp_path / "pool.yaml"), "--data", str(tmp_path), "-o", str(tmp_path / "o.parquet")]
     )
     assert result.exit_code == 1
     assert message in " ".join(result.output.split())
     assert not (tmp_path / "o.parquet").exists()
+
+
+def test_the_output_has_a_folder(tmp_path):
+    """Said before the sources are read."""
+    result = CliRunner().invoke(
+        sources.app, [str(tmp_path / "none.yaml"), "--data", str(tmp_path), "-o", str(tmp_path / "missing" / "o.parquet")]
+    )
+    assert result.exit_code == 1
+    assert "--output: expected a file in a folder that exists" in result.output

@@ -109,10 +109,10 @@ def test_a_state_at_a_kinds_centre_is_kept():
 def test_file_reads_back_and_is_the_same_each_time(tmp_path):
     before = shrinkage(middle=-1.7, slope=4.0, beside=3)
     before.write(tmp_path / FILE)
-    again, states = Shrinkage.read(tmp_path / FILE, D + 3), torch.randn(7, D + 3)
+    again, states = Shrinkage.read(tmp_path / FILE, D, D + 3), torch.randn(7, D + 3)
     again.write(tmp_path / "again")
     assert (tmp_path / "again").read_bytes() == (tmp_path / FILE).read_bytes()
-    third = Shrinkage.read(tmp_path / "again", D + 3)
+    third = Shrinkage.read(tmp_path / "again", D, D + 3)
     assert all(torch.equal(*both) for both in zip(again(states), third(states), strict=True))
     for one, other in zip(before(states), again(states), strict=True):
         torch.testing.assert_close(one, other)
@@ -126,7 +126,11 @@ def test_file_reads_back_and_is_the_same_each_time(tmp_path):
         (lambda t: t | {"anchor": t["anchor"][:-1]}, r"anchor: expected \[48\], found \[47\]"),
         (lambda t: t | {"directions": t["directions"][:, :0]}, r"directions: expected \[D, r\], found \[48, 0\]"),
         (lambda t: t | {"directions": t["directions"][:, 0]}, r"directions: expected \[D, r\], found \[48\]"),
-        (lambda t: t | {"directions": torch.randn(49, 5)}, r"anchor: expected \[W\], W at least 49, found \[48\]"),
+        (lambda t: t | {"directions": torch.randn(49, 5)}, r"directions: expected 48 rows, found \[49, 5\]"),
+        (lambda t: t | {"directions": torch.randn(12, 5)}, r"directions: expected 48 rows, found \[12, 5\]"),
+        (lambda t: t | {"centres": t["centres"].to(torch.int64)}, "centres: expected float32, found torch.int64"),
+        (lambda t: t | {"offset": t["offset"].half()}, "offset: expected float32, found torch.float16"),
+        (lambda t: t | {"centres": t["centres"] + 1e30}, "centres: expected numbers whose squares are finite"),
         (lambda t: t | {"offset": t["offset"][:-1]}, r"offset: expected \[5\], found \[4\]"),
         (lambda t: t | {"centres": t["centres"][:, :-1]}, r"centres: expected \[7, 5\], found \[7, 4\]"),
         (lambda t: t | {"centres": t["centres"][:0]}, r"centres: expected \[1, 5\], found \[0, 5\]"),
@@ -142,7 +146,7 @@ def test_wrong_tensors_are_named(tmp_path, change, message):
     shrinkage().write(tmp_path / FILE)
     save_file({name: tensor.contiguous() for name, tensor in change(load_file(tmp_path / FILE)).items()}, tmp_path / FILE)
     with pytest.raises(CheckpointError, match=message):
-        Shrinkage.read(tmp_path / FILE, D)
+        Shrinkage.read(tmp_path / FILE, D, D)
 
 
 @pytest.fixture(scope="module")

@@ -3,18 +3,21 @@
 The table has the columns prompt, task, model, score and source. Training reads it with ``sources: source``: scores compare
 within one source only, since two sources grade differently.
 
-Prompts of different sources that differ in case, space and punctuation alone are one prompt, spelled as in the first source.
-Within a source they stay apart, since there punctuation may be what is asked (a sokoban board, a program); splits by hash keep
-them in one part.
+Prompts of different sources that differ in case, white space, quotes and the marks of a sentence alone are one prompt, spelled
+as in the first source. Operators, brackets and marks within numbers tell prompts apart: 12 + 3 is not 12 * 3. Within a source
+no spelling is changed, since there any mark may be what is asked (a sokoban board, a program). Splits by hash keep all texts of
+the same letters and digits in one part.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import re
 import sys
+import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -23,18 +26,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import typer
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from rich.console import Console
 from rich.table import Table as TextTable
 
 from p2l_engine.tables.atomic import write_file
 from p2l_engine.tables.turns import cell_turns
-from p2l_engine.tables.whole import read_table
+from p2l_engine.tables.whole import Table, read_table
 from p2l_engine.train.definition import Definition
 from p2l_engine.votes.scores import SCORES, score_matrix
-from p2l_engine.votes.splits import folded
 
 COLUMNS = ("prompt", "task", "model", "score", "source")
+ALL = "all"  # the total's row, where sources are counted
+QUOTES = re.compile('["\u201c\u201d\u201e\u00ab\u00bb\u300c\u300d\u300e\u300f]')
+ENDS = re.compile(r"(?:[.,;:?\u3001\u3002]|(?<![\d)])(?<!\b\w)!)+(?=\s|$)")  # marks behind a word; not the ! of a factorial
+NO_WORDS_AROUND = re.compile(r"(?<!\w) | (?!\w)")
 
 
 class SourceOptions(BaseModel):
@@ -60,6 +66,13 @@ class Pool(Definition):
     leave_out: list[str] = Field(default_factory=list)
     min_prompts: Annotated[int, Field(ge=1)] = 1
 
+    @field_validator("sources")
+    @classmethod
+    def _named(cls, sources: dict[str, SourceOptions]) -> dict[str, SourceOptions]:
+        if wrong := [name for name in sources if not name or name == ALL or "/" in name]:
+            raise ValueError(f"expected names without '/', other than {ALL!r}, got {', '.join(map(repr, wrong))}")
+        return sources
+
 
 @dataclass(frozen=True, slots=True)
 class ScoreRow:
@@ -75,8 +88,8 @@ class ScoreRow:
 def pool(options: Pool, data: Path) -> tuple[list[ScoreRow], dict[str, int]]:
     """The scores of all sources, and the models that were left out with the number of prompts that they share with another.
 
-    Raises ValueError for a row that is invalid, a second score of a model on a prompt within a source, and a name of ``names``
-    or ``leave_out`` that no source has.
+    Raises ValueError for a row that is invalid, a second score of a model, or a second task, on a prompt within a source, for a
+    name of ``names`` or ``leave_out`` that no source has, and for a source of which no row is left.
     """
     canonical = _canonical("names", options.names)
     found: dict[str, list[ScoreRow]] = {}
@@ -92,7 +105,13 @@ def pool(options: Pool, data: Path) -> tuple[list[ScoreRow], dict[str, int]]:
     if unknown := sorted(set(canonical) - seen | set(options.leave_out) - known):
         raise ValueError(f"names, leave_out: expected models of the sources, found none named {', '.join(unknown)}")
     rows = [row for row in _spelled_alike(found) if row.model not in options.leave_out]
-    return _connected(rows, options.min_prompts)
+    rows, left_out = _connected(rows, options.min_prompts)
+    if empty := sorted(set(options.sources) - {source_of(row) for row in rows}):
+        raise ValueError(
+            f"sources: no row of {', '.join(empty)} is left, without the models of leave_out and those that share under "
+            f"min_prompts = {options.min_prompts:,} prompts with another: expected some; leave the source out"
+        )
+    return rows, left_out
 
 
 def _canonical(where: str, names: Mapping[str, list[str]]) -> dict[str, str]:
@@ -102,15 +121,28 @@ def _canonical(where: str, names: Mapping[str, list[str]]) -> dict[str, str]:
     return {other: name for name, others in names.items() for other in others}
 
 
+def spelling(text: str) -> str:
+    """What tells prompts of different sources apart: the text in one case and one form of Unicode (NFKC), without quotes and
+    marks behind words, and with white space between words alone. The text itself where nothing is left."""
+    plain = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    words = ENDS.sub(" ", QUOTES.sub(" ", plain.replace("\u2018", "'").replace("\u2019", "'"))).split()
+    return NO_WORDS_AROUND.sub("", " ".join(words)) or text
+
+
+def source_of(row: ScoreRow) -> str:
+    """The row's source, without the values of its columns ``within``."""
+    return row.group.split("/")[0]
+
+
 def _spelled_alike(found: Mapping[str, list[ScoreRow]]) -> list[ScoreRow]:
-    """The rows of all sources, in which prompts of different sources that fold to the same text are spelled as in the first.
-    Texts of which one source has several are left alone."""
+    """The rows of all sources, in which prompts of different sources with the same ``spelling`` are as in the first. Texts of
+    which one source has several are left alone."""
     spelled: dict[tuple[str, ...], tuple[str, ...]] = {}
     rows: list[ScoreRow] = []
     for of_source in found.values():
         own: defaultdict[tuple[str, ...], set[tuple[str, ...]]] = defaultdict(set)
         for prompt in {row.prompt for row in of_source}:
-            own[tuple(map(folded, prompt))].add(prompt)
+            own[tuple(map(spelling, prompt))].add(prompt)
         alike = {prompts.pop(): key for key, prompts in own.items() if len(prompts) == 1}
         shared = {prompt: spelled.setdefault(key, prompt) for prompt, key in alike.items()}
         rows += [replace(row, prompt=shared.get(row.prompt, row.prompt)) for row in of_source]
@@ -124,6 +156,7 @@ def _rows(name: str, source: SourceOptions, data: Path, canonical: Mapping[str, 
         raise ValueError(f"{table.shown}: expected the columns {', '.join(missing)}; it has {', '.join(table.names)}")
     given = table.columns["model"]
     seen.update(model for model in given if isinstance(model, str))
+    _check_names(table, source.within, canonical)
     table = replace(table, columns={**table.columns, "model": [canonical.get(model, model) for model in given]})
     groups: dict[str, list[int]] = {}
     for i, values in enumerate(zip([name] * len(table), *(table.columns[column] for column in source.within), strict=True)):
@@ -132,16 +165,34 @@ def _rows(name: str, source: SourceOptions, data: Path, canonical: Mapping[str, 
     for group, of in groups.items():
         part = table.take(of)
         prompts, models, scores = score_matrix(part, complete=False)
+        if (outside := scores[np.isfinite(scores) & ((scores < 0) | (scores > 1))]).size:
+            raise ValueError(
+                f"{table.shown}: score: expected 0 to 1, since equal ones are a tie from 0.5 up, got {outside[0]:g}"
+            )
         kinds = part.columns.get("task", [None] * len(part))
-        tasks = {
-            cell_turns(cell): f"{name}/{str(kind).removeprefix(f'{name}/')}" if kind else name
-            for cell, kind in zip(part.columns["prompt"], kinds, strict=True)
-        }
+        tasks: dict[tuple[str, ...], str] = {}
+        for i, (cell, kind) in enumerate(zip(part.columns["prompt"], kinds, strict=True)):
+            task = f"{name}/{str(kind).removeprefix(f'{name}/')}" if kind else name
+            if (first := tasks.setdefault(cell_turns(cell), task)) != task:
+                raise ValueError(f"{part.located(i)}: task: expected the prompt's first one, {first!r}, got {task!r}")
         found += [
             ScoreRow(prompts[p], tasks[prompts[p]], models[m], float(scores[p, m]), group)
             for p, m in np.argwhere(np.isfinite(scores)).tolist()
         ]
     return found
+
+
+def _check_names(table: Table, within: Sequence[str], canonical: Mapping[str, str]) -> None:
+    """Raises ValueError where two names of one model have scores on the same prompt."""
+    first: dict[tuple[str, ...], str] = {}
+    cells = zip(*(table.columns[column] for column in ("model", "prompt", *within)), strict=True)
+    for i, (model, *where) in enumerate(cells):
+        name = canonical.get(model, model)
+        if (other := first.setdefault((str(name), *map(repr, where)), model)) != model:
+            raise ValueError(
+                f"{table.located(i)}: names: {other!r} and {model!r} are both {name!r}, and have a score each on this prompt: "
+                "expected other versions under names of their own"
+            )
 
 
 def _connected(rows: list[ScoreRow], least: int) -> tuple[list[ScoreRow], dict[str, int]]:
@@ -181,10 +232,10 @@ def write(rows: list[ScoreRow], path: Path) -> None:
 
 def counts(rows: list[ScoreRow], options: Pool) -> dict[str, tuple[str, str, str]]:
     """Numbers of prompts, models and scores by source, and of all."""
-    parts = {name: [row for row in rows if row.group.split("/")[0] == name] for name in options.sources}
+    parts = {name: [row for row in rows if source_of(row) == name] for name in options.sources}
     return {
         name: (f"{len({row.prompt for row in part}):,}", f"{len({row.model for row in part}):,}", f"{len(part):,}")
-        for name, part in (parts | {"all": rows}).items()
+        for name, part in (parts | {ALL: rows}).items()
     }
 
 
@@ -195,7 +246,7 @@ def card(rows: list[ScoreRow], options: Pool) -> str:
     lines += [
         f"| [{name}]({source.origin}) | {source.license} | {' | '.join(of[name])} |" for name, source in options.sources.items()
     ]
-    return "\n".join([*lines, f"| all | | {' | '.join(of['all'])} |", ""])
+    return "\n".join([*lines, f"| all | | {' | '.join(of[ALL])} |", ""])
 
 
 def summary(rows: list[ScoreRow], options: Pool, left_out: Mapping[str, int]) -> TextTable:
@@ -225,6 +276,8 @@ def main(
 ) -> None:
     """Pools score tables of several sources into one table to train on."""
     try:
+        if not output.parent.is_dir():
+            raise ValueError(f"--output: expected a file in a folder that exists, got {output}")
         options = Pool.load(definition)
         with Console(stderr=True).status(f"reading {len(options.sources)} sources"):
             rows, left_out = pool(options, data)

@@ -71,7 +71,10 @@ class Shrinkage:
             raise ValueError(f"width: expected a finite number above 0, got {self.width!r}")
         between, centres = self.between.double(), self.centres.double()
         folded = (between / (1 + between), 2 * centres.T, -centres.square().sum(1))
-        object.__setattr__(self, "_folded", tuple(part.float().contiguous() for part in folded))
+        parts = tuple(part.float().contiguous() for part in folded)
+        if not all(bool(part.isfinite().all()) for part in parts):
+            raise ValueError("centres: expected numbers whose squares are finite in float32")
+        object.__setattr__(self, "_folded", parts)
 
     def __call__(self, read: Tensor) -> tuple[Tensor, Tensor]:
         """What the head reads, [N, W] float32, and s [N] in [0, 1], for x [N, W], on their device. Where s is 1, x keeps its
@@ -98,21 +101,26 @@ class Shrinkage:
         tensor_file.write(path, tensors | numbers)
 
     @classmethod
-    def read(cls, path: Path, width: int) -> Shrinkage:
-        """Reads what ``write`` wrote, for a head that reads [W = width]. Raises CheckpointError for a file that cannot be read,
-        and for tensors that do not fit."""
+    def read(cls, path: Path, hidden: int, width: int) -> Shrinkage:
+        """Reads what ``write`` wrote, for hidden states of [D = hidden] and a head that reads [W = width]. Raises
+        CheckpointError for a file that cannot be read, and for tensors that do not fit."""
         tensors, _ = tensor_file.read(path)
         expected = sorted((*TENSORS, *NUMBERS))
         if sorted(tensors) != expected:
             raise CheckpointError(
                 f"{path}: expected the tensors {', '.join(expected)}, found {', '.join(sorted(tensors)) or 'none'}"
             )
+        for name, tensor in tensors.items():
+            if tensor.dtype != torch.float32:
+                raise CheckpointError(f"{path}: {name}: expected float32, found {tensor.dtype}")
         for name in NUMBERS:
             if tensors[name].shape != (1,):
                 raise CheckpointError(f"{path}: {name}: expected one number, found {list(tensors[name].shape)}")
         if tensors["anchor"].shape != (width,):
             raise CheckpointError(f"{path}: anchor: expected {[width]}, found {list(tensors['anchor'].shape)}")
-        anchor, directions, offset, between, centres = (tensors[name].float() for name in TENSORS)
+        if tensors["directions"].shape[:1] != (hidden,):
+            raise CheckpointError(f"{path}: directions: expected {hidden} rows, found {list(tensors['directions'].shape)}")
+        anchor, directions, offset, between, centres = (tensors[name] for name in TENSORS)
         middle, spread = (float(tensors[name]) for name in NUMBERS)
         try:
             return cls(anchor, directions, offset, between, centres, middle, spread)

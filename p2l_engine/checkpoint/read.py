@@ -135,7 +135,7 @@ def load(path_or_repo: str | Path | None = None, date: str | Date | None = None)
     theta_map = ThetaMap.read(folder / MAP_FILE, models) if (folder / MAP_FILE).exists() else None
     lengths = LengthHead.read(folder / LENGTHS_FILE, width, models) if (folder / LENGTHS_FILE).exists() else None
     shrinks = (folder / SHRINKAGE_FILE).exists()
-    shrinkage = Shrinkage.read(folder / SHRINKAGE_FILE, width) if shrinks else None
+    shrinkage = Shrinkage.read(folder / SHRINKAGE_FILE, int(config.hidden_size), width) if shrinks else None
     return Checkpoint(
         folder, base, config, tokenizer, models, feedback, weights, head, transformers, uncertainty, theta_map, lengths,
         shrinkage, topics,

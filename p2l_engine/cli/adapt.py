@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from p2l_engine.cli.adapted import catalog_with, note_written, show, with_votes, write_learned
-from p2l_engine.cli.inputs import PROMPT_FILE, CsvEscape, Date, Device, Dtype, VoteColumn, vote_columns
+from p2l_engine.cli.inputs import PROMPT_FILE, CsvEscape, Date, Device, Dtype, Sources, VoteColumn, vote_columns
 from p2l_engine.cli.progress import progress
 from p2l_engine.cli.terminal import note, status
 from p2l_engine.tables.limits import MAX_DROPPED
@@ -76,6 +76,7 @@ def adapt(
             rich_help_panel=LEARNING,
         ),
     ] = None,
+    sources: Sources = None,
     column: VoteColumn = None,
     csv_escape: CsvEscape = None,
     max_dropped: Annotated[float, typer.Option(min=0, max=1, help="The share of rows that may be invalid.")] = MAX_DROPPED,
@@ -112,7 +113,8 @@ def adapt(
         from p2l_engine.learning import hidden, names, write
         from p2l_engine.learning.adapt import adapt as learn
         from p2l_engine.learning.rows import KNOWN_VOTES
-        from p2l_engine.votes import Votes, prompts_hash, read
+        from p2l_engine.votes import Votes, prompts_hash
+        from p2l_engine.votes.by_source import read_within
 
         loaded = checkpoints.load(checkpoint, date)
     if loaded.theta_map is not None:
@@ -134,8 +136,8 @@ def adapt(
     given = Votes.make([], loaded.models, nothing, nothing, nothing, nothing)
     if votes is not None:
         columns = vote_columns(column)
-        given, dropped = read(
-            votes, None, loaded.feedback, columns, max_dropped, complete=False, answers_once=True, csv_escape=csv_escape
+        given, dropped = read_within(
+            votes, sources, loaded.feedback, columns, max_dropped, answers_once=True, csv_escape=csv_escape
         )
         for line in dropped.lines():
             note(f"dropped {line}", warning=True)

@@ -14,6 +14,7 @@ from p2l_engine.cli.inputs import (
     Date,
     Device,
     Dtype,
+    Sources,
     VoteColumn,
     check_writable,
     load_engine,
@@ -51,6 +52,7 @@ def calibrate(
             show_default=False,
         ),
     ] = None,
+    sources: Sources = None,
     column: VoteColumn = None,
     csv_escape: CsvEscape = None,
     max_dropped: Annotated[float, typer.Option(min=0, max=1, help="The share of rows that may be invalid.")] = MAX_DROPPED,
@@ -76,7 +78,7 @@ def calibrate(
     from p2l_engine.learning.calibration import among_known
     from p2l_engine.learning.calibration import calibrate as fit
     from p2l_engine.learning.candidates import candidates
-    from p2l_engine.votes import read
+    from p2l_engine.votes.by_source import read_within
 
     wrong = sorted({*(maps or ())} - {*MAPS})
     if wrong:
@@ -89,7 +91,7 @@ def calibrate(
     engine = load_engine(checkpoint, device, dtype, date)
     check_target(engine.folder, output)
     columns = vote_columns(column)
-    given, dropped = read(votes, None, engine.feedback, columns, max_dropped, csv_escape=csv_escape)
+    given, dropped = read_within(votes, sources, engine.feedback, columns, max_dropped, complete=True, csv_escape=csv_escape)
     for line in dropped.lines():
         note(f"dropped {line}", warning=True)
     known, others = among_known(given, engine.models)

@@ -65,6 +65,14 @@ CsvEscape = Annotated[
         help="What escapes quotes in csv files: '\\' as Spark writes them. Default: quotes are doubled.", show_default=False
     ),
 ]
+Sources = Annotated[
+    str | None,
+    typer.Option(
+        help="The column that names the sources of scores, or 'file': scores compare within one source only, and models that "
+        "a source lacks are no error. Default: all are of one source.",
+        show_default=False,
+    ),
+]
 Checkpoint = Annotated[
     str | None,
     typer.Option(

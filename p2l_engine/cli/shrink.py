@@ -25,7 +25,7 @@ def shrink(
         str,
         typer.Option(
             help="The votes or scores that the checkpoint was trained on: a table (.parquet, .csv, .jsonl), a folder, glob or "
-            "URI of such files, or a data set on the hub. Prompts that --votes has too are left out."
+            "URI of such files, or a data set on the hub. Prompts that --votes has too are left out, also in another spelling."
         ),
     ],
     votes: Annotated[
@@ -37,6 +37,14 @@ def shrink(
         typer.Option(
             help="The column of --votes that names their sources, or 'file': what is chosen is measured on each source by the "
             "others. Default: five parts at random.",
+            show_default=False,
+        ),
+    ] = None,
+    sources: Annotated[
+        str | None,
+        typer.Option(
+            help="The column of --trained-on that names the sources of scores, or 'file': scores compare within one source "
+            "only. Default: all are of one source.",
             show_default=False,
         ),
     ] = None,
@@ -66,8 +74,8 @@ def shrink(
         from p2l_engine.jsonable import to_json
         from p2l_engine.learning import hidden, shrinkage
         from p2l_engine.learning.calibration import among_known
-        from p2l_engine.votes import read
-        from p2l_engine.votes.by_source import balanced, read_by_source
+        from p2l_engine.votes.by_source import balanced, read_by_source, read_within
+        from p2l_engine.votes.splits import folded
 
         loaded = checkpoints.load(checkpoint, date)
     if loaded.theta_map is not None:
@@ -79,16 +87,16 @@ def shrink(
     columns = vote_columns(column)
     source = None
     if by is None:
-        given, dropped = read(
-            votes, None, loaded.feedback, columns, max_dropped, complete=False, answers_once=True, csv_escape=csv_escape
+        given, dropped = read_within(
+            votes, None, loaded.feedback, columns, max_dropped, answers_once=True, csv_escape=csv_escape
         )
     else:
         given, label, dropped = read_by_source(
             votes, by, loaded.feedback, columns, max_dropped, answers_once=True, csv_escape=csv_escape
         )
         source = dict(zip((given.prompts[p] for p in given.prompt), label.tolist(), strict=True))
-    trained, other = read(
-        trained_on, None, loaded.feedback, columns, max_dropped, complete=False, answers_once=True, csv_escape=csv_escape
+    trained, other = read_within(
+        trained_on, sources, loaded.feedback, columns, max_dropped, answers_once=True, csv_escape=csv_escape
     )
     for line in (*dropped.lines(), *other.lines()):
         note(f"dropped {line}", warning=True)
@@ -96,8 +104,8 @@ def shrink(
     if unknown:
         note(f"skipped {unknown:,} votes on models that the checkpoint does not know", warning=True)
     trained, _ = among_known(trained, loaded.models)
-    measured_on = set(known.prompts)
-    rest = [i for i, prompt in enumerate(trained.prompts) if prompt not in measured_on]
+    measured_on = {folded(prompt[0]) for prompt in known.prompts}
+    rest = [i for i, prompt in enumerate(trained.prompts) if folded(prompt[0]) not in measured_on]
     if len(rest) < len(trained.prompts):
         note(f"left {len(trained.prompts) - len(rest):,} prompts out of --trained-on: --votes has them too")
     trained = trained.of(rest)

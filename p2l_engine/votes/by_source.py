@@ -15,10 +15,32 @@ from p2l_engine.tables.limits import MAX_DROPPED
 from p2l_engine.tables.rows import listed
 from p2l_engine.votes.cells import Unusable, category_of
 from p2l_engine.votes.columns import vote_table
-from p2l_engine.votes.read import Dropped, votes_of
+from p2l_engine.votes.read import Dropped, read, votes_of
 from p2l_engine.votes.votes import Votes
 
 FILE = "file"  # in place of a column: the file that a row is in
+
+
+def read_within(
+    path: str | Path | Sequence[str | Path],
+    sources: str | None,
+    feedback: FeedbackModel,
+    columns: Mapping[str, str] | None = None,
+    max_dropped: float = MAX_DROPPED,
+    complete: bool = False,
+    answers_once: bool = False,
+    csv_escape: str | None = None,
+) -> tuple[Votes, Dropped]:
+    """Votes of files whose column ``sources`` says within which rows scores compare, see ``read_by_source``; None: within all,
+    see ``read``, which ``complete`` is for. Raises what they raise."""
+    if sources is None:
+        return read(
+            path, None, feedback, columns, max_dropped, complete=complete, answers_once=answers_once, csv_escape=csv_escape
+        )
+    votes, _, dropped = read_by_source(
+        path, sources, feedback, columns, max_dropped, answers_once=answers_once, csv_escape=csv_escape
+    )
+    return votes, dropped
 
 
 def read_by_source(

@@ -48,7 +48,10 @@ def score_matrix(
             raise ValueError(f"{table.located(i)}: prompt: empty")
         of_prompt = rows.setdefault(parsed, {})
         if model in of_prompt:
-            raise ValueError(f"{table.located(i)}: a second score of {model!r} on the same prompt")
+            raise ValueError(
+                f"{table.located(i)}: a second score of {model!r} on the same prompt: expected one; where "
+                "there are several sources of scores, name their column (sources)"
+            )
         value = number(score)
         if value is None:
             raise ValueError(f"{table.located(i)}: score: expected a finite number, got {score!r}")

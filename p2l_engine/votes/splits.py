@@ -68,12 +68,16 @@ def conversations(votes: Votes) -> Integers:
 
 
 def folds(votes: Votes, count: int, seed: int = 0) -> Integers:
-    """[P]: which of ``count`` parts, from 0, each prompt is in, at random; conversations stay whole, and the parts have about
-    as many prompts each. Raises ValueError where there are fewer conversations than parts."""
-    of = conversations(votes)
+    """[P]: which of ``count`` parts, from 0, each prompt is in, at random; prompts whose first turns are equal when ``folded``
+    stay together, and the parts have about as many prompts each. Raises ValueError where there are fewer different first turns
+    than parts."""
+    number: dict[str, int] = {}
+    of = np.array([number.setdefault(folded(_opening(prompt)), len(number)) for prompt in votes.prompts], np.int64)
     sizes = np.bincount(of)
     if not 1 <= count <= len(sizes):
-        raise ValueError(f"count: expected 1 to {len(sizes)} parts, as there are {len(sizes)} conversations, got {count}")
+        raise ValueError(
+            f"count: expected 1 to {len(sizes)} parts, as there are {len(sizes)} different first turns, got {count}"
+        )
     order = np.random.default_rng([seed, 2]).permutation(len(sizes))
     part, filled = np.zeros(len(sizes), np.int64), np.zeros(count, np.int64)
     for conversation in order[np.argsort(-sizes[order], kind="stable")]:
