@@ -646,6 +646,30 @@ def test_hulls_and_areas(rng):
     assert router_rows.arena(0.7, 200) == 0
 
 
+def test_a_router_that_knows_none_of_the_models_is_refused():
+    """Models that it does not know are never chosen, and do not change how a curve's prices are spread."""
+    scores = np.array([[1.0, 0.0, np.nan], [0.0, np.nan, 1.0]])
+    partly = np.array([[0.5, 0.2, -np.inf], [0.1, 0.3, -np.inf]])
+    np.testing.assert_array_equal(router_rows.chosen(partly, scores), [0, 0])
+    costs = np.tile([2.0, 1.0, 3.0], (2, 1))
+    np.testing.assert_allclose(router_rows.curve(partly, scores, costs), [[1.5, 0.0], [2.0, 0.5]])
+    with pytest.raises(ValueError, match="1 of 2 prompts have no score of a model that the router knows"):
+        router_rows.chosen(np.array([[-np.inf, 0.2, -np.inf], [-np.inf, 0.3, -np.inf]]), scores)
+
+
+def test_the_score_without_a_price_is_not_the_best_of_all_prices(rng):
+    scores = rng.integers(0, 2, (60, 4)).astype(float)
+    test = simple_routers.Scored(np.zeros((60, 1)), scores, np.array(["s"] * 60), np.array(["t"] * 60))
+    predicted = {"source": np.tile(scores.mean(0), (60, 1)), "noise": rng.random((60, 4))}
+    costs = np.tile([1.0, 2.0, 3.0, 4.0], (60, 1))
+    rows, hulls = router_rows.curves(predicted, test, costs)
+    noise = next(row for row in rows if row.router == "noise")
+    taken = predicted["noise"].argmax(1)
+    assert noise.score == scores[np.arange(60), taken].mean() < hulls["noise"][-1, 1]
+    assert noise.cost == pytest.approx(costs[0][taken].mean())
+    assert noise.arena == pytest.approx(router_rows.arena(noise.score, 1000 * noise.cost))
+
+
 def test_a_curve_reaches_the_cheapest_and_the_best_choice(rng):
     world, chance = scored_world(rng)
     costs = np.tile(np.geomspace(1e-4, 1e-2, 6), (240, 1))

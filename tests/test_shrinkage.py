@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import aiohttp
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given
@@ -25,6 +26,7 @@ from p2l_engine.backbone.theta_map import FILE as MAP_FILE
 from p2l_engine.backbone.theta_map import MonotoneStep, ThetaMap
 from p2l_engine.backbone.uncertainty import FILE as UNCERTAINTY_FILE
 from p2l_engine.backbone.uncertainty import Uncertainty
+from p2l_engine.batch.worker import Route
 from p2l_engine.checkpoint.export import export
 from p2l_engine.decision import why_with
 from p2l_engine.engine.batcher import Batcher
@@ -308,6 +310,31 @@ def test_the_command_counts_far_prompts(shrinking, plain):
         said = "" if kept is None else f"{(kept < 0.5).sum()} of {len(prompts)} far from the training prompts"
         assert said in done.out
         assert ("far from the training prompts" in done.out) == (kept is not None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("explore", [None, "thompson"])
+def test_files_say_how_much_is_kept(shrinking, plain, some, tmp_path, explore):
+    folder = with_shrinkage(plain, tmp_path / "again", some)
+    Uncertainty(torch.zeros(D + 1, 3), torch.eye(3)[None] * 0.1, ("alpha",), tuple(tiny.MODELS)).write(
+        folder / UNCERTAINTY_FILE
+    )
+    rates = "models:\n" + "".join(f"  {name}: {{cost: {i + 1}}}\n" for i, name in enumerate(tiny.MODELS))
+    (folder / "catalog.yaml").write_text(rates)
+    (plain / "catalog.yaml").write_text(rates)
+    source = tmp_path / "prompts.jsonl"
+    source.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in (*PROMPTS, None)))
+    options = ("--device", "cpu", "--dtype", "float32", *(("--explore", explore) if explore else ()))
+    done = p2l_engine("batch", source, "-o", tmp_path / "out", "--checkpoint", folder, *options)
+    assert done.status in (0, 3), done.err
+    found = pq.read_table(tmp_path / "out")["kept"].to_pylist()
+    np.testing.assert_allclose(found[:-1], shrinking.coefficients(PROMPTS).kept, rtol=1e-3)
+    assert found[-1] is None
+    batch = Route(str(folder), device="cpu", dtype="float32", explore=explore)({"prompt": np.array([*PROMPTS, ""], object)})
+    np.testing.assert_allclose(batch["kept"][:4], found[:4], rtol=1e-3)
+    if explore is None:
+        done = p2l_engine("batch", source, "-o", tmp_path / "plain", "--checkpoint", plain, *options)
+        assert "kept" not in pq.read_table(tmp_path / "plain").column_names
 
 
 class FarEngine(FixedEngine):

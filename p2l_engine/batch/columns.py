@@ -24,12 +24,14 @@ OUTPUT_COLUMNS = (
     "score",
     "expected_tokens",
     "expected_seconds",
+    "kept",
     "theta",
     "eta",
     "deviation",
     "error",
 )
 USAGE = ("expected_tokens", "expected_seconds")  # where the checkpoint has learned how long answers are
+KEPT = "kept"  # where the checkpoint has a shrinkage: the share of the differences between models that was kept
 EXPLORED = ("propensity", "propensity_error")  # further ones where the router explores
 
 

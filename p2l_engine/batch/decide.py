@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from p2l_engine.batch.blocks import Unroutable
-from p2l_engine.batch.columns import EXPLORED, USAGE
+from p2l_engine.batch.columns import EXPLORED, KEPT, USAGE
 from p2l_engine.batch.deduplicator import NO_REFERENCE, DeduplicatedBlock
 from p2l_engine.coefficients import Coefficients
 from p2l_engine.constraints import UNCONSTRAINED, Constraints
@@ -148,8 +148,8 @@ class Decider:
         return _decided(block, routable, reasons, columns | self._written(coefficients), spend)
 
     def _written(self, coefficients: Coefficients) -> dict[str, pa.Array]:
-        """The columns of coefficients, where they are wanted."""
-        columns = {}
+        """The column of what was kept, where there is a shrinkage, and those of coefficients, where they are wanted."""
+        columns = {} if coefficients.kept is None else {KEPT: pa.array(coefficients.kept)}
         if self.written_type:
             dtype = np.dtype(self.written_type)
             columns["theta"] = _lists(coefficients.theta.astype(dtype))

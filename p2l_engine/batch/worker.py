@@ -76,8 +76,8 @@ class Route:
 
     def __call__(self, batch: Columns) -> dict[str, npt.NDArray[Any]]:
         """The columns of the batch [n] and those of ``p2l-engine batch``: model, policy (a list of {model, probability} per
-        row), expected_cost, win_rate, score, expected_tokens and expected_seconds where the checkpoint expects them, optionally
-        theta [n, M], eta [n] and deviation [n, M], and error.
+        row), expected_cost, win_rate, score, expected_tokens and expected_seconds where the checkpoint expects them, kept where
+        it has a shrinkage, optionally theta [n, M], eta [n] and deviation [n, M], and error.
 
         In a row that cannot be routed, error says why, numbers are NaN and other values None. Raises ValueError where the batch
         has no column of prompts, or a column with a name of the result's.

@@ -108,6 +108,7 @@ def shrink(
     rest = [i for i, prompt in enumerate(trained.prompts) if folded(prompt[0]) not in measured_on]
     if len(rest) < len(trained.prompts):
         note(f"left {len(trained.prompts) - len(rest):,} prompts out of --trained-on: --votes has them too")
+    shrinkage.check_enough(len(rest))
     trained = trained.of(rest)
     some = np.random.default_rng(seed).permutation(len(rest))[:MOST]
     every = [*(trained.prompts[i] for i in some), *known.prompts]
