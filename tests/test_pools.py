@@ -17,6 +17,7 @@ from p2l_engine.feedback import feedback_model
 from p2l_engine.train import sources
 from p2l_engine.train.config import TrainConfig
 from p2l_engine.train.data import load
+from p2l_engine.train.spelling import spelling
 from p2l_engine.votes.by_source import read_by_source
 from p2l_engine.votes.splits import folded
 
@@ -117,8 +118,8 @@ PLAIN = st.characters(categories=("L", "N", "P", "S", "Zs")).filter(lambda c: un
 @given(text=st.text(PLAIN, min_size=1), space=st.sampled_from(["  ", "\n", "\t "]))
 def test_a_spelling_keeps_letters_and_digits_and_not_how_wide_the_space_is(text, space):
     if any(c.isalnum() for c in text):
-        assert sources.spelling(space + text.replace(" ", space) + space) == sources.spelling(text)
-        assert folded(sources.spelling(text)) == folded(text)
+        assert spelling(space + text.replace(" ", space) + space) == spelling(text)
+        assert folded(spelling(text)) == folded(text)
 
 
 def test_a_model_goes_with_the_models_that_tied_it_to_the_others(tmp_path):

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import io
 import json
-import re
 import sys
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -34,13 +32,11 @@ from p2l_engine.tables.atomic import write_file
 from p2l_engine.tables.turns import cell_turns
 from p2l_engine.tables.whole import Table, read_table
 from p2l_engine.train.definition import Definition
+from p2l_engine.train.spelling import spelling
 from p2l_engine.votes.scores import SCORES, score_matrix
 
 COLUMNS = ("prompt", "task", "model", "score", "source")
 ALL = "all"  # the total's row, where sources are counted
-QUOTES = re.compile('["\u201c\u201d\u201e\u00ab\u00bb\u300c\u300d\u300e\u300f]')
-ENDS = re.compile(r"(?:[.,;:?\u3001\u3002]|(?<![\d)])(?<!\b\w)!)+(?=\s|$)")  # marks behind a word; not the ! of a factorial
-NO_WORDS_AROUND = re.compile(r"(?<!\w) | (?!\w)")
 
 
 class SourceOptions(BaseModel):
@@ -119,14 +115,6 @@ def _canonical(where: str, names: Mapping[str, list[str]]) -> dict[str, str]:
     if repeated := [name for name, count in Counter(n for others in names.values() for n in others).items() if count > 1]:
         raise ValueError(f"{where}: expected each name of a source once, got twice {', '.join(sorted(repeated))}")
     return {other: name for name, others in names.items() for other in others}
-
-
-def spelling(text: str) -> str:
-    """What tells prompts of different sources apart: the text in one case and one form of Unicode (NFKC), without quotes and
-    marks behind words, and with white space between words alone. The text itself where nothing is left."""
-    plain = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    words = ENDS.sub(" ", QUOTES.sub(" ", plain.replace("\u2018", "'").replace("\u2019", "'"))).split()
-    return NO_WORDS_AROUND.sub("", " ".join(words)) or text
 
 
 def source_of(row: ScoreRow) -> str:
