@@ -192,8 +192,11 @@ def test_a_pool_is_written_and_trained_on(tmp_path):
             {"sources": {"one": {"path": "endless.csv", **ORIGIN}}},
             "endless.csv: row 0: score: expected a finite number",
         ),
-        ({"sources": {"one": {"path": "percent.csv", **ORIGIN}}}, "percent.csv: score: expected 0 to 1, since"),
-        ({"sources": {"one": {"path": "below.csv", **ORIGIN}}}, "below.csv: score: expected 0 to 1, since"),
+        ({"sources": {"one": {"path": "percent.csv", **ORIGIN}}}, "a tie from 0.5 up, got 95 of 'a' on 'p'"),
+        (
+            {"sources": {"one": {"path": "below.csv", **ORIGIN}}},
+            "below.csv: score: expected 0 to 1, since equal ones are a tie from 0.5 up, got -1 of",
+        ),
         (
             {"sources": {"one": {"path": "tasks.csv", **ORIGIN}}},
             "tasks.csv: row 2: task: expected the prompt's first one, 'one/t'",

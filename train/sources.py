@@ -153,9 +153,10 @@ def _rows(name: str, source: SourceOptions, data: Path, canonical: Mapping[str, 
     for group, of in groups.items():
         part = table.take(of)
         prompts, models, scores = score_matrix(part, complete=False)
-        if (outside := scores[np.isfinite(scores) & ((scores < 0) | (scores > 1))]).size:
+        for p, m in np.argwhere((scores < 0) | (scores > 1))[:1].tolist():
             raise ValueError(
-                f"{table.shown}: score: expected 0 to 1, since equal ones are a tie from 0.5 up, got {outside[0]:g}"
+                f"{table.shown}: score: expected 0 to 1, since equal ones are a tie from 0.5 up, got {scores[p, m]:g} of "
+                f"{models[m]!r} on {prompts[p][0][:60]!r}"
             )
         kinds = part.columns.get("task", [None] * len(part))
         tasks: dict[tuple[str, ...], str] = {}

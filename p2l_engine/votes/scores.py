@@ -50,7 +50,7 @@ def score_matrix(
         if model in of_prompt:
             raise ValueError(
                 f"{table.located(i)}: a second score of {model!r} on the same prompt: expected one; where "
-                "there are several sources of scores, name their column (sources)"
+                "there are several sources of scores, name the column that says which"
             )
         value = number(score)
         if value is None:
