@@ -11,7 +11,7 @@ from cffi import FFI
 HERE = Path(__file__).resolve().parent
 SOURCES = [
     "win_rates", "budget", "hulls", "pricing", "bt_score", "outcomes", "votes", "decoder", "linear", "int8", "attention",
-    "layer", "pool", "machine",
+    "embedding", "layer", "pool", "machine",
 ]  # fmt: skip
 HEADERS = ["p2l_native", "hull", "sigmoid_mixture", "bfloat16", "panels", "attention_task", "pool"]
 

@@ -1,4 +1,5 @@
 /* See pool.h. A step is published in one word, from which all threads take the numbers of tasks. */
+#define _GNU_SOURCE /* the CPUs that a thread may use */
 #include "pool.h"
 
 #include <pthread.h>
@@ -16,7 +17,9 @@ enum {
 typedef struct {
     pthread_mutex_t lock;
     pthread_cond_t woken;
+    pthread_t thread;
     int asleep;
+    int avoided; /* CPU, -1 for none */
 } helper;
 
 static struct {
@@ -95,11 +98,12 @@ static void start(int helpers) {
     pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED);
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    for (pthread_t thread; pool.started < helpers; pool.started++) {
+    for (; pool.started < helpers; pool.started++) {
         helper *h = &pool.helpers[pool.started];
         pthread_mutex_init(&h->lock, 0);
         pthread_cond_init(&h->woken, 0);
-        if (pthread_create(&thread, &detached, help, h)) break;
+        h->avoided = -1;
+        if (pthread_create(&h->thread, &detached, help, h)) break;
     }
     pthread_sigmask(SIG_SETMASK, &before, 0);
     pthread_attr_destroy(&detached);
@@ -109,12 +113,27 @@ static void forget_threads(void) { memset(&pool, 0, sizeof pool); }
 
 __attribute__((constructor)) static void watch_forks(void) { pthread_atfork(0, 0, forget_threads); }
 
+/* A scheduler may wake a thread on the CPU of the one that woke it, where it waits for the step to end (measured on Linux 6.18
+ * under Firecracker: 8 tokens took 7.8 ms on two threads, 5.6 on one, 5.2 on two that were kept apart). */
+static void avoid_callers_cpu(helper *h) {
+#ifdef __linux__
+    const int cpu = sched_getcpu();
+    cpu_set_t allowed;
+    if (cpu < 0 || cpu == h->avoided || cpu >= CPU_SETSIZE || sched_getaffinity(0, sizeof allowed, &allowed)) return;
+    CPU_CLR(cpu, &allowed);
+    if (CPU_COUNT(&allowed) && !pthread_setaffinity_np(h->thread, sizeof allowed, &allowed)) h->avoided = cpu;
+#else
+    (void)h;
+#endif
+}
+
 static void run_together(int threads, int64_t tasks) {
     __atomic_store_n(&pool.done, 0, __ATOMIC_RELAXED);
     __atomic_store_n(&pool.step, (uint64_t)threads << 46 | (uint64_t)tasks << 23, __ATOMIC_SEQ_CST);
     for (int i = 0; i < threads - 1; i++) {
         helper *h = &pool.helpers[i];
         if (!__atomic_load_n(&h->asleep, __ATOMIC_SEQ_CST)) continue;
+        avoid_callers_cpu(h);
         pthread_mutex_lock(&h->lock);
         pthread_cond_signal(&h->woken);
         pthread_mutex_unlock(&h->lock);

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from p2l_engine.native import decoder, panels, routing, votes
+from p2l_engine.native import decoder, embedding, panels, routing, votes
 from p2l_engine.native.panels import Panels
 from tests.support import arm
 
@@ -151,6 +151,10 @@ def test_the_decoders_steps(rows, heads, half, dtype, core):
     weight, angles = random(columns, seed=1), random(rows + 3, half, seed=2).float()
     cos, sin = angles.cos(), angles.sin()
 
+    def embeddings():
+        tokens, table = torch.arange(rows, dtype=torch.int32) * 7 % 11, random(11, columns)
+        return steps(*(embedding.embed(tokens, table, torch.zeros(rows, columns, dtype=to)) for to in (dtype, torch.float32)))
+
     def norm():
         x, out = random(rows, columns), random(rows, columns)
         decoder.rms_norm(x, weight, 1e-5, out, random(rows, columns, seed=3))
@@ -190,9 +194,9 @@ def test_the_decoders_steps(rows, heads, half, dtype, core):
         decoder.attention(q[[rows - 1, rows]], kv, starts, key_starts, True, last)
         return steps(out, last)
 
-    for step in (norm, norm_backward, swiglu, rope, attention):
+    for step in (embeddings, norm, norm_backward, swiglu, rope, attention):
         same(core, step, **rough)
-    assert core.called >= functions(decoder)
+    assert core.called >= functions(decoder) | functions(embedding)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
@@ -229,4 +233,5 @@ def test_an_infeasible_prompt_and_a_wrong_source_are_told(core):
 
 
 def test_no_function_is_left_out(core):
-    assert functions(routing) | functions(votes) | functions(decoder) | functions(panels) | OTHERS == set(core.kinds)
+    of_modules = set().union(*map(functions, (decoder, embedding, panels, routing, votes)))
+    assert of_modules | OTHERS == set(core.kinds)

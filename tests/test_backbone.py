@@ -7,6 +7,7 @@ import logging
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +16,7 @@ from p2l_engine.backbone.on_cpu import CpuOperations
 from p2l_engine.backbone.packing import Packed
 from p2l_engine.engine.graphs import BUCKETS, bucket_of
 from p2l_engine.kernels import rms_norm, rotary, swiglu
+from p2l_engine.native.embedding import embed
 from tests.support import tiny
 from tests.support.kernel_cases import FLOATS, close
 
@@ -35,6 +37,43 @@ def test_the_steps_match_the_references(dtype, rows, columns):
         assert torch.equal(x.double(), summed)
         gate_up = (torch.randn(rows, 2 * columns) * 30).to(dtype)
         close(do.swiglu(gate_up), swiglu.swiglu_reference(gate_up.double()), *near)
+
+
+@pytest.mark.parametrize(
+    ("stored", "dtype"),
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+    ],
+)
+@pytest.mark.parametrize(("tokens", "columns"), [(0, 576), (1, 576), (700, 123), (64, 1), (5, 0)])
+def test_embeddings_are_the_rows_of_the_table(stored, dtype, tokens, columns):
+    table = (torch.randn(31, columns) * 10.0 ** torch.randint(-9, 9, (31, 1))).to(stored)
+    table[3:7] = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0], dtype=stored)[:, None]
+    ids = torch.randint(0, 31, (tokens,), dtype=torch.int32)
+    found = CpuOperations(dtype).embed(ids, table)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, F.embedding(ids, table).to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("ids", "table", "dtype", "message"),
+    [
+        ([0, 31], torch.zeros(31, 4), torch.float32, "tokens: expected numbers from 0 to 30, got 0 to 31"),
+        ([-1], torch.zeros(31, 4), torch.float32, "tokens: expected numbers from 0 to 30, got -1 to -1"),
+        ([0], torch.zeros(0, 4), torch.float32, "tokens: expected numbers from 0 to -1"),
+        ([0], torch.zeros(31, 8)[:, ::2], torch.float32, "table: expected contiguous"),
+        ([0], torch.zeros(31), torch.float32, r"tokens, table, out: expected \[T\] int32, \[V, D\]"),
+        ([0], torch.zeros(31, 4), torch.bfloat16, "table, out: expected"),
+        ([0], torch.zeros(31, 4, dtype=torch.float64), torch.float64, "table, out: expected"),
+    ],
+)  # fmt: skip
+def test_embeddings_that_do_not_exist_are_refused(ids, table, dtype, message):
+    out = torch.zeros(len(ids), table.shape[-1], dtype=dtype)
+    with pytest.raises(ValueError, match=message):
+        embed(torch.tensor(ids, dtype=torch.int32), table, out)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

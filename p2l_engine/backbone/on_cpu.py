@@ -15,7 +15,7 @@ from torch import Tensor
 from p2l_engine.backbone.operations import Heads, LayerRun
 from p2l_engine.backbone.packing import Packed
 from p2l_engine.backbone.weights import Linear
-from p2l_engine.native import decoder, panels
+from p2l_engine.native import decoder, embedding, panels
 from p2l_engine.native.layer import LayerWeights, Pass
 from p2l_engine.native.panels import Panels
 
@@ -40,6 +40,10 @@ class CpuOperations:
         self._buffers: dict[str, Tensor] = {}
         self._last: dict[str, Tensor] = {}  # the last view of each
         self._bytes = torch.empty(0, dtype=torch.uint8)
+
+    def embed(self, tokens: Tensor, table: Tensor) -> Tensor:
+        """tokens [T] int32, table [V, D] -> [T, D]; see ``native.embedding.embed``."""
+        return embedding.embed(tokens, table, self._buffer("x", len(tokens), table.shape[1]))
 
     def norm(self, x: Tensor, weight: Tensor, eps: float, delta: Tensor | None = None) -> Tensor:
         """x [T, D] -> its norm, times weight [D]; with delta [T, D], x becomes x + delta first, in place."""

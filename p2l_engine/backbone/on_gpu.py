@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from p2l_engine.backbone.attention import over_runs
@@ -21,6 +22,10 @@ class GpuOperations:
     norm = staticmethod(rms_norm)
     swiglu = staticmethod(swiglu)
     rope = staticmethod(rotary)
+
+    def embed(self, tokens: Tensor, table: Tensor) -> Tensor:
+        """tokens [T], table [V, D] -> [T, D]."""
+        return F.embedding(tokens, table)
 
     def whole_layers(self, x: Tensor, packed: Packed, heads: Heads, tables: tuple[Tensor, Tensor]) -> None:
         """See Operations: by steps."""

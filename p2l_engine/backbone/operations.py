@@ -23,6 +23,9 @@ class Heads(NamedTuple):
 class Operations(Protocol):
     """The decoder's steps on its device. A result may be overwritten by the next result of the same method and name."""
 
+    def embed(self, tokens: Tensor, table: Tensor) -> Tensor:
+        """The rows of the table that the tokens name."""
+
     def norm(self, x: Tensor, weight: Tensor, eps: float, delta: Tensor | None = None) -> Tensor:
         """x += delta, in place, where there is a delta; returns RMSNorm(x) times the weight."""
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from p2l_engine.backbone.families import DecoderConfig
@@ -124,7 +123,7 @@ class PackedDecoder:
     ) -> Tensor:
         cos, sin = tables = self.rope(packed.longest)
         queries, rows = self.heads * self.head_size, packed.last
-        x, delta = F.embedding(packed.tokens, self.embedding).to(self.dtype), None
+        x, delta = do.embed(packed.tokens, self.embedding).to(self.dtype), None
         run = do.whole_layers(x, packed, Heads(self.heads, self.kv_heads, self.eps), tables)
         for i, (layer, prefix) in enumerate(zip(self.layers, known, strict=True)):
             last = layer is self.layers[-1]

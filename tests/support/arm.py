@@ -14,7 +14,7 @@ import subprocess
 from pathlib import Path
 
 from p2l_engine._native import ffi
-from p2l_engine.native import binding, decoder, panels, routing, votes
+from p2l_engine.native import binding, decoder, embedding, panels, routing, votes
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPILER, EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64"
@@ -146,7 +146,7 @@ def tensor(kind: str, values):
 
 def use(core: Core, monkeypatch) -> None:
     """The package's modules call ``core`` instead of the core that was compiled for this machine."""
-    for module in (routing, votes, decoder, panels):
+    for module in (routing, votes, decoder, embedding, panels):
         monkeypatch.setattr(module, "lib", core)
-    for module in (decoder, panels):
+    for module in (decoder, embedding, panels):
         monkeypatch.setattr(module, "tensor", tensor)
