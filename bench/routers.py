@@ -6,7 +6,7 @@
 The pool is split by hash as in training: 10% of the prompts are held out, 10% of the rest are for choosing settings. Each
 router predicts every model's score, and chooses among those that have a score on the prompt. Compared: the best single model of
 the prompt's source and the best model of its task; ridge regression, nearest neighbours, a perceptron and matrix factorisation
-on hidden states of the untrained backbone (``bench.simple_routers``); the checkpoint; and the oracle. Gains are over the best
+on the hidden states that the config's head reads (``bench.simple_routers``); the checkpoint; and the oracle. Gains are over the best
 single model, with their standard errors; "all" is the mean over prompts.
 
 With --folds all prompts that are not held out, each predicted by what was learned from the other folds: the simple routers, the
@@ -14,7 +14,7 @@ head that training makes with this config, the predicted task's mean scores, and
 with --shares from these shares of the other folds' prompts alone.
 
 With --leave-out the simple routers and the head on sources, or tasks, that they never saw (``bench.left_out``): on all prompts
-that are not held out, or on the held-out ones.
+that are not held out, or on the held-out ones. Both read the untrained backbone: an adapter has seen all prompts.
 
 With a catalog (--catalog) also the cost-quality curves: the choice maximises predicted score less price times cost, at every
 price. Models that the catalog does not have are left out of them, and prompts on which no other model has a score.
@@ -90,7 +90,7 @@ def theta_of(name: str, models: tuple[str, ...], prompts: list[tuple[str, ...]],
 
 
 def backbone_states(config: TrainConfig, prompts: list[tuple[str, ...]], console: Console) -> tuple[Float64, Float64]:
-    """The hidden states [N, D] that training with this config starts from, kept in the user's cache, and the words [N, E]."""
+    """The hidden states [N, D] that a head trained with this config reads, kept in the user's cache, and the words [N, E]."""
     engine = Engine(frozen.base(config), dtype=config.dtype, max_tokens=config.max_length)
     with progress(console, config.pretrain_model_name, len(prompts)) as advance:
         states = hidden.hidden_states(engine, prompts, hidden.cache_folder(), advance)
@@ -163,6 +163,9 @@ def main() -> None:
         raise ValueError("--leave-out, --folds: expected one of them")
     console, pool = Console(), read_pool(args.pool)
     config = TrainConfig.load(args.config).model_copy(update={"train_data_path": str(args.pool)})
+    if (args.folds or args.leave_out) and config.head_optimum is not None and config.head_optimum.adapter is not None:
+        console.print(f"over the untrained backbone: the adapter {config.head_optimum.adapter} has seen all prompts")
+        config = config.model_copy(update={"head_optimum": config.head_optimum.model_copy(update={"adapter": None})})
     states, words = backbone_states(config, pool.prompts, console)
     every = pool.scored(np.hstack([states, words]) if args.words else states)
     if args.folds or args.leave_out:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from p2l_engine import Engine
+from p2l_engine.errors import CheckpointError
 from p2l_engine.evaluation import features
 from p2l_engine.evaluation.metrics import Prediction
 from p2l_engine.evaluation.sources import of_config
@@ -190,6 +193,63 @@ def test_a_new_cls_token_has_the_embedding_that_hidden_states_were_computed_with
     base = features.frozen(config.pretrain_model_name, config.model_dump())
     frozen_engine = Engine(base, device="cpu", dtype=torch.float32, max_tokens=config.max_length)
     np.testing.assert_allclose(states, hidden.hidden_states(frozen_engine, prompts, hidden.cache_folder()), atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cls_token", ["<|cls|>", None])
+def test_a_head_over_an_adapter_reads_its_hidden_states(cls_token, tmp_path, monkeypatch):
+    """And the checkpoint holds the adapter's factors to the bit, beside a head in float32."""
+    monkeypatch.setenv("P2L_ENGINE_CACHE", str(tmp_path / "cache"))
+    steps = run_settings(tmp_path, lora={"r": 4}, proj_name="steps", num_train_epochs=2, validation=0.2, dtype="float32")
+    config = at_once(tmp_path, head_optimum={"deviations": [1.0], "adapter": str(tmp_path / "out/steps")})
+    tiny.write(tmp_path / "base", tiny.config(vocab_size=260 if cls_token else 259), dtype=torch.bfloat16)
+    tiny.tokenizer(cls_token=cls_token).save_pretrained(tmp_path / "base")
+    adapter, folder = train(steps), train(config)
+    prompts = data.load(config).training.prompts
+    engines = [Engine.from_pretrained(each, device="cpu", dtype=torch.float32) for each in (adapter, folder)]
+    states = [hidden.hidden_states(engine, prompts) for engine in engines]
+    np.testing.assert_array_equal(*states)
+    untrained = features.frozen(config.pretrain_model_name, config.model_dump())
+    assert not np.allclose(hidden.hidden_states(Engine(untrained, device="cpu", dtype=torch.float32), prompts), states[0])
+    before, after = (load_file(each / "adapter_model.safetensors") for each in (adapter, folder))
+    assert before.keys() == after.keys()
+    for name, weight in after.items():
+        if ".head." in name:
+            assert weight.dtype == torch.float32
+        else:
+            assert weight.dtype == torch.bfloat16
+            assert torch.equal(weight, before[name])
+    assert engines[1].models == engines[0].models
+    assert json.loads((folder / "training_config.json").read_text())["inputs"]["adapter"]
+    # Another adapter of the same name is another input.
+    assert train(config, if_present="resume") == folder
+    shutil.rmtree(adapter)
+    train(steps.model_copy(update={"seed": 7}))
+    with pytest.raises(ValueError, match="which differs in adapter: was"):
+        train(config, if_present="resume")
+
+
+@pytest.mark.slow
+def test_adapters_that_do_not_fit_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("P2L_ENGINE_CACHE", str(tmp_path / "cache"))
+    adapter = train(run_settings(tmp_path, lora={"r": 2}, proj_name="steps", num_train_epochs=1, dtype="float32"))
+    whole = train(run_settings(tmp_path, proj_name="whole", num_train_epochs=1, dtype="float32"))
+
+    def refused(message, **changes):
+        with pytest.raises((ValueError, CheckpointError), match=message):
+            train(at_once(tmp_path, **changes))
+        assert not (tmp_path / "out/trial").exists()
+
+    def over(folder):
+        return {"deviations": [1.0], "adapter": str(folder)}
+
+    refused("adapter: expected the folder of a checkpoint with an adapter, got .*whole", head_optimum=over(whole))
+    refused("no local folder|found none of these at", head_optimum=over(tmp_path / "nothing"))
+    refused(
+        "chat_template: expected .*, as the adapter", head_optimum=over(adapter), chat_template="{{ messages[0]['content'] }}"
+    )
+    shutil.copytree(tmp_path / "base", tmp_path / "other")
+    refused("adapter: expected one over .*other", head_optimum=over(adapter), pretrain_model_name=str(tmp_path / "other"))
 
 
 @pytest.mark.parametrize(

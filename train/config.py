@@ -63,11 +63,14 @@ class ShrinkageOptimum(BaseModel):
 
 class HeadOptimum(BaseModel):
     """The head alone, at its greatest posterior probability (see ``optimum``). deviations: of the prior; of several the
-    validation votes choose one. Kinds of prompts, for the shrinkage, are the votes' categories."""
+    validation votes choose one. adapter: the folder of a checkpoint that ``lora`` has trained over the same backbone, whose
+    hidden states the head reads; None: those of the backbone as it is. Kinds of prompts, for the shrinkage, are the votes'
+    categories."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     deviations: Annotated[list[Annotated[float, Field(gt=0, le=1e6)]], Field(min_length=1)]
+    adapter: str | None = None
     topics: TopicsOptimum | None = None
     shrinkage: ShrinkageOptimum | None = None
 
@@ -202,7 +205,7 @@ class TrainConfig(BaseModel):
                 )
             return
         if not self.train_head_only:
-            raise ValueError("head_optimum: expected train_head_only: true beside it, as the backbone stays as it is")
+            raise ValueError("head_optimum: expected train_head_only: true beside it, as nothing else is trained")
         if given := [key for key in OF_STEPS if getattr(self, key) != type(self).model_fields[key].default]:
             raise ValueError(f"{', '.join(given)}: mean nothing where head_optimum is given: leave them out")
         if len(self.head_optimum.deviations) > 1 and not (self.validation or self.val_data_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,10 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from p2l_engine import checkpoint
 from p2l_engine.backbone.topics import Topics
 from p2l_engine.checkpoint import Checkpoint
+from p2l_engine.checkpoint.files import read_json
 from p2l_engine.engine import Engine
 from p2l_engine.evaluation import features
 from p2l_engine.feedback import FeedbackModel, feedback_model
@@ -94,8 +96,35 @@ def _categories(votes: Votes) -> Sequence[str]:
 
 
 def base(config: TrainConfig) -> Checkpoint:
-    """The backbone before training, with the config's template and CLS token, and an empty head. Raises CheckpointError."""
-    return features.frozen(config.pretrain_model_name, config.model_dump())
+    """The backbone as the head reads it, with the config's template and CLS token, and an empty head: before training, or with
+    the optimum's adapter. Raises CheckpointError, and ValueError for an adapter that is over another backbone, or was trained
+    on other texts of the same prompts."""
+    untrained = features.frozen(config.pretrain_model_name, config.model_dump())
+    name = None if config.head_optimum is None else config.head_optimum.adapter
+    if name is None:
+        return untrained
+    trained = checkpoint.load(name)
+    if trained.folder == trained.base:
+        raise ValueError(
+            f"head_optimum: adapter: expected the folder of a checkpoint with an adapter, got {name}, which has a whole "
+            "backbone: name it as pretrain_model_name"
+        )
+    if trained.base.resolve() != untrained.base.resolve():
+        raise ValueError(
+            f"head_optimum: adapter: expected one over {config.pretrain_model_name} ({untrained.base}), got {name}, over "
+            f"{trained.base}"
+        )
+    before = read_json(trained.folder / "training_config.json", dict)
+    for key in ("chat_template", "cls_token_if_none", "pad_token_if_none"):
+        if before.get(key) != getattr(config, key):
+            raise ValueError(
+                f"{key}: expected {before.get(key)!r:.60}, as the adapter of head_optimum was trained with, got "
+                f"{getattr(config, key)!r:.60}"
+            )
+    return replace(
+        untrained, folder=trained.folder, config=trained.config, tokenizer=trained.tokenizer, weights=trained.weights,
+        transformers=trained.transformers,
+    )  # fmt: skip
 
 
 def _states(engine: Engine, votes: Votes, part: str) -> Float32:

@@ -26,12 +26,15 @@ IfPresent = Literal["refuse", "resume", "restart"]
 
 
 def inputs_of(config: TrainConfig, parts: Splits, max_steps: int) -> dict[str, Any]:
-    """The inputs of a run besides its config: hashes of the votes, the validation votes and the backbone."""
+    """The inputs of a run besides its config: hashes of the votes, the validation votes, the backbone and the adapter."""
+    adapter = None if config.head_optimum is None else config.head_optimum.adapter
+    of_adapter = {} if adapter is None else {"adapter": fingerprint.of_backbone(checkpoint.find(adapter))}
     return {
         "max_steps": max_steps,
         "votes": _fingerprint(parts.training),
         "validation": None if parts.validation is None else _fingerprint(parts.validation),
         "backbone": fingerprint.of_backbone(checkpoint.find(config.pretrain_model_name)),
+        **of_adapter,
     }
 
 

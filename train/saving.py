@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -15,6 +14,7 @@ from p2l_engine.backbone.shrinkage import FILE as SHRINKAGE_FILE
 from p2l_engine.backbone.topics import FILE as TOPICS_FILE
 from p2l_engine.checkpoint import Checkpoint, huggingface, read_config
 from p2l_engine.checkpoint.adapter import NEW_ROWS, PEFT_PREFIX
+from p2l_engine.checkpoint.files import read_json, read_tensors
 from p2l_engine.checkpoint.saving import write_json, write_tensors, write_whole
 from p2l_engine.train.config import TrainConfig
 from p2l_engine.train.model import P2LModel, bare, published_tensors
@@ -67,23 +67,29 @@ def write_head(
     parts: Splits,
     inputs: Mapping[str, Any],
 ) -> None:
-    """Writes a head over the backbone ``base``, with topics and shrinkage of what it reads, as an adapter folder without
-    factors, in float32; else as ``write``."""
+    """Writes a head over the backbone ``base``, with topics and shrinkage of what it reads, as an adapter folder with the
+    factors of the base's own adapter, or none; the head in float32; else as ``write``."""
     best, head, m = found.best, found.best.head, found.best.head.n_models
+    own = base.folder / "adapter_model.safetensors"
     tensors = {"head.head.weight": head.weight[:m], "head.head.bias": head.bias[:m]}
     if head.has_eta:
         tensors |= {"head.eta_head.weight": head.weight[m:], "head.eta_head.bias": head.bias[m:]}
-    table = base.weights.read()["embed_tokens.weight"]
-    grown = len(table) - int(read_config(base.folder).vocab_size)
-    if grown:
-        tensors[NEW_ROWS] = table[-grown:]
+    tensors = {f"{PEFT_PREFIX}{name}": tensor.float() for name, tensor in tensors.items()}
+    if own.is_file():
+        settings = read_json(base.folder / "adapter_config.json", dict)
+        settings |= {"base_model_name_or_path": _from(folder, config.pretrain_model_name)}
+        tensors |= {n: w for n, w in read_tensors(own).items() if not n.removeprefix(PEFT_PREFIX).startswith("head.")}
+    else:
+        settings, table = _adapter(folder, config, 1, 1, []), base.weights.read()["embed_tokens.weight"]
+        if grown := len(table) - int(read_config(base.folder).vocab_size):
+            tensors[f"{PEFT_PREFIX}{NEW_ROWS}"] = table[-grown:].float()
     optimum = {"deviation": best.deviation, "validation_log_loss": {f"{key:g}": loss for key, loss in best.losses.items()}}
 
     def fill(work: Path) -> None:
         model_type = str(base.config.model_type)
         _describe(work, parts.training.models, model_type, config, unseen_hashes(parts), inputs, {"optimum": optimum})
-        write_tensors(work / "adapter_model.safetensors", {f"{PEFT_PREFIX}{n}": w for n, w in tensors.items()}, torch.float32)
-        write_json(work / "adapter_config.json", _adapter(folder, config, 1, 1, []))
+        write_tensors(work / "adapter_model.safetensors", tensors, None)
+        write_json(work / "adapter_config.json", settings)
         if found.topics is not None:
             found.topics.write(work / TOPICS_FILE)
         if found.shrinkage is not None:
