@@ -11,7 +11,8 @@ Prompts that the left-out part shares with others (but for case, space and punct
 "head" is what training makes of the remaining prompts' votes; "shrunk" the same with coefficients that fall back to the one
 leaderboard of these prompts the less a prompt is like their tasks, by the middle and width with which votes are likeliest: on
 the other left-out parts, each counting alike, and as much on the remaining prompts that settings are chosen on, which the head
-has not seen ("known" in the rows of log-losses); "leaderboard" is that leaderboard for every prompt.
+has not seen ("known" in the rows of log-losses); "configured" by the quantile and width of the config, if it has them;
+"leaderboard" is that leaderboard for every prompt.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import numpy.typing as npt
 
 from bench.router_rows import LossRow, RouterRow, chosen, rows_of
 from bench.simple_routers import Float64, Scored, predictions
-from bench.trained_heads import LearnedHead, PoolVotes, Rows
+from bench.trained_heads import CONFIGURED, LearnedHead, PoolVotes, Rows
 from p2l_engine.votes.splits import folded
 
 GROUPS = 10  # of tasks, which are left out together: each task is predicted by routers that never saw it
@@ -112,15 +113,19 @@ def left_out(
         raise ValueError(f"--leave-out: expected two {by}s whose prompts have scores of two models in common, got none")
     losses: list[LossRow] = []
     by_way = np.array([one.losses for one in unseen])  # [parts, ways]
+    compared = np.array([i for i, way in enumerate(unseen[0].ways[:-1]) if way != CONFIGURED])
     for k, one in enumerate(unseen):
         others = np.delete(by_way, k, 0).sum(0) / max(len(unseen) - 1, 1)
-        chosen_way = int((others + one.known_losses)[:-1].argmin())
-        for name, way in (("head", 0), ("shrunk", chosen_way), ("leaderboard", -1)):
+        chosen_way = int(compared[(others + one.known_losses)[compared].argmin()])
+        rows_by = {"head": 0, "shrunk": chosen_way, "leaderboard": len(one.ways) - 1}
+        if CONFIGURED in one.ways:
+            rows_by["configured"] = one.ways.index(CONFIGURED)
+        for name, way in rows_by.items():
             got.setdefault(name, []).append(one.scores[way])
             losses.append(LossRow(name, one.name, one.scores.shape[1], one.kept[way], one.losses[way]))
             losses.append(LossRow(name, f"known, without {one.name}", one.known, one.known_kept[way], one.known_losses[way]))
-    best = (by_way + np.array([one.known_losses for one in unseen])).sum(0)[:-1].argmin()
-    advance(f"of least log-loss on all parts together: {unseen[0].ways[best]}")
+    best = (by_way + np.array([one.known_losses for one in unseen])).sum(0)[compared].argmin()
+    advance(f"of least log-loss on all parts together: {unseen[0].ways[compared[best]]}")
     return rows_of({name: np.concatenate(of) for name, of in got.items()}, np.concatenate(of_part), "single"), losses
 
 

@@ -6,8 +6,8 @@
 The pool is split by hash as in training: 10% of the prompts are held out, 10% of the rest are for choosing settings. Each
 router predicts every model's score, and chooses among those that have a score on the prompt. Compared: the best single model of
 the prompt's source and the best model of its task; ridge regression, nearest neighbours, a perceptron and matrix factorisation
-on the hidden states that the config's head reads (``bench.simple_routers``); the checkpoint; and the oracle. Gains are over the best
-single model, with their standard errors; "all" is the mean over prompts.
+on the hidden states that the config's head reads (``bench.simple_routers``); the checkpoint; and the oracle. Gains are over the
+best single model, with their standard errors; "all" is the mean over prompts.
 
 With --folds all prompts that are not held out, each predicted by what was learned from the other folds: the simple routers, the
 head that training makes with this config, the predicted task's mean scores, and the sum of all of these (``bench.in_folds``);
@@ -212,7 +212,6 @@ def never_seen(args: argparse.Namespace, heads: PoolVotes, pool: Pooled, every: 
     losses: list[LossRow] = []
     if args.leave_out:
         parts, texts = (training, validation, held_out if args.part == "held-out" else seen), [p[0] for p in pool.prompts]
-        heads = heads.without_shrinkage()
         found, losses = left_out(heads, every, parts, texts, args.leave_out, console.print, args.min_prompts)
         show(found, console)
     for part in sorted(args.shares) if args.folds else []:

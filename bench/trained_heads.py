@@ -23,6 +23,7 @@ from p2l_engine.votes import Votes
 
 Rows = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
+CONFIGURED = "configured"  # the way to fall back that a config's shrinkage is
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,10 +54,6 @@ class PoolVotes:
         counts = np.isin(np.arange(len(self.votes.models)), self.column[models])
         both = counts[self.votes.a] & (counts[self.votes.b] | (self.votes.b < 0))
         return replace(self, votes=replace(self.votes, weight=self.votes.weight * both))
-
-    def without_shrinkage(self) -> PoolVotes:
-        """Of heads that keep all of their coefficients, whatever the config wants."""
-        return replace(self, wanted=self.wanted.model_copy(update={"shrinkage": None}))
 
     def fit(self, training: Rows, chosen_on: Rows) -> LearnedHead:
         """What training makes of the prompts ``training`` of the pool; the deviation is chosen on the others. Models without
@@ -131,8 +128,9 @@ class LearnedHead:
         }
 
     def shrunk(self, rows: Rows) -> Iterator[Shrunk]:
-        """Coefficients of these prompts, as the head has them alone, by what is kept of them: first all, then what each middle
-        and width that ``shrinkage.fit`` compares keeps, last nothing but the leaderboard of the training prompts."""
+        """Coefficients of these prompts, as the head has them alone, by what is kept of them: first all, then what the config's
+        shrinkage keeps, if it has one, and what each middle and width that ``shrinkage.fit`` compares does; last nothing but
+        the leaderboard of the training prompts."""
         head = self.fitted.best.head
         start, away = shrinkage.of_training(
             head,
@@ -144,6 +142,9 @@ class LearnedHead:
         read = torch.from_numpy(self.reads(rows))
         distances = start.distance(read).double().numpy()
         ways = {"all is kept": np.ones(len(rows))}
+        if (given := self.pool.wanted.shrinkage) is not None:
+            of = shrinkage.at_quantile(start, away, given.quantile, given.width)
+            ways[CONFIGURED] = shrinkage.share(of, distances)
         for (quantile, width), of in zip(shrinkage.GRID, shrinkage.candidates(start, away), strict=True):
             ways[f"quantile {quantile:g}, width {width:g}"] = shrinkage.share(of, distances)
         ways["leaderboard"] = np.zeros(len(rows))
