@@ -81,6 +81,8 @@ P2L_VNNI INLINE void group_vnni(const int8_t *x, int64_t depth, const uint8_t *w
     for (int r = 0; r < rows; r++) sums[r][0] = sums[r][1] = _mm512_setzero_si512();
     for (int64_t k = 0; k < steps; k++, x += 4, weight += 4 * PANEL) {
         const __m512i first = _mm512_loadu_si512(weight), second = _mm512_loadu_si512(weight + 64);
+        fetch_ahead(weight);
+        fetch_ahead(weight + 64);
 #pragma GCC unroll 16
         for (int r = 0; r < rows; r++) {
             const __m512i value = _mm512_set1_epi32(four(x + r * depth));
@@ -113,6 +115,7 @@ P2L_AVX2 INLINE void group_avx2(const int8_t *x, int64_t depth, const uint8_t *w
         for (int64_t k = 0; k < steps; k++, value_of += 4, by_part += 4 * PANEL) {
             const __m256i first = _mm256_loadu_si256((const __m256i *)by_part);
             const __m256i second = _mm256_loadu_si256((const __m256i *)(by_part + 32));
+            fetch_ahead(by_part);
 #pragma GCC unroll 16
             for (int r = 0; r < rows; r++) {
                 const __m256i value = _mm256_set1_epi32(four(value_of + r * depth));

@@ -38,6 +38,8 @@ P2L_AVX512 INLINE void rows_avx512(const product *p, const void *panel, int64_t 
     for (int r = 0; r < rows; r++) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
     for (int64_t k = 0; k < p->depth; k++, weight += PANEL) {
         const __m512 first = _mm512_loadu_ps(weight), second = _mm512_loadu_ps(weight + 16);
+        fetch_ahead(weight);
+        fetch_ahead(weight + 16);
 #pragma GCC unroll 16
         for (int r = 0; r < rows; r++) {
             const __m512 value = _mm512_set1_ps(x[r * p->depth + k]);
@@ -70,6 +72,7 @@ P2L_AVX2 INLINE void rows_avx2(const product *p, const void *panel, int64_t row,
         for (int r = 0; r < rows; r++) sums[r][0] = sums[r][1] = _mm256_setzero_ps();
         for (int64_t k = 0; k < p->depth; k++, weight += PANEL) {
             const __m256 first = _mm256_loadu_ps(weight), second = _mm256_loadu_ps(weight + 8);
+            fetch_ahead(weight);
 #pragma GCC unroll 16
             for (int r = 0; r < rows; r++) {
                 const __m256 value = _mm256_set1_ps(x[r * p->depth + k]);
@@ -95,6 +98,8 @@ P2L_BF16 INLINE void rows_bf16(const product *p, const void *panel, int64_t row,
     for (int r = 0; r < rows; r++) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
     for (int64_t k = 0; k < p->depth; k += 2, weight += 4 * PANEL) {
         const __m512bh first = (__m512bh)_mm512_loadu_ps(weight), second = (__m512bh)_mm512_loadu_ps(weight + 64);
+        fetch_ahead(weight);
+        fetch_ahead(weight + 64);
 #pragma GCC unroll 16
         for (int r = 0; r < rows; r++) {
             int32_t pair;

@@ -126,8 +126,8 @@ int p2l_int8_level(void);
 void p2l_rms_norm(void *x, const void *delta, const void *weight, void *out, int64_t rows, int64_t columns, double eps,
                   int bf16, int threads);
 
-/* out [n, columns] = rows tokens [n] of table [n_rows, columns]: float32, or bfloat16 as told; a bfloat16 table may be widened to
- * float32. Returns 0, or 1 for a token that is no row's number. */
+/* out [n, columns] = rows tokens [n] of table [n_rows, columns]: float32, or bfloat16 as told; a bfloat16 table may be widened
+ * to float32. Returns 0, or 1 for a token that is no row's number. */
 int p2l_embed(const void *table, int64_t n_rows, int64_t columns, const int32_t *tokens, int64_t n, void *out, int table_bf16,
               int bf16, int threads);
 

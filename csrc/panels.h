@@ -20,6 +20,7 @@ enum {
     PANEL = 32, /* columns whose weights lie together */
     TILE = 12,  /* rows whose sums with a panel stay in registers; with AVX2, of half a panel: */
     AVX2_TILE = 6,
+    AHEAD = 8192,         /* bytes between the weights that are read and those that are fetched, past the end of a page too */
     CACHED = 384 << 10,   /* bytes of rows that are multiplied by a panel before the next one: they stay in the L2 cache */
     TASKS_PER_THREAD = 16 /* of a product, so that a thread that starts late leaves more to the others */
 };
@@ -76,6 +77,12 @@ enum {
             tile_##NAME(p, panel, row, column, (int)(first + (last - first) * (t + 1) / tiles - row)); \
         }                                                                                              \
     }
+
+#ifdef P2L_LEVELS
+/* Weights come from memory once a pass, and the CPU's own prefetchers stop at the end of each page of 4 KiB: without this a
+ * product of 8 to 16 rows waits for a sixth of its time (see docs/architecture.md). The address may be past the last panel. */
+INLINE void fetch_ahead(const void *weight) { _mm_prefetch((const char *)weight + AHEAD, _MM_HINT_T0); }
+#endif
 
 typedef void (*p2l_panel)(const void *product, int64_t number, int64_t first, int64_t last);
 
