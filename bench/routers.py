@@ -14,7 +14,8 @@ head that training makes with this config, the predicted task's mean scores, and
 with --shares from these shares of the other folds' prompts alone.
 
 With --leave-out the simple routers and the head on sources, or tasks, that they never saw (``bench.left_out``): on all prompts
-that are not held out, or on the held-out ones. Both read the untrained backbone: an adapter has seen all prompts.
+that are not held out, or on the held-out ones. Both read the untrained backbone: an adapter may have been trained on any of
+them.
 
 With a catalog (--catalog) also the cost-quality curves: the choice maximises predicted score less price times cost, at every
 price. Models that the catalog does not have are left out of them, and prompts on which no other model has a score.
@@ -147,7 +148,9 @@ def main() -> None:
     parser.add_argument("--folds", type=positive, metavar="K", help="all prompts that are not held out, in K folds")
     parser.add_argument("--shares", type=share, nargs="+", default=[1.0], help="with --folds: of the prompts to learn from")
     parser.add_argument("--words", action="store_true", help="the simple routers read the prompts' words beside hidden states")
-    parser.add_argument("--config", type=Path, default=CONFIG, help="of training: the backbone that the simple routers read")
+    parser.add_argument(
+        "--config", type=Path, default=CONFIG, help="of training: the hidden states that the simple routers read"
+    )
     parser.add_argument("--part", choices=("validation", "held-out"), default="validation", help="held-out: once, at the end")
     parser.add_argument("--catalog", type=Path, help="costs in USD a prompt, for the curves")
     parser.add_argument("--csv", type=Path, help="also write the rows here")
@@ -164,7 +167,9 @@ def main() -> None:
     console, pool = Console(), read_pool(args.pool)
     config = TrainConfig.load(args.config).model_copy(update={"train_data_path": str(args.pool)})
     if (args.folds or args.leave_out) and config.head_optimum is not None and config.head_optimum.adapter is not None:
-        console.print(f"over the untrained backbone: the adapter {config.head_optimum.adapter} has seen all prompts")
+        console.print(
+            f"over the untrained backbone: the adapter {config.head_optimum.adapter} may have been trained on any prompt"
+        )
         config = config.model_copy(update={"head_optimum": config.head_optimum.model_copy(update={"adapter": None})})
     states, words = backbone_states(config, pool.prompts, console)
     every = pool.scored(np.hstack([states, words]) if args.words else states)

@@ -1,5 +1,7 @@
 /* See pool.h. A step is published in one word, from which all threads take the numbers of tasks. */
+#ifndef _GNU_SOURCE
 #define _GNU_SOURCE /* the CPUs that a thread may use */
+#endif
 #include "pool.h"
 
 #include <pthread.h>
@@ -19,7 +21,10 @@ typedef struct {
     pthread_cond_t woken;
     pthread_t thread;
     int asleep;
-    int avoided; /* CPU, -1 for none */
+#ifdef __linux__
+    cpu_set_t allowed; /* while kept_off: the CPUs that it may use again when it is awake */
+    int kept_off;      /* the CPU of the caller that wakes it */
+#endif
 } helper;
 
 static struct {
@@ -72,6 +77,10 @@ static void sleep_until_woken(helper *h, int thread) {
     /* A caller writes the step first and reads `asleep` then: one of the two sees the other. */
     if (!is_open(__atomic_load_n(&pool.step, __ATOMIC_SEQ_CST), thread)) pthread_cond_wait(&h->woken, &h->lock);
     __atomic_store_n(&h->asleep, 0, __ATOMIC_SEQ_CST);
+#ifdef __linux__
+    if (h->kept_off) pthread_setaffinity_np(pthread_self(), sizeof h->allowed, &h->allowed);
+    h->kept_off = 0;
+#endif
     pthread_mutex_unlock(&h->lock);
 }
 
@@ -102,7 +111,6 @@ static void start(int helpers) {
         helper *h = &pool.helpers[pool.started];
         pthread_mutex_init(&h->lock, 0);
         pthread_cond_init(&h->woken, 0);
-        h->avoided = -1;
         if (pthread_create(&h->thread, &detached, help, h)) break;
     }
     pthread_sigmask(SIG_SETMASK, &before, 0);
@@ -113,31 +121,43 @@ static void forget_threads(void) { memset(&pool, 0, sizeof pool); }
 
 __attribute__((constructor)) static void watch_forks(void) { pthread_atfork(0, 0, forget_threads); }
 
-/* A scheduler may wake a thread on the CPU of the one that woke it, where it waits for the step to end (measured on Linux 6.18
- * under Firecracker: 8 tokens took 7.8 ms on two threads, 5.6 on one, 5.2 on two that were kept apart). */
-static void avoid_callers_cpu(helper *h) {
 #ifdef __linux__
+/* The CPUs that the caller may use, and the others than its own; 0 where there are none. */
+static int other_cpus(cpu_set_t *allowed, cpu_set_t *others) {
     const int cpu = sched_getcpu();
-    cpu_set_t allowed;
-    if (cpu < 0 || cpu == h->avoided || cpu >= CPU_SETSIZE || sched_getaffinity(0, sizeof allowed, &allowed)) return;
-    CPU_CLR(cpu, &allowed);
-    if (CPU_COUNT(&allowed) && !pthread_setaffinity_np(h->thread, sizeof allowed, &allowed)) h->avoided = cpu;
-#else
-    (void)h;
+    if (cpu < 0 || cpu >= CPU_SETSIZE || sched_getaffinity(0, sizeof *allowed, allowed)) return 0;
+    *others = *allowed;
+    CPU_CLR(cpu, others);
+    return CPU_COUNT(others) > 0;
+}
 #endif
+
+/* A scheduler may wake a thread on the CPU of the one that wakes it, where it waits for the end of the step: so it is kept off
+ * that CPU until it is awake. (Linux 6.18 in a virtual machine of two CPUs: a pass of 8 tokens took 7.8 ms on two threads, and
+ * 5.6 on one; 5.2 on two that are kept apart.) */
+static void wake(helper *helpers, int count) {
+#ifdef __linux__
+    cpu_set_t allowed, others;
+    int known = -1; /* read once, when a helper is asleep */
+#endif
+    for (helper *h = helpers; h < helpers + count; h++) {
+        if (!__atomic_load_n(&h->asleep, __ATOMIC_SEQ_CST)) continue;
+        pthread_mutex_lock(&h->lock);
+#ifdef __linux__
+        if (h->asleep && !h->kept_off) {
+            if (known < 0) known = other_cpus(&allowed, &others);
+            if (known && !pthread_setaffinity_np(h->thread, sizeof others, &others)) h->allowed = allowed, h->kept_off = 1;
+        }
+#endif
+        pthread_cond_signal(&h->woken);
+        pthread_mutex_unlock(&h->lock);
+    }
 }
 
 static void run_together(int threads, int64_t tasks) {
     __atomic_store_n(&pool.done, 0, __ATOMIC_RELAXED);
     __atomic_store_n(&pool.step, (uint64_t)threads << 46 | (uint64_t)tasks << 23, __ATOMIC_SEQ_CST);
-    for (int i = 0; i < threads - 1; i++) {
-        helper *h = &pool.helpers[i];
-        if (!__atomic_load_n(&h->asleep, __ATOMIC_SEQ_CST)) continue;
-        avoid_callers_cpu(h);
-        pthread_mutex_lock(&h->lock);
-        pthread_cond_signal(&h->woken);
-        pthread_mutex_unlock(&h->lock);
-    }
+    wake(pool.helpers, threads - 1);
     take_tasks(0);
     for (int i = 0; __atomic_load_n(&pool.done, __ATOMIC_ACQUIRE) < tasks; i++) {
         if (i < 16 * PAUSES)

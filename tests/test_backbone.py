@@ -19,6 +19,7 @@ from p2l_engine.kernels import rms_norm, rotary, swiglu
 from p2l_engine.native.embedding import embed
 from tests.support import tiny
 from tests.support.kernel_cases import FLOATS, close
+from tests.support.threads import threads
 
 PREFIXED = "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}" + tiny.TEMPLATE
 PROMPTS = ["a", "hello", "\n\nwhite space first", "x" * 300, "", "Schreibe ein Gedicht.", "y" * 9000, "hello"]
@@ -53,9 +54,11 @@ def test_embeddings_are_the_rows_of_the_table(stored, dtype, tokens, columns):
     table = (torch.randn(31, columns) * 10.0 ** torch.randint(-9, 9, (31, 1))).to(stored)
     table[3:7] = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0], dtype=stored)[:, None]
     ids = torch.randint(0, 31, (tokens,), dtype=torch.int32)
-    found = CpuOperations(dtype).embed(ids, table)
-    assert found.dtype == dtype
-    torch.testing.assert_close(found, F.embedding(ids, table).to(dtype), rtol=0, atol=0, equal_nan=True)
+    for count in (1, 3):
+        with threads(count):
+            found = CpuOperations(dtype).embed(ids, table)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found, F.embedding(ids, table).to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize(

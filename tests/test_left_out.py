@@ -198,13 +198,18 @@ def test_heads_are_those_of_training(tmp_path, rng):
 def test_shrunk_coefficients_lie_between_their_own_and_the_leaderboard(tmp_path, rng):
     heads, pool = pool_votes(tmp_path, rng)
     training, validation, test = (pool.part(k) for k in range(3))
-    head = heads.without_shrinkage().fit(training, validation)
-    assert (heads.wanted.shrinkage is None, head.fitted.shrinkage is None) == (False, True)
+    unshrunk = replace(heads, wanted=heads.wanted.model_copy(update={"shrinkage": None})).fit(training, validation)
+    head = heads.fit(training, validation)
+    assert (head.fitted.shrinkage is None, unshrunk.fitted.shrinkage is None) == (False, True)
     ways = list(head.shrunk(test))
-    np.testing.assert_allclose(ways[0].theta, head.theta(test), atol=1e-5)
+    (configured,) = [way for way in ways if way.way == trained_heads.CONFIGURED]
+    np.testing.assert_allclose(configured.theta, head.theta(test), atol=1e-4)
+    assert configured.kept == pytest.approx(head.kept(test).mean(), abs=1e-5)
+    assert configured.log_loss == pytest.approx(head.log_losses(test)["head"], abs=1e-5)
+    np.testing.assert_allclose(ways[0].theta, unshrunk.theta(test), atol=1e-5)
     assert (ways[0].kept, ways[-1].kept) == (1.0, 0.0)
     np.testing.assert_array_equal(ways[-1].theta, np.tile(ways[-1].theta[0], (len(test), 1)))
-    of = {name: loss for name, loss in head.log_losses(test).items()}
+    of = {name: loss for name, loss in unshrunk.log_losses(test).items()}
     assert ways[0].log_loss == pytest.approx(of["head"], abs=1e-6)
     assert ways[-1].log_loss == pytest.approx(of["leaderboard"], abs=1e-3)  # outputs at the anchor are those, to rounding
     low, high = np.minimum(ways[0].theta, ways[-1].theta), np.maximum(ways[0].theta, ways[-1].theta)

@@ -232,24 +232,47 @@ def test_a_head_over_an_adapter_reads_its_hidden_states(cls_token, tmp_path, mon
 @pytest.mark.slow
 def test_adapters_that_do_not_fit_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("P2L_ENGINE_CACHE", str(tmp_path / "cache"))
-    adapter = train(run_settings(tmp_path, lora={"r": 2}, proj_name="steps", num_train_epochs=1, dtype="float32"))
-    whole = train(run_settings(tmp_path, proj_name="whole", num_train_epochs=1, dtype="float32"))
 
     def refused(message, **changes):
         with pytest.raises((ValueError, CheckpointError), match=message):
-            train(at_once(tmp_path, **changes))
+            train(at_once(tmp_path, **changes), if_present="restart")
         assert not (tmp_path / "out/trial").exists()
 
     def over(folder):
         return {"deviations": [1.0], "adapter": str(folder)}
 
-    refused("adapter: expected the folder of a checkpoint with an adapter, got .*whole", head_optimum=over(whole))
-    refused("no local folder|found none of these at", head_optimum=over(tmp_path / "nothing"))
-    refused(
-        "chat_template: expected .*, as the adapter", head_optimum=over(adapter), chat_template="{{ messages[0]['content'] }}"
-    )
-    shutil.copytree(tmp_path / "base", tmp_path / "other")
+    steps = {"proj_name": "steps", "num_train_epochs": 1, "validation": 0.2, "dtype": "float32"}
+    adapter = train(run_settings(tmp_path, lora={"r": 2}, **steps))
+    whole = train(run_settings(tmp_path, **steps | {"proj_name": "whole"}))
+    head = train(at_once(tmp_path, proj_name="head"))
+    refused("adapter: expected a checkpoint with LoRA's factors, got .*whole", head_optimum=over(whole))
+    refused("adapter: expected a checkpoint with LoRA's factors, got .*head", head_optimum=over(head))
+    refused("head_optimum: adapter: checkpoint: expected a folder", head_optimum=over(tmp_path / "nothing"))
+    refused("chat_template, .* expected those", head_optimum=over(adapter), chat_template="{{ messages[0]['content'] }}")
+    refused("without the same held-out prompts", head_optimum=over(adapter), split_seed=1)
+    refused("without the same validation prompts", head_optimum=over(adapter), validation=0.5)
+    shutil.copytree(adapter, tmp_path / "out/tokens")
+    shutil.copy(tmp_path / "base/tokenizer.json", tmp_path / "out/tokens")
+    refused("adapter: expected one with the backbone's tokenizer", head_optimum=over(tmp_path / "out/tokens"))
+    with pytest.raises(ValueError, match="adapter: expected another folder than the run's own"):
+        train(at_once(tmp_path, proj_name="steps", head_optimum=over(adapter)), if_present="restart")
+    assert json.loads((adapter / "training_config.json").read_text())["lora"]
+    shutil.copytree(tmp_path / "base", tmp_path / "copy")
+    train(at_once(tmp_path, head_optimum=over(adapter), pretrain_model_name=str(tmp_path / "copy")))
+    shutil.rmtree(tmp_path / "out/trial")
+    tiny.write(tmp_path / "other", loss_type="grk", dtype=torch.bfloat16, seed=5)
+    tiny.tokenizer().save_pretrained(tmp_path / "other")
     refused("adapter: expected one over .*other", head_optimum=over(adapter), pretrain_model_name=str(tmp_path / "other"))
+
+
+def test_a_run_that_ended_before_a_setting_came_is_complete(tmp_path, monkeypatch):
+    monkeypatch.setenv("P2L_ENGINE_CACHE", str(tmp_path / "cache"))
+    config = at_once(tmp_path)
+    folder = train(config)
+    kept = json.loads((folder / "training_config.json").read_text())
+    del kept["head_optimum"]["adapter"]
+    (folder / "training_config.json").write_text(json.dumps(kept))
+    assert train(config, if_present="resume") == folder
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -116,18 +114,3 @@ def test_routing_does_not_depend_on_threads(n, monkeypatch):
     for other in found[1:]:
         for first, again in zip(found[0], other, strict=True):
             np.testing.assert_array_equal(np.asarray(again), np.asarray(first))
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs, on Linux")
-def test_threads_that_are_woken_keep_off_the_callers_cpu():
-    getcpu = ctypes.CDLL(None).sched_getcpu
-    allowed, theta, q = os.sched_getaffinity(0), np.zeros((4000, 50)), np.full(50, 0.02)
-    with threads(2):
-        for _ in range(200):
-            time.sleep(0.003)  # until they sleep
-            before = getcpu()
-            routing.win_rates(theta, q)
-            masks = [os.sched_getaffinity(int(thread)) for thread in os.listdir("/proc/self/task")]
-            if getcpu() == before and allowed - {before} in masks:
-                return
-    pytest.fail("no thread was kept off the caller's CPU in 200 steps")

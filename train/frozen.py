@@ -14,31 +14,35 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from p2l_engine import checkpoint
 from p2l_engine.backbone.topics import Topics
-from p2l_engine.checkpoint import Checkpoint
-from p2l_engine.checkpoint.files import read_json
+from p2l_engine.checkpoint import Checkpoint, fingerprint
+from p2l_engine.checkpoint.files import read_json, read_tensors
 from p2l_engine.engine import Engine
+from p2l_engine.errors import CheckpointError
 from p2l_engine.evaluation import features
 from p2l_engine.feedback import FeedbackModel, feedback_model
 from p2l_engine.learning import hidden, shrinkage
+from p2l_engine.prompts.encode import PromptEncoder
 from p2l_engine.train import optimum, topics
 from p2l_engine.train.config import HeadOptimum, TrainConfig
 from p2l_engine.train.optimum import FittedLayers, Float32, Inputs
-from p2l_engine.train.saving import write_head
+from p2l_engine.train.saving import unseen_hashes, write_head
 from p2l_engine.votes import Splits, Votes
 
 logger = logging.getLogger(__name__)
 
 
 def train(config: TrainConfig, wanted: HeadOptimum, folder: Path, parts: Splits, inputs: Mapping[str, Any]) -> None:
-    """Writes the checkpoint to ``folder``: the head, topics and shrinkage where they are wanted, and the settings of an adapter
-    that changes nothing else of the backbone.
+    """Writes the checkpoint to ``folder``: the head, topics and shrinkage where they are wanted, and the factors of the adapter
+    that they were fitted over, if any.
 
-    An interrupted run goes on where the cache of hidden states ends. Raises ValueError for topics of votes without categories
-    and for a shrinkage of too few prompts, CheckpointError for a backbone that cannot be read, ArithmeticError where the
-    optimum is not reached, and OSError where the cache or the checkpoint cannot be written.
+    An interrupted run goes on where the cache of hidden states ends. Raises ValueError for topics of votes without categories,
+    a shrinkage of too few prompts and an adapter that does not fit, CheckpointError for a backbone that cannot be read,
+    ArithmeticError where the optimum is not reached, and OSError where the cache or the checkpoint cannot be written.
     """
     if wanted.topics is not None:
         _categories(parts.training)  # before hours of hidden states
+    if (adapter := adapter_folder(config)) is not None:
+        _check_unseen(adapter, parts)
     if wanted.shrinkage is not None:
         shrinkage.check_enough(len(parts.training.prompts))
     loaded = base(config)
@@ -97,34 +101,60 @@ def _categories(votes: Votes) -> Sequence[str]:
 
 def base(config: TrainConfig) -> Checkpoint:
     """The backbone as the head reads it, with the config's template and CLS token, and an empty head: before training, or with
-    the optimum's adapter. Raises CheckpointError, and ValueError for an adapter that is over another backbone, or was trained
-    on other texts of the same prompts."""
+    the optimum's adapter. Raises CheckpointError, and ValueError for an adapter that is not LoRA's over the same backbone, or
+    was trained with another template, date or CLS token."""
     untrained = features.frozen(config.pretrain_model_name, config.model_dump())
-    name = None if config.head_optimum is None else config.head_optimum.adapter
-    if name is None:
+    adapter = adapter_folder(config)
+    if adapter is None:
         return untrained
-    trained = checkpoint.load(name)
-    if trained.folder == trained.base:
+    trained = _trained(adapter)
+    recorded = read_json(trained.folder / "training_config.json", dict).get("inputs") or {}
+    if recorded.get("backbone", fingerprint.of_backbone(trained.base)) != fingerprint.of_backbone(untrained.base):
         raise ValueError(
-            f"head_optimum: adapter: expected the folder of a checkpoint with an adapter, got {name}, which has a whole "
-            "backbone: name it as pretrain_model_name"
+            f"head_optimum: adapter: expected one over {config.pretrain_model_name} ({untrained.base}), got {trained.folder}, "
+            f"over {trained.base} or an earlier state of it"
         )
-    if trained.base.resolve() != untrained.base.resolve():
+    ids = [PromptEncoder(each.tokenizer).encode(["a", "b"])[0].tolist() for each in (trained, untrained)]
+    if ids[0] != ids[1]:
         raise ValueError(
-            f"head_optimum: adapter: expected one over {config.pretrain_model_name} ({untrained.base}), got {name}, over "
-            f"{trained.base}"
+            "chat_template, cls_token_if_none, date: expected those of the training_config.json in "
+            f"{trained.folder}, which head_optimum's adapter was trained with: other tokens come of these"
         )
-    before = read_json(trained.folder / "training_config.json", dict)
-    for key in ("chat_template", "cls_token_if_none", "pad_token_if_none"):
-        if before.get(key) != getattr(config, key):
-            raise ValueError(
-                f"{key}: expected {before.get(key)!r:.60}, as the adapter of head_optimum was trained with, got "
-                f"{getattr(config, key)!r:.60}"
-            )
     return replace(
-        untrained, folder=trained.folder, config=trained.config, tokenizer=trained.tokenizer, weights=trained.weights,
-        transformers=trained.transformers,
-    )  # fmt: skip
+        untrained, folder=trained.folder, config=trained.config, weights=trained.weights, transformers=trained.transformers
+    )
+
+
+def adapter_folder(config: TrainConfig) -> Path | None:
+    """The folder of head_optimum's adapter, None where there is none. Raises CheckpointError where it cannot be found."""
+    if config.head_optimum is None or config.head_optimum.adapter is None:
+        return None
+    try:
+        return checkpoint.find(config.head_optimum.adapter)
+    except CheckpointError as error:
+        raise CheckpointError(f"head_optimum: adapter: {error}") from error
+
+
+def _trained(adapter: Path) -> Checkpoint:
+    """The checkpoint of an adapter."""
+    weights = adapter / "adapter_model.safetensors"
+    if not (weights.is_file() and any(".lora_" in name for name in read_tensors(weights))):
+        raise ValueError(f"head_optimum: adapter: expected a checkpoint with LoRA's factors, got {adapter}, which has none")
+    if (adapter / "tokenizer.json").is_file():
+        raise ValueError(f"head_optimum: adapter: expected one with the backbone's tokenizer, got {adapter}, which has its own")
+    return checkpoint.load(adapter)
+
+
+def _check_unseen(adapter: Path, parts: Splits) -> None:
+    """Raises ValueError where the adapter's votes were split in another way: it may have been trained on prompts that this run
+    holds out, or chooses by."""
+    theirs = read_json(adapter / "training_config.json", dict).get("held_out_hashes") or {}
+    for part, ours in unseen_hashes(parts).items():
+        if theirs.get(part) != ours:
+            raise ValueError(
+                f"head_optimum: adapter: expected one that was trained without the same {part} prompts, got {adapter}: take "
+                "its data, held_out, validation, split_by and split_seed"
+            )
 
 
 def _states(engine: Engine, votes: Votes, part: str) -> Float32:

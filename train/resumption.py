@@ -17,6 +17,7 @@ from p2l_engine import checkpoint
 from p2l_engine.checkpoint import fingerprint
 from p2l_engine.checkpoint.saving import write_json
 from p2l_engine.train.config import TrainConfig
+from p2l_engine.train.frozen import adapter_folder
 from p2l_engine.votes import Splits, Votes
 
 logger = logging.getLogger(__name__)
@@ -27,14 +28,14 @@ IfPresent = Literal["refuse", "resume", "restart"]
 
 def inputs_of(config: TrainConfig, parts: Splits, max_steps: int) -> dict[str, Any]:
     """The inputs of a run besides its config: hashes of the votes, the validation votes, the backbone and the adapter."""
-    adapter = None if config.head_optimum is None else config.head_optimum.adapter
-    of_adapter = {} if adapter is None else {"adapter": fingerprint.of_backbone(checkpoint.find(adapter))}
+    folder, files = adapter_folder(config), ("adapter_config.json", "adapter_model.safetensors")
+    found = [] if folder is None else [folder / name for name in files if (folder / name).is_file()]
     return {
         "max_steps": max_steps,
         "votes": _fingerprint(parts.training),
         "validation": None if parts.validation is None else _fingerprint(parts.validation),
         "backbone": fingerprint.of_backbone(checkpoint.find(config.pretrain_model_name)),
-        **of_adapter,
+        **({"adapter": {file.name: fingerprint.of_file(file) for file in found}} if found else {}),
     }
 
 
@@ -76,6 +77,8 @@ def check_finished(folder: Path, config: TrainConfig, inputs: dict[str, Any]) ->
     now = json.loads(json.dumps(config.model_dump())) | inputs
     # Checkpoints of earlier versions do not record their inputs.
     known = before | (before.get("inputs") or {key: inputs[key] for key in inputs})
+    if isinstance(known.get("head_optimum"), dict):  # nor keys that came later
+        known["head_optimum"] = {"adapter": None, **known["head_optimum"]}
     changed = _changed(known, now)
     if changed:
         raise ValueError(

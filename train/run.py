@@ -128,6 +128,9 @@ def _at_once(
         raise ValueError(f"max_steps: expected -1, as head_optimum takes no such steps, got {inputs['max_steps']}")
     if (processes := PartialState().num_processes) > 1:
         raise ValueError(f"head_optimum: expected one process, got {processes}")
+    adapter = frozen.adapter_folder(config)
+    if adapter is not None and adapter.resolve() == folder.resolve():
+        raise ValueError(f"head_optimum: adapter: expected another folder than the run's own, {folder}: change proj_name")
     if folder.exists() and if_present == "resume":
         resumption.check_finished(folder, config, inputs)
         logger.info("%s is already complete", folder)

@@ -70,15 +70,15 @@ def write_head(
     """Writes a head over the backbone ``base``, with topics and shrinkage of what it reads, as an adapter folder with the
     factors of the base's own adapter, or none; the head in float32; else as ``write``."""
     best, head, m = found.best, found.best.head, found.best.head.n_models
-    own = base.folder / "adapter_model.safetensors"
     tensors = {"head.head.weight": head.weight[:m], "head.head.bias": head.bias[:m]}
     if head.has_eta:
         tensors |= {"head.eta_head.weight": head.weight[m:], "head.eta_head.bias": head.bias[m:]}
     tensors = {f"{PEFT_PREFIX}{name}": tensor.float() for name, tensor in tensors.items()}
-    if own.is_file():
+    if base.folder != base.base:  # an adapter of its own
+        own = read_tensors(base.folder / "adapter_model.safetensors")
         settings = read_json(base.folder / "adapter_config.json", dict)
         settings |= {"base_model_name_or_path": _from(folder, config.pretrain_model_name)}
-        tensors |= {n: w for n, w in read_tensors(own).items() if not n.removeprefix(PEFT_PREFIX).startswith("head.")}
+        tensors |= {n: w for n, w in own.items() if not n.removeprefix(PEFT_PREFIX).startswith("head.")}
     else:
         settings, table = _adapter(folder, config, 1, 1, []), base.weights.read()["embed_tokens.weight"]
         if grown := len(table) - int(read_config(base.folder).vocab_size):

@@ -32,9 +32,10 @@ def embed(tokens: Tensor, table: Tensor, out: Tensor) -> Tensor:
         raise ValueError(f"table, out: expected floats, and out float32 or like the table, got {table.dtype} and {out.dtype}")
     if table.dtype == torch.float16:
         return out.copy_(F.embedding(tokens, table))
+    count = min(threads(out.numel(), ELEMENTS_PER_THREAD), max(1, len(tokens)))
     status = lib.p2l_embed(
         tensor("void", table), *table.shape, tensor("int32_t", tokens), len(tokens), tensor("void", out),
-        table.dtype == torch.bfloat16, out.dtype == torch.bfloat16, threads(out.numel(), ELEMENTS_PER_THREAD),
+        table.dtype == torch.bfloat16, out.dtype == torch.bfloat16, count,
     )  # fmt: skip
     if check(status, "embed"):
         raise ValueError(f"tokens: expected numbers from 0 to {len(table) - 1}, got {int(tokens.min())} to {int(tokens.max())}")
