@@ -20,7 +20,7 @@ enum {
     PANEL = 32, /* columns whose weights lie together */
     TILE = 12,  /* rows whose sums with a panel stay in registers; with AVX2, of half a panel: */
     AVX2_TILE = 6,
-    AHEAD = 8192,         /* of the weights in use, in bytes: the cache line that is fetched, past the end of a page too */
+    AHEAD = 8192,         /* how far ahead of the weights in use others are fetched, in bytes: two pages */
     CACHED = 384 << 10,   /* bytes of rows that are multiplied by a panel before the next one: they stay in the L2 cache */
     TASKS_PER_THREAD = 16 /* of a product, so that a thread that starts late leaves more to the others */
 };
