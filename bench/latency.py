@@ -4,7 +4,8 @@ Every path routes prompts of --tokens tokens (64) under a budget. Stages, timed 
 coefficients; ``decide``, coefficients to decision; ``whole`` is Router.route. ``reference`` is transformers, one prompt at a
 time, to coefficients only. ``N callers``: N threads, each sending its next prompt when it has its decision; calls per second
 and the latency of each call. ``weights``: a lower bound for ``forward``, the time to read all weights but the embedding table
-once, at the rate of a large copy.
+once, at the rate of a large copy. On a CPU, ``products`` and ``attention``: what a forward pass spends there, measured step by
+step; the rest of ``forward`` is norms, rotary embedding, SwiGLU, head and Python.
 
 With --lengths instead: the forward pass of one prompt, token ids to theta, by its number of tokens and by threads; of the
 engine in float32 and each --dtype, of transformers, and of --peers in each precision that they have (bench/peers says how each
@@ -26,6 +27,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,7 +35,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench import latency_by_length, peers, subjects
+from bench import latency_by_length, peers, products, subjects
 from bench.latency_by_length import LENGTHS, REST
 from bench.peers.transformers import Transformers
 from bench.setting import add_engines, add_subjects, dtypes, float_dtype, positive, run, write_rows
@@ -123,7 +125,7 @@ def of_stages(
         console.print(f"{name} {dtype}: warm-up {engine.warmup():.1f} s")
         texts = prompts_of(engine, tokens, calls)
         peer = Transformers(loaded, device, float_dtype(dtype))
-        found = stages(name, dtype, engine, texts, peer)
+        found = stages(name, dtype, loaded, engine, texts, peer)
         for callers in (1, 2, 4, 8, 16, 32, 64) if arguments.callers is None else arguments.callers:
             found.append(under_load(name, dtype, engine, texts, callers))
         console.print(table(f"{name} {dtype}, {tokens} tokens, milliseconds", found))
@@ -155,7 +157,7 @@ def catalog_of(engine: Engine) -> Catalog:
     return Catalog(tuple(CatalogModel(name, float(cost)) for name, cost in zip(engine.models, costs, strict=True)))
 
 
-def stages(name: str, dtype: str, engine: Engine, texts: list[str], peer: Transformers) -> list[Row]:
+def stages(name: str, dtype: str, loaded: Checkpoint, engine: Engine, texts: list[str], peer: Transformers) -> list[Row]:
     with Router(engine, catalog_of(engine)) as router:
         budget = float(np.mean(router.costs))
         coefficients = [engine.coefficients([text]) for text in texts]
@@ -171,11 +173,16 @@ def stages(name: str, dtype: str, engine: Engine, texts: list[str], peer: Transf
             for call in runs.values():
                 call(0)
         taken: dict[str, list[float]] = {what: [] for what in runs}
+        spent = []
         for i in range(len(texts)):  # in turns, so that other load on the machine slows all stages alike
             for what, call in runs.items():
                 start = time.perf_counter()
                 call(i)
                 taken[what].append(time.perf_counter() - start)
+            spent.append(products.measured(loaded, engine, partial(runs["forward"], i)))
+    parts = [each for each in spent if each is not None]
+    if parts:
+        taken |= {"products": [each.products for each in parts], "attention": [each.attention for each in parts]}
     rows = [row(name, dtype, what, seconds) for what, seconds in taken.items()]
     least = 1e3 * _seconds_to_read(engine)
     return [*rows, Row(name, dtype, "weights", 1, least, least, least)]

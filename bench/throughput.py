@@ -3,10 +3,12 @@
 ``engine``: Engine.coefficients on all prompts. ``reference``: transformers, one prompt at a time, as P2L is served today.
 ``hf-batched``: transformers as fast as it goes: sorted by length, padded batches of the size that was fastest here, SDPA, and
 compiled too with --compile. All three tokenise; they run in turns, and medians count. Tokens are those that were computed:
-those of a shared prefix are not counted for the engine, nor padding for the others. Utilisation: the FLOPs that the model
-needs for these tokens, over the rate of a large matrix product in the same type, measured in the same run. ``after theta``:
-win rates, one budget per prompt and score for all prompts, as a share of the engine's time. ``elsewhere``: its time outside
-matrix products and attention. Lengths: bench/subjects.py, or --prompts FILE.
+those of a shared prefix are not counted for the engine, nor padding for the others. Utilisation: the operations that the model
+needs for these tokens, over the rate of a large matrix product in the same type, measured in the same run (on a CPU the faster
+of torch's and the engine's own). ``after theta``: win rates, one budget per prompt and score for all prompts, as a share of the
+engine's time. ``elsewhere``: the share of its forward passes outside matrix products and attention. Lengths:
+bench/subjects.py, or --prompts FILE. Paths with fewer prompts than the engine get some of each length, so that prompts per
+second can be compared.
 
 --dtype: the engine in each; transformers in the first one. --peers: other runtimes too, in each precision that they have, set
 for throughput (bench/peers says how), with the engine's token ids, in padded batches like hf-batched's. Their theta is checked
@@ -28,80 +30,46 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from rich.console import Console
-from rich.table import Table
 from transformers import PretrainedConfig
 
-from bench import peers, subjects
+from bench import peers, products, subjects
 from bench.peers.batches import Run, in_batches
 from bench.peers.decoder import Decoder
 from bench.peers.expected import Expected
 from bench.peers.transformers import Transformers
 from bench.setting import add_engines, add_subjects, dtypes, float_dtype, matrix_rate, positive, run, write_rows
+from bench.throughput_rows import Row, table
 from p2l_engine import Engine, routing
 from p2l_engine.backbone.families import DecoderConfig
 from p2l_engine.backbone.packing import Packed
 from p2l_engine.checkpoint import Checkpoint
 from p2l_engine.engine.compile_watch import CompileWatch
-from p2l_engine.engine.device import DTYPES
+from p2l_engine.engine.device import DTYPES, INTEGERS
 
 BUDGETS = {"cpu": (512, 1024, 2048, 4096), "cuda": (8192, 16384, 32768, 65536)}
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the table.
-
-    precision: the engine's dtype, or the other's; lengths: 5%, 25%, 50%, 75%, 95% and mean of the prompts' tokens, the
-    template's among them; seconds: median of the rounds, and the fastest and slowest; cpu_seconds: the median of CPU time, of
-    all threads; times_engine: prompts per second over those of the engine in its first dtype; after_theta: seconds of routing
-    as a share of the engine's; gib: peak of the device's memory; largest_difference: of theta to the reference's, with theta's
-    standard deviation; off: of a peer's theta, as in ``peers.expected``.
-    """
-
-    model: str
-    path: str
-    precision: str
-    prompts: int
-    tokens: int
-    lengths: str
-    seconds: float
-    fastest: float
-    slowest: float
-    cpu_seconds: float
-    prompts_per_s: float
-    tokens_per_s: float
-    times_reference: float
-    times_engine: float
-    utilisation: float | None
-    after_theta: float | None = None
-    elsewhere: float | None = None
-    gib: float | None = None
-    largest_difference: float | None = None
-    deviation: float | None = None
-    off: float | None = None
-
-
 @dataclass
 class Timed:
-    """A path, what it computes of so many prompts, and the wall and CPU seconds that each round took."""
+    """A path, its prompts, what it computes of them, and the wall and CPU seconds that each round took."""
 
     path: str
     precision: str
-    prompts: int
+    texts: list[str]
     compute: Callable[[list[str]], npt.NDArray[np.float32]]
     seconds: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
     off: float | None = None
 
-    def round(self, texts: list[str]) -> None:
+    def round(self) -> None:
         start, used = time.perf_counter(), time.process_time()
-        self.compute(texts[: self.prompts])
+        self.compute(self.texts)
         self.seconds.append(time.perf_counter() - start)
         self.cpu.append(time.process_time() - used)
 
     @property
     def per_prompt(self) -> float:
-        return float(np.median(self.seconds)) / self.prompts
+        return float(np.median(self.seconds)) / len(self.texts)
 
 
 def main() -> None:
@@ -137,18 +105,18 @@ def bench(name: str, device: torch.device, arguments: argparse.Namespace, consol
     engine = engines[names[0]]
     count = arguments.count or (_worth_seconds(loaded.config) if on_gpu else 300)
     texts = subjects.read_prompts(arguments.prompts, count) if arguments.prompts else subjects.prompts(count)
-    some = min(len(texts), arguments.peer_count or (count // 2 if on_gpu else count))
-    few, checked = texts[: some // 4 or 1], texts[: min(len(texts), arguments.reference_count or 100)]
+    some = of_all_lengths(texts, engine, arguments.peer_count or (count // 2 if on_gpu else count))
+    few, checked = some[: len(some) // 4 or 1], of_all_lengths(texts, engine, arguments.reference_count or 100)
     for dtype, each in engines.items():
         console.print(f"{name} {dtype}: warm-up {each.warmup():.1f} s")
-    rates = {dtype: matrix_rate(device, DTYPES[dtype]) for dtype in {*names, "float32"} if dtype in DTYPES}
+    rates = {dtype: matrix_rate(device, known[dtype]) for dtype in {*names, "float32"} if dtype in (known := DTYPES | INTEGERS)}
     peer = Transformers(loaded, device, float_dtype(names[0]))
-    others = others_of(loaded, engines, arguments.peers, texts[:some], console) if arguments.peers else []
+    others = others_of(loaded, engines, arguments.peers, some, console) if arguments.peers else []
     budget = _fastest_budget("hf-batched", lambda size: peer.batched(few, size), device, console)
     paths = [
-        *(Timed("engine", dtype, len(texts), partial(_theta, each)) for dtype, each in engines.items()),
+        *(Timed("engine", dtype, texts, partial(_theta, each)) for dtype, each in engines.items()),
         Timed("hf-batched", peer.precision, some, lambda prompts: peer.batched(prompts, budget)),
-        Timed("reference", peer.precision, len(checked), peer.one_by_one),
+        Timed("reference", peer.precision, checked, peer.one_by_one),
         *others,
     ]
     if on_gpu:
@@ -156,27 +124,24 @@ def bench(name: str, device: torch.device, arguments: argparse.Namespace, consol
     peak = None
     for _ in range(arguments.rounds):
         for path in paths:
-            path.round(texts)
+            path.round()
             if path.path == "engine" and on_gpu and peak is None:
                 held = sum(p.numel() * p.element_size() for p in peer.model.parameters())
                 peak = (torch.cuda.max_memory_allocated(device) - held) / 2**30
     if arguments.compile:
         peer.model = torch.compile(peer.model, dynamic=True)
         paths.append(Timed("hf-batched compiled", peer.precision, some, lambda prompts: peer.batched(prompts, budget)))
-        peer.batched(texts[:some], budget)
-        paths[-1].round(texts)
-    tokens = engine.encoder.encode(texts)
-    packed = Packed.of(tokens, engine.backbone.prefix)
+        peer.batched(some, budget)
+        paths[-1].round()
     theirs = peer.one_by_one(checked)[:, : len(engine.models)]
-    whole = [len(ids) for ids in tokens]
+    whole = _lengths(engine, texts)
     percentiles = " ".join(f"{x:.0f}" for x in (*np.percentile(whole, [5, 25, 50, 75, 95]), np.mean(whole)))
     per_prompt = {path.path: path.per_prompt for path in reversed(paths)}  # of the engine's, the first one
     rows = []
     for path in paths:
-        n, taken, ours = path.prompts, path.per_prompt, engines.get(path.precision) if path.path == "engine" else None
-        lengths = tuple(whole[:n]) if ours is None else packed.lengths[:n]
-        shared = (0,) * n if ours is None else packed.shared[:n]
-        rate = rates.get(path.precision)
+        n, taken, ours = len(path.texts), path.per_prompt, engines.get(path.precision) if path.path == "engine" else None
+        packed = Packed.of(engine.encoder.encode(path.texts), None if ours is None else ours.backbone.prefix)
+        lengths, shared, rate = packed.lengths, packed.shared, rates.get(path.precision)
         rows.append(
             Row(
                 name, path.path, path.precision, n, sum(lengths), percentiles, taken * n, min(path.seconds), max(path.seconds),
@@ -184,7 +149,7 @@ def bench(name: str, device: torch.device, arguments: argparse.Namespace, consol
                 per_prompt["reference"] / taken, per_prompt["engine"] / taken,
                 None if rate is None else subjects.flops(loaded.config, lengths, shared) / (taken * n) / rate,
                 None if ours is None else _after_theta(ours, texts) / (taken * n),
-                None if ours is None or on_gpu else _elsewhere(ours, texts[:200]),
+                None if ours is None else _elsewhere(loaded, ours, texts[:200]),
                 None if ours is None else peak, None if ours is None else float(np.abs(_theta(ours, checked) - theirs).max()),
                 None if ours is None else float(theirs.std()), path.off,
             )
@@ -210,8 +175,19 @@ def others_of(
             ) -> npt.NDArray[np.float32]:
                 return in_batches(run, encode(prompts), size)[:, :width]
 
-            found.append(Timed(each.name, each.precision, len(texts), compute, off=off))
+            found.append(Timed(each.name, each.precision, texts, compute, off=off))
     return found
+
+
+def of_all_lengths(texts: list[str], engine: Engine, count: int) -> list[str]:
+    """So many of the prompts, all if there are fewer: evenly spaced by their number of tokens, in the order of ``texts``."""
+    order = np.argsort(_lengths(engine, texts), kind="stable")
+    spaced = (np.arange(min(count, len(texts))) + 0.5) * max(1.0, len(texts) / count)
+    return [texts[i] for i in np.sort(order[spaced.astype(int)])]
+
+
+def _lengths(engine: Engine, texts: list[str]) -> list[int]:
+    return [len(ids) for ids in engine.encoder.encode(texts)]
 
 
 def _theta(engine: Engine, texts: list[str]) -> npt.NDArray[np.float32]:
@@ -257,28 +233,11 @@ def _after_theta(engine: Engine, texts: list[str]) -> float:
     return time.perf_counter() - start
 
 
-def _elsewhere(engine: Engine, texts: list[str]) -> float:
-    """The share of the engine's time that is not in matrix products and attention (torch's profiler, one round)."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
-        start = time.perf_counter()
-        engine.coefficients(texts)
-        seconds = time.perf_counter() - start
-    inside = ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise", "aten::_scaled_dot_product_flash_attention_for_cpu")
-    microseconds = sum(float(e.self_cpu_time_total) for e in profiled.key_averages() if e.key in inside)
-    return 1 - microseconds / 1e6 / seconds
-
-
-def table(name: str, rows: list[Row]) -> Table:
-    shown = Table(title=name, title_justify="left")
-    for column in ("", "prompts", "prompts/s", "tokens/s", "x ref.", "x engine", "utilised", "after theta", "elsewhere", "GiB"):
-        shown.add_column(column, justify="left" if not column else "right")
-    for r in rows:
-        percent = [None if x is None else f"{100 * x:.1f}%" for x in (r.utilisation, r.after_theta, r.elsewhere)]
-        shown.add_row(
-            f"{r.path} {r.precision}", f"{r.prompts:,}", f"{r.prompts_per_s:,.1f}", f"{r.tokens_per_s:,.0f}",
-            f"{r.times_reference:.2f}", f"{r.times_engine:.2f}", *percent, None if r.gib is None else f"{r.gib:.1f}",
-        )  # fmt: skip
-    return shown
+def _elsewhere(loaded: Checkpoint, engine: Engine, texts: list[str]) -> float | None:
+    """See ``products.measured``."""
+    tokens = engine.encoder.encode(texts)
+    spent = products.measured(loaded, engine, lambda: engine.forward(tokens))
+    return None if spent is None else spent.elsewhere
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ from bench import (
     loading,
     online,
     overload,
+    products,
     propensities,
     reading,
     real_budgets,
@@ -67,6 +68,7 @@ from bench.conversation_costs import ROUTERS
 from bench.load import callers, generator, request, servers
 from bench.mirror_descent import mirror_descent
 from bench.mock_provider import FAULTS, Rule
+from p2l_engine import Engine, checkpoint
 from p2l_engine.backbone.families import DecoderConfig
 from p2l_engine.backbone.weights import expected_shapes
 from p2l_engine.engine import natural_dtype
@@ -136,9 +138,36 @@ def test_throughput_runs_to_the_end(tmp_path, monkeypatch, capsys):
     assert rows["engine"]["precision"] == rows["reference"]["precision"]
     assert float(rows["engine"]["times_engine"]) == 1.0
     assert all(0 < float(row["utilisation"]) < 1 for row in rows.values())
+    assert 0 < float(rows["engine"]["elsewhere"]) < 1
     assert "torch" in rows["engine"]["setting"]
     if not torch.cuda.is_available():
         assert "no GPU here" in capsys.readouterr().out
+
+
+def test_fewer_prompts_have_the_lengths_of_all(tmp_path):
+    engine = Engine(checkpoint.load(str(tiny.write(tmp_path / "checkpoint"))), device="cpu")
+    texts = ["ab" * int(n) for n in np.random.default_rng(0).permutation(np.arange(1, 101))]
+    for count in (1, 7, 10, 33, 100, 1000):
+        some = throughput.of_all_lengths(texts, engine, count)
+        assert len(set(some)) == min(count, 100)
+        assert [text for text in texts if text in some] == some
+        assert np.mean([len(text) for text in some]) == pytest.approx(np.mean([len(text) for text in texts]), abs=2)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_products_and_attention_are_timed_in_the_same_forward_pass(tmp_path, dtype):
+    loaded = checkpoint.load(str(tiny.write(tmp_path / "checkpoint")))
+    engine, seen = Engine(loaded, "cpu", dtype), []
+    tokens = engine.encoder.encode(["one two", "three " * 20])
+    spent = products.measured(loaded, engine, lambda: seen.append(engine.forward(tokens)))
+    assert spent.products > 0
+    assert spent.attention > 0
+    assert 0 < spent.elsewhere < 1
+    kept = engine.backbone
+    assert all(np.array_equal(theta, engine.forward(tokens)) for theta in seen)
+    assert len(seen) == 2
+    assert products.measured(loaded, engine, lambda: None).products == 0
+    assert engine.backbone is kept
 
 
 def test_latency_runs_to_the_end(tmp_path, monkeypatch):
@@ -147,8 +176,8 @@ def test_latency_runs_to_the_end(tmp_path, monkeypatch):
     run(monkeypatch, latency, "--checkpoint", folder, "--device", "cpu", *sizes, "--csv", table)
     rows = {row["what"]: row for row in csv.DictReader(table.open())}
     assert {row["dtype"] for row in rows.values()} == {str(natural_dtype(torch.device("cpu"))).removeprefix("torch.")}
-    whats = ["whole", "tokenise", "forward", "decide", "reference", "weights", "1 callers", "3 callers"]
-    assert list(rows) == whats
+    alone = ["whole", "tokenise", "forward", "decide", "reference", "products", "attention", "weights"]
+    assert list(rows) == [*alone, "1 callers", "3 callers"]
     assert all(float(row["p50"]) <= float(row["p95"]) <= float(row["p99"]) for row in rows.values())
     assert [int(rows[f"{n} callers"]["calls"]) for n in (1, 3)] == [5, 5]
 
