@@ -29,11 +29,10 @@ from p2l_engine.evaluation import dtypes
 @dataclass(frozen=True)
 class DtypeRow:
     """One dtype of one shape. deviation, largest: of theta, root mean square and largest, over theta's standard deviation in
-    float32. weight_bits: of int8's weights."""
+    float32."""
 
     subject: str
     dtype: str
-    weight_bits: int | None
     prompts: int
     deviation: float
     largest: float
@@ -51,7 +50,7 @@ def rows(name: str, names: list[str], count: int, console: Console) -> list[Dtyp
             c = engine.coefficients(prompts, partial(bar.advance, task))
         exact = c if exact is None else exact
         of, spread = dtypes.of(kind, c, exact, None), float(exact.theta.std())
-        found.append(DtypeRow(name, of.dtype, of.weight_bits, count, of.deviation / spread, of.largest / spread))
+        found.append(DtypeRow(name, of.dtype, count, of.deviation / spread, of.largest / spread))
     return found
 
 
@@ -59,16 +58,15 @@ def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", required=True, choices=subjects.ARCHITECTURES, help="with random weights")
-    parser.add_argument("--dtype", nargs="+", default=["bfloat16", "int8", "int7"], help="compared with float32")
+    parser.add_argument("--dtype", nargs="+", default=["bfloat16", "int8"], help="compared with float32")
     parser.add_argument("--count", type=positive, default=100, help="random prompts")
     parser.add_argument("--csv", type=Path, help="also write the rows here")
     args = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 120)
     found = [row for name in args.model for row in rows(name, args.dtype, args.count, console)]
-    table = Table("", "dtype", "bits", "prompts", "rms", "largest", title="theta beside float32's, over its standard deviation")
+    table = Table("", "dtype", "prompts", "rms", "largest", title="theta beside float32's, over its standard deviation")
     for r in found:
-        bits = "" if r.weight_bits is None else str(r.weight_bits)
-        table.add_row(r.subject, r.dtype, bits, str(r.prompts), f"{r.deviation:.4f}", f"{r.largest:.4f}")
+        table.add_row(r.subject, r.dtype, str(r.prompts), f"{r.deviation:.4f}", f"{r.largest:.4f}")
     console.print(table)
     if args.csv:
         write_rows(args.csv, found, torch.device("cpu"))

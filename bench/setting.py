@@ -115,11 +115,10 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     engine, whichever is faster."""
     import torch
 
-    from p2l_engine.engine.device import INTEGERS
     from p2l_engine.native import panels
 
     n = 8192 if device.type == "cuda" else 2048
-    weight, whole = torch.randn(n, n, device=device), dtype in INTEGERS.values()
+    weight, whole = torch.randn(n, n, device=device), dtype == torch.int8
     x = torch.randn(n, n, device=device).to(torch.float32 if whole else dtype)
     out, products = torch.empty_like(x), []
     if not whole:

@@ -44,7 +44,7 @@ from p2l_engine.backbone.families import DecoderConfig
 from p2l_engine.backbone.packing import Packed
 from p2l_engine.checkpoint import Checkpoint
 from p2l_engine.engine.compile_watch import CompileWatch
-from p2l_engine.engine.device import DTYPES, INTEGERS
+from p2l_engine.engine.device import DTYPES, INT8
 
 BUDGETS = {"cpu": (512, 1024, 2048, 4096), "cuda": (8192, 16384, 32768, 65536)}
 
@@ -109,7 +109,7 @@ def bench(name: str, device: torch.device, arguments: argparse.Namespace, consol
     few, checked = some[: len(some) // 4 or 1], of_all_lengths(texts, engine, arguments.reference_count or 100)
     for dtype, each in engines.items():
         console.print(f"{name} {dtype}: warm-up {each.warmup():.1f} s")
-    rates = {dtype: matrix_rate(device, known[dtype]) for dtype in {*names, "float32"} if dtype in (known := DTYPES | INTEGERS)}
+    rates = {dtype: matrix_rate(device, known[dtype]) for dtype in {*names, "float32"} if dtype in (known := DTYPES | INT8)}
     peer = Transformers(loaded, device, float_dtype(names[0]))
     others = others_of(loaded, engines, arguments.peers, some, console) if arguments.peers else []
     budget = _fastest_budget("hf-batched", lambda size: peer.batched(few, size), device, console)

@@ -3,9 +3,9 @@
  *
  * One scale for a whole row would be that of its few largest values, and the others would lose their bits.
  *
- * A group's sums are exact in int32, so every instruction set gives the same ones for weights of the same bits. A weight w is
- * stored as w + offset, unsigned; offset times the sum of a group's values is taken off again. VNNI multiplies 8 bits by 8
- * bits into 32. AVX2 adds pairs of products in 16 bits, which hold 2 * 127 * 127: there weights have 7 bits.
+ * A group's sums are exact in int32, so every instruction set gives the same ones. A weight w is stored as w + OFFSET,
+ * unsigned; OFFSET times the sum of a group's values is taken off again. VNNI multiplies 8 bits by 8 bits into 32. AVX2's
+ * product of 8 bits adds pairs in 16, which 8-bit weights overflow: there both are widened to 16 bits, and pairs added in 32.
  */
 #include "p2l_native.h"
 #include "panels.h"
@@ -13,13 +13,13 @@
 #include <math.h>
 #include <string.h>
 
-enum { GROUP = 192, ROWS_PER_TASK = 16 /* quantised by one thread */ };
+enum { GROUP = 192, OFFSET = 128, ROWS_PER_TASK = 16 /* quantised by one thread */ };
 
 /* Arguments of one product; see p2l_native.h. */
 typedef struct {
-    const int8_t *x;
+    const void *x; /* int8, or what AVX2 multiplies: see widen */
     const float *scale, *weight_scale, *bias;
-    const int32_t *taken; /* off a group's sums: offset times the sum of its values */
+    const int32_t *taken; /* off a group's sums: OFFSET times the sum of its values */
     const uint8_t *weight;
     int64_t depth, groups, columns, panel_bytes; /* depth: a multiple of 4 */
     float *out;
@@ -44,7 +44,7 @@ INLINE void finish(const product *p, const float *totals, int64_t row, int64_t r
 INLINE void tile_portable(const product *p, const void *panel, int64_t row, int64_t column, int rows) {
     float totals[TILE * PANEL] = {0};
     for (int r = 0; r < rows; r++) {
-        const int8_t *x = p->x + (row + r) * p->depth;
+        const int8_t *x = (const int8_t *)p->x + (row + r) * p->depth;
         for (int64_t g = 0; g < p->groups; g++) {
             const int64_t at = (row + r) * p->groups + g;
             int32_t sums[PANEL];
@@ -66,7 +66,15 @@ INLINE void tile_portable(const product *p, const void *panel, int64_t row, int6
 /* sums += weights times values, each by four bytes. As an intrinsic, GCC 12 copies the sums to memory and back. */
 #define ADD_PRODUCTS(SUMS, WEIGHTS, VALUES) __asm__("vpdpbusd %2, %1, %0" : "+v"(SUMS) : "v"(WEIGHTS), "v"(VALUES))
 
-INLINE int32_t four(const int8_t *x) {
+/* The same by pairs of 16 bits. As intrinsics, GCC 12 adds in another order, which needs more registers than there are. */
+#define ADD_PAIRS(SUMS, WEIGHTS, VALUES)                                                                            \
+    do {                                                                                                            \
+        __m256i pairs;                                                                                              \
+        __asm__("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(SUMS), "=&x"(pairs) : "x"(WEIGHTS), "x"(VALUES)); \
+    } while (0)
+
+/* Four values of 8 bits, or two of 16. */
+INLINE int32_t bits_of(const void *x) {
     int32_t bits;
     memcpy(&bits, x, sizeof bits);
     return bits;
@@ -85,7 +93,7 @@ P2L_VNNI INLINE void group_vnni(const int8_t *x, int64_t depth, const uint8_t *w
         fetch_ahead(weight + 64);
 #pragma GCC unroll 16
         for (int r = 0; r < rows; r++) {
-            const __m512i value = _mm512_set1_epi32(four(x + r * depth));
+            const __m512i value = _mm512_set1_epi32(bits_of(x + r * depth));
             ADD_PRODUCTS(sums[r][0], first, value);
             ADD_PRODUCTS(sums[r][1], second, value);
         }
@@ -102,25 +110,35 @@ P2L_VNNI INLINE void group_vnni(const int8_t *x, int64_t depth, const uint8_t *w
     }
 }
 
-/* Two of the panel's four vectors of 8 columns at a time: the sums of more would not fit into 16 registers. */
-P2L_AVX2 INLINE void group_avx2(const int8_t *x, int64_t depth, const uint8_t *weight, int64_t steps, const int32_t *taken,
+/* Two of the panel's four vectors of 8 columns at a time: the sums of more would not fit into 16 registers. A vector's even
+ * bytes are a pair of each column's weights, its odd bytes the other pair. */
+P2L_AVX2 INLINE void group_avx2(const int16_t *x, int64_t depth, const uint8_t *weight, int64_t steps, const int32_t *taken,
                                 const float *scale, int64_t groups, float *totals, int rows) {
-    const __m256i ones = _mm256_set1_epi16(1);
+    const __m256i low = _mm256_set1_epi16(255);
     for (int part = 0; part < PANEL; part += 16) {
         __m256i sums[AVX2_TILE][2];
         const uint8_t *by_part = weight + 4 * part;
-        const int8_t *value_of = x;
+        const int16_t *value_of = x;
 #pragma GCC unroll 16
         for (int r = 0; r < rows; r++) sums[r][0] = sums[r][1] = _mm256_setzero_si256();
         for (int64_t k = 0; k < steps; k++, value_of += 4, by_part += 4 * PANEL) {
-            const __m256i first = _mm256_loadu_si256((const __m256i *)by_part);
-            const __m256i second = _mm256_loadu_si256((const __m256i *)(by_part + 32));
+            const __m256i *four = (const __m256i *)by_part;
+            __m256i first = _mm256_and_si256(low, _mm256_loadu_si256(four));
+            __m256i second = _mm256_and_si256(low, _mm256_loadu_si256(four + 1));
             fetch_ahead(by_part);
 #pragma GCC unroll 16
             for (int r = 0; r < rows; r++) {
-                const __m256i value = _mm256_set1_epi32(four(value_of + r * depth));
-                sums[r][0] = _mm256_add_epi32(sums[r][0], _mm256_madd_epi16(_mm256_maddubs_epi16(first, value), ones));
-                sums[r][1] = _mm256_add_epi32(sums[r][1], _mm256_madd_epi16(_mm256_maddubs_epi16(second, value), ones));
+                const __m256i value = _mm256_set1_epi32(bits_of(value_of + r * depth));
+                ADD_PAIRS(sums[r][0], first, value);
+                ADD_PAIRS(sums[r][1], second, value);
+            }
+            first = _mm256_srli_epi16(_mm256_loadu_si256(four), 8);
+            second = _mm256_srli_epi16(_mm256_loadu_si256(four + 1), 8);
+#pragma GCC unroll 16
+            for (int r = 0; r < rows; r++) {
+                const __m256i value = _mm256_set1_epi32(bits_of(value_of + r * depth + 2));
+                ADD_PAIRS(sums[r][0], first, value);
+                ADD_PAIRS(sums[r][1], second, value);
             }
         }
 #pragma GCC unroll 16
@@ -141,7 +159,7 @@ P2L_AVX2 INLINE void group_avx2(const int8_t *x, int64_t depth, const uint8_t *w
         float totals[TILE * PANEL];                                                                              \
         memset(totals, 0, (size_t)rows * PANEL * sizeof *totals);                                                \
         for (int64_t g = 0; g < p->groups; g++) {                                                                \
-            const int8_t *x = p->x + row * p->depth + g * GROUP;                                                 \
+            const VALUE_##NAME *x = (const VALUE_##NAME *)p->x + row * p->depth + g * GROUP;                     \
             const uint8_t *weight = (const uint8_t *)panel + g * GROUP * PANEL;                                  \
             const int64_t steps = (end_of(p, g) - g * GROUP) / 4, groups = p->groups, depth = p->depth;          \
             const int32_t *taken = p->taken + row * groups + g;                                                  \
@@ -150,6 +168,8 @@ P2L_AVX2 INLINE void group_avx2(const int8_t *x, int64_t depth, const uint8_t *w
         }                                                                                                        \
         finish(p, totals, row, rows, column);                                                                    \
     }
+#define VALUE_vnni int8_t
+#define VALUE_avx2 int16_t
 #define GROUP_vnni(ROWS) group_vnni(x, depth, weight, steps, taken, scale, groups, totals, ROWS)
 #define GROUP_avx2(ROWS) group_avx2(x, depth, weight, steps, taken, scale, groups, totals, ROWS)
 TILES(avx2, P2L_AVX2, AVX2_TILE)
@@ -162,15 +182,27 @@ P2L_PANEL(avx2, P2L_AVX2, AVX2_TILE, product)
 P2L_PANEL(vnni, P2L_VNNI, TILE, product)
 #endif
 
-/* Quantises rows [first, last) of x [rows, width] to values [rows, depth], with each group's scale, and minus offset times its
- * sum. */
-P2L_CLONES static void quantise(const float *x, int64_t first, int64_t last, int64_t width, int64_t depth, int8_t *values,
-                                float *scale, int32_t *taken, int32_t offset) {
+/* Four values of 8 bits at a time, in the order in which AVX2 multiplies them: the even two, then the odd two. */
+INLINE void widen(const int8_t *values, int64_t size, int16_t *out) {
+#pragma omp simd
+    for (int64_t i = 0; i < size; i += 4) {
+        out[i] = values[i];
+        out[i + 1] = values[i + 2];
+        out[i + 2] = values[i + 1];
+        out[i + 3] = values[i + 3];
+    }
+}
+
+/* Quantises rows [first, last) of x [rows, width] to values [rows, depth] of 8 bits, or 16 where they are `wide`, with each
+ * group's scale, and OFFSET times its sum. */
+P2L_CLONES static void quantise(const float *x, int64_t first, int64_t last, int64_t width, int64_t depth, void *values,
+                                float *scale, int32_t *taken, int wide) {
     const int64_t groups = (depth + GROUP - 1) / GROUP;
     for (int64_t n = first * groups; n < last * groups; n++) {
-        const int64_t at = n % groups * GROUP, size = width - at < GROUP ? width - at : GROUP;
+        const int64_t at = n % groups * GROUP, size = width - at < GROUP ? width - at : GROUP, padded = (size + 3) / 4 * 4;
+        const int64_t to = n / groups * depth + at;
         const float *row = x + n / groups * width + at;
-        int8_t *out = values + n / groups * depth + at;
+        int8_t few[GROUP], *out = wide ? few : (int8_t *)values + to;
         float most = 0, nothing = 0;
 #pragma omp simd reduction(max : most) reduction(+ : nothing)
         for (int64_t i = 0; i < size; i++) {
@@ -189,9 +221,10 @@ P2L_CLONES static void quantise(const float *x, int64_t first, int64_t last, int
             }
         } else
             memset(out, 0, (size_t)size); /* all zero, not finite, or too small to be scaled */
-        if (at + GROUP > width) memset(out + size, 0, (size_t)(depth - width));
+        memset(out + size, 0, (size_t)(padded - size));
+        if (wide) widen(few, padded, (int16_t *)values + to);
         scale[n] = step + nothing;
-        taken[n] = offset * total;
+        taken[n] = OFFSET * total;
     }
 }
 
@@ -207,31 +240,30 @@ int p2l_int8_level(void) {
 typedef struct {
     const float *x;
     int64_t rows, width, depth, tasks;
-    int8_t *values;
+    void *values;
     float *scale;
     int32_t *taken;
-    int32_t offset;
+    int wide;
 } quantisation;
 
 static void quantise_some(void *work, int64_t task, int thread) {
     const quantisation *w = work;
     (void)thread;
     quantise(w->x, w->rows * task / w->tasks, w->rows * (task + 1) / w->tasks, w->width, w->depth, w->values, w->scale,
-             w->taken, w->offset);
+             w->taken, w->wide);
 }
 
 void p2l_int8_linear(const float *x, int64_t rows, int64_t width, const uint8_t *weight, const float *weight_scale,
-                     int64_t offset, const float *bias, int64_t columns, uint8_t *scratch, float *out, int level, int threads) {
+                     const float *bias, int64_t columns, uint8_t *scratch, float *out, int level, int threads) {
     const int64_t depth = (width + 3) / 4 * 4, groups = (depth + GROUP - 1) / GROUP;
     float *scale = (float *)scratch;
     int32_t *taken = (int32_t *)(scratch + 4 * rows * groups);
-    int8_t *values = (int8_t *)(scratch + 8 * rows * groups);
+    void *values = scratch + 8 * rows * groups;
     const int64_t tasks = threads > 1 ? (rows + ROWS_PER_TASK - 1) / ROWS_PER_TASK : 1;
-    quantisation all = {x, rows, width, depth, tasks, values, scale, taken, (int32_t)offset};
+    quantisation all = {x, rows, width, depth, tasks, values, scale, taken, level == 1};
     p2l_run(threads, tasks, quantise_some, &all);
     const product p = {values, scale, weight_scale, bias, taken, weight, depth, groups, columns, depth * PANEL, out};
     p2l_panel panel = panel_portable;
-    (void)level;
 #ifdef P2L_LEVELS
     panel = level == 2 ? panel_vnni : level == 1 ? panel_avx2 : panel_portable;
 #endif

@@ -3,8 +3,7 @@
 
 static void product(const p2l_weight *w, const void *x, int64_t rows, void *out, const p2l_batch *b, int threads) {
     if (w->scale)
-        p2l_int8_linear(x, rows, w->depth, w->data, w->scale, w->offset, w->bias, w->columns, b->scratch, out, w->level,
-                        threads);
+        p2l_int8_linear(x, rows, w->depth, w->data, w->scale, w->bias, w->columns, b->scratch, out, w->level, threads);
     else
         p2l_linear(x, rows, w->depth, w->data, w->bias, w->columns, out, b->bf16, w->level, threads);
 }

@@ -110,12 +110,12 @@ void p2l_linear(const void *x, int64_t rows, int64_t depth, const void *weight, 
 /* 2: AVX-512 (with bf16: AVX512-BF16), 1: AVX2, 0: what the compiler makes of plain C, -1: cannot be computed. */
 int p2l_linear_level(int bf16);
 
-/* The same with int8 weights, stored as weight + offset in uint8 panels [depth / 4, 32, 4] (depth: width, padded to a multiple
- * of 4), and weight_scale [columns]. Each row of x [rows, width] is quantised to 8 bits first, by groups of 192 values: values
- * [rows, depth], scale and taken [rows, groups] are scratch. A row with a value that is not finite gives NaN. offset: 128 for
- * weights of 8 bits; 64 for 7 bits, at level 1. */
+/* The same with int8 weights, stored as weight + 128 in uint8 panels [depth / 4, 32, 4] (depth: width, padded to a multiple of
+ * 4), and weight_scale [columns]. Each row of x [rows, width] is quantised to 8 bits first, by groups of 192 values: values
+ * [rows, depth], in 16 bits at level 1, scale and taken [rows, groups] are scratch. A row with a value that is not finite gives
+ * NaN. */
 void p2l_int8_linear(const float *x, int64_t rows, int64_t width, const uint8_t *weight, const float *weight_scale,
-                     int64_t offset, const float *bias, int64_t columns, uint8_t *scratch, float *out, int level, int threads);
+                     const float *bias, int64_t columns, uint8_t *scratch, float *out, int level, int threads);
 
 /* 2: AVX-512 with VNNI, 1: AVX2, 0: what the compiler makes of plain C. */
 int p2l_int8_level(void);
@@ -155,7 +155,7 @@ int p2l_attention(const void *q, int64_t q_stride, int64_t queries, const void *
 typedef struct {
     const void *data, *bias;
     const float *scale;
-    int64_t depth, columns, offset;
+    int64_t depth, columns;
     int level;
 } p2l_weight;
 

@@ -122,7 +122,7 @@ def test_what_does_not_fit_is_refused():
             )  # fmt: skip
     with pytest.raises(ValueError, match="cos, sin, prefix"):
         do.rope(torch.zeros(2, 12), 1, 1, table, table[:2], torch.zeros(2).int(), torch.zeros(2).int())
-    with pytest.raises(ValueError, match="dtype: expected float32, bfloat16, int8 or int7 on a CPU"):
+    with pytest.raises(ValueError, match="dtype: expected float32, bfloat16 or int8 on a CPU"):
         Engine.from_pretrained(None, device="cpu", dtype=torch.float16)
 
 

@@ -27,7 +27,6 @@ from p2l_engine.evaluation import dtypes, routed
 from p2l_engine.evaluation.report import ReportOptions, evaluate
 from p2l_engine.evaluation.sources import scores_of
 from p2l_engine.jsonable import from_json
-from p2l_engine.native.panels import weight_bits
 from p2l_engine.reports import Evaluation
 from p2l_engine.reports.dtypes import too_much
 from p2l_engine.tables.whole import read_table
@@ -288,11 +287,10 @@ def test_its_card_states_what_dtypes_cost(parts, llmrouter):
     short = held_out.of([i for i, turns in enumerate(held_out.prompts) if sum(map(len, turns)) < 300][:60])
     loaded = checkpoint.load("builtin/llmrouter-9")
     exact = Engine(loaded, "cpu", "float32").coefficients(short.prompts)
-    for name in ("bfloat16", "int8", "int7"):
+    for name in ("bfloat16", "int8"):
         dtype = as_dtype(name, torch.device("cpu"))
-        if stated[name].weight_bits == weight_bits(dtype):
-            found = dtypes.of(dtype, Engine(loaded, "cpu", dtype).coefficients(short.prompts), exact, short)
-            assert 0.6 < found.deviation / stated[name].deviation < 1.6
-    allowed = not too_much(stated["int7" if weight_bits(torch.int8) == 7 else "int8"], stated["float32"])
+        found = dtypes.of(dtype, Engine(loaded, "cpu", dtype).coefficients(short.prompts), exact, short)
+        assert 0.6 < found.deviation / stated[name].deviation < 1.6
+    allowed = not too_much(stated["int8"], stated["float32"])
     amx = torch.cpu._is_amx_tile_supported()
     assert Engine(loaded, "cpu", "auto").dtype == (torch.int8 if allowed and not amx else as_dtype(None, torch.device("cpu")))

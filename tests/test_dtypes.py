@@ -21,13 +21,12 @@ from p2l_engine.batch import Route
 from p2l_engine.batch.identity import compute_signature
 from p2l_engine.checkpoint import card
 from p2l_engine.coefficients import Coefficients
-from p2l_engine.engine import as_dtype, described
+from p2l_engine.engine import as_dtype
 from p2l_engine.engine.auto_dtype import auto_dtype
 from p2l_engine.errors import CheckpointError
 from p2l_engine.evaluation import dtypes
 from p2l_engine.feedback import feedback_model
 from p2l_engine.jsonable import from_json, to_json
-from p2l_engine.native.panels import weight_bits
 from p2l_engine.reports import DtypeFigures, Evaluation
 from p2l_engine.reports.dtypes import too_much
 from p2l_engine.train.config import TrainConfig
@@ -37,8 +36,8 @@ from tests.support.catalogs import catalog
 from tests.support.command import p2l_engine
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-EXACT = DtypeFigures("float32", None, 500, 0.0, 0.0, 0.9, 0.7, 0.0, 0.0, 0.0)
-INT8 = DtypeFigures("int8", 8, 500, 0.05, 0.4, 0.9, 0.7, 0.01, 0.0, 0.0)
+EXACT = DtypeFigures("float32", 500, 0.0, 0.0, 0.9, 0.7, 0.0, 0.0, 0.0)
+INT8 = DtypeFigures("int8", 500, 0.05, 0.4, 0.9, 0.7, 0.01, 0.0, 0.0)
 
 
 # Figures
@@ -126,7 +125,6 @@ def test_engines_are_compared_with_float32_whatever_their_order(tmp_path):
     first, second, third = (Engine(loaded, "cpu", dtype) for dtype in ("int8", "float32", "bfloat16"))
     found = dtypes.figures(first, first.coefficients(prompts), [second, third, second], votes, None, None)
     assert [of.dtype for of in found] == ["float32", "int8", "bfloat16"]
-    assert [of.weight_bits for of in found] == [None, weight_bits(torch.int8), None]
     assert (found[0].deviation, found[0].other_choice) == (0, 0)
     exact, rounded = second.coefficients(prompts).theta, first.coefficients(prompts).theta
     assert found[1].largest == pytest.approx(np.abs(rounded.astype(float) - exact).max())
@@ -188,7 +186,7 @@ def state(folder, *figures, **subject):
     """Writes figures of float32 and int8 to the checkpoint's evaluation.json."""
     own = {"models": tiny.MODELS, "feedback": "grk", "dtype": "float32"}
     own["head"] = checkpoint.fingerprint.of_head(checkpoint.load(folder).head)
-    of = figures or (EXACT, replace(INT8, weight_bits=weight_bits(torch.int8)))
+    of = figures or (EXACT, INT8)
     content = {"checkpoint": own | subject, "dtypes": [asdict(each) for each in of]}
     (folder / "evaluation.json").write_text(json.dumps(content))
 
@@ -217,7 +215,7 @@ def test_auto_is_int8_where_the_figures_allow_it(ours, caplog):
 
 
 def test_auto_is_the_natural_dtype_elsewhere(ours, caplog, monkeypatch):
-    natural, bits = as_dtype(None, CPU), weight_bits(torch.int8)
+    natural = as_dtype(None, CPU)
 
     def against(expected, **options):
         found, line = chosen(ours, caplog, **options)
@@ -228,14 +226,11 @@ def test_auto_is_the_natural_dtype_elsewhere(ours, caplog, monkeypatch):
     found, line = chosen(ours, caplog, device=CUDA)
     assert (found, "computed on CPUs alone" in line) == (torch.bfloat16, True)
     file = ours / "evaluation.json"
-    lossy = replace(INT8, weight_bits=bits, log_loss=0.91)
-    state(ours, EXACT, lossy)
+    state(ours, EXACT, replace(INT8, log_loss=0.91))
     against(f"{file} states a loss beyond the limits: log-loss +0.0100, acceptable +0.003")
-    state(ours, EXACT, replace(INT8, weight_bits=15 - bits))
-    against(
-        f"{file} has no figures of float32 and of int8 with {bits}-bit weights, as this CPU computes it; measure it here with"
-    )
-    state(ours, replace(INT8, weight_bits=bits))
+    state(ours, EXACT, replace(INT8, dtype="bfloat16"))
+    against(f"{file} has no figures of float32 and of int8; measure it here with")
+    state(ours, INT8)
     against(f"{file} has no figures of float32")
     state(ours, head="0" * 64)
     against(f"{file}: the figures of another head; measure it here with p2l-engine eval")
@@ -260,13 +255,6 @@ def test_auto_is_the_natural_dtype_elsewhere(ours, caplog, monkeypatch):
     against("this CPU has AMX")
 
 
-def test_int7s_figures_hold_where_int8_has_7_bits(ours, caplog, monkeypatch):
-    state(ours, EXACT, replace(INT8, log_loss=0.95), replace(INT8, dtype="int7", weight_bits=7))
-    for bits, expected in ((7, torch.int8), (8, as_dtype(None, CPU))):
-        monkeypatch.setattr("p2l_engine.engine.auto_dtype.weight_bits", lambda dtype, bits=bits: bits)
-        assert chosen(ours, caplog)[0] == expected
-
-
 def test_auto_of_other_engines_and_commands(ours, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("p2l_engine.engine.auto_dtype"), "level", logging.NOTSET)  # as commands find it
     assert Route(str(ours), catalog(), device="cpu", dtype="auto").router.engine.dtype == torch.int8
@@ -274,31 +262,29 @@ def test_auto_of_other_engines_and_commands(ours, caplog, monkeypatch):
     ended = p2l_engine("info", "--checkpoint", str(ours), "--device", "cpu", "--dtype", "auto")
     assert ended.status == 0, ended.err
     assert [record.getMessage()[:16] for record in caplog.records if record.name.endswith("auto_dtype")] == ["dtype auto: int8"]
-    assert f"int8 with {weight_bits(torch.int8)}-bit weights" in ended.out
+    assert "int8" in ended.out
 
 
 # What int8 is refused for, and the alternative that the error names
 
 
-@pytest.mark.parametrize("dtype", ["int8", "INT8", "torch.int8", torch.int8, "int7", torch.int7])
+@pytest.mark.parametrize("dtype", ["int8", "INT8", "torch.int8", torch.int8])
 def test_int8_on_cuda(dtype):
-    name = str(dtype).lower().removeprefix("torch.")
-    with pytest.raises(ValueError, match=f"dtype: {name} is computed on CPUs alone, got the device 'cuda': use bfloat16, or"):
+    with pytest.raises(ValueError, match="dtype: int8 is computed on CPUs alone, got the device 'cuda': use bfloat16, or"):
         as_dtype(dtype, CUDA)
-    assert as_dtype(dtype, CPU) == getattr(torch, name)
+    assert as_dtype(dtype, CPU) == torch.int8
 
 
 @pytest.mark.parametrize("wrong", [np.int8, np.dtype("int8"), np.dtype("float32"), torch.uint8, torch.qint8, b"int8", " int8"])
 @pytest.mark.parametrize("device", [CPU, CUDA])
 def test_what_only_resembles_a_dtype_is_refused(wrong, device):
-    with pytest.raises(ValueError, match=r"dtype: expected one of .*int8, int7, or a floating-point torch.dtype, got "):
+    with pytest.raises(ValueError, match=r"dtype: expected one of .*int8, or a floating-point torch.dtype, got "):
         as_dtype(wrong, device)
 
 
-@pytest.mark.parametrize("dtype", ["int8", "int7"])
-def test_int8_of_a_backbone_that_goes_through_transformers(tmp_path, dtype):
-    with pytest.raises(ValueError, match=f"dtype: {dtype} is for decoders .*got 'gpt2'.*: use bfloat16 or float32"):
-        Engine.from_pretrained(tiny.write(tmp_path, tiny.config("gpt2")), device="cpu", dtype=dtype)
+def test_int8_of_a_backbone_that_goes_through_transformers(tmp_path):
+    with pytest.raises(ValueError, match="dtype: int8 is for decoders .*got 'gpt2'.*: use bfloat16 or float32"):
+        Engine.from_pretrained(tiny.write(tmp_path, tiny.config("gpt2")), device="cpu", dtype="int8")
 
 
 def test_int8_of_adapters(tmp_path):
@@ -309,9 +295,8 @@ def test_int8_of_adapters(tmp_path):
     name = "model.layers.1.self_attn.q_proj"
     down, up = (changed[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
     merged = weights[f"{name}.weight"] + 2 * up @ down
-    for dtype in ("int8", "int7"):
-        rounded = Engine.from_pretrained(folder, device="cpu", dtype=dtype).backbone.layers[1].qkv.part(0, len(merged))
-        assert ((rounded.plain() - merged).abs() <= 0.501 * rounded.scale[:, None]).all()
+    rounded = Engine.from_pretrained(folder, device="cpu", dtype="int8").backbone.layers[1].qkv.part(0, len(merged))
+    assert ((rounded.plain() - merged).abs() <= 0.501 * rounded.scale[:, None]).all()
     assert ((rounded.plain() - weights[f"{name}.weight"]).abs() > rounded.scale[:, None]).any()
     file = folder / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"use_dora": True}))
@@ -343,12 +328,8 @@ def test_training_has_no_int8():
         TrainConfig(**given, dtype="int8")
 
 
-def test_runs_and_kept_states_say_how_many_bits_weights_have(monkeypatch):
-    assert described(torch.bfloat16) == "bfloat16"
-    assert described(torch.int7) == "int7 with 7-bit weights"
-    for bits in (7, 8):
-        monkeypatch.setattr("p2l_engine.engine.device.weight_bits", lambda dtype, bits=bits: bits)
-        assert compute_signature("cpu", torch.int8, 4096) == f"cpu int8 with {bits}-bit weights, 4096 tokens per batch"
+def test_runs_say_in_which_dtype_they_compute():
+    assert compute_signature("cpu", torch.int8, 4096) == "cpu int8, 4096 tokens per batch"
 
 
 # The command
@@ -389,12 +370,12 @@ def test_eval_compares_dtypes_and_auto_reads_what_it_wrote(scored, monkeypatch):
     assert 0 == exact.deviation < halves.deviation
     assert exact.prompts == whole.prompts == 120
     out = " ".join(ended.out.split())
-    assert f"int8 ({whole.weight_bits} bits) {whole.deviation:.4f} {whole.largest:.4f} {whole.log_loss:.4f}" in out
+    assert f"int8 {whole.deviation:.4f} {whole.largest:.4f} {whole.log_loss:.4f}" in out
     problems = too_much(whole, exact)
-    assert f"{whole.name}: {'; '.join(problems) or 'within the limits'}" in out
+    assert f"{whole.dtype}: {'; '.join(problems) or 'within the limits'}" in out
     readme = (scored / "c" / "README.md").read_text()
-    assert f"| {whole.name} | {whole.deviation:.4f} ({whole.largest:.3f}) | {whole.log_loss:.4f} |" in readme
-    assert f"<td>{whole.name}</td><td>{whole.deviation:.4f}</td>" in page.read_text()
+    assert f"| {whole.dtype} | {whole.deviation:.4f} ({whole.largest:.3f}) | {whole.log_loss:.4f} |" in readme
+    assert f"<td>{whole.dtype}</td><td>{whole.deviation:.4f}</td>" in page.read_text()
     dtype = Engine.from_pretrained(scored / "c", device="cpu", dtype="auto").dtype
     assert dtype == (as_dtype(None, CPU) if problems else torch.int8)
 
@@ -411,7 +392,7 @@ def test_eval_in_one_dtype_has_no_table(scored, tmp_path):
     ("given", "message"),
     [
         (("float32", "int4"), "dtype: expected one of float32"),
-        (("float32", "half"), "dtype: expected float32, bfloat16, int8 or int7 on a CPU, got torch.float16"),
+        (("float32", "half"), "dtype: expected float32, bfloat16 or int8 on a CPU, got torch.float16"),
         (("float32", "auto"), "auto is one of the others: leave it out, or give it alone"),
     ],
 )
@@ -429,7 +410,7 @@ def test_eval_by_source_takes_one_dtype(scored):
 
 
 def test_a_card_says_what_is_acceptable():
-    lines = card._dtype_lines((EXACT, INT8, replace(INT8, dtype="int7", weight_bits=7, log_loss=0.91)))
+    lines = card._dtype_lines((EXACT, INT8, replace(INT8, dtype="bfloat16", log_loss=0.91)))
     assert "| float32 |  | 0.9000 | 0.7000 |  |  |  |" in lines
-    assert "| int8, 8-bit weights | 0.0500 (0.400) | 0.9000 | 0.7000 | 1.0% | 0.000 (0.00) | yes |" in lines
+    assert "| int8 | 0.0500 (0.400) | 0.9000 | 0.7000 | 1.0% | 0.000 (0.00) | yes |" in lines
     assert lines[-1].endswith("| log-loss +0.0100, acceptable +0.003 |")

@@ -17,7 +17,7 @@ INT8_LEVELS = range(lib.p2l_int8_level() + 1)
 BF16_LEVEL = lib.p2l_linear_level(True)
 KINDS = [
     *((torch.float32, level) for level in FLOAT_LEVELS),
-    *((dtype, level) for dtype in panels.INTEGERS for level in INT8_LEVELS),
+    *((torch.int8, level) for level in INT8_LEVELS),
     *([(torch.bfloat16, BF16_LEVEL)] if BF16_LEVEL > 0 else []),
 ]
 
@@ -105,37 +105,21 @@ def test_int8_sums_do_not_saturate(level, signs):
     assert torch.allclose(product(x, weight), torch.full((3, 64), signs[0] * signs[1] * 4864.0), rtol=1e-6)
 
 
-@pytest.mark.parametrize("level", INT8_LEVELS)
-def test_int7_weights_have_7_bits_on_all_instruction_sets(level):
-    weight = torch.randn(40, 150)
-    found, of_avx2 = Panels.of(weight, None, torch.int7, level), Panels.of(weight, None, torch.int8, 1)
-    assert torch.equal(found.data, of_avx2.data)
-    assert torch.equal(found.scale, of_avx2.scale)
-    assert (found.level, found.offset, of_avx2.offset) == (level, 64, 64)
-
-
-def test_bits_of_weights(monkeypatch):
-    assert panels.weight_bits(torch.int7) == 7
-    assert panels.weight_bits(torch.bfloat16) is None
-    for level, bits in ((0, 8), (1, 7), (2, 8)):
-        monkeypatch.setattr(panels, "level", lambda dtype, level=level: level)
-        assert panels.weight_bits(torch.int8) == bits
-
-
 def test_no_rows_need_no_scratch_memory():
     weight = Panels.of(torch.randn(40, 64), None, torch.int8)
     assert panels.multiply(torch.empty(0, 64), weight, torch.empty(0, 40)).shape == (0, 40)
 
 
-def test_int8_sums_are_equal_on_all_instruction_sets_for_weights_of_the_same_bits():
-    x, w = torch.randn(13, 300) * 5, torch.randn(70, 300)
-    of_seven_bits = Panels.of(w, None, torch.int8, 1)
-    results = []
-    for level in INT8_LEVELS:
-        same = Panels(of_seven_bits.data, 70, 300, None, of_seven_bits.scale, of_seven_bits.offset, level)
-        results.append(product(x, same))
+def test_int8_is_the_same_on_all_instruction_sets():
+    x, w = torch.randn(13, 302) * 5, torch.randn(70, 302)
+    weights = [Panels.of(w, None, torch.int8, level) for level in INT8_LEVELS]
+    for other in weights[1:]:
+        assert torch.equal(other.data, weights[0].data)
+        assert torch.equal(other.scale, weights[0].scale)
+    plain, *vectors = (product(x, weight) for weight in weights)
+    assert all(torch.equal(result, vectors[0]) for result in vectors)
     # Sums of groups are added in float32, with or without fused multiplication.
-    assert all(torch.allclose(result, results[0], rtol=1e-5, atol=1e-4) for result in results)
+    assert all(torch.allclose(result, plain, rtol=1e-5, atol=1e-4) for result in vectors)
 
 
 @pytest.mark.parametrize(("dtype", "level"), KINDS)

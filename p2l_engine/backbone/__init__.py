@@ -83,13 +83,13 @@ def check_dtype(config: DecoderConfig | PretrainedConfig, device: torch.device, 
     """Raises ValueError for a dtype in which a backbone of this config cannot be computed on the device."""
     if isinstance(config, DecoderConfig):
         check_operations(device, _wide(dtype) if device.type == "cpu" else dtype)
-    elif dtype in panels.INTEGERS:
+    elif dtype == torch.int8:
         raise ValueError(
-            f"dtype: {str(dtype).removeprefix('torch.')} is for decoders that are computed here (Llama, Qwen2), got "
-            f"{config.model_type!r}, which transformers computes: use bfloat16 or float32"
+            f"dtype: int8 is for decoders that are computed here (Llama, Qwen2), got {config.model_type!r}, which transformers "
+            "computes: use bfloat16 or float32"
         )
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     """Of everything but the products' weights."""
-    return torch.float32 if dtype in panels.INTEGERS else dtype
+    return torch.float32 if dtype == torch.int8 else dtype

@@ -27,7 +27,7 @@ from p2l_engine.prompts.encode import MAX_TOKENS
 def check_operations(device: torch.device, dtype: torch.dtype) -> None:
     """Raises ValueError for a dtype that the operations on this device cannot use."""
     if device.type == "cpu" and dtype not in DTYPES:
-        raise ValueError(f"dtype: expected float32, bfloat16, int8 or int7 on a CPU, got {dtype}")
+        raise ValueError(f"dtype: expected float32, bfloat16 or int8 on a CPU, got {dtype}")
 
 
 def operations_for(

@@ -149,7 +149,7 @@ def _dtype_lines(of: Sequence[DtypeFigures]) -> list[str]:
             verdict = "; ".join(too_much(each, of[0])) or "yes"
         score = "" if each.mean_score is None else f"{each.mean_score:.4f}"
         loss = "" if each.log_loss is None else f"{each.log_loss:.4f}"
-        lines.append(f"| {each.name} | {off} | {loss} | {score} | {choice} | {lost} | {verdict} |")
+        lines.append(f"| {each.dtype} | {off} | {loss} | {score} | {choice} | {lost} | {verdict} |")
     return lines
 
 

@@ -101,7 +101,7 @@ def evaluate(
     dtype: Annotated[
         list[str] | None,
         typer.Option(
-            help="float32 (fp32), bfloat16 (bf16) or, on CPUs, int8 or int7; auto: as in other commands. Repeated: the report "
+            help="float32 (fp32), bfloat16 (bf16) or, on CPUs, int8; auto: as in other commands. Repeated: the report "
             "is in the first, and has a table of what each costs in quality, beside float32. Default: bfloat16 where hardware "
             "multiplies it, else float32.",
             show_default=False,

@@ -103,15 +103,14 @@ def _routing(routing: RoutingFigures, out: Console) -> None:
 def _dtypes(of: Sequence[DtypeFigures], out: Console) -> None:
     rows = []
     for each in of:
-        name = each.dtype if each.weight_bits is None else f"{each.dtype} ({each.weight_bits} bits)"
         other = "" if each.other_choice is None else f"{each.other_choice:.1%}"
         rest = (_number(number) for number in (each.deviation, each.largest, each.log_loss, each.mean_score))
-        rows.append((name, *rest, other, _number(each.win_rate_lost, 3)))
+        rows.append((each.dtype, *rest, other, _number(each.win_rate_lost, 3)))
     title = "what a dtype costs: theta beside float32's; points of win rate that another choice costs"
     print_table(title, ("dtype", "rms", "largest", "log-loss", "score", "other", "points"), rows, out)
     for each in of[1:]:
         problems = too_much(each, of[0])
-        out.print(Text(f"{each.name}: {'; '.join(problems) if problems else 'within the limits'}"))
+        out.print(Text(f"{each.dtype}: {'; '.join(problems) if problems else 'within the limits'}"))
 
 
 def _number(value: float | None, digits: int = 4) -> str:

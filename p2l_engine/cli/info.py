@@ -21,7 +21,6 @@ def info(checkpoint: Checkpoint = None, device: Device = None, dtype: Dtype = No
     from rich.text import Text
 
     from p2l_engine import __version__
-    from p2l_engine.engine import described
     from p2l_engine.native import binding
 
     engine = load_engine(checkpoint, device, dtype, date)
@@ -32,7 +31,7 @@ def info(checkpoint: Checkpoint = None, device: Device = None, dtype: Dtype = No
         "device": torch.cuda.get_device_name(engine.device)
         if engine.device.type == "cuda"
         else f"CPU, {torch.get_num_threads()} threads",
-        "dtype": described(engine.dtype),
+        "dtype": str(engine.dtype).removeprefix("torch."),
         "native core": f"{binding.isa()}, up to {binding.max_threads()} threads",
         "backbone": f"{engine.backbone.name}, {engine.n_parameters / 1e6:.0f} M parameters",
         "checkpoint": str(engine.folder),

@@ -88,7 +88,7 @@ Device = Annotated[
 Dtype = Annotated[
     str | None,
     typer.Option(
-        help="float32 (fp32), bfloat16 (bf16) or, on CPUs, int8 or int7; auto: int8 where the checkpoint's own figures say "
+        help="float32 (fp32), bfloat16 (bf16) or, on CPUs, int8; auto: int8 where the checkpoint's own figures say "
         "that it loses little. Default: bfloat16 where hardware multiplies it, else float32.",
         show_default=False,
         rich_help_panel=ENGINE,

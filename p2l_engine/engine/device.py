@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch
 
 from p2l_engine.engine import cpu
-from p2l_engine.native.panels import INT7, weight_bits
 
 DTYPES = {
     "float32": torch.float32, "fp32": torch.float32, "float": torch.float32,
     "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
     "float16": torch.float16, "fp16": torch.float16, "half": torch.float16,
 }  # fmt: skip
-INTEGERS = {"int8": torch.int8, "int7": INT7}  # of weights alone, on CPUs
+INT8 = {"int8": torch.int8}  # of weights alone, on CPUs
 AUTO = "auto"  # see ``auto_dtype``
 DEVICES = ("cpu", "cuda")
 
@@ -42,32 +41,22 @@ def parse_device(device: str | torch.device) -> torch.device:
 def as_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
     """A torch dtype, or its name: "float32", "fp32", "torch.float32", "bf16", ...; None: the device's ``natural_dtype``.
 
-    int8 is the dtype of weights alone, on a CPU; int7 is int8 with weights of 7 bits, as int8 is on CPUs with AVX2 but not
-    VNNI. Raises ValueError for other names and dtypes, and for these two on CUDA.
+    int8 is the dtype of weights alone, on a CPU. Raises ValueError for other names and dtypes, and for int8 on CUDA.
     """
     if dtype is None:
         return natural_dtype(device)
-    names = DTYPES | INTEGERS
+    names = DTYPES | INT8
     found = names.get(dtype.lower().removeprefix("torch.")) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not (found.is_floating_point or found in INTEGERS.values()):
+    if not isinstance(found, torch.dtype) or not (found.is_floating_point or found == torch.int8):
         raise ValueError(f"dtype: expected one of {', '.join(names)}, or a floating-point torch.dtype, got {dtype!r}")
-    if found in INTEGERS.values() and device.type != "cpu":
-        name = str(found).removeprefix("torch.")
-        raise ValueError(
-            f"dtype: {name} is computed on CPUs alone, got the device {str(device)!r}: use bfloat16, or device cpu"
-        )
+    if found == torch.int8 and device.type != "cpu":
+        raise ValueError(f"dtype: int8 is computed on CPUs alone, got the device {str(device)!r}: use bfloat16, or device cpu")
     return found
 
 
 def is_auto(dtype: str | torch.dtype | None) -> bool:
     """Whether this is the name "auto", in any case."""
     return isinstance(dtype, str) and dtype.lower() == AUTO
-
-
-def described(dtype: torch.dtype) -> str:
-    """The dtype's name and, of int8, how many bits weights have on this CPU: coefficients depend on it."""
-    bits, name = weight_bits(dtype), str(dtype).removeprefix("torch.")
-    return name if bits is None else f"{name} with {bits}-bit weights"
 
 
 def natural_dtype(device: torch.device) -> torch.dtype:

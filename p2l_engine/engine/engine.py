@@ -118,14 +118,14 @@ class Engine:
 
         device: "cpu", "cuda", "cuda:1" or a torch.device; None: CUDA where there is one, else the CPU. dtype: "float32",
         "bfloat16", "bf16", ... or a torch.dtype; None: bfloat16 on CUDA and on CPUs that multiply it in hardware (AMX,
-        AVX512-BF16), else float32; "int8" and "int7" on CPUs (see ``as_dtype``); "auto": int8 where the checkpoint's own
-        figures say that it loses little, else as None (see ``auto_dtype``). tokens_per_batch: at most in a forward pass, where
-        a shared prefix counts as an eighth of its tokens (a longer prompt gets a pass of its own); None: 4,096 on a CPU, 32,768
-        on CUDA. date: what the clock shows to a chat template that reads it, such as "2026-01-31"; None: as in training, if its
-        config has a date; such a template without a date is refused. prefix_cache_bytes: for the keys and values of prompts, so
-        that a turn that is added to a chat computes its own tokens only (see ``prefix_cache``); 0: none are kept; "auto": 512
-        MiB on a CPU for Llama and Qwen2 backbones, for which alone they can be kept. Raises CheckpointError, and ValueError for
-        an argument that cannot be used.
+        AVX512-BF16), else float32; "int8" on CPUs (see ``as_dtype``); "auto": int8 where the checkpoint's own figures say that
+        it loses little, else as None (see ``auto_dtype``). tokens_per_batch: at most in a forward pass, where a shared prefix
+        counts as an eighth of its tokens (a longer prompt gets a pass of its own); None: 4,096 on a CPU, 32,768 on CUDA. date:
+        what the clock shows to a chat template that reads it, such as "2026-01-31"; None: as in training, if its config has a
+        date; such a template without a date is refused. prefix_cache_bytes: for the keys and values of prompts, so that a turn
+        that is added to a chat computes its own tokens only (see ``prefix_cache``); 0: none are kept; "auto": 512 MiB on a CPU
+        for Llama and Qwen2 backbones, for which alone they can be kept. Raises CheckpointError, and ValueError for an argument
+        that cannot be used.
         """
         place = as_device(device)
         kind = AUTO if is_auto(dtype) else as_dtype(dtype, place)

@@ -13,7 +13,6 @@ from p2l_engine.coefficients import Coefficients
 from p2l_engine.engine import Engine
 from p2l_engine.evaluation.features import Advance
 from p2l_engine.evaluation.metrics import Prediction
-from p2l_engine.native.panels import weight_bits
 from p2l_engine.reports import DtypeFigures
 from p2l_engine.votes import Votes
 
@@ -68,7 +67,6 @@ def of(
         other_choice, win_rate_lost, most_lost = (float(value) for value in ((chosen != first).mean(), lost.mean(), lost.max()))
     return DtypeFigures(
         str(dtype).removeprefix("torch."),
-        weight_bits(dtype),
         len(exact),
         float(np.sqrt(np.square(difference).mean())),
         float(np.abs(difference).max()),

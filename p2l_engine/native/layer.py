@@ -41,7 +41,7 @@ class LayerWeights:
             data, scale, bias = panels.pointers
             into = getattr(self.struct, name)
             into.data, into.scale, into.bias = data, scale, bias
-            into.depth, into.columns, into.offset, into.level = panels.depth, panels.columns, panels.offset, panels.level
+            into.depth, into.columns, into.level = panels.depth, panels.columns, panels.level
 
 
 class Pass:

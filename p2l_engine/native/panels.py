@@ -17,82 +17,67 @@ from p2l_engine.native.binding import lib, tensor, threads
 
 PANEL = 32  # columns whose weights lie together
 GROUP = 192  # values of a row that int8 products scale together
+OFFSET = 128  # packed int8 weights are stored as weight + OFFSET
 PRODUCTS_PER_THREAD = 1 << 19  # below this a thread costs more than it saves
-INT7: torch.dtype = torch.int7  # type: ignore[attr-defined]  # torch's type hints lack it
-INTEGERS = (torch.int8, INT7)  # of weights alone
-DTYPES = (torch.float32, torch.bfloat16, *INTEGERS)
-LAYOUT = 1  # of what ``Panels.tensors`` returns: count it up with each change, so that files of earlier ones are made anew
+DTYPES = (torch.float32, torch.bfloat16, torch.int8)
+LAYOUT = 2  # of what ``Panels.tensors`` returns: count it up with each change, so that files of earlier ones are made anew
 
 
 def level(dtype: torch.dtype) -> int:
     """The best instruction set of the products of weights of this dtype: see p2l_native.h; -1 where torch's are faster."""
-    if dtype in INTEGERS:
+    if dtype == torch.int8:
         return int(lib.p2l_int8_level())
     if dtype not in DTYPES or (dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()):
         return -1
     return int(lib.p2l_linear_level(dtype == torch.bfloat16)) or -1
 
 
-def weight_bits(dtype: torch.dtype) -> int | None:
-    """The bits of whole-numbered weights on this CPU: int7's 7; int8's 8, or 7 where AVX2 multiplies them; None for others."""
-    if dtype not in INTEGERS:
-        return None
-    return 7 if dtype == INT7 or level(dtype) == 1 else 8
-
-
 class Panels:
     """The weight of a linear layer [out, in] in panels of 32 outputs, and its bias [out] or None. Not to be changed.
 
     data: float32 [panels, in, 32], bfloat16 [panels, in / 2, 32, 2], or uint8 [panels, in / 4, 32, 4] (in, rounded up to a
-    multiple of 4), which are int8 weights plus ``offset``, for ``scale`` [out] float32. columns, depth: out and in. level: of
-    the instruction set.
+    multiple of 4), which are int8 weights plus OFFSET, for ``scale`` [out] float32. columns, depth: out and in. level: of the
+    instruction set.
     """
 
-    __slots__ = ("bias", "columns", "data", "depth", "level", "offset", "pointers", "scale")
+    __slots__ = ("bias", "columns", "data", "depth", "level", "pointers", "scale")
 
-    def __init__(
-        self, data: Tensor, columns: int, depth: int, bias: Tensor | None, scale: Tensor | None, offset: int, level: int
-    ) -> None:
+    def __init__(self, data: Tensor, columns: int, depth: int, bias: Tensor | None, scale: Tensor | None, level: int) -> None:
         self.data, self.columns, self.depth = data, columns, depth
-        self.bias, self.scale, self.offset, self.level = bias, scale, offset, level
+        self.bias, self.scale, self.level = bias, scale, level
         self.pointers = (tensor("void", data), tensor("float", scale), tensor("void", bias))
 
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, at_level: int | None = None) -> Panels:
-        """Packs a weight [out, in]. dtype: float32, bfloat16, int8 (rounded to 8 bits, 7 at level 1, with one scale for each
-        output) or int7 (to 7 bits at all levels). Raises ValueError for another dtype, and for bfloat16 with an odd number of
-        inputs."""
+        """Packs a weight [out, in]. dtype: float32, bfloat16, or int8 (rounded to 8 bits, with one scale for each output).
+        Raises ValueError for another dtype, and for bfloat16 with an odd number of inputs."""
         chosen = level(dtype) if at_level is None else at_level
         columns, depth = weight.shape
-        together = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4, INT7: 4}.get(dtype)
+        together = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4}.get(dtype)
         if together is None or (dtype == torch.bfloat16 and depth % 2):
-            raise ValueError(
-                f"weight: expected float32, int8, int7, or bfloat16 with even inputs, got {dtype} and {depth} inputs"
-            )
-        scale, offset = None, 0
-        if dtype in INTEGERS:
-            most = 63 if dtype == INT7 or chosen == 1 else 127
-            offset = most + 1
+            raise ValueError(f"weight: expected float32, int8, or bfloat16 with even inputs, got {dtype} and {depth} inputs")
+        scale = None
+        if dtype == torch.int8:
             wide = weight.float()
-            scale = wide.abs().amax(1) / most
-            values = (wide / torch.where(scale > 0, scale, 1.0)[:, None]).round_().clamp_(-most, most).to(torch.int16)
-            packed = (values + offset).to(torch.uint8)
+            scale = wide.abs().amax(1) / 127
+            values = (wide / torch.where(scale > 0, scale, 1.0)[:, None]).round_().clamp_(-127, 127).to(torch.int16)
+            packed = (values + OFFSET).to(torch.uint8)
         else:
             packed = weight.to(dtype)
-        bias = None if bias is None else bias.to(torch.float32 if dtype in INTEGERS else dtype).contiguous()
+        bias = None if bias is None else bias.to(torch.float32 if dtype == torch.int8 else dtype).contiguous()
         packed = F.pad(packed, (0, -depth % together, 0, -columns % PANEL))
         data = packed.view(-1, PANEL, packed.shape[1] // together, together).transpose(1, 2).contiguous()
-        return cls(data, columns, depth, bias, scale, offset, chosen)
+        return cls(data, columns, depth, bias, scale, chosen)
 
     @classmethod
     def of_tensors(cls, tensors: Mapping[str, Tensor]) -> Panels:
         """From what ``tensors`` returned."""
-        columns, depth, offset, level = map(int, tensors["sizes"])
-        return cls(tensors["data"], columns, depth, tensors.get("bias"), tensors.get("scale"), offset, level)
+        columns, depth, level = map(int, tensors["sizes"])
+        return cls(tensors["data"], columns, depth, tensors.get("bias"), tensors.get("scale"), level)
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it as named tensors, without those that it does not have."""
-        sizes = torch.tensor([self.columns, self.depth, self.offset, self.level])
+        sizes = torch.tensor([self.columns, self.depth, self.level])
         found = {"data": self.data, "bias": self.bias, "scale": self.scale, "sizes": sizes}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
@@ -104,16 +89,19 @@ class Panels:
         else:
             rows = F.pad(self._rows()[first:last], (0, 0, 0, 0, 0, (first - last) % PANEL))
             data = rows.view(-1, PANEL, *rows.shape[1:]).transpose(1, 2).contiguous()
-        return Panels(data, last - first, self.depth, bias, scale, self.offset, self.level)
+        return Panels(data, last - first, self.depth, bias, scale, self.level)
 
     def plain(self) -> Tensor:
         """The weight [out, in] that the products use, as float32."""
         rows = self._rows().flatten(1)[:, : self.depth].float()
-        return rows if self.scale is None else (rows - self.offset) * self.scale[:, None]
+        return rows if self.scale is None else (rows - OFFSET) * self.scale[:, None]
 
     def scratch(self, rows: int) -> int:
         """The bytes that ``multiply`` needs beside its result."""
-        return 0 if self.scale is None else rows * (8 * -(-self.depth // GROUP) + -(-self.depth // 4) * 4)
+        if self.scale is None:
+            return 0
+        size = 2 if self.level == 1 else 1  # of a quantised value, in bytes
+        return rows * (8 * -(-self.depth // GROUP) + size * -(-self.depth // 4) * 4)
 
     def _rows(self) -> Tensor:
         """[out, in / together, together]"""
@@ -148,7 +136,7 @@ def multiply(x: Tensor, weight: Panels, out: Tensor, scratch: Tensor | None = No
         raise ValueError(f"scratch: expected {needed} contiguous bytes, got {None if scratch is None else list(scratch.shape)}")
     data, scale, bias = weight.pointers
     lib.p2l_int8_linear(
-        tensor("float", x), rows, weight.depth, data, scale, weight.offset, bias, weight.columns,
+        tensor("float", x), rows, weight.depth, data, scale, bias, weight.columns,
         tensor("uint8_t", scratch), tensor("float", out), weight.level, count,
     )  # fmt: skip
     return out

@@ -17,8 +17,8 @@ LEAST_PROMPTS = 100  # on fewer, no other choice at all would not show that ther
 class DtypeFigures:
     """A dtype on held-out prompts; float32 on the same prompts is what it is compared with.
 
-    weight_bits: of int8's weights, 7 or 8; None for other dtypes. deviation, largest: of theta, root mean square and largest;
-    where a shift of all of a prompt's coefficients means nothing, it does not count. log_loss: mean of a vote, or of a value,
+    deviation, largest: of theta, root mean square and largest; where a shift of all of a prompt's coefficients means nothing,
+    it does not count. log_loss: mean of a vote, or of a value,
     None without votes. mean_score: mean true score of the chosen models, None without true scores. other_choice: the share of
     prompts whose chosen model is not float32's. win_rate_lost, most_lost: what that costs against all models, in points, by
     float32's win rates: mean over all prompts, and largest. These three are None for models of values (ols, poisson), which
@@ -26,7 +26,6 @@ class DtypeFigures:
     """
 
     dtype: str
-    weight_bits: int | None = field(metadata=NULL)
     prompts: int
     deviation: float
     largest: float
@@ -35,11 +34,6 @@ class DtypeFigures:
     other_choice: float | None = field(metadata=NULL)
     win_rate_lost: float | None = field(metadata=NULL)
     most_lost: float | None = field(metadata=NULL)
-
-    @property
-    def name(self) -> str:
-        """The dtype and, of int8, the bits of its weights."""
-        return self.dtype if self.weight_bits is None else f"{self.dtype}, {self.weight_bits}-bit weights"
 
 
 def too_much(figures: DtypeFigures, exact: DtypeFigures) -> tuple[str, ...]:
