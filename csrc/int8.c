@@ -193,40 +193,93 @@ INLINE void widen(const int8_t *values, int64_t size, int16_t *out) {
     }
 }
 
-/* Quantises rows [first, last) of x [rows, width] to values [rows, depth] of 8 bits, or 16 where they are `wide`, with each
- * group's scale, and OFFSET times its sum. */
-P2L_CLONES static void quantise(const float *x, int64_t first, int64_t last, int64_t width, int64_t depth, void *values,
-                                float *scale, int32_t *taken, int wide) {
-    const int64_t groups = (depth + GROUP - 1) / GROUP;
-    for (int64_t n = first * groups; n < last * groups; n++) {
-        const int64_t at = n % groups * GROUP, size = width - at < GROUP ? width - at : GROUP, padded = (size + 3) / 4 * 4;
-        const int64_t to = n / groups * depth + at;
-        const float *row = x + n / groups * width + at;
-        int8_t few[GROUP], *out = wide ? few : (int8_t *)values + to;
-        float most = 0, nothing = 0;
-#pragma omp simd reduction(max : most) reduction(+ : nothing)
-        for (int64_t i = 0; i < size; i++) {
-            const float absolute = fabsf(row[i]);
-            most = absolute > most ? absolute : most;
-            nothing += row[i] * 0.0f; /* NaN where a value is not finite */
-        }
-        const float step = most / 127.0f, inverse = step > 0 && nothing == 0 ? 1 / step : 0;
-        int32_t total = 0;
-        if (inverse > 0 && inverse <= 3e38f) {
-#pragma omp simd reduction(+ : total)
-            for (int64_t i = 0; i < size; i++) {
-                const int32_t q = (int32_t)nearbyintf(row[i] * inverse);
-                out[i] = (int8_t)q;
-                total += q;
-            }
-        } else
-            memset(out, 0, (size_t)size); /* all zero, not finite, or too small to be scaled */
-        memset(out + size, 0, (size_t)(padded - size));
-        if (wide) widen(few, padded, (int16_t *)values + to);
-        scale[n] = step + nothing;
-        taken[n] = OFFSET * total;
-    }
+typedef int32_t __attribute__((may_alias)) float_bits;
+
+/* Writes the scale of values of which the largest has these bits, without its sign: NaN where one of them is not finite.
+ * Returns whether they can be scaled: not where all are zero, one is not finite, or they are too small. */
+INLINE int scaled(int32_t largest, float *scale) {
+    const int32_t infinity = 0x7f800000; /* as numbers, bits have the order of floats; NaN's are above infinity's */
+    float most;
+    memcpy(&most, &largest, sizeof most);
+    *scale = largest < infinity ? most / 127.0f : NAN;
+    return largest < infinity && 1 / *scale <= 3e38f;
 }
+
+/* Quantises a group of `size` values to out, zeros up to `padded`; returns their sum, and writes their scale. */
+INLINE int32_t quantise_group(const float *x, int64_t size, int64_t padded, int8_t *out, float *scale) {
+    const float_bits *bits = (const float_bits *)x;
+    int32_t largest = 0, total = 0, whole[GROUP];
+#pragma omp simd reduction(max : largest)
+    for (int64_t i = 0; i < size; i++) {
+        const int32_t absolute = bits[i] & 0x7fffffff;
+        largest = absolute > largest ? absolute : largest;
+    }
+    if (!scaled(largest, scale)) {
+        memset(out, 0, (size_t)padded);
+        return 0;
+    }
+    const float inverse = 1 / *scale;
+#pragma omp simd reduction(+ : total)
+    for (int64_t i = 0; i < size; i++) {
+        whole[i] = (int32_t)nearbyintf(x[i] * inverse);
+        total += whole[i];
+    }
+#pragma omp simd
+    for (int64_t i = 0; i < size; i++) out[i] = (int8_t)whole[i]; /* a loop of its own: the other one has wider vectors */
+    memset(out + size, 0, (size_t)(padded - size));
+    return total;
+}
+
+#ifdef P2L_LEVELS
+/* The same of a whole group, whose values stay in registers. */
+P2L_VNNI INLINE int32_t quantise_whole_vnni(const float *x, int8_t *out, float *scale) {
+    enum { VECTORS = GROUP / 16 };
+    const __m512i sign = _mm512_set1_epi32(0x7fffffff);
+    __m512 values[VECTORS];
+    __m512i most = _mm512_setzero_si512(), total = most;
+#pragma GCC unroll 16
+    for (int i = 0; i < VECTORS; i++) {
+        values[i] = _mm512_loadu_ps(x + 16 * i);
+        most = _mm512_max_epi32(most, _mm512_and_si512(_mm512_castps_si512(values[i]), sign));
+    }
+    const int32_t largest = _mm512_reduce_max_epi32(most);
+    if (!scaled(largest, scale)) {
+        memset(out, 0, GROUP);
+        return 0;
+    }
+    const __m512 inverse = _mm512_set1_ps(1 / *scale);
+#pragma GCC unroll 16
+    for (int i = 0; i < VECTORS; i++) {
+        const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(values[i], inverse));
+        total = _mm512_add_epi32(total, whole);
+        _mm_storeu_si128((__m128i *)(out + 16 * i), _mm512_cvtepi32_epi8(whole));
+    }
+    return _mm512_reduce_add_epi32(total);
+}
+#endif
+
+/* Quantises rows [first, last) of x [rows, width] to values [rows, depth] of 8 bits, or 16 where they are `wide`, with each
+ * group's scale, and OFFSET times its sum. WHOLE(x, out, scale): of a whole group. */
+#define QUANTISE(NAME, TARGET, WHOLE)                                                                                         \
+    TARGET static void NAME(const float *x, int64_t first, int64_t last, int64_t width, int64_t depth, void *values,          \
+                            float *scale, int32_t *taken, int wide) {                                                         \
+        const int64_t groups = (depth + GROUP - 1) / GROUP;                                                                   \
+        for (int64_t r = first; r < last; r++)                                                                                \
+            for (int64_t g = 0; g < groups; g++) {                                                                            \
+                const int64_t at = g * GROUP, n = r * groups + g, size = depth - at < GROUP ? depth - at : GROUP;             \
+                const float *row = x + r * width + at;                                                                        \
+                int8_t few[GROUP], *out = wide ? few : (int8_t *)values + r * depth + at;                                     \
+                const int32_t total =                                                                                         \
+                    at + GROUP <= width ? WHOLE(row, out, scale + n) : quantise_group(row, width - at, size, out, scale + n); \
+                taken[n] = OFFSET * total;                                                                                    \
+                if (wide) widen(few, size, (int16_t *)values + r * depth + at);                                               \
+            }                                                                                                                 \
+    }
+#define WHOLE(X, OUT, SCALE) quantise_group(X, GROUP, GROUP, OUT, SCALE) /* a constant size, for which less code runs */
+QUANTISE(quantise, P2L_CLONES, WHOLE)
+#ifdef P2L_LEVELS
+QUANTISE(quantise_vnni, P2L_VNNI, quantise_whole_vnni)
+#endif
 
 int p2l_int8_level(void) {
 #ifdef P2L_LEVELS
@@ -243,14 +296,20 @@ typedef struct {
     void *values;
     float *scale;
     int32_t *taken;
-    int wide;
+    int level;
 } quantisation;
 
 static void quantise_some(void *work, int64_t task, int thread) {
     const quantisation *w = work;
+    const int64_t first = w->rows * task / w->tasks, last = w->rows * (task + 1) / w->tasks;
     (void)thread;
-    quantise(w->x, w->rows * task / w->tasks, w->rows * (task + 1) / w->tasks, w->width, w->depth, w->values, w->scale,
-             w->taken, w->wide);
+#ifdef P2L_LEVELS
+    if (w->level == 2) {
+        quantise_vnni(w->x, first, last, w->width, w->depth, w->values, w->scale, w->taken, 0);
+        return;
+    }
+#endif
+    quantise(w->x, first, last, w->width, w->depth, w->values, w->scale, w->taken, w->level == 1);
 }
 
 void p2l_int8_linear(const float *x, int64_t rows, int64_t width, const uint8_t *weight, const float *weight_scale,
@@ -260,7 +319,7 @@ void p2l_int8_linear(const float *x, int64_t rows, int64_t width, const uint8_t 
     int32_t *taken = (int32_t *)(scratch + 4 * rows * groups);
     void *values = scratch + 8 * rows * groups;
     const int64_t tasks = threads > 1 ? (rows + ROWS_PER_TASK - 1) / ROWS_PER_TASK : 1;
-    quantisation all = {x, rows, width, depth, tasks, values, scale, taken, level == 1};
+    quantisation all = {x, rows, width, depth, tasks, values, scale, taken, level};
     p2l_run(threads, tasks, quantise_some, &all);
     const product p = {values, scale, weight_scale, bias, taken, weight, depth, groups, columns, depth * PANEL, out};
     p2l_panel panel = panel_portable;
