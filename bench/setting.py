@@ -118,10 +118,10 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     from p2l_engine.native import panels
 
     n = 8192 if device.type == "cuda" else 2048
-    weight, whole = torch.randn(n, n, device=device), dtype == torch.int8
-    x = torch.randn(n, n, device=device).to(torch.float32 if whole else dtype)
+    weight, int8 = torch.randn(n, n, device=device), dtype == torch.int8
+    x = torch.randn(n, n, device=device).to(torch.float32 if int8 else dtype)
     out, products = torch.empty_like(x), []
-    if not whole:
+    if not int8:
         products.append(partial(torch.mm, x, weight.to(dtype), out=out))
     if device.type == "cpu" and panels.level(dtype) >= 0:
         packed = panels.Panels.of(weight, None, dtype)

@@ -6,9 +6,9 @@ compiled too with --compile. All three tokenise; they run in turns, and medians 
 those of a shared prefix are not counted for the engine, nor padding for the others. Utilisation: the operations that the model
 needs for these tokens, over the rate of a large matrix product in the same type, measured in the same run (on a CPU the faster
 of torch's and the engine's own). ``after theta``: win rates, one budget per prompt and score for all prompts, as a share of the
-engine's time. ``elsewhere``: the share of its forward passes outside matrix products and attention. Lengths:
-bench/subjects.py, or --prompts FILE. Paths with fewer prompts than the engine get some of each length, so that prompts per
-second can be compared.
+engine's time. ``elsewhere``: the share of its time outside matrix products and attention. Lengths:
+bench/subjects.py, or --prompts FILE. Paths with fewer prompts than the engine get prompts spread over all lengths, so that
+prompts per second can be compared.
 
 --dtype: the engine in each; transformers in the first one. --peers: other runtimes too, in each precision that they have, set
 for throughput (bench/peers says how), with the engine's token ids, in padded batches like hf-batched's. Their theta is checked
@@ -44,7 +44,7 @@ from p2l_engine.backbone.families import DecoderConfig
 from p2l_engine.backbone.packing import Packed
 from p2l_engine.checkpoint import Checkpoint
 from p2l_engine.engine.compile_watch import CompileWatch
-from p2l_engine.engine.device import DTYPES, INT8
+from p2l_engine.engine.device import DTYPES, WHOLE_NUMBERS
 
 BUDGETS = {"cpu": (512, 1024, 2048, 4096), "cuda": (8192, 16384, 32768, 65536)}
 
@@ -106,12 +106,16 @@ def bench(name: str, device: torch.device, arguments: argparse.Namespace, consol
     count = arguments.count or (_worth_seconds(loaded.config) if on_gpu else 300)
     texts = subjects.read_prompts(arguments.prompts, count) if arguments.prompts else subjects.prompts(count)
     some = of_all_lengths(texts, engine, arguments.peer_count or (count // 2 if on_gpu else count))
-    few, checked = some[: len(some) // 4 or 1], of_all_lengths(texts, engine, arguments.reference_count or 100)
+    few, checked = (
+        of_all_lengths(some, engine, len(some) // 4 or 1),
+        of_all_lengths(texts, engine, arguments.reference_count or 100),
+    )
     for dtype, each in engines.items():
         console.print(f"{name} {dtype}: warm-up {each.warmup():.1f} s")
-    rates = {dtype: matrix_rate(device, known[dtype]) for dtype in {*names, "float32"} if dtype in (known := DTYPES | INT8)}
+    known = DTYPES | WHOLE_NUMBERS
+    rates = {dtype: matrix_rate(device, known[dtype]) for dtype in {*names, "float32"} if dtype in known}
     peer = Transformers(loaded, device, float_dtype(names[0]))
-    others = others_of(loaded, engines, arguments.peers, some, console) if arguments.peers else []
+    others = others_of(loaded, engines, arguments.peers, some, few, console) if arguments.peers else []
     budget = _fastest_budget("hf-batched", lambda size: peer.batched(few, size), device, console)
     paths = [
         *(Timed("engine", dtype, texts, partial(_theta, each)) for dtype, each in engines.items()),
@@ -158,17 +162,20 @@ def bench(name: str, device: torch.device, arguments: argparse.Namespace, consol
 
 
 def others_of(
-    loaded: Checkpoint, engines: dict[str, Engine], names: Sequence[str], texts: list[str], console: Console
+    loaded: Checkpoint,
+    engines: dict[str, Engine],
+    names: Sequence[str],
+    texts: list[str],
+    few: list[str],
+    console: Console,
 ) -> list[Timed]:
-    """The peers' paths over ``texts``, after a check of theta."""
+    """The peers' paths over ``texts``, after a check of theta. few: of these, to choose the size of batches."""
     single = engines.get("float32") or Engine(loaded, "cpu", "float32")
     expected, encode, found = Expected.of(single), single.encoder.encode, []
     with tempfile.TemporaryDirectory() as folder:
         for each in peers.start(names, Decoder.of(loaded), torch.get_num_threads(), True, Path(folder)):
             off, what, run = expected.off(each), f"{each.name} {each.precision}", each.run
-            size = _fastest_budget(
-                what, partial(in_batches, run, encode(texts[: len(texts) // 4 or 1])), single.device, console
-            )
+            size = _fastest_budget(what, partial(in_batches, run, encode(few)), single.device, console)
 
             def compute(
                 prompts: list[str], run: Run = run, size: int = size, width: int = len(loaded.models)
@@ -180,7 +187,7 @@ def others_of(
 
 
 def of_all_lengths(texts: list[str], engine: Engine, count: int) -> list[str]:
-    """So many of the prompts, all if there are fewer: evenly spaced by their number of tokens, in the order of ``texts``."""
+    """``count`` of the prompts (all if there are fewer), evenly spaced by their number of tokens, in the order of ``texts``."""
     order = np.argsort(_lengths(engine, texts), kind="stable")
     spaced = (np.arange(min(count, len(texts))) + 0.5) * max(1.0, len(texts) / count)
     return [texts[i] for i in np.sort(order[spaced.astype(int)])]
@@ -235,8 +242,7 @@ def _after_theta(engine: Engine, texts: list[str]) -> float:
 
 def _elsewhere(loaded: Checkpoint, engine: Engine, texts: list[str]) -> float | None:
     """See ``products.measured``."""
-    tokens = engine.encoder.encode(texts)
-    spent = products.measured(loaded, engine, lambda: engine.forward(tokens))
+    spent = products.measured(loaded, engine, lambda: engine.coefficients(texts))
     return None if spent is None else spent.elsewhere
 
 

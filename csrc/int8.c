@@ -5,7 +5,8 @@
  *
  * A group's sums are exact in int32, so every instruction set gives the same ones. A weight w is stored as w + OFFSET,
  * unsigned; OFFSET times the sum of a group's values is taken off again. VNNI multiplies 8 bits by 8 bits into 32. AVX2's
- * product of 8 bits adds pairs in 16, which 8-bit weights overflow: there both are widened to 16 bits, and pairs added in 32.
+ * product of 8 bits adds pairs in 16, which 8-bit weights overflow: so there both are widened to 16 bits, and pairs are added
+ * in 32.
  */
 #include "p2l_native.h"
 #include "panels.h"
@@ -17,7 +18,7 @@ enum { GROUP = 192, OFFSET = 128, ROWS_PER_TASK = 16 /* quantised by one thread 
 
 /* Arguments of one product; see p2l_native.h. */
 typedef struct {
-    const void *x; /* int8, or what AVX2 multiplies: see widen */
+    const void *x; /* int8; at level 1 int16, reordered by widen */
     const float *scale, *weight_scale, *bias;
     const int32_t *taken; /* off a group's sums: OFFSET times the sum of its values */
     const uint8_t *weight;
@@ -314,7 +315,7 @@ static void quantise_some(void *work, int64_t task, int thread) {
 
 void p2l_int8_linear(const float *x, int64_t rows, int64_t width, const uint8_t *weight, const float *weight_scale,
                      const float *bias, int64_t columns, uint8_t *scratch, float *out, int level, int threads) {
-    const int64_t depth = (width + 3) / 4 * 4, groups = (depth + GROUP - 1) / GROUP;
+    const int64_t depth = (width + 3) / 4 * 4, groups = (depth + GROUP - 1) / GROUP, size = level == 1 ? 2 : 1;
     float *scale = (float *)scratch;
     int32_t *taken = (int32_t *)(scratch + 4 * rows * groups);
     void *values = scratch + 8 * rows * groups;
@@ -326,5 +327,5 @@ void p2l_int8_linear(const float *x, int64_t rows, int64_t width, const uint8_t 
 #ifdef P2L_LEVELS
     panel = level == 2 ? panel_vnni : level == 1 ? panel_avx2 : panel_portable;
 #endif
-    p2l_all_panels(&p, panel, rows, depth, columns, threads);
+    p2l_all_panels(&p, panel, rows, size * depth, columns, threads);
 }

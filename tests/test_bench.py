@@ -158,15 +158,17 @@ def test_fewer_prompts_have_the_lengths_of_all(tmp_path):
 def test_products_and_attention_are_timed_in_the_same_forward_pass(tmp_path, dtype):
     loaded = checkpoint.load(str(tiny.write(tmp_path / "checkpoint")))
     engine, seen = Engine(loaded, "cpu", dtype), []
+    kept = engine.backbone
     tokens = engine.encoder.encode(["one two", "three " * 20])
     spent = products.measured(loaded, engine, lambda: seen.append(engine.forward(tokens)))
     assert spent.products > 0
     assert spent.attention > 0
     assert 0 < spent.elsewhere < 1
-    kept = engine.backbone
     assert all(np.array_equal(theta, engine.forward(tokens)) for theta in seen)
     assert len(seen) == 2
     assert products.measured(loaded, engine, lambda: None).products == 0
+    with pytest.raises(ZeroDivisionError):
+        products.measured(loaded, engine, lambda: 1 / 0)
     assert engine.backbone is kept
 
 

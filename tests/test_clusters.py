@@ -21,7 +21,9 @@ from p2l_engine import Engine, Router
 from p2l_engine.batch import BatchConfig, Route, run
 from p2l_engine.batch.blocks import blocks
 from p2l_engine.batch.identity import compute_signature
+from p2l_engine.checkpoint import fingerprint
 from p2l_engine.engine import as_dtype
+from p2l_engine.native.binding import isa
 from p2l_engine.tables.chunked import read_rows
 from p2l_engine.tables.find import find
 from p2l_engine.tables.whole import read_table
@@ -138,14 +140,20 @@ def test_an_interrupted_run_is_resumed_without_ray(router, given, ray, tmp_path)
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
-def test_the_dtype_of_workers(router, ray):
-    from p2l_engine.batch.ray import Cluster
+def test_workers_whose_int8_is_of_another_instruction_set_stop_the_run(router, ray):
+    from p2l_engine.batch.ray import Cluster, _Compute
 
     folder = router.engine.folder
+    files, started = fingerprint.of_checkpoint(folder, router.engine.base), "cpu int8 on a PDP-11, 4096 tokens per batch"
+    worker = _Compute(str(folder), "cpu", "torch.int8", 4096, None, files, started)
+    with pytest.raises(
+        ValueError, match=f"dtype: expected what the machine that started .*{started}, got cpu int8 .* use CPUs of one"
+    ):
+        worker.engine  # noqa: B018
     with Cluster(router.engine, str(folder), device="cpu", dtype="auto") as cluster:  # it has no figures
         assert cluster.compute == compute_signature("cpu", as_dtype(None, torch.device("cpu")), 4096)
     with Cluster(router.engine, str(folder), device="cpu", dtype="int8") as cluster:
-        assert cluster.compute == "cpu int8, 4096 tokens per batch"
+        assert cluster.compute == f"cpu int8 on {isa()}, 4096 tokens per batch"
 
 
 def test_workers_that_die_each_time_end_the_run(router, given, ray, tmp_path, monkeypatch):

@@ -262,7 +262,7 @@ def test_auto_of_other_engines_and_commands(ours, caplog, monkeypatch):
     ended = p2l_engine("info", "--checkpoint", str(ours), "--device", "cpu", "--dtype", "auto")
     assert ended.status == 0, ended.err
     assert [record.getMessage()[:16] for record in caplog.records if record.name.endswith("auto_dtype")] == ["dtype auto: int8"]
-    assert "int8" in ended.out
+    assert any("dtype" in line and "int8" in line for line in ended.out.splitlines())
 
 
 # What int8 is refused for, and the alternative that the error names
@@ -328,8 +328,11 @@ def test_training_has_no_int8():
         TrainConfig(**given, dtype="int8")
 
 
-def test_runs_say_in_which_dtype_they_compute():
-    assert compute_signature("cpu", torch.int8, 4096) == "cpu int8, 4096 tokens per batch"
+def test_runs_and_kept_states_say_in_which_dtype_they_compute(monkeypatch):
+    assert compute_signature("cpu", torch.bfloat16, 4096) == "cpu bfloat16, 4096 tokens per batch"
+    for name in ("x86-64-v3 (AVX2)", "x86-64-v4 (AVX-512)"):  # int8 of both differs by more than last bits
+        monkeypatch.setattr("p2l_engine.engine.device.isa", lambda name=name: name)
+        assert compute_signature("cpu", torch.int8, 4096) == f"cpu int8 on {name}, 4096 tokens per batch"
 
 
 # The command

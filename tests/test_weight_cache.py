@@ -145,8 +145,12 @@ def test_one_file_for_each_dtype_and_instruction_set(base, folder, monkeypatch):
     assert len(list(folder.iterdir())) == 3
     if panels.level(torch.int8) > 1:
         monkeypatch.setattr(panels, "level", lambda dtype: 1)  # AVX2
-        again = theta(base, "int8")
+        again, levels = (
+            theta(base, "int8"),
+            {layer.qkv.level for layer in Engine.from_pretrained(base, "cpu", "int8").backbone.layers},
+        )
         assert len(list(folder.iterdir())) == 4
+        assert levels == {1}
         assert np.array_equal(again, found["int8"])
         assert np.array_equal(again, without(monkeypatch, theta, base, "int8"))
 

@@ -17,7 +17,7 @@ from p2l_engine.batch.blocks import LETTERS
 from p2l_engine.batch.config import BatchConfig
 from p2l_engine.batch.contents import Content, sha256
 from p2l_engine.checkpoint import fingerprint
-from p2l_engine.engine import Engine
+from p2l_engine.engine import Engine, described
 from p2l_engine.router import Router
 from p2l_engine.tables.layouts import PromptColumn
 from p2l_engine.tables.storage import Partitions
@@ -75,7 +75,7 @@ def of_decisions(config: BatchConfig, router: Router, sources: Sequence[str], pa
 
 def compute_signature(device: str, dtype: torch.dtype, tokens_per_batch: int) -> str:
     """How coefficients are computed; device: cpu or cuda."""
-    return f"{device} {str(dtype).removeprefix('torch.')}, {tokens_per_batch} tokens per batch"
+    return f"{device} {described(dtype)}, {tokens_per_batch} tokens per batch"
 
 
 def apart_from_inputs(identity: Identity) -> Identity:

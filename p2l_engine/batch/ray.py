@@ -101,7 +101,7 @@ class Cluster:
             checkpoint = str(Path(checkpoint).resolve())  # workers run in other working directories
         files = fingerprint.of_checkpoint(engine.folder, engine.base)
         # The dtype's name: a worker that reads it needs no torch before it computes.
-        self._arguments = (checkpoint, kind, str(dtype), tokens, engine.date, files)
+        self._arguments = (checkpoint, kind, str(dtype), tokens, engine.date, files, self.compute)
 
     def close(self) -> None:
         """Ends the cluster or connection, if this object started it."""
@@ -179,8 +179,9 @@ class _Compute:
         tokens_per_batch: int,
         date: str | None,
         expected: Mapping[str, Any],
+        compute: str,
     ) -> None:
-        self.arguments, self.expected = (checkpoint, device, dtype, tokens_per_batch, date), expected
+        self.arguments, self.expected, self.compute = (checkpoint, device, dtype, tokens_per_batch, date), expected, compute
 
     @cached_property  # not in the constructor: Ray returns its errors only as text
     def engine(self) -> Engine:
@@ -191,6 +192,11 @@ class _Compute:
             raise ValueError(
                 f"checkpoint: {engine.folder} on node {ray.util.get_node_ip_address()} differs from that of the machine "
                 f"that started the run: {', '.join(different)}"
+            )
+        if (compute := compute_signature(engine.device.type, engine.dtype, engine.tokens_per_batch)) != self.compute:
+            raise ValueError(
+                f"dtype: expected what the machine that started the run computes, {self.compute}, got {compute} on node "
+                f"{ray.util.get_node_ip_address()}: use CPUs of one instruction set, or float32"
             )
         return engine
 

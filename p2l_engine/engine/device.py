@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 
 from p2l_engine.engine import cpu
+from p2l_engine.native.binding import isa
 
 DTYPES = {
     "float32": torch.float32, "fp32": torch.float32, "float": torch.float32,
     "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
     "float16": torch.float16, "fp16": torch.float16, "half": torch.float16,
 }  # fmt: skip
-INT8 = {"int8": torch.int8}  # of weights alone, on CPUs
+WHOLE_NUMBERS = {"int8": torch.int8}  # of weights alone, on CPUs
 AUTO = "auto"  # see ``auto_dtype``
 DEVICES = ("cpu", "cuda")
 
@@ -45,7 +46,7 @@ def as_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dty
     """
     if dtype is None:
         return natural_dtype(device)
-    names = DTYPES | INT8
+    names = DTYPES | WHOLE_NUMBERS
     found = names.get(dtype.lower().removeprefix("torch.")) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not (found.is_floating_point or found == torch.int8):
         raise ValueError(f"dtype: expected one of {', '.join(names)}, or a floating-point torch.dtype, got {dtype!r}")
@@ -57,6 +58,13 @@ def as_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dty
 def is_auto(dtype: str | torch.dtype | None) -> bool:
     """Whether this is the name "auto", in any case."""
     return isinstance(dtype, str) and dtype.lower() == AUTO
+
+
+def described(dtype: torch.dtype) -> str:
+    """The dtype's name and, of int8, the CPU's instruction set: last bits of the steps between products differ by it, and move
+    values to the next whole number, which changes theta by as much as int8 itself does."""
+    name = str(dtype).removeprefix("torch.")
+    return f"{name} on {isa()}" if dtype == torch.int8 else name
 
 
 def natural_dtype(device: torch.device) -> torch.dtype:

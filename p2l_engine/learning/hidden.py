@@ -20,7 +20,7 @@ from torch import Tensor
 from p2l_engine.checkpoint import cache_folder as caches
 from p2l_engine.checkpoint.adapter import PEFT_PREFIX
 from p2l_engine.checkpoint.files import read_json, read_tensors, read_weights
-from p2l_engine.engine import Engine
+from p2l_engine.engine import Engine, described
 from p2l_engine.prompts.parse import Prompt, parse_batch
 from p2l_engine.tables.atomic import write_file
 
@@ -112,7 +112,7 @@ def fingerprint(engine: Engine) -> str:
                 found.update(_sample(of[name]))
     words = next(path for path in (engine.folder, engine.base) if (path / "tokenizer.json").is_file())
     found.update((words / "tokenizer.json").read_bytes())
-    settings += [engine.encoder.text(["a", "b"]), engine.encoder.max_tokens, str(engine.dtype), engine.device.type]
+    settings += [engine.encoder.text(["a", "b"]), engine.encoder.max_tokens, described(engine.dtype), engine.device.type]
     found.update(json.dumps(settings, sort_keys=True).encode())
     return found.hexdigest()[:32]
 

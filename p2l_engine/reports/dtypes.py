@@ -18,11 +18,10 @@ class DtypeFigures:
     """A dtype on held-out prompts; float32 on the same prompts is what it is compared with.
 
     deviation, largest: of theta, root mean square and largest; where a shift of all of a prompt's coefficients means nothing,
-    it does not count. log_loss: mean of a vote, or of a value,
-    None without votes. mean_score: mean true score of the chosen models, None without true scores. other_choice: the share of
-    prompts whose chosen model is not float32's. win_rate_lost, most_lost: what that costs against all models, in points, by
-    float32's win rates: mean over all prompts, and largest. These three are None for models of values (ols, poisson), which
-    compare no models.
+    it does not count. log_loss: mean of a vote, or of a value, None without votes. mean_score: mean true score of the chosen
+    models, None without true scores. other_choice: the share of prompts whose chosen model is not float32's. win_rate_lost,
+    most_lost: what that costs against all models, in points, by float32's win rates: mean over all prompts, and largest. These
+    three are None for models of values (ols, poisson), which compare no models.
     """
 
     dtype: str
