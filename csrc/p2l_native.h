@@ -111,9 +111,9 @@ void p2l_linear(const void *x, int64_t rows, int64_t depth, const void *weight, 
 int p2l_linear_level(int bf16);
 
 /* The same with int8 weights, stored as weight + 128 in uint8 panels [depth / 4, 32, 4] (depth: width, padded to a multiple of
- * 4), and weight_scale [columns]. Each row of x [rows, width] is quantised to 8 bits first, by groups of 192 values; scratch holds
- * scale and taken [rows, groups], then values [rows, depth] of 8 bits, or 16 at level 1. A row with a value that is not finite
- * gives NaN. */
+ * 4), and weight_scale [columns]. Each row of x [rows, width] is quantised to 8 bits first, by groups of 192 values; scratch
+ * holds scale and taken [rows, groups], then values [rows, depth] of 8 bits, or 16 at level 1. A row with a value that is not
+ * finite gives NaN. */
 void p2l_int8_linear(const float *x, int64_t rows, int64_t width, const uint8_t *weight, const float *weight_scale,
                      const float *bias, int64_t columns, uint8_t *scratch, float *out, int level, int threads);
 
