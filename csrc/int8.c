@@ -315,6 +315,9 @@ static void quantise_some(void *work, int64_t task, int thread) {
 
 void p2l_int8_linear(const float *x, int64_t rows, int64_t width, const uint8_t *weight, const float *weight_scale,
                      const float *bias, int64_t columns, uint8_t *scratch, float *out, int level, int threads) {
+#ifndef P2L_LEVELS
+    level = 0;
+#endif
     const int64_t depth = (width + 3) / 4 * 4, groups = (depth + GROUP - 1) / GROUP, size = level == 1 ? 2 : 1;
     float *scale = (float *)scratch;
     int32_t *taken = (int32_t *)(scratch + 4 * rows * groups);

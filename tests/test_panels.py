@@ -137,12 +137,13 @@ def test_a_row_does_not_depend_on_the_others_nor_on_threads(dtype, level):
 
 
 @pytest.mark.parametrize(("dtype", "level"), KINDS)
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_values_that_are_not_finite_spoil_their_row_alone(dtype, level, bad):
+@pytest.mark.parametrize("bad", [torch.nan, -torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("place", [0, 7, GROUP - 1, GROUP + 3])  # in a whole group of int8, and in the rest
+def test_values_that_are_not_finite_spoil_their_row_alone(dtype, level, bad, place):
     x = torch.randn(5, 200).to(torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
     weight, others = Panels.of(torch.randn(40, 200), None, dtype, level), [0, 1, 3, 4]
     expected = product(x, weight)[others]
-    x[2, 195] = bad
+    x[2, place] = bad
     found = product(x, weight)
     assert not found[2].isfinite().any()
     assert torch.equal(found[others], expected)
@@ -151,8 +152,9 @@ def test_values_that_are_not_finite_spoil_their_row_alone(dtype, level, bad):
 @pytest.mark.parametrize("level", INT8_LEVELS)
 @pytest.mark.parametrize("size", [1e-45, 1e-40, 1e-38, 1e-30, 1e30])
 def test_rows_of_extreme_sizes(level, size):
-    x = torch.randn(4, 150).clamp(-2, 2) * size
-    weight = Panels.of(torch.randn(40, 150) * 1e-3, None, torch.int8, level)
+    x = torch.randn(4, GROUP + 150).clamp(-2, 2) * size  # a whole group and the rest
+    x[3, :GROUP] = 0
+    weight = Panels.of(torch.randn(40, GROUP + 150) * 1e-3, None, torch.int8, level)
     expected = x.double() @ weight.plain().double().t()
     assert (product(x, weight).double() - expected).abs().max() <= 0.02 * expected.abs().max() + 1e-38
 
