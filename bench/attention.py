@@ -2,7 +2,8 @@
 
 Heads as SmolLM2-135M's: 9 of 64 columns, which share 3 key heads. One prompt of each length, and as many as 4,096 tokens hold.
 torch gets one call for each run of prompts of one length, as on GPUs (``p2l_engine.backbone.attention``). The two take turns;
-CPU seconds of all threads, minima. gflop_s: of the products that a query needs with the keys up to its own, over its time.
+CPU seconds of all threads, minima. float32 rounded: as int8 has it (``decoder.attention``), beside torch's in float32.
+gflop_s: of the products that a query needs with the keys up to its own, over its time.
 """
 
 from __future__ import annotations
@@ -56,12 +57,12 @@ def main() -> None:
     table = Table(title=instruction_set, title_justify="left", box=None)
     for column in ("type", "threads", "prompts", "length", "ms", "torch ms", "faster", "clock", "GFLOP/s"):
         table.add_column(column, justify="right")
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype, rounded in ((torch.float32, False), (torch.float32, True), (torch.bfloat16, False)):
         for threads in arguments.threads:
             torch.set_num_threads(threads)
             for length in arguments.lengths:
                 for prompts in sorted({1, max(1, TOKENS // length)}):
-                    row = measure(dtype, threads, prompts, length, instruction_set)
+                    row = measure(dtype, rounded, threads, prompts, length, instruction_set)
                     rows.append(row)
                     table.add_row(
                         row.dtype, str(threads), str(prompts), str(length), f"{row.milliseconds:.3f}",
@@ -73,19 +74,19 @@ def main() -> None:
         write_rows(arguments.csv, rows, torch.device("cpu"))
 
 
-def measure(dtype: torch.dtype, threads: int, prompts: int, length: int, instruction_set: str) -> Row:
+def measure(dtype: torch.dtype, rounded: bool, threads: int, prompts: int, length: int, instruction_set: str) -> Row:
     packed, tokens = Packed.of([np.zeros(length, np.int32)] * prompts), prompts * length
-    projected = torch.randn(tokens, (HEADS + 2 * KV_HEADS) * SIZE).to(
-        dtype
-    )  # queries, keys and values, as a product leaves them
+    # Queries, keys and values, as a product leaves them.
+    projected = torch.randn(tokens, (HEADS + 2 * KV_HEADS) * SIZE).to(dtype)
     q = projected[:, : HEADS * SIZE].view(tokens, HEADS, SIZE)
     kv, out = torch.randn(tokens, 2, KV_HEADS, SIZE).to(dtype), torch.empty(tokens, HEADS * SIZE, dtype=dtype)
-    ours = partial(decoder.attention, q, kv, packed.starts, packed.key_starts, False, out)
+    ours = partial(decoder.attention, q, kv, packed.starts, packed.key_starts, False, out, rounded)
     (cpu, wall), (torch_cpu, torch_wall) = turns(ours, partial(over_runs, q, kv, packed, False, out))
     products = 4 * prompts * HEADS * SIZE * length * (length + 1) / 2
+    name = str(dtype).removeprefix("torch.") + " rounded" * rounded
     return Row(
-        str(dtype).removeprefix("torch."), threads, prompts, length, 1e3 * cpu, 1e3 * torch_cpu, torch_cpu / cpu,
-        torch_wall / wall, products / cpu / 1e9, instruction_set,
+        name, threads, prompts, length, 1e3 * cpu, 1e3 * torch_cpu, torch_cpu / cpu, torch_wall / wall, products / cpu / 1e9,
+        instruction_set,
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from p2l_engine import Engine
 from p2l_engine.backbone import PackedDecoder
 from p2l_engine.backbone.families import DecoderConfig
 from p2l_engine.backbone.on_cpu import CpuOperations
+from p2l_engine.backbone.packed import rounds
 from p2l_engine.backbone.packing import Packed
 from p2l_engine.backbone.ready import DecoderWeights
 from p2l_engine.backbone.weights import Linear
@@ -38,8 +39,8 @@ class TimedOperations(CpuOperations):
     """A decoder's steps, each called from Python, as in the layers that the engine computes in one call (same bits). Adds the
     seconds of products and attention to ``spent``, with the few microseconds of each call."""
 
-    def __init__(self, dtype: torch.dtype, spent: Spent) -> None:
-        super().__init__(dtype)
+    def __init__(self, dtype: torch.dtype, rounded: bool, spent: Spent) -> None:
+        super().__init__(dtype, rounded=rounded)
         self._spent = spent
 
     def linear(self, x: Tensor, layer: Linear | Panels, name: str) -> Tensor:
@@ -64,7 +65,8 @@ def measured(loaded: Checkpoint, engine: Engine, compute: Callable[[], object]) 
         return None
     assert kept.norm is not None
     spent, weights = Spent(), DecoderWeights(kept.embedding, kept.norm, kept.layers)
-    timed = PackedDecoder(config, weights, kept.device, kept.dtype, lambda: TimedOperations(kept.dtype, spent))
+    rounded = rounds(kept.layers)
+    timed = PackedDecoder(config, weights, kept.device, kept.dtype, lambda: TimedOperations(kept.dtype, rounded, spent))
     timed.share(kept.prefix)
     engine.backbone = timed
     try:

@@ -7,18 +7,22 @@
  * all of it stays in the first-level cache.
  *
  * A prompt's result depends on neither the other prompts nor the number of threads. Storage is float32 or bfloat16, arithmetic
- * float32. Reference implementation: p2l_engine/kernels/attention.py.
+ * float32; where the CPU has dot products of bfloat16, these multiply bfloat16, and float32 if it may be rounded. Reference
+ * implementation: p2l_engine/kernels/attention.py.
  */
 #include "bfloat16.h"
 #include "p2l_native.h"
 #include "pool.h"
 
+#ifdef P2L_LEVELS
+#include <immintrin.h>
+#endif
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
 enum {
-    ROWS = 16,      /* of a block, and lanes of a line */
+    MOST_ROWS = 32, /* of a block */
     TASK_ROWS = 96, /* at most: enough that copying the keys costs little, few enough that one prompt fills several threads */
     KEYS = 72,      /* computed at once: a multiple of every TILE */
     SPARE = 8,      /* lines that a tile may reach beyond them */
@@ -42,12 +46,12 @@ typedef struct {
 typedef struct {
     int64_t padded;
     float *q;       /* [blocks, size, ROWS] */
-    float *wide;    /* [ROWS, size]: bfloat16 rows of q */
-    float *k;       /* [KEYS + SPARE, size], times the scale */
+    float *items;   /* [ROWS, size]: rows of q that are not float32 */
+    float *k;       /* [KEYS + SPARE, size] */
     float *v;       /* [KEYS, padded] */
     float *weights; /* [KEYS + SPARE, ROWS] */
     float *sums;    /* [TASK_ROWS, padded]: of values times weights */
-    float highest[TASK_ROWS], total[TASK_ROWS], shrink[ROWS];
+    float highest[TASK_ROWS], total[TASK_ROWS], shrink[MOST_ROWS];
     int32_t position[TASK_ROWS]; /* the last key that a row sees */
 } scratch;
 
@@ -71,44 +75,60 @@ static int64_t queries_of(const attention *a, int64_t prompt) {
 #define SUFFIX _base
 #define TARGET
 #define LANES 4
+#define ROWS 16
 #define TILE 4
+#define ITEM 1
 #include "attention_task.h"
 
 #ifdef P2L_LEVELS
 #define SUFFIX _v3
 #define TARGET __attribute__((target("arch=x86-64-v3")))
 #define LANES 8
+#define ROWS 16
 #define TILE 6
+#define ITEM 1
 #include "attention_task.h"
 
 #define SUFFIX _v4
 #define TARGET __attribute__((target("arch=x86-64-v4")))
 #define LANES 16
+#define ROWS 32
 #define TILE 8
+#define ITEM 1
+#include "attention_task.h"
+
+#define SUFFIX _pairs
+#define TARGET __attribute__((target("arch=x86-64-v4,avx512bf16")))
+#define LANES 16
+#define ROWS 32
+#define TILE 8
+#define ITEM 2
 #include "attention_task.h"
 #endif
 
 typedef void (*task_function)(const attention *a, scratch *s, task t);
 
-static task_function best_function(void) {
+static task_function best_function(int pairs) {
 #ifdef P2L_LEVELS
     const int level = p2l_isa_level();
-    if (level == 4) return attend_v4;
+    if (level == 5 && pairs) return attend_pairs;
+    if (level >= 4) return attend_v4;
     if (level == 3) return attend_v3;
 #endif
+    (void)pairs;
     return attend_base;
 }
 
 /* In one allocation; NULL when there is no memory. */
 static scratch *new_scratch(int64_t size) {
     const int64_t padded = (size + 15) / 16 * 16;
-    const int64_t sizes[] = {TASK_ROWS * size, ROWS * size,           (KEYS + SPARE) * size,
-                             KEYS * padded,    (KEYS + SPARE) * ROWS, TASK_ROWS * padded};
+    const int64_t sizes[] = {TASK_ROWS * size, MOST_ROWS * size,           (KEYS + SPARE) * size,
+                             KEYS * padded,    (KEYS + SPARE) * MOST_ROWS, TASK_ROWS * padded};
     int64_t bytes = (sizeof(scratch) + 63) / 64 * 64;
     for (int i = 0; i < 6; i++) bytes += (sizes[i] + 15) / 16 * 64;
     scratch *s = aligned_alloc(64, bytes);
     if (!s) return NULL;
-    float **const parts[] = {&s->q, &s->wide, &s->k, &s->v, &s->weights, &s->sums};
+    float **const parts[] = {&s->q, &s->items, &s->k, &s->v, &s->weights, &s->sums};
     char *next = (char *)s + (sizeof(scratch) + 63) / 64 * 64;
     for (int i = 0; i < 6; i++) {
         *parts[i] = (float *)next;
@@ -162,10 +182,10 @@ static void attend_task(void *work, int64_t number, int thread) {
 
 int p2l_attention(const void *q, int64_t q_stride, int64_t queries, const void *kv, int64_t keys, const int32_t *starts,
                   const int32_t *key_starts, int64_t prompts, int64_t heads, int64_t kv_heads, int64_t size, int last, int bf16,
-                  int threads, void *out) {
+                  int rounded, int threads, void *out) {
     const attention a = {q, kv, q_stride, starts, key_starts, prompts, heads, kv_heads, size, last, bf16, out};
     if (out_of_range(&a, queries, keys)) return 1;
-    step s = {&a, best_function(), {{0}}, 0};
+    step s = {&a, best_function(bf16 || rounded), {{0}}, 0};
     int64_t tasks = 0;
     for (int64_t i = 0; i < prompts; i++) tasks += parts_of(&a, i) * kv_heads;
     p2l_run(threads, tasks, attend_task, &s);

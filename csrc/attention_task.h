@@ -1,5 +1,7 @@
 /* A task of attention.c, included there once for each instruction set: SUFFIX of the names, TARGET attribute of the functions,
- * LANES floats of a vector, TILE keys whose scores are in registers at once (TILE * ROWS / LANES of the 16 or 32 there are).
+ * LANES floats of a vector, ROWS of a block, and lanes of a line, TILE keys whose scores are in registers at once (TILE * ROWS
+ * / LANES of the 16 or 32 there are), ITEM elements that a lane multiplies at once: one float32, or two bfloat16 in a float's
+ * 32 bits, the first in the lower half.
  */
 #define INLINED TARGET static inline __attribute__((always_inline))
 #define UNROLLED _Pragma("GCC unroll 16")
@@ -30,16 +32,77 @@ INLINED vec OF(power)(vec x) {
     return p * (vec)(((mask)shifted << 23) + (127 << 23)); /* the factor's bits are 0 for -127 */
 }
 
-/* `count` elements of x, from the first, times the scale. */
-INLINED void OF(copy)(const void *restrict x, int64_t first, float *restrict to, int64_t count, float scale, int bf16) {
+#if ITEM == 1
+INLINED vec OF(plus_product)(vec sum, float x, vec y) { return sum + x * y; }
+
+/* `size` elements of x, from the first, as items. */
+INLINED void OF(copy)(const void *restrict x, int64_t first, float *restrict to, int64_t size, int bf16) {
     if (bf16) {
 #pragma omp simd
-        for (int64_t i = 0; i < count; i++) to[i] = widened(((const uint16_t *)x)[first + i]) * scale;
+        for (int64_t i = 0; i < size; i++) to[i] = widened(((const uint16_t *)x)[first + i]);
     } else {
 #pragma omp simd
-        for (int64_t i = 0; i < count; i++) to[i] = ((const float *)x)[first + i] * scale;
+        for (int64_t i = 0; i < size; i++) to[i] = ((const float *)x)[first + i];
     }
 }
+
+/* The same of `count` rows, `width` apart, as lines of ITEM rows each, `padded` items long. */
+INLINED void OF(copy_lines)(const void *x, int64_t first, int64_t width, int64_t count, float *to, int64_t size, int64_t padded,
+                            int bf16) {
+    for (int64_t i = 0; i < count; i++) OF(copy)(x, first + i * width, to + i * padded, size, bf16);
+}
+
+/* The weights of ITEM keys as items; adds them to the sum as they are after rounding. */
+INLINED vec OF(items)(const vec *weights, vec *sum) {
+    *sum += weights[0];
+    return weights[0];
+}
+#else
+INLINED vec OF(plus_product)(vec sum, float x, vec y) {
+    return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_ps(x), (__m512bh)y);
+}
+
+INLINED __mmask16 OF(first_lanes)(int64_t count) { return count < 16 ? (1 << count) - 1 : 0xffff; }
+
+/* Those 16 elements of x, from the first, that are in the mask, as bfloat16; others are 0. */
+INLINED __m256i OF(sixteen)(const void *x, int64_t first, __mmask16 some, int bf16) {
+    return bf16 ? _mm256_maskz_loadu_epi16(some, (const uint16_t *)x + first)
+                : (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(some, (const float *)x + first));
+}
+
+/* The first of each lane's two in the lower half. */
+INLINED __m512i OF(pairs)(__m256i first, __m256i second) {
+    return _mm512_or_si512(_mm512_cvtepu16_epi32(first), _mm512_slli_epi32(_mm512_cvtepu16_epi32(second), 16));
+}
+
+INLINED void OF(copy)(const void *restrict x, int64_t first, float *restrict to, int64_t size, int bf16) {
+    int64_t i = 0; /* not masked throughout: loads wait for a masked store to reach the cache */
+    for (; i + 16 <= size; i += 16) _mm256_storeu_si256((__m256i *)(to + i / 2), OF(sixteen)(x, first + i, 0xffff, bf16));
+    const int64_t left = size - i;
+    if (left) /* a zero behind an odd number */
+        _mm256_mask_storeu_epi16(to + i / 2, OF(first_lanes)(left + left % 2),
+                                 OF(sixteen)(x, first + i, OF(first_lanes)(left), bf16));
+}
+
+INLINED void OF(copy_lines)(const void *x, int64_t first, int64_t width, int64_t count, float *to, int64_t size, int64_t padded,
+                            int bf16) {
+    for (int64_t row = 0; row < count; row += 2) /* zeros behind an odd number */
+        for (int64_t i = 0; i < size; i += 16) {
+            const __mmask16 some = OF(first_lanes)(size - i), others = row + 1 < count ? some : 0;
+            const int64_t from = first + row * width + i, next = row + 1 < count ? from + width : from;
+            _mm512_storeu_si512(to + row / 2 * padded + i,
+                                OF(pairs)(OF(sixteen)(x, from, some, bf16), OF(sixteen)(x, next, others, bf16)));
+        }
+}
+
+INLINED vec OF(items)(const vec *weights, vec *sum) {
+    const __m256i first = (__m256i)_mm512_cvtneps_pbh((__m512)weights[0]);
+    const __m256i second = (__m256i)_mm512_cvtneps_pbh((__m512)weights[1]);
+    const __m512i both = OF(pairs)(first, second);
+    *sum += (vec)_mm512_slli_epi32(both, 16) + (vec)_mm512_and_si512(both, _mm512_set1_epi32(-65536));
+    return (vec)both;
+}
+#endif
 
 /* ROWS rows of `size` columns to [size, ROWS], in squares of four by four. */
 INLINED void OF(transpose)(const float *const *rows, float *restrict to, int64_t size) {
@@ -59,25 +122,28 @@ INLINED void OF(transpose)(const float *const *rows, float *restrict to, int64_t
     }
 }
 
-/* The weights 2^(score - highest) of a block's rows for n keys, the first of which is key `start` of the prompt. */
-INLINED void OF(weigh)(scratch *s, int64_t block, int64_t start, int64_t n, int64_t size) {
-    const float *q = s->q + block * size * ROWS;
+/* The weights 2^(score - highest) of a block's rows for n keys, the first of which is key `start` of the prompt; rows of q and
+ * k have `length` items. */
+INLINED void OF(weigh)(scratch *s, int64_t block, int64_t start, int64_t n, int64_t length, float scale) {
+    const float *q = s->q + block * length * ROWS;
     float *highest = s->highest + block * ROWS, *total = s->total + block * ROWS;
     const int32_t *position = s->position + block * ROWS;
     vec high[VECTORS], sum[VECTORS];
     for (int j = 0; j < VECTORS; j++) high[j] = OF(load)(highest + j * LANES);
     for (int64_t key = 0; key < n; key += TILE) {
-        const float *k = s->k + key * size;
+        const float *k = s->k + key * length;
         vec score[TILE][VECTORS];
         UNROLLED for (int i = 0; i < TILE; i++) { UNROLLED for (int j = 0; j < VECTORS; j++) score[i][j] = (vec){0}; }
-        for (int64_t d = 0; d < size; d++) {
+        for (int64_t d = 0; d < length; d++) {
             UNROLLED for (int i = 0; i < TILE; i++) {
-                UNROLLED for (int j = 0; j < VECTORS; j++) score[i][j] += k[i * size + d] * OF(load)(q + d * ROWS + j * LANES);
+                UNROLLED for (int j = 0; j < VECTORS; j++) score[i][j] =
+                    OF(plus_product)(score[i][j], k[i * length + d], OF(load)(q + d * ROWS + j * LANES));
             }
         }
         const int hides = start + key + TILE - 1 > position[0]; /* some row does not see some key */
         UNROLLED for (int i = 0; i < TILE; i++) {
             UNROLLED for (int j = 0; j < VECTORS; j++) {
+                score[i][j] *= scale;
                 if (hides) {
                     mask seen;
                     memcpy(&seen, position + j * LANES, sizeof seen);
@@ -94,25 +160,26 @@ INLINED void OF(weigh)(scratch *s, int64_t block, int64_t start, int64_t n, int6
         OF(store)(highest + j * LANES, high[j]);
         sum[j] = start ? shrink * OF(load)(total + j * LANES) : (vec){0};
     }
-    for (int64_t key = 0; key < n; key++)
+    for (int64_t key = 0; key < n; key += ITEM)
         for (int j = 0; j < VECTORS; j++) {
-            float *at = s->weights + key * ROWS + j * LANES;
-            const vec weight = OF(power)(OF(load)(at) - high[j]);
-            sum[j] += weight;
-            OF(store)(at, weight);
+            const float *at = s->weights + key * ROWS + j * LANES;
+            vec weights[ITEM];
+            for (int i = 0; i < ITEM; i++) weights[i] = key + i < n ? OF(power)(OF(load)(at + i * ROWS) - high[j]) : (vec){0};
+            OF(store)(s->weights + key / ITEM * ROWS + j * LANES, OF(items)(weights, sum + j));
         }
     for (int j = 0; j < VECTORS; j++) OF(store)(total + j * LANES, sum[j]);
 }
 
-/* Adds n values times their weights to the sums of four rows, in `columns` vectors; first: there is nothing in the sums yet. */
+/* Adds n lines of values times their weights to the sums of four rows, in `columns` vectors; first: there is nothing in the
+ * sums yet. */
 INLINED void OF(add_four)(const float *weights, const float *v, float *sums, const float *shrink, int64_t n, int64_t padded,
                           int columns, int first) {
     vec sum[4][4];
     UNROLLED for (int i = 0; i < 4; i++) { UNROLLED for (int j = 0; j < columns; j++) sum[i][j] = (vec){0}; }
-    for (int64_t key = 0; key < n; key++) {
+    for (int64_t line = 0; line < n; line++) {
         UNROLLED for (int i = 0; i < 4; i++) {
-            UNROLLED for (int j = 0; j < columns; j++) sum[i][j] +=
-                weights[key * ROWS + i] * OF(load)(v + key * padded + j * LANES);
+            UNROLLED for (int j = 0; j < columns; j++) sum[i][j] =
+                OF(plus_product)(sum[i][j], weights[line * ROWS + i], OF(load)(v + line * padded + j * LANES));
         }
     }
     UNROLLED for (int i = 0; i < 4; i++) {
@@ -129,18 +196,20 @@ INLINED void OF(add)(scratch *s, int64_t block, int64_t start, int64_t n, int64_
     for (int64_t r = 0; r < ROWS && r < rows; r += 4) {
         const int64_t seen = s->position[block * ROWS + r + 3] + 1 - start, keys = seen < n ? seen : n;
         if (keys <= 0) continue;
+        const int64_t lines = (keys + ITEM - 1) / ITEM;
         const float *weights = s->weights + r, *shrink = s->shrink + r;
         float *sums = s->sums + (block * ROWS + r) * s->padded;
         int64_t column = 0;
         for (; column + COLUMNS * LANES <= s->padded; column += COLUMNS * LANES)
-            OF(add_four)(weights, s->v + column, sums + column, shrink, keys, s->padded, COLUMNS, !start);
+            OF(add_four)(weights, s->v + column, sums + column, shrink, lines, s->padded, COLUMNS, !start);
         for (; column < s->padded; column += LANES)
-            OF(add_four)(weights, s->v + column, sums + column, shrink, keys, s->padded, 1, !start);
+            OF(add_four)(weights, s->v + column, sums + column, shrink, lines, s->padded, 1, !start);
     }
 }
 
 INLINED void OF(attend_as)(const attention *a, scratch *s, task t, int bf16) {
     const int64_t size = a->size, group = a->heads / a->kv_heads, blocks = (t.rows + ROWS - 1) / ROWS;
+    const int64_t length = (size + ITEM - 1) / ITEM;
     const int64_t token = a->last ? t.prompt : a->starts[t.prompt], key = a->key_starts[t.prompt];
     const int64_t before = a->key_starts[t.prompt + 1] - key - queries_of(a, t.prompt); /* keys before the first query's own */
     const float scale = (float)(1.44269504088896341 / sqrt((double)size));              /* scores are exponents of 2 */
@@ -151,23 +220,25 @@ INLINED void OF(attend_as)(const attention *a, scratch *s, task t, int bf16) {
             const int64_t from = (token + row / group) * a->q_stride + (t.head * group + row % group) * size;
             s->position[at] = (int32_t)(before + row / group);
             s->highest[at] = -INFINITY;
-            rows[r] = bf16 ? s->wide + r * size : (const float *)a->q + from;
-            if (bf16) OF(copy)(a->q, from, s->wide + r * size, size, 1, 1);
+            if (bf16 || ITEM > 1) {
+                rows[r] = s->items + r * length;
+                OF(copy)(a->q, from, s->items + r * length, size, bf16);
+            } else {
+                rows[r] = (const float *)a->q + from;
+            }
         }
-        OF(transpose)(rows, s->q + block * size * ROWS, size);
+        OF(transpose)(rows, s->q + block * length * ROWS, length);
     }
     const int64_t visible = s->position[t.rows - 1] + 1, width = 2 * a->kv_heads * size;
     for (int64_t start = 0; start < visible; start += KEYS) {
         const int64_t count = visible - start < KEYS ? visible - start : KEYS, from = (key + start) * width + t.head * size;
-        for (int64_t i = 0; i < count; i++) {
-            OF(copy)(a->kv, from + i * width, s->k + i * size, size, scale, bf16);
-            OF(copy)(a->kv, from + i * width + width / 2, s->v + i * s->padded, size, 1, bf16);
-        }
-        memset(s->k + count * size, 0, (TILE - 1) * size * sizeof(float)); /* keys of the last tile that no row sees */
+        for (int64_t i = 0; i < count; i++) OF(copy)(a->kv, from + i * width, s->k + i * length, size, bf16);
+        OF(copy_lines)(a->kv, from + width / 2, width, count, s->v, size, s->padded, bf16);
+        memset(s->k + count * length, 0, (TILE - 1) * length * sizeof(float)); /* keys of the last tile that no row sees */
         for (int64_t block = 0; block < blocks; block++) {
             const int64_t seen = s->position[block * ROWS + ROWS - 1] + 1 - start, n = seen < count ? seen : count;
             if (n <= 0) continue;
-            OF(weigh)(s, block, start, n, size);
+            OF(weigh)(s, block, start, n, length, scale);
             OF(add)(s, block, start, n, t.rows - block * ROWS);
         }
     }
@@ -199,4 +270,6 @@ TARGET static void OF(attend)(const attention *a, scratch *s, task t) {
 #undef SUFFIX
 #undef TARGET
 #undef LANES
+#undef ROWS
 #undef TILE
+#undef ITEM

@@ -15,8 +15,9 @@ int p2l_layer(const p2l_layer_weights *w, const p2l_batch *b, int first, const v
     if (p2l_rope_kv(b->projected, n, heads, kv_heads, b->half, b->cosine, b->sine, b->n_positions, b->positions, b->sources,
                     b->keys, prefix, n_prefix, b->kv, b->bf16, b->rope_threads))
         return 1;
-    const int status = p2l_attention(b->projected, (heads + 2 * kv_heads) * size, n, b->kv, b->keys, b->starts, b->key_starts,
-                                     b->prompts, heads, kv_heads, size, 0, b->bf16, b->attention_threads, b->attended);
+    const int status =
+        p2l_attention(b->projected, (heads + 2 * kv_heads) * size, n, b->kv, b->keys, b->starts, b->key_starts, b->prompts,
+                      heads, kv_heads, size, 0, b->bf16, b->rounded, b->attention_threads, b->attended);
     if (status) return status;
     product(&w->out, b->attended, n, b->delta, b, b->out_threads);
     p2l_rms_norm(b->x, b->delta, w->mlp_norm, b->normed, n, columns, b->eps, b->bf16, b->norm_threads);

@@ -4,7 +4,7 @@
 int p2l_isa_level(void) {
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("x86-64-v4")) return 4;
+    if (__builtin_cpu_supports("x86-64-v4")) return __builtin_cpu_supports("avx512bf16") ? 5 : 4;
     if (__builtin_cpu_supports("x86-64-v3")) return 3;
     return 2;
 #else

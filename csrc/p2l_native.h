@@ -145,11 +145,12 @@ int p2l_rope_kv(void *x, int64_t tokens, int64_t queries, int64_t keys, int64_t 
 /* Causal attention within each of N prompts, softmax(q k' / sqrt(size)) v, where heads / kv_heads query heads share a key head.
  * q: `queries` rows of [heads, size], q_stride elements apart; kv [keys, 2, kv_heads, size]; starts and key_starts [N + 1]: the
  * offsets of the prompts in q and kv. A prompt has no fewer keys than queries; its last query sees them all, the one before it
- * all but one. last: q holds each prompt's last query alone. Fills out [queries, heads, size]. Returns 0, 1 when the offsets do
- * not fit (nothing is written then), or -1 when memory allocation fails. */
+ * all but one. last: q holds each prompt's last query alone. rounded: float32 is rounded to bfloat16 for the products where the
+ * CPU has dot products of bfloat16 (sums stay float32), as it is there for bf16. Fills out [queries, heads, size]. Returns 0, 1
+ * when the offsets do not fit (nothing is written then), or -1 when memory allocation fails. */
 int p2l_attention(const void *q, int64_t q_stride, int64_t queries, const void *kv, int64_t keys, const int32_t *starts,
                   const int32_t *key_starts, int64_t prompts, int64_t heads, int64_t kv_heads, int64_t size, int last, int bf16,
-                  int threads, void *out);
+                  int rounded, int threads, void *out);
 
 /* Packed weights [depth, columns] and their bias (or NULL): as in p2l_linear, or with a scale as in p2l_int8_linear. */
 typedef struct {
@@ -171,7 +172,7 @@ typedef struct {
 typedef struct {
     int64_t tokens, keys, prompts, heads, kv_heads, half, n_positions;
     double eps;
-    int bf16, norm_threads, qkv_threads, rope_threads, attention_threads, out_threads, gate_up_threads, gate_threads,
+    int bf16, rounded, norm_threads, qkv_threads, rope_threads, attention_threads, out_threads, gate_up_threads, gate_threads,
         down_threads;
     const float *cosine, *sine;
     const int32_t *positions, *sources, *starts, *key_starts;
@@ -200,7 +201,8 @@ void p2l_swiglu_backward(const void *gate_up, const void *d_out, void *d_gate_up
 void p2l_rope(void *x, const float *cosine, const float *sine, int64_t rows, int64_t heads, int64_t rotated, int64_t half,
               int inverse, int bf16, int threads);
 
-/* The instruction set that the loader chose: 4, 3 or 2 for x86-64-v4 (AVX-512), v3 (AVX2), v2; 0 elsewhere. */
+/* The instruction set that the loader chose: 5 for x86-64-v4 (AVX-512) with bfloat16 dot products; 4, 3 or 2 for v4, v3 (AVX2),
+ * v2; 0 elsewhere. */
 int p2l_isa_level(void);
 
 #endif

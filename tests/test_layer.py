@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from p2l_engine import Engine
 from p2l_engine.backbone.on_cpu import CpuOperations
+from p2l_engine.backbone.packed import rounds
 from p2l_engine.backbone.packing import Packed
 from p2l_engine.native import panels
 from p2l_engine.native.layer import LayerWeights, Pass
@@ -39,7 +40,7 @@ def decoders(request, tmp_path_factory):
     for name, config in DECODERS.items():
         folder = tiny.write(tmp_path_factory.mktemp(name), config)
         whole, steps = (Engine.from_pretrained(folder, "cpu", request.param).backbone for _ in range(2))
-        steps._make = partial(CpuOperations, steps.dtype)
+        steps._make = partial(CpuOperations, steps.dtype, rounded=rounds(steps.layers))
         steps._idle.clear()
         found[name] = whole, steps
     return found

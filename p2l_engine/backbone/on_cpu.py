@@ -28,13 +28,17 @@ class CpuOperations:
     The buffers are kept from pass to pass, since page faults of fresh memory cost a CPU as much as the products that fill it.
     packed: the weights of short passes in oneDNN's layout, shared by the operations of all threads; two threads may lay out the
     same weight at once, which is only redundant. whole: the layers that are computed in one call each, all but the last; empty
-    where torch has the products.
+    where torch has the products. rounded: as in ``decoder.attention``.
     """
 
     def __init__(
-        self, dtype: torch.dtype, packed: dict[Linear, Tensor] | None = None, whole: Sequence[LayerWeights] = ()
+        self,
+        dtype: torch.dtype,
+        packed: dict[Linear, Tensor] | None = None,
+        whole: Sequence[LayerWeights] = (),
+        rounded: bool = False,
     ) -> None:
-        self.dtype, self._whole = dtype, whole
+        self.dtype, self._whole, self._rounded = dtype, whole, rounded
         self._packed = {} if packed is None else packed
         self._packs = dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
         self._buffers: dict[str, Tensor] = {}
@@ -95,7 +99,7 @@ class CpuOperations:
     def attend(self, q: Tensor, kv: Tensor, packed: Packed, last: bool = False) -> Tensor:
         """q [T, heads, S], or [N, heads, S] of the last tokens only, and kv as ``rope`` returns it -> [T or N, heads * S]."""
         out = self._buffer("attend", q.shape[0], q.shape[1] * q.shape[2])
-        return decoder.attention(q, kv, packed.starts, packed.key_starts, last, out)
+        return decoder.attention(q, kv, packed.starts, packed.key_starts, last, out, self._rounded)
 
     def whole_layers(self, x: Tensor, packed: Packed, heads: Heads, tables: tuple[Tensor, Tensor]) -> LayerRun | None:
         """See Operations."""

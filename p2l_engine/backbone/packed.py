@@ -38,10 +38,16 @@ def operations_for(
         from p2l_engine.backbone.on_cpu import CpuOperations
 
         weights: dict[Linear, Tensor] = {}
-        return partial(CpuOperations, dtype, weights, native_layers(layers[:-1]))
+        return partial(CpuOperations, dtype, weights, native_layers(layers[:-1]), rounds(layers))
     from p2l_engine.backbone.on_gpu import GpuOperations  # needs Triton
 
     return GpuOperations
+
+
+def rounds(layers: Sequence[Layer[Linear | Panels]]) -> bool:
+    """Whether attention between these layers may round to bfloat16 (see ``decoder.attention``): int8 has coarser products."""
+    first = layers[0].qkv
+    return isinstance(first, Panels) and first.scale is not None
 
 
 def native_layers(layers: Sequence[Layer[Linear | Panels]]) -> list[LayerWeights]:

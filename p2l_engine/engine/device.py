@@ -61,8 +61,8 @@ def is_auto(dtype: str | torch.dtype | None) -> bool:
 
 
 def described(dtype: torch.dtype) -> str:
-    """The dtype's name and, of int8, the CPU's instruction set: last bits of the steps between products differ by it, and move
-    values to the next whole number, which changes theta by as much as int8 itself does."""
+    """The dtype's name and, of int8, the CPU's instruction set: what is between products differs by it, to last bits or to
+    bfloat16, and moves values to the next whole number, which changes theta by as much as int8 itself does."""
     name = str(dtype).removeprefix("torch.")
     return f"{name} on {isa()}" if dtype == torch.int8 else name
 

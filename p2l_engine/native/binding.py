@@ -15,7 +15,10 @@ from p2l_engine.native import cpus
 
 __all__ = ["array", "check", "ffi", "isa", "lib", "max_threads", "new", "tensor", "threads"]
 
-_ISA = {4: "x86-64-v4 (AVX-512)", 3: "x86-64-v3 (AVX2)", 2: "x86-64-v2 (SSE4.2)", 0: "the compiler's baseline"}
+_ISA = {
+    5: "x86-64-v4 (AVX-512) with bfloat16", 4: "x86-64-v4 (AVX-512)", 3: "x86-64-v3 (AVX2)", 2: "x86-64-v2 (SSE4.2)",
+    0: "the compiler's baseline",
+}  # fmt: skip
 
 # Parsed once: a name takes as long as the cast.
 _POINTERS = {kind: ffi.typeof(f"{kind} *") for kind in ("void", "float", "double", "int8_t", "uint8_t", "int32_t", "int64_t")}

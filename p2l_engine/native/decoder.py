@@ -87,12 +87,16 @@ def rope_kv(
     return kv
 
 
-def attention(q: Tensor, kv: Tensor, starts: Tensor, key_starts: Tensor, last: bool, out: Tensor) -> Tensor:
+def attention(
+    q: Tensor, kv: Tensor, starts: Tensor, key_starts: Tensor, last: bool, out: Tensor, rounded: bool = False
+) -> Tensor:
     """Causal attention within each of N prompts: out [Q, heads S] = softmax(q k' / sqrt(S)) v, with grouped heads.
 
     q [Q, heads, S], whose rows may be apart; kv [R, 2, kv heads, S]; starts and key_starts [N + 1] int32: the offsets of the
     prompts in q and kv. A prompt has no fewer keys than queries; its last query sees them all, the one before it all but one.
-    last: q holds each prompt's last query alone. A prompt's result depends on nothing but its own rows.
+    last: q holds each prompt's last query alone. rounded: on CPUs with dot products of bfloat16, as always there for bfloat16
+    tensors, queries, keys, values and weights are rounded to bfloat16 for the products; scores, softmax and sums stay float32.
+    A prompt's result depends on nothing but its own rows.
     """
     fits = q.ndim == 3 and kv.ndim == 4 and kv.shape[1] == 2 and q.shape[2] == kv.shape[3] and kv.shape[2] > 0
     if not fits or q.shape[1] % kv.shape[2]:
@@ -112,7 +116,7 @@ def attention(q: Tensor, kv: Tensor, starts: Tensor, key_starts: Tensor, last: b
     count = threads(queries * heads * size * keys // max(n, 1), PRODUCTS_PER_THREAD)
     status = lib.p2l_attention(
         _at(q), apart, queries, _at(kv), keys, _integers(starts), _integers(key_starts), n, heads, kv_heads, size, last,
-        q.dtype == torch.bfloat16, count, _at(out),
+        q.dtype == torch.bfloat16, rounded, count, _at(out),
     )  # fmt: skip
     if check(status, "attention"):
         raise ValueError("starts, key_starts: expected offsets of all of q and kv, no prompt with fewer keys than queries")

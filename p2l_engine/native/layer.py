@@ -92,6 +92,7 @@ class Pass:
         batch = self._struct
         batch.tokens, batch.keys, batch.prompts, batch.heads, batch.kv_heads = n, keys, prompts, heads, kv_heads
         batch.half, batch.n_positions, batch.eps, batch.bf16 = half, len(cos), eps, x.dtype == torch.bfloat16
+        batch.rounded = like.qkv.scale is not None  # int8
         batch.cosine, batch.sine = tensor("float", cos), tensor("float", sin)
         batch.positions, batch.sources = tensor("int32_t", positions), tensor("int32_t", sources)
         batch.starts, batch.key_starts = tensor("int32_t", starts), tensor("int32_t", key_starts)
