@@ -42,11 +42,12 @@ typedef struct {
     int64_t prompt, head, first, rows;
 } task;
 
-/* One thread's memory. padded: the size rounded up to whole vectors, of any instruction set. */
+/* One thread's memory. padded: the size rounded up to whole vectors, of any instruction set. Items of two elements need half of
+ * the columns of q, items and k, and half of the lines of v and weights. */
 typedef struct {
     int64_t padded;
     float *q;       /* [blocks, size, ROWS] */
-    float *items;   /* [ROWS, size]: rows of q that are not float32 */
+    float *items;   /* [ROWS, size]: rows of q, where they have to be made items */
     float *k;       /* [KEYS + SPARE, size] */
     float *v;       /* [KEYS, padded] */
     float *weights; /* [KEYS + SPARE, ROWS] */

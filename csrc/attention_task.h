@@ -196,7 +196,7 @@ INLINED void OF(add)(scratch *s, int64_t block, int64_t start, int64_t n, int64_
     for (int64_t r = 0; r < ROWS && r < rows; r += 4) {
         const int64_t seen = s->position[block * ROWS + r + 3] + 1 - start, keys = seen < n ? seen : n;
         if (keys <= 0) continue;
-        const int64_t lines = (keys + ITEM - 1) / ITEM;
+        const int64_t lines = (keys + ITEM - 1) / ITEM; /* what only some of the rows see has no weight in the others */
         const float *weights = s->weights + r, *shrink = s->shrink + r;
         float *sums = s->sums + (block * ROWS + r) * s->padded;
         int64_t column = 0;
