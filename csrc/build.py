@@ -13,7 +13,7 @@ SOURCES = [
     "win_rates", "budget", "hulls", "pricing", "bt_score", "outcomes", "votes", "decoder", "linear", "int8", "attention",
     "embedding", "layer", "pool", "machine",
 ]  # fmt: skip
-HEADERS = ["p2l_native", "hull", "sigmoid_mixture", "bfloat16", "panels", "attention_task", "pool"]
+HEADERS = ["p2l_native", "hull", "sigmoid_mixture", "bfloat16", "panels", "attention_task", "attention_items", "pool"]
 
 
 def declarations() -> str:
