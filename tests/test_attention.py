@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -195,6 +195,14 @@ def test_nan_and_infinity_stay_in_their_prompt(bad, kind):
     assert not got[50 + 80 :, 37].isfinite().any()
     if bad != bad:
         assert got[20 + 11 : 50, :32].isnan().all()
+
+
+def test_float32_is_rounded_only_if_asked_and_where_the_cpu_multiplies_bfloat16():
+    exact, rounded = (Batch.of([40, 7], [0, 9], 6, 2, 20, kind) for kind in KINDS[:2])
+    rounded = replace(rounded, q=exact.q, kv=exact.kv)
+    before = replace(rounded, q=exact.q.bfloat16().float(), kv=exact.kv.bfloat16().float())
+    assert torch.equal(rounded.attend(), (before if PAIRS else exact).attend())
+    assert torch.equal(rounded.attend(), exact.attend()) == (not PAIRS)
 
 
 def test_no_prompts_and_empty_prompts():
